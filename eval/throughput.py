@@ -1,0 +1,304 @@
+"""Times models in turn in one process: seconds per step, images per second, memory, ratio to the last model named.
+
+Run from the repository root, for example `python -m eval.throughput --device cpu`.
+"""
+
+import argparse
+import csv
+import difflib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn import functional as F
+
+import arm_zoo
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_MODELS = {
+    "infer": ["arm_base_patch16_224", "vit_base_patch16_224"],
+    "finetune": ["arm_base_patch16_224", "vit_base_patch16_224"],
+    "pretrain": ["arm_base_patch16_224"],
+}
+NUM_CLASSES = 1000
+PRETRAIN_IMG_SIZE = 192
+WARM_UP_STEPS = 3
+# Steps in a row under one reading: on a GPU they overlap with their launches, as they do in real work.
+STEPS_PER_READING = {"cpu": 1, "cuda": 10}
+
+Step = Callable[[], None]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, one field per option."""
+
+    models: list[str]
+    mode: str
+    batch_size: int
+    img_size: int | None
+    device: str
+    dtype: str
+    autocast: bool
+    compile: bool
+    scan_backend: str
+    repeats: int
+    threads: int | None
+    output: Path | None
+
+    @property
+    def uses_autocast(self) -> bool:
+        """Training keeps fp32 weights; inference does so on request."""
+        return self.dtype != "fp32" and (self.autocast or self.mode != "infer")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model ready to be timed, and the peak memory of one step in MiB (None on CPU)."""
+
+    name: str
+    img_size: int
+    step: Step
+    peak_mib: float | None
+
+
+def check(settings: Settings) -> None:
+    """Raises ValueError for what cannot run, before anything is built."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    known = {*timm.list_models(), *timm.list_models(include_tags=True)}
+    for name in settings.models:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known))
+            hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
+            raise ValueError(f"unknown model {name!r}; {hint}")
+        if settings.mode == "pretrain" and not name.startswith("arm_"):
+            raise ValueError(f"--mode pretrain is for ARM models, such as arm_base_patch16_224; got {name!r}")
+    output = settings.output
+    if output is not None and (output.suffix not in (".csv", ".json") or not output.parent.is_dir()):
+        raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(output)!r}")
+
+
+def build(name: str, settings: Settings) -> tuple[nn.Module, int]:
+    """The model with fresh weights on the CPU, and the size of its images in pixels."""
+    if settings.mode == "pretrain":
+        img_size = settings.img_size or PRETRAIN_IMG_SIZE
+        return arm_zoo.create_pretraining_model(name.partition("_patch")[0], img_size=img_size), img_size
+    model = timm.create_model(name, num_classes=NUM_CLASSES)
+    if settings.img_size is None:
+        return model, resolve_model_data_config(model)["input_size"][-1]
+    if hasattr(model, "set_input_size"):  # models without it, such as convnets, take any size
+        model.set_input_size(img_size=(settings.img_size, settings.img_size))
+    return model, settings.img_size
+
+
+def inference_step(model: nn.Module, images: torch.Tensor, settings: Settings) -> Step:
+    dtype = DTYPES[settings.dtype]
+    if not settings.uses_autocast:
+        model, images = model.to(dtype), images.to(dtype)
+
+    @torch.inference_mode()
+    def step() -> None:
+        with torch.autocast(settings.device, dtype, enabled=settings.uses_autocast):
+            model(images)
+
+    return step
+
+
+def training_step(model: nn.Module, images: torch.Tensor, settings: Settings) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=settings.device == "cuda")
+    scaler = torch.amp.GradScaler(settings.device, enabled=settings.dtype == "fp16")
+    labels = torch.randint(NUM_CLASSES, (len(images),), device=images.device)
+
+    def step() -> None:
+        with torch.autocast(settings.device, DTYPES[settings.dtype], enabled=settings.uses_autocast):
+            output = model(images)
+            loss = output[0] if settings.mode == "pretrain" else F.cross_entropy(output, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()  # last, so that no gradients are held while the other models run
+
+    return step
+
+
+def prepare(name: str, model: nn.Module, img_size: int, settings: Settings) -> Contender:
+    """Moves a model to its device, runs its first, slow steps and reads the memory of one more."""
+    cuda = settings.device == "cuda"
+    others = torch.cuda.memory_allocated() if cuda else 0
+    model = model.to(settings.device).train(settings.mode != "infer")
+    images = torch.randn(settings.batch_size, 3, img_size, img_size, device=settings.device)
+    make_step = inference_step if settings.mode == "infer" else training_step
+    step = make_step(torch.compile(model) if settings.compile else model, images, settings)
+    for _ in range(WARM_UP_STEPS):
+        step()
+    if not cuda:
+        return Contender(name, img_size, step, None)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return Contender(name, img_size, step, (torch.cuda.max_memory_allocated() - others) / 2**20)
+
+
+def read_clock(step: Step, device: str) -> float:
+    """Seconds per step: the mean over the steps of one reading."""
+    count = STEPS_PER_READING[device]
+    if device == "cpu":
+        begin = time.perf_counter()
+        for _ in range(count):
+            step()
+        return (time.perf_counter() - begin) / count
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / count
+
+
+def time_in_turn(steps: Sequence[Step], device: str, repeats: int) -> list[list[float]]:
+    """Readings of each step, taken A B A B so that a slow spell of the machine hits every model."""
+    # No refresh thread: it would run beside the models.
+    rounds = track(range(repeats), "timing in turn", console=Console(stderr=True), auto_refresh=False)
+    readings = [[read_clock(step, device) for step in steps] for _ in rounds]
+    return [list(column) for column in zip(*readings, strict=True)]
+
+
+def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
+    """Seconds per step and speed of each model; a ratio above 1 is slower than the last model, the peer."""
+    peer = readings[-1]
+    return [
+        {
+            "median_s": median(times),
+            "min_s": min(times),
+            "max_s": max(times),
+            "img_per_s": batch_size / median(times),
+            "ratio": median(times) / median(peer),
+            "pairwise_ratio": median(own / other for own, other in zip(times, peer, strict=True)),
+        }
+        for times in readings
+    ]
+
+
+def circumstances(settings: Settings) -> Row:
+    """What all rows of a run share."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "mode": settings.mode,
+        "batch_size": settings.batch_size,
+        "dtype": settings.dtype,
+        "autocast": settings.uses_autocast,
+        "compile": settings.compile,
+        "scan_backend": settings.scan_backend,
+        "repeats": settings.repeats,
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "arm_zoo": arm_zoo.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def as_table(rows: Sequence[Row]) -> Table:
+    """The rows for people: times in milliseconds, and what all rows share around the table."""
+    shared = rows[0]
+    table = Table(
+        title="{mode}, batch {batch_size}, {dtype}, autocast {autocast}, compile {compile}".format(**shared),
+        caption="{device}, {threads} threads, torch {torch}, timm {timm}; {repeats} readings in turn".format(**shared)
+        + f"; ratio: time over that of {rows[-1]['model']}",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("model", overflow="fold")
+    columns: dict[str, Callable[[Row], str]] = {
+        "ms/step": lambda row: f"{1e3 * row['median_s']:.1f}",
+        "min - max": lambda row: f"{1e3 * row['min_s']:.1f} - {1e3 * row['max_s']:.1f}",
+        "img/s": lambda row: f"{row['img_per_s']:,.1f}",
+        "ratio": lambda row: f"{row['ratio']:.3f}",
+        "pairwise": lambda row: f"{row['pairwise_ratio']:.3f}",
+    }
+    if shared["peak_mib"] is not None:
+        columns["peak MiB"] = lambda row: f"{row['peak_mib']:,.0f}"
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["model"], *(show(row) for show in columns.values()))
+    return table
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Replaces the file by the rows."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__)
+    add = parser.add_argument
+    add("--models", nargs="+", metavar="NAME", help="timm names, ours or not; the last one is the peer of the ratios")
+    add("--mode", choices=list(DEFAULT_MODELS), default="infer", help="training modes include the AdamW step")
+    add("--batch-size", type=positive, default=8)
+    add("--img-size", type=positive, help=f"pixels; default: each model's own, {PRETRAIN_IMG_SIZE} for pretrain")
+    add("--device", choices=list(STEPS_PER_READING), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="infer casts the weights, training runs under autocast")
+    add("--autocast", action="store_true", help="infer: keep fp32 weights and run under autocast too")
+    add("--compile", action="store_true", help="through torch.compile")
+    add("--scan-backend", default="auto", metavar="NAME", help="see arm_zoo.set_scan_backend")
+    add("--repeats", type=positive, default=10, help="readings per model")
+    add("--threads", type=positive, help="CPU threads; default: torch's choice")
+    add("--output", type=Path, metavar="FILE", help=".csv or .json file for the rows; replaced if it exists")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = vars(parser.parse_args(argv))
+    settings = Settings(**{**args, "models": args["models"] or DEFAULT_MODELS[args["mode"]]})
+    try:
+        check(settings)
+        arm_zoo.set_scan_backend(settings.scan_backend)
+        built = [build(name, settings) for name in settings.models]
+    except ValueError as error:
+        parser.error(str(error))
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    contenders = [prepare(name, *pair, settings) for name, pair in zip(settings.models, built, strict=True)]
+    readings = time_in_turn([contender.step for contender in contenders], settings.device, settings.repeats)
+    shared = circumstances(settings)
+    rows = [
+        {"model": one.name, "img_size": one.img_size, **measured, "peak_mib": one.peak_mib, **shared}
+        for one, measured in zip(contenders, compare(readings, settings.batch_size), strict=True)
+    ]
+    Console().print(as_table(rows))
+    if settings.output is not None:
+        write(settings.output, rows)
+
+
+if __name__ == "__main__":
+    main()

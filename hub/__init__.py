@@ -1,0 +1,1 @@
+"""Conversion and publishing of weights; nothing here yet."""
