@@ -1,0 +1,42 @@
+"""What all tests share: the golden folder, a fixed seed, and the rule for tests that need a GPU."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: with torch's default each would start a thread per core. The variable is for children.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Random weights and inputs are the same in every run and order; the seed, for generators of one's own."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden(repo: Path) -> Path:
+    """The folder with tensors that the authors' code computed; it lies beside the checkout and is not part of it."""
+    folder = repo.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("no golden tensors: ../shared/golden is not there")
+    return folder

@@ -1,0 +1,94 @@
+"""The rules that keep the packages apart, and what the wheel carries."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ("hub", "recipes", "eval")
+PACKAGES = ("arm_zoo", *PROGRAMS)
+
+
+def imported(tree: ast.AST, into_functions: bool = True) -> Iterator[str]:
+    """Dotted names of the modules imported in the tree, optionally not those imported when a function is called."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:  # relative imports stay inside their package
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif into_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imported(node, into_functions)
+
+
+def top_levels(package: str, into_functions: bool = True) -> dict[str, set[str]]:
+    """File -> packages that it imports from."""
+    return {
+        str(path.relative_to(ROOT)): {
+            name.partition(".")[0] for name in imported(ast.parse(path.read_text()), into_functions)
+        }
+        for path in (ROOT / package).rglob("*.py")
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_exists(package: str) -> None:
+    assert (ROOT / package / "__init__.py").is_file()
+
+
+def test_library_stands_alone() -> None:
+    for file, tops in top_levels("arm_zoo").items():
+        assert not tops & {*PROGRAMS, "accelerate"}, file
+
+
+def test_library_reaches_the_hub_only_on_demand() -> None:
+    for file, tops in top_levels("arm_zoo", into_functions=False).items():
+        assert "huggingface_hub" not in tops, file
+
+
+@pytest.mark.parametrize("package", PROGRAMS)
+def test_programs_meet_in_files_only(package: str) -> None:
+    for file, tops in top_levels(package).items():
+        assert not tops & (set(PROGRAMS) - {package}), file
+
+
+def test_imports_inside_functions_are_told_apart() -> None:
+    tree = ast.parse("import a\nif True:\n    from b.c import d\ndef f():\n    import e\n")
+    assert list(imported(tree)) == ["a", "b.c.d", "e"]
+    assert list(imported(tree, into_functions=False)) == ["a", "b.c.d"]
+
+
+def test_wheel_ships_the_library_only(tmp_path: Path) -> None:
+    # Built from a copy: setuptools leaves build folders behind, and packs what it finds in old ones.
+    source, out = tmp_path / "source", tmp_path / "out"
+    ignore = shutil.ignore_patterns("__pycache__")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    [wheel] = out.glob("arm_zoo-*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "arm_zoo").rglob("*.py")}
+    assert packed >= shipped | {"arm_zoo/py.typed"}
+    assert all(name.startswith("arm_zoo/") for name in packed)
+
+
+def test_no_paths_of_one_machine() -> None:
+    folders = "|".join(("home", "root", "work", "tmp", "mnt", "Users"))
+    absolute = re.compile(rf"(?<![\w./-])/(?:{folders})\b")
+    texts = [path for package in (*PACKAGES, "tests", ".ci") for path in (ROOT / package).rglob("*") if path.is_file()]
+    texts += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml") or path.name == "Makefile"]
+    for path in texts:
+        if "__pycache__" not in path.parts:
+            found = absolute.search(path.read_text(errors="ignore"))
+            assert found is None, f"{path.relative_to(ROOT)}: {found}"

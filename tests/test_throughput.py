@@ -1,0 +1,115 @@
+"""The throughput program: its table maths, its refusals and one tiny run; how fast anything is, no test asks."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from eval import throughput
+
+TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a person reads on stderr when the options are refused."""
+    with pytest.raises(SystemExit) as stop:
+        throughput.main(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_ratios_compare_with_the_last_model() -> None:
+    slow, peer = throughput.compare([[0.2, 0.3, 0.8], [0.1, 0.3, 0.2]], batch_size=6)
+    assert slow["median_s"] == 0.3
+    assert (slow["min_s"], slow["max_s"]) == (0.2, 0.8)
+    assert slow["img_per_s"] == pytest.approx(20)
+    assert slow["ratio"] == pytest.approx(0.3 / 0.2)
+    assert slow["pairwise_ratio"] == pytest.approx(2)  # of 2, 1 and 4
+    assert peer["ratio"] == peer["pairwise_ratio"] == 1
+
+
+def test_models_take_turns() -> None:
+    calls: list[str] = []
+    readings = throughput.time_in_turn([lambda: calls.append("a"), lambda: calls.append("b")], "cpu", repeats=3)
+    assert calls == ["a", "b"] * 3
+    assert [len(times) for times in readings] == [3, 3]
+
+
+def test_table_shows_milliseconds_and_speed() -> None:
+    shared = dict.fromkeys(("mode", "batch_size", "dtype", "autocast", "compile", "device", "threads"), "x")
+    shared |= dict.fromkeys(("torch", "timm", "repeats"), "x")
+    [measured] = throughput.compare([[0.25]], batch_size=8)
+    row = {"model": "some_model", "img_size": 224, "peak_mib": 2048.4, **measured, **shared}
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(throughput.as_table([row]))
+    for text in ("some_model", "250.0 - 250.0", "32.0", "1.000", "2,048"):
+        assert text in printed.get()
+
+
+@pytest.mark.parametrize("mode", ["infer", "finetune"])
+def test_run_writes_csv(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.csv"
+    throughput.main(["--models", "arm_tiny_patch16_224", "test_vit", "--mode", mode, "--output", str(file), *TINY])
+    assert "arm_tiny_patch16_224" in capsys.readouterr().out
+    with file.open(newline="") as text:
+        ours, peer = csv.DictReader(text)
+    assert (ours["model"], ours["mode"], ours["img_size"]) == ("arm_tiny_patch16_224", mode, "32")
+    assert float(ours["median_s"]) > 0
+    assert ours["peak_mib"] == ""
+    assert ours["torch"] == torch.__version__
+    assert float(peer["ratio"]) == 1
+
+
+def test_pretraining_run_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    options = ["--mode", "pretrain", "--models", "arm_tiny_patch16_224", "--dtype", "bf16", *TINY, "--img-size", "128"]
+    throughput.main([*options, "--output", str(file)])
+    [row] = json.loads(file.read_text())
+    assert (row["mode"], row["img_size"], row["dtype"], row["autocast"]) == ("pretrain", 128, "bf16", True)
+
+
+@pytest.mark.parametrize("dtype, autocast", [("bf16", False), ("bf16", True), ("fp16", False)])
+def test_low_precision_runs(dtype: str, autocast: bool) -> None:
+    options = ["--models", "test_vit", "--dtype", dtype, *TINY]
+    throughput.main([*options, "--autocast"] if autocast else options)
+
+
+def test_unknown_model_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "--models", "arm_base_patch16_242")
+    assert "unknown model 'arm_base_patch16_242'; did you mean arm_base_patch16_224" in message
+
+
+def test_pretraining_is_for_our_models(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "--mode", "pretrain", "--models", "vit_base_patch16_224")
+    assert "--mode pretrain is for ARM models, such as arm_base_patch16_224; got 'vit_base_patch16_224'" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "torch finds no CUDA device here; use --device cpu" in refusal(capsys, "--device", "cuda")
+
+
+@pytest.mark.parametrize("name", ["speed.txt", "no_such_folder/speed.csv"])
+def test_output_is_checked_before_anything_is_timed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must be a .csv or .json file in a folder that exists" in refusal(capsys, "--output", name)
+
+
+def test_unknown_scan_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown scan backend 'fast'" in refusal(capsys, "--scan-backend", "fast")
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_counts_are_positive(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected a whole number of at least 1" in refusal(capsys, "--batch-size", number)
+
+
+@pytest.mark.gpu
+def test_memory_is_read_on_a_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    throughput.main(["--models", "test_vit", "--output", str(file), *TINY, "--device", "cuda"])
+    [row] = json.loads(file.read_text())
+    assert row["peak_mib"] > 0
