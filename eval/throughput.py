@@ -142,9 +142,11 @@ def prepare(name: str, model: nn.Module, img_size: int, settings: Settings) -> C
     cuda = settings.device == "cuda"
     others = torch.cuda.memory_allocated() if cuda else 0
     model = model.to(settings.device).train(settings.mode != "infer")
+    if settings.compile:
+        model.compile()
     images = torch.randn(settings.batch_size, 3, img_size, img_size, device=settings.device)
     make_step = inference_step if settings.mode == "infer" else training_step
-    step = make_step(torch.compile(model) if settings.compile else model, images, settings)
+    step = make_step(model, images, settings)
     for _ in range(WARM_UP_STEPS):
         step()
     if not cuda:
