@@ -1,0 +1,637 @@
+"""ARM and MambaMLP vision backbones as timm models.
+
+Autoregressive Pretraining with Mamba in Vision, https://arxiv.org/abs/2406.07537. Image patches with one class
+token in the middle of the sequence, learned position embeddings, blocks of a Mamba mixer with four scans and a
+SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_zoo.pretrain`.
+"""
+
+import inspect
+import pickle
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    GluMlp,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    get_norm_layer,
+    lecun_normal_,
+    resample_patch_embed,
+    to_2tuple,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import nn
+
+from arm_zoo.mixer import MambaMixer
+from arm_zoo.order import scan_order
+from arm_zoo.weights import CheckpointError, adapt_state_dict, resample_pos_embed
+
+__all__ = ["ARM", "Block", "PatchEmbed", "init_block_weights", "no_weight_decay_names"]
+
+GlobalPool = Literal["avg", "token", ""]
+NormLayer = str | Callable[..., nn.Module]
+
+
+@register_notrace_module
+class PatchEmbed(nn.Module):
+    """Image to patch tokens, row by row; patches overlap where the stride is smaller than the patch.
+
+    timm's own has no stride.
+    """
+
+    img_size: tuple[int, int]
+    grid_size: tuple[int, int]
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        patch_stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        strict_img_size: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = to_2tuple(patch_size)
+        self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
+        self.strict_img_size = strict_img_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
+        self.set_input_size(img_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        lecun_normal_(self.proj.weight)
+        _zero_bias(self.proj)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the image size, or the patch size by resampling the kernel (a stride equal to it follows)."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            if self.patch_stride == self.patch_size:
+                self.patch_stride = to_2tuple(patch_size)
+            self.patch_size = to_2tuple(patch_size)
+            weight = resample_patch_embed(self.proj.weight.detach(), list(self.patch_size))
+            self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
+            self.proj.kernel_size, self.proj.stride = self.patch_size, self.patch_stride
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token step."""
+        return max(self.patch_stride) if as_scalar else self.patch_stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Grid (rows, columns) of an image size.
+
+        Raises:
+            ValueError: if patch and stride do not tile the image.
+        """
+        for size, patch, stride in zip(img_size, self.patch_size, self.patch_stride, strict=True):
+            if size < patch or (size - patch) % stride:
+                raise ValueError(
+                    f"image size {tuple(img_size)} is not tiled by patches of {self.patch_size} with stride "
+                    f"{self.patch_stride}: each side must be patch + n * stride, for example "
+                    f"{max(patch, size - (size - patch) % stride)} instead of {size}"
+                )
+        height, width = (
+            (s - p) // d + 1 for s, p, d in zip(img_size, self.patch_size, self.patch_stride, strict=True)
+        )
+        return height, width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) images -> (B, N, dim) tokens."""
+        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"expected images (batch, {self.proj.in_channels}, height, width), got {tuple(x.shape)}; "
+                "another number of channels needs create_model(..., in_chans=...)"
+            )
+        if self.strict_img_size and x.shape[2:] != self.img_size:
+            raise ValueError(
+                f"expected images of {self.img_size[0]}x{self.img_size[1]}, got {x.shape[2]}x{x.shape[3]}; "
+                "for another size use create_model(..., img_size=...), set_input_size(...) or dynamic_img_size=True"
+            )
+        self.dynamic_feat_size((x.shape[2], x.shape[3]))
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Mamba mixer and SwiGLU, each with its norm and residual; one drop-path rate, sampled twice (paper, figure 4)."""
+
+    def __init__(
+        self,
+        dim: int,
+        directions: int = 4,
+        d_state: int = 16,
+        drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.mixer = MambaMixer(dim, directions, d_state=d_state, **dd)
+        self.norm2 = norm_layer(dim, **dd)
+        # fc1 holds both input matrices: fc2(SiLU(first half) * second half)
+        self.mlp = GluMlp(dim, 2 * (8 * dim // 3), act_layer=nn.SiLU, gate_last=False, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+        x = x + self.drop_path(self.mixer(self.norm1(x), order))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def init_block_weights(blocks: Iterable[nn.Module]) -> None:
+    """Official initialisation of a stack: PyTorch's defaults, zero biases, output projections / sqrt(depth)."""
+    stack = [block for block in blocks if isinstance(block, Block)]
+    for block in stack:
+        _zero_bias(block.mlp.fc1)
+        _zero_bias(block.mlp.fc2)
+        with torch.no_grad():
+            block.mixer.out_proj.weight /= len(stack) ** 0.5
+
+
+def no_weight_decay_names(blocks: Iterable[nn.Module]) -> set[str]:
+    """Names, inside a model, of what is one-dimensional per direction in the blocks and therefore not decayed."""
+    return {
+        f"blocks.{i}.mixer.{name}"
+        for i, block in enumerate(blocks)
+        if isinstance(block, Block)
+        for name in block.mixer.no_weight_decay()
+    }
+
+
+@register_notrace_function
+def _order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
+    return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
+
+
+class ARM(nn.Module):
+    """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
+
+    order: torch.Tensor
+    pretrained_cfg: dict[str, Any]  # set by timm
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        patch_stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: GlobalPool = "avg",
+        embed_dim: int = 768,
+        depth: int = 12,
+        d_state: int = 16,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: NormLayer | None = None,
+        dynamic_img_size: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            img_size: pixels, one number or (height, width).
+            patch_size: pixels of a patch.
+            patch_stride: pixels between patches; None means the patch size.
+            in_chans: image channels.
+            num_classes: 0 leaves the head out.
+            global_pool: 'avg' (patches), 'token' (class token) or '' (all tokens).
+            embed_dim: width.
+            depth: blocks.
+            d_state: states per channel of the scan.
+            drop_rate: dropout before the head.
+            pos_drop_rate: dropout after the position embeddings.
+            drop_path_rate: stochastic depth, rising linearly over the blocks.
+            norm_layer: None means LayerNorm with eps 1e-5; a name or class of `timm.layers`.
+            dynamic_img_size: take any image size that patch and stride tile, resampling the position embeddings.
+        """
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        _check_global_pool(global_pool)
+        norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, patch_stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
+        )
+        patches = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, embed_dim, **dd))
+        self.register_buffer("order", torch.empty(4, patches + 1, dtype=torch.long, device=device), persistent=False)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        # Block i has the rate of linear rule's step i - 1, so blocks 0 and 1 have none and no block has the full
+        # rate: that is how the official models were trained.
+        rates = [0.0, *calculate_drop_path_rates(drop_path_rate, depth)]
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, 4, d_state, drop_path=rates[i], norm_layer=norm, **dd) for i in range(depth)
+        )
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
+        self.norm = norm(embed_dim, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        self.init_weights()
+        self.init_non_persistent_buffers()
+
+    def init_weights(self) -> None:
+        """The official initialisation (blocks and patch embedding have initialised themselves)."""
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        init_block_weights(self.blocks)
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            nn.init.normal_(self.head.weight, std=0.02)
+            _zero_bias(self.head)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the order table, which is computed and never saved."""
+        self.order.copy_(_order_for(*self.patch_embed.grid_size, self.order.device))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names without weight decay: embeddings, and what is one-dimensional per direction."""
+        return {"pos_embed", "cls_token"} | no_weight_decay_names(self.blocks)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise decay: embeddings, blocks, and the final norm together with the head."""
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
+        """Replace the head, freshly initialised, and optionally the pooling."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            _check_global_pool(global_pool)
+            self.global_pool = global_pool
+        dd = get_device_dtype(self)
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+        self._init_head()
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change image or patch size; position embeddings are resampled around the class token."""
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        new_grid = self.patch_embed.grid_size
+        if new_grid != old_grid:
+            resampled = resample_pos_embed(self.pos_embed.detach(), old_grid, new_grid)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+            self.order = _order_for(*new_grid, self.order.device)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, H, W) images -> (B, N + 1, dim) tokens with the class token at N // 2, and their order table."""
+        pos_embed: torch.Tensor = self.pos_embed
+        order = self.order
+        if self.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+            pos_embed = resample_pos_embed(pos_embed, self.patch_embed.grid_size, grid)
+            order = _order_for(grid[0], grid[1], order.device)
+        x = self.patch_embed(x)
+        middle = order.shape[1] // 2
+        x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], dim=1)
+        return self.pos_drop(x + pos_embed), order
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> list[Any] | tuple[torch.Tensor, list[Any]] | dict[str, Any]:
+        """Features of chosen blocks, as timm's models give them.
+
+        Args:
+            x: images.
+            indices: the last n blocks for a number, all for None, else these blocks.
+            return_prefix_tokens: also give the class token of every block (B, 1, dim).
+            norm: apply the final norm to every intermediate.
+            stop_early: do not run blocks after the last one asked for.
+            output_fmt: 'NCHW' or 'NLC'; the class token is taken out of both.
+            intermediates_only: leave the final features out.
+            output_dict: return 'image_intermediates', 'image_intermediates_prefix' and 'image_features'.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        x, order = self._embed(x)
+        taken = []
+        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
+            x = self._run(block, x, order)
+            if i in take_indices:
+                taken.append(self.norm(x) if norm else x)
+        middle = order.shape[1] // 2
+        prefix = [y[:, middle : middle + 1] for y in taken]
+        patches = [torch.cat([y[:, :middle], y[:, middle + 1 :]], dim=1) for y in taken]
+        if output_fmt == "NCHW":
+            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
+        if output_dict:
+            out = {"image_intermediates": patches}
+            if return_prefix_tokens:
+                out["image_intermediates_prefix"] = prefix
+            return out if intermediates_only else {**out, "image_features": self.norm(x)}
+        intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last one asked for; returns the indices that remain."""
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def _run(self, block: nn.Module, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(block, x, order)
+        return block(x, order)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) images -> (B, N + 1, dim) normed tokens, the class token at N // 2."""
+        x, order = self._embed(x)
+        for block in self.blocks:
+            x = self._run(block, x, order)
+        return self.norm(x)
+
+    def pool(self, x: torch.Tensor, pool_type: GlobalPool | None = None) -> torch.Tensor:
+        """(B, N + 1, dim) tokens -> (B, dim), or the tokens themselves for ''."""
+        pool_type = self.global_pool if pool_type is None else pool_type
+        middle = (x.shape[1] - 1) // 2
+        if pool_type == "token":
+            return x[:, middle]
+        if pool_type == "avg":
+            return _mean_around(x, middle)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens -> class logits, or pooled features with `pre_logits`."""
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+@register_notrace_function
+def _mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
+    """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
+    after = x[:, middle + 1 :].mean(dim=1)
+    return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2
+
+
+def _check_global_pool(global_pool: str) -> None:
+    if global_pool not in ("avg", "token", ""):
+        raise ValueError(f"global_pool must be 'avg', 'token' or '' (no pooling), got {global_pool!r}")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ARM) -> dict[str, torch.Tensor]:
+    """Any ARM checkpoint, official or ours, pretraining or finetuned -> a dict for `model`."""
+    if "head.weight" in state_dict:
+        # The file itself says for how many classes its head is, so timm keeps or drops it by the truth.
+        model.pretrained_cfg["num_classes"] = len(state_dict["head.weight"])
+    return adapt_state_dict(state_dict, model)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "crop_mode": "squash",  # resize to a square whatever the aspect ratio, then crop: the official evaluation
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        # The official repository states no licence, so its weights have none that we could name.
+        "license": "unknown",
+        "paper_ids": "arXiv:2406.07537",
+        "paper_name": "Autoregressive Pretraining with Mamba in Vision",
+        "origin_url": "https://github.com/OliverRensu/ARM",
+        **kwargs,
+    }
+
+
+def _ours(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(license="apache-2.0", origin_url=None, **kwargs)
+
+
+# No entry has a Hub id yet: its weights are not hosted. timm.list_pretrained() therefore shows none of them.
+default_cfgs = generate_default_cfgs(
+    {
+        "arm_pico_patch2_8.untrained": _ours(
+            num_classes=10, input_size=(1, 8, 8), crop_pct=1.0, mean=(0.3,), std=(0.38,)
+        ),
+        "arm_tiny_patch16_224.untrained": _ours(),
+        "arm_small_patch16_224.untrained": _ours(),
+        "arm_base_patch16_224.arm_in1k_ft_in1k": _cfg(),
+        "arm_base_patch16_224.arm_in1k": _cfg(num_classes=0),
+        "arm_base_patch16_224.in1k": _cfg(),
+        "arm_base_patch16_384.arm_in1k_ft_in1k": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": _cfg(input_size=(3, 448, 448), crop_pct=1.0),
+        "arm_large_patch16_224.arm_in1k_ft_in1k": _cfg(),
+        "arm_large_patch16_224.arm_in1k": _cfg(num_classes=0),
+        "arm_large_patch16_224.in1k": _cfg(),
+        "arm_large_patch16_384.arm_in1k_ft_in1k": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        "arm_huge_patch16_224.arm_in1k_ft_in1k": _cfg(),
+        "arm_huge_patch16_224.arm_in1k": _cfg(num_classes=0),
+        "arm_huge_patch16_384.arm_in1k_ft_in1k": _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+    }
+)
+
+
+def _create_arm(variant: str, pretrained: bool, **kwargs: Any) -> ARM:
+    _check_keywords(variant, kwargs)
+    out_indices = kwargs.pop("out_indices", 3)
+    if pretrained:
+        _check_source(variant, kwargs)
+    try:
+        return build_model_with_cfg(
+            ARM,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **kwargs,
+        )
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(_unreadable(variant, kwargs, error)) from error
+
+
+def _check_keywords(variant: str, kwargs: dict[str, Any]) -> None:
+    model = set(inspect.signature(ARM).parameters)
+    build = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
+    if unknown := sorted(set(kwargs) - model - build):
+        raise TypeError(f"{variant}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(model))}")
+
+
+def _check_source(variant: str, kwargs: dict[str, Any]) -> None:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if cfg.file and not Path(cfg.file).exists():
+        raise FileNotFoundError(f"no checkpoint at {cfg.file}")
+    if not (cfg.has_weights or cfg.state_dict):
+        raise CheckpointError(
+            f"the weights of {variant}{'.' + cfg.tag if cfg.tag else ''} are not hosted yet. Ways on:\n"
+            f"  an official .pth or a .safetensors file: create_model({variant!r}, pretrained=True, "
+            "pretrained_cfg_overlay=dict(file=PATH))\n"
+            "  train it yourself: accelerate launch -m recipes.pretrain, then recipes.finetune, from a checkout\n"
+            "  start untrained: pretrained=False"
+        )
+
+
+def _unreadable(variant: str, kwargs: dict[str, Any], error: Exception) -> str:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    message = f"cannot read the checkpoint {cfg.file or cfg.hf_hub_id}: {error}"
+    if cfg.file and Path(cfg.file).is_file():
+        with open(cfg.file, "rb") as file:
+            start = file.read(2)
+        if start in (b"PK", b"\x80\x02") and str(cfg.file).endswith(".safetensors"):
+            return message + "; it is a pickle, not safetensors: rename it to .pth if you trust it"
+    return message + "; the file is damaged or cut short: fetch it again"
+
+
+@register_model
+def arm_pico_patch2_8(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """For 8x8 pictures such as scikit-learn's digits; the quickstart's model."""
+    return _create_arm(
+        "arm_pico_patch2_8", pretrained, **{"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 6, **kwargs}
+    )
+
+
+@register_model
+def arm_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """Ours, the width of DeiT-Ti."""
+    return _create_arm("arm_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
+
+
+@register_model
+def arm_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """Ours, the width of DeiT-S."""
+    return _create_arm("arm_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
+
+
+@register_model
+def arm_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """ARM-B / MambaMLP-B (paper, table 1)."""
+    return _create_arm("arm_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
+
+
+@register_model
+def arm_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """ARM-B at 384 pixels (paper, table 2)."""
+    return _create_arm("arm_base_patch16_384", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
+
+
+@register_model
+def arm_base_patch16_stride8_448(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """ARM-B at 448 pixels with overlapping patches, 3025 of them (paper, table 2)."""
+    return _create_arm(
+        "arm_base_patch16_stride8_448", pretrained, **{"embed_dim": 768, "depth": 12, "patch_stride": 8, **kwargs}
+    )
+
+
+@register_model
+def arm_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """ARM-L / MambaMLP-L (paper, table 1)."""
+    return _create_arm("arm_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
+
+
+@register_model
+def arm_large_patch16_384(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """ARM-L at 384 pixels (paper, table 2)."""
+    return _create_arm("arm_large_patch16_384", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
+
+
+@register_model
+def arm_huge_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """ARM-H (paper, table 1)."""
+    return _create_arm("arm_huge_patch16_224", pretrained, **{"embed_dim": 1536, "depth": 24, **kwargs})
+
+
+@register_model
+def arm_huge_patch16_384(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """ARM-H at 384 pixels (paper, table 2)."""
+    return _create_arm("arm_huge_patch16_384", pretrained, **{"embed_dim": 1536, "depth": 24, **kwargs})
+
+
+@register_model
+def arm_base(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """Short for arm_base_patch16_224."""
+    return arm_base_patch16_224(pretrained, **kwargs)
+
+
+@register_model
+def arm_large(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """Short for arm_large_patch16_224."""
+    return arm_large_patch16_224(pretrained, **kwargs)
+
+
+@register_model
+def arm_huge(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """Short for arm_huge_patch16_224."""
+    return arm_huge_patch16_224(pretrained, **kwargs)

@@ -1,0 +1,102 @@
+"""The Mamba mixer: one input projection, K directional scans, one output projection (paper, section 3.3)."""
+
+import math
+from typing import Any
+
+import torch
+from timm.models import register_notrace_module
+from torch import nn
+
+from arm_zoo.scan import causal_conv, selective_scan
+
+__all__ = ["MambaMixer"]
+
+
+@register_notrace_module
+class MambaMixer(nn.Module):
+    """Mamba token mixer over K = 1, 2 or 4 directions that share the projections in and out.
+
+    Everything between them exists once per direction, stacked on a leading axis: a pretrained single-direction
+    mixer becomes a four-direction one by repeating it along that axis.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        directions: int = 4,
+        expand: float = 1.0,
+        d_state: int = 16,
+        d_conv: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            dim: width of the model.
+            directions: number of scans (ARM: 1 in pretraining, 4 in finetuning; Vim: 2).
+            expand: inner width as a multiple of `dim` (ARM: 1, Vim: 2).
+            d_state: states per inner channel.
+            d_conv: taps of the short convolution.
+        """
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = int(expand * dim)
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16)  # from the model's width, not the inner one
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv_weight = nn.Parameter(torch.empty(directions, inner, d_conv, **dd))
+        self.conv_bias = nn.Parameter(torch.empty(directions, inner, **dd))
+        self.x_proj_weight = nn.Parameter(torch.empty(directions, self.dt_rank + 2 * d_state, inner, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(directions, inner, self.dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(directions, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(directions, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(directions, inner, **dd))
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.reset_scan_parameters()
+
+    def reset_scan_parameters(self) -> None:
+        """Initialise what `nn.Linear` does not: convolution, step sizes, decays and skips.
+
+        Only the first direction starts with small step sizes, 0.001 to 0.1; the others' biases are 0, as in the
+        official code. That matters when training from scratch; finetuning copies the pretrained direction over all.
+        """
+        for weight, fan_in in (
+            (self.conv_weight, self.conv_weight.shape[-1]),
+            (self.conv_bias, self.conv_weight.shape[-1]),
+            (self.x_proj_weight, self.x_proj_weight.shape[-1]),
+            (self.dt_proj_weight, self.dt_rank),
+        ):
+            nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+        nn.init.zeros_(self.dt_proj_bias)
+        with torch.no_grad():
+            step = torch.empty_like(self.dt_proj_bias[0], dtype=torch.float32)
+            step = step.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
+            self.dt_proj_bias[0] = step + torch.log(-torch.expm1(-step))  # inverse softplus
+            self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device).log())
+        nn.init.ones_(self.D)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are one-dimensional per direction, and therefore not decayed although stacked."""
+        return {"conv_bias", "dt_proj_bias", "D"}
+
+    def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+        """Mix tokens (batch, length, dim) along the directions of the (K, length) order table."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u = causal_conv(x, self.conv_weight, self.conv_bias, order)  # (B, L, inner) -> (K, B, L, inner)
+        batch, length = x.shape[:2]
+        # one batched product over the directions; B * L rows merge without a copy
+        projected = torch.bmm(u.flatten(1, 2), self.x_proj_weight.transpose(1, 2))
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = torch.bmm(dt, self.dt_proj_weight.transpose(1, 2))
+        y = selective_scan(
+            u,
+            delta.unflatten(1, (batch, length)),
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            B.unflatten(1, (batch, length)),
+            C.unflatten(1, (batch, length)),
+            self.D,
+            z=z,
+            delta_bias=self.dt_proj_bias,
+            order=order,
+        )
+        return self.out_proj(y)

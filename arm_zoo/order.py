@@ -1,0 +1,69 @@
+"""Token orders as index tables: which token a scan visits at each step (paper, section 3.2.2 and figure 4)."""
+
+import torch
+
+__all__ = ["DIRECTIONS", "cluster_order", "scan_order"]
+
+DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
+
+
+def scan_order(
+    height: int,
+    width: int,
+    directions: int = 4,
+    cls_index: int | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Visiting orders of a `height` x `width` patch grid for the first `directions` entries of `DIRECTIONS`.
+
+    Tokens are numbered in storage order: patches row by row, with one class token at `cls_index` if it is given. Every
+    direction keeps the class token at that same position counted from its own start (row, column), or counted
+    from its own end (the two reversed ones), as the official code does when it takes the token out, transposes the
+    patches and puts it back.
+
+    Returns:
+        (directions, length) int64 table; entry [k, t] is the token that direction k visits at step t.
+
+    Raises:
+        ValueError: for a number of directions other than 1, 2 or 4, or a class token outside the sequence.
+    """
+    if directions not in (1, 2, 4):
+        raise ValueError(f"directions must be 1, 2 or 4 (the first of {DIRECTIONS}), got {directions}")
+    patches = height * width
+    tokens = torch.arange(patches, device=device)
+    columns = tokens.reshape(height, width).t().flatten()
+    if cls_index is not None:
+        if not 0 <= cls_index <= patches:
+            raise ValueError(f"cls_index must lie in 0..{patches} for a {height}x{width} grid, got {cls_index}")
+        tokens = _insert_class_token(tokens, cls_index)
+        columns = _insert_class_token(columns, cls_index)
+    orders = [tokens, tokens.flip(0), columns, columns.flip(0)]
+    return torch.stack(orders[:directions])
+
+
+def _insert_class_token(patch_order: torch.Tensor, cls_index: int) -> torch.Tensor:
+    """Renumber patches around a class token stored at `cls_index` and visit it at that same step."""
+    shifted = patch_order + (patch_order >= cls_index)
+    cls_token = shifted.new_full((1,), cls_index)
+    return torch.cat([shifted[:cls_index], cls_token, shifted[cls_index:]])
+
+
+def cluster_order(
+    height: int, width: int, cluster_height: int, cluster_width: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
+
+    This makes every cluster a contiguous run of tokens, so that predicting the next cluster is a shift of the
+    sequence by one run and causality between clusters follows from the causal scan.
+
+    Returns:
+        (height * width,) int64 table of patch numbers (row by row in the picture).
+
+    Raises:
+        ValueError: if the clusters do not tile the grid.
+    """
+    if height % cluster_height or width % cluster_width:
+        raise ValueError(f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid")
+    grid = torch.arange(height * width, device=device)
+    grid = grid.reshape(height // cluster_height, cluster_height, width // cluster_width, cluster_width)
+    return grid.transpose(1, 2).flatten()

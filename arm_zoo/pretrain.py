@@ -1,0 +1,302 @@
+"""The pretraining model: the backbone's blocks with one causal scan, and a decoder that predicts the next cluster.
+
+Paper, section 3.2.2. Patches are regrouped into clusters (64x64 pixels by default), clusters in row order. The
+encoder scans them causally; for every cluster but the first, learned queries that know only their position attend to
+the encoder's features of the clusters before it and predict the cluster's normalised pixels.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.layers import Mlp, to_2tuple
+from timm.models import checkpoint
+from torch import nn
+from torch.nn import functional as F
+
+from arm_zoo.arm import Block, PatchEmbed, init_block_weights, no_weight_decay_names
+from arm_zoo.order import cluster_order
+
+__all__ = ["ARMPretrain", "create_pretraining_model", "sincos_pos_embed"]
+
+_HEAD_DIM = 64
+_TAPS = 4
+_SIZES: dict[str, dict[str, int]] = {
+    "arm_pico": {"embed_dim": 64, "depth": 6, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1},
+    "arm_tiny": {"embed_dim": 192, "depth": 12},
+    "arm_small": {"embed_dim": 384, "depth": 12},
+    "arm_base": {"embed_dim": 768, "depth": 12},
+    "arm_large": {"embed_dim": 1024, "depth": 24},
+    "arm_huge": {"embed_dim": 1536, "depth": 24},
+}
+
+
+def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Fixed sine-cosine position table (1, height * width, dim) in float32, rows first.
+
+    The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
+
+    Raises:
+        ValueError: if `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}")
+    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim / 4.0))
+    row, column = torch.meshgrid(
+        torch.arange(height, dtype=torch.float32, device=device),
+        torch.arange(width, dtype=torch.float32, device=device),
+        indexing="ij",
+    )
+    halves = [position.reshape(-1, 1) * frequencies for position in (column, row)]
+    return torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1)[None]
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to latents, in heads of 64 channels."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q = nn.Linear(dim, dim, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        key, value = self.kv(latent).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(2, (-1, _HEAD_DIM)).transpose(1, 2) for t in (self.q(query), key, value))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention to the latents, then an MLP; queries never see each other."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm_query = nn.LayerNorm(dim, **dd)
+        self.norm_latent = nn.LayerNorm(dim, **dd)
+        self.attn = CrossAttention(dim, **dd)
+        self.norm_mlp = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)
+
+    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query = query + self.attn(self.norm_query(query), self.norm_latent(latent), mask)
+        return query + self.mlp(self.norm_mlp(query))
+
+
+class ARMPretrain(nn.Module):
+    """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
+
+    order: torch.Tensor
+    decoder_mask: torch.Tensor
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 192,
+        patch_size: int | tuple[int, int] = 16,
+        cluster_size: int | tuple[int, int] = 64,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        d_state: int = 16,
+        decoder_dim: int = 512,
+        decoder_depth: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            img_size: pixels, one number or (height, width).
+            patch_size: pixels of a patch.
+            cluster_size: pixels of a cluster, the unit of prediction.
+            in_chans: image channels.
+            embed_dim: width of the encoder.
+            depth: blocks of the encoder.
+            d_state: states per channel of the scan.
+            decoder_dim: width of the decoder, a multiple of 64.
+            decoder_depth: blocks of the decoder.
+
+        Raises:
+            ValueError: for sizes that do not fit each other.
+        """
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "cluster_size": cluster_size,
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "d_state": d_state,
+            "decoder_dim": decoder_dim,
+            "decoder_depth": decoder_depth,
+        }
+        _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
+        self.grad_checkpointing = False
+        self.in_chans = in_chans
+        self.patch_size: tuple[int, int] = to_2tuple(patch_size)
+        rows, columns = to_2tuple(cluster_size)
+        self.cluster_grid = (rows // self.patch_size[0], columns // self.patch_size[1])
+        self.cluster_tokens = self.cluster_grid[0] * self.cluster_grid[1]
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans=in_chans, embed_dim=embed_dim, **dd)
+        patches = self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim, **dd), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, 1, d_state, **dd) for _ in range(depth))
+        # blocks (counted from 1) whose outputs the decoder sees: depth / 2, 2 / 3, 5 / 6 and depth, rounded
+        self.taps = tuple((depth * sixths + 3) // 6 for sixths in (3, 4, 5, 6))
+        self.skip_norms = nn.ModuleList(nn.LayerNorm(embed_dim, **dd) for _ in range(_TAPS))
+        self.encoder_to_decoder = nn.Linear(_TAPS * embed_dim, decoder_depth * decoder_dim, **dd)
+
+        self.query_token = nn.Parameter(torch.empty(1, 1, decoder_dim, **dd))
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, patches, decoder_dim, **dd), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(DecoderBlock(decoder_dim, **dd) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, **dd)
+        self.decoder_pred = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * in_chans, **dd)
+
+        tokens = patches - self.cluster_tokens
+        self.register_buffer("order", torch.empty(patches, dtype=torch.long, device=device), persistent=False)
+        self.register_buffer(
+            "decoder_mask", torch.empty(tokens, tokens, dtype=torch.bool, device=device), persistent=False
+        )
+        self.init_weights()
+        self.init_non_persistent_buffers()
+
+    def init_weights(self) -> None:
+        """The official initialisation (blocks and patch embedding have initialised themselves)."""
+        grid = self.patch_embed.grid_size
+        with torch.no_grad():
+            for table in (self.pos_embed, self.decoder_pos_embed):
+                table.copy_(sincos_pos_embed(table.shape[-1], *grid, device=table.device))
+        nn.init.normal_(self.query_token, std=0.02)
+        init_block_weights(self.blocks)
+        for module in self.decoder_blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.encoder_to_decoder.bias)
+        nn.init.zeros_(self.decoder_pred.bias)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the cluster order and the decoder's mask, which are computed and never saved."""
+        self.order.copy_(cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, device=self.order.device))
+        cluster = torch.arange(len(self.decoder_mask), device=self.order.device) // self.cluster_tokens
+        # query of cluster j + 1 sees the latents of clusters 0..j
+        self.decoder_mask.copy_(cluster[:, None] >= cluster)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names without weight decay: what is one-dimensional per direction."""
+        return no_weight_decay_names(self.blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every encoder block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def forward_encoder(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster."""
+        x = self.patch_embed(images) + self.pos_embed
+        x = x[:, self.order[: -self.cluster_tokens]]
+        taps: list[torch.Tensor] = []
+        for i, block in enumerate(self.blocks, start=1):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            taps += [x] * self.taps.count(i)
+        skips = torch.cat([norm(tap) for norm, tap in zip(self.skip_norms, taps, strict=True)], dim=-1)
+        # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
+        return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
+
+    def forward_decoder(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latents -> predicted normalised patches (B, T, pixels) of all clusters but the first, in cluster order."""
+        query = (self.query_token + self.decoder_pos_embed)[:, self.order[self.cluster_tokens :]]
+        query = query.expand(latent.shape[0], -1, -1)
+        for k, block in enumerate(self.decoder_blocks):
+            query = block(query, latent[..., k], self.decoder_mask)
+        return self.decoder_pred(self.decoder_norm(query))
+
+    def patchify(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, T, pixels) patches of all clusters but the first, in cluster order, channels fastest."""
+        (height, width), (rows, columns) = self.patch_embed.grid_size, self.patch_size
+        patches = images.unflatten(3, (width, columns)).unflatten(2, (height, rows))  # (B, C, h, p, w, q)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return patches[:, self.order[self.cluster_tokens :]]
+
+    @staticmethod
+    def _statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of every patch; the variance is the unbiased one."""
+        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, C, H, W) images -> (loss, prediction, target).
+
+        The loss is the mean squared error against pixels normalised per patch (paper, table 7), in at least float32;
+        prediction and target are (B, T, pixels), in cluster order without the first cluster.
+        """
+        prediction = self.forward_decoder(self.forward_encoder(images))
+        patches = self.patchify(images.detach())  # targets are constants, also for the gradient of the images
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        mean, deviation = self._statistics(patches)
+        target = (patches - mean) / deviation
+        return F.mse_loss(prediction.to(target.dtype), target), prediction, target
+
+    @torch.no_grad()
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) with every cluster but the first replaced by its prediction, for looking at.
+
+        The prediction is of normalised pixels, so mean and deviation of every patch are the target's own.
+        """
+        prediction = self.forward_decoder(self.forward_encoder(images))
+        mean, deviation = self._statistics(self.patchify(images))
+        predicted = prediction.to(images.dtype) * deviation + mean
+        (height, width), (rows, columns) = self.patch_embed.grid_size, self.patch_size
+        patches = images.unflatten(3, (width, columns)).unflatten(2, (height, rows))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).clone()  # (B, h * w, p, q, C)
+        patches[:, self.order[self.cluster_tokens :]] = predicted.unflatten(2, (rows, columns, self.in_chans))
+        patches = patches.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, q)
+        return patches.flatten(4).flatten(2, 3)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json to `folder`, each beside its name first and then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        weights, config = folder / "model.safetensors", folder / "config.json"
+        save_file(tensors, f"{weights}.tmp", metadata={"format": "pt"})
+        Path(f"{config}.tmp").write_text(json.dumps({"pretraining_model": self.config}, indent=2) + "\n")
+        os.replace(f"{weights}.tmp", weights)
+        os.replace(f"{config}.tmp", config)
+
+
+def _check_sizes(
+    img_size: tuple[int, int], patch_size: tuple[int, int], cluster_size: tuple[int, int], decoder_dim: int
+) -> None:
+    for name, whole, part_name, part in (
+        ("cluster_size", cluster_size, "patch_size", patch_size),
+        ("img_size", img_size, "cluster_size", cluster_size),
+    ):
+        if whole[0] % part[0] or whole[1] % part[1] or 0 in whole:
+            raise ValueError(f"{name} {whole} must be a multiple of {part_name} {part}")
+    if img_size == cluster_size:
+        raise ValueError(f"img_size {img_size} holds a single cluster {cluster_size}; there is no next one to predict")
+    if decoder_dim % _HEAD_DIM:
+        raise ValueError(f"decoder_dim must be a multiple of {_HEAD_DIM} (the size of a head), got {decoder_dim}")
+
+
+def create_pretraining_model(name: str, **overrides: Any) -> ARMPretrain:
+    """The pretraining model of a size, e.g. `create_pretraining_model("arm_base", img_size=224, cluster_size=32)`.
+
+    Args:
+        name: arm_tiny, arm_small, arm_base, arm_large or arm_huge; arm_pico for 8x8 pictures.
+        overrides: arguments of `ARMPretrain`.
+
+    Raises:
+        ValueError: for an unknown name or sizes that do not fit each other.
+        TypeError: for an unknown keyword.
+    """
+    if name not in _SIZES:
+        raise ValueError(f"unknown pretraining model {name!r}; choose one of {', '.join(_SIZES)}")
+    return ARMPretrain(**{**_SIZES[name], **overrides})

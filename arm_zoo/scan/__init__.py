@@ -1,0 +1,18 @@
+"""The selective scan of Mamba over pictures: K directions at once, channels last, with named backends.
+
+Sequences are stored in scan order, the order in which a direction visits the tokens. The order tables of
+`arm_zoo.order` say where a direction's step lies among the tokens; they are read where a sequence is made
+(`causal_conv`) and where the directions meet again (`selective_scan`), and nowhere else.
+"""
+
+from arm_zoo.scan.backends import available_backends, get_scan_backend, scan_backend, set_scan_backend
+from arm_zoo.scan.ops import causal_conv, selective_scan
+
+__all__ = [
+    "available_backends",
+    "causal_conv",
+    "get_scan_backend",
+    "scan_backend",
+    "selective_scan",
+    "set_scan_backend",
+]

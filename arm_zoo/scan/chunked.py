@@ -1,0 +1,281 @@
+"""The `torch` backend: convolution and selective scan in plain PyTorch, laid out for speed, on any device.
+
+The state of one step is an array (directions, pictures, d_state, channels), channels innermost, so that every
+product with a per-channel or a per-state factor is one contiguous pass. Time is cut into chunks: decays, inputs and
+outputs of a chunk come from a few large operations and only the recurrence runs step by step, on arrays small
+enough to stay in the cache. The backward pass recomputes the states of a chunk from the state at its start.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+
+_LOG2E = math.log2(math.e)
+_CHUNK = 16  # steps at most; the states saved for the backward pass then weigh d_state / 16 of one activation
+_WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
+
+
+def chunk_count(length: int) -> int:
+    """Number of chunks of at most `_CHUNK` steps that a sequence is cut into."""
+    return math.ceil(length / _CHUNK)
+
+
+def _softplus(x: torch.Tensor) -> torch.Tensor:
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.softplus(x)
+    # F.softplus runs through a scalar log1p on the CPU, which costs as much as the whole scan. This is the same
+    # function to float32 rounding, vectorised: log1p(y) = 2 atanh(y / (2 + y)) with y = exp(-|x|) <= 1.
+    y = x.abs().mul_(-_LOG2E).exp2_()
+    y.div_(y + 2).atanh_()
+    return torch.add(x.relu(), y, alpha=2)
+
+
+def _softplus_slope(x: torch.Tensor) -> torch.Tensor:
+    """Derivative of F.softplus, which is the identity above 20."""
+    return torch.sigmoid(x).masked_fill_(x > 20, 1.0)
+
+
+class _Scan:
+    """The inputs of one scan, cut on demand into blocks of pictures and chunks of steps, and its work arrays."""
+
+    def __init__(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor,
+        delta_bias: torch.Tensor | None,
+        delta_softplus: bool,
+    ) -> None:
+        directions, self.batch, self.length, channels = u.shape
+        self.dtype = torch.promote_types(u.dtype, torch.float32)
+        self.u, self.delta, self.B, self.C = u, delta, B, C
+        self.A = A.to(self.dtype).transpose(1, 2)[:, None].contiguous()  # (K, D, S) -> (K, 1, S, D)
+        self.A_log2 = self.A * _LOG2E  # exp2 takes a third of the time of exp on the CPU
+        self.D = D.to(self.dtype)[:, None]
+        self.delta_bias = 0.0 if delta_bias is None else delta_bias.to(self.dtype)[:, None]
+        self.delta_softplus = delta_softplus
+        self.steps = math.ceil(self.length / chunk_count(self.length))
+        picture = (directions, A.shape[-1], channels)
+        self.block = min(self.batch, max(1, _WORK_ELEMENTS // (self.steps * math.prod(picture))))
+        self._work = [u.new_empty(self.steps * self.block * math.prod(picture), dtype=self.dtype) for _ in range(3)]
+
+    def blocks(self) -> list[slice]:
+        return [slice(b, min(b + self.block, self.batch)) for b in range(0, self.batch, self.block)]
+
+    def times(self) -> list[slice]:
+        """Equal chunks but for the last, which may be shorter."""
+        return [slice(t, min(t + self.steps, self.length)) for t in range(0, self.length, self.steps)]
+
+    def zero_state(self, block: slice) -> torch.Tensor:
+        directions, _, d_state, channels = self.A.shape
+        return self.A.new_zeros(directions, block.stop - block.start, d_state, channels)
+
+    def work(self, which: int, state: torch.Tensor, time: slice) -> torch.Tensor:
+        """An uninitialised (steps, K, pictures, S, D) array; three of them can be held at a time."""
+        steps = time.stop - time.start
+        return self._work[which][: steps * state.numel()].view(steps, *state.shape)
+
+    def cut(self, sequence: torch.Tensor, block: slice, time: slice) -> torch.Tensor:
+        """(K, B, L, C) -> (steps, K, pictures, C) in the dtype of the state."""
+        return sequence[:, block, time].permute(2, 0, 1, 3).to(self.dtype)
+
+    def raw_delta(self, block: slice, time: slice) -> torch.Tensor:
+        return self.cut(self.delta, block, time) + self.delta_bias
+
+    def step_size(self, raw_delta: torch.Tensor) -> torch.Tensor:
+        return _softplus(raw_delta) if self.delta_softplus else raw_delta
+
+    def recur(
+        self, state: torch.Tensor, delta: torch.Tensor, u: torch.Tensor, B: torch.Tensor, time: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decays and states after every step of a chunk, from the state before it; both in work arrays 0 and 1."""
+        decay, states = self.work(0, state, time), self.work(1, state, time)
+        torch.mul(delta[..., None, :], self.A_log2, out=decay).exp2_()
+        torch.mul((delta * u)[..., None, :], B[..., None], out=states)
+        for after, factor in zip(states.unbind(0), decay.unbind(0), strict=True):
+            state = after.addcmul_(factor, state)
+        return decay, states
+
+
+def _rows(matrix: torch.Tensor) -> torch.Tensor:
+    """(..., n, m) -> (rows, n, m), for the batched matrix products."""
+    return matrix.reshape(-1, *matrix.shape[-2:])
+
+
+def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """(L, K, ...) in scan order -> (L, K, ...) in token order.
+
+    Reads through the inverse tables instead of scattering: nothing is written twice, every run gives the same bits.
+    """
+    if order is None:
+        return sequences
+    directions, length = order.shape
+    rows = order.argsort(dim=1).t() * directions + torch.arange(directions, device=order.device)
+    return sequences.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (length, directions))
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+    save_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `arm_zoo.scan.selective_scan`, before the gate.
+
+    Returns:
+        (B, L, D) mean over the directions in token order, and the states (K, B, chunks, S, D) at the start of every
+        chunk, for the backward pass (no chunks if `save_states` is off); both in the dtype of the state.
+    """
+    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    directions, batch, length, channels = u.shape
+    y = u.new_empty(batch, length, channels, dtype=scan.dtype)
+    saved = u.new_empty(
+        directions, batch, len(scan.times()) if save_states else 0, A.shape[-1], channels, dtype=scan.dtype
+    )
+    for block in scan.blocks():
+        state = scan.zero_state(block)
+        outputs = scan.A.new_empty(length, directions, block.stop - block.start, channels)
+        for chunk, time in enumerate(scan.times()):
+            if save_states:
+                saved[:, block, chunk] = state
+            u_t = scan.cut(u, block, time)
+            delta_t = scan.step_size(scan.raw_delta(block, time))
+            _, states = scan.recur(state, delta_t, u_t, scan.cut(B, block, time), time)
+            readout = _rows(scan.cut(C, block, time)[..., None, :])
+            # y = C h + D u, one (1, S) x (S, D) product per step, direction and picture
+            out = _rows(outputs[time][..., None, :])
+            torch.baddbmm(_rows((u_t * scan.D)[..., None, :]), readout, _rows(states), out=out)
+            state = states[-1].clone()
+        y[block] = _to_tokens(outputs, order).mean(1).transpose(0, 1)
+    return y, saved
+
+
+def selective_scan_backward(
+    grad: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+    saved: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states.
+
+    With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
+    """
+    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    directions = len(u)
+    grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(t) for t in (u, delta, B, C))
+    grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)
+    for block in scan.blocks():
+        carry = scan.zero_state(block)
+        grad_y = grad[block].to(scan.dtype) / directions
+        # (pictures, L, D) -> (K, pictures, L, D) in scan order
+        grad_y = grad_y.expand(directions, -1, -1, -1) if order is None else grad_y[:, order].transpose(0, 1)
+        for chunk, time in reversed(list(enumerate(scan.times()))):
+            start = saved[:, block, chunk]
+            u_t, B_t, C_t = (scan.cut(t, block, time) for t in (u, B, C))
+            raw_delta = scan.raw_delta(block, time)
+            delta_t = scan.step_size(raw_delta)
+            y_t = grad_y[:, :, time].permute(2, 0, 1, 3)
+            decay, states = scan.recur(start, delta_t, u_t, B_t, time)
+
+            grad_states = scan.work(2, start, time)
+            torch.mul(y_t[..., None, :], C_t[..., None], out=grad_states)
+            grad_states[-1] += carry
+            for t in range(len(decay) - 1, 0, -1):
+                grad_states[t - 1].addcmul_(decay[t], grad_states[t])
+
+            columns = y_t[..., None]
+            grad_C[:, block, time] = torch.bmm(_rows(states), _rows(columns)).view(C_t.shape).permute(1, 2, 0, 3)
+            columns = (delta_t * u_t)[..., None]
+            grad_B[:, block, time] = torch.bmm(_rows(grad_states), _rows(columns)).view(B_t.shape).permute(1, 2, 0, 3)
+            into_state = torch.bmm(_rows(B_t[..., None, :]), _rows(grad_states)).view(u_t.shape)  # sum over S of B g
+            grad_u[:, block, time] = (into_state * delta_t + y_t * scan.D).permute(1, 2, 0, 3)
+            grad_D += (y_t * u_t).sum((0, 2))[:, None]
+
+            # of delta A: g_t a_t h_{t-1}
+            exponent = grad_states.mul_(decay)
+            carry = exponent[0].clone()
+            exponent[1:].mul_(states[:-1])
+            exponent[0].mul_(start)
+            grad_delta_t = into_state * u_t + torch.mul(exponent, scan.A, out=states).sum(-2)
+            grad_A += torch.mul(exponent, delta_t[..., None, :], out=decay).sum((0, 2))[:, None]
+            if delta_softplus:
+                grad_delta_t *= _softplus_slope(raw_delta)
+            grad_delta[:, block, time] = grad_delta_t.permute(1, 2, 0, 3)
+            grad_bias += grad_delta_t.sum((0, 2))[:, None]
+    grad_A = grad_A[:, 0].transpose(1, 2).contiguous().to(A.dtype)
+    grad_D, grad_bias = grad_D[:, 0].to(D.dtype), grad_bias[:, 0].to(D.dtype)
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.contiguous(), grad_bias.contiguous()
+
+
+def _gather_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The depthwise convolution before its SiLU, with its input, weight and bias as the convolution takes them.
+
+    The input holds every direction's sequence side by side, (B, K * D, taps - 1 + L, 1) with channels innermost
+    in memory, which is the layout that depthwise kernels are fastest in.
+    """
+    directions, channels, taps = weight.shape
+    batch, length, _ = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    steps = torch.arange(length, device=x.device).expand(directions, -1) if order is None else order
+    steps = F.pad(steps, (taps - 1, 0), value=length)  # the token after the last one is the zero padding
+    x = F.pad(x.to(dtype), (0, 0, 0, 1)).index_select(1, steps.t().flatten())
+    x = x.view(batch, taps - 1 + length, 1, directions * channels).permute(0, 3, 1, 2)
+    weight, bias = weight.to(dtype).view(-1, 1, taps, 1), bias.to(dtype).flatten()
+    return F.conv2d(x, weight, bias, groups=directions * channels), x, weight, bias
+
+
+def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """See `arm_zoo.scan.causal_conv`. The result is (K, B, L, D) with (K, D) innermost in memory."""
+    directions, channels, _ = weight.shape
+    out = F.silu(_gather_conv(x, weight, bias, order)[0], inplace=True).to(x.dtype)
+    out = out.permute(0, 2, 3, 1).contiguous()  # (B, K * D, L, 1) -> (B, L, 1, K * D), no copy: channels are innermost
+    return out.view(*x.shape[:2], directions, channels).permute(2, 0, 1, 3)
+
+
+def causal_conv_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias, given that of the output (K, B, L, D); the pre-activation is recomputed."""
+    directions, channels, taps = weight.shape
+    before, padded, conv_weight, conv_bias = _gather_conv(x, weight, bias, order)
+    grad = grad.to(before.dtype).permute(1, 2, 0, 3).reshape(*x.shape[:2], 1, -1).permute(0, 3, 1, 2)
+    slope = torch.sigmoid(before)
+    grad = grad * slope * (1 + before * (1 - slope))  # derivative of SiLU
+    grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad,
+        padded,
+        conv_weight,
+        [len(conv_bias)],
+        stride=[1, 1],
+        padding=[0, 0],
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=len(conv_bias),
+        output_mask=[True, True, True],
+    )
+    # (B, K * D, taps - 1 + L, 1) -> (L, K, B, D): every direction's gradient at every step
+    grad_steps = grad_padded[:, :, taps - 1 :, 0].permute(2, 1, 0).unflatten(1, (directions, channels)).transpose(2, 3)
+    grad_x = _to_tokens(grad_steps, order).sum(1).transpose(0, 1)
+    return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), grad_bias.view_as(bias).to(bias.dtype)

@@ -1,0 +1,187 @@
+"""The two public operations, as PyTorch custom operators with fake and autograd kernels."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from arm_zoo.scan import chunked
+from arm_zoo.scan.backends import resolve_backend
+from arm_zoo.scan.reference import causal_conv_reference, selective_scan_reference
+
+__all__ = ["causal_conv", "selective_scan"]
+
+# Custom operators are opaque to torch.compile and torch.export (no graph breaks) and their schemas, fake kernels and
+# gradients are what those need to know. Backends written later register under the same schemas.
+_CONV_SCHEMA = "(Tensor x, Tensor weight, Tensor bias, Tensor? order) -> Tensor"
+_SCAN_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool delta_softplus"
+)
+
+_conv = torch.library.custom_op("arm_zoo::causal_conv", chunked.causal_conv, mutates_args=(), schema=_CONV_SCHEMA)
+_conv_backward = torch.library.custom_op(
+    "arm_zoo::causal_conv_backward",
+    chunked.causal_conv_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? order) -> (Tensor, Tensor, Tensor)",
+)
+_scan = torch.library.custom_op(
+    "arm_zoo::selective_scan",
+    chunked.selective_scan,
+    mutates_args=(),
+    schema=f"({_SCAN_INPUTS}, Tensor? order, bool save_states) -> (Tensor, Tensor)",
+)
+_scan_backward = torch.library.custom_op(
+    "arm_zoo::selective_scan_backward",
+    chunked.selective_scan_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, {_SCAN_INPUTS}, Tensor? order, Tensor saved)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_conv.register_fake
+def _conv_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    directions, channels, _ = weight.shape
+    return x.new_empty(x.shape[0], x.shape[1], directions, channels).permute(2, 0, 1, 3)
+
+
+@_conv_backward.register_fake
+def _conv_backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+@_scan.register_fake
+def _scan_fake(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+    save_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    directions, batch, length, channels = u.shape
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    chunks = chunked.chunk_count(length) if save_states else 0
+    y = u.new_empty(batch, length, channels, dtype=dtype)
+    return y, u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=dtype)
+
+
+@_scan_backward.register_fake
+def _scan_backward_fake(
+    grad: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+    saved: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    grads = tuple(torch.empty_like(t) for t in (u, delta, B, C))
+    return *grads[:2], A.new_empty(A.shape), *grads[2:], D.new_empty(D.shape), D.new_empty(D.shape)
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *torch.ops.arm_zoo.causal_conv_backward(grad, *ctx.saved_tensors), None
+
+
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, delta_softplus, order, _ = inputs
+    ctx.save_for_backward(*tensors, order, output[1])
+    ctx.delta_softplus = delta_softplus
+
+
+def _scan_grad(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    *tensors, order, saved = ctx.saved_tensors
+    grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved)
+    if tensors[-1] is None:  # no delta_bias
+        grads = *grads[:-1], None
+    return *grads, None, None, None
+
+
+_conv.register_autograd(_conv_grad, setup_context=_conv_setup)
+_scan.register_autograd(_scan_grad, setup_context=_scan_setup)
+
+
+def causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    order: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Depthwise causal convolution along every direction's order, then SiLU.
+
+    Args:
+        x: (batch, length, channels) tokens.
+        weight: (directions, channels, taps); the last tap multiplies the current step.
+        bias: (directions, channels).
+        order: (directions, length) table of `arm_zoo.order`; None scans the tokens as they are stored.
+        backend: a name from `available_backends()`; None takes the one in force.
+
+    Returns:
+        (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
+    """
+    if resolve_backend(backend) == "reference":
+        return causal_conv_reference(x, weight, bias, order)
+    return torch.ops.arm_zoo.causal_conv(x, weight, bias, order)
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = True,
+    order: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
+
+    Per direction and channel, from h = 0 and with d = softplus(delta + delta_bias):
+    h_t = exp(d_t A) h_{t-1} + d_t u_t B_t and y_t = C_t . h_t + D u_t. The gate is a factor per token, so gating the
+    mean equals the mean of gated directions.
+
+    Args:
+        u: (directions, batch, length, channels) inputs in scan order.
+        delta: like u, the step size before its bias and softplus.
+        A: (directions, channels, d_state), negative.
+        B: (directions, batch, length, d_state), shared by all channels.
+        C: like B.
+        D: (directions, channels).
+        z: (batch, length, channels) gate in token order; None leaves the output ungated.
+        delta_bias: (directions, channels).
+        delta_softplus: apply softplus to the step size.
+        order: (directions, length) table of `arm_zoo.order`; None when the scan order is the token order.
+        backend: a name from `available_backends()`; None takes the one in force.
+
+    Returns:
+        (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
+    """
+    if resolve_backend(backend) == "reference":
+        y = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
+    else:
+        inputs = (u, delta, A, B, C, D, delta_bias)
+        save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states)[0]
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(u.dtype)

@@ -1,0 +1,57 @@
+"""The definition of correct: the short convolution and the selective scan written as plain loops."""
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["causal_conv_reference", "selective_scan_reference"]
+
+
+def causal_conv_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
+) -> torch.Tensor:
+    """See `arm_zoo.scan.causal_conv`; every tap is one shifted product."""
+    directions, length, taps = weight.shape[0], x.shape[1], weight.shape[2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, weight, bias, in_dtype = x.to(dtype), weight.to(dtype), bias.to(dtype), x.dtype
+    out = []
+    for k in range(directions):
+        sequence = x if order is None else x[:, order[k]]
+        padded = F.pad(sequence, (0, 0, taps - 1, 0))  # (B, L, D) -> (B, taps - 1 + L, D)
+        out.append(sum(padded[:, j : j + length] * weight[k, :, j] for j in range(taps)) + bias[k])
+    return F.silu(torch.stack(out)).to(in_dtype)
+
+
+def selective_scan_reference(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `arm_zoo.scan.selective_scan`, before the gate; one step of the recurrence at a time.
+
+    Returns:
+        (batch, length, channels) mean over the directions in token order, in the dtype of the state.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, A, B, C, D = (t.to(dtype) for t in (u, delta, A, B, C, D))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)[:, None, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    directions, batch, length, channels = u.shape
+    state = u.new_zeros(directions, batch, channels, A.shape[-1])
+    steps = []
+    for t in range(length):
+        decay = torch.exp(delta[:, :, t, :, None] * A[:, None])
+        state = decay * state + (delta[:, :, t] * u[:, :, t])[..., None] * B[:, :, t, None]
+        steps.append((state * C[:, :, t, None]).sum(-1) + D[:, None] * u[:, :, t])
+    y = torch.stack(steps, dim=2)  # (K, B, L, D) in scan order
+    if order is not None:
+        inverse = order.argsort(dim=1)
+        y = torch.stack([y[k, :, inverse[k]] for k in range(directions)])
+    return y.mean(0)

@@ -1,0 +1,279 @@
+"""Checkpoints as dicts: official names to ours and back, one scan to four, position embeddings to other grids.
+
+Pure functions over state dicts. Ours differ from the official ones in that the directions' parameters are stacked
+on a leading axis (`A_log`, `A_b_log`, ... -> `A_log[0]`, `A_log[1]`, ...) and that the two input matrices of SwiGLU
+are one.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import resample_patch_embed, to_2tuple
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["CheckpointError", "adapt_state_dict", "from_official", "resample_pos_embed", "to_official"]
+
+StateDict = dict[str, torch.Tensor]
+
+_DIRECTION_SUFFIXES = ("", "_b", "_c", "_c_b")  # official names of our directions 0 to 3
+_STACKED = {  # ours: official with {} for the direction
+    "conv_weight": "conv1d{}.weight",
+    "conv_bias": "conv1d{}.bias",
+    "x_proj_weight": "x_proj{}.weight",
+    "dt_proj_weight": "dt_proj{}.weight",
+    "dt_proj_bias": "dt_proj{}.bias",
+    "A_log": "A{}_log",
+    "D": "D{}",
+}
+# (official, ours, position inside our tensor); {} is a number, a name that ends in a dot stands for all below it, the
+# first row that matches counts
+_NAMES: list[tuple[str, str, int | None]] = [
+    *(
+        (f"layers.{{}}.mixer.{official.format(suffix)}", f"blocks.{{}}.mixer.{ours}", k)
+        for ours, official in _STACKED.items()
+        for k, suffix in enumerate(_DIRECTION_SUFFIXES)
+    ),
+    ("layers.{}.mlp.w1.", "blocks.{}.mlp.fc1.", 0),
+    ("layers.{}.mlp.w2.", "blocks.{}.mlp.fc1.", 1),
+    ("layers.{}.mlp.w3.", "blocks.{}.mlp.fc2.", None),
+    ("layers.{}.", "blocks.{}.", None),
+    ("norm_f.", "norm.", None),
+    *((f"norm_{i + 1}.", f"skip_norms.{i}.", None) for i in range(4)),
+    ("enc2dec.", "encoder_to_decoder.", None),
+    ("dec_block.{}.attn2.", "decoder_blocks.{}.attn.", None),
+    ("dec_block.{}.norm2_1.", "decoder_blocks.{}.norm_query.", None),
+    ("dec_block.{}.norm2_2.", "decoder_blocks.{}.norm_latent.", None),
+    ("dec_block.{}.norm2.", "decoder_blocks.{}.norm_mlp.", None),
+    ("dec_block.{}.", "decoder_blocks.{}.", None),
+    ("ar_norm.", "decoder_norm.", None),
+    ("ar_pred.", "decoder_pred.", None),
+    ("ar_token", "query_token", None),
+    ("dec_pos_embed", "decoder_pos_embed", None),
+]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or whose tensors are not those of the model."""
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + ("" if name.endswith(".") else "$"))
+
+
+_FROM_OFFICIAL = [(_pattern(official), ours, position) for official, ours, position in _NAMES]
+_TO_OFFICIAL = [(_pattern(ours), official, position) for official, ours, position in _NAMES]
+
+
+def _translate(key: str, table: list[tuple[re.Pattern[str], str, int | None]]) -> list[tuple[str, int | None]]:
+    """All names that `key` has on the other side, with their positions; itself if the table does not know it."""
+    found: list[tuple[str, int | None]] = []
+    for pattern, name, position in table:
+        match = pattern.match(key)
+        if match is None or (found and position is None):
+            continue
+        found.append((name.format(*match.groups()) + key[match.end() :], position))
+        if position is None:
+            break
+    return found or [(key, None)]
+
+
+def _is_stacked(key: str) -> bool:
+    return ".mixer." in key and key.rsplit(".", 1)[-1] in _STACKED
+
+
+def _official_to_ours(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    parts: dict[str, dict[int | None, torch.Tensor]] = {}
+    for key, value in state_dict.items():
+        ((ours, position), *_) = _translate(key, _FROM_OFFICIAL)
+        parts.setdefault(ours, {})[position] = value
+    out = {}
+    for key, by_position in parts.items():
+        tensors = [by_position[position] for position in sorted(by_position, key=lambda p: p or 0)]
+        if not _is_stacked(key):
+            out[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        elif key.endswith("conv_weight"):
+            out[key] = torch.stack([weight.squeeze(1) for weight in tensors])
+        else:
+            out[key] = torch.stack(tensors)
+    return out
+
+
+def _ours_to_official(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    out = {}
+    for key, value in state_dict.items():
+        names = [name for name, _ in _translate(key, _TO_OFFICIAL)]
+        if not _is_stacked(key):
+            tensors = list(value.chunk(len(names)))
+        elif key.endswith("conv_weight"):
+            tensors = [weight.unsqueeze(1) for weight in value]
+        else:
+            tensors = list(value)
+        # clones, so that no two entries share memory, which safetensors refuses to save
+        out.update({name: tensor.clone() for name, tensor in zip(names, tensors, strict=False)})
+    return out
+
+
+def _is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    return any(key.startswith("layers.") for key in state_dict)
+
+
+def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
+    """Official checkpoint -> a dict that loads strictly into `model` (a backbone or a pretraining model).
+
+    Args:
+        state_dict: official names, as saved or nested under "model_ema" or "model" (the first that is there). A
+            pretraining checkpoint becomes a four-scan backbone as in the official finetuning: every direction gets
+            a copy of the pretrained one, position embeddings are resampled around a zero row for the class token, and
+            what pretraining does not have (class token, final norm, head) keeps the values that `model` has now.
+        model: gives the names, shapes and grid to reach.
+
+    Raises:
+        CheckpointError: if tensors are missing, left over or of another shape; the message lists both sides.
+    """
+    for key in ("model_ema", "model"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    if not _is_official(state_dict):
+        raise CheckpointError(
+            f"not an official ARM checkpoint: no key starts with 'layers.', found {_some(state_dict)}; "
+            "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
+        )
+    return adapt_state_dict(state_dict, model, timm_adapts=False)
+
+
+def to_official(model: nn.Module) -> StateDict:
+    """State dict of a backbone or pretraining model under official names and shapes; inverse of `from_official`."""
+    out = _ours_to_official(model.state_dict())
+    visible = getattr(model, "decoder_mask", None)
+    if isinstance(visible, torch.Tensor):  # the official pretraining model saves its attention mask
+        out["mask"] = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)
+    return out
+
+
+def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, timm_adapts: bool = True) -> StateDict:
+    """Any checkpoint of the family (official or ours, pretraining or backbone) -> a dict for `model`.
+
+    Repeats one direction over all, drops the pretraining decoder, fits position and patch embeddings to the
+    model's grid, and checks names and shapes.
+
+    Args:
+        state_dict: tensors by name.
+        model: gives the names, shapes and grid to reach.
+        timm_adapts: let pass what timm's loader, running next, adapts: input channels and a head with another
+            number of classes.
+
+    Raises:
+        CheckpointError: see `from_official`.
+    """
+    target = model.state_dict()
+    source = _official_to_ours(state_dict) if _is_official(state_dict) else dict(state_dict)
+    source.pop("mask", None)
+    if "cls_token" in target:
+        source = _adapt_to_backbone(source, target, model)
+    else:
+        for key in ("pos_embed", "decoder_pos_embed"):  # fixed sine-cosine tables: those of the model's own grid
+            if key in source and source[key].shape != target[key].shape:
+                source[key] = target[key]
+    _check(source, target, timm_adapts)
+    return source
+
+
+def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module) -> StateDict:
+    if "pos_embed" not in source:
+        return source  # not of the family: the check that follows says what is missing
+    if "encoder_to_decoder.weight" in source:
+        kept = {key: value for key, value in source.items() if key in target}
+        fresh = {key: value for key, value in target.items() if key.startswith(("cls_token", "norm.", "head."))}
+        patches = source["pos_embed"]
+        grid = _source_grid(model, source, patches.shape[1])
+        cls_row = patches.new_zeros(1, 1, patches.shape[-1])
+        pos_embed = _join(patches, cls_row)
+        source = {**fresh, **kept, "pos_embed": pos_embed}
+    else:
+        grid = _source_grid(model, source, source["pos_embed"].shape[1] - 1)
+    patch_embed: Any = model.patch_embed
+    source["pos_embed"] = resample_pos_embed(source["pos_embed"], grid, patch_embed.grid_size)
+    for key, value in source.items():
+        if key not in target:
+            continue
+        if _is_stacked(key) and len(value) == 1 < len(target[key]):
+            source[key] = value.repeat(len(target[key]), *[1] * (value.ndim - 1))
+        elif key == "patch_embed.proj.weight" and value.shape[2:] != target[key].shape[2:]:
+            source[key] = resample_patch_embed(value, list(target[key].shape[2:]))
+    return source
+
+
+def _source_grid(model: nn.Module, source: StateDict, patches: int) -> tuple[int, int]:
+    """Patch grid of a checkpoint: from its construction metadata if that fits, else square, else the model's own."""
+    arguments = getattr(model, "pretrained_model_args", {})
+    patch_embed: Any = model.patch_embed
+    size = arguments.get("img_size") or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
+    height, width = to_2tuple(size)
+    patch = to_2tuple(arguments.get("patch_size") or patch_embed.patch_size)
+    stride = to_2tuple(arguments.get("patch_stride") or patch_embed.patch_stride)
+    grid = ((height - patch[0]) // stride[0] + 1, (width - patch[1]) // stride[1] + 1)
+    side = math.isqrt(patches)
+    own = patch_embed.grid_size
+    for rows, columns in (grid, (side, side), own):
+        if rows * columns == patches:
+            return rows, columns
+    raise CheckpointError(
+        f"the checkpoint has position embeddings for {patches} patches, which is neither a square grid nor the "
+        f"model's {own[0]}x{own[1]}; say the source size with pretrained_cfg_overlay=dict(input_size=(3, H, W))"
+    )
+
+
+def _join(patches: torch.Tensor, cls_row: torch.Tensor) -> torch.Tensor:
+    middle = patches.shape[1] // 2
+    return torch.cat([patches[:, :middle], cls_row, patches[:, middle:]], dim=1)
+
+
+def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Resize (1, old patches + 1, dim) position embeddings around the class token's row in their middle.
+
+    Bicubic without antialiasing in float32, as the official finetuning does; unchanged if the grids are equal.
+    """
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    middle = (pos_embed.shape[1] - 1) // 2
+    cls_row = pos_embed[:, middle : middle + 1]
+    patches = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)
+    patches = patches.float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, H, W)
+    patches = F.interpolate(patches, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    return _join(patches.flatten(2).transpose(1, 2).to(pos_embed.dtype), cls_row)
+
+
+def _check(source: StateDict, target: StateDict, timm_adapts: bool) -> None:
+    free = ("head.",) if timm_adapts else ()
+    missing = [key for key in target if key not in source and not key.startswith(free)]
+    unexpected = [key for key in source if key not in target and not key.startswith(free)]
+    shapes = [
+        f"{key} {tuple(source[key].shape)} -> {tuple(target[key].shape)}"
+        for key in target
+        if key in source and not _fits(key, source[key].shape, target[key].shape, timm_adapts)
+    ]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            "the checkpoint does not fit the model (another width, depth or family?)"
+            f"\n  only in the model ({len(missing)}): {_some(missing)}"
+            f"\n  only in the checkpoint ({len(unexpected)}): {_some(unexpected)}"
+            f"\n  other shapes, checkpoint -> model ({len(shapes)}): {_some(shapes)}"
+        )
+
+
+def _fits(key: str, source: torch.Size, target: torch.Size, timm_adapts: bool) -> bool:
+    if timm_adapts and key == "patch_embed.proj.weight":
+        source, target = source[:1] + source[2:], target[:1] + target[2:]
+    if timm_adapts and key.startswith("head."):
+        source, target = source[1:], target[1:]
+    return source == target
+
+
+def _some(names: Any, limit: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "none"
