@@ -14,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("hub", "recipes", "eval")
 PACKAGES = ("arm_zoo", *PROGRAMS)
+# Inside the library a module imports from lower ranks only, so that each can be read without those above it.
+RANKS = {"scan": 0, "order": 0, "weights": 0, "mixer": 1, "arm": 2, "pretrain": 3}
+# timm's own model files take helpers from these two; everything else is imported by its public name.
+TIMM_PRIVATE = ("timm.models._features.", "timm.models._input.")
 
 
 def imported(tree: ast.AST, into_functions: bool = True) -> Iterator[str]:
@@ -28,13 +32,20 @@ def imported(tree: ast.AST, into_functions: bool = True) -> Iterator[str]:
             yield from imported(node, into_functions)
 
 
-def top_levels(package: str, into_functions: bool = True) -> dict[str, set[str]]:
-    """File -> packages that it imports from."""
+def imports_by_file(package: str, into_functions: bool = True) -> dict[str, list[str]]:
+    """Path within the package -> dotted names that the file imports."""
+    folder = ROOT / package
     return {
-        str(path.relative_to(ROOT)): {
-            name.partition(".")[0] for name in imported(ast.parse(path.read_text()), into_functions)
-        }
-        for path in (ROOT / package).rglob("*.py")
+        path.relative_to(folder).as_posix(): list(imported(ast.parse(path.read_text()), into_functions))
+        for path in folder.rglob("*.py")
+    }
+
+
+def top_levels(package: str, into_functions: bool = True) -> dict[str, set[str]]:
+    """Path within the package -> packages that the file imports from."""
+    return {
+        file: {name.partition(".")[0] for name in names}
+        for file, names in imports_by_file(package, into_functions).items()
     }
 
 
@@ -51,6 +62,22 @@ def test_library_stands_alone() -> None:
 def test_library_reaches_the_hub_only_on_demand() -> None:
     for file, tops in top_levels("arm_zoo", into_functions=False).items():
         assert "huggingface_hub" not in tops, file
+
+
+def test_library_modules_import_downwards() -> None:
+    for file, names in imports_by_file("arm_zoo").items():
+        own = file.partition("/")[0].removesuffix(".py")
+        for name in names:
+            top, other, *_ = [*name.split("."), ""]
+            if top == "arm_zoo" and other != own and {own, other} <= RANKS.keys():
+                assert RANKS[other] < RANKS[own], f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_timm_is_used_by_its_public_names(package: str) -> None:
+    for file, names in imports_by_file(package).items():
+        private = [name for name in names if name.startswith("timm.") and "._" in name]
+        assert not [name for name in private if not name.startswith(TIMM_PRIVATE)], file
 
 
 @pytest.mark.parametrize("package", PROGRAMS)
