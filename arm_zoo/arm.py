@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -122,8 +122,8 @@ class PatchEmbed(nn.Module):
         )
         return height, width
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) images -> (B, N, dim) tokens."""
+    def check_input(self, x: torch.Tensor) -> None:
+        """Refuse images of other channels or another size than the model is for."""
         if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f"expected images (batch, {self.proj.in_channels}, height, width), got {tuple(x.shape)}; "
@@ -135,6 +135,11 @@ class PatchEmbed(nn.Module):
                 "for another size use create_model(..., img_size=...), set_input_size(...) or dynamic_img_size=True"
             )
         self.dynamic_feat_size((x.shape[2], x.shape[3]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) images -> (B, N, dim) tokens."""
+        if not torch.jit.is_scripting():
+            self.check_input(x)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -191,13 +196,14 @@ def no_weight_decay_names(blocks: Iterable[nn.Module]) -> set[str]:
 
 
 @register_notrace_function
-def _order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
+def order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
     return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
 
 
 class ARM(nn.Module):
     """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
 
+    dynamic_img_size: Final[bool]
     order: torch.Tensor
     pretrained_cfg: dict[str, Any]  # set by timm
 
@@ -288,7 +294,7 @@ class ARM(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the order table, which is computed and never saved."""
-        self.order.copy_(_order_for(*self.patch_embed.grid_size, self.order.device))
+        self.order.copy_(order_for(*self.patch_embed.grid_size, self.order.device))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -330,7 +336,7 @@ class ARM(nn.Module):
         if new_grid != old_grid:
             resampled = resample_pos_embed(self.pos_embed.detach(), old_grid, new_grid)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-            self.order = _order_for(*new_grid, self.order.device)
+            self.order = order_for(*new_grid, self.order.device)
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,7 +346,7 @@ class ARM(nn.Module):
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
             pos_embed = resample_pos_embed(pos_embed, self.patch_embed.grid_size, grid)
-            order = _order_for(grid[0], grid[1], order.device)
+            order = order_for(grid[0], grid[1], order.device)
         x = self.patch_embed(x)
         middle = order.shape[1] // 2
         x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], dim=1)
@@ -376,7 +382,7 @@ class ARM(nn.Module):
         x, order = self._embed(x)
         taken = []
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x = self._run(block, x, order)
+            x = checkpoint(block, x, order) if self.grad_checkpointing else block(x, order)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
         middle = order.shape[1] // 2
@@ -404,26 +410,24 @@ class ARM(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
-    def _run(self, block: nn.Module, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(block, x, order)
-        return block(x, order)
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, N + 1, dim) normed tokens, the class token at N // 2."""
         x, order = self._embed(x)
         for block in self.blocks:
-            x = self._run(block, x, order)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, order)
+            else:
+                x = block(x, order)
         return self.norm(x)
 
-    def pool(self, x: torch.Tensor, pool_type: GlobalPool | None = None) -> torch.Tensor:
+    def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
         """(B, N + 1, dim) tokens -> (B, dim), or the tokens themselves for ''."""
         pool_type = self.global_pool if pool_type is None else pool_type
         middle = (x.shape[1] - 1) // 2
         if pool_type == "token":
             return x[:, middle]
         if pool_type == "avg":
-            return _mean_around(x, middle)
+            return mean_around(x, middle)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -436,7 +440,7 @@ class ARM(nn.Module):
 
 
 @register_notrace_function
-def _mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
+def mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
     """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
     after = x[:, middle + 1 :].mean(dim=1)
     return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2

@@ -88,15 +88,17 @@ class MambaMixer(nn.Module):
         projected = torch.bmm(u.flatten(1, 2), self.x_proj_weight.transpose(1, 2))
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.bmm(dt, self.dt_proj_weight.transpose(1, 2))
+        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             u,
             delta.unflatten(1, (batch, length)),
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            -torch.exp(A_log),
             B.unflatten(1, (batch, length)),
             C.unflatten(1, (batch, length)),
             self.D,
-            z=z,
-            delta_bias=self.dt_proj_bias,
-            order=order,
+            z,
+            self.dt_proj_bias,
+            True,
+            order,
         )
         return self.out_proj(y)

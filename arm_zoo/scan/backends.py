@@ -4,6 +4,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import torch
+
 __all__ = ["available_backends", "get_scan_backend", "resolve_backend", "scan_backend", "set_scan_backend"]
 
 _logger = logging.getLogger("arm_zoo.scan")
@@ -43,11 +45,13 @@ def scan_backend(name: str) -> Iterator[None]:
         set_scan_backend(before)
 
 
-def resolve_backend(name: str | None = None) -> str:
-    """The backend that a call runs on: its own choice or the one in force; what "auto" chose is logged once."""
-    name = _selected if name is None else _check(name)
-    if name != "auto":
-        return name
+def resolve_backend() -> str:
+    """The backend that a call runs on now; what "auto" chose is logged once."""
+    return _choose() if _selected == "auto" else _selected
+
+
+@torch.compiler.assume_constant_result  # runs as it is while a model is traced, so that compiled models log it too
+def _choose() -> str:
     if "torch" not in _announced:
         _announced.add("torch")
         _logger.info("scan backend: auto chose 'torch' (available: %s)", ", ".join(_BACKENDS))

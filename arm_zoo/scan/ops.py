@@ -117,12 +117,12 @@ _conv.register_autograd(_conv_grad, setup_context=_conv_setup)
 _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
 
 
+@torch.jit.ignore
 def causal_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     order: torch.Tensor | None = None,
-    backend: str | None = None,
 ) -> torch.Tensor:
     """Depthwise causal convolution along every direction's order, then SiLU.
 
@@ -131,16 +131,16 @@ def causal_conv(
         weight: (directions, channels, taps); the last tap multiplies the current step.
         bias: (directions, channels).
         order: (directions, length) table of `arm_zoo.order`; None scans the tokens as they are stored.
-        backend: a name from `available_backends()`; None takes the one in force.
 
     Returns:
         (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
     """
-    if resolve_backend(backend) == "reference":
+    if resolve_backend() == "reference":
         return causal_conv_reference(x, weight, bias, order)
     return torch.ops.arm_zoo.causal_conv(x, weight, bias, order)
 
 
+@torch.jit.ignore
 def selective_scan(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -152,7 +152,6 @@ def selective_scan(
     delta_bias: torch.Tensor | None = None,
     delta_softplus: bool = True,
     order: torch.Tensor | None = None,
-    backend: str | None = None,
 ) -> torch.Tensor:
     """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
@@ -171,12 +170,11 @@ def selective_scan(
         delta_bias: (directions, channels).
         delta_softplus: apply softplus to the step size.
         order: (directions, length) table of `arm_zoo.order`; None when the scan order is the token order.
-        backend: a name from `available_backends()`; None takes the one in force.
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
     """
-    if resolve_backend(backend) == "reference":
+    if resolve_backend() == "reference":
         y = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
     else:
         inputs = (u, delta, A, B, C, D, delta_bias)
