@@ -1,0 +1,147 @@
+"""The whole way in minutes on a CPU: pretrain without labels, finetune, compare with training from scratch.
+
+python -m recipes.quickstart [--output quickstart] [--seed 0]
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .config import FinetuneConfig, PretrainConfig, load_config
+from .data import PictureDataset, Source, load_source, seeded_generator
+from .files import write_text
+from .finetune import FinetuneResult, finetune, save_classifier
+from .plots import plot_curves, plot_predictions
+from .pretrain import PretrainResult, pretrain
+
+CONFIGS = Path(__file__).parent / "configs"
+FROM_SCRATCH = ("pretrained=null", "layer_decay=1")  # all layers are equally new: one rate for all
+THREADS = 2  # the network is so small that more threads only wait for each other
+PICTURES_NAMED, PICTURES_PREDICTED = 3, 8
+TITLES = {"pretrain": "1/3 pretrain, no labels", "finetune": "2/3 finetune", "scratch": "3/3 train from scratch"}
+
+
+def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the three trainings, write the model, the plots and ``summary.json`` into ``output``; give the summary.
+
+    Args:
+        output: Folder to write to; the files of the three runs go into its subfolder ``runs``.
+        seed: Of initial weights, order and variation; the split into training and held-out pictures is fixed.
+        overrides: Settings of all three runs, as ``key=value``.
+    """
+    pretrained = run_pretraining(output / "runs" / "pretrain", [f"seed={seed}", *overrides])
+    starts = {"finetune": [f"pretrained={pretrained.folder}"], "scratch": FROM_SCRATCH}
+    finetuned, scratch = (
+        run_supervised(output / "runs" / name, [f"seed={seed}", *overrides, *start]) for name, start in starts.items()
+    )
+    source = load_source("digits")
+    save_classifier(finetuned.model, output, source)
+    plot_curves(
+        output / "curves.png",
+        pretrained.history,
+        {"pretrained, then finetuned": finetuned.history, "from scratch": scratch.history},
+    )
+    draw_predictions(output / "predictions.png", pretrained, source, seed)
+    summary = {
+        "finetuned_top1": finetuned.top1,
+        "scratch_top1": scratch.top1,
+        "images_train": len(source.train.labels),
+        "images_test": len(source.test.labels),
+        "seed": seed,
+        "pretrain_epochs": len(pretrained.history),
+        "finetune_epochs": len(finetuned.history),
+        "pretrain_seconds": pretrained.history[-1]["seconds"],
+        "finetune_seconds": finetuned.history[-1]["seconds"],
+        "scratch_seconds": scratch.history[-1]["seconds"],
+        "named": name_pictures(output, source, seed),
+        "seconds": time.time() - psutil.Process().create_time(),
+    }
+    write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def run_pretraining(folder: Path, settings: Sequence[str]) -> PretrainResult:
+    """Pretrain on the digits without looking at their labels."""
+    config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", [*settings, f"output_dir={folder}"])
+    return pretrain(config, TITLES["pretrain"])
+
+
+def run_supervised(folder: Path, settings: Sequence[str]) -> FinetuneResult:
+    """Train on the digits with their labels; both starts share one configuration and so one budget."""
+    config = load_config(FinetuneConfig, CONFIGS / "finetune_digits.yaml", [*settings, f"output_dir={folder}"])
+    return finetune(config, TITLES[folder.name])
+
+
+def draw_predictions(file: Path, pretrained: PretrainResult, source: Source, seed: int) -> None:
+    """Let the pretraining model continue a few held-out pictures."""
+    chosen = random_pictures(source, PICTURES_PREDICTED, seed)
+    normalised = torch.stack([picture for picture, _ in PictureDataset(source, source.test).__getitems__(chosen)])
+    with torch.inference_mode():
+        predicted = pretrained.model.eval().reconstruct(normalised) * source.std[0] + source.mean[0]
+    names = [source.class_names[label] for label in source.test.labels[chosen]]
+    cluster = pretrained.model.config["cluster_size"]
+    plot_predictions(file, source.test.images[chosen, 0].numpy(), predicted[:, 0].numpy(), cluster, names)
+
+
+def name_pictures(folder: Path, source: Source, seed: int) -> list[dict[str, Any]]:
+    """Load the written model as any user of timm would and let it name a few held-out pictures."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    test = PictureDataset(source, source.test)
+    rows = []
+    for index in random_pictures(source, PICTURES_NAMED, seed):
+        picture, label = test[index]
+        with torch.inference_mode():
+            probability, best = model(picture.unsqueeze(0)).softmax(dim=1).max(dim=1)
+        named = {"named": source.class_names[best.item()], "is": source.class_names[label.item()]}
+        rows.append({"picture": index, **named, "probability": probability.item()})
+    return rows
+
+
+def random_pictures(source: Source, count: int, seed: int) -> list[int]:
+    """Indices of held-out pictures, drawn blindly."""
+    order = torch.randperm(len(source.test.labels), generator=seeded_generator(seed, 2))
+    return order[:count].tolist()
+
+
+def show(summary: dict[str, Any], output: Path, console: Console) -> None:
+    """Print the result as a short table."""
+    table = Table(title=f"Handwritten digits, {summary['images_test']} held-out pictures", title_justify="left")
+    for heading in ("start", "labels seen", "top-1", "pretraining", "training"):
+        table.add_column(heading, justify="left" if heading == "start" else "right")
+    epochs = f"{summary['finetune_epochs']} epochs"
+    before = f"{summary['pretrain_seconds']:.0f} s"
+    rows = [("pretrained", before, "finetune"), ("from scratch", "-", "scratch")]
+    for start, pretraining, name in rows:
+        top1 = summary["finetuned_top1" if name == "finetune" else "scratch_top1"]
+        table.add_row(start, epochs, f"{top1:.2f}%", pretraining, f"{summary[f'{name}_seconds']:.0f} s")
+    console.print(table)
+    for row in summary["named"]:
+        verdict = "right" if row["named"] == row["is"] else f"wrong, it is {row['is']}"
+        console.print(f'picture {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
+    console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ curves.png predictions.png summary.json")
+    console.print(f'the finetuned model: timm.create_model("local-dir:{output}", pretrained=True)', soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain, finetune and score a small ARM; from the repository's top."
+    )
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write to (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and variation (%(default)s)")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    show(quickstart(arguments.output, arguments.seed), arguments.output, Console())
+
+
+if __name__ == "__main__":
+    main()
