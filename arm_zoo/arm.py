@@ -17,13 +17,9 @@ from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
-    GluMlp,
     calculate_drop_path_rates,
     get_device_dtype,
     get_norm_layer,
-    lecun_normal_,
-    resample_patch_embed,
-    to_2tuple,
 )
 from timm.models import (
     build_model_with_cfg,
@@ -31,116 +27,21 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
     register_notrace_function,
-    register_notrace_module,
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
+from arm_zoo.layers import PatchEmbed, SwiGLU, zero_bias
 from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import scan_order
 from arm_zoo.weights import CheckpointError, adapt_state_dict, resample_pos_embed
 
-__all__ = ["ARM", "Block", "PatchEmbed", "init_block_weights", "no_weight_decay_names"]
+__all__ = ["ARM", "Block", "init_block_weights", "no_weight_decay_names"]
 
 GlobalPool = Literal["avg", "token", ""]
 NormLayer = str | Callable[..., nn.Module]
-
-
-@register_notrace_module
-class PatchEmbed(nn.Module):
-    """Image to patch tokens, row by row; patches overlap where the stride is smaller than the patch.
-
-    timm's own has no stride.
-    """
-
-    img_size: tuple[int, int]
-    grid_size: tuple[int, int]
-
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        patch_stride: int | tuple[int, int] | None = None,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        strict_img_size: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.patch_size = to_2tuple(patch_size)
-        self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
-        self.strict_img_size = strict_img_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
-        self.set_input_size(img_size)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        lecun_normal_(self.proj.weight)
-        _zero_bias(self.proj)
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the image size, or the patch size by resampling the kernel (a stride equal to it follows)."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            if self.patch_stride == self.patch_size:
-                self.patch_stride = to_2tuple(patch_size)
-            self.patch_size = to_2tuple(patch_size)
-            weight = resample_patch_embed(self.proj.weight.detach(), list(self.patch_size))
-            self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
-            self.proj.kernel_size, self.proj.stride = self.patch_size, self.patch_stride
-        if img_size is not None:
-            self.img_size = to_2tuple(img_size)
-        self.grid_size = self.dynamic_feat_size(self.img_size)
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token step."""
-        return max(self.patch_stride) if as_scalar else self.patch_stride
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Grid (rows, columns) of an image size.
-
-        Raises:
-            ValueError: if patch and stride do not tile the image.
-        """
-        for size, patch, stride in zip(img_size, self.patch_size, self.patch_stride, strict=True):
-            if size < patch or (size - patch) % stride:
-                raise ValueError(
-                    f"image size {tuple(img_size)} is not tiled by patches of {self.patch_size} with stride "
-                    f"{self.patch_stride}: each side must be patch + n * stride, for example "
-                    f"{max(patch, size - (size - patch) % stride)} instead of {size}"
-                )
-        height, width = (
-            (s - p) // d + 1 for s, p, d in zip(img_size, self.patch_size, self.patch_stride, strict=True)
-        )
-        return height, width
-
-    def check_input(self, x: torch.Tensor) -> None:
-        """Refuse images of other channels or another size than the model is for."""
-        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
-            raise ValueError(
-                f"expected images (batch, {self.proj.in_channels}, height, width), got {tuple(x.shape)}; "
-                "another number of channels needs create_model(..., in_chans=...)"
-            )
-        if self.strict_img_size and x.shape[2:] != self.img_size:
-            raise ValueError(
-                f"expected images of {self.img_size[0]}x{self.img_size[1]}, got {x.shape[2]}x{x.shape[3]}; "
-                "for another size use create_model(..., img_size=...), set_input_size(...) or dynamic_img_size=True"
-            )
-        self.dynamic_feat_size((x.shape[2], x.shape[3]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) images -> (B, N, dim) tokens."""
-        if not torch.jit.is_scripting():
-            self.check_input(x)
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -161,8 +62,7 @@ class Block(nn.Module):
         self.norm1 = norm_layer(dim, **dd)
         self.mixer = MambaMixer(dim, directions, d_state=d_state, **dd)
         self.norm2 = norm_layer(dim, **dd)
-        # fc1 holds both input matrices: fc2(SiLU(first half) * second half)
-        self.mlp = GluMlp(dim, 2 * (8 * dim // 3), act_layer=nn.SiLU, gate_last=False, **dd)
+        self.mlp = SwiGLU(dim, 8 * dim // 3, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
@@ -170,17 +70,12 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def _zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
 def init_block_weights(blocks: Iterable[nn.Module]) -> None:
     """Official initialisation of a stack: PyTorch's defaults, zero biases, output projections / sqrt(depth)."""
     stack = [block for block in blocks if isinstance(block, Block)]
     for block in stack:
-        _zero_bias(block.mlp.fc1)
-        _zero_bias(block.mlp.fc2)
+        zero_bias(block.mlp.fc1)
+        zero_bias(block.mlp.fc2)
         with torch.no_grad():
             block.mixer.out_proj.weight /= len(stack) ** 0.5
 
@@ -290,7 +185,7 @@ class ARM(nn.Module):
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
             nn.init.normal_(self.head.weight, std=0.02)
-            _zero_bias(self.head)
+            zero_bias(self.head)
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the order table, which is computed and never saved."""

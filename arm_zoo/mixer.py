@@ -7,6 +7,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
+from arm_zoo.layers import Linear
 from arm_zoo.scan import causal_conv, selective_scan
 
 __all__ = ["MambaMixer"]
@@ -43,7 +44,7 @@ class MambaMixer(nn.Module):
         inner = int(expand * dim)
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16)  # from the model's width, not the inner one
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * inner, bias=False, **dd)
         self.conv_weight = nn.Parameter(torch.empty(directions, inner, d_conv, **dd))
         self.conv_bias = nn.Parameter(torch.empty(directions, inner, **dd))
         self.x_proj_weight = nn.Parameter(torch.empty(directions, self.dt_rank + 2 * d_state, inner, **dd))
@@ -51,11 +52,11 @@ class MambaMixer(nn.Module):
         self.dt_proj_bias = nn.Parameter(torch.empty(directions, inner, **dd))
         self.A_log = nn.Parameter(torch.empty(directions, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(directions, inner, **dd))
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.reset_scan_parameters()
 
     def reset_scan_parameters(self) -> None:
-        """Initialise what `nn.Linear` does not: convolution, step sizes, decays and skips.
+        """Initialise what `Linear` does not: convolution, step sizes, decays and skips.
 
         Only the first direction starts with small step sizes, 0.001 to 0.1; the others' biases are 0, as in the
         official code. That matters when training from scratch; finetuning copies the pretrained direction over all.

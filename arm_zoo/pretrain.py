@@ -17,7 +17,8 @@ from timm.models import checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.arm import Block, PatchEmbed, init_block_weights, no_weight_decay_names
+from arm_zoo.arm import Block, init_block_weights, no_weight_decay_names
+from arm_zoo.layers import PatchEmbed
 from arm_zoo.order import cluster_order
 
 __all__ = ["ARMPretrain", "create_pretraining_model", "sincos_pos_embed"]

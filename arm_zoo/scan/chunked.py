@@ -14,12 +14,12 @@ from torch.nn import functional as F
 __all__ = ["causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
 _LOG2E = math.log2(math.e)
-_CHUNK = 16  # steps at most; the states saved for the backward pass then weigh d_state / 16 of one activation
+_CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
 
 
 def chunk_count(length: int) -> int:
-    """Number of chunks of at most `_CHUNK` steps that a sequence is cut into."""
+    """Number of chunks of `_CHUNK` steps, the last one shorter, that a sequence is cut into."""
     return math.ceil(length / _CHUNK)
 
 
@@ -39,7 +39,10 @@ def _softplus_slope(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Scan:
-    """The inputs of one scan, cut on demand into blocks of pictures and chunks of steps, and its work arrays."""
+    """The inputs of one scan, cut on demand into blocks of pictures and chunks of steps, and its work arrays.
+
+    Steps per chunk are a power of two up to `_CHUNK`, at least `least_steps`.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class _Scan:
         D: torch.Tensor,
         delta_bias: torch.Tensor | None,
         delta_softplus: bool,
+        least_steps: int,
     ) -> None:
         directions, self.batch, self.length, channels = u.shape
         self.dtype = torch.promote_types(u.dtype, torch.float32)
@@ -60,16 +64,19 @@ class _Scan:
         self.D = D.to(self.dtype)[:, None]
         self.delta_bias = 0.0 if delta_bias is None else delta_bias.to(self.dtype)[:, None]
         self.delta_softplus = delta_softplus
-        self.steps = math.ceil(self.length / chunk_count(self.length))
-        picture = (directions, A.shape[-1], channels)
-        self.block = min(self.batch, max(1, _WORK_ELEMENTS // (self.steps * math.prod(picture))))
-        self._work = [u.new_empty(self.steps * self.block * math.prod(picture), dtype=self.dtype) for _ in range(3)]
+        # as many pictures as fit at a chunk of `least_steps`, then as many steps as fit with them
+        picture = directions * A.shape[-1] * channels
+        self.block = min(self.batch, max(1, _WORK_ELEMENTS // (least_steps * picture)))
+        self.steps = least_steps
+        while self.steps < _CHUNK and 2 * self.steps * self.block * picture <= _WORK_ELEMENTS:
+            self.steps *= 2
+        size = min(self.steps, self.length) * self.block * picture
+        self._work = [u.new_empty(size, dtype=self.dtype) for _ in range(3)]
 
     def blocks(self) -> list[slice]:
         return [slice(b, min(b + self.block, self.batch)) for b in range(0, self.batch, self.block)]
 
     def times(self) -> list[slice]:
-        """Equal chunks but for the last, which may be shorter."""
         return [slice(t, min(t + self.steps, self.length)) for t in range(0, self.length, self.steps)]
 
     def zero_state(self, block: slice) -> torch.Tensor:
@@ -138,18 +145,18 @@ def selective_scan(
         (B, L, D) mean over the directions in token order, and the states (K, B, chunks, S, D) at the start of every
         chunk, for the backward pass (no chunks if `save_states` is off); both in the dtype of the state.
     """
-    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    # blocks of many pictures and short chunks: few, large operations, above all in the recurrence
+    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=2)
     directions, batch, length, channels = u.shape
     y = u.new_empty(batch, length, channels, dtype=scan.dtype)
-    saved = u.new_empty(
-        directions, batch, len(scan.times()) if save_states else 0, A.shape[-1], channels, dtype=scan.dtype
-    )
+    chunks = chunk_count(length) if save_states else 0
+    saved = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=scan.dtype)
     for block in scan.blocks():
         state = scan.zero_state(block)
         outputs = scan.A.new_empty(length, directions, block.stop - block.start, channels)
-        for chunk, time in enumerate(scan.times()):
-            if save_states:
-                saved[:, block, chunk] = state
+        for time in scan.times():
+            if save_states and time.start % _CHUNK == 0:
+                saved[:, block, time.start // _CHUNK] = state
             u_t = scan.cut(u, block, time)
             delta_t = scan.step_size(scan.raw_delta(block, time))
             _, states = scan.recur(state, delta_t, u_t, scan.cut(B, block, time), time)
@@ -179,7 +186,7 @@ def selective_scan_backward(
 
     With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
     """
-    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=_CHUNK)
     directions = len(u)
     grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(t) for t in (u, delta, B, C))
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)

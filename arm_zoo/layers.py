@@ -1,0 +1,146 @@
+"""Layers of the blocks and of the patch embedding that timm does not have in the form needed here."""
+
+import torch
+from timm.layers import lecun_normal_, resample_patch_embed, to_2tuple
+from timm.models import register_notrace_module
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["Linear", "PatchEmbed", "SwiGLU", "zero_bias"]
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
+    """Set a layer's bias, if it has one, to zero."""
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@register_notrace_module
+class Linear(nn.Linear):
+    """`nn.Linear`, run as a 1x1 convolution where that is the faster code for the same sums.
+
+    In float32 on the CPU PyTorch sends matrix products to MKL, which holds back on other makers' processors, and
+    convolutions to oneDNN, which uses the widest vectors of all of them: 1.5 to 2 times faster on a Zen 5.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        if not (_ONEDNN and eager and x.device.type == "cpu" and x.dtype == torch.float32):
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # channels innermost in memory
+        rows = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
+class SwiGLU(nn.Module):
+    """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
+
+    def __init__(
+        self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, 2 * hidden, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+@register_notrace_module
+class PatchEmbed(nn.Module):
+    """Image to patch tokens, row by row; patches overlap where the stride is smaller than the patch.
+
+    timm's own has no stride.
+    """
+
+    img_size: tuple[int, int]
+    grid_size: tuple[int, int]
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        patch_stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        strict_img_size: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = to_2tuple(patch_size)
+        self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
+        self.strict_img_size = strict_img_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
+        self.set_input_size(img_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        lecun_normal_(self.proj.weight)
+        zero_bias(self.proj)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the image size, or the patch size by resampling the kernel (a stride equal to it follows)."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            if self.patch_stride == self.patch_size:
+                self.patch_stride = to_2tuple(patch_size)
+            self.patch_size = to_2tuple(patch_size)
+            weight = resample_patch_embed(self.proj.weight.detach(), list(self.patch_size))
+            self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
+            self.proj.kernel_size, self.proj.stride = self.patch_size, self.patch_stride
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token step."""
+        return max(self.patch_stride) if as_scalar else self.patch_stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Grid (rows, columns) of an image size.
+
+        Raises:
+            ValueError: if patch and stride do not tile the image.
+        """
+        for size, patch, stride in zip(img_size, self.patch_size, self.patch_stride, strict=True):
+            if size < patch or (size - patch) % stride:
+                raise ValueError(
+                    f"image size {tuple(img_size)} is not tiled by patches of {self.patch_size} with stride "
+                    f"{self.patch_stride}: each side must be patch + n * stride, for example "
+                    f"{max(patch, size - (size - patch) % stride)} instead of {size}"
+                )
+        height, width = (
+            (s - p) // d + 1 for s, p, d in zip(img_size, self.patch_size, self.patch_stride, strict=True)
+        )
+        return height, width
+
+    def check_input(self, x: torch.Tensor) -> None:
+        """Refuse images of other channels or another size than the model is for."""
+        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"expected images (batch, {self.proj.in_channels}, height, width), got {tuple(x.shape)}; "
+                "another number of channels needs create_model(..., in_chans=...)"
+            )
+        if self.strict_img_size and x.shape[2:] != self.img_size:
+            raise ValueError(
+                f"expected images of {self.img_size[0]}x{self.img_size[1]}, got {x.shape[2]}x{x.shape[3]}; "
+                "for another size use create_model(..., img_size=...), set_input_size(...) or dynamic_img_size=True"
+            )
+        self.dynamic_feat_size((x.shape[2], x.shape[3]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) images -> (B, N, dim) tokens."""
+        if not torch.jit.is_scripting():
+            self.check_input(x)
+        return self.proj(x).flatten(2).transpose(1, 2)
