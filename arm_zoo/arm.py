@@ -6,14 +6,12 @@ SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_z
 """
 
 import inspect
-import pickle
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
@@ -36,7 +34,7 @@ from torch import nn
 from arm_zoo.layers import PatchEmbed, SwiGLU, zero_bias
 from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import scan_order
-from arm_zoo.weights import CheckpointError, adapt_state_dict, resample_pos_embed
+from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint, resample_pos_embed
 
 __all__ = ["ARM", "Block", "init_block_weights", "no_weight_decay_names"]
 
@@ -418,8 +416,12 @@ def _create_arm(variant: str, pretrained: bool, **kwargs: Any) -> ARM:
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
             **kwargs,
         )
-    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(_unreadable(variant, kwargs, error)) from error
+    except CheckpointError:
+        raise
+    except Exception:
+        if pretrained:
+            _check_readable(variant, kwargs)
+        raise
 
 
 def _check_keywords(variant: str, kwargs: dict[str, Any]) -> None:
@@ -431,8 +433,9 @@ def _check_keywords(variant: str, kwargs: dict[str, Any]) -> None:
 
 def _check_source(variant: str, kwargs: dict[str, Any]) -> None:
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if cfg.file and not Path(cfg.file).exists():
-        raise FileNotFoundError(f"no checkpoint at {cfg.file}")
+    if cfg.file and not Path(cfg.file).is_file() and cfg.source != "local-dir":
+        hint = f", a folder: create_model('local-dir:{cfg.file}', ...)" if Path(cfg.file).is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {cfg.file}{hint}")
     if not (cfg.has_weights or cfg.state_dict):
         raise CheckpointError(
             f"the weights of {variant}{'.' + cfg.tag if cfg.tag else ''} are not hosted yet. Ways on:\n"
@@ -443,15 +446,13 @@ def _check_source(variant: str, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _unreadable(variant: str, kwargs: dict[str, Any], error: Exception) -> str:
+def _check_readable(variant: str, kwargs: dict[str, Any]) -> None:
+    """Read the local file, if that is the source, once more: timm's reader says neither which it is nor what to do."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    message = f"cannot read the checkpoint {cfg.file or cfg.hf_hub_id}: {error}"
-    if cfg.file and Path(cfg.file).is_file():
-        with open(cfg.file, "rb") as file:
-            start = file.read(2)
-        if start in (b"PK", b"\x80\x02") and str(cfg.file).endswith(".safetensors"):
-            return message + "; it is a pickle, not safetensors: rename it to .pth if you trust it"
-    return message + "; the file is damaged or cut short: fetch it again"
+    if cfg.file:
+        # a folder has what timm.models.save_for_hf writes
+        files = [Path(cfg.file) / name for name in ("model.safetensors", "pytorch_model.bin", ".")]
+        read_checkpoint(next((file for file in files if file.exists()), cfg.file))
 
 
 @register_model

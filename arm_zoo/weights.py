@@ -8,14 +8,23 @@ are one.
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed, to_2tuple
+from timm.models import load_state_dict
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["CheckpointError", "adapt_state_dict", "from_official", "resample_pos_embed", "to_official"]
+__all__ = [
+    "CheckpointError",
+    "adapt_state_dict",
+    "from_official",
+    "read_checkpoint",
+    "resample_pos_embed",
+    "to_official",
+]
 
 StateDict = dict[str, torch.Tensor]
 
@@ -58,6 +67,36 @@ _NAMES: list[tuple[str, str, int | None]] = [
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or whose tensors are not those of the model."""
+
+
+def read_checkpoint(path: str | Path) -> StateDict:
+    """Tensors by name in a .safetensors file or a .pth, there also under "model_ema" or "model"; no code is run.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is damaged, of another format, or needs code to be run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        return load_state_dict(str(path))
+    except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {_advice(Path(path), reason)}") from error
+
+
+def _advice(path: Path, reason: str) -> str:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
+    named_safetensors = path.suffix == ".safetensors"
+    if pickled and named_safetensors:
+        return "it is a pickle, not safetensors: rename it to .pth if you trust it"
+    if start[8:] == b"{" and not named_safetensors:
+        return "it looks like safetensors: rename it to .safetensors"
+    if pickled and "weights_only" in reason:
+        return "nothing in it was run: have its tensors saved alone"
+    return "the file is damaged, cut short or no checkpoint: fetch it again"
 
 
 def _pattern(name: str) -> re.Pattern[str]:
