@@ -1,0 +1,622 @@
+"""The scan: orders by hand, the fast path against the plain loop, the authors' mixers, memory, backends, compiling."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import arm_zoo
+from arm_zoo.mixer import MambaMixer
+from arm_zoo.order import cluster_order, scan_order
+from arm_zoo.scan import available_backends, causal_conv, get_scan_backend, scan_backend, selective_scan
+
+Tensors = dict[str, torch.Tensor]
+
+# ----------------------------------------------------------------------------------------------------------- orders
+
+
+@pytest.mark.parametrize(
+    "cls_index, row, column",
+    [
+        (None, [0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]),
+        (0, [0, 1, 2, 3, 4, 5, 6], [0, 1, 4, 2, 5, 3, 6]),
+        (3, [0, 1, 2, 3, 4, 5, 6], [0, 4, 1, 3, 5, 2, 6]),  # patches 0, 3, 1, class token 3, patches 4, 2, 5
+        (6, [0, 1, 2, 3, 4, 5, 6], [0, 3, 1, 4, 2, 5, 6]),
+    ],
+)
+def test_orders_of_a_2x3_grid(cls_index: int | None, row: list[int], column: list[int]) -> None:
+    expected = [row, row[::-1], column, column[::-1]]
+    assert scan_order(2, 3, 4, cls_index).tolist() == expected
+    assert scan_order(2, 3, 2, cls_index).tolist() == expected[:2]
+    assert scan_order(2, 3, 1, cls_index).tolist() == expected[:1]
+
+
+@pytest.mark.parametrize("height, width, column", [(3, 1, [0, 1, 2, 3]), (3, 2, [0, 2, 5, 3, 1, 4, 6])])
+def test_column_order_of_tall_grids(height: int, width: int, column: list[int]) -> None:
+    cls_index = height * width // 2
+    assert scan_order(height, width, 4, cls_index)[2].tolist() == column
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (4, 1), (3, 5), (6, 2), (5, 5)])
+@pytest.mark.parametrize("where", ["absent", "start", "middle", "end"])
+def test_every_direction_visits_every_token_once(height: int, width: int, where: str) -> None:
+    patches = height * width
+    cls_index = {"absent": None, "start": 0, "middle": patches // 2, "end": patches}[where]
+    order = scan_order(height, width, 4, cls_index)
+    tokens = torch.arange(patches + (cls_index is not None))
+    assert order.sort(dim=1).values.equal(tokens.expand(4, -1))
+    if cls_index is not None:  # counted from the direction's own start, or from its own end
+        assert order[0, cls_index] == order[2, cls_index] == cls_index
+        assert order[1, -1 - cls_index] == order[3, -1 - cls_index] == cls_index
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 7, 14])
+def test_column_order_equals_the_official_one_with_its_wrong_class_token(side: int) -> None:
+    """For odd grids the authors' mixer pulls out the centre patch instead; that is a fixed point of the transpose."""
+    patches = side * side
+    tokens = torch.arange(patches + 1)
+    taken_out = len(tokens) // 2
+    others = torch.cat([tokens[:taken_out], tokens[taken_out + 1 :]])
+    others = others.reshape(side, side).t().flatten()
+    official = torch.cat([others[:taken_out], tokens[taken_out, None], others[taken_out:]])
+    assert scan_order(side, side, 4, cls_index=patches // 2)[2].equal(official)
+
+
+def test_cluster_order_is_the_official_one(golden: Path) -> None:
+    tables = load_file(golden / "arm_pretrain_d12" / "order_and_mask.safetensors")
+    order = cluster_order(12, 12, 4, 4)
+    assert order.view(9, 16).equal(tables["cluster_patch_index"])
+    assert order[:-16].equal(tables["encoder_patch_index"])
+    assert order[16:].equal(tables["target_patch_index"])
+
+
+def test_cluster_order_of_other_shapes() -> None:
+    assert cluster_order(2, 4, 2, 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert cluster_order(4, 2, 2, 1).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert cluster_order(3, 2, 1, 1).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: scan_order(2, 3, 3), r"directions must be 1, 2 or 4 .*got 3"),
+        (lambda: scan_order(2, 3, 4, 7), r"cls_index must lie in 0\.\.6 for a 2x3 grid, got 7"),
+        (lambda: scan_order(2, 3, 4, -1), r"cls_index must lie in 0\.\.6 for a 2x3 grid, got -1"),
+        (lambda: cluster_order(6, 6, 4, 3), r"clusters of 4x3 patches do not tile a 6x6 grid"),
+    ],
+)
+def test_orders_refuse(call: Callable[[], torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------------------- the fast path and the reference
+
+
+class Case(NamedTuple):
+    """One set of scan inputs: sizes, the class token's place, and which optional inputs are there."""
+
+    directions: int
+    height: int
+    width: int
+    cls_index: int | None = None
+    channels: int = 5
+    d_state: int = 16
+    batch: int = 2
+    ordered: bool = True
+    gated: bool = True
+    biased: bool = True
+    softplus: bool = True
+    taps: int = 4
+
+    @property
+    def length(self) -> int:
+        return self.height * self.width + (self.cls_index is not None)
+
+    def order(self) -> torch.Tensor | None:
+        return scan_order(self.height, self.width, self.directions, self.cls_index) if self.ordered else None
+
+    def scan_inputs(self) -> Tensors:
+        K, B, L, D, S = self.directions, self.batch, self.length, self.channels, self.d_state
+        sequence = torch.randn(K, B, L, D, dtype=torch.float64)
+        delta = torch.randn_like(sequence) - 1 if self.softplus else torch.rand_like(sequence) * 0.5
+        inputs = {
+            "u": sequence,
+            "delta": delta,
+            "A": -torch.arange(1, S + 1) * torch.rand(K, D, 1, dtype=torch.float64),
+            "B": torch.randn(K, B, L, S, dtype=torch.float64),
+            "C": torch.randn(K, B, L, S, dtype=torch.float64),
+            "D": torch.randn(K, D, dtype=torch.float64),
+        }
+        if self.gated:
+            inputs["z"] = torch.randn(B, L, D, dtype=torch.float64)
+        if self.biased:
+            # step sizes stay positive without the softplus
+            inputs["delta_bias"] = torch.rand(K, D, dtype=torch.float64)
+        return inputs
+
+    def conv_inputs(self) -> Tensors:
+        return {
+            "x": torch.randn(self.batch, self.length, self.channels, dtype=torch.float64),
+            "weight": torch.randn(self.directions, self.channels, self.taps, dtype=torch.float64),
+            "bias": torch.randn(self.directions, self.channels, dtype=torch.float64),
+        }
+
+    def scan(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return selective_scan(**inputs, delta_softplus=self.softplus, order=self.order())
+
+    def conv(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return causal_conv(**inputs, order=self.order())
+
+
+# Chosen so that lengths, directions, widths and switches meet in pairs; lengths by name are those of the issue.
+CASES = {
+    "length1": Case(1, 1, 1, ordered=False, channels=3),
+    "length2": Case(4, 1, 1, cls_index=0, channels=1, d_state=5, gated=False),
+    "length3": Case(2, 1, 2, cls_index=1, channels=7, d_state=1, biased=False),
+    "length63": Case(4, 9, 7, channels=6, d_state=5, softplus=False, biased=False),
+    "length64": Case(2, 7, 9, cls_index=31, channels=3, batch=1, taps=2),
+    "length65": Case(1, 8, 8, cls_index=32, channels=11, d_state=1),
+    "length197": Case(4, 14, 14, cls_index=98, channels=3),
+    "length577": Case(4, 24, 24, cls_index=288, channels=2, batch=1, d_state=5),
+    "class-token-first": Case(4, 2, 7, cls_index=0, channels=13, d_state=1, softplus=False),
+    "class-token-last": Case(4, 7, 5, cls_index=35, channels=5, batch=3, gated=False, biased=False),
+    "odd-grid": Case(4, 5, 5, cls_index=12, channels=33, d_state=3),
+    "unordered": Case(2, 3, 11, ordered=False, channels=9, d_state=5, taps=1),
+}
+# More pictures, channels and states than one pass of the fast path takes, so that it has to divide the work.
+DIVIDED = Case(4, 3, 6, channels=190, batch=46)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """L2 distance in units of the expected tensor's length; NaN, which compares false, if there is one."""
+    return ((actual.double() - expected).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def run(
+    function: Callable[..., torch.Tensor],
+    inputs: Tensors,
+    backend: str = "torch",
+    cotangent: torch.Tensor | None = None,
+) -> Tensors:
+    """Output of a function and, for a cotangent, every gradient, by name."""
+    leaves = {name: value.detach().clone().requires_grad_(cotangent is not None) for name, value in inputs.items()}
+    with scan_backend(backend):
+        results = {"output": function(**leaves)}
+        if cotangent is not None:
+            results["output"].backward(cotangent.to(results["output"].dtype))
+    return {name: t.detach() for name, t in results.items()} | {
+        f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None
+    }
+
+
+def compare(
+    function: Callable[..., torch.Tensor], inputs: Tensors, forward: float, backward: float, exact: bool = False
+) -> None:
+    """Hold output and gradients of the fast path to the float64 reference on the same numbers."""
+    promoted = {name: value.double() for name, value in inputs.items()}
+    with torch.no_grad():
+        cotangent = torch.randn_like(run(function, promoted)["output"]).to(next(iter(inputs.values())).dtype)
+    expected = run(function, promoted, "reference", cotangent.double())
+    actual = run(function, inputs, "torch", cotangent)
+    assert actual.keys() == expected.keys()
+    assert len(actual) == 1 + len(inputs), "an input got no gradient"
+    for name, value in actual.items():
+        tolerance = forward if name == "output" else backward
+        assert relative(value, expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_reference_in_float64(case: Case) -> None:
+    compare(case.scan, case.scan_inputs(), 1e-10, 1e-10)
+    compare(case.conv, case.conv_inputs(), 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_reference_in_float32(case: Case) -> None:
+    compare(case.scan, as_type(case.scan_inputs(), torch.float32), 1e-5, 1e-4)
+    compare(case.conv, as_type(case.conv_inputs(), torch.float32), 1e-5, 1e-4)
+
+
+def test_equals_reference_when_the_work_is_divided() -> None:
+    compare(DIVIDED.scan, as_type(DIVIDED.scan_inputs(), torch.float32), 1e-5, 1e-4)
+    compare(DIVIDED.conv, as_type(DIVIDED.conv_inputs(), torch.float32), 1e-5, 1e-4)
+
+
+def as_type(inputs: Tensors, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Tensors:
+    return {name: value.float() if name in keep else value.to(dtype) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", ["kept in float32", "rounded too"])
+@pytest.mark.parametrize("name", ["length3", "length65", "class-token-last", "odd-grid"])
+def test_half_precision_inputs(name: str, dtype: torch.dtype, parameters: str) -> None:
+    case = CASES[name]
+    keep = ("A", "D", "delta_bias", "weight", "bias") if parameters == "kept in float32" else ()
+    scan_inputs, conv_inputs = as_type(case.scan_inputs(), dtype, keep), as_type(case.conv_inputs(), dtype, keep)
+    compare(case.scan, scan_inputs, 1e-2, 1e-2)
+    compare(case.conv, conv_inputs, 1e-2, 1e-2)
+    for backend in ("torch", "reference"):
+        assert run(case.scan, scan_inputs, backend)["output"].dtype == dtype
+        assert run(case.conv, conv_inputs, backend)["output"].dtype == dtype
+
+
+def test_inputs_may_lie_in_memory_in_any_way() -> None:
+    case = CASES["class-token-first"]
+    cotangent = torch.randn(case.batch, case.length, case.channels, dtype=torch.float64)
+    plain = case.scan_inputs()
+    strided = {name: torch.stack([value, value], dim=-1)[..., 0].mT.contiguous().mT for name, value in plain.items()}
+    assert not any(value.is_contiguous() for name, value in strided.items() if value.shape[-1] > 1)
+
+    def clone_free(inputs: Tensors) -> Tensors:
+        leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+        output = case.scan(**leaves)
+        output.backward(cotangent.mT.contiguous().mT)
+        return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+    expected, actual = clone_free(plain), clone_free(strided)
+    for name in expected:
+        assert relative(actual[name], expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 3, 6, channels=2, d_state=2, batch=1, ordered=False, gated=False, biased=False),
+        Case(2, 2, 2, cls_index=2, channels=3, d_state=1, batch=2),
+        Case(4, 2, 2, cls_index=2, channels=2, d_state=2, batch=1, softplus=False),
+        Case(4, 1, 3, channels=2, d_state=3, batch=1, biased=False, taps=2),
+    ],
+    ids=["one", "two", "four", "four-without-bias"],
+)
+def test_gradcheck(case: Case) -> None:
+    for function, inputs in ((case.scan, case.scan_inputs()), (case.conv, case.conv_inputs())):
+        leaves = [value.requires_grad_() for value in inputs.values()]
+        by_position = bind(function, tuple(inputs))
+        assert torch.autograd.gradcheck(by_position, leaves)
+
+
+def bind(function: Callable[..., torch.Tensor], names: tuple[str, ...]) -> Callable[..., torch.Tensor]:
+    """The function with its keyword arguments taken by position, as gradcheck gives them."""
+    return lambda *values: function(**dict(zip(names, values, strict=True)))
+
+
+# ----------------------------------------------------------------------------------------------------------- extremes
+
+LONG = Case(4, 5, 8, cls_index=20, channels=3)
+
+
+def inverse_softplus(step: float) -> float:
+    return float(torch.tensor(step, dtype=torch.float64).expm1().log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("step", [1e-6, 50.0])
+@pytest.mark.parametrize("decay", [1e-3, 1.0, 1e4])
+def test_extreme_step_sizes_and_decays(step: float, decay: float, softplus: bool, dtype: torch.dtype) -> None:
+    case = LONG._replace(softplus=softplus, biased=False)
+    inputs = case.scan_inputs()
+    inputs["delta"].fill_(inverse_softplus(step) if softplus else step)
+    inputs["A"].fill_(-decay)
+    precise = dtype == torch.float64
+    compare(case.scan, as_type(inputs, dtype), 1e-10 if precise else 1e-5, 1e-10 if precise else 1e-4)
+
+
+@pytest.mark.parametrize("raw", [-1e4, 20.5, 1e4])
+def test_softplus_far_from_zero(raw: float) -> None:
+    """Above 20 softplus is the identity, as in the official kernel, and its slope exactly 1."""
+    case = LONG._replace(biased=False)
+    inputs = case.scan_inputs()
+    inputs["delta"].fill_(raw)
+    compare(case.scan, inputs, 1e-10, 1e-10)
+    compare(case.scan, as_type(inputs, torch.float32), 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_all_inputs_equal(value: float) -> None:
+    inputs = {name: torch.full_like(tensor, value) for name, tensor in LONG.scan_inputs().items()}
+    inputs["A"].neg_()
+    compare(LONG.scan, inputs, 1e-10, 1e-10)
+    conv_inputs = {name: torch.full_like(tensor, value) for name, tensor in LONG.conv_inputs().items()}
+    compare(LONG.conv, conv_inputs, 1e-10, 1e-10)
+    if value == 0:
+        assert run(LONG.scan, inputs)["output"].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", LONG.scan_inputs())
+def test_nan_spreads_as_in_the_reference(name: str, dtype: torch.dtype) -> None:
+    inputs = as_type(LONG.scan_inputs(), dtype)
+    inputs[name].view(-1)[inputs[name].numel() // 2] = torch.nan
+    actual, expected = (run(LONG.scan, inputs, backend)["output"].isnan() for backend in ("torch", "reference"))
+    assert actual.any()
+    assert actual.equal(expected)
+
+
+@pytest.mark.parametrize("name", LONG.conv_inputs())
+def test_nan_spreads_through_the_convolution(name: str) -> None:
+    inputs = LONG.conv_inputs()
+    inputs[name].view(-1)[inputs[name].numel() // 2] = torch.nan
+    actual, expected = (run(LONG.conv, inputs, backend)["output"].isnan() for backend in ("torch", "reference"))
+    assert actual.any()
+    assert actual.equal(expected)
+
+
+@pytest.mark.parametrize("name", ["length3", "odd-grid"])
+def test_convolution_and_scan_are_causal(name: str) -> None:
+    """A change at one step of one direction moves no earlier step of it."""
+    case = CASES[name]._replace(directions=1, ordered=False, gated=False)
+    step = case.length // 2
+    for function, inputs, changed in (
+        (case.scan, case.scan_inputs(), "u"),
+        (case.conv, case.conv_inputs(), "x"),
+    ):
+        before = run(function, inputs)["output"].squeeze(0)
+        inputs[changed][..., step, :] += 1
+        moved = (run(function, inputs)["output"].squeeze(0) != before).any(-1)
+        assert not moved[..., :step].any()
+        assert moved[..., step].all()
+
+
+# ------------------------------------------------------------------------------------------------- the authors' mixers
+
+SUFFIXES = ("", "_b", "_c", "_c_b")
+STACKED = {
+    "conv_weight": "conv1d{}.weight",
+    "conv_bias": "conv1d{}.bias",
+    "x_proj_weight": "x_proj{}.weight",
+    "dt_proj_weight": "dt_proj{}.weight",
+    "dt_proj_bias": "dt_proj{}.bias",
+    "A_log": "A{}_log",
+    "D": "D{}",
+}
+
+
+def stack_directions(official: Tensors, directions: int) -> Tensors:
+    """Tensors of an official mixer under our names, shapes and in float64."""
+    ours = {name: official[name] for name in ("in_proj.weight", "out_proj.weight")}
+    for name, pattern in STACKED.items():
+        parts = [official[pattern.format(suffix)] for suffix in SUFFIXES[:directions]]
+        ours[name] = torch.stack([part.squeeze(1) if name == "conv_weight" else part for part in parts])
+    assert sum(value.numel() for value in ours.values()) == sum(value.numel() for value in official.values())
+    return {name: value.double() for name, value in ours.items()}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    "folder, dim, directions, expand, order",
+    [
+        ("mixer_arm_plain", 64, 1, 1, None),
+        ("mixer_arm_plain_short", 48, 1, 1, None),  # three tokens, fewer than the convolution has taps
+        ("mixer_arm_v3_even", 64, 4, 1, scan_order(4, 4, 4, cls_index=8)),
+        ("mixer_vim_v2_div", 48, 2, 2, scan_order(1, 13, 2)),
+    ],
+)
+def test_mixer_equals_the_official_one(
+    golden: Path, folder: str, dim: int, directions: int, expand: int, order: torch.Tensor | None, backend: str
+) -> None:
+    files = {path.stem: load_file(path) for path in (golden / folder).glob("*.safetensors")}
+    weights, gradients = (stack_directions(files[name], directions) for name in ("state_dict", "param_grads"))
+    x, cotangent = (files["inputs"][name].double() for name in ("x", "cotangent"))
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        mixer = MambaMixer(dim, directions, expand, dtype=dtype)
+        mixer.load_state_dict(weights)
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        with scan_backend(backend):
+            output = mixer(leaf, order)
+            output.backward(cotangent.to(dtype))
+        results[dtype] = {"output": output.detach(), "grad_input": leaf.grad}
+        tolerance = 1e-7 if dtype == torch.float64 else 1e-3  # the golden parameter gradients are stored in float32
+        for name, parameter in mixer.named_parameters():
+            assert relative(parameter.grad, gradients[name]) < tolerance, name
+    for name, expected in files["outputs_f64"].items():
+        assert relative(results[torch.float64][name], expected) < 1e-10, name
+        error = (results[torch.float32][name] - expected).abs().max() / expected.abs().max()
+        assert error < (1e-4 if name == "output" else 1e-3), name
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def saved_for_backward(function: Callable[[], torch.Tensor]) -> dict[int, torch.Tensor]:
+    """What autograd keeps between forward and backward, by address."""
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return saved
+
+
+@pytest.mark.parametrize("length", [64, 196])
+def test_states_kept_for_training_weigh_one_activation(length: int) -> None:
+    case = Case(4, length // 4, 4, channels=24)
+    inputs = {name: value.float().requires_grad_() for name, value in case.scan_inputs().items()}
+    order = case.order()
+    saved = saved_for_backward(lambda: selective_scan(**inputs, order=order))
+    given = {value.data_ptr() for value in (*inputs.values(), order)}
+    output_size = case.batch * case.length * case.channels
+    states = [value for address, value in saved.items() if address not in given and value.numel() != output_size]
+    activation = inputs["u"]
+    assert states, "nothing is kept for the backward pass, so this test sees the wrong thing"
+    assert sum(value.nbytes for value in states) <= 1.1 * activation.nbytes
+    assert max(value.numel() for value in saved.values()) < case.length * case.d_state * case.channels
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    inputs = {name: value.float() for name, value in LONG.scan_inputs().items()}
+    assert not saved_for_backward(lambda: LONG.scan(**inputs))
+    with torch.no_grad():
+        inputs["u"].requires_grad_()
+        assert not saved_for_backward(lambda: LONG.scan(**inputs))
+
+
+# ----------------------------------------------------------------------------------------------------------- backends
+
+
+def test_unknown_backend_names_those_there_are() -> None:
+    before = get_scan_backend()
+    with pytest.raises(ValueError, match=r"unknown scan backend 'fast'") as refusal:
+        arm_zoo.set_scan_backend("fast")
+    assert {"reference", "torch"} <= set(available_backends())
+    for name in ("auto", *available_backends()):
+        assert repr(name) in str(refusal.value)
+    with pytest.raises(ValueError, match="unknown scan backend"), scan_backend("fast"):
+        pass
+    assert get_scan_backend() == before
+
+
+def test_context_manager_restores_the_backend() -> None:
+    before = get_scan_backend()
+    with scan_backend("reference"):
+        assert get_scan_backend() == "reference"
+        with scan_backend("torch"):
+            assert get_scan_backend() == "torch"
+        assert get_scan_backend() == "reference"
+    with pytest.raises(KeyError), scan_backend("reference"):
+        raise KeyError
+    assert get_scan_backend() == before
+
+
+def test_backend_can_be_set_for_good() -> None:
+    before = get_scan_backend()
+    arm_zoo.set_scan_backend("reference")
+    try:
+        assert get_scan_backend() == "reference"
+    finally:
+        arm_zoo.set_scan_backend(before)
+
+
+AUTO = """
+import logging, torch, arm_zoo
+from arm_zoo.mixer import MambaMixer
+logging.basicConfig(level=logging.INFO, format="%(name)s:%(message)s")
+mixer = MambaMixer(16, 1)
+with arm_zoo.scan_backend("reference"):
+    mixer(torch.randn(1, 3, 16))
+print("reference done", flush=True)
+for _ in range(3):
+    mixer(torch.randn(1, 3, 16)).sum().backward()
+"""
+
+
+def test_auto_logs_its_choice_once(repo: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", AUTO], cwd=repo, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert result.returncode == 0, result.stdout
+    before, _, after = result.stdout.partition("reference done\n")
+    assert "arm_zoo" not in before
+    [line] = [line for line in after.splitlines() if line.startswith("arm_zoo")]
+    assert "'torch'" in line
+
+
+# ------------------------------------------------------------------------------------------ what PyTorch asks of an op
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the project's operators that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "arm_zoo":
+            self.calls[func.name()] = func, args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [CASES["length65"], LONG, CASES["unordered"]._replace(biased=False)])
+def test_operators_pass_opcheck(case: Case) -> None:
+    scan_inputs, conv_inputs = as_type(case.scan_inputs(), torch.float32), as_type(case.conv_inputs(), torch.float32)
+    with Recorder() as recorder:
+        run(case.scan, scan_inputs, cotangent=torch.ones(()).expand(case.batch, case.length, case.channels))
+        shape = (case.directions, case.batch, case.length, case.channels)
+        run(case.conv, conv_inputs, cotangent=torch.ones(()).expand(shape))
+    assert {"arm_zoo::causal_conv", "arm_zoo::selective_scan"} <= {name.split(".")[0] for name in recorder.calls}
+    for name, (func, args) in recorder.calls.items():
+        # the backward operators have no gradient of their own, so their arguments ask for none
+        needs = [isinstance(a, torch.Tensor) and a.requires_grad and "backward" not in name for a in args]
+        fresh = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(
+            func, tuple(a.requires_grad_() if need else a for a, need in zip(fresh, needs, strict=True))
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    case = Case(4, 14, 14, cls_index=98, channels=48, batch=3)
+    for function, inputs in ((case.scan, case.scan_inputs()), (case.conv, case.conv_inputs())):
+        inputs = as_type(inputs, dtype)
+        cotangent = torch.randn_like(run(function, inputs)["output"])
+        first, second = (run(function, inputs, cotangent=cotangent) for _ in range(2))
+        for name in first:
+            assert first[name].equal(second[name]), name
+
+
+class Mean(nn.Module):
+    """A mixer down to one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = MambaMixer(24, 4)
+
+    def forward(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        return self.mixer(x, order).square().mean()
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_mixer_compiles_whole(precision: str) -> None:
+    module, order = Mean(), scan_order(3, 5, 4, cls_index=7)
+    x = torch.randn(2, 16, 24, requires_grad=True)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
+    results = []
+    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        module.zero_grad()
+        x.grad = None
+        with autocast:
+            loss = function(x, order)
+        loss.backward()
+        results.append([loss.detach(), x.grad, *(parameter.grad for parameter in module.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative(compiled, eager) < (1e-6 if precision == "float32" else 3e-2)
+
+
+def test_model_compiles_whole_and_trains() -> None:
+    model = timm.create_model("arm_tiny_patch16_224", img_size=(32, 48), embed_dim=32, depth=2, num_classes=3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = torch.randn(2, 3, 32, 48)
+    results = []
+    for function in (model, compiled):
+        model.zero_grad()
+        loss = function(images).square().sum()
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for eager, other in zip(*results, strict=True):
+        assert relative(other, eager) < 1e-5
+
+
+def test_model_exports_with_any_batch() -> None:
+    model = timm.create_model("arm_tiny_patch16_224", img_size=(32, 48), embed_dim=32, depth=2, num_classes=3).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 48),), dynamic_shapes=({0: batch},))
+    for size in (1, 2, 5):
+        images = torch.randn(size, 3, 32, 48)
+        assert relative(exported.module()(images), model(images)) < 1e-5
