@@ -1,0 +1,367 @@
+"""The command line: what it prints, how it reads pictures, and one line for every mistake."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import ExifTags, Image
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
+from timm.models import save_for_hf
+from torch.nn import functional as F
+
+import arm_zoo
+from arm_zoo.__main__ import main, read_image
+from arm_zoo.weights import to_official
+
+TINY, PICO = "arm_tiny_patch16_224", "arm_pico_patch2_8"
+SMALL: dict[str, Any] = {"depth": 2, "img_size": 32}
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A colour photograph of nothing, wider than high, with no two pixels alike."""
+    pixels = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(1))
+    smooth = F.interpolate(pixels, size=(48, 64), mode="bicubic").clamp(0, 1)[0]
+    image = Image.fromarray((smooth * 255).byte().permute(1, 2, 0).contiguous().numpy())
+    image.save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def colour_folder(tmp_path: Path) -> Path:
+    """What timm's save_for_hf writes for a small colour model with names for its classes."""
+    model = timm.create_model(TINY, num_classes=4, **SMALL)
+    torch.nn.init.normal_(model.head.weight)  # as initialised, all classes are nearly equally probable
+    names = {"label_names": ["ant", "bee", "cat", "dog"]}
+    save_for_hf(model, str(tmp_path / "colour"), model_config=names, safe_serialization=True)
+    return tmp_path / "colour"
+
+
+@pytest.fixture
+def digits_folder(tmp_path: Path) -> Path:
+    """The same for 8x8 grey pictures, as the quickstart writes it."""
+    model = timm.create_model(PICO, depth=2)
+    torch.nn.init.normal_(model.head.weight)
+    save_for_hf(model, str(tmp_path / "digits"), model_config={"label_names": DIGITS}, safe_serialization=True)
+    return tmp_path / "digits"
+
+
+def answers(text: str) -> list[tuple[float, str]]:
+    """The printed classes with their probabilities in percent."""
+    return [(float(percent), name) for percent, name in re.findall(r"^ +([\d.]+)%  (.+)$", text, re.MULTILINE)]
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """What a person reads after a mistake: exit code 1, nothing on stdout and one line."""
+    assert main([str(arg) for arg in argv]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.endswith("\n")
+    assert len(captured.err.splitlines()) == 1
+    return captured.err
+
+
+# list and info
+
+
+def test_list_has_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line}
+    tagged = {name for name in timm.list_models("arm_*", include_tags=True) if "." in name}
+    assert tagged <= table.keys()
+    base = table["arm_base_patch16_224.arm_in1k_ft_in1k"].split()
+    assert base == ["3x224x224", "85.0", "M", "not", "hosted"]
+    assert table["arm_huge_patch16_384.arm_in1k_ft_in1k"].split()[:2] == ["3x384x384", "663.3"]
+    assert table["arm_base_patch16_224.arm_in1k"].split()[1] == "84.3"  # the encoder has no head
+    assert "arm_large is short for arm_large_patch16_224" in lines
+
+
+def test_list_knows_what_is_hosted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("arm_zoo.__main__.is_model_pretrained", lambda name: name == "arm_base_patch16_224.in1k")
+    main(["list"])
+    lines = capsys.readouterr().out.splitlines()
+    [hosted] = [line for line in lines if line.endswith("  hosted")]
+    assert hosted.startswith("arm_base_patch16_224.in1k ")
+    main(["info", "arm_base_patch16_224.in1k"])
+    assert 'create_model("arm_base_patch16_224.in1k", pretrained=True)\n' in capsys.readouterr().out
+
+
+def test_info_tells_what_the_entry_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "arm_base_patch16_stride8_448"]) == 0
+    out = capsys.readouterr().out
+    facts = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.splitlines() if line.startswith("  "))
+    assert out.startswith("arm_base_patch16_stride8_448.arm_in1k_ft_in1k\n")
+    assert facts["tags"] == "arm_in1k_ft_in1k (default)"
+    assert facts["parameters"].startswith("87,204,328")
+    assert facts["patches"] == "16x16, stride 8x8, grid 55x55"
+    assert (facts["width"], facts["depth"], facts["classes"]) == ("768", "12", "1000")
+    assert (facts["input_size"], facts["crop_mode"], facts["crop_pct"]) == ("3x448x448", "squash", "1.0")
+    assert (facts["interpolation"], facts["mean"]) == ("bicubic", "(0.485, 0.456, 0.406)")
+    assert (facts["std"], facts["license"]) == ("(0.229, 0.224, 0.225)", "unknown")
+    assert "2406.07537" in facts["paper"] and facts["weights"].startswith("not hosted")
+    assert "pretrained_cfg_overlay=dict(file=PATH)" in out
+
+
+def test_info_of_a_short_name_and_of_a_tag(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", "arm_large"])
+    assert capsys.readouterr().out.startswith("arm_large_patch16_224.arm_in1k_ft_in1k\n")
+    main(["info", "arm_large_patch16_224.arm_in1k"])
+    out = capsys.readouterr().out
+    assert out.startswith("arm_large_patch16_224.arm_in1k\n")
+    assert "none (encoder without head)" in out
+
+
+# predict
+
+
+def test_predict_names_classes(colour_folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(picture), "--model", TINY, "--weights", str(colour_folder), "--top", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == str(picture)
+    # by hand: squash to 32 / 0.875 pixels, crop the middle, normalise
+    image = Image.open(picture).resize((36, 36), Image.Resampling.BICUBIC).crop((2, 2, 34, 34))
+    pixels = torch.from_numpy(np.array(image)) / 255
+    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    model = timm.create_model(f"local-dir:{colour_folder}", pretrained=True).eval()
+    with torch.inference_mode():
+        probabilities = model(pixels.permute(2, 0, 1)[None])[0].softmax(0) * 100
+    expected = sorted(zip(probabilities.tolist(), ["ant", "bee", "cat", "dog"], strict=True), reverse=True)[:3]
+    assert [name for _, name in answers(out)] == [name for _, name in expected]
+    assert [percent for percent, _ in answers(out)] == pytest.approx([percent for percent, _ in expected], abs=0.06)
+
+
+def test_predict_from_the_shell(digits_folder: Path, tmp_path: Path, repo: Path) -> None:
+    """A whole process, with a damaged picture between good ones: the others are classified, the exit code is 1."""
+    for name, grey in (("first.png", 20), ("last.png", 200)):
+        Image.new("L", (8, 8), grey).save(tmp_path / name)
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "first.png").read_bytes()[:40])
+    images = [str(tmp_path / name) for name in ("first.png", "damaged.png", "missing.png", "last.png")]
+    command = [sys.executable, "-m", "arm_zoo", "predict", *images, "--model", PICO, "--top", "1"]
+    result = subprocess.run([*command, "--weights", str(digits_folder)], cwd=repo, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert [line for line in result.stdout.splitlines() if not line.startswith(" ")] == [images[0], images[3]]
+    assert len(answers(result.stdout)) == 2
+    assert {name for _, name in answers(result.stdout)} <= set(DIGITS)
+    damaged, missing = result.stderr.splitlines()
+    assert damaged.startswith(f"{images[1]}: ") and len(damaged) > len(images[1]) + 5
+    assert missing.startswith(f"{images[2]}: ") and "No such file" in missing
+
+
+@pytest.mark.parametrize("form", ["folder", "safetensors", "pth", "official"])
+def test_weights_come_in_many_forms(
+    form: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bare file tells its number of classes and channels, where the entry has others, but not the classes' names."""
+    model = timm.create_model(PICO, num_classes=4, in_chans=3).eval()
+    torch.nn.init.normal_(model.head.weight)
+    folder, file = tmp_path / "folder", tmp_path / f"weights.{'pth' if form == 'pth' else 'safetensors'}"
+    save_for_hf(model, str(folder), model_config={"label_names": list("abcd")}, safe_serialization=True)
+    if form == "pth":
+        torch.save({"model": to_official(model), "args": argparse.Namespace(lr=1)}, file)
+    else:
+        save_file(to_official(model) if form == "official" else model.state_dict(), file)
+    options = ["predict", str(picture), "--model", PICO, "--weights"]
+    assert main([*options, str(folder if form == "folder" else file)]) == 0
+    found = answers(capsys.readouterr().out)
+    image = create_transform(**resolve_input_data_config(model))(Image.open(picture))
+    with torch.inference_mode():
+        best, index = (model(image[None])[0].softmax(0) * 100).topk(4)
+    assert [percent for percent, _ in found] == pytest.approx(best.tolist(), abs=0.06)
+    names = "abcd" if form == "folder" else "0123"
+    assert [name for _, name in found] == [names[i] for i in index.tolist()]
+
+
+def test_model_safetensors_brings_the_config_beside_it(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.linear_gradient("L").save(tmp_path / "grey.png")
+    outputs = []
+    for weights in (digits_folder, digits_folder / "model.safetensors"):
+        assert main(["predict", str(tmp_path / "grey.png"), "--model", PICO, "--weights", str(weights)]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert {name for _, name in answers(outputs[0])} <= set(DIGITS)
+
+
+def test_a_thousand_classes_are_imagenets(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model(PICO, num_classes=1000)
+    torch.nn.init.zeros_(model.head.weight)
+    with torch.no_grad():
+        model.head.bias[[281, 7]] = torch.tensor([20.0, 19.0])
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    main(["predict", str(picture), "--model", PICO, "--weights", str(tmp_path / "weights.safetensors"), "--top", "2"])
+    assert answers(capsys.readouterr().out) == [(73.1, "tabby, tabby cat"), (26.9, "cock")]
+    assert ImageNetInfo().label_descriptions()[281] == "tabby, tabby cat"
+
+
+def test_top_is_at_most_all_classes(colour_folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(picture), "--model", TINY, "--weights", str(colour_folder), "--top", "9"]) == 0
+    assert sorted(name for _, name in answers(capsys.readouterr().out)) == ["ant", "bee", "cat", "dog"]
+
+
+# pictures of every kind
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
+def test_pictures_of_every_mode(kind: str, channels: int, picture: Path, tmp_path: Path) -> None:
+    """Read from a file of that mode, the picture is the one it shows."""
+    colour = Image.open(picture).convert("RGB")
+    if kind == "I;16":
+        shown = colour.convert("L")
+        image = Image.fromarray(np.array(shown).astype(np.uint16) * 257)
+    else:
+        image = colour.quantize(32) if kind == "P" else colour.convert(kind)
+        shown = image.convert("RGB")
+    file = tmp_path / ("image.tif" if kind == "CMYK" else "image.png")
+    image.save(file)
+    read = read_image(file, channels)
+    assert Image.open(file).mode == kind
+    expected = shown.convert("L" if channels == 1 else "RGB")
+    assert read.mode == expected.mode
+    assert read.tobytes() == expected.tobytes()
+
+
+def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
+    """What lies below full transparency is arbitrary, mostly black, and not what the picture shows."""
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.save(tmp_path / "rgba.png")
+    image.convert("LA").save(tmp_path / "la.png")
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 0])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "p.png", transparency=1)
+    for name, first in (("rgba.png", (255, 0, 0)), ("la.png", (76, 76, 76)), ("p.png", (255, 0, 0))):
+        assert np.array(read_image(tmp_path / name, 3)).tolist() == [[[*first], [255, 255, 255]]], name
+        assert np.array(read_image(tmp_path / name, 1)).tolist() == [[76, 255]], name
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_turned_upright(channels: int, picture: Path, tmp_path: Path) -> None:
+    """A camera held sideways stores the picture as its sensor saw it and says in EXIF how to turn it."""
+    upright = Image.open(picture)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turn by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png", channels).tobytes() == read_image(picture, channels).tobytes()
+
+
+def test_one_channel_models_take_colour_pictures(
+    digits_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.open(picture).convert("L").save(tmp_path / "grey.png")
+    images = [str(picture), str(tmp_path / "grey.png")]
+    assert main(["predict", *images, "--model", PICO, "--weights", str(digits_folder), "--top", "10"]) == 0
+    found = answers(capsys.readouterr().out)
+    assert found[:10] == found[10:]
+    assert {name for _, name in found} == set(DIGITS)
+
+
+# mistakes
+
+
+def test_weights_that_are_not_hosted(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = mistake(capsys, "predict", picture, "--model", "arm_base_patch16_224")
+    assert "the weights of arm_base_patch16_224.arm_in1k_ft_in1k are not hosted yet" in message
+    assert "--weights FILE" in message
+
+
+def test_unknown_model(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["info"], ["predict", picture, "--model"]):
+        message = mistake(capsys, *command, "arm_base_patch16_242")
+        assert "unknown model 'arm_base_patch16_242'; did you mean arm_base_patch16_224" in message
+    assert "arm_base_patch16_224.arm_in1k" in mistake(capsys, "info", "arm_base_patch16_224.arm_in")
+    assert "`python -m arm_zoo list` shows them all" in mistake(capsys, "info", "resnet50")
+
+
+def test_missing_weights(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.pth"
+    message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", missing)
+    assert f"no checkpoint at {missing}" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors", "other.pth"])
+def test_damaged_weights(
+    name: str, digits_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = digits_folder / name
+    if name == "other.pth":
+        torch.save({"model": timm.create_model(PICO).state_dict()}, file)
+    whole = (file if file.exists() else digits_folder / "model.safetensors").read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", file)
+    assert f"cannot read the checkpoint {file}: " in message
+    assert "damaged, cut short" in message
+
+
+def test_weights_of_another_model(
+    colour_folder: Path, digits_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = mistake(capsys, "predict", picture, "--model", "arm_small_patch16_224", "--weights", colour_folder)
+    assert f"{colour_folder / 'config.json'} is of {TINY}, not of arm_small_patch16_224" in message
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes((colour_folder / "model.safetensors").read_bytes())
+    message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", file)
+    assert "the checkpoint does not fit the model" in message
+    assert "only in the model" in message and "other shapes, checkpoint -> model" in message
+
+
+def test_folders_without_a_model(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["predict", picture, "--model", TINY, "--weights"]
+    assert "config.json" in mistake(capsys, *options, tmp_path)
+    arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path)
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        assert f"is of no timm model, not of {TINY}" in mistake(capsys, *options, weights)
+    (tmp_path / "config.json").write_text("{")
+    assert str(tmp_path / "config.json") in mistake(capsys, *options, tmp_path)
+
+
+def test_weights_without_a_head(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a pretraining model nor an encoder can classify; a fresh head would only guess."""
+    encoder = timm.create_model(PICO, num_classes=0)
+    for name, model in (("pretrained", arm_zoo.create_pretraining_model("arm_pico")), ("encoder", encoder)):
+        file = tmp_path / f"{name}.safetensors"
+        save_file(model.state_dict(), file)
+        message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", file)
+        assert f"{file} has no classifier head; finetune it first" in message
+
+
+def test_channels_that_no_picture_has(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(timm.create_model(PICO, in_chans=4).state_dict(), tmp_path / "four.safetensors")
+    message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", tmp_path / "four.safetensors")
+    assert "pictures have 1 or 3 channels, the model takes 4" in message
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--top", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--top", "many"], "expected a whole number of at least 1, got 'many'"),
+        (["--device", "gameboy"], "no device 'gameboy' here"),
+    ],
+)
+def test_options_are_checked(options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "image.png", "--model", PICO, *options])
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_predict_on_a_gpu(digits_folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["predict", str(picture), "--model", PICO, "--weights", str(digits_folder), "--top", "10"]
+    for device in ("cpu", "cuda"):
+        assert main([*options, "--device", device]) == 0
+    found = answers(capsys.readouterr().out)
+    assert dict(map(reversed, found[:10])) == pytest.approx(dict(map(reversed, found[10:])), abs=0.11)
