@@ -51,6 +51,20 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(gate) * value)
 
 
+def _grid_size(
+    img_size: tuple[int, int], patch_size: tuple[int, int], patch_stride: tuple[int, int]
+) -> tuple[int, int]:
+    for size, patch, stride in zip(img_size, patch_size, patch_stride, strict=True):
+        if size < patch or (size - patch) % stride:
+            raise ValueError(
+                f"image size {tuple(img_size)} is not tiled by patches of {patch_size} with stride {patch_stride}: "
+                f"each side must be patch + n * stride, for example "
+                f"{max(patch, size - (size - patch) % stride)} instead of {size}"
+            )
+    height, width = ((s - p) // d + 1 for s, p, d in zip(img_size, patch_size, patch_stride, strict=True))
+    return height, width
+
+
 @register_notrace_module
 class PatchEmbed(nn.Module):
     """Image to patch tokens, row by row; patches overlap where the stride is smaller than the patch.
@@ -92,16 +106,17 @@ class PatchEmbed(nn.Module):
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Change the image size, or the patch size by resampling the kernel (a stride equal to it follows)."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            if self.patch_stride == self.patch_size:
-                self.patch_stride = to_2tuple(patch_size)
-            self.patch_size = to_2tuple(patch_size)
-            weight = resample_patch_embed(self.proj.weight.detach(), list(self.patch_size))
+        new_size = self.img_size if img_size is None else to_2tuple(img_size)
+        new_patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
+        new_stride = new_patch if self.patch_stride == self.patch_size else self.patch_stride
+        # first of all, so that a refused size leaves the layer as it was
+        self.grid_size = _grid_size(new_size, new_patch, new_stride)
+        self.img_size, self.patch_stride = new_size, new_stride
+        if new_patch != self.patch_size:
+            self.patch_size = new_patch
+            weight = resample_patch_embed(self.proj.weight.detach(), list(new_patch))
             self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
-            self.proj.kernel_size, self.proj.stride = self.patch_size, self.patch_stride
-        if img_size is not None:
-            self.img_size = to_2tuple(img_size)
-        self.grid_size = self.dynamic_feat_size(self.img_size)
+            self.proj.kernel_size, self.proj.stride = new_patch, new_stride
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels per token step."""
@@ -113,17 +128,7 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: if patch and stride do not tile the image.
         """
-        for size, patch, stride in zip(img_size, self.patch_size, self.patch_stride, strict=True):
-            if size < patch or (size - patch) % stride:
-                raise ValueError(
-                    f"image size {tuple(img_size)} is not tiled by patches of {self.patch_size} with stride "
-                    f"{self.patch_stride}: each side must be patch + n * stride, for example "
-                    f"{max(patch, size - (size - patch) % stride)} instead of {size}"
-                )
-        height, width = (
-            (s - p) // d + 1 for s, p, d in zip(img_size, self.patch_size, self.patch_stride, strict=True)
-        )
-        return height, width
+        return _grid_size(img_size, self.patch_size, self.patch_stride)
 
     def check_input(self, x: torch.Tensor) -> None:
         """Refuse images of other channels or another size than the model is for."""
