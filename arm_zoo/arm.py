@@ -230,7 +230,11 @@ class ARM(nn.Module):
             resampled = resample_pos_embed(self.pos_embed.detach(), old_grid, new_grid)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
             self.order = order_for(*new_grid, self.order.device)
-        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+        # a stride that followed the patches is recorded with them, or a saved configuration would contradict itself
+        patch_stride = None if patch_size is None else self.patch_embed.patch_stride
+        update_model_input_size(
+            self, self.patch_embed.img_size, patch_size=patch_size, patch_stride=patch_stride
+        )
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W) images -> (B, N + 1, dim) tokens with the class token at N // 2, and their order table."""
@@ -349,7 +353,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ARM) -> dic
     if "head.weight" in state_dict:
         # The file itself says for how many classes its head is, so timm keeps or drops it by the truth.
         model.pretrained_cfg["num_classes"] = len(state_dict["head.weight"])
-    return adapt_state_dict(state_dict, model)
+        return adapt_state_dict(state_dict, model)
+    # Without a head in the file the model keeps its own, which a strict loader wants to see.
+    own_head = {f"head.{key}": value for key, value in model.head.state_dict().items()}
+    return own_head | adapt_state_dict(state_dict, model)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
