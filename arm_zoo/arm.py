@@ -232,9 +232,7 @@ class ARM(nn.Module):
             self.order = order_for(*new_grid, self.order.device)
         # a stride that followed the patches is recorded with them, or a saved configuration would contradict itself
         patch_stride = None if patch_size is None else self.patch_embed.patch_stride
-        update_model_input_size(
-            self, self.patch_embed.img_size, patch_size=patch_size, patch_stride=patch_stride
-        )
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size, patch_stride=patch_stride)
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W) images -> (B, N + 1, dim) tokens with the class token at N // 2, and their order table."""
