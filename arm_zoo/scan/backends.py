@@ -1,22 +1,65 @@
-"""Which code runs the scan: backends by name, chosen per process, per block of code or per call."""
+"""Which code runs the scan: backends by name, chosen per process or per block of code.
+
+`reference` is the plain loop, `torch` the fast path on any device, `triton` the GPU kernels. The environment variable
+ARM_ZOO_SCAN sets the choice at start.
+"""
 
 import contextlib
+import functools
+import importlib
 import logging
+import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
-__all__ = ["available_backends", "get_scan_backend", "resolve_backend", "scan_backend", "set_scan_backend"]
+__all__ = [
+    "available_backends",
+    "get_scan_backend",
+    "implementation",
+    "resolve_backend",
+    "scan_backend",
+    "set_scan_backend",
+]
 
 _logger = logging.getLogger("arm_zoo.scan")
-_BACKENDS = ("reference", "torch")
-_selected = "auto"
+_BACKENDS = ("reference", "torch", "triton")
+_MODULES = {"torch": "arm_zoo.scan.chunked", "triton": "arm_zoo.scan.triton"}
 _announced: set[str] = set()
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _why_not(name: str) -> str | None:
+    """Why a backend cannot run here, with what to do about it; None if it can."""
+    if name == "triton":
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"it needs the package triton ({error}): pip install triton (Linux builds of torch bring it)"
+        if not (torch.cuda.is_available() or _interpreted()):
+            return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test the kernels slowly"
+    return None
+
+
 def available_backends() -> list[str]:
-    """Backends that run here: `reference` (the plain loop, any device) and `torch` (the fast path, any device)."""
-    return list(_BACKENDS)
+    """Names of the backends that run here."""
+    return [name for name in _BACKENDS if _why_not(name) is None]
+
+
+def _check(name: str) -> str:
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {available_backends()}")
+    if (reason := _why_not(name)) is not None:
+        raise ValueError(f"scan backend {name!r} cannot run here: {reason}")
+    return name
+
+
+_selected = _check(os.environ.get("ARM_ZOO_SCAN", "auto"))
 
 
 def get_scan_backend() -> str:
@@ -25,10 +68,10 @@ def get_scan_backend() -> str:
 
 
 def set_scan_backend(name: str) -> None:
-    """Choose the backend of every later scan in this process.
+    """Choose the backend of every later scan in this process; "auto" takes Triton on CUDA, else `torch`.
 
     Raises:
-        ValueError: for an unknown name; the message lists the names that work here.
+        ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
     """
     global _selected
     _selected = _check(name)
@@ -45,20 +88,31 @@ def scan_backend(name: str) -> Iterator[None]:
         set_scan_backend(before)
 
 
-def resolve_backend() -> str:
-    """The backend that a call runs on now; what "auto" chose is logged once."""
-    return _choose() if _selected == "auto" else _selected
+def implementation(name: str) -> ModuleType:
+    """The module that computes the operators for a backend."""
+    return importlib.import_module(_MODULES[name])
+
+
+def resolve_backend(x: torch.Tensor) -> str:
+    """The backend that a call on `x` runs on; what "auto" chose is logged once.
+
+    Raises:
+        ValueError: if the backend in force does not take such tensors.
+    """
+    fits_triton = (x.is_cuda or _interpreted()) and x.dtype != torch.float64
+    if _selected == "auto":
+        return _announce("triton" if x.is_cuda and fits_triton and _why_not("triton") is None else "torch")
+    if _selected == "triton" and not fits_triton:
+        raise ValueError(
+            f"scan backend 'triton' takes float32, bfloat16 and float16 on CUDA, got {x.dtype} on {x.device.type}; "
+            "use 'auto' or 'torch'"
+        )
+    return _selected
 
 
 @torch.compiler.assume_constant_result  # runs as it is while a model is traced, so that compiled models log it too
-def _choose() -> str:
-    if "torch" not in _announced:
-        _announced.add("torch")
-        _logger.info("scan backend: auto chose 'torch' (available: %s)", ", ".join(_BACKENDS))
-    return "torch"
-
-
-def _check(name: str) -> str:
-    if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {available_backends()}")
+def _announce(name: str) -> str:
+    if name not in _announced:
+        _announced.add(name)
+        _logger.info("scan backend: auto chose %r (available: %s)", name, ", ".join(available_backends()))
     return name

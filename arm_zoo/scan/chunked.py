@@ -11,16 +11,11 @@ import math
 import torch
 from torch.nn import functional as F
 
-__all__ = ["causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
+CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _LOG2E = math.log2(math.e)
-_CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
-
-
-def chunk_count(length: int) -> int:
-    """Number of chunks of `_CHUNK` steps, the last one shorter, that a sequence is cut into."""
-    return math.ceil(length / _CHUNK)
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +36,7 @@ def _softplus_slope(x: torch.Tensor) -> torch.Tensor:
 class _Scan:
     """The inputs of one scan, cut on demand into blocks of pictures and chunks of steps, and its work arrays.
 
-    Steps per chunk are a power of two up to `_CHUNK`, at least `least_steps`.
+    Steps per chunk are a power of two up to `CHUNK`, at least `least_steps`.
     """
 
     def __init__(
@@ -68,7 +63,7 @@ class _Scan:
         picture = directions * A.shape[-1] * channels
         self.block = min(self.batch, max(1, _WORK_ELEMENTS // (least_steps * picture)))
         self.steps = least_steps
-        while self.steps < _CHUNK and 2 * self.steps * self.block * picture <= _WORK_ELEMENTS:
+        while self.steps < CHUNK and 2 * self.steps * self.block * picture <= _WORK_ELEMENTS:
             self.steps *= 2
         size = min(self.steps, self.length) * self.block * picture
         self._work = [u.new_empty(size, dtype=self.dtype) for _ in range(3)]
@@ -142,21 +137,21 @@ def selective_scan(
     """See `arm_zoo.scan.selective_scan`, before the gate.
 
     Returns:
-        (B, L, D) mean over the directions in token order, and the states (K, B, chunks, S, D) at the start of every
-        chunk, for the backward pass (no chunks if `save_states` is off); both in the dtype of the state.
+        (B, L, D) mean over the directions in token order and the dtype of u, and the states (K, B, chunks, S, D) at
+        the start of every chunk, for the backward pass (no chunks if `save_states` is off).
     """
     # blocks of many pictures and short chunks: few, large operations, above all in the recurrence
     scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=2)
     directions, batch, length, channels = u.shape
-    y = u.new_empty(batch, length, channels, dtype=scan.dtype)
-    chunks = chunk_count(length) if save_states else 0
+    y = u.new_empty(batch, length, channels)
+    chunks = math.ceil(length / CHUNK) if save_states else 0
     saved = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=scan.dtype)
     for block in scan.blocks():
         state = scan.zero_state(block)
         outputs = scan.A.new_empty(length, directions, block.stop - block.start, channels)
         for time in scan.times():
-            if save_states and time.start % _CHUNK == 0:
-                saved[:, block, time.start // _CHUNK] = state
+            if save_states and time.start % CHUNK == 0:
+                saved[:, block, time.start // CHUNK] = state
             u_t = scan.cut(u, block, time)
             delta_t = scan.step_size(scan.raw_delta(block, time))
             _, states = scan.recur(state, delta_t, u_t, scan.cut(B, block, time), time)
@@ -186,9 +181,9 @@ def selective_scan_backward(
 
     With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
     """
-    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=_CHUNK)
+    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=CHUNK)
     directions = len(u)
-    grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(t) for t in (u, delta, B, C))
+    grad_u, grad_delta, grad_B, grad_C = (t.new_empty(t.shape) for t in (u, delta, B, C))
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)
     for block in scan.blocks():
         carry = scan.zero_state(block)

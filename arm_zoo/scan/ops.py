@@ -5,72 +5,64 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from arm_zoo.scan import chunked
-from arm_zoo.scan.backends import resolve_backend
+from arm_zoo.scan.backends import implementation, resolve_backend
 from arm_zoo.scan.reference import causal_conv_reference, selective_scan_reference
 
 __all__ = ["causal_conv", "selective_scan"]
 
-# Custom operators are opaque to torch.compile and torch.export (no graph breaks) and their schemas, fake kernels and
-# gradients are what those need to know. Backends written later register under the same schemas.
-_CONV_SCHEMA = "(Tensor x, Tensor weight, Tensor bias, Tensor? order) -> Tensor"
+# Custom operators are opaque to torch.compile and torch.export (no graph breaks); their schemas, fake kernels and
+# gradients are what those need to know. The last argument names the backend that computes them.
+_CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
 _SCAN_INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool delta_softplus"
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool delta_softplus, "
+    "Tensor? order"
 )
 
-_conv = torch.library.custom_op("arm_zoo::causal_conv", chunked.causal_conv, mutates_args=(), schema=_CONV_SCHEMA)
-_conv_backward = torch.library.custom_op(
-    "arm_zoo::causal_conv_backward",
-    chunked.causal_conv_backward,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? order) -> (Tensor, Tensor, Tensor)",
-)
-_scan = torch.library.custom_op(
-    "arm_zoo::selective_scan",
-    chunked.selective_scan,
-    mutates_args=(),
-    schema=f"({_SCAN_INPUTS}, Tensor? order, bool save_states) -> (Tensor, Tensor)",
-)
-_scan_backward = torch.library.custom_op(
-    "arm_zoo::selective_scan_backward",
-    chunked.selective_scan_backward,
-    mutates_args=(),
-    schema=f"(Tensor grad, {_SCAN_INPUTS}, Tensor? order, Tensor saved)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+
+def _operator(name: str, inputs: str, outputs: str) -> Any:
+    def run(*args: Any) -> Any:
+        *inputs, backend = args
+        return getattr(implementation(backend), name)(*inputs)
+
+    schema = f"({inputs}, str backend) -> {outputs}"
+    return torch.library.custom_op(f"arm_zoo::{name}", run, mutates_args=(), schema=schema)
+
+
+_conv = _operator("causal_conv", _CONV_INPUTS, "Tensor")
+_conv_backward = _operator("causal_conv_backward", f"Tensor grad, {_CONV_INPUTS}", "(Tensor, Tensor, Tensor)")
+_scan = _operator("selective_scan", f"{_SCAN_INPUTS}, bool save_states", "(Tensor, Tensor)")
+_scan_backward = _operator(
+    "selective_scan_backward",
+    f"Tensor grad, {_SCAN_INPUTS}, Tensor saved",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_conv.register_fake
-def _conv_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    directions, channels, _ = weight.shape
-    return x.new_empty(x.shape[0], x.shape[1], directions, channels).permute(2, 0, 1, 3)
+def _conv_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    (batch, length, _), (directions, channels, _) = x.shape, weight.shape
+    if backend == "torch":  # directions side by side in memory, as its convolution makes them
+        return x.new_empty(batch, length, directions, channels).permute(2, 0, 1, 3)
+    return x.new_empty(directions, batch, length, channels)
 
 
 @_conv_backward.register_fake
 def _conv_backward_fake(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 @_scan.register_fake
-def _scan_fake(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    save_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scan_fake(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, save_states, backend = args
     directions, batch, length, channels = u.shape
+    chunks = -(-length // implementation(backend).CHUNK) if save_states else 0
     dtype = torch.promote_types(u.dtype, torch.float32)
-    chunks = chunked.chunk_count(length) if save_states else 0
-    y = u.new_empty(batch, length, channels, dtype=dtype)
-    return y, u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=dtype)
+    states = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=dtype)
+    return u.new_empty(batch, length, channels), states
 
 
 @_scan_backward.register_fake
@@ -82,35 +74,31 @@ def _scan_backward_fake(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    saved: torch.Tensor,
+    *_: Any,
 ) -> tuple[torch.Tensor, ...]:
-    grads = tuple(torch.empty_like(t) for t in (u, delta, B, C))
-    return *grads[:2], A.new_empty(A.shape), *grads[2:], D.new_empty(D.shape), D.new_empty(D.shape)
+    return *(t.new_empty(t.shape) for t in (u, delta, A, B, C, D)), D.new_empty(D.shape)
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _conv_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *torch.ops.arm_zoo.causal_conv_backward(grad, *ctx.saved_tensors), None
+    return *torch.ops.arm_zoo.causal_conv_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, delta_softplus, order, _ = inputs
+    *tensors, ctx.delta_softplus, order, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, order, output[1])
-    ctx.delta_softplus = delta_softplus
 
 
 def _scan_grad(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     *tensors, order, saved = ctx.saved_tensors
-    grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved)
+    grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved, ctx.backend)
     if tensors[-1] is None:  # no delta_bias
         grads = *grads[:-1], None
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 _conv.register_autograd(_conv_grad, setup_context=_conv_setup)
@@ -135,9 +123,10 @@ def causal_conv(
     Returns:
         (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
     """
-    if resolve_backend() == "reference":
+    backend = resolve_backend(x)
+    if backend == "reference":
         return causal_conv_reference(x, weight, bias, order)
-    return torch.ops.arm_zoo.causal_conv(x, weight, bias, order)
+    return torch.ops.arm_zoo.causal_conv(x, weight, bias, order, backend)
 
 
 @torch.jit.ignore
@@ -174,12 +163,11 @@ def selective_scan(
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
     """
-    if resolve_backend() == "reference":
+    backend = resolve_backend(u)
+    if backend == "reference":
         y = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
     else:
         inputs = (u, delta, A, B, C, D, delta_bias)
         save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states)[0]
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(u.dtype)
+        y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states, backend)[0]
+    return y if z is None else y * F.silu(z)

@@ -35,9 +35,10 @@ def selective_scan_reference(
     """See `arm_zoo.scan.selective_scan`, before the gate; one step of the recurrence at a time.
 
     Returns:
-        (batch, length, channels) mean over the directions in token order, in the dtype of the state.
+        (batch, length, channels) mean over the directions in token order, in the dtype of u.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
+    in_dtype = u.dtype
     u, delta, A, B, C, D = (t.to(dtype) for t in (u, delta, A, B, C, D))
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)[:, None, None]
@@ -54,4 +55,4 @@ def selective_scan_reference(
     if order is not None:
         inverse = order.argsort(dim=1)
         y = torch.stack([y[k, :, inverse[k]] for k in range(directions)])
-    return y.mean(0)
+    return y.mean(0).to(in_dtype)
