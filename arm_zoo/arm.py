@@ -243,7 +243,7 @@ class ARM(nn.Module):
             pos_embed = resample_pos_embed(pos_embed, self.patch_embed.grid_size, grid)
             order = order_for(grid[0], grid[1], order.device)
         x = self.patch_embed(x)
-        middle = order.shape[1] // 2
+        middle = (order.shape[1] - 1) // 2
         x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], dim=1)
         return self.pos_drop(x + pos_embed), order
 
@@ -280,7 +280,7 @@ class ARM(nn.Module):
             x = checkpoint(block, x, order) if self.grad_checkpointing else block(x, order)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
-        middle = order.shape[1] // 2
+        middle = (order.shape[1] - 1) // 2
         prefix = [y[:, middle : middle + 1] for y in taken]
         patches = [torch.cat([y[:, :middle], y[:, middle + 1 :]], dim=1) for y in taken]
         if output_fmt == "NCHW":
