@@ -268,6 +268,21 @@ def test_inputs_may_lie_in_memory_in_any_way() -> None:
         assert relative(actual[name], expected[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_outside(dtype: torch.dtype, backend: str) -> None:
+    """Convolution, state and sums keep the precision of their inputs, also in a backward pass under autocast."""
+    for function, inputs in ((LONG.scan, LONG.scan_inputs()), (LONG.conv, LONG.conv_inputs())):
+        inputs = as_type(inputs, torch.float32)
+        cotangent = torch.randn_like(run(function, inputs)["output"])
+        expected = run(function, inputs, backend, cotangent)
+        with torch.autocast("cpu", dtype):
+            actual = run(function, inputs, backend, cotangent)
+        for name in expected:
+            assert actual[name].dtype == torch.float32
+            assert actual[name].equal(expected[name]), name
+
+
 @pytest.mark.parametrize(
     "case",
     [

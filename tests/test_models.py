@@ -1,0 +1,943 @@
+"""The backbones as timm citizens: what timm's own test-suite asks of models, groups for optimisers, initialisation."""
+
+import copy
+import json
+import math
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.layers import create_feature_extractor, get_graph_node_names, set_scriptable
+from timm.models._manipulate import reinit_non_persistent_buffers
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+from torch.nn import functional as F
+
+from arm_zoo import CheckpointError, create_pretraining_model, to_official
+from arm_zoo.arm import ARM
+from arm_zoo.order import scan_order
+
+Weights = dict[str, torch.Tensor]
+
+PAPER = "arm_in1k_ft_in1k"
+TAGS = {  # name: tags, the default one first
+    "arm_pico_patch2_8": ["untrained"],
+    "arm_tiny_patch16_224": ["untrained"],
+    "arm_small_patch16_224": ["untrained"],
+    "arm_base_patch16_224": [PAPER, "arm_in1k", "in1k"],
+    "arm_base_patch16_384": [PAPER],
+    "arm_base_patch16_stride8_448": [PAPER],
+    "arm_large_patch16_224": [PAPER, "arm_in1k", "in1k"],
+    "arm_large_patch16_384": [PAPER],
+    "arm_huge_patch16_224": [PAPER, "arm_in1k"],
+    "arm_huge_patch16_384": [PAPER],
+}
+SHORT = {name: f"{name}_patch16_224" for name in ("arm_base", "arm_large", "arm_huge")}
+PAPERS = [name for name, tags in TAGS.items() if PAPER in tags]
+SIZES = {  # width, depth
+    "arm_pico": (64, 6),
+    "arm_tiny": (192, 12),
+    "arm_small": (384, 12),
+    "arm_base": (768, 12),
+    "arm_large": (1024, 24),
+    "arm_huge": (1536, 24),
+}
+
+
+def tiny(name: str = "arm_base_patch16_224", **kwargs: Any) -> Any:
+    """An entry made small: 4 x 4 patches, 48 wide, 2 deep, in evaluation mode."""
+    small = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_classes": 10}
+    return timm.create_model(name, **{**small, **kwargs}).eval()
+
+
+def images(model: Any, batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=dtype)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to a part of the largest number; NaN is never close."""
+    difference = (actual.double() - expected.double()).abs().max()
+    return actual.shape == expected.shape and bool(difference <= tolerance * expected.double().abs().max())
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a number that depends on all outputs, by parameter."""
+    model.zero_grad()
+    output = model(x)
+    output.to(torch.promote_types(output.dtype, torch.float32)).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# ----------------------------------------------------------------------------------------------------------- registry
+
+
+def test_names_are_exactly_these() -> None:
+    assert set(timm.list_models("arm_*")) == {*TAGS, *SHORT}
+    assert set(timm.list_modules()) >= {"arm"}
+    assert all(timm.is_model(name) for name in (*TAGS, *SHORT))
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_tags_are_exactly_these(name: str) -> None:
+    cfgs = timm.models.get_arch_pretrained_cfgs(name)
+    assert list(cfgs) == [f"{name}.{tag}" for tag in TAGS[name]]
+    assert timm.models.get_pretrained_cfg(name).tag == TAGS[name][0]
+    for tag in TAGS[name]:
+        model = timm.create_model(f"{name}.{tag}", device="meta")
+        assert model.pretrained_cfg["tag"] == tag
+        assert model.num_classes == {"arm_in1k": 0, "untrained": 10 if "pico" in name else 1000}.get(tag, 1000)
+
+
+@pytest.mark.parametrize("name", [*TAGS, *SHORT])
+def test_entries_have_the_sizes_that_their_names_say(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    full = SHORT.get(name, name)
+    dim, depth = SIZES["_".join(full.split("_")[:2])]
+    size, patch = int(full.split("_")[-1]), 2 if "pico" in full else 16
+    stride = 8 if "stride8" in full else patch
+    side = (size - patch) // stride + 1
+    assert isinstance(model, ARM)
+    assert (model.embed_dim, len(model.blocks)) == (dim, depth)
+    assert model.patch_embed.img_size == (size, size)
+    assert model.patch_embed.proj.stride == (stride, stride)
+    assert model.patch_embed.grid_size == (side, side)
+    assert model.pos_embed.shape == (1, side * side + 1, dim)
+    assert model.order.shape == (4, side * side + 1)
+    assert model.pretrained_cfg["architecture"] == full
+    assert model.pretrained_cfg["input_size"] == (model.in_chans, size, size)
+    assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+def test_overlapping_patches_at_448() -> None:
+    assert timm.create_model("arm_base_patch16_stride8_448", device="meta").patch_embed.grid_size == (55, 55)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_weights_are_described(name: str) -> None:
+    for cfg in timm.models.get_arch_pretrained_cfgs(name).values():
+        assert cfg.crop_mode == "squash"
+        assert cfg.crop_pct == (0.875 if cfg.input_size[-1] == 224 else 1.0)
+        assert cfg.interpolation == "bicubic"
+        assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert cfg.license
+        assert cfg.paper_ids == "arXiv:2406.07537"
+        assert cfg.paper_name == "Autoregressive Pretraining with Mamba in Vision"
+        assert cfg.origin_url == "https://github.com/OliverRensu/ARM"
+        assert (cfg.first_conv, cfg.classifier) == ("patch_embed.proj", "head")
+        assert cfg.fixed_input_size
+
+
+@pytest.mark.parametrize("name, resized", [("arm_base_patch16_224", 256), ("arm_base_patch16_384", 384)])
+def test_evaluation_squashes_the_picture(name: str, resized: int) -> None:
+    config = timm.data.resolve_model_data_config(timm.create_model(name, device="meta"))
+    transform = timm.data.create_transform(**config)
+    size = config["input_size"][-1]
+    assert transform.transforms[0](Image.new("RGB", (300, 200))).size == (resized, resized)
+    assert transform(Image.new("RGB", (300, 200))).shape == (3, size, size)
+
+
+def test_no_weights_are_listed_before_they_are_hosted() -> None:
+    assert not timm.list_pretrained("arm_*")
+    assert not timm.list_models("arm_*", pretrained=True)
+    assert not any(timm.models.is_model_pretrained(name) for name in TAGS)
+
+
+@pytest.mark.parametrize("name", ["arm_base_patch16_224", "arm_large_patch16_224.in1k", "arm_huge"])
+def test_pretrained_names_the_ways_on(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"weights of \S+ are not hosted yet") as refusal:
+        timm.create_model(name, pretrained=True)
+    for way in ("pretrained_cfg_overlay=dict(file=", "recipes.pretrain", "pretrained=False"):
+        assert way in str(refusal.value)
+
+
+TWICE = """
+import importlib, sys
+import arm_zoo, timm
+importlib.reload(arm_zoo)
+del sys.modules["arm_zoo"]
+import arm_zoo
+assert "arm_huge" in timm.list_models("arm_*")
+"""
+PLUGIN = """
+import sys, types, timm, torch
+plugin = sys.modules["plugin"] = types.ModuleType("plugin")
+plugin.Linear = torch.nn.Linear
+exec("def arm_base_pz16(pretrained=False, **kwargs): return Linear(1, 1)", plugin.__dict__)
+timm.models.register_model(plugin.arm_base_pz16)
+import arm_zoo
+assert isinstance(timm.create_model("arm_base_pz16"), torch.nn.Linear)
+"""
+
+
+@pytest.mark.parametrize("statements", [TWICE, PLUGIN], ids=["twice", "plugin"])
+def test_imports_are_quiet(statements: str, repo: Path) -> None:
+    """Twice, after timm, or next to a plug-in with the authors' own names, which are left to them."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", statements], cwd=repo, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# ----------------------------------------------------------------------------------------------- forward and backward
+
+
+@pytest.mark.parametrize("name", [*TAGS, *SHORT])
+def test_forward_backward_and_configuration(name: str) -> None:
+    model = tiny(name).train()
+    x = images(model)
+    state, cfg = model.state_dict(), model.pretrained_cfg
+    assert cfg["classifier"] + ".weight" in state
+    assert cfg["first_conv"] + ".weight" in state
+    found = gradients(model, x)
+    assert found.keys() == dict(model.named_parameters()).keys(), "some parameters have no gradient"
+    assert all(grad.isfinite().all() and grad.count_nonzero() for grad in found.values())
+
+    model.eval()
+    tokens = model.patch_embed.num_patches + 1
+    features = model.forward_features(x)
+    assert features.shape == (2, tokens, 48)
+    assert model.num_features == model.head_hidden_size == model.embed_dim == 48
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, 48)
+    assert model.forward_head(features).equal(model(x))
+    assert model.get_classifier()(pooled).equal(model(x))
+    assert model(x).shape == (2, 10)
+    assert model(x).isfinite().all()
+
+    model.reset_classifier(0)
+    assert model(x).equal(pooled)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    model.reset_classifier(0, "")
+    assert model(x).equal(features)
+    model.reset_classifier(7, "token")
+    assert model(x).shape == (2, 7)
+    assert model.num_classes == 7
+    assert tiny(name, num_classes=0)(x).shape == (2, 48)
+    assert tiny(name, num_classes=0, global_pool="")(x).shape == (2, tokens, 48)
+
+
+def test_batches_do_not_mix() -> None:
+    model = tiny()
+    x = images(model, batch=3)
+    assert close(torch.cat([model(one[None]) for one in x]), model(x))
+
+
+def test_reset_classifier_keeps_the_mode_the_device_and_the_type() -> None:
+    model = tiny(dtype=torch.bfloat16, device="meta").train()
+    model.reset_classifier(3)
+    assert model.head.training
+    assert (model.head.weight.dtype, model.head.weight.device.type) == (torch.bfloat16, "meta")
+
+
+@pytest.mark.parametrize("name", ["arm_base_patch16_224", "arm_base_patch16_stride8_448"])
+def test_grad_checkpointing_changes_nothing_but_memory(name: str) -> None:
+    model = tiny(name).train()
+    x = images(model)
+    calls: list[nn.Module] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    plain, expected = model(x), gradients(model, x)
+    model.set_grad_checkpointing(True)
+    assert model(x).equal(plain)
+    calls.clear()
+    actual = gradients(model, x)
+    assert len(calls) == 2 * len(model.blocks), "blocks are not computed again in the backward pass"
+    assert all(close(actual[key], expected[key]) for key in expected)
+    assert model.forward_intermediates(x)[0].equal(model.forward_features(x))
+    model.set_grad_checkpointing(False)
+    calls.clear()
+    gradients(model, x)
+    assert len(calls) == len(model.blocks)
+
+
+def test_drop_rates_act_in_training_only() -> None:
+    for rates in ({"drop_rate": 0.5}, {"pos_drop_rate": 0.5}, {"drop_path_rate": 0.9, "depth": 3}):
+        model = tiny(**rates)
+        x = images(model)
+        assert model(x).equal(model(x))
+        model.train()
+        assert not model(x).equal(model(x)), rates
+    model = tiny(drop_rate=0.1, pos_drop_rate=0.2)
+    assert (model.head_drop.p, model.pos_drop.p) == (0.1, 0.2)
+
+
+def test_drop_path_rates_are_the_official_ones(golden: Path) -> None:
+    tables = json.loads((golden / "init" / "finetune_drop_path.json").read_text())
+    assert len(tables) == 3
+    for key, rates in tables.items():
+        depth, rate = re.fullmatch(r"depth(\d+)_rate([\d.]+)", key).groups()
+        model = tiny(depth=int(depth), drop_path_rate=float(rate), device="meta")
+        found = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks]
+        assert found == pytest.approx(rates, abs=1e-7)
+
+
+@pytest.mark.parametrize("img_size", [64, 80, 16])  # 16, 25 patches (halves of 12 and 13) and a single one
+def test_pooling(img_size: int) -> None:
+    model = tiny(img_size=img_size)
+    features = model.forward_features(images(model))
+    patches = features.shape[1] - 1
+    before, after = features[:, : patches // 2], features[:, patches // 2 + 1 :]
+    halves = [half.mean(1) for half in (before, after) if half.shape[1]]
+    assert close(model.forward_head(features, pre_logits=True), sum(halves) / len(halves))
+    model.reset_classifier(10, "token")
+    assert model.forward_head(features, pre_logits=True).equal(features[:, patches // 2])
+    model.reset_classifier(10, "")
+    assert model.forward_head(features, pre_logits=True).equal(features)
+    for pool in ("avg", "token", ""):
+        assert tiny(img_size=img_size, global_pool=pool).global_pool == pool
+
+
+def test_class_token_sits_in_the_middle() -> None:
+    model = tiny(img_size=(48, 80))
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        model.cls_token.fill_(3.0)
+    embedded, order = model._embed(images(model))
+    assert embedded[:, 15 // 2].eq(3.0).all()
+    assert embedded.eq(3.0).all(-1).sum(1).tolist() == [1, 1]
+    assert order.equal(scan_order(3, 5, 4, cls_index=7))
+
+
+# ------------------------------------------------------------------------------------- sizes that no stored tensor has
+
+
+def spec_mixer(p: Weights, x: torch.Tensor) -> torch.Tensor:
+    """arm.md, section 2: four branches, with the class token at the wrong place where the authors have it there."""
+    length = x.shape[1]
+    row, side, token = torch.arange(length), math.isqrt(length - 1), length // 2
+    patches = torch.cat([row[:token], row[token + 1 :]]).reshape(side, side).t().flatten()
+    column = torch.cat([patches[:token], row[token, None], patches[token:]])
+    x, z = F.linear(x, p["in_proj.weight"]).chunk(2, dim=-1)
+    total = torch.zeros_like(x)
+    for suffix, order in (("", row), ("_b", row.flip(0)), ("_c", column), ("_c_b", column.flip(0))):
+        taps = p[f"conv1d{suffix}.weight"]
+        u = F.conv1d(F.pad(x[:, order].mT, (3, 0)), taps, p[f"conv1d{suffix}.bias"], groups=len(taps))
+        u = F.silu(u).mT
+        A, dt_weight = -p[f"A{suffix}_log"].exp(), p[f"dt_proj{suffix}.weight"]
+        dt, B, C = F.linear(u, p[f"x_proj{suffix}.weight"]).split([dt_weight.shape[1], 16, 16], dim=-1)
+        delta = F.softplus(F.linear(dt, dt_weight, p[f"dt_proj{suffix}.bias"]))
+        state, steps = torch.zeros(len(x), *A.shape, dtype=x.dtype), []
+        for t in range(length):
+            step = delta[:, t, :, None]
+            state = torch.exp(step * A) * state + step * B[:, t, None] * u[:, t, :, None]
+            steps.append((state * C[:, t, None]).sum(-1))
+        y = (torch.stack(steps, dim=1) + p[f"D{suffix}"] * u) * F.silu(z[:, order])
+        total = total.index_add(1, order, y)
+    return F.linear(total / 4, p["out_proj.weight"])
+
+
+def spec_model(p: Weights, x: torch.Tensor, stride: int, depth: int, pool: str) -> torch.Tensor:
+    """arm.md, section 4, under the official names."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=stride).flatten(2).mT
+    middle = x.shape[1] // 2
+    x = torch.cat([x[:, :middle], p["cls_token"].expand(len(x), -1, -1), x[:, middle:]], dim=1) + p["pos_embed"]
+    for i in range(depth):
+        mixer = f"layers.{i}.mixer."
+        inside = {name.removeprefix(mixer): value for name, value in p.items() if name.startswith(mixer)}
+        x = x + spec_mixer(inside, norm(x, f"layers.{i}.norm1"))
+        inner, mlp = norm(x, f"layers.{i}.norm2"), f"layers.{i}.mlp"
+        x = x + linear(F.silu(linear(inner, f"{mlp}.w1")) * linear(inner, f"{mlp}.w2"), f"{mlp}.w3")
+    x = norm(x, "norm_f")
+    halves = (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
+    return linear(halves if pool == "avg" else x[:, middle], "head")
+
+
+def test_specification_equals_the_stored_tensors(golden: Path) -> None:
+    files = {path.stem: load_file(path) for path in (golden / "arm_ft_img64_gp").glob("*.safetensors")}
+    weights = {name: value.double() for name, value in files["state_dict"].items()}
+    x = files["inputs"]["images"].double()
+    for pool, name in (("avg", "logits"), ("token", "logits_cls")):
+        assert close(spec_model(weights, x, 16, 12, pool), files["outputs_f64"][name], 1e-10)
+
+
+@pytest.mark.parametrize(
+    "img_size, stride, depth, pool",
+    [
+        (80, 16, 2, "avg"),  # 5 x 5, an odd number of patches
+        (80, 16, 2, "token"),
+        (64, 8, 2, "avg"),  # 7 x 7 of overlapping patches
+        (64, 16, 24, "avg"),
+        (32, 16, 3, "token"),
+    ],
+)
+def test_model_follows_the_specification(img_size: int, stride: int, depth: int, pool: str) -> None:
+    model = tiny(
+        img_size=img_size, patch_stride=stride, depth=depth, global_pool=pool, embed_dim=20, dtype=torch.float64
+    )
+    with torch.no_grad():  # away from the zeros and ones of initialisation
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    weights = {name: value.requires_grad_() for name, value in to_official(model).items()}
+    x = images(model, dtype=torch.float64)
+    output, expected = model(x), spec_model(weights, x, stride, depth, pool)
+    assert close(output, expected, 1e-10)
+
+    expected.square().sum().backward()
+    found = gradients(model, x)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[name])
+    for name, gradient in to_official(model).items():
+        assert close(gradient, weights[name].grad, 1e-9), name
+
+
+# ----------------------------------------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("name", ["arm_base_patch16_224", "arm_base_patch16_stride8_448", "arm_pico_patch2_8"])
+def test_features_only(name: str) -> None:
+    model = tiny(name, depth=4, features_only=True)
+    x = torch.randn(2, model.in_chans, 64, 64)
+    reduction = 8 if "stride8" in name else 16
+    side = (64 - 16) // reduction + 1
+    assert model.feature_info.channels() == [48] * 3
+    assert model.feature_info.reduction() == [reduction] * 3
+    assert model.feature_info.module_name() == ["blocks.1", "blocks.2", "blocks.3"]
+    assert [feature.shape for feature in model(x)] == [(2, 48, side, side)] * 3
+
+
+@pytest.mark.parametrize("indices", [(0, 3), (-1,), 2, (1, -2)])
+def test_feature_classes_agree(indices: int | tuple[int, ...]) -> None:
+    make = partial(tiny, depth=4, features_only=True, out_indices=indices)
+    x = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(1)
+    getter = make()
+    found = {}
+    for kind in ("getter", "hook", "fx"):
+        torch.manual_seed(1)
+        model = make(feature_cls=kind)
+        assert model.feature_info.channels() == getter.feature_info.channels()
+        assert model.feature_info.module_name() == getter.feature_info.module_name()
+        found[kind] = model(x)
+        assert len(found[kind]) == len(model.feature_info.out_indices)
+    for maps, hooked, traced in zip(*found.values(), strict=True):
+        assert hooked.equal(traced)
+        patches = torch.cat([hooked[:, :8], hooked[:, 9:]], dim=1)  # the class token is number 8 of 17
+        assert maps.equal(patches.transpose(1, 2).unflatten(2, (4, 4)))
+
+
+@pytest.mark.parametrize("img_size", [(64, 96), 80])
+def test_forward_intermediates(img_size: int | tuple[int, int]) -> None:
+    model = tiny(img_size=img_size, depth=4)
+    with torch.no_grad():
+        model.norm.weight.normal_()
+    x = images(model)
+    (height, width), middle = model.patch_embed.grid_size, model.patch_embed.num_patches // 2
+    outputs: dict[int, torch.Tensor] = {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: outputs.__setitem__(i, out))
+    expected = model.forward_features(x)
+    tokens = dict(outputs)
+
+    final, maps = model.forward_intermediates(x)
+    assert final.equal(expected)
+    assert [feature.shape for feature in maps] == [(2, 48, height, width)] * 4
+    _, rows = model.forward_intermediates(x, output_fmt="NLC")
+    for i in range(4):
+        patches = torch.cat([tokens[i][:, :middle], tokens[i][:, middle + 1 :]], dim=1)
+        assert rows[i].equal(patches)
+        assert maps[i].flatten(2).transpose(1, 2).equal(patches)
+
+    _, [(last, prefix)] = model.forward_intermediates(
+        x, indices=1, norm=True, output_fmt="NLC", return_prefix_tokens=True
+    )
+    assert torch.cat([last[:, :middle], prefix, last[:, middle:]], dim=1).equal(expected)
+    assert len(model.forward_intermediates(x, indices=2)[1]) == 2
+    assert model.forward_intermediates(x, indices=[-4], intermediates_only=True)[0].equal(maps[0])
+
+    outputs.clear()
+    stopped = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
+    assert sorted(outputs) == [0, 1]
+    assert stopped[1].equal(maps[1])
+
+    both = model.forward_intermediates(x, indices=[2], output_dict=True, return_prefix_tokens=True)
+    assert both.keys() == {"image_intermediates", "image_intermediates_prefix", "image_features"}
+    assert both["image_features"].equal(expected)
+    assert both["image_intermediates"][0].equal(maps[2])
+    assert both["image_intermediates_prefix"][0].equal(tokens[2][:, middle : middle + 1])
+    assert model.forward_intermediates(x, output_dict=True, intermediates_only=True).keys() == {"image_intermediates"}
+
+
+def test_prune_intermediate_layers() -> None:
+    model = tiny(depth=4)
+    x = images(model)
+    full, kept = copy.deepcopy(model), copy.deepcopy(model)
+    assert model.prune_intermediate_layers([0, -3], prune_norm=True) == [0, 1]
+    assert len(model.blocks) == 2
+    assert isinstance(model.norm, nn.Identity)
+    assert isinstance(model.head, nn.Identity)
+    for pruned, whole in zip(
+        model.forward_intermediates(x, indices=[0, 1], intermediates_only=True),
+        full.forward_intermediates(x, indices=[0, 1], intermediates_only=True),
+        strict=True,
+    ):
+        assert pruned.equal(whole)
+    assert kept.prune_intermediate_layers(1, prune_head=False) == [3]
+    assert kept(x).equal(full(x))
+
+
+# --------------------------------------------------------------------------------- tracing, scripting, copies, devices
+
+
+def test_fx_traces_the_whole_model() -> None:
+    model = tiny()
+    x = images(model)
+    output = get_graph_node_names(model)[1][-1]
+    traced = create_feature_extractor(model, [output])
+    assert close(traced(x)[output], model(x))
+
+
+def test_fx_model_trains_and_scripts() -> None:
+    model = tiny()
+    x = images(model)
+    output = get_graph_node_names(model)[1][-1]
+    traced = create_feature_extractor(model, [output])
+    traced(x)[output].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in traced.parameters())
+    assert close(torch.jit.script(traced)(x)[output], model(x))
+
+
+@pytest.mark.parametrize("name", ["arm_base_patch16_224", "arm_base_patch16_stride8_448"])
+def test_torchscript(name: str) -> None:
+    with set_scriptable(True):
+        model = tiny(name)
+    x = images(model)
+    assert close(torch.jit.script(model)(x), model(x))
+
+
+def test_copies_and_pickles_are_equal() -> None:
+    model = tiny()
+    x = images(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin(x).equal(model(x))
+        with torch.no_grad():
+            twin.head.weight.zero_()
+        assert not twin(x).equal(model(x)), "the copy shares memory"
+
+
+def test_meta_model_comes_to_life() -> None:
+    model = tiny(img_size=(64, 96))
+    lazy = tiny(img_size=(64, 96), device="meta").to_empty(device="cpu")
+    lazy.order.fill_(-1)  # whatever lies in empty memory
+    lazy.load_state_dict(model.state_dict())
+    assert "(root)" in reinit_non_persistent_buffers(lazy)
+    x = images(model)
+    assert lazy.order.equal(model.order)
+    assert lazy(x).equal(model(x))
+    assert "order" not in model.state_dict()
+
+
+def test_parameters_in_bfloat16() -> None:
+    model, low = tiny(), tiny(dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
+    low.load_state_dict(model.state_dict())
+    x = images(model, dtype=torch.bfloat16)
+    assert low(x).dtype == torch.bfloat16
+    assert close(low(x), model(x.float()), 5e-2)
+    assert all(grad.isfinite().all() and grad.dtype == torch.bfloat16 for grad in gradients(low, x).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    model = tiny().train()
+    x = images(model)
+    with torch.autocast("cpu", dtype):
+        output = model(x)
+    assert output.dtype == dtype
+    assert close(output, model(x), 3e-2)
+    output.float().square().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------------- other sizes
+
+
+@pytest.mark.parametrize("img_size", [(64, 96), (32, 32), (80, 48), (16, 16)])
+def test_dynamic_image_size(img_size: tuple[int, int]) -> None:
+    model = tiny(dynamic_img_size=True)
+    resized = copy.deepcopy(model)
+    resized.set_input_size(img_size)
+    x = torch.randn(2, 3, *img_size)
+    assert close(model(x), resized(x))
+    assert resized.patch_embed.grid_size == (img_size[0] // 16, img_size[1] // 16)
+    maps = model.forward_intermediates(x, indices=1, intermediates_only=True)[0]
+    assert maps.shape[2:] == resized.patch_embed.grid_size
+    fixed = tiny(img_size=img_size)
+    fixed.load_state_dict(resized.state_dict())
+    assert close(fixed(x), resized(x))
+
+
+def test_set_input_size_resamples_around_the_class_token() -> None:
+    model = tiny()
+    with torch.no_grad():  # an image of positions that a bicubic resize keeps, with an odd one out in the middle
+        model.pos_embed.fill_(1.0)
+        model.pos_embed[:, 8] = 5.0
+    model.pos_embed.requires_grad_(False)
+    model.set_input_size((48, 80))
+    assert model.pos_embed.shape == (1, 16, 48)
+    assert not model.pos_embed.requires_grad
+    assert model.pos_embed[:, 7].eq(5.0).all()
+    others = torch.cat([model.pos_embed[:, :7], model.pos_embed[:, 8:]], dim=1)
+    assert close(others, torch.ones_like(others))
+    assert model(images(model)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("stride", [None, 16, 8])
+def test_set_input_size_takes_patch_sizes(stride: int | None, tmp_path: Path) -> None:
+    model = tiny(patch_stride=stride)
+    model.set_input_size((48, 64), patch_size=8)
+    assert model.patch_embed.proj.weight.shape == (48, 3, 8, 8)
+    assert model.patch_embed.proj.stride == (8, 8)
+    assert model.patch_embed.grid_size == (6, 8)
+    x = images(model)
+    assert model(x).shape == (2, 10)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x).equal(model(x))
+
+
+@pytest.mark.parametrize("refused", [{"img_size": 65}, {"patch_size": 7}, {"img_size": (64, 8)}])
+def test_refused_sizes_leave_the_model_as_it_was(refused: dict[str, Any]) -> None:
+    model = tiny()
+    x = images(model)
+    before = model(x)
+    with pytest.raises(ValueError, match="is not tiled by patches"):
+        model.set_input_size(**refused)
+    assert model(x).equal(before)
+
+
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_input_channels(in_chans: int) -> None:
+    model = tiny(in_chans=in_chans)
+    assert model(torch.randn(2, in_chans, 64, 64)).shape == (2, 10)
+    assert timm.models.get_model_traits(model)["in_chans"] == in_chans
+
+
+def test_keywords_win_over_the_entry() -> None:
+    model = tiny(
+        "arm_large_patch16_384",
+        img_size=(64, 96),
+        patch_size=(16, 32),
+        patch_stride=(8, 16),
+        d_state=4,
+        norm_layer="rmsnorm",
+        depth=3,
+    )
+    assert model.patch_embed.grid_size == (7, 5)
+    assert model.blocks[0].mixer.A_log.shape == (4, 48, 4)
+    assert len(model.blocks) == 3
+    assert type(model.norm) is type(model.blocks[0].norm1) is timm.layers.RmsNorm
+    assert model(images(model)).shape == (2, 10)
+    assert isinstance(tiny(norm_layer=partial(nn.LayerNorm, eps=1e-6)).norm, nn.LayerNorm)
+    assert {tiny().norm.eps, *(block.norm1.eps for block in tiny().blocks)} == {1e-5}
+
+
+def test_traits_follow_changes() -> None:
+    model = tiny(in_chans=4)
+    model.set_input_size((48, 80))
+    model.reset_classifier(5)
+    traits = timm.models.get_model_traits(model)
+    expected = {"img_size": (48, 80), "fixed_input_size": True, "in_chans": 4, "num_classes": 5}
+    assert traits == {**expected, "first_conv": "patch_embed.proj"}
+    assert not timm.models.get_model_traits(tiny(dynamic_img_size=True))["fixed_input_size"]
+
+
+@pytest.mark.parametrize("img_size, num_classes", [(None, 6), (96, 6), ((48, 80), 3), (64, 0)])
+def test_saved_folder_round_trip(img_size: int | tuple[int, int] | None, num_classes: int, tmp_path: Path) -> None:
+    model = tiny(num_classes=6, img_size=(64, 96), global_pool="token")
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    kwargs = {} if img_size is None else {"img_size": img_size}
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=num_classes, **kwargs).eval()
+    if img_size is not None:
+        model.set_input_size(img_size)
+    assert (loaded.num_classes, loaded.global_pool) == (num_classes, "token")
+    x = images(model)
+    assert close(loaded.forward_features(x), model.forward_features(x))
+    assert loaded(x).shape == (2, num_classes or 48)
+    if num_classes == 6:
+        assert close(loaded(x), model(x))
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["arm_base_patch16_224", "arm_base", "arm_pico_patch2_8"])
+def test_unknown_keyword_names_those_there_are(name: str) -> None:
+    with pytest.raises(TypeError, match=r"unknown keyword dropout, widths; the model takes") as refusal:
+        tiny(name, dropout=0.1, widths=3)
+    allowed = str(refusal.value).partition("takes")[2].replace(",", " ").split()
+    assert {"img_size", "patch_stride", "depth", "d_state", "drop_path_rate", "dynamic_img_size"} <= set(allowed)
+
+
+REFUSED = [
+    ({"img_size": 65}, r"image size \(65, 65\) is not tiled by patches of \(16, 16\).*64 instead of 65"),
+    ({"img_size": (64, 100)}, r"image size \(64, 100\) is not tiled.*96 instead of 100"),
+    ({"img_size": 8}, r"image size \(8, 8\) is not tiled.*16 instead of 8"),
+    ({"patch_stride": 10}, r"is not tiled by patches of \(16, 16\) with stride \(10, 10\).*56 instead of 64"),
+    ({"global_pool": "max"}, r"global_pool must be 'avg', 'token' or '' \(no pooling\), got 'max'"),
+]
+
+
+@pytest.mark.parametrize("kwargs, message", REFUSED)
+def test_bad_sizes_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**kwargs)
+
+
+def test_unknown_size_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="arm_giant_patch16_224"):
+        timm.create_model("arm_giant_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "dynamic, shape, message",
+    [
+        (False, (1, 3, 64, 80), r"expected images of 64x64, got 64x80; .*img_size=.*set_input_size.*dynamic_img_size"),
+        (False, (1, 4, 64, 64), r"expected images \(batch, 3, height, width\), got \(1, 4, 64, 64\); .*in_chans="),
+        (False, (3, 64, 64), r"expected images \(batch, 3, height, width\), got \(3, 64, 64\)"),
+        (True, (1, 3, 64, 81), r"image size \(64, 81\) is not tiled .* 80 instead of 81"),
+        (True, (1, 1, 64, 64), r"expected images \(batch, 3, height, width\), got \(1, 1, 64, 64\)"),
+    ],
+)
+def test_bad_images_are_refused(dynamic: bool, shape: tuple[int, ...], message: str) -> None:
+    model = tiny(dynamic_img_size=dynamic)
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model, x: model.reset_classifier(3, "max"), "global_pool must be"),
+        (lambda model, x: model.forward_intermediates(x, output_fmt="NHWC"), "output_fmt must be 'NCHW' or 'NLC'"),
+    ],
+)
+def test_bad_options_are_refused(call: Callable[..., Any], message: str) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        call(model, images(model))
+
+
+# ------------------------------------------------------------------------------------------------ groups of parameters
+
+
+def official_names(model: nn.Module) -> dict[str, str]:
+    """Official parameter name -> ours, found by numbering our parameters and reading the numbers in the export."""
+    ours = [name for name, _ in model.named_parameters()]
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.fill_(i)
+    exported = {name: value for name, value in to_official(model).items() if name != "mask"}
+    return {name: ours[int(value.flatten()[0])] for name, value in exported.items()}
+
+
+def by_our_name(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("depth, decay", [(12, 0.65), (24, 0.75)])
+def test_layer_decay_groups_are_the_official_ones(depth: int, decay: float, golden: Path) -> None:
+    model = tiny(depth=depth, embed_dim=16, img_size=16)
+    names = official_names(model)
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=decay
+    )
+    found = by_our_name(model, groups)
+    key = f"d{depth}_ld{decay:.2f}".replace(".", "")
+    table = json.loads((golden / "optim" / f"lrd_groups_{key}.json").read_text())
+    assert names.keys() == table.keys()
+    for name, (scale, weight_decay) in table.items():
+        group = found[names[name]]
+        assert group["lr_scale"] == pytest.approx(scale, rel=1e-12), name
+        assert group["weight_decay"] == weight_decay, name
+
+    sequence = json.loads((golden / "optim" / f"lrd_group_sequence_{key}.json").read_text())
+    official = {ours: [name for name in names if names[name] == ours] for ours in names.values()}
+    members = [[name for ours in found if found[ours] is group for name in official[ours]] for group in groups]
+    assert len(groups) == len(sequence)
+    for entry in sequence:  # theirs has the head before the blocks; the groups are the same
+        [of_group] = [group for group, inside in zip(groups, members, strict=True) if entry["first"] in inside]
+        assert of_group["lr_scale"] == pytest.approx(entry["lr_scale"], rel=1e-12)
+        assert of_group["weight_decay"] == entry["weight_decay"]
+        assert len(next(inside for inside in members if entry["first"] in inside)) == entry["n_params"]
+
+
+@pytest.mark.parametrize("depth", [12, 24])
+def test_weight_decay_groups_of_pretraining_are_the_official_ones(depth: int, golden: Path) -> None:
+    model = create_pretraining_model(
+        "arm_base", embed_dim=16, depth=depth, decoder_dim=64, img_size=32, cluster_size=16
+    )
+    names = official_names(model)
+    groups = param_groups_weight_decay(model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay())
+    found = by_our_name(model, groups)
+    table = json.loads((golden / "optim" / f"pretrain_wd_groups_d{depth}.json").read_text())
+    assert names.keys() == table.keys()
+    for name, weight_decay in table.items():
+        if isinstance(weight_decay, str):
+            assert "frozen" in weight_decay
+            assert names[name] not in found, name
+        else:
+            assert found[names[name]]["weight_decay"] == weight_decay, name
+
+
+def test_optimisers_of_timm_find_the_groups() -> None:
+    model = tiny()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    found = by_our_name(model, optimizer.param_groups)
+    assert found["blocks.0.mixer.D"]["weight_decay"] == 0
+    assert found["blocks.0.mixer.A_log"]["weight_decay"] == 0.05
+    assert found["norm.weight"]["lr_scale"] == found["head.weight"]["lr_scale"] == 1
+    assert found["blocks.1.mixer.D"]["lr_scale"] == 0.5
+    assert found["pos_embed"]["lr_scale"] == 0.125
+
+
+def test_names_without_weight_decay_exist() -> None:
+    model = tiny()
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    assert {"cls_token", "pos_embed", "blocks.1.mixer.D", "blocks.1.mixer.dt_proj_bias"} <= model.no_weight_decay()
+
+
+# ------------------------------------------------------------------------------------------------------ initialisation
+
+
+class Distribution(NamedTuple):
+    """A distribution by its quantile function, which gives its moments, its bounds and what extremes are likely."""
+
+    quantile: Callable[[torch.Tensor], torch.Tensor]
+
+    def complaints(self, n: int, mean: float, std: float, low: float, high: float) -> list[str]:
+        """What n drawn numbers with these statistics have that the distribution would practically never give."""
+        middles = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+        values = self.quantile(middles)
+        center, spread = values.mean().item(), values.std().item()
+        kurtosis = ((values - center) / spread).pow(4).mean().item()
+
+        def at(p: float) -> float:
+            return self.quantile(torch.tensor(p, dtype=torch.float64)).item()
+
+        rare, outer = min(30 / n, 0.5), 1e-7 / n
+        slack = 1e-5 * max(abs(at(outer)), abs(at(1 - outer)))  # float32
+        checks = {
+            "mean": abs(mean - center) <= 6 * spread / math.sqrt(n),
+            "std": abs(std - spread) <= 6 * spread * math.sqrt((kurtosis - 1) / (4 * n)),
+            "min": at(outer) - slack <= low <= at(rare),
+            "max": at(1 - rare) <= high <= at(1 - outer) + slack,
+        }
+        return [name for name, fine in checks.items() if not fine]
+
+
+def normal(std: float) -> Distribution:
+    return Distribution(lambda p: std * torch.special.ndtri(p))
+
+
+def uniform(bound: float) -> Distribution:
+    return Distribution(lambda p: bound * (2 * p - 1))
+
+
+def truncated_normal(std: float) -> Distribution:
+    """Cut off at two of its standard deviations."""
+    tail = torch.special.ndtr(torch.tensor(-2.0, dtype=torch.float64)).item()
+    return Distribution(lambda p: std * torch.special.ndtri(tail + p * (1 - 2 * tail)))
+
+
+def step_bias() -> Distribution:
+    """Inverse softplus of step sizes whose logarithms are uniform between those of 0.001 and 0.1."""
+    return Distribution(lambda p: torch.exp(math.log(1e-3) + p * math.log(100)).expm1().log())
+
+
+def expected_distribution(name: str, shape: list[int], depth: int, embed_dim: int) -> Distribution | float | str:
+    """arm.md, section 6: a distribution, a constant, or 'table' for what is computed."""
+    fan_in = shape[-1]
+    patterns: list[tuple[str, Distribution | float | str]] = [
+        (r"A(_b|_c|_c_b)?_log|(dec_)?pos_embed_table", "table"),
+        (r"cls_token|pos_embed|ar_token|head\.weight", normal(0.02)),
+        (r"patch_embed\.proj\.weight", truncated_normal(math.sqrt(1 / math.prod(shape[1:])) / 0.87962566103423978)),
+        (r"conv1d\w*\.(weight|bias)", uniform(0.5)),
+        (r"dt_proj\.bias", step_bias()),
+        (r"dt_proj\w*\.weight", uniform(math.ceil(embed_dim / 16) ** -0.5)),
+        (r"out_proj\.weight", uniform(fan_in**-0.5 / math.sqrt(depth))),
+        (r"dec_block\.\d\.\w+\.\w+\.weight", uniform(math.sqrt(6 / sum(shape[-2:])))),
+        (r"D(_b|_c|_c_b)?|(ar_)?norm\w*\.weight", 1.0),
+        (r".*bias", 0.0),
+        (r"(in_proj|x_proj\w*|w1|w2|w3|enc2dec|ar_pred)\.weight", uniform(fan_in**-0.5)),
+    ]
+    short = re.sub(r"^layers\.\d+\.(mixer\.|mlp\.)?|^dec_block\.\d\.(?=norm)", "", name)
+    return next(expected for pattern, expected in patterns if re.fullmatch(pattern, short))
+
+
+def check_initialisation(model: nn.Module, table: dict[str, Any], frozen: set[str]) -> None:
+    """Hold our tensors, and the official statistics with the same rule, to the distributions of the specification."""
+    settings = table["constructor"]
+    ours = {name: value for name, value in to_official(model).items() if name != "mask"}
+    assert ours.keys() == table["params"].keys()
+    assert sum(parameter.numel() for parameter in model.parameters()) == table["n_params"]
+    for name, official in table["params"].items():
+        value = ours[name].double()
+        assert list(value.shape) == official["shape"], name
+        assert official["requires_grad"] == (name not in frozen)
+        statistics = [value.mean(), value.std(), value.min(), value.max()]
+        found, theirs = ([float(s) for s in statistics], [official[k] for k in ("mean", "std", "min", "max")])
+        key = f"{name}_table" if name in frozen else name
+        expected = expected_distribution(key, official["shape"], settings["depth"], settings["embed_dim"])
+        if isinstance(expected, Distribution):
+            assert not expected.complaints(value.numel(), *theirs), f"the rule for {name} is wrong"
+            assert not expected.complaints(value.numel(), *found), name
+        elif isinstance(expected, float):
+            assert value.eq(expected).all(), name
+        else:
+            assert found == pytest.approx(theirs, abs=1e-5), name
+
+
+def test_backbone_starts_as_the_official_one(golden: Path) -> None:
+    table = json.loads((golden / "init" / "finetune_arm_base_pz16.json").read_text())
+    model = timm.create_model("arm_base_patch16_224")
+    check_initialisation(model, table, frozen=set())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for block in model.blocks:
+        assert close(block.mixer.A_log.exp(), torch.arange(1, 17).expand(4, 768, 16))
+
+
+def test_pretraining_model_starts_as_the_official_one(golden: Path) -> None:
+    table = json.loads((golden / "init" / "pretrain_arm_base_pz16.json").read_text())
+    model = create_pretraining_model("arm_base")
+    check_initialisation(model, table, frozen={"pos_embed", "dec_pos_embed"})
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"pos_embed", "decoder_pos_embed"}
+
+
+def test_new_heads_start_as_the_first_one() -> None:
+    model = tiny(embed_dim=192, depth=1)
+    for num_classes in (1000, 10):
+        model.reset_classifier(num_classes)
+        weight = model.head.weight.detach().double()
+        assert weight.shape == (num_classes, 192)
+        statistics = [float(value) for value in (weight.mean(), weight.std(), weight.min(), weight.max())]
+        assert not normal(0.02).complaints(weight.numel(), *statistics)
+        assert model.head.bias.eq(0).all()
+
+
+def test_the_rule_for_distributions_can_fail() -> None:
+    draws = torch.randn(100_000, dtype=torch.float64) * 0.02
+    statistics = [float(value) for value in (draws.mean(), draws.std(), draws.min(), draws.max())]
+    assert not normal(0.02).complaints(len(draws), *statistics)
+    assert normal(0.0205).complaints(len(draws), *statistics) == ["std"]
+    assert uniform(0.02 * math.sqrt(3)).complaints(len(draws), *statistics) == ["min", "max"]
+    assert "mean" in normal(0.02).complaints(len(draws), 0.001, *statistics[1:])
