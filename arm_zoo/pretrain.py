@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from timm.layers import Mlp, to_2tuple
@@ -45,13 +46,14 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | s
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}")
-    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim / 4.0))
+    # by NumPy as in the official code: its float32 power has another last bit, which is 1.4e-6 in the table
+    frequencies = torch.from_numpy(1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float32) / (dim / 4.0)))
     row, column = torch.meshgrid(
         torch.arange(height, dtype=torch.float32, device=device),
         torch.arange(width, dtype=torch.float32, device=device),
         indexing="ij",
     )
-    halves = [position.reshape(-1, 1) * frequencies for position in (column, row)]
+    halves = [position.reshape(-1, 1) * frequencies.to(position.device) for position in (column, row)]
     return torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1)[None]
 
 
