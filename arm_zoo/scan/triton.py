@@ -151,43 +151,66 @@ def _merge_kernel(
 
 
 @triton.jit
-def _step_inputs(u, delta, offset, t, d, length, channels, u_time, delta_time, SOFTPLUS: tl.constexpr):
-    """u_t, the raw and the final step size; a step past the end has size 0 and leaves the state as it is."""
+def _load_step(u, delta, t, d, length, channels, u_time, delta_time):
+    """u_t and the raw step size, zero past the end."""
     mask = (d < channels) & (t + tl.zeros_like(d) < length)
-    u_t = tl.load(u + t * u_time + d, mask=mask, other=0.0).to(tl.float32)
-    raw = tl.load(delta + t * delta_time + d, mask=mask, other=0.0).to(tl.float32) + offset
-    size = raw
-    if SOFTPLUS:
-        size = _softplus(raw)
-    return u_t, raw, tl.where(t + tl.zeros_like(d) < length, size, 0.0)
+    return tl.load(u + t * u_time + d, mask=mask, other=0.0), tl.load(delta + t * delta_time + d, mask=mask, other=0.0)
 
 
 @triton.jit
-def _advance(state, A, B, u_t, size, B_state, STATES: tl.constexpr):
-    """One step of the recurrence; state and A are tuples of STATES vectors over channels."""
+def _load_pairs(BC, t, length, STATES: tl.constexpr):
+    """(B_t, C_t) of every state: two float32 in one scalar load of 64 bits."""
+    row = BC + tl.minimum(t, length - 1) * STATES
+    pairs = ()
+    for s in tl.static_range(STATES):
+        pairs = pairs + (tl.load(row + s),)
+    return pairs
+
+
+@triton.jit
+def _first(pair):
+    return pair.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _second(pair):
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _step_size(delta_t, offset, exists, SOFTPLUS: tl.constexpr):
+    """Final and raw step size; a step past the end has size 0 and leaves the state as it is."""
+    raw = delta_t.to(tl.float32) + offset
+    size = raw
+    if SOFTPLUS:
+        size = _softplus(raw)
+    return tl.where(exists, size, 0.0), raw
+
+
+@triton.jit
+def _advance(state, rates, pairs, u_t, size, STATES: tl.constexpr):
+    """One step of the recurrence; state and rates are tuples of STATES vectors over channels."""
     new = ()
     for s in tl.static_range(STATES):
-        b = tl.load(B + s * B_state).to(tl.float32)
-        new = new + (tl.exp2(size * A[s]) * state[s] + b * (size * u_t),)
+        new = new + (tl.exp2(size * rates[s]) * state[s] + _first(pairs[s]) * (size * u_t),)
     return new
 
 
 @triton.jit
 def _scan_kernel(
-    u, delta, A, B, C, D, bias, y, states, batch, length, channels,
+    u, delta, A, BC, D, bias, y, states, batch, length, channels,
     u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time,
-    B_direction, B_batch, B_time, C_direction, C_batch, C_time,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
     STATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One sequence, step by step; everything that a step reads is loaded one step ahead."""
     sequence = tl.program_id(1).to(tl.int64)  # k * batch + b
     k, b = sequence // batch, sequence % batch
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < channels
     u += k * u_direction + b * u_batch
     delta += k * delta_direction + b * delta_batch
-    B += k * B_direction + b * B_batch
-    C += k * C_direction + b * C_batch
+    BC += sequence * length * STATES
     y += sequence * length * channels
     chunks = tl.cdiv(length, CHUNK)
     states += sequence * chunks * STATES * channels
@@ -200,46 +223,62 @@ def _scan_kernel(
     for s in tl.static_range(STATES):
         rates = rates + (tl.load(A + (k * STATES + s) * channels + d, mask=inside, other=0.0) * _LOG2E,)
         state = state + (tl.zeros([BLOCK_D], tl.float32),)
+    next_u, next_delta = _load_step(u, delta, 0, d, length, channels, u_time, delta_time)
+    next_pairs = _load_pairs(BC, 0, length, STATES)
     for chunk in range(chunks):
         if SAVE:
             for s in tl.static_range(STATES):
                 tl.store(states + (chunk * STATES + s) * channels + d, state[s], mask=inside)
         for t in range(chunk * CHUNK, tl.minimum(length, chunk * CHUNK + CHUNK)):
-            u_t, _, size = _step_inputs(u, delta, offset, t, d, length, channels, u_time, delta_time, SOFTPLUS)
-            state = _advance(state, rates, B + t * B_time, u_t, size, 1, STATES)
+            u_t, delta_t, pairs = next_u.to(tl.float32), next_delta, next_pairs
+            next_u, next_delta = _load_step(u, delta, t + 1, d, length, channels, u_time, delta_time)
+            next_pairs = _load_pairs(BC, t + 1, length, STATES)
+            size, _ = _step_size(delta_t, offset, inside, SOFTPLUS)
+            state = _advance(state, rates, pairs, u_t, size, STATES)
             y_t = skip * u_t
             for s in tl.static_range(STATES):
-                y_t += state[s] * tl.load(C + t * C_time + s).to(tl.float32)
+                y_t += state[s] * _second(pairs[s])
             tl.store(y + t * channels + d, y_t.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _load_reverse_step(
+    u, delta, grad, order, k, t, d, length, channels, u_time, delta_time, HAS_ORDER: tl.constexpr
+):  # fmt: skip
+    """u_t, the raw step size and the output's gradient at a step, zero outside the sequence."""
+    u_t, delta_t = _load_step(u, delta, t, d, length, channels, u_time, delta_time)
+    token = tl.minimum(t, length - 1)
+    if HAS_ORDER:
+        token = tl.load(order + k * length + token)
+    mask = (d < channels) & (t + tl.zeros_like(d) < length)
+    return u_t, delta_t, tl.load(grad + token * channels + d, mask=mask, other=0.0)
+
+
+@triton.jit
 def _reverse_step(
-    u, delta, B, C, grad, order, grad_u, grad_delta, grad_BC, offset, skip, rates, before, carry,
-    grad_rates, grad_skip, grad_offset, k, t, d, length, channels, u_time, delta_time, B_time, C_time, bc_time,
-    HAS_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, STATES: tl.constexpr,
+    grad_u, grad_delta, grad_BC, u_t, delta_t, y_t, pairs, offset, skip, rates, before, carry,
+    grad_rates, grad_skip, grad_offset, t, d, length, channels,
+    SOFTPLUS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """Gradients at step t, from the state before it and the gradient (`carry`) that later steps send to its state."""
-    u_t, raw, size = _step_inputs(u, delta, offset, t, d, length, channels, u_time, delta_time, SOFTPLUS)
     exists = t + tl.zeros_like(d) < length
     mask = (d < channels) & exists
-    row = tl.minimum(t, length - 1)  # a step past the end writes here first and the last step overwrites it
-    token = row
-    if HAS_ORDER:
-        token = tl.load(order + k * length + row)
-    y_t = tl.load(grad + token * channels + d, mask=mask, other=0.0).to(tl.float32)
+    u_t, y_t = u_t.to(tl.float32), y_t.to(tl.float32)
+    size, raw = _step_size(delta_t, offset, exists, SOFTPLUS)
+    # a step past the end writes to the last step's place first, and that step overwrites it
+    row = grad_BC + tl.minimum(t, length - 1) * (2 * STATES)
+    input_t = size * u_t
     from_input = tl.zeros_like(u_t)  # sum over the states of B g, with g the gradient of the state
     from_decay = tl.zeros_like(u_t)  # sum over the states of A a g h
     new_carry = ()
     new_rates = ()
     for s in tl.static_range(STATES):
-        b = tl.load(B + row * B_time + s).to(tl.float32)
-        c = tl.load(C + row * C_time + s).to(tl.float32)
+        b, c = _first(pairs[s]), _second(pairs[s])
         decay = tl.exp2(size * rates[s])
         decayed = decay * before[s]
         g = carry[s] + c * y_t
-        tl.store(grad_BC + row * bc_time + s, tl.sum(g * (size * u_t), axis=0))
-        tl.store(grad_BC + row * bc_time + STATES + s, tl.sum((decayed + b * (size * u_t)) * y_t, axis=0))
+        tl.store(row + s, tl.sum(g * input_t, axis=0))
+        tl.store(row + STATES + s, tl.sum((decayed + b * input_t) * y_t, axis=0))
         from_input += g * b
         exponent = g * decayed  # gradient of size * rate
         from_decay += exponent * rates[s]
@@ -255,10 +294,8 @@ def _reverse_step(
 
 @triton.jit
 def _scan_backward_kernel(
-    u, delta, A, B, C, D, bias, grad, order, states, scratch, grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias,
-    batch, length, channels,
-    u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time,
-    B_direction, B_batch, B_time, C_direction, C_batch, C_time,
+    u, delta, A, BC, D, bias, grad, order, states, scratch, grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias,
+    batch, length, channels, u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time,
     HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -269,8 +306,7 @@ def _scan_backward_kernel(
     inside = d < channels
     u += k * u_direction + b * u_batch
     delta += k * delta_direction + b * delta_batch
-    B += k * B_direction + b * B_batch
-    C += k * C_direction + b * C_batch
+    BC += sequence * length * STATES
     grad += b * length * channels
     grad_u += sequence * length * channels
     grad_delta += sequence * length * channels
@@ -294,40 +330,52 @@ def _scan_backward_kernel(
     for back in range(chunks):
         chunk = chunks - 1 - back
         start = chunk * CHUNK
-        pairs = tl.cdiv(tl.minimum(length - start, CHUNK), 2)
+        steps = tl.minimum(length - start, CHUNK)
         state = ()
         for s in tl.static_range(STATES):
             state = state + (tl.load(states + (chunk * STATES + s) * channels + d, mask=inside, other=0.0),)
-        for pair in range(pairs):
+        next_u, next_delta = _load_step(u, delta, start, d, length, channels, u_time, delta_time)
+        for step in range(steps):
+            if step % 2 == 0:
+                for s in tl.static_range(STATES):
+                    tl.store(scratch + (step // 2 * STATES + s) * BLOCK_D, state[s])
+            u_t, delta_t = next_u.to(tl.float32), next_delta
+            next_u, next_delta = _load_step(u, delta, start + step + 1, d, length, channels, u_time, delta_time)
+            size, _ = _step_size(delta_t, offset, inside, SOFTPLUS)
+            state = _advance(state, rates, _load_pairs(BC, start + step, length, STATES), u_t, size, STATES)
+        for back_pair in range(tl.cdiv(steps, 2)):
+            pair = tl.cdiv(steps, 2) - 1 - back_pair
             t = start + 2 * pair
-            for s in tl.static_range(STATES):
-                tl.store(scratch + (pair * STATES + s) * BLOCK_D, state[s])
-            u_t, _, size = _step_inputs(u, delta, offset, t, d, length, channels, u_time, delta_time, SOFTPLUS)
-            state = _advance(state, rates, B + t * B_time, u_t, size, 1, STATES)
-            u_t, _, size = _step_inputs(u, delta, offset, t + 1, d, length, channels, u_time, delta_time, SOFTPLUS)
-            state = _advance(state, rates, B + tl.minimum(t + 1, length - 1) * B_time, u_t, size, 1, STATES)
-        for back_pair in range(pairs):
-            pair = pairs - 1 - back_pair
-            t = start + 2 * pair
+            u_0, delta_0, y_0 = _load_reverse_step(
+                u, delta, grad, order, k, t, d, length, channels, u_time, delta_time, HAS_ORDER
+            )  # fmt: skip
+            u_1, delta_1, y_1 = _load_reverse_step(
+                u, delta, grad, order, k, t + 1, d, length, channels, u_time, delta_time, HAS_ORDER
+            )  # fmt: skip
             before = ()
             for s in tl.static_range(STATES):
                 before = before + (tl.load(scratch + (pair * STATES + s) * BLOCK_D),)
-            u_t, _, size = _step_inputs(u, delta, offset, t, d, length, channels, u_time, delta_time, SOFTPLUS)
-            between = _advance(before, rates, B + t * B_time, u_t, size, 1, STATES)
+            pairs_0 = _load_pairs(BC, t, length, STATES)
+            size, _ = _step_size(delta_0, offset, inside, SOFTPLUS)
+            between = _advance(before, rates, pairs_0, u_0.to(tl.float32), size, STATES)
+            pairs_1 = _load_pairs(BC, t + 1, length, STATES)
             carry, grad_rates, grad_skip, grad_offset = _reverse_step(
-                u, delta, B, C, grad, order, grad_u, grad_delta, grad_BC, offset, skip, rates, between, carry,
-                grad_rates, grad_skip, grad_offset, k, t + 1, d, length, channels, u_time, delta_time, B_time, C_time,
-                2 * STATES, HAS_ORDER, SOFTPLUS, STATES,
+                grad_u, grad_delta, grad_BC, u_1, delta_1, y_1, pairs_1, offset, skip, rates, between, carry,
+                grad_rates, grad_skip, grad_offset, t + 1, d, length, channels, SOFTPLUS, STATES,
             )  # fmt: skip
             carry, grad_rates, grad_skip, grad_offset = _reverse_step(
-                u, delta, B, C, grad, order, grad_u, grad_delta, grad_BC, offset, skip, rates, before, carry,
-                grad_rates, grad_skip, grad_offset, k, t, d, length, channels, u_time, delta_time, B_time, C_time,
-                2 * STATES, HAS_ORDER, SOFTPLUS, STATES,
+                grad_u, grad_delta, grad_BC, u_0, delta_0, y_0, pairs_0, offset, skip, rates, before, carry,
+                grad_rates, grad_skip, grad_offset, t, d, length, channels, SOFTPLUS, STATES,
             )  # fmt: skip
     for s in tl.static_range(STATES):
         tl.store(grad_A + (sequence * STATES + s) * channels + d, grad_rates[s], mask=inside)
     tl.store(grad_D + sequence * channels + d, grad_skip, mask=inside)
     tl.store(grad_bias + sequence * channels + d, grad_offset, mask=inside)
+
+
+def _pack(B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """(K, B, L, S) int64, each the float32 pair (B, C)."""
+    return torch.stack([B, C], dim=-1).float().contiguous().view(torch.int64)
 
 
 def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
@@ -402,15 +450,15 @@ def selective_scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`, before the gate: the mean in token order, and the saved states."""
     directions, batch, length, channels = u.shape
-    u, delta, B, C = (_inner(t) for t in (u, delta, B, C))
+    u, delta = _inner(u), _inner(delta)
     d_state = A.shape[-1]
     sequences = u.new_empty(directions, batch, length, channels)
     chunks = triton.cdiv(length, CHUNK) if save_states else 0
     states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=torch.float32)
     block = _block_channels(d_state)
     _scan_kernel[triton.cdiv(channels, block), directions * batch](
-        u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), delta_bias, sequences, states,
-        batch, length, channels, *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+        u, delta, A.float().transpose(1, 2).contiguous(), _pack(B, C), D.contiguous(), delta_bias, sequences, states,
+        batch, length, channels, *u.stride()[:3], *delta.stride()[:3],
         HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, SAVE=save_states,
         STATES=d_state, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
@@ -437,7 +485,7 @@ def selective_scan_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states."""
     directions, batch, length, channels = u.shape
-    u, delta, B, C = (_inner(t) for t in (u, delta, B, C))
+    u, delta = _inner(u), _inner(delta)
     grad = (grad / directions).contiguous()
     d_state = A.shape[-1]
     block = _block_channels(d_state)
@@ -448,12 +496,12 @@ def selective_scan_backward(
     grad_A = saved.new_empty(directions, batch, d_state, channels)
     grad_D, grad_bias = (saved.new_empty(directions, batch, channels) for _ in range(2))
     _scan_backward_kernel[blocks, sequences](
-        u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), delta_bias, grad, order, saved,
+        u, delta, A.float().transpose(1, 2).contiguous(), _pack(B, C), D.contiguous(), delta_bias, grad, order, saved,
         scratch, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias, batch, length, channels,
-        *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+        *u.stride()[:3], *delta.stride()[:3],
         HAS_BIAS=delta_bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
         STATES=d_state, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
-    grad_B, grad_C = (t.to(B.dtype) for t in shares.sum(0).chunk(2, dim=-1))
+    grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
     grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1).to(D.dtype), grad_bias.sum(1).to(D.dtype)
