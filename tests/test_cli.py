@@ -268,13 +268,43 @@ def test_one_channel_models_take_colour_pictures(
     assert {name for _, name in found} == set(DIGITS)
 
 
+@pytest.mark.parametrize("damage", ["text", "empty", "half a JPEG", "half a TIFF", "folder", "huge"])
+def test_unreadable_pictures(
+    damage: str,
+    digits_folder: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever Pillow raises, it is one line with the path, and the pictures beside it are classified."""
+    bad, good = tmp_path / "bad", tmp_path / "good.png"
+    Image.new("L", (8, 8)).save(good)
+    if damage == "folder":
+        bad.mkdir()
+    elif damage == "huge":
+        bad = picture
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # the picture has more than twice as many
+    elif damage.startswith("half"):
+        Image.open(picture).save(bad, damage.split()[-1])
+        bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    else:
+        bad.write_text("not a picture" if damage == "text" else "")
+    options = ["--model", PICO, "--weights", str(digits_folder)]
+    assert main(["predict", str(good), str(bad), str(good), *options]) == 1
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.splitlines() if not line.startswith(" ")] == [str(good)] * 2
+    [line] = captured.err.splitlines()
+    assert re.fullmatch(re.escape(f"{bad}: ") + r"\S.*", line)
+
+
 # mistakes
 
 
 def test_weights_that_are_not_hosted(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = mistake(capsys, "predict", picture, "--model", "arm_base_patch16_224")
     assert "the weights of arm_base_patch16_224.arm_in1k_ft_in1k are not hosted yet" in message
-    assert "--weights FILE" in message
+    assert "Ways on: an official .pth" in message and "--weights FILE" in message
 
 
 def test_unknown_model(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:

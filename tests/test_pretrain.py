@@ -28,6 +28,7 @@ SIZES: list[dict[str, Any]] = [
     {"img_size": 8, "patch_size": 2, "cluster_size": 4, "decoder_depth": 4, "in_chans": 1, "depth": 1},
     {"img_size": 32, "patch_size": 16, "cluster_size": 16, "depth": 2, "in_chans": 4},
     {"img_size": (16, 32), "patch_size": 4, "cluster_size": 16, "depth": 3},
+    {"img_size": (48, 16), "patch_size": 16, "cluster_size": 16},
 ]
 
 

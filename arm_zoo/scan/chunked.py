@@ -279,5 +279,5 @@ def causal_conv_backward(
     )
     # (B, K * D, taps - 1 + L, 1) -> (L, K, B, D): every direction's gradient at every step
     grad_steps = grad_padded[:, :, taps - 1 :, 0].permute(2, 1, 0).unflatten(1, (directions, channels)).transpose(2, 3)
-    grad_x = _to_tokens(grad_steps, order).sum(1).transpose(0, 1)
-    return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), grad_bias.view_as(bias).to(bias.dtype)
+    grad_x = _to_tokens(grad_steps, order).sum(1).transpose(0, 1).to(x.dtype).contiguous()
+    return grad_x, grad_weight.view_as(weight).to(weight.dtype), grad_bias.view_as(bias).to(bias.dtype)
