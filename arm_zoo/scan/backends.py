@@ -68,7 +68,10 @@ def get_scan_backend() -> str:
 
 
 def set_scan_backend(name: str) -> None:
-    """Choose the backend of every later scan in this process; "auto" takes Triton on CUDA, else `torch`.
+    """Choose the backend of every later scan in this process.
+
+    "auto" takes `torch` on every device: whole models have not been measured on a GPU with the Triton kernels yet, so
+    those are taken by name.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
@@ -99,10 +102,9 @@ def resolve_backend(x: torch.Tensor) -> str:
     Raises:
         ValueError: if the backend in force does not take such tensors.
     """
-    fits_triton = (x.is_cuda or _interpreted()) and x.dtype != torch.float64
     if _selected == "auto":
-        return _announce("triton" if x.is_cuda and fits_triton and _why_not("triton") is None else "torch")
-    if _selected == "triton" and not fits_triton:
+        return _announce("torch")
+    if _selected == "triton" and not ((x.is_cuda or _interpreted()) and x.dtype != torch.float64):
         raise ValueError(
             f"scan backend 'triton' takes float32, bfloat16 and float16 on CUDA, got {x.dtype} on {x.device.type}; "
             "use 'auto' or 'torch'"
