@@ -7,6 +7,7 @@ enough to stay in the cache. The backward pass recomputes the states of a chunk 
 """
 
 import math
+import threading
 
 import torch
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "se
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _LOG2E = math.log2(math.e)
+_kept = threading.local()  # dtype -> work arrays
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
 
 
@@ -31,6 +33,21 @@ def _softplus(x: torch.Tensor) -> torch.Tensor:
 def _softplus_slope(x: torch.Tensor) -> torch.Tensor:
     """Derivative of F.softplus, which is the identity above 20."""
     return torch.sigmoid(x).masked_fill_(x > 20, 1.0)
+
+
+def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Three uninitialised arrays of at least `size` elements, (3, size).
+
+    On the CPU they are kept per thread: memory of this size goes back to the system when it is freed, and having its
+    pages mapped again at every call costs more than the scan of a small model.
+    """
+    if device.type != "cpu":
+        return torch.empty(3, size, dtype=dtype, device=device)
+    kept: dict[torch.dtype, torch.Tensor] = _kept.__dict__
+    if dtype not in kept or kept[dtype].shape[1] < size:
+        with torch.inference_mode(False):  # what is made in inference mode could not be written to outside it
+            kept[dtype] = torch.empty(3, size, dtype=dtype)
+    return kept[dtype]
 
 
 class _Scan:
@@ -65,8 +82,7 @@ class _Scan:
         self.steps = least_steps
         while self.steps < CHUNK and 2 * self.steps * self.block * picture <= _WORK_ELEMENTS:
             self.steps *= 2
-        size = min(self.steps, self.length) * self.block * picture
-        self._work = [u.new_empty(size, dtype=self.dtype) for _ in range(3)]
+        self._work = _work_arrays(min(self.steps, self.length) * self.block * picture, self.dtype, u.device)
 
     def blocks(self) -> list[slice]:
         return [slice(b, min(b + self.block, self.batch)) for b in range(0, self.batch, self.block)]
