@@ -232,10 +232,11 @@ def test_batches_do_not_mix() -> None:
     assert close(torch.cat([model(one[None]) for one in x]), model(x))
 
 
-def test_reset_classifier_keeps_the_mode_the_device_and_the_type() -> None:
-    model = tiny(dtype=torch.bfloat16, device="meta").train()
+@pytest.mark.parametrize("training", [True, False])
+def test_reset_classifier_keeps_the_mode_the_device_and_the_type(training: bool) -> None:
+    model = tiny(dtype=torch.bfloat16, device="meta").train(training)
     model.reset_classifier(3)
-    assert model.head.training
+    assert model.head.training == training
     assert (model.head.weight.dtype, model.head.weight.device.type) == (torch.bfloat16, "meta")
 
 
