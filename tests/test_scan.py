@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -584,6 +585,33 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
         first, second = (run(function, inputs, cotangent=cotangent) for _ in range(2))
         for name in first:
             assert first[name].equal(second[name]), name
+
+
+def test_calls_leave_nothing_behind() -> None:
+    """Neither threads, nor NaN, nor inference mode, nor a default device of before show in a later result."""
+    case = Case(4, 5, 8, cls_index=20, channels=30)
+    inputs = [as_type(case.scan_inputs(), torch.float32) for _ in range(4)]
+    cotangent = torch.randn(case.batch, case.length, case.channels)
+    expected = [run_here(case, given, cotangent) for given in inputs]
+
+    def after_others(given: Tensors) -> Tensors:
+        with torch.inference_mode(), torch.device("meta"):
+            case.scan(**{name: torch.full_like(value, torch.nan, device="cpu") for name, value in given.items()})
+        return run_here(case, given, cotangent)
+
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        found = list(threads.map(after_others, inputs * 4))
+    for actual, wanted in zip(found, expected * 4, strict=True):
+        for name in wanted:
+            assert actual[name].equal(wanted[name]), name
+
+
+def run_here(case: Case, inputs: Tensors, cotangent: torch.Tensor) -> Tensors:
+    """`run` on the backend in force, which is one for all threads."""
+    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    output = case.scan(**leaves)
+    output.backward(cotangent)
+    return {"output": output.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
 class Mean(nn.Module):
