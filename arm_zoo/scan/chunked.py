@@ -16,7 +16,16 @@ __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "se
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _LOG2E = math.log2(math.e)
-_kept = threading.local()  # dtype -> work arrays
+
+
+class _Kept(threading.local):
+    """Work arrays of a thread by dtype."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[torch.dtype, torch.Tensor] = {}
+
+
+_kept = _Kept()
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
 
 
@@ -43,7 +52,7 @@ def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> torch.T
     """
     if device.type != "cpu":
         return torch.empty(3, size, dtype=dtype, device=device)
-    kept: dict[torch.dtype, torch.Tensor] = _kept.__dict__
+    kept = _kept.arrays
     if dtype not in kept or kept[dtype].shape[1] < size:
         with torch.inference_mode(False):  # what is made in inference mode could not be written to outside it
             kept[dtype] = torch.empty(3, size, dtype=dtype)
