@@ -463,7 +463,7 @@ def _check_readable(variant: str, kwargs: dict[str, Any]) -> None:
 @register_model
 def arm_pico_patch2_8(pretrained: bool = False, **kwargs: Any) -> ARM:
     """For 8x8 pictures such as scikit-learn's digits; the quickstart's model."""
-    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 6}
+    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "d_state": 8}
     return _create_arm("arm_pico_patch2_8", pretrained, **{**sizes, **kwargs})
 
 

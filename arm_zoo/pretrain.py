@@ -27,7 +27,15 @@ __all__ = ["ARMPretrain", "create_pretraining_model", "sincos_pos_embed"]
 _HEAD_DIM = 64
 _TAPS = 4
 _SIZES: dict[str, dict[str, int]] = {
-    "arm_pico": {"embed_dim": 64, "depth": 6, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1},
+    "arm_pico": {
+        "embed_dim": 64,
+        "depth": 4,
+        "d_state": 8,
+        "img_size": 8,
+        "patch_size": 2,
+        "cluster_size": 4,
+        "in_chans": 1,
+    },
     "arm_tiny": {"embed_dim": 192, "depth": 12},
     "arm_small": {"embed_dim": 384, "depth": 12},
     "arm_base": {"embed_dim": 768, "depth": 12},

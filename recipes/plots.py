@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws to files: no display is needed
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .engine import Metrics
@@ -80,6 +81,7 @@ def _show(axes: Axes, picture: NDArray, cluster_size: int, hide_first: bool) -> 
 def _label(axes: Axes, title: str, quantity: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(quantity)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -5,8 +5,12 @@ python -m recipes.quickstart [--output quickstart] [--seed 0]
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +22,18 @@ from rich.table import Table
 
 from .config import FinetuneConfig, PretrainConfig, load_config
 from .data import PictureDataset, Source, load_source, seeded_generator
+from .engine import Metrics
 from .files import write_text
 from .finetune import FinetuneResult, finetune, save_classifier
 from .plots import plot_curves, plot_predictions
 from .pretrain import PretrainResult, pretrain
 
-CONFIGS = Path(__file__).parent / "configs"
-FROM_SCRATCH = ("pretrained=null", "layer_decay=1")  # all layers are equally new: one rate for all
-THREADS = 2  # the network is so small that more threads only wait for each other
+CHECKOUT = Path(__file__).parent.parent
+CONFIGS = CHECKOUT / "recipes" / "configs"
+# One thread for each of the two trainings that run side by side: threads that share the short operations of so small
+# a network mostly wait for each other.
+THREADS = 1
 PICTURES_NAMED, PICTURES_PREDICTED = 3, 8
-TITLES = {"pretrain": "1/3 pretrain, no labels", "finetune": "2/3 finetune", "scratch": "3/3 train from scratch"}
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -37,23 +43,26 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
         output: Folder to write to; the files of the three runs go into its subfolder ``runs``.
         seed: Of initial weights, order and variation; the split into training and held-out pictures is fixed.
         overrides: Settings of all three runs, as ``key=value``.
+
+    Raises:
+        RuntimeError: If training from scratch, which runs in a process of its own, fails.
     """
-    pretrained = run_pretraining(output / "runs" / "pretrain", [f"seed={seed}", *overrides])
-    starts = {"finetune": [f"pretrained={pretrained.folder}"], "scratch": FROM_SCRATCH}
-    finetuned, scratch = (
-        run_supervised(output / "runs" / name, [f"seed={seed}", *overrides, *start]) for name, start in starts.items()
-    )
+    runs = output / "runs"
+    settings = [f"seed={seed}", *overrides]
+    with training_from_scratch(runs / "scratch", settings) as scratch:
+        pretrained = run_pretraining(runs / "pretrain", settings)
+        finetuned = run_finetuning(runs / "finetune", [*settings, f"pretrained={pretrained.folder}"])
     source = load_source("digits")
     save_classifier(finetuned.model, output, source)
     plot_curves(
         output / "curves.png",
         pretrained.history,
-        {"pretrained, then finetuned": finetuned.history, "from scratch": scratch.history},
+        {"pretrained, then finetuned": finetuned.history, "from scratch": scratch},
     )
     draw_predictions(output / "predictions.png", pretrained, source, seed)
     summary = {
         "finetuned_top1": finetuned.top1,
-        "scratch_top1": scratch.top1,
+        "scratch_top1": scratch[-1]["top1"],
         "images_train": len(source.train.labels),
         "images_test": len(source.test.labels),
         "seed": seed,
@@ -61,7 +70,7 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
         "finetune_epochs": len(finetuned.history),
         "pretrain_seconds": pretrained.history[-1]["seconds"],
         "finetune_seconds": finetuned.history[-1]["seconds"],
-        "scratch_seconds": scratch.history[-1]["seconds"],
+        "scratch_seconds": scratch[-1]["seconds"],
         "named": name_pictures(output, source, seed),
         "seconds": time.time() - psutil.Process().create_time(),
     }
@@ -72,13 +81,43 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
 def run_pretraining(folder: Path, settings: Sequence[str]) -> PretrainResult:
     """Pretrain on the digits without looking at their labels."""
     config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", [*settings, f"output_dir={folder}"])
-    return pretrain(config, TITLES["pretrain"])
+    return pretrain(config, "1/2 pretrain, no labels")
 
 
-def run_supervised(folder: Path, settings: Sequence[str]) -> FinetuneResult:
-    """Train on the digits with their labels; both starts share one configuration and so one budget."""
+def run_finetuning(folder: Path, settings: Sequence[str]) -> FinetuneResult:
+    """Train on the digits with their labels, from pretrained weights."""
     config = load_config(FinetuneConfig, CONFIGS / "finetune_digits.yaml", [*settings, f"output_dir={folder}"])
-    return finetune(config, TITLES[folder.name])
+    return finetune(config, "2/2 finetune")
+
+
+@contextmanager
+def training_from_scratch(folder: Path, settings: Sequence[str]) -> Iterator[list[Metrics]]:
+    """Train with the finetuning's configuration, so with its budget, beside what the block does.
+
+    It is the plain command of the recipe, on the second core. The list that the block gets is filled, one row of
+    figures per epoch, when the block has ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "recipes.finetune", "--config", str(CONFIGS / "finetune_digits.yaml")]
+    command += [*settings, "pretrained=null", f"output_dir={folder.resolve()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    history: list[Metrics] = []
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield history
+            failed = process.wait() != 0
+        finally:
+            process.kill()
+            process.wait()
+    if failed:
+        raise RuntimeError(f"training from scratch failed; its log, {log.name}, ends with:\n{tail(folder)}")
+    history += map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def tail(folder: Path, lines: int = 20) -> str:
+    """The last lines of a run's log."""
+    return "\n".join((folder / "log.txt").read_text().splitlines()[-lines:])
 
 
 def draw_predictions(file: Path, pretrained: PretrainResult, source: Source, seed: int) -> None:
@@ -127,6 +166,7 @@ def show(summary: dict[str, Any], output: Path, console: Console) -> None:
     for row in summary["named"]:
         verdict = "right" if row["named"] == row["is"] else f"wrong, it is {row['is']}"
         console.print(f'picture {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
+    console.print("Training from scratch ran beside the other two, each on one core.")
     console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ curves.png predictions.png summary.json")
     console.print(f'the finetuned model: timm.create_model("local-dir:{output}", pretrained=True)', soft_wrap=True)
 
@@ -139,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and variation (%(default)s)")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    torch.set_num_threads(THREADS)
     show(quickstart(arguments.output, arguments.seed), arguments.output, Console())
 
 

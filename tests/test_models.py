@@ -45,7 +45,7 @@ TAGS = {  # name: tags, the default one first
 SHORT = {name: f"{name}_patch16_224" for name in ("arm_base", "arm_large", "arm_huge")}
 PAPERS = [name for name, tags in TAGS.items() if PAPER in tags]
 SIZES = {  # width, depth
-    "arm_pico": (64, 6),
+    "arm_pico": (64, 4),
     "arm_tiny": (192, 12),
     "arm_small": (384, 12),
     "arm_base": (768, 12),

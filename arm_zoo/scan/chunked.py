@@ -135,6 +135,15 @@ def _rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.reshape(-1, *matrix.shape[-2:])
 
 
+def _sum_states(x: torch.Tensor) -> torch.Tensor:
+    """(..., S, D) -> (..., D), destroying x: halves are added to each other, three times as fast as `sum` here."""
+    while (states := x.shape[-2]) > 1:
+        half = states // 2
+        x[..., :half, :] += x[..., states - half :, :]
+        x = x[..., : states - half, :]
+    return x[..., 0, :]
+
+
 def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """(L, K, ...) in scan order -> (L, K, ...) in token order.
 
@@ -212,6 +221,7 @@ def selective_scan_backward(
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)
     for block in scan.blocks():
         carry = scan.zero_state(block)
+        grad_exponent = torch.zeros_like(carry)  # times delta: each picture's share of the gradient of A
         grad_y = grad[block].to(scan.dtype) / directions
         # (pictures, L, D) -> (K, pictures, L, D) in scan order
         grad_y = grad_y.expand(directions, -1, -1, -1) if order is None else grad_y[:, order].transpose(0, 1)
@@ -242,12 +252,14 @@ def selective_scan_backward(
             carry = exponent[0].clone()
             exponent[1:].mul_(states[:-1])
             exponent[0].mul_(start)
-            grad_delta_t = into_state * u_t + torch.mul(exponent, scan.A, out=states).sum(-2)
-            grad_A += torch.mul(exponent, delta_t[..., None, :], out=decay).sum((0, 2))[:, None]
+            for step, size in zip(exponent.unbind(0), delta_t.unbind(0), strict=True):
+                grad_exponent.addcmul_(step, size[..., None, :])
+            grad_delta_t = into_state * u_t + _sum_states(exponent.mul_(scan.A))
             if delta_softplus:
                 grad_delta_t *= _softplus_slope(raw_delta)
             grad_delta[:, block, time] = grad_delta_t.permute(1, 2, 0, 3)
             grad_bias += grad_delta_t.sum((0, 2))[:, None]
+        grad_A += grad_exponent.sum(1, keepdim=True)
     grad_A = grad_A[:, 0].transpose(1, 2).contiguous().to(A.dtype)
     grad_D, grad_bias = grad_D[:, 0].to(D.dtype), grad_bias[:, 0].to(D.dtype)
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.contiguous(), grad_bias.contiguous()
