@@ -70,8 +70,7 @@ def get_scan_backend() -> str:
 def set_scan_backend(name: str) -> None:
     """Choose the backend of every later scan in this process.
 
-    "auto" takes `torch` on every device: whole models have not been measured on a GPU with the Triton kernels yet, so
-    those are taken by name.
+    "auto" takes `triton` for tensors on CUDA, unless they are float64 or triton is not installed, else `torch`.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
@@ -102,9 +101,10 @@ def resolve_backend(x: torch.Tensor) -> str:
     Raises:
         ValueError: if the backend in force does not take such tensors.
     """
+    fits_triton = (x.is_cuda or _interpreted()) and x.dtype != torch.float64
     if _selected == "auto":
-        return _announce("torch")
-    if _selected == "triton" and not ((x.is_cuda or _interpreted()) and x.dtype != torch.float64):
+        return _choose(fits_triton and x.is_cuda)
+    if _selected == "triton" and not fits_triton:
         raise ValueError(
             f"scan backend 'triton' takes float32, bfloat16 and float16 on CUDA, got {x.dtype} on {x.device.type}; "
             "use 'auto' or 'torch'"
@@ -113,7 +113,8 @@ def resolve_backend(x: torch.Tensor) -> str:
 
 
 @torch.compiler.assume_constant_result  # runs as it is while a model is traced, so that compiled models log it too
-def _announce(name: str) -> str:
+def _choose(fits_triton: bool) -> str:
+    name = "triton" if fits_triton and _why_not("triton") is None else "torch"
     if name not in _announced:
         _announced.add(name)
         _logger.info("scan backend: auto chose %r (available: %s)", name, ", ".join(available_backends()))
