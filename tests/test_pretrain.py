@@ -100,11 +100,19 @@ class Run:
         return 1e-10 if exact else 1e-7
 
 
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", torch.float64), id="float64"),
+        pytest.param(("cpu", torch.float32), id="float32"),
+        pytest.param(("cuda", torch.float32), id="float32-gpu", marks=pytest.mark.gpu),
+    ],
+)
 def run(request: pytest.FixtureRequest, golden: Path) -> Run:
     folder = golden / "arm_pretrain_d12"
-    model = authors(golden, folder.name).eval().to(request.param)
-    images = load_file(folder / "inputs.safetensors")["images"].to(request.param).requires_grad_()
+    device, dtype = request.param
+    model = authors(golden, folder.name).eval().to(device, dtype)
+    images = load_file(folder / "inputs.safetensors", device=device)["images"].to(dtype).requires_grad_()
     outputs: StateDict = {}
 
     def keep(name: str) -> Any:
@@ -124,7 +132,8 @@ def run(request: pytest.FixtureRequest, golden: Path) -> Run:
     outputs["latent"] = model.forward_encoder(images)
     outputs["loss"] = loss.view(1)
     outputs["loss_per_token"] = (outputs["pred"] - outputs["target"]).square().mean(dim=(0, 2))
-    return Run(request.param, {key: value.detach() for key, value in outputs.items()}, trained_gradients(model))
+    outputs = {key: value.detach().cpu() for key, value in outputs.items()}
+    return Run(dtype, outputs, trained_gradients(model.cpu()))
 
 
 def test_outputs_are_the_authors(run: Run, golden: Path) -> None:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 
 import arm_zoo
+from arm_zoo.layers import PatchEmbed
 from arm_zoo.order import scan_order
 from arm_zoo.scan import causal_conv, selective_scan
 
@@ -57,6 +59,7 @@ def worst_error(
     into, out = (draw(directions, batch, length, d_state).to(dtype) for _ in range(2))
     gate, tokens = (draw(batch, length, channels).to(dtype) for _ in range(2))
     taps = draw(directions, channels, 4)
+    grad_y, grad_v = draw(batch, length, channels).to(dtype), draw(directions, batch, length, channels).to(dtype)
 
     def everything(backend: str, convert: torch.dtype | None) -> list[torch.Tensor]:
         leaves = [u, delta - 1, rates, into, out, skip, gate, bias, tokens, taps]
@@ -64,7 +67,7 @@ def worst_error(
         with arm_zoo.scan_backend(backend):
             y = selective_scan(*leaves[:8], True, order)
             v = causal_conv(leaves[8], leaves[9], leaves[5], order)
-        (y.double().sin().sum() + v.double().sin().sum()).backward()
+        torch.autograd.backward([y, v], [grad_y.to(y.dtype), grad_v.to(v.dtype)])
         return [y, v, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     pairs = zip(everything("triton", None), everything("reference", torch.float64), strict=True)
@@ -80,13 +83,124 @@ def test_kernels_in_the_interpreter() -> None:
     assert "the kernels agree" in done.stdout
 
 
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative L2
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
-@pytest.mark.parametrize("case", [*CASES, (4, 14, 14, 98, 96, 16)])
-def test_kernels_on_the_gpu(
-    case: tuple[int, int, int, int | None, int, int], dtype: torch.dtype, limit: float
-) -> None:  # fmt: skip
-    assert worst_error(*case, dtype, "cuda") < limit
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("case", [*CASES, (4, 14, 14, 98, 96, 16), (2, 5, 3, None, 40, 64)])
+def test_kernels_on_the_gpu(case: tuple[int, int, int, int | None, int, int], dtype: torch.dtype) -> None:
+    assert worst_error(*case, dtype, "cuda") < LIMITS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 197, 577, 3026])
+def test_lengths_on_the_gpu(length: int) -> None:
+    for directions in (1, 4):
+        for dtype, limit in LIMITS.items():
+            assert worst_error(directions, 1, length, None, 24, 16, dtype, "cuda") < limit
+
+
+def scan_inputs(value: float | None = None) -> list[torch.Tensor]:
+    """u, delta, A, B, C and D of one direction on the GPU, random or all of one value."""
+    shapes = [(1, 2, 70, 33), (1, 2, 70, 33), (1, 33, 16), (1, 2, 70, 16), (1, 2, 70, 16), (1, 33)]
+    tensors = [torch.randn(shape, device="cuda") if value is None else torch.full(shape, value) for shape in shapes]
+    return [t.cuda().requires_grad_() for t in tensors]
+
+
+def outputs_and_gradients(inputs: list[torch.Tensor], backend: str, softplus: bool = True) -> list[torch.Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with arm_zoo.scan_backend(backend):
+        y = selective_scan(*leaves, delta_softplus=softplus)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e-6, 50.0])
+@pytest.mark.parametrize("rate", [-1e-4, -1e4])
+def test_extreme_steps_and_rates(size: float, rate: float) -> None:
+    u, delta, A, B, C, D = (t.detach() for t in scan_inputs())
+    inputs = [u, torch.full_like(delta, size).log(), torch.full_like(A, rate), B, C, D]
+    inputs[1] = inputs[1] if size < 1 else torch.full_like(delta, size)
+    expected = outputs_and_gradients([t.double() for t in inputs], "reference")
+    for actual, exact in zip(outputs_and_gradients(inputs, "triton"), expected, strict=True):
+        assert actual.isfinite().all()
+        assert (actual - exact).norm() <= 1e-4 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_constant_inputs(value: float) -> None:
+    inputs = scan_inputs(value)
+    expected = outputs_and_gradients([t.double() for t in inputs], "reference")
+    for actual, exact in zip(outputs_and_gradients(inputs, "triton"), expected, strict=True):
+        assert actual.isfinite().all()
+        assert (actual - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("poisoned", range(6))
+def test_nan_in_nan_out(poisoned: int) -> None:
+    inputs = [t.detach() for t in scan_inputs()]
+    inputs[poisoned].view(-1)[0] = torch.nan
+    outputs = outputs_and_gradients(inputs, "triton")
+    assert all(t.isnan().any() for t in outputs)
+
+
+@pytest.mark.gpu
+def test_runs_give_the_same_bits() -> None:
+    inputs = scan_inputs()
+    first, again = (outputs_and_gradients(inputs, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_compiled_model_trains_as_the_eager_one(precision: torch.dtype) -> None:
+    model = timm.create_model("arm_tiny_patch16_224", img_size=64, embed_dim=64, depth=2, num_classes=5).cuda()
+    images = torch.randn(2, 3, 64, 64, device="cuda")
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+            logits = run(images)
+        logits.float().square().sum().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    limit = 1e-4 if precision == torch.float32 else 5e-2
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= limit * expected.norm()
+
+
+@pytest.mark.gpu
+def test_model_runs_in_a_cuda_graph() -> None:
+    model = timm.create_model("arm_tiny_patch16_224", img_size=64, embed_dim=64, depth=2).cuda().eval()
+    images = torch.randn(2, 3, 64, 64, device="cuda")
+    with torch.inference_mode():
+        expected = model(images)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(images)
+        logits.zero_()
+        graph.replay()
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernels() -> None:
+    model = timm.create_model("arm_tiny_patch16_224", img_size=32, embed_dim=32, depth=1).cuda()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        model(torch.randn(2, 3, 32, 32, device="cuda"))
+        torch.cuda.synchronize()
+    assert any("_scan_kernel" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [16, 8])
+def test_images_become_patches_as_by_the_convolution(stride: int) -> None:
+    layer = PatchEmbed(64, 16, stride, in_chans=3, embed_dim=24).cuda().double()
+    images = torch.randn(2, 3, 64, 64, device="cuda", dtype=torch.float64)
+    expected = layer.proj(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(layer(images), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs where there is CUDA")

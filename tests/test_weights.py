@@ -111,12 +111,20 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", torch.float64), id="float64"),
+        pytest.param(("cpu", torch.float32), id="float32"),
+        pytest.param(("cuda", torch.float32), id="float32-gpu", marks=pytest.mark.gpu),
+    ],
+)
 def run(request: pytest.FixtureRequest, golden: Path, case: str) -> Run:
     """Everything that a golden case of finetuning stores, by our model."""
-    model = finetuned(golden, case).to(request.param)
-    inputs = load_file(golden / case / "inputs.safetensors")
-    images = inputs["images"].to(request.param).requires_grad_()
+    device, dtype = request.param
+    model = finetuned(golden, case).to(device, dtype)
+    inputs = load_file(golden / case / "inputs.safetensors", device=device)
+    images = inputs["images"].to(dtype).requires_grad_()
     outputs: StateDict = {}
 
     def keep(name: str) -> Any:
@@ -132,13 +140,14 @@ def run(request: pytest.FixtureRequest, golden: Path, case: str) -> Run:
     (outputs["logits"] * inputs["cotangent"]).sum().backward()
     assert images.grad is not None
     outputs["grad_input"] = images.grad
-    gradients = official_gradients(model)
+    gradients = official_gradients(model.cpu())
+    model.to(device)
     model.reset_classifier(model.num_classes, "token")  # a new head, which is then the old one again
     model.load_state_dict(finetuned(golden, case).state_dict())
     with torch.no_grad():
         outputs["features_cls"] = model.forward_head(outputs["normed"], pre_logits=True)
         outputs["logits_cls"] = model(images)
-    return Run(golden / case, request.param, {key: value.detach() for key, value in outputs.items()}, gradients)
+    return Run(golden / case, dtype, {key: value.detach().cpu() for key, value in outputs.items()}, gradients)
 
 
 def test_outputs_are_the_authors(run: Run) -> None:

@@ -14,27 +14,30 @@ import triton.language as tl
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation in float32
+_GROUP = 4  # steps whose states the backward scan holds in registers
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BLOCK_TIME = 16
 _BLOCK_CHANNELS = 128
-_SCAN_CHANNELS = 64  # of a scan program
-_SCAN_WARPS = 1
 
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)) to float32 rounding, also where it is tiny: log1p(y) = 2 atanh(y / (2 + y)), y <= 1."""
+    """log(1 + exp(x)) to float32 rounding, also where it is tiny: log1p(y) = y p(y) for y = exp(-|x|) in 0..1.
+
+    The polynomial p is the least relative error fit of degree 9 (5e-9); a quotient would cost a special function.
+    """
     y = tl.exp2(-tl.abs(x) * _LOG2E)
-    z = y / (2.0 + y)
-    w = z * z
-    series = 2.0 / 13.0
-    series = series * w + 2.0 / 11.0
-    series = series * w + 2.0 / 9.0
-    series = series * w + 2.0 / 7.0
-    series = series * w + 2.0 / 5.0
-    series = series * w + 2.0 / 3.0
-    series = series * w + 2.0
-    return tl.maximum(x, 0.0) + z * series
+    p = -0.0032439809
+    p = p * y + 0.0198512636
+    p = p * y - 0.0569591597
+    p = p * y + 0.1060362174
+    p = p * y - 0.1530556977
+    p = p * y + 0.1967593133
+    p = p * y - 0.2495413273
+    p = p * y + 0.3332996368
+    p = p * y - 0.4999990165
+    p = p * y + 1.0
+    return tl.maximum(x, 0.0) + y * p
 
 
 @triton.jit
@@ -53,6 +56,17 @@ def _load_tokens(x, order, k, first, d, length, x_time, channel, HAS_ORDER: tl.c
             token = tl.load(order + k * length + token)
         rows = rows + (tl.load(x + token * x_time + d, mask=channel & inside, other=0.0).to(tl.float32),)
     return rows
+
+
+@triton.jit
+def _picture_by_picture(program, batch):
+    """Direction, picture and number k * batch + b of a sequence; all directions of a picture follow each other.
+
+    They read the same tokens, which are then still in the L2 cache.
+    """
+    directions = tl.num_programs(2) // batch
+    k, b = program % directions, (program // directions).to(tl.int64)
+    return k, b, k * batch + b
 
 
 @triton.jit
@@ -78,12 +92,11 @@ def _conv_kernel(
     HAS_ORDER: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """SEGMENT steps of one sequence, GROUP at a time; the rows that the next group needs again stay in registers."""
-    sequence = tl.program_id(2).to(tl.int64)  # k * batch + b
-    k = sequence // batch
+    k, b, sequence = _picture_by_picture(tl.program_id(2), batch)
     start = tl.program_id(0) * SEGMENT
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     channel = d < channels
-    x += (sequence % batch) * x_batch
+    x += b * x_batch
     out += sequence * length * channels
     taps = _load_taps(weight, k, d, channels, channel, TAPS)
     offset = tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
@@ -110,13 +123,12 @@ def _conv_backward_kernel(
     The gradient of x at a step needs the gradients before SiLU of that step and the TAPS - 1 after it, so the
     segment is left that much later than it began.
     """
-    sequence = tl.program_id(2).to(tl.int64)  # k * batch + b
-    k = sequence // batch
+    k, b, sequence = _picture_by_picture(tl.program_id(2), batch)
     start = tl.program_id(0) * SEGMENT
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     channel = d < channels
-    x += (sequence % batch) * x_batch
-    grad += k * g_direction + (sequence % batch) * g_batch
+    x += b * x_batch
+    grad += k * g_direction + b * g_batch
     grad_x += sequence * length * channels
     taps = _load_taps(weight, k, d, channels, channel, TAPS)
     offset = tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
@@ -294,9 +306,9 @@ def _scan_backward_kernel(
     batch, length, channels, d_state,
     u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time, BC_direction, BC_batch, BC_time,
     HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
-    STATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    STATES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Chunk by chunk from the end: the states before every second step into scratch, then the steps in reverse."""
+    """Chunk by chunk from the end: the states before every GROUP of steps into scratch, then the steps in reverse."""
     block, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)  # sequence = k * batch + b
     k, b = sequence // batch, sequence % batch
     d, s = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, STATES)
@@ -314,7 +326,7 @@ def _scan_backward_kernel(
     states += sequence * chunks * d_state * channels
     # every block of channels has its share of the gradients of B and C: (blocks, K * batch, length, 2 * d_state)
     grad_BC += (block * tl.num_programs(1) + sequence) * length * 2 * d_state
-    scratch += (sequence * tl.num_programs(0) + block) * (CHUNK // 2) * STATES * BLOCK_D
+    scratch += (sequence * tl.num_programs(0) + block) * (CHUNK // GROUP) * STATES * BLOCK_D
     scratch += s[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     skip = tl.load(D + k * channels + d, mask=channel, other=0.0).to(tl.float32)
     offset = tl.zeros([BLOCK_D], tl.float32)
@@ -328,51 +340,45 @@ def _scan_backward_kernel(
     for back in range(chunks):
         chunk = chunks - 1 - back
         start = chunk * CHUNK
-        pairs = tl.cdiv(tl.minimum(length - start, CHUNK), 2)
+        groups = tl.cdiv(tl.minimum(length - start, CHUNK), GROUP)
         state = tl.load(states + chunk * d_state * channels + tile, mask=both, other=0.0)
-        u_n, delta_n, B_n, _C = _load_step(
-            u, delta, B, C, start, d, s, length, u_time, delta_time, BC_time, channel, state_exists
-        )  # fmt: skip
-        for pair in range(pairs):
-            tl.store(scratch + pair * STATES * BLOCK_D, state)
-            for half in tl.static_range(2):
-                u_t, delta_t, B_t = u_n, delta_n, B_n
-                u_n, delta_n, B_n, _C = _load_step(
-                    u, delta, B, C, start + 2 * pair + half + 1, d, s, length, u_time, delta_time, BC_time,
+        tl.store(scratch, state)
+        for group in range(1, groups):
+            for i in tl.static_range(GROUP):
+                u_t, delta_t, B_t, _C = _load_step(
+                    u, delta, B, C, start + (group - 1) * GROUP + i, d, s, length, u_time, delta_time, BC_time,
                     channel, state_exists,
                 )  # fmt: skip
                 size, _raw = _step_size(delta_t, offset, SOFTPLUS)
                 state = _advance(state, rates, B_t, u_t, size)
-        for back_pair in range(pairs):
-            pair = pairs - 1 - back_pair
-            t = start + 2 * pair
-            u_0, delta_0, B_0, C_0 = _load_step(
-                u, delta, B, C, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists
-            )  # fmt: skip
-            u_1, delta_1, B_1, C_1 = _load_step(
-                u, delta, B, C, t + 1, d, s, length, u_time, delta_time, BC_time, channel, state_exists
-            )  # fmt: skip
-            y_0 = _load_gradient(grad, order, k, t, d, length, channels, channel, HAS_ORDER)
-            y_1 = _load_gradient(grad, order, k, t + 1, d, length, channels, channel, HAS_ORDER)
-            before = tl.load(scratch + pair * STATES * BLOCK_D)
-            size_0, raw_0 = _step_size(delta_0, offset, SOFTPLUS)
-            size_1, raw_1 = _step_size(delta_1, offset, SOFTPLUS)
-            # a step past the end has size 0 and no gradient: it leaves everything as it is and writes nothing
-            exists = t + 1 < length
-            size_1 = tl.where(exists, size_1, 0.0)
-            u_0, B_0, C_0 = u_0.to(tl.float32), B_0.to(tl.float32), C_0.to(tl.float32)
-            u_1, B_1, C_1 = u_1.to(tl.float32), B_1.to(tl.float32), C_1.to(tl.float32)
-            between = _advance(before, rates, B_0, u_0, size_0)
-            carry, grad_rates, grad_skip, grad_offset = _reverse_step(
-                grad_u, grad_delta, grad_BC, u_1, size_1, raw_1, y_1, B_1, C_1, skip, rates, between, carry,
-                grad_rates, grad_skip, grad_offset, (t + 1) * channels, (t + 1) * 2 * d_state,
-                d, s, channels, d_state, exists, channel, state_exists, SOFTPLUS,
-            )  # fmt: skip
-            carry, grad_rates, grad_skip, grad_offset = _reverse_step(
-                grad_u, grad_delta, grad_BC, u_0, size_0, raw_0, y_0, B_0, C_0, skip, rates, before, carry,
-                grad_rates, grad_skip, grad_offset, t * channels, t * 2 * d_state,
-                d, s, channels, d_state, t < length, channel, state_exists, SOFTPLUS,
-            )  # fmt: skip
+            tl.store(scratch + group * STATES * BLOCK_D, state)
+        tl.debug_barrier()  # what one thread stored in scratch another may load, and store anew in the next chunk
+        for back_group in range(groups):
+            group = groups - 1 - back_group
+            t = start + group * GROUP
+            before = (tl.load(scratch + group * STATES * BLOCK_D),)
+            steps = ()
+            for i in tl.static_range(GROUP):
+                u_t, delta_t, B_t, C_t = _load_step(
+                    u, delta, B, C, t + i, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+                )  # fmt: skip
+                y_t = _load_gradient(grad, order, k, t + i, d, length, channels, channel, HAS_ORDER)
+                steps = steps + ((u_t, delta_t, y_t, B_t, C_t),)
+            for i in tl.static_range(GROUP - 1):
+                size, _raw = _step_size(steps[i][1], offset, SOFTPLUS)
+                before = before + (_advance(before[i], rates, steps[i][3], steps[i][0], size),)
+            for i in tl.static_range(GROUP - 1, -1, -1):
+                exists = t + i < length
+                size, raw = _step_size(steps[i][1], offset, SOFTPLUS)
+                # a step past the end has size 0 and no gradient: it leaves everything as it is and writes nothing
+                size = tl.where(exists, size, 0.0)
+                carry, grad_rates, grad_skip, grad_offset = _reverse_step(
+                    grad_u, grad_delta, grad_BC, steps[i][0].to(tl.float32), size, raw, steps[i][2],
+                    steps[i][3].to(tl.float32), steps[i][4].to(tl.float32), skip, rates, before[i], carry,
+                    grad_rates, grad_skip, grad_offset, (t + i) * channels, (t + i) * 2 * d_state,
+                    d, s, channels, d_state, exists, channel, state_exists, SOFTPLUS,
+                )  # fmt: skip
+        tl.debug_barrier()
     tl.store(grad_A + sequence * d_state * channels + tile, grad_rates, mask=both)
     tl.store(grad_D + sequence * channels + d, grad_skip, mask=channel)
     tl.store(grad_bias + sequence * channels + d, grad_offset, mask=channel)
@@ -391,9 +397,16 @@ def _inner(sequence: torch.Tensor) -> torch.Tensor:
     return sequence if sequence.stride(-1) == 1 else sequence.contiguous()
 
 
+def _scan_channels(states: int, tile: int) -> int:
+    """Channels of a scan program, which is one warp, for a tile of so many states times channels."""
+    return min(max(tile // states, 32), 128)
+
+
 def _merge(sequences: torch.Tensor, order: torch.Tensor | None, share: float) -> torch.Tensor:
     """(K, B, L, D) in scan order -> (B, L, D) in token order: the sum over the directions times `share`."""
     directions, batch, length, channels = sequences.shape
+    if directions == 1 and order is None:
+        return sequences[0]
     out = sequences.new_empty(batch, length, channels)
     grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, _BLOCK_CHANNELS), batch
     _merge_kernel[grid](
@@ -465,11 +478,13 @@ def selective_scan(
     chunks = triton.cdiv(length, CHUNK) if save_states else 0
     states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=torch.float32)
     B, C = _rows(B, C)
-    _scan_kernel[triton.cdiv(channels, _SCAN_CHANNELS), directions * batch](
+    padded = triton.next_power_of_2(d_state)
+    block = _scan_channels(padded, 2048)
+    _scan_kernel[triton.cdiv(channels, block), directions * batch](
         u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), delta_bias, sequences, states,
         batch, length, channels, d_state, *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
         HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, SAVE=save_states,
-        STATES=triton.next_power_of_2(d_state), CHUNK=CHUNK, BLOCK_D=_SCAN_CHANNELS, num_warps=_SCAN_WARPS,
+        STATES=padded, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
     return _merge(sequences, order, 1 / directions), states
 
@@ -493,11 +508,12 @@ def selective_scan_backward(
     grad = (grad / directions).contiguous()
     d_state = A.shape[-1]
     B, C = _rows(B, C)
-    blocks, sequences = triton.cdiv(channels, _SCAN_CHANNELS), directions * batch
     padded = triton.next_power_of_2(d_state)
+    block = _scan_channels(padded, 512)
+    blocks, sequences = triton.cdiv(channels, block), directions * batch
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
     shares = saved.new_empty(blocks, directions, batch, length, 2 * d_state)
-    scratch = saved.new_empty(sequences * blocks * (CHUNK // 2) * padded * _SCAN_CHANNELS)
+    scratch = saved.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
     grad_A = saved.new_empty(directions, batch, d_state, channels)
     grad_D, grad_bias = (saved.new_empty(directions, batch, channels) for _ in range(2))
     _scan_backward_kernel[blocks, sequences](
@@ -505,7 +521,7 @@ def selective_scan_backward(
         scratch, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias, batch, length, channels, d_state,
         *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
         HAS_BIAS=delta_bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
-        STATES=padded, CHUNK=CHUNK, BLOCK_D=_SCAN_CHANNELS, num_warps=_SCAN_WARPS,
+        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
     grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
     grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
