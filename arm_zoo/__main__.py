@@ -8,6 +8,7 @@ python -m arm_zoo predict cat.jpg dog.png --model arm_base_patch16_224 --weights
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,7 +133,12 @@ def load_classifier(name: str, weights: Path | None) -> ARM:
             raise CheckpointError(f"{error}\n  at this command line: --weights FILE") from error
     elif weights.is_dir() or _is_of_timm(weights):
         folder = weights if weights.is_dir() else weights.parent
-        architecture = _read_config(folder / "config.json").get("architecture", "no timm model")
+        config = _read_config(folder / "config.json")
+        if "pretraining_model" in config:
+            raise CheckpointError(
+                f"{folder} holds a pretraining model, which has no classifier head; finetune it first"
+            )
+        architecture = config.get("architecture", "no timm model")
         if architecture != model.pretrained_cfg["architecture"]:
             raise ValueError(f"{folder / 'config.json'} is of {architecture}, not of {name}")
         model = cast(ARM, timm.create_model(f"local-dir:{folder}", pretrained=True))
@@ -152,6 +158,10 @@ def load_classifier(name: str, weights: Path | None) -> ARM:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config.json in {file.parent}; a folder of weights holds model.safetensors and config.json"
+        )
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -236,6 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1

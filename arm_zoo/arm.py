@@ -31,12 +31,12 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from arm_zoo.layers import PatchEmbed, SwiGLU, zero_bias
+from arm_zoo.layers import PatchEmbed, SwiGLU, check_positive, zero_bias
 from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import scan_order
 from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint, resample_pos_embed
 
-__all__ = ["ARM", "Block", "init_block_weights", "no_weight_decay_names"]
+__all__ = ["ARM", "Block", "init_block_weights", "no_weight_decay_names", "reset_parameters"]
 
 GlobalPool = Literal["avg", "token", ""]
 NormLayer = str | Callable[..., nn.Module]
@@ -68,6 +68,14 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def reset_parameters(model: nn.Module) -> None:
+    """Draw the parameters of all parts anew, inner parts first: an outer one may know better."""
+    for module in reversed(list(model.modules())):
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
 def init_block_weights(blocks: Iterable[nn.Module]) -> None:
     """Official initialisation of a stack: PyTorch's defaults, zero biases, output projections / sqrt(depth)."""
     stack = [block for block in blocks if isinstance(block, Block)]
@@ -89,6 +97,7 @@ def no_weight_decay_names(blocks: Iterable[nn.Module]) -> set[str]:
 
 
 @register_notrace_function
+@torch.jit.ignore
 def order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
     return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
 
@@ -139,6 +148,8 @@ class ARM(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         _check_global_pool(global_pool)
+        sizes = {"img_size": img_size, "patch_size": patch_size, "patch_stride": patch_stride, "in_chans": in_chans}
+        check_positive("ARM", {**sizes, "embed_dim": embed_dim, "depth": depth, "d_state": d_state})
         norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -170,11 +181,13 @@ class ARM(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
-        self.init_weights()
+        self.init_weights(needs_reset=False)
         self.init_non_persistent_buffers()
 
-    def init_weights(self) -> None:
-        """The official initialisation (blocks and patch embedding have initialised themselves)."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
+        if needs_reset:
+            reset_parameters(self)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
         init_block_weights(self.blocks)
@@ -210,10 +223,10 @@ class ARM(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
         """Replace the head, freshly initialised, and optionally the pooling."""
-        self.num_classes = num_classes
         if global_pool is not None:
             _check_global_pool(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         dd = get_device_dtype(self)
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
@@ -273,6 +286,7 @@ class ARM(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.patch_embed.check_input(x)
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         x, order = self._embed(x)
         taken = []

@@ -1,14 +1,29 @@
 """Layers of the blocks and of the patch embedding that timm does not have in the form needed here."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from timm.layers import lecun_normal_, resample_patch_embed, to_2tuple
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["Linear", "PatchEmbed", "SwiGLU", "zero_bias"]
+__all__ = ["Linear", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def check_positive(model: str, sizes: Mapping[str, Any]) -> None:
+    """Refuse sizes below 1, alone or in a pair; None stands for a default."""
+    for name, size in sizes.items():
+        if size is not None and min(to_2tuple(size)) < 1:
+            raise ValueError(f"{model}: {name} must be at least 1, got {size}")
+
+
+def nearest_multiple(size: int, unit: int) -> int:
+    """The multiple of `unit` nearest to `size`, at least one unit."""
+    return max(1, (2 * size + unit) // (2 * unit)) * unit
 
 
 def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
@@ -29,7 +44,7 @@ class Linear(nn.Linear):
         if torch.jit.is_scripting():
             return F.linear(x, self.weight, self.bias)
         eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-        if not (_ONEDNN and eager and x.device.type == "cpu" and x.dtype == torch.float32):
+        if not (_ONEDNN and eager and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()):
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # channels innermost in memory
         rows = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
@@ -83,6 +98,7 @@ class PatchEmbed(nn.Module):
         in_chans: int = 3,
         embed_dim: int = 768,
         strict_img_size: bool = True,
+        factory: str = "create_model",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,6 +106,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = to_2tuple(patch_size)
         self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
         self.strict_img_size = strict_img_size
+        self.factory = factory  # what makes the model, for messages
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
         self.reset_parameters()
@@ -135,12 +152,13 @@ class PatchEmbed(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f"expected images (batch, {self.proj.in_channels}, height, width), got {tuple(x.shape)}; "
-                "another number of channels needs create_model(..., in_chans=...)"
+                f"another number of channels needs {self.factory}(..., in_chans=...)"
             )
         if self.strict_img_size and x.shape[2:] != self.img_size:
+            changes = ", set_input_size(...) or dynamic_img_size=True" if self.factory == "create_model" else ""
             raise ValueError(
                 f"expected images of {self.img_size[0]}x{self.img_size[1]}, got {x.shape[2]}x{x.shape[3]}; "
-                "for another size use create_model(..., img_size=...), set_input_size(...) or dynamic_img_size=True"
+                f"for another size use {self.factory}(..., img_size=...){changes}"
             )
         self.dynamic_feat_size((x.shape[2], x.shape[3]))
 

@@ -53,9 +53,9 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(directions, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(directions, inner, **dd))
         self.out_proj = Linear(inner, dim, bias=False, **dd)
-        self.reset_scan_parameters()
+        self.reset_parameters()
 
-    def reset_scan_parameters(self) -> None:
+    def reset_parameters(self) -> None:
         """Initialise what `Linear` does not: convolution, step sizes, decays and skips.
 
         Only the first direction starts with small step sizes, 0.001 to 0.1; the others' biases are 0, as in the

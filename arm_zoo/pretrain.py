@@ -5,6 +5,7 @@ encoder scans them causally; for every cluster but the first, learned queries th
 the encoder's features of the clusters before it and predict the cluster's normalised pixels.
 """
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -18,8 +19,8 @@ from timm.models import checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.arm import Block, init_block_weights, no_weight_decay_names
-from arm_zoo.layers import PatchEmbed
+from arm_zoo.arm import Block, init_block_weights, no_weight_decay_names, reset_parameters
+from arm_zoo.layers import PatchEmbed, check_positive, nearest_multiple
 from arm_zoo.order import cluster_order
 
 __all__ = ["ARMPretrain", "create_pretraining_model", "sincos_pos_embed"]
@@ -53,7 +54,10 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | s
         ValueError: if `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}")
+        raise ValueError(
+            f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}; "
+            f"for example {nearest_multiple(dim, 4)}"
+        )
     # by NumPy as in the official code: its float32 power has another last bit, which is 1.4e-6 in the table
     frequencies = torch.from_numpy(1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float32) / (dim / 4.0)))
     row, column = torch.meshgrid(
@@ -146,6 +150,7 @@ class ARMPretrain(nn.Module):
             "decoder_dim": decoder_dim,
             "decoder_depth": decoder_depth,
         }
+        check_positive("ARMPretrain", self.config)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
         self.grad_checkpointing = False
         self.in_chans = in_chans
@@ -154,7 +159,9 @@ class ARMPretrain(nn.Module):
         self.cluster_grid = (rows // self.patch_size[0], columns // self.patch_size[1])
         self.cluster_tokens = self.cluster_grid[0] * self.cluster_grid[1]
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans=in_chans, embed_dim=embed_dim, **dd)
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans=in_chans, embed_dim=embed_dim, factory="create_pretraining_model", **dd
+        )
         patches = self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim, **dd), requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, 1, d_state, **dd) for _ in range(depth))
@@ -174,11 +181,13 @@ class ARMPretrain(nn.Module):
         self.register_buffer(
             "decoder_mask", torch.empty(tokens, tokens, dtype=torch.bool, device=device), persistent=False
         )
-        self.init_weights()
+        self.init_weights(needs_reset=False)
         self.init_non_persistent_buffers()
 
-    def init_weights(self) -> None:
-        """The official initialisation (blocks and patch embedding have initialised themselves)."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
+        if needs_reset:
+            reset_parameters(self)
         grid = self.patch_embed.grid_size
         with torch.no_grad():
             for table in (self.pos_embed, self.decoder_pos_embed):
@@ -289,12 +298,16 @@ def _check_sizes(
         ("cluster_size", cluster_size, "patch_size", patch_size),
         ("img_size", img_size, "cluster_size", cluster_size),
     ):
-        if whole[0] % part[0] or whole[1] % part[1] or 0 in whole:
-            raise ValueError(f"{name} {whole} must be a multiple of {part_name} {part}")
+        if whole[0] % part[0] or whole[1] % part[1]:
+            fitting = tuple(nearest_multiple(size, unit) for size, unit in zip(whole, part, strict=True))
+            raise ValueError(f"{name} {whole} must be a multiple of {part_name} {part}, for example {fitting}")
     if img_size == cluster_size:
         raise ValueError(f"img_size {img_size} holds a single cluster {cluster_size}; there is no next one to predict")
     if decoder_dim % _HEAD_DIM:
-        raise ValueError(f"decoder_dim must be a multiple of {_HEAD_DIM} (the size of a head), got {decoder_dim}")
+        raise ValueError(
+            f"decoder_dim must be a multiple of {_HEAD_DIM} (the size of a head), got {decoder_dim}; "
+            f"for example {nearest_multiple(decoder_dim, _HEAD_DIM)}"
+        )
 
 
 def create_pretraining_model(name: str, **overrides: Any) -> ARMPretrain:
@@ -310,4 +323,7 @@ def create_pretraining_model(name: str, **overrides: Any) -> ARMPretrain:
     """
     if name not in _SIZES:
         raise ValueError(f"unknown pretraining model {name!r}; choose one of {', '.join(_SIZES)}")
+    keywords = inspect.signature(ARMPretrain).parameters
+    if unknown := sorted(set(overrides) - set(keywords)):
+        raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(keywords))}")
     return ARMPretrain(**{**_SIZES[name], **overrides})

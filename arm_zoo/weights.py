@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed, to_2tuple
-from timm.models import load_state_dict
+from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 from torch.nn import functional as F
 
@@ -213,7 +213,7 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     source = _official_to_ours(state_dict) if _is_official(state_dict) else dict(state_dict)
     source.pop("mask", None)
     if "cls_token" in target:
-        source = _adapt_to_backbone(source, target, model)
+        source = _adapt_to_backbone(source, target, model, timm_adapts)
     else:
         for key in ("pos_embed", "decoder_pos_embed"):  # fixed sine-cosine tables: those of the model's own grid
             if key in source and source[key].shape != target[key].shape:
@@ -222,19 +222,19 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     return source
 
 
-def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module) -> StateDict:
+def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, timm_adapts: bool) -> StateDict:
     if "pos_embed" not in source:
         return source  # not of the family: the check that follows says what is missing
     if "encoder_to_decoder.weight" in source:
         kept = {key: value for key, value in source.items() if key in target}
         fresh = {key: value for key, value in target.items() if key.startswith(("cls_token", "norm.", "head."))}
         patches = source["pos_embed"]
-        grid = _source_grid(model, source, patches.shape[1])
+        grid = _sincos_grid(patches) or _source_grid(model, patches.shape[1], timm_adapts)
         cls_row = patches.new_zeros(1, 1, patches.shape[-1])
         pos_embed = _join(patches, cls_row)
         source = {**fresh, **kept, "pos_embed": pos_embed}
     else:
-        grid = _source_grid(model, source, source["pos_embed"].shape[1] - 1)
+        grid = _source_grid(model, source["pos_embed"].shape[1] - 1, timm_adapts)
     patch_embed: Any = model.patch_embed
     source["pos_embed"] = resample_pos_embed(source["pos_embed"], grid, patch_embed.grid_size)
     for key, value in source.items():
@@ -247,24 +247,51 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module) -
     return source
 
 
-def _source_grid(model: nn.Module, source: StateDict, patches: int) -> tuple[int, int]:
-    """Patch grid of a checkpoint: from its construction metadata if that fits, else square, else the model's own."""
+def _sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
+    """Grid of a fixed sine-cosine table (1, patches, dim), whose halves depend on the column and on the row alone."""
+    column, row = table[0].chunk(2, dim=-1)
+    width = int((row == row[0]).all(dim=-1).sum())
+    if len(row) % width:
+        return None
+    columns, rows = column.unflatten(0, (-1, width)), row.unflatten(0, (-1, width))
+    matches = torch.equal(columns, columns[:1].expand_as(columns)) and torch.equal(rows, rows[:, :1].expand_as(rows))
+    return (len(row) // width, width) if matches else None
+
+
+def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, int]:
+    """Patch grid of a checkpoint: what a file's configuration or the caller says, else the model's own, else square.
+
+    Where only the entry's default says otherwise than the model, the file is refused: neither is sure to be right.
+    """
     arguments = getattr(model, "pretrained_model_args", {})
     patch_embed: Any = model.patch_embed
-    size = arguments.get("img_size") or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
+    cfg = getattr(model, "pretrained_cfg", {})
+    default = get_pretrained_cfg(cfg.get("architecture", ""))
+    said = bool(arguments.get("img_size")) or (default is not None and cfg["input_size"] != default.input_size)
+    size = arguments.get("img_size") or cfg.get("input_size", (3, 0, 0))[-2:]
     height, width = to_2tuple(size)
     patch = to_2tuple(arguments.get("patch_size") or patch_embed.patch_size)
     stride = to_2tuple(arguments.get("patch_stride") or patch_embed.patch_stride)
-    grid = ((height - patch[0]) // stride[0] + 1, (width - patch[1]) // stride[1] + 1)
+    told = ((height - patch[0]) // stride[0] + 1, (width - patch[1]) // stride[1] + 1)
     side = math.isqrt(patches)
-    own = patch_embed.grid_size
-    for rows, columns in (grid, (side, side), own):
-        if rows * columns == patches:
-            return rows, columns
-    raise CheckpointError(
-        f"the checkpoint has position embeddings for {patches} patches, which is neither a square grid nor the "
-        f"model's {own[0]}x{own[1]}; say the source size with pretrained_cfg_overlay=dict(input_size=(3, H, W))"
-    )
+    own = tuple(patch_embed.grid_size)
+    fitting = [grid for grid in (own, told, (side, side)) if grid[0] * grid[1] == patches]
+    if of_a_file and said:
+        fitting.sort(key=lambda grid: grid != told)
+    elif of_a_file and own in fitting and told in fitting and own != told:
+        raise CheckpointError(
+            f"the checkpoint has position embeddings for {patches} patches: the model's {own[0]}x{own[1]}, or "
+            f"{told[0]}x{told[1]} as its configuration says? For the first, say the source size with "
+            "pretrained_cfg_overlay=dict(input_size=(3, H, W)); for the second, load without img_size, then call "
+            "set_input_size(img_size=(H, W))"
+        )
+    if not fitting:
+        raise CheckpointError(
+            f"the checkpoint has position embeddings for {patches} patches, which is neither a square grid nor the "
+            f"model's {own[0]}x{own[1]}; say the source size with pretrained_cfg_overlay=dict(input_size=(3, H, W))"
+        )
+    rows, columns = fitting[0]
+    return rows, columns
 
 
 def _join(patches: torch.Tensor, cls_row: torch.Tensor) -> torch.Tensor:

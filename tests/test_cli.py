@@ -349,10 +349,11 @@ def test_weights_of_another_model(
 
 def test_folders_without_a_model(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["predict", picture, "--model", TINY, "--weights"]
-    assert "config.json" in mistake(capsys, *options, tmp_path)
+    message = mistake(capsys, *options, tmp_path)
+    assert f"no config.json in {tmp_path}; a folder of weights holds model.safetensors and config.json" in message
     arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path)
     for weights in (tmp_path, tmp_path / "model.safetensors"):
-        assert f"is of no timm model, not of {TINY}" in mistake(capsys, *options, weights)
+        assert f"{tmp_path} holds a pretraining model, which has no classifier" in mistake(capsys, *options, weights)
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path / "config.json") in mistake(capsys, *options, tmp_path)
 

@@ -240,6 +240,42 @@ def test_reset_classifier_keeps_the_mode_the_device_and_the_type(training: bool)
     assert (model.head.weight.dtype, model.head.weight.device.type) == (torch.bfloat16, "meta")
 
 
+def test_a_refused_pooling_leaves_the_head() -> None:
+    model = tiny(num_classes=7)
+    with pytest.raises(ValueError, match="global_pool must be"):
+        model.reset_classifier(5, "max")
+    assert model.num_classes == model.head.out_features == 7
+
+
+def test_weights_can_be_drawn_anew() -> None:
+    model = tiny(device="meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    model.init_weights()
+    model.init_non_persistent_buffers()
+    assert model(images(model)).isfinite().all()
+    bound = (model.embed_dim * len(model.blocks)) ** -0.5  # of the output projections, also when drawn again
+    model.init_weights()
+    assert all(0.9 * bound < block.mixer.out_proj.weight.abs().max() <= bound for block in model.blocks)
+
+
+def test_an_empty_batch_gives_empty_logits() -> None:
+    model = tiny(num_classes=7)
+    assert model(images(model)[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("sizes", [{"depth": 0}, {"patch_size": 0}, {"embed_dim": -4}, {"img_size": (0, 32)}], ids=str)
+def test_sizes_below_one(sizes: dict[str, Any]) -> None:
+    ((name, size),) = sizes.items()
+    with pytest.raises(ValueError, match=re.escape(f"ARM: {name} must be at least 1, got {size}")):
+        timm.create_model("arm_tiny_patch16_224", **sizes)
+
+
+def test_intermediates_of_a_wrong_picture() -> None:
+    with pytest.raises(ValueError, match="expected images"):
+        tiny().forward_intermediates(torch.zeros(3, 32, 32))
+
+
 @pytest.mark.parametrize("name", ["arm_base_patch16_224", "arm_base_patch16_stride8_448"])
 def test_grad_checkpointing_changes_nothing_but_memory(name: str) -> None:
     model = tiny(name).train()
@@ -521,6 +557,14 @@ def test_torchscript(name: str) -> None:
         model = tiny(name)
     x = images(model)
     assert close(torch.jit.script(model)(x), model(x))
+
+
+def test_torchscript_of_any_size() -> None:
+    with set_scriptable(True):
+        model = tiny(dynamic_img_size=True)
+    scripted = torch.jit.script(model)
+    for x in (images(model), images(model)[..., :16]):
+        assert close(scripted(x), model(x))
 
 
 def test_copies_and_pickles_are_equal() -> None:

@@ -519,13 +519,21 @@ def test_a_backbone_starts_from_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"img_size": 200}, r"img_size \(200, 200\) must be a multiple of cluster_size \(64, 64\)"),
+        ({"img_size": 200}, r"img_size \(200, 200\) must be a multiple of .* \(64, 64\), for example \(192, 192\)"),
         ({"img_size": (192, 200)}, r"img_size \(192, 200\) must be a multiple of cluster_size \(64, 64\)"),
         ({"cluster_size": 40, "img_size": 80}, r"cluster_size \(40, 40\) must be a multiple of patch_size \(16, 16\)"),
         ({"cluster_size": (64, 8)}, r"cluster_size \(64, 8\) must be a multiple of patch_size \(16, 16\)"),
         ({"img_size": 64}, r"img_size \(64, 64\) holds a single cluster \(64, 64\); there is no next one to predict"),
-        ({"decoder_dim": 100}, r"decoder_dim must be a multiple of 64 \(the size of a head\), got 100"),
-        ({"embed_dim": 30}, r"a sine-cosine position table needs a width that is a multiple of 4, got 30"),
+        (
+            {"decoder_dim": 100},
+            r"decoder_dim must be a multiple of 64 \(the size of a head\), got 100; for example 128",
+        ),
+        (
+            {"embed_dim": 30},
+            r"a sine-cosine position table needs a width that is a multiple of 4, got 30; for example 32",
+        ),
+        ({"depth": 0}, "ARMPretrain: depth must be at least 1, got 0"),
+        ({"patch_size": (16, 0)}, r"ARMPretrain: patch_size must be at least 1, got \(16, 0\)"),
     ],
     ids=str,
 )
@@ -540,8 +548,25 @@ def test_unknown_size_name() -> None:
 
 
 def test_unknown_keyword() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'dept'"):
+    with pytest.raises(TypeError, match=r"arm_tiny: unknown keyword dept; the model takes .*depth, .*patch_size"):
         create_pretraining_model("arm_tiny", dept=6)
+
+
+def test_other_pictures_are_refused_with_what_this_model_has() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"another size use create_pretraining_model\(\.\.\., img_size=\.\.\.\)$"):
+        model(torch.zeros(1, 3, 64, 48, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"channels needs create_pretraining_model\(\.\.\., in_chans=\.\.\.\)$"):
+        model(torch.zeros(1, 4, 48, 48, dtype=torch.float64))
+
+
+def test_weights_can_be_drawn_anew() -> None:
+    model = small(device="meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    model.init_weights()
+    model.init_non_persistent_buffers()
+    assert model(images_for(model))[0].isfinite()
 
 
 @pytest.mark.parametrize("method", ["forward", "reconstruct"])

@@ -417,6 +417,36 @@ def test_grids_that_are_not_square(tmp_path: Path) -> None:
     assert_same_but(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), source)
 
 
+@pytest.mark.parametrize("size", [(64, 256), (112, 448)])  # 4x16 = 8x8 patches and 7x28 = 14x14, the entry's default
+def test_a_grid_with_as_many_patches_as_a_square_stays_itself(size: tuple[int, int], tmp_path: Path) -> None:
+    source = timm.create_model(BASE, **{**SMALL, "img_size": size})
+    assert_same(from_official(to_official(source), source), source.state_dict())
+    file = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), file)
+    told = from_file(file, overlay={"input_size": (3, *size)}, img_size=size)
+    assert torch.equal(told.pos_embed, source.pos_embed)
+    if size == (64, 256):
+        assert torch.equal(from_file(file, img_size=size).pos_embed, source.pos_embed)
+    else:
+        with pytest.raises(CheckpointError, match="the model's 7x28, or 14x14 as its configuration says"):
+            from_file(file, img_size=size)
+
+
+@pytest.mark.parametrize("size", [(64, 256), (256, 64), (128, 192), (16, 64)])
+def test_the_grid_of_a_pretraining_model_is_read_from_its_position_table(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    sizes = {"embed_dim": SMALL["embed_dim"], "depth": SMALL["depth"], "decoder_dim": 64}
+    model = create_pretraining_model("arm_tiny", img_size=size, cluster_size=16, **sizes)
+    model.save_pretrained(tmp_path)
+    same = from_file(tmp_path / "model.safetensors", img_size=size)
+    assert torch.equal(without_middle(same.pos_embed), model.pos_embed)
+    other = from_file(tmp_path / "model.safetensors", img_size=224)
+    grid = (size[0] // 16, size[1] // 16)
+    expected = resized(model.pos_embed.view(1, *grid, -1), (14, 14))
+    assert_near(without_middle(other.pos_embed), expected, 1e-6, "pos_embed")
+
+
 def test_not_square_and_nobody_says_how(tmp_path: Path) -> None:
     source = timm.create_model(BASE, **{**SMALL, "img_size": (64, 96)})
     save_file(source.state_dict(), tmp_path / "weights.safetensors")

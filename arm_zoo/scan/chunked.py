@@ -87,7 +87,7 @@ class _Scan:
         self.delta_softplus = delta_softplus
         # as many pictures as fit at a chunk of `least_steps`, then as many steps as fit with them
         picture = directions * A.shape[-1] * channels
-        self.block = min(self.batch, max(1, _WORK_ELEMENTS // (least_steps * picture)))
+        self.block = max(1, min(self.batch, _WORK_ELEMENTS // (least_steps * picture)))
         self.steps = least_steps
         while self.steps < CHUNK and 2 * self.steps * self.block * picture <= _WORK_ELEMENTS:
             self.steps *= 2

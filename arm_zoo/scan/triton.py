@@ -14,7 +14,7 @@ import triton.language as tl
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation in float32
-_GROUP = 4  # steps whose states the backward scan holds in registers
+_GROUP = 2  # steps whose states the backward scan holds in registers
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BLOCK_TIME = 16
 _BLOCK_CHANNELS = 128
@@ -509,7 +509,7 @@ def selective_scan_backward(
     d_state = A.shape[-1]
     B, C = _rows(B, C)
     padded = triton.next_power_of_2(d_state)
-    block = _scan_channels(padded, 512)
+    block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
     blocks, sequences = triton.cdiv(channels, block), directions * batch
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
     shares = saved.new_empty(blocks, directions, batch, length, 2 * d_state)
@@ -521,7 +521,7 @@ def selective_scan_backward(
         scratch, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias, batch, length, channels, d_state,
         *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
         HAS_BIAS=delta_bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
-        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1,
+        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, maxnreg=168,
     )  # fmt: skip
     grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
     grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
