@@ -1,0 +1,111 @@
+"""The compiled loop for the CPU: against the plain loop in float64, at the edges of float32, in any threads."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import arm_zoo
+from arm_zoo.order import scan_order
+from arm_zoo.scan import selective_scan
+
+pytest.importorskip("numba", reason="the extra `cpu` is not installed")
+
+
+def inputs(directions: int, length: int, channels: int, d_state: int, batch: int = 2) -> list[torch.Tensor]:
+    """u, delta, A, B, C, D, gate and the bias of delta."""
+    sequences = (directions, batch, length)
+    u, delta = torch.randn(*sequences, channels), torch.randn(*sequences, channels)
+    rates = -torch.randn(directions, channels, d_state).exp()
+    B, C = torch.randn(*sequences, 2 * d_state + 3)[..., 3:].chunk(2, dim=-1)  # rows that do not adjoin, as in models
+    skip, bias = torch.randn(2, directions, channels)
+    return [u, delta, rates, B, C, skip, torch.randn(batch, length, channels), bias]
+
+
+def results(backend: str, tensors: list[torch.Tensor], order: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The output and the gradients of all inputs."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with arm_zoo.scan_backend(backend):
+        y = selective_scan(*leaves, order=order)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+def worst_error(tensors: list[torch.Tensor], order: torch.Tensor | None = None) -> float:
+    """Largest relative L2 error of output and gradients against the plain loop in float64."""
+    exact = results("reference", [t.double() for t in tensors], order)
+    pairs = zip(results("numba", tensors, order), exact, strict=True)
+    return max(((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item() for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 197, 577])
+def test_lengths(length: int) -> None:
+    assert worst_error(inputs(1, length, 5, 4)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "directions, height, width, cls_index, channels, d_state",
+    [(4, 3, 5, 7, 130, 16), (2, 7, 2, 0, 128, 1), (1, 1, 9, None, 257, 3), (4, 6, 4, None, 33, 17)],
+)
+def test_grids_and_widths(
+    directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int
+) -> None:
+    order = scan_order(height, width, directions, cls_index)
+    assert worst_error(inputs(directions, order.shape[1], channels, d_state), order) < 2e-6
+
+
+@pytest.mark.parametrize("raw_delta", [-20.0, -13.8, 0.0, 50.0])
+@pytest.mark.parametrize("rate", [-1e-6, -1e4])
+def test_extreme_steps_and_rates(raw_delta: float, rate: float) -> None:
+    tensors = inputs(1, 500, 6, 4)
+    tensors[1] = torch.full_like(tensors[1], raw_delta)
+    tensors[2] = torch.full_like(tensors[2], rate)
+    tensors[7] = torch.zeros_like(tensors[7])
+    assert worst_error(tensors) < 3e-5  # sums over 500 steps that never decay, in float32
+
+
+@pytest.mark.parametrize("poisoned", [0, 1, 2, 3, 4, 5, 7])
+def test_nan_comes_out(poisoned: int) -> None:
+    tensors = inputs(1, 20, 6, 4)
+    tensors[poisoned] = tensors[poisoned].clone()
+    tensors[poisoned].view(-1)[0] = torch.nan
+    with arm_zoo.scan_backend("numba"):
+        y = selective_scan(*tensors)
+    with arm_zoo.scan_backend("reference"):
+        expected = selective_scan(*tensors)
+    assert expected.isnan().any() and torch.equal(y.isnan(), expected.isnan())
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    tensors, before = inputs(4, 30, 200, 16, batch=3), torch.get_num_threads()
+    outputs = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with arm_zoo.scan_backend("numba"):
+                outputs.append(selective_scan(*tensors))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def test_other_types_are_refused_by_name_and_go_to_torch_by_themselves() -> None:
+    tensors = [t.double() for t in inputs(1, 3, 4, 2)]
+    with (
+        arm_zoo.scan_backend("numba"),
+        pytest.raises(ValueError, match=r"'numba' takes float32 on the CPU, got torch\.float64 on cpu; use 'auto'"),
+    ):
+        selective_scan(*tensors)
+    with arm_zoo.scan_backend("auto"):
+        assert selective_scan(*tensors).dtype == torch.float64
+
+
+def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from arm_zoo.scan import backends
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    backends._why_not.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"it needs the package numba: pip install 'arm-zoo\[cpu\]'"):
+            arm_zoo.set_scan_backend("numba")
+    finally:
+        backends._why_not.cache_clear()
