@@ -1,7 +1,8 @@
 """Which code runs the scan: backends by name, chosen per process or per block of code.
 
 `reference` is the plain loop, `torch` the fast path on any device, `numba` a faster forward scan on the CPU, `triton`
-the GPU kernels. The environment variable ARM_ZOO_SCAN sets the choice at start.
+the GPU kernels, `cuda` the same with a faster backward scan. The environment variable ARM_ZOO_SCAN sets the choice at
+start.
 """
 
 import contextlib
@@ -25,8 +26,18 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("arm_zoo.scan")
-_BACKENDS = ("reference", "torch", "numba", "triton")
-_MODULES = {"torch": "arm_zoo.scan.chunked", "numba": "arm_zoo.scan.numba", "triton": "arm_zoo.scan.triton"}
+_BACKENDS = ("reference", "torch", "numba", "triton", "cuda")
+_MODULES = {
+    "torch": "arm_zoo.scan.chunked",
+    "numba": "arm_zoo.scan.numba",
+    "triton": "arm_zoo.scan.triton",
+    "cuda": "arm_zoo.scan.cuda",
+}
+_TAKES = {
+    "numba": "float32 on the CPU",
+    "triton": "float32, bfloat16 and float16 on CUDA",
+    "cuda": "float32, bfloat16 and float16 on CUDA",
+}
 _announced: set[str] = set()
 
 
@@ -39,13 +50,20 @@ def _why_not(name: str) -> str | None:
     """Why a backend cannot run here, with what to do about it; None if it can."""
     if name == "numba" and importlib.util.find_spec("numba") is None:
         return "it needs the package numba: pip install 'arm-zoo[cpu]'"
-    if name == "triton":
+    if name in ("triton", "cuda"):
         try:
             importlib.import_module("triton")
         except ImportError as error:
             return f"it needs the package triton ({error}): pip install triton (Linux builds of torch bring it)"
-        if not (torch.cuda.is_available() or _interpreted()):
-            return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test the kernels slowly"
+        if not (torch.cuda.is_available() or (name == "triton" and _interpreted())):
+            return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
+    if name == "cuda":
+        try:
+            importlib.import_module("cuda.core")
+        except ImportError as error:
+            return f"it needs the package cuda-core ({error}): pip install 'arm-zoo[cuda]'"
+        if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+            return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; use 'triton'"
     return None
 
 
@@ -73,8 +91,8 @@ def get_scan_backend() -> str:
 def set_scan_backend(name: str) -> None:
     """Choose the backend of every later scan in this process.
 
-    "auto" takes `triton` on CUDA and `numba` for float32 on the CPU, each where it is installed; else, and always for
-    float64, `torch`.
+    "auto" takes `cuda` or else `triton` on CUDA, and `numba` for float32 on the CPU, each where it is installed; else,
+    and always for float64, `torch`.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
@@ -105,24 +123,26 @@ def resolve_backend(x: torch.Tensor) -> str:
     Raises:
         ValueError: if the backend in force does not take such tensors.
     """
+    half_or_single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     fits = {
-        "triton": (x.is_cuda or _interpreted()) and x.dtype != torch.float64,
         "numba": x.device.type == "cpu" and x.dtype == torch.float32,
+        "triton": half_or_single and (x.is_cuda or _interpreted()),
+        "cuda": half_or_single and x.is_cuda,
     }
     if _selected == "auto":
-        return _choose("triton" if fits["triton"] and x.is_cuda else "numba" if fits["numba"] else "torch")
+        return _choose(("cuda", "triton") if fits["cuda"] else ("numba",) if fits["numba"] else ())
     if not fits.get(_selected, True):
-        takes = {"triton": "float32, bfloat16 and float16 on CUDA", "numba": "float32 on the CPU"}
         raise ValueError(
-            f"scan backend {_selected!r} takes {takes[_selected]}, got {x.dtype} on {x.device.type}; "
+            f"scan backend {_selected!r} takes {_TAKES[_selected]}, got {x.dtype} on {x.device.type}; "
             "use 'auto' or 'torch'"
         )
     return _selected
 
 
 @torch.compiler.assume_constant_result  # runs as it is while a model is traced, so that compiled models log it too
-def _choose(best: str) -> str:
-    name = best if _why_not(best) is None else "torch"
+def _choose(best: tuple[str, ...]) -> str:
+    """The first of the backends that is installed, else `torch`."""
+    name = next((name for name in best if _why_not(name) is None), "torch")
     if name not in _announced:
         _announced.add(name)
         _logger.info("scan backend: auto chose %r (available: %s)", name, ", ".join(available_backends()))

@@ -44,7 +44,7 @@ def _conv_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
     (batch, length, _), (directions, channels, _) = x.shape, weight.shape
-    if backend != "triton":  # directions side by side in memory, as its convolution makes them
+    if backend in ("torch", "numba"):  # directions side by side in memory, as its convolution makes them
         return x.new_empty(batch, length, directions, channels).permute(2, 0, 1, 3)
     return x.new_empty(directions, batch, length, channels)
 
