@@ -249,9 +249,11 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, t
 
 def _sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
     """Grid of a fixed sine-cosine table (1, patches, dim), whose halves depend on the column and on the row alone."""
+    if table.is_meta:
+        return None
     column, row = table[0].chunk(2, dim=-1)
     width = int((row == row[0]).all(dim=-1).sum())
-    if len(row) % width:
+    if not width or len(row) % width:  # none is equal to itself where there are NaN
         return None
     columns, rows = column.unflatten(0, (-1, width)), row.unflatten(0, (-1, width))
     matches = torch.equal(columns, columns[:1].expand_as(columns)) and torch.equal(rows, rows[:, :1].expand_as(rows))
@@ -267,7 +269,9 @@ def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, 
     patch_embed: Any = model.patch_embed
     cfg = getattr(model, "pretrained_cfg", {})
     default = get_pretrained_cfg(cfg.get("architecture", ""))
-    said = bool(arguments.get("img_size")) or (default is not None and cfg["input_size"] != default.input_size)
+    said = bool(arguments.get("img_size")) or (
+        default is not None and tuple(cfg.get("input_size", ())) != tuple(default.input_size)
+    )
     size = arguments.get("img_size") or cfg.get("input_size", (3, 0, 0))[-2:]
     height, width = to_2tuple(size)
     patch = to_2tuple(arguments.get("patch_size") or patch_embed.patch_size)

@@ -6,6 +6,7 @@ python -m recipes.quickstart [--output quickstart] [--seed 0]
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
     Raises:
         RuntimeError: If training from scratch, which runs in a process of its own, fails.
     """
+    torch.set_num_threads(THREADS)
     runs = output / "runs"
     settings = [f"seed={seed}", *overrides]
     with training_from_scratch(runs / "scratch", settings) as scratch:
@@ -166,7 +168,7 @@ def show(summary: dict[str, Any], output: Path, console: Console) -> None:
     for row in summary["named"]:
         verdict = "right" if row["named"] == row["is"] else f"wrong, it is {row['is']}"
         console.print(f'picture {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
-    console.print("Training from scratch ran beside the other two, each on one core.")
+    console.print("Training from scratch ran beside the other two, in a process of its own, one thread each.")
     console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ curves.png predictions.png summary.json")
     console.print(f'the finetuned model: timm.create_model("local-dir:{output}", pretrained=True)', soft_wrap=True)
 
@@ -179,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and variation (%(default)s)")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(THREADS)
+    # so that the end of this process, asked for by whoever started it, ends its child too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     show(quickstart(arguments.output, arguments.seed), arguments.output, Console())
 
 

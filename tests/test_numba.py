@@ -1,8 +1,7 @@
 """The compiled loop for the CPU: against the plain loop in float64, at the edges of float32, in any threads."""
 
-import importlib.util
-
 import pytest
+import timm
 import torch
 
 import arm_zoo
@@ -88,6 +87,22 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("wrong", [1, 2, 3, 4, 5, 6, 7])
+def test_shapes_that_do_not_fit_are_refused(wrong: int) -> None:
+    tensors = inputs(2, 5, 6, 4)
+    tensors[wrong] = tensors[wrong][:1]
+    name = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"][wrong]
+    with pytest.raises(ValueError, match=f"selective_scan: {name} is "):
+        selective_scan(*tensors)
+
+
+def test_an_exported_model_does_not_need_numba() -> None:
+    model = timm.create_model("arm_tiny_patch16_224", img_size=32, embed_dim=16, depth=1, num_classes=3).eval()
+    program = torch.export.export(model, (torch.zeros(2, 3, 32, 32),))
+    backends = [node.args[-1] for node in program.graph.nodes if "arm_zoo" in str(node.target)]
+    assert backends and set(backends) == {"torch"}
+
+
 def test_other_types_are_refused_by_name_and_go_to_torch_by_themselves() -> None:
     tensors = [t.double() for t in inputs(1, 3, 4, 2)]
     with (
@@ -102,10 +117,15 @@ def test_other_types_are_refused_by_name_and_go_to_torch_by_themselves() -> None
 def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from arm_zoo.scan import backends
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def refuse(name: str) -> None:
+        raise ImportError(f"no module named {name}")
+
+    monkeypatch.setattr(backends.importlib, "import_module", refuse)
     backends._why_not.cache_clear()
     try:
-        with pytest.raises(ValueError, match=r"it needs the package numba: pip install 'arm-zoo\[cpu\]'"):
+        with pytest.raises(
+            ValueError, match=r"it needs the package numba \(no module named numba\): pip install 'arm-zoo\[cpu\]'"
+        ):
             arm_zoo.set_scan_backend("numba")
     finally:
         backends._why_not.cache_clear()

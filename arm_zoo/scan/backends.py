@@ -8,7 +8,6 @@ start.
 import contextlib
 import functools
 import importlib
-import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -48,8 +47,11 @@ def _interpreted() -> bool:
 @functools.cache
 def _why_not(name: str) -> str | None:
     """Why a backend cannot run here, with what to do about it; None if it can."""
-    if name == "numba" and importlib.util.find_spec("numba") is None:
-        return "it needs the package numba: pip install 'arm-zoo[cpu]'"
+    if name == "numba":
+        try:
+            importlib.import_module("numba")
+        except ImportError as error:
+            return f"it needs the package numba ({error}): pip install 'arm-zoo[cpu]'"
     if name in ("triton", "cuda"):
         try:
             importlib.import_module("triton")
@@ -129,6 +131,8 @@ def resolve_backend(x: torch.Tensor) -> str:
         "triton": half_or_single and (x.is_cuda or _interpreted()),
         "cuda": half_or_single and x.is_cuda,
     }
+    if _selected == "auto" and torch.compiler.is_exporting():
+        return "torch"  # an exported program runs elsewhere too
     if _selected == "auto":
         return _choose(("cuda", "triton") if fits["cuda"] else ("numba",) if fits["numba"] else ())
     if not fits.get(_selected, True):

@@ -22,7 +22,8 @@ _SCAN_INPUTS = (
 def _operator(name: str, inputs: str, outputs: str) -> Any:
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        with torch.autocast(inputs[0].device.type, enabled=False):  # its matrix products keep float32 sums
+        # matrix products keep float32 sums; kernels start on the tensors' GPU, whichever is the current one
+        with torch.autocast(inputs[0].device.type, enabled=False), torch.cuda.device_of(inputs[0]):
             return getattr(implementation(backend), name)(*inputs)
 
     schema = f"({inputs}, str backend) -> {outputs}"
@@ -130,6 +131,25 @@ def causal_conv(
     return torch.ops.arm_zoo.causal_conv(x, weight, bias, order, backend)
 
 
+def _check_shapes(u: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Compiled kernels do not look: what is missing would be read from whatever lies behind it."""
+    directions, batch, length, channels = u.shape
+    d_state = others[1].shape[-1] if others[1] is not None else 0
+    expected = {
+        "delta": (directions, batch, length, channels),
+        "A": (directions, channels, d_state),
+        "B": (directions, batch, length, d_state),
+        "C": (directions, batch, length, d_state),
+        "D": (directions, channels),
+        "z": (batch, length, channels),
+        "delta_bias": (directions, channels),
+        "order": (directions, length),
+    }
+    for (name, shape), tensor in zip(expected.items(), others, strict=True):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, u {tuple(u.shape)} needs {shape}")
+
+
 @torch.jit.ignore
 def selective_scan(
     u: torch.Tensor,
@@ -163,7 +183,11 @@ def selective_scan(
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: for tensors whose shapes do not fit each other.
     """
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias, order)
     backend = resolve_backend(u)
     if backend == "reference":
         y = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
