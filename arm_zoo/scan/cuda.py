@@ -19,7 +19,7 @@ __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "se
 _SOURCE = Path(__file__).with_name("backward.cu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a program
-_STATES = (4, 8, 16)  # other numbers take Triton's kernel
+_STATES = (4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernel
 
 
 class _Stream:
@@ -60,7 +60,8 @@ def selective_scan_backward(
     """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states."""
     directions, batch, length, channels = u.shape
     d_state = A.shape[-1]
-    if d_state not in _STATES or not u.numel():
+    of_one_type = all(t.dtype == u.dtype for t in (grad, delta, B, C))
+    if d_state not in _STATES or not of_one_type or not u.numel():
         inputs = (u, delta, A, B, C, D, delta_bias, delta_softplus, order, saved)
         return triton.selective_scan_backward(grad, *inputs)
     u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C))
