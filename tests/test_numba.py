@@ -129,3 +129,17 @@ def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.Monk
             arm_zoo.set_scan_backend("numba")
     finally:
         backends._why_not.cache_clear()
+
+
+def test_a_compiled_model_takes_it() -> None:
+    """Within a trace torch may say of every compilation that it exports."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def capture(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = timm.create_model("arm_tiny_patch16_224", img_size=32, embed_dim=16, depth=1).eval()
+    torch.compile(model, backend=capture, fullgraph=True)(torch.zeros(2, 3, 32, 32))
+    names = [node.args[-1] for node in graphs[0].graph.nodes if "arm_zoo" in str(node.target)]
+    assert names == ["numba", "numba"]

@@ -199,8 +199,12 @@ def test_model_runs_in_a_cuda_graph() -> None:
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernels() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_auto_takes_the_kernels(compiled: bool) -> None:
     model = timm.create_model("arm_tiny_patch16_224", img_size=32, embed_dim=32, depth=1).cuda()
+    if compiled:
+        model.compile(fullgraph=True)
+        model(torch.randn(2, 3, 32, 32, device="cuda")).sum().backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         model(torch.randn(2, 3, 32, 32, device="cuda")).sum().backward()
         torch.cuda.synchronize()

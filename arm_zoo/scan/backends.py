@@ -131,8 +131,6 @@ def resolve_backend(x: torch.Tensor) -> str:
         "triton": half_or_single and (x.is_cuda or _interpreted()),
         "cuda": half_or_single and x.is_cuda,
     }
-    if _selected == "auto" and torch.compiler.is_exporting():
-        return "torch"  # an exported program runs elsewhere too
     if _selected == "auto":
         return _choose(("cuda", "triton") if fits["cuda"] else ("numba",) if fits["numba"] else ())
     if not fits.get(_selected, True):
@@ -143,9 +141,13 @@ def resolve_backend(x: torch.Tensor) -> str:
     return _selected
 
 
-@torch.compiler.assume_constant_result  # runs as it is while a model is traced, so that compiled models log it too
+# Runs as it is while a model is traced: compiled models log the choice too, and know whether they are exported (within
+# a trace, some versions of torch say so of every compilation).
+@torch.compiler.assume_constant_result
 def _choose(best: tuple[str, ...]) -> str:
-    """The first of the backends that is installed, else `torch`."""
+    """The first of the backends that is installed, else `torch`; always `torch` for an export, which runs elsewhere."""
+    if torch.compiler.is_exporting():
+        return "torch"
     name = next((name for name in best if _why_not(name) is None), "torch")
     if name not in _announced:
         _announced.add(name)
