@@ -1,8 +1,8 @@
 """Which code runs the scan: backends by name, chosen per process or per block of code.
 
 `reference` is the plain loop, `torch` the fast path on any device, `numba` a faster forward scan on the CPU, `triton`
-the GPU kernels, `cuda` the same with a faster backward scan. The environment variable ARM_ZOO_SCAN sets the choice at
-start.
+the GPU kernels, `cuda` the same with faster scans, `mamba_ssm` the kernels of the package mamba-ssm, for comparison.
+The environment variable ARM_ZOO_SCAN sets the choice at start.
 """
 
 import contextlib
@@ -25,18 +25,28 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("arm_zoo.scan")
-_BACKENDS = ("reference", "torch", "numba", "triton", "cuda")
+_BACKENDS = ("reference", "torch", "numba", "triton", "cuda", "mamba_ssm")
 _MODULES = {
     "torch": "arm_zoo.scan.chunked",
     "numba": "arm_zoo.scan.numba",
     "triton": "arm_zoo.scan.triton",
     "cuda": "arm_zoo.scan.cuda",
+    "mamba_ssm": "arm_zoo.scan.mamba_ssm",
 }
-_TAKES = {
-    "numba": "float32 on the CPU",
-    "triton": "float32, bfloat16 and float16 on CUDA",
-    "cuda": "float32, bfloat16 and float16 on CUDA",
+_NEEDS = {
+    "numba": ("numba",),
+    "triton": ("triton",),
+    "cuda": ("triton", "cuda.core"),
+    "mamba_ssm": ("causal_conv1d", "selective_scan_cuda"),
 }
+_INSTALLS = {  # module -> its package and how to get it
+    "numba": ("numba", "pip install 'arm-zoo[cpu]'"),
+    "triton": ("triton", "pip install triton (Linux builds of torch bring it)"),
+    "cuda.core": ("cuda-core", "pip install 'arm-zoo[cuda]'"),
+    "causal_conv1d": ("causal-conv1d", "pip install 'arm-zoo[kernels]'"),
+    "selective_scan_cuda": ("mamba-ssm with its CUDA extension", "pip install 'arm-zoo[kernels]'"),
+}
+_ON_GPUS = ("triton", "cuda", "mamba_ssm")
 _announced: set[str] = set()
 
 
@@ -47,25 +57,16 @@ def _interpreted() -> bool:
 @functools.cache
 def _why_not(name: str) -> str | None:
     """Why a backend cannot run here, with what to do about it; None if it can."""
-    if name == "numba":
+    for module in _NEEDS.get(name, ()):
         try:
-            importlib.import_module("numba")
+            importlib.import_module(module)
         except ImportError as error:
-            return f"it needs the package numba ({error}): pip install 'arm-zoo[cpu]'"
-    if name in ("triton", "cuda"):
-        try:
-            importlib.import_module("triton")
-        except ImportError as error:
-            return f"it needs the package triton ({error}): pip install triton (Linux builds of torch bring it)"
-        if not (torch.cuda.is_available() or (name == "triton" and _interpreted())):
-            return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
-    if name == "cuda":
-        try:
-            importlib.import_module("cuda.core")
-        except ImportError as error:
-            return f"it needs the package cuda-core ({error}): pip install 'arm-zoo[cuda]'"
-        if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-            return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; use 'triton'"
+            package, installation = _INSTALLS[module]
+            return f"it needs the package {package} ({error}): {installation}"
+    if name in _ON_GPUS and not (torch.cuda.is_available() or (name == "triton" and _interpreted())):
+        return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
+    if name == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < (8, 0)):
+        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; use 'triton'"
     return None
 
 
@@ -128,14 +129,15 @@ def resolve_backend(x: torch.Tensor) -> str:
     half_or_single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     fits = {
         "numba": x.device.type == "cpu" and x.dtype == torch.float32,
-        "triton": half_or_single and (x.is_cuda or _interpreted()),
-        "cuda": half_or_single and x.is_cuda,
+        **{name: half_or_single and x.is_cuda for name in _ON_GPUS},
     }
+    fits["triton"] |= half_or_single and _interpreted()
     if _selected == "auto":
         return _choose(("cuda", "triton") if fits["cuda"] else ("numba",) if fits["numba"] else ())
     if not fits.get(_selected, True):
+        takes = "float32 on the CPU" if _selected == "numba" else "float32, bfloat16 and float16 on CUDA"
         raise ValueError(
-            f"scan backend {_selected!r} takes {_TAKES[_selected]}, got {x.dtype} on {x.device.type}; "
+            f"scan backend {_selected!r} takes {takes}, got {x.dtype} on {x.device.type}; "
             "use 'auto' or 'torch'"
         )
     return _selected
@@ -145,7 +147,7 @@ def resolve_backend(x: torch.Tensor) -> str:
 # a trace, some versions of torch say so of every compilation).
 @torch.compiler.assume_constant_result
 def _choose(best: tuple[str, ...]) -> str:
-    """The first of the backends that is installed, else `torch`; always `torch` for an export, which runs elsewhere."""
+    """The first of the backends that is installed, else `torch`; always `torch` in exports, which run anywhere."""
     if torch.compiler.is_exporting():
         return "torch"
     name = next((name for name in best if _why_not(name) is None), "torch")

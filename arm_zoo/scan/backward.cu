@@ -1,101 +1,18 @@
 // The backward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/scan/cuda.py has the host's side.
 //
-// One warp is one program: one sequence (direction k, picture b) and 64 channels, two a lane, with the gradients of
-// the states, their rates and the gradients of the rates of all S states in registers. Chunk by chunk from the end,
-// the states before every fourth step are recomputed into shared memory; the four steps of a group are then done one
-// state after the other. The sums over channels that the gradients of B and C need are left to the tensor cores: the
-// lanes' shares are one operand of a matrix product, zeros and ones that choose the column are the other.
+// One block scans one sequence (direction k, picture b) for a block of channels, one a thread, with the gradients of the
+// states, their rates and the gradients of the rates of all S states in registers. Chunk by chunk from the end, the
+// states before every fourth step are recomputed into shared memory; the four steps of a group are then done one state
+// after the other. The sums over channels that the gradients of B and C need are left to the tensor cores: the lanes'
+// shares are one operand of a matrix product, zeros and ones that choose the column are the other.
 //
-// Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (4, 8 or 16); CHUNK steps between saved states (16); VEC 1
-// where pairs of channels are aligned (even number of channels and even strides); HAS_BIAS, HAS_ORDER, SOFTPLUS.
+// One channel a thread instead of two halves its registers: 12 warps instead of 8 fit a multiprocessor, and they hide
+// each other's waiting. Two warps share a block, so that B and C, and the sums over channels, are handled once for both.
+//
+// Macros: those of common.cuh, and HAS_ORDER.
 
-#define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
-typedef long long i64;
 
-#if DTYPE == 0
-typedef float T;
-typedef float2 Pair;
-#else
-typedef unsigned short T;
-typedef unsigned Pair;
-#endif
-
-__device__ __forceinline__ float to_float(T v) {
-#if DTYPE == 0
-    return v;
-#elif DTYPE == 1
-    return __uint_as_float((unsigned)v << 16);
-#else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
-#endif
-}
-__device__ __forceinline__ float2 unpack(Pair p) {
-#if DTYPE == 0
-    return p;
-#elif DTYPE == 1
-    return make_float2(__uint_as_float(p << 16), __uint_as_float(p & 0xffff0000u));
-#else
-    return make_float2(to_float((T)(p & 0xffffu)), to_float((T)(p >> 16)));
-#endif
-}
-__device__ __forceinline__ Pair pack(float x, float y) {
-#if DTYPE == 0
-    return make_float2(x, y);
-#elif DTYPE == 1
-    unsigned r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
-    return r;
-#else
-    unsigned r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
-    return r;
-#endif
-}
-// two adjacent channels d0, d1 (both clamped to existing ones) of a row
-__device__ __forceinline__ Pair load_pair(const T *row, int d0, int d1) {
-#if VEC
-    return *(const Pair *)(row + d0);
-#elif DTYPE == 0
-    return make_float2(row[d0], row[d1]);
-#else
-    return (unsigned)row[d0] | ((unsigned)row[d1] << 16);
-#endif
-}
-__device__ __forceinline__ void store_pair(T *row, int d, bool ok0, bool ok1, float x, float y) {
-    Pair p = pack(x, y);
-#if VEC
-    if (ok0) *(Pair *)(row + d) = p;
-#elif DTYPE == 0
-    if (ok0) row[d] = p.x;
-    if (ok1) row[d + 1] = p.y;
-#else
-    if (ok0) row[d] = (T)(p & 0xffffu);
-    if (ok1) row[d + 1] = (T)(p >> 16);
-#endif
-}
-__device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) {
-#if VEC
-    return *(const float2 *)(row + d0);
-#else
-    return make_float2(row[d0], row[d1]);
-#endif
-}
-__device__ __forceinline__ void store_float2(float *row, int d, bool ok0, bool ok1, float2 v) {
-#if VEC
-    if (ok0) *(float2 *)(row + d) = v;
-#else
-    if (ok0) row[d] = v.x;
-    if (ok1) row[d + 1] = v.y;
-#endif
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
 __device__ __forceinline__ float reciprocal(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -117,18 +34,18 @@ __device__ __forceinline__ float slope_of(float x, float y) {  // sigmoid(x)
     return (x >= 0.0f ? 1.0f : y) * reciprocal(1.0f + y);
 }
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void copy_async(void *shared, const float *row, int d0, int d1) {  // two floats
+__device__ __forceinline__ void copy_async(float *shared, const float *from) {
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-#if VEC
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(row + d0) : "memory");
-#else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(row + d0) : "memory");
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to + 4), "l"(row + d1) : "memory");
-#endif
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-#define GROUP 4   // steps that are done together
-#define TILE 36   // float4 between rows of the sums, so that neither side of the exchange has bank conflicts
+#define GROUP 4    // steps that are done together
+#define THREADS 64 // channels of a block
+#define WARPS (THREADS / 32)
+// float4 between rows of the sums over channels, and between the warps' sums: neither side of the exchange then has
+// bank conflicts
+#define ROW 36
+#define SUMS ((S / 2 - 1) * ROW + 32 + (S < 8 ? 4 : 0))
 
 __device__ __forceinline__ void mma(float4 &c, const float *a, const float2 b) {
     // a[] are 4 values of every lane; each is summed over the 4 lanes that share lane / 4, into c of lane % 4 = column
@@ -153,58 +70,51 @@ __device__ __forceinline__ void lane_sum(float4 &c, const float *a, const float2
 }
 
 struct Shared {
-    float2 state[3][S][32];
-    float2 size[CHUNK][32];
-    float2 slope[CHUNK][32];
+    float state[3][S][THREADS];
+    float size[CHUNK][THREADS];
+    float slope[CHUNK][THREADS];
     float BC[2 * S][CHUNK + 4];
-    float4 tile[S / 2 * TILE];
+    float4 sums[WARPS][SUMS];
 };
 
-extern "C" __global__ void __launch_bounds__(32, 8) scan_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, const T *__restrict__ grad,
     const i64 *__restrict__ order, const float *__restrict__ saved, T *__restrict__ grad_u, T *__restrict__ grad_delta,
     float *__restrict__ grad_BC, float *__restrict__ grad_A, float *__restrict__ grad_D, float *__restrict__ grad_bias,
-    int directions, int batch, int length, int channels, int blocks, i64 u_k, i64 u_b, i64 u_t, i64 delta_k, i64 delta_b,
-    i64 delta_t, i64 B_k, i64 B_b, i64 B_t, i64 C_k, i64 C_b, i64 C_t) {
+    int directions, int batch, int length, int channels, int blocks, i64 u_k, i64 u_b, int u_t, i64 delta_k, i64 delta_b,
+    int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ Shared sh;
-    const int lane = threadIdx.x;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int block = blockIdx.x % blocks, rest = blockIdx.x / blocks;
     const int k = rest % directions, b = rest / directions;  // the directions of a picture follow each other
     const i64 sequence = (i64)k * batch + b;
-    const int d = block * 64 + 2 * lane;
-    const bool ok0 = d < channels, ok1 = d + 1 < channels;
-#if VEC
-    const int d0 = ok0 ? d : 0, d1 = d0 + 1;
-#else
-    const int d0 = ok0 ? d : 0, d1 = ok1 ? d + 1 : 0;
-#endif
+    const bool ok = block * THREADS + thread < channels;
+    const int d = ok ? block * THREADS + thread : 0;
     const int chunks = (length + CHUNK - 1) / CHUNK;
-    u += k * u_k + b * u_b;
-    delta += k * delta_k + b * delta_b;
-    const T *row_BC = lane < S ? B + k * B_k + b * B_b + lane : C + k * C_k + b * C_b + (lane - S);
-    const i64 time_BC = lane < S ? B_t : C_t;
-    grad += (i64)b * length * channels;
-    grad_u += sequence * length * channels;
-    grad_delta += sequence * length * channels;
-    saved += sequence * chunks * S * channels;
-    grad_BC += ((i64)block * directions * batch + sequence) * length * (2 * S) + lane;
+    u += k * u_k + b * u_b + d;
+    delta += k * delta_k + b * delta_b + d;
+    B += k * B_k + b * B_b;
+    C += k * C_k + b * C_b;
+    grad += (i64)b * length * channels + d;
+    grad_u += sequence * length * channels + d;
+    grad_delta += sequence * length * channels + d;
+    saved += sequence * chunks * S * channels + d;
+    grad_BC += ((i64)block * directions * batch + sequence) * length * (2 * S);
 
-    float2 rate[S], carry[S], grad_rate[S];
+    float rate[S], carry[S], grad_rate[S];
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-        rate[s] = load_float2(A + ((i64)k * S + s) * channels, d0, d1);
-        rate[s].x *= LOG2E;
-        rate[s].y *= LOG2E;
-        carry[s] = make_float2(0.f, 0.f);
-        grad_rate[s] = make_float2(0.f, 0.f);
+        rate[s] = A[((i64)k * S + s) * channels + d] * LOG2E;
+        carry[s] = grad_rate[s] = 0.f;
     }
-    const float2 skip = load_float2(D + (i64)k * channels, d0, d1);
-    float2 offset = make_float2(0.f, 0.f);
+    const float skip = D[(i64)k * channels + d];
+    float offset = 0.f;
 #if HAS_BIAS
-    offset = load_float2(bias + (i64)k * channels, d0, d1);
+    offset = bias[(i64)k * channels + d];
 #endif
-    float2 grad_skip = make_float2(0.f, 0.f), grad_offset = make_float2(0.f, 0.f);
+    const float share = 1.0f / directions;  // of one direction in the output, which is their mean
+    float grad_skip = 0.f, grad_offset = 0.f;
     float2 pick[4];  // B operands that sum the values of a lane over lane % 4 into columns 2i and 2i + 1
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -217,109 +127,104 @@ extern "C" __global__ void __launch_bounds__(32, 8) scan_backward(
 #if HAS_ORDER
         token = (int)order[(i64)k * length + token];
 #endif
-        __syncwarp();
-        if (lane < 2 * S) {
+        __syncthreads();
+        {
+            constexpr int PARTS = THREADS / (2 * S), EACH = CHUNK / PARTS;
+            const int row = thread % (2 * S), first = thread / (2 * S) * EACH;
 #pragma unroll
-            for (int q = 0; q < CHUNK / 4; ++q) {
-                float v[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) v[j] = to_float(row_BC[min(start + 4 * q + j, length - 1) * time_BC]);
-                *(float4 *)&sh.BC[lane][4 * q] = make_float4(v[0], v[1], v[2], v[3]);
+            for (int j = 0; j < EACH; ++j) {
+                const int t = min(start + first + j, length - 1);
+                sh.BC[row][first + j] = to_float(row < S ? B[t * B_t + row] : C[t * C_t + row - S]);
             }
         }
         // step sizes and the slopes of softplus
 #pragma unroll 1
         for (int q = 0; q < steps; q += 4) {
-            Pair raw[4];
+            T raw[4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) raw[j] = load_pair(delta + min(start + q + j, length - 1) * delta_t, d0, d1);
+            for (int j = 0; j < 4; ++j) raw[j] = delta[min(start + q + j, length - 1) * delta_t];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                float2 x = unpack(raw[j]), size, slope;
-                x.x += offset.x;
-                x.y += offset.y;
+                const float x = to_float(raw[j]) + offset;
 #if SOFTPLUS
                 float y;
-                size.x = softplus(x.x, y);
-                slope.x = slope_of(x.x, y);
-                size.y = softplus(x.y, y);
-                slope.y = slope_of(x.y, y);
+                float size = softplus(x, y);
+                sh.slope[q + j][thread] = slope_of(x, y);
 #else
-                size = x;
-                slope = make_float2(1.f, 1.f);
+                float size = x;
+                sh.slope[q + j][thread] = 1.f;
 #endif
-                if (q + j >= steps) size = make_float2(0.f, 0.f);
-                sh.size[q + j][lane] = size;
-                sh.slope[q + j][lane] = slope;
+                sh.size[q + j][thread] = q + j < steps ? size : 0.f;
             }
         }
-        if (chunk > 0) {  // the next (earlier) chunk into the L2 cache
-            const int t = start - CHUNK + (lane & (CHUNK - 1));
-            const int first = block * 64;
-            prefetch(lane < CHUNK ? u + t * u_t + first : delta + t * delta_t + first);
-            prefetch((lane < CHUNK ? B + k * B_k + b * B_b + t * B_t : C + k * C_k + b * C_b + t * C_t));
-            if (lane < 2 * S) prefetch(saved + ((i64)(chunk - 1) * S + lane / 2) * channels + min(first + (lane & 1) * 32, channels - 1));
+        if (chunk > 0 && lane < CHUNK) {  // the next (earlier) chunk into the L2 cache
+            const int t = start - CHUNK + lane;
+            prefetch(u + t * u_t - lane);
+            prefetch(delta + t * delta_t - lane);
+            if (warp == 0) prefetch(B + t * B_t);
+            else prefetch(C + t * C_t);
+            if (lane < S) prefetch(saved + ((i64)(chunk - 1) * S + lane) * channels - lane);
         }
-        __syncwarp();
+        __syncthreads();
         const float *chunk_states = saved + (i64)chunk * S * channels;
         // states before every fourth step
         if (groups > 1) {
-            float2 h[S];
+            float h[S];
 #pragma unroll
-            for (int s = 0; s < S; ++s) h[s] = load_float2(chunk_states + (i64)s * channels, d0, d1);
+            for (int s = 0; s < S; ++s) h[s] = chunk_states[(i64)s * channels];
 #pragma unroll 1
             for (int g = 0; g < groups - 1; ++g) {
-                Pair raw[GROUP];
-                float2 size[GROUP], input[GROUP];
+                T raw[GROUP];
+                float size[GROUP], input[GROUP];
 #pragma unroll
-                for (int j = 0; j < GROUP; ++j) raw[j] = load_pair(u + (start + g * GROUP + j) * u_t, d0, d1);
+                for (int j = 0; j < GROUP; ++j) raw[j] = u[(start + g * GROUP + j) * u_t];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
-                    size[j] = sh.size[g * GROUP + j][lane];
-                    const float2 x = unpack(raw[j]);
-                    input[j] = make_float2(size[j].x * x.x, size[j].y * x.y);
+                    size[j] = sh.size[g * GROUP + j][thread];
+                    input[j] = size[j] * to_float(raw[j]);
                 }
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
                     const float4 v = *(const float4 *)&sh.BC[s][g * GROUP];
                     const float Bs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-                    for (int j = 0; j < GROUP; ++j) {
-                        h[s].x = fmaf(exp2_fast(size[j].x * rate[s].x), h[s].x, input[j].x * Bs[j]);
-                        h[s].y = fmaf(exp2_fast(size[j].y * rate[s].y), h[s].y, input[j].y * Bs[j]);
-                    }
-                    sh.state[g][s][lane] = h[s];
+                    for (int j = 0; j < GROUP; ++j) h[s] = fmaf(exp2_fast(size[j] * rate[s]), h[s], input[j] * Bs[j]);
+                    sh.state[g][s][thread] = h[s];
                 }
             }
         }
         if (groups < 4) {
 #pragma unroll
-            for (int s = 0; s < S; ++s) copy_async(&sh.state[2][s][lane], chunk_states + (i64)s * channels, d0, d1);
+            for (int s = 0; s < S; ++s) copy_async(&sh.state[2][s][thread], chunk_states + (i64)s * channels);
+        }
+        T next_u[GROUP], next_y[GROUP];
+#pragma unroll
+        for (int j = 0; j < GROUP; ++j) {
+            const int at = (groups - 1) * GROUP + j;
+            next_u[j] = u[min(start + at, length - 1) * u_t];
+            next_y[j] = grad[(i64)__shfl_sync(0xffffffffu, token, at) * channels];
         }
 #pragma unroll 1
         for (int g = groups - 1; g >= 0; --g) {
             const int t0 = start + g * GROUP;
-            float2 size[GROUP], input[GROUP], y[GROUP], from_input[GROUP], from_rate[GROUP];
-            Pair raw_u[GROUP], raw_y[GROUP];
-#pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                const int at = __shfl_sync(0xffffffffu, token, g * GROUP + j);
-                raw_u[j] = load_pair(u + min(t0 + j, length - 1) * u_t, d0, d1);
-                raw_y[j] = load_pair(grad + (i64)at * channels, d0, d1);
-            }
+            float size[GROUP], input[GROUP], x[GROUP], y[GROUP], from_input[GROUP], from_rate[GROUP];
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 const bool exists = g * GROUP + j < steps;
-                size[j] = sh.size[g * GROUP + j][lane];
-                const float2 x = unpack(raw_u[j]);
-                input[j] = make_float2(size[j].x * x.x, size[j].y * x.y);
-                y[j] = unpack(raw_y[j]);
-                if (!(exists && ok0)) y[j].x = 0.f;
-                if (!(exists && ok1)) y[j].y = 0.f;
-                from_input[j] = from_rate[j] = make_float2(0.f, 0.f);
+                size[j] = sh.size[g * GROUP + j][thread];
+                x[j] = to_float(next_u[j]);
+                input[j] = size[j] * x[j];
+                y[j] = exists && ok ? to_float(next_y[j]) * share : 0.f;
+                from_input[j] = from_rate[j] = 0.f;
+            }
+            const int before_g = max(g - 1, 0) * GROUP;  // the group that comes next
+#pragma unroll
+            for (int j = 0; j < GROUP; ++j) {
+                next_u[j] = u[(start + before_g + j) * u_t];
+                next_y[j] = grad[(i64)__shfl_sync(0xffffffffu, token, before_g + j) * channels];
             }
             if (g == 0) asm volatile("cp.async.wait_all;" ::: "memory");
-            const float2(*before)[32] = sh.state[g == 0 ? 2 : g - 1];
+            const float(*before)[THREADS] = sh.state[g == 0 ? 2 : g - 1];
 #pragma unroll
             for (int quad = 0; quad < S / 4; ++quad) {
                 float4 sum_B = make_float4(0.f, 0.f, 0.f, 0.f), sum_C = sum_B;
@@ -329,86 +234,79 @@ extern "C" __global__ void __launch_bounds__(32, 8) scan_backward(
                     const float4 vB = *(const float4 *)&sh.BC[s][g * GROUP];
                     const float4 vC = *(const float4 *)&sh.BC[S + s][g * GROUP];
                     const float Bs[4] = {vB.x, vB.y, vB.z, vB.w}, Cs[4] = {vC.x, vC.y, vC.z, vC.w};
-                    float2 h[GROUP + 1], decay[GROUP];
-                    float part_B[4], part_C[4];
-                    h[0] = before[s][lane];
+                    float h[GROUP + 1], decay[GROUP], part_B[4], part_C[4];
+                    h[0] = before[s][thread];
 #pragma unroll
                     for (int j = 0; j < GROUP; ++j) {
-                        decay[j].x = exp2_fast(size[j].x * rate[s].x);
-                        decay[j].y = exp2_fast(size[j].y * rate[s].y);
-                        h[j + 1].x = fmaf(decay[j].x, h[j].x, input[j].x * Bs[j]);
-                        h[j + 1].y = fmaf(decay[j].y, h[j].y, input[j].y * Bs[j]);
-                        part_C[j] = fmaf(h[j + 1].x, y[j].x, h[j + 1].y * y[j].y);
+                        decay[j] = exp2_fast(size[j] * rate[s]);
+                        h[j + 1] = fmaf(decay[j], h[j], input[j] * Bs[j]);
+                        part_C[j] = h[j + 1] * y[j];
                     }
-                    float2 c = carry[s];
+                    float c = carry[s];
 #pragma unroll
                     for (int j = GROUP - 1; j >= 0; --j) {
-                        c.x = fmaf(Cs[j], y[j].x, c.x);
-                        c.y = fmaf(Cs[j], y[j].y, c.y);
-                        part_B[j] = fmaf(c.x, input[j].x, c.y * input[j].y);
-                        from_input[j].x = fmaf(c.x, Bs[j], from_input[j].x);
-                        from_input[j].y = fmaf(c.y, Bs[j], from_input[j].y);
-                        c.x *= decay[j].x;
-                        c.y *= decay[j].y;
-                        const float2 e = make_float2(c.x * h[j].x, c.y * h[j].y);
-                        from_rate[j].x = fmaf(e.x, rate[s].x, from_rate[j].x);
-                        from_rate[j].y = fmaf(e.y, rate[s].y, from_rate[j].y);
-                        grad_rate[s].x = fmaf(e.x, size[j].x, grad_rate[s].x);
-                        grad_rate[s].y = fmaf(e.y, size[j].y, grad_rate[s].y);
+                        c = fmaf(Cs[j], y[j], c);
+                        part_B[j] = c * input[j];
+                        from_input[j] = fmaf(c, Bs[j], from_input[j]);
+                        c *= decay[j];
+                        const float e = c * h[j];
+                        from_rate[j] = fmaf(e, rate[s], from_rate[j]);
+                        grad_rate[s] = fmaf(e, size[j], grad_rate[s]);
                     }
                     carry[s] = c;
                     lane_sum(sum_B, part_B, pick[i]);
                     lane_sum(sum_C, part_C, pick[i]);
                 }
-                sh.tile[quad * TILE + lane] = sum_B;
-                sh.tile[(S / 4 + quad) * TILE + lane] = sum_C;
+                sh.sums[warp][quad * ROW + lane] = sum_B;
+                sh.sums[warp][(S / 4 + quad) * ROW + lane] = sum_C;
             }
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
-                const bool exists = g * GROUP + j < steps;
-                const float2 x = unpack(raw_u[j]), slope = sh.slope[g * GROUP + j][lane];
-                float2 to_u, to_delta;
-                to_u.x = fmaf(from_input[j].x, size[j].x, y[j].x * skip.x);
-                to_u.y = fmaf(from_input[j].y, size[j].y, y[j].y * skip.y);
-                to_delta.x = fmaf(from_input[j].x, x.x, from_rate[j].x * LN2) * slope.x;
-                to_delta.y = fmaf(from_input[j].y, x.y, from_rate[j].y * LN2) * slope.y;
-                grad_skip.x = fmaf(y[j].x, x.x, grad_skip.x);
-                grad_skip.y = fmaf(y[j].y, x.y, grad_skip.y);
-                grad_offset.x += to_delta.x;
-                grad_offset.y += to_delta.y;
-                if (exists) {
-                    store_pair(grad_u + (i64)(t0 + j) * channels, d, ok0, ok1, to_u.x, to_u.y);
-                    store_pair(grad_delta + (i64)(t0 + j) * channels, d, ok0, ok1, to_delta.x, to_delta.y);
+                const float to_u = fmaf(from_input[j], size[j], y[j] * skip);
+                const float to_delta = fmaf(from_input[j], x[j], from_rate[j] * LN2) * sh.slope[g * GROUP + j][thread];
+                grad_skip = fmaf(y[j], x[j], grad_skip);
+                if (g * GROUP + j < steps) {
+                    grad_offset += to_delta;
+                    if (ok) {
+                        grad_u[(t0 + j) * channels] = from_float(to_u);
+                        grad_delta[(t0 + j) * channels] = from_float(to_delta);
+                    }
                 }
             }
-            __syncwarp();
-            if (lane < 2 * S) {
-                const float4 *tile = sh.tile + (lane >> 2) * TILE + (lane & 3);
-                float4 sum = tile[0];
+            __syncthreads();
+            if (lane < 2 * S) {  // two lanes a row of the sums, one for each warp's; a warp does the rows of B or of C
+                const int row = warp * S + lane / 2;
+                const float4 *of_warp = sh.sums[lane & 1] + row / 4 * ROW + row % 4;
+                float4 sum = of_warp[0];
 #pragma unroll
                 for (int i = 1; i < 8; ++i) {
-                    const float4 v = tile[4 * i];
+                    const float4 v = of_warp[4 * i];
                     sum.x += v.x;
                     sum.y += v.y;
                     sum.z += v.z;
                     sum.w += v.w;
                 }
-                float *out = grad_BC + (i64)t0 * (2 * S);
-                const int left = steps - g * GROUP;
-                out[0] = sum.x;
-                if (left > 1) out[2 * S] = sum.y;
-                if (left > 2) out[4 * S] = sum.z;
-                if (left > 3) out[6 * S] = sum.w;
+                const unsigned lanes = 0xffffffffu >> (32 - 2 * S);
+                sum.x += __shfl_xor_sync(lanes, sum.x, 1);
+                sum.y += __shfl_xor_sync(lanes, sum.y, 1);
+                sum.z += __shfl_xor_sync(lanes, sum.z, 1);
+                sum.w += __shfl_xor_sync(lanes, sum.w, 1);
+                const int j = 2 * (lane & 1), left = steps - g * GROUP;
+                float *out = grad_BC + (t0 + j) * (2 * S) + row;
+                if (left > j) out[0] = j ? sum.z : sum.x;
+                if (left > j + 1) out[2 * S] = j ? sum.w : sum.y;
             }
-            __syncwarp();
+            __syncthreads();
             if (g == 3) {
 #pragma unroll
-                for (int s = 0; s < S; ++s) copy_async(&sh.state[2][s][lane], chunk_states + (i64)s * channels, d0, d1);
+                for (int s = 0; s < S; ++s) copy_async(&sh.state[2][s][thread], chunk_states + (i64)s * channels);
             }
         }
     }
+    if (ok) {
 #pragma unroll
-    for (int s = 0; s < S; ++s) store_float2(grad_A + (sequence * S + s) * channels, d, ok0, ok1, grad_rate[s]);
-    store_float2(grad_D + sequence * channels, d, ok0, ok1, grad_skip);
-    store_float2(grad_bias + sequence * channels, d, ok0, ok1, grad_offset);
+        for (int s = 0; s < S; ++s) grad_A[(sequence * S + s) * channels + d] = grad_rate[s];
+        grad_D[sequence * channels + d] = grad_skip;
+        grad_bias[sequence * channels + d] = grad_offset;
+    }
 }

@@ -167,11 +167,12 @@ def selective_scan(
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
+    gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`, before the gate.
+    """See `arm_zoo.scan.selective_scan`; the gate is given only where no states are saved.
 
     Returns:
-        (B, L, D) mean over the directions in token order and the dtype of u, and the states (K, B, chunks, S, D) at
+        (B, L, D) in token order and the dtype of u, and the states (K, B, chunks, S, D) at
         the start of every chunk, for the backward pass (no chunks if `save_states` is off).
     """
     # blocks of many pictures and short chunks: few, large operations, above all in the recurrence
@@ -194,7 +195,8 @@ def selective_scan(
             out = _rows(outputs[time][..., None, :])
             torch.baddbmm(_rows((u_t * scan.D)[..., None, :]), readout, _rows(states), out=out)
             state = states[-1].clone()
-        y[block] = _to_tokens(outputs, order).mean(1).transpose(0, 1)
+        merged = _to_tokens(outputs, order).mean(1).transpose(0, 1)
+        y[block] = merged if gate is None else merged * F.silu(gate[block])
     return y, saved
 
 

@@ -1,6 +1,7 @@
-"""The `cuda` backend: Triton's kernels, with the backward scan in CUDA C++, which takes three fifths of the time.
+"""The `cuda` backend: Triton's convolution and merge, with the scans in CUDA C++.
 
-NVIDIA's package cuda.core compiles `backward.cu` on first use through the NVRTC library that torch brings.
+NVIDIA's package cuda.core compiles `forward.cu` and `backward.cu` on first use through the NVRTC library that torch
+brings.
 """
 
 import ctypes
@@ -12,14 +13,16 @@ import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
 from arm_zoo.scan import triton
-from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, selective_scan
+from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, merge
 
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
-_SOURCE = Path(__file__).with_name("backward.cu")
+_SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CHANNELS = 64  # of a program
-_STATES = (4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernel
+_CHANNELS = 64  # of a block
+_THREADS = {"forward": 32, "backward": 64}  # with two channels each, and with one
+_STATES = (4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
+_STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, pictures and steps
 
 
 class _Stream:
@@ -30,11 +33,20 @@ class _Stream:
 
 
 @functools.cache
-def _kernel(device: int, **macros: int) -> Any:
+def _kernel(device: int, pass_name: str, **macros: int) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
-    code = "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _SOURCE.read_text(encoding="utf-8")
+    files = [_SOURCES / "common.cuh", _SOURCES / f"{pass_name}.cu"]
+    defines = [f"#define {name} {value}" for name, value in macros.items()]
+    code = "\n".join([*defines, *(file.read_text(encoding="utf-8") for file in files)])
     options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
-    return Program(code, "c++", options).compile("cubin").get_kernel("scan_backward")
+    return Program(code, "c++", options).compile("cubin").get_kernel(f"scan_{pass_name}")
+
+
+def _fits(d_state: int, u: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the CUDA kernels take these: some numbers of states, one type, offsets in a sequence of 32 bits."""
+    sequences = (u, *others)
+    small = all(t.shape[-2] * max(t.stride(-2), t.shape[-1]) < 2**31 for t in sequences)
+    return d_state in _STATES and all(t.dtype == u.dtype for t in others) and u.numel() > 0 and small
 
 
 def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
@@ -42,6 +54,79 @@ def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
     strides = [stride for sequence in sequences for stride in sequence.stride()[:-1]]
     aligned = all(sequence.data_ptr() % (2 * sequence.element_size()) == 0 for sequence in sequences)
     return aligned and not any(size % 2 for size in (channels, *strides))
+
+
+def _launch(
+    pass_name: str,
+    sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    A: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    others: tuple[torch.Tensor | None, ...],
+    **macros: int,
+) -> None:
+    """Start a kernel on the current stream: `sequences` are u, delta, B and C with channels or states side by side."""
+    u, delta, B, C = sequences
+    directions, batch, length, channels = u.shape
+    kernel = _kernel(
+        u.device.index,
+        pass_name,
+        DTYPE=_DTYPES[u.dtype],
+        S=A.shape[-1],
+        CHUNK=CHUNK,
+        HAS_BIAS=int(delta_bias is not None),
+        **macros,
+    )
+    blocks = -(-channels // _CHANNELS)
+    rates, skip = A.float().transpose(1, 2).contiguous(), D.float().contiguous()
+    bias = None if delta_bias is None else delta_bias.float().contiguous()
+    tensors = (u, delta, rates, B, C, skip, bias, *others)
+    device = Device(u.device.index)
+    device.set_current()
+    launch(
+        device.create_stream(_Stream()),
+        LaunchConfig(grid=blocks * directions * batch, block=_THREADS[pass_name]),
+        kernel,
+        *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
+        *(ctypes.c_int32(size) for size in (directions, batch, length, channels, blocks)),
+        *(number(stride) for t in sequences for number, stride in zip(_STRIDES, t.stride()[:3], strict=True)),
+    )
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+    save_states: bool,
+    gate: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    directions, batch, length, channels = u.shape
+    d_state = A.shape[-1]
+    if not _fits(d_state, u, delta, B, C):
+        return triton.selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, order, save_states, gate)
+    u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C))
+    y = u.new_empty(u.shape)
+    chunks = -(-length // CHUNK) if save_states else 0
+    states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=torch.float32)
+    _launch(
+        "forward",
+        (u, delta, B, C),
+        A,
+        D,
+        delta_bias,
+        (y, states),
+        VEC=int(_pairs_are_aligned(channels, u, delta)),
+        SOFTPLUS=int(delta_softplus),
+        SAVE=int(save_states),
+    )
+    return merge(y, order, 1 / directions, gate), states
 
 
 def selective_scan_backward(
@@ -60,43 +145,27 @@ def selective_scan_backward(
     """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states."""
     directions, batch, length, channels = u.shape
     d_state = A.shape[-1]
-    of_one_type = all(t.dtype == u.dtype for t in (grad, delta, B, C))
-    if d_state not in _STATES or not of_one_type or not u.numel():
+    if not _fits(d_state, u, delta, B, C, grad):
         inputs = (u, delta, A, B, C, D, delta_bias, delta_softplus, order, saved)
         return triton.selective_scan_backward(grad, *inputs)
     u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C))
-    grad = (grad / directions).contiguous()
-    kernel = _kernel(
-        u.device.index,
-        DTYPE=_DTYPES[u.dtype],
-        S=d_state,
-        CHUNK=CHUNK,
-        VEC=int(_pairs_are_aligned(channels, u, delta, grad)),
-        HAS_BIAS=int(delta_bias is not None),
-        HAS_ORDER=int(order is not None),
-        SOFTPLUS=int(delta_softplus),
-    )
-    blocks = -(-channels // _CHANNELS)
+    grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
     # every block of channels has its share of the gradients of B and C, summed in a fixed order afterwards
-    shares = saved.new_empty(blocks, directions, batch, length, 2 * d_state)
+    shares = saved.new_empty(-(-channels // _CHANNELS), directions, batch, length, 2 * d_state)
     grad_A = saved.new_empty(directions, batch, d_state, channels)
     grad_D, grad_bias = (saved.new_empty(directions, batch, channels) for _ in range(2))
-    rates = A.float().transpose(1, 2).contiguous()
-    skip = D.float().contiguous()
-    bias = None if delta_bias is None else delta_bias.float().contiguous()
     order = None if order is None else order.contiguous()
-    tensors = (u, delta, rates, B, C, skip, bias, grad, order, saved,
-               grad_u, grad_delta, shares, grad_A, grad_D, grad_bias)  # fmt: skip
-    device = Device(u.device.index)
-    device.set_current()
-    launch(
-        device.create_stream(_Stream()),
-        LaunchConfig(grid=blocks * directions * batch, block=32),
-        kernel,
-        *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
-        *(ctypes.c_int32(size) for size in (directions, batch, length, channels, blocks)),
-        *(ctypes.c_int64(stride) for tensor in (u, delta, B, C) for stride in tensor.stride()[:3]),
+    _launch(
+        "backward",
+        (u, delta, B, C),
+        A,
+        D,
+        delta_bias,
+        (grad, order, saved, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias),
+        VEC=int(_pairs_are_aligned(channels, u, delta, grad)),
+        SOFTPLUS=int(delta_softplus),
+        HAS_ORDER=int(order is not None),
     )
     grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
     grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()

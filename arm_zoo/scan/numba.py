@@ -14,6 +14,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from torch.nn import functional as F
 
 from arm_zoo.scan.chunked import CHUNK, causal_conv, causal_conv_backward, selective_scan_backward
 
@@ -140,8 +141,9 @@ def selective_scan(
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
+    gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`, before the gate: the mean in token order, and the saved states."""
+    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     directions, batch, length, channels = u.shape
     y = u.new_zeros(batch, length, channels)
     chunks = math.ceil(length / CHUNK) if save_states else 0
@@ -161,4 +163,4 @@ def selective_scan(
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(_scan_blocks, *part, *arguments) for part in itertools.pairwise(bounds)]:
             done.result()
-    return y, saved
+    return y if gate is None else y * F.silu(gate), saved

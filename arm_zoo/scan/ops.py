@@ -32,7 +32,7 @@ def _operator(name: str, inputs: str, outputs: str) -> Any:
 
 _conv = _operator("causal_conv", _CONV_INPUTS, "Tensor")
 _conv_backward = _operator("causal_conv_backward", f"Tensor grad, {_CONV_INPUTS}", "(Tensor, Tensor, Tensor)")
-_scan = _operator("selective_scan", f"{_SCAN_INPUTS}, bool save_states", "(Tensor, Tensor)")
+_scan = _operator("selective_scan", f"{_SCAN_INPUTS}, bool save_states, Tensor? gate", "(Tensor, Tensor)")
 _scan_backward = _operator(
     "selective_scan_backward",
     f"Tensor grad, {_SCAN_INPUTS}, Tensor saved",
@@ -59,9 +59,10 @@ def _conv_backward_fake(
 
 @_scan.register_fake
 def _scan_fake(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *_, save_states, backend = args
+    *_, save_states, _gate, backend = args
     directions, batch, length, channels = u.shape
-    chunks = -(-length // implementation(backend).CHUNK) if save_states else 0
+    chunk = implementation(backend).CHUNK if save_states else None
+    chunks = 0 if chunk is None else -(-length // chunk)
     dtype = torch.promote_types(u.dtype, torch.float32)
     states = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=dtype)
     return u.new_empty(batch, length, channels), states
@@ -91,7 +92,7 @@ def _conv_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, ctx.delta_softplus, order, _, ctx.backend = inputs
+    *tensors, ctx.delta_softplus, order, _save_states, _gate, ctx.backend = inputs
     ctx.save_for_backward(*tensors, order, output[1])
 
 
@@ -100,7 +101,7 @@ def _scan_grad(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[to
     grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved, ctx.backend)
     if tensors[-1] is None:  # no delta_bias
         grads = *grads[:-1], None
-    return *grads, None, None, None, None
+    return *grads, *[None] * 5
 
 
 _conv.register_autograd(_conv_grad, setup_context=_conv_setup)
@@ -150,6 +151,10 @@ def _check_shapes(u: torch.Tensor, *others: torch.Tensor | None) -> None:
             raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, u {tuple(u.shape)} needs {shape}")
 
 
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 @torch.jit.ignore
 def selective_scan(
     u: torch.Tensor,
@@ -193,6 +198,10 @@ def selective_scan(
         y = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
     else:
         inputs = (u, delta, A, B, C, D, delta_bias)
-        save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states, backend)[0]
+        save_states = _needs_gradient(*inputs)
+        # training applies the gate outside, where autograd and the compiler see it
+        inside = z is not None and z.dtype == u.dtype and not (save_states or _needs_gradient(z))
+        gate = z if inside else None
+        y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states, gate, backend)[0]
+        z = None if inside else z
     return y if z is None else y * F.silu(z)

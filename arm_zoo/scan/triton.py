@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "merge", "selective_scan", "selective_scan_backward"]
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation in float32
 _GROUP = 2  # steps whose states the backward scan holds in registers
@@ -173,10 +173,11 @@ def _conv_backward_kernel(
 
 @triton.jit
 def _merge_kernel(
-    sequences, inverse, out, batch, length, channels,
-    share, DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    sequences, inverse, gate, out, batch, length, channels, gate_batch, gate_time, share,
+    DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the directions times `share`, every token gathering its steps."""
+    """Sum over the directions times `share`, every token gathering its steps, then perhaps the gate."""
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -188,8 +189,13 @@ def _merge_kernel(
             step = tl.load(inverse + k * length + token, mask=token < length, other=0)
         rows = sequences + (k * batch + b) * length * channels
         total += tl.load(rows + step[:, None] * channels + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    total *= share
+    if HAS_GATE:
+        gate += b * gate_batch
+        z = tl.load(gate + token[:, None] * gate_time + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total *= z * _sigmoid(z)
     out += b * length * channels + token[:, None] * channels + d[None, :]
-    tl.store(out, (total * share).to(out.dtype.element_ty), mask=mask)
+    tl.store(out, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -402,16 +408,21 @@ def _scan_channels(states: int, tile: int) -> int:
     return min(max(tile // states, 32), 128)
 
 
-def _merge(sequences: torch.Tensor, order: torch.Tensor | None, share: float) -> torch.Tensor:
-    """(K, B, L, D) in scan order -> (B, L, D) in token order: the sum over the directions times `share`."""
+def merge(
+    sequences: torch.Tensor, order: torch.Tensor | None, share: float, gate: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(K, B, L, D) in scan order -> (B, L, D) in token order: the directions' sum times `share` and SiLU(gate)."""
     directions, batch, length, channels = sequences.shape
-    if directions == 1 and order is None:
+    if directions == 1 and order is None and gate is None:
         return sequences[0]
+    gate = None if gate is None else _inner(gate)
+    gate_strides = (0, 0) if gate is None else gate.stride()[:2]
     out = sequences.new_empty(batch, length, channels)
     grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, _BLOCK_CHANNELS), batch
     _merge_kernel[grid](
-        sequences, _inverse(order), out, batch, length, channels, share,
-        DIRECTIONS=directions, HAS_ORDER=order is not None, BLOCK_T=_BLOCK_TIME, BLOCK_D=_BLOCK_CHANNELS,
+        sequences, _inverse(order), gate, out, batch, length, channels, *gate_strides, share,
+        DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_GATE=gate is not None,
+        BLOCK_T=_BLOCK_TIME, BLOCK_D=_BLOCK_CHANNELS,
     )  # fmt: skip
     return out
 
@@ -455,7 +466,7 @@ def causal_conv_backward(
     )  # fmt: skip
     partial = partial.sum((0, 2))  # (K, taps + 1, D)
     grad_weight = partial[:, :taps].transpose(1, 2).to(weight.dtype).contiguous()
-    return _merge(sequences, order, 1.0), grad_weight, partial[:, taps].to(bias.dtype, copy=True)
+    return merge(sequences, order, 1.0), grad_weight, partial[:, taps].to(bias.dtype, copy=True)
 
 
 def selective_scan(
@@ -469,8 +480,9 @@ def selective_scan(
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
+    gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`, before the gate: the mean in token order, and the saved states."""
+    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     directions, batch, length, channels = u.shape
     u, delta = _inner(u), _inner(delta)
     d_state = A.shape[-1]
@@ -486,7 +498,7 @@ def selective_scan(
         HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, SAVE=save_states,
         STATES=padded, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
-    return _merge(sequences, order, 1 / directions), states
+    return merge(sequences, order, 1 / directions, gate), states
 
 
 def selective_scan_backward(

@@ -1,0 +1,131 @@
+"""The `mamba_ssm` backend: the CUDA extensions of mamba-ssm and causal-conv1d, for comparison with the other kernels.
+
+They take (batch, channels, length), so sequences are copied into that layout and back; the directions become groups of
+channels, which one call scans. No states are saved: the backward pass scans once more.
+"""
+
+from typing import Any
+
+import selective_scan_cuda
+import torch
+from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
+from torch.nn import functional as F
+
+__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+
+CHUNK = None  # steps between saved states
+
+
+def _channels_first(sequences: torch.Tensor) -> torch.Tensor:
+    """(K, B, L, D) -> (B, K * D, L)."""
+    return sequences.permute(1, 0, 3, 2).flatten(1, 2).contiguous()
+
+
+def _channels_last(sequences: torch.Tensor, directions: int) -> torch.Tensor:
+    """(B, K * D, L) -> (K, B, L, D)."""
+    return sequences.unflatten(1, (directions, -1)).permute(1, 0, 3, 2).contiguous()
+
+
+def _to_sequences(tokens: torch.Tensor, order: torch.Tensor | None, directions: int) -> torch.Tensor:
+    """(B, L, D) in token order -> (K, B, L, D) in every direction's order."""
+    if order is None:
+        return tokens.expand(directions, *tokens.shape)
+    return torch.stack([tokens[:, steps] for steps in order])
+
+
+def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """The sum over the directions of (K, B, L, D), as (B, L, D) in token order."""
+    if order is not None:
+        sequences = torch.stack([s[:, steps.argsort()] for s, steps in zip(sequences, order, strict=True)])
+    return sequences.sum(0)
+
+
+def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """See `arm_zoo.scan.causal_conv`."""
+    sequences = _channels_first(_to_sequences(x, order, len(weight)))
+    out = causal_conv1d_fwd_function(sequences, weight.flatten(0, 1), bias.flatten(), None, None, None, True)
+    return _channels_last(out, len(weight))
+
+
+def causal_conv_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias, given that of the output (K, B, L, D)."""
+    sequences = _channels_first(_to_sequences(x, order, len(weight)))
+    grad_sequences, grad_weight, grad_bias, _ = causal_conv1d_bwd_function(
+        sequences, weight.flatten(0, 1), bias.flatten(), _channels_first(grad), None, None, None, None, False, True
+    )
+    grad_x = _to_tokens(_channels_last(grad_sequences, len(weight)), order)
+    return grad_x, grad_weight.view_as(weight).to(weight.dtype), grad_bias.view_as(bias).to(bias.dtype)
+
+
+def _arguments(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+) -> list[Any]:
+    """What the extension takes between u and the switches, the gate left out."""
+    B, C = (t.to(u.dtype).permute(1, 0, 3, 2).contiguous() for t in (B, C))  # (B, K, S, L)
+    bias = None if delta_bias is None else delta_bias.flatten().float()
+    rates, skip = A.flatten(0, 1).float(), D.flatten().float()
+    return [_channels_first(u), _channels_first(delta.to(u.dtype)), rates, B, C, skip, None, bias]
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+    save_states: bool,
+    gate: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and no saved states."""
+    directions, batch, _, channels = u.shape
+    out, *_ = selective_scan_cuda.fwd(*_arguments(u, delta, A, B, C, D, delta_bias), delta_softplus)
+    y = _to_tokens(_channels_last(out, directions).float(), order).div(directions).to(u.dtype)
+    nothing = u.new_empty(directions, batch, 0, A.shape[-1], channels, dtype=torch.float32)
+    return y if gate is None else y * F.silu(gate), nothing
+
+
+def selective_scan_backward(
+    grad: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    order: torch.Tensor | None,
+    saved: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D)."""
+    directions = len(u)
+    arguments = _arguments(u, delta, A, B, C, D, delta_bias)
+    _, states, *_ = selective_scan_cuda.fwd(*arguments, delta_softplus)
+    grad_y = _channels_first(_to_sequences(grad / directions, order, directions))
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, *_ = selective_scan_cuda.bwd(
+        *arguments, grad_y, states, None, None, delta_softplus, False
+    )
+    grad_u, grad_delta = (_channels_last(t, directions) for t in (grad_u, grad_delta))
+    grad_B, grad_C = (t.permute(1, 0, 3, 2).contiguous() for t in (grad_B, grad_C))
+    grad_bias = torch.zeros_like(D) if grad_bias is None else grad_bias.view_as(D).to(D.dtype)
+    return (
+        grad_u,
+        grad_delta.to(delta.dtype),
+        grad_A.view_as(A).to(A.dtype),
+        grad_B.to(B.dtype),
+        grad_C.to(C.dtype),
+        grad_D.view_as(D).to(D.dtype),
+        grad_bias,
+    )
