@@ -1,0 +1,164 @@
+"""Times the scan's kernels one by one, on each backend in turn, with their rates of bytes and exponentials.
+
+Run from the repository root on a machine with a GPU: `python -m eval.scan`.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import arm_zoo
+from arm_zoo.order import scan_order
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DT_RANK = 48  # columns that stand before B and C in the projection they are cut from
+REPEATS = 20
+Row = dict[str, Any]
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Median time of one call on the GPU, its caches cleared before each reading."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    readings = []
+    for _ in range(REPEATS + 3):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        readings.append(start.elapsed_time(end))
+    return median(readings[3:])
+
+
+def copy_rate() -> float:
+    """Bytes a second, read plus written, of a copy on the device."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2e3 * source.numel() / milliseconds(lambda: target.copy_(source))
+
+
+def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
+    """Inputs of convolution and scan as a model has them: tokens are half of a projection, B and C a part of one."""
+    K, B, D, S = args.directions, args.batch_size, args.channels, args.states
+    order = scan_order(args.grid, args.grid, K, args.grid**2 // 2 if K == 4 else None, device="cuda")
+    L, dtype = order.shape[1], DTYPES[args.dtype]
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    conv = [randn(B, L, 2 * D)[..., :D], randn(K, D, 4), randn(K, D), order]
+    rates = -torch.arange(1.0, S + 1, device="cuda").repeat(K, D, 1)
+    into, out = randn(K, B, L, DT_RANK + 2 * S)[..., DT_RANK:].chunk(2, dim=-1)
+    skip, bias = (torch.randn(K, D, device="cuda") for _ in range(2))
+    return conv, [randn(K, B, L, D), randn(K, B, L, D) - 3, rates, into, out, skip, bias, True, order]
+
+
+def measure(backend: str, args: argparse.Namespace) -> list[Row]:
+    """One row a kernel: milliseconds, bytes it cannot do without, and exponentials of the decays."""
+    conv, scan = draw(args)
+    ops = torch.ops.arm_zoo
+    u, gate = scan[0], torch.randn_like(conv[0])
+    y, saved = ops.selective_scan(*scan, True, None, backend)
+    gradient, gradient_u = torch.randn_like(y), torch.randn_like(u)
+    sequence, token = u.numel() * u.element_size(), y.numel() * y.element_size()
+    exponentials = u.numel() * args.states
+    calls: list[tuple[str, Callable[[], Any], int, int]] = [
+        ("convolution", lambda: ops.causal_conv(*conv, backend), token + sequence, 0),
+        (
+            "convolution, backward",
+            lambda: ops.causal_conv_backward(gradient_u, *conv, backend),
+            2 * token + sequence,
+            0,
+        ),
+        (
+            "scan, merge and gate",
+            lambda: ops.selective_scan(*scan, False, gate, backend),
+            2 * sequence + 2 * token,
+            exponentials,
+        ),
+        (
+            "scan and merge, saving states",
+            lambda: ops.selective_scan(*scan, True, None, backend),
+            2 * sequence + token + saved.numel() * 4,
+            exponentials,
+        ),
+        (
+            "scan, backward",
+            lambda: ops.selective_scan_backward(gradient, *scan, saved, backend),
+            4 * sequence + token + saved.numel() * 4,
+            exponentials,
+        ),
+    ]
+    return [
+        {"backend": backend, "kernel": name, "ms": milliseconds(call), "bytes": size, "exponentials": count}
+        for name, call, size, count in calls
+    ]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.scan", description=__doc__)
+    add = parser.add_argument
+    add("--backends", nargs="+", metavar="NAME", help="default: all that run here but the plain ones")
+    add("--batch-size", type=int, default=128)
+    add("--grid", type=int, default=14, help="patches a side; four directions have a class token too")
+    add("--directions", type=int, choices=(1, 2, 4), default=4)
+    add("--channels", type=int, default=768)
+    add("--states", type=int, default=16)
+    add("--dtype", choices=list(DTYPES), default="bf16")
+    add("--output", type=Path, metavar="FILE.csv", help="file for the rows; replaced if it exists")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("it times GPU kernels, and torch finds no CUDA device here")
+    available = [name for name in arm_zoo.available_backends() if name in ("triton", "cuda", "mamba_ssm")]
+    if unknown := set(args.backends or ()) - set(available):
+        parser.error(f"--backends {' '.join(sorted(unknown))}: available here are {', '.join(available)}")
+    rate = copy_rate()
+    shared = {
+        **{name: getattr(args, name) for name in ("batch_size", "grid", "directions", "channels", "states", "dtype")},
+        "copy_bytes_per_s": rate,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "arm_zoo": arm_zoo.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    rows = [row for backend in args.backends or available for row in measure(backend, args)]
+    title = "batch {batch_size}, grid {grid}, {directions} directions, {channels} channels, {states} states, {dtype}"
+    caption = f"{shared['device']}, torch {torch.__version__}; a copy moves {rate / 1e12:.2f} TB/s"
+    table = Table(title=title.format(**shared), caption=caption, box=SIMPLE_HEAD)
+    for column in ("backend", "kernel", "ms", "TB/s", "floor by bytes, ms", "G exponentials/s"):
+        table.add_column(column, justify="left" if column in ("backend", "kernel") else "right")
+    for row in rows:
+        seconds = row["ms"] / 1e3
+        table.add_row(
+            row["backend"],
+            row["kernel"],
+            f"{row['ms']:.3f}",
+            f"{row['bytes'] / seconds / 1e12:.2f}",
+            f"{1e3 * row['bytes'] / rate:.3f}",
+            f"{row['exponentials'] / seconds / 1e9:,.0f}" if row["exponentials"] else "",
+        )
+    Console().print(table)
+    if args.output is not None:
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *shared])
+            writer.writeheader()
+            writer.writerows({**row, **shared} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
