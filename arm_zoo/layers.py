@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["Linear", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
+__all__ = ["Linear", "PatchConv", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -80,6 +80,21 @@ def _grid_size(
     return height, width
 
 
+class PatchConv(nn.Conv2d):
+    """The convolution that makes patches tokens; on CUDA the same sums as one matrix product.
+
+    cuDNN converts the layout of images of 3 channels twice, which costs six times as much as gathering the patches.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting() or not x.is_cuda:
+            return self._conv_forward(x, self.weight, self.bias)
+        (height, width), (down, right) = self.kernel_size, self.stride
+        patches = x.unfold(2, height, down).unfold(3, width, right)  # (B, C, rows, columns, height, width)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, rows, columns, C * height * width)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 @register_notrace_module
 class PatchEmbed(nn.Module):
     """Image to patch tokens, row by row; patches overlap where the stride is smaller than the patch.
@@ -107,7 +122,7 @@ class PatchEmbed(nn.Module):
         self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
         self.strict_img_size = strict_img_size
         self.factory = factory  # what makes the model, for messages
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
+        self.proj = PatchConv(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
         self.reset_parameters()
 
@@ -166,11 +181,4 @@ class PatchEmbed(nn.Module):
         """(B, C, H, W) images -> (B, N, dim) tokens."""
         if not torch.jit.is_scripting():
             self.check_input(x)
-        if not x.is_cuda:
-            return self.proj(x).flatten(2).transpose(1, 2)
-        # The same sums as one matrix product: cuDNN converts the layout of images of 3 channels twice, which costs
-        # six times as much as gathering the patches.
-        (height, width), (down, right) = self.patch_size, self.patch_stride
-        patches = x.unfold(2, height, down).unfold(3, width, right)  # (B, C, rows, columns, height, width)
-        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(x).flatten(2).transpose(1, 2)

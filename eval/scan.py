@@ -26,18 +26,21 @@ Row = dict[str, Any]
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of one call on the GPU, its caches cleared before each reading."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    """Median time of one call on the GPU, its caches cleared before each reading.
+
+    All calls are queued before any is waited for, so that the GPU does not wait for their launches.
+    """
+    flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
     readings = []
     for _ in range(REPEATS + 3):
-        flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
         start.record()
         call()
         end.record()
-        end.synchronize()
-        readings.append(start.elapsed_time(end))
-    return median(readings[3:])
+        readings.append((start, end))
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in readings[3:])
 
 
 def copy_rate() -> float:
