@@ -19,12 +19,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from eval import models, results, sets
+from eval import models, results, sets, speed
 from eval.results import Row
 from eval.rows import Request, Scorer
 from eval.scoring import DTYPES, Settings
 from eval.sets import CUSTOM, REAL, SETS
 
+WIDTH = 120  # characters of the tables
 PATIENCE = timedelta(hours=12)  # how long a process waits for slower ones
 
 
@@ -136,6 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("results.csv"), metavar="FILE", help="CSV that rows are appended to")
     add("--resume", action="store_true", help="go on within the set at which a run died, by OUTPUT.partial")
     add("--recompute", action="store_true", help="score again what the CSV has already, and append it anew")
+    add("--speed", action="store_true", help="score nothing: time the loader alone, the model alone, and both")
     add("--show-mapping", action="store_true", help="print which class index three pictures of each set get, first")
     return parser
 
@@ -157,15 +159,21 @@ def run(args: argparse.Namespace) -> None:
                 print("\n".join(sets.mapping(sets.label(request.name, request.listing))))
     settings = Settings(args.batch_size, args.workers, args.dtype, args.limit)
     scorer = Scorer(args.output, settings, state, args.resume, args.recompute)
+    candidates = (models.load(name, weights.get(name), args.train_size) for name in args.models)
+    if args.speed:
+        if state.num_processes > 1:
+            raise ValueError("--speed measures one process; start it without a launcher")
+        speeds = [speed.measure(one, request.listing, settings, state) for one in candidates for request in requests]
+        Console(width=WIDTH).print(speed.as_table(speeds, settings))
+        return
     rows = []
-    for name in args.models:
-        candidate = models.load(name, weights.get(name), args.train_size)
+    for candidate in candidates:
         for row, fresh in scorer.rows(candidate, requests):
             rows.append(row)
             if state.is_main_process:
                 report(row, fresh, args.output)
     if rows and state.is_main_process:
-        Console().print(as_table(rows))
+        Console(width=WIDTH).print(as_table(rows))
 
 
 def report(row: Row, fresh: bool, output: Path) -> None:

@@ -117,6 +117,7 @@ class Unfinished:
         (self._folder / f"{self._name}.kept").write_bytes(kept.tobytes())
 
     def add(self, process: int, records: np.ndarray) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)  # other machines' processes have their own disk
         with open(self._folder / f"{self._name}.{process}", "ab") as file:
             file.write(records.tobytes())
 

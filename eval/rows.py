@@ -148,30 +148,32 @@ class Scorer:
 
     def rows(self, candidate: Candidate, requests: Sequence[Request]) -> Iterator[tuple[Row, bool]]:
         """The row of each set, and whether it was computed now and not found in the table."""
-        clean: dict[str, Row] = {}
         for labelled, request in [(label(request, candidate), request) for request in requests]:
             row = base_row(candidate, labelled, self.settings)
             wanted = [row, *([{**row, "set": REAL}] if request.real else [])]
-            found = self.from_main([] if self.recompute else self.finished(wanted))
-            fresh = not found
-            rows: list[Row] = found or self.score(candidate, request, labelled, row)  # type: ignore[assignment]
-            if request.name == "in1k":
-                clean = {
-                    s: {k: v for k, v in rows[0].items() if k.startswith(f"clean200_{s}")} for s in metrics.SUBSETS
-                }
-            elif fresh:
-                rows = [{**one, **clean.get(request.name, {})} for one in rows]
-            if fresh and self.state.is_main_process:
-                results.append(self.output, rows)
-            yield from ((one, fresh) for one in rows)
+            found: list[Row | None] = self.from_main(self.finished(wanted))  # type: ignore[assignment]
+            computed = [] if all(found) else self.score(candidate, request, labelled, row)
+            rows = [old or computed[i] | self.clean(computed[i]) for i, old in enumerate(found)]
+            if computed and self.state.is_main_process:
+                results.append(self.output, [new for new, old in zip(rows, found, strict=True) if not old])
+            yield from zip(rows, [not old for old in found], strict=True)
 
-    def finished(self, wanted: Sequence[Row]) -> list[dict[str, str]]:
-        """The rows that the table has for these, the newest of each; none unless it has them all."""
-        if not self.state.is_main_process:
-            return []
+    def clean(self, row: Row) -> Row:
+        """For a row of A or R: what the same model's newest row of in1k, limited as this one, says of its classes."""
+        if row["set"] not in metrics.SUBSETS:
+            return {}
+        same = [column for column in results.KEY if column not in ("set", "listing_sha256")]
+        for other in reversed(results.read(self.output)):
+            if other["set"] == "in1k" and all(other[column] == str(row[column]) for column in same):
+                return {column: other[column] for column in other if column.startswith(f"clean200_{row['set']}")}
+        return {}
+
+    def finished(self, wanted: Sequence[Row]) -> list[Row | None]:
+        """For each of these the newest equal row that the table has, and None where it is to be computed."""
+        if self.recompute or not self.state.is_main_process:
+            return [None] * len(wanted)
         known = {results.key(row): row for row in results.read(self.output)}
-        found = [known.get(results.key(row)) for row in wanted]
-        return [] if None in found else found  # type: ignore[return-value]
+        return [known.get(results.key(row)) for row in wanted]
 
     def score(self, candidate: Candidate, request: Request, labelled: LabelledSet, row: Row) -> list[Row]:
         heads = request.heads
@@ -181,11 +183,15 @@ class Scorer:
         unfinished = Unfinished(self.output, name, record)
         kept = np.zeros(0, record)
         if self.state.is_main_process:
-            kept = unfinished.load() if self.resume else kept
+            left = unfinished.load()
+            if len(left):
+                doing = "going on after" if self.resume else "starting over; --resume would have gone on after"
+                print(
+                    f"{row['model']}, {row['set']}: {doing} {len(left)} pictures of a run that died", file=sys.stderr
+                )
+            kept = left if self.resume else kept
             unfinished.start(kept)
         kept = self.from_main(kept)  # type: ignore[assignment]
-        if len(kept) and self.state.is_main_process:
-            print(f"{row['model']}, {row['set']}: going on after {len(kept)} pictures", file=sys.stderr)
         predictions = predict(candidate, request.listing, heads, self.settings, self.state, unfinished, kept)
         if self.state.is_main_process:
             unfinished.remove()
