@@ -70,7 +70,8 @@ def rank(logits: torch.Tensor, subset: Sequence[int] | None = None) -> Ranks:
     classes = order if subset is None else np.asarray(subset)[order]
     out = np.full((len(logits), TOP), -1, dtype=np.int32)
     out[:, : classes.shape[1]] = classes
-    out[logits.isnan().any(dim=1).cpu().numpy()] = -1
+    broken = logits.isnan().any(dim=1).cpu().numpy()
+    out[broken], confidence[broken] = -1, 0
     return Ranks(out, confidence)
 
 

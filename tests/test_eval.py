@@ -4,7 +4,6 @@ The test model's weights are random, so labels are planted by what it says of ea
 unlikely class.
 """
 
-import csv
 import io
 import json
 import math
@@ -13,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +20,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
 from safetensors.torch import load_file, save_file
-from timm.data import ImageNetInfo, RealLabelsImagenet, create_dataset, create_loader, resolve_data_config
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 
 from eval import __main__ as program
-from eval import metrics, models, results, scoring, sets, sources
+from eval import metrics, models, results, scoring, sources
 
 MODEL = "test_vit"
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -149,9 +148,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             if name == "v2":
                 folder = str(target)
             if name == "in1k":
-                best = int(logits.argmax())
-                wanted = [lambda k: best in real_labels[k], lambda k: not real_labels[k], lambda k: True][i % 3]
-                number = next(k for k in range(50_000) if k not in numbers and wanted(k))
+                best = int(logits.argmax())  # right by ReaL, without ReaL labels, or whatever
+                fitting = (k for k in range(50_000) if (best in real_labels[k], not real_labels[k], True)[i % 3])
+                number = next(k for k in fitting if k not in numbers)
                 numbers.add(number)
                 file = VAL.format(number + 1)
                 in1k.append((logits, target, number))
@@ -229,3 +228,254 @@ def test_any_number_of_processes_counts_the_same(processes: int, world: World, t
     check(rows, world)
     assert {row["processes"] for row in rows} == {str(processes)}
     assert result.stderr.count("warning: test_vit, in1k:") == 1
+
+
+def as_tar(files: dict[str, bytes], path: Path, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def as_parquet(planted: Planted, path: Path, names: list[str], with_files: bool = True) -> Path:
+    rows = [
+        {
+            "image": {"bytes": data, "path": file.rpartition("/")[2] if with_files else None},
+            "label": names.index(file.partition("/")[0]),
+        }
+        for file, data in planted.files.items()
+    ]
+    Dataset.from_list(rows, Features(image=Image(), label=ClassLabel(names=names))).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def source_of(kind: str, world: World, folder: Path) -> list[str]:
+    """The words of --sets for in1k and v2 as another kind of source, real among them."""
+    words = ["real"]
+    for name in ("in1k", "v2"):
+        planted = world.planted[name]
+        if kind == "tar":
+            files = {f"./{TREE[name]}/{file}": data for file, data in planted.files.items()}
+            words.append(f"{name}={as_tar(files, folder / f'{name}.tar')}")
+        elif kind == "tar.gz":
+            words.append(f"{name}={as_tar(planted.files, folder / f'{name}.tar.gz', 'w:gz')}")
+        elif kind == "tars":
+            items = sorted(planted.files.items())
+            (folder / name).mkdir()
+            for shard in range(2):
+                as_tar(dict(items[shard::2]), folder / name / f"{shard}.tar")
+            words.append(f"{name}={folder / name}")
+            if name == "v2":  # named one by one, as a shell expands a pattern
+                words[-1:] = [f"{name}={folder / name / '0.tar'}", f"{name}={folder / name / '1.tar'}"]
+        elif kind == "webdataset":
+            files = {}
+            for i, (file, data) in enumerate(planted.files.items()):
+                label, key = file.partition("/")[0], Path(file).stem.replace("0.5", "")
+                index = WNIDS.index(label) if name == "in1k" else int(label)
+                files[f"{key}.jpg"] = data
+                sidecar = {".cls": str(index).encode(), ".json": json.dumps({"label": index}).encode()}
+                suffix = (".cls", ".json")[i % 2]
+                files[key + suffix] = sidecar[suffix]
+            as_tar(files, folder / f"{name}-0.tar")
+            words.append(f"{name}={folder}/{name}-*.tar")
+        elif kind == "parquet":
+            # ClassLabels of V2 are what ImageFolder makes of it: sorted as text, so that 10 comes before 2
+            names = WNIDS if name == "in1k" else sorted(map(str, range(1000)))
+            words.append(f"{name}={as_parquet(planted, folder / f'{name}.parquet', names)}")
+    return words
+
+
+@pytest.mark.usefixtures("caches")
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tars", "webdataset", "parquet"])
+def test_sources_of_other_kinds_count_the_same(kind: str, world: World, tmp_path: Path) -> None:
+    rows = run(world, tmp_path / "results.csv", "--sets", *source_of(kind, world, tmp_path))
+    expected = {name: world.planted[name].counts for name in ("in1k", "v2")} | {"real": world.real}
+    assert {row["set"]: counts_of(row) for row in rows} == expected
+
+
+@pytest.mark.usefixtures("caches")
+def test_hub_dataset(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = as_parquet(world.planted["a"], tmp_path / "a.parquet", WNIDS)
+    asked = []
+
+    def load_dataset(name: str, split: str, revision: str | None) -> Dataset:
+        asked.append((name, split, revision))
+        return Dataset.from_parquet(str(parquet))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name, revision: ["train", "test"])
+    rows = run(world, tmp_path / "results.csv", "--sets", "a=someone/imagenet-a@v1")
+    assert asked == [("someone/imagenet-a", "test", "v1")]
+    assert counts_of(rows[0]) == world.planted["a"].counts
+
+
+def odd_pictures(folder: Path) -> None:
+    """What ImageNet has besides plain JPEGs, and more: every one a file that timm reads."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(1)
+    for i in range(4):
+        (folder / f"plain{i}.JPEG").write_bytes(jpeg(random_picture(generator), quality=60 + 10 * i))
+    rotated = Pillow.Exif()
+    rotated[0x0112] = 6
+    (folder / "exif.JPEG").write_bytes(jpeg(random_picture(generator), exif=rotated))
+    (folder / "grey.JPEG").write_bytes(jpeg(random_picture(generator).convert("L")))
+    (folder / "cmyk.JPEG").write_bytes(jpeg(random_picture(generator).convert("CMYK")))
+    (folder / "small.JPEG").write_bytes(jpeg(random_picture(generator).resize((20, 30))))
+    (folder / "wide.JPEG").write_bytes(jpeg(random_picture(generator).resize((700, 90))))
+    random_picture(generator).save(folder / "png.JPEG", "PNG")  # ImageNet has one of these
+    random_picture(generator).convert("P").save(folder / "palette.png")
+    random_picture(generator).convert("RGBA").save(folder / "alpha.png")
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "arm_tiny_patch16_224"])
+def test_pictures_and_argmax_equal_timms(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit and picture, with the loader and the settings of timm's validation script."""
+    monkeypatch.setenv("ARM_ZOO_SCAN", "torch")  # the quickest to start
+    odd_pictures(tmp_path / "pictures" / "n01440764")
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = resolve_data_config({}, model=model, use_test_size=True)
+    dataset = create_dataset("", root=str(tmp_path / "pictures"), split="validation")
+    loader = create_loader(
+        dataset, **config, batch_size=5, num_workers=0, device=torch.device("cpu"), use_prefetcher=True
+    )
+    with torch.inference_mode():
+        theirs = torch.cat([model(images) for images, _ in loader])
+    names = [Path(dataset.filename(i)).name for i in range(len(dataset))]
+
+    candidate = models.load(name, str(tmp_path / "model.safetensors"))
+    assert candidate.data_config == config
+    listing = sources.open_source([str(tmp_path / "pictures")])
+    order = [[Path(file).name for file in listing.files].index(file) for file in names]
+    batches = [order[i : i + 5] for i in range(0, len(order), 5)]
+    forward = scoring.Forward(candidate, torch.device("cpu"), "fp32")
+    ours = torch.cat([forward(images) for _, images, _ in scoring.load_batches(listing, config, batches, 0, False)])
+    assert len(ours) == 12
+    assert torch.equal(ours, theirs)
+    assert np.array_equal(metrics.rank(ours).classes[:, 0], theirs.argmax(1).numpy())
+
+
+def test_test_size_and_crop_are_used_unless_train_size(tmp_path: Path) -> None:
+    model = timm.create_model("test_efficientnet")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"test_input_size": (3, 192, 192), "test_crop_pct": 1.0}
+    folder = tmp_path / "folder"
+    timm.models.save_for_hf(model, folder, model_config={"pretrained_cfg": {**model.pretrained_cfg, **overlay}})
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= overlay
+    (folder / "config.json").write_text(json.dumps(config))
+    tested = models.load("test_efficientnet", str(folder)).data_config
+    trained = models.load("test_efficientnet", str(folder), train_size=True).data_config
+    assert (tuple(tested["input_size"]), tested["crop_pct"]) == ((3, 192, 192), 1.0)
+    assert (tuple(trained["input_size"]), trained["crop_pct"]) == ((3, 160, 160), 0.95)
+
+
+def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "results.csv"
+    words = ["--sets", *world.sets(), "--batch-size", "4"]
+    forward = scoring.Forward.__call__
+    calls = []
+
+    def dying(self: scoring.Forward, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) == 8:  # in the second set: v2 has had three batches, one of them cut short below
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(scoring.Forward, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, output, *words)
+    assert [row["set"] for row in results.read(output)] == ["in1k", "real"]
+    [partial] = (tmp_path / "results.csv.partial").glob("*.0")
+    partial.write_bytes(partial.read_bytes()[:-7])
+    calls.clear()
+    calls += [0] * 100
+    rows = run(world, output, *words, "--resume")
+    check(rows, world)
+    assert sum(calls) == PER_SET * 4 - 4  # one whole batch of v2 was there; the other sets were not begun
+    assert not (tmp_path / "results.csv.partial").exists()
+
+
+def test_finished_rows_are_scored_again_on_request_only(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results.csv"
+    words = ["--sets", f"a={world.planted['a'].path}"]
+    assert len(run(world, output, *words)) == 1
+    before = output.read_bytes()
+    run(world, output, *words, "--resume")
+    run(world, output, *words)
+    assert output.read_bytes() == before
+    assert "test_vit, a: finished in" in capsys.readouterr().err
+    assert len(run(world, output, *words, "--recompute")) == 2
+    assert len(run(world, output, *words, "--dtype", "bf16")) == 3
+
+
+def test_limit_spreads_over_the_set_and_marks_the_row(world: World, tmp_path: Path) -> None:
+    [row] = run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--limit", "6")
+    assert (row["n"], row["limit"]) == ("6", "6")
+    assert "limited to 6 of 18 pictures" in row["marks"]
+
+
+def test_undecodable_pictures_are_counted_and_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world.planted["v2"].path, tmp_path / "v2")
+    files = sorted((tmp_path / "v2").rglob("*.jpeg"))
+    files[0].write_bytes(files[0].read_bytes()[:400])
+    files[5].write_bytes(b"no picture")
+    [row] = run(world, tmp_path / "results.csv", "--sets", f"v2={tmp_path / 'v2'}", "--batch-size", "1")
+    assert (row["n"], row["undecodable"]) == (str(PER_SET - 2), "2")
+    errors = capsys.readouterr().err
+    for file in (files[0], files[5]):
+        name = "/".join(file.parts[-3:])
+        assert name in row["marks"]
+        assert f"undecodable: {name}: " in errors
+    assert "warning: test_vit, v2:" in errors and "2 undecodable" in errors
+
+
+def test_custom_pictures_go_by_the_models_own_names(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    names = ["zebra", "ape", "cat", "dog"]
+    model = timm.create_model(MODEL, num_classes=4).eval()
+    save = tmp_path / "model"
+    timm.models.save_for_hf(model, save, model_config={"num_classes": 4, "label_names": names})
+    answers = []
+    for i in range(8):
+        path = tmp_path / "pictures" / names[i % 4] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random_picture(generator).save(path)
+        config = resolve_data_config({}, model=model)
+        image = timm.data.create_transform(**config)(Pillow.open(path))
+        answers.append(int(model(image[None]).argmax()) == i % 4)
+    output = tmp_path / "results.csv"
+    options = ["--models", MODEL, "--weights", str(save), "--device", "cpu", "--workers", "0"]
+    assert program.main([*options, "--sets", f"custom={tmp_path / 'pictures'}", "--output", str(output)]) == 0
+    [row] = results.read(output)
+    assert counts_of(row)[:2] == (8, sum(answers))
+    assert float(row["top5"]) == 100  # of four classes
+    assert row["marks"] == ""
+
+
+def test_logits_that_are_not_numbers_are_wrong_and_said(world: World, tmp_path: Path) -> None:
+    state = load_file(world.weights)
+    state["head.bias"][:] = math.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    [row] = run(
+        world, tmp_path / "r.csv", "--sets", f"v2={world.planted['v2'].path}", weights=tmp_path / "nan.safetensors"
+    )
+    assert float(row["top5"]) == 0 and "18 pictures have logits that are not numbers" in row["marks"]
+
+
+def test_speed_is_shown_and_nothing_written(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--speed")
+    assert "loader alone" in capsys.readouterr().out
+    assert not (tmp_path / "results.csv").exists()
