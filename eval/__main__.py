@@ -7,60 +7,21 @@ with several processes `torchrun --nproc_per_node 2 -m eval ... --device cpu` or
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from eval import models, results, sets, speed
+from eval.options import add_scoring_options, guarded, open_requests, parse_sets, settings_of, start_processes, warn
 from eval.results import Row
-from eval.rows import Request, Scorer
-from eval.scoring import DTYPES, Settings
-from eval.sets import CUSTOM, REAL, SETS
+from eval.rows import Scorer
+from eval.sets import CUSTOM
 
 WIDTH = 120  # characters of the tables
-PATIENCE = timedelta(hours=12)  # how long a process waits for slower ones
-
-
-def parse_sets(words: Sequence[str]) -> tuple[dict[str, list[str]], bool]:
-    """`in1k=PATH v2=PATH real` -> locations by set, a set given twice has several files; and whether ReaL is asked."""
-    locations: dict[str, list[str]] = {}
-    real = False
-    for word in words:
-        name, _, location = word.partition("=")
-        if word == REAL:
-            real = True
-        elif name == REAL:
-            raise ValueError(f"--sets {word}: real takes no path, its pictures are in1k's: --sets in1k=PATH real")
-        elif name not in SETS or not location:
-            raise ValueError(f"--sets {word}: allowed are real and NAME=PATH with NAME one of {', '.join(SETS)}")
-        else:
-            locations.setdefault(name, []).append(location)
-    if real and "in1k" not in locations:
-        raise ValueError("--sets real scores the pictures of in1k by other labels; add in1k=PATH")
-    return locations, real
-
-
-def open_requests(locations: dict[str, list[str]], real: bool) -> list[Request]:
-    """All sets, in1k first because its clean pictures go into the rows of A and R; labels are tried once."""
-    requests = [
-        Request(name, sets.open_set(name, locations[name]), real and name == "in1k")
-        for name in SETS
-        if name in locations
-    ]
-    for request in requests:
-        if request.name != CUSTOM:
-            labelled = sets.label(request.name, request.listing)
-            if request.real:
-                sets.real_label_sets(labelled)
-    return requests
 
 
 def as_table(rows: Sequence[Row]) -> Table:
@@ -82,42 +43,6 @@ def as_table(rows: Sequence[Row]) -> Table:
     if any(row["marks"] for row in rows):
         table.caption = "* not the canonical set: see the warnings and the column marks"
     return table
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
-def usable_device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from error
-
-
-def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """Those that `eval.verify` has, too."""
-    add = parser.add_argument
-    add("--sets", nargs="+", required=True, metavar="NAME=PATH", help=f"of {', '.join(SETS)}; and real, with in1k")
-    add(
-        "--device",
-        type=usable_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; with several processes each takes a GPU of its own (default: %(default)s)",
-    )
-    add("--batch-size", type=positive, default=64, help="of each process (default: %(default)s)")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="bf16 and fp16: fp32 weights under autocast")
-    add("--limit", type=positive, metavar="N", help="score N pictures across each set only; the rows are marked")
-    add("--train-size", action="store_true", help="leave out the test size and crop of the model's configuration")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    add("--workers", type=whole, default=share, help="processes that decode pictures, beside each (%(default)s)")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -142,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     weights = models.parse_weights(args.weights, args.models) if args.weights else {}
     if not args.models and not args.show_mapping:
         raise ValueError("nothing to score: name models with --models")
@@ -157,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         for request in requests:
             if request.name != CUSTOM:
                 print("\n".join(sets.mapping(sets.label(request.name, request.listing))))
-    settings = Settings(args.batch_size, args.workers, args.dtype, args.limit)
+    settings = settings_of(args)
     scorer = Scorer(args.output, settings, state, args.resume, args.recompute)
     candidates = (models.load(name, weights.get(name), args.train_size) for name in args.models)
     if args.speed:
@@ -165,56 +90,24 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("--speed measures one process; start it without a launcher")
         speeds = [speed.measure(one, request.listing, settings, state) for one in candidates for request in requests]
         Console(width=WIDTH).print(speed.as_table(speeds, settings))
-        return
+        return 0
     rows = []
     for candidate in candidates:
         for row, fresh in scorer.rows(candidate, requests):
             rows.append(row)
             if state.is_main_process:
-                report(row, fresh, args.output)
+                if not fresh:
+                    print(
+                        f"{row['model']}, {row['set']}: finished before; --recompute scores it again", file=sys.stderr
+                    )
+                warn(row)
     if rows and state.is_main_process:
         Console(width=WIDTH).print(as_table(rows))
-
-
-def report(row: Row, fresh: bool, output: Path) -> None:
-    """Warnings about a row, and whether it was there already."""
-    if not fresh:
-        print(f"{row['model']}, {row['set']}: finished in {output}; --recompute scores it again", file=sys.stderr)
-    if row["marks"]:
-        print(f"warning: {row['model']}, {row['set']}: {row['marks']}", file=sys.stderr)
-
-
-def start_processes(device: torch.device) -> PartialState:
-    """This process's part of the job.
-
-    Raises:
-        ValueError: if the launcher started more processes than take part.
-    """
-    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if state.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched but {state.num_processes} would take part on --device {device}; "
-            "launch them with torchrun or accelerate, on cpu or cuda"
-        )
-    if launched == 1 and state.device.type == device.type:
-        state.device = device
-    return state
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code. What the user can mend is one line on stderr, by one process."""
-    args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+    return guarded(run, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

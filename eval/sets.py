@@ -222,14 +222,13 @@ def real_label_sets(labelled: LabelledSet) -> list[tuple[int, ...]]:
     return [real_labels()[n - 1] for n in numbers]
 
 
-def mapping(labelled: LabelledSet, label_names: Sequence[str] = ()) -> list[str]:
-    """Lines that show, for three pictures across the set, which class index their label became."""
+def mapping(labelled: LabelledSet) -> list[str]:
+    """Lines that show, for three pictures across an ImageNet set, which class index their label became."""
     listing = labelled.listing
-    names = list(label_names) if labelled.name == CUSTOM else ImageNetInfo().label_descriptions()
+    names = ImageNetInfo().label_descriptions()
     lines = []
     for i in np.linspace(0, len(listing) - 1, min(3, len(listing))).astype(int):
         own = listing.labels[i] if listing.class_names is None else listing.class_names[listing.labels[i]]
         target = int(labelled.targets[i])
-        described = names[target] if target < len(names) else ""
-        lines.append(f"{labelled.name}: {listing.describe(i)}: label {own} -> class {target} {described}".rstrip())
+        lines.append(f"{labelled.name}: {listing.describe(i)}: label {own} -> class {target} {names[target]}")
     return lines

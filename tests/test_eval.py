@@ -21,12 +21,13 @@ import pytest
 import timm
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image as Pillow
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 
 from eval import __main__ as program
-from eval import metrics, models, results, scoring, sources
+from eval import metrics, models, results, scoring, sources, verify
 
 MODEL = "test_vit"
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -335,9 +336,8 @@ def odd_pictures(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "arm_tiny_patch16_224"])
-def test_pictures_and_argmax_equal_timms(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_and_argmax_equal_timms(name: str, tmp_path: Path) -> None:
     """To the last bit and picture, with the loader and the settings of timm's validation script."""
-    monkeypatch.setenv("ARM_ZOO_SCAN", "torch")  # the quickest to start
     odd_pictures(tmp_path / "pictures" / "n01440764")
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
@@ -414,7 +414,7 @@ def test_finished_rows_are_scored_again_on_request_only(
     run(world, output, *words, "--resume")
     run(world, output, *words)
     assert output.read_bytes() == before
-    assert "test_vit, a: finished in" in capsys.readouterr().err
+    assert "test_vit, a: finished before; --recompute" in capsys.readouterr().err
     assert len(run(world, output, *words, "--recompute")) == 2
     assert len(run(world, output, *words, "--dtype", "bf16")) == 3
 
@@ -479,3 +479,50 @@ def test_speed_is_shown_and_nothing_written(world: World, tmp_path: Path, capsys
     run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--speed")
     assert "loader alone" in capsys.readouterr().out
     assert not (tmp_path / "results.csv").exists()
+
+
+def card(path: Path, figures: dict[str, float]) -> Path:
+    results = [
+        EvalResult("image-classification", f"imagenet-{name}", f"ImageNet-{name}", "accuracy", value)
+        for name, value in figures.items()
+    ]
+    data = ModelCardData(model_name="some-model", eval_results=results)
+    path.write_text(f"---\n{data.to_yaml()}\n---\n# some model\n")
+    return path
+
+
+def test_verify_compares_with_the_card(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right = {name: 100 * planted.counts[1] / planted.counts[0] for name, planted in world.planted.items()}
+    figures = {"1k": right["in1k"] + 0.05, "V2": right["v2"], "R": right["r"] / 100}  # the last one as a share
+    file = card(tmp_path / "README.md", figures)
+    shutil.copy(world.weights, tmp_path / "model.pth.safetensors")
+    words = [
+        MODEL,
+        "--weights",
+        str(tmp_path / "model.pth.safetensors"),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--sets",
+    ]
+    words += [f"{name}={world.planted[name].path}" for name in ("in1k", "v2", "r")]
+    assert verify.main(words) == 0  # the card beside the weights
+    assert capsys.readouterr().out.count("agrees") == 3
+    assert verify.main([*words, "--tolerance", "0.01"]) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+    card(file, {**figures, "V2": right["v2"] - 0.2})
+    assert verify.main([*words, "--card", str(file)]) == 1
+    assert verify.main([*words, "--card", str(file), "--tolerance", "0.2"]) == 0
+
+
+def test_verify_needs_figures(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [MODEL, "--weights", str(world.weights), "--device", "cpu", "--sets", f"v2={world.planted['v2'].path}"]
+    assert verify.main(words) == 1
+    assert "no card at" in capsys.readouterr().err
+    empty = tmp_path / "empty.md"
+    empty.write_text("# no figures\n")
+    assert verify.main([*words, "--card", str(empty)]) == 1
+    assert "has no accuracy on a set of ours under model-index" in capsys.readouterr().err
+    assert verify.main([*words, "--card", str(card(tmp_path / "card.md", {"1k": 80.0}))]) == 1
+    assert "has no top-1 for v2, only for in1k" in capsys.readouterr().err
