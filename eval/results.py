@@ -29,7 +29,7 @@ KEY = (
 COLUMNS = (
     *("model", "set", "n", "top1", "top5", "top1_low", "top1_high", "ece"),
     *("clean200_a_n", "clean200_a_top1", "clean200_a_top5", "clean200_r_n", "clean200_r_top1", "clean200_r_top5"),
-    *("marks", "pictures", "classes", "undecodable", "limit"),
+    *("marks", "params_m", "pictures", "classes", "undecodable", "limit"),
     *("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype"),
     *("weights", "weights_sha256", "listing_sha256"),
     *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "arm_zoo", "date"),

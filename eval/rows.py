@@ -61,6 +61,7 @@ def base_row(candidate: Candidate, labelled: LabelledSet, settings: Settings) ->
     return {
         "model": candidate.name,
         "set": labelled.name,
+        "params_m": f"{sum(parameter.numel() for parameter in candidate.model.parameters()) / 1e6:.1f}",
         "pictures": len(labelled.listing),
         "classes": labelled.classes,
         "limit": limit,
