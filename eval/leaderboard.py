@@ -236,8 +236,8 @@ def leaderboard_md(entries: Sequence[Entry], speeds: Sequence[Mapping[str, str]]
         "[arXiv:2406.07537](https://arxiv.org/abs/2406.07537), which we did not measure.",
         "## Accuracy",
         accuracy_table(entries),
-        "V2 is matched-frequency. A and R are scored among their 200 classes; clean A and clean R, where measured, are "
-        "the validation pictures of the same classes, scored the same way. ReaL counts the pictures that have labels.",
+        "V2 is matched-frequency. A and R are scored among their 200 classes; clean A and clean R, where measured, "
+        "are the validation pictures of the same classes, scored the same way. ReaL counts pictures that have labels.",
         "## Speed, measured",
         speed_table(speeds),
         "## Ablations, reported by the paper",
