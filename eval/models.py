@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -200,4 +201,9 @@ def _sha256(file: Path | None) -> str:
 
 def versions() -> dict[str, str]:
     """Of the packages that decide the numbers."""
-    return {"torch": torch.__version__, "timm": timm.__version__, "arm_zoo": arm_zoo.__version__}
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "pillow": PIL.__version__,
+        "arm_zoo": arm_zoo.__version__,
+    }

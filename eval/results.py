@@ -32,7 +32,7 @@ COLUMNS = (
     *("marks", "params_m", "pictures", "classes", "undecodable", "limit"),
     *("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype"),
     *("weights", "weights_sha256", "listing_sha256"),
-    *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "arm_zoo", "date"),
+    *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "pillow", "arm_zoo", "date"),
 )
 
 

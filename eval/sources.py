@@ -69,7 +69,8 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
         ValueError: for what is not there, not readable or has no pictures.
     """
     location = " ".join(locations)
-    paths = [Path(path) for item in locations for path in (sorted(glob.glob(item)) or [item])]
+    expanded = [os.path.expanduser(item) for item in locations]  # not all shells do it after NAME=
+    paths = [Path(path) for item in expanded for path in (sorted(glob.glob(item)) or [item])]
     missing = [path for path in paths if not path.exists()]
     if missing:
         if len(locations) == 1 and HUB_ID.fullmatch(location):

@@ -32,28 +32,18 @@ from eval.options import (
     warn,
 )
 from eval.rows import Scorer
-from eval.sets import REAL
+from eval.sets import REAL, SETS
 
-# Names of the sets on cards, of which letters and digits alone are kept.
+# How cards call the sets, in lower case; the first that is found in a name decides.
 CARD_NAMES = {
-    "imagenet1k": "in1k",
-    "imagenet1kval": "in1k",
-    "imagenet": "in1k",
-    "in1k": "in1k",
-    "imagenetreal": REAL,
-    "imagenet1kreal": REAL,
-    "real": REAL,
-    "imagenetv2": "v2",
-    "imagenetv2matchedfrequency": "v2",
-    "v2": "v2",
-    "imagenetv2threshold07": "v2-threshold0.7",
-    "v2threshold07": "v2-threshold0.7",
-    "imagenetv2topimages": "v2-top-images",
-    "v2topimages": "v2-top-images",
-    "imageneta": "a",
-    "imagenetr": "r",
-    "imagenetsketch": "sketch",
-    "sketch": "sketch",
+    r"real": REAL,
+    r"sketch": "sketch",
+    r"v2.*threshold": "v2-threshold0.7",
+    r"v2.*top": "v2-top-images",
+    r"v2": "v2",
+    r"(imagenet|in)[-_ ]?a\b": "a",
+    r"(imagenet|in)[-_ ]?r\b": "r",
+    r"imagenet(?![-_ ]?(21|22|12)k)|\bin[-_ ]?1k": "in1k",
 }
 TOP1 = {"accuracy", "acc", "top1", "top1accuracy", "acctop1", "accuracytop1", "acc1"}
 
@@ -63,10 +53,13 @@ def _plain(text: str | None) -> str:
 
 
 def set_of(result: EvalResult) -> str | None:
-    """Which of our sets a result is on: by its name, else by its Hub id; None for others."""
-    for text in (result.dataset_name, result.dataset_type, (result.dataset_type or "").rpartition("/")[2]):
-        if (found := CARD_NAMES.get(_plain(text))) is not None:
-            return found
+    """Which of our sets a result is on, by its data set's name, else by its Hub id; None for others."""
+    for text in (result.dataset_name, result.dataset_type):
+        if text in (REAL, *SETS):
+            return text
+        for pattern, name in CARD_NAMES.items():
+            if re.search(pattern, (text or "").lower()):
+                return name
     return None
 
 

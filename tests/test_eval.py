@@ -231,6 +231,23 @@ def test_any_number_of_processes_counts_the_same(processes: int, world: World, t
     assert result.stderr.count("warning: test_vit, in1k:") == 1
 
 
+def test_order_of_the_disk_changes_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--sets", *world.sets(), "--batch-size", "5"]
+    rows = run(world, tmp_path / "sorted.csv", *words)
+    walk, generator = os.walk, np.random.default_rng(0)
+
+    def shuffled(*args: object, **options: object) -> list[tuple[str, list[str], list[str]]]:
+        folders = list(walk(*args, **options))
+        return [folders[i] for i in generator.permutation(len(folders))]
+
+    monkeypatch.setattr(os, "walk", shuffled)
+    changing = ("seconds", "img_per_s", "date")
+    again = run(world, tmp_path / "shuffled.csv", *words)
+    assert [{k: v for k, v in row.items() if k not in changing} for row in again] == [
+        {k: v for k, v in row.items() if k not in changing} for row in rows
+    ]
+
+
 def as_tar(files: dict[str, bytes], path: Path, mode: str = "w") -> Path:
     with tarfile.open(path, mode) as archive:
         for name, data in files.items():
@@ -248,6 +265,7 @@ def as_parquet(planted: Planted, path: Path, names: list[str], with_files: bool 
         }
         for file, data in planted.files.items()
     ]
+    np.random.default_rng(0).shuffle(rows)
     Dataset.from_list(rows, Features(image=Image(), label=ClassLabel(names=names))).to_parquet(path)
     return path
 
@@ -514,6 +532,28 @@ def test_verify_compares_with_the_card(world: World, tmp_path: Path, capsys: pyt
     card(file, {**figures, "V2": right["v2"] - 0.2})
     assert verify.main([*words, "--card", str(file)]) == 1
     assert verify.main([*words, "--card", str(file), "--tolerance", "0.2"]) == 0
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (("ImageNet-1k validation", "imagenet-1k"), "in1k"),
+        (("ILSVRC/imagenet-1k", "imagenet-1k"), "in1k"),
+        (("in1k", "in1k"), "in1k"),
+        (("a", "a"), "a"),
+        (("ImageNet-A", "imagenet-a"), "a"),
+        (("ImageNet-R", "imagenet-1k"), "r"),
+        (("ImageNet ReaL", "imagenet-1k"), "real"),
+        (("ImageNet-V2 (matched-frequency)", "imagenet-v2"), "v2"),
+        (("ImageNetV2 top-images", ""), "v2-top-images"),
+        (("v2-threshold0.7", ""), "v2-threshold0.7"),
+        (("ImageNet-Sketch", ""), "sketch"),
+        (("ImageNet-21k", "imagenet-21k"), None),
+        (("CIFAR-10", "cifar10"), None),
+    ],
+)
+def test_names_of_sets_on_cards(names: tuple[str, str], expected: str | None) -> None:
+    assert verify.set_of(EvalResult("image-classification", names[1], names[0], "accuracy", 1.0)) == expected
 
 
 def test_verify_needs_figures(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
