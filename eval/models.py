@@ -94,16 +94,18 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     except Exception as error:  # from files, timm and the Hub come classes of all sorts
         lines = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load {name} with {weights or 'its hosted weights'}: {lines}") from error
-    num_classes = int(getattr(model, "num_classes", 0))
+    config = resolve_data_config({}, model=model, use_test_size=not train_size)
+    num_classes = getattr(model, "num_classes", None)
+    if num_classes is None:  # not one of timm's, which all say
+        num_classes = model(torch.zeros(1, *config["input_size"])).shape[1]
     if not num_classes:
         raise ValueError(f"{name} with {described} has no classifier head: finetune it first")
-    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     return Candidate(
         name=name,
         model=model.eval(),
-        data_config=resolve_data_config({}, model=model, use_test_size=not train_size),
+        data_config=config,
         num_classes=num_classes,
-        label_names=_label_names(cfg, num_classes),
+        label_names=_label_names(getattr(model, "pretrained_cfg", {}), num_classes),
         weights=described,
         weights_sha256=_sha256(file),
     )
@@ -139,8 +141,13 @@ def _create(name: str, weights: str | None) -> tuple[nn.Module, Path | None, str
 def _create_from_file(name: str, path: Path) -> nn.Module:
     """The classifier has as many classes as the file says, so that timm neither drops nor draws it."""
     cfg = resolve_pretrained_cfg(_architecture(name))
-    classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or ["head"])[0]
-    head = read_checkpoint(path).get(f"{classifier}.weight")
+    state_dict = read_checkpoint(path)
+    if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
+        model = timm.create_model(name)
+        model.load_state_dict(state_dict)
+        return model
+    classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
+    head = state_dict.get(f"{classifier}.weight")
     if head is None:
         raise CheckpointError(f"{path} has no classifier ({classifier}.weight): finetune it first")
     overlay = {"file": str(path), "num_classes": len(head), "hf_hub_id": None, "url": ""}

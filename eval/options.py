@@ -134,6 +134,12 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: the GPU's memory is full, use a smaller --batch-size: {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
+        return 1
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

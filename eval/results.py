@@ -60,7 +60,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows: the file is written anew beside itself and renamed, under a lock that other runs wait for."""
-    with FileLock(f"{path}.lock"):
+    with FileLock(path.with_name(f".{path.name}.lock")):
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -133,7 +133,7 @@ def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
             root = root / folder
     walk = os.walk(root, followlinks=True)
     paths = [Path(parent, name).relative_to(root).as_posix() for parent, _, names in walk for name in names]
-    paths = sorted(path for path in paths if _is_picture(path))
+    paths = sorted(_below([path for path in paths if _is_picture(path)], folders))
     own = Path(os.path.abspath(root)).name  # a single class folder is known by it
     return _by_folder(location, [f"{own}/{path}" for path in paths], _FromDisk([root / path for path in paths]))
 

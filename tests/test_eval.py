@@ -4,6 +4,7 @@ The test model's weights are random, so labels are planted by what it says of ea
 unlikely class.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -583,3 +584,40 @@ def test_verify_needs_figures(world: World, tmp_path: Path, capsys: pytest.Captu
     assert "has no accuracy on a set of ours under model-index" in capsys.readouterr().err
     assert verify.main([*words, "--card", str(card(tmp_path / "card.md", {"1k": 80.0}))]) == 1
     assert "has no top-1 for v2, only for in1k" in capsys.readouterr().err
+
+
+def test_models_that_timm_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain module, registered by a plugin: its weights are loaded and its classes counted."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classify = torch.nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.classify(x.mean(dim=(2, 3)))
+
+    create_model = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **kw: Plain() if name == "plain" else create_model(name, **kw)
+    )
+    model = Plain()
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    candidate = models.load("plain", str(tmp_path / "plain.safetensors"))
+    assert candidate.num_classes == 5
+    assert torch.equal(candidate.model.classify.weight, model.classify.weight)
+    save_file({"classify.weight": torch.zeros(5, 3)}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"cannot load plain .*Missing key.*classify.bias"):
+        models.load("plain", str(tmp_path / "part.safetensors"))
+
+
+@pytest.mark.parametrize("source", ["local-dir:{}", "{}", "{}/model.safetensors"])
+def test_folders_of_weights(source: str, tmp_path: Path) -> None:
+    model = timm.create_model(MODEL, num_classes=3)
+    names = {"label_names": ["x", "y", "z"]}
+    timm.models.save_for_hf(model, tmp_path / "model", model_config=names, safe_serialization=True)
+    candidate = models.load(MODEL, source.format(tmp_path / "model"))
+    assert (candidate.num_classes, candidate.label_names) == (3, ("x", "y", "z"))
+    assert torch.equal(candidate.model.head.weight, model.head.weight)
+    file = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert candidate.weights_sha256 == hashlib.sha256(file).hexdigest()

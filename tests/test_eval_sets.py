@@ -111,6 +111,11 @@ def test_every_wnid_is_its_rank(tmp_path: Path) -> None:
     assert labelled.targets.tolist() == list(range(1000))  # and train's pictures are not in
 
 
+def test_release_folders_are_found_below(tmp_path: Path) -> None:
+    root = tree(tmp_path, "ILSVRC/Data/train/n01440764/1.JPEG", "ILSVRC/Data/val/n01443537/1.JPEG", "notes/x.png")
+    assert label("in1k", root).listing.files == [f"{tmp_path.name}/ILSVRC/Data/val/n01443537/1.JPEG"]
+
+
 @pytest.mark.parametrize("name", ["a", "r"])
 def test_bare_numbers_of_200_classes(name: str, tmp_path: Path) -> None:
     indices = metrics.subset_indices(name)
