@@ -105,10 +105,15 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         model=model.eval(),
         data_config=config,
         num_classes=num_classes,
-        label_names=_label_names(getattr(model, "pretrained_cfg", {}), num_classes),
+        label_names=_label_names(_cfg(model), num_classes),
         weights=described,
         weights_sha256=_sha256(file),
     )
+
+
+def _cfg(model: nn.Module) -> Mapping[str, Any]:
+    """The configuration that timm's models have."""
+    return getattr(model, "pretrained_cfg", {})
 
 
 def _label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
@@ -122,11 +127,11 @@ def _create(name: str, weights: str | None) -> tuple[nn.Module, Path | None, str
     """Model, the file that its weights are in where it is known, and how a row calls them."""
     if weights is None:
         model = timm.create_model(name, pretrained=True)
-        return model, _hosted_file(model.pretrained_cfg), _hosted_name(model.pretrained_cfg)
+        return model, _hosted_file(_cfg(model)), _hosted_name(_cfg(model))
     if weights.startswith(SOURCES):
         model = timm.create_model(weights, pretrained=True)
-        _same_architecture(name, model.pretrained_cfg.get("architecture"), weights)
-        return model, _hosted_file(model.pretrained_cfg), weights
+        _same_architecture(name, _cfg(model).get("architecture"), weights)
+        return model, _hosted_file(_cfg(model)), weights
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() or (path.name in WEIGHT_FILES and (folder / "config.json").is_file()):
@@ -161,8 +166,7 @@ def _architecture(name: str) -> str:
     base: str = split_model_name_tag(name)[0]
     if get_arch_pretrained_cfgs(base) or not base.startswith("arm_"):
         return base
-    architecture: str = timm.create_model(base, device="meta").pretrained_cfg["architecture"]
-    return architecture
+    return str(_cfg(timm.create_model(base, device="meta"))["architecture"])
 
 
 def _same_architecture(name: str, found: str | None, where: str) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -79,13 +80,13 @@ def collate(samples: Sequence[tuple[int, torch.Tensor | str]]) -> Batch:
 
 
 def load_batches(
-    listing: Listing, data_config: dict[str, Any], batches: Sequence[Sequence[int]], workers: int, pin: bool
+    listing: Listing, data_config: dict[str, Any], batches: Sequence[list[int]], workers: int, pin: bool
 ) -> Iterator[Batch]:
     """The pictures of each batch, in order."""
     return iter(
         DataLoader(
             Pictures(listing, data_config),
-            batch_sampler=[list(batch) for batch in batches],  # type: ignore[arg-type]
+            batch_sampler=batches,
             num_workers=min(workers, len(batches)),
             collate_fn=collate,
             pin_memory=pin,
@@ -123,11 +124,11 @@ def record_type(heads: int) -> np.dtype:
     )
 
 
-def chosen(count: int, limit: int | None) -> np.ndarray:
-    """Indices to score: all, or `limit` of them at equal distances, so that all classes have their share."""
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.arange(limit) * count // limit
+def cut(count: int, settings: Settings) -> list[list[int]]:
+    """Batches of indices: of all pictures, or of `limit` at equal distances, so that all classes have their share."""
+    limit = count if settings.limit is None else min(settings.limit, count)
+    indices = [i * count // limit for i in range(limit)]
+    return [indices[i : i + settings.batch_size] for i in range(0, limit, settings.batch_size)]
 
 
 def predict(
@@ -148,10 +149,9 @@ def predict(
         heads: class subsets to rank, None for all classes.
         kept: records of an earlier run that died, of whole batches or parts of them.
     """
-    indices = chosen(len(listing), settings.limit)
-    batches = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
+    batches = cut(len(listing), settings)
     done = set(kept["index"].tolist())
-    todo = [batch for batch in batches if not done.issuperset(batch.tolist())]
+    todo = [batch for batch in batches if not done.issuperset(batch)]
     mine = todo[state.process_index :: state.num_processes]
     forward = Forward(candidate, state.device, settings.dtype)
     loader = load_batches(listing, candidate.data_config, mine, settings.workers, state.device.type == "cuda")
@@ -167,7 +167,8 @@ def predict(
     fresh = np.concatenate([records for records, _ in gathered])
     records = np.concatenate([kept[~np.isin(kept["index"], fresh["index"])], fresh])
     records = records[np.argsort(records["index"])]
-    if not np.array_equal(records["index"], indices):
+    indices = list(chain.from_iterable(batches))
+    if records["index"].tolist() != indices:
         raise RuntimeError(f"{len(records)} predictions for {len(indices)} pictures: a picture was lost or came twice")
     reasons = {i: reason for _, part in gathered for i, reason in part.items()}
     return _of_records(records, reasons, seconds, len(fresh))

@@ -225,10 +225,11 @@ def real_label_sets(labelled: LabelledSet) -> list[tuple[int, ...]]:
 def mapping(labelled: LabelledSet) -> list[str]:
     """Lines that show, for three pictures across an ImageNet set, which class index their label became."""
     listing = labelled.listing
-    names = ImageNetInfo().label_descriptions()
+    info = ImageNetInfo()
     lines = []
     for i in np.linspace(0, len(listing) - 1, min(3, len(listing))).astype(int):
         own = listing.labels[i] if listing.class_names is None else listing.class_names[listing.labels[i]]
         target = int(labelled.targets[i])
-        lines.append(f"{labelled.name}: {listing.describe(i)}: label {own} -> class {target} {names[target]}")
+        meaning = f"class {target} {info.index_to_description(target)}"
+        lines.append(f"{labelled.name}: {listing.describe(i)}: label {own} -> {meaning}")
     return lines

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from eval.metrics import rank
 from eval.models import Candidate
-from eval.scoring import Forward, Settings, chosen, load_batches
+from eval.scoring import Forward, Settings, cut, load_batches
 from eval.sources import Listing
 
 
@@ -41,8 +41,7 @@ def _clock(device: torch.device) -> Iterator[list[float]]:
 
 def measure(candidate: Candidate, listing: Listing, settings: Settings, state: PartialState) -> Speed:
     """Three passes over the pictures; for the model alone they lie in memory as one batch, taken again and again."""
-    indices = chosen(len(listing), settings.limit)
-    batches = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
+    batches = cut(len(listing), settings)
     pin = state.device.type == "cuda"
     forward = Forward(candidate, state.device, settings.dtype)
     example = None
@@ -60,7 +59,7 @@ def measure(candidate: Candidate, listing: Listing, settings: Settings, state: P
         for _, pictures, _ in load_batches(listing, candidate.data_config, batches, settings.workers, pin):
             if pictures is not None:
                 rank(forward(pictures))
-    count = len(indices)
+    count = sum(map(len, batches))
     return Speed(candidate.name, listing.location, count, count / loader[0], count / model[0], count / both[0])
 
 
