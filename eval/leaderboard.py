@@ -30,6 +30,7 @@ ABLATIONS = {
     "table7_targets": "What is predicted",
     "table8_paradigms": "Against other ways of pretraining",
 }
+TEXT_COLUMNS = ("notes", "note", "device", "direction", "target", "paradigm")
 SPEED_COLUMNS = ("model", "mode", "img_size", "batch_size", "dtype", "compile", "img_per_s", "device")
 
 
@@ -151,8 +152,8 @@ def add_speeds(entries: Iterable[Entry], speeds: Iterable[Mapping[str, str]]) ->
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """The first `left` columns are text, the others figures."""
-    rule = ["---"] * left + ["---:"] * (len(titles) - left)
+    """The first `left` columns and those of TEXT_COLUMNS are text, the others figures."""
+    rule = ["---" if i < left or title in TEXT_COLUMNS else "---:" for i, title in enumerate(titles)]
     lines = [titles, rule, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

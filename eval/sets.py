@@ -66,10 +66,6 @@ class LabelledSet:
     marks: tuple[str, ...]
 
     @property
-    def spec(self) -> ImageSet:
-        return SETS[self.name]
-
-    @property
     def classes(self) -> int:
         return len(np.unique(self.targets))
 
