@@ -14,7 +14,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -179,19 +180,21 @@ class _FromDataset:
 
 
 def _open_tars(location: str, paths: Iterable[Path], folders: Sequence[str]) -> Listing:
-    members: dict[str, _Member] = {}
+    shards: dict[Path, dict[str, _Member]] = {}
     for path in paths:
         try:
-            for name, member in _members(path):
-                if name in members:
-                    raise ValueError(f"{location}: {name} is there twice, the second time in {path}")
-                members[name] = member
-        except (tarfile.TarError, EOFError, OSError) as error:
+            shards[path] = dict(_members(path))
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise ValueError(f"cannot read the tar {path}: {_first_line(error)}") from error
-    if any(name.endswith((".cls", ".json")) for name in members):
-        return _by_sidecar(location, members)
-    pictures = sorted(_below([name for name in members if _is_picture(name)], folders))
-    return _by_folder(location, pictures, _FromTar([members[name] for name in pictures]))
+    if any(_sidecar(file, members) for members in shards.values() for file in members if _is_picture(file)):
+        return _by_sidecar(location, shards)
+    tree: dict[str, _Member] = {}
+    for shard, members in shards.items():
+        if twice := tree.keys() & members.keys():
+            raise ValueError(f"{location}: {min(twice)} is there twice, the second time in {shard}")
+        tree |= members
+    pictures = sorted(_below([name for name in tree if _is_picture(name)], folders))
+    return _by_folder(location, pictures, _FromTar([tree[name] for name in pictures]))
 
 
 def _members(path: Path) -> Iterator[tuple[str, _Member]]:
@@ -218,22 +221,32 @@ def _uncompressed(path: Path) -> Path:
     return Path(name)
 
 
-def _by_sidecar(location: str, members: dict[str, _Member]) -> Listing:
-    """WebDataset: beside KEY.jpg lies the label in KEY.cls, or in KEY.json as "label"."""
-    files = sorted(name for name in members if _is_picture(name))
-    raw: list[str] = []
-    for file in files:
-        key = posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
-        if f"{key}.cls" in members:
-            raw.append(members[f"{key}.cls"].read().decode().strip())
-        elif f"{key}.json" in members:
-            facts = json.loads(members[f"{key}.json"].read())
-            if "label" not in facts:
-                raise ValueError(f'{location}: {key}.json has no "label", only {", ".join(sorted(facts))}')
-            raw.append(str(facts["label"]))
-        else:
-            raise ValueError(f"{location}: {file} has neither {key}.cls nor {key}.json with its label")
-    return _labelled(location, files, raw, _FromTar([members[file] for file in files]))
+def _sidecar(file: str, members: Mapping[str, _Member]) -> str | None:
+    """WebDataset keeps the label of KEY.jpg in KEY.cls or KEY.json beside it; KEY ends at the name's first dot."""
+    key = posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
+    return next((key + suffix for suffix in (".cls", ".json") if key + suffix in members), None)
+
+
+def _by_sidecar(location: str, shards: Mapping[Path, Mapping[str, _Member]]) -> Listing:
+    """WebDataset: keys are unique within a shard."""
+    files, raw, places = [], [], []
+    for shard, members in sorted(shards.items()):
+        for file in sorted(filter(_is_picture, members)):
+            name = _sidecar(file, members)
+            if name is None:
+                raise ValueError(
+                    f"{location}: in {shard}, {file} has neither a .cls nor a .json with its label beside it"
+                )
+            text = members[name].read().decode().strip()
+            if name.endswith(".json"):
+                facts = json.loads(text)
+                if "label" not in facts:
+                    raise ValueError(f'{location}: {name} has no "label", only {", ".join(sorted(facts))}')
+                text = str(facts["label"])
+            files.append(f"{shard.name}/{file}")
+            raw.append(text)
+            places.append(members[file])
+    return _labelled(location, files, raw, _FromTar(places))
 
 
 def _labelled(location: str, files: list[str], raw: Sequence[str], read: Reader) -> Listing:

@@ -282,7 +282,7 @@ def source_of(kind: str, world: World, folder: Path) -> list[str]:
     for name in ("in1k", "v2"):
         planted = world.planted[name]
         if kind == "tar":
-            files = {f"./{TREE[name]}/{file}": data for file, data in planted.files.items()}
+            files = {f"./{TREE[name]}/{file}": data for file, data in planted.files.items()} | {"about.json": b"{}"}
             words.append(f"{name}={as_tar(files, folder / f'{name}.tar')}")
         elif kind == "tar.gz":
             words.append(f"{name}={as_tar(planted.files, folder / f'{name}.tar.gz', 'w:gz')}")
@@ -295,15 +295,16 @@ def source_of(kind: str, world: World, folder: Path) -> list[str]:
             if name == "v2":  # named one by one, as a shell expands a pattern
                 words[-1:] = [f"{name}={folder / name / '0.tar'}", f"{name}={folder / name / '1.tar'}"]
         elif kind == "webdataset":
-            files = {}
-            for i, (file, data) in enumerate(planted.files.items()):
-                label, key = file.partition("/")[0], Path(file).stem.replace("0.5", "")
-                index = WNIDS.index(label) if name == "in1k" else int(label)
-                files[f"{key}.jpg"] = data
-                sidecar = {".cls": str(index).encode(), ".json": json.dumps({"label": index}).encode()}
-                suffix = (".cls", ".json")[i % 2]
-                files[key + suffix] = sidecar[suffix]
-            as_tar(files, folder / f"{name}-0.tar")
+            for shard in range(2):  # keys of V2 are unique within a shard only
+                files = {}
+                for i, (file, data) in enumerate(sorted(planted.files.items())[shard::2]):
+                    label = file.partition("/")[0]
+                    index, key = (WNIDS.index(label), Path(file).stem) if name == "in1k" else (int(label), f"{i:04d}")
+                    files[f"{key}.jpg"] = data
+                    sidecar = {".cls": str(index).encode(), ".json": json.dumps({"label": index}).encode()}
+                    suffix = (".cls", ".json")[i % 2]
+                    files[key + suffix] = sidecar[suffix]
+                as_tar(files, folder / f"{name}-{shard}.tar")
             words.append(f"{name}={folder}/{name}-*.tar")
         elif kind == "parquet":
             # ClassLabels of V2 are what ImageFolder makes of it: sorted as text, so that 10 comes before 2
