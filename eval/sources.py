@@ -12,6 +12,7 @@ import os
 import posixpath
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 import zlib
@@ -261,6 +262,7 @@ def _labelled(location: str, files: list[str], raw: Sequence[str], read: Reader)
 def _open_parquet(location: str, paths: Sequence[Path]) -> Listing:
     from datasets import Dataset
 
+    _quiet_in_logs()
     try:
         dataset = Dataset.from_parquet([str(path) for path in paths])
     except Exception as error:  # from damaged files pyarrow and datasets raise all sorts
@@ -271,6 +273,7 @@ def _open_parquet(location: str, paths: Sequence[Path]) -> Listing:
 def _open_hub(location: str) -> Listing:
     from datasets import get_dataset_split_names, load_dataset
 
+    _quiet_in_logs()
     match = HUB_ID.fullmatch(location)
     name, revision, split = match["id"], match["revision"], match["split"]  # type: ignore[index]
     try:
@@ -283,6 +286,14 @@ def _open_hub(location: str) -> Listing:
             f"{location} is neither a file or folder here nor a dataset the Hub gives us: {_first_line(error)}"
         ) from error
     return _of_dataset(location, dataset)
+
+
+def _quiet_in_logs() -> None:
+    """Progress bars of `datasets` are for terminals."""
+    from datasets import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def _choose_split(splits: Sequence[str], name: str) -> str:

@@ -315,3 +315,28 @@ def test_json_sidecar_without_label(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert '1.json has no "label", only width' in refusal(
         capsys, "--sets", f"v2={tmp_path / 'x.tar'}", "--show-mapping"
     )
+
+
+def test_hub_datasets_that_are_not_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(name: str, revision: str | None) -> list[str]:
+        raise ConnectionError("no such host\nin this test")
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", unreachable)
+    message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
+    assert "data/val is neither a file or folder here nor a dataset the Hub gives us: no such host" in message
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name, revision: ["train", "extra"])
+    message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
+    assert "data/val has the splits train, extra; name the one to score: data/val:train" in message
+
+
+def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "set.parquet"
+    Dataset.from_list([{"photo": "x", "label": 1}]).to_parquet(file)
+    capsys.readouterr()
+    message = refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")
+    assert "has no column image or img, only photo, label" in message
+    Dataset.from_list([{"image": {"bytes": picture(), "path": None}}], Features(image=Image())).to_parquet(file)
+    capsys.readouterr()
+    assert "has no column label or labels, only image" in refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")
