@@ -4,28 +4,23 @@ Every source becomes a `Listing`, which knows of each picture its file name, its
 read its bytes. What the labels mean is for `eval.sets` to say.
 """
 
-import atexit
 import glob
 import io
-import json
 import os
 import posixpath
 import re
-import shutil
 import sys
 import tarfile
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from timm.data import get_img_extensions
 from timm.utils import natural_key
 
-EXTENSIONS = frozenset(get_img_extensions(as_set=True))
+from eval.tars import EXTENSIONS, FromTar, Member, is_picture, read_members, read_shards, sidecar
+
 SPLITS = ("validation", "val", "test")  # of a source with several, the first of these that is there
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?")
 
@@ -106,11 +101,6 @@ def _files_of_folder(folder: Path) -> list[Path]:
     return files
 
 
-def _is_picture(path: str) -> bool:
-    name = posixpath.basename(path)
-    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-
-
 def _by_folder(location: str, files: list[str], read: Reader) -> Listing:
     """A listing of a tree whose folders are the classes."""
     parents = [posixpath.basename(posixpath.dirname(file)) for file in files]
@@ -135,7 +125,7 @@ def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
             root = root / folder
     walk = os.walk(root, followlinks=True)
     paths = [Path(parent, name).relative_to(root).as_posix() for parent, _, names in walk for name in names]
-    paths = sorted(_below([path for path in paths if _is_picture(path)], folders))
+    paths = sorted(_below([path for path in paths if is_picture(path)], folders))
     own = Path(os.path.abspath(root)).name  # a single class folder is known by it
     return _by_folder(location, [f"{own}/{path}" for path in paths], _FromDisk([root / path for path in paths]))
 
@@ -149,28 +139,6 @@ class _FromDisk:
 
 
 @dataclass(frozen=True)
-class _Member:
-    """Where the bytes of a file lie in an uncompressed tar."""
-
-    tar: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        with open(self.tar, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-@dataclass(frozen=True)
-class _FromTar:
-    members: Sequence[_Member]
-
-    def __call__(self, index: int) -> IO[bytes]:
-        return io.BytesIO(self.members[index].read())
-
-
-@dataclass(frozen=True)
 class _FromDataset:
     dataset: Any
     column: str
@@ -181,73 +149,17 @@ class _FromDataset:
 
 
 def _open_tars(location: str, paths: Iterable[Path], folders: Sequence[str]) -> Listing:
-    shards: dict[Path, dict[str, _Member]] = {}
-    for path in paths:
-        try:
-            shards[path] = dict(_members(path))
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"cannot read the tar {path}: {_first_line(error)}") from error
-    if any(_sidecar(file, members) for members in shards.values() for file in members if _is_picture(file)):
-        return _by_sidecar(location, shards)
-    tree: dict[str, _Member] = {}
+    shards = {path: read_members(path) for path in paths}
+    if any(sidecar(file, members) for members in shards.values() for file in members if is_picture(file)):
+        files, raw, places = read_shards(shards)
+        return _labelled(location, files, raw, FromTar(places))
+    tree: dict[str, Member] = {}
     for shard, members in shards.items():
         if twice := tree.keys() & members.keys():
             raise ValueError(f"{location}: {min(twice)} is there twice, the second time in {shard}")
         tree |= members
-    pictures = sorted(_below([name for name in tree if _is_picture(name)], folders))
-    return _by_folder(location, pictures, _FromTar([tree[name] for name in pictures]))
-
-
-def _members(path: Path) -> Iterator[tuple[str, _Member]]:
-    tar = _uncompressed(path)
-    with tarfile.open(tar, "r:") as archive:
-        for info in archive:
-            if info.isfile():
-                yield posixpath.normpath(info.name), _Member(tar, info.offset_data, info.size)
-
-
-def _uncompressed(path: Path) -> Path:
-    """The tar itself, or its contents in a temporary file: a compressed one cannot be read at random places."""
-    try:
-        with tarfile.open(path, "r:"):
-            return path
-    except tarfile.ReadError:
-        pass
-    handle, name = tempfile.mkstemp(suffix=".tar")
-    atexit.register(Path(name).unlink, missing_ok=True)
-    with os.fdopen(handle, "wb") as out, tarfile.open(path, "r:*") as archive:
-        stream: Any = archive.fileobj
-        stream.seek(0)
-        shutil.copyfileobj(stream, out)
-    return Path(name)
-
-
-def _sidecar(file: str, members: Mapping[str, _Member]) -> str | None:
-    """WebDataset keeps the label of KEY.jpg in KEY.cls or KEY.json beside it; KEY ends at the name's first dot."""
-    key = posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
-    return next((key + suffix for suffix in (".cls", ".json") if key + suffix in members), None)
-
-
-def _by_sidecar(location: str, shards: Mapping[Path, Mapping[str, _Member]]) -> Listing:
-    """WebDataset: keys are unique within a shard."""
-    files, raw, places = [], [], []
-    for shard, members in sorted(shards.items()):
-        for file in sorted(filter(_is_picture, members)):
-            name = _sidecar(file, members)
-            if name is None:
-                raise ValueError(
-                    f"{location}: in {shard}, {file} has neither a .cls nor a .json with its label beside it"
-                )
-            text = members[name].read().decode().strip()
-            if name.endswith(".json"):
-                facts = json.loads(text)
-                if "label" not in facts:
-                    raise ValueError(f'{location}: {name} has no "label", only {", ".join(sorted(facts))}')
-                text = str(facts["label"])
-            files.append(f"{shard.name}/{file}")
-            raw.append(text)
-            places.append(members[file])
-    return _labelled(location, files, raw, _FromTar(places))
+    pictures = sorted(_below([name for name in tree if is_picture(name)], folders))
+    return _by_folder(location, pictures, FromTar([tree[name] for name in pictures]))
 
 
 def _labelled(location: str, files: list[str], raw: Sequence[str], read: Reader) -> Listing:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from eval import leaderboard, results
+from eval import entries, leaderboard, results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 
@@ -138,7 +138,7 @@ def made(tmp_path: Path, repo: Path) -> Path:
     ]
     results.append(tmp_path / "results.csv", rows)
     with (tmp_path / "throughput.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, leaderboard.SPEED_COLUMNS)
+        writer = csv.DictWriter(file, entries.SPEED_COLUMNS)
         writer.writeheader()
         speed = {
             "mode": "infer",
@@ -170,15 +170,15 @@ def test_the_repositorys_files_are_current() -> None:
 
 def test_papers_tables_are_whole_and_marked(repo: Path) -> None:
     for file in (repo / "eval" / "paper").glob("*.csv"):
-        rows = leaderboard.read_csv(file)
+        rows = entries.read_csv(file)
         assert {row["kind"] for row in rows} == {"reported"}
         assert {row["source"] for row in rows} == {f"arXiv:2406.07537 table {file.name[5]}"}
-    entries = {(e.model, e.img_size): e for e in leaderboard.reported_entries(repo / "eval" / "paper")}
-    assert len(entries) == 16
-    base = entries["ARM-B", "224"]
+    by_name = {(e.model, e.img_size): e for e in entries.reported_entries(repo / "eval" / "paper")}
+    assert len(by_name) == 16
+    base = by_name["ARM-B", "224"]
     assert base.top1 == {"in1k": 83.2, "real": 88.0, "v2": 72.3, "a": 31.9, "r": 48.9, "sketch": 37.2}
-    assert base.speeds == {leaderboard.PAPER_SPEED: 1301}
-    assert entries["Vim-H", "224"].top1 == {}
+    assert base.speeds == {entries.PAPER_SPEED: 1301}
+    assert by_name["Vim-H", "224"].top1 == {}
 
 
 def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
@@ -186,7 +186,7 @@ def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
     if not folder.is_dir():
         pytest.skip("no tables to compare with: ../shared/spec/tables is not there")
     for file in folder.glob("*.csv"):
-        theirs, ours = leaderboard.read_csv(file), leaderboard.read_csv(repo / "eval" / "paper" / file.name)
+        theirs, ours = entries.read_csv(file), entries.read_csv(repo / "eval" / "paper" / file.name)
         for row, own in zip(theirs, ours, strict=True):
             assert {key: own[key] for key in row if key != "note"} == {k: v for k, v in row.items() if k != "note"}
 
