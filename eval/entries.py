@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval import results
+from eval.metrics import SUBSETS
 from eval.sets import REAL
 
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
@@ -94,8 +95,9 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
         entry.top1[row["set"]] = float(row["top1"])
         if row["set"] == "in1k":
             entry.interval = (float(row["top1_low"]), float(row["top1_high"]))
-        if clean := number(row.get(f"clean200_{row['set']}_top1")):
-            entry.clean[row["set"]] = clean
+        for name in SUBSETS:
+            if (clean := number(row[f"clean200_{name}_top1"])) is not None:
+                entry.clean[name] = clean
         # a newer row of the set has its own say
         entry.notes = [note for note in entry.notes if not note.startswith(f"{row['set']}: ")]
         if row["marks"]:

@@ -130,8 +130,8 @@ def made(tmp_path: Path, repo: Path) -> Path:
     """A folder with a leaderboard of the paper's tables and of some measured rows."""
     rows = [
         measured_row(top1="10.0000"),  # older than the next but one
-        measured_row(set="a", top1="31.5000", clean200_a_top1="93.2500", marks="7499 pictures instead of 7500"),
-        measured_row(),
+        measured_row(set="a", top1="31.5000", marks="7499 pictures instead of 7500"),
+        measured_row(clean200_a_top1="93.2500"),
         measured_row(set="v2", top1="72.2500"),
         measured_row(model="limited", limit="100"),
         measured_row(model="<script>alert(1)</script>", top1="50.0000", weights_sha256="cd" * 32),
