@@ -1,0 +1,128 @@
+"""The table of scores: one CSV row for each model and set, appended whole or not at all; and unfinished passes."""
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+Row = dict[str, Any]
+
+# A row that equals another in these is the same measurement.
+KEY = (
+    "model",
+    "set",
+    "weights_sha256",
+    "listing_sha256",
+    "img_size",
+    "crop_pct",
+    "crop_mode",
+    "interpolation",
+    "dtype",
+    "limit",
+)
+COLUMNS = (
+    *("model", "set", "n", "top1", "top5", "top1_low", "top1_high", "ece"),
+    *("clean200_a_n", "clean200_a_top1", "clean200_a_top5", "clean200_r_n", "clean200_r_top1", "clean200_r_top5"),
+    *("marks", "params_m", "pictures", "classes", "undecodable", "limit"),
+    *("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype"),
+    *("weights", "weights_sha256", "listing_sha256"),
+    *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "pillow", "arm_zoo", "date"),
+)
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[column]) for column in KEY)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows as text; none where there is no file.
+
+    Raises:
+        ValueError: if the file is of another kind or has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{path} is no table of python -m eval, it lacks {', '.join(missing[:5])}; name another --output"
+            )
+        return list(reader)
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows: the file is written anew beside itself and renamed, under a lock that other runs wait for."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(read(path))
+        writer.writerows(rows)
+        write_whole(path, text.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by one that was written whole beside it."""
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), 0o644)  # mkstemp's own mode is for secrets
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+class Unfinished:
+    """Predictions of a pass that is under way, kept beside the results so that a killed run goes on from there.
+
+    Each process appends records of one fixed size to its own file; a record cut short by the kill is left out.
+    """
+
+    def __init__(self, output: Path, name: str, record: np.dtype) -> None:
+        self._folder = Path(f"{output}.partial")
+        self._name = name
+        self._record = record
+
+    def _files(self) -> Sequence[Path]:
+        return sorted(self._folder.glob(f"{self._name}.*"))
+
+    def load(self) -> np.ndarray:
+        """All whole records, each picture once."""
+        size = self._record.itemsize
+        parts = [file.read_bytes() for file in self._files()]
+        records = np.concatenate(
+            [
+                np.zeros(0, self._record),
+                *(np.frombuffer(part[: len(part) // size * size], self._record) for part in parts),
+            ]
+        )
+        return records[np.unique(records["index"], return_index=True)[1]]
+
+    def start(self, kept: np.ndarray) -> None:
+        """Leave one file with the records to keep."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for file in self._files():
+            file.unlink()
+        (self._folder / f"{self._name}.kept").write_bytes(kept.tobytes())
+
+    def add(self, process: int, records: np.ndarray) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)  # other machines' processes have their own disk
+        with open(self._folder / f"{self._name}.{process}", "ab") as file:
+            file.write(records.tobytes())
+
+    def remove(self) -> None:
+        for file in self._files():
+            file.unlink()
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()

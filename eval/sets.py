@@ -1,0 +1,231 @@
+"""The test sets: how many pictures and classes each has, what its labels mean, and what cannot be scored."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from timm.data import ImageNetInfo
+
+from eval.metrics import imagenet_wnids, real_labels, subset_indices
+from eval.sources import Listing, open_source
+
+WNID = re.compile(r"n\d{8}")
+VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
+REAL = "real"
+REAL_PICTURES = 46_837  # of 50,000; the others have no ReaL label
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """What is canonical about a set.
+
+    Attributes:
+        pictures, classes: their numbers; None where any number is right.
+        folders: below what is given, where the release keeps the class folders.
+        by_number: class folders are called 0 ... 999, not by wnid.
+        subset: name of its 200 classes in `eval.metrics.subset_indices`, None for all 1000.
+    """
+
+    pictures: int | None
+    classes: int | None
+    folders: tuple[str, ...] = ()
+    by_number: bool = False
+    subset: str | None = None
+
+
+def _v2(name: str) -> ImageSet:
+    return ImageSet(10_000, 1000, (f"imagenetv2-{name}-format-val",), by_number=True)
+
+
+SETS = {
+    "in1k": ImageSet(50_000, 1000, ("val",)),
+    "v2": _v2("matched-frequency"),
+    "v2-threshold0.7": _v2("threshold0.7"),
+    "v2-top-images": _v2("top-images"),
+    "a": ImageSet(7_500, 200, ("imagenet-a",), subset="a"),
+    "r": ImageSet(30_000, 200, ("imagenet-r",), subset="r"),
+    "sketch": ImageSet(50_889, 1000, ("sketch",)),
+    CUSTOM: ImageSet(None, None),
+}
+SORT_VAL = (
+    "put ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into one folder and let torchvision sort them into "
+    "FOLDER/val: python -c \"import torchvision; torchvision.datasets.ImageNet('FOLDER', split='val')\""
+)
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A set ready to be scored: its pictures, (N,) class indices of the model, and what is not canonical about it."""
+
+    name: str
+    listing: Listing
+    targets: np.ndarray
+    marks: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        return len(np.unique(self.targets))
+
+    def fingerprint(self) -> str:
+        """Tells sets with other files or labels apart, in whatever order they are listed."""
+        lines = sorted(f"{file}\t{target}" for file, target in zip(self.listing.files, self.targets, strict=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def open_set(name: str, locations: Sequence[str]) -> Listing:
+    """The pictures of a set, labels as they are there; see `eval.sources.open_source`."""
+    try:
+        return open_source(locations, SETS[name].folders)
+    except ValueError as error:
+        raise ValueError(f"--sets {name}: {error}") from error
+
+
+def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
+    """Class indices for the pictures of a set.
+
+    Args:
+        name: of the set.
+        listing: its pictures.
+        label_names: the model's names of its classes; used for a custom set only.
+        num_classes: of the model; used for a custom set only.
+
+    Raises:
+        ValueError: where labels are outside the set's label space, or could mean two things.
+    """
+    spec = SETS[name]
+    try:
+        if name == CUSTOM:
+            targets = _custom_targets(listing, label_names, num_classes)
+        elif listing.class_names is None:
+            targets = _targets_of_numbers(name, listing.labels)
+        else:
+            targets = _targets_of_names(name, listing)
+    except ValueError as error:
+        raise ValueError(f"--sets {name}={listing.location}: {error}") from error
+    return LabelledSet(name, listing, targets, _marks(spec, listing, targets))
+
+
+def _marks(spec: ImageSet, listing: Listing, targets: np.ndarray) -> tuple[str, ...]:
+    counts = (("pictures", len(listing), spec.pictures), ("classes", len(np.unique(targets)), spec.classes))
+    return tuple(f"{found} {what} instead of {right}" for what, found, right in counts if right not in (None, found))
+
+
+def _space(spec: ImageSet) -> tuple[int, ...]:
+    return tuple(range(1000)) if spec.subset is None else subset_indices(spec.subset)
+
+
+def _some(names: Sequence[object], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def _targets_of_names(name: str, listing: Listing) -> np.ndarray:
+    """Folders or ClassLabel names -> class indices."""
+    spec = SETS[name]
+    names = listing.class_names or ()
+    used = sorted({names[i] for i in np.unique(listing.labels)})
+    if not listing.is_tree and len(names) == 1000 and not any(WNID.fullmatch(n) or n.isdecimal() for n in names):
+        return listing.labels  # descriptions of all the classes: their positions are the indices
+    if listing.is_tree:
+        _refuse_flat(spec, listing, used)
+    by_number = spec.by_number or (not listing.is_tree and all(n.isdecimal() for n in used))
+    if by_number:
+        wrong = [n for n in used if not (n.isdecimal() and n == str(int(n)) and int(n) < 1000)]
+        if wrong:
+            raise ValueError(
+                f"classes must be called 0 ... 999, as in the release of ImageNet-V2; found {_some(wrong)}"
+            )
+        numbers = np.array([int(n) if n in used else -1 for n in names])[listing.labels]
+        return numbers if listing.is_tree or spec.subset is None else _targets_of_numbers(name, numbers)
+    wnids = imagenet_wnids()
+    index = {wnids[i]: i for i in _space(spec)}
+    wrong = [n for n in used if n not in index]
+    if wrong:
+        what = "the 1000 wnids of ImageNet-1k" if spec.subset is None else f"the 200 wnids of ImageNet-{name.upper()}"
+        raise ValueError(
+            f"{len(wrong)} of {len(used)} classes are not among {what}: {_some(wrong)}; "
+            "each class needs a folder or label named by its wnid, such as n01440764"
+        )
+    return np.array([index.get(n, -1) for n in names])[listing.labels]
+
+
+def _refuse_flat(spec: ImageSet, listing: Listing, used: Sequence[str]) -> None:
+    if len(used) != 1 or WNID.fullmatch(used[0]) or (spec.by_number and used[0].isdecimal()):
+        return
+    how = SORT_VAL if VAL_FILE.search(listing.files[0]) else "each class needs a folder of its own"
+    raise ValueError(f"all {len(listing)} pictures lie flat in one folder, so their classes are unknown; {how}")
+
+
+def _targets_of_numbers(name: str, numbers: np.ndarray) -> np.ndarray:
+    """Bare numbers -> class indices: those of the 1000, or positions among the set's 200 where that is certain."""
+    subset = SETS[name].subset
+    used = np.unique(numbers)
+    if used[0] < 0 or used[-1] > 999:
+        outside = [int(n) for n in used if not 0 <= n < 1000]
+        raise ValueError(f"labels must be 0 ... 999, found {_some(outside)}")
+    if subset is None:
+        return numbers
+    indices = np.array(subset_indices(subset))
+    foreign = [int(n) for n in used if n not in indices]
+    if used[-1] < 200 and (len(used) == 200 or foreign):
+        return indices[numbers]
+    if foreign:
+        raise ValueError(f"labels {_some(foreign)} are not among the 200 class indices of ImageNet-{name.upper()}")
+    if used[-1] < 200:
+        raise ValueError(
+            f"the labels {_some([int(n) for n in used])} could be class indices 0 ... 999 or positions 0 ... 199; "
+            "name the classes by wnid, as class folders or as names of a ClassLabel"
+        )
+    return numbers
+
+
+def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: int) -> np.ndarray:
+    """By name where the model names its classes, else by position."""
+    names = listing.class_names
+    if names is not None and label_names:
+        index = {str(name): i for i, name in enumerate(label_names)}
+        wrong = [names[i] for i in np.unique(listing.labels) if names[i] not in index]
+        if wrong:
+            raise ValueError(f"the model has no classes {_some(wrong)}; it has {_some(list(label_names))}")
+        return np.array([index.get(name, -1) for name in names])[listing.labels]
+    count = len(names) if names is not None else int(listing.labels.max()) + 1
+    if count > num_classes or (names is not None and count != num_classes) or listing.labels.min() < 0:
+        raise ValueError(
+            f"the set has {count} classes and the model {num_classes} without names: which is which is unknown; give "
+            "the weights as a folder whose config.json has label_names"
+        )
+    return listing.labels
+
+
+def real_label_sets(labelled: LabelledSet) -> list[tuple[int, ...]]:
+    """The ReaL labels of in1k's pictures, by file name.
+
+    Raises:
+        ValueError: if any picture has not the name of a validation picture, ILSVRC2012_val_00000001 ... 00050000.
+    """
+    found = [VAL_FILE.search(file.rpartition("/")[2]) for file in labelled.listing.files]
+    numbers = [int(match[1]) if match else 0 for match in found]
+    wrong = [labelled.listing.describe(i) for i, n in enumerate(numbers) if not 1 <= n <= 50_000]
+    if wrong:
+        raise ValueError(
+            "--sets real: ReaL's labels belong to file names ILSVRC2012_val_00000001 ... ILSVRC2012_val_00050000, and "
+            f"{len(wrong)} of {len(found)} pictures of in1k={labelled.listing.location} have none: {_some(wrong, 3)}; "
+            "give in1k with its original file names, or leave real out"
+        )
+    return [real_labels()[n - 1] for n in numbers]
+
+
+def mapping(labelled: LabelledSet) -> list[str]:
+    """Lines that show, for three pictures across an ImageNet set, which class index their label became."""
+    listing = labelled.listing
+    info = ImageNetInfo()
+    lines = []
+    for i in np.linspace(0, len(listing) - 1, min(3, len(listing))).astype(int):
+        own = listing.labels[i] if listing.class_names is None else listing.class_names[listing.labels[i]]
+        target = int(labelled.targets[i])
+        meaning = f"class {target} {info.index_to_description(target)}"
+        lines.append(f"{labelled.name}: {listing.describe(i)}: label {own} -> {meaning}")
+    return lines

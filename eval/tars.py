@@ -1,0 +1,114 @@
+"""Tar files read at random places: release tarballs, compressed or not, and WebDataset shards."""
+
+import atexit
+import io
+import json
+import os
+import posixpath
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from timm.data import get_img_extensions
+
+EXTENSIONS = frozenset(get_img_extensions(as_set=True))
+
+
+def is_picture(path: str) -> bool:
+    name = posixpath.basename(path)
+    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the bytes of a file lie in an uncompressed tar."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class FromTar:
+    members: Sequence[Member]
+
+    def __call__(self, index: int) -> IO[bytes]:
+        return io.BytesIO(self.members[index].read())
+
+
+def read_members(path: Path) -> dict[str, Member]:
+    """Files of a tar by name.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        return dict(_members(path))
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f"cannot read the tar {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+
+
+def _members(path: Path) -> Iterator[tuple[str, Member]]:
+    tar = _uncompressed(path)
+    with tarfile.open(tar, "r:") as archive:
+        for info in archive:
+            if info.isfile():
+                yield posixpath.normpath(info.name), Member(tar, info.offset_data, info.size)
+
+
+def _uncompressed(path: Path) -> Path:
+    """The tar itself, or its contents in a temporary file: a compressed one cannot be read at random places."""
+    try:
+        with tarfile.open(path, "r:"):
+            return path
+    except tarfile.ReadError:
+        pass
+    handle, name = tempfile.mkstemp(suffix=".tar")
+    atexit.register(Path(name).unlink, missing_ok=True)
+    with os.fdopen(handle, "wb") as out, tarfile.open(path, "r:*") as archive:
+        stream: Any = archive.fileobj
+        stream.seek(0)
+        shutil.copyfileobj(stream, out)
+    return Path(name)
+
+
+def sidecar(file: str, members: Mapping[str, Member]) -> str | None:
+    """WebDataset keeps the label of KEY.jpg in KEY.cls or KEY.json beside it; KEY ends at the name's first dot."""
+    key = posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
+    return next((key + suffix for suffix in (".cls", ".json") if key + suffix in members), None)
+
+
+def read_shards(shards: Mapping[Path, Mapping[str, Member]]) -> tuple[list[str], list[str], list[Member]]:
+    """Names, labels as text, and places of the pictures of WebDataset shards, whose keys are unique within a shard.
+
+    Raises:
+        ValueError: if a picture has no label.
+    """
+    files, labels, places = [], [], []
+    for shard, members in sorted(shards.items()):
+        for file in sorted(filter(is_picture, members)):
+            name = sidecar(file, members)
+            if name is None:
+                raise ValueError(f"{shard}: {file} has neither a .cls nor a .json with its label beside it")
+            text = members[name].read().decode().strip()
+            if name.endswith(".json"):
+                facts = json.loads(text)
+                if "label" not in facts:
+                    raise ValueError(f'{shard}: {name} has no "label", only {", ".join(sorted(facts))}')
+                text = str(facts["label"])
+            files.append(f"{shard.name}/{file}")
+            labels.append(text)
+            places.append(members[file])
+    return files, labels, places

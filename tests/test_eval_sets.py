@@ -1,0 +1,342 @@
+"""Label spaces against timm's lists, metrics on hand-made logits, and what is refused with which message."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Pillow
+from safetensors.torch import save_file
+from scipy.stats import binomtest
+from timm.data import ImageNetInfo
+
+from eval import __main__ as program
+from eval import metrics, results, sets
+
+WNIDS = ImageNetInfo().label_names()
+INFO = Path(timm.data.__file__).parent / "_info"
+
+
+def picture() -> bytes:
+    out = io.BytesIO()
+    Pillow.new("RGB", (8, 8), "red").save(out, "JPEG")
+    return out.getvalue()
+
+
+def tree(root: Path, *files: str) -> Path:
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture())
+    return root
+
+
+def label(name: str, path: Path | str) -> sets.LabelledSet:
+    return sets.label(name, sets.open_set(name, [str(path)]))
+
+
+# metrics
+
+
+def test_ranks_and_scores_of_hand_made_logits() -> None:
+    logits = torch.tensor([[0.0, 3, 1, 2, -1, -2], [5, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]])
+    ranks = metrics.rank(logits)
+    assert ranks.classes.tolist() == [[1, 3, 2, 0, 4], [0, 1, 2, 3, 4], [5, 4, 3, 2, 1]]  # ties by class index
+    assert ranks.confidence == pytest.approx(logits.softmax(1).max(1).values.numpy())
+    score = metrics.score(metrics.hits(ranks.classes, np.array([1, 4, 0])), ranks.confidence)
+    assert (score.n, score.correct1, score.correct5) == (3, 1, 2)
+    assert score.top1 == pytest.approx(100 / 3)
+
+
+def test_other_classes_are_left_out_before_the_argmax() -> None:
+    logits = torch.tensor([[9.0, 1, 2, 8]])
+    ranks = metrics.rank(logits, [1, 2])
+    assert ranks.classes.tolist() == [[2, 1, -1, -1, -1]]
+    assert ranks.confidence[0] == pytest.approx(1 / (1 + np.exp(-1)))
+
+
+def test_sets_of_labels_count_any_of_them() -> None:
+    classes = np.array([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
+    right = metrics.hits_of_sets(classes, [(7, 1), (3,), ()])
+    assert right[:, 0].tolist() == [True, False, False]
+    assert right.any(axis=1).tolist() == [True, True, False]
+    assert metrics.hits_of_sets(classes[:0], []).shape == (0, 5)
+
+
+def test_calibration_error_of_two_bins() -> None:
+    confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.35, 0.35])
+    correct = np.array([True, True, True, False, False, True])
+    assert metrics.expected_calibration_error(confidence, correct) == pytest.approx(100 * (4 * 0.2 + 2 * 0.15) / 6)
+
+
+def test_wilson_interval() -> None:
+    for correct, n in ((41_600, 50_000), (3, 7), (7, 7)):
+        theirs = binomtest(correct, n).proportion_ci(method="wilson")
+        assert metrics.wilson(correct, n) == pytest.approx((100 * theirs.low, 100 * theirs.high))
+    assert metrics.wilson(0, 10)[0] == 0
+    assert np.isnan(metrics.wilson(0, 0)).all()
+
+
+def test_lists_are_timms() -> None:
+    for name, count in (("a", 200), ("r", 200)):
+        synsets = (INFO / f"imagenet_{name}_synsets.txt").read_text().split()
+        assert len(set(metrics.subset_indices(name))) == count
+        assert [WNIDS[i] for i in metrics.subset_indices(name)] == synsets
+    assert len(set(metrics.subset_indices("a")) & set(metrics.subset_indices("r"))) == 86
+    assert list(metrics.imagenet_wnids()) == WNIDS == sorted(WNIDS)
+    assert len(metrics.real_labels()) == 50_000
+    assert sum(bool(labels) for labels in metrics.real_labels()) == sets.REAL_PICTURES == 46_837
+
+
+# label spaces
+
+
+def test_every_folder_of_v2_is_its_number(tmp_path: Path) -> None:
+    labelled = label("v2", tree(tmp_path, *(f"{i}/x.jpeg" for i in range(1000))))
+    by_folder = {
+        Path(file).parent.name: int(t) for file, t in zip(labelled.listing.files, labelled.targets, strict=True)
+    }
+    assert by_folder == {str(i): i for i in range(1000)}
+
+
+def test_every_wnid_is_its_rank(tmp_path: Path) -> None:
+    labelled = label(
+        "in1k", tree(tmp_path, *(f"train/{w}/y.JPEG" for w in WNIDS[:2]), *(f"val/{w}/x.JPEG" for w in WNIDS))
+    )
+    assert labelled.targets.tolist() == list(range(1000))  # and train's pictures are not in
+
+
+def test_release_folders_are_found_below(tmp_path: Path) -> None:
+    root = tree(tmp_path, "ILSVRC/Data/train/n01440764/1.JPEG", "ILSVRC/Data/val/n01443537/1.JPEG", "notes/x.png")
+    assert label("in1k", root).listing.files == [f"{tmp_path.name}/ILSVRC/Data/val/n01443537/1.JPEG"]
+
+
+@pytest.mark.parametrize("name", ["a", "r"])
+def test_bare_numbers_of_200_classes(name: str, tmp_path: Path) -> None:
+    indices = metrics.subset_indices(name)
+
+    def targets(numbers: list[int]) -> list[int]:
+        rows = [{"image": {"bytes": picture(), "path": None}, "label": n} for n in numbers]
+        file = tmp_path / "set.parquet"
+        Dataset.from_list(rows, Features(image=Image(), label=Value("int64"))).to_parquet(file)
+        return label(name, file).targets.tolist()
+
+    assert targets(list(range(200))) == list(indices)
+    assert targets([indices[3], indices[190]]) == [indices[3], indices[190]]
+    foreign = next(n for n in range(200) if n not in indices)
+    assert targets([foreign]) == [indices[foreign]]  # no class index, so a position
+    with pytest.raises(ValueError, match=r"could be class indices 0 ... 999 or positions 0 ... 199; name the classes"):
+        targets([indices[0], indices[1]])
+    with pytest.raises(ValueError, match="are not among the 200 class indices"):
+        targets([foreign, indices[-1]])
+
+
+def test_class_labels_with_descriptions_need_all_thousand(tmp_path: Path) -> None:
+    def targets(name: str, names: list[str]) -> list[int]:
+        rows = [{"image": {"bytes": picture(), "path": None}, "label": 7}]
+        file = tmp_path / "set.parquet"
+        Dataset.from_list(rows, Features(image=Image(), label=ClassLabel(names=names))).to_parquet(file)
+        return label(name, file).targets.tolist()
+
+    assert targets("in1k", [f"thing {i}" for i in range(1000)]) == [7]
+    with pytest.raises(ValueError, match="1 of 1 classes are not among the 200 wnids of ImageNet-A: 'thing 7'"):
+        targets("a", [f"thing {i}" for i in range(200)])
+
+
+def test_real_labels_go_by_file_name(tmp_path: Path) -> None:
+    names = ["ILSVRC2012_val_00000003", "ILSVRC2012_val_00000002_n01440764"]  # the second as on the Hub
+    labelled = label("in1k", tree(tmp_path, f"{WNIDS[0]}/{names[0]}.JPEG", f"{WNIDS[0]}/{names[1]}.JPEG"))
+    found = dict(zip([Path(f).stem for f in labelled.listing.files], sets.real_label_sets(labelled), strict=True))
+    assert found == {names[0]: metrics.real_labels()[2], names[1]: metrics.real_labels()[1]}
+
+
+def test_mapping_of_three_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path, *(f"{i}/x.jpeg" for i in (2, 10, 999)))
+    assert program.main(["--sets", f"v2={root}", "--show-mapping", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "10/x.jpeg: label 10 -> class 10 brambling, Fringilla montifringilla" in lines[0]
+
+
+# refusals: one line on stderr, exit code 1, no traceback
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert program.main([*words, "--device", "cpu", "--workers", "0"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    "name, files, message",
+    [
+        ("in1k", ["n01440764/x.JPEG", "n99999999/x.JPEG"],
+         "1 of 2 classes are not among the 1000 wnids of ImageNet-1k: 'n99999999'"),
+        ("a", ["n01498041/x.jpg", "n01440764/x.jpg"], "not among the 200 wnids of ImageNet-A: 'n01440764'"),
+        ("sketch", ["sketch/tench/x.JPEG", "sketch/shark/x.JPEG"],
+         "each class needs a folder or label named by its wnid"),
+        ("v2", ["0/x.jpeg", "1000/x.jpeg"],
+         "classes must be called 0 ... 999, as in the release of ImageNet-V2; found '1000'"),
+        ("v2", ["n01440764/x.jpeg", "n01443537/x.jpeg"], "found 'n01440764', 'n01443537'"),
+        ("v2", ["0/x.jpeg", "007/x.jpeg"], "found '007'"),
+        ("in1k", ["val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000002.JPEG"],
+         "all 2 pictures lie flat in one folder, so their classes are unknown; put ILSVRC2012_img_val.tar"),
+        ("v2", ["a.jpeg", "b.jpeg"], "each class needs a folder of its own"),
+        ("in1k", ["n01440764/readme.txt"], "no pictures (.jpeg, .jpg, .png) in"),
+    ],
+)  # fmt: skip
+def test_trees_that_are_refused(
+    name: str, files: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tree(tmp_path / "set", *files)
+    assert message in refusal(capsys, "--sets", f"{name}={root}", "--show-mapping")
+
+
+def test_flat_release_tar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ILSVRC2012_img_val.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(2):
+            info = tarfile.TarInfo(f"ILSVRC2012_val_{i + 1:08d}.JPEG")
+            info.size = len(picture())
+            archive.addfile(info, io.BytesIO(picture()))
+    assert "torchvision.datasets.ImageNet('FOLDER', split='val')" in refusal(
+        capsys, "--sets", f"in1k={path}", "--show-mapping"
+    )
+
+
+def test_real_without_file_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "set", "n01440764/1.JPEG")
+    message = refusal(capsys, "--sets", f"in1k={root}", "real", "--show-mapping")
+    assert "1 of 1 pictures of in1k=" in message
+    assert "give in1k with its original file names, or leave real out" in message
+
+
+def test_damaged_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "set.parquet").write_bytes(b"no parquet")
+    assert "as parquet:" in refusal(capsys, "--sets", f"in1k={tmp_path / 'set.parquet'}", "--show-mapping")
+    tree(tmp_path / "big", *(f"n01440764/{i}.JPEG" for i in range(30)))
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(tmp_path / "big", "big")
+    data = (tmp_path / "set.tar").read_bytes()
+    (tmp_path / "set.tar").write_bytes(data[: len(data) // 2 + 100])
+    assert "cannot read the tar" in refusal(capsys, "--sets", f"in1k={tmp_path / 'set.tar'}", "--show-mapping")
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    message = refusal(capsys, "--sets", f"in1k={tmp_path / 'set.zip'}", "--show-mapping")
+    assert "expected one folder, or tar files only, or parquet files only" in message
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["real"], "--sets real scores the pictures of in1k by other labels; add in1k=PATH"),
+        (["real=x"], "real takes no path"),
+        (["v3=x"], "--sets v3=x: allowed are real and NAME=PATH with NAME one of in1k, v2,"),
+        (["in1k"], "allowed are real and NAME=PATH"),
+        (
+            ["in1k=no_such"],
+            "--sets in1k: no file or folder 'no_such', and it is no Hub dataset id (OWNER/NAME) either",
+        ),
+    ],
+)
+def test_words_of_sets(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refusal(capsys, "--sets", *words, "--show-mapping")
+
+
+def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "set", "n01440764/1.JPEG")
+    output = tmp_path / "results.csv"
+    file = tmp_path / "head10.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=10).state_dict(), file)
+
+    def refused(*words: str) -> str:
+        return refusal(capsys, "--sets", f"in1k={root}", "--output", str(output), *words)
+
+    assert "nothing to score: name models with --models" in refused()
+    assert "unknown model 'test_vita'; did you mean test_vit" in refused("--models", "test_vita")
+    assert "the weights of arm_base_patch16_224 are not hosted yet: give them with --weights FILE" in refused(
+        "--models", "arm_base_patch16_224"
+    )
+    assert "no file or folder 'gone.pth'" in refused("--models", "test_vit", "--weights", "gone.pth")
+    assert "with several models each is MODEL=FILE" in refused(
+        "--models", "test_vit", "test_vit2", "--weights", str(file)
+    )
+    assert "names a model twice" in refused("--models", "test_vit", "test_vit", "--weights", f"test_vit={file}")
+    message = refused("--models", "test_vit", "--weights", str(file))
+    assert "test_vit has 10 classes, in1k is for models of ImageNet's 1000" in message
+    assert "--sets custom=PATH" in message
+    torch.save({"other.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    assert "has no classifier" in refused("--models", "test_vit", "--weights", str(tmp_path / "other.pth"))
+    (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:1000])
+    assert "cannot read the checkpoint" in refused(
+        "--models", "test_vit", "--weights", str(tmp_path / "torn.safetensors")
+    )
+    folder = tmp_path / "folder"
+    timm.models.save_for_hf(timm.create_model("test_vit2"), folder)
+    assert "are of test_vit2, not of test_vit" in refused("--models", "test_vit", "--weights", str(folder))
+    assert not output.exists()
+
+
+def test_output_is_checked_before_anything_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    words = ["--sets", "in1k=x", "--show-mapping", "--output"]
+    assert "must be a .csv file in a folder that exists" in refusal(capsys, *words, str(tmp_path / "no" / "x.csv"))
+    assert "is no table of python -m eval, it lacks model, set" in refusal(capsys, *words, str(tmp_path / "other.csv"))
+
+
+def test_rows_are_appended_whole(tmp_path: Path) -> None:
+    output = tmp_path / "results.csv"
+    for i in range(3):
+        results.append(output, [{"model": f'm{i}, "quoted"', "set": "in1k", "n": i}])
+    assert [row["model"] for row in results.read(output)] == [f'm{i}, "quoted"' for i in range(3)]
+    before = output.read_bytes()
+
+    class Broken:
+        def __str__(self) -> str:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results.append(output, [{"model": Broken()}])
+    assert output.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["results.csv"]
+
+
+def test_json_sidecar_without_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in (("1.jpg", picture()), ("1.json", json.dumps({"width": 3}).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert '1.json has no "label", only width' in refusal(
+        capsys, "--sets", f"v2={tmp_path / 'x.tar'}", "--show-mapping"
+    )
+
+
+def test_hub_datasets_that_are_not_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(name: str, revision: str | None) -> list[str]:
+        raise ConnectionError("no such host\nin this test")
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", unreachable)
+    message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
+    assert "data/val is neither a file or folder here nor a dataset the Hub gives us: no such host" in message
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name, revision: ["train", "extra"])
+    message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
+    assert "data/val has the splits train, extra; name the one to score: data/val:train" in message
+
+
+def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "set.parquet"
+    Dataset.from_list([{"photo": "x", "label": 1}]).to_parquet(file)
+    capsys.readouterr()
+    message = refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")
+    assert "has no column image or img, only photo, label" in message
+    Dataset.from_list([{"image": {"bytes": picture(), "path": None}}], Features(image=Image())).to_parquet(file)
+    capsys.readouterr()
+    assert "has no column label or labels, only image" in refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")

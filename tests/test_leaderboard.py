@@ -1,0 +1,320 @@
+"""The leaderboard: what is measured and what reported, files that are current, and the page in headless Chromium."""
+
+import base64
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import entries, leaderboard, results
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
+
+
+def browser_path() -> str | None:
+    """Of the variable CHROMIUM, on PATH, or among those that Playwright fetched."""
+    cache = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright")
+    fetched = sorted(cache.glob("chromium*/chrome-linux*/*")) if cache.is_dir() else []
+    found = [str(path) for path in fetched if path.name in ("chrome", "headless_shell")]
+    return (
+        os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None) or next(iter(found), None)
+    )
+
+
+class Page:
+    """A page in headless Chromium, driven by the DevTools protocol over two pipes, which needs no package."""
+
+    def __init__(self, browser: str, folder: Path) -> None:
+        to_browser, self._out = os.pipe()
+        self._in, from_browser = os.pipe()
+
+        def set_up() -> None:  # Chromium reads commands from 3 and answers on 4
+            os.dup2(to_browser, 30)
+            os.dup2(from_browser, 31)
+            os.dup2(30, 3)
+            os.dup2(31, 4)
+
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
+        self.process = subprocess.Popen(
+            [browser, *flags, f"--user-data-dir={folder}", "about:blank"],
+            preexec_fn=set_up,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._number, self._rest, self._session, self.events = 0, b"", None, []
+        [target] = [t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page"]
+        self._session = self.send("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.send(f"{domain}.enable")
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            self._rest += os.read(self._in, 1 << 16) or b'{"error": "the browser ended"}\0'
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        os.write(
+            self._out, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0"
+        )
+        while (answer := self._read()).get("id") != self._number:
+            assert "error" not in answer, answer
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, file: Path, width: int, height: int, dark: bool = False) -> None:
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.send("Emulation.setEmulatedMedia", features=scheme)
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.send("Emulation.setDeviceMetricsOverride", **metrics)
+        self.events.clear()
+        self.send("Page.navigate", url=file.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._read())
+        self.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
+
+    def run(self, script: str) -> Any:
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def press(self, key: str, text: str = "") -> None:
+        code = {"Tab": 9, "Enter": 13}[key]
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def screenshot(self, file: Path) -> None:
+        file.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    browser = browser_path()
+    if browser is None:
+        pytest.skip("no Chromium: install one, or name it in the environment variable CHROMIUM")
+    page = Page(browser, tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
+
+
+def measured_row(**values: Any) -> dict[str, Any]:
+    row = dict.fromkeys(results.COLUMNS, "")
+    row |= {"model": "arm_base_patch16_224", "set": "in1k", "n": 50_000, "top1": "83.1234", "top5": "96.0000"}
+    row |= {"top1_low": "82.7900", "top1_high": "83.4500", "weights": "w.safetensors", "weights_sha256": "ab" * 32}
+    row |= {"img_size": "224x224", "crop_pct": 0.875, "crop_mode": "squash", "interpolation": "bicubic"}
+    return row | {"dtype": "fp32", "params_m": "85.0"} | values
+
+
+@pytest.fixture
+def made(tmp_path: Path, repo: Path) -> Path:
+    """A folder with a leaderboard of the paper's tables and of some measured rows."""
+    rows = [
+        measured_row(top1="10.0000"),  # older than the next but one
+        measured_row(set="a", top1="31.5000", marks="7499 pictures instead of 7500"),
+        measured_row(clean200_a_top1="93.2500"),
+        measured_row(set="v2", top1="72.2500"),
+        measured_row(model="limited", limit="100"),
+        measured_row(model="<script>alert(1)</script>", top1="50.0000", weights_sha256="cd" * 32),
+    ]
+    results.append(tmp_path / "results.csv", rows)
+    with (tmp_path / "throughput.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, entries.SPEED_COLUMNS)
+        writer.writeheader()
+        speed = {
+            "mode": "infer",
+            "img_size": 224,
+            "batch_size": 256,
+            "dtype": "bf16",
+            "compile": True,
+            "device": "A GPU",
+        }
+        writer.writerow({**speed, "model": "arm_base_patch16_224", "img_per_s": 2345.67})
+        writer.writerow({**speed, "model": "arm_base_patch16_224", "mode": "finetune", "img_per_s": 500})
+        writer.writerow({**speed, "model": "vit_base_patch16_224", "img_per_s": 3456.7})
+    shutil.copy(repo / "README.md", tmp_path)
+    options = [
+        "--results",
+        tmp_path / "results.csv",
+        "--throughput",
+        tmp_path / "throughput.csv",
+        "--folder",
+        tmp_path,
+    ]
+    assert leaderboard.main(list(map(str, options))) == 0
+    return tmp_path
+
+
+def test_the_repositorys_files_are_current() -> None:
+    assert leaderboard.main(["--check"]) == 0
+
+
+def test_papers_tables_are_whole_and_marked(repo: Path) -> None:
+    for file in (repo / "eval" / "paper").glob("*.csv"):
+        rows = entries.read_csv(file)
+        assert {row["kind"] for row in rows} == {"reported"}
+        assert {row["source"] for row in rows} == {f"arXiv:2406.07537 table {file.name[5]}"}
+    by_name = {(e.model, e.img_size): e for e in entries.reported_entries(repo / "eval" / "paper")}
+    assert len(by_name) == 16
+    base = by_name["ARM-B", "224"]
+    assert base.top1 == {"in1k": 83.2, "real": 88.0, "v2": 72.3, "a": 31.9, "r": 48.9, "sketch": 37.2}
+    assert base.speeds == {entries.PAPER_SPEED: 1301}
+    assert by_name["Vim-H", "224"].top1 == {}
+
+
+def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
+    folder = repo.parent / "shared" / "spec" / "tables"
+    if not folder.is_dir():
+        pytest.skip("no tables to compare with: ../shared/spec/tables is not there")
+    for file in folder.glob("*.csv"):
+        theirs, ours = entries.read_csv(file), entries.read_csv(repo / "eval" / "paper" / file.name)
+        for row, own in zip(theirs, ours, strict=True):
+            assert {key: own[key] for key in row if key != "note"} == {k: v for k, v in row.items() if k != "note"}
+
+
+def test_measured_rows_stand_apart(made: Path) -> None:
+    text = (made / "LEADERBOARD.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| arm_base_patch16_224 | **measured**")]
+    [line] = lines
+    assert "| 83.12 | - | 72.25 | 31.50 | - | - | 93.25 |" in line
+    assert "a: 7499 pictures instead of 7500" in line
+    assert "10.00" not in text and "limited" not in text
+    assert "| ARM-B | *reported* | 224 | 85 | 83.2 | 88.0 |" in text
+    assert "Measured by this project: 2 models." in text
+    assert "| vit_base_patch16_224 | infer | 224 | 256 | bf16 | yes | 3,456.7 | A GPU |" in text
+    readme = (made / "README.md").read_text()
+    assert "| `arm_base_patch16_224` | **measured** | 224 | 83.12 |" in readme
+    assert "| `arm_base_patch16_224.arm_in1k_ft_in1k` | *reported by the paper* | 224 | 83.2 |" in readme
+
+
+def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
+    files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", repo / "eval" / "paper", repo / "README.md")
+    for text in files.values():
+        assert "No ImageNet accuracy has been measured by this project yet" in text
+    assert "No speed has been measured yet" in files["LEADERBOARD.md"]
+    assert '<tr class="measured">' not in files["leaderboard.html"]
+
+
+def test_page_loads_nothing_and_escapes(made: Path) -> None:
+    text = (made / "leaderboard.html").read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert not re.search(r"""(src|href)=["'](?!https://arxiv)|@import|url\(|fetch\(|import\(""", text)
+
+
+def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refusal(*words: str) -> str:
+        assert leaderboard.main(["--folder", str(made), *words]) == 1
+        return capsys.readouterr().err
+
+    assert "--results: no file 'gone.csv'" in refusal("--results", "gone.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert "is no table of python -m eval" in refusal("--results", str(tmp_path / "other.csv"))
+    assert "is not of python -m eval.throughput: it lacks model" in refusal(
+        "--throughput", str(tmp_path / "other.csv")
+    )
+    assert "LEADERBOARD.md is not current; run python -m eval.leaderboard" in refusal("--check")
+    (made / "README.md").write_text("# no markers\n")
+    assert "README.md needs the lines <!-- leaderboard:begin -->" in refusal()
+
+
+def column(page: Page, index: int, table: str = "board") -> list[str]:
+    """Texts of a column, of the rows that are shown."""
+    rows = f"[...document.querySelectorAll('#{table} tbody tr')].filter((row) => !row.hidden)"
+    return page.run(f"{rows}.map((row) => row.cells[{index}].firstChild.textContent)")
+
+
+def click(page: Page, title: str) -> None:
+    page.run(f"[...document.querySelectorAll('#board thead button')].find((b) => b.textContent === '{title}').click()")
+
+
+def sorted_by(page: Page) -> dict[str, str]:
+    heads = "[...document.querySelectorAll('#board thead th[aria-sort]')]"
+    return dict(page.run(f"{heads}.map((th) => [th.textContent, th.ariaSort])"))
+
+
+def test_sorting_by_mouse_and_keyboard(page: Page, made: Path) -> None:
+    page.open(made / "leaderboard.html", 1280, 900)
+    assert sorted_by(page) == {"IN-1k": "descending"}
+    click(page, "IN-A")
+    figures = column(page, 7)
+    numbers = [float(text) for text in figures if text != "-"]
+    assert numbers == sorted(numbers, reverse=True) and 31.5 in numbers
+    assert figures[len(numbers) :] == ["-"] * (len(figures) - len(numbers))  # missing ones last
+    click(page, "IN-A")
+    numbers = [float(text) for text in column(page, 7) if text != "-"]
+    assert numbers == sorted(numbers) and len(numbers) == 7
+    assert column(page, 7)[-1] == "-"
+    assert sorted_by(page) == {"IN-A": "ascending"}
+    page.run("document.querySelector('#board thead button').focus()")
+    page.press("Tab")  # from 'model' to 'figures'
+    page.press("Enter", "\r")
+    assert sorted_by(page) == {"figures": "ascending"}
+    kinds = column(page, 1)
+    assert kinds == sorted(kinds) and kinds[0] == "measured"
+
+
+def test_filters_and_charts_follow(page: Page, made: Path) -> None:
+    page.open(made / "leaderboard.html", 1280, 900)
+    total = len(column(page, 0))
+    assert page.run("document.getElementById('count').textContent") == f"{total} of {total} rows"
+
+    def choose(name: str, value: str) -> None:
+        element = f"document.getElementById('{name}')"
+        page.run(f"{element}.value = '{value}'; {element}.dispatchEvent(new Event('input'))")
+
+    choose("kind", "measured")
+    assert set(column(page, 1)) == {"measured"} and len(column(page, 0)) == 2
+    assert page.run("document.querySelectorAll('#bars .reported').length") == 0
+    choose("kind", "")
+    choose("search", "arm-b")
+    assert column(page, 0) == ["ARM-B", "ARM-B", "ARM-B"]
+    choose("size", "384")
+    assert len(column(page, 0)) == 1
+    choose("size", "")
+    choose("search", "")
+    choose("speed", "A GPU, bf16, compiled, batch 256, measured")
+    labels = page.run("[...document.querySelectorAll('#chart g')].map((g) => g.getAttribute('aria-label'))")
+    assert "arm_base_patch16_224 224: 83.1234 %, 2,345.67 images per second, accuracy measured" in labels
+    assert "ARM-B 224: 83.2 %, 2,345.67 images per second, accuracy reported" in labels
+    choose("speed", "NVIDIA A5000, reported by the paper")
+    assert page.run("document.querySelectorAll('#chart g').length") == 14
+    assert page.run("document.querySelectorAll('#bars section').length") == 5
+
+
+@pytest.mark.parametrize("width, height, dark", [(1280, 900, False), (390, 844, False), (1280, 900, True)])
+def test_no_network_no_errors_no_overflow(width: int, height: int, dark: bool, page: Page, made: Path) -> None:
+    page.open(made / "leaderboard.html", width, height, dark)
+    requested = [e["params"]["request"]["url"] for e in page.events if e.get("method") == "Network.requestWillBeSent"]
+    assert requested == [(made / "leaderboard.html").as_uri()]
+    problems = [e for e in page.events if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    assert problems == []
+    assert page.run("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
+    channels = page.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert (max(channels) < 60) == dark
+    # measured and reported look different: in shape, not by colour alone
+    styles = "getComputedStyle(document.querySelector('#board tr.{} .badge')).borderStyle"
+    assert page.run(styles.format("measured")) == "solid"
+    assert page.run(styles.format("reported")) == "dashed"
+    file = made / "page.png"
+    page.screenshot(file)
+    assert file.read_bytes()[:4] == b"\x89PNG" and file.stat().st_size > 20_000
