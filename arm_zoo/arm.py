@@ -22,19 +22,21 @@ from timm.layers import (
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
+    filter_pretrained_cfg,
     generate_default_cfgs,
     register_model,
     register_notrace_function,
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import get_model_args, update_model_input_size
 from torch import nn
 
+from arm_zoo.files import CheckpointError, read_checkpoint, save_model
 from arm_zoo.layers import PatchEmbed, SwiGLU, check_positive, zero_bias
 from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import scan_order
-from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint, resample_pos_embed
+from arm_zoo.weights import adapt_state_dict, resample_pos_embed
 
 __all__ = ["ARM", "Block", "init_block_weights", "no_weight_decay_names", "reset_parameters"]
 
@@ -346,6 +348,32 @@ class ARM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def hub_config(self) -> dict[str, Any]:
+        """The content of config.json, from which timm builds this model again: its Hub form.
+
+        `num_classes` is not among the model's arguments, where it would overrule the number that a caller asks for
+        and break the timm wrapper of transformers.
+        """
+        cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
+        named = len(cfg.get("label_names") or ()) == self.num_classes
+        labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
+        cfg |= {"num_classes": self.num_classes, "input_size": (self.in_chans, *self.patch_embed.img_size)}
+        return {
+            "architecture": cfg.pop("architecture"),
+            "num_classes": self.num_classes,
+            "num_features": self.num_features,
+            **({"global_pool": self.global_pool} if self.global_pool else {}),
+            **(labels if named else {}),
+            "model_args": {key: value for key, value in get_model_args(self).items() if key != "num_classes"},
+            "pretrained_cfg": cfg,
+        }
+
+    @torch.jit.ignore
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json to `folder`, which timm's `local-dir:` takes."""
+        save_model(folder, self.state_dict(), self.hub_config())
 
 
 @register_notrace_function
