@@ -183,9 +183,21 @@ def save_model(
     beside = [Path(f"{name}.tmp") for name in names]
     try:
         save_file(alone, beside[0], metadata={"format": "pt", **metadata})
+        _sort_metadata(beside[0])
         beside[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for unfinished, name in zip(beside, names, strict=True):
             os.replace(unfinished, name)
     finally:
         for unfinished in beside:
             unfinished.unlink(missing_ok=True)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Give the facts in the header one order, so that equal weights are equal files: safetensors shuffles them."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        opened.seek(8)
+        opened.write(text.ljust(size))

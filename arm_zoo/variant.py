@@ -139,6 +139,7 @@ def _backbone_variant(source: StateDict, sizes: dict[str, Any], config: dict[str
         geometry = {"img_size": _side(patches, sizes["patch_size"]), "patch_stride": sizes["patch_size"]}
     if "img_size" not in geometry:
         geometry["img_size"] = _side(patches, geometry["patch_stride"])
+    _check_grid(geometry["img_size"], sizes["patch_size"], geometry["patch_stride"], patches)
     entry = _by_likeness(sizes, patches)[0]
     arguments = _different({**sizes, **geometry}, entry)
     if config.get("global_pool") == "token":
@@ -158,6 +159,20 @@ def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, i
         )
     height, width = to_2tuple(patch_size)
     return _one_or_two((side * height, side * width))
+
+
+def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int) -> None:
+    grid = [
+        (side - patch) // stride + 1
+        for side, patch, stride in zip(
+            to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_stride), strict=True
+        )
+    ]
+    if math.prod(grid) != patches:
+        raise CheckpointError(
+            f"the config.json says img_size {img_size}, which are {grid[0]}x{grid[1]} patches, but the position "
+            f"embeddings are for {patches}; the two files do not belong together"
+        )
 
 
 def _pretraining_variant(source: StateDict, sizes: dict[str, Any], config: dict[str, Any], official: bool) -> Variant:
@@ -180,6 +195,7 @@ def _pretraining_variant(source: StateDict, sizes: dict[str, Any], config: dict[
         "decoder_depth": len(decoder_blocks),
     }
     arguments |= {key: config[key] for key in ("img_size", "cluster_size") if config.get(key) is not None}
+    _check_grid(arguments["img_size"], sizes["patch_size"], sizes["patch_size"], patches)
     entry = _by_likeness(sizes, None)[0]
     return Variant(entry["name"], _different(sizes, entry), 0, arguments, official)
 
