@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import os
-import re
+import pickletools
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
         raise
     except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        wanted = _refused_globals(path, reason)
+        wanted = [] if path.suffix == ".safetensors" else _refused_globals(path)
         if wanted:
             reason = f"it asks to run {', '.join(wanted)}"
         advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
@@ -64,7 +65,8 @@ def _read_pickle(path: Path) -> Any:
     zipped = _starts_with(path, b"PK\x03\x04")
     if zipped:
         _check_archive(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
@@ -85,14 +87,37 @@ def _check_archive(path: Path) -> None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
-def _refused_globals(path: Path, reason: str) -> list[str]:
-    """Names of the functions and classes that a pickle wants and does not get."""
+def _refused_globals(path: Path) -> list[str]:
+    """Names of the functions and classes that a pickle wants and does not get; reading them runs nothing."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip archive, or a damaged one: what the reader said remains
-        wanted = re.findall(r"GLOBAL (\S+) was not", reason)
-    return sorted(set(wanted))
+            wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not a zip archive, or a damaged one
+        allowed = ("torch", "collections.OrderedDict", "argparse.Namespace")
+        wanted = {name for name in _globals_of_pickle(path) if not name.startswith(allowed)}
+    return sorted(wanted)
+
+
+def _globals_of_pickle(path: Path) -> set[str]:
+    """Names in a file without archive, which is a row of pickles with data behind."""
+    found: set[str] = set()
+    strings, memo = ["", ""], [""]  # the two pushed last; those that later parts of the pickle refer to by number
+    with open(path, "rb") as file:
+        try:
+            while True:
+                for code, argument, _ in pickletools.genops(file):
+                    if code.name == "GLOBAL":
+                        found.add(str(argument).replace(" ", "."))
+                    elif code.name == "STACK_GLOBAL":
+                        found.add(".".join(strings))
+                    elif code.name == "MEMOIZE":
+                        memo.append(strings[1])
+                    elif code.name in ("BINGET", "LONG_BINGET"):
+                        strings = [strings[1], dict(enumerate(memo)).get(int(argument or 0) + 1, "")]
+                    elif isinstance(argument, str):
+                        strings = [strings[1], argument]
+        except Exception:  # the data, or damage: pickletools raises all sorts
+            return found
 
 
 def _advice(path: Path) -> str:
