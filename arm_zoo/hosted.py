@@ -152,16 +152,24 @@ def download(
         path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, token=token)
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
         raise DownloadError(f"cannot fetch {filename} of {name}: {_explain(error, name, cache_dir)}") from error
-    return _verified_download(Path(path), name) if filename.endswith(".safetensors") else Path(path)
+    return _verified_download(Path(path), name, filename)
 
 
-def _verified_download(path: Path, repo: str) -> Path:
+def _verified_download(path: Path, repo: str, filename: str) -> Path:
+    blob = _blob(path)
+    if blob is not None and blob.parent.name != "blobs":
+        _discard(path)
+        raise DownloadError(
+            f"{repo}: the server wants {filename} to be kept outside the cache, as {blob}; trust it not"
+        )
+    if not filename.endswith(".safetensors"):
+        return path
     known = [weights.sha256 for weights in TABLE.values() if repo == f"{ORGANISATION}/{weights.repository}"]
     sha256 = known[0] if known else None
     if sha256 is None:
         _logger.warning("%s is not verified: the table of arm_zoo has no sha256 for it", repo)
-        blob = path.resolve().name  # the Hub names large files by their sha256, and its client keeps the name
-        sha256 = blob if re.fullmatch("[0-9a-f]{64}", blob) else None
+        # the Hub names large files by their sha256, and its client keeps the name
+        sha256 = blob.name if blob is not None and re.fullmatch("[0-9a-f]{64}", blob.name) else None
     try:
         return _verified(path, sha256, "it was taken out of the cache, so load again to fetch it anew")
     except CheckpointError as error:
@@ -181,9 +189,14 @@ def _verified(path: Path, sha256: str | None, advice: str) -> Path:
     return path
 
 
+def _blob(path: Path) -> Path | None:
+    """What the cache's link to a file points to, maybe a link too (to a store that caches share); None without one."""
+    return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else None
+
+
 def _discard(path: Path) -> None:
     """Take a file out of the cache, where that may be written to; otherwise the next load fails alike."""
-    for file in (path.resolve(), path):
+    for file in {path.resolve(), _blob(path) or path, path}:
         try:
             file.unlink(missing_ok=True)
         except OSError:
@@ -201,7 +214,7 @@ def _explain(error: BaseException, repo: str, cache_dir: str | Path | None) -> s
     again = "try again later; the environment variable HF_ENDPOINT names a mirror"
     chain = list(_chain(error))
     status = next((part.response.status_code for part in chain if isinstance(part, errors.HfHubHTTPError)), None)
-    full = next((part.errno for part in chain if isinstance(part, OSError) and part.errno), None)
+    disk = next((part for part in chain if isinstance(part, OSError) and part.errno), OSError())
     if isinstance(error, errors.GatedRepoError):
         return f"access is gated; accept its conditions at {endpoint}/{repo}, then {_LOGIN}"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -226,10 +239,11 @@ def _explain(error: BaseException, repo: str, cache_dir: str | Path | None) -> s
     if status is not None:
         reason = "too many requests" if status == 429 else "it is out of order" if status >= 500 else "refused"
         return f"{endpoint} answers HTTP {status} ({reason}); {again}"
-    if full in (errno.ENOSPC, errno.EDQUOT):
+    if disk.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of the cache {cache} is full; free some space, or set HF_HOME to a larger disk"
-    if full in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"the cache {cache} cannot be written to; set HF_HOME or cache_dir to a folder of yours"
+    if disk.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        where = disk.filename or cache
+        return f"{where} cannot be written to; set HF_HOME or cache_dir to a folder of yours"
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is no name of a repository; expected ORG/NAME"
     reason = f"{type(chain[-1]).__name__}: {chain[-1]}".splitlines()[0]
