@@ -13,7 +13,19 @@ from pathlib import Path
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
 
-__all__ = ["TABLE", "DownloadError", "Weights", "bundled_file", "download", "find_weights", "organisation"]
+__all__ = [
+    "ORGANISATION",
+    "TABLE",
+    "DownloadError",
+    "Weights",
+    "bundled_file",
+    "download",
+    "explain",
+    "find_weights",
+    "organisation",
+    "training_commands",
+    "ways_on",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +110,9 @@ def training_commands(entry: str) -> str:
     pretrain, finetune = "accelerate launch -m recipes.pretrain", "accelerate launch -m recipes.finetune"
     if tag == "arm_in1k":
         return pretrain
-    return f"{finetune}, without pretrained weights" if tag == "in1k" else f"{pretrain}, then {finetune}"
+    if tag == "in1k":
+        return f"{finetune}, without pretrained weights (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
+    return f"{pretrain}, then {finetune}"
 
 
 def ways_on(entry: str, architecture: str) -> str:
@@ -151,7 +165,7 @@ def download(
     try:
         path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, token=token)
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
-        raise DownloadError(f"cannot fetch {filename} of {name}: {_explain(error, name, cache_dir)}") from error
+        raise DownloadError(f"cannot fetch {filename} of {name}: {explain(error, name, cache_dir)}") from error
     return _verified_download(Path(path), name, filename)
 
 
@@ -206,7 +220,7 @@ def _discard(path: Path) -> None:
 _LOGIN = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
 
 
-def _explain(error: BaseException, repo: str, cache_dir: str | Path | None) -> str:
+def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None) -> str:
     """What happened, and what to do about it."""
     from huggingface_hub import constants, errors
 

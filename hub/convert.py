@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 import arm_zoo
 from arm_zoo.arm import ARM
@@ -96,8 +95,7 @@ def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict
     return rounded
 
 
-@torch.inference_mode()
-def golden(model: nn.Module) -> dict[str, torch.Tensor]:
+def golden(model: ARM | ARMPretrain) -> dict[str, torch.Tensor]:
     """A fixed picture and what the model makes of it, for `python -m hub check` and anybody else.
 
     Keys: `input` (1, C, H, W); of a backbone `features` (1, dim), pooled, and `logits` (1, classes) if it has a
@@ -105,6 +103,12 @@ def golden(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     height, width = model.patch_embed.img_size
     picture = torch.randn(1, model.in_chans, height, width, generator=torch.Generator().manual_seed(0))
+    return {"input": picture, **answers(model, picture)}
+
+
+@torch.inference_mode()
+def answers(model: ARM | ARMPretrain, picture: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `golden` has beside the picture."""
     with arm_zoo.scan_backend("torch"):
         if isinstance(model, ARMPretrain):
             features = model.forward_encoder(picture)
@@ -112,7 +116,7 @@ def golden(model: nn.Module) -> dict[str, torch.Tensor]:
         else:
             features = model.forward_head(model.forward_features(picture), pre_logits=True)
             results = {"features": features} | ({"logits": model.head(features)} if model.num_classes else {})
-    return {"input": picture} | {name: value.contiguous().clone() for name, value in results.items()}
+    return {name: value.contiguous().clone() for name, value in results.items()}
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

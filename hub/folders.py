@@ -52,6 +52,17 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """Give a path to write to; if the block ends well, what lies there takes the place of `file`, with companions."""
+    file = file.absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as beside:
+        yield Path(beside) / file.name
+        for written in Path(beside).iterdir():
+            os.replace(written, file.parent / written.name)
+
+
 def read_header(file: Path) -> dict[str, str]:
     """The facts in the header of a safetensors file."""
     try:
