@@ -1,21 +1,34 @@
-"""A stand-in for the Hub on the loopback interface: what huggingface_hub asks, answered from memory, with faults."""
+"""A stand-in for the Hub on the loopback interface, and a process in which the real client of the Hub talks to it.
+
+The stand-in answers from memory what huggingface_hub asks, with faults on demand. A guard on the process's sockets
+sees to it that nobody else is asked.
+"""
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+))?)?(?:/.*)?")
 Fault = Callable[["Handler", str], bool]
+
+
+def git_hash(contents: bytes) -> str:
+    """What Git, and so the Hub, names a small file by."""
+    return hashlib.sha1(b"blob %d\0" % len(contents) + contents).hexdigest()
 
 
 @dataclass
@@ -94,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, commit: str, contents: bytes, large: bool, **headers: str) -> None:
         """A file as the Hub sends it: large ones are named by their sha256, others by Git's hash."""
         sha = hashlib.sha256(contents).hexdigest()
-        etag = f'"{sha if large else hashlib.sha1(contents).hexdigest()}"'
+        etag = f'"{sha if large else git_hash(contents)}"'
         linked = {"X-Linked-Etag": etag, "X-Linked-Size": str(len(contents))} if large else {}
         first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         begin = int(first[1]) if first else 0
@@ -116,14 +129,22 @@ class Handler(BaseHTTPRequestHandler):
         commit, files = found
         if what == "tree":
             return self.answer_json([self._entry(path, contents) for path, contents in files.items()])
-        siblings = [{"rfilename": path, "size": len(contents)} for path, contents in files.items()]
-        self.answer_json(
-            {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": [], "private": False}
-        )
+        entries = [self._entry(path, contents) for path, contents in files.items()]
+        siblings = [
+            {
+                "rfilename": entry["path"],
+                "size": entry["size"],
+                "blobId": entry["oid"],
+                **({"lfs": {**entry["lfs"], "sha256": entry["lfs"]["oid"]}} if "lfs" in entry else {}),
+            }
+            for entry in entries
+        ]
+        described = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": [], "private": False}
+        self.answer_json(described)
 
     @staticmethod
     def _entry(path: str, contents: bytes) -> dict[str, Any]:
-        entry = {"type": "file", "path": path, "size": len(contents), "oid": hashlib.sha1(contents).hexdigest()}
+        entry = {"type": "file", "path": path, "size": len(contents), "oid": git_hash(contents)}
         if path.endswith(".safetensors"):
             sha = hashlib.sha256(contents).hexdigest()
             return {**entry, "lfs": {"oid": sha, "size": len(contents), "pointerSize": 130}}
@@ -153,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
             if tag in repository.refs:
                 self.refuse(409, "TagExists")
             else:
-                repository.refs[tag] = repository.refs[match[3] or "main"]
+                repository.refs[tag], _ = repository.at(match[3] or "main") or ("", {})
                 self.answer(200)
         elif match[2] == "paths-info":
             _, files = repository.at(match[3] or "main") or ("", {})
@@ -267,3 +288,139 @@ def sends_other_contents(contents: bytes) -> Fault:
         return True
 
     return fault
+
+
+# the client
+
+CLIENT = """
+import contextlib, hashlib, io, json, logging, os, socket, sys, time
+
+contacted = []
+real_connect, real_lookup = socket.socket.connect, socket.getaddrinfo
+
+def connect(self, address):
+    contacted.append(address[0])
+    if address[0] != "127.0.0.1":
+        raise ConnectionRefusedError(f"the test lets nobody talk to {address[0]}")
+    return real_connect(self, address)
+
+def lookup(host, *args, **kwargs):
+    contacted.append(host)
+    return real_lookup(host, *args, **kwargs)
+
+socket.socket.connect, socket.getaddrinfo = connect, lookup
+import timm, torch
+import arm_zoo
+from huggingface_hub import constants, file_download
+
+constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3
+constants.DOWNLOAD_CHUNK_SIZE = 4096  # what came before a cut is kept by the chunk
+time.sleep = lambda seconds: None  # between the client's retries
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("arm_zoo").addHandler(handler)
+http_get = file_download.http_get
+
+def full_disk(url, temp_file, **kwargs):
+    temp_file.write(b"half of")
+    raise OSError(28, "No space left on device")
+
+def describe(model):
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.float().numpy().tobytes())
+    classes = getattr(model, "num_classes", None)
+    return {"class": type(model).__name__, "digest": digest.hexdigest(), "classes": classes}
+
+def command_line(*argv):
+    from hub.__main__ import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+def run(code, folder):
+    names = {}
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, names)
+    return {"names": {name: describe_value(value) for name, value in names.items() if not name.startswith("_")}}
+
+def describe_value(value):
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+CALLS = {
+    "arm_zoo": lambda *args, **kwargs: describe(arm_zoo.from_pretrained(*args, **kwargs)),
+    "timm": lambda *args, **kwargs: describe(timm.create_model(*args, **kwargs)),
+    "hub": command_line,
+    "run": run,
+}
+
+for line in sys.stdin:
+    task = json.loads(line)
+    lines.clear()
+    os.environ.pop("ARM_ZOO_HUB_ORG", None)
+    os.environ.update(task.get("environment", {}))
+    arm_zoo.hosted.TABLE.update({name: arm_zoo.hosted.Weights(**row) for name, row in task.get("table", {}).items()})
+    file_download.http_get = full_disk if task.get("full") else http_get
+    if task.get("nobody") and os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        reply = CALLS[task["call"]](*task["args"], **task["kwargs"])
+    except BaseException as error:
+        causes, cause = [], error.__cause__
+        while cause is not None:
+            causes.append(type(cause).__name__)
+            cause = cause.__cause__ or cause.__context__
+        own = isinstance(error, arm_zoo.CheckpointError)
+        reply = {"error": type(error).__name__, "own": own, "message": str(error), "causes": causes}
+    if os.geteuid() == 65534 and os.getuid() == 0:
+        os.seteuid(0)
+    print(json.dumps({**reply, "log": list(lines), "hosts": sorted(set(contacted))}), flush=True)
+"""
+
+
+@dataclass
+class Client:
+    """The process that loads, told what to load line by line."""
+
+    process: subprocess.Popen[str]
+
+    def load(self, call: str, *args: Any, **task: Any) -> dict[str, Any]:
+        kwargs = {key: task.pop(key) for key in list(task) if key not in ("environment", "table", "full", "nobody")}
+        request = {"call": call, "args": [str(arg) for arg in args], "kwargs": kwargs, **task}
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
+        reply: dict[str, Any] = json.loads(self.process.stdout.readline())
+        assert set(reply["hosts"]) <= {"127.0.0.1"}
+        return reply
+
+    def refused(self, call: str, *args: Any, **task: Any) -> str:
+        """What a person reads; the error is ours and its cause is chained."""
+        reply = self.load(call, *args, **task)
+        assert reply.get("own"), reply
+        assert reply["causes"], reply
+        cache = task.get("cache_dir")
+        if cache is not None and Path(cache).is_dir():
+            assert not list(Path(cache).rglob("*.incomplete"))  # nothing half-written stays
+            assert not [path for path in Path(cache).rglob("*.safetensors") if not path.exists()]
+        message: str = reply["message"]
+        return message
+
+
+def start_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> Client:
+    names = ("HF_TOKEN", "HF_HUB_OFFLINE", "ARM_ZOO_HUB_ORG")
+    inherited = {key: value for key, value in os.environ.items() if key not in names and "proxy" not in key.lower()}
+    environment = {
+        **inherited,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", CLIENT]
+    return Client(subprocess.Popen(command, cwd=repo, env=environment, text=True, **pipes))

@@ -7,11 +7,8 @@ sockets sees to it that it asks nobody else.
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import hub_server
 import pytest
 import timm
 import torch
-from hub_server import HubServer, running_hub
+from hub_server import Client, HubServer, running_hub, start_client
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,115 +27,6 @@ from arm_zoo.hosted import Weights
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name
-
-CLIENT = """
-import hashlib, json, logging, os, socket, sys, time
-
-contacted = []
-real_connect, real_lookup = socket.socket.connect, socket.getaddrinfo
-
-def connect(self, address):
-    contacted.append(address[0])
-    if address[0] != "127.0.0.1":
-        raise ConnectionRefusedError(f"the test lets nobody talk to {address[0]}")
-    return real_connect(self, address)
-
-def lookup(host, *args, **kwargs):
-    contacted.append(host)
-    return real_lookup(host, *args, **kwargs)
-
-socket.socket.connect, socket.getaddrinfo = connect, lookup
-import timm, torch
-import arm_zoo
-from huggingface_hub import constants, file_download
-
-constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3
-constants.DOWNLOAD_CHUNK_SIZE = 4096  # what came before a cut is kept by the chunk
-time.sleep = lambda seconds: None  # between the client's retries
-lines = []
-handler = logging.Handler()
-handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("arm_zoo").addHandler(handler)
-http_get = file_download.http_get
-
-def full_disk(url, temp_file, **kwargs):
-    temp_file.write(b"half of")
-    raise OSError(28, "No space left on device")
-
-def describe(model):
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.float().numpy().tobytes())
-    classes = getattr(model, "num_classes", None)
-    return {"class": type(model).__name__, "digest": digest.hexdigest(), "classes": classes}
-
-for line in sys.stdin:
-    task = json.loads(line)
-    lines.clear()
-    os.environ.pop("ARM_ZOO_HUB_ORG", None)
-    os.environ.update(task.get("environment", {}))
-    arm_zoo.hosted.TABLE.update({name: arm_zoo.hosted.Weights(**row) for name, row in task.get("table", {}).items()})
-    file_download.http_get = full_disk if task.get("full") else http_get
-    if task.get("nobody") and os.geteuid() == 0:
-        os.seteuid(65534)
-    load = arm_zoo.from_pretrained if task["call"] == "arm_zoo" else timm.create_model
-    try:
-        reply = describe(load(*task["args"], **task["kwargs"]))
-    except BaseException as error:
-        causes, cause = [], error.__cause__
-        while cause is not None:
-            causes.append(type(cause).__name__)
-            cause = cause.__cause__ or cause.__context__
-        own = isinstance(error, arm_zoo.CheckpointError)
-        reply = {"error": type(error).__name__, "own": own, "message": str(error), "causes": causes}
-    if os.geteuid() == 65534 and os.getuid() == 0:
-        os.seteuid(0)
-    print(json.dumps({**reply, "log": list(lines), "hosts": sorted(set(contacted))}), flush=True)
-"""
-
-
-@dataclass
-class Client:
-    """The process that loads, told what to load line by line."""
-
-    process: subprocess.Popen[str]
-
-    def load(self, call: str, *args: Any, **task: Any) -> dict[str, Any]:
-        kwargs = {key: task.pop(key) for key in list(task) if key not in ("environment", "table", "full", "nobody")}
-        request = {"call": call, "args": [str(arg) for arg in args], "kwargs": kwargs, **task}
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
-        reply: dict[str, Any] = json.loads(self.process.stdout.readline())
-        assert set(reply["hosts"]) <= {"127.0.0.1"}
-        return reply
-
-    def refused(self, call: str, *args: Any, **task: Any) -> str:
-        """What a person reads; the error is ours and its cause is chained."""
-        reply = self.load(call, *args, **task)
-        assert reply.get("own"), reply
-        assert reply["causes"], reply
-        cache = task.get("cache_dir")
-        if cache is not None and Path(cache).is_dir():
-            assert not list(Path(cache).rglob("*.incomplete"))  # nothing half-written stays
-            assert not [path for path in Path(cache).rglob("*.safetensors") if not path.exists()]
-        message: str = reply["message"]
-        return message
-
-
-def start_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> Client:
-    names = ("HF_TOKEN", "HF_HUB_OFFLINE", "ARM_ZOO_HUB_ORG")
-    inherited = {key: value for key, value in os.environ.items() if key not in names and "proxy" not in key.lower()}
-    environment = {
-        **inherited,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, "-c", CLIENT]
-    return Client(subprocess.Popen(command, cwd=repo, env=environment, text=True, **pipes))
 
 
 @pytest.fixture(scope="module")
