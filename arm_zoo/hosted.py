@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
 
@@ -30,6 +31,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 ORGANISATION = "arm-zoo"
+_TRIES = 3
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
@@ -153,8 +155,6 @@ def download(
     Raises:
         DownloadError: if it cannot be had; what to do is said, and the cause is chained.
     """
-    from huggingface_hub import hf_hub_download
-
     name, _, at = repo.partition("@")
     revision = revision or at or None
     if not filename.endswith((".safetensors", ".json")):
@@ -163,10 +163,25 @@ def download(
             "Download it yourself if you trust it, and convert it: python -m hub convert FILE OUT"
         )
     try:
-        path = hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, token=token)
+        path = _fetch(name, filename, revision=revision, cache_dir=cache_dir, token=token)
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
         raise DownloadError(f"cannot fetch {filename} of {name}: {explain(error, name, cache_dir)}") from error
     return _verified_download(Path(path), name, filename)
+
+
+def _fetch(*args: Any, **kwargs: Any) -> str:
+    """`hf_hub_download`, again where the connection broke off: not every version of the client does so, or always."""
+    from huggingface_hub import hf_hub_download
+
+    for _ in range(_TRIES - 1):
+        try:
+            return hf_hub_download(*args, **kwargs)
+        except Exception as error:
+            # by name: version 1 of the client speaks through httpx, version 2 through httpx2
+            if type(error).__name__ not in ("ReadError", "RemoteProtocolError"):
+                raise
+            _logger.info("the connection broke off (%s), trying again", error)
+    return hf_hub_download(*args, **kwargs)
 
 
 def _verified_download(path: Path, repo: str, filename: str) -> Path:

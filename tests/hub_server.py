@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+))?)?(?:/.*)?")
+VERSION = int(version("huggingface_hub").partition(".")[0])
 Fault = Callable[["Handler", str], bool]
 
 
@@ -404,7 +406,8 @@ class Client:
         assert reply["causes"], reply
         cache = task.get("cache_dir")
         if cache is not None and Path(cache).is_dir():
-            assert not list(Path(cache).rglob("*.incomplete"))  # nothing half-written stays
+            # nothing half-written stays; version 1 of the client keeps what it has, to go on from there next time
+            assert VERSION < 2 or not list(Path(cache).rglob("*.incomplete"))
             assert not [path for path in Path(cache).rglob("*.safetensors") if not path.exists()]
         message: str = reply["message"]
         return message

@@ -339,7 +339,8 @@ def test_connection_cut_in_the_middle(
     """The client goes on where it was; if that never ends, it says so and leaves nothing behind."""
     hub.add("ada/cut", files, hub_server.cuts_off(files["model.safetensors"], times=2))
     hub.requests.clear()
-    assert client.load("arm_zoo", "ada/cut", cache_dir=tmp_path)["digest"] == digest(model)
+    reply = client.load("arm_zoo", "ada/cut", cache_dir=tmp_path)
+    assert reply.get("digest") == digest(model), reply
     resumed = [line for line in hub.requests if "bytes=" in line]
     half = len(files["model.safetensors"]) // 2
     assert len(resumed) == 2 and half - 4096 < int(resumed[0].rpartition("=")[2].strip("-")) <= half
@@ -436,7 +437,7 @@ def test_hostile_names(hub: HubServer, client: Client, files: dict[str, bytes], 
         assert reply["own"] and reply["error"] == "DownloadError", reply
     for name in ("hf-hub:../../outside", "hf-hub:ada/pico/../../x", "hf-hub:", "hf-hub:a b"):
         assert client.load("arm_zoo", name, cache_dir=cache)["error"] == "DownloadError"
-    assert not list(tmp_path.rglob("outside*"))
+    assert not [path for path in tmp_path.rglob("outside*") if cache not in path.parents]
 
 
 @pytest.mark.parametrize("header", ["ETag", "X_Repo_Commit"])
