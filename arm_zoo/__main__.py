@@ -21,6 +21,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_models, split_model_name_tag
 
 from arm_zoo.arm import ARM
+from arm_zoo.hosted import TABLE
 from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint
 
 
@@ -42,6 +43,13 @@ def count_parameters(model: ARM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def whereabouts(entry: str) -> str:
+    """Whether the weights of an entry come with the package, are on the Hub, or neither."""
+    if entry in TABLE and TABLE[entry].bundled:
+        return "bundled"
+    return "hosted" if is_model_pretrained(entry) else "not hosted"
+
+
 def run_list(args: argparse.Namespace) -> int:
     """Print all entries with their tags, and then the short names."""
     names = list_models(module="arm")
@@ -49,11 +57,10 @@ def run_list(args: argparse.Namespace) -> int:
     for name in [tagged for entry in names for tagged in get_arch_pretrained_cfgs(entry)]:
         model = create(name)
         input_size = "x".join(map(str, model.pretrained_cfg["input_size"]))
-        hosted = "hosted" if is_model_pretrained(name) else "not hosted"
-        rows.append((name, input_size, f"{count_parameters(model) / 1e6:.1f} M", hosted))
+        rows.append((name, input_size, f"{count_parameters(model) / 1e6:.1f} M", whereabouts(name)))
     width = max(len(name) for name, *_ in rows)
-    for name, input_size, parameters, hosted in rows:
-        print(f"{name:{width}}  {input_size:>9}  {parameters:>10}  {hosted}")
+    for name, input_size, parameters, where in rows:
+        print(f"{name:{width}}  {input_size:>9}  {parameters:>10}  {where}")
     print()
     for name in names:
         if not get_arch_pretrained_cfgs(name):
@@ -67,7 +74,7 @@ def run_info(args: argparse.Namespace) -> int:
     cfg, embed = model.pretrained_cfg, model.patch_embed
     name = f"{cfg['architecture']}.{cfg['tag']}"
     tags = [split_model_name_tag(tagged)[1] for tagged in get_arch_pretrained_cfgs(name)]
-    hosted = is_model_pretrained(name)
+    where = whereabouts(name)
     facts = {
         "tags": ", ".join([f"{tags[0]} (default)", *tags[1:]]),
         "parameters": f"{count_parameters(model):,} ({count_parameters(model) / 1e6:.1f} M)",
@@ -80,12 +87,12 @@ def run_info(args: argparse.Namespace) -> int:
         **{key: cfg[key] for key in ("crop_mode", "crop_pct", "interpolation", "mean", "std", "license")},
         "paper": f"{cfg['paper_name']}, {cfg['paper_ids']}",
         "origin": cfg.get("origin_url", "this package"),
-        "weights": "hosted" if hosted else "not hosted; load a .safetensors or .pth file of yours",
+        "weights": "not hosted; load a .safetensors or .pth file of yours" if where == "not hosted" else where,
     }
     print(name)
     for key, value in facts.items():
         print(f"  {key:13}  {value}")
-    source = "" if hosted else ", pretrained_cfg_overlay=dict(file=PATH)"
+    source = ", pretrained_cfg_overlay=dict(file=PATH)" if where == "not hosted" else ""
     print(f'\nimport arm_zoo, timm\nmodel = timm.create_model("{name}", pretrained=True{source})')
     return 0
 

@@ -20,21 +20,25 @@ from timm.layers import (
     get_norm_layer,
 )
 from timm.models import (
+    DefaultCfg,
     build_model_with_cfg,
     checkpoint,
+    filter_pretrained_cfg,
     generate_default_cfgs,
     register_model,
     register_notrace_function,
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import get_model_args, update_model_input_size
 from torch import nn
 
+from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model
+from arm_zoo.hosted import ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
 from arm_zoo.layers import PatchEmbed, SwiGLU, check_positive, zero_bias
 from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import scan_order
-from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint, resample_pos_embed
+from arm_zoo.weights import adapt_state_dict, resample_pos_embed
 
 __all__ = ["ARM", "Block", "init_block_weights", "no_weight_decay_names", "reset_parameters"]
 
@@ -347,6 +351,32 @@ class ARM(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @torch.jit.ignore
+    def hub_config(self) -> dict[str, Any]:
+        """The content of config.json, from which timm builds this model again: its Hub form.
+
+        `num_classes` is not among the model's arguments, where it would overrule the number that a caller asks for
+        and break the timm wrapper of transformers.
+        """
+        cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
+        named = len(cfg.get("label_names") or ()) == self.num_classes
+        labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
+        cfg |= {"num_classes": self.num_classes, "input_size": (self.in_chans, *self.patch_embed.img_size)}
+        return {
+            "architecture": cfg.pop("architecture"),
+            "num_classes": self.num_classes,
+            "num_features": self.num_features,
+            **({"global_pool": self.global_pool} if self.global_pool else {}),
+            **(labels if named else {}),
+            "model_args": {key: value for key, value in get_model_args(self).items() if key != "num_classes"},
+            "pretrained_cfg": cfg,
+        }
+
+    @torch.jit.ignore
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json to `folder`, which timm's `local-dir:` takes."""
+        save_model(folder, self.state_dict(), self.hub_config())
+
 
 @register_notrace_function
 def mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
@@ -397,8 +427,21 @@ def _ours(**kwargs: Any) -> dict[str, Any]:
     return _cfg(license="apache-2.0", origin_url=None, **kwargs)
 
 
-# No entry has a Hub id yet: its weights are not hosted. timm.list_pretrained() therefore shows none of them.
-default_cfgs = generate_default_cfgs(
+def _place(entry: str) -> dict[str, str]:
+    """Where the table says that an entry's weights are, for timm.list_pretrained(), which shows those with a place."""
+    weights = TABLE.get(entry)
+    if weights is not None and weights.bundled:
+        return {"file": str(bundled_file(entry))}
+    if weights is not None and weights.hosted:
+        return {"hf_hub_id": f"{ORGANISATION}/{weights.repository}@{weights.revision}"}
+    return {}
+
+
+def _generate_default_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
+    return dict(generate_default_cfgs({entry: {**cfg, **_place(entry)} for entry, cfg in cfgs.items()}))
+
+
+default_cfgs = _generate_default_cfgs(
     {
         "arm_pico_patch2_8.untrained": _ours(
             num_classes=10, input_size=(1, 8, 8), crop_pct=1.0, mean=(0.3,), std=(0.38,)
@@ -425,7 +468,7 @@ def _create_arm(variant: str, pretrained: bool, **kwargs: Any) -> ARM:
     _check_keywords(variant, kwargs)
     out_indices = kwargs.pop("out_indices", 3)
     if pretrained:
-        _check_source(variant, kwargs)
+        kwargs = _with_source(variant, kwargs)
     try:
         return build_model_with_cfg(
             ARM,
@@ -450,19 +493,30 @@ def _check_keywords(variant: str, kwargs: dict[str, Any]) -> None:
         raise TypeError(f"{variant}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(model))}")
 
 
-def _check_source(variant: str, kwargs: dict[str, Any]) -> None:
+def _with_source(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a file to load: the caller's, the package's own, or one fetched from the Hub.
+
+    Raises:
+        FileNotFoundError: if the caller's file is not there.
+        CheckpointError: if the weights are hosted nowhere, are not those of the table, or cannot be fetched.
+    """
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if cfg.file and not Path(cfg.file).is_file() and cfg.source != "local-dir":
-        hint = f", a folder: create_model('local-dir:{cfg.file}', ...)" if Path(cfg.file).is_dir() else ""
-        raise FileNotFoundError(f"no checkpoint at {cfg.file}{hint}")
-    if not (cfg.has_weights or cfg.state_dict):
-        raise CheckpointError(
-            f"the weights of {variant}{'.' + cfg.tag if cfg.tag else ''} are not hosted yet. Ways on:\n"
-            f"  an official .pth or a .safetensors file: create_model({variant!r}, pretrained=True, "
-            "pretrained_cfg_overlay=dict(file=PATH))\n"
-            "  train it yourself: accelerate launch -m recipes.pretrain, then recipes.finetune, from a checkout\n"
-            "  start untrained: pretrained=False"
-        )
+    entry = f"{variant}.{cfg.tag}" if cfg.tag else variant
+    given = "" if cfg.file is None or cfg.file == _place(entry).get("file") else cfg.file
+    if given and not Path(given).is_file() and cfg.source != "local-dir":
+        hint = f", a folder: create_model('local-dir:{given}', ...)" if Path(given).is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {given}{hint}")
+    if given or cfg.url or cfg.state_dict:
+        return kwargs
+    file: Path | None
+    if cfg.hf_hub_id and cfg.hf_hub_id != _place(entry).get("hf_hub_id"):
+        file = download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=kwargs.get("cache_dir"))
+    else:
+        file = find_weights(entry, kwargs.get("cache_dir"))
+    if file is None:
+        raise CheckpointError(ways_on(entry, variant))
+    overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": str(file), "source": None}
+    return {**kwargs, "pretrained_cfg_overlay": overlay}
 
 
 def _check_readable(variant: str, kwargs: dict[str, Any]) -> None:

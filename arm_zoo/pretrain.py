@@ -6,20 +6,18 @@ the encoder's features of the clusters before it and predict the cluster's norma
 """
 
 import inspect
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from timm.layers import Mlp, to_2tuple
 from timm.models import checkpoint
 from torch import nn
 from torch.nn import functional as F
 
 from arm_zoo.arm import Block, init_block_weights, no_weight_decay_names, reset_parameters
+from arm_zoo.files import save_model
 from arm_zoo.layers import PatchEmbed, check_positive, nearest_multiple
 from arm_zoo.order import cluster_order
 
@@ -281,14 +279,7 @@ class ARMPretrain(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json to `folder`, each beside its name first and then renamed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        weights, config = folder / "model.safetensors", folder / "config.json"
-        save_file(tensors, f"{weights}.tmp", metadata={"format": "pt"})
-        Path(f"{config}.tmp").write_text(json.dumps({"pretraining_model": self.config}, indent=2) + "\n")
-        os.replace(f"{weights}.tmp", weights)
-        os.replace(f"{config}.tmp", config)
+        save_model(folder, self.state_dict(), {"pretraining_model": self.config})
 
 
 def _check_sizes(

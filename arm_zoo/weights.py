@@ -8,25 +8,27 @@ are one.
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed, to_2tuple
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.nn import functional as F
+
+from arm_zoo.files import CheckpointError, StateDict, read_checkpoint
 
 __all__ = [
     "CheckpointError",
     "adapt_state_dict",
     "from_official",
+    "is_official",
     "read_checkpoint",
     "resample_pos_embed",
+    "sincos_grid",
     "to_official",
+    "under_our_names",
 ]
-
-StateDict = dict[str, torch.Tensor]
 
 _DIRECTION_SUFFIXES = ("", "_b", "_c", "_c_b")  # official names of our directions 0 to 3
 _STACKED = {  # ours: official with {} for the direction
@@ -63,40 +65,6 @@ _NAMES: list[tuple[str, str, int | None]] = [
     ("ar_token", "query_token", None),
     ("dec_pos_embed", "decoder_pos_embed", None),
 ]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or whose tensors are not those of the model."""
-
-
-def read_checkpoint(path: str | Path) -> StateDict:
-    """Tensors by name in a .safetensors file or a .pth, there also under "model_ema" or "model"; no code is run.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, of another format, or needs code to be run.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        return load_state_dict(str(path))
-    except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
-        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {_advice(Path(path), reason)}") from error
-
-
-def _advice(path: Path, reason: str) -> str:
-    with open(path, "rb") as file:
-        start = file.read(9)
-    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
-    named_safetensors = path.suffix == ".safetensors"
-    if pickled and named_safetensors:
-        return "it is a pickle, not safetensors: rename it to .pth if you trust it"
-    if start[8:] == b"{" and not named_safetensors:
-        return "it looks like safetensors: rename it to .safetensors"
-    if pickled and "weights_only" in reason:
-        return "nothing in it was run: have its tensors saved alone"
-    return "the file is damaged, cut short or no checkpoint: fetch it again"
 
 
 def _pattern(name: str) -> re.Pattern[str]:
@@ -156,8 +124,23 @@ def _ours_to_official(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     return out
 
 
-def _is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
+def is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the names are those of the authors' code."""
     return any(key.startswith("layers.") for key in state_dict)
+
+
+def under_our_names(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    """The dict under our names, whichever it comes with.
+
+    Raises:
+        CheckpointError: if tensors that are one of ours do not fit together.
+    """
+    if not is_official(state_dict):
+        return dict(state_dict)
+    try:
+        return _official_to_ours(state_dict)
+    except (IndexError, RuntimeError) as error:
+        raise CheckpointError(f"tensors that belong together have different shapes: {error}") from error
 
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -177,7 +160,7 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
             break
-    if not _is_official(state_dict):
+    if not is_official(state_dict):
         raise CheckpointError(
             f"not an official ARM checkpoint: no key starts with 'layers.', found {_some(state_dict)}; "
             "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
@@ -210,7 +193,7 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
         CheckpointError: see `from_official`.
     """
     target = model.state_dict()
-    source = _official_to_ours(state_dict) if _is_official(state_dict) else dict(state_dict)
+    source = under_our_names(state_dict)
     source.pop("mask", None)
     if "cls_token" in target:
         source = _adapt_to_backbone(source, target, model, timm_adapts)
@@ -229,7 +212,7 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, t
         kept = {key: value for key, value in source.items() if key in target}
         fresh = {key: value for key, value in target.items() if key.startswith(("cls_token", "norm.", "head."))}
         patches = source["pos_embed"]
-        grid = _sincos_grid(patches) or _source_grid(model, patches.shape[1], timm_adapts)
+        grid = sincos_grid(patches) or _source_grid(model, patches.shape[1], timm_adapts)
         cls_row = patches.new_zeros(1, 1, patches.shape[-1])
         pos_embed = _join(patches, cls_row)
         source = {**fresh, **kept, "pos_embed": pos_embed}
@@ -247,7 +230,7 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, t
     return source
 
 
-def _sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
+def sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
     """Grid of a fixed sine-cosine table (1, patches, dim), whose halves depend on the column and on the row alone."""
     if table.is_meta:
         return None

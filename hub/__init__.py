@@ -1,1 +1,1 @@
-"""Conversion and publishing of weights; nothing here yet."""
+"""Conversion, publishing, checking and export of weights: `python -m hub`."""

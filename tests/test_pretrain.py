@@ -14,7 +14,7 @@ from timm.layers import to_2tuple
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from arm_zoo import ARMPretrain, create_pretraining_model, from_official, pretrain, to_official
+from arm_zoo import ARMPretrain, create_pretraining_model, from_official, to_official
 from arm_zoo.pretrain import sincos_pos_embed
 
 StateDict = dict[str, torch.Tensor]
@@ -496,7 +496,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         Path(file).write_bytes(before[:100])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(pretrain, "save_file", disk_full)
+    monkeypatch.setattr("arm_zoo.files.save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -1,0 +1,228 @@
+"""Files of weights: read without running anything in them, and written whole or not at all."""
+
+import argparse
+import hashlib
+import json
+import os
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict
+
+__all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "read_checkpoint", "read_config", "save_model", "sha256_of"]
+
+StateDict = dict[str, torch.Tensor]
+Choice = Literal["ema", "model"]
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_PLACES: dict[Choice, tuple[str, ...]] = {  # where checkpoints of a training keep their weights
+    "ema": ("model_ema", "state_dict_ema"),
+    "model": ("model", "state_dict"),
+}
+
+
+class CheckpointError(RuntimeError):
+    """Weights that cannot be had or read, or whose tensors are not those of the model."""
+
+
+def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDict:
+    """Tensors by name in a .safetensors file or a .pth; no code in it is run, and no more read than the file holds.
+
+    Args:
+        path: the file. From a .pth, `argparse.Namespace` is the only object taken beside tensors and plain values.
+        weights: of a training's checkpoint, the averaged weights ("ema") or the trained ones ("model"); None takes
+            the averaged ones where there are any.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is damaged, of another format, needs code to be run, or lacks what `weights` asks for.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        contents = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        wanted = [] if path.suffix == ".safetensors" else _refused_globals(path)
+        if wanted:
+            reason = f"it asks to run {', '.join(wanted)}"
+        advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
+        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
+    return _tensors(_choose(contents, weights, path), path)
+
+
+def _read_pickle(path: Path) -> Any:
+    zipped = _starts_with(path, b"PK\x03\x04")
+    if zipped:
+        _check_archive(path)
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse archives that unpack to more than they are, and those with a flipped bit: PyTorch looks for neither."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or sum(member.file_size for member in members) > path.stat().st_size:
+            raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
+def _refused_globals(path: Path) -> list[str]:
+    """Names of the functions and classes that a pickle wants and does not get; reading them runs nothing."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not a zip archive, or a damaged one
+        allowed = ("torch", "collections.OrderedDict", "argparse.Namespace")
+        wanted = {name for name in _globals_of_pickle(path) if not name.startswith(allowed)}
+    return sorted(wanted)
+
+
+def _globals_of_pickle(path: Path) -> set[str]:
+    """Names in a file without archive, which is a row of pickles with data behind."""
+    found: set[str] = set()
+    strings, memo = ["", ""], [""]  # the two pushed last; those that later parts of the pickle refer to by number
+    with open(path, "rb") as file:
+        try:
+            while True:
+                for code, argument, _ in pickletools.genops(file):
+                    if code.name == "GLOBAL":
+                        found.add(str(argument).replace(" ", "."))
+                    elif code.name == "STACK_GLOBAL":
+                        found.add(".".join(strings))
+                    elif code.name == "MEMOIZE":
+                        memo.append(strings[1])
+                    elif code.name in ("BINGET", "LONG_BINGET"):
+                        strings = [strings[1], dict(enumerate(memo)).get(int(argument or 0) + 1, "")]
+                    elif isinstance(argument, str):
+                        strings = [strings[1], argument]
+        except Exception:  # the data, or damage: pickletools raises all sorts
+            return found
+
+
+def _advice(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
+    named_safetensors = path.suffix == ".safetensors"
+    if pickled and named_safetensors:
+        return "it is a pickle, not safetensors: rename it to .pth if you trust it"
+    if start[8:] == b"{" and not named_safetensors:
+        return "it looks like safetensors: rename it to .safetensors"
+    return "the file is damaged, cut short or no checkpoint: fetch it again"
+
+
+def _choose(contents: Any, weights: Choice | None, path: Path) -> Mapping[str, Any]:
+    """The entry with the weights, where a checkpoint also holds a training's state; else all of it."""
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(f"{path} holds no tensors by name but a {type(contents).__name__}")
+    places = {choice: [name for name in names if contents.get(name) is not None] for choice, names in _PLACES.items()}
+    if weights == "ema" and not places["ema"]:
+        held = ", ".join(map(str, list(contents)[:8])) or "nothing"
+        raise CheckpointError(f"{path} has no averaged weights (model_ema); it holds {held}: ask for weights 'model'")
+    found = places["model"] if weights == "model" else places["ema"] + places["model"]
+    chosen = contents[found[0]] if found else contents
+    if not isinstance(chosen, Mapping):
+        raise CheckpointError(f"{path} holds under {found[0]!r} no tensors by name but a {type(chosen).__name__}")
+    return chosen
+
+
+def _tensors(state_dict: Mapping[Any, Any], path: Path) -> StateDict:
+    """The dict as plain tensors, none larger than its storage; of wrappers' prefixes freed."""
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path} is no state dict: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor; "
+                "expected tensors by name, alone or under 'model' or 'model_ema'"
+            )
+        plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
+    cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
+    return cleaned
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What config.json in a folder of weights says.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is damaged.
+    """
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"no {CONFIG} in {folder}; a folder of weights holds {WEIGHTS} and {CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}; write it anew or fetch it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, not the settings of a model by name")
+    return config
+
+
+def save_model(
+    folder: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], **metadata: str
+) -> None:
+    """Write model.safetensors and config.json to `folder`, each beside its name first and then renamed.
+
+    Args:
+        folder: made if it is not there; other files in it stay.
+        tensors: by name; no two share memory in the file.
+        config: what JSON can hold.
+        metadata: facts for the header of model.safetensors.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    names = (folder / WEIGHTS, folder / CONFIG)
+    beside = [Path(f"{name}.tmp") for name in names]
+    try:
+        save_file(alone, beside[0], metadata={"format": "pt", **metadata})
+        _sort_metadata(beside[0])
+        beside[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for unfinished, name in zip(beside, names, strict=True):
+            os.replace(unfinished, name)
+    finally:
+        for unfinished in beside:
+            unfinished.unlink(missing_ok=True)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Give the facts in the header one order, so that equal weights are equal files: safetensors shuffles them."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        opened.seek(8)
+        opened.write(text.ljust(size))

@@ -1,0 +1,165 @@
+"""Any model of the family in one line: by name, from the Hub, from a folder or from a file."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+from timm.models import PretrainedCfg, list_models
+
+from arm_zoo.arm import ARM
+from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_checkpoint, read_config
+from arm_zoo.hosted import ORGANISATION, TABLE, download, organisation
+from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.variant import find_variant
+from arm_zoo.weights import adapt_state_dict
+
+__all__ = ["from_pretrained"]
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    as_backbone: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> ARM | ARMPretrain:
+    """A model with its weights: a backbone, or the pretraining model where the weights are of one.
+
+    Args:
+        source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
+            "hf-hub:ORG/NAME@REVISION"), a folder with model.safetensors and config.json ("local-dir:FOLDER" too), or a
+            .safetensors or .pth file of this project or the authors.
+        as_backbone: make a backbone also of a pretraining model, for finetuning or features.
+        revision: branch, tag or commit of the repository.
+        cache_dir: instead of the default cache of huggingface_hub.
+        token: see `huggingface_hub.hf_hub_download`.
+        kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
+
+    Returns:
+        `ARM` or `ARMPretrain`, in training mode like what timm.create_model gives; `.eval()` is the caller's.
+
+    Raises:
+        CheckpointError: if the weights are not hosted, cannot be fetched or read, or are another model's.
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if `source` is nothing of the above.
+    """
+    scheme, _, rest = str(source).partition(":")
+    if scheme == "hf-hub":
+        return _from_folder(_fetch(rest, revision, cache_dir, token), as_backbone, kwargs)
+    path = Path(rest if scheme == "local-dir" else source)
+    if isinstance(source, str) and source in _names():
+        hosted = _repository(source)
+        if hosted is None:
+            return cast(ARM, timm.create_model(source, pretrained=True, cache_dir=cache_dir, **kwargs))
+        name, table_revision = hosted
+        return _from_folder(_fetch(name, revision or table_revision, cache_dir, token), as_backbone, kwargs)
+    if path.is_dir() or scheme == "local-dir":
+        return _from_folder(path, as_backbone, kwargs)
+    if path.is_file():
+        beside = path.name == WEIGHTS and (path.parent / CONFIG).is_file()
+        return _from_folder(path.parent, as_backbone, kwargs) if beside else _from_file(path, as_backbone, kwargs)
+    if isinstance(source, str) and _REPOSITORY.fullmatch(source) and not source.endswith((".safetensors", ".pth")):
+        return _from_folder(_fetch(source, revision, cache_dir, token), as_backbone, kwargs)
+    if path.suffix or "/" in str(source):
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    close = difflib.get_close_matches(str(source), sorted(_names()))
+    hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows the entries"
+    raise ValueError(f"{str(source)!r} is no entry, ORG/NAME on the Hub, folder or file; {hint}")
+
+
+def _names() -> set[str]:
+    return {*list_models(module="arm"), *list_models(module="arm", include_tags=True)}
+
+
+def _repository(name: str) -> tuple[str, str | None] | None:
+    """Repository and revision of an entry that is on the Hub, else None: `timm.create_model` says what to do."""
+    cfg = cast(ARM, timm.create_model(name, device="meta")).pretrained_cfg
+    weights = TABLE.get(f"{cfg['architecture']}.{cfg.get('tag', '')}")
+    if weights is None or weights.bundled or not weights.repository:
+        return None
+    if organisation() != ORGANISATION:
+        return f"{organisation()}/{weights.repository}", None
+    return (f"{ORGANISATION}/{weights.repository}", weights.revision) if weights.hosted else None
+
+
+def _fetch(repo: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> Path:
+    """The cache's folder with a repository's configuration and weights of one and the same commit."""
+    config = download(repo, CONFIG, revision, cache_dir, token)
+    commit = config.parent.name
+    name = repo.partition("@")[0]
+    weights = download(name, WEIGHTS, commit, cache_dir, token)
+    if weights.parent != config.parent:
+        raise CheckpointError(f"{config.parent} and {weights.parent} should be one folder of the cache; load again")
+    return config.parent
+
+
+def _from_folder(folder: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> ARM | ARMPretrain:
+    config = read_config(folder)
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}; a folder of weights holds it beside {CONFIG}")
+    own = config.get("pretraining_model")
+    if own is not None and not as_backbone:
+        _check_table(own, set(inspect.signature(ARMPretrain).parameters), "pretraining_model", folder)
+        return _pretraining_model(own, kwargs, folder / WEIGHTS)
+    if own is not None and "architecture" not in config:  # as ARMPretrain.save_pretrained writes it
+        return _from_file(folder / WEIGHTS, as_backbone, kwargs)
+    if config.get("architecture") not in _names():
+        raise CheckpointError(
+            f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of arm_zoo; "
+            f"timm.create_model('local-dir:{folder}', pretrained=True) takes timm's own"
+        )
+    _check_table(config.get("model_args", {}), set(inspect.signature(ARM).parameters), "model_args", folder)
+    _check_table(
+        config.get("pretrained_cfg"), {field.name for field in fields(PretrainedCfg)}, "pretrained_cfg", folder
+    )
+    return cast(ARM, timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs))
+
+
+def _check_table(table: Any, allowed: set[str], name: str, folder: Path) -> None:
+    unknown = sorted(set(table) - allowed) if isinstance(table, dict) else [repr(table)]
+    if unknown:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {name} has {', '.join(unknown)}; expected {', '.join(sorted(allowed))}"
+        )
+
+
+def _from_file(file: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> ARM | ARMPretrain:
+    variant = find_variant(read_checkpoint(file))
+    if variant.pretraining is not None and not as_backbone:
+        return _pretraining_model(variant.pretraining, kwargs, file)
+    overlay: dict[str, Any] = {"file": str(file), "num_classes": variant.num_classes}
+    arguments = {"num_classes": variant.num_classes, **variant.model_args}
+    if variant.pretraining is None:
+        embed = variant.backbone(device="meta").patch_embed
+        overlay["input_size"] = (embed.proj.in_channels, *embed.img_size)
+    return cast(
+        ARM,
+        timm.create_model(
+            variant.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, **kwargs}
+        ),
+    )
+
+
+def _pretraining_model(saved: Mapping[str, Any], kwargs: Mapping[str, Any], file: Path) -> ARMPretrain:
+    allowed = inspect.signature(ARMPretrain).parameters
+    if unknown := sorted(set(kwargs) - set(allowed)):
+        raise TypeError(
+            f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}; it takes "
+            f"{', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it"
+        )
+    state_dict = read_checkpoint(file)
+    try:
+        model = ARMPretrain(**{**saved, **kwargs})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
+    model.load_state_dict(adapt_state_dict(state_dict, model))
+    return model

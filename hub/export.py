@@ -1,0 +1,103 @@
+"""Models for other programs: ONNX for onnxruntime, pt2 for torch.export, and the authors' names for their code.
+
+In ONNX every scan is one `Scan` node with a body of a dozen operators, so that the graph is as large for 3025 patches
+as for 16; the short convolution is a sum of shifted products. In pt2 both stay the operators of arm_zoo, which
+whoever loads the program must import.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import arm_zoo
+from arm_zoo.arm import ARM
+
+from .folders import UsageError, replacing_file
+
+FORMATS = ("onnx", "pt2", "official")
+TOLERANCE = 1e-4  # of the largest logit, between onnxruntime and PyTorch in float32
+
+
+def export(source: str, file: Path, format: str) -> str:
+    """Write a model to `file` and compare what the file computes with what the model does.
+
+    Args:
+        source: anything that `arm_zoo.from_pretrained` takes.
+        file: replaced if it exists.
+        format: 'onnx' and 'pt2' take any number of pictures of the model's size; 'official' is a state dict
+            (.safetensors) under the names of the authors' code.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        UsageError: for a pretraining model, which only 'official' takes, or where a package is missing.
+        CheckpointError: if the file does not compute the same.
+    """
+    model = arm_zoo.from_pretrained(source).eval().requires_grad_(False)
+    if format != "official" and not isinstance(model, ARM):
+        raise UsageError(f"{source} is a pretraining model; onnx and pt2 are for backbones: finetune it first")
+    write = {"onnx": _write_onnx, "pt2": _write_pt2, "official": _write_official}[format]
+    with replacing_file(file) as beside:
+        said = write(model, beside)
+    return f"wrote {file}: {said}"
+
+
+def _pictures(model: nn.Module) -> torch.Tensor:
+    """Two pictures, so that no number of pictures is taken for the only one."""
+    size = (2, model.in_chans, *model.patch_embed.img_size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def _compare(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    if not error <= TOLERANCE:
+        raise arm_zoo.CheckpointError(f"the exported program differs from the model by {error:.1e}, relative")
+    return f"differs from the model by {error:.1e}, relative"
+
+
+def _write_official(model: nn.Module, file: Path) -> str:
+    tensors = arm_zoo.to_official(model)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return f"{len(tensors)} tensors under the names of the authors' code"
+
+
+def _exported(model: nn.Module, pictures: torch.Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    with arm_zoo.scan_backend("torch"):
+        return torch.export.export(model, (pictures,), dynamic_shapes=({0: batch},))
+
+
+def _write_pt2(model: nn.Module, file: Path) -> str:
+    pictures = _pictures(model)
+    torch.export.save(_exported(model, pictures), file)
+    said = _compare(torch.export.load(file).module()(pictures[:1]), model(pictures[:1]))
+    return f"{said}; load it with torch.export.load after `import arm_zoo`"
+
+
+def _write_onnx(model: nn.Module, file: Path) -> str:
+    try:
+        import onnxruntime
+
+        from .onnx_operators import TRANSLATIONS
+    except ImportError as error:
+        raise UsageError(f"onnx needs onnx, onnxscript and onnxruntime ({error}): pip install '.[hub]'") from error
+    pictures = _pictures(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter to its own developers
+        program = torch.onnx.export(
+            _exported(model, pictures),
+            dynamo=True,
+            input_names=["pictures"],
+            output_names=["logits" if model.num_classes else "features"],
+            custom_translation_table=TRANSLATIONS,
+            opset_version=18,
+            verbose=False,
+        )
+    program.save(file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {"pictures": pictures[:1].numpy()})
+    return f"{len(program.model.graph)} nodes, {_compare(torch.from_numpy(output), model(pictures[:1]))}"

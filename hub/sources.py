@@ -1,0 +1,50 @@
+"""What the authors' repository on the Hub holds, asked at run time, and what is known about every entry."""
+
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub import HfApi
+
+from arm_zoo.files import CheckpointError
+from arm_zoo.hosted import explain
+from arm_zoo.variant import find_variant
+
+from .catalog import AUTHORS_REPOSITORY, CATALOG
+
+CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+
+def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
+    """Lines for people: the repository's files with what each is, then the entries of the catalogue.
+
+    Raises:
+        CheckpointError: if the Hub cannot be asked.
+    """
+    api = HfApi(library_name="arm-zoo")
+    try:
+        info = api.repo_info(repo, files_metadata=True)
+    except Exception as error:  # the client's and the network's errors have no common parent
+        raise CheckpointError(f"cannot list {repo}: {explain(error, repo)}") from error
+    files = info.siblings or []
+    yield f"{repo} at {info.sha}: {len(files)} files"
+    for file in files:
+        yield f"  {file.rfilename!r}  {file.size or 0:,} bytes  {_what(api, repo, file.rfilename)}"
+    yield "The entries, and where their weights are to come from:"
+    width = max(map(len, CATALOG))
+    for entry in CATALOG.values():
+        yield f"  {entry.name:{width}}  {entry.state:10}  {entry.paper_name}, from {entry.source or entry.recipe}"
+
+
+def _what(api: HfApi, repo: str, name: str) -> str:
+    """What a file is; of safetensors the header says it, of a pickle only the whole file does."""
+    if not name.endswith(CHECKPOINTS):
+        return ""
+    if not name.endswith(".safetensors"):
+        return "a pickle: what model it is of shows when it was downloaded and converted"
+    try:
+        tensors = api.parse_safetensors_file_metadata(repo, name).tensors
+        variant = find_variant({key: torch.empty(info.shape, device="meta") for key, info in tensors.items()})
+    except Exception as error:  # an unreadable file must not hide the others
+        return f"cannot be told: {error}".splitlines()[0]
+    phase = "pretraining model" if variant.pretraining else f"backbone, {variant.num_classes} classes"
+    return f"{variant.architecture}, {phase}"

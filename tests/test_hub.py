@@ -1,0 +1,899 @@
+"""The hub's programs: conversion of every kind of checkpoint, all or nothing, and one line for every mistake."""
+
+import argparse
+import fractions
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import arm_zoo
+from arm_zoo import to_official
+from arm_zoo.files import CheckpointError, read_checkpoint, sha256_of
+from arm_zoo.hosted import TABLE
+from arm_zoo.variant import find_variant
+from hub.__main__ import main
+from hub.card import BEGIN, END, write_card
+from hub.catalog import CATALOG, candidates
+from hub.convert import convert
+
+PICO = "arm_pico_patch2_8"
+FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
+SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "img_size": 64, "num_classes": 5}
+
+
+def small(name: str = "arm_base_patch16_224", **kwargs: Any) -> nn.Module:
+    """A backbone whose every tensor is random, so that none can be mistaken for another."""
+    model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+def official_file(path: Path, model: nn.Module, **others: Any) -> Path:
+    """What the authors' training writes: weights among the state of a training."""
+    state = {"model": to_official(model), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 99}
+    torch.save({**state, "scaler": {"scale": 65536.0}, "args": argparse.Namespace(lr=1e-3), **others}, path)
+    return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """What a person reads after a mistake: exit code 1, nothing on stdout and one line."""
+    assert main([str(arg) for arg in argv]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
+    return captured.err
+
+
+# conversion gives the authors' numbers
+
+
+@pytest.mark.parametrize("case", ["arm_ft_img64_gp", "arm_ft_224_gp"])
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_official_backbones_give_the_golden_logits(case: str, form: str, golden: Path, tmp_path: Path) -> None:
+    """Converted by the shapes alone, then loaded as timm's users do."""
+    file = golden / case / "state_dict.safetensors"
+    if form == "pth":
+        torch.save({"model": load_file(file), "args": argparse.Namespace()}, tmp_path / "anything.bin")
+        file = tmp_path / "anything.bin"
+    assert main(["convert", str(file), str(tmp_path / "out")]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    pictures = load_file(golden / case / "inputs.safetensors")["images"]
+    expected = load_file(golden / case / "outputs_f64.safetensors")["logits"]
+    with torch.inference_mode():
+        error = (model.double()(pictures.double()) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-7  # the parameters are float32
+    assert to_official(model.float()).keys() == load_file(golden / case / "state_dict.safetensors").keys()
+    for name, value in load_file(golden / case / "state_dict.safetensors").items():
+        assert torch.equal(to_official(model)[name], value), name
+
+
+def test_official_pretraining_gives_the_golden_latents(golden: Path, tmp_path: Path) -> None:
+    case = golden / "arm_pretrain_d12"
+    convert(case / "state_dict.safetensors", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretraining_model"]["img_size"] == 192
+    assert (config["pretraining_model"]["cluster_size"], config["pretraining_model"]["decoder_dim"]) == (64, 64)
+    model = arm_zoo.ARMPretrain(**config["pretraining_model"])
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    outputs = {}
+    for name in ("outputs_f64", "outputs_f64_rounded_to_f32"):
+        outputs |= load_file(case / f"{name}.safetensors")
+    pictures = load_file(case / "inputs.safetensors")["images"].double()
+    with torch.inference_mode():
+        latent = model.double().forward_encoder(pictures)
+        loss, prediction, _ = model(pictures)
+    for actual, expected in ((latent, outputs["latent"]), (prediction, outputs["pred"])):
+        assert (actual - expected).abs().max() / expected.abs().max() < 1e-6
+    assert loss.item() == pytest.approx(outputs["loss"].item(), rel=1e-9)
+    official = load_file(case / "state_dict.safetensors")
+    ours = to_official(model.float())
+    assert ours.keys() == official.keys() and all(torch.equal(ours[name], value) for name, value in official.items())
+
+
+def test_a_converted_pretraining_model_starts_a_backbone(golden: Path, tmp_path: Path) -> None:
+    convert(golden / "arm_pretrain_d12" / "state_dict.safetensors", tmp_path / "out")
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=37)
+    expected = load_file(golden / "arm_surgery_d12" / "mapped.safetensors")
+    actual = to_official(backbone)
+    for name, value in expected.items():
+        assert torch.allclose(actual[name], value, atol=1e-6), name
+
+
+# what is found from shapes
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("arm_tiny_patch16_224", {}),
+        ("arm_pico_patch2_8", {}),
+        ("arm_base_patch16_224", {"depth": 1}),
+        ("arm_base_patch16_384", {"num_classes": 0}),
+        ("arm_base_patch16_stride8_448", {}),
+        ("arm_large_patch16_224", {"img_size": 256}),
+        ("arm_large_patch16_384", {}),
+        ("arm_huge_patch16_224", {"num_classes": 21}),
+        ("arm_small_patch16_224", {"in_chans": 1}),
+    ],
+)
+def test_every_backbone_is_found_from_its_shapes(name: str, sizes: dict[str, Any]) -> None:
+    model = timm.create_model(name, device="meta", **sizes)
+    for state_dict in (model.state_dict(), to_official(model)):
+        variant = find_variant(state_dict)
+        twin = variant.create(device="meta")
+        assert variant.architecture == name
+        assert variant.model_args == {key: value for key, value in sizes.items() if key != "num_classes"}
+        assert variant.num_classes == model.num_classes
+        assert twin.patch_embed.img_size == model.patch_embed.img_size
+        assert twin.patch_embed.patch_stride == model.patch_embed.patch_stride
+
+
+@pytest.mark.parametrize("size", ["arm_pico", "arm_tiny", "arm_base", "arm_large", "arm_huge"])
+@pytest.mark.parametrize("official", [True, False])
+def test_every_pretraining_model_is_found_from_its_shapes(size: str, official: bool) -> None:
+    model = arm_zoo.create_pretraining_model(size, device="meta")
+    variant = find_variant(to_official(model) if official else model.state_dict())
+    expected = dict(model.config)
+    if size == "arm_pico" and not official:
+        expected["cluster_size"] = 8  # what only the official mask tells: 4x4 patches are assumed
+    assert variant.pretraining == expected
+    assert variant.architecture == f"{size}_patch{model.patch_size[0]}_{8 if size == 'arm_pico' else 224}"
+    assert variant.official == official
+
+
+def test_the_file_name_says_nothing(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "arm_huge_patch16_384_pretrain.pth", small())
+    convert(file, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_classes"], config["model_args"]["embed_dim"], config["model_args"]["depth"]) == (5, 32, 2)
+    assert "pretraining_model" not in config
+
+
+# what is written
+
+
+def test_the_four_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small()
+    file = official_file(tmp_path / "checkpoint.pth", model)
+    assert main(["convert", str(file), str(tmp_path / "deep" / "out")]) == 0
+    out = tmp_path / "deep" / "out"
+    assert names_in(out) == FILES and names_in(tmp_path / "deep") == ["out"]
+    assert sha256_of(out / "model.safetensors") in capsys.readouterr().out
+    with safe_open(out / "model.safetensors", "pt") as opened:
+        header = opened.metadata()
+    assert header["architecture"] == "arm_tiny_patch16_224"  # the entry nearest in width
+    assert header["source_sha256"] == sha256_of(file)
+    assert (header["library"], header["library_version"]) == ("arm-zoo", arm_zoo.__version__)
+    assert (header["license"], header["dtype"], header["format"]) == ("unknown", "fp32", "pt")
+    config = json.loads((out / "config.json").read_text())
+    assert "num_classes" not in config["model_args"] and config["num_classes"] == 5
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    golden = load_file(out / "golden.safetensors")
+    assert golden.keys() == {"input", "features", "logits"}
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.inference_mode():
+        features = loaded.forward_head(loaded.forward_features(golden["input"]), pre_logits=True)
+        assert torch.allclose(loaded(golden["input"]), golden["logits"], atol=1e-5)
+        assert torch.allclose(features, golden["features"], atol=1e-5)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_two_conversions_are_equal_to_the_byte(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "checkpoint.pth", small())
+    for name in "ab":
+        convert(file, tmp_path / name)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision(dtype: str, tmp_path: Path) -> None:
+    """The golden logits are those of the rounded weights, which the model gives to whoever loads them."""
+    model = small()
+    convert(official_file(tmp_path / "checkpoint.pth", model), tmp_path / "out", dtype=dtype)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert {value.dtype for value in tensors.values()} == {half}
+    for name, value in model.state_dict().items():
+        assert torch.equal(tensors[name], value.to(half)), name
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    golden = load_file(tmp_path / "out" / "golden.safetensors")
+    with torch.inference_mode():
+        assert torch.allclose(loaded(golden["input"]), golden["logits"], atol=1e-5)
+        assert not torch.allclose(model(golden["input"]), golden["logits"], atol=1e-7)
+
+
+def test_numbers_too_large_for_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small()
+    with torch.no_grad():
+        model.norm.weight[0] = 1e6
+    file = official_file(tmp_path / "checkpoint.pth", model)
+    assert "norm_f.weight overflows torch.float16" in mistake(
+        capsys, "convert", file, tmp_path / "out", "--dtype", "fp16"
+    )
+    model.norm.weight.data[0] = torch.nan
+    official_file(file, model)
+    assert "norm_f.weight is not finite" in mistake(capsys, "convert", file, tmp_path / "out")
+    assert names_in(tmp_path) == ["checkpoint.pth"]
+
+
+def test_averaged_and_trained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--weights` chooses, the averaged ones are the default; prefixes of DistributedDataParallel go."""
+    trained, averaged = small(), small()
+    ema = {f"module.{name}": value for name, value in to_official(averaged).items()}
+    file = official_file(tmp_path / "checkpoint.pth", trained, model_ema=ema)
+    for options, model in (([], averaged), (["--weights", "ema"], averaged), (["--weights", "model"], trained)):
+        assert main(["convert", str(file), str(tmp_path / "out"), "--overwrite", *options]) == 0
+        tensors = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
+    capsys.readouterr()
+    official_file(file, trained)
+    message = mistake(capsys, "convert", file, tmp_path / "other", "--weights", "ema")
+    assert "no averaged weights (model_ema); it holds model, optimizer, epoch" in message
+
+
+def test_shared_tensors_are_written_apart(tmp_path: Path) -> None:
+    model = small()
+    official = to_official(model)
+    shared = torch.randn(5 * 32)
+    official["norm_f.weight"], official["norm_f.bias"] = shared[:32], shared[:32]
+    official["cls_token"] = shared[32:64].view(1, 1, 32)
+    torch.save(official, tmp_path / "shared.pth")
+    convert(tmp_path / "shared.pth", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(tensors["norm.weight"], shared[:32]) and torch.equal(tensors["norm.bias"], shared[:32])
+    with (tmp_path / "out" / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    spans = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(tmp_path: Path) -> None:
+    """Classes' names, preprocessing and a grid that is no square stand in the config.json beside the file."""
+    model = small(PICO, img_size=(8, 16), embed_dim=64, num_classes=3, in_chans=1)
+    model.save_pretrained(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["label_names"] = ["ant", "bee", "cat"]
+    config["pretrained_cfg"] |= {"mean": [0.25], "std": [0.5], "crop_pct": 0.9}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "run" / "model.safetensors", tmp_path / "out", license="apache-2.0")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert loaded.patch_embed.img_size == (8, 16)
+    assert loaded.pretrained_cfg["label_names"] == ["ant", "bee", "cat"]
+    assert (loaded.pretrained_cfg["mean"], loaded.pretrained_cfg["crop_pct"]) == ([0.25], 0.9)
+    assert loaded.pretrained_cfg["license"] == "apache-2.0" and "origin_url" not in loaded.pretrained_cfg
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_exports_of_our_pretraining(tmp_path: Path) -> None:
+    model = arm_zoo.create_pretraining_model("arm_pico", img_size=(8, 16))
+    model.save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretraining_model"] == {**model.config, "img_size": [8, 16]}
+    golden = load_file(tmp_path / "out" / "golden.safetensors")
+    assert torch.allclose(model.eval().forward_encoder(golden["input"]), golden["features"], atol=1e-5)
+
+
+# mistakes
+
+
+def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
+    out.mkdir()
+    assert main(["convert", str(file), str(out)]) == 0  # empty folders are as good as new ones
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    assert "has a model already; name a new folder, or replace it with --overwrite" in mistake(
+        capsys, "convert", file, out
+    )
+    (out / "notes.txt").write_text("mine")
+    assert "holds other files (notes.txt)" in mistake(capsys, "convert", file, out, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine" and (out / "model.safetensors").stat().st_mtime_ns == before
+    (out / "notes.txt").unlink()
+    assert "lies in" in mistake(capsys, "convert", out / "model.safetensors", out, "--overwrite")
+    assert "is a file; name a folder" in mistake(capsys, "convert", file, file)
+    assert f"no checkpoint at {tmp_path / 'none.pth'}" in mistake(capsys, "convert", tmp_path / "none.pth", out / "x")
+
+
+def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that fails at its last step leaves the folder of before, or none."""
+    file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hub.convert.write_card", fail)
+        assert main(["convert", str(file), str(out)]) == 1
+        assert names_in(tmp_path) == ["checkpoint.pth"]
+    convert(file, out)
+    before = {name: (out / name).read_bytes() for name in FILES}
+    with monkeypatch.context() as patch:
+        patch.setattr("hub.convert.write_card", fail)
+        assert main(["convert", str(official_file(file, small())), str(out), "--overwrite"]) == 1
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert names_in(tmp_path) == ["checkpoint.pth", "out"]
+
+
+def test_unmatched_keys_are_listed_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    official = to_official(small())
+    official["extra.weight"] = torch.zeros(3)
+    del official["layers.1.norm2.bias"]
+    official["norm_f.weight"] = torch.zeros(7)
+    torch.save({"model": official}, tmp_path / "checkpoint.pth")
+    message = mistake(capsys, "convert", tmp_path / "checkpoint.pth", tmp_path / "out")
+    assert "only in the model (1): blocks.1.norm2.bias" in message
+    assert "only in the checkpoint (1): extra.weight" in message
+    assert "norm.weight (7,) -> (32,)" in message
+    assert names_in(tmp_path) == ["checkpoint.pth"]
+
+
+def test_other_architectures(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), tmp_path / "vit.safetensors")
+    message = mistake(capsys, "convert", tmp_path / "vit.safetensors", tmp_path / "out")
+    assert "this is no ARM checkpoint" in message and "found blocks.0.attn.proj.bias" in message
+    vim = golden / "vim_small_img64" / "state_dict.safetensors"
+    assert "Vim checkpoint" in mistake(capsys, "convert", vim, tmp_path / "out")
+
+
+class RunsCode:
+    """A pickle of this makes a folder when it is read by pickle's own rules."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "protocol 4"])
+def test_pickles_that_want_more_are_refused_by_name(
+    form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, trap = tmp_path / "trap.pth", tmp_path / "trap"
+    checkpoint = {"model": to_official(small()), "args": RunsCode(trap), "rate": fractions.Fraction(1, 3)}
+    if form == "protocol 4":
+        file.write_bytes(pickle.dumps(checkpoint, protocol=4))
+    else:
+        torch.save(checkpoint, file, _use_new_zipfile_serialization=form == "zip")
+    message = mistake(capfd, "convert", file, tmp_path / "out")
+    assert f"asks to run fractions.Fraction, {os.mkdir.__module__}.mkdir; nothing in it was run" in message
+    assert names_in(tmp_path) == ["trap.pth"]
+    pickle.loads(file.read_bytes()) if form == "protocol 4" else torch.load(file, weights_only=False)
+    assert trap.exists()  # it would have worked
+
+
+def test_namespaces_alone_are_allowed(tmp_path: Path) -> None:
+    allowed = torch.serialization.get_safe_globals()
+    file = official_file(tmp_path / "checkpoint.pth", small(), args=argparse.Namespace(inner=argparse.Namespace()))
+    assert read_checkpoint(file).keys() == to_official(small()).keys()
+    assert torch.serialization.get_safe_globals() == allowed  # what was allowed was allowed for this reading
+
+
+def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "whole.pth", small())
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in whole.namelist():
+            packed.writestr(member, whole.read(member))
+    with pytest.raises(CheckpointError, match=r"compressed, which PyTorch never does.*fetch it again"):
+        read_checkpoint(tmp_path / "packed.pth")
+
+
+def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "checkpoint.pth", small())
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"checksum of .*data.* is wrong; the file is damaged"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "contents, reason",
+    [
+        ([torch.zeros(3)], "holds no tensors by name but a list"),
+        ({"model": 3}, "holds under 'model' no tensors by name but a int"),
+        ({"epoch": 3}, "'epoch' is a int, not a tensor"),
+        ({3: torch.zeros(3)}, "'3' is a Tensor, not a tensor"),
+        ({"w": torch.zeros(1).expand(10**12)}, "larger than its data in the file"),
+        ({"w": torch.empty(10**12, device="meta")}, "no plain dense tensor"),
+        ({"w": torch.eye(3).to_sparse()}, "no plain dense tensor"),
+        (OrderedDict(), "this is no ARM checkpoint: .* found nothing"),
+    ],
+)
+def test_files_that_are_no_checkpoints(contents: Any, reason: str, tmp_path: Path) -> None:
+    torch.save(contents, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=reason):
+        convert(tmp_path / "file.pth", tmp_path / "out")
+    assert names_in(tmp_path) == ["file.pth"]
+
+
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    state_dict = {name: value.int() for name, value in small().state_dict().items()}
+    save_file(state_dict, tmp_path / "file.safetensors")
+    with pytest.raises(CheckpointError, match=r"has type torch.int32; expected floating point numbers"):
+        convert(tmp_path / "file.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"model_args": []}, "the model's arguments are a list, not a table"),
+        ({"model_args": {"img_size": "64"}}, "img_size is '64'; expected pixels"),
+        ({"model_args": {"img_size": 60000}}, "config.json says"),
+        ({"pretrained_cfg": 3}, "pretrained_cfg is a int"),
+        ({"pretrained_cfg": {"mean": "grey"}}, "mean is 'grey'"),
+        ({"pretrained_cfg": {"mean": [0.1, 0.2]}}, "not for 3 channels"),
+        ({"label_names": 7}, "label_names is no list of names"),
+    ],
+)
+def test_damaged_configurations(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=reason):
+        convert(tmp_path / "model.safetensors", tmp_path / "out")
+    (tmp_path / "config.json").write_text("[" * 99999)
+    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
+        convert(tmp_path / "model.safetensors", tmp_path / "out")
+
+
+FUZZ = """
+import json, os, resource, sys
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from arm_zoo.files import CheckpointError
+from hub.convert import convert
+from hub.folders import UsageError
+
+folder = Path(sys.argv[1])
+sources = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+outcomes = {"converted": 0, "refused": 0, "grown": 0}
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+numbers = st.one_of(st.integers(-2, 70), st.sampled_from([2**31 - 1, 2**31, 2**40, 2**63 - 1, 10**30, 0.5, 1e308]))
+values = st.one_of(numbers, st.none(), st.booleans(), st.text(max_size=5), st.lists(numbers, max_size=3), st.just({}))
+
+
+@st.composite
+def damaged(draw, contents):
+    data = bytearray(contents)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data) - 1)) if data else 0
+        # headers are where it matters, and at the start or the end
+        at = draw(st.sampled_from([at, at % 600, max(0, len(data) - 1 - at % 600)]))
+        kind = draw(st.sampled_from(["flip", "cut", "insert", "remove", "number"]))
+        if kind == "flip" and data:
+            data[at] ^= draw(st.integers(1, 255))
+        elif kind == "cut":
+            del data[at:]
+        elif kind == "insert":
+            data[at:at] = draw(st.binary(max_size=20))
+        elif kind == "remove":
+            del data[at : at + draw(st.integers(1, 40))]
+        elif kind == "number":
+            number = draw(st.sampled_from([2**16, 2**31 - 1, 2**40, 2**63, 2**64 - 1]))
+            data[at : at + 8] = number.to_bytes(8, "little")
+    return bytes(data)
+
+
+@st.composite
+def edited(draw, table):
+    # one value somewhere in a JSON document is another one, or gone
+    document = json.loads(table)
+    place = document
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        if not keys:
+            return json.dumps(document).encode()
+        key = draw(st.sampled_from(keys))
+        if isinstance(place[key], (dict, list)) and draw(st.booleans()):
+            place = place[key]
+            continue
+        if draw(st.booleans()):
+            place[key] = draw(values)
+        else:
+            del place[key]
+        return json.dumps(document).encode()
+
+
+@st.composite
+def cases(draw):
+    name = draw(st.sampled_from(["zip.pth", "old.pth", "model.safetensors", "header", "config.json"]))
+    if name == "header":
+        contents = sources["model.safetensors"]
+        size = int.from_bytes(contents[:8], "little")
+        header = draw(edited(contents[8 : 8 + size]))
+        return "model.safetensors", len(header).to_bytes(8, "little") + header + contents[8 + size :]
+    json_edit = name == "config.json" and draw(st.booleans())
+    return name, draw(edited(sources[name]) if json_edit else damaged(sources[name]))
+
+
+def run(name, contents):
+    for source, original in sources.items():
+        (folder / source).write_bytes(contents if source == name else original)
+    file = folder / ("model.safetensors" if name == "config.json" else name)
+    before = peak()
+    try:
+        convert(file, folder.parent / "out", overwrite=True)
+        outcomes["converted"] += 1
+    except (CheckpointError, UsageError):
+        outcomes["refused"] += 1
+    outcomes["grown"] = max(outcomes["grown"], peak() - before)  # by one file; hypothesis itself grows slowly too
+    assert {path.name for path in folder.parent.iterdir()} <= {folder.name, "out"}
+
+
+@settings(max_examples=int(sys.argv[2]), deadline=None, database=None, derandomize=True,
+          phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(cases())
+def fuzz(case):
+    run(*case)
+
+
+run("zip.pth", sources["zip.pth"])
+outcomes["grown"] = 0
+address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (address_space + 2**30, resource.RLIM_INFINITY))
+fuzz()
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are set as Linux does")
+def test_damaged_files_end_in_our_error(tmp_path: Path, repo: Path) -> None:
+    """Hundreds of damaged checkpoints and configurations: converted or refused, in bounded memory, nothing left."""
+    pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+    sources = tmp_path / "place" / "sources"
+    model = small(PICO, embed_dim=16, depth=1, img_size=8)
+    model.save_pretrained(sources)
+    official_file(sources / "zip.pth", model)
+    torch.save({"model": to_official(model)}, sources / "old.pth", _use_new_zipfile_serialization=False)
+    command = [sys.executable, "-c", FUZZ, str(sources), "300"]
+    environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    outcomes = json.loads(result.stdout.splitlines()[-1])
+    assert outcomes["refused"] > 100 and outcomes["converted"] > 10
+    assert outcomes["grown"] < 64 * 1024  # KiB
+
+
+# cards
+
+
+def test_the_card_keeps_what_people_wrote(tmp_path: Path) -> None:
+    file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
+    convert(file, out)
+    card = (out / "README.md").read_text()
+    assert card.count(BEGIN) == card.count(END) == 1
+    edited = card.replace("license: other", "license: other\nlanguage: en\nlicense_link: LICENSE")
+    edited = edited.replace(BEGIN, f"Seen by Ada.\n\n{BEGIN}\nlost").replace(END, f"{END}\n\n## Notes\n\nkept")
+    (out / "README.md").write_text(edited)
+    convert(file, out, overwrite=True)
+    again = (out / "README.md").read_text()
+    assert "Seen by Ada." in again and "\n## Notes\n\nkept" in again and "lost" not in again
+    assert "language: en" in again and again.count("license: other") == 1
+    convert(file, out, overwrite=True)
+    assert (out / "README.md").read_text() == again
+
+
+def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
+    """Figures of the paper stand apart from ours, which alone are in the model index, for these weights only."""
+    official = timm.create_model("arm_base_patch16_384", device="meta")
+    folder = tmp_path / "base"
+    folder.mkdir()
+    config = {**official.hub_config(), "model_args": {"img_size": [384, 384]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", metadata={"source_names": "official"})
+    sha256 = sha256_of(folder / "model.safetensors")
+    rows = [("in1k", 50000, 84.11, sha256), ("v2", 10000, 73.5, sha256), ("a", 7500, 1.0, "of another")]
+    csv = "".join(f"arm,{name},{n},{top1},99,{sha}\n" for name, n, top1, sha in rows)
+    (tmp_path / "results.csv").write_text(f"model,set,n,top1,top5,weights_sha256\n{csv}")
+    write_card(folder, repo="ada/base", results=tmp_path / "results.csv")
+    card = ModelCard.load(folder / "README.md")
+    figures = {(r.dataset_type, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results or []}
+    assert figures == {("in1k", "accuracy", "top1"): 84.11, ("v2", "accuracy", "top1"): 73.5}
+    measured, _, reported = card.text.partition("*Reported* by the paper")
+    assert "| ImageNet-1k | 50000 | 84.11 |" in measured and "| ImageNet-V2 | 10000 | 73.50 |" in measured
+    assert "| ARM-B at 384 pixels | ImageNet-1k | 84.2 |" in reported and "ImageNet-A" not in card.text
+    (tmp_path / "results.csv").write_text("model,top1\n")
+    with pytest.raises(ValueError, match="lacks the columns n, set, weights_sha256"):
+        write_card(folder, results=tmp_path / "results.csv")
+
+
+def test_what_shapes_do_not_tell_is_not_claimed() -> None:
+    """A pretrained model and one from scratch have the same shapes; other sizes are nobody's."""
+    both = [entry.paper_name for entry in candidates("arm_base_patch16_224", 1000, standard=True)]
+    assert both == ["ARM-B", "MambaMLP-B"]
+    assert [entry.name for entry in candidates("arm_large_patch16_224", 0, True)] == ["arm_large_patch16_224.arm_in1k"]
+    assert candidates("arm_base_patch16_224", 10, True) == candidates("arm_base_patch16_224", 1000, False) == []
+
+
+def test_the_catalogue_and_the_table_agree() -> None:
+    assert set(CATALOG) == {name for name, weights in TABLE.items() if weights.repository}
+    assert {entry.state for entry in CATALOG.values()} <= {"hosted", "to convert", "ours"}
+    reported = {name: entry.reported.get("in1k") for name, entry in CATALOG.items()}
+    assert reported["arm_huge_patch16_384.arm_in1k_ft_in1k"] == 85.5 and reported["arm_base_patch16_224.in1k"] == 81.2
+
+
+@pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
+def test_cards_render(kind: str, tmp_path: Path) -> None:
+    """As HTML: headings in order, every table with its columns, three or two snippets, no mark or brace left over."""
+    if kind == "pretraining":
+        arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path / "run")
+        convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
+    else:
+        model = small(num_classes=5 if kind == "classifier" else 0)
+        convert(official_file(tmp_path / "checkpoint.pth", model), tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    html = MarkdownIt("commonmark").enable("table").render(card.text)
+    headings = re.findall(r"<h2>(.*?)</h2>", html)
+    assert headings == ["Licence and origin", "Use", "Figures", "Training", "Limits", "Citation"]
+    assert html.count('<code class="language-python">') == {"classifier": 3, "encoder": 2, "pretraining": 3}[kind]
+    assert all(row.count("<td>") in (0, 2) for row in html.split("<tr>"))
+    assert not re.search(r"\{\w*\}|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
+    assert card.data.license == "other" and card.data.license_name == "unknown"
+    assert ("states no licence" in html) == (kind != "pretraining")  # ours has no authors to ask
+    assert "<em>Measured</em> on this file: nothing yet." in html
+
+
+# the Hub
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = start_client(server, repo, tmp_path_factory.mktemp("home"), HF_TOKEN="hf_ada")
+    with client.process:
+        yield client
+        client.process.kill()
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted folder of a classifier for 8x8 colour pictures."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(3)
+    model = small(PICO, in_chans=3, img_size=8, num_classes=4)
+    model.pretrained_cfg |= {"mean": [0.5] * 3, "std": [0.25] * 3, "label_names": ["ant", "bee", "cat", "dog"]}
+    model.save_pretrained(folder / "run")
+    convert(folder / "run" / "model.safetensors", folder / "out")
+    return folder / "out"
+
+
+def test_publishing_is_shown_first(server: HubServer, client: Client, classifier: Path) -> None:
+    server.requests.clear()
+    reply = client.load("hub", "publish", classifier, "--repo", "ada/new")
+    assert reply["code"] == 0, reply
+    lines = reply["out"].splitlines()
+    assert "golden features and logits met" in lines[0] and "ada/new (would be created), tag v1" in lines[1]
+    for name in FILES:
+        [line] = [line for line in lines if line.startswith(f"  {name} ")]
+        if name != "README.md":  # which is written anew
+            assert f"{(classifier / name).stat().st_size:,} bytes" in line
+        assert line.endswith("new")
+    assert lines[-1] == "dry run, nothing was uploaded; --yes uploads"
+    assert not any(line.startswith("POST") for line in server.requests)
+    assert "ada/new" not in server.repositories
+
+
+def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_path: Path) -> None:
+    """Upload, tag, fetch back; a second time there is nothing to do; edits of the card stay."""
+    arguments = ["publish", classifier, "--repo", "ada/published", "--yes"]
+    reply = client.load("hub", *arguments)
+    assert reply["code"] == 0, reply
+    repository = server.repositories["ada/published"]
+    commit, files = repository.at("v1") or ("", {})
+    sha256 = sha256_of(classifier / "model.safetensors")
+    assert sorted(files) == FILES and files["model.safetensors"] == (classifier / "model.safetensors").read_bytes()
+    assert f"uploaded as {commit}, tagged v1, fetched back and compared" in reply["out"]
+    assert f'Weights("published", revision="v1", sha256="{sha256}", hosted=True)' in reply["out"]
+    card = files["README.md"].decode()
+    assert 'timm.create_model("hf-hub:ada/published"' in card
+    assert "nothing to upload: all files are there already" in client.load("hub", *arguments)["out"]
+
+    edited = card.replace(END, f"{END}\n\n## Notes of ours\n").replace("entry |", "lost |")
+    repository.commit({**files, "README.md": edited.encode(), "LICENSE": b"ask us"})
+    reply = client.load("hub", *arguments[:-1])
+    assert "README.md" in reply["out"] and "changed" in reply["out"] and "'LICENSE' is there and stays" in reply["out"]
+    assert re.search(r"^  -\| lost \|", reply["out"], re.MULTILINE)
+    assert "model.safetensors" in reply["out"] and "same" in reply["out"]
+    reply = client.load("hub", *arguments, "--tag", "v1")
+    assert reply["code"] == 1 and "has a revision v1 already" in reply["err"]
+    reply = client.load("hub", *arguments)
+    _, files = repository.at("v2") or ("", {})
+    assert "tagged v2" in reply["out"] and files["LICENSE"] == b"ask us"
+    assert "\n## Notes of ours\n" in files["README.md"].decode() and b"lost" not in files["README.md"]
+
+
+def test_what_comes_back_is_compared(server: HubServer, client: Client, classifier: Path) -> None:
+    repository = server.add("ada/lossy", {})
+    repository.fault = sends_other_contents(b"!" * (classifier / "model.safetensors").stat().st_size)
+    reply = client.load("hub", "publish", classifier, "--repo", "ada/lossy", "--yes")
+    assert reply["code"] == 1 and "model.safetensors of ada/lossy at v1" in reply["err"]
+    assert "is not what was sent" in reply["err"] and len(reply["err"].splitlines()) == 1
+
+
+def test_folders_that_are_not_published(client: Client, classifier: Path, tmp_path: Path) -> None:
+    shutil.copytree(classifier, tmp_path / "out")
+    arguments = ["publish", tmp_path / "out", "--repo"]
+    assert "--repo must be ORG/NAME, got 'x'" in client.load("hub", *arguments, "x")["err"]
+    golden = load_file(tmp_path / "out" / "golden.safetensors")
+    golden["logits"] += 0.01
+    sha256 = sha256_of(tmp_path / "out" / "model.safetensors")
+    save_file(golden, tmp_path / "out" / "golden.safetensors", metadata={"model_sha256": sha256})
+    assert "the golden answers are missed by" in client.load("hub", *arguments, "ada/x")["err"]
+    save_file(golden, tmp_path / "out" / "golden.safetensors", metadata={"model_sha256": "0"})
+    assert "belongs to weights with sha256 0" in client.load("hub", *arguments, "ada/x")["err"]
+    (tmp_path / "out" / "golden.safetensors").unlink()
+    assert "lacks golden.safetensors" in client.load("hub", *arguments, "ada/x")["err"]
+
+
+def test_check(server: HubServer, client: Client, classifier: Path) -> None:
+    """Nothing is hosted: that is said. A hosted entry is fetched, loaded and compared; a wrong one fails."""
+    reply = client.load("hub", "check")
+    assert reply["code"] == 0
+    hosted = [name for name, weights in TABLE.items() if weights.hosted]
+    assert hosted or reply["out"] == "no entry is hosted yet, so there is nothing to check\n"
+    model = timm.create_model("arm_tiny_patch16_224", img_size=32, depth=1)
+    files = {}
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(Path(name) / "run")
+        convert(Path(name) / "run" / "model.safetensors", Path(name) / "out")
+        files = {path.name: path.read_bytes() for path in (Path(name) / "out").iterdir()}
+    server.add("arm-zoo/checked", files)
+    row = {"repository": "checked", "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(), "hosted": True}
+    entry = "arm_tiny_patch16_224.untrained"
+    reply = client.load("hub", "check", table={entry: {**row, "sha256": "0" * 64}})
+    assert reply["code"] == 1 and f"{entry}: FAILED" in reply["out"] and "its sha256 is" in reply["out"]
+    reply = client.load("hub", "check", table={entry: {**row, "repository": "gone"}})
+    assert reply["code"] == 1 and "there is no such repository" in reply["out"]
+    assert client.load("hub", "check", classifier, table={entry: {}})["code"] == 0
+
+
+def test_sources(server: HubServer, client: Client, tmp_path: Path) -> None:
+    """Names come from the Hub as they are, hostile ones too; safetensors tell their model by their header."""
+    save_file(to_official(small()), tmp_path / "official.safetensors")
+    files = {"official.safetensors": (tmp_path / "official.safetensors").read_bytes(), "arm_huge.pth": b"PK"}
+    server.add("OliverRen/ARM", {**files, "broken.safetensors": b"no", "\x1b[31m../../red.txt": b""})
+    reply = client.load("hub", "sources")
+    assert reply["code"] == 0, reply
+    assert re.search(r"'official\.safetensors' .* arm_tiny_patch16_224, backbone, 5 classes", reply["out"])
+    assert re.search(r"'arm_huge\.pth' .* a pickle: what model it is of shows when", reply["out"])
+    assert re.search(r"'broken\.safetensors' .* cannot be told", reply["out"])
+    assert "\x1b" not in reply["out"]
+    assert re.search(r"arm_large_patch16_224\.arm_in1k_ft_in1k +to convert +ARM-L, from OliverRen/ARM", reply["out"])
+    assert re.search(r"arm_large_patch16_224\.in1k +ours +MambaMLP-L", reply["out"])
+    reply = client.load("hub", "sources", "--repo", "ada/none")
+    assert reply["code"] == 1 and "cannot list ada/none: there is no such repository" in reply["err"]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
+def test_the_snippets_of_cards_run(
+    kind: str, server: HubServer, client: Client, classifier: Path, tmp_path: Path
+) -> None:
+    """As they stand in the card, against the Hub, with a picture."""
+    out = classifier
+    if kind != "classifier":
+        out = tmp_path / "out"
+        model = arm_zoo.create_pretraining_model("arm_pico") if kind == "pretraining" else small(num_classes=0)
+        model.save_pretrained(tmp_path / "run")
+        convert(tmp_path / "run" / "model.safetensors", out)
+    Image.linear_gradient("L").save(tmp_path / "picture.jpg")
+    assert client.load("hub", "publish", out, "--repo", f"ada/{kind}", "--yes")["code"] == 0
+    _, files = server.repositories[f"ada/{kind}"].at("main") or ("", {})
+    snippets = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        if "transformers" in snippet and importlib.util.find_spec("transformers") is None:
+            continue
+        reply = client.load("run", snippet, tmp_path)
+        assert "names" in reply, (snippet, reply)
+        names |= reply["names"]
+    if kind == "classifier":
+        assert names["probabilities"] == [1, 4] and names["pooled"] == [2, 32] and names["final"] == [2, 17, 32]
+    if kind == "pretraining":
+        assert names["loss"] == [] and names["latents"] == [2, 12, 512, 4]
+    assert len(snippets) == (2 if kind == "encoder" else 3)
+
+
+# other programs
+
+
+def test_transformers(classifier: Path, tmp_path: Path) -> None:
+    """Through its timm wrapper; `import arm_zoo` is all that it needs more."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = transformers.AutoModelForImageClassification.from_pretrained(classifier).eval()
+    golden = load_file(classifier / "golden.safetensors")
+    with torch.inference_mode():
+        assert torch.allclose(model(golden["input"]).logits, golden["logits"], atol=1e-5)
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "picture.png")
+    answers = transformers.pipeline("image-classification", model=str(classifier))(str(tmp_path / "picture.png"))
+    assert {answer["label"] for answer in answers} == {"ant", "bee", "cat", "dog"}
+    assert sum(answer["score"] for answer in answers) == pytest.approx(1, abs=1e-4)
+
+
+def test_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime computes what PyTorch does, for any number of pictures, from a graph with one Scan per mixer."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = small(depth=1, img_size=80)  # an odd number of patches, where the middle is not halfway
+    model.save_pretrained(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.onnx")]) == 0
+    nodes = re.search(r"(\d+) nodes, differs from the model by", capsys.readouterr().out)
+    assert nodes and int(nodes[1]) < 100
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert sum(node.op_type == "Scan" for node in graph.node) == 1
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    pictures = torch.randn(3, 3, 80, 80)
+    (logits,) = session.run(None, {"pictures": pictures.numpy()})
+    with torch.inference_mode(), arm_zoo.scan_backend("reference"):
+        expected = model(pictures)
+    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert names_in(tmp_path) == ["model.onnx", "run"]
+
+
+def test_pt2_and_official_names(tmp_path: Path) -> None:
+    model = small(PICO, in_chans=3, img_size=8)
+    model.save_pretrained(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.pt2"), "--format", "pt2"]) == 0
+    pictures = torch.randn(3, 3, 8, 8)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.allclose(program(pictures), model(pictures), atol=1e-5)
+    file = tmp_path / "official.safetensors"
+    assert main(["export", str(tmp_path / "run"), str(file), "--format", "official"]) == 0
+    expected = to_official(model)
+    assert load_file(file).keys() == expected.keys()
+    convert(file, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+
+
+def test_exports_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path / "run")
+    assert "is a pretraining model; onnx and pt2 are for backbones" in mistake(
+        capsys, "export", tmp_path / "run", tmp_path / "model.onnx"
+    )
+    assert "no checkpoint at" in mistake(capsys, "export", tmp_path / "none.pth", tmp_path / "model.onnx")
+    assert names_in(tmp_path) == ["run"]

@@ -1,0 +1,506 @@
+"""Loading: one line for every source, and what a person reads when the Hub, the network or the disk fails.
+
+The real client of the Hub runs in a process of its own against a stand-in on the loopback interface; a guard on its
+sockets sees to it that it asks nobody else.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import pytest
+import timm
+import torch
+from hub_server import Client, HubServer, running_hub, start_client
+from safetensors.torch import save_file
+from torch import nn
+
+import arm_zoo
+from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, hosted, to_official
+from arm_zoo.files import sha256_of
+from arm_zoo.hosted import Weights
+
+PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
+TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub: HubServer, repo: Path) -> Iterator[Client]:
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)  # one test loads as another user
+        client = start_client(hub, repo, Path(home))
+        with client.process:
+            yield client
+            client.process.kill()
+
+
+@pytest.fixture(scope="module")
+def offline(hub: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = start_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1")
+    with client.process:
+        yield client
+        client.process.kill()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    model = timm.create_model(PICO, num_classes=3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A published folder's two files that loading needs."""
+    folder = tmp_path_factory.mktemp("folder")
+    model.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def entry_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same for a small stand-in of a registered entry."""
+    folder = tmp_path_factory.mktemp("entry")
+    torch.manual_seed(2)
+    timm.create_model(ENTRY, **TINY_BASE).save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def digest(model: nn.Module) -> str:
+    """As the client computes it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# folders and files
+
+
+def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "folder")
+    save_file(to_official(model), tmp_path / "official.safetensors")
+    torch.save({"model": to_official(model)}, tmp_path / "official.pth")
+    folder = tmp_path / "folder"
+    sources = [folder, str(folder), f"local-dir:{folder}", folder / "model.safetensors"]
+    for source in [*sources, tmp_path / "official.safetensors", str(tmp_path / "official.pth")]:
+        loaded = from_pretrained(source)
+        assert isinstance(loaded, arm_zoo.arm.ARM)
+        assert digest(loaded) == digest(model), source
+    finetuned = from_pretrained(tmp_path / "official.pth", num_classes=7, drop_path_rate=0.1)
+    assert finetuned.num_classes == 7 and torch.equal(finetuned.norm.weight, model.norm.weight)
+    assert from_pretrained(folder, num_classes=7).num_classes == 7
+    assert from_pretrained(folder, img_size=16).patch_embed.img_size == (16, 16)
+
+
+def test_pretraining_models_from_everywhere(tmp_path: Path) -> None:
+    pretrained = arm_zoo.create_pretraining_model("arm_pico", cluster_size=4)
+    pretrained.save_pretrained(tmp_path / "folder")
+    save_file(to_official(pretrained), tmp_path / "official.safetensors")
+    for source in (tmp_path / "folder", tmp_path / "official.safetensors"):
+        loaded = from_pretrained(source)
+        assert isinstance(loaded, ARMPretrain)
+        assert digest(loaded) == digest(pretrained)
+        assert loaded.forward_encoder(torch.zeros(1, 1, 8, 8)).shape == (1, 12, 512, 4)
+        backbone = from_pretrained(source, as_backbone=True, num_classes=4)
+        assert isinstance(backbone, arm_zoo.arm.ARM) and backbone.num_classes == 4
+        assert torch.equal(backbone.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight)
+    larger = from_pretrained(tmp_path / "folder", img_size=16)  # further pretraining on larger pictures
+    assert larger.config["img_size"] == 16 and torch.equal(larger.decoder_norm.bias, pretrained.decoder_norm.bias)
+    with pytest.raises(TypeError, match=r"unknown keyword num_classes.*as_backbone=True"):
+        from_pretrained(tmp_path / "folder", num_classes=4)
+
+
+def test_save_and_load_again(model: nn.Module, tmp_path: Path) -> None:
+    """What was loaded, resized and given another head is saved as it is."""
+    model.save_pretrained(tmp_path / "first")
+    loaded = from_pretrained(tmp_path / "first", num_classes=5)
+    loaded.set_input_size(img_size=12)
+    loaded.save_pretrained(tmp_path / "second")
+    again = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True)
+    assert digest(again) == digest(loaded) and again.patch_embed.img_size == (12, 12)
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert "num_classes" not in config["model_args"] and config["num_classes"] == 5
+    assert timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True, num_classes=2).num_classes == 2
+
+
+@pytest.mark.parametrize(
+    "source, error, message",
+    [
+        ("arm_base_patch16_242", ValueError, "did you mean arm_base_patch16_224"),
+        ("resnet50", ValueError, "`python -m arm_zoo list` shows the entries"),
+        ("no/such/folder/here", FileNotFoundError, "no checkpoint at no/such/folder/here"),
+        ("none.pth", FileNotFoundError, r"no checkpoint at none\.pth"),
+        ("local-dir:nowhere", FileNotFoundError, r"no config\.json in nowhere"),
+        ("arm_large", CheckpointError, "are not hosted yet"),
+    ],
+)
+def test_sources_that_are_none(source: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        from_pretrained(source)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architecture": "resnet50"}, "is of 'resnet50', which is no model of arm_zoo"),
+        ({"architecture": None}, "is of None"),
+        ({"model_args": {"width": 3}}, "model_args has width; expected"),
+        ({"pretrained_cfg": 7}, "pretrained_cfg has 7; expected"),
+        ({"pretraining_model": {"img_size": 8, "speed": 1}}, "pretraining_model has speed; expected"),
+        ({"pretraining_model": {"img_size": 7}}, "cannot be built: .*multiple"),
+    ],
+)
+def test_configurations_that_are_none(change: dict[str, Any], message: str, model: nn.Module, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path)
+
+
+# weights that come with the package
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bundled_weights(
+    dtype: torch.dtype, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file and one line of the table; nothing is asked of any network, and the sha256 is checked."""
+    entry = f"{PICO}.untrained"
+    file = tmp_path / f"{entry}.safetensors"
+    save_file({name: value.to(dtype) for name, value in model.state_dict().items()}, file)
+    monkeypatch.setattr(hosted, "BUNDLED_FOLDER", tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    monkeypatch.setitem(hosted.TABLE, entry, Weights(sha256=sha256_of(file), bundled=True))
+    for loaded in (timm.create_model(PICO, pretrained=True, num_classes=3), from_pretrained(entry, num_classes=3)):
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value.to(dtype).float()), name
+    assert timm.create_model(entry, pretrained=True, num_classes=0).num_classes == 0
+    with pytest.raises(CheckpointError, match=f"a small model that comes with the package: .*{entry}"):
+        timm.create_model("arm_base", pretrained=True)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"is damaged, cut short or another file.*install arm-zoo anew"):
+        timm.create_model(PICO, pretrained=True)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="No such file"):
+        timm.create_model(PICO, pretrained=True)
+
+
+def test_every_bundled_entry_loads() -> None:
+    """Those that the package has: registered, there, and what their line says."""
+    for entry, weights in hosted.TABLE.items():
+        if weights.bundled:
+            assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
+            assert hosted.bundled_file(entry).stat().st_size <= 15e6
+            assert entry in timm.list_pretrained()
+
+
+def _input_size(entry: str) -> tuple[int, int, int]:
+    return timm.models.get_pretrained_cfg(entry).input_size
+
+
+def test_not_hosted_and_three_ways_on() -> None:
+    with pytest.raises(CheckpointError) as error:
+        timm.create_model("arm_large", pretrained=True)
+    message = str(error.value)
+    assert message.startswith("the weights of arm_large_patch16_224.arm_in1k_ft_in1k are not hosted yet. Ways on:\n")
+    assert "python -m hub convert FILE OUT" in message
+    assert "accelerate launch -m recipes.pretrain, then accelerate launch -m recipes.finetune" in message
+    assert "a small model that comes with the package" in message
+    with pytest.raises(CheckpointError, match=r"recipes\.finetune, without pretrained weights"):
+        timm.create_model("arm_large_patch16_224.in1k", pretrained=True)
+
+
+def test_the_table_names_registered_entries() -> None:
+    for entry, weights in hosted.TABLE.items():
+        assert timm.is_model(entry), entry
+        assert not (weights.hosted or weights.bundled) or len(weights.sha256 or "") == 64, entry
+
+
+# from the Hub
+
+
+def test_repositories(
+    hub: HubServer, client: Client, model: nn.Module, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """By both names, at a revision, with other classes; that the table does not know the copy is said."""
+    repository = hub.add("ada/pico", files)
+    old = repository.refs["main"]
+    repository.commit({**files, "model.safetensors": b"later"})
+    repository.refs["v1"] = old
+    for name in ("ada/pico", "hf-hub:ada/pico"):
+        reply = client.load("arm_zoo", name, revision="v1", cache_dir=tmp_path)
+        assert reply["digest"] == digest(model) and reply["class"] == "ARM"
+        [line] = reply["log"]
+        assert "ada/pico is not verified" in line
+    reply = client.load("timm", "hf-hub:ada/pico@v1", pretrained=True, num_classes=5, cache_dir=tmp_path)
+    assert reply["classes"] == 5 and "not verified" in reply["log"][0]
+    assert client.load("arm_zoo", f"ada/pico@{old}", cache_dir=tmp_path)["digest"] == digest(model)
+
+
+def test_pretraining_repositories(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    pretrained = arm_zoo.create_pretraining_model("arm_pico")
+    pretrained.save_pretrained(tmp_path / "folder")
+    hub.add("ada/pretrained", {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()})
+    reply = client.load("arm_zoo", "ada/pretrained", cache_dir=tmp_path / "cache")
+    assert (reply["class"], reply["digest"]) == ("ARMPretrain", digest(pretrained))
+    assert client.load("arm_zoo", "ada/pretrained", as_backbone=True, cache_dir=tmp_path / "cache")["class"] == "ARM"
+
+
+@pytest.mark.parametrize("call", ["timm", "arm_zoo"])
+def test_entries_of_our_organisation(
+    call: str, hub: HubServer, client: Client, entry_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """With the sha256 of the table; then with one that differs."""
+    hub.add("arm-zoo/small", entry_files)
+    sha256 = hashlib.sha256(entry_files["model.safetensors"]).hexdigest()
+    keywords = {"cache_dir": tmp_path, **(TINY_BASE if call == "timm" else {})}
+    keywords |= {"pretrained": True} if call == "timm" else {}
+    row = {"repository": "small", "revision": "main", "hosted": True}
+    reply = client.load(call, ENTRY, table={ENTRY: {**row, "sha256": sha256}}, **keywords)
+    assert reply["classes"] == 1000 and reply["log"] == []
+    message = client.refused(call, ENTRY, table={ENTRY: {**row, "sha256": "0" * 64}}, **keywords)
+    assert f"its sha256 is {sha256}, expected {'0' * 64}" in message and "taken out of the cache" in message
+    assert not list(tmp_path.rglob("*.safetensors"))
+    client.load(call, ENTRY, table={ENTRY: {"repository": ENTRY}}, **keywords)  # as before
+
+
+def test_another_organisation(hub: HubServer, client: Client, entry_files: dict[str, bytes], tmp_path: Path) -> None:
+    """ARM_ZOO_HUB_ORG is read at each loading; what the table says of ours does not count for others."""
+    hub.add(f"lab/{ENTRY}", entry_files)
+    lab = {"environment": {"ARM_ZOO_HUB_ORG": "lab"}, "cache_dir": tmp_path}
+    reply = client.load("timm", "arm_base", pretrained=True, **TINY_BASE, **lab)
+    assert reply["classes"] == 1000 and f"lab/{ENTRY} is not verified" in reply["log"][0]
+    assert client.load("arm_zoo", ENTRY, **lab)["digest"] == reply["digest"]
+    message = client.refused("timm", "arm_huge", pretrained=True, **lab)
+    assert "cannot fetch model.safetensors of lab/arm_huge_patch16_224.arm_in1k_ft_in1k" in message
+    reply = client.load("timm", "arm_base", pretrained=True, cache_dir=tmp_path)
+    assert "are not hosted yet" in reply["message"]
+
+
+# what goes wrong
+
+REFUSED = {
+    "401": (401, "", "refuses access (HTTP 401); log in", "HfHubHTTPError"),
+    "401 private": (401, "RepoNotFound", "or it is private; check the name", "RepositoryNotFoundError"),
+    "403 gated": (403, "GatedRepo", "access is gated; accept its conditions at", "GatedRepoError"),
+    "403": (403, "", "refuses access (HTTP 403); log in", "HfHubHTTPError"),
+    "404 repo": (404, "RepoNotFound", "there is no such repository at", "RepositoryNotFoundError"),
+    "404 file": (404, "EntryNotFound", "has no such file", "RemoteEntryNotFoundError"),
+    "429": (429, "", "answers HTTP 429 (too many requests); try again later", "HfHubHTTPError"),
+    "500": (500, "", "answers HTTP 500 (it is out of order); try again later", "HfHubHTTPError"),
+}
+
+
+@pytest.mark.parametrize("only", ["", "model.safetensors"], ids=["at once", "weights only"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(
+    case: str, only: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    status, code, message, cause = REFUSED[case]
+    hub.add("ada/refused", files, hub_server.refuses(status, code, only))
+    reply = client.load("arm_zoo", "ada/refused", cache_dir=tmp_path)
+    assert reply["error"] == "DownloadError" and reply["own"]
+    assert message in reply["message"] and "\n" not in reply["message"]
+    assert cause in reply["causes"]
+    assert not list(tmp_path.rglob("*.incomplete")) and not list(tmp_path.rglob("*.safetensors"))
+    assert f"cannot fetch {only or 'config.json'} of ada/refused" in reply["message"]
+
+
+def test_revisions_that_are_none(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add("ada/pico", files)
+    assert "it has no such revision" in client.refused("arm_zoo", "ada/pico@v9", cache_dir=tmp_path)
+
+
+def test_time_out(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add("ada/silent", files, hub_server.silent(0.5))
+    message = client.refused("arm_zoo", "ada/silent", cache_dir=tmp_path)
+    assert "cannot fetch model.safetensors of ada/silent: no whole answer from http://127.0.0.1" in message
+    assert "timed out" in message and "HF_ENDPOINT names a mirror" in message
+
+
+def test_connection_cut_in_the_middle(
+    hub: HubServer, client: Client, model: nn.Module, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The client goes on where it was; if that never ends, it says so and leaves nothing behind."""
+    hub.add("ada/cut", files, hub_server.cuts_off(files["model.safetensors"], times=2))
+    hub.requests.clear()
+    reply = client.load("arm_zoo", "ada/cut", cache_dir=tmp_path)
+    assert reply.get("digest") == digest(model), reply
+    resumed = [line for line in hub.requests if "bytes=" in line]
+    half = len(files["model.safetensors"]) // 2
+    assert len(resumed) == 2 and half - 4096 < int(resumed[0].rpartition("=")[2].strip("-")) <= half
+    hub.add("ada/never", files, hub_server.cuts_off(files["model.safetensors"], times=1000))
+    assert "no whole answer from" in client.refused("arm_zoo", "ada/never", cache_dir=tmp_path)
+
+
+def test_other_contents_than_announced(
+    hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Also of a repository that the table does not know: the Hub itself names the sha256 of large files."""
+    changed = files["model.safetensors"][:-1] + b"!"
+    hub.add("ada/changed", files, hub_server.sends_other_contents(changed))
+    message = client.refused("arm_zoo", "ada/changed", cache_dir=tmp_path)
+    assert "is damaged, cut short or another file: its sha256 is" in message
+    assert not list(tmp_path.rglob("*.safetensors"))
+    hub.add("ada/shorter", files, hub_server.sends_other_contents(changed[:635]))
+    assert "no whole answer from" in client.refused("arm_zoo", "ada/shorter", cache_dir=tmp_path)
+
+
+def test_truncated_in_the_cache(
+    hub: HubServer, client: Client, model: nn.Module, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """It is noticed, said and mended by the next load."""
+    hub.add("ada/pico", files)
+    client.load("arm_zoo", "ada/pico", cache_dir=tmp_path)
+    [cached] = tmp_path.rglob("model.safetensors")
+    cached.resolve().write_bytes(files["model.safetensors"][:1000])
+    message = client.refused("arm_zoo", "ada/pico", cache_dir=tmp_path)
+    assert "cut short" in message and "load again to fetch it anew" in message
+    assert client.load("arm_zoo", "ada/pico", cache_dir=tmp_path)["digest"] == digest(model)
+
+
+def test_offline(
+    hub: HubServer,
+    client: Client,
+    offline: Client,
+    model: nn.Module,
+    files: dict[str, bytes],
+    entry_files: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    """From a warm cache everything loads without one request; a cold one is explained."""
+    hub.add("ada/pico", files)
+    hub.add(f"lab/{ENTRY}", entry_files)
+    lab = {"environment": {"ARM_ZOO_HUB_ORG": "lab"}, "cache_dir": tmp_path / "warm", "pretrained": True, **TINY_BASE}
+    client.load("arm_zoo", "ada/pico", cache_dir=tmp_path / "warm")
+    client.load("timm", "arm_base", **lab)
+    hub.requests.clear()
+    assert offline.load("arm_zoo", "ada/pico", cache_dir=tmp_path / "warm")["digest"] == digest(model)
+    assert offline.load("timm", "hf-hub:ada/pico", pretrained=True, cache_dir=tmp_path / "warm")["digest"]
+    assert offline.load("timm", "arm_base", **lab)["classes"] == 1000
+    message = offline.refused("arm_zoo", "ada/pico", cache_dir=tmp_path / "cold")
+    assert f"offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache {tmp_path / 'cold'}" in message
+    assert "local-dir:FOLDER" in message
+    assert "offline mode is on" in offline.refused("timm", "arm_base", **{**lab, "cache_dir": tmp_path / "cold"})
+    assert hub.requests == []
+
+
+def test_full_disk(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add("ada/pico", files)
+    message = client.refused("arm_zoo", "ada/pico", cache_dir=tmp_path, full=True)
+    assert f"the disk of the cache {tmp_path} is full; free some space, or set HF_HOME" in message
+
+
+def test_read_only_cache(hub: HubServer, client: Client, model: nn.Module, files: dict[str, bytes]) -> None:
+    """A filled one, as on clusters, is as good as any; into an empty one nothing can be fetched."""
+    hub.add("ada/pico", files)
+    with tempfile.TemporaryDirectory() as name:
+        cache = Path(name)
+        client.load("arm_zoo", "ada/pico", cache_dir=cache)
+        (cache / "empty").mkdir()
+        for path in [cache, *cache.rglob("*")]:
+            if path.is_dir():
+                path.chmod(0o555)
+        try:
+            reply = client.load("arm_zoo", "ada/pico", cache_dir=cache, nobody=True)
+            message = client.refused("arm_zoo", "ada/pico", cache_dir=cache / "empty", nobody=True)
+        finally:
+            for path in [cache, *cache.rglob("*")]:
+                if path.is_dir():
+                    path.chmod(0o755)
+    assert reply["digest"] == digest(model)
+    assert str(cache) in message and "cannot be written to; set HF_HOME or cache_dir to a folder of yours" in message
+
+
+def test_hostile_names(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
+    """Names that leave the cache are refused before anything is written."""
+    hub.add("ada/pico", {**files, "../../outside.safetensors": files["model.safetensors"]})
+    cache = tmp_path / "deep" / "cache"
+    for filename in ("../../outside.safetensors", "/outside.safetensors", "a/../../../outside.safetensors"):
+        overlay = {"hf_hub_id": "ada/pico", "hf_hub_filename": filename}
+        reply = client.load("timm", PICO, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache)
+        assert reply["own"] and reply["error"] == "DownloadError", reply
+    for name in ("hf-hub:../../outside", "hf-hub:ada/pico/../../x", "hf-hub:", "hf-hub:a b"):
+        assert client.load("arm_zoo", name, cache_dir=cache)["error"] == "DownloadError"
+    assert not [path for path in tmp_path.rglob("outside*") if cache not in path.parents]
+
+
+@pytest.mark.parametrize("header", ["ETag", "X_Repo_Commit"])
+def test_hostile_servers(header: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
+    """The names under which a server asks its files to be kept stay inside the cache too."""
+    cache = tmp_path / "deep" / "deeper" / "cache"
+
+    def fault(request: hub_server.Handler, name: str) -> bool:
+        names = {"ETag": '"0"', "X_Repo_Commit": "0" * 40, header: "../../../../outside"}
+        request.answer(200, files["config.json"], **names)
+        return True
+
+    hub.add("ada/hostile", files, fault)
+    reply = client.load("arm_zoo", "ada/hostile", cache_dir=cache)
+    assert reply["error"] == "DownloadError"
+    outside = {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents) and path.is_file()}
+    assert all(path.stat().st_size == 0 for path in outside)  # the Hub's client leaves an empty lock
+
+
+def test_wrong_weights(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
+    """Other shapes, another architecture's weights, another's configuration, and files that are no weights."""
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=1, num_classes=3)
+    wide = timm.create_model(PICO, embed_dim=32, num_classes=3)
+    for name, other in (("vit", vit), ("wide", wide)):
+        save_file(other.state_dict(), tmp_path / name)
+        hub.add(f"ada/{name}", {**files, "model.safetensors": (tmp_path / name).read_bytes()})
+        reply = client.load("arm_zoo", f"ada/{name}", cache_dir=tmp_path / "cache")
+        assert reply["own"] and "the checkpoint does not fit the model" in reply["message"]
+        assert "only in the model" in reply["message"] and "other shapes" in reply["message"]
+    hub.add("ada/resnet", {**files, "config.json": b'{"architecture": "resnet18", "pretrained_cfg": {}}'})
+    reply = client.load("arm_zoo", "ada/resnet", cache_dir=tmp_path / "cache")
+    assert reply["own"] and "'resnet18', which is no model of arm_zoo" in reply["message"]
+    hub.add("ada/html", {"config.json": b"<!doctype html>", "model.safetensors": b"<!doctype html>"})
+    assert "cannot read" in client.refused("arm_zoo", "ada/html", cache_dir=tmp_path / "cache")
+    hub.add("ada/garbage", {**files, "model.safetensors": b"<!doctype html>"})
+    assert "cannot read the checkpoint" in client.refused("arm_zoo", "ada/garbage", cache_dir=tmp_path / "cache")
+
+
+class RunsCode:
+    """A pickle of this makes a folder when it is read by pickle's own rules."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.folder,)
+
+
+def test_pickles_are_not_fetched(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
+    """A repository of pickles is explained; one under the name of safetensors is not read as a pickle."""
+    torch.save({"model": RunsCode(tmp_path / "trap")}, tmp_path / "trap.pth")
+    trap = (tmp_path / "trap.pth").read_bytes()
+    hub.add("ada/pickle", {"config.json": files["config.json"], "pytorch_model.bin": trap})
+    hub.add("ada/disguised", {"config.json": files["config.json"], "model.safetensors": trap})
+    message = client.refused("arm_zoo", "ada/pickle", cache_dir=tmp_path / "cache")
+    assert "has no such file" in message and "python -m hub convert FILE OUT" in message
+    message = client.refused("timm", "hf-hub:ada/pickle", pretrained=True, cache_dir=tmp_path / "cache")
+    assert "has no such file" in message
+    message = client.refused("arm_zoo", "ada/disguised", cache_dir=tmp_path / "cache")
+    assert "it is a pickle, not safetensors" in message
+    overlay = {"hf_hub_id": "ada/pickle", "hf_hub_filename": "pytorch_model.bin"}
+    reply = client.load("timm", PICO, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "cache")
+    assert reply["own"] and "pickles can run code" in reply["message"]
+    assert not (tmp_path / "trap").exists()
+    torch.load(tmp_path / "trap.pth", weights_only=False)
+    assert (tmp_path / "trap").exists()  # it would have worked
