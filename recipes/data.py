@@ -2,73 +2,19 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from .config import DataConfig, TrainConfig
+from .config import BatchPlan, DataConfig, TrainConfig
+from .sources import Pictures, Source
 
 Sample = tuple[Tensor, Tensor]  # picture (C, H, W) and class index ()
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIGITS_TEST_IMAGES = 360
-SPLIT_SEED = 0  # fixed: a run's seed must not move pictures between training and test
 
-
-@dataclass(frozen=True)
-class Pictures:
-    """Labelled pictures of one split: values in 0..1, (N, C, H, W), and class indices, (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set: its two splits, the classes in index order and the statistics for normalisation."""
-
-    train: Pictures
-    test: Pictures
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def load_source(name: str) -> Source:
-    """Load what ``data.source`` names.
-
-    Raises:
-        ValueError: If no source has this name.
-    """
-    if name != "digits":
-        raise ValueError(f"unknown data.source {name!r}; allowed: digits")
-    return _load_digits()
-
-
-def _load_digits() -> Source:
-    """1,797 handwritten digits, 8x8 grey: 1,437 to train, 360 held out, each class in the same proportion."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # stored as counts 0..16
-    labels = torch.from_numpy(digits.target).long()
-    everything = np.arange(len(labels))
-    train, test = train_test_split(
-        everything, test_size=DIGITS_TEST_IMAGES, stratify=digits.target, random_state=SPLIT_SEED
-    )
-    std, mean = torch.std_mean(images[train])
-    return Source(
-        train=Pictures(images[train], labels[train]),
-        test=Pictures(images[test], labels[test]),
-        class_names=DIGIT_NAMES,
-        mean=(mean.item(),),
-        std=(std.item(),),
-    )
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -156,15 +102,57 @@ class EpochBatches(Sampler[list[int]]):
             yield order[start + self._process : start + self._global_batch : self._processes]
 
 
-def train_loader(source: Source, config: TrainConfig, accelerator: Accelerator) -> DataLoader[Sample]:
+class Batch(NamedTuple):
+    """Pictures of one forward pass, normalised: (N, C, H, W), (N,), (N,)."""
+
+    pictures: Tensor
+    classes: Tensor
+    indices: Tensor
+    undecodable: list[str]
+
+
+class TrainLoader:
+    """Micro-batches of one process."""
+
+    def __init__(self, dataset: PictureDataset, config: TrainConfig, plan: BatchPlan, process: int) -> None:
+        self._dataset, self._config, self._plan, self._process = dataset, config, plan, process
+        self.steps_per_epoch = len(dataset) // config.global_batch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """One list of micro-batches per optimizer step."""
+        order = torch.randperm(len(self._dataset), generator=seeded_generator(self._config.seed, epoch, 1)).tolist()
+        self._dataset.set_epoch(epoch)
+        size, half = self._config.global_batch, self._plan.per_device // 2
+        for step in range(first_step, self.steps_per_epoch):
+            whole = order[step * size : (step + 1) * size]
+            batches = []
+            for number in range(self._plan.accumulation):
+                first = (self._process * self._plan.accumulation + number) * half
+                indices = whole[first : first + half] + whole[size - first - half : size - first]
+                images, labels = zip(*self._dataset.__getitems__(indices), strict=True)
+                batches.append(Batch(torch.stack(images), torch.stack(labels), torch.tensor(indices), []))
+            yield batches
+
+
+def train_loader(
+    source: Source,
+    config: TrainConfig,
+    plan: BatchPlan,
+    image_size: tuple[int, int],
+    process_index: int,
+    num_processes: int,
+    device: torch.device,
+) -> TrainLoader:
     """This process's share of each global batch of the training split, varied as ``config.data`` says."""
-    dataset = PictureDataset(source, source.train, config.data, config.seed)
-    share = (accelerator.process_index, accelerator.num_processes)
-    batches = EpochBatches(len(dataset), config.global_batch, config.seed, *share)
-    return DataLoader(dataset, batch_sampler=batches)
+    return TrainLoader(PictureDataset(source, source.train, config.data, config.seed), config, plan, process_index)
 
 
-def set_epoch(loader: DataLoader[Sample], epoch: int) -> None:
-    """Choose order and variation of a training loader's next pass."""
-    for part in (loader.batch_sampler, loader.dataset):
-        part.set_epoch(epoch)  # type: ignore[union-attr]
+def eval_loader(
+    split: Any, data_config: dict[str, Any], batch_size: int, process_index: int, num_processes: int
+) -> Iterator[Batch]:
+    """Every picture once over all processes."""
+    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    for start in range(process_index * batch_size, len(split), num_processes * batch_size):
+        indices = list(range(start, min(start + batch_size, len(split))))
+        images, labels, _ = zip(*(split[i] for i in indices), strict=True)
+        yield Batch((torch.stack(images) - mean) / std, torch.tensor(labels), torch.tensor(indices), [])
