@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate import PartialState
+from torch import distributed
+
 from arm_zoo import CheckpointError
 
 from .config import ConfigError, ConfigT, load_config, to_yaml
@@ -42,8 +45,24 @@ def run_from_command_line(
         return
     try:
         run(config, arguments.resume)
+        leave_processes()
+    except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
+        leave_processes()
+        raise
     except MISTAKES as error:
         sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def say(text: str) -> None:
+    """Print on the main process."""
+    if PartialState().is_main_process:
+        print(text)
+
+
+def leave_processes() -> None:
+    """End the connection to the other processes, if there are any."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

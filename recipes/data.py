@@ -16,7 +16,6 @@ from .sources import Pictures, Source
 Sample = tuple[Tensor, Tensor]  # picture (C, H, W) and class index ()
 
 
-
 def seeded_generator(*key: int) -> torch.Generator:
     """A random stream of its own for every key, for example (seed, epoch, purpose)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]

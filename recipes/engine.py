@@ -185,7 +185,7 @@ class Trainer:
             while self.position.epoch < self.config.epochs:
                 self._train_epoch()
                 self._end_epoch()
-        self.accelerator.end_training()
+        self._finish_trackers()
         return self.position.history
 
     def _train_epoch(self) -> None:
@@ -294,8 +294,12 @@ class Trainer:
                 "the same command goes on from there",
                 soft_wrap=True,
             )
-            self.accelerator.end_training()
+            self._finish_trackers()
             raise Stopped
+
+    def _finish_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _save(self) -> None:
         """Write a checkpoint on the main process; all processes learn whether it worked."""

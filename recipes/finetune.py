@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .command_line import run_from_command_line
+from .command_line import run_from_command_line, say
 from .config import FinetuneConfig, batch_plan
 from .data import Batch, eval_loader, train_loader
 from .engine import LossFunction, Metrics, Trainer, check_channels, start_accelerator, utilisation
@@ -200,7 +200,7 @@ def top1(
 def run(config: FinetuneConfig, resume: str) -> None:
     """Train, then say how well and where the results are."""
     result = finetune(config, resume=resume)
-    print(
+    say(
         f"top-1 {result.top1:.2f}%; wrote {config.output_dir}; load it with "
         f'timm.create_model("local-dir:{config.output_dir}", pretrained=True)'
     )

@@ -4,6 +4,7 @@ accelerate's ``prepare`` is left out on purpose: it also patches ``forward`` of 
 averaged and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes and devices are used.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,9 @@ from .config import TrainConfig
 Tensors = dict[str, Tensor]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; the others get nothing
 FROM_WHOLE = StateDictOptions(full_state_dict=True)
+# the name that torch 2.14 deprecates for the one that torch 2.8 does not know
+NAMES = inspect.signature(DistributedDataParallel).parameters
+BUFFERS_TRAVEL = "forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers"
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -51,8 +55,8 @@ def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator
     return DistributedDataParallel(
         forward,
         device_ids=[accelerator.device] if on_gpu else None,
-        broadcast_buffers=False,  # tables, equal everywhere
         gradient_as_bucket_view=True,
+        **{BUFFERS_TRAVEL: False},  # they are tables, equal everywhere
     )
 
 

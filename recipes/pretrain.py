@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import arm_zoo
 
-from .command_line import run_from_command_line
+from .command_line import run_from_command_line, say
 from .config import PretrainConfig, batch_plan
 from .data import Batch, train_loader
 from .engine import Metrics, Trainer, check_channels, start_accelerator, utilisation
@@ -88,7 +88,7 @@ def prediction_loss(model: nn.Module, batch: Batch) -> Tensor:
 def run(config: PretrainConfig, resume: str) -> None:
     """Pretrain, then say where the results are."""
     folder = pretrain(config, resume=resume).folder
-    print(f"wrote {folder} and {folder.with_name(BACKBONE)}; finetune it with pretrained={folder}")
+    say(f"wrote {folder} and {folder.with_name(BACKBONE)}; finetune it with pretrained={folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

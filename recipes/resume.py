@@ -81,9 +81,7 @@ def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, e
 
 def choose(config: TrainConfig, resume: str, console: Console) -> Path | None:
     """Pick the checkpoint and move those aside that the run will not have come from."""
-    own = CheckpointFolder(
-        Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console
-    )
+    own = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console)
     if resume == "auto":
         return own.newest_intact()
     own.clean()
