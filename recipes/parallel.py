@@ -23,7 +23,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from arm_zoo import set_scan_backend
+
 from .config import TrainConfig
+from .errors import RunError
 
 Tensors = dict[str, Tensor]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; the others get nothing
@@ -38,7 +41,14 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
     Parameters are gathered in float32 and computed with under autocast, so that what the scan needs in float32
     (``A_log``, ``D``, biases) is what it is without sharding.
+
+    Raises:
+        RunError: If there is only one process.
     """
+    if accelerator.num_processes == 1:
+        raise RunError("fsdp is true, but there is one process; start several with torchrun, or type fsdp=false")
+    if accelerator.device.type == "cpu":
+        set_scan_backend("torch")  # Numba's views of parameters forbid the resizing that sharding relies on
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in (*model.blocks, *getattr(model, "decoder_blocks", ())):
         fully_shard(block, mesh=mesh)
