@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 
@@ -35,6 +36,20 @@ ABOVE_ZERO: Limit = ("above 0", lambda x: x > 0)
 ZERO_OR_MORE: Limit = ("0 or more", lambda x: x >= 0)
 SHARE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
 ABOVE_ZERO_OR_NULL: Limit = ("above 0, or null", lambda x: x is None or x > 0)
+ONE_OR_MORE_OR_NULL: Limit = ("1 or more, or null", lambda x: x is None or x >= 1)
+PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
+CROP_OR_NULL: Limit = (
+    "two shares of the picture's area, as in [0.2, 1.0], or null",
+    lambda x: x is None or 0 < x[0] <= x[1] <= 1,
+)
+RANDAUGMENT_OR_NULL: Limit = (
+    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1, or null",
+    lambda x: x is None or re.fullmatch(r"rand(-(m|mstd|mmax|n|inc|p|t|w)[\d.]+)*", x) is not None,
+)
+SOURCES = (
+    "a folder of pictures, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 "
+    "handwritten digits), as in data.source=digits"
+)
 BETAS: Limit = ("two values of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -45,9 +60,27 @@ def limited(default: Any, limit: Limit) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how training pictures are varied (keys ``data.NAME``)."""
+    """Where the pictures come from and how training pictures are varied (keys ``data.NAME``).
 
-    source: str = limited("", ("digits (scikit-learn's 1,797 handwritten digits), as in data.source=digits", bool))
+    ``source`` and ``validation`` are written in one syntax (``recipes.sources``): a folder of pictures, parquet files,
+    WebDataset tars, ``hf://owner/name``, or ``digits``. All variation is off unless asked for; it acts in the order
+    random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together, erase.
+    """
+
+    source: str = limited("", (SOURCES, bool))
+    validation: str | None = None  # another source; null: the validation (or test) split of ``source``
+    streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
+    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures of a stream that does not tell
+    shuffle_buffer: int = limited(10_000, ONE_OR_MORE)  # pictures of a stream that are drawn from at random
+    num_classes: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # null: as many as the source has; else checked
+    image_column: str | None = None  # null: the only one that holds pictures
+    label_column: str | None = None  # null: the only one that looks like a class
+    workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
+    max_undecodable: float = limited(0.001, SHARE)  # share of damaged training pictures that is put up with
+    random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
+    flip: float = limited(0.0, PROBABILITY)  # left to right
+    randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words
+    erase: float = limited(0.0, PROBABILITY)  # one rectangle becomes noise
     max_shift: float = limited(0.0, SHARE)  # of the picture's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
     max_zoom: float = limited(0.0, SHARE)  # sizes from 1 - max_zoom to 1 + max_zoom
@@ -122,6 +155,13 @@ class FinetuneConfig(TrainConfig):
                 "or such a file (`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
             )
         return found
+
+
+class BatchPlan(NamedTuple):
+    """How one process works through its share of a global batch."""
+
+    per_device: int  # pictures in one forward pass
+    accumulation: int  # forward passes per optimizer step
 
 
 def load_config(kind: type[ConfigT], file: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
@@ -251,6 +291,8 @@ def _convert(value: Any, hint: Any) -> Any:
         return None if parsed is None else _convert(value, choices[0])
     if typing.get_origin(hint) is tuple and isinstance(parsed, list) and len(parsed) == len(choices):
         return tuple(_convert(entry, choice) for entry, choice in zip(parsed, choices, strict=True))
+    if hint is bool and isinstance(parsed, bool):
+        return parsed
     if hint is float and isinstance(parsed, int | float) and not isinstance(parsed, bool):
         return float(parsed)
     if hint is int and isinstance(parsed, int) and not isinstance(parsed, bool):
@@ -266,7 +308,7 @@ def _describe(hint: Any) -> str:
         return f"{_describe(choices[0])}, or null"
     if typing.get_origin(hint) is tuple:
         return f"a list of {len(choices)}, each {_describe(choices[0])}"
-    return {int: "a whole number", float: "a number", str: "text"}[hint]
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
 
 
 def _unknown_keys(kind: type[TrainConfig], unknown: Iterable[str]) -> str:

@@ -14,10 +14,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Subset
 
 from .config import TrainConfig, to_yaml
-from .data import PictureDataset, Sample, set_epoch
+from .data import EvalLoader, TrainLoader
 from .files import write_text
 from .optim import learning_rate, set_learning_rate
 
@@ -52,7 +51,7 @@ class Trainer:
     accelerator: Accelerator
     model: nn.Module
     optimizer: Optimizer
-    loader: DataLoader[Sample]
+    loader: TrainLoader
     loss_function: LossFunction
     config: TrainConfig
     title: str
@@ -70,7 +69,7 @@ class Trainer:
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         started = time.perf_counter()
         with progress_bar(self.accelerator) as progress:
-            bar = StepBar(progress, self.title, self.config, len(self.loader))
+            bar = StepBar(progress, self.title, self.config, self.loader.steps_per_epoch)
             for epoch in range(self.config.epochs):
                 row = {"epoch": epoch + 1, "loss": self._train_epoch(wrapped, optimizer, epoch, bar)}
                 row |= {"lr": learning_rate(epoch + 1, self.config), "seconds": time.perf_counter() - started}
@@ -83,18 +82,15 @@ class Trainer:
     def _train_epoch(self, wrapped: nn.Module, optimizer: Optimizer, epoch: int, bar: "StepBar") -> float:
         """One pass over the data; returns its mean loss over all processes."""
         wrapped.train()
-        set_epoch(self.loader, epoch)
         total = torch.zeros((), device=self.accelerator.device)
-        for step, (pictures, classes) in enumerate(self.loader):
-            set_learning_rate(optimizer, learning_rate(epoch + step / len(self.loader), self.config))
-            pictures = pictures.to(self.accelerator.device, non_blocking=True)
-            classes = classes.to(self.accelerator.device, non_blocking=True)
-            loss = self.loss_function(wrapped, pictures, classes)
+        for step, [batch] in enumerate(self.loader.epoch(epoch)):
+            set_learning_rate(optimizer, learning_rate(epoch + step / self.loader.steps_per_epoch, self.config))
+            loss = self.loss_function(wrapped, batch.pictures, batch.classes)
             self._update(wrapped, optimizer, loss)
             total += loss.detach()
-            if step % READ_EVERY == READ_EVERY - 1 or step == len(self.loader) - 1:
+            if step % READ_EVERY == READ_EVERY - 1 or step == self.loader.steps_per_epoch - 1:
                 bar.show(epoch, step + 1, self._finite(total.item() / (step + 1), epoch, step))
-        return self.accelerator.reduce(total, "mean").item() / len(self.loader)
+        return self.accelerator.reduce(total, "mean").item() / self.loader.steps_per_epoch
 
     def _update(self, wrapped: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -148,22 +144,22 @@ class StepBar:
 
 
 @torch.inference_mode()
-def top1(accelerator: Accelerator, model: nn.Module, dataset: PictureDataset, batch_size: int = 256) -> float:
+def top1(accelerator: Accelerator, model: nn.Module, loader: EvalLoader) -> float:
     """Share of a data set that the model classifies rightly, in percent; every picture counts once.
 
     Args:
         accelerator: Its processes each score their own pictures; nothing is padded.
         model: The bare model (a wrapper's collective calls would hang where processes have unequal shares).
-        dataset: Pictures without random variation.
-        batch_size: Pictures per forward pass of one process.
+        loader: This process's share of the pictures.
     """
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    correct = torch.zeros((), dtype=torch.long, device=accelerator.device)
+    correct_and_all = torch.zeros(2, dtype=torch.long, device=accelerator.device)
     was_training = model.training
     model.eval()
-    for pictures, classes in DataLoader(Subset(dataset, mine), batch_size=batch_size):
+    for batch in loader:
         with accelerator.autocast():
-            logits = model(pictures.to(accelerator.device))
-        correct += (logits.argmax(dim=1) == classes.to(accelerator.device)).sum()
+            logits = model(batch.pictures)
+        correct_and_all[0] += (logits.argmax(dim=1) == batch.classes).sum()
+        correct_and_all[1] += len(batch.classes)
     model.train(was_training)
-    return 100 * accelerator.reduce(correct, "sum").item() / len(dataset)
+    correct, count = accelerator.reduce(correct_and_all, "sum").tolist()
+    return 100 * correct / count

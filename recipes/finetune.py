@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import timm
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from torch.nn import functional as F
 
 import arm_zoo  # noqa: F401  (registers the models)
 
-from .config import FinetuneConfig, config_from_command_line
-from .data import PictureDataset, Source, load_source, train_loader
+from .config import BatchPlan, FinetuneConfig, config_from_command_line
+from .data import eval_loader, train_loader
 from .engine import Metrics, Trainer, start_accelerator, top1
 from .files import replacing_files
 from .optim import create_optimizer
+from .sources import Source, open_source
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
 
@@ -45,10 +47,14 @@ def finetune(config: FinetuneConfig, title: str = "finetune") -> FinetuneResult:
         title: Stands before the progress bar.
     """
     accelerator = start_accelerator(config)
-    source = load_source(config.data.source)
+    source = open_source(config.data)
     model = create_classifier(config, len(source.class_names)).to(accelerator.device)
     ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
-    test = PictureDataset(source, source.test)
+    processes, device = accelerator.num_processes, accelerator.device
+    plan = BatchPlan(config.global_batch // processes, 1)
+    inputs = {**resolve_model_data_config(model), "mean": source.mean, "std": source.std}
+    share = (accelerator.process_index, processes)
+    test = eval_loader(source.test, inputs, 256, *share, device=device)
 
     def evaluate(epochs_done: int) -> Metrics:
         if epochs_done % config.evaluate_every and epochs_done != config.epochs:
@@ -60,7 +66,7 @@ def finetune(config: FinetuneConfig, title: str = "finetune") -> FinetuneResult:
         accelerator=accelerator,
         model=model,
         optimizer=create_optimizer(model, config, config.layer_decay),
-        loader=train_loader(source, config, accelerator),
+        loader=train_loader(source, config, plan, inputs["input_size"][-2:], *share, device),
         loss_function=partial(classification_loss, label_smoothing=config.label_smoothing),
         config=config,
         title=title,

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import arm_zoo
 
-from .config import PretrainConfig, config_from_command_line
-from .data import load_source, train_loader
+from .config import BatchPlan, PretrainConfig, config_from_command_line
+from .data import train_loader
 from .engine import Metrics, Trainer, start_accelerator
 from .files import replacing_files
 from .optim import create_optimizer
+from .sources import open_source
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ def pretrain(config: PretrainConfig, title: str = "pretrain") -> PretrainResult:
         title: Stands before the progress bar.
     """
     accelerator = start_accelerator(config)
-    loader = train_loader(load_source(config.data.source), config, accelerator)
     model = arm_zoo.create_pretraining_model(config.model, **config.model_args).to(accelerator.device)
+    processes, device = accelerator.num_processes, accelerator.device
+    plan = BatchPlan(config.global_batch // processes, 1)
+    size = (model.config["img_size"],) * 2
+    source = open_source(config.data, labels_needed=False)
+    loader = train_loader(source, config, plan, size, accelerator.process_index, processes, device)
     trainer = Trainer(
         accelerator=accelerator,
         model=model,

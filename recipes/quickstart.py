@@ -21,13 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .config import FinetuneConfig, PretrainConfig, load_config
-from .data import PictureDataset, Source, load_source, seeded_generator
+from .config import DataConfig, FinetuneConfig, PretrainConfig, load_config
+from .data import Batch, eval_loader, seeded_generator
 from .engine import Metrics
 from .files import write_text
 from .finetune import FinetuneResult, finetune, save_classifier
 from .plots import plot_curves, plot_predictions
 from .pretrain import PretrainResult, pretrain
+from .sources import Source, open_source
 
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
@@ -54,7 +55,7 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
     with training_from_scratch(runs / "scratch", settings) as scratch:
         pretrained = run_pretraining(runs / "pretrain", settings)
         finetuned = run_finetuning(runs / "finetune", [*settings, f"pretrained={pretrained.folder}"])
-    source = load_source("digits")
+    source = open_source(DataConfig(source="digits"))
     save_classifier(finetuned.model, output, source)
     plot_curves(
         output / "curves.png",
@@ -65,8 +66,8 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
     summary = {
         "finetuned_top1": finetuned.top1,
         "scratch_top1": scratch[-1]["top1"],
-        "images_train": len(source.train.labels),
-        "images_test": len(source.test.labels),
+        "images_train": len(source.train),
+        "images_test": len(source.test),
         "seed": seed,
         "pretrain_epochs": len(pretrained.history),
         "finetune_epochs": len(finetuned.history),
@@ -125,31 +126,38 @@ def tail(folder: Path, lines: int = 20) -> str:
 def draw_predictions(file: Path, pretrained: PretrainResult, source: Source, seed: int) -> None:
     """Let the pretraining model continue a few held-out pictures."""
     chosen = random_pictures(source, PICTURES_PREDICTED, seed)
-    normalised = torch.stack([picture for picture, _ in PictureDataset(source, source.test).__getitems__(chosen)])
+    batch = held_out(source, chosen)
     with torch.inference_mode():
-        predicted = pretrained.model.eval().reconstruct(normalised) * source.std[0] + source.mean[0]
-    names = [source.class_names[label] for label in source.test.labels[chosen]]
+        predicted = pretrained.model.eval().reconstruct(batch.pictures) * source.std[0] + source.mean[0]
+    names = [source.class_names[label] for label in batch.classes]
+    pictures = batch.pictures * source.std[0] + source.mean[0]
     cluster = pretrained.model.config["cluster_size"]
-    plot_predictions(file, source.test.images[chosen, 0].numpy(), predicted[:, 0].numpy(), cluster, names)
+    plot_predictions(file, pictures[:, 0].numpy(), predicted[:, 0].numpy(), cluster, names)
 
 
 def name_pictures(folder: Path, source: Source, seed: int) -> list[dict[str, Any]]:
     """Load the written model as any user of timm would and let it name a few held-out pictures."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    test = PictureDataset(source, source.test)
     rows = []
     for index in random_pictures(source, PICTURES_NAMED, seed):
-        picture, label = test[index]
+        batch = held_out(source, [index])
         with torch.inference_mode():
-            probability, best = model(picture.unsqueeze(0)).softmax(dim=1).max(dim=1)
-        named = {"named": source.class_names[best.item()], "is": source.class_names[label.item()]}
+            probability, best = model(batch.pictures).softmax(dim=1).max(dim=1)
+        named = {"named": source.class_names[best.item()], "is": source.class_names[batch.classes.item()]}
         rows.append({"picture": index, **named, "probability": probability.item()})
     return rows
 
 
+def held_out(source: Source, chosen: Sequence[int]) -> Batch:
+    """Some held-out pictures, normalised."""
+    inputs = {"input_size": (1, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+    [batch] = eval_loader(source.test.select(chosen), {**inputs, "mean": source.mean, "std": source.std}, len(chosen))
+    return batch
+
+
 def random_pictures(source: Source, count: int, seed: int) -> list[int]:
     """Indices of held-out pictures, drawn blindly."""
-    order = torch.randperm(len(source.test.labels), generator=seeded_generator(seed, 2))
+    order = torch.randperm(len(source.test), generator=seeded_generator(seed, 2))
     return order[:count].tolist()
 
 
