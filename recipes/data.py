@@ -11,7 +11,7 @@ import random
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -224,6 +224,20 @@ def warp(pictures: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
     return F.grid_sample(pictures, grid, align_corners=False)
 
 
+def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
+    """The stream in an order that is random within about ``buffer_size`` places."""
+    buffer: list[Encoded] = []
+    for encoded in stream:
+        if len(buffer) < buffer_size:
+            buffer.append(encoded)
+            continue
+        place = generator.randrange(buffer_size)
+        yield buffer[place]
+        buffer[place] = encoded
+    generator.shuffle(buffer)
+    yield from buffer
+
+
 class TrainingOrder(Sampler[list[Key]]):
     """Keys of this process's micro-batches from ``start`` = (epoch, step) to the end of training.
 
@@ -278,7 +292,9 @@ class TrainingOrder(Sampler[list[Key]]):
         if isinstance(self._split, PictureTable):
             order = torch.randperm(self.size, generator=seeded_generator(self._config.seed, epoch, ORDER))
             return (Key(epoch, index) for index in order.tolist())
-        stream = self._split.shuffled(self._config.seed, epoch, self._config.data.shuffle_buffer)
+        generator = random.Random(seed_of(self._config.seed, epoch, ORDER))
+        shards = generator.sample(range(self._split.num_shards), self._split.num_shards)
+        stream = mixed(self._split.encoded(shards), self._config.data.shuffle_buffer, generator)
         return (Key(epoch, index, encoded) for index, encoded in enumerate(stream))
 
 

@@ -58,7 +58,7 @@ def find_columns(data: Data, config: DataConfig, where: str, labels_needed: bool
     image = choose("image_column", config.image_column, pictures, list(features), where)
     if not labels_needed:
         return Columns(image, None)
-    paths = {path: feature for path, feature in leaves(features) if path != image}
+    paths = {path: feature for path, feature in leaves(features) if path.partition(".")[0] != image}
     likely = [path for path, feature in paths.items() if isinstance(feature, datasets.ClassLabel)]
     likely = likely or [path for path in paths if path in LABEL_NAMES][:1]
     return Columns(image, choose("label_column", config.label_column, likely, list(paths), where))

@@ -13,7 +13,7 @@ once into the cache of ``datasets`` and are then read at random; a stream (``dat
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -112,7 +112,8 @@ class PictureStream:
     """A split that is read in sequence; iterating gives (picture, class index, name) in stored order.
 
     Args:
-        data: Of the library ``datasets``, pictures not decoded.
+        data: Of the library ``datasets``, pictures not decoded. Its own shuffling is not used: its order differs from
+            one release to the next, and a run must be able to go on after an upgrade.
         reading: How its rows become pictures.
         size: Pictures in it, or None if it does not tell.
     """
@@ -120,26 +121,22 @@ class PictureStream:
     def __init__(self, data: datasets.IterableDataset, reading: Reading, size: int | None) -> None:
         self._data, self._reading, self.size = data, reading, size
         self.mode = reading.mode
+        self.num_shards: int = data.num_shards  # files, as a rule
 
     def __iter__(self) -> Iterator[Labelled]:
         return (encoded.decode(self.mode) for encoded in self.encoded())
 
-    def encoded(self) -> Iterator[Encoded]:
-        """All rows in stored order, not decoded."""
-        return self._encoded(self._data)
-
-    def shuffled(self, seed: int, epoch: int, buffer: int) -> Iterator[Encoded]:
-        """All rows, not decoded, in an order that seed and epoch decide: of the files, and within ``buffer`` rows."""
-        data = self._data.shuffle(seed=seed, buffer_size=buffer)
-        data.set_epoch(epoch)
-        return self._encoded(data)
-
-    def _encoded(self, data: datasets.IterableDataset) -> Iterator[Encoded]:
-        for row, example in enumerate(data):
-            pictures, *labels = (_value(example, column) for column in _read(self._reading))
-            name = f"{example['__url__']}/{example['__key__']}" if "__key__" in example else None
-            encoded = self._reading.encoded(pictures, labels[0] if labels else None, row)
-            yield encoded if name is None else encoded._replace(name=name)
+    def encoded(self, shards: Iterable[int] | None = None) -> Iterator[Encoded]:
+        """All rows, or those of some shards in this order, not decoded."""
+        for shard in range(self.num_shards) if shards is None else shards:
+            for row, example in enumerate(self._data.shard(self.num_shards, shard)):
+                picture, *labels = (_value(example, column) for column in _read(self._reading))
+                encoded = self._reading.encoded(picture, labels[0] if labels else None, row)
+                if "__key__" in example:  # WebDataset's name of the row
+                    name = f"{example['__url__']}/{example['__key__']}"
+                else:
+                    name = encoded.name.replace(", row", f", shard {shard}, row")
+                yield encoded._replace(name=name)
 
 
 def _read(reading: Reading) -> list[str]:
@@ -203,7 +200,8 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
         )
     labels, test_labels = train.labels(config), test.labels(config)
     match_labels(labels, test_labels, test.name)
-    names = test_labels.names if labels.numbered else labels.names  # numbers may have names in the other split
+    named = labels if test_labels.numbered else test_labels  # numbers may have names in the other split
+    names = named.names if labels.numbered else labels.names
     return Source(train.read(labels.indices(names)), test.read(test_labels.indices(names)), names)
 
 
