@@ -12,8 +12,9 @@ from arm_zoo import CheckpointError
 
 from .config import ConfigError, ConfigT, load_config, to_yaml
 from .errors import RunError
+from .locate import SourceError
 
-MISTAKES = (RunError, CheckpointError, ConfigError, FileNotFoundError)
+MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, FileNotFoundError)
 
 
 def run_from_command_line(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +38,21 @@ ABOVE_ZERO: Limit = ("above 0", lambda x: x > 0)
 ZERO_OR_MORE: Limit = ("0 or more", lambda x: x >= 0)
 SHARE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
 ABOVE_ZERO_OR_NULL: Limit = ("above 0, or null", lambda x: x is None or x > 0)
-AT_LEAST_TWO_OR_NULL: Limit = ("2 or more, or null", lambda x: x is None or x >= 2)
+ONE_OR_MORE_OR_NULL: Limit = ("1 or more, or null", lambda x: x is None or x >= 1)
 PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
+CROP_OR_NULL: Limit = (
+    "two shares of the picture's area, as in [0.2, 1.0], or null",
+    lambda x: x is None or 0 < x[0] <= x[1] <= 1,
+)
+RANDAUGMENT_OR_NULL: Limit = (
+    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1, or null",
+    lambda x: x is None or re.fullmatch(r"rand(-(m|mstd|mmax|n|inc|p|t|w)[\d.]+)*", x) is not None,
+)
+SOURCES = (
+    "a folder of pictures, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 "
+    "handwritten digits), as in data.source=digits"
+)
+AT_LEAST_TWO_OR_NULL: Limit = ("2 or more, or null", lambda x: x is None or x >= 2)
 BETAS: Limit = ("two values of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -49,9 +63,27 @@ def limited(default: Any, limit: Limit) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how training pictures are varied (keys ``data.NAME``)."""
+    """Where the pictures come from and how training pictures are varied (keys ``data.NAME``).
 
-    source: str = limited("", ("digits (scikit-learn's 1,797 handwritten digits), as in data.source=digits", bool))
+    ``source`` and ``validation`` are written in one syntax (``recipes.sources``): a folder of pictures, parquet files,
+    WebDataset tars, ``hf://owner/name``, or ``digits``. All variation is off unless asked for; it acts in the order
+    random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together, erase.
+    """
+
+    source: str = limited("", (SOURCES, bool))
+    validation: str | None = None  # another source; null: the validation (or test) split of ``source``
+    streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
+    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures of a stream that does not tell
+    shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # pictures of a stream, kept encoded, to draw from at random
+    num_classes: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # null: as many as the source has; else checked
+    image_column: str | None = None  # null: the only one that holds pictures
+    label_column: str | None = None  # null: the only one that looks like a class
+    workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
+    max_undecodable: float = limited(0.001, SHARE)  # share of damaged training pictures that is put up with
+    random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
+    flip: float = limited(0.0, PROBABILITY)  # left to right
+    randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words
+    erase: float = limited(0.0, PROBABILITY)  # one rectangle becomes noise
     max_shift: float = limited(0.0, SHARE)  # of the picture's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
     max_zoom: float = limited(0.0, SHARE)  # sizes from 1 - max_zoom to 1 + max_zoom
@@ -77,7 +109,7 @@ class TrainConfig:
     clip_grad: float | None = limited(None, ABOVE_ZERO_OR_NULL)  # L2 norm of all gradients together
 
     device: Literal["auto", "cpu"] = "auto"
-    cpu_threads: int | None = limited(None, ABOVE_ZERO_OR_NULL)  # of each process; null: torch's choice
+    cpu_threads: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # of each process; null: torch's choice
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and scan states stay fp32
     max_batch_per_device: int | None = limited(None, AT_LEAST_TWO_OR_NULL)  # accumulate gradients; null: all at once
     compile: bool = False
@@ -88,10 +120,10 @@ class TrainConfig:
     log_every: int = limited(20, ONE_OR_MORE)  # steps between two readings of loss and gradient norm
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     checkpoint_epochs: int = limited(1, ONE_OR_MORE)  # a checkpoint at the end of every so many epochs,
-    checkpoint_steps: int | None = limited(None, ABOVE_ZERO_OR_NULL)  # after every so many optimizer steps,
+    checkpoint_steps: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # after every so many optimizer steps,
     checkpoint_minutes: float | None = limited(10.0, ABOVE_ZERO_OR_NULL)  # and when the last one is so old
     keep_last: int = limited(3, ONE_OR_MORE)  # newest checkpoints kept
-    keep_every: int | None = limited(None, ABOVE_ZERO_OR_NULL)  # and those at the end of every so many epochs
+    keep_every: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # and those at the end of every so many epochs
 
     def conflicts(self) -> dict[str, str]:
         """Problems between values that are fine on their own."""
@@ -126,6 +158,9 @@ class TrainConfig:
     def unready(self) -> dict[str, str]:
         """What is missing on this machine for a run."""
         found = dict(missing(self))
+        for key in ("source", "validation"):
+            if problem := _source_problem(getattr(self.data, key)):
+                found[f"data.{key}"] = f"data.{key}: {problem}"
         if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
             found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
@@ -185,6 +220,19 @@ class FinetuneConfig(TrainConfig):
                 "or such a file (`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
             )
         return found
+
+
+def _source_problem(name: str | None) -> str | None:
+    """Why there are no pictures under this name, as far as files tell without being read."""
+    if not name or name == "digits":
+        return None
+    from .locate import SourceError, locate  # brings the library datasets, which takes seconds to import
+
+    try:
+        locate(name)
+    except SourceError as error:
+        return str(error)
+    return None
 
 
 class BatchPlan(NamedTuple):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from .checkpoint import CheckpointFolder, read_tensors
 from .config import TrainConfig, to_yaml
-from .data import Batch, TrainLoader
+from .data import Batch, TrainLoader, seed_of
 from .errors import RunError
 from .files import write_text
 from .optim import learning_rate, set_learning_rate
@@ -34,7 +34,7 @@ from .parsing import flatten
 from .resume import Start
 from .signals import Agreement, Stopped, StopRequest
 from .sources import Source
-from .watch import Display, Stopwatch, Utilisation
+from .watch import Display, Utilisation
 
 Metrics = dict[str, float]
 LossFunction = Callable[[nn.Module, Batch], Tensor]  # model, batch -> scalar
@@ -141,13 +141,16 @@ class Trainer:
         )
         self._agreement = Agreement(self.accelerator)
         self._stop = StopRequest()
-        self._watch = Stopwatch()
-        self._saved_at = time.monotonic()
+        self._started = self._saved_at = time.monotonic()
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps since the run's beginning."""
         return self.position.epoch * self._steps + self.position.step
+
+    def _seconds(self) -> float:
+        """That the run has taken, in all the processes that worked on it one after the other."""
+        return self.position.seconds + time.monotonic() - self._started
 
     def _resume(self, start: Start) -> None:
         checkpoint, state = start
@@ -191,9 +194,8 @@ class Trainer:
     def _train_epoch(self) -> None:
         """The rest of the pass over the data that the position is in."""
         self._forward.train()
-        self._watch.start_lap()
-        steps = self.loader.epoch(self.position.epoch, self.position.step)
-        for micro_batches in self._watch.waiting(steps):
+        self._epoch_started = (time.monotonic(), self.loader.seconds_waited, self.position.step)
+        for micro_batches in self.loader.epoch(self.position.epoch, self.position.step):
             self._optimizer_step(micro_batches)
             self.position.step += 1
             if self.position.step % self.config.log_every == 0 or self.position.step == self._steps:
@@ -225,11 +227,7 @@ class Trainer:
             self.ema.update(self.model)
 
     def _loss(self, batch: Batch) -> Tensor:
-        device = self.accelerator.device
-        batch = batch._replace(
-            pictures=batch.pictures.to(device, non_blocking=True), classes=batch.classes.to(device, non_blocking=True)
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.loss_function(self._forward, batch)
 
     def _read_figures(self) -> None:
@@ -262,8 +260,11 @@ class Trainer:
         position = self.position
         row: Metrics = {"epoch": position.epoch + 1, "loss": self._mean_loss()}
         row |= {"lr": learning_rate(position.epoch + 1, self.config)}
-        row |= {"seconds": position.seconds + self._watch.seconds, "data_wait": self._watch.lap_waited}
-        row |= self._display.speed(self._watch.lap_items * self.config.global_batch / self._watch.lap_seconds)
+        started, waited, first_step = self._epoch_started
+        seconds = time.monotonic() - started  # the device has been waited for: the loss is read
+        row |= {"seconds": self._seconds(), "data_wait": (self.loader.seconds_waited - waited) / seconds}
+        row |= {"undecodable": len(self.loader.undecodable)}
+        row |= self._display.speed((position.step - first_step) * self.config.global_batch / seconds)
         if self.evaluate is not None:
             row |= self.evaluate(position.epoch + 1)
         position.history.append(row)
@@ -304,7 +305,7 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint on the main process; all processes learn whether it worked."""
         total = self.accelerator.reduce(self._loss_sum, "mean").item()
-        now = dataclasses.replace(self.position, loss_sum=total, seconds=self.position.seconds + self._watch.seconds)
+        now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds())
         tensors = {"model": model_state(self.model), "optimizer": optimizer_state(self.model, self.optimizer)}
         if self.ema is not None:
             tensors["ema"] = model_state(self.ema.module)
@@ -333,5 +334,5 @@ def seed_step(seed: int, epoch: int, step: int, micro_batch: int, process: int) 
 
     Mixup draws from NumPy: the same for all parts of a global batch. Drop path draws from torch: each part its own.
     """
-    np.random.seed(np.random.SeedSequence([seed, epoch, step]).generate_state(4))
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, step, micro_batch, process]).generate_state(1)[0]))
+    np.random.seed(seed_of(seed, epoch, step) & 0xFFFFFFFF)
+    torch.manual_seed(seed_of(seed, epoch, step, micro_batch, process))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .command_line import run_from_command_line, say
 from .config import FinetuneConfig, batch_plan
-from .data import Batch, eval_loader, train_loader
+from .data import Batch, EvalLoader, eval_loader, train_loader
 from .engine import LossFunction, Metrics, Trainer, check_channels, start_accelerator, utilisation
 from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
@@ -157,40 +157,43 @@ def evaluation(
     inputs: InputConfig,
 ) -> Callable[[int], Metrics]:
     """A function of the epochs done that scores the model and its moving average on the held-out pictures."""
+    loader = eval_loader(
+        source.test,
+        inputs,
+        EVAL_BATCH,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.data.workers,
+        accelerator.device,
+    )
     candidates = {"top1": model} | ({} if ema is None else {"top1_ema": ema.module})
 
     def evaluate(epochs_done: int) -> Metrics:
         if epochs_done % config.evaluate_every and epochs_done != config.epochs:
             return {}
-        return {name: top1(config, accelerator, candidate, source, inputs) for name, candidate in candidates.items()}
+        return {name: top1(config, accelerator, candidate, loader) for name, candidate in candidates.items()}
 
     return evaluate
 
 
 @torch.no_grad()  # inference mode would spoil the tensors that sharded parameters are gathered into
-def top1(
-    config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, source: Source, inputs: InputConfig
-) -> float:
+def top1(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, loader: EvalLoader) -> float:
     """Share of the held-out pictures that the model classifies rightly, in percent; every picture counts once.
 
     Args:
         config: Its precision is used for scoring too.
         accelerator: Its processes each score their own pictures; nothing is padded.
         model: The bare model (a wrapper's collective calls would hang where processes have unequal shares).
-        source: Its held-out pictures.
-        inputs: How they are prepared.
+        loader: This process's share of the pictures.
     """
     device = accelerator.device
     correct, total = torch.zeros((), dtype=torch.long, device=device), 0
     was_training = model.training
     model.eval()
     with whole_parameters(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        for batch in eval_loader(
-            source.test, inputs, EVAL_BATCH, accelerator.process_index, accelerator.num_processes
-        ):
-            pictures = batch.pictures.to(device, non_blocking=True)
-            correct += (model(pictures).argmax(dim=1) == batch.classes.to(device, non_blocking=True)).sum()
-            total += len(pictures)
+        for batch in loader:
+            correct += (model(batch.pictures).argmax(dim=1) == batch.classes).sum()
+            total += len(batch.classes)
     model.train(was_training)
     counts = torch.stack([correct, torch.tensor(total, device=device)])
     right, scored = accelerator.reduce(counts, "sum").tolist()

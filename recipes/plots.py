@@ -12,14 +12,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Subset
 
 from arm_zoo import ARMPretrain
 
 from .data import Batch, eval_loader
 from .engine import Metrics
 from .files import replacing_files
-from .sources import Source
+from .sources import PictureTable, Source
 
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
 
@@ -81,7 +80,10 @@ def draw_predictions(
         count: How many.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "held-out")
-    batch = prepared_pictures(split, drawn_blindly(len(split), count, seed), inputs)
+    if isinstance(split, PictureTable):
+        batch = prepared_pictures(split, drawn_blindly(len(split), count, seed), inputs)
+    else:  # a stream has no places to choose from
+        batch = next(iter(eval_loader(split, inputs, count)))
     with torch.inference_mode():
         predicted = model.eval().reconstruct(batch.pictures)
     shown = [_as_images(pictures, source) for pictures in (batch.pictures, predicted)]
@@ -94,9 +96,9 @@ def drawn_blindly(length: int, count: int, seed: int) -> list[int]:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
-def prepared_pictures(split: Any, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
+def prepared_pictures(split: PictureTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
     """Pictures of a split as a model takes them."""
-    return next(iter(eval_loader(Subset(split, indices), inputs, len(indices), 0, 1)))
+    return next(iter(eval_loader(split.select(indices), inputs, len(indices))))
 
 
 def _as_images(pictures: Tensor, source: Source) -> NDArray:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -23,52 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .config import TrainConfig
 
-Item = TypeVar("Item")
 GEMM_SIZE, GEMM_RUNS = 8192, 20
-
-
-class Stopwatch:
-    """Wall time since it was made, and of a lap (an epoch) also what came in and how long the host waited for it.
-
-    On a GPU the host runs ahead of the device, so the share of its waiting is an upper bound of the device's.
-    """
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self.start_lap()
-
-    def start_lap(self) -> None:
-        """Count from here."""
-        self._lap_started, self._waited, self.lap_items = time.perf_counter(), 0.0, 0
-
-    def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Pass the items on, counting them and the time until each is there."""
-        iterator = iter(items)
-        while True:
-            asked = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._waited += time.perf_counter() - asked
-            self.lap_items += 1
-            yield item
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self._started
-
-    @property
-    def lap_seconds(self) -> float:
-        """Since the start of the lap."""
-        return time.perf_counter() - self._lap_started
-
-    @property
-    def lap_waited(self) -> float:
-        """Share of the lap's time, 0 to 1."""
-        return self._waited / self.lap_seconds
 
 
 def picture_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int]) -> int:

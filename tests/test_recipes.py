@@ -2,7 +2,6 @@
 
 import csv
 import json
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 
 import arm_zoo
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
-from recipes.data import EpochBatches, PictureDataset, load_source
 from recipes.finetune import finetune
 from recipes.optim import learning_rate, parameter_groups
 from recipes.pretrain import pretrain
@@ -78,45 +76,6 @@ def test_parameter_groups_leave_frozen_and_one_dimensional_parameters_undecayed(
     assert decay[id(mixer.A_log)] == decay[id(mixer.conv_weight)] == decay[id(model.query_token)] == 0.05
     assert decay[id(mixer.D)] == decay[id(mixer.conv_bias)] == decay[id(mixer.dt_proj_bias)] == 0
     assert sum(p.requires_grad for p in model.parameters()) == len(decay)
-
-
-def test_digits_are_split_once_and_in_proportion() -> None:
-    source = load_source("digits")
-    assert len(source.train.labels) == 1437 and len(source.test.labels) == 360
-    assert torch.equal(load_source("digits").test.images, source.test.images)
-    shares = [split.labels.bincount().float() / len(split.labels) for split in (source.train, source.test)]
-    assert (shares[0] - shares[1]).abs().max() < 0.003
-    everything = torch.cat([source.train.images, source.test.images]).flatten(1)
-    assert everything.shape == (1797, 64) and everything.min() == 0 and everything.max() == 1
-    with pytest.raises(ValueError, match=r"unknown data\.source 'mnist'; allowed: digits"):
-        load_source("mnist")
-
-
-def test_order_is_a_function_of_seed_and_epoch_for_any_number_of_processes() -> None:
-    def order(epoch: int, seed: int = 0) -> list[list[int]]:
-        batches = EpochBatches(100, 20, seed)
-        batches.set_epoch(epoch)
-        return list(batches)
-
-    assert order(0) == order(0) and order(0) != order(1) and order(0) != order(0, seed=1)
-    assert sorted(chain.from_iterable(order(3))) == list(range(100))
-    shares = [list(EpochBatches(100, 20, 0, process, 2)) for process in range(2)]
-    for whole, *parts in zip(order(0), *shares, strict=True):
-        assert sorted(chain.from_iterable(parts)) == sorted(whole)
-    with pytest.raises(ValueError, match=r"global_batch 20 does not split over 3 processes; allowed: .* 18 or 21"):
-        EpochBatches(100, 20, 0, 0, 3)
-    with pytest.raises(ValueError, match="global_batch is 200; allowed: up to the 100"):
-        EpochBatches(100, 200, 0)
-
-
-def test_variation_of_a_picture_depends_on_seed_epoch_and_index_only() -> None:
-    source = load_source("digits")
-    augment = load_config(PretrainConfig, CONFIGS[-1] if "pretrain" in CONFIGS[-1].name else CONFIGS[0]).data
-    first, second = (PictureDataset(source, source.train, augment, seed=0) for _ in range(2))
-    assert torch.equal(first[5][0], second.__getitems__([9, 5])[1][0])
-    before = first[5][0]
-    first.set_epoch(1)
-    assert not torch.equal(first[5][0], before)
 
 
 def run(folder: Path, seed: int = 0) -> tuple[float, float, Path]:
