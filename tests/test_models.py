@@ -33,6 +33,8 @@ PAPER = "arm_in1k_ft_in1k"
 TAGS = {  # name: tags, the default one first
     "arm_pico_patch2_8": ["untrained"],
     "arm_tiny_patch16_224": ["untrained"],
+    "arm_tiny_patch4_32": ["untrained"],
+    "arm_tiny_patch8_64": ["untrained"],
     "arm_small_patch16_224": ["untrained"],
     "arm_base_patch16_224": [PAPER, "arm_in1k", "in1k"],
     "arm_base_patch16_384": [PAPER],
