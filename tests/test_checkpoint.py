@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-# ----------------------------------------------------------------------------------------------------- files and folders
+# --------------------------------------------------------------------------------------------------- files and folders
 
 
 def folder_of(path: Path, keep_last: int = 2, keep_every: int | None = None) -> CheckpointFolder:
@@ -294,29 +295,37 @@ def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypat
 # ------------------------------------------------------------------------------------------------------- two processes
 
 
+@contextmanager
+def on_two_processes(arguments: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Pretraining by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
+    with subprocess.Popen(
+        [*command, "-m", "recipes.pretrain", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
 def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: dict[int, Callable[[], None]]) -> None:
     """From one process to two and back, each time in the middle of an epoch, the second time by a signal to one."""
     longer = ["epochs=8", "max_batch_per_device=64"]
-    expected = run(tmp_path / "one", *longer)
-    before_step[7] = send(signal.SIGTERM)
+    before_step[26] = send(signal.SIGTERM)  # with four forward passes per step: in step 7
     folder = tmp_path / "changing"
     with pytest.raises(Stopped):
         run(folder, *longer)
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "recipes.pretrain"]
+    assert names(folder)[-1] == "step-00000007"
+    expected = run(tmp_path / "one", *longer)
     arguments = ["--config", str(CONFIG), *settings(folder, *longer), "device=cpu", "checkpoint_steps=1"]
-    process = subprocess.Popen(
-        [sys.executable, *command, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while names(folder)[-1] < "step-00000013" and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = [child for child in psutil.Process(process.pid).children() if "recipes.pretrain" in child.cmdline()]
-    assert len(workers) == 2
-    workers[1].send_signal(signal.SIGUSR1)
-    _, printed = process.communicate(timeout=120)
+    with on_two_processes(arguments) as process:
+        while names(folder)[-1] < "step-00000013" and process.poll() is None:
+            time.sleep(0.01)
+        workers = [child for child in psutil.Process(process.pid).children() if "recipes.pretrain" in child.cmdline()]
+        assert len(workers) == 2
+        workers[1].send_signal(signal.SIGUSR1)
+        _, printed = process.communicate(timeout=120)
     assert process.returncode != 0 and printed.count("exitcode  : 75") == 2, printed
     result = run(folder, *longer)
     losses = [[row["loss"] for row in history] for history in (result.history, expected.history)]
