@@ -310,7 +310,7 @@ def on_two_processes(arguments: list[str]) -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: dict[int, Callable[[], None]]) -> None:
-    """From one process to two and back, each time in the middle of an epoch, the second time by a signal to one."""
+    """From one process to two and back, in the middle of epochs; the two are sharded and only one gets the signal."""
     longer = ["epochs=8", "max_batch_per_device=64"]
     before_step[26] = send(signal.SIGTERM)  # with four forward passes per step: in step 7
     folder = tmp_path / "changing"
@@ -318,7 +318,7 @@ def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: d
         run(folder, *longer)
     assert names(folder)[-1] == "step-00000007"
     expected = run(tmp_path / "one", *longer)
-    arguments = ["--config", str(CONFIG), *settings(folder, *longer), "device=cpu", "checkpoint_steps=1"]
+    arguments = ["--config", str(CONFIG), *settings(folder, *longer), "device=cpu", "checkpoint_steps=1", "fsdp=true"]
     with on_two_processes(arguments) as process:
         while names(folder)[-1] < "step-00000013" and process.poll() is None:
             time.sleep(0.01)
@@ -333,3 +333,14 @@ def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: d
     assert [row["lr"] for row in result.history] == [row["lr"] for row in expected.history]
     weights = [dict(each.model.named_parameters()) for each in (result, expected)]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
+
+
+def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -> None:
+    with on_two_processes(["--config", str(CONFIG), *settings(tmp_path), "device=cpu"]) as process:
+        _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, whole)
+    ]
+    assert len(losses[0]) == EPOCHS and losses[0] == pytest.approx(losses[1], rel=1e-4)
