@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import yaml
 
 Scalar = bool | int | float | str
-ConfigT = TypeVar("ConfigT", bound="TrainConfig")
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class ConfigError(ValueError):
@@ -86,8 +86,21 @@ class DataConfig:
     max_zoom: float = limited(0.0, SHARE)  # sizes from 1 - max_zoom to 1 + max_zoom
 
 
+class Config:
+    """What ``load_config`` fills: a frozen dataclass that checks its values."""
+
+    def __post_init__(self) -> None:
+        problems = dict(_out_of_range(self)) | self.conflicts()
+        if problems:
+            raise ConfigError(problems)
+
+    def conflicts(self) -> dict[str, str]:
+        """Problems between values that are fine on their own."""
+        return {}
+
+
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """What both phases share; a key means the same thing in every YAML file."""
 
     model: str = limited("", ("a model name; `python -m arm_zoo list` shows them", bool))
@@ -105,11 +118,6 @@ class TrainConfig:
     weight_decay: float = limited(0.05, ZERO_OR_MORE)
     betas: tuple[float, float] = limited((0.9, 0.999), BETAS)
     clip_grad: float | None = limited(None, ABOVE_ZERO_OR_NULL)  # L2 norm of all gradients together
-
-    def __post_init__(self) -> None:
-        problems = dict(_out_of_range(self)) | self.conflicts()
-        if problems:
-            raise ConfigError(problems)
 
     def conflicts(self) -> dict[str, str]:
         """Problems between values that are fine on their own: the cosine needs epochs after the warm-up."""
@@ -311,7 +319,7 @@ def _describe(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
 
 
-def _unknown_keys(kind: type[TrainConfig], unknown: Iterable[str]) -> str:
+def _unknown_keys(kind: type[Config], unknown: Iterable[str]) -> str:
     known = list(_keys(kind))
     named = []
     for key in unknown:

@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import DataConfig, FinetuneConfig, PretrainConfig, load_config
-from .data import Batch, eval_loader, seeded_generator
+from .data import Batch, eval_loader
 from .engine import Metrics
 from .files import write_text
 from .finetune import FinetuneResult, finetune, save_classifier
 from .plots import plot_curves, plot_predictions
 from .pretrain import PretrainResult, pretrain
 from .sources import Source, open_source
+from .transforms import seeded_generator
 
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
