@@ -88,7 +88,7 @@ class Pictures(Dataset[Batch]):
             classes.append(label)
             indices.append(key.index)
         batch = self._normalised(self._scaled(pictures)) if pictures else torch.empty(0)
-        return Batch(batch, torch.tensor(classes), torch.tensor(indices), undecodable)
+        return Batch(batch, torch.tensor(classes).long(), torch.tensor(indices).long(), undecodable)
 
     def _stored(self, keys: Sequence[Key]) -> Sequence[Encoded]:
         if isinstance(self._split, PictureTable):
@@ -377,6 +377,7 @@ def batch_loader(
         batch_sampler=order,
         num_workers=workers,
         collate_fn=unchanged,
+        generator=torch.Generator(),  # its own: else every pass draws from the global one
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals_to_parent,
