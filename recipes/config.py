@@ -70,7 +70,7 @@ class DataConfig:
     source: str = limited("", (SOURCES, bool))
     validation: str | None = None  # another source; null: the validation (or test) split of ``source``
     streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
-    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures of a stream that does not tell
+    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures, where a stream does not tell
     shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # pictures of a stream, kept encoded, to draw from at random
     num_classes: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # null: as many as the source has; else checked
     image_column: str | None = None  # null: the only one that holds pictures

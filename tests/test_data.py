@@ -1,6 +1,7 @@
 """Batches: each picture once, the same for any number of processes and workers, and resumed where they stopped."""
 
 import logging
+import pickle
 import random
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
-from recipes.data import Batch, TrainLoader, eval_loader, mixed, train_loader
+from recipes.data import Batch, Key, TrainLoader, eval_loader, mixed, train_loader
 from recipes.locate import SourceError
 from recipes.sources import Encoded, Source, open_source
 from recipes.transforms import posterized, training_transform, warp
@@ -284,6 +285,14 @@ def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path) -> None:
     assert "[val], row 2 cannot be decoded" in batches[1].undecodable[0]
     only_damaged = list(eval_loader(test, SCORING, 1))[2]
     assert len(only_damaged.pictures) == len(only_damaged.classes) == 0
+
+
+def test_workers_can_be_started_afresh(folder: Path) -> None:
+    """Where processes are not forked, as on macOS, the data set goes to the workers by pickle."""
+    run = loader(configure(folder, *VARIED))
+    copy = pickle.loads(pickle.dumps(run._loader.dataset))
+    keys = [Key(0, 3), Key(0, 20)]
+    assert torch.equal(copy.__getitems__(keys).pictures, run._loader.dataset.__getitems__(keys).pictures)
 
 
 def test_waiting_for_pictures_is_measured(folder: Path) -> None:
