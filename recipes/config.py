@@ -19,6 +19,7 @@ from .parsing import ConfigError, Limit, flatten, missing, out_of_range, read_ya
 
 __all__ = [
     "BatchPlan",
+    "Config",
     "ConfigError",
     "DataConfig",
     "FinetuneConfig",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 Scalar = bool | int | float | str
-ConfigT = TypeVar("ConfigT", bound="TrainConfig")
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 ONE_OR_MORE: Limit = ("1 or more", lambda x: x >= 1)
@@ -73,7 +74,7 @@ class DataConfig:
     source: str = limited("", (SOURCES, bool))
     validation: str | None = None  # another source; null: the validation (or test) split of ``source``
     streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
-    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures of a stream that does not tell
+    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures, where a stream does not tell
     shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # pictures of a stream, kept encoded, to draw from at random
     num_classes: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # null: as many as the source has; else checked
     image_column: str | None = None  # null: the only one that holds pictures
@@ -89,8 +90,20 @@ class DataConfig:
     max_zoom: float = limited(0.0, SHARE)  # sizes from 1 - max_zoom to 1 + max_zoom
 
 
+class Config:
+    """What ``load_config`` fills and checks: a frozen dataclass."""
+
+    def conflicts(self) -> dict[str, str]:
+        """Problems between values that are fine on their own."""
+        return {}
+
+    def unready(self) -> dict[str, str]:
+        """What is not there on this machine and a run needs, beside the values that are missing."""
+        return {}
+
+
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """What both phases share; a key means the same thing in every YAML file. ``load_config`` makes and checks it."""
 
     model: str = limited("", ("a model name; `python -m arm_zoo list` shows them", bool))
@@ -126,7 +139,7 @@ class TrainConfig:
     keep_every: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # and those at the end of every so many epochs
 
     def conflicts(self) -> dict[str, str]:
-        """Problems between values that are fine on their own."""
+        """The cosine needs epochs after the warm-up, mixup pairs of pictures, and the model sizes that fit."""
         found = {}
         if self.warmup_epochs >= self.epochs:
             found["warmup_epochs"] = (
@@ -156,8 +169,8 @@ class TrainConfig:
         raise NotImplementedError
 
     def unready(self) -> dict[str, str]:
-        """What is missing on this machine for a run."""
-        found = dict(missing(self))
+        """The pictures, the folder to write to and the tracker must be there."""
+        found = {}
         for key in ("source", "validation"):
             if problem := _source_problem(getattr(self.data, key)):
                 found[f"data.{key}"] = f"data.{key}: {problem}"
@@ -297,7 +310,7 @@ def load_config(
         problems["unknown keys"] = unknown_keys(kind, values)
     problems = config.conflicts() | dict(out_of_range(config)) | problems
     if to_run:
-        problems = config.unready() | problems
+        problems = dict(missing(config)) | config.unready() | problems
     if problems:
         raise ConfigError(problems)
     return config

@@ -4,34 +4,35 @@ The order of an epoch is a function of (seed, epoch), the variation of a picture
 position (epoch, step) is all that a resumed run has to know about its data, for any number of workers.
 """
 
-import hashlib
 import logging
-import math
 import random
 import signal
-import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import Compose, InterpolationMode, Resize
 
 from .config import BatchPlan, DataConfig, TrainConfig
 from .locate import SourceError
 from .pictures import UndecodablePicture
 from .sources import Encoded, PictureTable, Source, Split
+from .transforms import (
+    Transform,
+    global_generators_restored,
+    scoring_transform,
+    seed_global_generators,
+    seed_of,
+    seeded_generator,
+    training_transform,
+    warp,
+)
 
-Transform = Callable[[Image.Image], Tensor]  # to (C, H, W), uint8
 ORDER, VARIATION, ERASING = range(3)  # purposes of random streams
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
@@ -67,37 +68,6 @@ class Key(NamedTuple):
     encoded: Encoded | None = None
 
 
-def seed_of(*key: int) -> int:
-    """63 random bits for every key, for example (seed, epoch, purpose)."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """A random stream of its own for every key."""
-    return torch.Generator().manual_seed(seed_of(*key))
-
-
-def seed_global_generators(*key: int) -> None:
-    """Seed those of Python, NumPy and torch (CPU), which transforms draw from."""
-    number = seed_of(*key)
-    random.seed(number)
-    np.random.seed(number & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(number)
-
-
-@contextmanager
-def global_generators_restored() -> Iterator[None]:
-    """Leave the three generators as they were before the block."""
-    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(pytorch)
-
-
 class Pictures(Dataset[Batch]):
     """One split as batches of normalised pictures: ``dataset.__getitems__(keys)``."""
 
@@ -118,7 +88,7 @@ class Pictures(Dataset[Batch]):
             classes.append(label)
             indices.append(key.index)
         batch = self._normalised(self._scaled(pictures)) if pictures else torch.empty(0)
-        return Batch(batch, torch.tensor(classes), torch.tensor(indices), undecodable)
+        return Batch(batch, torch.tensor(classes).long(), torch.tensor(indices).long(), undecodable)
 
     def _stored(self, keys: Sequence[Key]) -> Sequence[Encoded]:
         if isinstance(self._split, PictureTable):
@@ -145,11 +115,12 @@ class VariedPictures(Pictures):
         super().__init__(source.train, transform, source.mean, source.std)
         self._seed = seed
         self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
-        self._erase = RandomErasing(config.erase, mode="pixel", device="cpu") if config.erase else None
+        self._erase_probability = config.erase
+        self._erase = RandomErasing(probability=1, mode="pixel", device="cpu")
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Decode and vary a batch."""
-        pictures, classes, draws, undecodable = [], [], [], []
+        pictures, classes, draws, erased, undecodable = [], [], [], [], []
         with global_generators_restored():
             stored = self._stored(keys)
             for position, key in enumerate(keys):
@@ -158,14 +129,14 @@ class VariedPictures(Pictures):
                 pictures.append(self._transform(image))
                 classes.append(label)
                 draws.append([random.uniform(-1, 1) for _ in range(4)])
+                erased.append(random.random() < self._erase_probability)
             batch = self._scaled(pictures)
             if self._affine is not None:
                 batch = warp(batch, torch.tensor(draws), self._affine)
             batch = self._normalised(batch)
-            if self._erase is not None:
-                for key, picture in zip(keys, batch, strict=True):
-                    seed_global_generators(self._seed, key.epoch, key.index, ERASING)
-                    self._erase(picture)
+            for key, picture in compress(zip(keys, batch, strict=True), erased):
+                seed_global_generators(self._seed, key.epoch, key.index, ERASING)
+                self._erase(picture)  # in place
         return Batch(batch, torch.tensor(classes), torch.tensor([key.index for key in keys]), undecodable)
 
     def _decoded(
@@ -185,43 +156,6 @@ class VariedPictures(Pictures):
             else:
                 encoded = stored[(position + ahead) % length]
         raise SourceError(f"none of {length} pictures can be decoded; the last one: {undecodable[-1]}")
-
-
-def training_transform(config: DataConfig, image_size: tuple[int, int], mean: Sequence[float]) -> Transform:
-    """timm's training transform: crop, flip, RandAugment, bicubic throughout; normalising is left to the batch."""
-    crop_and_flip, randaugment, to_tensor = create_transform(
-        image_size,
-        is_training=True,
-        scale=config.random_crop,
-        hflip=config.flip,
-        color_jitter=None,
-        auto_augment=config.randaugment,
-        interpolation="bicubic",
-        mean=mean,
-        normalize=False,
-        separate=True,
-    )
-    if config.random_crop is None:
-        crop_and_flip.transforms[0] = Resize(image_size, InterpolationMode.BICUBIC)
-    return Compose([*crop_and_flip.transforms, *randaugment.transforms, *to_tensor.transforms])
-
-
-def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
-    """timm's evaluation transform of a model's data configuration, without normalising."""
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    return create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
-
-
-def warp(pictures: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
-    """Rotate, zoom and shift pictures (N, C, H, W) by draws (N, 4) from -1..1, each times its largest value."""
-    rotation, zoom, shift_x, shift_y = draws.unbind(1)
-    angle = rotation * math.radians(config.max_rotation)
-    scale = 1 / (1 + zoom * config.max_zoom)  # 1 over: the matrix maps output places to input places
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    reach = 2 * config.max_shift  # affine_grid's coordinates run from -1 to 1 over the side
-    rows = [torch.stack([cos, -sin, shift_x * reach], dim=-1), torch.stack([sin, cos, shift_y * reach], dim=-1)]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures, grid, align_corners=False)
 
 
 def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
@@ -443,6 +377,7 @@ def batch_loader(
         batch_sampler=order,
         num_workers=workers,
         collate_fn=unchanged,
+        generator=torch.Generator(),  # its own: else every pass draws from the global one
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals_to_parent,

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from .checkpoint import CheckpointFolder, read_tensors
 from .config import TrainConfig, to_yaml
-from .data import Batch, TrainLoader, seed_of
+from .data import Batch, TrainLoader
 from .errors import RunError
 from .files import write_text
 from .optim import learning_rate, set_learning_rate
@@ -34,6 +34,7 @@ from .parsing import flatten
 from .resume import Start
 from .signals import Agreement, Stopped, StopRequest
 from .sources import Source
+from .transforms import seed_of
 from .watch import Display, Utilisation
 
 Metrics = dict[str, float]

@@ -101,11 +101,15 @@ def number_of_classes(config: FinetuneConfig, source: Source) -> int:
         RunError: If the configuration says otherwise.
     """
     classes = len(source.class_names)
-    asked = {"model_args.num_classes": config.model_args.get("num_classes"), "data.num_classes": config.data.num_classes}
+    asked = {
+        "model_args.num_classes": config.model_args.get("num_classes"),
+        "data.num_classes": config.data.num_classes,
+    }
     for key, number in asked.items():
         if number not in (None, classes):
             raise RunError(
-                f"{key} is {number}, but {config.data.source} has {classes} classes; allowed: {classes}, or leave it out"
+                f"{key} is {number}, but {config.data.source} has {classes} classes; "
+                f"allowed: {classes}, or leave it out"
             )
     return classes
 
@@ -193,6 +197,8 @@ def top1(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, loa
     model.eval()
     with whole_parameters(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for batch in loader:
+            if len(batch.classes) == 0:  # none of them could be decoded
+                continue
             correct += (model(batch.pictures).argmax(dim=1) == batch.classes).sum()
             total += len(batch.classes)
     model.train(was_training)

@@ -51,6 +51,7 @@ def locate(name: str) -> Located:
     Raises:
         SourceError: If it is not there, empty, or could be read in two ways.
     """
+    name = os.path.expanduser(name)  # the shell leaves the ~ of key=~/folder alone
     if name.startswith("hf://"):
         hub_id = name.removeprefix("hf://").removeprefix("datasets/")
         if not HUB_ID.fullmatch(hub_id):
@@ -90,10 +91,9 @@ def expand_braces(pattern: str) -> list[str]:
 def locate_folder(folder: str) -> Located:
     """A folder holds pictures, or parquet files, or tars; two kinds at once are refused."""
     found: dict[Kind, list[str]] = {}
+    inside = list(files_near(folder))
     for kind, endings in FILES.items():
-        patterns = [os.path.join(glob.escape(folder), *below) for below in (["*"], ["*", "*"])]
-        files = [file for pattern in patterns for file in glob.glob(pattern) if file.lower().endswith(endings)]
-        if files:
+        if files := [file for file in inside if file.lower().endswith(endings)]:
             found[kind] = files
     if holds_pictures(folder):
         found["pictures"] = []
@@ -103,6 +103,17 @@ def locate_folder(folder: str) -> Located:
         raise SourceError(f"{folder!r} holds nothing to train on; allowed: {ALLOWED}")
     [(kind, files)] = found.items()
     return picture_splits(folder) if kind == "pictures" else located_files(folder, files)
+
+
+def files_near(folder: str) -> Iterator[str]:
+    """Files in a folder and in its subfolders, those of pictures left out: they may hold a million."""
+    yield from (entry.path for entry in os.scandir(folder) if entry.is_file())
+    for below in subfolders(folder):
+        for entry in os.scandir(below):
+            if entry.name.lower().endswith(PICTURES):
+                break
+            if entry.is_file():
+                yield entry.path
 
 
 def located_files(name: str, files: list[str]) -> Located:

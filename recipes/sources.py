@@ -255,8 +255,12 @@ def _opened(source: Located, split: str, data: Data, config: DataConfig, labels_
         size = count_rows(source.splits[split])
     else:
         told = data.info.splits or {}
-        size = told[data.split].num_examples if data.split in told else None
-    if split == "train" and size is None:
+        size = told[split_name].num_examples if (split_name := str(data.split)) in told else None
+    if split == "train" and config.train_size not in (None, size):
+        if size is not None:
+            raise SourceError(
+                f"{name} holds {size} pictures, but data.train_size is {config.train_size}; leave it out"
+            )
         size = config.train_size
     if size == 0:
         raise SourceError(f"{name} holds no pictures")

@@ -358,6 +358,9 @@ def test_bad_sources_are_refused_in_plain_words(tmp_path: Path) -> None:
     write_parquet(unclear / "more.parquet", [0])
     refused[str(unclear)] = "which split is .*more.parquet' of?"
     hollow = write_folder(tmp_path / "hollow" / "train", {"cat": 1, "dog": 0})
+    few = write_parquet(tmp_path / "few" / "few.parquet", [0, 0])
+    with pytest.raises(SourceError, match=r"holds 2 pictures, but data.train_size is 3; leave it out"):
+        open_named(few, train_size=3, validation=str(few))
     refused[str(hollow.parent)] = "the class folder .*dog' holds no picture; fill or remove it"
     for name, message in refused.items():
         with pytest.raises(SourceError, match=message):
