@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,7 +31,6 @@ from .parallel import (
 from .parsing import flatten
 from .resume import Start
 from .signals import Agreement, Stopped, StopRequest
-from .sources import Source
 from .transforms import seed_of
 from .watch import Display, Utilisation
 
@@ -41,50 +38,6 @@ Metrics = dict[str, float]
 LossFunction = Callable[[nn.Module, Batch], Tensor]  # model, batch -> scalar
 GO_ON, SAVE, SAVE_AND_STOP = range(3)
 NEVER = 2**62
-
-
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Seed everything and find device and processes, which the launcher decides.
-
-    Raises:
-        RunError: If the environment speaks of several processes but this would be a run on its own.
-    """
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    advice = (
-        f"WORLD_SIZE is {asked} in the environment, but each process would train alone. Start them with `torchrun "
-        f"--nproc_per_node {asked} -m recipes.pretrain ...` (with device=cpu where there is no GPU for each), "
-        "or unset WORLD_SIZE to train with one process"
-    )
-    if asked > 1 and "RANK" not in os.environ:
-        raise RunError(advice)
-    if config.cpu_threads is not None:
-        torch.set_num_threads(config.cpu_threads)
-    set_seed(config.seed)
-    tracker = None if config.tracker == "none" else config.tracker
-    accelerator = Accelerator(cpu=config.device == "cpu", log_with=tracker, project_dir=config.output_dir)
-    if accelerator.num_processes == 1 < asked:
-        raise RunError(advice)
-    return accelerator
-
-
-def check_channels(model: nn.Module, source: Source) -> None:
-    """Refuse pictures that the model cannot take.
-
-    Raises:
-        RunError: If model and source disagree on the number of colour channels.
-    """
-    if model.in_chans != source.channels:
-        raise RunError(
-            f"the model takes {model.in_chans} channels, the pictures have {source.channels}; "
-            f"allowed: model_args.in_chans={source.channels}"
-        )
-
-
-def utilisation(
-    config: TrainConfig, build: Callable[..., nn.Module], shape: tuple[int, int, int], accelerator: Accelerator
-) -> Utilisation | None:
-    """What the share of the GPUs' speed is computed with; None where there is no GPU."""
-    return Utilisation(config, build, shape, accelerator) if accelerator.device.type == "cuda" else None
 
 
 @dataclass
@@ -248,9 +201,12 @@ class Trainer:
         total = self.accelerator.reduce(self._loss_sum, "mean").item()
         if first_bad == NEVER:
             return total / max(self.position.step, 1)
+        raise self._not_finite("loss", first_bad)
+
+    def _not_finite(self, what: str, step: int) -> RunError:
         checkpoints = self._checkpoints.all()
-        raise RunError(
-            f"the loss of step {first_bad} (epoch {(first_bad - 1) // self._steps + 1}) is not finite. The last good "
+        return RunError(
+            f"the {what} of step {step} (epoch {(step - 1) // self._steps + 1}) is not finite. The last good "
             f"checkpoint is {checkpoints[-1] if checkpoints else 'none: there was no time for one'}. Try a smaller "
             "base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the same command with such a setting goes on "
             "from that checkpoint, with --resume none it starts over"
@@ -310,14 +266,13 @@ class Trainer:
         tensors = {"model": model_state(self.model), "optimizer": optimizer_state(self.model, self.optimizer)}
         if self.ema is not None:
             tensors["ema"] = model_state(self.ema.module)
+        config = dataclasses.asdict(self.config)
+        state = {"config": config, "steps_per_epoch": self._steps, "position": dataclasses.asdict(now)}
         problem: RunError | None = None
         if self.accelerator.is_main_process:
-            state = {
-                "config": dataclasses.asdict(self.config),
-                "steps_per_epoch": self._steps,
-                "position": dataclasses.asdict(now),
-            }
             try:
+                if not all(tensor.isfinite().all() for tensor in tensors["model"].values()):
+                    raise self._not_finite("update", self.steps_done)
                 self._checkpoints.save(self.steps_done, self._steps, tensors, state)
             except RunError as error:
                 problem = error

@@ -14,6 +14,7 @@ from torch import nn
 import arm_zoo
 
 from .config import TrainConfig
+from .errors import RunError
 from .files import replacing_files
 from .sources import Source
 
@@ -21,7 +22,16 @@ InputConfig = dict[str, Any]  # timm's names: input_size, mean, std, interpolati
 
 
 def input_config(entry: str, source: Source, channels: int, image_size: tuple[int, int]) -> InputConfig:
-    """How pictures are prepared for scoring: the entry's way, at this size, with the source's statistics."""
+    """How pictures are prepared for scoring: the entry's way, at this size, with the source's statistics.
+
+    Raises:
+        RunError: If the source's pictures have another number of channels.
+    """
+    if channels != source.channels:
+        raise RunError(
+            f"the model takes {channels} channels, the pictures have {source.channels}; "
+            f"allowed: model_args.in_chans={source.channels}"
+        )
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(entry).to_dict())
     return {**config, "input_size": (channels, *image_size), "mean": source.mean, "std": source.std}
 

@@ -18,14 +18,16 @@ from torch.nn import functional as F
 from .command_line import run_from_command_line, say
 from .config import FinetuneConfig, batch_plan
 from .data import Batch, EvalLoader, eval_loader, train_loader
-from .engine import LossFunction, Metrics, Trainer, check_channels, start_accelerator, utilisation
+from .engine import LossFunction, Metrics, Trainer
 from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
 from .optim import create_optimizer
 from .parallel import model_state, shard, whole_parameters
 from .plots import plot_run
+from .processes import start_accelerator
 from .resume import starting_point
 from .sources import Source, open_source
+from .watch import utilisation
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
 EVAL_BATCH = 256
@@ -58,7 +60,6 @@ def finetune(config: FinetuneConfig, title: str = "finetune", resume: str = "aut
     source = open_source(config.data, labels_needed=True)
     classes = number_of_classes(config, source)
     model = create_classifier(config, classes)
-    check_channels(model, source)
     image_size = model.patch_embed.img_size
     inputs = input_config(config.model, source, model.in_chans, image_size)
     model.set_grad_checkpointing(config.gradient_checkpointing)

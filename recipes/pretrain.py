@@ -14,13 +14,15 @@ import arm_zoo
 from .command_line import run_from_command_line, say
 from .config import PretrainConfig, batch_plan
 from .data import Batch, train_loader
-from .engine import Metrics, Trainer, check_channels, start_accelerator, utilisation
+from .engine import Metrics, Trainer
 from .export import backbone_entry, input_config, save_backbone, save_pretraining_model
 from .optim import create_optimizer
 from .parallel import model_state, shard
 from .plots import draw_predictions, plot_run
+from .processes import start_accelerator
 from .resume import starting_point
 from .sources import open_source
+from .watch import utilisation
 
 EXPORT, BACKBONE = "pretraining_model", "backbone"
 
@@ -48,7 +50,6 @@ def pretrain(config: PretrainConfig, title: str = "pretrain", resume: str = "aut
     start = starting_point(config, resume, accelerator, output / "predictions.png")
     source = open_source(config.data, labels_needed=False)
     model = config.build()
-    check_channels(model, source)
     image_size = model.patch_embed.img_size
     inputs = input_config(backbone_entry(config, model), source, model.in_chans, image_size)
     model.set_grad_checkpointing(config.gradient_checkpointing)

@@ -81,6 +81,13 @@ class Utilisation:
         return images_per_second * self._flops / self._peak
 
 
+def utilisation(
+    config: TrainConfig, build: Callable[..., nn.Module], shape: tuple[int, int, int], accelerator: Accelerator
+) -> Utilisation | None:
+    """What the share of the GPUs' speed is computed with; None where there is no GPU."""
+    return Utilisation(config, build, shape, accelerator) if accelerator.device.type == "cuda" else None
+
+
 class MemoryColumn(ProgressColumn):
     """GiB in use."""
 

@@ -16,13 +16,14 @@ from torch import nn
 import arm_zoo
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import Batch, train_loader
-from recipes.engine import seed_step, start_accelerator
+from recipes.engine import seed_step
 from recipes.errors import RunError
 from recipes.finetune import FinetuneResult, classification_loss, finetune
 from recipes.finetune import main as finetune_command
 from recipes.optim import learning_rate, parameter_groups
 from recipes.pretrain import PretrainResult, pretrain
 from recipes.pretrain import main as pretrain_command
+from recipes.processes import start_accelerator
 from recipes.quickstart import quickstart
 from recipes.sources import open_source
 from recipes.watch import picture_flops
