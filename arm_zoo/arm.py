@@ -446,6 +446,8 @@ default_cfgs = _generate_default_cfgs(
         "arm_pico_patch2_8.untrained": _ours(
             num_classes=10, input_size=(1, 8, 8), crop_pct=1.0, mean=(0.3,), std=(0.38,)
         ),
+        "arm_tiny_patch4_32.untrained": _ours(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0),
+        "arm_tiny_patch8_64.untrained": _ours(num_classes=200, input_size=(3, 64, 64), crop_pct=1.0),
         "arm_tiny_patch16_224.untrained": _ours(),
         "arm_small_patch16_224.untrained": _ours(),
         "arm_base_patch16_224.arm_in1k_ft_in1k": _cfg(),
@@ -533,6 +535,20 @@ def arm_pico_patch2_8(pretrained: bool = False, **kwargs: Any) -> ARM:
     """For 8x8 pictures such as scikit-learn's digits; the quickstart's model."""
     sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "d_state": 8}
     return _create_arm("arm_pico_patch2_8", pretrained, **{**sizes, **kwargs})
+
+
+@register_model
+def arm_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """Ours, for CIFAR's pictures."""
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12}
+    return _create_arm("arm_tiny_patch4_32", pretrained, **{**sizes, **kwargs})
+
+
+@register_model
+def arm_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> ARM:
+    """Ours, for Tiny-ImageNet's pictures."""
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 12}
+    return _create_arm("arm_tiny_patch8_64", pretrained, **{**sizes, **kwargs})
 
 
 @register_model

@@ -1,40 +1,59 @@
 """Typed training configurations: a YAML file and ``key=value`` overrides, checked before anything is built."""
 
-import argparse
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import importlib.util
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import timm
 import yaml
+from torch import nn
+
+import arm_zoo
+
+from .files import why_not_writable
+from .parsing import ConfigError, Limit, flatten, missing, out_of_range, read_yaml, take_arguments, unknown_keys
+
+__all__ = [
+    "BatchPlan",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "FinetuneConfig",
+    "PretrainConfig",
+    "TrainConfig",
+    "batch_plan",
+    "load_config",
+    "to_yaml",
+]
 
 Scalar = bool | int | float | str
-ConfigT = TypeVar("ConfigT", bound="TrainConfig")
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
-class ConfigError(ValueError):
-    """Every problem of a configuration at once.
-
-    Args:
-        problems: Key -> one line that names what came and what is allowed.
-    """
-
-    def __init__(self, problems: Mapping[str, str]) -> None:
-        self.problems = dict(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  - ".join([f"the configuration has {count}:", *problems.values()]))
-
-
-Limit = tuple[str, Callable[[Any], bool]]  # the allowed values in words and as a test
 ONE_OR_MORE: Limit = ("1 or more", lambda x: x >= 1)
 ABOVE_ZERO: Limit = ("above 0", lambda x: x > 0)
 ZERO_OR_MORE: Limit = ("0 or more", lambda x: x >= 0)
 SHARE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
 ABOVE_ZERO_OR_NULL: Limit = ("above 0, or null", lambda x: x is None or x > 0)
+ONE_OR_MORE_OR_NULL: Limit = ("1 or more, or null", lambda x: x is None or x >= 1)
+PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
+CROP_OR_NULL: Limit = (
+    "two shares of the picture's area, as in [0.2, 1.0], or null",
+    lambda x: x is None or 0 < x[0] <= x[1] <= 1,
+)
+RANDAUGMENT_OR_NULL: Limit = (
+    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1, or null",
+    lambda x: x is None or re.fullmatch(r"rand(-(m|mstd|mmax|n|inc|p|t|w)[\d.]+)*", x) is not None,
+)
+SOURCES = (
+    "a folder of pictures, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 "
+    "handwritten digits), as in data.source=digits"
+)
+AT_LEAST_TWO_OR_NULL: Limit = ("2 or more, or null", lambda x: x is None or x >= 2)
 BETAS: Limit = ("two values of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -45,25 +64,54 @@ def limited(default: Any, limit: Limit) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how training pictures are varied (keys ``data.NAME``)."""
+    """Where the pictures come from and how training pictures are varied (keys ``data.NAME``).
 
-    source: str = limited("", ("digits (scikit-learn's 1,797 handwritten digits), as in data.source=digits", bool))
+    ``source`` and ``validation`` are written in one syntax (``recipes.sources``): a folder of pictures, parquet files,
+    WebDataset tars, ``hf://owner/name``, or ``digits``. All variation is off unless asked for; it acts in the order
+    random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together, erase.
+    """
+
+    source: str = limited("", (SOURCES, bool))
+    validation: str | None = None  # another source; null: the validation (or test) split of ``source``
+    streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
+    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures, where a stream does not tell
+    shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # pictures of a stream, kept encoded, to draw from at random
+    num_classes: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # null: as many as the source has; else checked
+    image_column: str | None = None  # null: the only one that holds pictures
+    label_column: str | None = None  # null: the only one that looks like a class
+    workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
+    max_undecodable: float = limited(0.001, SHARE)  # share of damaged training pictures that is put up with
+    random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
+    flip: float = limited(0.0, PROBABILITY)  # left to right
+    randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words
+    erase: float = limited(0.0, PROBABILITY)  # one rectangle becomes noise
     max_shift: float = limited(0.0, SHARE)  # of the picture's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
     max_zoom: float = limited(0.0, SHARE)  # sizes from 1 - max_zoom to 1 + max_zoom
 
 
+class Config:
+    """What ``load_config`` fills and checks: a frozen dataclass."""
+
+    def conflicts(self) -> dict[str, str]:
+        """Problems between values that are fine on their own."""
+        return {}
+
+    def unready(self) -> dict[str, str]:
+        """What is not there on this machine and a run needs, beside the values that are missing."""
+        return {}
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """What both phases share; a key means the same thing in every YAML file."""
+class TrainConfig(Config):
+    """What both phases share; a key means the same thing in every YAML file. ``load_config`` makes and checks it."""
 
     model: str = limited("", ("a model name; `python -m arm_zoo list` shows them", bool))
     model_args: dict[str, Scalar] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = limited("", ("a folder to write to, as in output_dir=runs/first", bool))
     seed: int = limited(0, ZERO_OR_MORE)
-    device: Literal["auto", "cpu"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+
     epochs: int = limited(100, ONE_OR_MORE)
     global_batch: int = limited(1024, ONE_OR_MORE)  # pictures per optimizer step, over all processes
     base_lr: float = limited(1.5e-4, ABOVE_ZERO)  # for 256 pictures: the peak is base_lr * global_batch / 256
@@ -73,17 +121,66 @@ class TrainConfig:
     betas: tuple[float, float] = limited((0.9, 0.999), BETAS)
     clip_grad: float | None = limited(None, ABOVE_ZERO_OR_NULL)  # L2 norm of all gradients together
 
-    def __post_init__(self) -> None:
-        problems = dict(_out_of_range(self)) | self.conflicts()
-        if problems:
-            raise ConfigError(problems)
+    device: Literal["auto", "cpu"] = "auto"
+    cpu_threads: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # of each process; null: torch's choice
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and scan states stay fp32
+    max_batch_per_device: int | None = limited(None, AT_LEAST_TWO_OR_NULL)  # accumulate gradients; null: all at once
+    compile: bool = False
+    fused_adamw: bool = True  # on CUDA; elsewhere the plain one is used
+    gradient_checkpointing: bool = False  # recompute the blocks' activations: less memory, a third more work
+    fsdp: bool = False  # shard parameters, gradients and optimizer over the processes
+
+    log_every: int = limited(20, ONE_OR_MORE)  # steps between two readings of loss and gradient norm
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    checkpoint_epochs: int = limited(1, ONE_OR_MORE)  # a checkpoint at the end of every so many epochs,
+    checkpoint_steps: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # after every so many optimizer steps,
+    checkpoint_minutes: float | None = limited(10.0, ABOVE_ZERO_OR_NULL)  # and when the last one is so old
+    keep_last: int = limited(3, ONE_OR_MORE)  # newest checkpoints kept
+    keep_every: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # and those at the end of every so many epochs
 
     def conflicts(self) -> dict[str, str]:
-        """Problems between values that are fine on their own: the cosine needs epochs after the warm-up."""
-        if self.warmup_epochs < self.epochs:
-            return {}
-        message = f"warmup_epochs is {self.warmup_epochs:g} but epochs is {self.epochs}; allowed: fewer than epochs"
-        return {"warmup_epochs": message}
+        """The cosine needs epochs after the warm-up, mixup pairs of pictures, and the model sizes that fit."""
+        found = {}
+        if self.warmup_epochs >= self.epochs:
+            found["warmup_epochs"] = (
+                f"warmup_epochs is {self.warmup_epochs:g} but epochs is {self.epochs}; allowed: fewer than epochs"
+            )
+        if self.global_batch % 2:
+            found["global_batch"] = (
+                f"global_batch is {self.global_batch}; allowed: an even number, as pictures go in pairs"
+            )
+        if self.model:
+            try:
+                self.build(device="meta")
+            except (TypeError, ValueError, RuntimeError) as error:
+                found["model"] = f"model {self.model!r}: {error}"
+        return found
+
+    def build(self, **keywords: Any) -> nn.Module:
+        """A new model, untrained.
+
+        Args:
+            keywords: Joined with ``model_args``, over which they win.
+
+        Raises:
+            ValueError: For an unknown model or sizes that do not fit each other.
+            TypeError: For an unknown keyword.
+        """
+        raise NotImplementedError
+
+    def unready(self) -> dict[str, str]:
+        """The pictures, the folder to write to and the tracker must be there."""
+        found = {}
+        for key in ("source", "validation"):
+            if problem := _source_problem(getattr(self.data, key)):
+                found[f"data.{key}"] = f"data.{key}: {problem}"
+        if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
+            found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            found["tracker"] = (
+                f"tracker is {self.tracker}, which is not installed; type `pip install {self.tracker}` or tracker=none"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -96,6 +193,10 @@ class PretrainConfig(TrainConfig):
     precision: Literal["fp32", "bf16"] = "bf16"
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO_OR_NULL)
+
+    def build(self, **keywords: Any) -> arm_zoo.ARMPretrain:
+        """The pretraining model."""
+        return arm_zoo.create_pretraining_model(self.model, **{**self.model_args, **keywords})
 
 
 @dataclass(frozen=True)
@@ -110,12 +211,22 @@ class FinetuneConfig(TrainConfig):
     layer_decay: float = limited(0.65, ("above 0, up to 1 (1: one rate for all layers)", lambda x: 0 < x <= 1))
     drop_path: float = limited(0.1, SHARE)
     label_smoothing: float = limited(0.1, SHARE)
+    mixup: float = limited(0.8, ZERO_OR_MORE)  # alpha of the Beta distribution that shares are drawn from; 0: none
+    cutmix: float = limited(1.0, ZERO_OR_MORE)
+    mixup_probability: float = limited(1.0, PROBABILITY)  # that a batch is mixed at all
+    mixup_switch_probability: float = limited(0.5, PROBABILITY)  # that it is by cutmix, where both are on
     ema_decay: float | None = limited(0.99992, ("above 0 and below 1, or null", lambda x: x is None or 0 < x < 1))
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
-    def conflicts(self) -> dict[str, str]:
+    def build(self, **keywords: Any) -> nn.Module:
+        """The backbone with a head."""
+        if self.model not in (names := timm.list_models("arm_*")):
+            raise ValueError(f"unknown; choose one of {', '.join(names)}")
+        return timm.create_model(self.model, drop_path_rate=self.drop_path, **{**self.model_args, **keywords})
+
+    def unready(self) -> dict[str, str]:
         """The same, and the starting weights must exist."""
-        found = super().conflicts()
+        found = super().unready()
         if self.pretrained is not None and not Path(self.pretrained).exists():
             found["pretrained"] = (
                 f"pretrained is {self.pretrained!r}, which does not exist; allowed: a folder with model.safetensors "
@@ -124,163 +235,88 @@ class FinetuneConfig(TrainConfig):
         return found
 
 
-def load_config(kind: type[ConfigT], file: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+def _source_problem(name: str | None) -> str | None:
+    """Why there are no pictures under this name, as far as files tell without being read."""
+    if not name or name == "digits":
+        return None
+    from .locate import SourceError, locate  # brings the library datasets, which takes seconds to import
+
+    try:
+        locate(name)
+    except SourceError as error:
+        return str(error)
+    return None
+
+
+class BatchPlan(NamedTuple):
+    """How one process works through its share of a global batch."""
+
+    per_device: int  # pictures in one forward pass
+    accumulation: int  # forward passes per optimizer step
+
+
+def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
+    """Split a global batch into equal, even parts (the two pictures that mixup mixes stay together).
+
+    Args:
+        global_batch: Pictures per optimizer step.
+        processes: Number of processes.
+        max_per_device: Pictures that one forward pass may have; None: the whole share.
+
+    Raises:
+        ConfigError: If there is no such split; it names the nearest global batches that have one.
+    """
+    share, rest = divmod(global_batch, processes)
+    if rest or share % 2:
+        unit = 2 * processes
+        below = global_batch // unit * unit
+        fitting = f"{below} or {below + unit}" if below else str(unit)
+        message = (
+            f"global_batch {global_batch} does not split over {processes} processes into equal, even shares; "
+            f"allowed: a multiple of {unit}, such as {fitting}"
+        )
+        raise ConfigError({"global_batch": message})
+    accumulation = -(-share // (max_per_device or share))
+    while share % (2 * accumulation):  # ends at the latest with two pictures a pass
+        accumulation += 1
+    return BatchPlan(share // accumulation, accumulation)
+
+
+def load_config(
+    kind: type[ConfigT], file: str | Path | None = None, overrides: Sequence[str] = (), to_run: bool = True
+) -> ConfigT:
     """Read a YAML file, lay ``key=value`` overrides over it and check the whole.
 
     Args:
         kind: The dataclass to fill, for example ``PretrainConfig``.
         file: YAML file with the dataclass's keys; nested keys may also be written with a dot.
         overrides: Strings such as ``"epochs=3"`` or ``"data.source=digits"``; the last one wins.
+        to_run: Also check what a run needs: that nothing is missing, files exist and the output can be written.
 
     Raises:
         ConfigError: With every unknown key, wrong type, value out of range and impossible combination at once.
         FileNotFoundError: If there is no such file.
     """
     problems: dict[str, str] = {}
-    values = dict(_flatten(_read_yaml(file, problems)))
+    values = dict(flatten(read_yaml(file, problems)))
     for override in overrides:
         key, equals, text = override.partition("=")
         if equals:
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
-    arguments = _arguments(kind, values, "", problems)
+    config = kind(**take_arguments(kind, values, "", problems))
     if values:  # what no field took
-        problems["unknown keys"] = _unknown_keys(kind, values)
-    try:
-        config = kind(**arguments)
-    except ConfigError as error:
-        raise ConfigError(error.problems | problems) from None
+        problems["unknown keys"] = unknown_keys(kind, values)
+    problems = config.conflicts() | dict(out_of_range(config)) | problems
+    if to_run:
+        problems = dict(missing(config)) | config.unready() | problems
     if problems:
         raise ConfigError(problems)
     return config
 
 
-def config_from_command_line(kind: type[ConfigT], description: str, argv: Sequence[str] | None = None) -> ConfigT:
-    """Parse ``--config FILE key=value ...``; problems end the program with exit code 2 and the whole list."""
-    parser = argparse.ArgumentParser(description=f"{description} Run it from the top of the repository.")
-    parser.add_argument("--config", type=Path, help="YAML file, for example one of recipes/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        return load_config(kind, arguments.config, arguments.overrides)
-    except (ConfigError, FileNotFoundError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-
 def to_yaml(config: TrainConfig) -> str:
     """The resolved configuration, as ``load_config`` reads it."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _read_yaml(file: str | Path | None, problems: dict[str, str]) -> Mapping[str, Any]:
-    if file is None:
-        return {}
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        problems["--config"] = f"{file} is not YAML: {error}"
-        return {}
-    if not isinstance(content, Mapping):
-        problems["--config"] = f"{file} holds {type(content).__name__}; allowed: a mapping of keys to values"
-        return {}
-    return content
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as dotted keys: {data: {source: digits}} -> data.source."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _out_of_range(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for item in dataclasses.fields(config):
-        key, value = prefix + item.name, getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _out_of_range(value, f"{key}.")
-        elif "limit" in item.metadata:
-            allowed, holds = item.metadata["limit"]
-            if not holds(value):
-                yield key, f"{key} is {value if value != '' else 'missing'}; allowed: {allowed}"
-
-
-def _arguments(kind: type[Any], values: dict[str, Any], prefix: str, problems: dict[str, str]) -> dict[str, Any]:
-    """Take the keys of the dataclass ``kind`` out of ``values``, converted; what does not convert is a problem."""
-    arguments: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        key = prefix + name
-        if dataclasses.is_dataclass(hint):
-            arguments[name] = hint(**_arguments(hint, values, f"{key}.", problems))
-        elif typing.get_origin(hint) is dict:
-            found = [given for given in values if given.startswith(f"{key}.")]
-            arguments[name] = {given.removeprefix(f"{key}."): _scalar(values.pop(given)) for given in found}
-        elif key in values:
-            value = values.pop(key)
-            try:
-                arguments[name] = _convert(value, hint)
-            except ValueError:
-                problems[key] = f"{key} is {value!r}; allowed: {_describe(hint)}"
-    return arguments
-
-
-def _scalar(value: Any) -> Any:
-    """What a command line's text means: YAML's reading, and 1e-3 a number although YAML 1.1 wants 1.0e-3."""
-    if not isinstance(value, str):
-        return value
-    parsed = yaml.safe_load(value)
-    if not isinstance(parsed, str):
-        return parsed
-    try:
-        return float(parsed)
-    except ValueError:
-        return parsed
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """``value`` as ``hint``; ValueError if it is something else (True is no number, 2.5 no integer)."""
-    if hint is str and isinstance(value, str):
-        return value
-    choices = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal and value in choices:
-        return value
-    parsed = _scalar(value)
-    if isinstance(hint, types.UnionType):
-        return None if parsed is None else _convert(value, choices[0])
-    if typing.get_origin(hint) is tuple and isinstance(parsed, list) and len(parsed) == len(choices):
-        return tuple(_convert(entry, choice) for entry, choice in zip(parsed, choices, strict=True))
-    if hint is float and isinstance(parsed, int | float) and not isinstance(parsed, bool):
-        return float(parsed)
-    if hint is int and isinstance(parsed, int) and not isinstance(parsed, bool):
-        return parsed
-    raise ValueError(value)
-
-
-def _describe(hint: Any) -> str:
-    choices = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return ", ".join(map(str, choices))
-    if isinstance(hint, types.UnionType):
-        return f"{_describe(choices[0])}, or null"
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {len(choices)}, each {_describe(choices[0])}"
-    return {int: "a whole number", float: "a number", str: "text"}[hint]
-
-
-def _unknown_keys(kind: type[TrainConfig], unknown: Iterable[str]) -> str:
-    known = list(_keys(kind))
-    named = []
-    for key in unknown:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-        named.append(f"{key} (did you mean {close[0]}?)" if close else key)
-    return f"no key of {kind.__name__}: {', '.join(named)}; allowed: {', '.join(known)}"
-
-
-def _keys(kind: type[Any], prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}.NAME" if typing.get_origin(hint) is dict else prefix + name
+    plain = dataclasses.asdict(config)
+    return yaml.safe_dump({**plain, "betas": list(config.betas)}, sort_keys=False)

@@ -1,36 +1,54 @@
-"""The training loop of both phases, its progress bar, its log, and scoring. It knows no model."""
+"""The training loop of both phases: steps, figures, checkpoints, stopping and going on. It knows no model."""
 
+import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Subset
 
+from .checkpoint import CheckpointFolder, read_tensors
 from .config import TrainConfig, to_yaml
-from .data import PictureDataset, Sample, set_epoch
+from .data import Batch, TrainLoader
+from .errors import RunError
 from .files import write_text
 from .optim import learning_rate, set_learning_rate
+from .parallel import (
+    for_training,
+    gradients_reduced,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
+from .parsing import flatten
+from .resume import Start
+from .signals import Agreement, Stopped, StopRequest
+from .transforms import seed_of
+from .watch import Display, Utilisation
 
 Metrics = dict[str, float]
-LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, pictures, classes -> scalar
+LossFunction = Callable[[nn.Module, Batch], Tensor]  # model, batch -> scalar
+GO_ON, SAVE, SAVE_AND_STOP = range(3)
+NEVER = 2**62
 
-READ_EVERY = 20  # steps between two readings of the loss: each makes the host wait for the device
 
+@dataclass
+class Position:
+    """Where a run is: all that changes beside tensors."""
 
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Seed everything and choose device and precision; ``accelerate launch`` decides the number of processes."""
-    set_seed(config.seed)
-    return Accelerator(cpu=config.device == "cpu", mixed_precision="no" if config.precision == "fp32" else "bf16")
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done in the epoch that is going on
+    loss_sum: float = 0.0  # over these steps, mean of all processes
+    seconds: float = 0.0  # trained before this process started
+    history: list[Metrics] = field(default_factory=list)  # one row per epoch done
 
 
 @dataclass
@@ -39,131 +57,238 @@ class Trainer:
 
     Args:
         accelerator: Holds the device and the processes.
-        model: The bare model; it is trained in place.
+        model: The bare model on its device, sharded if ``config.fsdp``; it is trained in place.
         optimizer: Over the model's parameters.
-        loader: This process's share of the global batches.
-        loss_function: Called as ``loss_function(model, pictures, classes)``.
-        config: Schedule, clipping, and the folder that receives ``config.yaml`` and ``metrics.jsonl``.
+        loader: This process's micro-batches.
+        loss_function: Called as ``loss_function(model, batch)``.
+        config: Schedule, clipping, checkpoints, and the folder for ``config.yaml`` and ``metrics.jsonl``.
         title: Stands before the progress bar.
         evaluate: Called as ``evaluate(epochs_done)`` after each epoch; its figures join the epoch's.
         ema: Moving average of the weights, updated after every step.
+        utilisation: For the share of the GPUs' speed.
     """
 
     accelerator: Accelerator
     model: nn.Module
     optimizer: Optimizer
-    loader: DataLoader[Sample]
+    loader: TrainLoader
     loss_function: LossFunction
     config: TrainConfig
     title: str
     evaluate: Callable[[int], Metrics] | None = None
     ema: ModelEmaV3 | None = None
-    history: list[Metrics] = field(default_factory=list)
+    utilisation: Utilisation | None = None
 
-    def fit(self) -> list[Metrics]:
-        """Train for ``config.epochs`` and return one row of figures per epoch, as in ``metrics.jsonl``.
+    def __post_init__(self) -> None:
+        device, self._steps = self.accelerator.device, self.loader.steps_per_epoch
+        self.position = Position()
+        self._forward = for_training(self.model, self.config, self.accelerator)
+        self._loss_sum = torch.zeros((), device=device)
+        self._grad_norm = torch.zeros((), device=device)
+        self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
+        self._display = Display(self.accelerator, self.title, self.config, self._steps, self.utilisation)
+        self._checkpoints = CheckpointFolder(
+            Path(self.config.output_dir) / "checkpoints",
+            self.config.keep_last,
+            self.config.keep_every,
+            self._display.console,
+        )
+        self._agreement = Agreement(self.accelerator)
+        self._stop = StopRequest()
+        self._started = self._saved_at = time.monotonic()
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the run's beginning."""
+        return self.position.epoch * self._steps + self.position.step
+
+    def _seconds(self) -> float:
+        """That the run has taken, in all the processes that worked on it one after the other."""
+        return self.position.seconds + time.monotonic() - self._started
+
+    def _resume(self, start: Start) -> None:
+        checkpoint, state = start
+        if state["steps_per_epoch"] != self._steps:
+            raise RunError(
+                f"{checkpoint} has {state['steps_per_epoch']} steps per epoch, this run {self._steps}: the training "
+                "pictures are others; allowed: the same data.source, another output_dir, or --resume none"
+            )
+        self.position = Position(**state["position"])
+        load_model_state(self.model, read_tensors(checkpoint, "model"))
+        load_optimizer_state(self.model, self.optimizer, read_tensors(checkpoint, "optimizer"))
+        if self.ema is not None:
+            load_model_state(self.ema.module, read_tensors(checkpoint, "ema"))
+        self._loss_sum.fill_(self.position.loss_sum)
+
+    def fit(self, start: Start | None = None) -> list[Metrics]:
+        """Train up to ``config.epochs`` and return one row of figures per epoch, as in ``metrics.jsonl``.
+
+        Args:
+            start: The checkpoint to go on from; None: the beginning.
 
         Raises:
-            FloatingPointError: If the loss is no longer finite.
+            RunError: If the loss is no longer finite or a checkpoint cannot be written.
+            Stopped: After the checkpoint that SIGTERM or SIGUSR1 asked for.
         """
+        if start is not None:
+            self._resume(start)
         self._write("config.yaml", to_yaml(self.config))
-        wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        started = time.perf_counter()
-        with progress_bar(self.accelerator) as progress:
-            bar = StepBar(progress, self.title, self.config, len(self.loader))
-            for epoch in range(self.config.epochs):
-                row = {"epoch": epoch + 1, "loss": self._train_epoch(wrapped, optimizer, epoch, bar)}
-                row |= {"lr": learning_rate(epoch + 1, self.config), "seconds": time.perf_counter() - started}
-                if self.evaluate is not None:
-                    row |= self.evaluate(epoch + 1)
-                self.history.append(row)
-                self._write("metrics.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in self.history))
-        return self.history
+        project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # the former's is a folder
+        settings = {key: str(value) for key, value in flatten(dataclasses.asdict(self.config))}
+        self.accelerator.init_trackers(project, settings)
+        self._saved_at = time.monotonic()
+        with self._stop, self._display.progress:
+            self._display.begin(self.steps_done)
+            while self.position.epoch < self.config.epochs:
+                self._train_epoch()
+                self._end_epoch()
+        self._finish_trackers()
+        return self.position.history
 
-    def _train_epoch(self, wrapped: nn.Module, optimizer: Optimizer, epoch: int, bar: "StepBar") -> float:
-        """One pass over the data; returns its mean loss over all processes."""
-        wrapped.train()
-        set_epoch(self.loader, epoch)
-        total = torch.zeros((), device=self.accelerator.device)
-        for step, (pictures, classes) in enumerate(self.loader):
-            set_learning_rate(optimizer, learning_rate(epoch + step / len(self.loader), self.config))
-            pictures = pictures.to(self.accelerator.device, non_blocking=True)
-            classes = classes.to(self.accelerator.device, non_blocking=True)
-            loss = self.loss_function(wrapped, pictures, classes)
-            self._update(wrapped, optimizer, loss)
-            total += loss.detach()
-            if step % READ_EVERY == READ_EVERY - 1 or step == len(self.loader) - 1:
-                bar.show(epoch, step + 1, self._finite(total.item() / (step + 1), epoch, step))
-        return self.accelerator.reduce(total, "mean").item() / len(self.loader)
+    def _train_epoch(self) -> None:
+        """The rest of the pass over the data that the position is in."""
+        self._forward.train()
+        self._epoch_started = (time.monotonic(), self.loader.seconds_waited, self.position.step)
+        for micro_batches in self.loader.epoch(self.position.epoch, self.position.step):
+            self._optimizer_step(micro_batches)
+            self.position.step += 1
+            if self.position.step % self.config.log_every == 0 or self.position.step == self._steps:
+                self._read_figures()
+            request = self._due()
+            if self.position.step < self._steps or request == SAVE_AND_STOP:  # else the epoch's end follows
+                self._checkpoint(request)
 
-    def _update(self, wrapped: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+    def _optimizer_step(self, micro_batches: list[Batch]) -> None:
+        """Forward and backward of every micro-batch, then one update; nothing here waits for the device."""
+        epoch, step = self.position.epoch, self.position.step
+        rate = learning_rate(epoch + step / self._steps, self.config)
+        set_learning_rate(self.optimizer, rate)
+        for number, batch in enumerate(micro_batches):
+            seed_step(self.config.seed, epoch, step, number, self.accelerator.process_index)
+            with gradients_reduced(self._forward, self.model, last=number == len(micro_batches) - 1):
+                loss = self._loss(batch) / len(micro_batches)
+                loss.backward()
+            self._loss_sum += loss.detach()
+            bad_here = torch.where(loss.detach().isfinite(), NEVER, self.steps_done + 1)
+            self._first_bad = torch.minimum(self._first_bad, bad_here)
         if self.config.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(wrapped.parameters(), self.config.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
+            self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        elif (step + 1) % self.config.log_every == 0 or step + 1 == self._steps:
+            self._grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
 
-    def _finite(self, loss: float, epoch: int, step: int) -> float:
-        if math.isfinite(loss):
-            return loss
-        raise FloatingPointError(
-            f"the loss is {loss} in epoch {epoch + 1}, step {step + 1}; "
-            "try a smaller base_lr, more warmup_epochs, clip_grad=1 or precision=fp32"
+    def _loss(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.loss_function(self._forward, batch)
+
+    def _read_figures(self) -> None:
+        """Wait for the device, look at loss and gradient norm, and show them."""
+        loss = self._mean_loss()
+        norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
+        rate = self.optimizer.param_groups[-1]["lr"] / self.optimizer.param_groups[-1].get("lr_scale", 1.0)
+        self._display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": rate})
+
+    def _mean_loss(self) -> float:
+        """Mean loss of the epoch's steps so far over all processes.
+
+        Raises:
+            RunError: If the loss of some step was not finite.
+        """
+        first_bad = int(self.accelerator.gather(self._first_bad.reshape(1)).min().item())
+        total = self.accelerator.reduce(self._loss_sum, "mean").item()
+        if first_bad == NEVER:
+            return total / max(self.position.step, 1)
+        raise self._not_finite("loss", first_bad)
+
+    def _not_finite(self, what: str, step: int) -> RunError:
+        checkpoints = self._checkpoints.all()
+        return RunError(
+            f"the {what} of step {step} (epoch {(step - 1) // self._steps + 1}) is not finite. The last good "
+            f"checkpoint is {checkpoints[-1] if checkpoints else 'none: there was no time for one'}. Try a smaller "
+            "base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the same command with such a setting goes on "
+            "from that checkpoint, with --resume none it starts over"
         )
+
+    def _end_epoch(self) -> None:
+        """Score the model, add the epoch's row of figures, and perhaps write a checkpoint."""
+        position = self.position
+        row: Metrics = {"epoch": position.epoch + 1, "loss": self._mean_loss()}
+        row |= {"lr": learning_rate(position.epoch + 1, self.config)}
+        started, waited, first_step = self._epoch_started
+        seconds = time.monotonic() - started  # the device has been waited for: the loss is read
+        row |= {"seconds": self._seconds(), "data_wait": (self.loader.seconds_waited - waited) / seconds}
+        row |= {"undecodable": len(self.loader.undecodable)}
+        row |= self._display.speed((position.step - first_step) * self.config.global_batch / seconds)
+        if self.evaluate is not None:
+            row |= self.evaluate(position.epoch + 1)
+        position.history.append(row)
+        position.epoch, position.step = position.epoch + 1, 0
+        self._loss_sum.zero_()
+        self._write("metrics.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in position.history))
+        self._display.epoch(self.steps_done, row)
+        at_end = position.epoch == self.config.epochs or position.epoch % self.config.checkpoint_epochs == 0
+        self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
+
+    def _due(self) -> int:
+        """Whether a checkpoint must be written now, the same on every process: the clocks and signals differ."""
+        every = self.config.checkpoint_steps
+        request = GO_ON if every is None or self.steps_done % every else SAVE
+        minutes = self.config.checkpoint_minutes
+        if minutes is not None and time.monotonic() - self._saved_at > 60 * minutes:
+            request = SAVE
+        return self._agreement.largest(SAVE_AND_STOP if self._stop.name is not None else request)
+
+    def _checkpoint(self, request: int) -> None:
+        if request == GO_ON:
+            return
+        self._mean_loss()  # raises before weights that are not finite are saved
+        self._save()
+        if request == SAVE_AND_STOP:
+            self._display.console.print(
+                f"{self._stop.name or 'another process was asked to stop'}: stopped after step {self.steps_done}; "
+                "the same command goes on from there",
+                soft_wrap=True,
+            )
+            self._finish_trackers()
+            raise Stopped
+
+    def _finish_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _save(self) -> None:
+        """Write a checkpoint on the main process; all processes learn whether it worked."""
+        total = self.accelerator.reduce(self._loss_sum, "mean").item()
+        now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds())
+        tensors = {"model": model_state(self.model), "optimizer": optimizer_state(self.model, self.optimizer)}
+        if self.ema is not None:
+            tensors["ema"] = model_state(self.ema.module)
+        config = dataclasses.asdict(self.config)
+        state = {"config": config, "steps_per_epoch": self._steps, "position": dataclasses.asdict(now)}
+        problem: RunError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                if not all(tensor.isfinite().all() for tensor in tensors["model"].values()):
+                    raise self._not_finite("update", self.steps_done)
+                self._checkpoints.save(self.steps_done, self._steps, tensors, state)
+            except RunError as error:
+                problem = error
+        if self._agreement.largest(int(problem is not None)):
+            raise problem or RunError("the main process could not write its checkpoint")
+        self._saved_at = time.monotonic()
 
     def _write(self, name: str, text: str) -> None:
         if self.accelerator.is_main_process:
             write_text(Path(self.config.output_dir) / name, text)
 
 
-def progress_bar(accelerator: Accelerator) -> Progress:
-    """A bar with loss, pictures per second and the time left, on the main process only."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} img/s "),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        disable=not accelerator.is_main_process,
-    )
+def seed_step(seed: int, epoch: int, step: int, micro_batch: int, process: int) -> None:
+    """Make the randomness of a forward pass a function of where it is, so that none has to be saved.
 
-
-class StepBar:
-    """The line of one run in a progress bar, counted in steps."""
-
-    def __init__(self, progress: Progress, title: str, config: TrainConfig, steps_per_epoch: int) -> None:
-        self._progress, self._steps, self._global_batch = progress, steps_per_epoch, config.global_batch
-        self._started = time.perf_counter()
-        self._task = progress.add_task(title, total=config.epochs * steps_per_epoch, loss=math.nan, rate=0.0)
-
-    def show(self, epoch: int, step: int, loss: float) -> None:
-        """Move the bar to ``step`` steps into ``epoch``."""
-        done = epoch * self._steps + step
-        rate = done * self._global_batch / (time.perf_counter() - self._started)
-        self._progress.update(self._task, completed=done, loss=loss, rate=rate)
-
-
-@torch.inference_mode()
-def top1(accelerator: Accelerator, model: nn.Module, dataset: PictureDataset, batch_size: int = 256) -> float:
-    """Share of a data set that the model classifies rightly, in percent; every picture counts once.
-
-    Args:
-        accelerator: Its processes each score their own pictures; nothing is padded.
-        model: The bare model (a wrapper's collective calls would hang where processes have unequal shares).
-        dataset: Pictures without random variation.
-        batch_size: Pictures per forward pass of one process.
+    Mixup draws from NumPy: the same for all parts of a global batch. Drop path draws from torch: each part its own.
     """
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    correct = torch.zeros((), dtype=torch.long, device=accelerator.device)
-    was_training = model.training
-    model.eval()
-    for pictures, classes in DataLoader(Subset(dataset, mine), batch_size=batch_size):
-        with accelerator.autocast():
-            logits = model(pictures.to(accelerator.device))
-        correct += (logits.argmax(dim=1) == classes.to(accelerator.device)).sum()
-    model.train(was_training)
-    return 100 * accelerator.reduce(correct, "sum").item() / len(dataset)
+    np.random.seed(seed_of(seed, epoch, step) & 0xFFFFFFFF)
+    torch.manual_seed(seed_of(seed, epoch, step, micro_batch, process))

@@ -3,115 +3,223 @@
 accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.yaml key=value ...
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import timm
-from timm.models import save_for_hf
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import arm_zoo  # noqa: F401  (registers the models)
-
-from .config import FinetuneConfig, config_from_command_line
-from .data import PictureDataset, Source, load_source, train_loader
-from .engine import Metrics, Trainer, start_accelerator, top1
-from .files import replacing_files
+from .command_line import run_from_command_line, say
+from .config import FinetuneConfig, batch_plan
+from .data import Batch, EvalLoader, eval_loader, train_loader
+from .engine import LossFunction, Metrics, Trainer
+from .errors import RunError
+from .export import InputConfig, input_config, save_classifier
 from .optim import create_optimizer
+from .parallel import model_state, shard, whole_parameters
+from .plots import plot_run
+from .processes import start_accelerator
+from .resume import starting_point
+from .sources import Source, open_source
+from .watch import utilisation
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
+EVAL_BATCH = 256
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A supervised run: the model that was scored last, one row of figures per epoch, and top-1 in percent."""
+    """A supervised run: the exported model on the CPU, one row of figures per epoch, and its top-1 in percent."""
 
     model: nn.Module
     history: list[Metrics]
     top1: float
 
 
-def finetune(config: FinetuneConfig, title: str = "finetune") -> FinetuneResult:
-    """Train with labels and write ``model.safetensors``, ``config.json``, ``metrics.jsonl`` and ``config.yaml``.
+def finetune(config: FinetuneConfig, title: str = "finetune", resume: str = "auto") -> FinetuneResult:
+    """Train with labels and write ``model.safetensors``, ``config.json``, curves and figures.
 
-    The weights that count are the last ones (their moving average if ``ema_decay`` is set): none are picked by score.
+    What counts is the last epoch: the better of the model and its moving average, whose weights are exported. No
+    earlier epoch is picked by score.
 
     Args:
         config: What to train, from which weights, on what, for how long, and ``output_dir``.
         title: Stands before the progress bar.
+        resume: "auto", "none" or a checkpoint's folder, as ``--resume``.
     """
     accelerator = start_accelerator(config)
-    source = load_source(config.data.source)
-    model = create_classifier(config, len(source.class_names)).to(accelerator.device)
-    ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
-    test = PictureDataset(source, source.test)
-
-    def evaluate(epochs_done: int) -> Metrics:
-        if epochs_done % config.evaluate_every and epochs_done != config.epochs:
-            return {}
-        scores = {"top1": top1(accelerator, model, test)}
-        return scores if ema is None else scores | {"top1_ema": top1(accelerator, ema.module, test)}
-
+    plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
+    output = Path(config.output_dir)
+    start = starting_point(config, resume, accelerator, output / "curves.png")
+    source = open_source(config.data, labels_needed=True)
+    classes = number_of_classes(config, source)
+    model = create_classifier(config, classes)
+    image_size = model.patch_embed.img_size
+    inputs = input_config(config.model, source, model.in_chans, image_size)
+    model.set_grad_checkpointing(config.gradient_checkpointing)
+    model = model.to(accelerator.device)
+    ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)  # no warm-up of the decay
+    if config.fsdp:
+        for part in (model, ema.module) if ema is not None else (model,):
+            shard(part, accelerator)
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
         optimizer=create_optimizer(model, config, config.layer_decay),
-        loader=train_loader(source, config, accelerator),
-        loss_function=partial(classification_loss, label_smoothing=config.label_smoothing),
+        loader=train_loader(
+            source, config, plan, image_size, accelerator.process_index, accelerator.num_processes, accelerator.device
+        ),
+        loss_function=classification_loss(config, classes),
         config=config,
         title=title,
-        evaluate=evaluate,
+        evaluate=evaluation(config, accelerator, model, ema, source, inputs),
         ema=ema,
+        utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
     )
-    history = trainer.fit()
-    final = model if ema is None else ema.module
+    history = trainer.fit(start)
+    scores = history[-1]
+    ema_counts = ema is not None and scores["top1_ema"] > scores["top1"]
+    weights = model_state(ema.module if ema_counts else model)
+    result = config.build(num_classes=classes)
     if accelerator.is_main_process:
-        save_classifier(final, Path(config.output_dir), source)
-    return FinetuneResult(final, history, history[-1]["top1" if ema is None else "top1_ema"])
+        result.load_state_dict(weights)
+        save_classifier(result, output, inputs, source.class_names)
+        plot_run(output / "curves.png", history)
+    accelerator.wait_for_everyone()
+    return FinetuneResult(result, history, scores["top1_ema" if ema_counts else "top1"])
+
+
+def number_of_classes(config: FinetuneConfig, source: Source) -> int:
+    """The source's.
+
+    Raises:
+        RunError: If the configuration says otherwise.
+    """
+    classes = len(source.class_names)
+    asked = {
+        "model_args.num_classes": config.model_args.get("num_classes"),
+        "data.num_classes": config.data.num_classes,
+    }
+    for key, number in asked.items():
+        if number not in (None, classes):
+            raise RunError(
+                f"{key} is {number}, but {config.data.source} has {classes} classes; "
+                f"allowed: {classes}, or leave it out"
+            )
+    return classes
 
 
 def create_classifier(config: FinetuneConfig, num_classes: int) -> nn.Module:
     """The backbone with a head: around the pretrained encoder if ``config.pretrained`` names one, else fresh."""
-    arguments = {"num_classes": num_classes, "drop_path_rate": config.drop_path, **config.model_args}
     if config.pretrained is None:
-        return timm.create_model(config.model, **arguments)
+        return config.build(num_classes=num_classes)
     weights = Path(config.pretrained)
     file = weights / "model.safetensors" if weights.is_dir() else weights
-    overlay = {"file": str(file)}
-    model = timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    model = config.build(num_classes=num_classes, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     nn.init.trunc_normal_(model.get_classifier().weight, std=PRETRAINED_HEAD_STD)
     return model
 
 
-def classification_loss(model: nn.Module, pictures: Tensor, classes: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy with smoothed labels."""
-    return F.cross_entropy(model(pictures), classes, label_smoothing=label_smoothing)
+def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunction:
+    """Cross-entropy with smoothed labels, of mixed pictures if mixup or cutmix is on.
+
+    timm's batch mode mixes every picture with its mirror image in the micro-batch, which the loader deals so that it
+    is the same partner for any number of processes; share and box come from NumPy, seeded per step.
+    """
+    if config.mixup == config.cutmix == 0:
+        return lambda model, batch: F.cross_entropy(
+            model(batch.pictures), batch.classes, label_smoothing=config.label_smoothing
+        )
+    mix = Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_probability,
+        switch_prob=config.mixup_switch_probability,
+        mode="batch",
+        label_smoothing=config.label_smoothing,
+        num_classes=num_classes,
+    )
+    soft_cross_entropy = SoftTargetCrossEntropy()
+
+    def mixed_loss(model: nn.Module, batch: Batch) -> Tensor:
+        pictures, targets = mix(batch.pictures, batch.classes)
+        return soft_cross_entropy(model(pictures), targets)
+
+    return mixed_loss
 
 
-def save_classifier(model: nn.Module, folder: Path, source: Source) -> None:
-    """Write ``model.safetensors`` and ``config.json``, which ``timm.create_model("local-dir:FOLDER")`` loads."""
-    data_config = {"mean": source.mean, "std": source.std}
-    labels = {"label_names": list(source.class_names)}
-    with replacing_files(folder) as beside:
-        save_for_hf(model, str(beside), model_config=labels, safe_serialization=True, data_config=data_config)
-        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-        # It stands in the config already; as a model argument it would overrule the caller's num_classes.
-        config["model_args"].pop("num_classes", None)
-        (beside / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+def evaluation(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    source: Source,
+    inputs: InputConfig,
+) -> Callable[[int], Metrics]:
+    """A function of the epochs done that scores the model and its moving average on the held-out pictures."""
+    loader = eval_loader(
+        source.test,
+        inputs,
+        EVAL_BATCH,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.data.workers,
+        accelerator.device,
+    )
+    candidates = {"top1": model} | ({} if ema is None else {"top1_ema": ema.module})
+
+    def evaluate(epochs_done: int) -> Metrics:
+        if epochs_done % config.evaluate_every and epochs_done != config.epochs:
+            return {}
+        return {name: top1(config, accelerator, candidate, loader) for name, candidate in candidates.items()}
+
+    return evaluate
+
+
+@torch.no_grad()  # inference mode would spoil the tensors that sharded parameters are gathered into
+def top1(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, loader: EvalLoader) -> float:
+    """Share of the held-out pictures that the model classifies rightly, in percent; every picture counts once.
+
+    Args:
+        config: Its precision is used for scoring too.
+        accelerator: Its processes each score their own pictures; nothing is padded.
+        model: The bare model (a wrapper's collective calls would hang where processes have unequal shares).
+        loader: This process's share of the pictures.
+    """
+    device = accelerator.device
+    correct, total = torch.zeros((), dtype=torch.long, device=device), 0
+    was_training = model.training
+    model.eval()
+    with whole_parameters(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        for batch in loader:
+            if len(batch.classes) == 0:  # none of them could be decoded
+                continue
+            correct += (model(batch.pictures).argmax(dim=1) == batch.classes).sum()
+            total += len(batch.classes)
+    model.train(was_training)
+    counts = torch.stack([correct, torch.tensor(total, device=device)])
+    right, scored = accelerator.reduce(counts, "sum").tolist()
+    return 100 * right / scored
+
+
+def run(config: FinetuneConfig, resume: str) -> None:
+    """Train, then say how well and where the results are."""
+    result = finetune(config, resume=resume)
+    say(
+        f"top-1 {result.top1:.2f}%; wrote {config.output_dir}; load it with "
+        f'timm.create_model("local-dir:{config.output_dir}", pretrained=True)'
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = config_from_command_line(FinetuneConfig, "Train an ARM classifier.", argv)
-    result = finetune(config)
-    print(
-        f"top-1 {result.top1:.2f}%; wrote {config.output_dir}; load it with "
-        f'timm.create_model("local-dir:{config.output_dir}", pretrained=True)'
-    )
+    run_from_command_line(FinetuneConfig, "Train an ARM classifier.", run, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from .config import TrainConfig
 def create_optimizer(model: nn.Module, config: TrainConfig, layer_decay: float | None = None) -> AdamW:
     """AdamW over the spec's groups; the rate starts at 0 and is set before every step."""
     groups = parameter_groups(model, config.weight_decay, layer_decay)
-    return AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8)
+    fused = config.fused_adamw and next(model.parameters()).device.type == "cuda"
+    return AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=fused)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:

@@ -11,59 +11,90 @@ from torch import Tensor, nn
 
 import arm_zoo
 
-from .config import PretrainConfig, config_from_command_line
-from .data import load_source, train_loader
-from .engine import Metrics, Trainer, start_accelerator
-from .files import replacing_files
+from .command_line import run_from_command_line, say
+from .config import PretrainConfig, batch_plan
+from .data import Batch, train_loader
+from .engine import Metrics, Trainer
+from .export import backbone_entry, input_config, save_backbone, save_pretraining_model
 from .optim import create_optimizer
+from .parallel import model_state, shard
+from .plots import draw_predictions, plot_run
+from .processes import start_accelerator
+from .resume import starting_point
+from .sources import open_source
+from .watch import utilisation
+
+EXPORT, BACKBONE = "pretraining_model", "backbone"
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """A pretraining run: the model, one row of figures per epoch, and the folder of its weights."""
+    """A pretraining run: the model on the CPU, one row of figures per epoch, and the folder of its weights."""
 
-    model: nn.Module
+    model: arm_zoo.ARMPretrain
     history: list[Metrics]
     folder: Path
 
 
-def pretrain(config: PretrainConfig, title: str = "pretrain") -> PretrainResult:
-    """Train without labels and write ``pretraining_model/``, ``metrics.jsonl`` and ``config.yaml``.
+def pretrain(config: PretrainConfig, title: str = "pretrain", resume: str = "auto") -> PretrainResult:
+    """Train without labels and write ``pretraining_model/``, ``backbone/``, curves, predictions and figures.
 
     Args:
         config: What to train, on what, for how long, and ``output_dir``.
         title: Stands before the progress bar.
+        resume: "auto", "none" or a checkpoint's folder, as ``--resume``.
     """
     accelerator = start_accelerator(config)
-    loader = train_loader(load_source(config.data.source), config, accelerator)
-    model = arm_zoo.create_pretraining_model(config.model, **config.model_args).to(accelerator.device)
+    plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
+    output = Path(config.output_dir)
+    start = starting_point(config, resume, accelerator, output / "predictions.png")
+    source = open_source(config.data, labels_needed=False)
+    model = config.build()
+    image_size = model.patch_embed.img_size
+    inputs = input_config(backbone_entry(config, model), source, model.in_chans, image_size)
+    model.set_grad_checkpointing(config.gradient_checkpointing)
+    model = model.to(accelerator.device)
+    if config.fsdp:
+        shard(model, accelerator)
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
         optimizer=create_optimizer(model, config),
-        loader=loader,
+        loader=train_loader(
+            source, config, plan, image_size, accelerator.process_index, accelerator.num_processes, accelerator.device
+        ),
         loss_function=prediction_loss,
         config=config,
         title=title,
+        utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
     )
-    history = trainer.fit()
-    folder = Path(config.output_dir) / "pretraining_model"
+    history = trainer.fit(start)
+    weights, result = model_state(model), config.build()
     if accelerator.is_main_process:
-        with replacing_files(folder) as beside:
-            model.save_pretrained(beside)
-    return PretrainResult(model, history, folder)
+        result.load_state_dict(weights)
+        save_pretraining_model(result, output / EXPORT, inputs)
+        save_backbone(output / EXPORT, backbone_entry(config, result), output / BACKBONE, inputs, config.seed)
+        plot_run(output / "curves.png", history)
+        draw_predictions(output / "predictions.png", result, source, inputs, config.seed)
+    accelerator.wait_for_everyone()
+    return PretrainResult(result, history, output / EXPORT)
 
 
-def prediction_loss(model: nn.Module, pictures: Tensor, classes: Tensor) -> Tensor:
+def prediction_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean squared error of the predicted clusters; the classes are not looked at."""
-    loss, _, _ = model(pictures)
+    loss, _, _ = model(batch.pictures)
     return loss
+
+
+def run(config: PretrainConfig, resume: str) -> None:
+    """Pretrain, then say where the results are."""
+    folder = pretrain(config, resume=resume).folder
+    say(f"wrote {folder} and {folder.with_name(BACKBONE)}; finetune it with pretrained={folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    result = pretrain(config_from_command_line(PretrainConfig, "Pretrain an ARM without labels.", argv))
-    print(f"wrote {result.folder}; finetune it with pretrained={result.folder}")
+    run_from_command_line(PretrainConfig, "Pretrain an ARM without labels.", run, argv)
 
 
 if __name__ == "__main__":

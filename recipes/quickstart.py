@@ -5,7 +5,7 @@ python -m recipes.quickstart [--output quickstart] [--seed 0]
 
 import argparse
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,21 +20,19 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from timm.data import resolve_data_config
 
-from .config import FinetuneConfig, PretrainConfig, load_config
-from .data import PictureDataset, Source, load_source, seeded_generator
+from .config import DataConfig, FinetuneConfig, PretrainConfig, load_config
 from .engine import Metrics
-from .files import write_text
-from .finetune import FinetuneResult, finetune, save_classifier
-from .plots import plot_curves, plot_predictions
+from .files import replacing_files, write_text
+from .finetune import FinetuneResult, finetune
+from .plots import drawn_blindly, plot_curves, prepared_pictures
 from .pretrain import PretrainResult, pretrain
+from .sources import open_source
 
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
-# One thread for each of the two trainings that run side by side: threads that share the short operations of so small
-# a network mostly wait for each other.
-THREADS = 1
-PICTURES_NAMED, PICTURES_PREDICTED = 3, 8
+PICTURES_NAMED = 3
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,32 +46,33 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
     Raises:
         RuntimeError: If training from scratch, which runs in a process of its own, fails.
     """
-    torch.set_num_threads(THREADS)
     runs = output / "runs"
+    shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
     settings = [f"seed={seed}", *overrides]
     with training_from_scratch(runs / "scratch", settings) as scratch:
         pretrained = run_pretraining(runs / "pretrain", settings)
         finetuned = run_finetuning(runs / "finetune", [*settings, f"pretrained={pretrained.folder}"])
-    source = load_source("digits")
-    save_classifier(finetuned.model, output, source)
+    with replacing_files(output) as beside:
+        for file in ("finetune/model.safetensors", "finetune/config.json", "pretrain/predictions.png"):
+            shutil.copy(runs / file, beside)
     plot_curves(
         output / "curves.png",
         pretrained.history,
         {"pretrained, then finetuned": finetuned.history, "from scratch": scratch},
     )
-    draw_predictions(output / "predictions.png", pretrained, source, seed)
+    source = open_source(DataConfig(source="digits"), labels_needed=True)
     summary = {
         "finetuned_top1": finetuned.top1,
         "scratch_top1": scratch[-1]["top1"],
-        "images_train": len(source.train.labels),
-        "images_test": len(source.test.labels),
+        "images_train": len(source.train),
+        "images_test": len(source.test),
         "seed": seed,
         "pretrain_epochs": len(pretrained.history),
         "finetune_epochs": len(finetuned.history),
         "pretrain_seconds": pretrained.history[-1]["seconds"],
         "finetune_seconds": finetuned.history[-1]["seconds"],
         "scratch_seconds": scratch[-1]["seconds"],
-        "named": name_pictures(output, source, seed),
+        "named": name_pictures(output, source.test, source.class_names, seed),
         "seconds": time.time() - psutil.Process().create_time(),
     }
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -102,10 +101,9 @@ def training_from_scratch(folder: Path, settings: Sequence[str]) -> Iterator[lis
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recipes.finetune", "--config", str(CONFIGS / "finetune_digits.yaml")]
     command += [*settings, "pretrained=null", f"output_dir={folder.resolve()}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
     history: list[Metrics] = []
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield history
             failed = process.wait() != 0
@@ -122,35 +120,18 @@ def tail(folder: Path, lines: int = 20) -> str:
     return "\n".join((folder / "log.txt").read_text().splitlines()[-lines:])
 
 
-def draw_predictions(file: Path, pretrained: PretrainResult, source: Source, seed: int) -> None:
-    """Let the pretraining model continue a few held-out pictures."""
-    chosen = random_pictures(source, PICTURES_PREDICTED, seed)
-    normalised = torch.stack([picture for picture, _ in PictureDataset(source, source.test).__getitems__(chosen)])
-    with torch.inference_mode():
-        predicted = pretrained.model.eval().reconstruct(normalised) * source.std[0] + source.mean[0]
-    names = [source.class_names[label] for label in source.test.labels[chosen]]
-    cluster = pretrained.model.config["cluster_size"]
-    plot_predictions(file, source.test.images[chosen, 0].numpy(), predicted[:, 0].numpy(), cluster, names)
-
-
-def name_pictures(folder: Path, source: Source, seed: int) -> list[dict[str, Any]]:
+def name_pictures(folder: Path, test: Any, class_names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """Load the written model as any user of timm would and let it name a few held-out pictures."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    test = PictureDataset(source, source.test)
-    rows = []
-    for index in random_pictures(source, PICTURES_NAMED, seed):
-        picture, label = test[index]
-        with torch.inference_mode():
-            probability, best = model(picture.unsqueeze(0)).softmax(dim=1).max(dim=1)
-        named = {"named": source.class_names[best.item()], "is": source.class_names[label.item()]}
-        rows.append({"picture": index, **named, "probability": probability.item()})
-    return rows
-
-
-def random_pictures(source: Source, count: int, seed: int) -> list[int]:
-    """Indices of held-out pictures, drawn blindly."""
-    order = torch.randperm(len(source.test.labels), generator=seeded_generator(seed, 2))
-    return order[:count].tolist()
+    indices = drawn_blindly(len(test), PICTURES_NAMED, seed)
+    batch = prepared_pictures(test, indices, resolve_data_config(model=model))
+    with torch.inference_mode():
+        probabilities, best = model(batch.pictures).softmax(dim=1).max(dim=1)
+    rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)
+    return [
+        {"picture": index, "named": class_names[named], "is": class_names[label], "probability": probability}
+        for index, named, label, probability in rows
+    ]
 
 
 def show(summary: dict[str, Any], output: Path, console: Console) -> None:

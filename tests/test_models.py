@@ -33,6 +33,8 @@ PAPER = "arm_in1k_ft_in1k"
 TAGS = {  # name: tags, the default one first
     "arm_pico_patch2_8": ["untrained"],
     "arm_tiny_patch16_224": ["untrained"],
+    "arm_tiny_patch4_32": ["untrained"],
+    "arm_tiny_patch8_64": ["untrained"],
     "arm_small_patch16_224": ["untrained"],
     "arm_base_patch16_224": [PAPER, "arm_in1k", "in1k"],
     "arm_base_patch16_384": [PAPER],
@@ -42,6 +44,7 @@ TAGS = {  # name: tags, the default one first
     "arm_huge_patch16_224": [PAPER, "arm_in1k"],
     "arm_huge_patch16_384": [PAPER],
 }
+CLASSES = {"arm_pico_patch2_8": 10, "arm_tiny_patch4_32": 10, "arm_tiny_patch8_64": 200}  # the others: 1000
 SHORT = {name: f"{name}_patch16_224" for name in ("arm_base", "arm_large", "arm_huge")}
 PAPERS = [name for name, tags in TAGS.items() if PAPER in tags]
 SIZES = {  # width, depth
@@ -95,7 +98,7 @@ def test_tags_are_exactly_these(name: str) -> None:
     for tag in TAGS[name]:
         model = timm.create_model(f"{name}.{tag}", device="meta")
         assert model.pretrained_cfg["tag"] == tag
-        assert model.num_classes == {"arm_in1k": 0, "untrained": 10 if "pico" in name else 1000}.get(tag, 1000)
+        assert model.num_classes == (0 if tag == "arm_in1k" else CLASSES.get(name, 1000))
 
 
 @pytest.mark.parametrize("name", [*TAGS, *SHORT])
@@ -103,7 +106,7 @@ def test_entries_have_the_sizes_that_their_names_say(name: str) -> None:
     model = timm.create_model(name, device="meta")
     full = SHORT.get(name, name)
     dim, depth = SIZES["_".join(full.split("_")[:2])]
-    size, patch = int(full.split("_")[-1]), 2 if "pico" in full else 16
+    patch, size = int(full.split("_")[2].removeprefix("patch")), int(full.split("_")[-1])
     stride = 8 if "stride8" in full else patch
     side = (size - patch) // stride + 1
     assert isinstance(model, ARM)

@@ -1,24 +1,37 @@
 """The training recipes: configuration, data, optimiser and the whole way from pretraining to a finetuned model."""
 
 import csv
+import dataclasses
 import json
-from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch import nn
 
 import arm_zoo
-from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
-from recipes.data import EpochBatches, PictureDataset, load_source
-from recipes.finetune import finetune
+from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.data import Batch, train_loader
+from recipes.engine import seed_step
+from recipes.errors import RunError
+from recipes.finetune import FinetuneResult, classification_loss, finetune
+from recipes.finetune import main as finetune_command
 from recipes.optim import learning_rate, parameter_groups
-from recipes.pretrain import pretrain
+from recipes.pretrain import PretrainResult, pretrain
+from recipes.pretrain import main as pretrain_command
+from recipes.processes import start_accelerator
 from recipes.quickstart import quickstart
+from recipes.sources import open_source
+from recipes.watch import picture_flops
 
 CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "configs").rglob("*.yaml"))
-TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "device=cpu"]
+FOLDER = CONFIGS[0].parent
+PRETRAIN, FINETUNE = FOLDER / "pretrain_digits.yaml", FOLDER / "finetune_digits.yaml"
+TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "device=cpu", "tracker=none"]
 TINY_ENCODER = ["model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2"]
 
 
@@ -26,15 +39,110 @@ def kind(file: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
     return PretrainConfig if file.name.startswith("pretrain") else FinetuneConfig
 
 
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
-def test_shipped_configurations_load(file: Path) -> None:
-    command = f"# accelerate launch -m recipes.{file.name.split('_')[0]} --config recipes/configs/{file.name}"
+def test_shipped_configurations_load_and_their_models_can_be_built(file: Path) -> None:
+    recipe = "pretrain" if kind(file) is PretrainConfig else "finetune"
+    command = f"# accelerate launch -m recipes.{recipe} --config recipes/configs/{file.name}"
     assert file.read_text().startswith(command)
-    assert load_config(kind(file), file, ["epochs=3"]).epochs == 3  # sound from three epochs up
+    config = load_config(kind(file), file, to_run=False)
+    model = config.build(device="meta")
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert config.output_dir == f"runs/{file.stem}"
+    if "digits" in file.name:
+        assert load_config(kind(file), file, ["epochs=3"]).epochs == 3  # sound from three epochs up
 
 
-def test_configurations_are_there() -> None:
-    assert {file.name for file in CONFIGS} >= {"pretrain_digits.yaml", "finetune_digits.yaml"}
+def test_shipped_configurations_are_the_papers() -> None:
+    names = {file.stem for file in CONFIGS}
+    sizes = ("base", "large", "huge")
+    assert names >= {f"{phase}_{size}" for phase in ("pretrain", "finetune") for size in sizes}
+    assert names >= {f"finetune_{size}_384" for size in sizes} | {"finetune_base_stride8_448"}
+    assert names >= {"supervised_base", "supervised_large", "pretrain_digits", "finetune_digits"}
+    assert names >= {f"{phase}_{data}" for phase in ("pretrain", "finetune") for data in ("tiny_imagenet", "cifar10")}
+    peaks = {"base": (1600, 1.2e-3), "large": (1600, 6e-4), "huge": (800, 3e-4)}
+    finetuning = {"base": (0.65, 0.1), "large": (0.75, 0.3), "huge": (0.75, 0.3)}
+    for size in sizes:
+        config = load_config(PretrainConfig, FOLDER / f"pretrain_{size}.yaml", to_run=False)
+        assert (config.epochs, learning_rate(40, config)) == pytest.approx(peaks[size])
+        assert (config.betas, config.clip_grad, config.precision) == ((0.9, 0.95), 3.0, "bf16")
+        for suffix in ("", "_384"):
+            tuned = load_config(FinetuneConfig, FOLDER / f"finetune_{size}{suffix}.yaml", to_run=False)
+            assert (tuned.layer_decay, tuned.drop_path) == finetuning[size]
+            assert (tuned.epochs, tuned.ema_decay, tuned.clip_grad) == (100, 0.99992, None)
+            assert learning_rate(5, tuned) == pytest.approx(2e-3) and tuned.data.erase == 0.25
+    supervised = load_config(FinetuneConfig, FOLDER / "supervised_large.yaml", to_run=False)
+    assert learning_rate(5, supervised) == pytest.approx(1e-3) and supervised.ema_decay == 0.99996
+
+
+def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["epochs=7", "data.source=digits", "betas=[0.8, 0.9]", "model_args.d_state=4"]
+    pretrain_command(["--config", str(PRETRAIN), *arguments, "--print-config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config(PretrainConfig, tmp_path / "printed.yaml") == load_config(PretrainConfig, PRETRAIN, arguments)
+    finetune_command(["--config", str(FOLDER / "finetune_base.yaml"), "--print-config"])  # nothing needs to exist yet
+    assert "layer_decay: 0.65" in capsys.readouterr().out
+
+
+BAD = {  # recipe, override: a part of the message
+    ("pretrain", "data.source=nowhere"): "there is no 'nowhere'",
+    ("pretrain", "data.source=EMPTY"): "holds nothing to train on",
+    ("pretrain", "model=arm_giant"): "unknown pretraining model 'arm_giant'; choose one of arm_pico",
+    ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
+    ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
+    ("pretrain", "output_dir=FILE/run"): "FILE is a file; allowed: a folder to write to",
+    ("pretrain", "device=gpu"): "device is 'gpu'; allowed: auto, cpu",
+    ("pretrain", "global_batch=63"): "global_batch is 63; allowed: an even number",
+    ("pretrain", "global_batch=2048"): "global_batch is 2048; allowed: up to the 1437 training pictures",
+    ("pretrain", "fsdp=true"): "fsdp is true, but there is one process",
+    ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the pictures have 1",
+    ("pretrain", "tracker=abacus"): "tracker is 'abacus'; allowed: tensorboard, wandb, trackio, none",
+    ("pretrain", "compile=maybe"): "compile is 'maybe'; allowed: true or false",
+    ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
+    ("finetune", "model_args.num_classes=5"): "model_args.num_classes is 5, but digits has 10 classes",
+    ("finetune", "data.num_classes=5"): "data.num_classes is 5, but digits has 10 classes",
+    ("finetune", "pretrained=FILE"): "FILE",
+    ("finetune", "layer_decay=1.5"): "layer_decay is 1.5; allowed: above 0, up to 1",
+}
+
+
+@pytest.mark.parametrize(("recipe", "override"), BAD)
+def test_bad_input_ends_in_a_message(
+    recipe: str, override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("no weights")
+    value = override
+    for name in ("EMPTY", "FILE"):
+        value = value.replace(name, str(tmp_path / name))
+    command, file = {"pretrain": (pretrain_command, PRETRAIN), "finetune": (finetune_command, FINETUNE)}[recipe]
+    with pytest.raises(SystemExit) as refused:
+        command(["--config", str(file), f"output_dir={tmp_path / 'run'}", "tracker=none", value])
+    printed = capsys.readouterr().err + str(refused.value.code)
+    assert refused.value.code not in (None, 0) and BAD[recipe, override] in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"WORLD_SIZE is 2 .* `torchrun --nproc_per_node 2 -m recipes\.pretrain"):
+        start_accelerator(load_config(PretrainConfig, PRETRAIN))
+
+
+def test_global_batch_is_split_evenly() -> None:
+    assert batch_plan(1024, 8) == (128, 1)
+    assert batch_plan(1024, 8, 64) == (64, 2)
+    assert batch_plan(1024, 8, 100) == (64, 2)
+    assert batch_plan(96, 1, 40) == (32, 3)
+    assert batch_plan(28, 1, 2) == (2, 14)
+    with pytest.raises(
+        ConfigError, match=r"2048 does not split over 3 processes .* a multiple of 6, such as 2046 or 2052"
+    ):
+        batch_plan(2048, 3)
+    with pytest.raises(ConfigError, match=r"6 does not split over 4 processes .* a multiple of 8, such as 8$"):
+        batch_plan(6, 4)
 
 
 def test_all_problems_of_a_configuration_come_at_once() -> None:
@@ -60,12 +168,10 @@ def test_learning_rate_is_the_official_one(golden: Path) -> None:
     with open(golden / "optim" / "lr_schedule.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["setting"] in ("pretrain_b", "finetune_b", "no_warmup")]
     assert len(rows) > 100
+    plain = load_config(PretrainConfig, PRETRAIN, ["global_batch=256"])
     for row in rows:
-        settings = [
-            "model=arm_pico", "output_dir=out", "data.source=digits", "global_batch=256",
-            *(f"{key}={row[key]}" for key in ("min_lr", "warmup_epochs", "epochs")), f"base_lr={row['lr']}",
-        ]  # fmt: skip
-        config = load_config(PretrainConfig, None, settings)
+        settings = {key: float(row[key]) for key in ("min_lr", "warmup_epochs", "epochs")}
+        config = dataclasses.replace(plain, base_lr=float(row["lr"]), **settings)
         rate = learning_rate(float(row["epoch_float"]), config) * float(row["group_lr_scale"])
         assert rate == pytest.approx(float(row["lr_set"]), rel=1e-12, abs=1e-18)
 
@@ -80,78 +186,150 @@ def test_parameter_groups_leave_frozen_and_one_dimensional_parameters_undecayed(
     assert sum(p.requires_grad for p in model.parameters()) == len(decay)
 
 
-def test_digits_are_split_once_and_in_proportion() -> None:
-    source = load_source("digits")
-    assert len(source.train.labels) == 1437 and len(source.test.labels) == 360
-    assert torch.equal(load_source("digits").test.images, source.test.images)
-    shares = [split.labels.bincount().float() / len(split.labels) for split in (source.train, source.test)]
-    assert (shares[0] - shares[1]).abs().max() < 0.003
-    everything = torch.cat([source.train.images, source.test.images]).flatten(1)
-    assert everything.shape == (1797, 64) and everything.min() == 0 and everything.max() == 1
-    with pytest.raises(ValueError, match=r"unknown data\.source 'mnist'; allowed: digits"):
-        load_source("mnist")
+def test_layer_decay_by_hand() -> None:
+    model = timm.create_model("arm_pico_patch2_8", embed_dim=16, depth=2)
+    found = {}
+    for group in parameter_groups(model, 0.05, layer_decay=0.5):
+        found |= {id(parameter): (group["lr_scale"], group["weight_decay"]) for parameter in group["params"]}
+    scales = {"patch_embed": 0.125, "cls_token": 0.125, "pos_embed": 0.125, "blocks.0": 0.25, "blocks.1": 0.5}
+    undecayed = ("bias", "cls_token", "pos_embed", "mixer.D", "norm", "conv_bias")
+    for name, parameter in model.named_parameters():
+        scale = next((value for start, value in scales.items() if name.startswith(start)), 1.0)
+        decay = 0.0 if any(part in name for part in undecayed) else 0.05
+        assert found[id(parameter)] == (scale, decay), name
 
 
-def test_order_is_a_function_of_seed_and_epoch_for_any_number_of_processes() -> None:
-    def order(epoch: int, seed: int = 0) -> list[list[int]]:
-        batches = EpochBatches(100, 20, seed)
-        batches.set_epoch(epoch)
-        return list(batches)
-
-    assert order(0) == order(0) and order(0) != order(1) and order(0) != order(0, seed=1)
-    assert sorted(chain.from_iterable(order(3))) == list(range(100))
-    shares = [list(EpochBatches(100, 20, 0, process, 2)) for process in range(2)]
-    for whole, *parts in zip(order(0), *shares, strict=True):
-        assert sorted(chain.from_iterable(parts)) == sorted(whole)
-    with pytest.raises(ValueError, match=r"global_batch 20 does not split over 3 processes; allowed: .* 18 or 21"):
-        EpochBatches(100, 20, 0, 0, 3)
-    with pytest.raises(ValueError, match="global_batch is 200; allowed: up to the 100"):
-        EpochBatches(100, 200, 0)
-
-
-def test_variation_of_a_picture_depends_on_seed_epoch_and_index_only() -> None:
-    source = load_source("digits")
-    augment = load_config(PretrainConfig, CONFIGS[-1] if "pretrain" in CONFIGS[-1].name else CONFIGS[0]).data
-    first, second = (PictureDataset(source, source.train, augment, seed=0) for _ in range(2))
-    assert torch.equal(first[5][0], second.__getitems__([9, 5])[1][0])
-    before = first[5][0]
-    first.set_epoch(1)
-    assert not torch.equal(first[5][0], before)
+def test_moving_average_by_hand() -> None:
+    """timm's average is the plain one from the first step on, over parameters and buffers."""
+    model = nn.BatchNorm1d(1)
+    ema = ModelEmaV3(model, decay=0.75)
+    with torch.no_grad():
+        for value in (2.0, 4.0):
+            model.weight.fill_(value)
+            model.running_mean.fill_(-value)
+            model.num_batches_tracked.fill_(int(value))
+            ema.update(model)
+    state = ema.module.state_dict()
+    assert state["weight"].item() == 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4
+    assert state["running_mean"].item() == 0.75 * (0.25 * -2) + 0.25 * -4
+    assert state["num_batches_tracked"].item() == 4
 
 
-def run(folder: Path, seed: int = 0) -> tuple[float, float, Path]:
-    """Pretrain and finetune for one epoch; the two losses and the folder of the finetuned model."""
-    configs = CONFIGS[0].parent
-    settings = [*TINY, *TINY_ENCODER, f"seed={seed}"]
-    pretraining = load_config(
-        PretrainConfig,
-        configs / "pretrain_digits.yaml",
-        [*settings, "model_args.decoder_depth=1", f"output_dir={folder / 'pretrain'}"],
-    )
-    pretrained = pretrain(pretraining)
-    finetuning = load_config(
-        FinetuneConfig,
-        configs / "finetune_digits.yaml",
-        [*settings, f"pretrained={pretrained.folder}", f"output_dir={folder / 'finetune'}"],
-    )
-    result = finetune(finetuning)
-    return pretrained.history[-1]["loss"], result.history[-1]["loss"], folder / "finetune"
+def mixing(*overrides: str) -> FinetuneConfig:
+    return load_config(FinetuneConfig, FINETUNE, ["mixup=0.8", "cutmix=0", "label_smoothing=0.1", *overrides])
+
+
+def test_mixup_by_hand() -> None:
+    pictures, classes = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), torch.tensor([3, 5])
+    logits = torch.linspace(0, 1, 10).repeat(2, 1)
+    seen = []
+
+    def model(mixed: torch.Tensor) -> torch.Tensor:
+        seen.append(mixed[:, 0, 0, 0].tolist())
+        return logits
+
+    seed_step(0, 1, 2, 0, 0)
+    loss = classification_loss(mixing(), 10)(model, Batch(pictures, classes, torch.arange(2), []))
+    seed_step(0, 1, 2, micro_batch=3, process=7)  # the draws are the same in all parts of a global batch
+    np.random.rand()  # against the probability 1 of mixing at all
+    share = np.random.beta(0.8, 0.8)
+    assert seen == [pytest.approx([1 - share, share])]
+    target = torch.full((2, 10), 0.1 / 10)
+    target[0, 3] += 0.9 * share
+    target[0, 5] += 0.9 * (1 - share)
+    target[1, 5] += 0.9 * share
+    target[1, 3] += 0.9 * (1 - share)
+    assert loss.item() == pytest.approx(-(target * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [(), ("mixup=0", "cutmix=1")])
+def test_mixing_is_the_same_for_any_number_of_processes_and_parts(overrides: tuple[str, ...]) -> None:
+    config = mixing(*overrides, "global_batch=64")
+    source = open_source(config.data)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    loss_of = classification_loss(config, 10)
+
+    def loss(processes: int, most: int | None) -> float:
+        plan = batch_plan(64, processes, most)
+        total = 0.0
+        for process in range(processes):
+            loader = train_loader(source, config, plan, (8, 8), process, processes, torch.device("cpu"))
+            for number, batch in enumerate(next(iter(loader.epoch(1, 3)))):
+                seed_step(config.seed, 1, 3, number, process)
+                total += loss_of(network, batch).item() / plan.accumulation / processes
+        return total
+
+    assert loss(1, None) == pytest.approx(loss(2, None), rel=1e-5)
+    assert loss(1, None) == pytest.approx(loss(4, 4), rel=1e-5)
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    def build(device: str) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 5, device=device))
+
+    assert picture_flops(build, (3, 2, 2)) == 3 * 2 * 12 * 5
+    config = load_config(PretrainConfig, PRETRAIN)
+    assert picture_flops(config.build, (1, 8, 8)) > 3 * 2 * 12 * 64 * 256 * 4  # more than its input projections
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def pretraining(folder: Path, *overrides: str) -> PretrainResult:
+    settings = [*TINY, *TINY_ENCODER, "model_args.decoder_depth=1", f"output_dir={folder}", *overrides]
+    return pretrain(load_config(PretrainConfig, PRETRAIN, settings))
+
+
+def finetuning(folder: Path, pretrained: Path, *overrides: str) -> FinetuneResult:
+    settings = [*TINY, *TINY_ENCODER, f"pretrained={pretrained}", f"output_dir={folder}", *overrides]
+    return finetune(load_config(FinetuneConfig, FINETUNE, settings))
 
 
 def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
-    first, again = run(tmp_path / "a"), run(tmp_path / "b")
-    assert first[:2] == again[:2] != run(tmp_path / "c", seed=1)[:2]
-    for name in ("config.yaml", "metrics.jsonl"):
-        assert (tmp_path / "a" / "pretrain" / name).is_file() and (first[2] / name).is_file()
-    assert {f.name for f in (tmp_path / "a" / "pretrain" / "pretraining_model").iterdir()} == {
-        "config.json", "model.safetensors",
-    }  # fmt: skip
-    model = timm.create_model(f"local-dir:{first[2]}", pretrained=True).eval()
+    pretrained = pretraining(tmp_path / "pretrain")
+    ema = ["mixup=0.8", "cutmix=1", "ema_decay=0.5", "drop_path=0.1", "epochs=2"]
+    result = finetuning(tmp_path / "finetune", pretrained.folder, *ema)
+    for folder in ("pretrain", "finetune"):
+        for name in ("config.yaml", "metrics.jsonl", "curves.png"):
+            assert (tmp_path / folder / name).is_file()
+    assert (tmp_path / "pretrain" / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    last = json.loads((tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result.top1 == max(last["top1"], last["top1_ema"]) and last["epoch"] == 2
+    assert {"loss", "lr", "seconds", "data_wait", "images_per_second", "memory_gib", "undecodable"} <= last.keys()
+    model = timm.create_model(f"local-dir:{tmp_path / 'finetune'}", pretrained=True).eval()
+    pictures = torch.rand(2, 1, 8, 8)
     with torch.inference_mode():
-        assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    config = json.loads((first[2] / "config.json").read_text())
+        assert torch.equal(model(pictures), result.model.eval()(pictures)) and model.num_classes == 10
+    config = json.loads((tmp_path / "finetune" / "config.json").read_text())
     assert "num_classes" not in config["model_args"] and config["label_names"][3] == "three"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
+    assert config["pretrained_cfg"]["mean"] == pytest.approx([0.3054], abs=1e-4)
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".partial*"))
+
+
+def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
+    pretraining(tmp_path)
+    files = {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "pretraining_model").iterdir()} == files
+    config = json.loads((tmp_path / "pretraining_model" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [1, 8, 8] and config["pretraining_model"]["cluster_size"] == 4
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
+    trained = load_file(tmp_path / "pretraining_model" / "model.safetensors")
+    assert backbone(torch.zeros(2, 1, 8, 8)).shape == (2, 16) and backbone.num_classes == 0
+    for direction in backbone.blocks[0].mixer.A_log:
+        assert torch.equal(direction, trained["blocks.0.mixer.A_log"][0])
+    assert backbone.pretrained_cfg["std"] == pytest.approx((0.376,), abs=1e-3)
+
+
+def test_parts_of_a_batch_and_recomputing_change_nothing(tmp_path: Path) -> None:
+    runs = {"whole": [], "parts": ["max_batch_per_device=64"], "recomputed": ["gradient_checkpointing=true"]}
+    results = {name: pretraining(tmp_path / name, *overrides) for name, overrides in runs.items()}
+    weights = {name: result.model.state_dict() for name, result in results.items()}
+    assert len({round(result.history[0]["loss"], 5) for result in results.values()}) == 1
+    for name in ("parts", "recomputed"):
+        assert all(torch.allclose(weights[name][key], weights["whole"][key], atol=1e-4) for key in weights["whole"])
+    other = pretraining(tmp_path / "other", "seed=1")
+    assert other.history[0]["loss"] != results["whole"].history[0]["loss"]
 
 
 def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:

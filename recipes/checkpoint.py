@@ -1,0 +1,179 @@
+"""Checkpoints that survive what kills a run: whole or not there, checked before use, the newest ones kept.
+
+OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds ``model.safetensors``, ``ema.safetensors`` (if there is an average),
+``optimizer.safetensors``, ``state.json`` (configuration, position, figures so far) and ``manifest.json`` (size and
+SHA-256 of each). There is no random state in it: order, variation, mixing and drop path are functions of the seed, the
+epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import RunError
+
+STATE, MANIFEST = "state.json", "manifest.json"
+
+
+class DamagedCheckpoint(RunError):
+    """A checkpoint whose files are not those that were written."""
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def check(checkpoint: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        DamagedCheckpoint: If one is missing or other than it was written.
+    """
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        damaged = [name for name, written in files.items() if fingerprint(checkpoint / name) != written]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: {error}") from None
+    if damaged or STATE not in files:
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: {', '.join(damaged) or STATE} is not as it was written")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What ``state.json`` holds."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file, such as ``model``, on the CPU."""
+    return load_file(checkpoint / f"{name}.safetensors")
+
+
+class CheckpointFolder:
+    """The checkpoints of one run; only the main process may use it.
+
+    Args:
+        folder: Usually OUTPUT_DIR/checkpoints.
+        keep_last: How many of the newest to keep.
+        keep_every: Also keep those at the end of every so many epochs; None: none of them.
+        console: Where warnings go.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None, console: Console) -> None:
+        self.folder, self.keep_last, self.keep_every, self.console = folder, keep_last, keep_every, console
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+    def clean(self) -> None:
+        """Remove what a killed process was writing, and undo a replacement that it had begun."""
+        for old in self.folder.glob(".old-*"):
+            final = self.folder / old.name.removeprefix(".old-")
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(final)
+        for partial in self.folder.glob(".partial-*"):
+            shutil.rmtree(partial)
+
+    def newest_intact(self) -> Path | None:
+        """The checkpoint to go on from; damaged ones are named in a warning and set aside as ``damaged-step-...``."""
+        self.clean()
+        for checkpoint in reversed(self.all()):
+            try:
+                check(checkpoint)
+                return checkpoint
+            except DamagedCheckpoint as damage:
+                aside = free_name(self.folder / f"damaged-{checkpoint.name}")
+                checkpoint.rename(aside)
+                message = f"warning: {damage}; set aside as {aside.name}, using the one before"
+                self.console.print(message, soft_wrap=True)
+        return None
+
+    def set_aside(self, after_step: int = -1) -> None:
+        """Move checkpoints of more than ``after_step`` steps out of the way of a run that starts over from there."""
+        abandoned = [path for path in self.all() if int(path.name.removeprefix("step-")) > after_step]
+        if not abandoned:
+            return
+        aside = free_name(self.folder.with_name(f"{self.folder.name}-before"))
+        aside.mkdir()
+        for checkpoint in abandoned:
+            checkpoint.rename(aside / checkpoint.name)
+        self.console.print(f"moved {len(abandoned)} checkpoints of the earlier run to {aside}", soft_wrap=True)
+
+    def save(
+        self, step: int, steps_per_epoch: int, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
+    ) -> Path:
+        """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept.
+
+        Raises:
+            RunError: If it cannot be written, as on a full disk; what was there before is still there.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".partial-{final.name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_files(partial, tensors, state)
+            old = self.folder / f".old-{final.name}"
+            if final.exists():  # the same step, before the epoch's end was scored
+                final.rename(old)
+            partial.rename(final)
+            sync(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+            self.prune(steps_per_epoch)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(
+                f"the checkpoint {final} could not be written: {error}. The last good one is "
+                f"{next(reversed(self.all()), 'none')}; make room, then start the same command again"
+            ) from None
+        return final
+
+    def prune(self, steps_per_epoch: int) -> None:
+        """Remove all but the newest and the ones at the end of every n-th epoch."""
+        for checkpoint in self.all()[: -self.keep_last]:
+            epochs, rest = divmod(int(checkpoint.name.removeprefix("step-")), steps_per_epoch)
+            if rest or self.keep_every is None or epochs % self.keep_every:
+                shutil.rmtree(checkpoint)
+
+
+def write_files(folder: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Fill a checkpoint's folder and make sure that it is on the disk."""
+    for name, content in tensors.items():
+        save_file({key: tensor.contiguous() for key, tensor in content.items()}, folder / f"{name}.safetensors")
+    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_name(path: Path) -> Path:
+    """The path itself if nothing is there, else with the first free number after it."""
+    names = (path.with_name(f"{path.name}-{number}") for number in range(1, 10**6))
+    return path if not path.exists() else next(name for name in names if not name.exists())

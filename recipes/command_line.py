@@ -1,0 +1,69 @@
+"""The command line of both recipes: configuration, where to start, and mistakes told in one message."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import distributed
+
+from arm_zoo import CheckpointError
+
+from .config import ConfigError, ConfigT, load_config, to_yaml
+from .errors import RunError
+from .locate import SourceError
+
+MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, FileNotFoundError)
+
+
+def run_from_command_line(
+    kind: type[ConfigT], description: str, run: Callable[[ConfigT, str], None], argv: Sequence[str] | None = None
+) -> None:
+    """Parse ``--config FILE --resume WHERE key=value ...`` and call ``run(config, resume)``.
+
+    The program ends with code 2 and the whole list if the configuration is wrong, with 1 and one message if the run
+    cannot start or go on.
+    """
+    parser = argparse.ArgumentParser(description=f"{description} Run it from the top of the repository.")
+    parser.add_argument("--config", type=Path, help="YAML file, for example one of recipes/configs")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="start from the newest checkpoint in OUTPUT_DIR if there is one (auto, the default), from the beginning "
+        "(none), or from a checkpoint's folder",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(kind, arguments.config, arguments.overrides, to_run=not arguments.print_config)
+    except (ConfigError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+    try:
+        run(config, arguments.resume)
+        leave_processes()
+    except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
+        leave_processes()
+        raise
+    except MISTAKES as error:
+        sys.exit(f"{parser.prog}: {error}")
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def say(text: str) -> None:
+    """Print on the main process."""
+    if PartialState().is_main_process:
+        print(text)
+
+
+def leave_processes() -> None:
+    """End the connection to the other processes, if there are any."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,141 @@
+"""What pretraining on ImageNet-1k would take, from a speed that was measured: hours and GPU-hours, beside the paper's.
+
+python -m recipes.cost --run runs/pretrain_base --gpus 8 --efficiency 0.9
+python -m recipes.cost --throughput speed.json   # of python -m eval.throughput --mode pretrain --output speed.json
+python -m recipes.cost --images-per-second 1500
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+EPOCHS = (300, 800, 1600)
+HEADINGS = ("model", "GPUs", "epochs", "hours", "GPU-hours", "speed")
+# Section 4.4: 300 epochs of ARM-B on 8 A5000.
+PAPER = ("ARM-B", "8 A5000", "300", "34.0", "272", "*reported by the paper*")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A speed that was measured.
+
+    Args:
+        model: What was trained.
+        images_per_second: Of all its GPUs together.
+        gpus: How many they were.
+    """
+
+    model: str
+    images_per_second: float
+    gpus: int = 1
+
+    def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
+        """Time for so many epochs.
+
+        Args:
+            epochs: Passes over the data.
+            gpus: GPUs to train on.
+            efficiency: Their speed divided by that of as many separate ones; not applied to the number measured.
+            images: Pictures per epoch.
+        """
+        kept = 1.0 if gpus == self.gpus else efficiency
+        return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
+
+
+def from_run(folder: Path, gpus: int) -> Measured:
+    """The median speed of a run's epochs, its first one, which compiles and warms up, left out if there are others.
+
+    Raises:
+        ValueError: If the run has not measured it.
+    """
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    if not speeds:
+        raise ValueError(f"{file} holds no images_per_second; allowed: the folder of a pretraining run")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return Measured(config["model"], statistics.median(speeds[1:] or speeds), gpus)
+
+
+def from_throughput(file: Path) -> list[Measured]:
+    """The pretraining rows of what ``python -m eval.throughput --mode pretrain --output FILE.json`` wrote.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    measured = [Measured(row["model"], row["img_per_s"]) for row in rows if row.get("mode") == "pretrain"]
+    if not measured:
+        raise ValueError(f"{file} has no rows of pretraining; measure with --mode pretrain")
+    return measured
+
+
+def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterator[str]:
+    """Lines of a Markdown table; the last row is the paper's."""
+    yield f"| {' | '.join(HEADINGS)} |"
+    yield f"|{'---|' * len(HEADINGS)}"
+    for one in measured:
+        for gpus in settings.gpus:
+            speed = f"{one.images_per_second:,.0f} img/s measured on {one.gpus}"
+            if gpus != one.gpus:
+                speed += f", {settings.efficiency:.0%} scaling efficiency assumed"
+            for epochs in settings.epochs:
+                hours = one.hours(epochs, gpus, settings.efficiency, settings.images)
+                row = (one.model, str(gpus), str(epochs), f"{hours:,.1f}", f"{hours * gpus:,.0f}", speed)
+                yield f"| {' | '.join(row)} |"
+    yield f"| {' | '.join(PAPER)} |"
+
+
+def above_zero(text: str) -> float:
+    """A number above 0, for argparse."""
+    if float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return float(text)
+
+
+def one_or_more(text: str) -> int:
+    """A whole number, 1 or more, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Hours and GPU-hours of pretraining, from a measured speed.")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--run", type=Path, metavar="FOLDER", help="output_dir of a pretraining run")
+    where.add_argument("--throughput", type=Path, metavar="FILE", help=".json of eval.throughput --mode pretrain")
+    where.add_argument("--images-per-second", type=above_zero, metavar="SPEED", help="any other measurement")
+    parser.add_argument("--model", default="model", help="name to show for --images-per-second")
+    parser.add_argument("--measured-gpus", type=one_or_more, default=1, help="GPUs of the measurement (%(default)s)")
+    parser.add_argument("--gpus", type=one_or_more, nargs="+", default=[1, 8], help="to compute for (1 8)")
+    parser.add_argument(
+        "--efficiency", type=above_zero, default=0.9, help="speed of N GPUs by N times that of one (%(default)s)"
+    )
+    parser.add_argument("--epochs", type=one_or_more, nargs="+", default=list(EPOCHS), help="(300 800 1600)")
+    parser.add_argument(
+        "--images", type=one_or_more, default=IMAGENET_TRAIN_IMAGES, help="per epoch (%(default)s: ImageNet-1k)"
+    )
+    settings = parser.parse_args(argv)
+    try:
+        if settings.run is not None:
+            measured = [from_run(settings.run, settings.measured_gpus)]
+        elif settings.throughput is not None:
+            measured = from_throughput(settings.throughput)
+        else:
+            measured = [Measured(settings.model, settings.images_per_second, settings.measured_gpus)]
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print("\n".join(table(measured, settings)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What a run leaves behind: folders with ``model.safetensors`` and ``config.json``."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import save_for_hf
+from torch import nn
+
+import arm_zoo
+
+from .config import TrainConfig
+from .errors import RunError
+from .files import replacing_files
+from .sources import Source
+
+InputConfig = dict[str, Any]  # timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode
+
+
+def input_config(entry: str, source: Source, channels: int, image_size: tuple[int, int]) -> InputConfig:
+    """How pictures are prepared for scoring: the entry's way, at this size, with the source's statistics.
+
+    Raises:
+        RunError: If the source's pictures have another number of channels.
+    """
+    if channels != source.channels:
+        raise RunError(
+            f"the model takes {channels} channels, the pictures have {source.channels}; "
+            f"allowed: model_args.in_chans={source.channels}"
+        )
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(entry).to_dict())
+    return {**config, "input_size": (channels, *image_size), "mean": source.mean, "std": source.std}
+
+
+def save_classifier(model: nn.Module, folder: Path, inputs: InputConfig, class_names: Sequence[str]) -> None:
+    """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads."""
+    with replacing_files(folder) as beside:
+        labels = {"label_names": list(class_names)}
+        save_for_hf(model, str(beside), model_config=labels, safe_serialization=True, data_config=inputs)
+        _edit(beside / "config.json", drop_argument="num_classes")
+
+
+def save_pretraining_model(model: arm_zoo.ARMPretrain, folder: Path, inputs: InputConfig) -> None:
+    """Write encoder and decoder, with the inputs' statistics beside the model's arguments."""
+    with replacing_files(folder) as beside:
+        model.save_pretrained(beside)
+        _edit(beside / "config.json", pretrained_cfg={key: inputs[key] for key in ("input_size", "mean", "std")})
+
+
+def save_backbone(pretraining_model: Path, entry: str, folder: Path, inputs: InputConfig, seed: int) -> None:
+    """Write the encoder of a saved pretraining model as a timm model: four scans, no head.
+
+    Its class token is new, as pretraining has none: drawn from ``seed``.
+    """
+    arguments = json.loads((pretraining_model / "config.json").read_text(encoding="utf-8"))["pretraining_model"]
+    names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        entry,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(pretraining_model / "model.safetensors")},
+        num_classes=0,
+        **{name: arguments[name] for name in names},
+    )
+    with replacing_files(folder) as beside:
+        save_for_hf(model, str(beside), safe_serialization=True, data_config=inputs)
+
+
+def backbone_entry(config: TrainConfig, model: arm_zoo.ARMPretrain) -> str:
+    """The timm entry of a pretraining model: that of its patch and image size, else one of its width and depth."""
+    exact = f"{config.model}_patch{model.patch_size[0]}_{model.patch_embed.img_size[0]}"
+    return exact if timm.is_model(exact) else timm.list_models(f"{config.model}_patch*")[0]
+
+
+def _edit(file: Path, drop_argument: str | None = None, **entries: Mapping[str, Any]) -> None:
+    """Add entries to a ``config.json``; a dropped model argument stands elsewhere and would overrule the caller's."""
+    config = json.loads(file.read_text(encoding="utf-8")) | entries
+    if drop_argument is not None:
+        config["model_args"].pop(drop_argument, None)
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")

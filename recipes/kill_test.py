@@ -1,0 +1,131 @@
+"""Kill a run at random moments, go on each time, and compare what comes out with an uninterrupted run, bit by bit.
+
+python -m recipes.kill_test --kills 20 --config recipes/configs/pretrain_digits.yaml epochs=3
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+RECIPES = ("pretrain", "finetune")
+COMPARED = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")  # of the last checkpoint
+AIMED = 3  # every so many kills one waits until a checkpoint is being written
+PATIENCE = 600.0  # seconds that one process may take
+
+
+class KillTest:
+    """Runs of one command, in processes forked from a server that has everything imported already.
+
+    Args:
+        recipe: "pretrain" or "finetune".
+        arguments: Its command line, without ``output_dir``.
+        folder: Gets one subfolder per run.
+        seed: Of the moments.
+    """
+
+    def __init__(self, recipe: str, arguments: Sequence[str], folder: Path, seed: int) -> None:
+        self._recipe, self._arguments, self._folder = recipe, list(arguments), folder
+        self._random = random.Random(seed)
+        self._context = multiprocessing.get_context("forkserver")
+        # with what a run imports late
+        self._context.set_forkserver_preload([f"recipes.{recipe}", "sklearn.datasets", "sklearn.model_selection"])
+
+    def run(self, kills: int) -> int:
+        """Kill ``kills`` times, over as many runs as that takes.
+
+        Returns:
+            How many of the kills hit the writing of a checkpoint.
+
+        Raises:
+            RuntimeError: If a process fails on its own, or a resumed run ends with other bits.
+        """
+        whole = self._folder / "whole"
+        self._finish(self._begin(print))  # starts the server, which must not count
+        started = time.monotonic()
+        self._finish(self._start(whole))
+        duration = time.monotonic() - started
+        killed = hits = runs = 0
+        while killed < kills:
+            runs += 1
+            folder = self._folder / f"killed-{runs}"
+            while killed < kills:
+                delay = self._random.uniform(0, duration / 2)
+                if self._kill(self._start(folder), folder, delay, aimed=killed % AIMED == 0):
+                    break
+                killed += 1
+                hits += any(written_now(folder))
+            self._finish(self._start(folder))
+            self._compare(whole, folder)
+            print(f"{killed} of {kills} kills, {hits} of them inside a checkpoint's writing; run {runs}: equal bits")
+        return hits
+
+    def _start(self, folder: Path) -> BaseProcess:
+        arguments = [*self._arguments, f"output_dir={folder}"]
+        return self._begin(_train, self._recipe, arguments, folder.with_suffix(".log"))
+
+    def _begin(self, function: Callable[..., None], *arguments: Any) -> BaseProcess:
+        process = self._context.Process(target=function, args=arguments)
+        process.start()
+        return process
+
+    def _finish(self, process: BaseProcess) -> None:
+        process.join(PATIENCE)
+        if process.exitcode != 0:
+            process.kill()
+            raise RuntimeError(f"a process of {self._folder} ended with {process.exitcode}; see the logs in there")
+
+    def _kill(self, process: BaseProcess, folder: Path, delay: float, aimed: bool) -> bool:
+        """Send SIGKILL after a delay, or later when a checkpoint is being written; True if the run ended first."""
+        process.join(delay)
+        while aimed and process.is_alive() and not any(written_now(folder)):
+            time.sleep(0.0005)
+        if not process.is_alive():
+            self._finish(process)
+            return True
+        process.kill()
+        process.join()
+        return False
+
+    def _compare(self, whole: Path, other: Path) -> None:
+        expected, found = (max((folder / "checkpoints").glob("step-*")) for folder in (whole, other))
+        if expected.name != found.name:
+            raise RuntimeError(f"{other} ended at {found.name}, not at {expected.name}")
+        for name in COMPARED:
+            if (expected / name).exists() and (expected / name).read_bytes() != (found / name).read_bytes():
+                raise RuntimeError(f"{found / name} has other bits than {expected / name}")
+
+
+def written_now(folder: Path) -> Iterator[Path]:
+    """Checkpoints that a run in ``folder`` is writing, or was writing when it was killed."""
+    return (folder / "checkpoints").glob(".partial-*")
+
+
+def _train(recipe: str, arguments: list[str], log: Path) -> None:
+    with log.open("a") as stream:
+        sys.stdout = sys.stderr = stream
+        importlib.import_module(f"recipes.{recipe}").main(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; all that it does not know goes to the recipe."""
+    parser = argparse.ArgumentParser(description="Kill a training run at random moments and check what it ends with.")
+    parser.add_argument("--kills", type=int, default=20, help="how often (%(default)s)")
+    parser.add_argument("--recipe", choices=RECIPES, default="pretrain", help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="folder, emptied (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    arguments, command = parser.parse_known_args(argv)
+    shutil.rmtree(arguments.output, ignore_errors=True)
+    arguments.output.mkdir(parents=True)
+    KillTest(arguments.recipe, command, arguments.output, arguments.seed).run(arguments.kills)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""How good are frozen features? k-NN and a linear classifier on them, the quick check of a pretrained model.
+
+python -m recipes.probe --weights runs/pretrain_digits/pretraining_model data.source=digits
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from rich.progress import track
+from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import arm_zoo
+
+from .config import (
+    ABOVE_ZERO,
+    ONE_OR_MORE,
+    ZERO_OR_MORE,
+    Config,
+    ConfigError,
+    DataConfig,
+    Scalar,
+    limited,
+    load_config,
+)
+from .data import eval_loader
+from .files import write_text
+from .locate import SourceError
+from .sources import Source, Split, open_source
+
+ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LINEAR_BATCH = 256
+HELD_OUT = 0.1  # of the training features, to choose the rate on
+COMPARED_AT_ONCE = 256  # pictures whose similarities to all training pictures are held in memory
+
+
+@dataclass(frozen=True)
+class ProbeConfig(Config):
+    """What ``python -m recipes.probe`` takes as ``key=value``."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: str = ""  # a timm entry, for weights that are a file; folders tell it
+    model_args: dict[str, Scalar] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
+    output: str = limited("probe.json", ("a file to write to, as in output=probe.json", bool))
+    seed: int = limited(0, ZERO_OR_MORE)
+    device: Literal["auto", "cpu"] = "auto"
+    batch: int = limited(256, ONE_OR_MORE)  # pictures per forward pass
+    neighbours: int = limited(20, ONE_OR_MORE)
+    temperature: float = limited(0.07, ABOVE_ZERO)
+    linear_epochs: int = limited(100, ONE_OR_MORE)
+
+    def unready(self) -> dict[str, str]:
+        """Nothing but the source, which ``open_source`` looks at, has to be there."""
+        return {}
+
+
+class Features(NamedTuple):
+    """Features of one split, (N, D), float32, and the class indices, (N,)."""
+
+    values: Tensor
+    classes: Tensor
+
+
+def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any] | None]:
+    """A model that gives pooled features, and the statistics of its inputs if the weights tell them.
+
+    Args:
+        weights: A ``pretraining_model/``, a folder that timm's ``local-dir:`` takes, or a file of weights.
+        config: Names the model if it is a file.
+
+    Raises:
+        ValueError: If the folder holds no model, or nobody says which model a file is of.
+    """
+    torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
+    if weights.is_file():
+        if not config.model:
+            raise ValueError(f"{weights} does not tell its model; type model=NAME (`python -m arm_zoo list` has them)")
+        overlay = {"file": str(weights)}
+        model = timm.create_model(
+            config.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **config.model_args
+        )
+        return model, None
+    if not (weights / "config.json").is_file():
+        raise ValueError(f"there is no model in {weights}; allowed: a file, or a folder with config.json")
+    description = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+    if "pretraining_model" not in description:
+        model = timm.create_model(f"local-dir:{weights}", pretrained=True, num_classes=0, **config.model_args)
+        return model, resolve_model_data_config(model)
+    arguments = {name: description["pretraining_model"][name] for name in ENCODER_ARGUMENTS}
+    input_size = (arguments["in_chans"], *to_2tuple(arguments["img_size"]))
+    model = timm.create_model(
+        config.model or "arm_base_patch16_224",  # any: its sizes are all given
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(weights / "model.safetensors"), "input_size": input_size, "crop_pct": 1.0},
+        num_classes=0,
+        **{**arguments, **config.model_args},
+    )
+    return model, None
+
+
+@torch.inference_mode()
+def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, title: str) -> Features:
+    """The model's pooled features of every picture that can be decoded, without variation."""
+    device = next(model.parameters()).device
+    loader = eval_loader(split, inputs, config.batch, workers=config.data.workers, device=device)
+    values, classes = [], []
+    for batch in track(loader, title, total=None, transient=True, disable=not sys.stdout.isatty()):
+        if len(batch.classes) == 0:
+            continue
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            values.append(model(batch.pictures).float())
+        classes.append(batch.classes)
+    return Features(torch.cat(values), torch.cat(classes))
+
+
+def knn_top1(train: Features, test: Features, neighbours: int, temperature: float) -> float:
+    """Top-1 in percent of the vote of the nearest training pictures.
+
+    As in DINO (arXiv:2104.14294, section 4.1): by cosine similarity, each neighbour's vote being exp(similarity /
+    temperature).
+    """
+    number = int(train.classes.max()) + 1
+    reference = F.normalize(train.values, dim=1)
+    correct = 0
+    for values, classes in zip(test.values.split(COMPARED_AT_ONCE), test.classes.split(COMPARED_AT_ONCE), strict=True):
+        similarity = F.normalize(values, dim=1) @ reference.T
+        nearest, places = similarity.topk(min(neighbours, len(reference)), dim=1)
+        votes = values.new_zeros(len(values), number)
+        votes.scatter_add_(1, train.classes[places], (nearest / temperature).exp())
+        correct += int((votes.argmax(dim=1) == classes).sum())
+    return 100 * correct / len(test.classes)
+
+
+def linear_top1(train: Features, test: Features, epochs: int, seed: int) -> tuple[float, float]:
+    """Top-1 in percent of a linear classifier, and its learning rate, chosen on held-out training pictures.
+
+    The features are standardised with the training pictures' statistics.
+    """
+    std, mean = torch.std_mean(train.values, dim=0)
+    train, test = (Features((part.values - mean) / (std + 1e-6), part.classes) for part in (train, test))
+    order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(seed)).to(train.classes.device)
+    held_out = max(1, round(HELD_OUT * len(order)))
+    kept, chosen_on = (
+        Features(train.values[part], train.classes[part]) for part in (order[held_out:], order[:held_out])
+    )
+    number = int(train.classes.max()) + 1
+    scores = [top1(layer, chosen_on) for layer in fit_linear(kept, number, RATES, epochs, seed)]
+    rate = RATES[scores.index(max(scores))]
+    [layer] = fit_linear(train, number, [rate], epochs, seed)
+    return top1(layer, test), rate
+
+
+def fit_linear(train: Features, classes: int, rates: Sequence[float], epochs: int, seed: int) -> list[nn.Linear]:
+    """A classifier for each learning rate, all from zero and on the same batches: SGD, cosine decay."""
+    device, count = train.values.device, len(train.classes)
+    layers = [nn.Linear(train.values.shape[1], classes, device=device) for _ in rates]
+    for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+        nn.init.zeros_(parameter)
+    groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(layers, rates, strict=True)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    steps = epochs * -(-count // LINEAR_BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for batch in torch.randperm(count, generator=generator).to(device).split(LINEAR_BATCH):
+            losses = [F.cross_entropy(layer(train.values[batch]), train.classes[batch]) for layer in layers]
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()  # independent of each other
+            optimizer.step()
+            schedule.step()
+    return layers
+
+
+@torch.inference_mode()
+def top1(layer: nn.Linear, part: Features) -> float:
+    """Share of right classes in percent."""
+    return 100 * (layer(part.values).argmax(dim=1) == part.classes).float().mean().item()
+
+
+def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
+    """Score frozen features and write ``config.output``.
+
+    Args:
+        weights: See ``load_backbone``.
+        config: The pictures, and how to score.
+    """
+    source: Source = open_source(config.data, labels_needed=True)
+    if source.test is None:
+        raise SourceError(f"{config.data.source!r} has no pictures to score on")
+    model, inputs = load_backbone(weights, config)
+    inputs = inputs or {**resolve_model_data_config(model), "mean": source.mean, "std": source.std}
+    channels = inputs["input_size"][0]
+    if channels != source.channels:
+        raise SourceError(f"{config.data.source!r} has {source.channels} channels, the model takes {channels}")
+    on_gpu = config.device == "auto" and torch.cuda.is_available()
+    model = model.eval().to("cuda" if on_gpu else "cpu")
+    train = extract(model, source.train, inputs, config, "features of the training pictures")
+    test = extract(model, source.test, inputs, config, "features of the validation pictures")
+    linear, rate = linear_top1(train, test, config.linear_epochs, config.seed)
+    result = {
+        "weights": str(weights),
+        "source": config.data.source,
+        "images_train": len(train.classes),
+        "images_test": len(test.classes),
+        "features": train.values.shape[1],
+        "knn_top1": knn_top1(train, test, config.neighbours, config.temperature),
+        "neighbours": config.neighbours,
+        "temperature": config.temperature,
+        "linear_top1": linear,
+        "linear_rate": rate,
+        "linear_epochs": config.linear_epochs,
+        "seed": config.seed,
+    }
+    write_text(Path(config.output), json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="k-NN and linear probe on frozen features; from the repository's top."
+    )
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="pretraining_model/, backbone/, a finetuned folder, or a file"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(ProbeConfig, None, arguments.overrides)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    try:
+        result = probe(arguments.weights, config)
+    except (SourceError, arm_zoo.CheckpointError, OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    print(f"k-NN ({result['neighbours']} neighbours): {result['knn_top1']:.2f}% of {result['images_test']:,} pictures")
+    print(f"linear (rate {result['linear_rate']:g}): {result['linear_top1']:.2f}%; wrote {config.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Where a run starts: at the beginning, or at a checkpoint that fits it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from .checkpoint import STATE, CheckpointFolder, check, read_state
+from .config import TrainConfig
+from .errors import RunError
+from .parsing import flatten
+
+# Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
+OPERATION = (
+    "output_dir", "device", "cpu_threads", "max_batch_per_device", "compile", "fused_adamw", "gradient_checkpointing",
+    "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps", "checkpoint_minutes", "keep_last",
+    "keep_every", "data.workers", "evaluate_every",
+)  # fmt: skip
+# Keys without which the weights, or the pictures that are still to come, would be others.
+IDENTITY = ("model", "model_args", "seed", "global_batch")
+
+
+class AlreadyFinished(SystemExit):
+    """Raised when there is nothing left to do; ends the program with 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class Start(NamedTuple):
+    """A checkpoint and what its ``state.json`` holds."""
+
+    checkpoint: Path
+    state: dict[str, Any]
+
+
+def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, exported: Path) -> Start | None:
+    """The checkpoint to go on from, the same on every process, or None for the beginning.
+
+    Args:
+        config: The run, whose checkpoints lie in OUTPUT_DIR/checkpoints.
+        resume: "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder.
+        accelerator: Its main process chooses.
+        exported: The file that a run writes last.
+
+    Raises:
+        RunError: If the checkpoint is damaged, not one, or of another run.
+        AlreadyFinished: If the run has all its epochs and has written ``exported``.
+    """
+    console = Console(stderr=True, quiet=not accelerator.is_main_process)
+    choice: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            choice[0] = choose(config, resume, console)
+        except RunError as error:
+            choice[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(choice)
+    checkpoint, problem = choice
+    if problem is not None:
+        raise RunError(problem)
+    if checkpoint is None:
+        return None
+    state = read_state(checkpoint)
+    compare(config, checkpoint, state["config"], console)
+    if state["position"]["epoch"] >= config.epochs and exported.is_file():
+        done = state["position"]["epoch"]
+        console.print(
+            f"{config.output_dir} is finished: {done} epochs are done. Set more epochs to go on, another output_dir "
+            "for another run, or --resume none to start over",
+            soft_wrap=True,
+        )
+        raise AlreadyFinished
+    console.print(f"going on from {checkpoint}", soft_wrap=True)
+    return Start(checkpoint, state)
+
+
+def choose(config: TrainConfig, resume: str, console: Console) -> Path | None:
+    """Pick the checkpoint and move those aside that the run will not have come from."""
+    own = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console)
+    if resume == "auto":
+        return own.newest_intact()
+    own.clean()
+    if resume == "none":
+        own.set_aside()
+        return None
+    chosen = Path(resume)
+    if not (chosen / STATE).is_file():
+        raise RunError(
+            f"--resume is {resume!r}, which is no checkpoint; allowed: auto, none, or a folder such as "
+            f"{own.folder / 'step-00000100'}"
+        )
+    check(chosen)
+    if chosen.resolve().parent == own.folder.resolve():
+        own.set_aside(after_step=int(chosen.name.removeprefix("step-")))
+    else:
+        own.set_aside()
+    return chosen
+
+
+def compare(config: TrainConfig, checkpoint: Path, written: dict[str, Any], console: Console) -> None:
+    """Refuse the checkpoint of another run, and name settings that have changed.
+
+    Raises:
+        RunError: With every difference that makes going on impossible.
+    """
+    before = dict(flatten(written))
+    now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
+    if before.keys() != now.keys() and {"pretrained" in before, "pretrained" in now} == {True, False}:
+        raise RunError(f"{checkpoint} is of the other recipe; {_ways(checkpoint)}")
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    described = {key: f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed if key not in OPERATION}
+    impossible = [key for key in described if key.partition(".")[0] in IDENTITY]
+    if (before.get("ema_decay") is None) != (now.get("ema_decay") is None):
+        impossible.append("ema_decay")  # an average cannot begin, or be thrown away, in the middle
+    if impossible:
+        raise RunError(
+            f"{checkpoint} is of another run: {'; '.join(described[key] for key in impossible)}. {_ways(checkpoint)}"
+        )
+    if described:
+        console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
+
+
+def _ways(checkpoint: Path) -> str:
+    return "Allowed: the same settings, another output_dir, or --resume none to start over"

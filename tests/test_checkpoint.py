@@ -1,0 +1,346 @@
+"""Runs that are stopped, killed, damaged or moved to other processes, and what they end with."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from recipes import checkpoint, engine
+from recipes import pretrain as pretraining
+from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name
+from recipes.config import PretrainConfig, load_config
+from recipes.errors import RunError
+from recipes.kill_test import KillTest
+from recipes.pretrain import pretrain
+from recipes.resume import AlreadyFinished
+from recipes.signals import EXIT_CODE, Stopped
+
+CONFIG = Path(__file__).parent.parent / "recipes" / "configs" / "pretrain_digits.yaml"
+EPOCHS, BATCH, STEPS = 3, 256, 5
+TINY = [f"epochs={EPOCHS}", f"global_batch={BATCH}", "model_args.embed_dim=16", "model_args.depth=1",
+        "model_args.d_state=2", "model_args.decoder_depth=1", "tracker=none"]  # fmt: skip
+
+
+def settings(folder: Path, *overrides: str) -> list[str]:
+    return [*TINY, f"output_dir={folder}", *overrides]
+
+
+def run(folder: Path, *overrides: str, resume: str = "auto") -> pretraining.PretrainResult:
+    return pretrain(load_config(PretrainConfig, CONFIG, settings(folder, *overrides)), resume=resume)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def final_bits(folder: Path) -> bytes:
+    return (folder / "pretraining_model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[[], None]]]:
+    """Things to do in the middle of an optimizer step, by the number of the step in this process."""
+    actions: dict[int, Callable[[], None]] = {}
+    count = iter(range(1, 10**6))
+    original = pretraining.prediction_loss
+
+    def loss(model: Any, batch: Any) -> Any:
+        actions.get(next(count), lambda: None)()
+        return original(model, batch)
+
+    monkeypatch.setattr(pretraining, "prediction_loss", loss)
+    yield actions
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+# --------------------------------------------------------------------------------------------------- files and folders
+
+
+def folder_of(path: Path, keep_last: int = 2, keep_every: int | None = None) -> CheckpointFolder:
+    return CheckpointFolder(path, keep_last, keep_every, Console(stderr=True))
+
+
+def save(checkpoints: CheckpointFolder, step: int) -> Path:
+    return checkpoints.save(step, STEPS, {"model": {"weight": torch.full((3,), step)}}, {"step": step})
+
+
+def test_newest_and_every_nth_epoch_are_kept(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path, keep_last=2, keep_every=2)
+    for step in range(1, 26):
+        save(checkpoints, step)
+    kept = [int(path.name.removeprefix("step-")) for path in checkpoints.all()]
+    assert kept == [10, 20, 24, 25]  # epochs 2 and 4 end at 10 and 20
+    assert json.loads((checkpoints.all()[-1] / "state.json").read_text()) == {"step": 25}
+    assert load_file(checkpoints.all()[0] / "model.safetensors")["weight"].tolist() == [10, 10, 10]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "one bit": lambda folder: flip(folder / "model.safetensors"),
+    "cut": lambda folder: os.truncate(folder / "model.safetensors", 10),
+    "missing": lambda folder: (folder / "state.json").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 30),
+    "empty manifest": lambda folder: (folder / "manifest.json").write_text('{"files": {}}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = folder_of(tmp_path)
+    good, bad = save(checkpoints, 1), save(checkpoints, 2)
+    check(bad)
+    DAMAGES[damage](bad)
+    with pytest.raises(DamagedCheckpoint):
+        check(bad)
+    assert checkpoints.newest_intact() == good
+    assert f"{bad} is damaged" in capsys.readouterr().err
+    assert checkpoints.newest_intact() == good and not capsys.readouterr().err  # set aside, so named once
+    assert (tmp_path / "damaged-step-00000002").is_dir()
+
+
+def test_what_a_kill_leaves_behind_is_cleaned_up(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path)
+    first, second = save(checkpoints, 1), save(checkpoints, 2)
+    shutil.copytree(second, tmp_path / ".partial-step-00000003")
+    second.rename(tmp_path / ".old-step-00000002")  # killed between the two renames of a replacement
+    shutil.copytree(first, tmp_path / ".old-step-00000001")  # killed after them
+    assert checkpoints.newest_intact() == second
+    assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, second.name]
+    assert free_name(tmp_path / "new") == tmp_path / "new" and free_name(first).name == f"{first.name}-1"
+
+
+def test_full_disk_loses_nothing(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path)
+    good = save(checkpoints, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))  # Python ignores the signal, so that writing raises
+    try:
+        with pytest.raises(RunError, match=r"step-00000002 could not be written: .*The last good one is .*00000001"):
+            save(checkpoints, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    check(good)
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_stopped_twice_in_an_epoch_sees_every_picture_once_and_ends_with_equal_bits(
+    whole: Path, tmp_path: Path, before_step: dict[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int]]] = []  # epoch, indices of a step
+    optimizer_step = engine.Trainer._optimizer_step
+
+    def record(trainer: engine.Trainer, micro_batches: list[Any]) -> None:
+        seen.extend((trainer.position.epoch, batch.indices.tolist()) for batch in micro_batches)
+        optimizer_step(trainer, micro_batches)
+
+    monkeypatch.setattr(engine.Trainer, "_optimizer_step", record)
+    # steps 7 and 9 are in the middle of epoch 2, step 15 is the last of all
+    before_step.update({7: send(signal.SIGTERM), 9: send(signal.SIGUSR1), 15: send(signal.SIGTERM)})
+    for steps in (7, 9, 15):
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            run(tmp_path)
+        assert stopped.value.code == EXIT_CODE == 75
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert len(seen) == steps and names(tmp_path)[-1] == f"step-{steps:08d}"
+    run(tmp_path)
+    for epoch in range(EPOCHS):
+        counts = Counter(index for where, indices in seen for index in indices if where == epoch)
+        assert len(counts) == STEPS * BATCH and set(counts.values()) == {1}
+    assert final_bits(tmp_path) == final_bits(whole)
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (tmp_path, whole)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
+
+
+def test_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = final_bits(whole)
+    with pytest.raises(AlreadyFinished) as finished:
+        pretraining.main(["--config", str(CONFIG), *settings(whole)])
+    assert finished.value.code == 0
+    assert f"{whole} is finished: 3 epochs are done" in " ".join(capsys.readouterr().err.split())
+    assert final_bits(whole) == before
+
+
+def copy_of(whole: Path, folder: Path) -> Path:
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    shutil.rmtree(max((folder / "checkpoints").glob("step-*")))
+    return folder
+
+
+def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_of(whole, tmp_path)
+    before = names(tmp_path)
+    other = {"model_args.embed_dim=32": "model_args.embed_dim was 16, is 32", "seed=1": "seed was 0, is 1",
+             "global_batch=128": "global_batch was 256, is 128"}  # fmt: skip
+    for override, message in other.items():
+        with pytest.raises(SystemExit) as refused:
+            pretraining.main(["--config", str(CONFIG), *settings(tmp_path, override)])
+        assert message in str(refused.value.code) and "--resume none" in str(refused.value.code)
+    for where in ("nowhere", str(tmp_path)):
+        with pytest.raises(SystemExit) as refused:
+            pretraining.main(["--config", str(CONFIG), *settings(tmp_path), "--resume", where])
+        assert f"--resume is {where!r}, which is no checkpoint; allowed: auto, none" in str(refused.value.code)
+    flip(tmp_path / "checkpoints" / before[-1] / "optimizer.safetensors")
+    with pytest.raises(SystemExit) as refused:
+        pretraining.main(
+            ["--config", str(CONFIG), *settings(tmp_path), "--resume", str(tmp_path / "checkpoints" / before[-1])]
+        )
+    assert "is damaged: optimizer.safetensors is not as it was written" in str(refused.value.code)
+    assert names(tmp_path) == before
+    run(tmp_path, "base_lr=1e-3")  # the one before the damaged one, another rate
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "using the one before" in printed
+    assert "warning: going on with other settings: base_lr was 0.004, is 0.001" in printed
+
+
+def test_starting_over_and_going_back(whole: Path, tmp_path: Path) -> None:
+    copy_of(whole, tmp_path)
+    first, second = names(tmp_path)
+    run(tmp_path, resume=str(tmp_path / "checkpoints" / first))
+    assert [path.name for path in (tmp_path / "checkpoints-before").iterdir()] == [second]
+    assert final_bits(tmp_path) == final_bits(whole)
+    run(tmp_path, resume="none")
+    assert len(list((tmp_path / "checkpoints-before-1").iterdir())) == 3
+    assert final_bits(tmp_path) == final_bits(whole)
+
+
+def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = checkpoint.save_file
+    writes = iter(range(1, 100))
+
+    def full(*arguments: Any) -> None:
+        if next(writes) == 4:  # the second file of the second checkpoint
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match=r"No space left on device.*The last good one is .*step-00000005; make room"):
+        run(tmp_path)
+    assert names(tmp_path) == ["step-00000005"]
+    run(tmp_path)
+    assert final_bits(tmp_path) == final_bits(whole)
+
+
+def test_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, count = pretraining.prediction_loss, iter(range(1, 100))
+    monkeypatch.setattr(
+        pretraining,
+        "prediction_loss",
+        lambda model, batch: original(model, batch) * (float("nan") if next(count) == 8 else 1),
+    )
+    with pytest.raises(SystemExit) as stopped:
+        pretraining.main(["--config", str(CONFIG), *settings(tmp_path, "checkpoint_steps=3")])
+    message = str(stopped.value.code)
+    assert "the loss of step 8 (epoch 2) is not finite" in message
+    assert f"The last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000006'}. Try a smaller" in message
+    assert names(tmp_path)[-1] == "step-00000006"
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_checkpoints_come_by_steps_minutes_and_epochs(tmp_path: Path) -> None:
+    run(tmp_path / "steps", "checkpoint_steps=2", "checkpoint_epochs=3", "keep_last=99")
+    assert names(tmp_path / "steps") == [f"step-{step:08d}" for step in (2, 4, 6, 8, 10, 12, 14, 15)]
+    run(tmp_path / "minutes", "checkpoint_minutes=1e-9", "checkpoint_epochs=3", "keep_last=99")
+    assert names(tmp_path / "minutes") == [f"step-{step:08d}" for step in range(1, 16)]
+
+
+def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARM_ZOO_SCAN", "torch")  # nothing to compile in each of the processes
+    command = ["--config", str(CONFIG), *TINY, "checkpoint_steps=1"]
+    hits = KillTest("pretrain", command, tmp_path, seed=0).run(kills=3)
+    assert hits >= 1  # the first is aimed at a checkpoint's writing
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+@contextmanager
+def on_two_processes(arguments: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Pretraining by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
+    with subprocess.Popen(
+        [*command, "-m", "recipes.pretrain", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: dict[int, Callable[[], None]]) -> None:
+    """From one process to two and back, in the middle of epochs; the two are sharded and only one gets the signal."""
+    longer = ["epochs=8", "max_batch_per_device=64"]
+    before_step[26] = send(signal.SIGTERM)  # with four forward passes per step: in step 7
+    folder = tmp_path / "changing"
+    with pytest.raises(Stopped):
+        run(folder, *longer)
+    assert names(folder)[-1] == "step-00000007"
+    expected = run(tmp_path / "one", *longer)
+    arguments = ["--config", str(CONFIG), *settings(folder, *longer), "device=cpu", "checkpoint_steps=1", "fsdp=true"]
+    with on_two_processes(arguments) as process:
+        while names(folder)[-1] < "step-00000013" and process.poll() is None:
+            time.sleep(0.01)
+        workers = [child for child in psutil.Process(process.pid).children() if "recipes.pretrain" in child.cmdline()]
+        assert len(workers) == 2
+        workers[1].send_signal(signal.SIGUSR1)
+        _, printed = process.communicate(timeout=120)
+    assert process.returncode != 0 and printed.count("exitcode  : 75") == 2, printed
+    result = run(folder, *longer)
+    losses = [[row["loss"] for row in history] for history in (result.history, expected.history)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert [row["lr"] for row in result.history] == [row["lr"] for row in expected.history]
+    weights = [dict(each.model.named_parameters()) for each in (result, expected)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
+
+
+def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -> None:
+    with on_two_processes(["--config", str(CONFIG), *settings(tmp_path), "device=cpu"]) as process:
+        _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, whole)
+    ]
+    assert len(losses[0]) == EPOCHS and losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,0 +1,372 @@
+"""Batches: each picture once, the same for any number of processes and workers, and resumed where they stopped."""
+
+import logging
+import pickle
+import random
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
+from recipes.data import Batch, Key, TrainLoader, eval_loader, mixed, train_loader
+from recipes.locate import SourceError
+from recipes.sources import Encoded, Source, open_source
+from recipes.transforms import posterized, training_transform, warp
+from tests.pictures import jpeg, pixels, write_folder, write_parquet, write_tar
+
+CPU = torch.device("cpu")
+VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.randaugment=rand-m9-mstd0.5-inc1", "data.erase=0.5"]
+SCORING = {
+    "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0,
+    "crop_mode": "squash",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``datasets`` unpacks stays among the test's files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 training pictures in two classes, 7 to score on."""
+    root = tmp_path_factory.mktemp("folder")
+    write_folder(root / "train", {"cat": 14, "dog": 12})
+    write_folder(root / "val", {"cat": 3, "dog": 4})
+    return root
+
+
+def configure(source: Path | str, *overrides: str, batch: int = 12) -> PretrainConfig:
+    settings = ["model=arm_pico", "output_dir=unused", "warmup_epochs=0", f"data.source={source}", "data.workers=0"]
+    return load_config(PretrainConfig, None, [*settings, f"global_batch={batch}", *overrides])
+
+
+def loader(config: PretrainConfig, process: int = 0, processes: int = 1, accumulation: int = 1) -> TrainLoader:
+    plan = BatchPlan(config.global_batch // processes // accumulation, accumulation)
+    source = open_source(config.data, labels_needed=True)
+    return train_loader(source, config, plan, (16, 16), process, processes, CPU)
+
+
+def epoch(config: PretrainConfig, number: int, *share: int, first_step: int = 0) -> list[list[Batch]]:
+    return list(loader(config, *share).epoch(number, first_step))
+
+
+def equal(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
+    pairs = zip(chain.from_iterable(first), chain.from_iterable(second), strict=True)
+    return all(torch.equal(a.pictures, b.pictures) and torch.equal(a.indices, b.indices) for a, b in pairs)
+
+
+def by_index(*shares: list[list[Batch]]) -> dict[int, tuple[torch.Tensor, int]]:
+    """Index -> picture and class; every index may come once."""
+    found: dict[int, tuple[torch.Tensor, int]] = {}
+    for batch in chain.from_iterable(chain.from_iterable(shares)):
+        for index, picture, label in zip(batch.indices.tolist(), batch.pictures, batch.classes.tolist(), strict=True):
+            assert index not in found
+            found[index] = (picture, label)
+    return found
+
+
+def steps(*shares: list[list[Batch]]) -> list[set[int]]:
+    """The pictures of each global batch."""
+    return [
+        {index for batches in step for batch in batches for index in batch.indices.tolist()}
+        for step in zip(*shares, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> list[list[Batch]]:
+    """Epoch 3 of one process without workers."""
+    return epoch(configure(folder, *VARIED), 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_any_number_of_processes_and_workers_gives_the_same_pictures(
+    folder: Path, whole: list[list[Batch]], processes: int, accumulation: int, workers: int
+) -> None:
+    config = configure(folder, *VARIED, f"data.workers={workers}")
+    shares = [epoch(config, 3, process, processes, accumulation) for process in range(processes)]
+    assert all(len(step) == accumulation for share in shares for step in share)
+    expected, found = by_index(whole), by_index(*shares)
+    assert len(found) == 24 and found.keys() == expected.keys()  # 26 pictures, two batches of 12
+    assert all(torch.equal(found[i][0], expected[i][0]) and found[i][1] == expected[i][1] for i in found)
+    assert steps(*shares) == steps(whole)
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 1), (3, 2)])
+def test_pictures_to_be_mixed_stand_at_mirrored_places(
+    folder: Path, whole: list[list[Batch]], processes: int, accumulation: int
+) -> None:
+    [[first], *_] = whole
+    partner = dict(zip(first.indices.tolist(), first.indices.flip(0).tolist(), strict=True))
+    for process in range(processes):
+        for batch in epoch(configure(folder), 3, process, processes, accumulation)[0]:
+            for index, other in zip(batch.indices.tolist(), batch.indices.flip(0).tolist(), strict=True):
+                assert partner[index] == other
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_where_it_stopped(folder: Path, workers: int) -> None:
+    config = configure(folder, *VARIED, f"data.workers={workers}", "epochs=3", batch=4)
+    run = loader(config)
+    assert run.steps_per_epoch == 6
+    uninterrupted = [list(run.epoch(number)) for number in range(3)]
+    assert equal(uninterrupted[1][4:], epoch(config, 1, first_step=4))
+    resumed = loader(config)
+    assert equal(uninterrupted[1][2:4], [step for step, _ in zip(resumed.epoch(1, 2), range(2), strict=False)])
+    assert equal(uninterrupted[1][5:], list(resumed.epoch(1, 5)))  # stopped and resumed twice
+    assert equal(uninterrupted[2], list(resumed.epoch(2)))
+    assert equal(uninterrupted[0], list(resumed.epoch(0)))  # and back
+
+
+def test_order_and_variation_change_with_seed_and_epoch(folder: Path) -> None:
+    config = configure(folder, *VARIED)
+    runs = [epoch(config, 0), epoch(config, 1), epoch(configure(folder, *VARIED, "seed=1"), 0)]
+    assert equal(runs[0], epoch(config, 0))
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert steps(runs[first]) != steps(runs[second])
+        shared = by_index(runs[first]).keys() & by_index(runs[second]).keys()
+        pairs = [(by_index(runs[first])[i][0], by_index(runs[second])[i][0]) for i in shared]
+        assert not any(torch.equal(*pair) for pair in pairs)
+
+
+def test_global_generators_are_left_alone(folder: Path) -> None:
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
+    epoch(configure(folder, *VARIED), 0)
+    assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()  # type: ignore[index]
+    assert torch.equal(states[2], torch.get_rng_state())
+
+
+def test_without_variation_training_and_scoring_see_the_same(folder: Path) -> None:
+    source = open_source(DataConfig(source=str(folder)))
+    trained = by_index(epoch(configure(folder, batch=26), 0))
+    inputs = {**SCORING, "mean": source.mean, "std": source.std}
+    scored = by_index([[batch] for batch in eval_loader(source.train, inputs, batch_size=5)])
+    assert trained.keys() == scored.keys() == set(range(26))
+    assert all(torch.allclose(trained[i][0], scored[i][0]) and trained[i][1] == scored[i][1] for i in trained)
+    image, label, _ = source.train[20]  # type: ignore[index]
+    reference = create_transform((3, 16, 16), interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
+    assert torch.allclose(scored[20][0], reference(image), atol=1e-6) and scored[20][1] == label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_scoring_sees_each_picture_once(folder: Path, processes: int, workers: int) -> None:
+    test = open_source(DataConfig(source=str(folder))).test
+    assert test is not None
+    loaders = [eval_loader(test, SCORING, 2, process, processes, workers) for process in range(processes)]
+    for _ in range(2):  # a loader can be used again
+        found = by_index(*([[batch] for batch in loader] for loader in loaders))
+        assert sorted(found) == list(range(7))
+        assert [found[index][1] for index in range(7)] == [0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three training tars of unequal length, 14 pictures in all; the class of picture n is n % 5."""
+    root = tmp_path_factory.mktemp("tars")
+    for shard, (first, last) in enumerate(((0, 7), (7, 9), (9, 14))):
+        write_tar(root / f"train-{shard}.tar", [number % 5 for number in range(first, last)], first=first)
+    write_tar(root / "val-0.tar", [number % 5 for number in range(5)])
+    return root
+
+
+STREAM = ["data.streaming=true", "data.num_classes=5", "data.train_size=14", "data.shuffle_buffer=4"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_streams_give_each_picture_once_for_any_number_of_processes_and_workers(
+    tars: Path, processes: int, workers: int
+) -> None:
+    plain = configure(tars, *STREAM, batch=14)
+    expected = {torch.sum(picture).item() for picture, _ in by_index(epoch(plain, 0)).values()}
+    assert len(expected) == 14  # all different
+    config = configure(tars, *STREAM, f"data.workers={workers}", batch=12)
+    shares = [epoch(config, 1, process, processes) for process in range(processes)]
+    sums = [torch.sum(picture).item() for picture, _ in by_index(*shares).values()]
+    assert len(sums) == len(set(sums)) == 12 and set(sums) <= expected
+    alone = epoch(config, 1)
+    assert steps(*shares) == steps(alone)
+    assert by_index(*shares).keys() == by_index(alone).keys()
+    assert all(torch.equal(by_index(*shares)[i][0], by_index(alone)[i][0]) for i in by_index(alone))
+
+
+def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path) -> None:
+    config = configure(tars, *STREAM, *VARIED, batch=2)
+    assert equal(epoch(config, 2)[3:], epoch(config, 2, first_step=3))
+    classes = [[batch.classes.tolist() for [batch] in epoch(config, number)] for number in (0, 1)]
+    assert classes[0] != classes[1]
+    test = open_source(config.data).test
+    assert test is not None
+    shares = [[[batch] for batch in eval_loader(test, SCORING, 2, process, 2)] for process in range(2)]
+    assert {index: label for index, (_, label) in by_index(*shares).items()} == {n: n for n in range(5)}
+
+
+def test_streams_of_unknown_or_wrong_size_are_refused(tars: Path) -> None:
+    with pytest.raises(SourceError, match=r"does not tell its size; type data.train_size=PICTURES"):
+        loader(configure(tars, "data.streaming=true", "data.num_classes=5"))
+    with pytest.raises(SourceError, match=r"data.train_size is 20, but .* ended after 14 pictures"):
+        epoch(configure(tars, *STREAM, "data.train_size=20", batch=10), 0)
+    with pytest.raises(SourceError, match="global_batch is 30; allowed: up to the 14 training pictures"):
+        loader(configure(tars, *STREAM, batch=30))
+
+
+def test_the_buffer_mixes_and_loses_nothing() -> None:
+    stream = [Encoded(str(number), number, "") for number in range(50)]
+    order = [encoded.label for encoded in mixed(stream, 10, random.Random(0))]
+    assert sorted(order) == list(range(50)) != order
+    assert all(label <= place + 10 for place, label in enumerate(order))  # none before it was read
+    assert order == [encoded.label for encoded in mixed(stream, 10, random.Random(0))]
+
+
+def damage(root: Path, *numbers: int) -> Path:
+    """30 pictures of one class, these ones cut off."""
+    write_folder(root / "train", {"cat": 30})
+    write_folder(root / "val", {"cat": 3})
+    for number in numbers:
+        file = root / "train" / "cat" / f"{number}.jpg"
+        file.write_bytes(file.read_bytes()[:-150])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_picture_takes_the_place_of_a_damaged_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    config = configure(damage(tmp_path, 4, 5, 29), "data.max_undecodable=0.2", f"data.workers={workers}", batch=30)
+    run = loader(config)
+    with caplog.at_level(logging.WARNING):
+        found = by_index(list(run.epoch(0)))
+        list(run.epoch(1))
+    assert torch.equal(found[4][0], found[6][0]) and torch.equal(found[29][0], found[0][0])
+    assert len(run.undecodable) == 3 and len(caplog.records) == 3  # each is named once
+    for number in (4, 5, 29):
+        assert caplog.text.count(f"cat/{number}.jpg cannot be decoded: ") == 1
+
+
+def test_too_many_damaged_pictures_stop_the_run(tmp_path: Path) -> None:
+    root = damage(tmp_path, 4, 5, 29)
+    with pytest.raises(SourceError, match=r"of 30 training pictures cannot be decoded, .* data.max_undecodable=0.05"):
+        epoch(configure(root, "data.max_undecodable=0.05", batch=10), 0)
+    for number in range(30):
+        (root / "train" / "cat" / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(SourceError, match="none of 30 pictures can be decoded"):
+        epoch(configure(root, batch=10), 0)
+
+
+def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path) -> None:
+    images = [{"bytes": jpeg(number), "path": None} for number in range(6)]
+    images[2] = {"bytes": b"gone", "path": None}
+    data = datasets.Dataset.from_dict(
+        {"image": images, "label": [0] * 6},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])}),
+    )
+    data.to_parquet(tmp_path / "train.parquet")
+    data.to_parquet(tmp_path / "val.parquet")
+    settings = ["data.streaming=true", "data.max_undecodable=0.5", "data.shuffle_buffer=1"]
+    run = loader(configure(tmp_path, *settings, batch=6))
+    pictures = by_index(list(run.epoch(0)))
+    assert torch.equal(pictures[2][0], pictures[3][0])
+    assert [line for line in run.undecodable if "[train], shard 0, row 2 cannot be decoded" in line]
+    test = open_source(DataConfig(source=str(tmp_path))).test
+    assert test is not None
+    batches = list(eval_loader(test, SCORING, 2))
+    assert [batch.indices.tolist() for batch in batches] == [[0, 1], [3], [4, 5]]
+    assert "[val], row 2 cannot be decoded" in batches[1].undecodable[0]
+    only_damaged = list(eval_loader(test, SCORING, 1))[2]
+    assert len(only_damaged.pictures) == len(only_damaged.classes) == 0
+
+
+def test_workers_can_be_started_afresh(folder: Path) -> None:
+    """Where processes are not forked, as on macOS, the data set goes to the workers by pickle."""
+    run = loader(configure(folder, *VARIED))
+    copy = pickle.loads(pickle.dumps(run._loader.dataset))
+    keys = [Key(0, 3), Key(0, 20)]
+    assert torch.equal(copy.__getitems__(keys).pictures, run._loader.dataset.__getitems__(keys).pictures)
+
+
+def test_waiting_for_pictures_is_measured(folder: Path) -> None:
+    run = loader(configure(folder))
+    list(run.epoch(0))
+    assert run.seconds_waited > 0
+
+
+def test_finetuning_uses_the_transform_of_timm() -> None:
+    data = DataConfig(source="x", random_crop=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1")
+    mean = (0.485, 0.456, 0.406)
+    reference = create_transform(
+        (32, 32), is_training=True, color_jitter=None, auto_augment=data.randaugment, interpolation="bicubic",
+        mean=mean, normalize=False,
+    )  # fmt: skip
+    image = Image.fromarray(pixels())
+    for number in range(20):
+        results = []
+        for transform in (training_transform(data, (32, 32), mean), reference):
+            random.seed(number)
+            np.random.seed(number)
+            torch.manual_seed(number)
+            results.append(transform(image))
+        assert torch.equal(*results)
+
+
+def test_posterizing_to_nothing_leaves_black() -> None:
+    image = Image.new("RGB", (2, 2), "white")
+
+    def refusing(image: Image.Image, bits: int) -> Image.Image:
+        if bits < 1:
+            raise ValueError
+        return image
+
+    assert posterized(image, 0, posterize=refusing).getextrema() == ((0, 0),) * 3
+    assert posterized(image, 1, posterize=refusing) is image
+
+
+def test_shift_rotation_and_zoom_by_hand() -> None:
+    picture = torch.zeros(1, 1, 8, 8)
+    picture[0, 0, 2, 3] = 1
+
+    def moved(*draws: float, **limits: float) -> list[int]:
+        place = warp(picture, torch.tensor([draws]), DataConfig(source="x", **limits)).argmax()
+        return [int(place) // 8, int(place) % 8]
+
+    assert moved(0, 0, 0, 0) == [2, 3]
+    assert moved(0, 0, 1, 0, max_shift=0.125) == [2, 2]  # the window moves right, so the picture moves left
+    assert moved(0, 0, 0, -1, max_shift=0.25) == [4, 3]
+    assert moved(1, 0, 0, 0, max_rotation=180) == [5, 4]
+
+
+def test_normalisation_and_erasing(folder: Path) -> None:
+    source = open_source(DataConfig(source=str(folder)))
+    plain, erased = (by_index(epoch(configure(folder, f"data.erase={share}", batch=26), 0)) for share in (0, 1))
+    pictures = torch.stack([picture for picture, _ in plain.values()])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (source.mean, source.std))
+    values = pictures * std + mean
+    assert values.min() >= -1e-6 and values.max() <= 1 + 1e-6 and values.std() > 0.1
+    changed = [(plain[i][0] != erased[i][0]).float().mean().item() for i in plain]
+    assert all(0.01 < share < 0.4 for share in changed)  # timm erases 2% to a third of the area
+
+
+def test_a_plan_that_is_no_split_of_the_global_batch_is_refused(folder: Path) -> None:
+    config = configure(folder)
+    source: Source = open_source(config.data)
+    for plan in (BatchPlan(6, 1), BatchPlan(3, 4)):
+        with pytest.raises(ValueError, match="is no global batch of 12 in pairs"):
+            train_loader(source, config, plan, (16, 16), 0, 1, CPU)
+
+
+def test_parquet_pictures_reach_the_batches_unchanged(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["a", "b", "c"])
+    write_parquet(tmp_path / "train-0.parquet", [2, 0, 1, 1], names)
+    write_parquet(tmp_path / "test.parquet", [0, 1, 2], names)
+    found = by_index(epoch(configure(tmp_path, batch=4), 0))
+    assert [found[index][1] for index in range(4)] == [2, 0, 1, 1]

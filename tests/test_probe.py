@@ -1,0 +1,178 @@
+"""k-NN and linear probe against hand computations and on a real pretrained model; the arithmetic of the costs."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+import arm_zoo
+from recipes import cost, probe
+from recipes.config import ConfigError, DataConfig, load_config
+from recipes.locate import SourceError
+from recipes.probe import Features, ProbeConfig, knn_top1, linear_top1
+from tests.pictures import write_folder
+
+TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1, "d_state": 2}
+
+
+def at(*degrees: float) -> torch.Tensor:
+    """Features on a circle; the radius, which must not matter, grows."""
+    return torch.tensor(
+        [[math.cos(math.radians(d)) * (n + 1), math.sin(math.radians(d)) * (n + 1)] for n, d in enumerate(degrees)]
+    )
+
+
+def test_knn_by_hand() -> None:
+    train = Features(at(0, 20, 24, 90), torch.tensor([0, 1, 1, 2]))
+    # From 8 degrees: cos 8 = 0.990 for class 0, cos 12 + cos 16 = 0.978 and 0.961 for class 1.
+    test = Features(at(8), torch.tensor([0]))
+    assert knn_top1(train, test, neighbours=1, temperature=0.07) == 100
+    votes = [math.exp(0.99027 / 0.07), math.exp(0.97815 / 0.07) + math.exp(0.96126 / 0.07)]
+    assert votes[1] > votes[0]  # so with three neighbours the two others win, unless the temperature is low
+    assert knn_top1(train, test, neighbours=3, temperature=0.07) == 0
+    assert knn_top1(train, test, neighbours=3, temperature=0.005) == 100
+    assert knn_top1(train, test, neighbours=50, temperature=0.07) == 0  # more than there are
+    both = Features(at(8, 22), torch.tensor([0, 1]))
+    assert knn_top1(train, both, neighbours=3, temperature=0.07) == 50
+
+
+def test_a_class_without_training_pictures_is_never_predicted() -> None:
+    train = Features(at(0, 90), torch.tensor([0, 1]))
+    assert knn_top1(train, Features(at(5, 85, 40), torch.tensor([0, 1, 2])), 1, 0.07) == pytest.approx(200 / 3)
+
+
+def test_linear_probe_separates_what_is_separable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(3).repeat(100)
+    centres = torch.tensor([[10.0, 0, 0], [10.0, 1, 0], [10.0, 0, 1]])  # far from 0 and close to each other
+    values = centres[classes] + 0.05 * torch.randn(300, 3, generator=generator)
+    values[:, 1:] *= 1e-3  # scales that differ by far
+    train, test = Features(values[:240], classes[:240]), Features(values[240:], classes[240:])
+    score, rate = linear_top1(train, test, epochs=20, seed=0)
+    assert score == 100 and rate in probe.RATES
+    shuffled = classes[torch.randperm(300, generator=generator)]
+    assert linear_top1(Features(values[:240], shuffled[:240]), test, epochs=2, seed=0)[0] < 70
+
+
+def test_all_rates_start_at_zero_and_learn_apart() -> None:
+    train = Features(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]))
+    both = probe.fit_linear(train, 2, [0.1, 1.0], epochs=1, seed=0)
+    [alone] = probe.fit_linear(train, 2, [1.0], epochs=1, seed=0)
+    # One step from zero: the gradient of the weight is +-0.5 by hand.
+    assert both[0].weight.flatten().tolist() == pytest.approx([0.05, -0.05])
+    assert torch.equal(both[1].weight, alone.weight)
+    assert alone.weight.flatten().tolist() == pytest.approx([0.5, -0.5])
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained pretraining model for the digits, saved."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pretraining_model")
+    arm_zoo.create_pretraining_model(
+        "arm_pico", **TINY, cluster_size=4, decoder_dim=64, decoder_depth=1
+    ).save_pretrained(folder)
+    return folder
+
+
+def run(weights: Path, output: Path, *overrides: str) -> dict[str, object]:
+    settings = ["data.source=digits", "data.workers=0", "linear_epochs=5", "device=cpu", f"output={output}"]
+    probe.main(["--weights", str(weights), *settings, *overrides])
+    return json.loads(output.read_text())
+
+
+def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(pretrained, tmp_path / "probe.json")
+    assert (result["images_train"], result["images_test"], result["features"]) == (1437, 360, 16)
+    assert 15 < float(str(result["knn_top1"])) <= 100 and 15 < float(str(result["linear_top1"])) <= 100  # chance is 10
+    said = capsys.readouterr().out
+    assert f"k-NN (20 neighbours): {result['knn_top1']:.2f}% of 360 pictures" in said and "probe.json" in said
+    assert run(pretrained, tmp_path / "again.json") == result
+    arguments = [f"model_args.{name}={value}" for name, value in TINY.items()]
+    file = run(pretrained / "model.safetensors", tmp_path / "file.json", "model=arm_pico_patch2_8", *arguments)
+    assert {**file, "weights": ""} == {**result, "weights": ""}
+    model, _ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
+    save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
+    folder = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True)
+    assert torch.equal(folder.cls_token, model.cls_token)
+    other = run(tmp_path / "backbone", tmp_path / "folder.json")
+    assert other["features"] == 16
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        probe.main(argv)
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)
+
+
+def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = ["data.source=digits", "data.workers=0", "device=cpu"]
+    assert "there is no model in" in refusal("--weights", str(tmp_path), *digits)
+    file = str(pretrained / "model.safetensors")
+    assert "does not tell its model; type model=NAME" in refusal("--weights", file, *digits)
+    assert "there is no 'nowhere'" in refusal("--weights", file, "data.source=nowhere")
+    write_folder(tmp_path / "colour" / "train", {"a": 1})
+    write_folder(tmp_path / "colour" / "val", {"a": 1})
+    colour = refusal("--weights", str(pretrained), f"data.source={tmp_path / 'colour'}", "data.workers=0")
+    assert "has 3 channels, the model takes 1" in colour
+    assert refusal("--weights", str(pretrained), "neighbors=5") == "2"
+    assert "neighbors (did you mean neighbours?)" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"temperature is 0.0; allowed: above 0"):
+        load_config(ProbeConfig, None, ["data.source=digits", "temperature=0"])
+    with pytest.raises(SourceError):
+        probe.probe(pretrained, ProbeConfig(data=DataConfig(source="nowhere")))
+
+
+def test_hours_by_hand() -> None:
+    measured = cost.Measured("arm_base", images_per_second=1000.0)
+    assert measured.hours(300, gpus=1, efficiency=0.5) == pytest.approx(300 * 1_281_167 / 1000 / 3600)
+    assert measured.hours(300, gpus=8, efficiency=0.5) == pytest.approx(300 * 1_281_167 / 4000 / 3600)
+    on_two = cost.Measured("arm_base", images_per_second=1000.0, gpus=2)
+    assert on_two.hours(1, gpus=2, efficiency=0.5, images=3600) == pytest.approx(1e-3)
+    assert on_two.hours(1, gpus=4, efficiency=0.5, images=3600) == pytest.approx(1e-3)
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cost.main(["--images-per-second", "1000", "--model", "arm_base", "--gpus", "8", "--efficiency", "0.9"])
+    first, *_, paper = rows = cells(capsys.readouterr().out)
+    assert [row[2] for row in rows] == ["300", "800", "1600", "300"]
+    assert first[:5] == ["arm_base", "8", "300", "14.8", "119"]
+    assert first[5] == "1,000 img/s measured on 1, 90% scaling efficiency assumed"
+    assert paper == ["ARM-B", "8 A5000", "300", "34.0", "272", "*reported by the paper*"]
+
+    speeds = [{"mode": "pretrain", "model": "arm_large", "img_per_s": 500.0}, {"mode": "infer", "model": "x"}]
+    (tmp_path / "speed.json").write_text(json.dumps(speeds))
+    cost.main(["--throughput", str(tmp_path / "speed.json"), "--gpus", "1", "--epochs", "800"])
+    assert cells(capsys.readouterr().out)[0][:4] == ["arm_large", "1", "800", "569.4"]
+
+    (tmp_path / "config.yaml").write_text("model: arm_huge\n")
+    rows = [{"epoch": epoch, "images_per_second": speed} for epoch, speed in enumerate((10.0, 400.0, 420.0, 410.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    cost.main(["--run", str(tmp_path), "--measured-gpus", "2", "--gpus", "2", "--epochs", "1"])
+    assert cells(capsys.readouterr().out)[0] == ["arm_huge", "2", "1", "0.9", "2", "410 img/s measured on 2"]
+
+
+def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "speed.json").write_text("[]")
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    for argv, message in (
+        (["--run", str(tmp_path / "nowhere")], "No such file"),
+        (["--run", str(tmp_path)], "holds no images_per_second"),
+        (["--throughput", str(tmp_path / "speed.json")], "no rows of pretraining; measure with --mode pretrain"),
+        (["--images-per-second", "-3"], "must be above 0"),
+        (["--images-per-second", "3", "--gpus", "0"], "must be 1 or more"),
+        ([], "is required"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cost.main(argv)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
