@@ -16,8 +16,8 @@ from eval.scoring import DTYPES, Settings
 from eval.sets import CUSTOM, REAL, SETS
 
 SETS_HELP = (
-    f"NAME of {', '.join(SETS)}, and real beside in1k; PATH a folder, tar or parquet file, a pattern or folder of these, "
-    "or a Hub dataset OWNER/NAME[@REVISION][:SPLIT]; NAME=PATH again adds files"
+    f"NAME of {', '.join(SETS)}, and real beside in1k; PATH a folder, tar or parquet file, a pattern or folder of "
+    "these, or a Hub dataset OWNER/NAME[@REVISION][:SPLIT]; NAME=PATH again adds files"
 )
 PATIENCE = timedelta(hours=12)  # how long a process waits for slower ones
 
