@@ -8,8 +8,8 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import compress, islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,20 +20,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import BatchPlan, DataConfig, TrainConfig
 from .locate import SourceError
+from .order import Key, ScoringOrder, training_order
 from .pictures import UndecodablePicture
 from .sources import Encoded, PictureTable, Source, Split
 from .transforms import (
+    ERASING,
+    VARIATION,
     Transform,
     global_generators_restored,
     scoring_transform,
     seed_global_generators,
-    seed_of,
-    seeded_generator,
     training_transform,
     warp,
 )
 
-ORDER, VARIATION, ERASING = range(3)  # purposes of random streams
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,6 @@ class Batch(NamedTuple):
         """The batch on a device; copies from pinned memory do not wait."""
         pictures, classes = (tensor.to(device, non_blocking=True) for tensor in (self.pictures, self.classes))
         return self._replace(pictures=pictures, classes=classes)
-
-
-class Key(NamedTuple):
-    """What a worker gets told of a picture: where it stands, and for streams the picture itself."""
-
-    epoch: int
-    index: int
-    encoded: Encoded | None = None
 
 
 class Pictures(Dataset[Batch]):
@@ -125,7 +117,7 @@ class VariedPictures(Pictures):
             stored = self._stored(keys)
             for position, key in enumerate(keys):
                 image, label = self._decoded(stored, position, key, undecodable)
-                seed_global_generators(self._seed, key.epoch, key.index, VARIATION)
+                seed_global_generators(self._seed, key.epoch, VARIATION, key.index)
                 pictures.append(self._transform(image))
                 classes.append(label)
                 draws.append([random.uniform(-1, 1) for _ in range(4)])
@@ -135,7 +127,7 @@ class VariedPictures(Pictures):
                 batch = warp(batch, torch.tensor(draws), self._affine)
             batch = self._normalised(batch)
             for key, picture in compress(zip(keys, batch, strict=True), erased):
-                seed_global_generators(self._seed, key.epoch, key.index, ERASING)
+                seed_global_generators(self._seed, key.epoch, ERASING, key.index)
                 self._erase(picture)  # in place
         return Batch(batch, torch.tensor(classes), torch.tensor([key.index for key in keys]), undecodable)
 
@@ -156,80 +148,6 @@ class VariedPictures(Pictures):
             else:
                 encoded = stored[(position + ahead) % length]
         raise SourceError(f"none of {length} pictures can be decoded; the last one: {undecodable[-1]}")
-
-
-def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
-    """The stream in an order that is random within about ``buffer_size`` places."""
-    buffer: list[Encoded] = []
-    for encoded in stream:
-        if len(buffer) < buffer_size:
-            buffer.append(encoded)
-            continue
-        place = generator.randrange(buffer_size)
-        yield buffer[place]
-        buffer[place] = encoded
-    generator.shuffle(buffer)
-    yield from buffer
-
-
-class TrainingOrder(Sampler[list[Key]]):
-    """Keys of this process's micro-batches from ``start`` = (epoch, step) to the end of training.
-
-    A global batch is the same for any number of processes and accumulation steps, and its pictures i and B - 1 - i
-    always stand at mirrored places of one micro-batch: mixup, which mixes a micro-batch with its reverse, then mixes
-    the same pictures. An incomplete last batch is left out.
-
-    Every process reads the whole of a stream and keeps its own pictures: slower than a table where there are many
-    processes, but each picture comes exactly once per epoch whatever the number of files, processes and workers.
-    """
-
-    def __init__(self, split: Split, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
-        size = len(split) if isinstance(split, PictureTable) else split.size
-        if size is None:
-            raise SourceError("the training stream does not tell its size; type data.train_size=PICTURES")
-        if config.global_batch > size:
-            raise SourceError(f"global_batch is {config.global_batch}; allowed: up to the {size} training pictures")
-        if config.global_batch != processes * plan.accumulation * plan.per_device or plan.per_device % 2:
-            raise ValueError(f"{plan} on {processes} processes is no global batch of {config.global_batch} in pairs")
-        self._split, self._config, self._plan, self._process = split, config, plan, process
-        self.size = size
-        self.steps_per_epoch = size // config.global_batch
-        self.start = (0, 0)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        first_epoch, first_step = self.start
-        for epoch in range(first_epoch, max(self._config.epochs, first_epoch + 1)):
-            for batch in self._global_batches(epoch, first_step if epoch == first_epoch else 0):
-                yield from self._dealt(batch)
-
-    def _dealt(self, batch: list[Key]) -> Iterator[list[Key]]:
-        half = self._plan.per_device // 2
-        for number in range(self._plan.accumulation):
-            first = (self._process * self._plan.accumulation + number) * half
-            end = len(batch) - first
-            yield batch[first : first + half] + batch[end - half : end]
-
-    def _global_batches(self, epoch: int, first_step: int) -> Iterator[list[Key]]:
-        size = self._config.global_batch
-        keys = self._keys(epoch)
-        skipped = sum(1 for _ in islice(keys, first_step * size))
-        for step in range(skipped // size, self.steps_per_epoch):
-            batch = list(islice(keys, size))
-            if len(batch) < size:
-                read = step * size + len(batch)
-                raise SourceError(
-                    f"data.train_size is {self.size}, but the training stream ended after {read} pictures"
-                )
-            yield batch
-
-    def _keys(self, epoch: int) -> Iterator[Key]:
-        if isinstance(self._split, PictureTable):
-            order = torch.randperm(self.size, generator=seeded_generator(self._config.seed, epoch, ORDER))
-            return (Key(epoch, index) for index in order.tolist())
-        generator = random.Random(seed_of(self._config.seed, epoch, ORDER))
-        shards = generator.sample(range(self._split.num_shards), self._split.num_shards)
-        stream = mixed(self._split.encoded(shards), self._config.data.shuffle_buffer, generator)
-        return (Key(epoch, index, encoded) for index, encoded in enumerate(stream))
 
 
 class TrainLoader:
@@ -257,7 +175,7 @@ class TrainLoader:
         processes: int,
         device: torch.device,
     ) -> None:
-        self._order = TrainingOrder(source.train, config, plan, process, processes)
+        self._order = training_order(source.train, config, plan, process, processes)
         self.steps_per_epoch = self._order.steps_per_epoch
         pictures = VariedPictures(source, config.data, image_size, config.seed)
         self._loader = batch_loader(pictures, self._order, config.data.workers, device)
@@ -312,24 +230,6 @@ def train_loader(
 ) -> TrainLoader:
     """The loader of one of several processes; see ``TrainLoader``."""
     return TrainLoader(source, config, plan, image_size, process_index, num_processes, device)
-
-
-class ScoringOrder(Sampler[list[Key]]):
-    """Keys of this process's pictures: every picture once over all processes, none twice."""
-
-    def __init__(self, split: Split, batch_size: int, process: int, processes: int) -> None:
-        self._split, self._batch_size = split, batch_size
-        self._process, self._processes = process, processes
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        keys = islice(self._keys(), self._process, None, self._processes)
-        while batch := list(islice(keys, self._batch_size)):
-            yield batch
-
-    def _keys(self) -> Iterator[Key]:
-        if isinstance(self._split, PictureTable):
-            return (Key(0, index) for index in range(len(self._split)))
-        return (Key(0, index, encoded) for index, encoded in enumerate(self._split.encoded()))
 
 
 class EvalLoader:

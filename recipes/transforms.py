@@ -19,6 +19,7 @@ from torchvision.transforms import Compose, InterpolationMode, Resize
 
 from .config import DataConfig
 
+ORDER, LANE, VARIATION, ERASING = range(4)  # what a random stream is for
 Transform = Callable[[Image.Image], Tensor]  # to (C, H, W), uint8
 
 
