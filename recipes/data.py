@@ -34,6 +34,7 @@ from .transforms import (
     warp,
 )
 
+DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no pictures
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class VariedPictures(Pictures):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Decode and vary a batch."""
-        pictures, classes, draws, erased, undecodable = [], [], [], [], []
+        pictures, classes, draws, erased = [], [], [], []
+        undecodable: list[str] = []
         with global_generators_restored():
             stored = self._stored(keys)
             for position, key in enumerate(keys):
@@ -137,7 +139,8 @@ class VariedPictures(Pictures):
         """The picture, or the next one that can be decoded: of the split, or of the batch if it is a stream."""
         encoded = stored[position]
         length = len(self._split) if isinstance(self._split, PictureTable) else len(stored)
-        for ahead in range(1, length + 1):
+        attempts = min(length, DAMAGED_IN_A_ROW)
+        for ahead in range(1, attempts + 1):
             try:
                 image, label, _ = encoded.decode(self._split.mode)
                 return image, label
@@ -147,7 +150,7 @@ class VariedPictures(Pictures):
                 [encoded] = self._split.encoded([(key.index + ahead) % length])
             else:
                 encoded = stored[(position + ahead) % length]
-        raise SourceError(f"none of {length} pictures can be decoded; the last one: {undecodable[-1]}")
+        raise SourceError(f"{attempts} pictures in a row cannot be decoded; the last one: {undecodable[-1]}")
 
 
 class TrainLoader:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import datasets
 import pyarrow.parquet as pq
 from timm.utils import natural_key
 
-Data = datasets.Dataset | datasets.IterableDataset
+Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Kind = Literal["pictures", "parquet", "tars", "hub"]
 WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
@@ -130,7 +130,7 @@ def located_files(name: str, files: list[str]) -> Located:
     if len(set(kinds.values())) > 1:
         raise SourceError(f"{name!r} names parquet files and tars; allowed: one kind at a time")
     splits: dict[str, list[str]] = {}
-    unnamed = []
+    unnamed: list[str] = []
     root = name if os.path.isdir(name) else os.path.commonpath(map(os.path.dirname, files))
     for file in sorted(set(files), key=natural_key):
         split = split_of(os.path.relpath(file, root))
@@ -261,7 +261,7 @@ def load_from_hub(name: str, streaming: bool) -> dict[str, Data]:
         loaded = datasets.load_dataset(name, streaming=streaming)
     except Exception as error:  # network, permissions, names, several configurations: the Hub's words say which
         raise SourceError(hub_problem(name, error)) from error
-    splits = {}
+    splits: dict[str, Data] = {}
     for split, data in loaded.items():
         word = split_of(str(split))
         if word is not None:

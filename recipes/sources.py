@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -162,7 +162,7 @@ def _value(example: Mapping[str, Any], column: str) -> Any:
     return example[name][key]
 
 
-Split = PictureTable | PictureStream
+Split: TypeAlias = PictureTable | PictureStream
 
 
 @dataclass(frozen=True)
