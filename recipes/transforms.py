@@ -89,6 +89,17 @@ def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
     return create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
 
 
+class Normalisation:
+    """Pictures (N, C, H, W), 8 bits or float32 in 0..1, as float32 less the mean, by the standard deviation."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self._mean, self._std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        values = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures
+        return values.sub_(self._mean).div_(self._std)
+
+
 def warp(pictures: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
     """Rotate, zoom and shift pictures (N, C, H, W) by draws (N, 4) from -1..1, each times its largest value."""
     rotation, zoom, shift_x, shift_y = draws.unbind(1)
