@@ -15,6 +15,10 @@ from eval.rows import Request
 from eval.scoring import DTYPES, Settings
 from eval.sets import CUSTOM, REAL, SETS
 
+SETS_HELP = (
+    f"NAME of {', '.join(SETS)}, and real beside in1k; PATH a folder, tar or parquet file, a pattern or folder of "
+    "these, or a Hub dataset OWNER/NAME[@REVISION][:SPLIT]; NAME=PATH again adds files"
+)
 PATIENCE = timedelta(hours=12)  # how long a process waits for slower ones
 
 
@@ -48,7 +52,7 @@ def usable_device(text: str) -> torch.device:
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """Those of all programs that score."""
     add = parser.add_argument
-    add("--sets", nargs="+", required=True, metavar="NAME=PATH", help=f"of {', '.join(SETS)}; and real, with in1k")
+    add("--sets", nargs="+", required=True, metavar="NAME=PATH", help=SETS_HELP)
     add(
         "--device",
         type=usable_device,
