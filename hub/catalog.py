@@ -101,7 +101,7 @@ def candidates(architecture: str, num_classes: int, standard: bool) -> list[Entr
 
 
 def measured(sha256: str, results: Path) -> dict[str, dict[str, str]]:
-    """Rows of eval's CSV for these weights, by set; the last row of a set counts.
+    """Rows of eval's CSV for these weights, by set; the last whole row of a set counts, none of a part of it.
 
     Raises:
         UsageError: if the file is no such CSV.
@@ -113,4 +113,4 @@ def measured(sha256: str, results: Path) -> dict[str, dict[str, str]]:
         missing = {"set", "n", "top1", "weights_sha256"} - set(reader.fieldnames or ())
         if missing:
             raise UsageError(f"{results} lacks the columns {', '.join(sorted(missing))} of `python -m eval`")
-        return {row["set"]: row for row in reader if row["weights_sha256"] == sha256}
+        return {row["set"]: row for row in reader if row["weights_sha256"] == sha256 and not row.get("limit")}

@@ -622,9 +622,14 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", metadata={"source_names": "official"})
     sha256 = sha256_of(folder / "model.safetensors")
-    rows = [("in1k", 50000, 84.11, sha256), ("v2", 10000, 73.5, sha256), ("a", 7500, 1.0, "of another")]
-    csv = "".join(f"arm,{name},{n},{top1},99,{sha}\n" for name, n, top1, sha in rows)
-    (tmp_path / "results.csv").write_text(f"model,set,n,top1,top5,weights_sha256\n{csv}")
+    rows = [
+        ("in1k", 50000, 84.11, sha256, ""),
+        ("v2", 10000, 73.5, sha256, ""),
+        ("v2", 20, 95.0, sha256, "20"),  # scored in part
+        ("a", 7500, 1.0, "of another", ""),
+    ]
+    csv = "".join(f"arm,{name},{n},{top1},99,{sha},{limit}\n" for name, n, top1, sha, limit in rows)
+    (tmp_path / "results.csv").write_text(f"model,set,n,top1,top5,weights_sha256,limit\n{csv}")
     write_card(folder, repo="ada/base", results=tmp_path / "results.csv")
     card = ModelCard.load(folder / "README.md")
     figures = {(r.dataset_type, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results or []}
