@@ -203,15 +203,21 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    alone = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    names = (folder / WEIGHTS, folder / CONFIG)
-    beside = [Path(f"{name}.tmp") for name in names]
+    alone: StateDict = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        alone[name] = tensor.clone() if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes else tensor
+        storages.add(storage.data_ptr())
+    files = (folder / WEIGHTS, folder / CONFIG)
+    beside = [Path(f"{file}.tmp") for file in files]
     try:
         save_file(alone, beside[0], metadata={"format": "pt", **metadata})
         _sort_metadata(beside[0])
         beside[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for unfinished, name in zip(beside, names, strict=True):
-            os.replace(unfinished, name)
+        for unfinished, file in zip(beside, files, strict=True):
+            os.replace(unfinished, file)
     finally:
         for unfinished in beside:
             unfinished.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
 from arm_zoo.files import WEIGHTS, read_config, sha256_of
-from arm_zoo.hosted import organisation
 
 from .catalog import AUTHORS_CODE, AUTHORS_REPOSITORY, PAPER, SETS, Entry, candidates, measured
 from .folders import CARD, read_header
@@ -136,17 +135,16 @@ latents = model.forward_encoder(torch.randn(2, {channels}, {height}, {width}))
 ```"""
 
 
-def write_card(folder: Path, old: Path | None = None, repo: str | None = None, results: Path = RESULTS) -> None:
+def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", results: Path = RESULTS) -> None:
     """Write README.md of a converted folder.
 
     Args:
         folder: with model.safetensors and config.json.
         old: a card whose hand-written parts are kept, if it exists.
-        repo: ORG/NAME in the snippets; by default the name that the entry would have.
+        repo: the repository in the snippets; before there is one, ORG/NAME stands for it.
         results: the evaluator's CSV, which may be missing.
     """
     config, header, sha256 = read_config(folder), read_header(folder / WEIGHTS), sha256_of(folder / WEIGHTS)
-    repo = repo or f"{organisation()}/{config['architecture']}"
     rows = measured(sha256, results)
     text = _text(config, header, sha256, repo, rows)
     data = _metadata(config, header, repo, rows)
@@ -195,7 +193,7 @@ def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str
     return TEMPLATE.format(
         begin=BEGIN,
         end=END,
-        title=repo.rpartition("/")[2],
+        title=config["architecture"] if repo == "ORG/NAME" else repo.rpartition("/")[2],
         what=_what(config),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(config, header, sha256).items()),
         licence=_licence(header, official),
@@ -226,7 +224,7 @@ def _facts(config: dict[str, Any], header: dict[str, str], sha256: str) -> dict[
     own = config.get("pretraining_model", {})
     return {
         "entry": f"`{config['architecture']}`",
-        "differs from the entry in": ", ".join(f"{k}={v}" for k, v in config["model_args"].items()) or "nothing",
+        "differs from the entry in": ", ".join(_differences(config)) or "nothing",
         **({"pretraining model": ", ".join(f"{k}={v}" for k, v in own.items())} if own else {}),
         "classes": config["num_classes"] or "none",
         "input": f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
@@ -235,6 +233,12 @@ def _facts(config: dict[str, Any], header: dict[str, str], sha256: str) -> dict[
         "sha256 of the file it was converted from": f"`{header.get('source_sha256', 'unknown')}`",
         "converted by": f"arm-zoo {header.get('library_version', 'unknown')}",
     }
+
+
+def _differences(config: dict[str, Any]) -> list[str]:
+    channels, *size = get_pretrained_cfg(config["architecture"]).input_size
+    default = {"in_chans": channels, "img_size": size, "global_pool": "avg"}
+    return [f"{key}={value}" for key, value in config["model_args"].items() if default.get(key) != value]
 
 
 def _licence(header: dict[str, str], official: bool) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from arm_zoo.hosted import TABLE
+from arm_zoo.hosted import TABLE, training_commands
 
 from .folders import UsageError
 
@@ -34,7 +34,6 @@ class Entry:
     Attributes:
         name: entry with its tag.
         paper_name: what the paper calls it.
-        recipe: how they are, or would be, trained, from a checkout.
         reported: top-1 in percent by the paper, by set.
         source: repository on the Hub of the authors' file, or None for weights of our own training.
         license: of the weights.
@@ -42,10 +41,14 @@ class Entry:
 
     name: str
     paper_name: str
-    recipe: str
     reported: dict[str, float] = field(default_factory=dict)
     source: str | None = AUTHORS_REPOSITORY
     license: str = "unknown"
+
+    @property
+    def recipe(self) -> str:
+        """How they are, or would be, trained, from a checkout."""
+        return training_commands(self.name)
 
     @property
     def state(self) -> State:
@@ -59,32 +62,25 @@ def _robust(*top1: float) -> dict[str, float]:
     return dict(zip(SETS, top1, strict=True))
 
 
-PRETRAIN = "accelerate launch -m recipes.pretrain"
-FINETUNE = "accelerate launch -m recipes.finetune"
-SCRATCH = "accelerate launch -m recipes.finetune, without pretrained weights"
-
 CATALOG: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("arm_base_patch16_224.arm_in1k_ft_in1k", "ARM-B", FINETUNE, _robust(83.2, 72.3, 88.0, 31.9, 48.9, 37.2)),
-        Entry("arm_base_patch16_224.arm_in1k", "ARM-B, pretrained", PRETRAIN),
-        Entry("arm_base_patch16_224.in1k", "MambaMLP-B", SCRATCH, {"in1k": 81.2}, source=None),
-        Entry("arm_base_patch16_384.arm_in1k_ft_in1k", "ARM-B at 384 pixels", FINETUNE, {"in1k": 84.2}),
+        Entry("arm_base_patch16_224.arm_in1k_ft_in1k", "ARM-B", _robust(83.2, 72.3, 88.0, 31.9, 48.9, 37.2)),
+        Entry("arm_base_patch16_224.arm_in1k", "ARM-B, pretrained"),
+        Entry("arm_base_patch16_224.in1k", "MambaMLP-B", {"in1k": 81.2}, source=None),
+        Entry("arm_base_patch16_384.arm_in1k_ft_in1k", "ARM-B at 384 pixels", {"in1k": 84.2}),
         Entry(
             "arm_base_patch16_stride8_448.arm_in1k_ft_in1k",
             "ARM-B at 448 pixels, stride 8",
-            FINETUNE,
             {"in1k": 84.8},
         ),
-        Entry(
-            "arm_large_patch16_224.arm_in1k_ft_in1k", "ARM-L", FINETUNE, _robust(84.5, 74.0, 88.6, 41.4, 52.1, 39.2)
-        ),
-        Entry("arm_large_patch16_224.arm_in1k", "ARM-L, pretrained", PRETRAIN),
-        Entry("arm_large_patch16_224.in1k", "MambaMLP-L", SCRATCH, {"in1k": 81.4}, source=None),
-        Entry("arm_large_patch16_384.arm_in1k_ft_in1k", "ARM-L at 384 pixels", FINETUNE, {"in1k": 85.1}),
-        Entry("arm_huge_patch16_224.arm_in1k_ft_in1k", "ARM-H", FINETUNE, _robust(85.0, 75.6, 89.2, 42.3, 53.2, 40.5)),
-        Entry("arm_huge_patch16_224.arm_in1k", "ARM-H, pretrained", PRETRAIN),
-        Entry("arm_huge_patch16_384.arm_in1k_ft_in1k", "ARM-H at 384 pixels", FINETUNE, {"in1k": 85.5}),
+        Entry("arm_large_patch16_224.arm_in1k_ft_in1k", "ARM-L", _robust(84.5, 74.0, 88.6, 41.4, 52.1, 39.2)),
+        Entry("arm_large_patch16_224.arm_in1k", "ARM-L, pretrained"),
+        Entry("arm_large_patch16_224.in1k", "MambaMLP-L", {"in1k": 81.4}, source=None),
+        Entry("arm_large_patch16_384.arm_in1k_ft_in1k", "ARM-L at 384 pixels", {"in1k": 85.1}),
+        Entry("arm_huge_patch16_224.arm_in1k_ft_in1k", "ARM-H", _robust(85.0, 75.6, 89.2, 42.3, 53.2, 40.5)),
+        Entry("arm_huge_patch16_224.arm_in1k", "ARM-H, pretrained"),
+        Entry("arm_huge_patch16_384.arm_in1k_ft_in1k", "ARM-H at 384 pixels", {"in1k": 85.5}),
     )
 }
 

@@ -124,7 +124,9 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = config.get("pretraining_model", config.get("model_args", {}))
     if not isinstance(arguments, dict):
         raise CheckpointError(f"{CONFIG}: the model's arguments are a {type(arguments).__name__}, not a table")
-    said = {key: arguments[key] for key in ("img_size", "patch_stride", "cluster_size") if key in arguments}
+    said = {
+        key: arguments[key] for key in ("img_size", "patch_stride", "cluster_size") if arguments.get(key) is not None
+    }
     for key, value in said.items():
         sides = value if isinstance(value, list | tuple) else [value]
         if not 1 <= len(sides) <= 2 or any(type(side) is not int or not 0 < side < 2**16 for side in sides):
