@@ -3,22 +3,25 @@
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import datasets
 import pyarrow.parquet as pq
 from timm.utils import natural_key
 
-Data = datasets.Dataset | datasets.IterableDataset
+Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Kind = Literal["pictures", "parquet", "tars", "hub"]
 WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": (".tar", ".tar.gz", ".tgz")}
+COUNTING_THREADS = 16
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ALLOWED = (
     "a folder of pictures in class subfolders (perhaps below train/ and val/), parquet files or WebDataset tars "
@@ -127,7 +130,7 @@ def located_files(name: str, files: list[str]) -> Located:
     if len(set(kinds.values())) > 1:
         raise SourceError(f"{name!r} names parquet files and tars; allowed: one kind at a time")
     splits: dict[str, list[str]] = {}
-    unnamed = []
+    unnamed: list[str] = []
     root = name if os.path.isdir(name) else os.path.commonpath(map(os.path.dirname, files))
     for file in sorted(set(files), key=natural_key):
         split = split_of(os.path.relpath(file, root))
@@ -258,7 +261,7 @@ def load_from_hub(name: str, streaming: bool) -> dict[str, Data]:
         loaded = datasets.load_dataset(name, streaming=streaming)
     except Exception as error:  # network, permissions, names, several configurations: the Hub's words say which
         raise SourceError(hub_problem(name, error)) from error
-    splits = {}
+    splits: dict[str, Data] = {}
     for split, data in loaded.items():
         word = split_of(str(split))
         if word is not None:
@@ -284,6 +287,22 @@ def hub_problem(name: str, error: Exception) -> str:
     )
 
 
-def count_rows(files: Iterable[str]) -> int:
-    """Rows of parquet files, which their last bytes tell."""
-    return sum(pq.read_metadata(file).num_rows for file in files)
+def count_rows(files: Sequence[str]) -> list[int]:
+    """Rows of each parquet file, which its last bytes tell, or of each tar, whose headers are read for it."""
+    with ThreadPool(COUNTING_THREADS) as pool:  # it is waiting for the disk
+        return pool.map(_rows_of, files)
+
+
+def _rows_of(file: str) -> int:
+    if file.lower().endswith(FILES["parquet"]):
+        return pq.read_metadata(file).num_rows
+    rows, last = 0, None
+    with tarfile.open(file) as tar:
+        for member in tar:
+            # Rows are made of neighbours with one name up to the first dot, as in datasets' reader.
+            stem = re.match(r"((?:.*/)?[^./]+)\.[^/]*$", member.name)
+            tar.members = []  # else all headers stay in memory
+            if member.isreg() and stem and not os.path.basename(member.name).startswith("__"):
+                rows += stem[1] != last
+                last = stem[1]
+    return rows

@@ -4,7 +4,7 @@ import warnings
 from io import BytesIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 WHITE_16_BIT = 65535
 
@@ -46,6 +46,8 @@ def decode_picture(encoded: bytes | str, name: str, mode: str = "RGB") -> Image.
                 if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                     image = ImageOps.exif_transpose(image)
                 return convert(image, mode)
+    except UnidentifiedImageError:  # its text has an address in memory, so it would never be the same twice
+        raise UndecodablePicture(name, "no picture in any format that is known") from None
     except Exception as error:  # decoders raise almost anything on damaged files
         raise UndecodablePicture(name, f"{type(error).__name__}: {error}") from None
 

@@ -13,10 +13,11 @@ once into the cache of ``datasets`` and are then read at random; a stream (``dat
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -115,28 +116,39 @@ class PictureStream:
         data: Of the library ``datasets``, pictures not decoded. Its own shuffling is not used: its order differs from
             one release to the next, and a run must be able to go on after an upgrade.
         reading: How its rows become pictures.
-        size: Pictures in it, or None if it does not tell.
+        size: Pictures in it, or None if nobody tells.
+        shard_sizes: Pictures in each of its shards (files, as a rule), if these can be counted.
     """
 
-    def __init__(self, data: datasets.IterableDataset, reading: Reading, size: int | None) -> None:
-        self._data, self._reading, self.size = data, reading, size
-        self.mode = reading.mode
-        self.num_shards: int = data.num_shards  # files, as a rule
+    def __init__(
+        self,
+        data: datasets.IterableDataset,
+        reading: Reading,
+        size: int | None,
+        shard_sizes: Sequence[int] | None = None,
+    ) -> None:
+        self._data, self._reading = data, reading
+        self.size, self.shard_sizes, self.mode = size, shard_sizes, reading.mode
+        self.num_shards: int = data.num_shards
 
     def __iter__(self) -> Iterator[Labelled]:
         return (encoded.decode(self.mode) for encoded in self.encoded())
 
-    def encoded(self, shards: Iterable[int] | None = None) -> Iterator[Encoded]:
-        """All rows, or those of some shards in this order, not decoded."""
-        for shard in range(self.num_shards) if shards is None else shards:
-            for row, example in enumerate(self._data.shard(self.num_shards, shard)):
-                picture, *labels = (_value(example, column) for column in _read(self._reading))
-                encoded = self._reading.encoded(picture, labels[0] if labels else None, row)
-                if "__key__" in example:  # WebDataset's name of the row
-                    name = f"{example['__url__']}/{example['__key__']}"
-                else:
-                    name = encoded.name.replace(", row", f", shard {shard}, row")
-                yield encoded._replace(name=name)
+    def encoded(self) -> Iterator[Encoded]:
+        """All rows, not decoded."""
+        return chain.from_iterable(map(self.shard, range(self.num_shards)))
+
+    def shard(self, number: int, first_row: int = 0) -> Iterator[Encoded]:
+        """The rows of one shard from ``first_row`` on, not decoded; those before are read and left out."""
+        rows = enumerate(self._data.shard(self.num_shards, number))
+        for row, example in islice(rows, first_row, None):
+            picture, *labels = (_value(example, column) for column in _read(self._reading))
+            encoded = self._reading.encoded(picture, labels[0] if labels else None, row)
+            if "__key__" in example:  # WebDataset's name of the row
+                name = f"{example['__url__']}/{example['__key__']}"
+            else:
+                name = encoded.name.replace(", row", f", shard {number}, row")
+            yield encoded._replace(name=name)
 
 
 def _read(reading: Reading) -> list[str]:
@@ -150,7 +162,7 @@ def _value(example: Mapping[str, Any], column: str) -> Any:
     return example[name][key]
 
 
-Split = PictureTable | PictureStream
+Split: TypeAlias = PictureTable | PictureStream
 
 
 @dataclass(frozen=True)
@@ -207,12 +219,13 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
 
 @dataclass(frozen=True)
 class OpenedSplit:
-    """A split of the library ``datasets`` whose columns are known; ``size`` is None if a stream does not tell it."""
+    """A split of the library ``datasets`` whose columns are known; the sizes are those of ``PictureStream``."""
 
     name: str
     data: Data
     columns: Columns
     size: int | None
+    shard_sizes: list[int] | None
 
     def labels(self, config: DataConfig) -> Labels:
         """The classes that the label column holds."""
@@ -223,7 +236,7 @@ class OpenedSplit:
         reading = Reading(self.name, self.columns, classes, "RGB")
         data = self.data.cast_column(self.columns.image, datasets.Image(decode=False))
         if isinstance(data, datasets.IterableDataset):
-            return PictureStream(data, reading, self.size)
+            return PictureStream(data, reading, self.size, self.shard_sizes)
         return PictureTable(data, reading)
 
 
@@ -248,23 +261,26 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
 def _opened(source: Located, split: str, data: Data, config: DataConfig, labels_needed: bool) -> OpenedSplit:
     name = f"{source.name} [{split}]"
     columns = find_columns(data, config, name, labels_needed)
-    size: int | None
-    if isinstance(data, datasets.Dataset):
-        size = len(data)
-    elif source.kind == "parquet":
-        size = count_rows(source.splits[split])
-    else:
-        told = data.info.splits or {}
-        size = told[split_name].num_examples if (split_name := str(data.split)) in told else None
+    size, shard_sizes = _sizes(source, split, data)
     if split == "train" and config.train_size not in (None, size):
         if size is not None:
-            raise SourceError(
-                f"{name} holds {size} pictures, but data.train_size is {config.train_size}; leave it out"
-            )
+            raise SourceError(f"{name} has {size} pictures, but data.train_size is {config.train_size}; leave it out")
         size = config.train_size
     if size == 0:
         raise SourceError(f"{name} holds no pictures")
-    return OpenedSplit(name, data, columns, size)
+    return OpenedSplit(name, data, columns, size, shard_sizes)
+
+
+def _sizes(source: Located, split: str, data: Data) -> tuple[int | None, list[int] | None]:
+    """Pictures in a split and in each of a stream's shards, as far as that is known."""
+    if isinstance(data, datasets.Dataset):
+        return len(data), None
+    if source.kind == "hub":
+        told = data.info.splits or {}
+        name = str(data.split)
+        return (told[name].num_examples if name in told else None), None
+    counted = count_rows(source.splits[split])
+    return sum(counted), counted if len(counted) == data.num_shards else None
 
 
 @functools.cache

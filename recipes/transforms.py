@@ -19,6 +19,7 @@ from torchvision.transforms import Compose, InterpolationMode, Resize
 
 from .config import DataConfig
 
+ORDER, LANE, VARIATION, ERASING = range(4)  # what a random stream is for
 Transform = Callable[[Image.Image], Tensor]  # to (C, H, W), uint8
 
 
@@ -86,6 +87,17 @@ def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
     """timm's evaluation transform of a model's data configuration, without normalising."""
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
     return create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
+
+
+class Normalisation:
+    """Pictures (N, C, H, W), 8 bits or float32 in 0..1, as float32 less the mean, by the standard deviation."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self._mean, self._std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        values = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures
+        return values.sub_(self._mean).div_(self._std)
 
 
 def warp(pictures: Tensor, draws: Tensor, config: DataConfig) -> Tensor:

@@ -14,8 +14,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
-from recipes.data import Batch, Key, TrainLoader, eval_loader, mixed, train_loader
+from recipes.data import Batch, TrainLoader, eval_loader, train_loader
 from recipes.locate import SourceError
+from recipes.order import Key, mixed, training_order
 from recipes.sources import Encoded, Source, open_source
 from recipes.transforms import posterized, training_transform, warp
 from tests.pictures import jpeg, pixels, write_folder, write_parquet, write_tar
@@ -180,7 +181,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-STREAM = ["data.streaming=true", "data.num_classes=5", "data.train_size=14", "data.shuffle_buffer=4"]
+STREAM = ["data.streaming=true", "data.num_classes=5", "data.shuffle_buffer=4"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -212,13 +213,63 @@ def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path) 
     assert {index: label for index, (_, label) in by_index(*shares).items()} == {n: n for n in range(5)}
 
 
-def test_streams_of_unknown_or_wrong_size_are_refused(tars: Path) -> None:
-    with pytest.raises(SourceError, match=r"does not tell its size; type data.train_size=PICTURES"):
-        loader(configure(tars, "data.streaming=true", "data.num_classes=5"))
-    with pytest.raises(SourceError, match=r"data.train_size is 20, but .* ended after 14 pictures"):
-        epoch(configure(tars, *STREAM, "data.train_size=20", batch=10), 0)
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_a_process_reads_the_shards_of_its_lanes_only(tmp_path: Path, processes: int) -> None:
+    for shard in range(6):
+        write_tar(tmp_path / f"train-{shard}.tar", [0] * 4, first=4 * shard)
+    write_tar(tmp_path / "val-0.tar", [0])
+    config = configure(tmp_path, "data.streaming=true", "data.num_classes=1", "data.shuffle_buffer=1", "epochs=1")
+    whole = {step: set(keys) for step, keys in enumerate(read_keys(config, 1)[0])}
+    shares = read_keys(config, processes)
+    for step, names in whole.items():
+        assert sorted(names) == sorted(name for share in shares for name in share[step])
+    files = [{name.rpartition("/")[0] for step in share for name in step} for share in shares]
+    assert [len(names) for names in files] == [6 // processes] * processes
+    assert len(set.union(*files)) == 6
+
+
+def read_keys(config: PretrainConfig, processes: int) -> list[list[list[str]]]:
+    """Names of the pictures of every step, for each process."""
+    split = open_source(config.data).train
+    plan = BatchPlan(config.global_batch // processes, 1)
+    orders = [training_order(split, config, plan, process, processes) for process in range(processes)]
+    return [[[key.encoded.name for key in keys if key.encoded] for keys in order] for order in orders]
+
+
+def as_on_the_hub(monkeypatch: pytest.MonkeyPatch, tars: Path) -> None:
+    """Let the Hub give the tars, as a stream whose shards cannot be counted."""
+    load = datasets.load_dataset
+
+    def load_dataset(name: str, streaming: bool) -> dict[str, datasets.IterableDataset]:
+        files = {split: sorted(map(str, tars.glob(f"{split}-*.tar"))) for split in ("train", "val")}
+        return {
+            split: load("webdataset", data_files={split: files[split]}, split=split, streaming=streaming)
+            for split in files
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_streams_from_the_hub_give_each_picture_once(
+    tars: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    as_on_the_hub(monkeypatch, tars)
+    config = configure("hf://some/tars", *STREAM, "data.train_size=14", batch=4)
+    shares = [epoch(config, 0, process, processes) for process in range(processes)]
+    sums = {torch.sum(picture).item() for picture, _ in by_index(*shares).values()}
+    assert len(sums) == 12
+    assert steps(*shares) == steps(epoch(config, 0)) and equal(epoch(config, 0)[2:], epoch(config, 0, first_step=2))
+
+
+def test_streams_of_unknown_or_wrong_size_are_refused(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SourceError, match="global_batch is 30; allowed: up to the 14 training pictures"):
         loader(configure(tars, *STREAM, batch=30))
+    as_on_the_hub(monkeypatch, tars)
+    with pytest.raises(SourceError, match=r"does not tell its size; type data.train_size=PICTURES"):
+        loader(configure("hf://some/tars", *STREAM))
+    with pytest.raises(SourceError, match=r"ended 6 pictures before its end: 20 are expected \(data.train_size"):
+        epoch(configure("hf://some/tars", *STREAM, "data.train_size=20", batch=10), 0)
 
 
 def test_the_buffer_mixes_and_loses_nothing() -> None:
@@ -260,7 +311,7 @@ def test_too_many_damaged_pictures_stop_the_run(tmp_path: Path) -> None:
         epoch(configure(root, "data.max_undecodable=0.05", batch=10), 0)
     for number in range(30):
         (root / "train" / "cat" / f"{number}.jpg").write_bytes(b"")
-    with pytest.raises(SourceError, match="none of 30 pictures can be decoded"):
+    with pytest.raises(SourceError, match="30 pictures in a row cannot be decoded"):
         epoch(configure(root, batch=10), 0)
 
 
@@ -276,7 +327,9 @@ def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path) -> None:
     settings = ["data.streaming=true", "data.max_undecodable=0.5", "data.shuffle_buffer=1"]
     run = loader(configure(tmp_path, *settings, batch=6))
     pictures = by_index(list(run.epoch(0)))
-    assert torch.equal(pictures[2][0], pictures[3][0])
+    assert torch.equal(pictures[2][0], pictures[4][0])  # the one after it in the batch: 0 2 4 and, mirrored, 5 3 1
+    list(run.epoch(1))
+    assert len(run.undecodable) == 1
     assert [line for line in run.undecodable if "[train], shard 0, row 2 cannot be decoded" in line]
     test = open_source(DataConfig(source=str(tmp_path))).test
     assert test is not None

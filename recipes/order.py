@@ -1,0 +1,189 @@
+"""Which process gets which pictures when: a function of seed, epoch and step.
+
+A global batch is the same for any number of processes and accumulation steps, and its pictures i and B - 1 - i always
+stand at mirrored places of one micro-batch: mixup, which mixes a micro-batch with its reverse, then mixes the same
+pictures. An incomplete last batch of an epoch is left out.
+"""
+
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+from .config import BatchPlan, TrainConfig
+from .locate import SourceError
+from .sources import Encoded, PictureStream, PictureTable, Split
+from .transforms import LANE, ORDER, seed_of, seeded_generator
+
+MOST_LANES = 16
+
+
+class Key(NamedTuple):
+    """What a worker gets told of a picture: where it stands, and for streams the picture itself."""
+
+    epoch: int
+    index: int
+    encoded: Encoded | None = None
+
+
+class TrainingOrder(Sampler[list[Key]]):
+    """Keys of one process's micro-batches from ``start`` = (epoch, step) to the end of training.
+
+    Args:
+        size: Training pictures.
+        config: Seed, epochs and global batch.
+        plan: Pictures per micro-batch and micro-batches per step.
+        process: Number of the process.
+        processes: Number of all.
+    """
+
+    def __init__(self, size: int, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
+        if config.global_batch > size:
+            raise SourceError(f"global_batch is {config.global_batch}; allowed: up to the {size} training pictures")
+        if config.global_batch != processes * plan.accumulation * plan.per_device or plan.per_device % 2:
+            raise ValueError(f"{plan} on {processes} processes is no global batch of {config.global_batch} in pairs")
+        self.size = size
+        self.steps_per_epoch = size // config.global_batch
+        self.start = (0, 0)
+        self._config = config
+        half = plan.per_device // 2
+        firsts = [(process * plan.accumulation + number) * half for number in range(plan.accumulation)]
+        self._pairs = [range(first, first + half) for first in firsts]  # of each micro-batch
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first_epoch, first_step = self.start
+        for epoch in range(first_epoch, max(self._config.epochs, first_epoch + 1)):
+            for pairs in self._steps(epoch, first_step if epoch == first_epoch else 0):
+                for part in self._pairs:
+                    chosen = [pairs[number] for number in part]
+                    yield [first for first, _ in chosen] + [mirrored for _, mirrored in reversed(chosen)]
+
+    @abstractmethod
+    def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
+        """For each step number i -> pictures i and B - 1 - i of the global batch; those of this process at least."""
+
+
+class TableOrder(TrainingOrder):
+    """A new order of all pictures in every epoch."""
+
+    def __init__(
+        self, split: PictureTable, config: TrainConfig, plan: BatchPlan, process: int, processes: int
+    ) -> None:
+        super().__init__(len(split), config, plan, process, processes)
+
+    def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
+        order = torch.randperm(self.size, generator=seeded_generator(self._config.seed, epoch, ORDER)).tolist()
+        batch = self._config.global_batch
+        own = [number for part in self._pairs for number in part]
+        for step in range(first_step, self.steps_per_epoch):
+            first, last = step * batch, (step + 1) * batch - 1
+            yield {n: (Key(epoch, order[first + n]), Key(epoch, order[last - n])) for n in own}
+
+
+class StreamOrder(TrainingOrder):
+    """Shards in a new order in every epoch, cut into lanes of one length that are read side by side.
+
+    Every lane gives the same number of pairs to each global batch, always at the same places, so a process reads only
+    the lanes that its places belong to. Where the sizes of the shards are not known (on the Hub) there is one lane,
+    which every process reads.
+
+    Within a lane pictures are mixed by a buffer of ``data.shuffle_buffer`` pictures over all lanes.
+    """
+
+    def __init__(
+        self, split: PictureStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int
+    ) -> None:
+        if split.size is None:
+            raise SourceError("the training stream does not tell its size; type data.train_size=PICTURES")
+        super().__init__(split.size, config, plan, process, processes)
+        self._split = split
+        most = 1 if split.shard_sizes is None else min(MOST_LANES, split.num_shards)
+        pairs = config.global_batch // 2
+        self._lanes = max(count for count in range(1, most + 1) if pairs % count == 0)
+        self._width = pairs // self._lanes  # pairs that a lane gives to a global batch
+        self._length = self.steps_per_epoch * 2 * self._width
+
+    def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
+        generator = random.Random(seed_of(self._config.seed, epoch, ORDER))
+        shards = generator.sample(range(self._split.num_shards), self._split.num_shards)
+        own = sorted({number // self._width for part in self._pairs for number in part})
+        lanes = {lane: self._lane(lane, shards, epoch) for lane in own}
+        for keys in lanes.values():
+            next(islice(keys, first_step * 2 * self._width, first_step * 2 * self._width), None)  # read and forgotten
+        for _ in range(first_step, self.steps_per_epoch):
+            pairs = {}
+            for lane, keys in lanes.items():
+                for number in range(lane * self._width, (lane + 1) * self._width):
+                    pairs[number] = (next(keys), next(keys))
+            yield pairs
+
+    def _lane(self, lane: int, shards: Sequence[int], epoch: int) -> Iterator[Key]:
+        generator = random.Random(seed_of(self._config.seed, epoch, LANE, lane))
+        buffer = max(1, self._config.data.shuffle_buffer // self._lanes)
+        for place, encoded in enumerate(mixed(self._cut(lane * self._length, shards), buffer, generator)):
+            yield Key(epoch, lane * self._length + place, encoded)
+
+    def _cut(self, start: int, shards: Sequence[int]) -> Iterator[Encoded]:
+        """One lane: ``start`` is its first picture in the shards one after the other.
+
+        Raises:
+            SourceError: If there are fewer pictures than the source or ``data.train_size`` says.
+        """
+        left = self._length
+        for shard in shards:
+            if self._split.shard_sizes is not None and start >= self._split.shard_sizes[shard]:
+                start -= self._split.shard_sizes[shard]
+                continue
+            for encoded in islice(self._split.shard(shard, start), left):
+                yield encoded
+                left -= 1
+            start = 0
+            if left == 0:
+                return
+        raise SourceError(
+            f"the training stream ended {left} pictures before its end: {self.size} are expected "
+            "(data.train_size, or what the source tells)"
+        )
+
+
+def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> TrainingOrder:
+    """The order of a split of either kind."""
+    if isinstance(split, PictureTable):
+        return TableOrder(split, config, plan, process, processes)
+    return StreamOrder(split, config, plan, process, processes)
+
+
+def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
+    """The stream in an order that is random within about ``buffer_size`` places."""
+    buffer: list[Encoded] = []
+    for encoded in stream:
+        if len(buffer) < buffer_size:
+            buffer.append(encoded)
+            continue
+        place = generator.randrange(buffer_size)
+        yield buffer[place]
+        buffer[place] = encoded
+    generator.shuffle(buffer)
+    yield from buffer
+
+
+class ScoringOrder(Sampler[list[Key]]):
+    """Keys of one process's pictures: every picture once over all processes, none twice."""
+
+    def __init__(self, split: Split, batch_size: int, process: int, processes: int) -> None:
+        self._split, self._batch_size = split, batch_size
+        self._process, self._processes = process, processes
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = islice(self._keys(), self._process, None, self._processes)
+        while batch := list(islice(keys, self._batch_size)):
+            yield batch
+
+    def _keys(self) -> Iterator[Key]:
+        if isinstance(self._split, PictureTable):
+            return (Key(0, index) for index in range(len(self._split)))
+        return (Key(0, index, encoded) for index, encoded in enumerate(self._split.encoded()))
