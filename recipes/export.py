@@ -73,7 +73,8 @@ def save_backbone(pretraining_model: Path, entry: str, folder: Path, inputs: Inp
 def backbone_entry(config: TrainConfig, model: arm_zoo.ARMPretrain) -> str:
     """The timm entry of a pretraining model: that of its patch and image size, else one of its width and depth."""
     exact = f"{config.model}_patch{model.patch_size[0]}_{model.patch_embed.img_size[0]}"
-    return exact if timm.is_model(exact) else timm.list_models(f"{config.model}_patch*")[0]
+    entries = [exact, f"{config.model}_patch16_224", *timm.list_models(f"{config.model}_patch*")]
+    return next(entry for entry in entries if timm.is_model(entry))
 
 
 def _edit(file: Path, drop_argument: str | None = None, **entries: Mapping[str, Any]) -> None:

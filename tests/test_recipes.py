@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -123,6 +124,12 @@ def test_bad_input_ends_in_a_message(
     printed = capsys.readouterr().err + str(refused.value.code)
     assert refused.value.code not in (None, 0) and BAD[recipe, override] in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="tracker is trackio, which is not installed; type `pip install trackio`"):
+        load_config(PretrainConfig, PRETRAIN, ["tracker=trackio"])
 
 
 def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +315,8 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
 
 
 def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
-    pretraining(tmp_path)
+    pretraining(tmp_path, "tracker=tensorboard")
+    assert list((tmp_path / "tensorboard").glob("events.*"))
     files = {"config.json", "model.safetensors"}
     assert {file.name for file in (tmp_path / "pretraining_model").iterdir()} == files
     config = json.loads((tmp_path / "pretraining_model" / "config.json").read_text())
