@@ -111,7 +111,7 @@ def compare(config: TrainConfig, checkpoint: Path, written: dict[str, Any], cons
     before = dict(flatten(written))
     now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
     if before.keys() != now.keys() and {"pretrained" in before, "pretrained" in now} == {True, False}:
-        raise RunError(f"{checkpoint} is of the other recipe; {_ways(checkpoint)}")
+        raise RunError(f"{checkpoint} is of the other recipe. {_ways()}")
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     described = {key: f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed if key not in OPERATION}
     impossible = [key for key in described if key.partition(".")[0] in IDENTITY]
@@ -119,11 +119,11 @@ def compare(config: TrainConfig, checkpoint: Path, written: dict[str, Any], cons
         impossible.append("ema_decay")  # an average cannot begin, or be thrown away, in the middle
     if impossible:
         raise RunError(
-            f"{checkpoint} is of another run: {'; '.join(described[key] for key in impossible)}. {_ways(checkpoint)}"
+            f"{checkpoint} is of another run: {'; '.join(described[key] for key in impossible)}. {_ways()}"
         )
     if described:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
 
 
-def _ways(checkpoint: Path) -> str:
+def _ways() -> str:
     return "Allowed: the same settings, another output_dir, or --resume none to start over"
