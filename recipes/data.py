@@ -113,7 +113,10 @@ class VariedPictures(Pictures):
         with global_generators_restored():
             stored = self._stored(keys)
             for position, key in enumerate(keys):
-                image, label = self._decoded(stored, position, key, undecodable)
+                found = self._decoded(stored, position, key, undecodable)
+                if found is None:
+                    return Batch(torch.empty(0), torch.empty(0), torch.empty(0), undecodable)
+                image, label = found
                 seed_global_generators(self._seed, key.epoch, VARIATION, key.index)
                 pictures.append(self._transform(image))
                 classes.append(label)
@@ -131,12 +134,14 @@ class VariedPictures(Pictures):
 
     def _decoded(
         self, stored: Sequence[Encoded], position: int, key: Key, undecodable: list[str]
-    ) -> tuple[Image.Image, int]:
-        """The picture, or the next one that can be decoded: of the split, or of the batch if it is a stream."""
+    ) -> tuple[Image.Image, int] | None:
+        """The picture, or the next one that can be decoded: of the split, or of the batch if it is a stream.
+
+        None after too many; an error would leave a worker with its traceback as message.
+        """
         encoded = stored[position]
         length = len(self._split) if isinstance(self._split, PictureTable) else len(stored)
-        attempts = min(length, DAMAGED_IN_A_ROW)
-        for ahead in range(1, attempts + 1):
+        for ahead in range(1, min(length, DAMAGED_IN_A_ROW) + 1):
             try:
                 image, label, _ = encoded.decode(self._split.mode)
                 return image, label
@@ -146,7 +151,7 @@ class VariedPictures(Pictures):
                 [encoded] = self._split.encoded([(key.index + ahead) % length])
             else:
                 encoded = stored[(position + ahead) % length]
-        raise SourceError(f"{attempts} pictures in a row cannot be decoded; the last one: {undecodable[-1]}")
+        return None
 
 
 class TrainLoader:
@@ -205,6 +210,11 @@ class TrainLoader:
 
     def _check(self, batches: Sequence[Batch]) -> None:
         """Log each damaged picture once; stop if there are too many among the pictures seen so far."""
+        for batch in batches:
+            if len(batch.pictures) == 0:
+                raise SourceError(
+                    f"no picture among many in a row can be decoded; the last one: {batch.undecodable[-1]}"
+                )
         self._seen += sum(len(batch.indices) for batch in batches)
         new = {line for batch in batches for line in batch.undecodable} - self.undecodable
         for line in sorted(new):

@@ -12,7 +12,7 @@ from timm.utils import natural_key
 from .config import DataConfig
 from .locate import Data, SourceError
 
-LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label", "json.label")
+LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label")
 
 
 class Columns(NamedTuple):
@@ -60,7 +60,7 @@ def find_columns(data: Data, config: DataConfig, where: str, labels_needed: bool
         return Columns(image, None)
     paths = {path: feature for path, feature in leaves(features) if path.partition(".")[0] != image}
     likely = [path for path, feature in paths.items() if isinstance(feature, datasets.ClassLabel)]
-    likely = likely or [path for path in paths if path in LABEL_NAMES][:1]
+    likely = likely or [name for name in LABEL_NAMES if name in paths][:1]
     return Columns(image, choose("label_column", config.label_column, likely, list(paths), where))
 
 

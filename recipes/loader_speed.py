@@ -46,7 +46,6 @@ class LoaderConfig(Config):
 
 def loader_speed(config: LoaderConfig) -> float:
     """Pictures per second of one process with ``data.workers`` workers; nothing else runs."""
-    torch.set_num_threads(1)  # as in a worker
     source = open_source(config.data, labels_needed=False)
     training = TrainConfig(
         model="none",

@@ -22,7 +22,7 @@ SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": (".tar", ".tar.gz", ".tgz")}
 COUNTING_THREADS = 16
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ALLOWED = (
     "a folder of pictures in class subfolders (perhaps below train/ and val/), parquet files or WebDataset tars "
     "(a folder, file, glob or brace list), hf://owner/name, or digits"
@@ -70,7 +70,7 @@ def locate(name: str) -> Located:
         if missing:
             raise SourceError(f"no file matches {missing[0]!r} (source {name!r}); allowed: {ALLOWED}")
         return located_files(name, files)
-    if HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):  # else it is a misspelt folder
         return Located(name, "hub")
     raise SourceError(f"there is no {name!r}; allowed: {ALLOWED}")
 
@@ -103,7 +103,8 @@ def locate_folder(folder: str) -> Located:
     if len(found) > 1:
         raise SourceError(f"{folder!r} holds {' and '.join(found)}; name the files, as in '{folder}/*.parquet'")
     if not found:
-        raise SourceError(f"{folder!r} holds nothing to train on; allowed: {ALLOWED}")
+        problem = "holds no pictures, parquet files or tars" if any(os.scandir(folder)) else "is empty"
+        raise SourceError(f"{folder!r} {problem}; allowed: {ALLOWED}")
     [(kind, files)] = found.items()
     return picture_splits(folder) if kind == "pictures" else located_files(folder, files)
 

@@ -200,8 +200,15 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
         SourceError: If a source is missing, empty or unclear, or if the two do not have the same classes.
     """
     if config.source == "digits":
-        if config.validation is not None:
-            raise SourceError("the digits have their own validation pictures; leave out data.validation")
+        if config.validation is not None or config.streaming:
+            raise SourceError(
+                "the digits are small and have their own validation pictures; leave out data.validation "
+                "and data.streaming"
+            )
+        if config.num_classes not in (None, len(DIGIT_NAMES)):
+            raise SourceError(
+                f"the digits have {len(DIGIT_NAMES)} classes, but data.num_classes is {config.num_classes}"
+            )
         return open_digits(labels_needed)
     train, test = _open_splits(config, labels_needed)
     if not labels_needed:

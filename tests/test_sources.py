@@ -213,6 +213,12 @@ def test_parquet_folder(tmp_path: Path, held_out: str) -> None:
     assert source.train.encoded([1])[0].data == jpeg(1)  # type: ignore[union-attr]  # never encoded anew
 
 
+def test_a_file_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "all.parquet", [0, 1], NAMES)
+    monkeypatch.chdir(tmp_path)
+    check(open_named("all.parquet", validation="*.parquet"), 2, 2, ("cat", "dog"))
+
+
 def test_parquet_file_glob_and_other_labels(tmp_path: Path) -> None:
     strings = datasets.Value("string")
     first = write_parquet(tmp_path / "one" / "a.parquet", ["b", "a", "c"], strings)
@@ -326,8 +332,10 @@ def test_digits_are_split_once_and_in_proportion() -> None:
     assert source.mean[0] == pytest.approx(values[:1437].mean() / 255, rel=1e-6)
     shares = [np.bincount(part) / len(part) for part in (labels[:1437], labels[1437:])]
     assert np.abs(shares[0] - shares[1]).max() < 0.003
-    with pytest.raises(SourceError, match="the digits have their own validation pictures"):
+    with pytest.raises(SourceError, match=r"the digits .* have their own validation pictures"):
         open_named("digits", validation="digits")
+    with pytest.raises(SourceError, match=r"the digits have 10 classes, but data.num_classes is 5"):
+        open_named("digits", num_classes=5)
 
 
 def test_braces_expand_as_in_a_shell() -> None:
@@ -335,7 +343,8 @@ def test_braces_expand_as_in_a_shell() -> None:
     assert expand_braces("plain.tar") == ["plain.tar"]
 
 
-def test_bad_sources_are_refused_in_plain_words(tmp_path: Path) -> None:
+def test_bad_sources_are_refused_in_plain_words(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo)
     refused = {
         str(tmp_path / "nowhere"): "there is no .*nowhere'; allowed: a folder of pictures in class subfolders",
         "mnist": "there is no 'mnist'; allowed: a folder of pictures",
@@ -344,7 +353,12 @@ def test_bad_sources_are_refused_in_plain_words(tmp_path: Path) -> None:
         "hf://imagenet": "'hf://imagenet' is no data set on the Hub; allowed: hf://owner/name",
     }
     (tmp_path / "empty").mkdir()
-    refused[str(tmp_path / "empty")] = "empty' holds nothing to train on; allowed: a folder of pictures"
+    refused[str(tmp_path / "empty")] = "empty' is empty; allowed: a folder of pictures"
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "notes.txt").write_text("hello")
+    refused[str(tmp_path / "odd")] = "odd' holds no pictures, parquet files or tars; allowed: a folder of pictures"
+    refused["./nowhere"] = "there is no './nowhere'"
+    refused["recipes/nowhere"] = "there is no 'recipes/nowhere'"  # not asked of the Hub: recipes/ is a folder here
     (tmp_path / "notes.txt").write_text("hello")
     refused[str(tmp_path / "notes.txt")] = "cannot read .*notes.txt'"
     both = write_folder(tmp_path / "both", {"cat": 1})
