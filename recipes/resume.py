@@ -69,12 +69,16 @@ def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, e
         compare(config, start, console)
         if (done := start.state["position"]["epoch"]) >= config.epochs and exported.is_file():
             console.print(
-                f"{config.output_dir} is finished: {done} epochs are done. Set more epochs to go on, another output_dir for "
-                "another run, or --resume none to start over",
+                f"{config.output_dir} is finished: {done} epochs are done. Set more epochs to go on, another "
+                "output_dir for another run, or --resume none to start over",
                 soft_wrap=True,
             )
             raise AlreadyFinished
         console.print(f"going on from {checkpoint}", soft_wrap=True)
+    if accelerator.is_main_process:
+        exported.unlink(
+            missing_ok=True
+        )  # of a run with fewer epochs: this one is not finished before it writes its own
     if accelerator.is_main_process and resume != "auto":
         own = start is not None and checkpoint.resolve().parent == folder.folder.resolve()
         folder.set_aside(after_step=int(checkpoint.name.removeprefix("step-")) if own else -1)
