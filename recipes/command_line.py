@@ -18,14 +18,16 @@ MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, FileNotFoundErr
 
 
 def run_from_command_line(
-    kind: type[ConfigT], description: str, run: Callable[[ConfigT, str], None], argv: Sequence[str] | None = None
+    recipe: str, kind: type[ConfigT], run: Callable[[ConfigT, str], None], description: str, argv: Sequence[str] | None
 ) -> None:
     """Parse ``--config FILE --resume WHERE key=value ...`` and call ``run(config, resume)``.
 
     The program ends with code 2 and the whole list if the configuration is wrong, with 1 and one message if the run
     cannot start or go on.
     """
-    parser = argparse.ArgumentParser(description=f"{description} Run it from the top of the repository.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m recipes.{recipe}", description=f"{description} Run it from the top of the repository."
+    )
     parser.add_argument("--config", type=Path, help="YAML file, for example one of recipes/configs")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     parser.add_argument(

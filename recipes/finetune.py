@@ -219,7 +219,7 @@ def run(config: FinetuneConfig, resume: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_from_command_line(FinetuneConfig, "Train an ARM classifier.", run, argv)
+    run_from_command_line("finetune", FinetuneConfig, run, "Train an ARM classifier.", argv)
 
 
 if __name__ == "__main__":

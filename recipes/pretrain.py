@@ -94,7 +94,7 @@ def run(config: PretrainConfig, resume: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_from_command_line(PretrainConfig, "Pretrain an ARM without labels.", run, argv)
+    run_from_command_line("pretrain", PretrainConfig, run, "Pretrain an ARM without labels.", argv)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, e
         AlreadyFinished: If the run has all its epochs and has written ``exported``.
     """
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
-    choice: list[Any] = [None, None]
+    folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console)
+    choice: list[Any] = [None, None]  # checkpoint, problem
     if accelerator.is_main_process:
         try:
-            choice[0] = choose(config, resume, console)
+            choice[0] = choose(folder, resume)
         except RunError as error:
             choice[1] = str(error)
     if accelerator.num_processes > 1:
@@ -63,67 +64,62 @@ def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, e
     checkpoint, problem = choice
     if problem is not None:
         raise RunError(problem)
-    if checkpoint is None:
-        return None
-    state = read_state(checkpoint)
-    compare(config, checkpoint, state["config"], console)
-    if state["position"]["epoch"] >= config.epochs and exported.is_file():
-        done = state["position"]["epoch"]
-        console.print(
-            f"{config.output_dir} is finished: {done} epochs are done. Set more epochs to go on, another output_dir "
-            "for another run, or --resume none to start over",
-            soft_wrap=True,
-        )
-        raise AlreadyFinished
-    console.print(f"going on from {checkpoint}", soft_wrap=True)
-    return Start(checkpoint, state)
+    start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))
+    if start is not None:
+        compare(config, start, console)
+        if (done := start.state["position"]["epoch"]) >= config.epochs and exported.is_file():
+            console.print(
+                f"{config.output_dir} is finished: {done} epochs are done. Set more epochs to go on, another "
+                "output_dir for another run, or --resume none to start over",
+                soft_wrap=True,
+            )
+            raise AlreadyFinished
+        console.print(f"going on from {checkpoint}", soft_wrap=True)
+    if accelerator.is_main_process:
+        exported.unlink(
+            missing_ok=True
+        )  # of a run with fewer epochs: this one is not finished before it writes its own
+    if accelerator.is_main_process and resume != "auto":
+        own = start is not None and checkpoint.resolve().parent == folder.folder.resolve()
+        folder.set_aside(after_step=int(checkpoint.name.removeprefix("step-")) if own else -1)
+    return start
 
 
-def choose(config: TrainConfig, resume: str, console: Console) -> Path | None:
-    """Pick the checkpoint and move those aside that the run will not have come from."""
-    own = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console)
+def choose(folder: CheckpointFolder, resume: str) -> Path | None:
+    """The checkpoint that ``resume`` asks for; see ``starting_point``."""
     if resume == "auto":
-        return own.newest_intact()
-    own.clean()
+        return folder.newest_intact()
+    folder.clean()
     if resume == "none":
-        own.set_aside()
         return None
     chosen = Path(resume)
     if not (chosen / STATE).is_file():
         raise RunError(
             f"--resume is {resume!r}, which is no checkpoint; allowed: auto, none, or a folder such as "
-            f"{own.folder / 'step-00000100'}"
+            f"{folder.folder / 'step-00000100'}"
         )
     check(chosen)
-    if chosen.resolve().parent == own.folder.resolve():
-        own.set_aside(after_step=int(chosen.name.removeprefix("step-")))
-    else:
-        own.set_aside()
     return chosen
 
 
-def compare(config: TrainConfig, checkpoint: Path, written: dict[str, Any], console: Console) -> None:
+def compare(config: TrainConfig, start: Start, console: Console) -> None:
     """Refuse the checkpoint of another run, and name settings that have changed.
 
     Raises:
         RunError: With every difference that makes going on impossible.
     """
-    before = dict(flatten(written))
+    before = dict(flatten(start.state["config"]))
     now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
-    if before.keys() != now.keys() and {"pretrained" in before, "pretrained" in now} == {True, False}:
-        raise RunError(f"{checkpoint} is of the other recipe; {_ways(checkpoint)}")
+    ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
+    if ("pretrained" in before) != ("pretrained" in now):
+        raise RunError(f"{start.checkpoint} is of the other recipe. {ways}")
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     described = {key: f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed if key not in OPERATION}
     impossible = [key for key in described if key.partition(".")[0] in IDENTITY]
     if (before.get("ema_decay") is None) != (now.get("ema_decay") is None):
         impossible.append("ema_decay")  # an average cannot begin, or be thrown away, in the middle
     if impossible:
-        raise RunError(
-            f"{checkpoint} is of another run: {'; '.join(described[key] for key in impossible)}. {_ways(checkpoint)}"
-        )
+        differences = "; ".join(described[key] for key in impossible)
+        raise RunError(f"{start.checkpoint} is of another run: {differences}. {ways}")
     if described:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
-
-
-def _ways(checkpoint: Path) -> str:
-    return "Allowed: the same settings, another output_dir, or --resume none to start over"

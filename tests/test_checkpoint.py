@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from recipes import checkpoint, engine
+from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name
 from recipes.config import PretrainConfig, load_config
@@ -32,6 +33,7 @@ from recipes.resume import AlreadyFinished
 from recipes.signals import EXIT_CODE, Stopped
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "configs" / "pretrain_digits.yaml"
+FINETUNE = CONFIG.with_name("finetune_digits.yaml")
 EPOCHS, BATCH, STEPS = 3, 256, 5
 TINY = [f"epochs={EPOCHS}", f"global_batch={BATCH}", "model_args.embed_dim=16", "model_args.depth=1",
         "model_args.d_state=2", "model_args.decoder_depth=1", "tracker=none"]  # fmt: skip
@@ -215,15 +217,17 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
         with pytest.raises(SystemExit) as refused:
             pretraining.main(["--config", str(CONFIG), *settings(tmp_path, override)])
         assert message in str(refused.value.code) and "--resume none" in str(refused.value.code)
+    newest = tmp_path / "checkpoints" / before[-1]
+    with pytest.raises(SystemExit) as refused:
+        finetuning.main(["--config", str(FINETUNE), f"output_dir={tmp_path}", "--resume", str(newest)])
+    assert f"{newest} is of the other recipe" in str(refused.value.code)
     for where in ("nowhere", str(tmp_path)):
         with pytest.raises(SystemExit) as refused:
             pretraining.main(["--config", str(CONFIG), *settings(tmp_path), "--resume", where])
         assert f"--resume is {where!r}, which is no checkpoint; allowed: auto, none" in str(refused.value.code)
-    flip(tmp_path / "checkpoints" / before[-1] / "optimizer.safetensors")
+    flip(newest / "optimizer.safetensors")
     with pytest.raises(SystemExit) as refused:
-        pretraining.main(
-            ["--config", str(CONFIG), *settings(tmp_path), "--resume", str(tmp_path / "checkpoints" / before[-1])]
-        )
+        pretraining.main(["--config", str(CONFIG), *settings(tmp_path), "--resume", str(newest)])
     assert "is damaged: optimizer.safetensors is not as it was written" in str(refused.value.code)
     assert names(tmp_path) == before
     run(tmp_path, "base_lr=1e-3")  # the one before the damaged one, another rate

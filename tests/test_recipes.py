@@ -17,7 +17,7 @@ from torch import nn
 import arm_zoo
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import Batch, train_loader
-from recipes.engine import seed_step
+from recipes.engine import Trainer, seed_step
 from recipes.errors import RunError
 from recipes.finetune import FinetuneResult, classification_loss, finetune
 from recipes.finetune import main as finetune_command
@@ -338,6 +338,24 @@ def test_parts_of_a_batch_and_recomputing_change_nothing(tmp_path: Path) -> None
         assert all(torch.allclose(weights[name][key], weights["whole"][key], atol=1e-4) for key in weights["whole"])
     other = pretraining(tmp_path / "other", "seed=1")
     assert other.history[0]["loss"] != results["whole"].history[0]["loss"]
+
+
+@pytest.mark.gpu
+def test_step_never_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, count = Trainer._optimizer_step, iter(range(1, 100))
+
+    def watched(trainer: Trainer, micro_batches: list[Batch]) -> None:
+        warm = next(count) > 1  # the first step compiles kernels
+        torch.cuda.set_sync_debug_mode("error" if warm else "default")
+        try:
+            step(trainer, micro_batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", watched)
+    mixed = ["mixup=0.8", "cutmix=1", "ema_decay=0.5", "clip_grad=1", "precision=bf16", "max_batch_per_device=64"]
+    settings = [*TINY, *TINY_ENCODER, *mixed, "device=auto", f"output_dir={tmp_path}"]
+    assert len(finetune(load_config(FinetuneConfig, FINETUNE, settings)).history) == 1
 
 
 def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
