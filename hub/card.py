@@ -44,8 +44,8 @@ TEMPLATE = """{begin}
 
 ## Use
 
-Needs `pip install arm-zoo`; importing `arm_zoo` registers the models. The weights are safetensors: loading them
-runs no code of this repository.
+Needs the package `arm_zoo` (in a checkout of arm-zoo: `pip install .`); importing it registers the models. The weights
+are safetensors: loading them runs no code of this repository.
 
 {snippets}
 
@@ -92,6 +92,18 @@ model = arm_zoo.from_pretrained("{repo}").eval()
 pictures = torch.randn(2, {channels}, {height}, {width})
 final, maps = model.forward_intermediates(pictures)
 pooled = model.forward_head(final, pre_logits=True)
+```"""
+
+EMBED = """A vector for a picture:
+
+```python
+import timm, torch
+import arm_zoo
+from PIL import Image
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+vector = model(transform(Image.open("picture.jpg").convert("{mode}"))[None])
 ```"""
 
 TRANSFORMERS = """With transformers:
@@ -276,7 +288,7 @@ def _snippets(config: dict[str, Any], repo: str) -> str:
     elif config["num_classes"]:
         parts = [CLASSIFY, FEATURES, TRANSFORMERS]
     else:
-        parts = [FEATURES, FINETUNE.replace("{title}", "A backbone with a fresh head, to finetune:")]
+        parts = [EMBED, FEATURES, FINETUNE.replace("{title}", "A backbone with a fresh head, to finetune:")]
     return "\n\n".join(part.format(**facts) for part in parts)
 
 

@@ -18,7 +18,7 @@ from arm_zoo.hosted import explain
 
 from .card import RESULTS, write_card
 from .check import check_folder
-from .folders import CARD, FILES, UsageError
+from .folders import CARD, FILES, UsageError, read_header
 
 MOST_DIFF_LINES = 60
 
@@ -92,6 +92,8 @@ def publish(
         with _explained(f"read {repo}", repo):
             plan = _plan(api, staged, folder, repo, tag, results)
         yield from plan.lines()
+        if read_header(staged / WEIGHTS).get("license", "unknown") == "unknown":
+            yield "licence of the weights: unknown; ask their authors before redistributing (convert --license ID)"
         if not plan.uploads:
             yield "nothing to upload: all files are there already"
         elif not yes:

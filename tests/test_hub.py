@@ -78,8 +78,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 # conversion gives the authors' numbers
 
 
-@pytest.mark.parametrize("case", ["arm_ft_img64_gp", "arm_ft_224_gp"])
-@pytest.mark.parametrize("form", ["safetensors", "pth"])
+@pytest.mark.parametrize("case, form", [("arm_ft_img64_gp", "safetensors"), ("arm_ft_224_gp", "pth")])
 def test_official_backbones_give_the_golden_logits(case: str, form: str, golden: Path, tmp_path: Path) -> None:
     """Converted by the shapes alone, then loaded as timm's users do."""
     file = golden / case / "state_dict.safetensors"
@@ -298,7 +297,7 @@ def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(tmp_path: Path) -> 
 
 
 def test_exports_of_our_pretraining(tmp_path: Path) -> None:
-    model = arm_zoo.create_pretraining_model("arm_pico", img_size=(8, 16))
+    model = arm_zoo.create_pretraining_model("arm_pico", img_size=(8, 16), decoder_dim=64)
     model.save_pretrained(tmp_path / "run")
     convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -585,12 +584,12 @@ def test_damaged_files_end_in_our_error(tmp_path: Path, repo: Path) -> None:
     model.save_pretrained(sources)
     official_file(sources / "zip.pth", model)
     torch.save({"model": to_official(model)}, sources / "old.pth", _use_new_zipfile_serialization=False)
-    command = [sys.executable, "-c", FUZZ, str(sources), "300"]
+    command = [sys.executable, "-c", FUZZ, str(sources), "200"]
     environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     outcomes = json.loads(result.stdout.splitlines()[-1])
-    assert outcomes["refused"] > 100 and outcomes["converted"] > 10
+    assert outcomes["refused"] > 100 and outcomes["converted"] > 5
     assert outcomes["grown"] < 64 * 1024  # KiB
 
 
@@ -654,9 +653,9 @@ def test_the_catalogue_and_the_table_agree() -> None:
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
 def test_cards_render(kind: str, tmp_path: Path) -> None:
-    """As HTML: headings in order, every table with its columns, three or two snippets, no mark or brace left over."""
+    """As HTML: headings in order, every table with its columns, three snippets, no mark or brace left over."""
     if kind == "pretraining":
-        arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path / "run")
+        arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
     else:
         model = small(num_classes=5 if kind == "classifier" else 0)
@@ -665,7 +664,7 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     html = MarkdownIt("commonmark").enable("table").render(card.text)
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == ["Licence and origin", "Use", "Figures", "Training", "Limits", "Citation"]
-    assert html.count('<code class="language-python">') == {"classifier": 3, "encoder": 2, "pretraining": 3}[kind]
+    assert html.count('<code class="language-python">') == 3
     assert all(row.count("<td>") in (0, 2) for row in html.split("<tr>"))
     assert not re.search(r"\{\w*\}|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
     assert card.data.license == "other" and card.data.license_name == "unknown"
@@ -817,7 +816,11 @@ def test_the_snippets_of_cards_run(
     out = classifier
     if kind != "classifier":
         out = tmp_path / "out"
-        model = arm_zoo.create_pretraining_model("arm_pico") if kind == "pretraining" else small(num_classes=0)
+        model = (
+            arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64)
+            if kind == "pretraining"
+            else small(num_classes=0)
+        )
         model.save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", out)
     Image.linear_gradient("L").save(tmp_path / "picture.jpg")
@@ -834,8 +837,10 @@ def test_the_snippets_of_cards_run(
     if kind == "classifier":
         assert names["probabilities"] == [1, 4] and names["pooled"] == [2, 32] and names["final"] == [2, 17, 32]
     if kind == "pretraining":
-        assert names["loss"] == [] and names["latents"] == [2, 12, 512, 4]
-    assert len(snippets) == (2 if kind == "encoder" else 3)
+        assert names["loss"] == [] and names["latents"] == [2, 12, 64, 4]
+    if kind == "encoder":
+        assert names["vector"] == [1, 32] and names["pooled"] == [2, 32]
+    assert len(snippets) == 3
 
 
 # other programs
@@ -891,7 +896,7 @@ def test_pt2_and_official_names(tmp_path: Path) -> None:
 
 
 def test_exports_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path / "run")
+    arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
     assert "is a pretraining model; onnx and pt2 are for backbones" in mistake(
         capsys, "export", tmp_path / "run", tmp_path / "model.onnx"
     )

@@ -107,14 +107,14 @@ def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
 
 
 def test_pretraining_models_from_everywhere(tmp_path: Path) -> None:
-    pretrained = arm_zoo.create_pretraining_model("arm_pico", cluster_size=4)
+    pretrained = arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64)
     pretrained.save_pretrained(tmp_path / "folder")
     save_file(to_official(pretrained), tmp_path / "official.safetensors")
     for source in (tmp_path / "folder", tmp_path / "official.safetensors"):
         loaded = from_pretrained(source)
         assert isinstance(loaded, ARMPretrain)
         assert digest(loaded) == digest(pretrained)
-        assert loaded.forward_encoder(torch.zeros(1, 1, 8, 8)).shape == (1, 12, 512, 4)
+        assert loaded.forward_encoder(torch.zeros(1, 1, 8, 8)).shape == (1, 12, 64, 4)
         backbone = from_pretrained(source, as_backbone=True, num_classes=4)
         assert isinstance(backbone, arm_zoo.arm.ARM) and backbone.num_classes == 4
         assert torch.equal(backbone.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight)
@@ -253,7 +253,7 @@ def test_repositories(
 
 
 def test_pretraining_repositories(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    pretrained = arm_zoo.create_pretraining_model("arm_pico")
+    pretrained = arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64)
     pretrained.save_pretrained(tmp_path / "folder")
     hub.add("ada/pretrained", {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()})
     reply = client.load("arm_zoo", "ada/pretrained", cache_dir=tmp_path / "cache")
