@@ -279,7 +279,8 @@ def test_shared_tensors_are_written_apart(tmp_path: Path) -> None:
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
-def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path: Path) -> None:
     """Classes' names, preprocessing and a grid that is no square stand in the config.json beside the file."""
     model = small(PICO, img_size=(8, 16), embed_dim=64, num_classes=3, in_chans=1)
     model.save_pretrained(tmp_path / "run")
@@ -287,7 +288,7 @@ def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(tmp_path: Path) -> 
     config["label_names"] = ["ant", "bee", "cat"]
     config["pretrained_cfg"] |= {"mean": [0.25], "std": [0.5], "crop_pct": 0.9}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    convert(tmp_path / "run" / "model.safetensors", tmp_path / "out", license="apache-2.0")
+    convert(tmp_path / "run" / file, tmp_path / "out", license="apache-2.0")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert loaded.patch_embed.img_size == (8, 16)
     assert loaded.pretrained_cfg["label_names"] == ["ant", "bee", "cat"]
@@ -775,15 +776,17 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     assert reply["code"] == 0
     hosted = [name for name, weights in TABLE.items() if weights.hosted]
     assert hosted or reply["out"] == "no entry is hosted yet, so there is nothing to check\n"
-    model = timm.create_model("arm_tiny_patch16_224", img_size=32, depth=1)
-    files = {}
+    model = timm.create_model(PICO)
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(Path(name) / "run")
-        convert(Path(name) / "run" / "model.safetensors", Path(name) / "out")
+        convert(Path(name) / "run", Path(name) / "out")
         files = {path.name: path.read_bytes() for path in (Path(name) / "out").iterdir()}
     server.add("arm-zoo/checked", files)
     row = {"repository": "checked", "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(), "hosted": True}
-    entry = "arm_tiny_patch16_224.untrained"
+    entry = f"{PICO}.untrained"
+    reply = client.load("hub", "check", table={entry: row})
+    assert reply["code"] == 0, reply
+    assert f"{entry}: ok, golden features and logits met to" in reply["out"]
     reply = client.load("hub", "check", table={entry: {**row, "sha256": "0" * 64}})
     assert reply["code"] == 1 and f"{entry}: FAILED" in reply["out"] and "its sha256 is" in reply["out"]
     reply = client.load("hub", "check", table={entry: {**row, "repository": "gone"}})

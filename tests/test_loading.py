@@ -246,7 +246,7 @@ def test_repositories(
         reply = client.load("arm_zoo", name, revision="v1", cache_dir=tmp_path)
         assert reply["digest"] == digest(model) and reply["class"] == "ARM"
         [line] = reply["log"]
-        assert "ada/pico is not verified" in line
+        assert "ada/pico: model.safetensors is not verified" in line
     reply = client.load("timm", "hf-hub:ada/pico@v1", pretrained=True, num_classes=5, cache_dir=tmp_path)
     assert reply["classes"] == 5 and "not verified" in reply["log"][0]
     assert client.load("arm_zoo", f"ada/pico@{old}", cache_dir=tmp_path)["digest"] == digest(model)
@@ -273,6 +273,10 @@ def test_entries_of_our_organisation(
     row = {"repository": "small", "revision": "main", "hosted": True}
     reply = client.load(call, ENTRY, table={ENTRY: {**row, "sha256": sha256}}, **keywords)
     assert reply["classes"] == 1000 and reply["log"] == []
+    [commit] = hub.repositories["arm-zoo/small"].commits  # which the table knows by its revision only
+    other = client.load("arm_zoo", f"arm-zoo/small@{commit}", cache_dir=tmp_path)
+    assert other["digest"] == reply["digest"] and "not verified" in other["log"][0]
+    assert client.load("arm_zoo", "arm-zoo/small", cache_dir=tmp_path)["log"] == []
     message = client.refused(call, ENTRY, table={ENTRY: {**row, "sha256": "0" * 64}}, **keywords)
     assert f"its sha256 is {sha256}, expected {'0' * 64}" in message and "taken out of the cache" in message
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -284,7 +288,7 @@ def test_another_organisation(hub: HubServer, client: Client, entry_files: dict[
     hub.add(f"lab/{ENTRY}", entry_files)
     lab = {"environment": {"ARM_ZOO_HUB_ORG": "lab"}, "cache_dir": tmp_path}
     reply = client.load("timm", "arm_base", pretrained=True, **TINY_BASE, **lab)
-    assert reply["classes"] == 1000 and f"lab/{ENTRY} is not verified" in reply["log"][0]
+    assert reply["classes"] == 1000 and f"lab/{ENTRY}: model.safetensors is not verified" in reply["log"][0]
     assert client.load("arm_zoo", ENTRY, **lab)["digest"] == reply["digest"]
     message = client.refused("timm", "arm_huge", pretrained=True, **lab)
     assert "cannot fetch model.safetensors of lab/arm_huge_patch16_224.arm_in1k_ft_in1k" in message
