@@ -17,6 +17,7 @@ from .folders import CARD, read_header
 
 BEGIN = "<!-- arm-zoo: written by python -m hub, from here -->"
 END = "<!-- arm-zoo: to here; what you write outside the two marks stays -->"
+OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"}  # metadata that the template writes
 RESULTS = Path(__file__).parent.parent / "eval" / "results.csv"
 
 CITATION = """```bibtex
@@ -162,7 +163,9 @@ def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", re
     data = _metadata(config, header, repo, rows)
     if old is not None and old.exists():
         card = ModelCard(old.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        data = {**card.data.to_dict(), **data}
+        theirs = {key: value for key, value in card.data.to_dict().items() if key not in OURS}
+        tags = list(dict.fromkeys([*data["tags"], *(card.data.tags or [])]))
+        data = {**theirs, **data, "tags": tags}
         before, begin, rest = card.text.partition(BEGIN)
         _, end, after = rest.partition(END)
         text = before.lstrip("\n") + text.rstrip("\n") + after if begin and end else f"{text}\n{card.text.strip()}\n"

@@ -632,6 +632,15 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     measured, _, reported = card.text.partition("*Reported* by the paper")
     assert "| ImageNet-1k | 50000 | 84.11 |" in measured and "| ImageNet-V2 | 10000 | 73.50 |" in measured
     assert "| ARM-B at 384 pixels | ImageNet-1k | 84.2 |" in reported and "ImageNet-A" not in card.text
+    # other weights: what was measured goes, what people added stays
+    card.data.tags = ["birds", *(card.data.tags or [])]
+    card.save(folder / "README.md")
+    save_file({"weight": torch.ones(1)}, folder / "model.safetensors", metadata={"license": "mit"})
+    write_card(folder, old=folder / "README.md", results=tmp_path / "results.csv")
+    again = ModelCard.load(folder / "README.md")
+    assert not again.data.eval_results and "84.11" not in (folder / "README.md").read_text()
+    assert again.data.license == "mit" and again.data.license_name is None
+    assert again.data.tags == ["arm-zoo", "mamba", "timm", "transformers", "birds"]
     (tmp_path / "results.csv").write_text("model,top1\n")
     with pytest.raises(ValueError, match="lacks the columns n, set, weights_sha256"):
         write_card(folder, results=tmp_path / "results.csv")
