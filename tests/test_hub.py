@@ -740,7 +740,10 @@ def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_pat
     assert f'Weights("published", revision="v1", sha256="{sha256}", hosted=True)' in reply["out"]
     card = files["README.md"].decode()
     assert 'timm.create_model("hf-hub:ada/published"' in card
-    assert "nothing to upload: all files are there already" in client.load("hub", *arguments)["out"]
+    assert "nothing to upload: all files are there already, tagged v1" in client.load("hub", *arguments)["out"]
+    repository.refs.pop("v1")  # as if the connection had broken off between the upload and the tag
+    assert f"uploaded as {commit}, tagged v1" in client.load("hub", *arguments)["out"]
+    assert len(repository.commits) == 2 and repository.refs["v1"] == commit  # the first is of the empty repository
 
     edited = card.replace(END, f"{END}\n\n## Notes of ours\n").replace("entry |", "lost |")
     repository.commit({**files, "README.md": edited.encode(), "LICENSE": b"ask us"})
