@@ -23,6 +23,7 @@ __all__ = [
     "download",
     "explain",
     "find_weights",
+    "known_sha256",
     "organisation",
     "training_commands",
     "ways_on",
@@ -138,12 +139,13 @@ def download(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
+    sha256: str | None = None,
 ) -> Path:
     """One file of a model repository, in the cache of huggingface_hub and checked.
 
     The endpoint, the cache, tokens and offline mode are those of huggingface_hub and its environment variables.
-    Weights of our organisation have the sha256 of the table. Of others none is known: one log line says so, and
-    files that the Hub names by their sha256 are still compared with it.
+    Weights that the table has, at its revision or none in particular, must have its sha256. Of others none is known:
+    one log line says so, and files that the Hub names by their sha256 are still compared with it.
 
     Args:
         repo: ORG/NAME, or ORG/NAME@REVISION.
@@ -151,6 +153,7 @@ def download(
         revision: branch, tag or commit.
         cache_dir: instead of the default cache.
         token: see `huggingface_hub.hf_hub_download`.
+        sha256: that the file must have, for callers who know it.
 
     Raises:
         DownloadError: if it cannot be had; what to do is said, and the cause is chained.
@@ -166,7 +169,17 @@ def download(
         path = _fetch(name, filename, revision=revision, cache_dir=cache_dir, token=token)
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
         raise DownloadError(f"cannot fetch {filename} of {name}: {explain(error, name, cache_dir)}") from error
-    return _verified_download(Path(path), name, filename)
+    if sha256 is None and filename == WEIGHTS:
+        sha256 = known_sha256(name, revision)
+    return _verified_download(Path(path), f"{name}: {filename}", sha256)
+
+
+def known_sha256(repo: str, revision: str | None) -> str | None:
+    """What the table has for the weights of a repository at a revision; None if it does not know them."""
+    for weights in TABLE.values():
+        if weights.hosted and repo == f"{ORGANISATION}/{weights.repository}":
+            return weights.sha256 if revision in (None, weights.revision) else None
+    return None
 
 
 def _fetch(*args: Any, **kwargs: Any) -> str:
@@ -184,26 +197,22 @@ def _fetch(*args: Any, **kwargs: Any) -> str:
     return hf_hub_download(*args, **kwargs)
 
 
-def _verified_download(path: Path, repo: str, filename: str) -> Path:
+def _verified_download(path: Path, name: str, sha256: str | None) -> Path:
     blob = _blob(path)
     if blob is not None and blob.parent.name != "blobs":
         _discard(path)
-        raise DownloadError(
-            f"{repo}: the server wants {filename} to be kept outside the cache, as {blob}; trust it not"
-        )
-    if not filename.endswith(".safetensors"):
+        raise DownloadError(f"{name}: the server wants it to be kept outside the cache, as {blob}; trust it not")
+    if path.suffix != ".safetensors":
         return path
-    known = [weights.sha256 for weights in TABLE.values() if repo == f"{ORGANISATION}/{weights.repository}"]
-    sha256 = known[0] if known else None
     if sha256 is None:
-        _logger.warning("%s is not verified: the table of arm_zoo has no sha256 for it", repo)
+        _logger.warning("%s is not verified: the table of arm_zoo has no sha256 for it", name)
         # the Hub names large files by their sha256, and its client keeps the name
         sha256 = blob.name if blob is not None and re.fullmatch("[0-9a-f]{64}", blob.name) else None
     try:
         return _verified(path, sha256, "it was taken out of the cache, so load again to fetch it anew")
     except CheckpointError as error:
         _discard(path)
-        raise DownloadError(f"{repo}: {error}") from error
+        raise DownloadError(f"{name}: {error}") from error
 
 
 def _verified(path: Path, sha256: str | None, advice: str) -> Path:

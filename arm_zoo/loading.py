@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, list_models
 
 from arm_zoo.arm import ARM
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_checkpoint, read_config
-from arm_zoo.hosted import ORGANISATION, TABLE, download, organisation
+from arm_zoo.hosted import ORGANISATION, TABLE, download, known_sha256, organisation
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.variant import find_variant
 from arm_zoo.weights import adapt_state_dict
@@ -94,9 +94,9 @@ def _repository(name: str) -> tuple[str, str | None] | None:
 def _fetch(repo: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> Path:
     """The cache's folder with a repository's configuration and weights of one and the same commit."""
     config = download(repo, CONFIG, revision, cache_dir, token)
-    commit = config.parent.name
-    name = repo.partition("@")[0]
-    weights = download(name, WEIGHTS, commit, cache_dir, token)
+    name, _, at = repo.partition("@")
+    sha256 = known_sha256(name, revision or at or None)
+    weights = download(name, WEIGHTS, config.parent.name, cache_dir, token, sha256)
     if weights.parent != config.parent:
         raise CheckpointError(f"{config.parent} and {weights.parent} should be one folder of the cache; load again")
     return config.parent

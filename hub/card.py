@@ -17,6 +17,7 @@ from .folders import CARD, read_header
 
 BEGIN = "<!-- arm-zoo: written by python -m hub, from here -->"
 END = "<!-- arm-zoo: to here; what you write outside the two marks stays -->"
+OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"}  # metadata that the template writes
 RESULTS = Path(__file__).parent.parent / "eval" / "results.csv"
 
 CITATION = """```bibtex
@@ -44,8 +45,8 @@ TEMPLATE = """{begin}
 
 ## Use
 
-Needs `pip install arm-zoo`; importing `arm_zoo` registers the models. The weights are safetensors: loading them
-runs no code of this repository.
+Needs the package `arm_zoo` (in a checkout of arm-zoo: `pip install .`); importing it registers the models. The weights
+are safetensors: loading them runs no code of this repository.
 
 {snippets}
 
@@ -92,6 +93,18 @@ model = arm_zoo.from_pretrained("{repo}").eval()
 pictures = torch.randn(2, {channels}, {height}, {width})
 final, maps = model.forward_intermediates(pictures)
 pooled = model.forward_head(final, pre_logits=True)
+```"""
+
+EMBED = """A vector for a picture:
+
+```python
+import timm, torch
+import arm_zoo
+from PIL import Image
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+vector = model(transform(Image.open("picture.jpg").convert("{mode}"))[None])
 ```"""
 
 TRANSFORMERS = """With transformers:
@@ -150,7 +163,9 @@ def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", re
     data = _metadata(config, header, repo, rows)
     if old is not None and old.exists():
         card = ModelCard(old.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        data = {**card.data.to_dict(), **data}
+        theirs = {key: value for key, value in card.data.to_dict().items() if key not in OURS}
+        tags = list(dict.fromkeys([*data["tags"], *(card.data.tags or [])]))
+        data = {**theirs, **data, "tags": tags}
         before, begin, rest = card.text.partition(BEGIN)
         _, end, after = rest.partition(END)
         text = before.lstrip("\n") + text.rstrip("\n") + after if begin and end else f"{text}\n{card.text.strip()}\n"
@@ -276,7 +291,7 @@ def _snippets(config: dict[str, Any], repo: str) -> str:
     elif config["num_classes"]:
         parts = [CLASSIFY, FEATURES, TRANSFORMERS]
     else:
-        parts = [FEATURES, FINETUNE.replace("{title}", "A backbone with a fresh head, to finetune:")]
+        parts = [EMBED, FEATURES, FINETUNE.replace("{title}", "A backbone with a fresh head, to finetune:")]
     return "\n\n".join(part.format(**facts) for part in parts)
 
 

@@ -42,8 +42,8 @@ def convert(
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
     Args:
-        file: .pth or .safetensors; a config.json beside a model.safetensors says what shapes cannot (names of
-            classes, preprocessing, the grid where it is no square).
+        file: .pth or .safetensors, or a folder with a model.safetensors; a config.json beside that says what shapes
+            cannot (names of classes, preprocessing, the grid where it is no square).
         out: a new folder.
         weights: see `arm_zoo.files.read_checkpoint`.
         dtype: of the tensors that are written, a key of DTYPES.
@@ -57,6 +57,7 @@ def convert(
         CheckpointError: if the file is not what it should be; FileNotFoundError if there is none.
         UsageError: if `out` is taken.
     """
+    file = file / WEIGHTS if file.is_dir() else file
     check_destination(out, overwrite)
     if out.exists() and file.exists() and file.resolve().parent == out.resolve():
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")

@@ -18,7 +18,7 @@ from arm_zoo.hosted import explain
 
 from .card import RESULTS, write_card
 from .check import check_folder
-from .folders import CARD, FILES, UsageError
+from .folders import CARD, FILES, UsageError, read_header
 
 MOST_DIFF_LINES = 60
 
@@ -35,6 +35,7 @@ class Plan:
         sizes: bytes of each of our files.
         others: files that are there and stay.
         tag: revision that the upload would get.
+        tags: revisions that are there.
         card_diff: lines by which the card changes.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     sizes: dict[str, int]
     others: list[str]
     tag: str
+    tags: list[str]
     card_diff: list[str]
 
     @property
@@ -92,8 +94,10 @@ def publish(
         with _explained(f"read {repo}", repo):
             plan = _plan(api, staged, folder, repo, tag, results)
         yield from plan.lines()
-        if not plan.uploads:
-            yield "nothing to upload: all files are there already"
+        if read_header(staged / WEIGHTS).get("license", "unknown") == "unknown":
+            yield "licence of the weights: unknown; ask their authors before redistributing (convert --license ID)"
+        if not plan.uploads and plan.tags and tag is None:
+            yield f"nothing to upload: all files are there already, tagged {', '.join(plan.tags)}"
         elif not yes:
             yield "dry run, nothing was uploaded; --yes uploads"
         else:
@@ -152,6 +156,7 @@ def _plan(api: HfApi, staged: Path, folder: Path, repo: str, tag: str | None, re
         sizes={name: (staged / name).stat().st_size for name in FILES},
         others=sorted(set(there) - set(FILES)),
         tag=tag or next(f"v{n}" for n in range(1, len(tags) + 2) if f"v{n}" not in tags),
+        tags=tags,
         card_diff=list(diff) if before else [],
     )
 
@@ -169,17 +174,16 @@ def _change(file: Path, there: object) -> str:
 
 
 def _upload(api: HfApi, staged: Path, plan: Plan, private: bool) -> str:
-    """One commit on top of the one that the plan was made for, and its tag."""
+    """One commit on top of the one that the plan was made for, and its tag, which may be all that is missing."""
     if not plan.exists:
         api.create_repo(plan.repo, private=private)
-    commit = api.create_commit(
-        plan.repo,
-        [CommitOperationAdd(name, staged / name) for name in plan.uploads],
-        commit_message=f"Publish {plan.tag} with arm-zoo",
-        parent_commit=plan.parent,
-    )
-    api.create_tag(plan.repo, tag=plan.tag, revision=commit.oid)
-    return str(commit.oid)
+    commit = plan.parent
+    if plan.uploads or commit is None:
+        operations = [CommitOperationAdd(name, staged / name) for name in plan.uploads]
+        message = f"Publish {plan.tag} with arm-zoo"
+        commit = api.create_commit(plan.repo, operations, commit_message=message, parent_commit=plan.parent).oid
+    api.create_tag(plan.repo, tag=plan.tag, revision=commit)
+    return commit
 
 
 def _verify(staged: Path, plan: Plan, commit: str) -> None:

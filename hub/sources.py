@@ -32,7 +32,8 @@ def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
     yield "The entries, and where their weights are to come from:"
     width = max(map(len, CATALOG))
     for entry in CATALOG.values():
-        yield f"  {entry.name:{width}}  {entry.state:10}  {entry.paper_name}, from {entry.source or entry.recipe}"
+        origin = f"{entry.paper_name}, from {entry.source or entry.recipe}, licence {entry.license}"
+        yield f"  {entry.name:{width}}  {entry.state:10}  {origin}"
 
 
 def _what(api: HfApi, repo: str, name: str) -> str:

@@ -78,8 +78,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 # conversion gives the authors' numbers
 
 
-@pytest.mark.parametrize("case", ["arm_ft_img64_gp", "arm_ft_224_gp"])
-@pytest.mark.parametrize("form", ["safetensors", "pth"])
+@pytest.mark.parametrize("case, form", [("arm_ft_img64_gp", "safetensors"), ("arm_ft_224_gp", "pth")])
 def test_official_backbones_give_the_golden_logits(case: str, form: str, golden: Path, tmp_path: Path) -> None:
     """Converted by the shapes alone, then loaded as timm's users do."""
     file = golden / case / "state_dict.safetensors"
@@ -280,7 +279,8 @@ def test_shared_tensors_are_written_apart(tmp_path: Path) -> None:
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
-def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path: Path) -> None:
     """Classes' names, preprocessing and a grid that is no square stand in the config.json beside the file."""
     model = small(PICO, img_size=(8, 16), embed_dim=64, num_classes=3, in_chans=1)
     model.save_pretrained(tmp_path / "run")
@@ -288,7 +288,7 @@ def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(tmp_path: Path) -> 
     config["label_names"] = ["ant", "bee", "cat"]
     config["pretrained_cfg"] |= {"mean": [0.25], "std": [0.5], "crop_pct": 0.9}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    convert(tmp_path / "run" / "model.safetensors", tmp_path / "out", license="apache-2.0")
+    convert(tmp_path / "run" / file, tmp_path / "out", license="apache-2.0")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert loaded.patch_embed.img_size == (8, 16)
     assert loaded.pretrained_cfg["label_names"] == ["ant", "bee", "cat"]
@@ -298,7 +298,7 @@ def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(tmp_path: Path) -> 
 
 
 def test_exports_of_our_pretraining(tmp_path: Path) -> None:
-    model = arm_zoo.create_pretraining_model("arm_pico", img_size=(8, 16))
+    model = arm_zoo.create_pretraining_model("arm_pico", img_size=(8, 16), decoder_dim=64)
     model.save_pretrained(tmp_path / "run")
     convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -585,12 +585,12 @@ def test_damaged_files_end_in_our_error(tmp_path: Path, repo: Path) -> None:
     model.save_pretrained(sources)
     official_file(sources / "zip.pth", model)
     torch.save({"model": to_official(model)}, sources / "old.pth", _use_new_zipfile_serialization=False)
-    command = [sys.executable, "-c", FUZZ, str(sources), "300"]
+    command = [sys.executable, "-c", FUZZ, str(sources), "200"]
     environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     outcomes = json.loads(result.stdout.splitlines()[-1])
-    assert outcomes["refused"] > 100 and outcomes["converted"] > 10
+    assert outcomes["refused"] > 100 and outcomes["converted"] > 5
     assert outcomes["grown"] < 64 * 1024  # KiB
 
 
@@ -637,6 +637,15 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     measured, _, reported = card.text.partition("*Reported* by the paper")
     assert "| ImageNet-1k | 50000 | 84.11 |" in measured and "| ImageNet-V2 | 10000 | 73.50 |" in measured
     assert "| ARM-B at 384 pixels | ImageNet-1k | 84.2 |" in reported and "ImageNet-A" not in card.text
+    # other weights: what was measured goes, what people added stays
+    card.data.tags = ["birds", *(card.data.tags or [])]
+    card.save(folder / "README.md")
+    save_file({"weight": torch.ones(1)}, folder / "model.safetensors", metadata={"license": "mit"})
+    write_card(folder, old=folder / "README.md", results=tmp_path / "results.csv")
+    again = ModelCard.load(folder / "README.md")
+    assert not again.data.eval_results and "84.11" not in (folder / "README.md").read_text()
+    assert again.data.license == "mit" and again.data.license_name is None
+    assert again.data.tags == ["arm-zoo", "mamba", "timm", "transformers", "birds"]
     (tmp_path / "results.csv").write_text("model,top1\n")
     with pytest.raises(ValueError, match="lacks the columns n, set, weights_sha256"):
         write_card(folder, results=tmp_path / "results.csv")
@@ -659,9 +668,9 @@ def test_the_catalogue_and_the_table_agree() -> None:
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
 def test_cards_render(kind: str, tmp_path: Path) -> None:
-    """As HTML: headings in order, every table with its columns, three or two snippets, no mark or brace left over."""
+    """As HTML: headings in order, every table with its columns, three snippets, no mark or brace left over."""
     if kind == "pretraining":
-        arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path / "run")
+        arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
     else:
         model = small(num_classes=5 if kind == "classifier" else 0)
@@ -670,7 +679,7 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     html = MarkdownIt("commonmark").enable("table").render(card.text)
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == ["Licence and origin", "Use", "Figures", "Training", "Limits", "Citation"]
-    assert html.count('<code class="language-python">') == {"classifier": 3, "encoder": 2, "pretraining": 3}[kind]
+    assert html.count('<code class="language-python">') == 3
     assert all(row.count("<td>") in (0, 2) for row in html.split("<tr>"))
     assert not re.search(r"\{\w*\}|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
     assert card.data.license == "other" and card.data.license_name == "unknown"
@@ -736,7 +745,10 @@ def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_pat
     assert f'Weights("published", revision="v1", sha256="{sha256}", hosted=True)' in reply["out"]
     card = files["README.md"].decode()
     assert 'timm.create_model("hf-hub:ada/published"' in card
-    assert "nothing to upload: all files are there already" in client.load("hub", *arguments)["out"]
+    assert "nothing to upload: all files are there already, tagged v1" in client.load("hub", *arguments)["out"]
+    repository.refs.pop("v1")  # as if the connection had broken off between the upload and the tag
+    assert f"uploaded as {commit}, tagged v1" in client.load("hub", *arguments)["out"]
+    assert len(repository.commits) == 2 and repository.refs["v1"] == commit  # the first is of the empty repository
 
     edited = card.replace(END, f"{END}\n\n## Notes of ours\n").replace("entry |", "lost |")
     repository.commit({**files, "README.md": edited.encode(), "LICENSE": b"ask us"})
@@ -781,15 +793,17 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     assert reply["code"] == 0
     hosted = [name for name, weights in TABLE.items() if weights.hosted]
     assert hosted or reply["out"] == "no entry is hosted yet, so there is nothing to check\n"
-    model = timm.create_model("arm_tiny_patch16_224", img_size=32, depth=1)
-    files = {}
+    model = timm.create_model(PICO)
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(Path(name) / "run")
-        convert(Path(name) / "run" / "model.safetensors", Path(name) / "out")
+        convert(Path(name) / "run", Path(name) / "out")
         files = {path.name: path.read_bytes() for path in (Path(name) / "out").iterdir()}
     server.add("arm-zoo/checked", files)
     row = {"repository": "checked", "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(), "hosted": True}
-    entry = "arm_tiny_patch16_224.untrained"
+    entry = f"{PICO}.untrained"
+    reply = client.load("hub", "check", table={entry: row})
+    assert reply["code"] == 0, reply
+    assert f"{entry}: ok, golden features and logits met to" in reply["out"]
     reply = client.load("hub", "check", table={entry: {**row, "sha256": "0" * 64}})
     assert reply["code"] == 1 and f"{entry}: FAILED" in reply["out"] and "its sha256 is" in reply["out"]
     reply = client.load("hub", "check", table={entry: {**row, "repository": "gone"}})
@@ -822,7 +836,11 @@ def test_the_snippets_of_cards_run(
     out = classifier
     if kind != "classifier":
         out = tmp_path / "out"
-        model = arm_zoo.create_pretraining_model("arm_pico") if kind == "pretraining" else small(num_classes=0)
+        model = (
+            arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64)
+            if kind == "pretraining"
+            else small(num_classes=0)
+        )
         model.save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", out)
     Image.linear_gradient("L").save(tmp_path / "picture.jpg")
@@ -839,8 +857,10 @@ def test_the_snippets_of_cards_run(
     if kind == "classifier":
         assert names["probabilities"] == [1, 4] and names["pooled"] == [2, 32] and names["final"] == [2, 17, 32]
     if kind == "pretraining":
-        assert names["loss"] == [] and names["latents"] == [2, 12, 512, 4]
-    assert len(snippets) == (2 if kind == "encoder" else 3)
+        assert names["loss"] == [] and names["latents"] == [2, 12, 64, 4]
+    if kind == "encoder":
+        assert names["vector"] == [1, 32] and names["pooled"] == [2, 32]
+    assert len(snippets) == 3
 
 
 # other programs
@@ -896,7 +916,7 @@ def test_pt2_and_official_names(tmp_path: Path) -> None:
 
 
 def test_exports_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path / "run")
+    arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
     assert "is a pretraining model; onnx and pt2 are for backbones" in mistake(
         capsys, "export", tmp_path / "run", tmp_path / "model.onnx"
     )

@@ -106,7 +106,8 @@ def test_wheel_ships_the_library_only(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     [wheel] = out.glob("arm_zoo-*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "arm_zoo").rglob("*.py")}
+    kinds = ("*.py", "bundled/*.safetensors")
+    shipped = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "arm_zoo").rglob(kind)}
     assert packed >= shipped | {"arm_zoo/py.typed"}
     assert all(name.startswith("arm_zoo/") for name in packed)
 

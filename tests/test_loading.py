@@ -107,14 +107,14 @@ def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
 
 
 def test_pretraining_models_from_everywhere(tmp_path: Path) -> None:
-    pretrained = arm_zoo.create_pretraining_model("arm_pico", cluster_size=4)
+    pretrained = arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64)
     pretrained.save_pretrained(tmp_path / "folder")
     save_file(to_official(pretrained), tmp_path / "official.safetensors")
     for source in (tmp_path / "folder", tmp_path / "official.safetensors"):
         loaded = from_pretrained(source)
         assert isinstance(loaded, ARMPretrain)
         assert digest(loaded) == digest(pretrained)
-        assert loaded.forward_encoder(torch.zeros(1, 1, 8, 8)).shape == (1, 12, 512, 4)
+        assert loaded.forward_encoder(torch.zeros(1, 1, 8, 8)).shape == (1, 12, 64, 4)
         backbone = from_pretrained(source, as_backbone=True, num_classes=4)
         assert isinstance(backbone, arm_zoo.arm.ARM) and backbone.num_classes == 4
         assert torch.equal(backbone.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight)
@@ -246,14 +246,14 @@ def test_repositories(
         reply = client.load("arm_zoo", name, revision="v1", cache_dir=tmp_path)
         assert reply["digest"] == digest(model) and reply["class"] == "ARM"
         [line] = reply["log"]
-        assert "ada/pico is not verified" in line
+        assert "ada/pico: model.safetensors is not verified" in line
     reply = client.load("timm", "hf-hub:ada/pico@v1", pretrained=True, num_classes=5, cache_dir=tmp_path)
     assert reply["classes"] == 5 and "not verified" in reply["log"][0]
     assert client.load("arm_zoo", f"ada/pico@{old}", cache_dir=tmp_path)["digest"] == digest(model)
 
 
 def test_pretraining_repositories(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    pretrained = arm_zoo.create_pretraining_model("arm_pico")
+    pretrained = arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64)
     pretrained.save_pretrained(tmp_path / "folder")
     hub.add("ada/pretrained", {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()})
     reply = client.load("arm_zoo", "ada/pretrained", cache_dir=tmp_path / "cache")
@@ -273,6 +273,10 @@ def test_entries_of_our_organisation(
     row = {"repository": "small", "revision": "main", "hosted": True}
     reply = client.load(call, ENTRY, table={ENTRY: {**row, "sha256": sha256}}, **keywords)
     assert reply["classes"] == 1000 and reply["log"] == []
+    [commit] = hub.repositories["arm-zoo/small"].commits  # which the table knows by its revision only
+    other = client.load("arm_zoo", f"arm-zoo/small@{commit}", cache_dir=tmp_path)
+    assert other["digest"] == reply["digest"] and "not verified" in other["log"][0]
+    assert client.load("arm_zoo", "arm-zoo/small", cache_dir=tmp_path)["log"] == []
     message = client.refused(call, ENTRY, table={ENTRY: {**row, "sha256": "0" * 64}}, **keywords)
     assert f"its sha256 is {sha256}, expected {'0' * 64}" in message and "taken out of the cache" in message
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -284,7 +288,7 @@ def test_another_organisation(hub: HubServer, client: Client, entry_files: dict[
     hub.add(f"lab/{ENTRY}", entry_files)
     lab = {"environment": {"ARM_ZOO_HUB_ORG": "lab"}, "cache_dir": tmp_path}
     reply = client.load("timm", "arm_base", pretrained=True, **TINY_BASE, **lab)
-    assert reply["classes"] == 1000 and f"lab/{ENTRY} is not verified" in reply["log"][0]
+    assert reply["classes"] == 1000 and f"lab/{ENTRY}: model.safetensors is not verified" in reply["log"][0]
     assert client.load("arm_zoo", ENTRY, **lab)["digest"] == reply["digest"]
     message = client.refused("timm", "arm_huge", pretrained=True, **lab)
     assert "cannot fetch model.safetensors of lab/arm_huge_patch16_224.arm_in1k_ft_in1k" in message
