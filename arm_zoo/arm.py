@@ -443,8 +443,13 @@ def _generate_default_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Default
 
 default_cfgs = _generate_default_cfgs(
     {
-        "arm_pico_patch2_8.untrained": _ours(
-            num_classes=10, input_size=(1, 8, 8), crop_pct=1.0, mean=(0.3,), std=(0.38,)
+        "arm_pico_patch2_8.arm_digits_ft_digits": _ours(
+            num_classes=10,
+            input_size=(1, 8, 8),
+            crop_pct=1.0,
+            mean=(0.305433688785187,),  # of the training split
+            std=(0.3759592089586701,),
+            label_names=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
         ),
         "arm_tiny_patch4_32.untrained": _ours(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0),
         "arm_tiny_patch8_64.untrained": _ours(num_classes=200, input_size=(3, 64, 64), crop_pct=1.0),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickletools
+import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -216,6 +217,7 @@ def save_model(
         save_file(alone, beside[0], metadata={"format": "pt", **metadata})
         _sort_metadata(beside[0])
         beside[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(beside[1], beside[0])  # safetensors lets nobody else read its files
         for unfinished, file in zip(beside, files, strict=True):
             os.replace(unfinished, file)
     finally:

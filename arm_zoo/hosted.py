@@ -56,6 +56,10 @@ class Weights:
 
 
 TABLE: dict[str, Weights] = {
+    # what `python -m recipes.quickstart` writes, in fp16: recipes/RESULTS.md
+    "arm_pico_patch2_8.arm_digits_ft_digits": Weights(
+        sha256="ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4", bundled=True
+    ),
     "arm_base_patch16_224.arm_in1k_ft_in1k": Weights("arm_base_patch16_224.arm_in1k_ft_in1k"),
     "arm_base_patch16_224.arm_in1k": Weights("arm_base_patch16_224.arm_in1k"),
     "arm_base_patch16_224.in1k": Weights("arm_base_patch16_224.in1k"),

@@ -1,5 +1,6 @@
 """A checkpoint of the official code or of the recipes -> a folder that anyone loads in one line."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def convert(
         tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
         save_model(folder, tensors, hub_config, **facts)
         save_file(golden(model), folder / GOLDEN, metadata={"model_sha256": sha256_of(folder / WEIGHTS)})
+        shutil.copymode(folder / WEIGHTS, folder / GOLDEN)
         write_card(folder, old=out / CARD)
     return f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}"
 

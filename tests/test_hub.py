@@ -800,7 +800,7 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
         files = {path.name: path.read_bytes() for path in (Path(name) / "out").iterdir()}
     server.add("arm-zoo/checked", files)
     row = {"repository": "checked", "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(), "hosted": True}
-    entry = f"{PICO}.untrained"
+    entry = f"{PICO}.arm_digits_ft_digits"
     reply = client.load("hub", "check", table={entry: row})
     assert reply["code"] == 0, reply
     assert f"{entry}: ok, golden features and logits met to" in reply["out"]

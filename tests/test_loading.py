@@ -180,7 +180,7 @@ def test_bundled_weights(
     dtype: torch.dtype, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One file and one line of the table; nothing is asked of any network, and the sha256 is checked."""
-    entry = f"{PICO}.untrained"
+    entry = f"{PICO}.arm_digits_ft_digits"
     file = tmp_path / f"{entry}.safetensors"
     save_file({name: value.to(dtype) for name, value in model.state_dict().items()}, file)
     monkeypatch.setattr(hosted, "BUNDLED_FOLDER", tmp_path)
