@@ -99,19 +99,14 @@ def number_of_classes(config: FinetuneConfig, source: Source) -> int:
     """The source's.
 
     Raises:
-        RunError: If the configuration says otherwise.
+        RunError: If ``model_args.num_classes`` says otherwise.
     """
     classes = len(source.class_names)
-    asked = {
-        "model_args.num_classes": config.model_args.get("num_classes"),
-        "data.num_classes": config.data.num_classes,
-    }
-    for key, number in asked.items():
-        if number not in (None, classes):
-            raise RunError(
-                f"{key} is {number}, but {config.data.source} has {classes} classes; "
-                f"allowed: {classes}, or leave it out"
-            )
+    if (asked := config.model_args.get("num_classes", classes)) != classes:
+        raise RunError(
+            f"model_args.num_classes is {asked}, but {config.data.source} has {classes} classes; "
+            f"allowed: {classes}, or leave it out"
+        )
     return classes
 
 

@@ -89,7 +89,7 @@ def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.Captur
 
 BAD = {  # recipe, override: a part of the message
     ("pretrain", "data.source=nowhere"): "there is no 'nowhere'",
-    ("pretrain", "data.source=EMPTY"): "holds nothing to train on",
+    ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of pictures",
     ("pretrain", "model=arm_giant"): "unknown pretraining model 'arm_giant'; choose one of arm_pico",
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
@@ -103,7 +103,7 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "compile=maybe"): "compile is 'maybe'; allowed: true or false",
     ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
     ("finetune", "model_args.num_classes=5"): "model_args.num_classes is 5, but digits has 10 classes",
-    ("finetune", "data.num_classes=5"): "data.num_classes is 5, but digits has 10 classes",
+    ("finetune", "data.num_classes=5"): "the digits have 10 classes, but data.num_classes is 5",
     ("finetune", "pretrained=FILE"): "FILE",
     ("finetune", "layer_decay=1.5"): "layer_decay is 1.5; allowed: above 0, up to 1",
 }
