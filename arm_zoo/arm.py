@@ -474,6 +474,8 @@ default_cfgs = _generate_default_cfgs(
 def _create_arm(variant: str, pretrained: bool, **kwargs: Any) -> ARM:
     _check_keywords(variant, kwargs)
     out_indices = kwargs.pop("out_indices", 3)
+    if not _of_the_entry(variant, pretrained, kwargs):
+        kwargs["pretrained_cfg_overlay"] = {"label_names": None, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if pretrained:
         kwargs = _with_source(variant, kwargs)
     try:
@@ -498,6 +500,17 @@ def _check_keywords(variant: str, kwargs: dict[str, Any]) -> None:
     build = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
     if unknown := sorted(set(kwargs) - model - build):
         raise TypeError(f"{variant}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(model))}")
+
+
+def _of_the_entry(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> bool:
+    """Whether the weights will be the entry's own, or those of a configuration that the caller brings.
+
+    Only then do the configuration's names of classes say what the classes are.
+    """
+    if kwargs.get("pretrained_cfg") is not None and not isinstance(kwargs["pretrained_cfg"], str):
+        return True
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    return pretrained and not any(overlay.get(source) for source in ("file", "url", "state_dict", "hf_hub_id"))
 
 
 def _with_source(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def _selective_scan(
     delta_softplus: bool,
     order: Value | None,
     save_states: bool,
+    gate: Value | None,
     backend: str,
 ) -> tuple[Value, Value]:
     """One Scan node over the steps of all directions."""
@@ -89,7 +90,9 @@ def _selective_scan(
     no_states = op.ConstantOfShape(
         op.Concat(batch, _ints(0), op.Shape(A, start=2), op.Shape(A, start=1, end=2), axis=0)
     )
-    return op.ReduceMean(y, _ints(0), keepdims=0), no_states  # which only a backward pass would read
+    y = op.ReduceMean(y, _ints(0), keepdims=0)
+    gated = y if gate is None else op.Mul(y, op.Mul(gate, op.Sigmoid(gate)))
+    return gated, no_states  # which only a backward pass would read
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

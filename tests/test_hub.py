@@ -793,14 +793,14 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     assert reply["code"] == 0
     hosted = [name for name, weights in TABLE.items() if weights.hosted]
     assert hosted or reply["out"] == "no entry is hosted yet, so there is nothing to check\n"
-    model = timm.create_model(PICO)
+    model = timm.create_model("arm_tiny_patch4_32")
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(Path(name) / "run")
         convert(Path(name) / "run", Path(name) / "out")
         files = {path.name: path.read_bytes() for path in (Path(name) / "out").iterdir()}
     server.add("arm-zoo/checked", files)
     row = {"repository": "checked", "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(), "hosted": True}
-    entry = f"{PICO}.arm_digits_ft_digits"
+    entry = "arm_tiny_patch4_32.untrained"
     reply = client.load("hub", "check", table={entry: row})
     assert reply["code"] == 0, reply
     assert f"{entry}: ok, golden features and logits met to" in reply["out"]

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from arm_zoo import CheckpointError, create_pretraining_model, to_official
 from arm_zoo.arm import ARM
+from arm_zoo.hosted import bundled_file
 from arm_zoo.order import scan_order
 
 Weights = dict[str, torch.Tensor]
@@ -149,10 +150,20 @@ def test_evaluation_squashes_the_picture(name: str, resized: int) -> None:
     assert transform(Image.new("RGB", (300, 200))).shape == (3, size, size)
 
 
-def test_no_weights_are_listed_before_they_are_hosted() -> None:
-    assert not timm.list_pretrained("arm_*")
-    assert not timm.list_models("arm_*", pretrained=True)
-    assert not any(timm.models.is_model_pretrained(name) for name in TAGS)
+def test_no_weights_are_listed_but_those_in_the_package() -> None:
+    assert timm.list_pretrained("arm_*") == ["arm_pico_patch2_8.arm_digits_ft_digits"]
+    assert timm.list_models("arm_*", pretrained=True) == ["arm_pico_patch2_8.arm_digits_ft_digits"]
+    assert [name for name in TAGS if timm.models.is_model_pretrained(name)] == ["arm_pico_patch2_8"]
+
+
+def test_names_of_classes_belong_to_weights() -> None:
+    """The bundled digits' names are not those of other weights of the architecture."""
+    model = timm.create_model("arm_pico_patch2_8", pretrained=True)
+    assert model.pretrained_cfg["label_names"][3] == "three" and model.hub_config()["label_names"][3] == "three"
+    assert timm.create_model("arm_pico_patch2_8").pretrained_cfg.get("label_names") is None
+    overlay = {"file": str(bundled_file("arm_pico_patch2_8.arm_digits_ft_digits"))}
+    model = timm.create_model("arm_pico_patch2_8", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert model.pretrained_cfg.get("label_names") is None
 
 
 @pytest.mark.parametrize("name", ["arm_base_patch16_224", "arm_large_patch16_224.in1k", "arm_huge"])
