@@ -111,15 +111,28 @@ def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path | None
     return None
 
 
+_SMALL_SETS = {"arm_tiny_patch4_32": "cifar10", "arm_tiny_patch8_64": "tiny_imagenet", "arm_pico_patch2_8": "digits"}
+
+
 def training_commands(entry: str) -> str:
-    """How the weights of an entry are trained, from a checkout; its tag tells."""
-    tag = entry.partition(".")[2]
-    pretrain, finetune = "accelerate launch -m recipes.pretrain", "accelerate launch -m recipes.finetune"
+    """How the weights of an entry are trained, from a checkout; its name and tag tell."""
+    architecture, _, tag = entry.partition(".")
+    size, resolution = architecture.split("_")[1], architecture.rpartition("_")[2]
+    own_config = size in ("base", "large", "huge")
+    config = _SMALL_SETS.get(architecture, size if own_config else "base")
+
+    def command(recipe: str, name: str, model: str) -> str:
+        override = "" if own_config or architecture in _SMALL_SETS else f" model={model}"
+        return f"accelerate launch -m recipes.{recipe} --config recipes/configs/{name}.yaml{override} data.source=PATH"
+
+    pretrain = command("pretrain", f"pretrain_{config}", f"arm_{size}")
     if tag == "arm_in1k":
         return pretrain
     if tag == "in1k":
-        return f"{finetune}, without pretrained weights (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
-    return f"{pretrain}, then {finetune}"
+        supervised = command("finetune", f"supervised_{config}", architecture)
+        return f"{supervised} (pretraining first gives the better .arm_in1k_ft_in1k)"
+    suffix = {"384": "_384", "448": "_stride8_448"}.get(resolution, "")
+    return f"{pretrain}, then {command('finetune', f'finetune_{config}{suffix}', architecture)}"
 
 
 def ways_on(entry: str, architecture: str) -> str:

@@ -6,6 +6,7 @@ sockets sees to it that it asks nobody else.
 
 import hashlib
 import json
+import re
 import os
 import tempfile
 from collections.abc import Iterator
@@ -219,10 +220,20 @@ def test_not_hosted_and_three_ways_on() -> None:
     message = str(error.value)
     assert message.startswith("the weights of arm_large_patch16_224.arm_in1k_ft_in1k are not hosted yet. Ways on:\n")
     assert "python -m hub convert FILE OUT" in message
-    assert "accelerate launch -m recipes.pretrain, then accelerate launch -m recipes.finetune" in message
+    configs = re.findall(r"accelerate launch -m (recipes\.\w+) --config (\S+)", message)
+    assert configs == [
+        ("recipes.pretrain", "recipes/configs/pretrain_large.yaml"),
+        ("recipes.finetune", "recipes/configs/finetune_large.yaml"),
+    ]
     assert "a small model that comes with the package" in message
-    with pytest.raises(CheckpointError, match=r"recipes\.finetune, without pretrained weights"):
+    with pytest.raises(CheckpointError, match=r"recipes\.finetune --config recipes/configs/supervised_large\.yaml"):
         timm.create_model("arm_large_patch16_224.in1k", pretrained=True)
+
+
+def test_training_commands_name_configurations_that_are_there(repo: Path) -> None:
+    for entry in timm.list_models("arm_*", include_tags=True):
+        configs = re.findall(r"--config (\S+)", hosted.training_commands(entry))
+        assert configs and all((repo / config).exists() for config in configs), entry
 
 
 def test_the_table_names_registered_entries() -> None:
