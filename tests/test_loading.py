@@ -6,8 +6,8 @@ sockets sees to it that it asks nobody else.
 
 import hashlib
 import json
-import re
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
