@@ -7,7 +7,6 @@ import argparse
 import importlib
 import multiprocessing
 import random
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Kill a training run at random moments and check what it ends with.")
     parser.add_argument("--kills", type=int, default=20, help="how often (%(default)s)")
     parser.add_argument("--recipe", choices=RECIPES, default="pretrain", help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="folder, emptied (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="new or empty folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     arguments, command = parser.parse_known_args(argv)
-    shutil.rmtree(arguments.output, ignore_errors=True)
-    arguments.output.mkdir(parents=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if any(arguments.output.iterdir()):
+        parser.error(f"--output {arguments.output} is not empty; delete it or name another folder")
     KillTest(arguments.recipe, command, arguments.output, arguments.seed).run(arguments.kills)
 
 
