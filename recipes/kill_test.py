@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Kill a training run at random moments and check what it ends with.")
     parser.add_argument("--kills", type=int, default=20, help="how often (%(default)s)")
     parser.add_argument("--recipe", choices=RECIPES, default="pretrain", help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="new or empty folder (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="empty folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     arguments, command = parser.parse_known_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
