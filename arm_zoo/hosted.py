@@ -130,7 +130,7 @@ def training_commands(entry: str) -> str:
         return pretrain
     if tag == "in1k":
         supervised = command("finetune", f"supervised_{config}", architecture)
-        return f"{supervised} (pretraining first gives the better .arm_in1k_ft_in1k)"
+        return f"{supervised} (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
     suffix = {"384": "_384", "448": "_stride8_448"}.get(resolution, "")
     return f"{pretrain}, then {command('finetune', f'finetune_{config}{suffix}', architecture)}"
 
