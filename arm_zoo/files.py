@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import pickletools
 import shutil
 import warnings
@@ -55,6 +56,8 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         wanted = [] if path.suffix == ".safetensors" else _refused_globals(path)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "no pickle that torch reads"  # torch's own words advise to load it unsafely
         if wanted:
             reason = f"it asks to run {', '.join(wanted)}"
         advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)

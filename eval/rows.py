@@ -118,7 +118,8 @@ def clean_columns(predictions: Predictions, targets: np.ndarray) -> Row:
         right = metrics.hits(ranks.classes[among], targets[among])
         score = metrics.score(right, ranks.confidence[among])
         prefix = f"clean200_{subset}"
-        out |= {f"{prefix}_n": score.n, f"{prefix}_top1": f"{score.top1:.4f}", f"{prefix}_top5": f"{score.top5:.4f}"}
+        top1, top5 = (f"{score.top1:.4f}", f"{score.top5:.4f}") if score.n else ("", "")
+        out |= {f"{prefix}_n": score.n, f"{prefix}_top1": top1, f"{prefix}_top5": top5}
     return out
 
 

@@ -295,7 +295,6 @@ def load_config(
 
     Raises:
         ConfigError: With every unknown key, wrong type, value out of range and impossible combination at once.
-        FileNotFoundError: If there is no such file.
     """
     problems: dict[str, str] = {}
     values = dict(flatten(read_yaml(file, problems)))

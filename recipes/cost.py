@@ -56,6 +56,8 @@ def from_run(folder: Path, gpus: int) -> Measured:
         ValueError: If the run has not measured it.
     """
     file = folder / "metrics.jsonl"
+    if not file.exists():
+        raise ValueError(f"there is no {file}; allowed: the output_dir of a pretraining run")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     if not speeds:

@@ -27,11 +27,14 @@ class ConfigError(ValueError):
 
 
 def read_yaml(file: str | Path | None, problems: dict[str, str]) -> Mapping[str, Any]:
-    """The mapping that a file holds; what it holds instead is a problem. FileNotFoundError if there is none."""
+    """The mapping that a file holds; what it holds instead, or that there is no such file, is a problem."""
     if file is None:
         return {}
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems["--config"] = f"--config {file}: there is no such file; allowed: a YAML file, as in recipes/configs"
+        return {}
     except yaml.YAMLError as error:
         problems["--config"] = f"{file} is not YAML: {error}"
         return {}

@@ -165,7 +165,7 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "speed.json").write_text("[]")
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     for argv, message in (
-        (["--run", str(tmp_path / "nowhere")], "No such file"),
+        (["--run", str(tmp_path / "nowhere")], "allowed: the output_dir of a pretraining run"),
         (["--run", str(tmp_path)], "holds no images_per_second"),
         (["--throughput", str(tmp_path / "speed.json")], "no rows of pretraining; measure with --mode pretrain"),
         (["--images-per-second", "-3"], "must be above 0"),
