@@ -13,14 +13,20 @@ from arm_zoo import CheckpointError
 from .config import ConfigError, ConfigT, load_config, to_yaml
 from .errors import RunError
 from .locate import SourceError
+from .signals import StopRequest
 
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, FileNotFoundError)
 
 
 def run_from_command_line(
-    recipe: str, kind: type[ConfigT], run: Callable[[ConfigT, str], None], description: str, argv: Sequence[str] | None
+    recipe: str,
+    kind: type[ConfigT],
+    run: Callable[[ConfigT, str, StopRequest], None],
+    description: str,
+    argv: Sequence[str] | None,
 ) -> None:
-    """Parse ``--config FILE --resume WHERE key=value ...`` and call ``run(config, resume)``.
+    """Parse ``--config FILE --resume WHERE key=value ...`` and call ``run(config, resume, stop)``, where ``stop``
+    notes what asks this process to stop.
 
     The program ends with code 2 and the whole list if the configuration is wrong, with 1 and one message if the run
     cannot start or go on.
@@ -39,6 +45,7 @@ def run_from_command_line(
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     arguments = parser.parse_intermixed_args(argv)
+    stop = StopRequest().listen()
     try:
         config = load_config(kind, arguments.config, arguments.overrides, to_run=not arguments.print_config)
     except (ConfigError, OSError) as error:
@@ -47,7 +54,7 @@ def run_from_command_line(
         print(to_yaml(config), end="")
         return
     try:
-        run(config, arguments.resume)
+        run(config, arguments.resume, stop)
         leave_processes()
     except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
         leave_processes()

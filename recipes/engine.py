@@ -66,6 +66,7 @@ class Trainer:
         evaluate: Called as ``evaluate(epochs_done)`` after each epoch; its figures join the epoch's.
         ema: Moving average of the weights, updated after every step.
         utilisation: For the share of the GPUs' speed.
+        stop: Looked at after every step.
     """
 
     accelerator: Accelerator
@@ -78,6 +79,7 @@ class Trainer:
     evaluate: Callable[[int], Metrics] | None = None
     ema: ModelEmaV3 | None = None
     utilisation: Utilisation | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         device, self._steps = self.accelerator.device, self.loader.steps_per_epoch
@@ -94,7 +96,6 @@ class Trainer:
             self._display.console,
         )
         self._agreement = Agreement(self.accelerator)
-        self._stop = StopRequest()
         self._started = self._saved_at = time.monotonic()
 
     @property
@@ -137,7 +138,7 @@ class Trainer:
         settings = {key: str(value) for key, value in flatten(dataclasses.asdict(self.config))}
         self.accelerator.init_trackers(project, settings)
         self._saved_at = time.monotonic()
-        with self._stop, self._display.progress:
+        with self._display.progress:
             self._display.begin(self.steps_done)
             while self.position.epoch < self.config.epochs:
                 self._train_epoch()
@@ -239,7 +240,7 @@ class Trainer:
         minutes = self.config.checkpoint_minutes
         if minutes is not None and time.monotonic() - self._saved_at > 60 * minutes:
             request = SAVE
-        return self._agreement.largest(SAVE_AND_STOP if self._stop.name is not None else request)
+        return self._agreement.largest(SAVE_AND_STOP if self.stop.name is not None else request)
 
     def _checkpoint(self, request: int) -> None:
         if request == GO_ON:
@@ -248,7 +249,7 @@ class Trainer:
         self._save()
         if request == SAVE_AND_STOP:
             self._display.console.print(
-                f"{self._stop.name or 'another process was asked to stop'}: stopped after step {self.steps_done}; "
+                f"{self.stop.name or 'another process was asked to stop'}: stopped after step {self.steps_done}; "
                 "the same command goes on from there",
                 soft_wrap=True,
             )

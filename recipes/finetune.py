@@ -26,6 +26,7 @@ from .parallel import model_state, shard, whole_parameters
 from .plots import plot_run
 from .processes import start_accelerator
 from .resume import starting_point
+from .signals import StopRequest
 from .sources import Source, open_source
 from .watch import utilisation
 
@@ -42,7 +43,9 @@ class FinetuneResult:
     top1: float
 
 
-def finetune(config: FinetuneConfig, title: str = "finetune", resume: str = "auto") -> FinetuneResult:
+def finetune(
+    config: FinetuneConfig, title: str = "finetune", resume: str = "auto", stop: StopRequest | None = None
+) -> FinetuneResult:
     """Train with labels and write ``model.safetensors``, ``config.json``, curves and figures.
 
     What counts is the last epoch: the better of the model and its moving average, whose weights are exported. No
@@ -52,6 +55,7 @@ def finetune(config: FinetuneConfig, title: str = "finetune", resume: str = "aut
         config: What to train, from which weights, on what, for how long, and ``output_dir``.
         title: Stands before the progress bar.
         resume: "auto", "none" or a checkpoint's folder, as ``--resume``.
+        stop: What asks this process to stop; None: nothing does.
     """
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
@@ -81,6 +85,7 @@ def finetune(config: FinetuneConfig, title: str = "finetune", resume: str = "aut
         evaluate=evaluation(config, accelerator, model, ema, source, inputs),
         ema=ema,
         utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
+        stop=stop or StopRequest(),
     )
     history = trainer.fit(start)
     scores = history[-1]
@@ -203,9 +208,9 @@ def top1(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, loa
     return 100 * right / scored
 
 
-def run(config: FinetuneConfig, resume: str) -> None:
+def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:
     """Train, then say how well and where the results are."""
-    result = finetune(config, resume=resume)
+    result = finetune(config, resume=resume, stop=stop)
     say(
         f"top-1 {result.top1:.2f}%; wrote {config.output_dir}; load it with "
         f'timm.create_model("local-dir:{config.output_dir}", pretrained=True)'

@@ -21,6 +21,7 @@ from .parallel import model_state, shard
 from .plots import draw_predictions, plot_run
 from .processes import start_accelerator
 from .resume import starting_point
+from .signals import StopRequest
 from .sources import open_source
 from .watch import utilisation
 
@@ -36,13 +37,16 @@ class PretrainResult:
     folder: Path
 
 
-def pretrain(config: PretrainConfig, title: str = "pretrain", resume: str = "auto") -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, title: str = "pretrain", resume: str = "auto", stop: StopRequest | None = None
+) -> PretrainResult:
     """Train without labels and write ``pretraining_model/``, ``backbone/``, curves, predictions and figures.
 
     Args:
         config: What to train, on what, for how long, and ``output_dir``.
         title: Stands before the progress bar.
         resume: "auto", "none" or a checkpoint's folder, as ``--resume``.
+        stop: What asks this process to stop; None: nothing does.
     """
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
@@ -67,6 +71,7 @@ def pretrain(config: PretrainConfig, title: str = "pretrain", resume: str = "aut
         config=config,
         title=title,
         utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
+        stop=stop or StopRequest(),
     )
     history = trainer.fit(start)
     weights, result = model_state(model), config.build()
@@ -86,9 +91,9 @@ def prediction_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def run(config: PretrainConfig, resume: str) -> None:
+def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:
     """Pretrain, then say where the results are."""
-    folder = pretrain(config, resume=resume).folder
+    folder = pretrain(config, resume=resume, stop=stop).folder
     say(f"wrote {folder} and {folder.with_name(BACKBONE)}; finetune it with pretrained={folder}")
 
 

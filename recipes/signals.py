@@ -1,9 +1,7 @@
 """Being asked to stop: what schedulers send, and how all processes agree on the step to stop after."""
 
 import signal
-import threading
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -21,25 +19,19 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1 while its block runs; ``name`` is the signal's, or None.
-
-    Python lets only the main thread receive signals: elsewhere the block notes none.
-    """
+    """Whether this process was asked to stop; ``name`` is the signal's, or None."""
 
     name: str | None = None
 
-    def __enter__(self) -> "StopRequest":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        self._before: dict[int, Any] = (
-            {number: signal.signal(number, self._note) for number in SIGNALS} if in_main_thread else {}
-        )
-        return self
+    def listen(self) -> "StopRequest":
+        """Note SIGTERM and SIGUSR1 from now on, and give this object; only a program's main thread may call it.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        It has no end: as soon as one process has left, launchers send SIGTERM to those that are still leaving, which
+        would kill them before they have given their exit code.
+        """
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name

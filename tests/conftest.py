@@ -1,6 +1,8 @@
 """What all tests share: the golden folder, a fixed seed, and the rule for tests that need a GPU."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,15 @@ def seed() -> int:
     """Random weights and inputs are the same in every run and order; the seed, for generators of one's own."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Signals mean what they did before once a test is over: a recipe's program listens to them to its end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

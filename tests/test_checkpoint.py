@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from recipes import checkpoint, engine
+from recipes import checkpoint, command_line, engine
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name
@@ -30,7 +30,7 @@ from recipes.errors import RunError
 from recipes.kill_test import KillTest
 from recipes.pretrain import pretrain
 from recipes.resume import AlreadyFinished
-from recipes.signals import EXIT_CODE, Stopped
+from recipes.signals import EXIT_CODE, Stopped, StopRequest
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "configs" / "pretrain_digits.yaml"
 FINETUNE = CONFIG.with_name("finetune_digits.yaml")
@@ -44,7 +44,8 @@ def settings(folder: Path, *overrides: str) -> list[str]:
 
 
 def run(folder: Path, *overrides: str, resume: str = "auto") -> pretraining.PretrainResult:
-    return pretrain(load_config(PretrainConfig, CONFIG, settings(folder, *overrides)), resume=resume)
+    config = load_config(PretrainConfig, CONFIG, settings(folder, *overrides))
+    return pretrain(config, resume=resume, stop=StopRequest().listen())
 
 
 def names(folder: Path) -> list[str]:
@@ -177,11 +178,9 @@ def test_stopped_twice_in_an_epoch_sees_every_picture_once_and_ends_with_equal_b
     # steps 7 and 9 are in the middle of epoch 2, step 15 is the last of all
     before_step.update({7: send(signal.SIGTERM), 9: send(signal.SIGUSR1), 15: send(signal.SIGTERM)})
     for steps in (7, 9, 15):
-        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(Stopped) as stopped:
             run(tmp_path)
         assert stopped.value.code == EXIT_CODE == 75
-        assert signal.getsignal(signal.SIGTERM) is handler
         assert len(seen) == steps and names(tmp_path)[-1] == f"step-{steps:08d}"
     run(tmp_path)
     for epoch in range(EPOCHS):
@@ -191,6 +190,21 @@ def test_stopped_twice_in_an_epoch_sees_every_picture_once_and_ends_with_equal_b
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (tmp_path, whole)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
+
+
+def test_signal_before_the_first_step_and_after_the_last_end_with_75(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data may take minutes to be found, and torchrun signals those that are still leaving when the first has left."""
+    opened = pretraining.open_source
+    monkeypatch.setattr(
+        pretraining, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
+    )
+    monkeypatch.setattr(command_line, "leave_processes", send(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        pretraining.main(["--config", str(CONFIG), *settings(tmp_path)])
+    assert stopped.value.code == EXIT_CODE
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
