@@ -18,26 +18,10 @@ __device__ __forceinline__ float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-__device__ __forceinline__ float softplus(float x, float &y) {  // log1p(y) = 2 atanh(y / (2 + y)), y = exp(-|x|)
-    y = exp2_fast(-fabsf(x) * LOG2E);
-    float z = y * reciprocal(2.0f + y), w = z * z;
-    float p = 2.0f / 13.0f;
-    p = fmaf(p, w, 2.0f / 11.0f);
-    p = fmaf(p, w, 2.0f / 9.0f);
-    p = fmaf(p, w, 2.0f / 7.0f);
-    p = fmaf(p, w, 2.0f / 5.0f);
-    p = fmaf(p, w, 2.0f / 3.0f);
-    p = fmaf(p, w, 2.0f);
-    return fmaf(z, p, fmaxf(x, 0.0f));
-}
 __device__ __forceinline__ float slope_of(float x, float y) {  // sigmoid(x)
     return (x >= 0.0f ? 1.0f : y) * reciprocal(1.0f + y);
 }
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void copy_async(float *shared, const float *from) {
-    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
 
 #define GROUP 4    // steps that are done together
 #define THREADS 64 // channels of a block
@@ -70,7 +54,7 @@ __device__ __forceinline__ void lane_sum(float4 &c, const float *a, const float2
 }
 
 struct Shared {
-    float state[3][S][THREADS];
+    float state[CHUNK / GROUP][S][THREADS];  // before every group
     float size[CHUNK][THREADS];
     float slope[CHUNK][THREADS];
     float BC[2 * S][CHUNK + 4];
@@ -80,40 +64,48 @@ struct Shared {
 extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, const T *__restrict__ grad,
-    const i64 *__restrict__ order, const float *__restrict__ saved, T *__restrict__ grad_u, T *__restrict__ grad_delta,
+    const i64 *__restrict__ order, const T *__restrict__ saved, T *__restrict__ grad_u, T *__restrict__ grad_delta,
     float *__restrict__ grad_BC, float *__restrict__ grad_A, float *__restrict__ grad_D, float *__restrict__ grad_bias,
-    int directions, int batch, int length, int channels, int blocks, i64 u_k, i64 u_b, int u_t, i64 delta_k, i64 delta_b,
-    int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
+    int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, i64 B_k, i64 B_b, int B_t, i64 C_k,
+    i64 C_b, int C_t) {
     __shared__ Shared sh;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const int block = blockIdx.x % blocks, rest = blockIdx.x / blocks;
+    constexpr int BLOCKS = (CHANNELS + THREADS - 1) / THREADS;
+    const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
     const int k = rest % directions, b = rest / directions;  // the directions of a picture follow each other
     const i64 sequence = (i64)k * batch + b;
-    const bool ok = block * THREADS + thread < channels;
+    const bool ok = block * THREADS + thread < CHANNELS;
     const int d = ok ? block * THREADS + thread : 0;
     const int chunks = (length + CHUNK - 1) / CHUNK;
     u += k * u_k + b * u_b + d;
     delta += k * delta_k + b * delta_b + d;
     B += k * B_k + b * B_b;
     C += k * C_k + b * C_b;
-    grad += (i64)b * length * channels + d;
-    grad_u += sequence * length * channels + d;
-    grad_delta += sequence * length * channels + d;
-    saved += sequence * chunks * S * channels + d;
+    grad += (i64)b * length * CHANNELS + d;
+    grad_u += sequence * length * CHANNELS + d;
+    grad_delta += sequence * length * CHANNELS + d;
+    saved += sequence * chunks * S * CHANNELS + d;
     grad_BC += ((i64)block * directions * batch + sequence) * length * (2 * S);
 
     float rate[S], carry[S], grad_rate[S];
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-        rate[s] = A[((i64)k * S + s) * channels + d] * LOG2E;
+        rate[s] = A[((i64)k * S + s) * CHANNELS + d] * LOG2E;
         carry[s] = grad_rate[s] = 0.f;
     }
-    const float skip = D[(i64)k * channels + d];
+    const float skip = D[(i64)k * CHANNELS + d];
     float offset = 0.f;
 #if HAS_BIAS
-    offset = bias[(i64)k * channels + d];
+    offset = bias[(i64)k * CHANNELS + d];
 #endif
-    const float share = 1.0f / directions;  // of one direction in the output, which is their mean
+    HOLD(u);
+    HOLD(delta);
+    HOLD(grad);
+    HOLD(grad_u);
+    HOLD(grad_delta);
+    HOLD(grad_BC);
+    HOLD(saved);
+    const float share = ok ? 1.0f / directions : 0.f;  // of one direction in the output, which is their mean
     float grad_skip = 0.f, grad_offset = 0.f;
     float2 pick[4];  // B operands that sum the values of a lane over lane % 4 into columns 2i and 2i + 1
 #pragma unroll
@@ -140,9 +132,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
         // step sizes and the slopes of softplus
 #pragma unroll 1
         for (int q = 0; q < steps; q += 4) {
+            const T *row = delta + (start + q) * CHANNELS;
             T raw[4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) raw[j] = delta[min(start + q + j, length - 1) * delta_t];
+            for (int j = 0; j < 4; ++j) raw[j] = q + j < steps ? row[j * CHANNELS] : T(0);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float x = to_float(raw[j]) + offset;
@@ -159,25 +152,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
         }
         if (chunk > 0 && lane < CHUNK) {  // the next (earlier) chunk into the L2 cache
             const int t = start - CHUNK + lane;
-            prefetch(u + t * u_t - lane);
-            prefetch(delta + t * delta_t - lane);
+            prefetch(u + t * CHANNELS - lane);
+            prefetch(delta + t * CHANNELS - lane);
             if (warp == 0) prefetch(B + t * B_t);
-            else prefetch(C + t * C_t);
-            if (lane < S) prefetch(saved + ((i64)(chunk - 1) * S + lane) * channels - lane);
+            if (warp == 1) prefetch(C + t * C_t);
+            if (lane < S) prefetch(saved + ((i64)(chunk - 1) * S + lane) * CHANNELS - lane);
         }
         __syncthreads();
-        const float *chunk_states = saved + (i64)chunk * S * channels;
         // states before every fourth step
-        if (groups > 1) {
+        {
+            const T *first = saved + (i64)chunk * S * CHANNELS;
             float h[S];
 #pragma unroll
-            for (int s = 0; s < S; ++s) h[s] = chunk_states[(i64)s * channels];
+            for (int s = 0; s < S; ++s) sh.state[0][s][thread] = h[s] = from_state(first[s * CHANNELS]);
 #pragma unroll 1
             for (int g = 0; g < groups - 1; ++g) {
+                const T *row = u + (start + g * GROUP) * CHANNELS;
                 T raw[GROUP];
                 float size[GROUP], input[GROUP];
 #pragma unroll
-                for (int j = 0; j < GROUP; ++j) raw[j] = u[(start + g * GROUP + j) * u_t];
+                for (int j = 0; j < GROUP; ++j) raw[j] = row[j * CHANNELS];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
                     size[j] = sh.size[g * GROUP + j][thread];
@@ -189,20 +183,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                     const float Bs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
                     for (int j = 0; j < GROUP; ++j) h[s] = fmaf(exp2_fast(size[j] * rate[s]), h[s], input[j] * Bs[j]);
-                    sh.state[g][s][thread] = h[s];
+                    sh.state[g + 1][s][thread] = h[s];
                 }
             }
-        }
-        if (groups < 4) {
-#pragma unroll
-            for (int s = 0; s < S; ++s) copy_async(&sh.state[2][s][thread], chunk_states + (i64)s * channels);
         }
         T next_u[GROUP], next_y[GROUP];
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
             const int at = (groups - 1) * GROUP + j;
-            next_u[j] = u[min(start + at, length - 1) * u_t];
-            next_y[j] = grad[(i64)__shfl_sync(0xffffffffu, token, at) * channels];
+            next_u[j] = u[min(start + at, length - 1) * CHANNELS];
+            const int token_at = __shfl_sync(0xffffffffu, token, at);
+            next_y[j] = at < steps ? grad[token_at * CHANNELS] : T(0);
         }
 #pragma unroll 1
         for (int g = groups - 1; g >= 0; --g) {
@@ -210,21 +201,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
             float size[GROUP], input[GROUP], x[GROUP], y[GROUP], from_input[GROUP], from_rate[GROUP];
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
-                const bool exists = g * GROUP + j < steps;
                 size[j] = sh.size[g * GROUP + j][thread];
                 x[j] = to_float(next_u[j]);
                 input[j] = size[j] * x[j];
-                y[j] = exists && ok ? to_float(next_y[j]) * share : 0.f;
+                y[j] = to_float(next_y[j]) * share;
                 from_input[j] = from_rate[j] = 0.f;
             }
             const int before_g = max(g - 1, 0) * GROUP;  // the group that comes next
+            const T *row_u = u + (start + before_g) * CHANNELS;
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
-                next_u[j] = u[(start + before_g + j) * u_t];
-                next_y[j] = grad[(i64)__shfl_sync(0xffffffffu, token, before_g + j) * channels];
+                next_u[j] = row_u[j * CHANNELS];
+                next_y[j] = grad[__shfl_sync(0xffffffffu, token, before_g + j) * CHANNELS];
             }
-            if (g == 0) asm volatile("cp.async.wait_all;" ::: "memory");
-            const float(*before)[THREADS] = sh.state[g == 0 ? 2 : g - 1];
 #pragma unroll
             for (int quad = 0; quad < S / 4; ++quad) {
                 float4 sum_B = make_float4(0.f, 0.f, 0.f, 0.f), sum_C = sum_B;
@@ -235,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                     const float4 vC = *(const float4 *)&sh.BC[S + s][g * GROUP];
                     const float Bs[4] = {vB.x, vB.y, vB.z, vB.w}, Cs[4] = {vC.x, vC.y, vC.z, vC.w};
                     float h[GROUP + 1], decay[GROUP], part_B[4], part_C[4];
-                    h[0] = before[s][thread];
+                    h[0] = sh.state[g][s][thread];
 #pragma unroll
                     for (int j = 0; j < GROUP; ++j) {
                         decay[j] = exp2_fast(size[j] * rate[s]);
@@ -260,23 +249,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                 sh.sums[warp][quad * ROW + lane] = sum_B;
                 sh.sums[warp][(S / 4 + quad) * ROW + lane] = sum_C;
             }
+            T *row_grad_u = grad_u + t0 * CHANNELS, *row_grad_delta = grad_delta + t0 * CHANNELS;
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 const float to_u = fmaf(from_input[j], size[j], y[j] * skip);
                 const float to_delta = fmaf(from_input[j], x[j], from_rate[j] * LN2) * sh.slope[g * GROUP + j][thread];
                 grad_skip = fmaf(y[j], x[j], grad_skip);
-                if (g * GROUP + j < steps) {
-                    grad_offset += to_delta;
-                    if (ok) {
-                        grad_u[(t0 + j) * channels] = from_float(to_u);
-                        grad_delta[(t0 + j) * channels] = from_float(to_delta);
-                    }
+                grad_offset += to_delta;  // zero for steps past the end, as y and the size are
+                if (ok && j < steps - g * GROUP) {
+                    row_grad_u[j * CHANNELS] = from_float(to_u);
+                    row_grad_delta[j * CHANNELS] = from_float(to_delta);
                 }
             }
             __syncthreads();
-            if (lane < 2 * S) {  // two lanes a row of the sums, one for each warp's; a warp does the rows of B or of C
-                const int row = warp * S + lane / 2;
-                const float4 *of_warp = sh.sums[lane & 1] + row / 4 * ROW + row % 4;
+            if (lane < 2 * S) {  // a warp does some of the rows of B and C, a lane the sums that one of the warps left
+                const int row = warp * (2 * S / WARPS) + lane / WARPS, part = lane % WARPS;
+                const float4 *of_warp = sh.sums[part] + row / 4 * ROW + row % 4;
                 float4 sum = of_warp[0];
 #pragma unroll
                 for (int i = 1; i < 8; ++i) {
@@ -287,26 +275,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                     sum.w += v.w;
                 }
                 const unsigned lanes = 0xffffffffu >> (32 - 2 * S);
-                sum.x += __shfl_xor_sync(lanes, sum.x, 1);
-                sum.y += __shfl_xor_sync(lanes, sum.y, 1);
-                sum.z += __shfl_xor_sync(lanes, sum.z, 1);
-                sum.w += __shfl_xor_sync(lanes, sum.w, 1);
-                const int j = 2 * (lane & 1), left = steps - g * GROUP;
-                float *out = grad_BC + (t0 + j) * (2 * S) + row;
-                if (left > j) out[0] = j ? sum.z : sum.x;
-                if (left > j + 1) out[2 * S] = j ? sum.w : sum.y;
+#pragma unroll
+                for (int i = 1; i < WARPS; i *= 2) {
+                    sum.x += __shfl_xor_sync(lanes, sum.x, i);
+                    sum.y += __shfl_xor_sync(lanes, sum.y, i);
+                    sum.z += __shfl_xor_sync(lanes, sum.z, i);
+                    sum.w += __shfl_xor_sync(lanes, sum.w, i);
+                }
+                const float values[GROUP] = {sum.x, sum.y, sum.z, sum.w};
+                float *out = grad_BC + t0 * (2 * S) + row;
+#pragma unroll
+                for (int j = 0; j < GROUP; ++j)
+                    if (j % WARPS == part && j < steps - g * GROUP) out[j * 2 * S] = values[j];
             }
             __syncthreads();
-            if (g == 3) {
-#pragma unroll
-                for (int s = 0; s < S; ++s) copy_async(&sh.state[2][s][thread], chunk_states + (i64)s * channels);
-            }
         }
     }
     if (ok) {
 #pragma unroll
-        for (int s = 0; s < S; ++s) grad_A[(sequence * S + s) * channels + d] = grad_rate[s];
-        grad_D[sequence * channels + d] = grad_skip;
-        grad_bias[sequence * channels + d] = grad_offset;
+        for (int s = 0; s < S; ++s) grad_A[(sequence * S + s) * CHANNELS + d] = grad_rate[s];
+        grad_D[sequence * CHANNELS + d] = grad_skip;
+        grad_bias[sequence * CHANNELS + d] = grad_offset;
     }
 }

@@ -12,7 +12,7 @@ import threading
 import torch
 from torch.nn import functional as F
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _LOG2E = math.log2(math.e)
@@ -78,7 +78,7 @@ class _Scan:
         least_steps: int,
     ) -> None:
         directions, self.batch, self.length, channels = u.shape
-        self.dtype = torch.promote_types(u.dtype, torch.float32)
+        self.dtype = state_dtype(u.dtype)
         self.u, self.delta, self.B, self.C = u, delta, B, C
         self.A = A.to(self.dtype).transpose(1, 2)[:, None].contiguous()  # (K, D, S) -> (K, 1, S, D)
         self.A_log2 = self.A * _LOG2E  # exp2 takes a third of the time of exp on the CPU
@@ -133,6 +133,11 @@ class _Scan:
 def _rows(matrix: torch.Tensor) -> torch.Tensor:
     """(..., n, m) -> (rows, n, m), for the batched matrix products."""
     return matrix.reshape(-1, *matrix.shape[-2:])
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that inputs of a type are computed in, and that saved states have: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _sum_states(x: torch.Tensor) -> torch.Tensor:

@@ -48,17 +48,30 @@ __device__ __forceinline__ float2 unpack(Pair p) {
     return make_float2(to_float((T)(p & 0xffffu)), to_float((T)(p >> 16)));
 #endif
 }
-__device__ __forceinline__ Pair pack(float x, float y) {
+__device__ __forceinline__ Pair pack_states(float x, float y) {
 #if DTYPE == 0
     return make_float2(x, y);
-#elif DTYPE == 1
+#else
     unsigned r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
     return r;
-#else
+#endif
+}
+__device__ __forceinline__ Pair pack(float x, float y) {
+#if DTYPE == 2
     unsigned r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
     return r;
+#else
+    return pack_states(x, y);
+#endif
+}
+// saved states have the inputs' bits: float32, or bfloat16 also for float16, whose range is too small for sums
+__device__ __forceinline__ float from_state(T v) {
+#if DTYPE == 0
+    return v;
+#else
+    return __uint_as_float((unsigned)v << 16);
 #endif
 }
 // two adjacent channels d0, d1 (both clamped to existing ones) of a row
@@ -71,8 +84,7 @@ __device__ __forceinline__ Pair load_pair(const T *row, int d0, int d1) {
     return (unsigned)row[d0] | ((unsigned)row[d1] << 16);
 #endif
 }
-__device__ __forceinline__ void store_pair(T *row, int d, bool ok0, bool ok1, float x, float y) {
-    Pair p = pack(x, y);
+__device__ __forceinline__ void store_pair(T *row, int d, bool ok0, bool ok1, Pair p) {
 #if VEC
     if (ok0) *(Pair *)(row + d) = p;
 #elif DTYPE == 0
@@ -90,16 +102,37 @@ __device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) 
     return make_float2(row[d0], row[d1]);
 #endif
 }
-__device__ __forceinline__ void store_float2(float *row, int d, bool ok0, bool ok1, float2 v) {
-#if VEC
-    if (ok0) *(float2 *)(row + d) = v;
-#else
-    if (ok0) row[d] = v.x;
-    if (ok1) row[d + 1] = v.y;
-#endif
-}
+// keeps a pointer to global memory in registers: an access is then it plus a constant, not a sum made anew of its parts
+#define HOLD(p) \
+    asm volatile("" : "+l"(p)); \
+    __builtin_assume(__isGlobal(p))
 __device__ __forceinline__ float exp2_fast(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
+}
+// log(1 + exp(x)), and y = exp(-|x|). log1p(y) = y p(y): as in triton.py, or to 8e-6 for inputs of 16 bits; a
+// quotient would cost a special function more
+__device__ __forceinline__ float softplus(float x, float &y) {
+    y = exp2_fast(-fabsf(x) * LOG2E);
+#if DTYPE == 0
+    float p = -0.0032439809f;
+    p = fmaf(p, y, 0.0198512636f);
+    p = fmaf(p, y, -0.0569591597f);
+    p = fmaf(p, y, 0.1060362174f);
+    p = fmaf(p, y, -0.1530556977f);
+    p = fmaf(p, y, 0.1967593133f);
+    p = fmaf(p, y, -0.2495413273f);
+    p = fmaf(p, y, 0.3332996368f);
+    p = fmaf(p, y, -0.4999990165f);
+    p = fmaf(p, y, 1.0f);
+#else
+    float p = -0.0238681300f;
+    p = fmaf(p, y, 0.1012197700f);
+    p = fmaf(p, y, -0.2100465400f);
+    p = fmaf(p, y, 0.3252059400f);
+    p = fmaf(p, y, -0.4993612800f);
+    p = fmaf(p, y, 0.9999916000f);
+#endif
+    return fmaf(y, p, fmaxf(x, 0.0f));
 }

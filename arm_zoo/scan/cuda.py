@@ -13,9 +13,9 @@ import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
 from arm_zoo.scan import triton
-from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, merge
+from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, merge, state_dtype
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
 _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -74,10 +74,10 @@ def _launch(
         DTYPE=_DTYPES[u.dtype],
         S=A.shape[-1],
         CHUNK=CHUNK,
+        CHANNELS=channels,
         HAS_BIAS=int(delta_bias is not None),
         **macros,
     )
-    blocks = -(-channels // _CHANNELS)
     rates, skip = A.float().transpose(1, 2).contiguous(), D.float().contiguous()
     bias = None if delta_bias is None else delta_bias.float().contiguous()
     tensors = (u, delta, rates, B, C, skip, bias, *others)
@@ -85,11 +85,12 @@ def _launch(
     device.set_current()
     launch(
         device.create_stream(_Stream()),
-        LaunchConfig(grid=blocks * directions * batch, block=_THREADS[pass_name]),
+        LaunchConfig(grid=-(-channels // _CHANNELS) * directions * batch, block=_THREADS[pass_name]),
         kernel,
         *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
-        *(ctypes.c_int32(size) for size in (directions, batch, length, channels, blocks)),
-        *(number(stride) for t in sequences for number, stride in zip(_STRIDES, t.stride()[:3], strict=True)),
+        *(ctypes.c_int32(size) for size in (directions, batch, length)),
+        *(ctypes.c_int64(stride) for t in (u, delta) for stride in t.stride()[:2]),
+        *(number(stride) for t in (B, C) for number, stride in zip(_STRIDES, t.stride()[:3], strict=True)),
     )
 
 
@@ -111,10 +112,11 @@ def selective_scan(
     d_state = A.shape[-1]
     if not _fits(d_state, u, delta, B, C):
         return triton.selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, order, save_states, gate)
-    u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C))
+    u, delta = (t if t.stride()[2:] == (channels, 1) else t.contiguous() for t in (u, delta))
+    B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
     y = u.new_empty(u.shape)
     chunks = -(-length // CHUNK) if save_states else 0
-    states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=torch.float32)
+    states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=state_dtype(u.dtype))
     _launch(
         "forward",
         (u, delta, B, C),
@@ -148,13 +150,14 @@ def selective_scan_backward(
     if not _fits(d_state, u, delta, B, C, grad):
         inputs = (u, delta, A, B, C, D, delta_bias, delta_softplus, order, saved)
         return triton.selective_scan_backward(grad, *inputs)
-    u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C))
+    u, delta = (t if t.stride()[2:] == (channels, 1) else t.contiguous() for t in (u, delta))
+    B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
     grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
     # every block of channels has its share of the gradients of B and C, summed in a fixed order afterwards
-    shares = saved.new_empty(-(-channels // _CHANNELS), directions, batch, length, 2 * d_state)
-    grad_A = saved.new_empty(directions, batch, d_state, channels)
-    grad_D, grad_bias = (saved.new_empty(directions, batch, channels) for _ in range(2))
+    shares = A.new_empty(-(-channels // _CHANNELS), directions, batch, length, 2 * d_state, dtype=torch.float32)
+    grad_A = shares.new_empty(directions, batch, d_state, channels)
+    grad_D, grad_bias = (shares.new_empty(directions, batch, channels) for _ in range(2))
     order = None if order is None else order.contiguous()
     _launch(
         "backward",

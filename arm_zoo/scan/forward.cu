@@ -7,45 +7,21 @@
 //
 // Macros: those of common.cuh, and SAVE 1 to store the states before every chunk for the backward scan.
 
-// log1p(y) = y p(y) for y = exp(-|x|): as in triton.py, or to 8e-6 for inputs of 16 bits
-__device__ __forceinline__ float softplus(float x) {
-    const float y = exp2_fast(-fabsf(x) * LOG2E);
-#if DTYPE == 0
-    float p = -0.0032439809f;
-    p = fmaf(p, y, 0.0198512636f);
-    p = fmaf(p, y, -0.0569591597f);
-    p = fmaf(p, y, 0.1060362174f);
-    p = fmaf(p, y, -0.1530556977f);
-    p = fmaf(p, y, 0.1967593133f);
-    p = fmaf(p, y, -0.2495413273f);
-    p = fmaf(p, y, 0.3332996368f);
-    p = fmaf(p, y, -0.4999990165f);
-    p = fmaf(p, y, 1.0f);
-#else
-    float p = -0.0238681300f;
-    p = fmaf(p, y, 0.1012197700f);
-    p = fmaf(p, y, -0.2100465400f);
-    p = fmaf(p, y, 0.3252059400f);
-    p = fmaf(p, y, -0.4993612800f);
-    p = fmaf(p, y, 0.9999916000f);
-#endif
-    return fmaf(y, p, fmaxf(x, 0.0f));
-}
-
 #define GROUP 4  // steps whose inputs are in flight
 
 extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, T *__restrict__ y,
-    float *__restrict__ states, int directions, int batch, int length, int channels, int blocks, i64 u_k, i64 u_b,
-    int u_t, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
+    T *__restrict__ states, int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b,
+    i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ float BC[CHUNK][2 * S];
     const int lane = threadIdx.x;
-    const int block = blockIdx.x % blocks, rest = blockIdx.x / blocks;
+    constexpr int BLOCKS = (CHANNELS + 63) / 64;
+    const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
     const int k = rest % directions, b = rest / directions;  // the directions of a picture follow each other
     const i64 sequence = (i64)k * batch + b;
     const int d = block * 64 + 2 * lane;
-    const bool ok0 = d < channels, ok1 = d + 1 < channels;
+    const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS;
 #if VEC
     const int d0 = ok0 ? d : 0, d1 = d0 + 1;
 #else
@@ -55,34 +31,34 @@ extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
     delta += k * delta_k + b * delta_b;
     const T *row_BC = lane < S ? B + k * B_k + b * B_b + lane : C + k * C_k + b * C_b + (lane - S);
     const int time_BC = lane < S ? B_t : C_t;
-    y += sequence * length * channels;
-    states += sequence * ((length + CHUNK - 1) / CHUNK) * S * channels;
+    y += sequence * length * CHANNELS;
+    states += sequence * ((length + CHUNK - 1) / CHUNK) * S * CHANNELS;
 
     float2 rate[S], h[S];
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-        rate[s] = load_float2(A + ((i64)k * S + s) * channels, d0, d1);
+        rate[s] = load_float2(A + ((i64)k * S + s) * CHANNELS, d0, d1);
         rate[s].x *= LOG2E;
         rate[s].y *= LOG2E;
         h[s] = make_float2(0.f, 0.f);
     }
-    const float2 skip = load_float2(D + (i64)k * channels, d0, d1);
+    const float2 skip = load_float2(D + (i64)k * CHANNELS, d0, d1);
     float2 offset = make_float2(0.f, 0.f);
 #if HAS_BIAS
-    offset = load_float2(bias + (i64)k * channels, d0, d1);
+    offset = load_float2(bias + (i64)k * CHANNELS, d0, d1);
 #endif
     Pair next_u[GROUP], next_delta[GROUP];
 #pragma unroll
     for (int j = 0; j < GROUP; ++j) {
-        next_u[j] = load_pair(u + min(j, length - 1) * u_t, d0, d1);
-        next_delta[j] = load_pair(delta + min(j, length - 1) * delta_t, d0, d1);
+        next_u[j] = load_pair(u + min(j, length - 1) * CHANNELS, d0, d1);
+        next_delta[j] = load_pair(delta + min(j, length - 1) * CHANNELS, d0, d1);
     }
 #pragma unroll 1
     for (int start = 0; start < length; start += CHUNK) {
 #if SAVE
 #pragma unroll
-        for (int s = 0; s < S; ++s) store_float2(states + (i64)s * channels, d, ok0, ok1, h[s]);
-        states += (i64)S * channels;
+        for (int s = 0; s < S; ++s) store_pair(states + s * CHANNELS, d, ok0, ok1, pack_states(h[s].x, h[s].y));
+        states += (i64)S * CHANNELS;
 #endif
         __syncwarp();
         if (lane < 2 * S) {
@@ -101,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 const int t = min(first + GROUP + j, length - 1);
-                next_u[j] = load_pair(u + t * u_t, d0, d1);
-                next_delta[j] = load_pair(delta + t * delta_t, d0, d1);
+                next_u[j] = load_pair(u + t * CHANNELS, d0, d1);
+                next_delta[j] = load_pair(delta + t * CHANNELS, d0, d1);
             }
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
@@ -112,8 +88,9 @@ extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
                 size.x += offset.x;
                 size.y += offset.y;
 #if SOFTPLUS
-                size.x = softplus(size.x);
-                size.y = softplus(size.y);
+                float unused;
+                size.x = softplus(size.x, unused);
+                size.y = softplus(size.y, unused);
 #endif
                 const float2 input = make_float2(size.x * x.x, size.y * x.y);
                 float2 sum = make_float2(skip.x * x.x, skip.y * x.y);
@@ -131,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
                         sum.y = fmaf(h[s].y, Cs[i], sum.y);
                     }
                 }
-                store_pair(y + (first + j) * channels, d, ok0, ok1, sum.x, sum.y);
+                store_pair(y + (first + j) * CHANNELS, d, ok0, ok1, pack(sum.x, sum.y));
             }
         }
     }

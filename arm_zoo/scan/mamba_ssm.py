@@ -11,7 +11,9 @@ import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from torch.nn import functional as F
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+from arm_zoo.scan.chunked import state_dtype
+
+__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
 CHUNK = None  # steps between saved states
 
@@ -92,7 +94,7 @@ def selective_scan(
     directions, batch, _, channels = u.shape
     out, *_ = selective_scan_cuda.fwd(*_arguments(u, delta, A, B, C, D, delta_bias), delta_softplus)
     y = _to_tokens(_channels_last(out, directions).float(), order).div(directions).to(u.dtype)
-    nothing = u.new_empty(directions, batch, 0, A.shape[-1], channels, dtype=torch.float32)
+    nothing = u.new_empty(directions, batch, 0, A.shape[-1], channels, dtype=state_dtype(u.dtype))
     return y if gate is None else y * F.silu(gate), nothing
 
 

@@ -16,9 +16,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch.nn import functional as F
 
-from arm_zoo.scan.chunked import CHUNK, causal_conv, causal_conv_backward, selective_scan_backward
+from arm_zoo.scan.chunked import CHUNK, causal_conv, causal_conv_backward, selective_scan_backward, state_dtype
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
+__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
 _BLOCK = 128  # channels whose states and rates, 16 KB for 16 states, stay in the first-level cache
 _CONTRACT = {"contract"}  # products may be fused into sums; nothing is reordered, NaN and infinity keep their meaning

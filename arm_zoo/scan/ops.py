@@ -61,10 +61,10 @@ def _conv_backward_fake(
 def _scan_fake(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *_, save_states, _gate, backend = args
     directions, batch, length, channels = u.shape
-    chunk = implementation(backend).CHUNK if save_states else None
+    module = implementation(backend)
+    chunk = module.CHUNK if save_states else None
     chunks = 0 if chunk is None else -(-length // chunk)
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    states = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=dtype)
+    states = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=module.state_dtype(u.dtype))
     return u.new_empty(batch, length, channels), states
 
 

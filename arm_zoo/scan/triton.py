@@ -11,9 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "merge", "selective_scan", "selective_scan_backward"]
+__all__ = [
+    "CHUNK",
+    "causal_conv",
+    "causal_conv_backward",
+    "merge",
+    "selective_scan",
+    "selective_scan_backward",
+    "state_dtype",
+]
 
-CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation in float32
+CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _GROUP = 2  # steps whose states the backward scan holds in registers
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BLOCK_TIME = 16
@@ -260,7 +268,7 @@ def _scan_kernel(
     )  # fmt: skip
     for chunk in range(chunks):
         if SAVE:
-            tl.store(states + chunk * d_state * channels + tile, state, mask=both)
+            tl.store(states + chunk * d_state * channels + tile, state.to(states.dtype.element_ty), mask=both)
         for t in range(chunk * CHUNK, tl.minimum(length, chunk * CHUNK + CHUNK)):
             u_t, delta_t, B_t, C_t = u_n, delta_n, B_n, C_n
             u_n, delta_n, B_n, C_n = _load_step(
@@ -347,7 +355,7 @@ def _scan_backward_kernel(
         chunk = chunks - 1 - back
         start = chunk * CHUNK
         groups = tl.cdiv(tl.minimum(length - start, CHUNK), GROUP)
-        state = tl.load(states + chunk * d_state * channels + tile, mask=both, other=0.0)
+        state = tl.load(states + chunk * d_state * channels + tile, mask=both, other=0.0).to(tl.float32)
         tl.store(scratch, state)
         for group in range(1, groups):
             for i in tl.static_range(GROUP):
@@ -396,6 +404,14 @@ def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
         return None
     steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, steps)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of saved states: float32, or bfloat16 for inputs of 16 bits (float16's range is too small for sums).
+
+    The states within a chunk are recomputed from one so rounded: that error is of the size of the inputs' own.
+    """
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def _inner(sequence: torch.Tensor) -> torch.Tensor:
@@ -488,7 +504,7 @@ def selective_scan(
     d_state = A.shape[-1]
     sequences = u.new_empty(directions, batch, length, channels)
     chunks = triton.cdiv(length, CHUNK) if save_states else 0
-    states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=torch.float32)
+    states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=state_dtype(u.dtype))
     B, C = _rows(B, C)
     padded = triton.next_power_of_2(d_state)
     block = _scan_channels(padded, 2048)
@@ -524,10 +540,10 @@ def selective_scan_backward(
     block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
     blocks, sequences = triton.cdiv(channels, block), directions * batch
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
-    shares = saved.new_empty(blocks, directions, batch, length, 2 * d_state)
-    scratch = saved.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
-    grad_A = saved.new_empty(directions, batch, d_state, channels)
-    grad_D, grad_bias = (saved.new_empty(directions, batch, channels) for _ in range(2))
+    shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=torch.float32)
+    scratch = shares.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
+    grad_A = shares.new_empty(directions, batch, d_state, channels)
+    grad_D, grad_bias = (shares.new_empty(directions, batch, channels) for _ in range(2))
     _scan_backward_kernel[blocks, sequences](
         u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), delta_bias, grad, order, saved,
         scratch, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias, batch, length, channels, d_state,
