@@ -87,19 +87,20 @@ class MambaMixer(nn.Module):
         batch, length = x.shape[:2]
         # one batched product over the directions; B * L rows merge without a copy
         projected = torch.bmm(u.flatten(1, 2), self.x_proj_weight.transpose(1, 2))
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = torch.bmm(dt, self.dt_proj_weight.transpose(1, 2))
+        projected = projected.unflatten(1, (batch, length))
+        delta, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             u,
-            delta.unflatten(1, (batch, length)),
+            delta,
             -torch.exp(A_log),
-            B.unflatten(1, (batch, length)),
-            C.unflatten(1, (batch, length)),
+            B,
+            C,
             self.D,
             z,
             self.dt_proj_bias,
             True,
             order,
+            self.dt_proj_weight,
         )
         return self.out_proj(y)

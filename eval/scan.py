@@ -63,7 +63,7 @@ def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
     rates = -torch.arange(1.0, S + 1, device="cuda").repeat(K, D, 1)
     into, out = randn(K, B, L, DT_RANK + 2 * S)[..., DT_RANK:].chunk(2, dim=-1)
     skip, bias = (torch.randn(K, D, device="cuda") for _ in range(2))
-    return conv, [randn(K, B, L, D), randn(K, B, L, D) - 3, rates, into, out, skip, bias, True, order]
+    return conv, [randn(K, B, L, D), randn(K, B, L, D) - 3, rates, into, out, skip, bias, None, True, order]
 
 
 def measure(backend: str, args: argparse.Namespace) -> list[Row]:

@@ -69,6 +69,7 @@ def _selective_scan(
     C: Value,
     D: Value,
     delta_bias: Value | None,
+    delta_weight: Value | None,
     delta_softplus: bool,
     order: Value | None,
     save_states: bool,
@@ -76,6 +77,8 @@ def _selective_scan(
     backend: str,
 ) -> tuple[Value, Value]:
     """One Scan node over the steps of all directions."""
+    if delta_weight is not None:  # (K, D, R) -> (K, 1, R, D)
+        delta = op.MatMul(delta, op.Unsqueeze(op.Transpose(delta_weight, perm=[0, 2, 1]), _ints(1)))
     delta = delta if delta_bias is None else op.Add(delta, op.Unsqueeze(delta_bias, _ints(1, 2)))
     delta = op.Softplus(delta) if delta_softplus else delta
     batch, sizes = op.Shape(u, start=0, end=2), op.Shape(A, start=1, end=3)

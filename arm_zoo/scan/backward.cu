@@ -66,8 +66,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, const T *__restrict__ grad,
     const i64 *__restrict__ order, const T *__restrict__ saved, T *__restrict__ grad_u, T *__restrict__ grad_delta,
     float *__restrict__ grad_BC, float *__restrict__ grad_A, float *__restrict__ grad_D, float *__restrict__ grad_bias,
-    int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, i64 B_k, i64 B_b, int B_t, i64 C_k,
-    i64 C_b, int C_t) {
+    int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
+    int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ Shared sh;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     constexpr int BLOCKS = (CHANNELS + THREADS - 1) / THREADS;

@@ -12,6 +12,8 @@ import threading
 import torch
 from torch.nn import functional as F
 
+from arm_zoo.scan.reference import project
+
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
@@ -169,6 +171,7 @@ def selective_scan(
     C: torch.Tensor,
     D: torch.Tensor,
     delta_bias: torch.Tensor | None,
+    delta_weight: torch.Tensor | None,
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
@@ -180,6 +183,7 @@ def selective_scan(
         (B, L, D) in token order and the dtype of u, and the states (K, B, chunks, S, D) at
         the start of every chunk, for the backward pass (no chunks if `save_states` is off).
     """
+    delta = project(delta, delta_weight)
     # blocks of many pictures and short chunks: few, large operations, above all in the recurrence
     scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=2)
     directions, batch, length, channels = u.shape

@@ -13,14 +13,14 @@ import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
 from arm_zoo.scan import triton
+from arm_zoo.scan.reference import project
 from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, merge, state_dtype
 
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
 _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CHANNELS = 64  # of a block
-_THREADS = {"forward": 32, "backward": 64}  # with two channels each, and with one
+_CHANNELS = 64  # of a block: one warp in the forward scan, two in the backward scan
 _STATES = (4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
 _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, pictures and steps
 
@@ -56,6 +56,23 @@ def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
     return aligned and not any(size % 2 for size in (channels, *strides))
 
 
+def _rows(sequences: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if the steps of each sequence adjoin in memory, else a copy where they do."""
+    return sequences if sequences.stride()[2:] == (sequences.shape[-1], 1) else sequences.contiguous()
+
+
+def _projection(delta: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> dict[str, int]:
+    """The forward kernel's macros for step sizes of low rank, RANK 0 where they must be whole."""
+    rank, size = delta.shape[-1], delta.element_size()
+    # two lanes copy a row, in the largest pieces that keep everything aligned
+    numbers = (rank * size // 2, delta.data_ptr(), *(stride * size for stride in delta.stride()[:-1]))
+    piece = next((piece for piece in (16, 8, 4) if not any(number % piece for number in numbers)), 0)
+    fits = dtype != torch.float32 and delta.dtype == dtype and delta.stride(-1) == 1 and rank <= 128
+    if weight is None or not fits or not piece:
+        return {"RANK": 0, "PICTURES": 1}
+    return {"RANK": rank, "PIECE": piece, "PICTURES": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
+
+
 def _launch(
     pass_name: str,
     sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
@@ -63,9 +80,14 @@ def _launch(
     D: torch.Tensor,
     delta_bias: torch.Tensor | None,
     others: tuple[torch.Tensor | None, ...],
+    pictures: int,
+    threads: int,
     **macros: int,
 ) -> None:
-    """Start a kernel on the current stream: `sequences` are u, delta, B and C with channels or states side by side."""
+    """Start a kernel on the current stream: `sequences` are u, delta, B and C with channels or states side by side.
+
+    A block of so many threads takes so many pictures, _CHANNELS of their channels.
+    """
     u, delta, B, C = sequences
     directions, batch, length, channels = u.shape
     kernel = _kernel(
@@ -85,12 +107,12 @@ def _launch(
     device.set_current()
     launch(
         device.create_stream(_Stream()),
-        LaunchConfig(grid=-(-channels // _CHANNELS) * directions * batch, block=_THREADS[pass_name]),
+        LaunchConfig(grid=-(-channels // _CHANNELS) * directions * -(-batch // pictures), block=threads),
         kernel,
         *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *(ctypes.c_int32(size) for size in (directions, batch, length)),
-        *(ctypes.c_int64(stride) for t in (u, delta) for stride in t.stride()[:2]),
-        *(number(stride) for t in (B, C) for number, stride in zip(_STRIDES, t.stride()[:3], strict=True)),
+        *(ctypes.c_int64(stride) for stride in u.stride()[:2]),
+        *(number(stride) for t in (delta, B, C) for number, stride in zip(_STRIDES, t.stride()[:3], strict=True)),
     )
 
 
@@ -102,6 +124,7 @@ def selective_scan(
     C: torch.Tensor,
     D: torch.Tensor,
     delta_bias: torch.Tensor | None,
+    delta_weight: torch.Tensor | None,
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
@@ -110,9 +133,14 @@ def selective_scan(
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     directions, batch, length, channels = u.shape
     d_state = A.shape[-1]
+    projection = _projection(delta, delta_weight, u.dtype)
+    if not projection["RANK"]:
+        delta, delta_weight = project(delta, delta_weight), None
     if not _fits(d_state, u, delta, B, C):
-        return triton.selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, order, save_states, gate)
-    u, delta = (t if t.stride()[2:] == (channels, 1) else t.contiguous() for t in (u, delta))
+        inputs = (u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, order)
+        return triton.selective_scan(*inputs, save_states, gate)
+    u = _rows(u)
+    delta, weight = (_rows(delta), None) if delta_weight is None else (delta, delta_weight.to(u.dtype).contiguous())
     B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
     y = u.new_empty(u.shape)
     chunks = -(-length // CHUNK) if save_states else 0
@@ -123,10 +151,13 @@ def selective_scan(
         A,
         D,
         delta_bias,
-        (y, states),
-        VEC=int(_pairs_are_aligned(channels, u, delta)),
+        (weight, y, states),
+        projection["PICTURES"],
+        32 * projection["PICTURES"],
+        VEC=int(_pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))),
         SOFTPLUS=int(delta_softplus),
         SAVE=int(save_states),
+        **projection,
     )
     return merge(y, order, 1 / directions, gate), states
 
@@ -150,7 +181,7 @@ def selective_scan_backward(
     if not _fits(d_state, u, delta, B, C, grad):
         inputs = (u, delta, A, B, C, D, delta_bias, delta_softplus, order, saved)
         return triton.selective_scan_backward(grad, *inputs)
-    u, delta = (t if t.stride()[2:] == (channels, 1) else t.contiguous() for t in (u, delta))
+    u, delta = _rows(u), _rows(delta)
     B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
     grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
@@ -166,6 +197,8 @@ def selective_scan_backward(
         D,
         delta_bias,
         (grad, order, saved, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias),
+        1,
+        _CHANNELS,
         VEC=int(_pairs_are_aligned(channels, u, delta, grad)),
         SOFTPLUS=int(delta_softplus),
         HAS_ORDER=int(order is not None),

@@ -5,20 +5,97 @@
 // the same four at a time; u and delta are loaded a group of steps ahead. The exponentials of the decays bound it: one
 // special function a state and step, so softplus, which would need two more, takes one and a polynomial.
 //
-// Macros: those of common.cuh, and SAVE 1 to store the states before every chunk for the backward scan.
+// Step sizes of low rank become whole here, a chunk at a time on the tensor cores: written and read in memory they would
+// cost more than the scan's own inputs. Warps, one a picture, then share a block and its part of
+// the weight.
+//
+// Macros: those of common.cuh; SAVE 1 to store the states before every chunk for the backward scan; PICTURES of a
+// block; RANK of the step sizes, 0 if they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
 
 #define GROUP 4  // steps whose inputs are in flight
 
-extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
+#if RANK
+#if DTYPE == 1
+#define HALF "bf16"
+#else
+#define HALF "f16"
+#endif
+#define WIDTH ((RANK + 15) / 16 * 16 + 8)  // of rows in shared memory: whole tiles, and no bank conflicts
+struct Shared {
+    T weight[64][WIDTH];
+    T rows[PICTURES][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
+    Pair sizes[PICTURES][CHUNK][36];
+};
+
+__device__ __forceinline__ void copy_async(T *shared, const T *from) {
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(PIECE) : "memory");
+}
+// two lanes copy a row
+__device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *delta, int start, int length, int delta_t, int lane) {
+    const int first = lane % 2 * (RANK / 2);
+    const T *from = delta + (i64)min(start + lane / 2, length - 1) * delta_t + first;
+#pragma unroll
+    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][first + i], from + i);
+}
+__device__ __forceinline__ void arrived() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+}
+__device__ __forceinline__ unsigned two(const T *p) { return *(const unsigned *)p; }
+__device__ __forceinline__ void multiply(float4 &c, const unsigned *a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF "." HALF ".f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// (CHUNK, RANK) x (RANK, 64) -> pairs of channels
+__device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH], const T (*weight)[WIDTH], int lane) {
+    const int row = lane / 4, column = lane % 4;
+    unsigned a[WIDTH / 16][4];
+#pragma unroll
+    for (int k = 0; k < WIDTH / 16; ++k) {
+        const int at = 16 * k + 2 * column;
+        a[k][0] = two(&rows[row][at]);
+        a[k][1] = two(&rows[row + 8][at]);
+        a[k][2] = two(&rows[row][at + 8]);
+        a[k][3] = two(&rows[row + 8][at + 8]);
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        float4 c = make_float4(0.f, 0.f, 0.f, 0.f);
+        const T *of_channel = weight[8 * n + row] + 2 * column;
+#pragma unroll
+        for (int k = 0; k < WIDTH / 16; ++k) multiply(c, a[k], two(of_channel + 16 * k), two(of_channel + 16 * k + 8));
+        sizes[row][4 * n + column] = pack(c.x, c.y);
+        sizes[row + 8][4 * n + column] = pack(c.z, c.w);
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(32 * PICTURES, 16 / PICTURES) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
-    const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, T *__restrict__ y,
-    T *__restrict__ states, int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b,
-    i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
-    __shared__ float BC[CHUNK][2 * S];
-    const int lane = threadIdx.x;
+    const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
+    const T *__restrict__ weight, T *__restrict__ y, T *__restrict__ states, int directions, int batch, int length,
+    i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
+    __shared__ float all_BC[PICTURES][CHUNK][2 * S];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float(*BC)[2 * S] = all_BC[warp];
     constexpr int BLOCKS = (CHANNELS + 63) / 64;
     const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
-    const int k = rest % directions, b = rest / directions;  // the directions of a picture follow each other
+    const int k = rest % directions;  // the directions of a picture follow each other
+    const int b = rest / directions * PICTURES + warp;
+#if RANK
+    __shared__ Shared sh;
+    for (int i = threadIdx.x; i < 64 * WIDTH; i += 32 * PICTURES) {
+        const int channel = block * 64 + i / WIDTH, r = i % WIDTH;
+        const bool exists = channel < CHANNELS && r < RANK;
+        sh.weight[i / WIDTH][r] = exists ? weight[((i64)k * CHANNELS + channel) * RANK + r] : T(0);
+    }
+    for (int i = threadIdx.x; i < PICTURES * 2 * CHUNK * WIDTH; i += 32 * PICTURES) sh.rows[0][0][0][i] = T(0);
+    __syncthreads();
+#endif
+    if (b >= batch) return;
     const i64 sequence = (i64)k * batch + b;
     const int d = block * 64 + 2 * lane;
     const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS;
@@ -47,12 +124,16 @@ extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
 #if HAS_BIAS
     offset = load_float2(bias + (i64)k * CHANNELS, d0, d1);
 #endif
-    Pair next_u[GROUP], next_delta[GROUP];
+    Pair next_u[GROUP];
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j) {
-        next_u[j] = load_pair(u + min(j, length - 1) * CHANNELS, d0, d1);
-        next_delta[j] = load_pair(delta + min(j, length - 1) * CHANNELS, d0, d1);
-    }
+    for (int j = 0; j < GROUP; ++j) next_u[j] = load_pair(u + min(j, length - 1) * CHANNELS, d0, d1);
+#if RANK
+    fetch(sh.rows[warp][0], delta, 0, length, delta_t, lane);
+#else
+    Pair next_delta[GROUP];
+#pragma unroll
+    for (int j = 0; j < GROUP; ++j) next_delta[j] = load_pair(delta + min(j, length - 1) * CHANNELS, d0, d1);
+#endif
 #pragma unroll 1
     for (int start = 0; start < length; start += CHUNK) {
 #if SAVE
@@ -61,6 +142,12 @@ extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
         states += (i64)S * CHANNELS;
 #endif
         __syncwarp();
+#if RANK
+        arrived();
+        const int now = start / CHUNK % 2;
+        if (start + CHUNK < length) fetch(sh.rows[warp][1 - now], delta, start + CHUNK, length, delta_t, lane);
+        project(sh.sizes[warp], sh.rows[warp][now], sh.weight, lane);
+#endif
         if (lane < 2 * S) {
 #pragma unroll
             for (int j = 0; j < CHUNK; ++j) BC[j][lane] = to_float(row_BC[min(start + j, length - 1) * time_BC]);
@@ -72,13 +159,19 @@ extern "C" __global__ void __launch_bounds__(32, 16) scan_forward(
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 raw_u[j] = next_u[j];
+#if RANK
+                raw_delta[j] = sh.sizes[warp][first - start + j][lane];
+#else
                 raw_delta[j] = next_delta[j];
+#endif
             }
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 const int t = min(first + GROUP + j, length - 1);
                 next_u[j] = load_pair(u + t * CHANNELS, d0, d1);
+#if !RANK
                 next_delta[j] = load_pair(delta + t * CHANNELS, d0, d1);
+#endif
             }
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {

@@ -12,6 +12,7 @@ from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1
 from torch.nn import functional as F
 
 from arm_zoo.scan.chunked import state_dtype
+from arm_zoo.scan.reference import project
 
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
@@ -85,12 +86,14 @@ def selective_scan(
     C: torch.Tensor,
     D: torch.Tensor,
     delta_bias: torch.Tensor | None,
+    delta_weight: torch.Tensor | None,
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
     gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and no saved states."""
+    delta = project(delta, delta_weight)
     directions, batch, _, channels = u.shape
     out, *_ = selective_scan_cuda.fwd(*_arguments(u, delta, A, B, C, D, delta_bias), delta_softplus)
     y = _to_tokens(_channels_last(out, directions).float(), order).div(directions).to(u.dtype)

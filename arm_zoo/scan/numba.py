@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from torch.nn import functional as F
 
 from arm_zoo.scan.chunked import CHUNK, causal_conv, causal_conv_backward, selective_scan_backward, state_dtype
+from arm_zoo.scan.reference import project
 
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
@@ -138,12 +139,14 @@ def selective_scan(
     C: torch.Tensor,
     D: torch.Tensor,
     delta_bias: torch.Tensor | None,
+    delta_weight: torch.Tensor | None,
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
     gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    delta = project(delta, delta_weight)
     directions, batch, length, channels = u.shape
     y = u.new_zeros(batch, length, channels)
     chunks = math.ceil(length / CHUNK) if save_states else 0

@@ -1,12 +1,14 @@
 """The two public operations, as PyTorch custom operators with fake and autograd kernels."""
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from arm_zoo.scan.backends import implementation, resolve_backend
-from arm_zoo.scan.reference import causal_conv_reference, selective_scan_reference
+from arm_zoo.scan.reference import causal_conv_reference, project, selective_scan_reference
 
 __all__ = ["causal_conv", "selective_scan"]
 
@@ -14,20 +16,42 @@ __all__ = ["causal_conv", "selective_scan"]
 # gradients are what those need to know. The last argument names the backend that computes them.
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
 _SCAN_INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool delta_softplus, "
-    "Tensor? order"
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, Tensor? delta_weight, "
+    "bool delta_softplus, Tensor? order"
 )
 
 
-def _operator(name: str, inputs: str, outputs: str) -> Any:
+def _operator(name: str, inputs: str, outputs: str, compute: Callable[..., Any] | None = None) -> Any:
+    """Register `compute(module, *inputs)`, or the function of the backend's module that has the operator's name."""
+
     def run(*args: Any) -> Any:
         *inputs, backend = args
+        module = implementation(backend)
         # matrix products keep float32 sums; kernels start on the tensors' GPU, whichever is the current one
         with torch.autocast(inputs[0].device.type, enabled=False), torch.cuda.device_of(inputs[0]):
-            return getattr(implementation(backend), name)(*inputs)
+            return getattr(module, name)(*inputs) if compute is None else compute(module, *inputs)
 
     schema = f"({inputs}, str backend) -> {outputs}"
     return torch.library.custom_op(f"arm_zoo::{name}", run, mutates_args=(), schema=schema)
+
+
+def _backward_of_scan(
+    module: ModuleType, grad: torch.Tensor, u: torch.Tensor, delta: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, ...]:
+    """The backend's gradients of u, delta, A, B, C, D and delta_bias, and that of delta_weight (empty without one).
+
+    Step sizes of low rank are made whole anew, which takes less time than their memory is worth.
+    """
+    *rates, delta_weight, delta_softplus, order, saved = others
+    whole = project(delta, delta_weight)
+    grads = module.selective_scan_backward(grad, u, whole, *rates, delta_softplus, order, saved)
+    if delta_weight is None:
+        return *grads, u.new_empty(0)
+    grad_u, grad_whole, *grad_rates = grads
+    rows = grad_whole.flatten(1, 2)
+    grad_delta = torch.bmm(rows, delta_weight.to(rows.dtype)).view_as(delta)
+    grad_weight = torch.bmm(rows.transpose(1, 2), delta.flatten(1, 2)).to(delta_weight.dtype)
+    return grad_u, grad_delta, *grad_rates, grad_weight
 
 
 _conv = _operator("causal_conv", _CONV_INPUTS, "Tensor")
@@ -36,7 +60,8 @@ _scan = _operator("selective_scan", f"{_SCAN_INPUTS}, bool save_states, Tensor? 
 _scan_backward = _operator(
     "selective_scan_backward",
     f"Tensor grad, {_SCAN_INPUTS}, Tensor saved",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_of_scan,
 )
 
 
@@ -77,9 +102,12 @@ def _scan_backward_fake(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    delta_weight: torch.Tensor | None,
     *_: Any,
 ) -> tuple[torch.Tensor, ...]:
-    return *(t.new_empty(t.shape) for t in (u, delta, A, B, C, D)), D.new_empty(D.shape)
+    grad_weight = u.new_empty(0) if delta_weight is None else delta_weight.new_empty(delta_weight.shape)
+    return *(t.new_empty(t.shape) for t in (u, delta, A, B, C, D)), D.new_empty(D.shape), grad_weight
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -99,9 +127,8 @@ def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, t
 def _scan_grad(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     *tensors, order, saved = ctx.saved_tensors
     grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved, ctx.backend)
-    if tensors[-1] is None:  # no delta_bias
-        grads = *grads[:-1], None
-    return *grads, *[None] * 5
+    given = (grad if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=True))
+    return *given, *[None] * 5
 
 
 _conv.register_autograd(_conv_grad, setup_context=_conv_setup)
@@ -136,8 +163,9 @@ def _check_shapes(u: torch.Tensor, *others: torch.Tensor | None) -> None:
     """Compiled kernels do not look: what is missing would be read from whatever lies behind it."""
     directions, batch, length, channels = u.shape
     d_state = others[1].shape[-1] if others[1] is not None else 0
+    weight = others[-1]
     expected = {
-        "delta": (directions, batch, length, channels),
+        "delta": (directions, batch, length, channels if weight is None else weight.shape[-1]),
         "A": (directions, channels, d_state),
         "B": (directions, batch, length, d_state),
         "C": (directions, batch, length, d_state),
@@ -145,6 +173,7 @@ def _check_shapes(u: torch.Tensor, *others: torch.Tensor | None) -> None:
         "z": (batch, length, channels),
         "delta_bias": (directions, channels),
         "order": (directions, length),
+        "delta_weight": (directions, channels, weight.shape[-1] if weight is not None and weight.ndim == 3 else 0),
     }
     for (name, shape), tensor in zip(expected.items(), others, strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -167,6 +196,7 @@ def selective_scan(
     delta_bias: torch.Tensor | None = None,
     delta_softplus: bool = True,
     order: torch.Tensor | None = None,
+    delta_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
@@ -176,7 +206,7 @@ def selective_scan(
 
     Args:
         u: (directions, batch, length, channels) inputs in scan order.
-        delta: like u, the step size before its bias and softplus.
+        delta: like u, the step size before its bias and softplus; with `delta_weight`, its last size is the rank.
         A: (directions, channels, d_state), negative.
         B: (directions, batch, length, d_state), shared by all channels.
         C: like B.
@@ -185,6 +215,8 @@ def selective_scan(
         delta_bias: (directions, channels).
         delta_softplus: apply softplus to the step size.
         order: (directions, length) table of `arm_zoo.order`; None when the scan order is the token order.
+        delta_weight: (directions, channels, rank); the step sizes are delta times its transpose, and not kept for the
+            backward pass.
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
@@ -192,12 +224,12 @@ def selective_scan(
     Raises:
         ValueError: for tensors whose shapes do not fit each other.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias, order)
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias, order, delta_weight)
     backend = resolve_backend(u)
     if backend == "reference":
-        y = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
+        y = selective_scan_reference(u, project(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, order)
     else:
-        inputs = (u, delta, A, B, C, D, delta_bias)
+        inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
         save_states = _needs_gradient(*inputs)
         # training applies the gate outside, where autograd and the compiler see it
         inside = z is not None and z.dtype == u.dtype and not (save_states or _needs_gradient(z))

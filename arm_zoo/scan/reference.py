@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-__all__ = ["causal_conv_reference", "selective_scan_reference"]
+__all__ = ["causal_conv_reference", "project", "selective_scan_reference"]
 
 
 def causal_conv_reference(
@@ -19,6 +19,15 @@ def causal_conv_reference(
         padded = F.pad(sequence, (0, 0, taps - 1, 0))  # (B, L, D) -> (B, taps - 1 + L, D)
         out.append(sum(padded[:, j : j + length] * weight[k, :, j] for j in range(taps)) + bias[k])
     return F.silu(torch.stack(out)).to(in_dtype)
+
+
+def project(delta: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Step sizes of all channels (K, B, L, D) from those of low rank (K, B, L, R), if there is a weight (K, D, R)."""
+    if weight is None:
+        return delta
+    # one batched product over the directions; B * L rows merge without a copy
+    product = torch.bmm(delta.flatten(1, 2), weight.to(delta.dtype).transpose(1, 2))
+    return product.unflatten(1, delta.shape[1:3])
 
 
 def selective_scan_reference(

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from arm_zoo.scan.reference import project
+
 __all__ = [
     "CHUNK",
     "causal_conv",
@@ -493,12 +495,14 @@ def selective_scan(
     C: torch.Tensor,
     D: torch.Tensor,
     delta_bias: torch.Tensor | None,
+    delta_weight: torch.Tensor | None,
     delta_softplus: bool,
     order: torch.Tensor | None,
     save_states: bool,
     gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    delta = project(delta, delta_weight)
     directions, batch, length, channels = u.shape
     u, delta = _inner(u), _inner(delta)
     d_state = A.shape[-1]
