@@ -87,12 +87,11 @@ extern "C" __global__ void __launch_bounds__(32 * PICTURES, 16 / PICTURES) scan_
     const int b = rest / directions * PICTURES + warp;
 #if RANK
     __shared__ Shared sh;
-    for (int i = threadIdx.x; i < 64 * WIDTH; i += 32 * PICTURES) {
-        const int channel = block * 64 + i / WIDTH, r = i % WIDTH;
-        const bool exists = channel < CHANNELS && r < RANK;
-        sh.weight[i / WIDTH][r] = exists ? weight[((i64)k * CHANNELS + channel) * RANK + r] : T(0);
+    for (int c = warp; c < 64; c += PICTURES) {
+        const T *row = weight + ((i64)k * CHANNELS + min(block * 64 + c, CHANNELS - 1)) * RANK;
+        for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&sh.weight[c][r] = r < RANK ? two(row + r) : 0;
     }
-    for (int i = threadIdx.x; i < PICTURES * 2 * CHUNK * WIDTH; i += 32 * PICTURES) sh.rows[0][0][0][i] = T(0);
+    for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)sh.rows[warp])[i] = 0;  // past the rank
     __syncthreads();
 #endif
     if (b >= batch) return;
