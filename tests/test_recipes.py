@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
+from arm_zoo.mixer import MambaMixer
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import Batch, train_loader
 from recipes.engine import Trainer, seed_step
@@ -277,6 +279,8 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     assert picture_flops(build, (3, 2, 2)) == 3 * 2 * 12 * 5
     config = load_config(PretrainConfig, PRETRAIN)
     assert picture_flops(config.build, (1, 8, 8)) > 3 * 2 * 12 * 64 * 256 * 4  # more than its input projections
+    per_token = 6 * 12 + 2 * (6 * (1 + 2 * 3) + 1 * 6) + 6 * 6  # in; each direction's x and step sizes; out
+    assert picture_flops(partial(MambaMixer, 6, directions=2, d_state=3), (5, 6)) == 3 * 2 * 5 * per_token
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

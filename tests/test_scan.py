@@ -118,6 +118,7 @@ class Case(NamedTuple):
     biased: bool = True
     softplus: bool = True
     taps: int = 4
+    rank: int = 0  # of the step sizes; 0: they are whole
 
     @property
     def length(self) -> int:
@@ -143,6 +144,9 @@ class Case(NamedTuple):
         if self.biased:
             # step sizes stay positive without the softplus
             inputs["delta_bias"] = torch.rand(K, D, dtype=torch.float64)
+        if self.rank:
+            inputs["delta"] = torch.rand(K, B, L, self.rank, dtype=torch.float64)
+            inputs["delta_weight"] = torch.rand(K, D, self.rank, dtype=torch.float64) / self.rank
         return inputs
 
     def conv_inputs(self) -> Tensors:
@@ -173,6 +177,8 @@ CASES = {
     "class-token-last": Case(4, 7, 5, cls_index=35, channels=5, batch=3, gated=False, biased=False),
     "odd-grid": Case(4, 5, 5, cls_index=12, channels=33, d_state=3),
     "unordered": Case(2, 3, 11, ordered=False, channels=9, d_state=5, taps=1),
+    "low-rank": Case(4, 3, 6, cls_index=9, channels=10, d_state=3, rank=4),
+    "low-rank-without-bias": Case(1, 1, 2, channels=3, biased=False, gated=False, softplus=False, rank=1),
 }
 # More pictures, channels and states than one pass of the fast path takes, so that it has to divide the work.
 DIVIDED = Case(4, 3, 6, channels=190, batch=46)
@@ -239,10 +245,10 @@ def as_type(inputs: Tensors, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", ["kept in float32", "rounded too"])
-@pytest.mark.parametrize("name", ["length3", "length65", "class-token-last", "odd-grid"])
+@pytest.mark.parametrize("name", ["length3", "length65", "class-token-last", "odd-grid", "low-rank"])
 def test_half_precision_inputs(name: str, dtype: torch.dtype, parameters: str) -> None:
     case = CASES[name]
-    keep = ("A", "D", "delta_bias", "weight", "bias") if parameters == "kept in float32" else ()
+    keep = ("A", "D", "delta_bias", "delta_weight", "weight", "bias") if parameters == "kept in float32" else ()
     scan_inputs, conv_inputs = as_type(case.scan_inputs(), dtype, keep), as_type(case.conv_inputs(), dtype, keep)
     compare(case.scan, scan_inputs, 1e-2, 1e-2)
     compare(case.conv, conv_inputs, 1e-2, 1e-2)
@@ -291,8 +297,9 @@ def test_autocast_stays_outside(dtype: torch.dtype, backend: str) -> None:
         Case(2, 2, 2, cls_index=2, channels=3, d_state=1, batch=2),
         Case(4, 2, 2, cls_index=2, channels=2, d_state=2, batch=1, softplus=False),
         Case(4, 1, 3, channels=2, d_state=3, batch=1, biased=False, taps=2),
+        Case(2, 1, 3, channels=3, d_state=1, batch=1, rank=2),
     ],
-    ids=["one", "two", "four", "four-without-bias"],
+    ids=["one", "two", "four", "four-without-bias", "low-rank"],
 )
 def test_gradcheck(case: Case) -> None:
     for function, inputs in ((case.scan, case.scan_inputs()), (case.conv, case.conv_inputs())):
@@ -458,9 +465,11 @@ def saved_for_backward(function: Callable[[], torch.Tensor]) -> dict[int, torch.
     return saved
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("length", [64, 196])
-def test_states_kept_for_training_weigh_one_activation(length: int) -> None:
-    case = Case(4, length // 4, 4, channels=24)
+def test_states_kept_for_training_weigh_one_activation(length: int, rank: int) -> None:
+    """And no whole step sizes where those given are of low rank."""
+    case = Case(4, length // 4, 4, channels=24, rank=rank)
     inputs = {name: value.float().requires_grad_() for name, value in case.scan_inputs().items()}
     order = case.order()
     saved = saved_for_backward(lambda: selective_scan(**inputs, order=order))
@@ -559,7 +568,9 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", [CASES["length65"], LONG, CASES["unordered"]._replace(biased=False)])
+@pytest.mark.parametrize(
+    "case", [CASES["length65"], LONG, CASES["low-rank"], CASES["unordered"]._replace(biased=False)]
+)
 def test_operators_pass_opcheck(case: Case) -> None:
     scan_inputs, conv_inputs = as_type(case.scan_inputs(), torch.float32), as_type(case.conv_inputs(), torch.float32)
     with Recorder() as recorder:

@@ -26,6 +26,8 @@ assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 for case in CASES:
     error = worst_error(*case, torch.float32, "cpu")
     assert error < 1e-5, (case, error)
+error = worst_error(*CASES[1], torch.bfloat16, "cpu", rank=4)
+assert error < 1e-2, error
 model = arm_zoo.create_pretraining_model("arm_pico", embed_dim=8, depth=1, d_state=2, decoder_dim=64, decoder_depth=1)
 images = torch.randn(1, 1, 8, 8)
 losses = []
@@ -44,9 +46,12 @@ CASES = [(1, 1, 1, None, 6, 1), (4, 3, 2, 3, 70, 3), (2, 2, 9, 0, 5, 4), (4, 4, 
 
 def worst_error(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int,
-    dtype: torch.dtype, device: str, kernels: str = "triton",
+    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0,
 ) -> float:  # fmt: skip
-    """Largest relative L2 error of outputs and gradients of both operations, against the reference in float64."""
+    """Largest relative L2 error of outputs and gradients of both operations, against the reference in float64.
+
+    With a rank, step sizes of low rank and B and C are parts of wider rows, as in the mixer.
+    """
     torch.manual_seed(0)
     order = scan_order(height, width, directions, cls_index, device=device)
     batch, length = 2, order.shape[1]
@@ -58,18 +63,22 @@ def worst_error(
     skip, bias = draw(directions, channels), draw(directions, channels)
     u, delta = (draw(directions, batch, length, channels).to(dtype) for _ in range(2))
     into, out = (draw(directions, batch, length, d_state).to(dtype) for _ in range(2))
+    weight = [draw(directions, channels, rank) / math.sqrt(rank)] if rank else []
+    if rank:
+        rows = draw(directions, batch, length, rank + 2 * d_state).to(dtype)
+        delta, into, out = rows.split([rank, d_state, d_state], dim=-1)
     gate, tokens = (draw(batch, length, channels).to(dtype) for _ in range(2))
     taps = draw(directions, channels, 4)
     grad_y, grad_v = draw(batch, length, channels).to(dtype), draw(directions, batch, length, channels).to(dtype)
 
     def everything(backend: str, convert: torch.dtype | None) -> list[torch.Tensor]:
-        leaves = [u, delta - 1, rates, into, out, skip, gate, bias, tokens, taps]
+        leaves = [u, delta if rank else delta - 1, rates, into, out, skip, gate, bias, tokens, taps, *weight]
         leaves = [t.detach().to(convert or t.dtype).requires_grad_() for t in leaves]
         with arm_zoo.scan_backend(backend):
-            y = selective_scan(*leaves[:8], True, order)
+            y = selective_scan(*leaves[:8], True, order, *leaves[10:])
             v = causal_conv(leaves[8], leaves[9], leaves[5], order)
             with torch.no_grad():  # inference gates inside the kernels
-                gated = selective_scan(*leaves[:8], True, order)
+                gated = selective_scan(*leaves[:8], True, order, *leaves[10:])
         torch.autograd.backward([y, v], [grad_y.to(y.dtype), grad_v.to(v.dtype)])
         return [y, gated, v, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
@@ -112,6 +121,14 @@ def test_lengths_on_the_gpu(length: int, kernels: str) -> None:
     for directions in (1, 4):
         for dtype, limit in LIMITS.items():
             assert worst_error(directions, 1, length, None, 24, 16, dtype, "cuda", kernels) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4, 12, 16, 44, 48, 64, 96, 128, 160])
+def test_step_sizes_of_low_rank(rank: int, kernels: str) -> None:
+    for dtype, limit in LIMITS.items():
+        assert worst_error(4, 3, 7, 10, 72, 16, dtype, "cuda", kernels, rank) < limit
+        assert worst_error(1, 1, 1, None, 33, 8, dtype, "cuda", kernels, rank) < limit
 
 
 def scan_inputs(value: float | None = None) -> list[torch.Tensor]:

@@ -1,11 +1,13 @@
 """The two public operations, as PyTorch custom operators with fake and autograd kernels."""
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from arm_zoo.scan.backends import implementation, resolve_backend
 from arm_zoo.scan.reference import causal_conv_reference, project, selective_scan_reference
@@ -91,6 +93,13 @@ def _scan_fake(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *args: Any
     chunks = 0 if chunk is None else -(-length // chunk)
     states = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=module.state_dtype(u.dtype))
     return u.new_empty(batch, length, channels), states
+
+
+@register_flop_formula(torch.ops.arm_zoo.selective_scan)
+def _scan_flops(u: list[int], *shapes: Any, **_: Any) -> int:
+    """The matrix product that makes step sizes of low rank whole; the recurrence is none."""
+    delta_weight = shapes[6]
+    return 0 if delta_weight is None else 2 * math.prod(u) * delta_weight[-1]
 
 
 @_scan_backward.register_fake

@@ -1,0 +1,73 @@
+"""The CUDA kernels without a GPU: NVRTC compiles them, and the host gives them as many arguments as they take."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no triton in this build of torch")
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC in this build of torch")
+
+
+class Program:
+    """The compiler, as `cuda.core` has it; a kernel is its number of parameters."""
+
+    def __init__(self, code: str, language: str, options: Any) -> None:
+        self.code, self.options = code, [f"-std={options.std}".encode(), f"-arch={options.arch}".encode()]
+
+    def compile(self, target: str) -> "Program":
+        _, program = nvrtc.nvrtcCreateProgram(self.code.encode(), b"scan.cu", 0, [], [])
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(self.options), self.options)
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+        return self
+
+    def get_kernel(self, name: str) -> int:
+        return re.search(rf" {name}\((.*?)\)", self.code, re.DOTALL)[1].count(",") + 1
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The backend's module over a compiler without a device; `cuda.launches` has (parameters, arguments, block)."""
+    core = ModuleType("cuda.core")
+    launches: list[tuple[int, int, int]] = []
+    core.Program, core.ProgramOptions, core.LaunchConfig = Program, SimpleNamespace, SimpleNamespace
+    core.Device = lambda index: SimpleNamespace(set_current=lambda: None, create_stream=lambda stream: stream)
+    core.launch = lambda stream, config, kernel, *arguments: launches.append((kernel, len(arguments), config.block))
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+    monkeypatch.delitem(sys.modules, "arm_zoo.scan.cuda", raising=False)
+    module = importlib.import_module("arm_zoo.scan.cuda")
+    monkeypatch.setattr(module, "merge", lambda y, *_: y[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    module.launches = launches
+    yield module
+    monkeypatch.delitem(sys.modules, "arm_zoo.scan.cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "d_state, channels, rank, biased", [(16, 768, 48, True), (8, 33, 0, False), (4, 64, 96, True)]
+)
+def test_kernels_compile(
+    d_state: int, channels: int, rank: int, biased: bool, dtype: torch.dtype, cuda: ModuleType
+) -> None:
+    u = torch.empty(4, 1, 5, channels, dtype=dtype)
+    rows = torch.empty(4, 1, 5, (rank or channels) + 2 * d_state, dtype=dtype)
+    delta, B, C = rows.split([rank or channels, d_state, d_state], dim=-1)
+    A, D = torch.empty(4, channels, d_state), torch.empty(4, channels)
+    weight = torch.empty(4, channels, rank) if rank else None
+    order = torch.arange(5).expand(4, -1)
+    rest = [A, B, C, D, D if biased else None]
+    for save_states in (False, True):
+        _, saved = cuda.selective_scan(u, delta, *rest, weight, True, order, save_states, None)
+    cuda.selective_scan_backward(u[0], u, torch.empty_like(u), *rest, True, order, saved)
+    assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
+    pictures = {0: 1, 48: 4, 96: 2}[rank if dtype != torch.float32 else 0]
+    assert [block for *_, block in cuda.launches] == [32 * pictures, 32 * pictures, 64]
