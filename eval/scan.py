@@ -5,6 +5,7 @@ Run from the repository root on a machine with a GPU: `python -m eval.scan`.
 
 import argparse
 import csv
+import math
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +21,6 @@ import arm_zoo
 from arm_zoo.order import scan_order
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DT_RANK = 48  # columns that stand before B and C in the projection they are cut from
 REPEATS = 20
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def copy_rate() -> float:
 
 
 def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
-    """Inputs of convolution and scan as a model has them: tokens are half of a projection, B and C a part of one."""
+    """Inputs of convolution and scan as a model has them: tokens, step sizes, B and C are parts of projections."""
     K, B, D, S = args.directions, args.batch_size, args.channels, args.states
     order = scan_order(args.grid, args.grid, K, args.grid**2 // 2 if K == 4 else None, device="cuda")
     L, dtype = order.shape[1], DTYPES[args.dtype]
@@ -61,9 +61,11 @@ def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
 
     conv = [randn(B, L, 2 * D)[..., :D], randn(K, D, 4), randn(K, D), order]
     rates = -torch.arange(1.0, S + 1, device="cuda").repeat(K, D, 1)
-    into, out = randn(K, B, L, DT_RANK + 2 * S)[..., DT_RANK:].chunk(2, dim=-1)
-    skip, bias = (torch.randn(K, D, device="cuda") for _ in range(2))
-    return conv, [randn(K, B, L, D), randn(K, B, L, D) - 3, rates, into, out, skip, bias, None, True, order]
+    rank = math.ceil(D / 16)
+    delta, into, out = randn(K, B, L, rank + 2 * S).split([rank, S, S], dim=-1)
+    skip, bias = torch.randn(K, D, device="cuda"), torch.randn(K, D, device="cuda") - 3
+    weight = randn(K, D, rank) / math.sqrt(rank)
+    return conv, [randn(K, B, L, D), delta, rates, into, out, skip, bias, weight, True, order]
 
 
 def measure(backend: str, args: argparse.Namespace) -> list[Row]:
@@ -86,19 +88,19 @@ def measure(backend: str, args: argparse.Namespace) -> list[Row]:
         (
             "scan, merge and gate",
             lambda: ops.selective_scan(*scan, False, gate, backend),
-            2 * sequence + 2 * token,
+            sequence + 2 * token,
             exponentials,
         ),
         (
             "scan and merge, saving states",
             lambda: ops.selective_scan(*scan, True, None, backend),
-            2 * sequence + token + saved.numel() * 4,
+            sequence + token + saved.nbytes,
             exponentials,
         ),
         (
             "scan, backward",
             lambda: ops.selective_scan_backward(gradient, *scan, saved, backend),
-            4 * sequence + token + saved.numel() * 4,
+            3 * sequence + token + saved.nbytes,
             exponentials,
         ),
     ]
