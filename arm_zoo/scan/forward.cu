@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(32 * PICTURES, 16 / PICTURES) scan_
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
     const T *__restrict__ weight, T *__restrict__ y, T *__restrict__ states, int directions, int batch, int length,
     i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
-    __shared__ float all_BC[PICTURES][CHUNK][2 * S];
+    __shared__ __align__(16) float all_BC[PICTURES][CHUNK][2 * S];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float(*BC)[2 * S] = all_BC[warp];
     constexpr int BLOCKS = (CHANNELS + 63) / 64;
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(32 * PICTURES, 16 / PICTURES) scan_
     const int k = rest % directions;  // the directions of a picture follow each other
     const int b = rest / directions * PICTURES + warp;
 #if RANK
-    __shared__ Shared sh;
+    __shared__ __align__(16) Shared sh;
     for (int c = warp; c < 64; c += PICTURES) {
         const T *row = weight + ((i64)k * CHANNELS + min(block * 64 + c, CHANNELS - 1)) * RANK;
         for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&sh.weight[c][r] = r < RANK ? two(row + r) : 0;
