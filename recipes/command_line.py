@@ -64,6 +64,8 @@ def run_from_command_line(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    finally:
+        stop.ignore()
 
 
 def say(text: str) -> None:

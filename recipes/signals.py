@@ -24,14 +24,19 @@ class StopRequest:
     name: str | None = None
 
     def listen(self) -> "StopRequest":
-        """Note SIGTERM and SIGUSR1 from now on, and give this object; only a program's main thread may call it.
-
-        It has no end: as soon as one process has left, launchers send SIGTERM to those that are still leaving, which
-        would kill them before they have given their exit code.
-        """
+        """Note SIGTERM and SIGUSR1 from now on, and give this object; only a program's main thread may call it."""
         for number in SIGNALS:
             signal.signal(number, self._note)
         return self
+
+    def ignore(self) -> None:
+        """Neither note nor obey them from now on: the program is at its end.
+
+        As soon as one process has left, launchers send SIGTERM to those that are still leaving. Python takes handlers
+        away before it is gone, so that one would end with the signal instead of its exit code.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name

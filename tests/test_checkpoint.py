@@ -30,7 +30,7 @@ from recipes.errors import RunError
 from recipes.kill_test import KillTest
 from recipes.pretrain import pretrain
 from recipes.resume import AlreadyFinished
-from recipes.signals import EXIT_CODE, Stopped, StopRequest
+from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "configs" / "pretrain_digits.yaml"
 FINETUNE = CONFIG.with_name("finetune_digits.yaml")
@@ -205,6 +205,8 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
         pretraining.main(["--config", str(CONFIG), *settings(tmp_path)])
     assert stopped.value.code == EXIT_CODE
     assert names(tmp_path) == ["step-00000001"]
+    # Python takes its own handlers away before a process is gone, this one stays
+    assert all(signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS)
 
 
 def test_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
