@@ -70,8 +70,9 @@ class LabelledSet:
         return len(np.unique(self.targets))
 
     def fingerprint(self) -> str:
-        """Tells sets with other files or labels apart, in whatever order they are listed."""
-        lines = sorted(f"{file}\t{target}" for file, target in zip(self.listing.files, self.targets, strict=True))
+        """Tells sets with other files, sizes of files, labels or places in the listing apart."""
+        facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
+        lines = ["\t".join(map(str, picture)) for picture in facts]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
