@@ -490,7 +490,7 @@ def test_rows_of_other_preprocessing_are_not_reused(
         seen.append(len(images))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return forward(self, images) if images.shape[-1] == 160 else torch.zeros(len(images), 1000)  # it takes no other
+        return forward(self, images) if images.shape[-1] == 160 else torch.zeros(len(images), 1000)  # all it takes
 
     monkeypatch.setattr(scoring.Forward, "__call__", dying)
     with pytest.raises(KeyboardInterrupt):
