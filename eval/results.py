@@ -73,10 +73,10 @@ def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
     Whichever of the sets was scored first, and in whichever run: later rows complete earlier ones.
     """
     same = (*WAY, "limit")
-    clean = {key(row, same): row for row in rows if row["set"] == "in1k"}
+    clean = {key(row, same): row for row in rows if row.get("set") == "in1k"}
     out = []
     for row in rows:
-        if row["set"] in SUBSETS and (found := clean.get(key(row, same))):
+        if row.get("set") in SUBSETS and (found := clean.get(key(row, same))):
             row = row | {c: found.get(c, "") for c in COLUMNS if c.startswith(f"clean200_{row['set']}_")}
         out.append(row)
     return out

@@ -219,12 +219,27 @@ def real_label_sets(labelled: LabelledSet) -> list[tuple[int, ...]]:
     return [real_labels()[n - 1] for n in numbers]
 
 
+def _three(listing: Listing) -> Sequence[int]:
+    """Indices across the listing."""
+    return [int(i) for i in np.linspace(0, len(listing) - 1, min(3, len(listing)))]
+
+
+def real_mapping(labelled: LabelledSet) -> list[str]:
+    """As `mapping`, by ReaL's labels of in1k's pictures."""
+    info, label_sets = ImageNetInfo(), real_label_sets(labelled)
+    lines = []
+    for i in _three(labelled.listing):
+        right = [f"class {c} {info.index_to_description(c)}" for c in label_sets[i]]
+        lines.append(f"{REAL}: {labelled.listing.describe(i)} -> {' or '.join(right) or 'no label, not in n'}")
+    return lines
+
+
 def mapping(labelled: LabelledSet) -> list[str]:
     """Lines that show, for three pictures across an ImageNet set, which class index their label became."""
     listing = labelled.listing
     info = ImageNetInfo()
     lines = []
-    for i in np.linspace(0, len(listing) - 1, min(3, len(listing))).astype(int):
+    for i in _three(listing):
         own = listing.labels[i] if listing.class_names is None else listing.class_names[listing.labels[i]]
         target = int(labelled.targets[i])
         meaning = f"class {target} {info.index_to_description(target)}"
