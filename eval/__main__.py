@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     if args.show_mapping and state.is_main_process:
         for request in requests:
             if request.name != CUSTOM:
-                print("\n".join(sets.mapping(sets.label(request.name, request.listing))))
+                labelled = sets.label(request.name, request.listing)
+                lines = [*sets.mapping(labelled), *(sets.real_mapping(labelled) if request.real else [])]
+                print("\n".join(lines))
     settings = settings_of(args)
     scorer = Scorer(args.output, settings, state, args.resume, args.recompute)
     candidates = (models.load(name, weights.get(name), args.train_size) for name in args.models)

@@ -78,7 +78,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
     for row in rows:
         if row["limit"] or row["set"] not in (*SETS, "v2-threshold0.7", "v2-top-images"):
             continue
-        key = tuple(row[name] for name in results.KEY if name not in ("set", "listing_sha256", "limit"))
+        key = tuple(row[name] for name in results.WAY)
         crop = f"crop {row['crop_pct']} {row['crop_mode']}, {row['interpolation']}, {row['dtype']}"
         size = row["img_size"].partition("x")
         entry = entries.setdefault(

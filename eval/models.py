@@ -107,7 +107,7 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         num_classes=num_classes,
         label_names=_label_names(_cfg(model), num_classes),
         weights=described,
-        weights_sha256=_sha256(file),
+        weights_sha256=_sha256_of_tensors(model) if file is None else _sha256(file),
     )
 
 
@@ -131,7 +131,8 @@ def _create(name: str, weights: str | None) -> tuple[nn.Module, Path | None, str
     if weights.startswith(SOURCES):
         model = timm.create_model(weights, pretrained=True)
         _same_architecture(name, _cfg(model).get("architecture"), weights)
-        return model, _hosted_file(_cfg(model)), weights
+        described = weights if weights.startswith("hf") else _hosted_name(_cfg(model))
+        return model, _hosted_file(_cfg(model)), described
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() or (path.name in WEIGHT_FILES and (folder / "config.json").is_file()):
@@ -176,7 +177,9 @@ def _same_architecture(name: str, found: str | None, where: str) -> None:
 
 
 def _hosted_name(cfg: Mapping[str, Any]) -> str:
-    return str(cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or "")
+    """What others can make sense of: of files here the name only, not where they lie."""
+    hosted = None if cfg.get("source") == "local-dir" else cfg.get("hf_hub_id") or cfg.get("url")
+    return str(hosted or Path(cfg.get("file") or "").resolve().name)
 
 
 def _hosted_file(cfg: Mapping[str, Any]) -> Path | None:
@@ -199,10 +202,16 @@ def _file_in(path: Path) -> Path | None:
     return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
 
 
-def _sha256(file: Path | None) -> str:
-    """Of a file; empty where timm does not say which it read."""
-    if file is None:
-        return ""
+def _sha256_of_tensors(model: nn.Module) -> str:
+    """Of what was loaded, for where timm does not say from which file: rows tell weights apart by it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):

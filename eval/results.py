@@ -11,21 +11,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from eval.metrics import SUBSETS
+
 Row = dict[str, Any]
 
-# A row that equals another in these is the same measurement.
-KEY = (
-    "model",
-    "set",
-    "weights_sha256",
-    "listing_sha256",
-    "img_size",
-    "crop_pct",
-    "crop_mode",
-    "interpolation",
-    "dtype",
-    "limit",
-)
+# A row that equals another in these is the same measurement: of the same model, on the same pictures, seen alike.
+WAY = ("model", "weights_sha256", "img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype")
+KEY = (*WAY, "set", "listing_sha256", "limit")
 COLUMNS = (
     *("model", "set", "n", "top1", "top5", "top1_low", "top1_high", "ece"),
     *("clean200_a_n", "clean200_a_top1", "clean200_a_top5", "clean200_r_n", "clean200_r_top1", "clean200_r_top5"),
@@ -36,8 +28,8 @@ COLUMNS = (
 )
 
 
-def key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[column]) for column in KEY)
+def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]:
+    return tuple(str(row.get(column, "")) for column in columns)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -58,15 +50,36 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(reader)
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows: the file is written anew beside itself and renamed, under a lock that other runs wait for."""
+def append(path: Path, rows: Iterable[Row]) -> list[Row]:
+    """Add rows: the file is written anew beside itself and renamed, under a lock that other runs wait for.
+
+    Returns:
+        the new rows as they were written: those of A and R with what the table knows of their clean pictures.
+    """
     with FileLock(path.with_name(f".{path.name}.lock")):
+        old = read(path)
+        table = with_clean_columns([*old, *rows])
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(read(path))
-        writer.writerows(rows)
+        writer.writerows(table)
         write_whole(path, text.getvalue())
+    return table[len(old) :]
+
+
+def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
+    """The rows, those of A and R with what in1k's newest row of the same measurement says of their 200 classes.
+
+    Whichever of the sets was scored first, and in whichever run: later rows complete earlier ones.
+    """
+    same = (*WAY, "limit")
+    clean = {key(row, same): row for row in rows if row.get("set") == "in1k"}
+    out = []
+    for row in rows:
+        if row.get("set") in SUBSETS and (found := clean.get(key(row, same))):
+            row = row | {c: found.get(c, "") for c in COLUMNS if c.startswith(f"clean200_{row['set']}_")}
+        out.append(row)
+    return out
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -155,20 +155,11 @@ class Scorer:
             wanted = [row, *([{**row, "set": REAL}] if request.real else [])]
             found: list[Row | None] = self.from_main(self.finished(wanted))  # type: ignore[assignment]
             computed = [] if all(found) else self.score(candidate, request, labelled, row)
-            rows = [old or computed[i] | self.clean(computed[i]) for i, old in enumerate(found)]
-            if computed and self.state.is_main_process:
-                results.append(self.output, [new for new, old in zip(rows, found, strict=True) if not old])
-            yield from zip(rows, [not old for old in found], strict=True)
-
-    def clean(self, row: Row) -> Row:
-        """For a row of A or R: what the same model's newest row of in1k, limited as this one, says of its classes."""
-        if row["set"] not in metrics.SUBSETS:
-            return {}
-        same = [column for column in results.KEY if column not in ("set", "listing_sha256")]
-        for other in reversed(results.read(self.output)):
-            if other["set"] == "in1k" and all(other[column] == str(row[column]) for column in same):
-                return {column: other[column] for column in other if column.startswith(f"clean200_{row['set']}")}
-        return {}
+            fresh = [new for new, old in zip(computed, found, strict=False) if not old]
+            if fresh and self.state.is_main_process:
+                fresh = results.append(self.output, fresh)
+            new = iter(fresh)
+            yield from ((old or next(new), not old) for old in found)
 
     def finished(self, wanted: Sequence[Row]) -> list[Row | None]:
         """For each of these the newest equal row that the table has, and None where it is to be computed."""
@@ -180,7 +171,10 @@ class Scorer:
     def score(self, candidate: Candidate, request: Request, labelled: LabelledSet, row: Row) -> list[Row]:
         heads = request.heads
         record = record_type(len(heads))
-        identity = "\t".join([*results.key(row), str(self.settings.batch_size)])
+        row = {**row, "device": device_name(self.state.device), "processes": self.state.num_processes}
+        # what the row says of a pass holds for all of it
+        said = ("batch_size", "device", *models.versions())
+        identity = "\t".join([*results.key(row), *(str(row[column]) for column in said)])
         name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         unfinished = Unfinished(self.output, name, record)
         kept = np.zeros(0, record)
@@ -199,7 +193,6 @@ class Scorer:
             unfinished.remove()
             for index, reason in predictions.undecodable.items():
                 print(f"undecodable: {request.listing.describe(index)}: {reason}", file=sys.stderr)
-        row = {**row, "device": device_name(self.state.device), "processes": self.state.num_processes}
         return make_rows(request, labelled, predictions, row)
 
 

@@ -70,8 +70,9 @@ class LabelledSet:
         return len(np.unique(self.targets))
 
     def fingerprint(self) -> str:
-        """Tells sets with other files or labels apart, in whatever order they are listed."""
-        lines = sorted(f"{file}\t{target}" for file, target in zip(self.listing.files, self.targets, strict=True))
+        """Tells sets with other files, sizes of files, labels or places in the listing apart."""
+        facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
+        lines = ["\t".join(map(str, picture)) for picture in facts]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -218,12 +219,27 @@ def real_label_sets(labelled: LabelledSet) -> list[tuple[int, ...]]:
     return [real_labels()[n - 1] for n in numbers]
 
 
+def _three(listing: Listing) -> Sequence[int]:
+    """Indices across the listing."""
+    return [int(i) for i in np.linspace(0, len(listing) - 1, min(3, len(listing)))]
+
+
+def real_mapping(labelled: LabelledSet) -> list[str]:
+    """As `mapping`, by ReaL's labels of in1k's pictures."""
+    info, label_sets = ImageNetInfo(), real_label_sets(labelled)
+    lines = []
+    for i in _three(labelled.listing):
+        right = [f"class {c} {info.index_to_description(c)}" for c in label_sets[i]]
+        lines.append(f"{REAL}: {labelled.listing.describe(i)} -> {' or '.join(right) or 'no label, not in n'}")
+    return lines
+
+
 def mapping(labelled: LabelledSet) -> list[str]:
     """Lines that show, for three pictures across an ImageNet set, which class index their label became."""
     listing = labelled.listing
     info = ImageNetInfo()
     lines = []
-    for i in np.linspace(0, len(listing) - 1, min(3, len(listing))).astype(int):
+    for i in _three(listing):
         own = listing.labels[i] if listing.class_names is None else listing.class_names[listing.labels[i]]
         target = int(labelled.targets[i])
         meaning = f"class {target} {info.index_to_description(target)}"

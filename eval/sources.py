@@ -38,6 +38,7 @@ class Listing:
         class_names: names of the classes: folders, or those of a ClassLabel; None where labels are bare numbers.
         is_tree: the class names are folders.
         read: opens the picture of an index.
+        sizes: (N,) bytes of each picture.
     """
 
     location: str
@@ -46,6 +47,7 @@ class Listing:
     class_names: tuple[str, ...] | None
     is_tree: bool
     read: Reader
+    sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.files)
@@ -101,13 +103,13 @@ def _files_of_folder(folder: Path) -> list[Path]:
     return files
 
 
-def _by_folder(location: str, files: list[str], read: Reader) -> Listing:
+def _by_folder(location: str, files: list[str], read: Reader, sizes: Sequence[int]) -> Listing:
     """A listing of a tree whose folders are the classes."""
     parents = [posixpath.basename(posixpath.dirname(file)) for file in files]
     class_names = tuple(sorted(set(parents), key=natural_key))
     index = {name: i for i, name in enumerate(class_names)}
     labels = np.array([index[name] for name in parents], dtype=np.int64)
-    return Listing(location, files, labels, class_names, True, read)
+    return Listing(location, files, labels, class_names, True, read, np.array(sizes))
 
 
 def _below(paths: list[str], folders: Sequence[str]) -> list[str]:
@@ -127,7 +129,17 @@ def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
     paths = [Path(parent, name).relative_to(root).as_posix() for parent, _, names in walk for name in names]
     paths = sorted(_below([path for path in paths if is_picture(path)], folders))
     own = Path(os.path.abspath(root)).name  # a single class folder is known by it
-    return _by_folder(location, [f"{own}/{path}" for path in paths], _FromDisk([root / path for path in paths]))
+    places = [root / path for path in paths]
+    sizes = [_size(place) for place in places]
+    return _by_folder(location, [f"{own}/{path}" for path in paths], _FromDisk(places), sizes)
+
+
+def _size(file: Path) -> int:
+    """In bytes; -1 where a link leads nowhere, which is an undecodable picture like others."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 @dataclass(frozen=True)
@@ -152,23 +164,26 @@ def _open_tars(location: str, paths: Iterable[Path], folders: Sequence[str]) -> 
     shards = {path: read_members(path) for path in paths}
     if any(sidecar(file, members) for members in shards.values() for file in members if is_picture(file)):
         files, raw, places = read_shards(shards)
-        return _labelled(location, files, raw, FromTar(places))
+        return _labelled(location, files, raw, FromTar(places), [place.size for place in places])
     tree: dict[str, Member] = {}
     for shard, members in shards.items():
         if twice := tree.keys() & members.keys():
             raise ValueError(f"{location}: {min(twice)} is there twice, the second time in {shard}")
         tree |= members
     pictures = sorted(_below([name for name in tree if is_picture(name)], folders))
-    return _by_folder(location, pictures, FromTar([tree[name] for name in pictures]))
+    places = [tree[name] for name in pictures]
+    return _by_folder(location, pictures, FromTar(places), [place.size for place in places])
 
 
-def _labelled(location: str, files: list[str], raw: Sequence[str], read: Reader) -> Listing:
+def _labelled(location: str, files: list[str], raw: Sequence[str], read: Reader, sizes: Sequence[int]) -> Listing:
     """A listing by labels written as text: numbers or names."""
     if all(re.fullmatch(r"-?\d+", label) for label in raw):
-        return Listing(location, files, np.array([int(label) for label in raw], dtype=np.int64), None, False, read)
+        numbers = np.array([int(label) for label in raw], dtype=np.int64)
+        return Listing(location, files, numbers, None, False, read, np.array(sizes))
     class_names = tuple(sorted(set(raw)))
     index = {name: i for i, name in enumerate(class_names)}
-    return Listing(location, files, np.array([index[label] for label in raw]), class_names, False, read)
+    labels = np.array([index[label] for label in raw])
+    return Listing(location, files, labels, class_names, False, read, np.array(sizes))
 
 
 def _open_parquet(location: str, paths: Sequence[Path]) -> Listing:
@@ -225,13 +240,18 @@ def _of_dataset(location: str, dataset: Any) -> Listing:
     feature = dataset.features[label]
     dataset = dataset.cast_column(picture, Image(decode=False))
     values = dataset.data.column(label).to_pylist()
-    files = [file or "" for file in pc.struct_field(dataset.data.column(picture), "path").to_pylist()]
+    cells = dataset.data.column(picture)
+    paths = [path or "" for path in pc.struct_field(cells, "path").to_pylist()]
+    # where a cache has the pictures is for this machine only
+    files = [posixpath.basename(path) if os.path.isabs(path) else path for path in paths]
+    sizes = pc.binary_length(pc.struct_field(cells, "bytes")).fill_null(-1).to_pylist()
     read = _FromDataset(dataset, picture)
     if None in values:
         raise ValueError(f"{location}: {values.count(None)} rows have no {label}")
     if isinstance(feature, ClassLabel):
-        return Listing(location, files, np.array(values, dtype=np.int64), tuple(feature.names), False, read)
-    return _labelled(location, files, [str(value) for value in values], read)
+        labels = np.array(values, dtype=np.int64)
+        return Listing(location, files, labels, tuple(feature.names), False, read, np.array(sizes))
+    return _labelled(location, files, [str(value) for value in values], read, sizes)
 
 
 def _column(location: str, dataset: Any, names: Sequence[str], feature: type) -> str:

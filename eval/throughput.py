@@ -6,6 +6,7 @@ Run from the repository root, for example `python -m eval.throughput --device cp
 import argparse
 import csv
 import difflib
+import io
 import json
 import platform
 import time
@@ -27,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import arm_zoo
+from eval.results import write_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_MODELS = {
@@ -144,7 +146,8 @@ def prepare(name: str, model: nn.Module, img_size: int, settings: Settings) -> C
     model = model.to(settings.device).train(settings.mode != "infer")
     if settings.compile:
         model.compile()
-    images = torch.randn(settings.batch_size, 3, img_size, img_size, device=settings.device)
+    channels = resolve_model_data_config(model)["input_size"][0]
+    images = torch.randn(settings.batch_size, channels, img_size, img_size, device=settings.device)
     make_step = inference_step if settings.mode == "infer" else training_step
     step = make_step(model, images, settings)
     for _ in range(WARM_UP_STEPS):
@@ -246,12 +249,13 @@ def as_table(rows: Sequence[Row]) -> Table:
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Replaces the file by the rows."""
     if path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+        write_whole(path, json.dumps(rows, indent=2) + "\n")
         return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def positive(text: str) -> int:

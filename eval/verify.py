@@ -45,6 +45,7 @@ CARD_NAMES = {
     r"(imagenet|in)[-_ ]?r\b": "r",
     r"imagenet(?![-_ ]?(21|22|12)k)|\bin[-_ ]?1k": "in1k",
 }
+TRAINERS_TAG = "generated_from_trainer"  # cards of transformers' Trainer have shares of 1, all others percent
 TOP1 = {"accuracy", "acc", "top1", "top1accuracy", "acctop1", "accuracytop1", "acc1"}
 
 
@@ -63,15 +64,18 @@ def set_of(result: EvalResult) -> str | None:
     return None
 
 
-def reported(results: Sequence[EvalResult]) -> dict[str, float]:
-    """Top-1 in percent by set; other metrics and sets are passed over."""
+def reported(results: Sequence[EvalResult], shares: bool = False) -> dict[str, float]:
+    """Top-1 in percent by set; other metrics and sets are passed over.
+
+    Args:
+        shares: the card has shares of 1 and not percent. Figures do not tell: 0.83 may be either.
+    """
     out: dict[str, float] = {}
     for result in results:
         name = set_of(result)
         if name is None or _plain(result.metric_type) not in TOP1 or "5" in _plain(result.metric_name):
             continue
-        value = float(result.metric_value)
-        out.setdefault(name, 100 * value if 0 <= value <= 1 else value)
+        out.setdefault(name, float(result.metric_value) * (100 if shares else 1))
     return out
 
 
@@ -83,8 +87,8 @@ def read_card(model: str, weights: str | None, card: Path | None) -> tuple[str, 
     """
     source = str(card) if card else _card_beside(model, weights)
     try:
-        results = ModelCard.load(source, ignore_metadata_errors=True).data.eval_results or []
-        figures = reported(results)
+        data = ModelCard.load(source, ignore_metadata_errors=True).data
+        figures = reported(data.eval_results or [], shares=TRAINERS_TAG in (data.get("tags") or ()))
     except Exception as error:  # from the Hub and YAML come classes of all sorts
         raise ValueError(f"cannot read the card {source}: {' '.join(str(error).split())}") from error
     if not figures:

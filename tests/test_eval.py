@@ -456,6 +456,88 @@ def test_finished_rows_are_scored_again_on_request_only(
     assert len(run(world, output, *words, "--dtype", "bf16")) == 3
 
 
+def edited_copy(world: World, folder: Path, **changes: object) -> Path:
+    """The weights as a folder whose configuration says something else of the preprocessing."""
+    model = timm.create_model(MODEL)
+    model.load_state_dict(load_file(world.weights))
+    timm.models.save_for_hf(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [0.4, 0.5, 0.6]},
+        {"std": [0.2, 0.2, 0.2]},
+        {"interpolation": "bilinear"},
+        {"crop_mode": "squash"},
+        {"crop_pct": 0.9},
+        {"test_input_size": [3, 192, 192]},
+    ],
+)
+def test_rows_of_other_preprocessing_are_not_reused(
+    change: dict[str, object], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, words = tmp_path / "results.csv", ["--sets", f"a={world.planted['a'].path}", "--limit", "4", "--resume"]
+    before = edited_copy(world, tmp_path / "before")
+    after = edited_copy(world, tmp_path / "after", **change)
+    forward, seen = scoring.Forward.__call__, []
+
+    def dying(self: scoring.Forward, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return forward(self, images) if images.shape[-1] == 160 else torch.zeros(len(images), 1000)  # all it takes
+
+    monkeypatch.setattr(scoring.Forward, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, output, *words, "--batch-size", "1", weights=before)
+    seen.clear()
+    seen += [0] * 10
+    run(world, output, *words, "--batch-size", "1", weights=after)
+    assert sum(seen) == 4  # nothing of the other run
+    assert len(run(world, output, *words, "--batch-size", "1", weights=before)) == 2
+    assert len(run(world, output, *words, "--batch-size", "2", weights=after)) == 2
+
+
+def test_rows_of_other_contents_are_not_reused(world: World, tmp_path: Path) -> None:
+    """The same names and labels, a picture mended or replaced."""
+    shutil.copytree(world.planted["v2"].path, tmp_path / "v2")
+    file = min((tmp_path / "v2").rglob("*.jpeg"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:400])
+    words = ["--sets", f"v2={tmp_path / 'v2'}"]
+    assert [row["undecodable"] for row in run(world, tmp_path / "results.csv", *words)] == ["1"]
+    file.write_bytes(whole)
+    assert [row["undecodable"] for row in run(world, tmp_path / "results.csv", *words)] == ["1", "0"]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+@pytest.mark.parametrize("order", [("a", "r", "in1k"), ("a", "in1k", "r"), ("in1k", "r", "a")])
+def test_clean_columns_come_in_any_order_of_runs(
+    order: tuple[str, ...], resume: list[str], world: World, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.csv"
+    for name in order:
+        run(world, output, "--sets", f"{name}={world.planted[name].path}", *resume)
+    rows = {row["set"]: row for row in results.read(output)}
+    assert len(rows) == 3
+    for name in ("a", "r"):
+        n, top1, top5 = (float(rows[name][f"clean200_{name}_{what}"]) for what in ("n", "top1", "top5"))
+        assert (n, round(n * top1 / 100), round(n * top5 / 100)) == world.clean[name]
+    assert rows["a"]["clean200_r_n"] == rows["r"]["clean200_a_n"] == ""
+
+
+def test_clean_columns_are_of_the_same_measurement(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "results.csv"
+    run(world, output, "--sets", f"a={world.planted['a'].path}")
+    run(world, output, "--sets", f"in1k={world.planted['in1k'].path}", "--dtype", "bf16")
+    assert results.read(output)[0]["clean200_a_n"] == ""
+
+
 def test_limit_spreads_over_the_set_and_marks_the_row(world: World, tmp_path: Path) -> None:
     [row] = run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--limit", "6")
     assert (row["n"], row["limit"]) == ("6", "6")
@@ -518,19 +600,19 @@ def test_speed_is_shown_and_nothing_written(world: World, tmp_path: Path, capsys
     assert not (tmp_path / "results.csv").exists()
 
 
-def card(path: Path, figures: dict[str, float]) -> Path:
+def card(path: Path, figures: dict[str, float], tags: list[str] | None = None) -> Path:
     results = [
         EvalResult("image-classification", f"imagenet-{name}", f"ImageNet-{name}", "accuracy", value)
         for name, value in figures.items()
     ]
-    data = ModelCardData(model_name="some-model", eval_results=results)
+    data = ModelCardData(model_name="some-model", eval_results=results, tags=tags)
     path.write_text(f"---\n{data.to_yaml()}\n---\n# some model\n")
     return path
 
 
 def test_verify_compares_with_the_card(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     right = {name: 100 * planted.counts[1] / planted.counts[0] for name, planted in world.planted.items()}
-    figures = {"1k": right["in1k"] + 0.05, "V2": right["v2"], "R": right["r"] / 100}  # the last one as a share
+    figures = {"1k": right["in1k"] + 0.05, "V2": right["v2"], "R": right["r"]}
     file = card(tmp_path / "README.md", figures)
     shutil.copy(world.weights, tmp_path / "model.pth.safetensors")
     words = [
@@ -551,6 +633,16 @@ def test_verify_compares_with_the_card(world: World, tmp_path: Path, capsys: pyt
     card(file, {**figures, "V2": right["v2"] - 0.2})
     assert verify.main([*words, "--card", str(file)]) == 1
     assert verify.main([*words, "--card", str(file), "--tolerance", "0.2"]) == 0
+
+
+@pytest.mark.parametrize("tags, expected", [(["arm-zoo"], [0.83, 1.0]), (["generated_from_trainer"], [83.0, 100.0])])
+def test_small_figures_are_percent_unless_the_trainer_wrote_the_card(
+    tags: list[str], expected: list[float], tmp_path: Path
+) -> None:
+    file = card(tmp_path / "README.md", {"A": 0.83, "R": 1.0}, tags)
+    figures = verify.read_card("some_model", None, file)[1]
+    assert list(figures) == ["a", "r"]
+    assert list(figures.values()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -612,6 +704,23 @@ def test_models_that_timm_does_not_know(tmp_path: Path, monkeypatch: pytest.Monk
         models.load("plain", str(tmp_path / "part.safetensors"))
 
 
+def test_weights_of_the_package_are_called_by_name() -> None:
+    candidate = models.load("arm_pico_patch2_8.arm_digits_ft_digits", None)
+    assert candidate.weights == "arm_pico_patch2_8.arm_digits_ft_digits.safetensors"
+    assert len(candidate.weights_sha256) == 64
+
+
+def test_weights_of_an_unknown_file_have_a_checksum(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: saved)
+    checksums = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        saved = timm.models.vision_transformer.test_vit()
+        checksums.append(models.load(MODEL, None).weights_sha256)
+    assert len(checksums[0]) == 64
+    assert checksums[0] == checksums[1] != checksums[2]
+
+
 @pytest.mark.parametrize("source", ["local-dir:{}", "{}", "{}/model.safetensors"])
 def test_folders_of_weights(source: str, tmp_path: Path) -> None:
     model = timm.create_model(MODEL, num_classes=3)
@@ -622,3 +731,4 @@ def test_folders_of_weights(source: str, tmp_path: Path) -> None:
     assert torch.equal(candidate.model.head.weight, model.head.weight)
     file = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert candidate.weights_sha256 == hashlib.sha256(file).hexdigest()
+    assert candidate.weights in ("model", "model.safetensors")

@@ -163,6 +163,18 @@ def test_mapping_of_three_pictures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "10/x.jpeg: label 10 -> class 10 brambling, Fringilla montifringilla" in lines[0]
 
 
+def test_mapping_of_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some, empty = (next(k for k, s in enumerate(metrics.real_labels()) if bool(s) == has) for has in (True, False))
+    names = [f"{WNIDS[0]}/ILSVRC2012_val_{k + 1:08d}.JPEG" for k in (some, empty)]
+    root = tree(tmp_path, *names)
+    assert program.main(["--sets", f"in1k={root}", "real", "--show-mapping", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["in1k", "in1k", "real", "real"]
+    [first] = [line for line in lines[2:] if names[0] in line]
+    assert all(f"class {c} " in first for c in metrics.real_labels()[some])
+    assert any(line.endswith("no label, not in n") for line in lines[2:])
+
+
 # refusals: one line on stderr, exit code 1, no traceback
 
 

@@ -78,6 +78,10 @@ def test_low_precision_runs(dtype: str, autocast: bool) -> None:
     throughput.main([*options, "--autocast"] if autocast else options)
 
 
+def test_models_of_grey_pictures_run() -> None:
+    throughput.main(["--models", "arm_pico_patch2_8", "--device", "cpu", "--repeats", "1", "--batch-size", "1"])
+
+
 def test_unknown_model_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "--models", "arm_base_patch16_242")
     assert "unknown model 'arm_base_patch16_242'; did you mean arm_base_patch16_224" in message
