@@ -59,8 +59,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file, such as ``model``, on the CPU."""
-    return load_file(checkpoint / f"{name}.safetensors")
+    """The tensors of one file, such as ``model``, on the CPU.
+
+    Raises:
+        DamagedCheckpoint: If it is no such file.
+    """
+    file = checkpoint / f"{name}.safetensors"
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{file} cannot be read: {error}") from error
 
 
 class CheckpointFolder:

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import distributed
 
 from arm_zoo import CheckpointError
@@ -15,7 +17,7 @@ from .errors import RunError
 from .locate import SourceError
 from .signals import StopRequest
 
-MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, FileNotFoundError)
+MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
 
 
 def run_from_command_line(
@@ -60,12 +62,21 @@ def run_from_command_line(
         leave_processes()
         raise
     except MISTAKES as error:
-        sys.exit(f"{parser.prog}: {error}")
+        sys.exit(f"{parser.prog}: {described(error)}")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     finally:
         stop.ignore()
+
+
+def described(error: Exception) -> str:
+    """The message of a mistake; where the system's words name no file, with the place in the code they come from."""
+    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
+    if not nameless and not isinstance(error, SafetensorError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def say(text: str) -> None:

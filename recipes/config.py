@@ -80,7 +80,7 @@ class DataConfig:
     image_column: str | None = None  # null: the only one that holds pictures
     label_column: str | None = None  # null: the only one that looks like a class
     workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
-    max_undecodable: float = limited(0.001, SHARE)  # share of damaged training pictures that is put up with
+    max_undecodable: float = limited(0.001, SHARE)  # share of damaged pictures that is put up with, of each split
     random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
     flip: float = limited(0.0, PROBABILITY)  # left to right
     randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words

@@ -49,8 +49,10 @@ class Measured:
         return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
 
 
-def from_run(folder: Path, gpus: int) -> Measured:
-    """The median speed of a run's epochs, its first one, which compiles and warms up, left out if there are others.
+def from_run(folder: Path) -> Measured:
+    """The median speed of a run's epochs on the GPUs it had last.
+
+    The first one of them, which compiles and warms up, is left out if there are others.
 
     Raises:
         ValueError: If the run has not measured it.
@@ -59,9 +61,14 @@ def from_run(folder: Path, gpus: int) -> Measured:
     if not file.exists():
         raise ValueError(f"there is no {file}; allowed: the output_dir of a pretraining run")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    if not speeds:
-        raise ValueError(f"{file} holds no images_per_second; allowed: the folder of a pretraining run")
+    rows = [row for row in rows if {"images_per_second", "processes"} <= row.keys()]
+    if not rows:
+        raise ValueError(
+            f"{file} holds no images_per_second with the number of processes; allowed: the output_dir of a "
+            "pretraining run, or --images-per-second SPEED --measured-gpus N"
+        )
+    gpus = rows[-1]["processes"]  # one for each
+    speeds = [row["images_per_second"] for row in rows if row["processes"] == gpus]
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     return Measured(config["model"], statistics.median(speeds[1:] or speeds), gpus)
 
@@ -116,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     where.add_argument("--run", type=Path, metavar="FOLDER", help="output_dir of a pretraining run")
     where.add_argument("--throughput", type=Path, metavar="FILE", help=".json of eval.throughput --mode pretrain")
     where.add_argument("--images-per-second", type=above_zero, metavar="SPEED", help="any other measurement")
-    parser.add_argument("--model", default="model", help="name to show for --images-per-second")
-    parser.add_argument("--measured-gpus", type=one_or_more, default=1, help="GPUs of the measurement (%(default)s)")
+    parser.add_argument("--model", metavar="NAME", help="to show for --images-per-second (model)")
+    parser.add_argument("--measured-gpus", type=one_or_more, metavar="N", help="that gave --images-per-second (1)")
     parser.add_argument("--gpus", type=one_or_more, nargs="+", default=[1, 8], help="to compute for (1 8)")
     parser.add_argument(
         "--efficiency", type=above_zero, default=0.9, help="speed of N GPUs by N times that of one (%(default)s)"
@@ -127,13 +134,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--images", type=one_or_more, default=IMAGENET_TRAIN_IMAGES, help="per epoch (%(default)s: ImageNet-1k)"
     )
     settings = parser.parse_args(argv)
+    if settings.images_per_second is None and (settings.model or settings.measured_gpus):
+        parser.error("--model and --measured-gpus go with --images-per-second; runs and measured files tell both")
     try:
         if settings.run is not None:
-            measured = [from_run(settings.run, settings.measured_gpus)]
+            measured = [from_run(settings.run)]
         elif settings.throughput is not None:
             measured = from_throughput(settings.throughput)
         else:
-            measured = [Measured(settings.model, settings.images_per_second, settings.measured_gpus)]
+            gpus = settings.measured_gpus or 1
+            measured = [Measured(settings.model or "model", settings.images_per_second, gpus)]
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print("\n".join(table(measured, settings)))

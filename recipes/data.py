@@ -4,7 +4,6 @@ The order of an epoch is a function of (seed, epoch), the variation of a picture
 position (epoch, step) is all that a resumed run has to know about its data, for any number of workers.
 """
 
-import logging
 import random
 import signal
 import time
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .config import BatchPlan, DataConfig, TrainConfig
 from .locate import SourceError
 from .order import Key, ScoringOrder, training_order
-from .pictures import UndecodablePicture
+from .pictures import UndecodablePicture, check_undecodable, name_once
 from .sources import Encoded, PictureTable, Source, Split
 from .transforms import (
     ERASING,
@@ -37,7 +36,6 @@ from .transforms import (
 
 DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no pictures
 CPU = torch.device("cpu")
-log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -183,19 +181,18 @@ class TrainLoader:
         self.steps_per_epoch = self._order.steps_per_epoch
         pictures = VariedPictures(source, config.data, image_size, config.seed)
         self._loader = batch_loader(pictures, self._order, config.data.workers, device)
-        self._plan, self._config, self._processes, self._device = plan, config, processes, device
+        self._plan, self._config, self._device = plan, config, device
         self._normalise = Normalisation(source.mean, source.std, device)
         self._batches: Iterator[Batch] = iter(())
         self._next: tuple[int, int] | None = None
-        self._seen = 0
-        self.undecodable: set[str] = set()
+        self.undecodable: set[str] = set()  # a line for each damaged picture; the trainer adds the other processes'
         self.seconds_waited = 0.0  # in which training stood still for want of pictures
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, from ``first_step`` on.
 
         Raises:
-            SourceError: If more pictures cannot be decoded than ``data.max_undecodable`` puts up with.
+            SourceError: If this process alone finds more damaged pictures than ``data.max_undecodable`` puts up with.
         """
         if self._next != (epoch, first_step):
             self._order.start = (epoch, first_step)
@@ -209,24 +206,21 @@ class TrainLoader:
             yield [batch.ready(self._device, self._normalise) for batch in batches]
 
     def _check(self, batches: Sequence[Batch]) -> None:
-        """Log each damaged picture once; stop if there are too many among the pictures seen so far."""
         for batch in batches:
             if len(batch.pictures) == 0:
                 raise SourceError(
                     f"no picture among many in a row can be decoded; the last one: {batch.undecodable[-1]}"
                 )
-        self._seen += sum(len(batch.indices) for batch in batches)
-        new = {line for batch in batches for line in batch.undecodable} - self.undecodable
-        for line in sorted(new):
-            log.warning("skipped: %s", line)
-        self.undecodable |= new
-        # Each process first sees a share of the pictures, and more of them with every epoch.
-        seen = min(max(self._seen, self._order.size // self._processes), self._order.size)
-        if new and len(self.undecodable) > self._config.data.max_undecodable * seen:
-            raise SourceError(
-                f"{len(self.undecodable)} of {seen} training pictures cannot be decoded, which is more than "
-                f"data.max_undecodable={self._config.data.max_undecodable:g} allows; the last one: {sorted(new)[-1]}"
-            )
+        name_once((line for batch in batches for line in batch.undecodable), self.undecodable)
+        self.check_undecodable()
+
+    def check_undecodable(self) -> None:
+        """Stop if there are too many among the training pictures.
+
+        Raises:
+            SourceError: If they are more than ``data.max_undecodable`` puts up with.
+        """
+        check_undecodable(len(self.undecodable), self._order.size, "training", self._config.data.max_undecodable)
 
 
 def train_loader(
@@ -243,13 +237,18 @@ def train_loader(
 
 
 class EvalLoader:
-    """Pictures to score, with a model's own evaluation transform; can be iterated again and again."""
+    """Pictures to score, with a model's own evaluation transform; can be iterated again and again.
+
+    What cannot be decoded is logged once; every pass counts it again in its batches.
+    """
 
     def __init__(self, loader: "DataLoader[Batch]", device: torch.device, normalise: Normalisation) -> None:
         self._loader, self._device, self._normalise = loader, device, normalise
+        self._named: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
+            name_once(batch.undecodable, self._named)
             yield batch.ready(self._device, self._normalise)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,7 +95,7 @@ class Trainer:
             self.config.keep_every,
             self._display.console,
         )
-        self._agreement = Agreement(self.accelerator)
+        self.agreement = Agreement(self.accelerator)
         self._started = self._saved_at = time.monotonic()
 
     @property
@@ -128,7 +128,8 @@ class Trainer:
             start: The checkpoint to go on from; None: the beginning.
 
         Raises:
-            RunError: If the loss is no longer finite or a checkpoint cannot be written.
+            RunError: If the loss is no longer finite or a file cannot be written.
+            SourceError: If too many pictures cannot be decoded.
             Stopped: After the checkpoint that SIGTERM or SIGUSR1 asked for.
         """
         if start is not None:
@@ -150,7 +151,7 @@ class Trainer:
         """The rest of the pass over the data that the position is in."""
         self._forward.train()
         self._epoch_started = (time.monotonic(), self.loader.seconds_waited, self.position.step)
-        for micro_batches in self.loader.epoch(self.position.epoch, self.position.step):
+        for micro_batches in self._micro_batches():
             self._optimizer_step(micro_batches)
             self.position.step += 1
             if self.position.step % self.config.log_every == 0 or self.position.step == self._steps:
@@ -158,6 +159,14 @@ class Trainer:
             request = self._due()
             if self.position.step < self._steps or request == SAVE_AND_STOP:  # else the epoch's end follows
                 self._checkpoint(request)
+
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        """Those of each step that is left in the epoch; without pictures on one process, all stop."""
+        steps = self.loader.epoch(self.position.epoch, self.position.step)
+        for _ in range(self.position.step, self._steps):
+            with self.agreement.together():
+                micro_batches = next(steps)
+            yield micro_batches
 
     def _optimizer_step(self, micro_batches: list[Batch]) -> None:
         """Forward and backward of every micro-batch, then one update; nothing here waits for the device."""
@@ -221,7 +230,7 @@ class Trainer:
         started, waited, first_step = self._epoch_started
         seconds = time.monotonic() - started  # the device has been waited for: the loss is read
         row |= {"seconds": self._seconds(), "data_wait": (self.loader.seconds_waited - waited) / seconds}
-        row |= {"undecodable": len(self.loader.undecodable)}
+        row |= {"undecodable": self._undecodable(), "processes": self.accelerator.num_processes}
         row |= self._display.speed((position.step - first_step) * self.config.global_batch / seconds)
         if self.evaluate is not None:
             row |= self.evaluate(position.epoch + 1)
@@ -233,6 +242,16 @@ class Trainer:
         at_end = position.epoch == self.config.epochs or position.epoch % self.config.checkpoint_epochs == 0
         self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
 
+    def _undecodable(self) -> int:
+        """How many damaged training pictures all processes have found since they were started.
+
+        Raises:
+            SourceError: On all of them, if they are more than ``data.max_undecodable`` puts up with.
+        """
+        self.loader.undecodable = self.agreement.union(self.loader.undecodable)
+        self.loader.check_undecodable()
+        return len(self.loader.undecodable)
+
     def _due(self) -> int:
         """Whether a checkpoint must be written now, the same on every process: the clocks and signals differ."""
         every = self.config.checkpoint_steps
@@ -240,7 +259,7 @@ class Trainer:
         minutes = self.config.checkpoint_minutes
         if minutes is not None and time.monotonic() - self._saved_at > 60 * minutes:
             request = SAVE
-        return self._agreement.largest(SAVE_AND_STOP if self.stop.name is not None else request)
+        return self.agreement.largest(SAVE_AND_STOP if self.stop.name is not None else request)
 
     def _checkpoint(self, request: int) -> None:
         if request == GO_ON:
@@ -261,7 +280,7 @@ class Trainer:
             tracker.finish()
 
     def _save(self) -> None:
-        """Write a checkpoint on the main process; all processes learn whether it worked."""
+        """Write a checkpoint on the main process."""
         total = self.accelerator.reduce(self._loss_sum, "mean").item()
         now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds())
         tensors = {"model": model_state(self.model), "optimizer": optimizer_state(self.model, self.optimizer)}
@@ -269,21 +288,17 @@ class Trainer:
             tensors["ema"] = model_state(self.ema.module)
         config = dataclasses.asdict(self.config)
         state = {"config": config, "steps_per_epoch": self._steps, "position": dataclasses.asdict(now)}
-        problem: RunError | None = None
-        if self.accelerator.is_main_process:
-            try:
+        with self.agreement.together():
+            if self.accelerator.is_main_process:
                 if not all(tensor.isfinite().all() for tensor in tensors["model"].values()):
                     raise self._not_finite("update", self.steps_done)
                 self._checkpoints.save(self.steps_done, self._steps, tensors, state)
-            except RunError as error:
-                problem = error
-        if self._agreement.largest(int(problem is not None)):
-            raise problem or RunError("the main process could not write its checkpoint")
         self._saved_at = time.monotonic()
 
     def _write(self, name: str, text: str) -> None:
-        if self.accelerator.is_main_process:
-            write_text(Path(self.config.output_dir) / name, text)
+        with self.agreement.together():
+            if self.accelerator.is_main_process:
+                write_text(Path(self.config.output_dir) / name, text)
 
 
 def seed_step(seed: int, epoch: int, step: int, micro_batch: int, process: int) -> None:

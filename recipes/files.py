@@ -6,18 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from .errors import RunError
+
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write files into; if the block ends well they replace those of ``folder``.
 
     Files of ``folder`` with other names stay. Nothing changes if the block raises.
+
+    Raises:
+        RunError: If they cannot be written, as on a full disk, where the system's words often name no file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as beside:
-        yield Path(beside)
-        for file in sorted(Path(beside).iterdir()):
-            os.replace(file, folder / file.name)
+    names = "files"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as beside:
+            try:
+                yield Path(beside)
+            finally:
+                names = ", ".join(sorted(file.name for file in Path(beside).iterdir())) or names
+            for file in sorted(Path(beside).iterdir()):
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"could not write {names} to {folder}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.y
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
 from .optim import create_optimizer
 from .parallel import model_state, shard, whole_parameters
+from .pictures import check_undecodable
 from .plots import plot_run
 from .processes import start_accelerator
 from .resume import starting_point
@@ -92,11 +94,11 @@ def finetune(
     ema_counts = ema is not None and scores["top1_ema"] > scores["top1"]
     weights = model_state(ema.module if ema_counts else model)
     result = config.build(num_classes=classes)
-    if accelerator.is_main_process:
-        result.load_state_dict(weights)
-        save_classifier(result, output, inputs, source.class_names)
-        plot_run(output / "curves.png", history)
-    accelerator.wait_for_everyone()
+    with trainer.agreement.together():
+        if accelerator.is_main_process:
+            result.load_state_dict(weights)
+            save_classifier(result, output, inputs, source.class_names)
+            plot_run(output / "curves.png", history)
     return FinetuneResult(result, history, scores["top1_ema" if ema_counts else "top1"])
 
 
@@ -177,35 +179,51 @@ def evaluation(
     def evaluate(epochs_done: int) -> Metrics:
         if epochs_done % config.evaluate_every and epochs_done != config.epochs:
             return {}
-        return {name: top1(config, accelerator, candidate, loader) for name, candidate in candidates.items()}
+        scores = {name: score(config, accelerator, candidate, loader) for name, candidate in candidates.items()}
+        counts = {"images_scored": scores["top1"].scored, "images_skipped": scores["top1"].skipped}
+        return {name: each.top1 for name, each in scores.items()} | counts
 
     return evaluate
 
 
+class Score(NamedTuple):
+    """Top-1 in percent, of how many pictures, and how many more could not be decoded; of all processes."""
+
+    top1: float
+    scored: int
+    skipped: int
+
+
 @torch.no_grad()  # inference mode would spoil the tensors that sharded parameters are gathered into
-def top1(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, loader: EvalLoader) -> float:
-    """Share of the held-out pictures that the model classifies rightly, in percent; every picture counts once.
+def score(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, loader: EvalLoader) -> Score:
+    """Share of the held-out pictures that the model classifies rightly; every picture counts once.
 
     Args:
         config: Its precision is used for scoring too.
         accelerator: Its processes each score their own pictures; nothing is padded.
         model: The bare model (a wrapper's collective calls would hang where processes have unequal shares).
         loader: This process's share of the pictures.
+
+    Raises:
+        RunError: If none can be decoded.
+        SourceError: If more cannot be decoded than ``data.max_undecodable`` puts up with.
     """
     device = accelerator.device
-    correct, total = torch.zeros((), dtype=torch.long, device=device), 0
+    correct, total, skipped = torch.zeros((), dtype=torch.long, device=device), 0, 0
     was_training = model.training
     model.eval()
     with whole_parameters(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for batch in loader:
+            skipped += len(batch.undecodable)
             if len(batch.classes) == 0:  # none of them could be decoded
                 continue
             correct += (model(batch.pictures).argmax(dim=1) == batch.classes).sum()
             total += len(batch.classes)
     model.train(was_training)
-    counts = torch.stack([correct, torch.tensor(total, device=device)])
-    right, scored = accelerator.reduce(counts, "sum").tolist()
-    return 100 * right / scored
+    counts = torch.stack([correct, *torch.tensor([total, skipped], device=device)])
+    right, scored, skipped = accelerator.reduce(counts, "sum").tolist()
+    check_undecodable(skipped, scored + skipped, "held-out", config.data.max_undecodable)  # the same on all processes
+    return Score(100 * right / scored, scored, skipped)
 
 
 def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:

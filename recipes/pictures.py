@@ -1,12 +1,18 @@
 """Picture files of every kind as RGB, the way a viewer shows them; what cannot be decoded is an error with a name."""
 
+import logging
 import warnings
+from collections.abc import Iterable
 from io import BytesIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .errors import RunError
+from .locate import SourceError
+
 WHITE_16_BIT = 65535
+log = logging.getLogger(__name__)
 
 
 class UndecodablePicture(ValueError):
@@ -77,3 +83,32 @@ def on_white(image: Image.Image) -> Image.Image:
     """RGBA on a white ground."""
     ground = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(ground, image).convert("RGB")
+
+
+def name_once(lines: Iterable[str], named: set[str]) -> None:
+    """Log the damaged pictures that are not yet among the named, and add them."""
+    for line in sorted(set(lines) - named):
+        log.warning("skipped: %s", line)
+        named.add(line)
+
+
+def check_undecodable(undecodable: int, pictures: int, purpose: str, limit: float) -> None:
+    """Stop if too many pictures cannot be decoded.
+
+    Args:
+        undecodable: How many cannot; the log has named them.
+        pictures: How many there are.
+        purpose: What they are for, such as "training".
+        limit: The share that is put up with, ``data.max_undecodable``.
+
+    Raises:
+        RunError: If there is no picture that can be decoded.
+        SourceError: If more than the share cannot.
+    """
+    if undecodable >= pictures:
+        raise RunError(f"none of the {pictures} {purpose} pictures can be decoded; the log names them")
+    if undecodable > limit * pictures:
+        raise SourceError(
+            f"{undecodable} of {pictures} {purpose} pictures cannot be decoded, which is more than "
+            f"data.max_undecodable={limit:g} allows; the log names them"
+        )

@@ -17,6 +17,7 @@ from arm_zoo import ARMPretrain
 
 from .data import Batch, eval_loader
 from .engine import Metrics
+from .errors import RunError
 from .files import replacing_files
 from .sources import PictureTable, Source
 
@@ -78,12 +79,17 @@ def draw_predictions(
         inputs: How they are prepared; see ``export.input_config``.
         seed: They are drawn blindly from it.
         count: How many.
+
+    Raises:
+        RunError: If none of them can be decoded.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "held-out")
     if isinstance(split, PictureTable):
         batch = prepared_pictures(split, drawn_blindly(len(split), count, seed), inputs)
     else:  # a stream has no places to choose from
         batch = next(iter(eval_loader(split, inputs, count)))
+    if len(batch.classes) == 0:
+        raise RunError(f"none of the {kind} pictures drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
         predicted = model.eval().reconstruct(batch.pictures)
     shown = [_as_images(pictures, source) for pictures in (batch.pictures, predicted)]

@@ -75,13 +75,13 @@ def pretrain(
     )
     history = trainer.fit(start)
     weights, result = model_state(model), config.build()
-    if accelerator.is_main_process:
-        result.load_state_dict(weights)
-        save_pretraining_model(result, output / EXPORT, inputs)
-        save_backbone(output / EXPORT, backbone_entry(config, result), output / BACKBONE, inputs, config.seed)
-        plot_run(output / "curves.png", history)
-        draw_predictions(output / "predictions.png", result, source, inputs, config.seed)
-    accelerator.wait_for_everyone()
+    with trainer.agreement.together():
+        if accelerator.is_main_process:
+            result.load_state_dict(weights)
+            save_pretraining_model(result, output / EXPORT, inputs)
+            save_backbone(output / EXPORT, backbone_entry(config, result), output / BACKBONE, inputs, config.seed)
+            plot_run(output / "curves.png", history)
+            draw_predictions(output / "predictions.png", result, source, inputs, config.seed)
     return PretrainResult(result, history, output / EXPORT)
 
 

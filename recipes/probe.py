@@ -14,13 +14,15 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 from rich.progress import track
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import arm_zoo
+from arm_zoo import CheckpointError
 
+from .command_line import MISTAKES, described
 from .config import (
     ABOVE_ZERO,
     ONE_OR_MORE,
@@ -33,8 +35,10 @@ from .config import (
     load_config,
 )
 from .data import eval_loader
+from .errors import RunError
 from .files import write_text
 from .locate import SourceError
+from .pictures import check_undecodable
 from .sources import Source, Split, open_source
 
 ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
@@ -65,10 +69,11 @@ class ProbeConfig(Config):
 
 
 class Features(NamedTuple):
-    """Features of one split, (N, D), float32, and the class indices, (N,)."""
+    """Features of one split, (N, D), float32, the class indices, (N,), and how many pictures could not be decoded."""
 
     values: Tensor
     classes: Tensor
+    skipped: int = 0
 
 
 def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any] | None]:
@@ -79,19 +84,39 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
         config: Names the model if it is a file.
 
     Raises:
-        ValueError: If the folder holds no model, or nobody says which model a file is of.
+        RunError: If the folder holds no model, nobody says which model a file is of, or ``model_args`` do not fit.
+        CheckpointError: If the weights cannot be read, or are of another model.
     """
+    if config.model and not timm.is_model(config.model):
+        raise RunError(
+            f"model is {config.model!r}, which timm does not have; allowed: {', '.join(timm.list_models('arm_*'))}, "
+            "or an entry of timm's own"
+        )
     torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
+    try:
+        return create_backbone(weights, config)
+    except (RunError, CheckpointError):
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"no model can be made of {weights} with model={config.model!r} and model_args={config.model_args}: "
+            f"{type(error).__name__}: {error}; allowed: weights of that model, and as model_args.NAME its keywords "
+            "with values as it takes them"
+        ) from error
+
+
+def create_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The same, with timm's own errors."""
     if weights.is_file():
         if not config.model:
-            raise ValueError(f"{weights} does not tell its model; type model=NAME (`python -m arm_zoo list` has them)")
+            raise RunError(f"{weights} does not tell its model; type model=NAME (`python -m arm_zoo list` has them)")
         overlay = {"file": str(weights)}
         model = timm.create_model(
             config.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **config.model_args
         )
         return model, None
     if not (weights / "config.json").is_file():
-        raise ValueError(f"there is no model in {weights}; allowed: a file, or a folder with config.json")
+        raise RunError(f"there is no model in {weights}; allowed: a file, or a folder with config.json")
     description = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     if "pretraining_model" not in description:
         model = timm.create_model(f"local-dir:{weights}", pretrained=True, num_classes=0, **config.model_args)
@@ -109,18 +134,28 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, title: str) -> Features:
-    """The model's pooled features of every picture that can be decoded, without variation."""
+def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, purpose: str) -> Features:
+    """The model's pooled features of every picture that can be decoded, without variation.
+
+    Raises:
+        RunError: If none can.
+        SourceError: If more cannot than ``data.max_undecodable`` puts up with.
+    """
     device = next(model.parameters()).device
     loader = eval_loader(split, inputs, config.batch, workers=config.data.workers, device=device)
-    values, classes = [], []
-    for batch in track(loader, title, total=None, transient=True, disable=not sys.stdout.isatty()):
+    values, classes, skipped = [], [], 0
+    for batch in track(
+        loader, f"features of the {purpose} pictures", total=None, transient=True, disable=not sys.stdout.isatty()
+    ):
+        skipped += len(batch.undecodable)
         if len(batch.classes) == 0:
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             values.append(model(batch.pictures).float())
         classes.append(batch.classes)
-    return Features(torch.cat(values), torch.cat(classes))
+    scored = sum(map(len, classes))
+    check_undecodable(skipped, scored + skipped, purpose, config.data.max_undecodable)
+    return Features(torch.cat(values), torch.cat(classes), skipped)
 
 
 def knn_top1(train: Features, test: Features, neighbours: int, temperature: float) -> float:
@@ -204,14 +239,16 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
         raise SourceError(f"{config.data.source!r} has {source.channels} channels, the model takes {channels}")
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     model = model.eval().to("cuda" if on_gpu else "cpu")
-    train = extract(model, source.train, inputs, config, "features of the training pictures")
-    test = extract(model, source.test, inputs, config, "features of the validation pictures")
+    train = extract(model, source.train, inputs, config, "training")
+    test = extract(model, source.test, inputs, config, "validation")
     linear, rate = linear_top1(train, test, config.linear_epochs, config.seed)
     result = {
         "weights": str(weights),
         "source": config.data.source,
         "images_train": len(train.classes),
         "images_test": len(test.classes),
+        "images_train_skipped": train.skipped,
+        "images_test_skipped": test.skipped,
         "features": train.values.shape[1],
         "knn_top1": knn_top1(train, test, config.neighbours, config.temperature),
         "neighbours": config.neighbours,
@@ -241,8 +278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {error}\n")
     try:
         result = probe(arguments.weights, config)
-    except (SourceError, arm_zoo.CheckpointError, OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    except MISTAKES as error:
+        sys.exit(f"{parser.prog}: {described(error)}")
     print(f"k-NN ({result['neighbours']} neighbours): {result['knn_top1']:.2f}% of {result['images_test']:,} pictures")
     print(f"linear (rate {result['linear_rate']:g}): {result['linear_top1']:.2f}%; wrote {config.output}")
 

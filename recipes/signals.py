@@ -1,11 +1,15 @@
-"""Being asked to stop: what schedulers send, and how all processes agree on the step to stop after."""
+"""Being asked to stop: what schedulers send, and how all processes stop together, also where one of them fails."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 from torch import distributed
+
+from .errors import RunError
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -43,7 +47,7 @@ class StopRequest:
 
 
 class Agreement:
-    """Lets all processes go by the largest number that any of them has.
+    """Lets all processes go by what any of them has or finds; every process must make the same calls.
 
     It runs on the CPU (gloo), so that no process waits for what its GPU still has to do.
     """
@@ -52,9 +56,34 @@ class Agreement:
         self._group = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def largest(self, number: int) -> int:
-        """The largest of all processes' numbers; every process must call it."""
+        """The largest of all processes' numbers."""
         if self._group is None:
             return number
         numbers = torch.tensor(number)
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
         return int(numbers.item())
+
+    def union(self, lines: set[str]) -> set[str]:
+        """All processes' lines."""
+        if self._group is None:
+            return lines
+        gathered: list[set[str]] = [set() for _ in range(distributed.get_world_size(self._group))]
+        distributed.all_gather_object(gathered, lines, self._group)
+        return set().union(*gathered)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a block that fails on one process end all of them, so that none waits for another in vain.
+
+        There must be nothing in the block that waits for other processes.
+
+        Raises:
+            RunError: Where the block itself did not fail.
+        """
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # whatever it is: it is raised again
+            problem = error
+        if self.largest(int(problem is not None)):
+            raise problem or RunError("stopped, as another process cannot go on; its message says why")

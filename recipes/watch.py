@@ -164,6 +164,8 @@ class Display:
         self._accelerator.log({f"epoch/{name}": value for name, value in row.items()}, step=step)
         if not self.console.is_terminal:
             rest = {name: value for name, value in row.items() if name != "epoch"}
-            line = "  ".join(f"{name} {value:.4g}" for name, value in rest.items())
+            line = "  ".join(
+                f"{name} {value if isinstance(value, int) else f'{value:.4g}'}" for name, value in rest.items()
+            )
             self.console.print(f"epoch {row['epoch']:.0f}/{self._config.epochs}  {line}", soft_wrap=True)
         self._last = (step, time.perf_counter())  # scoring is not training

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import psutil
 import pytest
 import torch
@@ -25,12 +26,15 @@ from recipes import checkpoint, command_line, engine
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name
-from recipes.config import PretrainConfig, load_config
+from recipes.config import PretrainConfig, batch_plan, load_config
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
+from recipes.order import training_order
 from recipes.pretrain import pretrain
 from recipes.resume import AlreadyFinished
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
+from recipes.sources import PictureTable, open_source
+from tests.pictures import write_folder
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "configs" / "pretrain_digits.yaml"
 FINETUNE = CONFIG.with_name("finetune_digits.yaml")
@@ -359,8 +363,41 @@ def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -
     with on_two_processes(["--config", str(CONFIG), *settings(tmp_path), "device=cpu"]) as process:
         _, printed = process.communicate(timeout=120)
     assert process.returncode == 0, printed
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tmp_path, whole)
-    ]
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (tmp_path, whole)]
+    assert [{row["processes"] for row in run_rows} for run_rows in rows] == [{2}, {1}]
+    losses = [[row["loss"] for row in run_rows] for run_rows in rows]
     assert len(losses[0]) == EPOCHS and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "limit", "messages"),
+    [
+        ((0, 1), 0.05, {"2 of 24 training pictures cannot be decoded": 2}),  # none sees too many, together they do
+        ((1,), 0.0, {"1 of 24 training pictures cannot be decoded": 1, "another process cannot go on": 1}),
+    ],
+    ids=["shared", "one"],
+)
+def test_two_processes_stop_together_for_damaged_pictures(
+    damaged: tuple[int, ...],
+    limit: float,
+    messages: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pictures = write_folder(tmp_path / "pictures" / "train", {"cat": 24}).parent
+    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={pictures}"]
+    arguments = [*settings(tmp_path / "run", *colour), f"data.max_undecodable={limit}"]
+    config = load_config(PretrainConfig, CONFIG, arguments)
+    split = open_source(config.data, labels_needed=False).train
+    assert isinstance(split, PictureTable)
+    own = [[key.index for key in next(iter(training_order(split, config, batch_plan(24, 2), n, 2)))] for n in range(2)]
+    first = own[0][0]  # and one of the other process that does not take the first one's place
+    chosen = (first, next(index for index in own[1] if (index - first) % 24 not in (1, 23)))
+    for process in damaged:
+        Path(split.encoded([chosen[process]])[0].name).write_bytes(b"gone")
+    with on_two_processes(["--config", str(CONFIG), *arguments]) as process_pair:
+        _, printed = process_pair.communicate(timeout=300)
+    assert process_pair.returncode != 0 and "recipes/command_line.py" not in printed, printed  # torchrun has its own
+    assert {message: printed.count(message) for message in messages} == messages, printed

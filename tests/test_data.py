@@ -319,7 +319,7 @@ def test_too_many_damaged_pictures_stop_the_run(tmp_path: Path, workers: int) ->
     assert "Traceback" not in str(refused.value)
 
 
-def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path) -> None:
+def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [{"bytes": jpeg(number), "path": None} for number in range(6)]
     images[2] = {"bytes": b"gone", "path": None}
     data = datasets.Dataset.from_dict(
@@ -337,8 +337,12 @@ def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path) -> None:
     assert [line for line in run.undecodable if "[train], shard 0, row 2 cannot be decoded" in line]
     test = open_source(DataConfig(source=str(tmp_path))).test
     assert test is not None
-    batches = list(eval_loader(test, SCORING, 2))
+    caplog.clear()
+    loader_to_score = eval_loader(test, SCORING, 2)
+    batches, again = list(loader_to_score), list(loader_to_score)
     assert [batch.indices.tolist() for batch in batches] == [[0, 1], [3], [4, 5]]
+    assert [len(batch.undecodable) for batch in again] == [0, 1, 0]  # counted in every pass, named once
+    assert caplog.text.count("skipped: ") == caplog.text.count("[val], row 2 cannot be decoded") == 1
     assert "[val], row 2 cannot be decoded" in batches[1].undecodable[0]
     only_damaged = list(eval_loader(test, SCORING, 1))[2]
     assert len(only_damaged.pictures) == len(only_damaged.classes) == 0

@@ -115,6 +115,21 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
     assert "there is no model in" in refusal("--weights", str(tmp_path), *digits)
     file = str(pretrained / "model.safetensors")
     assert "does not tell its model; type model=NAME" in refusal("--weights", file, *digits)
+    unknown = refusal("--weights", file, "model=arm_giant", *digits)
+    assert "model is 'arm_giant'" in unknown and "arm_base_patch16_224, " in unknown
+    keyword = refusal("--weights", str(pretrained), "model_args.width=3", *digits)
+    assert "unknown keyword width; the model takes" in keyword and "embed_dim" in keyword
+    value = refusal("--weights", file, "model=arm_pico_patch2_8", "model_args.depth=deep", *digits)
+    assert "model_args={'depth': 'deep'}" in value and "allowed: weights of that model" in value
+    (tmp_path / "damaged.safetensors").write_text("no weights")
+    damaged = refusal("--weights", str(tmp_path / "damaged.safetensors"), "model=arm_pico_patch2_8", *digits)
+    assert "cannot read the checkpoint" in damaged and "damaged.safetensors" in damaged
+    for number, text in enumerate(("{", '{"pretraining_model": {}}', '{"architecture": "arm_giant"}')):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.json").write_text(text)
+        assert f"no model can be made of {tmp_path / str(number)}" in refusal(
+            "--weights", str(tmp_path / str(number)), *digits
+        )
     assert "there is no 'nowhere'" in refusal("--weights", file, "data.source=nowhere")
     write_folder(tmp_path / "colour" / "train", {"a": 1})
     write_folder(tmp_path / "colour" / "val", {"a": 1})
@@ -126,6 +141,28 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
         load_config(ProbeConfig, None, ["data.source=digits", "temperature=0"])
     with pytest.raises(SourceError):
         probe.probe(pretrained, ProbeConfig(data=DataConfig(source="nowhere")))
+
+
+def test_damaged_pictures_are_counted_named_and_limited(
+    pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path / "train", {"a": 6, "b": 6})
+    write_folder(tmp_path / "val", {"a": 3, "b": 3})
+    (tmp_path / "val" / "a" / "1.jpg").write_bytes(b"gone")
+    colour = tmp_path / "colour"
+    arm_zoo.create_pretraining_model(
+        "arm_pico", **{**TINY, "in_chans": 3}, cluster_size=4, decoder_dim=64, decoder_depth=1
+    ).save_pretrained(colour)
+    settings = [f"data.source={tmp_path}", "batch=1"]
+    result = run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.2")
+    assert (result["images_test"], result["images_test_skipped"], result["images_train_skipped"]) == (5, 1, 0)
+    assert caplog.text.count("a/1.jpg cannot be decoded") == 1
+    with pytest.raises(SystemExit, match="1 of 6 validation pictures cannot be decoded, which is more than"):
+        run(colour, tmp_path / "probe.json", *settings)
+    for file in (tmp_path / "val").glob("*/*.jpg"):
+        file.write_bytes(b"gone")
+    with pytest.raises(SystemExit, match="none of the 6 validation pictures can be decoded"):
+        run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.99")
 
 
 def test_hours_by_hand() -> None:
@@ -155,18 +192,23 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cells(capsys.readouterr().out)[0][:4] == ["arm_large", "1", "800", "569.4"]
 
     (tmp_path / "config.yaml").write_text("model: arm_huge\n")
-    rows = [{"epoch": epoch, "images_per_second": speed} for epoch, speed in enumerate((10.0, 400.0, 420.0, 410.0))]
+    speeds_then = [(1, 99.0), (1, 200.0), (2, 10.0), (2, 400.0), (2, 420.0), (2, 410.0)]  # it went on with two
+    rows = [{"processes": number, "images_per_second": speed} for number, speed in speeds_then]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    cost.main(["--run", str(tmp_path), "--measured-gpus", "2", "--gpus", "2", "--epochs", "1"])
+    cost.main(["--run", str(tmp_path), "--gpus", "2", "--epochs", "1"])
     assert cells(capsys.readouterr().out)[0] == ["arm_huge", "2", "1", "0.9", "2", "410 img/s measured on 2"]
+    cost.main(["--images-per-second", "410", "--measured-gpus", "2", "--gpus", "2", "--epochs", "1"])
+    assert cells(capsys.readouterr().out)[0] == ["model", "2", "1", "0.9", "2", "410 img/s measured on 2"]
 
 
 def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "speed.json").write_text("[]")
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "images_per_second": 3}\n')
     for argv, message in (
         (["--run", str(tmp_path / "nowhere")], "allowed: the output_dir of a pretraining run"),
-        (["--run", str(tmp_path)], "holds no images_per_second"),
+        (["--run", str(tmp_path)], "holds no images_per_second with the number of processes"),
+        (["--run", str(tmp_path), "--measured-gpus", "2"], "--measured-gpus go with --images-per-second"),
+        (["--throughput", str(tmp_path / "speed.json"), "--model", "x"], "--model and --measured-gpus go with"),
         (["--throughput", str(tmp_path / "speed.json")], "no rows of pretraining; measure with --mode pretrain"),
         (["--images-per-second", "-3"], "must be above 0"),
         (["--images-per-second", "3", "--gpus", "0"], "must be 1 or more"),

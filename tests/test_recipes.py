@@ -2,8 +2,11 @@
 
 import csv
 import dataclasses
+import errno
 import importlib.util
 import json
+import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,18 +14,21 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
 from arm_zoo.mixer import MambaMixer
+from recipes.command_line import run_from_command_line
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import Batch, train_loader
 from recipes.engine import Trainer, seed_step
 from recipes.errors import RunError
-from recipes.finetune import FinetuneResult, classification_loss, finetune
+from recipes.finetune import FinetuneResult, classification_loss, evaluation, finetune
 from recipes.finetune import main as finetune_command
+from recipes.locate import SourceError
 from recipes.optim import learning_rate, parameter_groups
 from recipes.pretrain import PretrainResult, pretrain
 from recipes.pretrain import main as pretrain_command
@@ -30,6 +36,7 @@ from recipes.processes import start_accelerator
 from recipes.quickstart import quickstart
 from recipes.sources import open_source
 from recipes.watch import picture_flops
+from tests.pictures import write_folder
 
 CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "configs").rglob("*.yaml"))
 FOLDER = CONFIGS[0].parent
@@ -126,6 +133,45 @@ def test_bad_input_ends_in_a_message(
     printed = capsys.readouterr().err + str(refused.value.code)
     assert refused.value.code not in (None, 0) and BAD[recipe, override] in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+FAILURES: Mapping[str, tuple[Exception, str]] = {
+    "no permission": (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "Permission denied: '/a/file'"),
+    "no file named": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (" + __file__),
+    "weights": (SafetensorError("HeaderTooLarge"), "SafetensorError: HeaderTooLarge (" + __file__),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failing_files_end_in_a_message(failure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error, message = FAILURES[failure]
+
+    def run(*arguments: object) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_from_command_line(
+            "pretrain", PretrainConfig, run, "", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]
+        )
+    assert message in str(stopped.value.code) and str(stopped.value.code).startswith("python -m recipes.pretrain: ")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "model.safetensors", "curves.png"])
+def test_full_disk_is_told_with_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain_command(["--config", str(PRETRAIN), *TINY, *TINY_ENCODER, f"output_dir={tmp_path}"])
+    code = str(stopped.value.code)
+    assert "could not write " in code and name in code and "No space left on device" in code and str(tmp_path) in code
+    assert not list(tmp_path.rglob(".partial*"))
 
 
 def test_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +318,49 @@ def test_mixing_is_the_same_for_any_number_of_processes_and_parts(overrides: tup
     assert loss(1, None) == pytest.approx(loss(4, 4), rel=1e-5)
 
 
+class Cats(nn.Module):
+    """Says class 0 of every picture."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0]).repeat(len(pictures), 1)
+
+
+def test_damaged_held_out_pictures_are_counted_named_and_limited(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
+    write_folder(tmp_path / "val", {"cat": 3, "dog": 4})
+    for file in (tmp_path / "val").glob("*/[26].jpg"):  # a cat and a dog
+        file.write_bytes(b"gone")
+
+    def scores(limit: float) -> dict[str, float]:
+        settings = [
+            f"data.source={tmp_path}",
+            "data.workers=0",
+            f"data.max_undecodable={limit}",
+            "model_args.in_chans=3",
+        ]
+        config = load_config(
+            FinetuneConfig, FINETUNE, [*TINY, *settings, f"output_dir={tmp_path / 'run'}"], to_run=False
+        )
+        inputs = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0,
+                  "interpolation": "bicubic", "crop_mode": "squash"}  # fmt: skip
+        accelerator = start_accelerator(config)
+        return evaluation(config, accelerator, Cats(), None, open_source(config.data, labels_needed=True), inputs)(1)
+
+    assert scores(0.3) == {"top1": pytest.approx(40), "images_scored": 5, "images_skipped": 2}
+    for name in ("cat/2.jpg", "dog/6.jpg"):
+        assert caplog.text.count(f"{name} cannot be decoded") == 1
+    with pytest.raises(
+        SourceError, match=r"2 of 7 held-out pictures cannot be decoded, .* data.max_undecodable=0.28 "
+    ):
+        scores(0.28)
+    for file in (tmp_path / "val").glob("*/*.jpg"):
+        file.write_bytes(b"gone")
+    with pytest.raises(RunError, match="none of the 7 held-out pictures can be decoded"):
+        scores(0.99)
+
+
 def test_flops_are_those_of_the_matrix_products() -> None:
     def build(device: str) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 5, device=device))
@@ -307,6 +396,7 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
     last = json.loads((tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()[-1])
     assert result.top1 == max(last["top1"], last["top1_ema"]) and last["epoch"] == 2
     assert {"loss", "lr", "seconds", "data_wait", "images_per_second", "memory_gib", "undecodable"} <= last.keys()
+    assert (last["processes"], last["images_scored"], last["images_skipped"]) == (1, 360, 0)
     model = timm.create_model(f"local-dir:{tmp_path / 'finetune'}", pretrained=True).eval()
     pictures = torch.rand(2, 1, 8, 8)
     with torch.inference_mode():
