@@ -383,7 +383,10 @@ def test_step_never_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
+    for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
+        (tmp_path / runs / "first").mkdir(parents=True)
     summary = quickstart(tmp_path, seed=0, overrides=[*TINY, *TINY_ENCODER])
+    assert (tmp_path / "runs" / "first").is_dir() and not (tmp_path / "quickstart_runs" / "first").exists()
     assert {"finetuned_top1", "scratch_top1", "seconds", "images_test"} <= summary.keys()
     assert summary["images_test"] == 360 and 0 <= summary["finetuned_top1"] <= 100
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
