@@ -166,6 +166,8 @@ def write_files(folder: Path, tensors: Mapping[str, dict[str, Tensor]], state: d
     for name, content in tensors.items():
         save_file({key: tensor.contiguous() for key, tensor in content.items()}, folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in folder.iterdir():
+        shutil.copymode(folder / STATE, file)  # safetensors lets nobody else read its files, whatever the umask
     files = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):

@@ -1,17 +1,17 @@
 """What a run leaves behind: folders with ``model.safetensors`` and ``config.json``."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import save_for_hf
-from torch import nn
 
 import arm_zoo
+from arm_zoo.arm import ARM
+from arm_zoo.files import save_model
 
 from .config import TrainConfig
 from .errors import RunError
@@ -19,6 +19,8 @@ from .files import replacing_files
 from .sources import Source
 
 InputConfig = dict[str, Any]  # timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode
+# What an entry says of its own weights, which those of a run are not; where they lie is left out by the model itself.
+OF_THE_ENTRYS_WEIGHTS = ("tag", "license", "origin_url", "description", "notes")
 
 
 def input_config(entry: str, source: Source, channels: int, image_size: tuple[int, int]) -> InputConfig:
@@ -36,19 +38,16 @@ def input_config(entry: str, source: Source, channels: int, image_size: tuple[in
     return {**config, "input_size": (channels, *image_size), "mean": source.mean, "std": source.std}
 
 
-def save_classifier(model: nn.Module, folder: Path, inputs: InputConfig, class_names: Sequence[str]) -> None:
+def save_classifier(model: ARM, folder: Path, inputs: InputConfig, class_names: Sequence[str]) -> None:
     """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads."""
-    with replacing_files(folder) as beside:
-        labels = {"label_names": list(class_names)}
-        save_for_hf(model, str(beside), model_config=labels, safe_serialization=True, data_config=inputs)
-        _edit(beside / "config.json", drop_argument="num_classes")
+    _save(model, folder, inputs, label_names=list(class_names))
 
 
 def save_pretraining_model(model: arm_zoo.ARMPretrain, folder: Path, inputs: InputConfig) -> None:
     """Write encoder and decoder, with the inputs' statistics beside the model's arguments."""
+    statistics = {key: inputs[key] for key in ("input_size", "mean", "std")}
     with replacing_files(folder) as beside:
-        model.save_pretrained(beside)
-        _edit(beside / "config.json", pretrained_cfg={key: inputs[key] for key in ("input_size", "mean", "std")})
+        save_model(beside, model.state_dict(), {"pretraining_model": model.config, "pretrained_cfg": statistics})
 
 
 def save_backbone(pretraining_model: Path, entry: str, folder: Path, inputs: InputConfig, seed: int) -> None:
@@ -66,8 +65,7 @@ def save_backbone(pretraining_model: Path, entry: str, folder: Path, inputs: Inp
         num_classes=0,
         **{name: arguments[name] for name in names},
     )
-    with replacing_files(folder) as beside:
-        save_for_hf(model, str(beside), safe_serialization=True, data_config=inputs)
+    _save(model, folder, inputs)
 
 
 def backbone_entry(config: TrainConfig, model: arm_zoo.ARMPretrain) -> str:
@@ -77,9 +75,8 @@ def backbone_entry(config: TrainConfig, model: arm_zoo.ARMPretrain) -> str:
     return next(entry for entry in entries if timm.is_model(entry))
 
 
-def _edit(file: Path, drop_argument: str | None = None, **entries: Mapping[str, Any]) -> None:
-    """Add entries to a ``config.json``; a dropped model argument stands elsewhere and would overrule the caller's."""
-    config = json.loads(file.read_text(encoding="utf-8")) | entries
-    if drop_argument is not None:
-        config["model_args"].pop(drop_argument, None)
-    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+def _save(model: ARM, folder: Path, inputs: InputConfig, **labels: list[str]) -> None:
+    config = model.hub_config()
+    cfg = {key: value for key, value in config["pretrained_cfg"].items() if key not in OF_THE_ENTRYS_WEIGHTS}
+    with replacing_files(folder) as beside:
+        save_model(beside, model.state_dict(), {**config, **labels, "pretrained_cfg": cfg | inputs})

@@ -33,20 +33,21 @@ from .sources import open_source
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
 PICTURES_NAMED = 3
+RUNS = "quickstart_runs"  # is deleted at the start: a name that nobody's own runs have
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the three trainings, write the model, the plots and ``summary.json`` into ``output``; give the summary.
 
     Args:
-        output: Folder to write to; the files of the three runs go into its subfolder ``runs``.
+        output: Folder to write to; the files of the three runs go into its subfolder ``quickstart_runs``.
         seed: Of initial weights, order and variation; the split into training and held-out pictures is fixed.
         overrides: Settings of all three runs, as ``key=value``.
 
     Raises:
         RuntimeError: If training from scratch, which runs in a process of its own, fails.
     """
-    runs = output / "runs"
+    runs = output / RUNS
     shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
     settings = [f"seed={seed}", *overrides]
     with training_from_scratch(runs / "scratch", settings) as scratch:
@@ -157,7 +158,8 @@ def show(summary: dict[str, Any], output: Path, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Pretrain, finetune and score a small ARM; from the repository's top."
+        prog="python -m recipes.quickstart",
+        description="Pretrain, finetune and score a small ARM; from the repository's top.",
     )
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and variation (%(default)s)")

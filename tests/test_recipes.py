@@ -423,6 +423,25 @@ def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
     assert backbone.pretrained_cfg["std"] == pytest.approx((0.376,), abs=1e-3)
 
 
+def test_exports_are_of_their_run_alone_and_for_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        pretrained = pretraining(tmp_path / "pretrain", "checkpoint_steps=2")
+        finetuning(tmp_path / "finetune", pretrained.folder)
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "pretrain" / "backbone", tmp_path / "finetune"):
+        config = json.loads((folder / "config.json").read_text())
+        assert "num_classes" not in config["model_args"]  # breaks the timm wrapper of transformers
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == model.num_classes
+        foreign = {"tag", "license", "origin_url", "url", "file", "source", "hf_hub_id", "hf_hub_filename", "sha256"}
+        assert not foreign & (config.keys() | config["pretrained_cfg"].keys())
+    for root in (tmp_path / "pretrain", tmp_path / "finetune"):
+        modes = {str(file): file.stat().st_mode & 0o777 for file in root.rglob("*.*") if file.is_file()}
+        assert sum(file.endswith(".safetensors") for file in modes) >= 3 and set(modes.values()) == {0o640}, modes
+
+
 def test_parts_of_a_batch_and_recomputing_change_nothing(tmp_path: Path) -> None:
     runs = {"whole": [], "parts": ["max_batch_per_device=64"], "recomputed": ["gradient_checkpointing=true"]}
     results = {name: pretraining(tmp_path / name, *overrides) for name, overrides in runs.items()}
@@ -453,7 +472,10 @@ def test_step_never_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
+    for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
+        (tmp_path / runs / "first").mkdir(parents=True)
     summary = quickstart(tmp_path, seed=0, overrides=[*TINY, *TINY_ENCODER])
+    assert (tmp_path / "runs" / "first").is_dir() and not (tmp_path / "quickstart_runs" / "first").exists()
     assert {"finetuned_top1", "scratch_top1", "seconds", "images_test"} <= summary.keys()
     assert summary["images_test"] == 360 and 0 <= summary["finetuned_top1"] <= 100
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
