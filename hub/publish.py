@@ -16,7 +16,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
 from arm_zoo.hosted import explain
 
-from .card import RESULTS, write_card
+from .card import write_card
+from .catalog import RESULTS
 from .check import check_folder
 from .folders import CARD, FILES, UsageError, read_header
 

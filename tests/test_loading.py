@@ -25,6 +25,7 @@ import arm_zoo
 from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, hosted, to_official
 from arm_zoo.files import sha256_of
 from arm_zoo.hosted import Weights
+from recipes.sources import open_digits
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name
@@ -208,6 +209,18 @@ def test_every_bundled_entry_loads() -> None:
             assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
             assert hosted.bundled_file(entry).stat().st_size <= 15e6
             assert entry in timm.list_pretrained()
+
+
+def test_the_bundled_digits_classifier_reads_digits() -> None:
+    """As its users run it, on the held-out pictures of the recipes: the figure of recipes/RESULTS.md."""
+    model = timm.create_model(PICO, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    digits = open_digits().test
+    assert digits is not None and len(digits) == 360
+    pictures, labels = zip(*((transform(digits[i][0]), digits[i][1]) for i in range(360)), strict=True)
+    with torch.inference_mode():
+        answers = model(torch.stack(pictures)).argmax(dim=1)
+    assert answers.eq(torch.tensor(labels)).sum() == 357
 
 
 def _input_size(entry: str) -> tuple[int, int, int]:
