@@ -41,6 +41,7 @@ from hub.card import BEGIN, END, write_card
 from hub.catalog import CATALOG, candidates
 from hub.check import BUNDLED_GOLDEN
 from hub.convert import convert
+from hub.export import export
 
 PICO = "arm_pico_patch2_8"
 FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
@@ -347,6 +348,23 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert main(["convert", str(official_file(file, small())), str(out), "--overwrite"]) == 1
     assert {name: (out / name).read_bytes() for name in FILES} == before
     assert names_in(tmp_path) == ["checkpoint.pth", "out"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_ordinary_mode(umask: int, mode: int, tmp_path: Path) -> None:
+    """Whoever may read the other files of a person or group may read these too."""
+    before = os.umask(umask)
+    try:
+        small(PICO).save_pretrained(tmp_path / "run")
+        arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "pretrained")
+        convert(tmp_path / "run", tmp_path / "out")
+        convert(tmp_path / "run", tmp_path / "out", overwrite=True)
+        export(str(tmp_path / "run"), tmp_path / "official.safetensors", "official")
+    finally:
+        os.umask(before)
+    written = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {found for path, found in written.items() if path.is_file()} == {mode}, written
+    assert {found for path, found in written.items() if path.is_dir()} == {0o777 & ~umask}, written
 
 
 def test_unmatched_keys_are_listed_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
