@@ -6,6 +6,7 @@ sockets sees to it that it asks nobody else.
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -18,6 +19,8 @@ import pytest
 import timm
 import torch
 from hub_server import Client, HubServer, running_hub, start_client
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -172,6 +175,61 @@ def test_configurations_that_are_none(change: dict[str, Any], message: str, mode
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(tmp_path)
+
+
+NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**40, 10**30, 0.5, 1e308, math.nan]))
+SIMPLE = st.one_of(NUMBERS, st.none(), st.booleans(), st.text(max_size=5))
+VALUES = st.one_of(SIMPLE, st.lists(SIMPLE, max_size=3), st.dictionaries(st.text(max_size=5), SIMPLE, max_size=1))
+DAMAGE = [b"", b"\0", b"\xff", b"9" * 5000, b"[" * 9999]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, text: str) -> bytes:
+    """One value somewhere in a JSON document is another one, gone or new; or its bytes are changed."""
+    if draw(st.integers(0, 3)) == 0:
+        contents = text.encode()
+        at = draw(st.integers(0, len(contents) - 1))
+        return contents[:at] + draw(st.sampled_from(DAMAGE)) + contents[at + 1 :]
+    place = document = json.loads(text)
+    while True:
+        key = draw(st.sampled_from([*place, "new"] if isinstance(place, dict) else list(range(len(place)))))
+        inner = place[key] if key != "new" else None
+        if isinstance(inner, dict | list) and inner and draw(st.booleans()):
+            place = inner
+        elif inner is None or draw(st.booleans()):
+            place[key] = draw(VALUES)
+            return json.dumps(document).encode()
+        else:
+            del place[key]
+            return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize("kind", ["backbone", "pretraining", "both"])
+def test_damaged_configurations_end_in_our_error(kind: str, model: nn.Module, tmp_path: Path) -> None:
+    """Whatever config.json says: our error, or a model with the very weights of the file."""
+    saved = model if kind == "backbone" else arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64, depth=2)
+    saved.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    if kind == "both":  # as `python -m hub convert` writes it
+        backbone = timm.create_model(PICO, num_classes=0, depth=2).hub_config()
+        file.write_text(json.dumps({**backbone, "pretraining_model": saved.config}))
+    weights, outcomes = digest(saved), {"loaded": 0, "refused": 0}
+
+    @settings(max_examples=70, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @given(damaged(file.read_text()), st.booleans())
+    def fuzz(contents: bytes, as_backbone: bool) -> None:
+        file.write_bytes(contents)
+        try:
+            loaded = from_pretrained(tmp_path, as_backbone=as_backbone)
+            outcomes["loaded"] += 1
+        except CheckpointError as error:
+            assert str(tmp_path) in str(error) or "does not fit the model" in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert digest(loaded) == weights or type(loaded) is not type(saved)  # a backbone of a pretraining model
+
+    fuzz()
+    assert outcomes["refused"] > 20 and outcomes["loaded"] > 10, outcomes
 
 
 # weights that come with the package
