@@ -78,7 +78,9 @@ def from_pretrained(
     if isinstance(source, str) and _REPOSITORY.fullmatch(source) and not source.endswith((".safetensors", ".pth")):
         return _from_folder(_fetch(source, revision, cache_dir, token), as_backbone, kwargs)
     if path.suffix or "/" in str(source):
-        raise FileNotFoundError(f"no checkpoint at {source}")
+        raise FileNotFoundError(
+            f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder or a file"
+        )
     close = difflib.get_close_matches(str(source), sorted(_names()))
     hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows the entries"
     raise ValueError(f"{str(source)!r} is no entry, ORG/NAME on the Hub, folder or file; {hint}")

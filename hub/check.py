@@ -14,7 +14,7 @@ from arm_zoo.loading import from_pretrained
 from arm_zoo.pretrain import ARMPretrain
 
 from .convert import answers
-from .folders import GOLDEN, read_header
+from .folders import GOLDEN, check_complete, read_header
 
 # of each bundled entry the golden.safetensors that a hosted one has in its repository
 BUNDLED_GOLDEN = Path(__file__).parent / "golden"
@@ -29,12 +29,10 @@ def check_folder(folder: Path) -> str:
         One line that says how well they agree.
 
     Raises:
-        CheckpointError: if it does not load, or answers otherwise.
+        CheckpointError: if it does not load, or answers otherwise; UsageError if it is not there or not whole.
     """
-    golden_file = folder / GOLDEN
-    if not golden_file.exists():
-        raise CheckpointError(f"no {GOLDEN} in {folder}; python -m hub convert writes it")
-    return _meet(golden_file, from_pretrained(folder), sha256_of(folder / WEIGHTS))
+    check_complete(folder, (WEIGHTS, CONFIG, GOLDEN))
+    return _meet(folder / GOLDEN, from_pretrained(folder), sha256_of(folder / WEIGHTS))
 
 
 def _meet(golden_file: Path, model: ARM | ARMPretrain, sha256: str) -> str:

@@ -58,6 +58,8 @@ def convert(
         UsageError: if `out` is taken.
     """
     file = file / WEIGHTS if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint at {file}; name a .pth, a .safetensors or the folder of a run")
     check_destination(out, overwrite)
     if out.exists() and file.exists() and file.resolve().parent == out.resolve():
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")

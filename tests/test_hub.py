@@ -330,6 +330,28 @@ def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"no checkpoint at {tmp_path / 'none.pth'}" in mistake(capsys, "convert", tmp_path / "none.pth", out / "x")
 
 
+@pytest.mark.parametrize(
+    "command, options, message",
+    [
+        ("check", [], "there is no folder {}; write it: python -m hub convert FILE {}"),
+        ("publish", ["--repo", "ada/x"], "there is no folder {}; write it: python -m hub convert FILE {}"),
+        ("convert", ["out"], "no checkpoint at {}; name a .pth, a .safetensors or the folder of a run"),
+        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder"),
+    ],
+)
+def test_folders_that_are_missing_or_empty(
+    command: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What to type is said, and nothing is written."""
+    folder = tmp_path / "folder"
+    options = [option if option.startswith("--") or "/" in option else str(tmp_path / option) for option in options]
+    assert message.replace("{}", str(folder)) in mistake(capsys, command, folder, *options)
+    folder.mkdir()
+    empty = mistake(capsys, command, folder, *options)
+    assert str(folder) in empty and any(word in empty for word in (" lacks ", "a folder of weights holds", "name a "))
+    assert names_in(tmp_path) == ["folder"]
+
+
 def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that fails at its last step leaves the folder of before, or none."""
     file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
