@@ -407,6 +407,28 @@ def test_refusals(
     assert f"cannot fetch {only or 'config.json'} of ada/refused" in reply["message"]
 
 
+@pytest.mark.parametrize(
+    "case, error",
+    [
+        ("401", "HfHubHTTPError"),
+        ("403 gated", "GatedRepoError"),
+        ("404 repo", "RepositoryNotFoundError"),
+        ("429", "LocalEntryNotFoundError"),
+        ("500", "LocalEntryNotFoundError"),
+    ],
+)
+def test_refusals_that_timm_meets_itself(
+    case: str, error: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """It reads config.json before any code of ours runs, as the README says; the weights are ours to fetch."""
+    status, code, message, _ = REFUSED[case]
+    hub.add("ada/refused", files, hub_server.refuses(status, code))
+    reply = client.load("timm", "hf-hub:ada/refused", pretrained=True, cache_dir=tmp_path)
+    assert (reply["error"], reply["own"]) == (error, False)
+    hub.add("ada/refused", files, hub_server.refuses(status, code, "model.safetensors"))
+    assert message in client.refused("timm", "hf-hub:ada/refused", pretrained=True, cache_dir=tmp_path)
+
+
 def test_revisions_that_are_none(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
     hub.add("ada/pico", files)
     assert "it has no such revision" in client.refused("arm_zoo", "ada/pico@v9", cache_dir=tmp_path)
