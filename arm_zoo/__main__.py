@@ -7,7 +7,6 @@ python -m arm_zoo predict cat.jpg dog.png --model arm_base_patch16_224 --weights
 
 import argparse
 import difflib
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,9 @@ from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_models, split_model_name_tag
 
 from arm_zoo.arm import ARM
-from arm_zoo.hosted import TABLE
+from arm_zoo.files import CONFIG, WEIGHTS, read_config
+from arm_zoo.hosted import TABLE, find_weights, training_commands
+from arm_zoo.loading import from_pretrained
 from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint
 
 
@@ -123,7 +124,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def load_classifier(name: str, weights: Path | None) -> ARM:
-    """The model with hosted weights, those of a file, or those of a folder that timm.models.save_for_hf wrote.
+    """The model with the package's or hosted weights, those of a file, or those of a folder.
 
     Classes and image channels are the file's.
 
@@ -134,21 +135,21 @@ def load_classifier(name: str, weights: Path | None) -> ARM:
     """
     model = create(name)
     if weights is None:
-        try:
-            model = cast(ARM, timm.create_model(name, pretrained=True))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}\n  at this command line: --weights FILE") from error
+        entry = f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg['tag']}"
+        if find_weights(entry) is None:
+            raise CheckpointError(_ways_on(entry))
+        model = cast(ARM, timm.create_model(name, pretrained=True))
     elif weights.is_dir() or _is_of_timm(weights):
         folder = weights if weights.is_dir() else weights.parent
-        config = _read_config(folder / "config.json")
+        config = read_config(folder)
         if "pretraining_model" in config:
             raise CheckpointError(
                 f"{folder} holds a pretraining model, which has no classifier head; finetune it first"
             )
         architecture = config.get("architecture", "no timm model")
         if architecture != model.pretrained_cfg["architecture"]:
-            raise ValueError(f"{folder / 'config.json'} is of {architecture}, not of {name}")
-        model = cast(ARM, timm.create_model(f"local-dir:{folder}", pretrained=True))
+            raise ValueError(f"{folder / CONFIG} is of {architecture}, not of {name}")
+        model = cast(ARM, from_pretrained(folder))
     else:
         state_dict = read_checkpoint(weights)
         sizes: dict[str, Any] = {"num_classes": 0}
@@ -164,20 +165,19 @@ def load_classifier(name: str, weights: Path | None) -> ARM:
     return model
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no config.json in {file.parent}; a folder of weights holds model.safetensors and config.json"
-        )
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+def _ways_on(entry: str) -> str:
+    """What `arm_zoo.hosted.ways_on` says, in terms of this command line."""
+    bundled = [name for name, weights in TABLE.items() if weights.bundled]
+    return (
+        f"the weights of {entry} are not hosted yet: name an official or own file (--weights FILE), train them from a "
+        f"checkout ({training_commands(entry)}), or use a model that comes with the package "
+        f"(--model {' or '.join(bundled)})"
+    )
 
 
 def _is_of_timm(file: Path) -> bool:
     """Whether the file is the one that timm's config.json beside it describes."""
-    return file.name == "model.safetensors" and (file.parent / "config.json").is_file()
+    return file.name == WEIGHTS and (file.parent / CONFIG).is_file()
 
 
 def class_names(model: ARM) -> list[str]:
@@ -234,13 +234,14 @@ def create_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_info)
 
     command = commands.add_parser("predict", help="classify pictures")
-    command.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files of any format that Pillow reads")
-    command.add_argument("--model", metavar="NAME", required=True, help="as `list` shows it")
+    command.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a picture that Pillow reads")
+    command.add_argument("--model", metavar="NAME", required=True, help="an entry, as `list` shows it")
     command.add_argument(
         "--weights",
         metavar="FILE",
         type=Path,
-        help=".safetensors or .pth of this project or the authors, or a folder by timm's save_for_hf; without: hosted",
+        help="a .safetensors or .pth, of this project or the authors, or a folder with model.safetensors and "
+        "config.json; without it, the weights that the package or the Hub has",
     )
     command.add_argument("--top", metavar="K", type=positive, default=5, help="classes to print (%(default)s)")
     command.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ... (%(default)s)")

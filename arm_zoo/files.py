@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import pickletools
-import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
 
-__all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "read_checkpoint", "read_config", "save_model", "sha256_of"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "CheckpointError",
+    "read_checkpoint",
+    "read_config",
+    "save_model",
+    "save_tensors",
+    "sha256_of",
+]
 
 StateDict = dict[str, torch.Tensor]
 Choice = Literal["ema", "model"]
@@ -217,15 +225,23 @@ def save_model(
     files = (folder / WEIGHTS, folder / CONFIG)
     beside = [Path(f"{file}.tmp") for file in files]
     try:
-        save_file(alone, beside[0], metadata={"format": "pt", **metadata})
+        save_tensors(alone, beside[0], {"format": "pt", **metadata})
         _sort_metadata(beside[0])
         beside[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(beside[1], beside[0])  # safetensors lets nobody else read its files
         for unfinished, file in zip(beside, files, strict=True):
             os.replace(unfinished, file)
     finally:
         for unfinished in beside:
             unfinished.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file that may be read by whom the umask lets: safetensors lets nobody else read its own."""
+    file = Path(file)
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata=dict(metadata))
+    file.chmod(mode)
 
 
 def _sort_metadata(file: Path) -> None:

@@ -1,7 +1,8 @@
 """Where the weights of the entries are, the one table that loading needs, and how they are fetched and checked.
 
 Nothing is hosted yet. An entry is hosted from the commit on that sets `hosted`, the revision and the sha256 that
-`python -m hub publish` prints; it is bundled when its file lies in `arm_zoo/bundled/` and its line says so.
+`python -m hub publish` prints; it is bundled when its file lies in `arm_zoo/bundled/`, its line says so, and the
+golden answers that `python -m hub convert` wrote with it lie in `hub/golden/`.
 """
 
 import errno

@@ -3,10 +3,10 @@
 import difflib
 import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import timm
 from timm.models import PretrainedCfg, list_models
@@ -15,12 +15,20 @@ from arm_zoo.arm import ARM
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_checkpoint, read_config
 from arm_zoo.hosted import ORGANISATION, TABLE, download, known_sha256, organisation
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.variant import find_variant
+from arm_zoo.variant import MAX_DEPTH, find_variant
 from arm_zoo.weights import adapt_state_dict
 
 __all__ = ["from_pretrained"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+# What a config.json may say, by the types of timm and of the models. Not where weights are: they lie beside it.
+_ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "device", "dtype", "return"}
+_NAMES_OF_CLASSES = {"label_names": list[str] | dict[str, str] | None, "label_descriptions": Any}
+_PRETRAINED_CFG = {**get_type_hints(PretrainedCfg), **_NAMES_OF_CLASSES, "custom_load": Literal[False]}
+_MODEL_ARGS = get_type_hints(ARM.__init__)
+_FETCH_AGAIN = "write it anew or fetch it again"
+_PRETRAINING_MODEL = get_type_hints(ARMPretrain.__init__)
 
 
 def from_pretrained(
@@ -70,7 +78,9 @@ def from_pretrained(
     if isinstance(source, str) and _REPOSITORY.fullmatch(source) and not source.endswith((".safetensors", ".pth")):
         return _from_folder(_fetch(source, revision, cache_dir, token), as_backbone, kwargs)
     if path.suffix or "/" in str(source):
-        raise FileNotFoundError(f"no checkpoint at {source}")
+        raise FileNotFoundError(
+            f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder or a file"
+        )
     close = difflib.get_close_matches(str(source), sorted(_names()))
     hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows the entries"
     raise ValueError(f"{str(source)!r} is no entry, ORG/NAME on the Hub, folder or file; {hint}")
@@ -108,27 +118,84 @@ def _from_folder(folder: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> 
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; a folder of weights holds it beside {CONFIG}")
     own = config.get("pretraining_model")
     if own is not None and not as_backbone:
-        _check_table(own, set(inspect.signature(ARMPretrain).parameters), "pretraining_model", folder)
+        _check_table(own, _PRETRAINING_MODEL, "pretraining_model", folder)
+        _check_description(folder, lambda: ARMPretrain(**own, device="meta"))
         return _pretraining_model(own, kwargs, folder / WEIGHTS)
     if own is not None and "architecture" not in config:  # as ARMPretrain.save_pretrained writes it
         return _from_file(folder / WEIGHTS, as_backbone, kwargs)
-    if config.get("architecture") not in _names():
+    if config.get("architecture") not in [*_names()]:  # a list, which can be asked for anything that JSON has
         raise CheckpointError(
             f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of arm_zoo; "
             f"timm.create_model('local-dir:{folder}', pretrained=True) takes timm's own"
         )
-    _check_table(config.get("model_args", {}), set(inspect.signature(ARM).parameters), "model_args", folder)
-    _check_table(
-        config.get("pretrained_cfg"), {field.name for field in fields(PretrainedCfg)}, "pretrained_cfg", folder
-    )
-    return cast(ARM, timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs))
+    _check_table(config.get("model_args", {}), _MODEL_ARGS, "model_args", folder)
+    _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
+    above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
+    _check_table(above, _PRETRAINED_CFG, "its first level", folder)
+    name = f"local-dir:{folder}"
+    _check_description(folder, lambda: cast(ARM, timm.create_model(name, device="meta")))
+    return cast(ARM, timm.create_model(name, pretrained=True, **kwargs))
 
 
-def _check_table(table: Any, allowed: set[str], name: str, folder: Path) -> None:
-    unknown = sorted(set(table) - allowed) if isinstance(table, dict) else [repr(table)]
+def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) -> None:
+    """Refuse keys that nobody reads and values of other types."""
+    allowed = sorted(set(types) - _ELSEWHERE)
+    unknown = sorted(set(table) - set(allowed)) if isinstance(table, dict) else [_short(table)]
     if unknown:
+        raise CheckpointError(f"{folder / CONFIG}: {name} has {', '.join(unknown)}; expected {', '.join(allowed)}")
+    for key, value in table.items():
+        wanted = types[key].__name__ if isinstance(types[key], type) else str(types[key])
+        if key.endswith("depth"):
+            wanted = f"at most {MAX_DEPTH}"
+        if not _is_a(value, types[key]) or (key.endswith("depth") and value > MAX_DEPTH):
+            raise CheckpointError(f"{folder / CONFIG}: {name} has {key}={_short(value)}; expected {wanted}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    """Whether a value of JSON is of a type; lists stand for tuples, whole numbers for any."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin in (tuple, list):
+        fits = isinstance(value, list) and (len(parts) == 1 or ... in parts or len(value) == len(parts))
+        return fits and all(_is_a(part, parts[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(part, parts[1]) for part in value.values())
+    if wanted is float:
+        return type(value) in (int, float)
+    return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
+
+
+def _check_description(folder: Path, build: Callable[[], ARM | ARMPretrain]) -> None:
+    """Compare what config.json describes with the weights beside it before memory is taken for it.
+
+    Args:
+        folder: with both files.
+        build: makes the model on the meta device, where it costs nothing, from the configuration alone: what is wrong
+            here is not due to arguments of the caller.
+    """
+    shapes = {name: value.to("meta") for name, value in read_checkpoint(folder / WEIGHTS).items()}
+    try:
+        model = build()
+        adapt_state_dict(shapes, model, timm_adapts=False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"the model of {folder / CONFIG} cannot be built: {reason}; {_FETCH_AGAIN}") from error
+    patches = model.patch_embed.num_patches
+    rows = shapes["pos_embed"].shape[1:2] if "pos_embed" in shapes else ()
+    if rows and rows[0] not in (patches, patches + 1):
         raise CheckpointError(
-            f"{folder / CONFIG}: {name} has {', '.join(unknown)}; expected {', '.join(sorted(allowed))}"
+            f"{folder / CONFIG} describes {patches} patches, but {WEIGHTS} beside it has position embeddings for "
+            f"{rows[0]} tokens: the two files do not belong together"
         )
 
 

@@ -21,10 +21,10 @@ from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.weights import adapt_state_dict, is_official, sincos_grid, under_our_names
 
-__all__ = ["Variant", "find_variant"]
+__all__ = ["MAX_DEPTH", "Variant", "find_variant"]
 
 # What no model of the family comes near to: a file that says more would only fill the memory.
-_MAX_DEPTH = 512
+MAX_DEPTH = 512
 _MAX_PATCHES = {"backbone": 2**14, "pretraining model": 2**12}  # the decoder's mask is the square of it
 
 
@@ -105,8 +105,8 @@ def _sizes(source: StateDict) -> dict[str, Any]:
             "this is no ARM checkpoint: expected patch_embed.proj.weight, pos_embed and blocks.N.mixer.A_log "
             f"(official: layers.N.mixer.A_log) in their shapes; found {some}{', ...' if len(source) > 8 else ''}"
         )
-    if len(blocks) > _MAX_DEPTH:
-        raise CheckpointError(f"no ARM has {len(blocks)} blocks; at most {_MAX_DEPTH} are taken")
+    if len(blocks) > MAX_DEPTH:
+        raise CheckpointError(f"no ARM has {len(blocks)} blocks; at most {MAX_DEPTH} are taken")
     return {
         "embed_dim": table.shape[2],
         "depth": len(blocks),
@@ -178,7 +178,7 @@ def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int)
 def _pretraining_variant(source: StateDict, sizes: dict[str, Any], config: dict[str, Any], official: bool) -> Variant:
     table, query = source["pos_embed"], source.get("query_token")
     decoder_blocks = {name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}
-    if query is None or not 0 < len(decoder_blocks) <= _MAX_DEPTH:
+    if query is None or not 0 < len(decoder_blocks) <= MAX_DEPTH:
         raise CheckpointError("a pretraining checkpoint without the decoder's query_token (ar_token) or its blocks")
     patches, patch = table.shape[1], to_2tuple(sizes["patch_size"])
     _check_patches(patches, "pretraining model")

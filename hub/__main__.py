@@ -14,8 +14,7 @@ from pathlib import Path
 
 from arm_zoo.files import CheckpointError
 
-from .card import RESULTS
-from .catalog import AUTHORS_REPOSITORY
+from .catalog import AUTHORS_REPOSITORY, RESULTS
 from .check import check_all, check_folder
 from .convert import DTYPES, convert
 from .export import FORMATS, export
@@ -45,7 +44,7 @@ def run_publish(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Check all hosted entries, or folders; 1 if one failed."""
+    """Check all hosted and bundled entries, or folders; 1 if one failed."""
     if args.folders:
         for folder in args.folders:
             print(f"{folder}: {check_folder(folder)}")
@@ -90,7 +89,7 @@ def create_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_publish)
 
     command = commands.add_parser(
-        "check", help="sha256, names and golden answers of all hosted entries, or of folders"
+        "check", help="sha256, names and golden answers of all hosted and bundled entries, or of folders"
     )
     command.add_argument("folders", metavar="OUT", nargs="*", type=Path, help="written by convert")
     command.set_defaults(run=run_check)

@@ -12,13 +12,12 @@ from timm.models import get_pretrained_cfg
 
 from arm_zoo.files import WEIGHTS, read_config, sha256_of
 
-from .catalog import AUTHORS_CODE, AUTHORS_REPOSITORY, PAPER, SETS, Entry, candidates, measured
+from .catalog import AUTHORS_CODE, AUTHORS_REPOSITORY, PAPER, RESULTS, SETS, Entry, candidates, measured
 from .folders import CARD, read_header
 
 BEGIN = "<!-- arm-zoo: written by python -m hub, from here -->"
 END = "<!-- arm-zoo: to here; what you write outside the two marks stays -->"
 OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"}  # metadata that the template writes
-RESULTS = Path(__file__).parent.parent / "eval" / "results.csv"
 
 CITATION = """```bibtex
 @article{ren2024autoregressive,

@@ -13,6 +13,8 @@ from arm_zoo.hosted import TABLE, training_commands
 
 from .folders import UsageError
 
+RESULTS = Path(__file__).parent.parent / "eval" / "results.csv"
+
 AUTHORS_REPOSITORY = "OliverRen/ARM"  # on the Hub; which files it has is asked at run time
 AUTHORS_CODE = "https://github.com/OliverRensu/ARM"
 PAPER = "https://arxiv.org/abs/2406.07537"
@@ -33,14 +35,14 @@ class Entry:
 
     Attributes:
         name: entry with its tag.
-        paper_name: what the paper calls it.
+        paper_name: what the paper calls it; None if it is not in the paper.
         reported: top-1 in percent by the paper, by set.
         source: repository on the Hub of the authors' file, or None for weights of our own training.
         license: of the weights.
     """
 
     name: str
-    paper_name: str
+    paper_name: str | None
     reported: dict[str, float] = field(default_factory=dict)
     source: str | None = AUTHORS_REPOSITORY
     license: str = "unknown"
@@ -49,6 +51,13 @@ class Entry:
     def recipe(self) -> str:
         """How they are, or would be, trained, from a checkout."""
         return training_commands(self.name)
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Top-1 in percent by our own evaluator, by set; empty as long as nobody has measured these weights."""
+        weights = TABLE[self.name]
+        rows = measured(weights.sha256, RESULTS) if weights.sha256 else {}
+        return {name: float(row["top1"]) for name, row in rows.items()}
 
     @property
     def state(self) -> State:
@@ -65,6 +74,7 @@ def _robust(*top1: float) -> dict[str, float]:
 CATALOG: dict[str, Entry] = {
     entry.name: entry
     for entry in (
+        Entry("arm_pico_patch2_8.arm_digits_ft_digits", None, source=None, license="apache-2.0"),
         Entry("arm_base_patch16_224.arm_in1k_ft_in1k", "ARM-B", _robust(83.2, 72.3, 88.0, 31.9, 48.9, 37.2)),
         Entry("arm_base_patch16_224.arm_in1k", "ARM-B, pretrained"),
         Entry("arm_base_patch16_224.in1k", "MambaMLP-B", {"in1k": 81.2}, source=None),
@@ -92,7 +102,7 @@ def candidates(architecture: str, num_classes: int, standard: bool) -> list[Entr
     return [
         entry
         for name, entry in CATALOG.items()
-        if name.startswith(f"{architecture}.") and bool(entry.reported) == (num_classes == 1000)
+        if entry.paper_name and name.startswith(f"{architecture}.") and bool(entry.reported) == (num_classes == 1000)
     ]
 
 

@@ -1,18 +1,23 @@
-"""Whether published weights are what they should be: sha256, names and shapes, golden answers."""
+"""Whether published and bundled weights are what they should be: sha256, names and shapes, golden answers."""
 
 from pathlib import Path
+from typing import cast
 
 import timm
 import torch
 from safetensors.torch import load_file
 
-import arm_zoo
+from arm_zoo.arm import ARM
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.hosted import ORGANISATION, TABLE, download
+from arm_zoo.hosted import ORGANISATION, TABLE, download, find_weights
 from arm_zoo.loading import from_pretrained
+from arm_zoo.pretrain import ARMPretrain
 
 from .convert import answers
-from .folders import GOLDEN, read_header
+from .folders import GOLDEN, check_complete, read_header
+
+# of each bundled entry the golden.safetensors that a hosted one has in its repository
+BUNDLED_GOLDEN = Path(__file__).parent / "golden"
 
 TOLERANCE = 1e-4  # of the largest value: float32 on other machines
 
@@ -24,22 +29,24 @@ def check_folder(folder: Path) -> str:
         One line that says how well they agree.
 
     Raises:
-        CheckpointError: if it does not load, or answers otherwise.
+        CheckpointError: if it does not load, or answers otherwise; UsageError if it is not there or not whole.
     """
-    golden_file = folder / GOLDEN
-    if not golden_file.exists():
-        raise CheckpointError(f"no {GOLDEN} in {folder}; python -m hub convert writes it")
-    model = from_pretrained(folder).eval()
+    check_complete(folder, (WEIGHTS, CONFIG, GOLDEN))
+    return _meet(folder / GOLDEN, from_pretrained(folder), sha256_of(folder / WEIGHTS))
+
+
+def _meet(golden_file: Path, model: ARM | ARMPretrain, sha256: str) -> str:
+    """Compare a model's answers with the golden ones, which are those of the weights with this sha256."""
     of = read_header(golden_file).get("model_sha256")
-    if of != sha256_of(folder / WEIGHTS):
+    if of != sha256:
         raise CheckpointError(f"{golden_file} belongs to weights with sha256 {of}; convert them together")
     golden = load_file(golden_file)
-    actual = answers(model, golden.pop("input"))
+    actual = answers(model.eval(), golden.pop("input"))
     if actual.keys() != golden.keys():
         raise CheckpointError(f"{golden_file} holds {', '.join(golden)}; the model gives {', '.join(actual)}")
     worst = max(_difference(actual[name], expected) for name, expected in golden.items())
     if not worst <= TOLERANCE:
-        raise CheckpointError(f"{folder}: the golden answers are missed by {worst:.1e}, relative")
+        raise CheckpointError(f"{golden_file}: the golden answers are missed by {worst:.1e}, relative")
     return f"golden {' and '.join(golden)} met to {worst:.1e}, relative"
 
 
@@ -58,20 +65,35 @@ def check_entry(entry: str) -> str:
     files = [download(repo, name, weights.revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
     model = from_pretrained(entry)
     by_name = timm.create_model(entry, pretrained=True, num_classes=getattr(model, "num_classes", 0))
-    if isinstance(model, arm_zoo.arm.ARM):
+    if isinstance(model, ARM):
         for name, value in model.state_dict().items():
             if not torch.equal(value, by_name.state_dict()[name]):
                 raise CheckpointError(f"{entry}: timm.create_model and arm_zoo.from_pretrained differ in {name}")
     return check_folder(files[0].parent)
 
 
+def check_bundled(entry: str) -> str:
+    """Compare a file of the package with the table, load it as its users do, compare the golden answers."""
+    sha256 = TABLE[entry].sha256
+    if sha256 is None:
+        raise CheckpointError(f"{entry} is bundled, but arm_zoo/hosted.py has no sha256 of it")
+    find_weights(entry)
+    model = cast(ARM, timm.create_model(entry, pretrained=True))
+    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', model, sha256)}"
+
+
 def check_all() -> tuple[list[str], int]:
-    """One line for each hosted entry, and how many failed."""
+    """One line for each hosted or bundled entry, and how many failed."""
     lines, failed = [], 0
-    for entry in (entry for entry, weights in TABLE.items() if weights.hosted):
+    for entry, weights in TABLE.items():
+        if not weights.hosted and not weights.bundled:
+            continue
         try:
-            lines.append(f"{entry}: ok, {check_entry(entry)}")
+            said = check_bundled(entry) if weights.bundled else check_entry(entry)
+            lines.append(f"{entry}: ok, {said}")
         except (CheckpointError, OSError) as error:
             failed += 1
             lines.append(f"{entry}: FAILED, {error}")
-    return lines or ["no entry is hosted yet, so there is nothing to check"], failed
+    if not any(weights.hosted for weights in TABLE.values()):
+        lines.append("no entry is hosted yet")
+    return lines, failed

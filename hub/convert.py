@@ -1,12 +1,10 @@
 """A checkpoint of the official code or of the recipes -> a folder that anyone loads in one line."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 import arm_zoo
 from arm_zoo.arm import ARM
@@ -18,6 +16,7 @@ from arm_zoo.files import (
     read_checkpoint,
     read_config,
     save_model,
+    save_tensors,
     sha256_of,
 )
 from arm_zoo.pretrain import ARMPretrain
@@ -59,6 +58,8 @@ def convert(
         UsageError: if `out` is taken.
     """
     file = file / WEIGHTS if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint at {file}; name a .pth, a .safetensors or the folder of a run")
     check_destination(out, overwrite)
     if out.exists() and file.exists() and file.resolve().parent == out.resolve():
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")
@@ -79,8 +80,7 @@ def convert(
     with replacing_folder(out) as folder:
         tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
         save_model(folder, tensors, hub_config, **facts)
-        save_file(golden(model), folder / GOLDEN, metadata={"model_sha256": sha256_of(folder / WEIGHTS)})
-        shutil.copymode(folder / WEIGHTS, folder / GOLDEN)
+        save_tensors(golden(model), folder / GOLDEN, {"model_sha256": sha256_of(folder / WEIGHTS)})
         write_card(folder, old=out / CARD)
     return f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}"
 

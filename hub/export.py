@@ -9,11 +9,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import arm_zoo
 from arm_zoo.arm import ARM
+from arm_zoo.files import save_tensors
 
 from .folders import UsageError, replacing_file
 
@@ -61,7 +61,7 @@ def _compare(actual: torch.Tensor, expected: torch.Tensor) -> str:
 
 def _write_official(model: nn.Module, file: Path) -> str:
     tensors = arm_zoo.to_official(model)
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_tensors(tensors, file, {"format": "pt"})
     return f"{len(tensors)} tensors under the names of the authors' code"
 
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,15 @@ FILES = (WEIGHTS, CONFIG, GOLDEN, CARD)
 
 class UsageError(ValueError):
     """What a person asked for cannot be done; the message says what to ask instead."""
+
+
+def check_complete(folder: Path, names: Sequence[str] = FILES) -> None:
+    """Raise UsageError unless the folder has these files of a conversion."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}; write it: python -m hub convert FILE {folder}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} lacks {', '.join(missing)}; write a new folder: python -m hub convert FILE OUT")
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:

@@ -16,9 +16,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
 from arm_zoo.hosted import explain
 
-from .card import RESULTS, write_card
+from .card import write_card
+from .catalog import RESULTS
 from .check import check_folder
-from .folders import CARD, FILES, UsageError, read_header
+from .folders import CARD, FILES, UsageError, check_complete, read_header
 
 MOST_DIFF_LINES = 60
 
@@ -82,9 +83,7 @@ def publish(
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise UsageError(f"{folder} lacks {', '.join(missing)}; python -m hub convert writes such a folder")
+    check_complete(folder)
     yield f"{folder}: {check_folder(folder)}"
     api = HfApi(library_name="arm-zoo")
     with tempfile.TemporaryDirectory() as name:

@@ -9,7 +9,7 @@ from arm_zoo.files import CheckpointError
 from arm_zoo.hosted import explain
 from arm_zoo.variant import find_variant
 
-from .catalog import AUTHORS_REPOSITORY, CATALOG
+from .catalog import AUTHORS_REPOSITORY, CATALOG, Entry
 
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -32,8 +32,17 @@ def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
     yield "The entries, and where their weights are to come from:"
     width = max(map(len, CATALOG))
     for entry in CATALOG.values():
-        origin = f"{entry.paper_name}, from {entry.source or entry.recipe}, licence {entry.license}"
-        yield f"  {entry.name:{width}}  {entry.state:10}  {origin}"
+        yield f"  {entry.name:{width}}  {entry.state:10}  {_known(entry)}"
+
+
+def _known(entry: Entry) -> str:
+    """Origin, licence and figures; the paper's and ours apart."""
+    origin = f"from {entry.source or entry.recipe}"
+    parts = [entry.paper_name or "not in the paper", origin, f"licence {entry.license}"]
+    for kind, figures in (("reported by the paper", entry.reported), ("measured by us", entry.measured)):
+        if figures:
+            parts.append(f"{kind}: {', '.join(f'{name} {top1:.2f}' for name, top1 in figures.items())}")
+    return "; ".join(parts)
 
 
 def _what(api: HfApi, repo: str, name: str) -> str:

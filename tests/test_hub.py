@@ -32,14 +32,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import arm_zoo
-from arm_zoo import to_official
+from arm_zoo import hosted, to_official
 from arm_zoo.files import CheckpointError, read_checkpoint, sha256_of
 from arm_zoo.hosted import TABLE
 from arm_zoo.variant import find_variant
 from hub.__main__ import main
 from hub.card import BEGIN, END, write_card
 from hub.catalog import CATALOG, candidates
+from hub.check import BUNDLED_GOLDEN
 from hub.convert import convert
+from hub.export import export
 
 PICO = "arm_pico_patch2_8"
 FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
@@ -328,6 +330,28 @@ def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"no checkpoint at {tmp_path / 'none.pth'}" in mistake(capsys, "convert", tmp_path / "none.pth", out / "x")
 
 
+@pytest.mark.parametrize(
+    "command, options, message",
+    [
+        ("check", [], "there is no folder {}; write it: python -m hub convert FILE {}"),
+        ("publish", ["--repo", "ada/x"], "there is no folder {}; write it: python -m hub convert FILE {}"),
+        ("convert", ["out"], "no checkpoint at {}; name a .pth, a .safetensors or the folder of a run"),
+        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder"),
+    ],
+)
+def test_folders_that_are_missing_or_empty(
+    command: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What to type is said, and nothing is written."""
+    folder = tmp_path / "folder"
+    options = [option if option.startswith("--") or "/" in option else str(tmp_path / option) for option in options]
+    assert message.replace("{}", str(folder)) in mistake(capsys, command, folder, *options)
+    folder.mkdir()
+    empty = mistake(capsys, command, folder, *options)
+    assert str(folder) in empty and any(word in empty for word in (" lacks ", "a folder of weights holds", "name a "))
+    assert names_in(tmp_path) == ["folder"]
+
+
 def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that fails at its last step leaves the folder of before, or none."""
     file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
@@ -346,6 +370,23 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert main(["convert", str(official_file(file, small())), str(out), "--overwrite"]) == 1
     assert {name: (out / name).read_bytes() for name in FILES} == before
     assert names_in(tmp_path) == ["checkpoint.pth", "out"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_ordinary_mode(umask: int, mode: int, tmp_path: Path) -> None:
+    """Whoever may read the other files of a person or group may read these too."""
+    before = os.umask(umask)
+    try:
+        small(PICO).save_pretrained(tmp_path / "run")
+        arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "pretrained")
+        convert(tmp_path / "run", tmp_path / "out")
+        convert(tmp_path / "run", tmp_path / "out", overwrite=True)
+        export(str(tmp_path / "run"), tmp_path / "official.safetensors", "official")
+    finally:
+        os.umask(before)
+    written = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {found for path, found in written.items() if path.is_file()} == {mode}, written
+    assert {found for path, found in written.items() if path.is_dir()} == {0o777 & ~umask}, written
 
 
 def test_unmatched_keys_are_listed_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -660,8 +701,12 @@ def test_what_shapes_do_not_tell_is_not_claimed() -> None:
 
 
 def test_the_catalogue_and_the_table_agree() -> None:
-    assert set(CATALOG) == {name for name, weights in TABLE.items() if weights.repository}
+    assert set(CATALOG) == set(TABLE)
     assert {entry.state for entry in CATALOG.values()} <= {"hosted", "to convert", "ours"}
+    for name, weights in TABLE.items():
+        if weights.bundled:
+            assert (CATALOG[name].state, CATALOG[name].license) == ("ours", "apache-2.0"), name
+            assert "finetune_digits.yaml" in CATALOG[name].recipe and not CATALOG[name].reported
     reported = {name: entry.reported.get("in1k") for name, entry in CATALOG.items()}
     assert reported["arm_huge_patch16_384.arm_in1k_ft_in1k"] == 85.5 and reported["arm_base_patch16_224.in1k"] == 81.2
 
@@ -788,11 +833,14 @@ def test_folders_that_are_not_published(client: Client, classifier: Path, tmp_pa
 
 
 def test_check(server: HubServer, client: Client, classifier: Path) -> None:
-    """Nothing is hosted: that is said. A hosted entry is fetched, loaded and compared; a wrong one fails."""
+    """What is bundled and hosted is loaded and compared, a wrong one fails; that nothing is hosted is said."""
     reply = client.load("hub", "check")
     assert reply["code"] == 0
-    hosted = [name for name, weights in TABLE.items() if weights.hosted]
-    assert hosted or reply["out"] == "no entry is hosted yet, so there is nothing to check\n"
+    bundled = [name for name, weights in TABLE.items() if weights.bundled]
+    lines = reply["out"].splitlines()
+    for name in bundled:
+        assert any(line.startswith(f"{name}: ok, bundled, golden features and logits met to") for line in lines)
+    assert any(weights.hosted for weights in TABLE.values()) or lines[len(bundled) :] == ["no entry is hosted yet"]
     model = timm.create_model("arm_tiny_patch4_32")
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(Path(name) / "run")
@@ -811,6 +859,47 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     assert client.load("hub", "check", classifier, table={entry: {}})["code"] == 0
 
 
+@pytest.mark.parametrize("damage", ["none", "sha256", "missing", "golden"])
+def test_bundled_entries_are_checked(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file, its sha256 and its golden answers, as of hosted ones."""
+    [entry] = [name for name, weights in TABLE.items() if weights.bundled]
+    file, expected = tmp_path / f"{entry}.safetensors", BUNDLED_GOLDEN / f"{entry}.safetensors"
+    shutil.copyfile(hosted.bundled_file(entry), file)
+    monkeypatch.setattr(hosted, "BUNDLED_FOLDER", tmp_path)
+    if damage == "sha256":
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "golden":
+        with safe_open(expected, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(expected)
+        monkeypatch.setattr("hub.check.BUNDLED_GOLDEN", tmp_path / "golden")
+        (tmp_path / "golden").mkdir()
+        save_file({**tensors, "logits": tensors["logits"] + 0.01}, tmp_path / "golden" / expected.name, metadata)
+    assert main(["check"]) == (damage != "none")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(entry)]
+    said = {
+        "none": "ok, bundled",
+        "sha256": "FAILED, .* is damaged, cut short or another file",
+        "missing": "FAILED, .*No such file or directory; install arm-zoo anew",
+        "golden": "FAILED, .*the golden answers are missed by",
+    }
+    assert re.match(f"{entry}: {said[damage]}", line), line
+
+
+def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They appear in the catalogue as soon as eval's CSV has them, by the sha256 of the weights."""
+    [entry] = [name for name, weights in TABLE.items() if weights.bundled]
+    monkeypatch.setattr("hub.catalog.RESULTS", tmp_path / "results.csv")
+    assert CATALOG[entry].measured == {}
+    rows = f"custom,360,99.1667,{TABLE[entry].sha256}\ncustom,360,1,another\n"
+    (tmp_path / "results.csv").write_text(f"set,n,top1,weights_sha256\n{rows}")
+    assert CATALOG[entry].measured == {"custom": 99.1667}
+
+
 def test_sources(server: HubServer, client: Client, tmp_path: Path) -> None:
     """Names come from the Hub as they are, hostile ones too; safetensors tell their model by their header."""
     save_file(to_official(small()), tmp_path / "official.safetensors")
@@ -822,8 +911,9 @@ def test_sources(server: HubServer, client: Client, tmp_path: Path) -> None:
     assert re.search(r"'arm_huge\.pth' .* a pickle: what model it is of shows when", reply["out"])
     assert re.search(r"'broken\.safetensors' .* cannot be told", reply["out"])
     assert "\x1b" not in reply["out"]
-    assert re.search(r"arm_large_patch16_224\.arm_in1k_ft_in1k +to convert +ARM-L, from OliverRen/ARM", reply["out"])
-    assert re.search(r"arm_large_patch16_224\.in1k +ours +MambaMLP-L", reply["out"])
+    assert re.search(r"arm_large_patch16_224\.arm_in1k_ft_in1k +to convert +ARM-L; from OliverRen/ARM; ", reply["out"])
+    assert re.search(r"arm_large_patch16_224\.in1k +ours +MambaMLP-L.*; reported by the paper: in1k 81", reply["out"])
+    assert re.search(r"arm_pico_patch2_8\S+ +ours +not in the paper; .*; licence apache-2\.0", reply["out"])
     reply = client.load("hub", "sources", "--repo", "ada/none")
     assert reply["code"] == 1 and "cannot list ada/none: there is no such repository" in reply["err"]
 

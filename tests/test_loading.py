@@ -6,6 +6,7 @@ sockets sees to it that it asks nobody else.
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -18,6 +19,8 @@ import pytest
 import timm
 import torch
 from hub_server import Client, HubServer, running_hub, start_client
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,6 +28,7 @@ import arm_zoo
 from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, hosted, to_official
 from arm_zoo.files import sha256_of
 from arm_zoo.hosted import Weights
+from recipes.sources import open_digits
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name
@@ -173,6 +177,61 @@ def test_configurations_that_are_none(change: dict[str, Any], message: str, mode
         from_pretrained(tmp_path)
 
 
+NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**40, 10**30, 0.5, 1e308, math.nan]))
+SIMPLE = st.one_of(NUMBERS, st.none(), st.booleans(), st.text(max_size=5))
+VALUES = st.one_of(SIMPLE, st.lists(SIMPLE, max_size=3), st.dictionaries(st.text(max_size=5), SIMPLE, max_size=1))
+DAMAGE = [b"", b"\0", b"\xff", b"9" * 5000, b"[" * 9999]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, text: str) -> bytes:
+    """One value somewhere in a JSON document is another one, gone or new; or its bytes are changed."""
+    if draw(st.integers(0, 3)) == 0:
+        contents = text.encode()
+        at = draw(st.integers(0, len(contents) - 1))
+        return contents[:at] + draw(st.sampled_from(DAMAGE)) + contents[at + 1 :]
+    place = document = json.loads(text)
+    while True:
+        key = draw(st.sampled_from([*place, "new"] if isinstance(place, dict) else list(range(len(place)))))
+        inner = place[key] if key != "new" else None
+        if isinstance(inner, dict | list) and inner and draw(st.booleans()):
+            place = inner
+        elif inner is None or draw(st.booleans()):
+            place[key] = draw(VALUES)
+            return json.dumps(document).encode()
+        else:
+            del place[key]
+            return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize("kind", ["backbone", "pretraining", "both"])
+def test_damaged_configurations_end_in_our_error(kind: str, model: nn.Module, tmp_path: Path) -> None:
+    """Whatever config.json says: our error, or a model with the very weights of the file."""
+    saved = model if kind == "backbone" else arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64, depth=2)
+    saved.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    if kind == "both":  # as `python -m hub convert` writes it
+        backbone = timm.create_model(PICO, num_classes=0, depth=2).hub_config()
+        file.write_text(json.dumps({**backbone, "pretraining_model": saved.config}))
+    weights, outcomes = digest(saved), {"loaded": 0, "refused": 0}
+
+    @settings(max_examples=70, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @given(damaged(file.read_text()), st.booleans())
+    def fuzz(contents: bytes, as_backbone: bool) -> None:
+        file.write_bytes(contents)
+        try:
+            loaded = from_pretrained(tmp_path, as_backbone=as_backbone)
+            outcomes["loaded"] += 1
+        except CheckpointError as error:
+            assert str(tmp_path) in str(error) or "does not fit the model" in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert digest(loaded) == weights or type(loaded) is not type(saved)  # a backbone of a pretraining model
+
+    fuzz()
+    assert outcomes["refused"] > 20 and outcomes["loaded"] > 10, outcomes
+
+
 # weights that come with the package
 
 
@@ -208,6 +267,18 @@ def test_every_bundled_entry_loads() -> None:
             assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
             assert hosted.bundled_file(entry).stat().st_size <= 15e6
             assert entry in timm.list_pretrained()
+
+
+def test_the_bundled_digits_classifier_reads_digits() -> None:
+    """As its users run it, on the held-out pictures of the recipes: the figure of recipes/RESULTS.md."""
+    model = timm.create_model(PICO, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    digits = open_digits().test
+    assert digits is not None and len(digits) == 360
+    pictures, labels = zip(*((transform(digits[i][0]), digits[i][1]) for i in range(360)), strict=True)
+    with torch.inference_mode():
+        answers = model(torch.stack(pictures)).argmax(dim=1)
+    assert answers.eq(torch.tensor(labels)).sum() == 357
 
 
 def _input_size(entry: str) -> tuple[int, int, int]:
@@ -334,6 +405,28 @@ def test_refusals(
     assert cause in reply["causes"]
     assert not list(tmp_path.rglob("*.incomplete")) and not list(tmp_path.rglob("*.safetensors"))
     assert f"cannot fetch {only or 'config.json'} of ada/refused" in reply["message"]
+
+
+@pytest.mark.parametrize(
+    "case, error",
+    [
+        ("401", "HfHubHTTPError"),
+        ("403 gated", "GatedRepoError"),
+        ("404 repo", "RepositoryNotFoundError"),
+        ("429", "LocalEntryNotFoundError"),
+        ("500", "LocalEntryNotFoundError"),
+    ],
+)
+def test_refusals_that_timm_meets_itself(
+    case: str, error: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """It reads config.json before any code of ours runs, as the README says; the weights are ours to fetch."""
+    status, code, message, _ = REFUSED[case]
+    hub.add("ada/refused", files, hub_server.refuses(status, code))
+    reply = client.load("timm", "hf-hub:ada/refused", pretrained=True, cache_dir=tmp_path)
+    assert (reply["error"], reply["own"]) == (error, False)
+    hub.add("ada/refused", files, hub_server.refuses(status, code, "model.safetensors"))
+    assert message in client.refused("timm", "hf-hub:ada/refused", pretrained=True, cache_dir=tmp_path)
 
 
 def test_revisions_that_are_none(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
