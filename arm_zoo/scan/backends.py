@@ -137,8 +137,7 @@ def resolve_backend(x: torch.Tensor) -> str:
     if not fits.get(_selected, True):
         takes = "float32 on the CPU" if _selected == "numba" else "float32, bfloat16 and float16 on CUDA"
         raise ValueError(
-            f"scan backend {_selected!r} takes {takes}, got {x.dtype} on {x.device.type}; "
-            "use 'auto' or 'torch'"
+            f"scan backend {_selected!r} takes {takes}, got {x.dtype} on {x.device.type}; use 'auto' or 'torch'"
         )
     return _selected
 
