@@ -118,7 +118,9 @@ def one_or_more(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Hours and GPU-hours of pretraining, from a measured speed.")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.cost", description="Hours and GPU-hours of pretraining, from a measured speed."
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run", type=Path, metavar="FOLDER", help="output_dir of a pretraining run")
     where.add_argument("--throughput", type=Path, metavar="FILE", help=".json of eval.throughput --mode pretrain")

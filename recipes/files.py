@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written beside their place, then renamed into it."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace one text file (UTF-8)."""
     with replacing_files(path.parent) as beside:
         (beside / path.name).write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what ``replacing_files`` was writing to a folder when its process was killed."""
+    for partial in folder.glob(f".partial-{'[a-z0-9_]' * 8}"):  # as tempfile names folders
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def why_not_writable(folder: Path) -> str | None:

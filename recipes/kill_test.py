@@ -115,7 +115,12 @@ def _train(recipe: str, arguments: list[str], log: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; all that it does not know goes to the recipe."""
-    parser = argparse.ArgumentParser(description="Kill a training run at random moments and check what it ends with.")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.kill_test",
+        usage="%(prog)s [options] --config FILE [key=value ...]",
+        description="Kill a training run at random moments and check what it ends with.",
+        epilog="All further words, as in --config FILE key=value, are handed on to the recipe.",
+    )
     parser.add_argument("--kills", type=int, default=20, help="how often (%(default)s)")
     parser.add_argument("--recipe", choices=RECIPES, default="pretrain", help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="empty folder (%(default)s)")

@@ -68,7 +68,9 @@ def loader_speed(config: LoaderConfig) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Speed of the training loader alone. Run it from the top.")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.loader_speed", description="Speed of the training loader alone. Run it from the top."
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., image_size=224, ...")
     arguments = parser.parse_args(argv)
     try:

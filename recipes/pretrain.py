@@ -51,7 +51,7 @@ def pretrain(
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
     output = Path(config.output_dir)
-    start = starting_point(config, resume, accelerator, output / "predictions.png")
+    start = starting_point(config, resume, accelerator, output / "predictions.png", (EXPORT, BACKBONE))
     source = open_source(config.data, labels_needed=False)
     model = config.build()
     image_size = model.patch_embed.img_size

@@ -265,7 +265,8 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="k-NN and linear probe on frozen features; from the repository's top."
+        prog="python -m recipes.probe",
+        description="k-NN and linear probe on frozen features; from the repository's top.",
     )
     parser.add_argument(
         "--weights", type=Path, required=True, help="pretraining_model/, backbone/, a finetuned folder, or a file"

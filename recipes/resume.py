@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from .checkpoint import STATE, CheckpointFolder, check, read_state
 from .config import TrainConfig
 from .errors import RunError
+from .files import remove_leftovers
 from .parsing import flatten
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
@@ -20,6 +22,8 @@ OPERATION = (
     "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps", "checkpoint_minutes", "keep_last",
     "keep_every", "data.workers", "evaluate_every",
 )  # fmt: skip
+# Keys that decide which pictures of an epoch are still to come: they may change where an epoch begins, not within one.
+ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
 # Keys without which the weights, or the pictures that are still to come, would be others.
 IDENTITY = ("model", "model_args", "seed", "global_batch")
 
@@ -38,7 +42,9 @@ class Start(NamedTuple):
     state: dict[str, Any]
 
 
-def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, exported: Path) -> Start | None:
+def starting_point(
+    config: TrainConfig, resume: str, accelerator: Accelerator, exported: Path, subfolders: Sequence[str] = ()
+) -> Start | None:
     """The checkpoint to go on from, the same on every process, or None for the beginning.
 
     Args:
@@ -46,6 +52,8 @@ def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, e
         resume: "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder.
         accelerator: Its main process chooses.
         exported: The file that a run writes last.
+        subfolders: Those of OUTPUT_DIR that it writes, beside the checkpoints; what a killed process was writing there
+            and in OUTPUT_DIR is removed.
 
     Raises:
         RunError: If the checkpoint is damaged, not one, or of another run.
@@ -67,6 +75,10 @@ def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, e
     start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))
     if start is not None:
         compare(config, start, console)
+    if accelerator.is_main_process:
+        for name in (".", *subfolders):
+            remove_leftovers(Path(config.output_dir) / name)
+    if start is not None:
         if (done := start.state["position"]["epoch"]) >= config.epochs and exported.is_file():
             console.print(
                 f"{config.output_dir} is finished: {done} epochs are done. Set more epochs to go on, another "
@@ -76,9 +88,8 @@ def starting_point(config: TrainConfig, resume: str, accelerator: Accelerator, e
             raise AlreadyFinished
         console.print(f"going on from {checkpoint}", soft_wrap=True)
     if accelerator.is_main_process:
-        exported.unlink(
-            missing_ok=True
-        )  # of a run with fewer epochs: this one is not finished before it writes its own
+        # of a run with fewer epochs: this one is not finished before it writes its own
+        exported.unlink(missing_ok=True)
     if accelerator.is_main_process and resume != "auto":
         own = start is not None and checkpoint.resolve().parent == folder.folder.resolve()
         folder.set_aside(after_step=int(checkpoint.name.removeprefix("step-")) if own else -1)
@@ -121,5 +132,12 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
     if impossible:
         differences = "; ".join(described[key] for key in impossible)
         raise RunError(f"{start.checkpoint} is of another run: {differences}. {ways}")
+    reordered = [described[key] for key in ORDER if key in described]
+    if reordered and start.state["position"]["step"] > 0:
+        raise RunError(
+            f"{start.checkpoint} is in the middle of an epoch, whose other pictures would come twice or never with "
+            f"{'; '.join(reordered)}. {ways}, or a checkpoint from the end of an "
+            "epoch by --resume FOLDER, where this may change"
+        )
     if described:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)

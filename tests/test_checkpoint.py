@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,13 +26,13 @@ from safetensors.torch import load_file
 from recipes import checkpoint, command_line, engine
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
-from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name
+from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.config import PretrainConfig, batch_plan, load_config
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
 from recipes.order import training_order
 from recipes.pretrain import pretrain
-from recipes.resume import AlreadyFinished
+from recipes.resume import AlreadyFinished, Start, compare
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from recipes.sources import PictureTable, open_source
 from tests.pictures import write_folder
@@ -254,6 +255,38 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
     printed = " ".join(capsys.readouterr().err.split())
     assert "using the one before" in printed
     assert "warning: going on with other settings: base_lr was 0.004, is 0.001" in printed
+
+
+def test_order_of_pictures_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = ["data.shuffle_buffer=8", "data.streaming=true"]
+    newest = max((whole / "checkpoints").glob("step-*"))
+    between = Start(newest, read_state(newest))
+    within = Start(between.checkpoint, {**between.state, "position": {**between.state["position"], "step": 2}})
+    config = load_config(PretrainConfig, CONFIG, settings(whole, *other))
+    compare(config, between, Console(stderr=True))
+    warning = " ".join(capsys.readouterr().err.split())
+    changes = "data.streaming was False, is True; data.shuffle_buffer was 4096, is 8"
+    assert warning.startswith("warning: going on with other settings") and "data.streaming was False" in warning
+    with pytest.raises(RunError, match=f"{between.checkpoint} is in the middle of an epoch.*{changes}.*--resume none"):
+        compare(config, within, Console(stderr=True))
+    compare(load_config(PretrainConfig, CONFIG, settings(whole, "base_lr=1e-3")), within, Console(stderr=True))
+
+
+def test_start_removes_what_a_killed_one_was_writing_and_nothing_else(whole: Path, tmp_path: Path) -> None:
+    copy_of(whole, tmp_path)
+    partial = tempfile.mkdtemp(prefix=".partial-", dir=tmp_path).rpartition("/")[2]
+    own = [tmp_path / name / partial for name in (".", "pretraining_model", "backbone")]
+    foreign = [tmp_path / name / partial for name in ("second_run", "second_run/backbone")]
+    foreign += [tmp_path / ".partial-notes", tmp_path / "backbone" / "mine"]
+    for folder in (*own, *foreign):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.safetensors.tmp").write_text("half")
+    run(tmp_path)
+    assert not any(folder.exists() for folder in own) and all(folder.is_dir() for folder in foreign)
+    own[0].mkdir()  # killed when all was written
+    with pytest.raises(AlreadyFinished):
+        run(tmp_path)
+    assert not own[0].exists()
 
 
 def test_starting_over_and_going_back(whole: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The rules that keep the packages apart, and what the wheel carries."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -48,6 +49,12 @@ def top_levels(package: str, into_functions: bool = True) -> dict[str, set[str]]
         file: {name.partition(".")[0] for name in names}
         for file, names in imports_by_file(package, into_functions).items()
     }
+
+
+def programs(package: str) -> list[Path]:
+    """The files that are started by `python -m`, relative to the repository's top."""
+    files = (path for path in (ROOT / package).rglob("*.py") if 'if __name__ == "__main__"' in path.read_text())
+    return sorted(file.relative_to(ROOT) for file in files)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -121,3 +128,14 @@ def test_no_paths_of_one_machine() -> None:
         if "__pycache__" not in path.parts:
             found = absolute.search(path.read_text(errors="ignore"))
             assert found is None, f"{path.relative_to(ROOT)}: {found}"
+
+
+@pytest.mark.parametrize("file", [file for package in PACKAGES for file in programs(package)], ids=str)
+def test_help_names_the_command_to_type(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ".".join(file.with_suffix("").parts)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and printed.startswith(f"usage: python -m {module.removesuffix('.__main__')} ")
+    if module == "recipes.kill_test":
+        assert "--config FILE [key=value ...]" in printed and "are handed on to the recipe" in printed
