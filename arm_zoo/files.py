@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
 
@@ -236,11 +238,21 @@ def save_model(
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file that may be read by whom the umask lets: safetensors lets nobody else read its own."""
+    """Write a .safetensors file that may be read by whom the umask lets: safetensors lets nobody else read its own.
+
+    Raises:
+        OSError: if the disk is full or cannot be written to.
+    """
     file = Path(file)
     file.touch()
     mode = file.stat().st_mode
-    save_file(dict(tensors), file, metadata=dict(metadata))
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata))
+    except SafetensorError as error:  # has the system's error in its words only
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
     file.chmod(mode)
 
 

@@ -5,6 +5,7 @@ as for 16; the short convolution is a sum of shifted products. In pt2 both stay 
 whoever loads the program must import.
 """
 
+import io
 import warnings
 from pathlib import Path
 
@@ -34,9 +35,11 @@ def export(source: str, file: Path, format: str) -> str:
         One line that says what was written.
 
     Raises:
-        UsageError: for a pretraining model, which only 'official' takes, or where a package is missing.
+        UsageError: for a pretraining model, which only 'official' takes, for a folder, or where a package is missing.
         CheckpointError: if the file does not compute the same.
     """
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; name a file to write to")
     model = arm_zoo.from_pretrained(source).eval().requires_grad_(False)
     if format != "official" and not isinstance(model, ARM):
         raise UsageError(f"{source} is a pretraining model; onnx and pt2 are for backbones: finetune it first")
@@ -73,7 +76,9 @@ def _exported(model: nn.Module, pictures: torch.Tensor) -> torch.export.Exported
 
 def _write_pt2(model: nn.Module, file: Path) -> str:
     pictures = _pictures(model)
-    torch.export.save(_exported(model, pictures), file)
+    archive = io.BytesIO()  # writing to a full disk, PyTorch would end the process
+    torch.export.save(_exported(model, pictures), archive)
+    file.write_bytes(archive.getbuffer())
     said = _compare(torch.export.load(file).module()(pictures[:1]), model(pictures[:1]))
     return f"{said}; load it with torch.export.load after `import arm_zoo`"
 

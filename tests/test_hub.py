@@ -1,6 +1,7 @@
 """The hub's programs: conversion of every kind of checkpoint, all or nothing, and one line for every mistake."""
 
 import argparse
+import errno
 import fractions
 import hashlib
 import importlib.util
@@ -9,7 +10,9 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -387,6 +390,45 @@ def test_files_have_the_ordinary_mode(umask: int, mode: int, tmp_path: Path) -> 
     written = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert {found for path, found in written.items() if path.is_file()} == {mode}, written
     assert {found for path, found in written.items() if path.is_dir()} == {0o777 & ~umask}, written
+
+
+@pytest.mark.parametrize("command", ["convert", "official", "pt2", "onnx"])
+def test_disks_that_are_full(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, what was there before stays, and nothing half-written; a limit of the system stands for the disk."""
+    run, place = tmp_path / "run", tmp_path / "place"
+    small(PICO, in_chans=3, img_size=8).save_pretrained(run)
+    target = place / ("out" if command == "convert" else "file")
+    options = ["convert", run, target] if command == "convert" else ["export", run, target, "--format", command]
+    place.mkdir()
+    if command != "convert":
+        target.write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        message = mistake(capsys, *options)
+        with pytest.raises(OSError, match="File too large") as error:
+            small(PICO).save_pretrained(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and "File too large" in message
+    assert names_in(place) == ([] if command == "convert" else ["file"])
+    assert command == "convert" or target.read_text() == "before"
+    assert names_in(run) == ["config.json", "model.safetensors"] and arm_zoo.from_pretrained(run).num_classes == 5
+
+
+def test_a_killed_conversion_leaves_the_folder_of_before(tmp_path: Path, repo: Path) -> None:
+    file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
+    convert(file, out)
+    before = {name: (out / name).read_bytes() for name in FILES}
+    official_file(file, small())
+    code = (
+        "import os, signal, sys, hub.convert\nfrom pathlib import Path\n"
+        "hub.convert.write_card = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "hub.convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=True)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(file), str(out)], cwd=repo)
+    assert killed.returncode == -signal.SIGKILL
+    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
 
 
 def test_unmatched_keys_are_listed_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
