@@ -9,12 +9,13 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
 
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "read_checkpoint",
     "read_config",
+    "read_shapes",
     "save_model",
     "save_tensors",
     "sha256_of",
@@ -59,8 +61,29 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
+    with _explained(path):
         contents = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return _tensors(_choose(contents, weights, path), path)
+
+
+def read_shapes(path: str | Path) -> StateDict:
+    """Tensors of a .safetensors file by name, on the meta device: only its header is read.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    path = Path(path)
+    with _explained(path), safe_open(path, "pt") as file:
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    cleaned: StateDict = clean_state_dict(shapes)
+    return cleaned
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Make one clear error of whatever a damaged file raises while it is read."""
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
@@ -72,7 +95,6 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
             reason = f"it asks to run {', '.join(wanted)}"
         advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
         raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
-    return _tensors(_choose(contents, weights, path), path)
 
 
 def _read_pickle(path: Path) -> Any:

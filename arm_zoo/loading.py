@@ -12,7 +12,7 @@ import timm
 from timm.models import PretrainedCfg, list_models
 
 from arm_zoo.arm import ARM
-from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_checkpoint, read_config
+from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_checkpoint, read_config, read_shapes
 from arm_zoo.hosted import ORGANISATION, TABLE, download, known_sha256, organisation
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.variant import MAX_DEPTH, find_variant
@@ -181,7 +181,7 @@ def _check_description(folder: Path, build: Callable[[], ARM | ARMPretrain]) -> 
         build: makes the model on the meta device, where it costs nothing, from the configuration alone: what is wrong
             here is not due to arguments of the caller.
     """
-    shapes = {name: value.to("meta") for name, value in read_checkpoint(folder / WEIGHTS).items()}
+    shapes = read_shapes(folder / WEIGHTS)
     try:
         model = build()
         adapt_state_dict(shapes, model, timm_adapts=False)

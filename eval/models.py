@@ -17,6 +17,7 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, resolve_p
 from torch import nn
 
 import arm_zoo
+from arm_zoo.files import sha256_of
 from arm_zoo.weights import CheckpointError, read_checkpoint
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm looks for in a folder or a Hub repository
@@ -107,7 +108,7 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         num_classes=num_classes,
         label_names=_label_names(_cfg(model), num_classes),
         weights=described,
-        weights_sha256=_sha256_of_tensors(model) if file is None else _sha256(file),
+        weights_sha256=_sha256_of_tensors(model) if file is None else sha256_of(file),
     )
 
 
@@ -208,14 +209,6 @@ def _sha256_of_tensors(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()
 
 

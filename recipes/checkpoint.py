@@ -6,7 +6,6 @@ SHA-256 of each). There is no random state in it: order, variation, mixing and d
 epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,8 +16,10 @@ from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from arm_zoo.files import save_tensors, sha256_of
 
 from .errors import RunError
 
@@ -31,11 +32,7 @@ class DamagedCheckpoint(RunError):
 
 def fingerprint(file: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def check(checkpoint: Path) -> None:
@@ -164,10 +161,9 @@ class CheckpointFolder:
 def write_files(folder: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Fill a checkpoint's folder and make sure that it is on the disk."""
     for name, content in tensors.items():
-        save_file({key: tensor.contiguous() for key, tensor in content.items()}, folder / f"{name}.safetensors")
+        whole = {key: tensor.contiguous() for key, tensor in content.items()}
+        save_tensors(whole, folder / f"{name}.safetensors", {"format": "pt"})
     (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for file in folder.iterdir():
-        shutil.copymode(folder / STATE, file)  # safetensors lets nobody else read its files, whatever the umask
     files = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):

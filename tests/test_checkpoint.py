@@ -301,7 +301,7 @@ def test_starting_over_and_going_back(whole: Path, tmp_path: Path) -> None:
 
 
 def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = checkpoint.save_file
+    saved = checkpoint.save_tensors
     writes = iter(range(1, 100))
 
     def full(*arguments: Any) -> None:
@@ -309,7 +309,7 @@ def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypat
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         saved(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(RunError, match=r"No space left on device.*The last good one is .*step-00000005; make room"):
         run(tmp_path)
     assert names(tmp_path) == ["step-00000005"]

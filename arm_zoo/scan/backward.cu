@@ -9,6 +9,8 @@
 // One channel a thread instead of two halves its registers: 12 warps instead of 8 fit a multiprocessor, and they hide
 // each other's waiting. Two warps share a block, so that B and C, and the sums over channels, are handled once for both.
 //
+// Step sizes are whole here: delta_t, which the forward kernel needs for those of low rank, is always CHANNELS.
+//
 // Macros: those of common.cuh, and HAS_ORDER.
 
 #define LN2 0.6931471805599453f

@@ -114,25 +114,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // log(1 + exp(x)), and y = exp(-|x|). log1p(y) = y p(y): as in triton.py, or to 8e-6 for inputs of 16 bits; a
 // quotient would cost a special function more
 __device__ __forceinline__ float softplus(float x, float &y) {
-    y = exp2_fast(-fabsf(x) * LOG2E);
 #if DTYPE == 0
-    float p = -0.0032439809f;
-    p = fmaf(p, y, 0.0198512636f);
-    p = fmaf(p, y, -0.0569591597f);
-    p = fmaf(p, y, 0.1060362174f);
-    p = fmaf(p, y, -0.1530556977f);
-    p = fmaf(p, y, 0.1967593133f);
-    p = fmaf(p, y, -0.2495413273f);
-    p = fmaf(p, y, 0.3332996368f);
-    p = fmaf(p, y, -0.4999990165f);
-    p = fmaf(p, y, 1.0f);
+    constexpr float terms[] = {-0.0032439809f, 0.0198512636f, -0.0569591597f, 0.1060362174f, -0.1530556977f,
+                               0.1967593133f,  -0.2495413273f, 0.3332996368f, -0.4999990165f, 1.0f};
 #else
-    float p = -0.0238681300f;
-    p = fmaf(p, y, 0.1012197700f);
-    p = fmaf(p, y, -0.2100465400f);
-    p = fmaf(p, y, 0.3252059400f);
-    p = fmaf(p, y, -0.4993612800f);
-    p = fmaf(p, y, 0.9999916000f);
+    constexpr float terms[] = {-0.0238681300f, 0.1012197700f, -0.2100465400f, 0.3252059400f, -0.4993612800f, 0.9999916000f};
 #endif
+    y = exp2_fast(-fabsf(x) * LOG2E);
+    float p = terms[0];
+#pragma unroll
+    for (int i = 1; i < (int)(sizeof(terms) / sizeof(float)); ++i) p = fmaf(p, y, terms[i]);
     return fmaf(y, p, fmaxf(x, 0.0f));
 }

@@ -13,7 +13,7 @@ import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
 from arm_zoo.scan import triton
-from arm_zoo.scan.reference import project
+from arm_zoo.scan.reference import inner, project
 from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, merge, state_dtype
 
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
@@ -141,7 +141,7 @@ def selective_scan(
         return triton.selective_scan(*inputs, save_states, gate)
     u = _rows(u)
     delta, weight = (_rows(delta), None) if delta_weight is None else (delta, delta_weight.to(u.dtype).contiguous())
-    B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
+    B, C = inner(B), inner(C)
     y = u.new_empty(u.shape)
     chunks = -(-length // CHUNK) if save_states else 0
     states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=state_dtype(u.dtype))
@@ -182,7 +182,7 @@ def selective_scan_backward(
         inputs = (u, delta, A, B, C, D, delta_bias, delta_softplus, order, saved)
         return triton.selective_scan_backward(grad, *inputs)
     u, delta = _rows(u), _rows(delta)
-    B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
+    B, C = inner(B), inner(C)
     grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
     # every block of channels has its share of the gradients of B and C, summed in a fixed order afterwards

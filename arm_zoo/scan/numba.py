@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from torch.nn import functional as F
 
 from arm_zoo.scan.chunked import CHUNK, causal_conv, causal_conv_backward, selective_scan_backward, state_dtype
-from arm_zoo.scan.reference import project
+from arm_zoo.scan.reference import inner, project
 
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
 
@@ -125,8 +125,7 @@ def _scan_blocks(
 
 def _memory(sequence: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """A tensor's memory from its first element on, flat, and the distances of its rows; states or channels adjoin."""
-    sequence = sequence.detach()
-    sequence = sequence if sequence.stride(-1) == 1 else sequence.contiguous()
+    sequence = inner(sequence.detach())
     size = sequence.untyped_storage().nbytes() // sequence.element_size() - sequence.storage_offset()
     return sequence.as_strided((size,), (1,)).numpy(), sequence.stride()[:3]
 

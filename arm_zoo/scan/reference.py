@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-__all__ = ["causal_conv_reference", "project", "selective_scan_reference"]
+__all__ = ["causal_conv_reference", "inner", "project", "selective_scan_reference"]
 
 
 def causal_conv_reference(
@@ -19,6 +19,11 @@ def causal_conv_reference(
         padded = F.pad(sequence, (0, 0, taps - 1, 0))  # (B, L, D) -> (B, taps - 1 + L, D)
         out.append(sum(padded[:, j : j + length] * weight[k, :, j] for j in range(taps)) + bias[k])
     return F.silu(torch.stack(out)).to(in_dtype)
+
+
+def inner(sequence: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last axis lies side by side in memory, else a copy where it does."""
+    return sequence if sequence.stride(-1) == 1 else sequence.contiguous()
 
 
 def project(delta: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.scan.reference import project
+from arm_zoo.scan.reference import inner, project
 
 __all__ = [
     "CHUNK",
@@ -416,11 +416,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
-def _inner(sequence: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its channels lie side by side in memory, else a copy where they do."""
-    return sequence if sequence.stride(-1) == 1 else sequence.contiguous()
-
-
 def _scan_channels(states: int, tile: int) -> int:
     """Channels of a scan program, which is one warp, for a tile of so many states times channels."""
     return min(max(tile // states, 32), 128)
@@ -433,7 +428,7 @@ def merge(
     directions, batch, length, channels = sequences.shape
     if directions == 1 and order is None and gate is None:
         return sequences[0]
-    gate = None if gate is None else _inner(gate)
+    gate = None if gate is None else inner(gate)
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
     out = sequences.new_empty(batch, length, channels)
     grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, _BLOCK_CHANNELS), batch
@@ -447,7 +442,7 @@ def merge(
 
 def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """B and C with states side by side in memory and equal strides otherwise; copies only if they differ."""
-    B, C = _inner(B), _inner(C)
+    B, C = inner(B), inner(C)
     return (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
 
 
@@ -455,7 +450,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
     """See `arm_zoo.scan.causal_conv`."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
-    x = _inner(x)
+    x = inner(x)
     out = x.new_empty(directions, batch, length, channels)
     segment = 32
     grid = triton.cdiv(length, segment), triton.cdiv(channels, _BLOCK_CHANNELS), directions * batch
@@ -472,7 +467,7 @@ def causal_conv_backward(
     """Gradients of x, weight and bias, given that of the output (K, B, L, D)."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
-    x, grad, weight, bias = _inner(x), _inner(grad), weight.contiguous(), bias.contiguous()
+    x, grad, weight, bias = inner(x), inner(grad), weight.contiguous(), bias.contiguous()
     sequences = x.new_empty(directions, batch, length, channels)
     segment = 64 - (taps - 1)
     segments = triton.cdiv(length, segment)
@@ -504,7 +499,7 @@ def selective_scan(
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     delta = project(delta, delta_weight)
     directions, batch, length, channels = u.shape
-    u, delta = _inner(u), _inner(delta)
+    u, delta = inner(u), inner(delta)
     d_state = A.shape[-1]
     sequences = u.new_empty(directions, batch, length, channels)
     chunks = triton.cdiv(length, CHUNK) if save_states else 0
@@ -536,7 +531,7 @@ def selective_scan_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states."""
     directions, batch, length, channels = u.shape
-    u, delta = _inner(u), _inner(delta)
+    u, delta = inner(u), inner(delta)
     grad = (grad / directions).contiguous()
     d_state = A.shape[-1]
     B, C = _rows(B, C)
