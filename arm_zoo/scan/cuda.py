@@ -26,10 +26,22 @@ _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, pi
 
 
 class _Stream:
-    """torch's current stream, as cuda.core takes streams of others."""
+    """A stream of torch, as cuda.core takes streams of others."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, torch.cuda.current_stream().cuda_stream
+        return 0, self.handle
+
+
+# Steps of training ask for the same few launches over and over, and torch keeps its streams for good.
+@functools.cache
+def _stream(device: int, handle: int) -> Any:
+    return Device(device).create_stream(_Stream(handle))
+
+
+_config = functools.cache(LaunchConfig)
 
 
 @functools.cache
@@ -103,11 +115,10 @@ def _launch(
     rates, skip = A.float().transpose(1, 2).contiguous(), D.float().contiguous()
     bias = None if delta_bias is None else delta_bias.float().contiguous()
     tensors = (u, delta, rates, B, C, skip, bias, *others)
-    device = Device(u.device.index)
-    device.set_current()
+    Device(u.device.index).set_current()  # autograd's threads begin without one
     launch(
-        device.create_stream(_Stream()),
-        LaunchConfig(grid=-(-channels // _CHANNELS) * directions * -(-batch // pictures), block=threads),
+        _stream(u.device.index, torch.cuda.current_stream(u.device).cuda_stream),
+        _config(grid=-(-channels // _CHANNELS) * directions * -(-batch // pictures), block=threads),
         kernel,
         *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *(ctypes.c_int32(size) for size in (directions, batch, length)),
@@ -189,7 +200,6 @@ def selective_scan_backward(
     shares = A.new_empty(-(-channels // _CHANNELS), directions, batch, length, 2 * d_state, dtype=torch.float32)
     grad_A = shares.new_empty(directions, batch, d_state, channels)
     grad_D, grad_bias = (shares.new_empty(directions, batch, channels) for _ in range(2))
-    order = None if order is None else order.contiguous()
     _launch(
         "backward",
         (u, delta, B, C),

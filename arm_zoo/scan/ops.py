@@ -165,7 +165,12 @@ def causal_conv(
     backend = resolve_backend(x)
     if backend == "reference":
         return causal_conv_reference(x, weight, bias, order)
-    return torch.ops.arm_zoo.causal_conv(x, weight, bias, order, backend)
+    return torch.ops.arm_zoo.causal_conv(x, weight, bias, _table(order), backend)
+
+
+def _table(order: torch.Tensor | None) -> torch.Tensor | None:
+    """Kernels read a table of orders as it lies in memory: direction by direction."""
+    return None if order is None else order.contiguous()
 
 
 def _check_shapes(u: torch.Tensor, *others: torch.Tensor | None) -> None:
@@ -239,6 +244,7 @@ def selective_scan(
         y = selective_scan_reference(u, project(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, order)
     else:
         inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
+        order = _table(order)
         save_states = _needs_gradient(*inputs)
         # training applies the gate outside, where autograd and the compiler see it
         inside = z is not None and z.dtype == u.dtype and not (save_states or _needs_gradient(z))

@@ -26,6 +26,7 @@ __all__ = [
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _GROUP = 2  # steps whose states the backward scan holds in registers
 _LOG2E = tl.constexpr(1.4426950408889634)
+_BLOCK_STEPS = 1024  # of a table of orders
 _BLOCK_TIME = 16
 _BLOCK_CHANNELS = 128
 
@@ -179,6 +180,15 @@ def _conv_backward_kernel(
     partial += (tl.program_id(0) * tl.num_programs(2) + sequence) * (TAPS + 1) * channels
     for j in tl.static_range(TAPS + 1):
         tl.store(partial + j * channels + d, sums[j], mask=channel)
+
+
+@triton.jit
+def _inverse_kernel(order, inverse, length, BLOCK_T: tl.constexpr):
+    """The step at which a direction visits a token, from the token that it visits at a step."""
+    step = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(1) * length
+    token = tl.load(order + row + step, mask=step < length, other=0)
+    tl.store(inverse + row + token, step.to(tl.int64), mask=step < length)
 
 
 @triton.jit
@@ -404,8 +414,10 @@ def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
     """(K, L) table of the step at which a direction visits a token."""
     if order is None:
         return None
-    steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, steps)
+    directions, length = order.shape
+    inverse = torch.empty_like(order)
+    _inverse_kernel[triton.cdiv(length, _BLOCK_STEPS), directions](order, inverse, length, BLOCK_T=_BLOCK_STEPS)
+    return inverse
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
