@@ -34,7 +34,7 @@ from timm.models._input import get_model_args, update_model_input_size
 from torch import nn
 
 from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model
-from arm_zoo.hosted import ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
+from arm_zoo.hosted import BUNDLED_FOLDER, ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
 from arm_zoo.layers import PatchEmbed, SwiGLU, check_positive, zero_bias
 from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import scan_order
@@ -451,8 +451,21 @@ default_cfgs = _generate_default_cfgs(
             std=(0.3759592089586701,),
             label_names=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
         ),
-        "arm_tiny_patch4_32.untrained": _ours(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0),
-        "arm_tiny_patch8_64.untrained": _ours(num_classes=200, input_size=(3, 64, 64), crop_pct=1.0),
+        "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": _ours(
+            num_classes=10,
+            input_size=(3, 32, 32),
+            crop_pct=1.0,
+            crop_mode="squash",
+            label_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        ),
+        "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": _ours(
+            num_classes=200,
+            input_size=(3, 64, 64),
+            crop_pct=1.0,
+            crop_mode="squash",
+            # WordNet numbers, sorted
+            label_names=tuple((BUNDLED_FOLDER / "tiny_imagenet.txt").read_text(encoding="utf-8").split()),
+        ),
         "arm_tiny_patch16_224.untrained": _ours(),
         "arm_small_patch16_224.untrained": _ours(),
         "arm_base_patch16_224.arm_in1k_ft_in1k": _cfg(),

@@ -57,9 +57,15 @@ class Weights:
 
 
 TABLE: dict[str, Weights] = {
-    # what `python -m recipes.quickstart` writes, in fp16: recipes/RESULTS.md
+    # small ones of our own, in fp16: recipes/RESULTS.md
     "arm_pico_patch2_8.arm_digits_ft_digits": Weights(
         sha256="ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4", bundled=True
+    ),
+    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Weights(
+        sha256="d1ecdedbdd16d5275c06e78612348a97188cef1206d1c31af4e70c197c68060e", bundled=True
+    ),
+    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
+        sha256="60bfeebd87aa19e62e9cb9a6b0207abbc98cab6609c28c26e16efe50b9c2a4e7", bundled=True
     ),
     "arm_base_patch16_224.arm_in1k_ft_in1k": Weights("arm_base_patch16_224.arm_in1k_ft_in1k"),
     "arm_base_patch16_224.arm_in1k": Weights("arm_base_patch16_224.arm_in1k"),

@@ -75,6 +75,8 @@ CATALOG: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         Entry("arm_pico_patch2_8.arm_digits_ft_digits", None, source=None, license="apache-2.0"),
+        Entry("arm_tiny_patch4_32.arm_cifar10_ft_cifar10", None, source=None, license="apache-2.0"),
+        Entry("arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet", None, source=None, license="apache-2.0"),
         Entry("arm_base_patch16_224.arm_in1k_ft_in1k", "ARM-B", _robust(83.2, 72.3, 88.0, 31.9, 48.9, 37.2)),
         Entry("arm_base_patch16_224.arm_in1k", "ARM-B, pretrained"),
         Entry("arm_base_patch16_224.in1k", "MambaMLP-B", {"in1k": 81.2}, source=None),

@@ -304,7 +304,7 @@ def test_unreadable_pictures(
 def test_weights_that_are_not_hosted(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = mistake(capsys, "predict", picture, "--model", "arm_base_patch16_224")
     assert "the weights of arm_base_patch16_224.arm_in1k_ft_in1k are not hosted yet" in message
-    ways = ("(--weights FILE)", "recipes/configs/finetune_base.yaml", f"(--model {PICO}.arm_digits_ft_digits)")
+    ways = ("(--weights FILE)", "recipes/configs/finetune_base.yaml", f"(--model {PICO}.arm_digits_ft_digits or ")
     assert all(message.count(way) == 1 for way in ways), message
     assert len(message) < 600 and "create_model" not in message
 

@@ -748,7 +748,8 @@ def test_the_catalogue_and_the_table_agree() -> None:
     for name, weights in TABLE.items():
         if weights.bundled:
             assert (CATALOG[name].state, CATALOG[name].license) == ("ours", "apache-2.0"), name
-            assert "finetune_digits.yaml" in CATALOG[name].recipe and not CATALOG[name].reported
+            trained_on = name.rpartition("_ft_")[2]
+            assert f"finetune_{trained_on}.yaml" in CATALOG[name].recipe and not CATALOG[name].reported
     reported = {name: entry.reported.get("in1k") for name, entry in CATALOG.items()}
     assert reported["arm_huge_patch16_384.arm_in1k_ft_in1k"] == 85.5 and reported["arm_base_patch16_224.in1k"] == 81.2
 
@@ -883,14 +884,14 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     for name in bundled:
         assert any(line.startswith(f"{name}: ok, bundled, golden features and logits met to") for line in lines)
     assert any(weights.hosted for weights in TABLE.values()) or lines[len(bundled) :] == ["no entry is hosted yet"]
-    model = timm.create_model("arm_tiny_patch4_32")
+    model = timm.create_model("arm_tiny_patch16_224")
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(Path(name) / "run")
         convert(Path(name) / "run", Path(name) / "out")
         files = {path.name: path.read_bytes() for path in (Path(name) / "out").iterdir()}
     server.add("arm-zoo/checked", files)
     row = {"repository": "checked", "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(), "hosted": True}
-    entry = "arm_tiny_patch4_32.untrained"
+    entry = "arm_tiny_patch16_224.untrained"
     reply = client.load("hub", "check", table={entry: row})
     assert reply["code"] == 0, reply
     assert f"{entry}: ok, golden features and logits met to" in reply["out"]
@@ -906,9 +907,9 @@ def test_bundled_entries_are_checked(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file, its sha256 and its golden answers, as of hosted ones."""
-    [entry] = [name for name, weights in TABLE.items() if weights.bundled]
+    entry = next(name for name, weights in TABLE.items() if weights.bundled)
     file, expected = tmp_path / f"{entry}.safetensors", BUNDLED_GOLDEN / f"{entry}.safetensors"
-    shutil.copyfile(hosted.bundled_file(entry), file)
+    shutil.copytree(hosted.BUNDLED_FOLDER, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(hosted, "BUNDLED_FOLDER", tmp_path)
     if damage == "sha256":
         file.write_bytes(file.read_bytes()[:-1] + b"!")
@@ -919,7 +920,7 @@ def test_bundled_entries_are_checked(
             metadata = opened.metadata()
         tensors = load_file(expected)
         monkeypatch.setattr("hub.check.BUNDLED_GOLDEN", tmp_path / "golden")
-        (tmp_path / "golden").mkdir()
+        shutil.copytree(BUNDLED_GOLDEN, tmp_path / "golden")
         save_file({**tensors, "logits": tensors["logits"] + 0.01}, tmp_path / "golden" / expected.name, metadata)
     assert main(["check"]) == (damage != "none")
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(entry)]
@@ -934,7 +935,7 @@ def test_bundled_entries_are_checked(
 
 def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They appear in the catalogue as soon as eval's CSV has them, by the sha256 of the weights."""
-    [entry] = [name for name, weights in TABLE.items() if weights.bundled]
+    entry = next(name for name, weights in TABLE.items() if weights.bundled)
     monkeypatch.setattr("hub.catalog.RESULTS", tmp_path / "results.csv")
     assert CATALOG[entry].measured == {}
     rows = f"custom,360,99.1667,{TABLE[entry].sha256}\ncustom,360,1,another\n"

@@ -238,7 +238,7 @@ def test_damaged_configurations_end_in_our_error(kind: str, model: nn.Module, tm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_bundled_weights(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file and one line of the table; nothing is asked of any network, and the sha256 is checked."""
-    architecture = "arm_tiny_patch4_32"
+    architecture = "arm_tiny_patch16_224"
     entry, model = f"{architecture}.untrained", timm.create_model(architecture, num_classes=3)
     file = tmp_path / f"{entry}.safetensors"
     save_file({name: value.to(dtype) for name, value in model.state_dict().items()}, file)

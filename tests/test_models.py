@@ -34,8 +34,8 @@ PAPER = "arm_in1k_ft_in1k"
 TAGS = {  # name: tags, the default one first
     "arm_pico_patch2_8": ["arm_digits_ft_digits"],
     "arm_tiny_patch16_224": ["untrained"],
-    "arm_tiny_patch4_32": ["untrained"],
-    "arm_tiny_patch8_64": ["untrained"],
+    "arm_tiny_patch4_32": ["arm_cifar10_ft_cifar10"],
+    "arm_tiny_patch8_64": ["arm_tiny_imagenet_ft_tiny_imagenet"],
     "arm_small_patch16_224": ["untrained"],
     "arm_base_patch16_224": [PAPER, "arm_in1k", "in1k"],
     "arm_base_patch16_384": [PAPER],
@@ -151,9 +151,10 @@ def test_evaluation_squashes_the_picture(name: str, resized: int) -> None:
 
 
 def test_no_weights_are_listed_but_those_in_the_package() -> None:
-    assert timm.list_pretrained("arm_*") == ["arm_pico_patch2_8.arm_digits_ft_digits"]
-    assert timm.list_models("arm_*", pretrained=True) == ["arm_pico_patch2_8.arm_digits_ft_digits"]
-    assert [name for name in TAGS if timm.models.is_model_pretrained(name)] == ["arm_pico_patch2_8"]
+    ours = ["arm_pico_patch2_8", "arm_tiny_patch4_32", "arm_tiny_patch8_64"]
+    assert timm.list_pretrained("arm_*") == [f"{name}.{TAGS[name][0]}" for name in ours]
+    assert timm.list_models("arm_*", pretrained=True) == timm.list_pretrained("arm_*")
+    assert [name for name in TAGS if timm.models.is_model_pretrained(name)] == ours
 
 
 def test_names_of_classes_belong_to_weights() -> None:
