@@ -56,7 +56,7 @@ def starting_point(
             and in OUTPUT_DIR is removed.
 
     Raises:
-        RunError: If the checkpoint is damaged, not one, or of another run.
+        RunError: If the checkpoint is damaged, not one, of another run, or cannot be read.
         AlreadyFinished: If the run has all its epochs and has written ``exported``.
     """
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
@@ -65,7 +65,7 @@ def starting_point(
     if accelerator.is_main_process:
         try:
             choice[0] = choose(folder, resume)
-        except RunError as error:
+        except (RunError, OSError) as error:  # the others wait to be told
             choice[1] = str(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(choice)

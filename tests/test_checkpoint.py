@@ -300,6 +300,17 @@ def test_starting_over_and_going_back(whole: Path, tmp_path: Path) -> None:
     assert final_bits(tmp_path) == final_bits(whole)
 
 
+def test_checkpoints_that_cannot_be_read_are_a_problem_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/checkpoints")
+
+    monkeypatch.setattr("recipes.resume.choose", unreadable)
+    with pytest.raises(RunError, match=r"Permission denied: 'runs/checkpoints'"):
+        run(tmp_path)
+
+
 def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = checkpoint.save_tensors
     writes = iter(range(1, 100))
