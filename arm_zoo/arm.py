@@ -455,14 +455,12 @@ default_cfgs = _generate_default_cfgs(
             num_classes=10,
             input_size=(3, 32, 32),
             crop_pct=1.0,
-            crop_mode="squash",
             label_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         ),
         "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": _ours(
             num_classes=200,
             input_size=(3, 64, 64),
             crop_pct=1.0,
-            crop_mode="squash",
             # WordNet numbers, sorted
             label_names=tuple((BUNDLED_FOLDER / "tiny_imagenet.txt").read_text(encoding="utf-8").split()),
         ),

@@ -517,6 +517,13 @@ def test_context_manager_restores_the_backend() -> None:
     assert get_scan_backend() == before
 
 
+@pytest.mark.parametrize("backend", available_backends())
+def test_every_backend_tells_shapes_on_the_meta_device(backend: str) -> None:
+    model = timm.create_model("arm_pico_patch2_8", device="meta")
+    with scan_backend(backend):
+        assert model(torch.empty(2, 1, 8, 8, device="meta")).shape == (2, 10)
+
+
 def test_backend_can_be_set_for_good() -> None:
     before = get_scan_backend()
     arm_zoo.set_scan_backend("reference")

@@ -22,12 +22,17 @@ import torch
 sys.path.insert(0, "tests")
 from test_triton import CASES, worst_error
 import arm_zoo
+from arm_zoo.scan import causal_conv
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 for case in CASES:
     error = worst_error(*case, torch.float32, "cpu")
     assert error < 1e-5, (case, error)
 error = worst_error(*CASES[1], torch.bfloat16, "cpu", rank=4)
 assert error < 1e-2, error
+tokens, taps, offset = torch.randn(2, 6, 5), torch.randn(2, 5, 4), torch.randn(2, 5)
+order = torch.randperm(6).expand(2, -1)  # both directions in one row of memory
+expected = causal_conv(tokens, taps, offset, order.contiguous())
+assert torch.equal(causal_conv(tokens, taps, offset, order), expected)
 model = arm_zoo.create_pretraining_model("arm_pico", embed_dim=8, depth=1, d_state=2, decoder_dim=64, decoder_depth=1)
 images = torch.randn(1, 1, 8, 8)
 losses = []

@@ -6,8 +6,7 @@
 // special function a state and step, so softplus, which would need two more, takes one and a polynomial.
 //
 // Step sizes of low rank become whole here, a chunk at a time on the tensor cores: written and read in memory they would
-// cost more than the scan's own inputs. Warps, one a picture, then share a block and its
-// part of the weight.
+// cost more than the scan's own inputs. Warps, one a picture, then share a block and its part of the weight.
 //
 // Macros: those of common.cuh; SAVE 1 to store the states before every chunk for the backward scan; PICTURES of a
 // block; RANK of the step sizes, 0 if they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
