@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 __all__ = ["Linear", "PatchConv", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
 
+_ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -62,8 +63,16 @@ class SwiGLU(nn.Module):
         self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value)
+        hidden = self.fc2.in_features
+        if torch.jit.is_scripting() or not x.is_cuda or hidden % _ALIGNMENT == 0:
+            gate, value = self.fc1(x).chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value)
+        # Rows whose bytes are no multiple of 16 (2730 numbers in ARM-L) keep matrix products off the fast kernels.
+        missing = -hidden % _ALIGNMENT
+        weight = F.pad(self.fc1.weight.unflatten(0, (2, hidden)), (0, 0, 0, missing)).flatten(0, 1)
+        bias = F.pad(self.fc1.bias.unflatten(0, (2, hidden)), (0, missing)).flatten()
+        gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 
 
 def _grid_size(
