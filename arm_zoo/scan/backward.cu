@@ -55,10 +55,36 @@ __device__ __forceinline__ void lane_sum(float4 &c, const float *a, const float2
 #endif
 }
 
+// the slope of softplus at a step, and u
+#if DTYPE == 0
+typedef float2 Step;
+__device__ __forceinline__ Step pack_step(float slope, T u) { return make_float2(slope, u); }
+__device__ __forceinline__ float slope_in(Step v) { return v.x; }
+__device__ __forceinline__ float u_in(Step v) { return v.y; }
+#else
+typedef unsigned Step;
+__device__ __forceinline__ Step pack_step(float slope, T u) {
+    T high;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(high) : "f"(slope));
+    return (unsigned)high << 16 | u;
+}
+__device__ __forceinline__ float slope_in(Step v) { return __uint_as_float(v & 0xffff0000u); }
+__device__ __forceinline__ float u_in(Step v) { return to_float((T)v); }
+#endif
+
+__device__ __forceinline__ int token_at(const i64 *order, int k, int step, int length) {
+    step = min(step, length - 1);
+#if HAS_ORDER
+    return (int)order[(i64)k * length + step];
+#else
+    return step;
+#endif
+}
+
 struct Shared {
     float state[CHUNK / GROUP][S][THREADS];  // before every group
     float size[CHUNK][THREADS];
-    float slope[CHUNK][THREADS];
+    Step step[CHUNK][THREADS];
     float BC[2 * S][CHUNK + 4];
     float4 sums[WARPS][SUMS];
 };
@@ -114,43 +140,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
     for (int i = 0; i < 4; ++i)
         pick[i] = make_float2(lane / 4 == 2 * i ? 1.f : 0.f, lane / 4 == 2 * i + 1 ? 1.f : 0.f);
 
+    int next_token = token_at(order, k, (chunks - 1) * CHUNK + lane % CHUNK, length);
 #pragma unroll 1
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
         const int start = chunk * CHUNK, steps = min(length - start, CHUNK), groups = (steps + GROUP - 1) / GROUP;
-        int token = min(start + (lane & (CHUNK - 1)), length - 1);
-#if HAS_ORDER
-        token = (int)order[(i64)k * length + token];
-#endif
-        __syncthreads();
-        {
-            constexpr int PARTS = THREADS / (2 * S), EACH = CHUNK / PARTS;
-            const int row = thread % (2 * S), first = thread / (2 * S) * EACH;
+        // everything that the chunk reads is asked for at once: the waits overlap
+        const int token = next_token;
+        if (chunk > 0) next_token = token_at(order, k, start - CHUNK + lane % CHUNK, length);
+        constexpr int PARTS = THREADS / (2 * S), EACH = CHUNK / PARTS;
+        const int row = thread % (2 * S), first = thread / (2 * S) * EACH;
+        T raw_BC[EACH], raw_delta[CHUNK], raw_u[CHUNK], raw_h[S], next_y[GROUP];
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) {
-                const int t = min(start + first + j, length - 1);
-                sh.BC[row][first + j] = to_float(row < S ? B[t * B_t + row] : C[t * C_t + row - S]);
-            }
+        for (int j = 0; j < CHUNK; ++j) {
+            raw_delta[j] = j < steps ? delta[(start + j) * CHANNELS] : T(0);
+            raw_u[j] = j < steps ? u[(start + j) * CHANNELS] : T(0);
         }
-        // step sizes and the slopes of softplus
-#pragma unroll 1
-        for (int q = 0; q < steps; q += 4) {
-            const T *row = delta + (start + q) * CHANNELS;
-            T raw[4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) raw[j] = q + j < steps ? row[j * CHANNELS] : T(0);
+        for (int s = 0; s < S; ++s) raw_h[s] = saved[((i64)chunk * S + s) * CHANNELS];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const float x = to_float(raw[j]) + offset;
+        for (int j = 0; j < EACH; ++j) {
+            const int t = min(start + first + j, length - 1);
+            raw_BC[j] = row < S ? B[t * B_t + row] : C[t * C_t + row - S];
+        }
+#pragma unroll
+        for (int j = 0; j < GROUP; ++j) {
+            const int at = (groups - 1) * GROUP + j, of_step = __shfl_sync(0xffffffffu, token, at);
+            next_y[j] = at < steps ? grad[of_step * CHANNELS] : T(0);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) sh.BC[row][first + j] = to_float(raw_BC[j]);
+#pragma unroll
+        for (int j = 0; j < CHUNK; ++j) {
+            const float x = to_float(raw_delta[j]) + offset;
 #if SOFTPLUS
-                float y;
-                float size = softplus(x, y);
-                sh.slope[q + j][thread] = slope_of(x, y);
+            float y;
+            const float size = softplus(x, y), slope = slope_of(x, y);
 #else
-                float size = x;
-                sh.slope[q + j][thread] = 1.f;
+            const float size = x, slope = 1.f;
 #endif
-                sh.size[q + j][thread] = q + j < steps ? size : 0.f;
-            }
+            sh.size[j][thread] = j < steps ? size : 0.f;
+            sh.step[j][thread] = pack_step(slope, raw_u[j]);
         }
         if (chunk > 0 && lane < CHUNK) {  // the next (earlier) chunk into the L2 cache
             const int t = start - CHUNK + lane;
@@ -163,21 +193,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
         __syncthreads();
         // states before every fourth step
         {
-            const T *first = saved + (i64)chunk * S * CHANNELS;
             float h[S];
 #pragma unroll
-            for (int s = 0; s < S; ++s) sh.state[0][s][thread] = h[s] = from_state(first[s * CHANNELS]);
+            for (int s = 0; s < S; ++s) sh.state[0][s][thread] = h[s] = from_state(raw_h[s]);
 #pragma unroll 1
             for (int g = 0; g < groups - 1; ++g) {
-                const T *row = u + (start + g * GROUP) * CHANNELS;
-                T raw[GROUP];
                 float size[GROUP], input[GROUP];
-#pragma unroll
-                for (int j = 0; j < GROUP; ++j) raw[j] = row[j * CHANNELS];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
                     size[j] = sh.size[g * GROUP + j][thread];
-                    input[j] = size[j] * to_float(raw[j]);
+                    input[j] = size[j] * u_in(sh.step[g * GROUP + j][thread]);
                 }
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
@@ -189,33 +214,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                 }
             }
         }
-        T next_u[GROUP], next_y[GROUP];
-#pragma unroll
-        for (int j = 0; j < GROUP; ++j) {
-            const int at = (groups - 1) * GROUP + j;
-            next_u[j] = u[min(start + at, length - 1) * CHANNELS];
-            const int token_at = __shfl_sync(0xffffffffu, token, at);
-            next_y[j] = at < steps ? grad[token_at * CHANNELS] : T(0);
-        }
 #pragma unroll 1
         for (int g = groups - 1; g >= 0; --g) {
             const int t0 = start + g * GROUP;
-            float size[GROUP], input[GROUP], x[GROUP], y[GROUP], from_input[GROUP], from_rate[GROUP];
+            float size[GROUP], input[GROUP], y[GROUP], from_input[GROUP], from_rate[GROUP];
+            Step step[GROUP];
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 size[j] = sh.size[g * GROUP + j][thread];
-                x[j] = to_float(next_u[j]);
-                input[j] = size[j] * x[j];
+                step[j] = sh.step[g * GROUP + j][thread];
+                input[j] = size[j] * u_in(step[j]);
                 y[j] = to_float(next_y[j]) * share;
                 from_input[j] = from_rate[j] = 0.f;
             }
             const int before_g = max(g - 1, 0) * GROUP;  // the group that comes next
-            const T *row_u = u + (start + before_g) * CHANNELS;
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                next_u[j] = row_u[j * CHANNELS];
+            for (int j = 0; j < GROUP; ++j)
                 next_y[j] = grad[__shfl_sync(0xffffffffu, token, before_g + j) * CHANNELS];
-            }
 #pragma unroll
             for (int quad = 0; quad < S / 4; ++quad) {
                 float4 sum_B = make_float4(0.f, 0.f, 0.f, 0.f), sum_C = sum_B;
@@ -254,9 +269,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
             T *row_grad_u = grad_u + t0 * CHANNELS, *row_grad_delta = grad_delta + t0 * CHANNELS;
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
-                const float to_u = fmaf(from_input[j], size[j], y[j] * skip);
-                const float to_delta = fmaf(from_input[j], x[j], from_rate[j] * LN2) * sh.slope[g * GROUP + j][thread];
-                grad_skip = fmaf(y[j], x[j], grad_skip);
+                const float to_u = fmaf(from_input[j], size[j], y[j] * skip), x = u_in(step[j]);
+                const float to_delta = fmaf(from_input[j], x, from_rate[j] * LN2) * slope_in(step[j]);
+                grad_skip = fmaf(y[j], x, grad_skip);
                 grad_offset += to_delta;  // zero for steps past the end, as y and the size are
                 if (ok && j < steps - g * GROUP) {
                     row_grad_u[j * CHANNELS] = from_float(to_u);
