@@ -52,6 +52,13 @@ class Linear(nn.Linear):
         return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether calling the layer does its product and nothing else: nobody wrapped, replaced or hooked it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is Linear and not any(hooks)
+
+
+@register_notrace_module
 class SwiGLU(nn.Module):
     """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
 
@@ -63,14 +70,21 @@ class SwiGLU(nn.Module):
         self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.fc2.in_features
-        if torch.jit.is_scripting() or not x.is_cuda or hidden % _ALIGNMENT == 0:
-            gate, value = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * value)
-        # Rows whose bytes are no multiple of 16 (2730 numbers in ARM-L) keep matrix products off the fast kernels.
-        missing = -hidden % _ALIGNMENT
-        weight = F.pad(self.fc1.weight.unflatten(0, (2, hidden)), (0, 0, 0, missing)).flatten(0, 1)
-        bias = F.pad(self.fc1.bias.unflatten(0, (2, hidden)), (0, missing)).flatten()
+        if not torch.jit.is_scripting():
+            missing = -self.fc2.in_features % _ALIGNMENT
+            if missing and x.is_cuda and _is_bare(self.fc1) and _is_bare(self.fc2):
+                return self._forward_padded(x, missing)
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+    def _forward_padded(self, x: torch.Tensor, missing: int) -> torch.Tensor:
+        """The same with more hidden channels, all zero.
+
+        Rows whose bytes are no multiple of 16 keep matrix products off the fast kernels: ARM-L has 2730 channels.
+        """
+        halves = (2, self.fc2.in_features)
+        weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
+        bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()
         gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * value, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 

@@ -8,7 +8,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from arm_zoo.layers import Linear
-from arm_zoo.scan import causal_conv, selective_scan
+from arm_zoo.scan import mamba_inner
 
 __all__ = ["MambaMixer"]
 
@@ -83,24 +83,17 @@ class MambaMixer(nn.Module):
     def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
         """Mix tokens (batch, length, dim) along the directions of the (K, length) order table."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = causal_conv(x, self.conv_weight, self.conv_bias, order)  # (B, L, inner) -> (K, B, L, inner)
-        batch, length = x.shape[:2]
-        # one batched product over the directions; B * L rows merge without a copy
-        projected = torch.bmm(u.flatten(1, 2), self.x_proj_weight.transpose(1, 2))
-        projected = projected.unflatten(1, (batch, length))
-        delta, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
-        y = selective_scan(
-            u,
-            delta,
-            -torch.exp(A_log),
-            B,
-            C,
-            self.D,
+        y = mamba_inner(
+            x,
             z,
-            self.dt_proj_bias,
-            True,
-            order,
+            self.conv_weight,
+            self.conv_bias,
+            self.x_proj_weight,
             self.dt_proj_weight,
+            self.dt_proj_bias,
+            -torch.exp(A_log),
+            self.D,
+            order,
         )
         return self.out_proj(y)

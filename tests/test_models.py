@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from arm_zoo import CheckpointError, create_pretraining_model, to_official
 from arm_zoo.arm import ARM
 from arm_zoo.hosted import bundled_file
+from arm_zoo.layers import Linear, SwiGLU, _is_bare
 from arm_zoo.order import scan_order
 
 Weights = dict[str, torch.Tensor]
@@ -525,6 +526,23 @@ def test_forward_intermediates(img_size: int | tuple[int, int]) -> None:
     assert both["image_intermediates"][0].equal(maps[2])
     assert both["image_intermediates_prefix"][0].equal(tokens[2][:, middle : middle + 1])
     assert model.forward_intermediates(x, output_dict=True, intermediates_only=True).keys() == {"image_intermediates"}
+
+
+def test_padded_mlp_is_the_same_function() -> None:
+    layer = SwiGLU(12, 21, dtype=torch.float64)  # on CUDA, widths that are no multiple of 64 take the padded form
+    results = []
+    for forward in (layer, partial(layer._forward_padded, missing=43)):
+        x = torch.randn(2, 3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = forward(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+def test_only_bare_layers_are_padded() -> None:
+    layer = Linear(3, 5)
+    assert _is_bare(layer) and not _is_bare(nn.Sequential(layer)) and not _is_bare(nn.Linear(3, 5))
+    layer.register_forward_hook(lambda *_: None)
+    assert not _is_bare(layer)
 
 
 def test_prune_intermediate_layers() -> None:

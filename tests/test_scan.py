@@ -13,12 +13,20 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arm_zoo
 from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import cluster_order, scan_order
-from arm_zoo.scan import available_backends, causal_conv, get_scan_backend, scan_backend, selective_scan
+from arm_zoo.scan import (
+    available_backends,
+    causal_conv,
+    get_scan_backend,
+    mamba_inner,
+    scan_backend,
+    selective_scan,
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -592,6 +600,29 @@ def test_operators_pass_opcheck(case: Case) -> None:
         torch.library.opcheck(
             func, tuple(a.requires_grad_() if need else a for a, need in zip(fresh, needs, strict=True))
         )
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_operator_between_the_projections(batch: int) -> None:
+    """GPU kernels train through it; it equals the operations one by one, whichever backend computes it."""
+    channels, d_state, rank = 6, 4, 3
+    order = scan_order(2, 3, 2, 3)
+    shapes = [(batch, 7, channels), (2, channels, 4), (2, channels), (2, rank + 2 * d_state, channels)]
+    shapes += [(2, channels, rank), (2, channels), (2, channels, d_state), (2, channels)]
+    drawn = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    drawn[6] = -drawn[6].exp()
+    gate, results = torch.randn(batch, 7, channels, dtype=torch.float64), []
+    for whole in (True, False):
+        leaves = [t.detach().clone().requires_grad_() for t in drawn]
+        with scan_backend("torch"):
+            if whole:
+                y = torch.ops.arm_zoo.mamba_inner(*leaves, order, "torch")[0] * F.silu(gate)
+            else:
+                y = mamba_inner(leaves[0], gate, *leaves[1:], order)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    single = [t.detach().float().requires_grad_() for t in drawn]
+    torch.library.opcheck(torch.ops.arm_zoo.mamba_inner.default, (*single, order, "torch"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ import torch
 import arm_zoo
 from arm_zoo.layers import PatchEmbed
 from arm_zoo.order import scan_order
-from arm_zoo.scan import causal_conv, selective_scan
+from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
 
@@ -20,7 +20,7 @@ IN_THE_INTERPRETER = """
 import sys
 import torch
 sys.path.insert(0, "tests")
-from test_triton import CASES, worst_error
+from test_triton import CASES, inner_error, worst_error
 import arm_zoo
 from arm_zoo.scan import causal_conv
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
@@ -29,6 +29,7 @@ for case in CASES:
     assert error < 1e-5, (case, error)
 error = worst_error(*CASES[1], torch.bfloat16, "cpu", rank=4)
 assert error < 1e-2, error
+assert inner_error(2, torch.float32, "cpu") < 1e-5
 tokens, taps, offset = torch.randn(2, 6, 5), torch.randn(2, 5, 4), torch.randn(2, 5)
 order = torch.randperm(6).expand(2, -1)  # both directions in one row of memory
 expected = causal_conv(tokens, taps, offset, order.contiguous())
@@ -91,6 +92,32 @@ def worst_error(
     return max(((a.double() - b).norm() / b.norm().clamp_min(1e-6)).item() for a, b in pairs)
 
 
+def inner_error(
+    batch: int, dtype: torch.dtype, device: str, kernels: str = "triton", channels: int = 20, d_state: int = 4
+) -> float:
+    """Largest relative L2 error of `mamba_inner` in training, its output and gradients, against float64."""
+    torch.manual_seed(0)
+    rank, order = 6, scan_order(3, 2, 4, 3, device=device)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device)
+
+    x, z, grad = (draw(batch, order.shape[1], channels).to(dtype) for _ in range(3))
+    weights = [draw(4, channels, 4), draw(4, channels), draw(4, rank + 2 * d_state, channels) / channels**0.5]
+    weights += [draw(4, channels, rank) / rank**0.5, draw(4, channels), -draw(4, channels, d_state).exp()]
+    weights += [draw(4, channels)]
+
+    def everything(backend: str, convert: torch.dtype | None) -> list[torch.Tensor]:
+        leaves = [t.detach().to(convert or t.dtype).requires_grad_() for t in (x, z, *weights)]
+        with arm_zoo.scan_backend(backend):
+            y = mamba_inner(*leaves, order)
+        y.backward(grad.to(y.dtype))
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    pairs = zip(everything(kernels, None), everything("reference", torch.float64), strict=True)
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
 def test_kernels_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "ARM_ZOO_SCAN": "triton", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -134,6 +161,14 @@ def test_step_sizes_of_low_rank(rank: int, kernels: str) -> None:
     for dtype, limit in LIMITS.items():
         assert worst_error(4, 3, 7, 10, 72, 16, dtype, "cuda", kernels, rank) < limit
         assert worst_error(1, 1, 1, None, 33, 8, dtype, "cuda", kernels, rank) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_everything_between_the_projections(batch: int, dtype: torch.dtype, kernels: str) -> None:
+    limit = {torch.float32: 2e-5}.get(dtype, 2e-2)  # a product and a rounding more than the scan alone
+    assert inner_error(batch, dtype, "cuda", kernels, channels=72, d_state=16) < limit
 
 
 def scan_inputs(value: float | None = None) -> list[torch.Tensor]:

@@ -6,12 +6,13 @@ Sequences are stored in scan order, the order in which a direction visits the to
 """
 
 from arm_zoo.scan.backends import available_backends, get_scan_backend, scan_backend, set_scan_backend
-from arm_zoo.scan.ops import causal_conv, selective_scan
+from arm_zoo.scan.ops import causal_conv, mamba_inner, selective_scan
 
 __all__ = [
     "available_backends",
     "causal_conv",
     "get_scan_backend",
+    "mamba_inner",
     "scan_backend",
     "selective_scan",
     "set_scan_backend",

@@ -63,11 +63,7 @@ __device__ __forceinline__ float slope_in(Step v) { return v.x; }
 __device__ __forceinline__ float u_in(Step v) { return v.y; }
 #else
 typedef unsigned Step;
-__device__ __forceinline__ Step pack_step(float slope, T u) {
-    T high;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(high) : "f"(slope));
-    return (unsigned)high << 16 | u;
-}
+__device__ __forceinline__ Step pack_step(float slope, T u) { return (unsigned)to_state(slope) << 16 | u; }
 __device__ __forceinline__ float slope_in(Step v) { return __uint_as_float(v & 0xffff0000u); }
 __device__ __forceinline__ float u_in(Step v) { return to_float((T)v); }
 #endif
@@ -93,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, const T *__restrict__ grad,
     const i64 *__restrict__ order, const T *__restrict__ saved, T *__restrict__ grad_u, T *__restrict__ grad_delta,
-    float *__restrict__ grad_BC, float *__restrict__ grad_A, float *__restrict__ grad_D, float *__restrict__ grad_bias,
+    T *__restrict__ grad_BC, float *__restrict__ grad_A, float *__restrict__ grad_D, float *__restrict__ grad_bias,
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ Shared sh;
@@ -300,10 +296,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                     sum.w += __shfl_xor_sync(lanes, sum.w, i);
                 }
                 const float values[GROUP] = {sum.x, sum.y, sum.z, sum.w};
-                float *out = grad_BC + t0 * (2 * S) + row;
+                T *out = grad_BC + t0 * (2 * S) + row;
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j)
-                    if (j % WARPS == part && j < steps - g * GROUP) out[j * 2 * S] = values[j];
+                    if (j % WARPS == part && j < steps - g * GROUP) out[j * 2 * S] = to_state(values[j]);
             }
             __syncthreads();
         }

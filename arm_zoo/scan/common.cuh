@@ -74,6 +74,15 @@ __device__ __forceinline__ float from_state(T v) {
     return __uint_as_float((unsigned)v << 16);
 #endif
 }
+__device__ __forceinline__ T to_state(float v) {
+#if DTYPE == 0
+    return v;
+#else
+    T r;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+    return r;
+#endif
+}
 // two adjacent channels d0, d1 (both clamped to existing ones) of a row
 __device__ __forceinline__ Pair load_pair(const T *row, int d0, int d1) {
 #if VEC

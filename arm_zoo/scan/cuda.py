@@ -197,9 +197,10 @@ def selective_scan_backward(
     grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
     # every block of channels has its share of the gradients of B and C, summed in a fixed order afterwards
-    shares = A.new_empty(-(-channels // _CHANNELS), directions, batch, length, 2 * d_state, dtype=torch.float32)
-    grad_A = shares.new_empty(directions, batch, d_state, channels)
-    grad_D, grad_bias = (shares.new_empty(directions, batch, channels) for _ in range(2))
+    blocks = -(-channels // _CHANNELS)
+    shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=state_dtype(u.dtype))
+    grad_A = A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
+    grad_D, grad_bias = (grad_A.new_empty(directions, batch, channels) for _ in range(2))
     _launch(
         "backward",
         (u, delta, B, C),
@@ -213,6 +214,6 @@ def selective_scan_backward(
         SOFTPLUS=int(delta_softplus),
         HAS_ORDER=int(order is not None),
     )
-    grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
+    grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0, dtype=torch.float32).chunk(2, dim=-1))
     grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1).to(D.dtype), grad_bias.sum(1).to(D.dtype)

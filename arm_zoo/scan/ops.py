@@ -1,4 +1,4 @@
-"""The two public operations, as PyTorch custom operators with fake and autograd kernels."""
+"""The public operations, as PyTorch custom operators with fake and autograd kernels."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from arm_zoo.scan.backends import implementation, resolve_backend
 from arm_zoo.scan.reference import causal_conv_reference, project, selective_scan_reference
 
-__all__ = ["causal_conv", "selective_scan"]
+__all__ = ["causal_conv", "mamba_inner", "selective_scan"]
 
 # Custom operators are opaque to torch.compile and torch.export (no graph breaks); their schemas, fake kernels and
 # gradients are what those need to know. The last argument names the backend that computes them.
@@ -21,6 +21,12 @@ _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, Tensor? delta_weight, "
     "bool delta_softplus, Tensor? order"
 )
+_INNER_INPUTS = (
+    "Tensor x, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, "
+    "Tensor dt_proj_bias, Tensor A, Tensor D, Tensor? order"
+)
+# Backends that train through one operator for everything between the mixer's projections.
+_WHOLE = ("triton", "cuda")
 
 
 def _operator(name: str, inputs: str, outputs: str, compute: Callable[..., Any] | None = None) -> Any:
@@ -50,10 +56,76 @@ def _backward_of_scan(
     if delta_weight is None:
         return *grads, u.new_empty(0)
     grad_u, grad_whole, *grad_rates = grads
-    rows = grad_whole.flatten(1, 2)
-    grad_delta = torch.bmm(rows, delta_weight.to(rows.dtype)).view_as(delta)
-    grad_weight = torch.bmm(rows.transpose(1, 2), delta.flatten(1, 2)).to(delta_weight.dtype)
-    return grad_u, grad_delta, *grad_rates, grad_weight
+    grad_delta = torch.bmm(grad_whole.flatten(1, 2), delta_weight.to(grad_whole.dtype)).view_as(delta)
+    return grad_u, grad_delta, *grad_rates, _weight_gradient(grad_whole, delta).to(delta_weight.dtype)
+
+
+def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the sums over all steps in at least float32.
+
+    They are taken over parts of the batch first: one product a direction would leave most of a GPU idle.
+    """
+    directions, batch = grad.shape[:2]
+    parts = directions * math.gcd(batch, 16)
+    grad, inputs = (t.reshape(parts, -1, t.shape[-1]) for t in (grad, inputs))
+    products = torch.bmm(grad.transpose(1, 2), inputs).unflatten(0, (directions, -1))
+    return products.sum(1, dtype=torch.promote_types(products.dtype, torch.float32))
+
+
+def _split(projected: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+    """Step sizes of low rank, B and C, which the mixer projects side by side."""
+    d_state = (projected.shape[-1] - rank) // 2
+    return projected.split([rank, d_state, d_state], dim=-1)
+
+
+def _inner_forward(
+    module: ModuleType,
+    x: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    order: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scans' mean, and what the backward pass cannot do without: the projected inputs and the saved states."""
+    u = module.causal_conv(x, conv_weight, conv_bias, order)
+    projected = project(u, x_proj_weight)
+    delta, B, C = _split(projected, dt_proj_weight.shape[-1])
+    y, saved = module.selective_scan(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, True, None)
+    return y, projected, saved
+
+
+def _inner_backward(
+    module: ModuleType,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    order: torch.Tensor | None,
+    projected: torch.Tensor,
+    saved: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, the weights, A and D; the scans' inputs are convolved anew, as their memory is worth more."""
+    u = module.causal_conv(x, conv_weight, conv_bias, order)
+    delta, B, C = _split(projected, dt_proj_weight.shape[-1])
+    inputs = (u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight)
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_dt = _backward_of_scan(
+        module, grad, *inputs, True, order, saved
+    )
+    grad_projected = torch.cat([grad_delta, grad_B, grad_C], dim=-1)
+    rows = grad_u.flatten(1, 2)
+    rows.baddbmm_(grad_projected.flatten(1, 2), x_proj_weight.to(rows.dtype))
+    grad_x_proj = _weight_gradient(grad_projected, u).to(x_proj_weight.dtype)
+    grad_x, *grad_conv = module.causal_conv_backward(rows.view_as(u), x, conv_weight, conv_bias, order)
+    return grad_x, *grad_conv, grad_x_proj, grad_dt, grad_bias, grad_A, grad_D
 
 
 _conv = _operator("causal_conv", _CONV_INPUTS, "Tensor")
@@ -64,6 +136,13 @@ _scan_backward = _operator(
     f"Tensor grad, {_SCAN_INPUTS}, Tensor saved",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_of_scan,
+)
+_inner = _operator("mamba_inner", _INNER_INPUTS, "(Tensor, Tensor, Tensor)", _inner_forward)
+_inner_grads = _operator(
+    "mamba_inner_backward",
+    f"Tensor grad, {_INNER_INPUTS}, Tensor projected, Tensor saved",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _inner_backward,
 )
 
 
@@ -87,12 +166,17 @@ def _conv_backward_fake(
 @_scan.register_fake
 def _scan_fake(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *_, save_states, _gate, backend = args
-    directions, batch, length, channels = u.shape
+    return u.new_empty(u.shape[1:]), _empty_states(u, u.shape, A, save_states, backend)
+
+
+def _empty_states(
+    like: torch.Tensor, shape: torch.Size, A: torch.Tensor, save_states: bool, backend: str
+) -> torch.Tensor:
+    directions, batch, length, channels = shape
     module = implementation(backend)
     chunk = module.CHUNK if save_states else None
     chunks = 0 if chunk is None else -(-length // chunk)
-    states = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=module.state_dtype(u.dtype))
-    return u.new_empty(batch, length, channels), states
+    return like.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=module.state_dtype(like.dtype))
 
 
 @register_flop_formula(torch.ops.arm_zoo.selective_scan)
@@ -119,6 +203,37 @@ def _scan_backward_fake(
     return *(t.new_empty(t.shape) for t in (u, delta, A, B, C, D)), D.new_empty(D.shape), grad_weight
 
 
+@_inner.register_fake
+def _inner_fake(
+    x: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    order: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    directions = len(conv_weight)
+    projected = x.new_empty(directions, *x.shape[:2], x_proj_weight.shape[1])
+    states = _empty_states(x, torch.Size((directions, *x.shape)), A, True, backend)
+    return x.new_empty(x.shape), projected, states
+
+
+@register_flop_formula(torch.ops.arm_zoo.mamba_inner)
+def _inner_flops(x: list[int], *shapes: Any, **_: Any) -> int:
+    """The two matrix products that make the scans' step sizes, B and C."""
+    x_proj_weight, dt_proj_weight = shapes[2:4]
+    return 2 * math.prod(x[:2]) * (math.prod(x_proj_weight) + math.prod(dt_proj_weight))
+
+
+@_inner_grads.register_fake
+def _inner_grads_fake(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in args[:8])
+
+
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
@@ -140,8 +255,18 @@ def _scan_grad(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[to
     return *given, *[None] * 5
 
 
+def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _inner_grad(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return *torch.ops.arm_zoo.mamba_inner_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+
+
 _conv.register_autograd(_conv_grad, setup_context=_conv_setup)
 _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
+_inner.register_autograd(_inner_grad, setup_context=_inner_setup)
 
 
 @torch.jit.ignore
@@ -252,3 +377,45 @@ def selective_scan(
         y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states, gate, backend)[0]
         z = None if inside else z
     return y if z is None else y * F.silu(z)
+
+
+@torch.jit.ignore
+def mamba_inner(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    order: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Everything between a Mamba mixer's projections in and out: convolution, x_proj and `selective_scan`.
+
+    In training the GPU kernels do it as one operator, which keeps neither the convolved sequences nor whole step sizes
+    for the backward pass and adds up the two gradients of the scans' inputs inside a matrix product.
+
+    Args:
+        x: (batch, length, channels) tokens.
+        z: like x, the gate.
+        conv_weight: (directions, channels, taps).
+        conv_bias: (directions, channels).
+        x_proj_weight: (directions, rank + 2 * d_state, channels): step sizes of low rank, B and C, in this order.
+        dt_proj_weight: (directions, channels, rank).
+        dt_proj_bias: (directions, channels).
+        A: (directions, channels, d_state), negative.
+        D: (directions, channels).
+        order: (directions, length) table of `arm_zoo.order`; None scans the tokens as they are stored.
+
+    Returns:
+        (batch, length, channels) in token order and the dtype of x.
+    """
+    backend = resolve_backend(x)
+    inputs = (x, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
+    if backend in _WHOLE and _needs_gradient(*inputs):
+        return torch.ops.arm_zoo.mamba_inner(*inputs, _table(order), backend)[0] * F.silu(z)
+    u = causal_conv(x, conv_weight, conv_bias, order)  # (B, L, D) -> (K, B, L, D)
+    delta, B, C = _split(project(u, x_proj_weight), dt_proj_weight.shape[-1])
+    return selective_scan(u, delta, A, B, C, D, z, dt_proj_bias, True, order, dt_proj_weight)
