@@ -49,6 +49,7 @@ class Position:
     loss_sum: float = 0.0  # over these steps, mean of all processes
     seconds: float = 0.0  # trained before this process started
     history: list[Metrics] = field(default_factory=list)  # one row per epoch done
+    undecodable: list[str] = field(default_factory=list)  # a line for each damaged training picture found so far
 
 
 @dataclass
@@ -120,6 +121,7 @@ class Trainer:
         if self.ema is not None:
             load_model_state(self.ema.module, read_tensors(checkpoint, "ema"))
         self._loss_sum.fill_(self.position.loss_sum)
+        self.loader.undecodable.update(self.position.undecodable)
 
     def fit(self, start: Start | None = None) -> list[Metrics]:
         """Train up to ``config.epochs`` and return one row of figures per epoch, as in ``metrics.jsonl``.
@@ -243,7 +245,7 @@ class Trainer:
         self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
 
     def _undecodable(self) -> int:
-        """How many damaged training pictures all processes have found since they were started.
+        """How many damaged training pictures all processes have found since the run's beginning.
 
         Raises:
             SourceError: On all of them, if they are more than ``data.max_undecodable`` puts up with.
@@ -282,7 +284,9 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint on the main process."""
         total = self.accelerator.reduce(self._loss_sum, "mean").item()
-        now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds())
+        self._undecodable()
+        found = sorted(self.loader.undecodable)
+        now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds(), undecodable=found)
         tensors = {"model": model_state(self.model), "optimizer": optimizer_state(self.model, self.optimizer)}
         if self.ema is not None:
             tensors["ema"] = model_state(self.ema.module)

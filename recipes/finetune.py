@@ -28,7 +28,7 @@ from .pictures import check_undecodable
 from .plots import plot_run
 from .processes import start_accelerator
 from .resume import starting_point
-from .signals import StopRequest
+from .signals import Agreement, StopRequest
 from .sources import Source, open_source
 from .watch import utilisation
 
@@ -174,12 +174,13 @@ def evaluation(
         config.data.workers,
         accelerator.device,
     )
+    agreement = Agreement(accelerator)
     candidates = {"top1": model} | ({} if ema is None else {"top1_ema": ema.module})
 
     def evaluate(epochs_done: int) -> Metrics:
         if epochs_done % config.evaluate_every and epochs_done != config.epochs:
             return {}
-        scores = {name: score(config, accelerator, candidate, loader) for name, candidate in candidates.items()}
+        scores = {name: score(config, accelerator, agreement, each, loader) for name, each in candidates.items()}
         counts = {"images_scored": scores["top1"].scored, "images_skipped": scores["top1"].skipped}
         return {name: each.top1 for name, each in scores.items()} | counts
 
@@ -195,12 +196,15 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()  # inference mode would spoil the tensors that sharded parameters are gathered into
-def score(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, loader: EvalLoader) -> Score:
+def score(
+    config: FinetuneConfig, accelerator: Accelerator, agreement: Agreement, model: nn.Module, loader: EvalLoader
+) -> Score:
     """Share of the held-out pictures that the model classifies rightly; every picture counts once.
 
     Args:
         config: Its precision is used for scoring too.
         accelerator: Its processes each score their own pictures; nothing is padded.
+        agreement: Ends all processes if one of them cannot go on.
         model: The bare model (a wrapper's collective calls would hang where processes have unequal shares).
         loader: This process's share of the pictures.
 
@@ -212,7 +216,8 @@ def score(config: FinetuneConfig, accelerator: Accelerator, model: nn.Module, lo
     correct, total, skipped = torch.zeros((), dtype=torch.long, device=device), 0, 0
     was_training = model.training
     model.eval()
-    with whole_parameters(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    half = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    with whole_parameters(model), half, agreement.together():
         for batch in loader:
             skipped += len(batch.undecodable)
             if len(batch.classes) == 0:  # none of them could be decoded

@@ -197,6 +197,23 @@ def test_stopped_twice_in_an_epoch_sees_every_picture_once_and_ends_with_equal_b
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
 
 
+def test_damaged_pictures_of_before_are_counted_after_a_resume(
+    tmp_path: Path, before_step: dict[int, Callable[[], None]]
+) -> None:
+    pictures = write_folder(tmp_path / "pictures" / "train", {"cat": 24}).parent
+    damaged = pictures / "train" / "cat" / "5.jpg"
+    good = damaged.read_bytes()
+    damaged.write_bytes(b"gone")
+    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={pictures}"]
+    before_step.update({2: send(signal.SIGTERM)})
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", *colour, "data.max_undecodable=0.1")
+    damaged.write_bytes(good)  # it is not found a second time
+    run(tmp_path / "run", *colour, "data.max_undecodable=0.1")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["undecodable"] for row in rows] == [1] * EPOCHS
+
+
 def test_signal_before_the_first_step_and_after_the_last_end_with_75(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ from recipes.pretrain import PretrainResult, pretrain
 from recipes.pretrain import main as pretrain_command
 from recipes.processes import start_accelerator
 from recipes.quickstart import quickstart
+from recipes.signals import Agreement
 from recipes.sources import open_source
 from recipes.watch import picture_flops
 from tests.pictures import write_folder
@@ -323,6 +324,25 @@ class Cats(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return torch.tensor([1.0, 0.0]).repeat(len(pictures), 1)
+
+
+def test_a_failure_while_scoring_is_told_to_the_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
+    write_folder(tmp_path / "val", {"cat": 2, "dog": 2})
+    settings = [f"data.source={tmp_path}", "data.workers=0", "model_args.in_chans=3", f"output_dir={tmp_path / 'run'}"]
+    config = load_config(FinetuneConfig, FINETUNE, [*TINY, *settings], to_run=False)
+    inputs = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0,
+              "interpolation": "bicubic", "crop_mode": "squash"}  # fmt: skip
+    accelerator = start_accelerator(config)
+    told: list[int] = []
+    monkeypatch.setattr(Agreement, "largest", lambda _, number: told.append(number) or number)
+    monkeypatch.setattr(Cats, "forward", lambda *_: 1 / 0)
+    evaluate = evaluation(config, accelerator, Cats(), None, open_source(config.data, labels_needed=True), inputs)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(1)
+    assert told == [1]
 
 
 def test_damaged_held_out_pictures_are_counted_named_and_limited(
