@@ -1,11 +1,12 @@
 """What pretraining on ImageNet-1k would take, from a speed that was measured: hours and GPU-hours, beside the paper's.
 
 python -m recipes.cost --run runs/pretrain_base --gpus 8 --efficiency 0.9
-python -m recipes.cost --throughput speed.json   # of python -m eval.throughput --mode pretrain --output speed.json
+python -m recipes.cost --throughput eval/throughput.csv   # of python -m eval.throughput --mode pretrain --output FILE
 python -m recipes.cost --images-per-second 1500
 """
 
 import argparse
+import csv
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -74,13 +75,15 @@ def from_run(folder: Path) -> Measured:
 
 
 def from_throughput(file: Path) -> list[Measured]:
-    """The pretraining rows of what ``python -m eval.throughput --mode pretrain --output FILE.json`` wrote.
+    """The pretraining rows of what ``python -m eval.throughput --mode pretrain --output FILE`` wrote, CSV or JSON.
 
     Raises:
         ValueError: If there are none.
     """
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    measured = [Measured(row["model"], row["img_per_s"]) for row in rows if row.get("mode") == "pretrain"]
+    text = file.read_text(encoding="utf-8")
+    read_csv = file.suffix == ".csv"
+    rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines())) if read_csv else json.loads(text)
+    measured = [Measured(row["model"], float(row["img_per_s"])) for row in rows if row.get("mode") == "pretrain"]
     if not measured:
         raise ValueError(f"{file} has no rows of pretraining; measure with --mode pretrain")
     return measured
@@ -123,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run", type=Path, metavar="FOLDER", help="output_dir of a pretraining run")
-    where.add_argument("--throughput", type=Path, metavar="FILE", help=".json of eval.throughput --mode pretrain")
+    where.add_argument("--throughput", type=Path, metavar="FILE", help="of eval.throughput --mode pretrain --output")
     where.add_argument("--images-per-second", type=above_zero, metavar="SPEED", help="any other measurement")
     parser.add_argument("--model", metavar="NAME", help="to show for --images-per-second (model)")
     parser.add_argument("--measured-gpus", type=one_or_more, metavar="N", help="that gave --images-per-second (1)")

@@ -275,9 +275,12 @@ def test_weights_can_be_drawn_anew() -> None:
     assert all(0.9 * bound < block.mixer.out_proj.weight.abs().max() <= bound for block in model.blocks)
 
 
-def test_an_empty_batch_gives_empty_logits() -> None:
+def test_an_empty_batch_gives_empty_logits_and_no_gradients() -> None:
     model = tiny(num_classes=7)
-    assert model(images(model)[:0]).shape == (0, 7)
+    logits = model(images(model)[:0])
+    assert logits.shape == (0, 7)
+    logits.sum().backward()
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("sizes", [{"depth": 0}, {"patch_size": 0}, {"embed_dim": -4}, {"img_size": (0, 32)}], ids=str)

@@ -188,8 +188,10 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     speeds = [{"mode": "pretrain", "model": "arm_large", "img_per_s": 500.0}, {"mode": "infer", "model": "x"}]
     (tmp_path / "speed.json").write_text(json.dumps(speeds))
-    cost.main(["--throughput", str(tmp_path / "speed.json"), "--gpus", "1", "--epochs", "800"])
-    assert cells(capsys.readouterr().out)[0][:4] == ["arm_large", "1", "800", "569.4"]
+    (tmp_path / "speed.csv").write_text("mode,model,img_per_s\npretrain,arm_large,500.0\ninfer,x,1\n")
+    for name in ("speed.json", "speed.csv"):
+        cost.main(["--throughput", str(tmp_path / name), "--gpus", "1", "--epochs", "800"])
+        assert cells(capsys.readouterr().out)[0][:4] == ["arm_large", "1", "800", "569.4"]
 
     (tmp_path / "config.yaml").write_text("model: arm_huge\n")
     speeds_then = [(1, 99.0), (1, 200.0), (2, 10.0), (2, 400.0), (2, 420.0), (2, 410.0)]  # it went on with two

@@ -309,7 +309,8 @@ def causal_conv_backward(
     """Gradients of x, weight and bias, given that of the output (K, B, L, D); the pre-activation is recomputed."""
     directions, channels, taps = weight.shape
     before, padded, conv_weight, conv_bias = _gather_conv(x, weight, bias, order)
-    grad = grad.to(before.dtype).permute(1, 2, 0, 3).reshape(*x.shape[:2], 1, -1).permute(0, 3, 1, 2)
+    grad = grad.to(before.dtype).permute(1, 2, 0, 3).reshape(*x.shape[:2], 1, directions * channels)
+    grad = grad.permute(0, 3, 1, 2)
     slope = torch.sigmoid(before)
     grad = grad * slope * (1 + before * (1 - slope))  # derivative of SiLU
     grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(

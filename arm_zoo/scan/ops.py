@@ -65,10 +65,10 @@ def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
     They are taken over parts of the batch first: one product a direction would leave most of a GPU idle.
     """
-    directions, batch = grad.shape[:2]
-    parts = directions * math.gcd(batch, 16)
-    grad, inputs = (t.reshape(parts, -1, t.shape[-1]) for t in (grad, inputs))
-    products = torch.bmm(grad.transpose(1, 2), inputs).unflatten(0, (directions, -1))
+    directions, batch, length, _ = grad.shape
+    parts = math.gcd(batch, 16)
+    grad, inputs = (t.reshape(directions * parts, batch * length // parts, t.shape[-1]) for t in (grad, inputs))
+    products = torch.bmm(grad.transpose(1, 2), inputs).unflatten(0, (directions, parts))
     return products.sum(1, dtype=torch.promote_types(products.dtype, torch.float32))
 
 
