@@ -181,12 +181,18 @@ def _is_of_timm(file: Path) -> bool:
 
 
 def class_names(model: ARM) -> list[str]:
-    """Names of the classes: those saved with the weights, ImageNet's for 1000 classes, else numbers."""
+    """Names of the classes: those saved with the weights, ImageNet's for 1000 classes, else numbers.
+
+    ImageNet's classes are told in words where the saved name is WordNet's number, as n01443537.
+    """
+    imagenet = ImageNetInfo()
     saved = model.pretrained_cfg.get("label_names") or ()
     names = dict(saved.items() if isinstance(saved, Mapping) else enumerate(saved))
     if not names and model.num_classes == 1000:
-        return cast(list[str], ImageNetInfo().label_descriptions())
-    return [str(names.get(i, names.get(str(i), i))) for i in range(model.num_classes)]
+        return cast(list[str], imagenet.label_descriptions())
+    words = dict(zip(imagenet.label_names(), imagenet.label_descriptions(), strict=True))
+    saved_names = [str(names.get(i, names.get(str(i), i))) for i in range(model.num_classes)]
+    return [words.get(name, name) for name in saved_names]
 
 
 def read_image(path: Path, channels: int) -> Image.Image:

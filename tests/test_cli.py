@@ -204,6 +204,13 @@ def test_a_thousand_classes_are_imagenets(picture: Path, tmp_path: Path, capsys:
     assert ImageNetInfo().label_descriptions()[281] == "tabby, tabby cat"
 
 
+def test_wordnet_numbers_are_told_in_words(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(picture), "--model", "arm_tiny_patch8_64", "--top", "200"]) == 0
+    names = {name for _, name in answers(capsys.readouterr().out)}
+    assert len(names) == 200 and "goldfish, Carassius auratus" in names
+    assert not any(re.fullmatch(r"n\d{8}", name) for name in names)
+
+
 def test_top_is_at_most_all_classes(colour_folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(picture), "--model", TINY, "--weights", str(colour_folder), "--top", "9"]) == 0
     assert sorted(name for _, name in answers(capsys.readouterr().out)) == ["ant", "bee", "cat", "dog"]
