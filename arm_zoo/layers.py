@@ -53,12 +53,14 @@ class Linear(nn.Linear):
 
 
 def _is_bare(layer: nn.Module) -> bool:
-    """Whether calling the layer does its product and nothing else: nobody wrapped, replaced or hooked it."""
+    """Whether calling the layer does its product and nothing else: it is not wrapped, replaced, patched or hooked.
+
+    Hooks on all modules of the process at once are not looked for.
+    """
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is Linear and not any(hooks)
+    return type(layer) is Linear and "forward" not in layer.__dict__ and not any(hooks)
 
 
-@register_notrace_module
 class SwiGLU(nn.Module):
     """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
 
@@ -70,7 +72,7 @@ class SwiGLU(nn.Module):
         self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and isinstance(x, torch.Tensor):  # symbolic tracing sees the layers
             missing = -self.fc2.in_features % _ALIGNMENT
             if missing and x.is_cuda and _is_bare(self.fc1) and _is_bare(self.fc2):
                 return self._forward_padded(x, missing)

@@ -192,7 +192,7 @@ class TrainLoader:
         """The micro-batches of each optimizer step of an epoch, from ``first_step`` on.
 
         Raises:
-            SourceError: If this process alone finds more damaged pictures than ``data.max_undecodable`` puts up with.
+            SourceError: If this process alone knows of more damaged pictures than ``data.max_undecodable`` allows.
         """
         if self._next != (epoch, first_step):
             self._order.start = (epoch, first_step)

@@ -29,7 +29,7 @@ from .parallel import (
     optimizer_state,
 )
 from .parsing import flatten
-from .resume import Start
+from .resume import ORDER, Start
 from .signals import Agreement, Stopped, StopRequest
 from .transforms import seed_of
 from .watch import Display, Utilisation
@@ -121,7 +121,9 @@ class Trainer:
         if self.ema is not None:
             load_model_state(self.ema.module, read_tensors(checkpoint, "ema"))
         self._loss_sum.fill_(self.position.loss_sum)
-        self.loader.undecodable.update(self.position.undecodable)
+        before, now = (dict(flatten(each)) for each in (state["config"], dataclasses.asdict(self.config)))
+        if all(before.get(key) == now[key] for key in ORDER):  # else the pictures are others
+            self.loader.undecodable.update(self.position.undecodable)
 
     def fit(self, start: Start | None = None) -> list[Metrics]:
         """Train up to ``config.epochs`` and return one row of figures per epoch, as in ``metrics.jsonl``.
@@ -245,7 +247,7 @@ class Trainer:
         self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
 
     def _undecodable(self) -> int:
-        """How many damaged training pictures all processes have found since the run's beginning.
+        """How many damaged training pictures all processes have found since the run began with these pictures.
 
         Raises:
             SourceError: On all of them, if they are more than ``data.max_undecodable`` puts up with.

@@ -212,6 +212,10 @@ def test_damaged_pictures_of_before_are_counted_after_a_resume(
     run(tmp_path / "run", *colour, "data.max_undecodable=0.1")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["undecodable"] for row in rows] == [1] * EPOCHS
+    moved = shutil.copytree(pictures, tmp_path / "moved")  # other pictures: what the first ones were does not count
+    run(tmp_path / "run", *colour[:-1], f"data.source={moved}", "data.max_undecodable=0", f"epochs={EPOCHS + 1}")
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["undecodable"] == 0
 
 
 def test_signal_before_the_first_step_and_after_the_last_end_with_75(

@@ -544,8 +544,15 @@ def test_padded_mlp_is_the_same_function() -> None:
 def test_only_bare_layers_are_padded() -> None:
     layer = Linear(3, 5)
     assert _is_bare(layer) and not _is_bare(nn.Sequential(layer)) and not _is_bare(nn.Linear(3, 5))
+    patched = Linear(3, 5)
+    patched.forward = lambda x: x
     layer.register_forward_hook(lambda *_: None)
-    assert not _is_bare(layer)
+    assert not _is_bare(layer) and not _is_bare(patched)
+
+
+def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:
+    nodes = get_graph_node_names(tiny())[0]
+    assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= set(nodes)
 
 
 def test_prune_intermediate_layers() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
 from arm_zoo.mixer import MambaMixer
@@ -623,6 +624,27 @@ def test_one_operator_between_the_projections(batch: int) -> None:
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
     single = [t.detach().float().requires_grad_() for t in drawn]
     torch.library.opcheck(torch.ops.arm_zoo.mamba_inner.default, (*single, order, "torch"))
+    counts = []
+    for function in (
+        lambda: torch.ops.arm_zoo.mamba_inner(*single, order, "torch")[0].sum(),
+        lambda: mamba_inner(single[0], gate.float(), *single[1:], order).sum(),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            loss = function()
+        counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[2] and counts[1] == 2 * counts[0]
+
+
+@pytest.mark.parametrize("wrong", range(1, 9))
+def test_shapes_that_do_not_fit_are_refused_before_any_kernel(wrong: int) -> None:
+    shapes = [(2, 5, 6), (2, 5, 6), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3), (2, 6), (2, 6, 4), (2, 6), (2, 5)]
+    shapes[wrong] = (*shapes[wrong][:-1], shapes[wrong][-1] + 2) if wrong != 2 else (2, 5, 4)
+    tensors = [torch.zeros(shape, requires_grad=True) for shape in shapes[:-1]]
+    with pytest.raises(ValueError, match=r"mamba_inner: \w+ is .*, x \(2, 5, 6\) needs "):
+        mamba_inner(*tensors, torch.zeros(shapes[-1], dtype=torch.long))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

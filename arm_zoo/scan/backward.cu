@@ -6,7 +6,7 @@
 // after the other. The sums over channels that the gradients of B and C need are left to the tensor cores: the lanes'
 // shares are one operand of a matrix product, zeros and ones that choose the column are the other.
 //
-// One channel a thread instead of two halves its registers: 12 warps instead of 8 fit a multiprocessor, and they hide
+// One channel a thread instead of two halves its registers: 12 warps instead of 8 (10 for float32) fit a multiprocessor and hide
 // each other's waiting. Two warps share a block, so that B and C, and the sums over channels, are handled once for both.
 //
 // Step sizes are whole here: delta_t, which the forward kernel needs for those of low rank, is always CHANNELS.

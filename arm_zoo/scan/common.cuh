@@ -66,7 +66,7 @@ __device__ __forceinline__ Pair pack(float x, float y) {
     return pack_states(x, y);
 #endif
 }
-// saved states have the inputs' bits: float32, or bfloat16 also for float16, whose range is too small for sums
+// saved states and partial sums have the inputs' bits: float32, or bfloat16 also for float16, whose range is too small
 __device__ __forceinline__ float from_state(T v) {
 #if DTYPE == 0
     return v;

@@ -196,7 +196,8 @@ def selective_scan_backward(
     B, C = inner(B), inner(C)
     grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
-    # every block of channels has its share of the gradients of B and C, summed in a fixed order afterwards
+    # every block of channels has its share of the gradients of B and C, summed in a fixed order afterwards; for inputs
+    # of 16 bits shares are bfloat16, also for float16, whose range is too small for sums
     blocks = -(-channels // _CHANNELS)
     shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=state_dtype(u.dtype))
     grad_A = A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
@@ -210,7 +211,6 @@ def selective_scan_backward(
         (grad, order, saved, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias),
         1,
         _CHANNELS,
-        VEC=int(_pairs_are_aligned(channels, u, delta, grad)),
         SOFTPLUS=int(delta_softplus),
         HAS_ORDER=int(order is not None),
     )

@@ -1,7 +1,7 @@
 """The public operations, as PyTorch custom operators with fake and autograd kernels."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -61,9 +61,10 @@ def _backward_of_scan(
 
 
 def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the sums over all steps in at least float32.
+    """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the products' sums over all steps.
 
-    They are taken over parts of the batch first: one product a direction would leave most of a GPU idle.
+    Parts of the batch make a product each, as one a direction would leave most of a GPU idle; these, which have the
+    type of the inputs, are added in at least float32.
     """
     directions, batch, length, _ = grad.shape
     parts = math.gcd(batch, 16)
@@ -229,6 +230,12 @@ def _inner_flops(x: list[int], *shapes: Any, **_: Any) -> int:
     return 2 * math.prod(x[:2]) * (math.prod(x_proj_weight) + math.prod(dt_proj_weight))
 
 
+@register_flop_formula(torch.ops.arm_zoo.mamba_inner_backward)
+def _inner_backward_flops(grad: list[int], x: list[int], *shapes: Any, **_: Any) -> int:
+    """Two products for each of the forward pass; what is made anew does not count."""
+    return 2 * _inner_flops(x, *shapes)
+
+
 @_inner_grads.register_fake
 def _inner_grads_fake(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in args[:8])
@@ -298,13 +305,20 @@ def _table(order: torch.Tensor | None) -> torch.Tensor | None:
     return None if order is None else order.contiguous()
 
 
-def _check_shapes(u: torch.Tensor, *others: torch.Tensor | None) -> None:
+def _check_shapes(
+    operation: str, first: str, expected: Mapping[str, tuple[int, ...]], tensors: Sequence[torch.Tensor | None]
+) -> None:
     """Compiled kernels do not look: what is missing would be read from whatever lies behind it."""
+    for (name, shape), tensor in zip(expected.items(), tensors, strict=True):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{operation}: {name} is {tuple(tensor.shape)}, {first} needs {shape}")
+
+
+def _scan_shapes(u: torch.Tensor, A: torch.Tensor, delta_weight: torch.Tensor | None) -> dict[str, tuple[int, ...]]:
     directions, batch, length, channels = u.shape
-    d_state = others[1].shape[-1] if others[1] is not None else 0
-    weight = others[-1]
-    expected = {
-        "delta": (directions, batch, length, channels if weight is None else weight.shape[-1]),
+    d_state, rank = A.shape[-1], channels if delta_weight is None else delta_weight.shape[-1]
+    return {
+        "delta": (directions, batch, length, rank),
         "A": (directions, channels, d_state),
         "B": (directions, batch, length, d_state),
         "C": (directions, batch, length, d_state),
@@ -312,11 +326,26 @@ def _check_shapes(u: torch.Tensor, *others: torch.Tensor | None) -> None:
         "z": (batch, length, channels),
         "delta_bias": (directions, channels),
         "order": (directions, length),
-        "delta_weight": (directions, channels, weight.shape[-1] if weight is not None and weight.ndim == 3 else 0),
+        "delta_weight": (directions, channels, rank),
     }
-    for (name, shape), tensor in zip(expected.items(), others, strict=True):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, u {tuple(u.shape)} needs {shape}")
+
+
+def _inner_shapes(
+    x: torch.Tensor, conv_weight: torch.Tensor, dt_proj_weight: torch.Tensor, A: torch.Tensor
+) -> dict[str, tuple[int, ...]]:
+    (batch, length, channels), directions = x.shape, len(conv_weight)
+    rank, d_state = dt_proj_weight.shape[-1], A.shape[-1]
+    return {
+        "z": (batch, length, channels),
+        "conv_weight": (directions, channels, conv_weight.shape[-1]),
+        "conv_bias": (directions, channels),
+        "x_proj_weight": (directions, rank + 2 * d_state, channels),
+        "dt_proj_weight": (directions, channels, rank),
+        "dt_proj_bias": (directions, channels),
+        "A": (directions, channels, d_state),
+        "D": (directions, channels),
+        "order": (directions, length),
+    }
 
 
 def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -363,7 +392,8 @@ def selective_scan(
     Raises:
         ValueError: for tensors whose shapes do not fit each other.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias, order, delta_weight)
+    others = (delta, A, B, C, D, z, delta_bias, order, delta_weight)
+    _check_shapes("selective_scan", f"u {tuple(u.shape)}", _scan_shapes(u, A, delta_weight), others)
     backend = resolve_backend(u)
     if backend == "reference":
         y = selective_scan_reference(u, project(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, order)
@@ -411,9 +441,14 @@ def mamba_inner(
 
     Returns:
         (batch, length, channels) in token order and the dtype of x.
+
+    Raises:
+        ValueError: for tensors whose shapes do not fit each other.
     """
-    backend = resolve_backend(x)
     inputs = (x, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
+    shapes = _inner_shapes(x, conv_weight, dt_proj_weight, A)
+    _check_shapes("mamba_inner", f"x {tuple(x.shape)}", shapes, (z, *inputs[1:], order))
+    backend = resolve_backend(x)
     if backend in _WHOLE and _needs_gradient(*inputs):
         return torch.ops.arm_zoo.mamba_inner(*inputs, _table(order), backend)[0] * F.silu(z)
     u = causal_conv(x, conv_weight, conv_bias, order)  # (B, L, D) -> (K, B, L, D)

@@ -26,13 +26,13 @@ def inner(sequence: torch.Tensor) -> torch.Tensor:
     return sequence if sequence.stride(-1) == 1 else sequence.contiguous()
 
 
-def project(delta: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Step sizes of all channels (K, B, L, D) from those of low rank (K, B, L, R), if there is a weight (K, D, R)."""
+def project(sequences: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """(K, B, L, N) times the transpose of each direction's weight (K, M, N) -> (K, B, L, M); the same without one."""
     if weight is None:
-        return delta
+        return sequences
     # one batched product over the directions; B * L rows merge without a copy
-    product = torch.bmm(delta.flatten(1, 2), weight.to(delta.dtype).transpose(1, 2))
-    return product.unflatten(1, delta.shape[1:3])
+    product = torch.bmm(sequences.flatten(1, 2), weight.to(sequences.dtype).transpose(1, 2))
+    return product.unflatten(1, sequences.shape[1:3])
 
 
 def selective_scan_reference(
