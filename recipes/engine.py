@@ -29,7 +29,7 @@ from .parallel import (
     optimizer_state,
 )
 from .parsing import flatten
-from .resume import ORDER, Start
+from .resume import Start, has_the_same_pictures
 from .signals import Agreement, Stopped, StopRequest
 from .transforms import seed_of
 from .watch import Display, Utilisation
@@ -121,8 +121,7 @@ class Trainer:
         if self.ema is not None:
             load_model_state(self.ema.module, read_tensors(checkpoint, "ema"))
         self._loss_sum.fill_(self.position.loss_sum)
-        before, now = (dict(flatten(each)) for each in (state["config"], dataclasses.asdict(self.config)))
-        if all(before.get(key) == now[key] for key in ORDER):  # else the pictures are others
+        if has_the_same_pictures(start, self.config):
             self.loader.undecodable.update(self.position.undecodable)
 
     def fit(self, start: Start | None = None) -> list[Metrics]:

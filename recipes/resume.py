@@ -113,14 +113,25 @@ def choose(folder: CheckpointFolder, resume: str) -> Path | None:
     return chosen
 
 
+def settings_of(start: Start, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The checkpoint's and the run's settings by their keys, as JSON holds them."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    return dict(flatten(start.state["config"])), dict(flatten(now))
+
+
+def has_the_same_pictures(start: Start, config: TrainConfig) -> bool:
+    """Whether the run trains on what the checkpoint's did, in the same order."""
+    before, now = settings_of(start, config)
+    return all(before.get(key) == now.get(key) for key in ORDER)
+
+
 def compare(config: TrainConfig, start: Start, console: Console) -> None:
     """Refuse the checkpoint of another run, and name settings that have changed.
 
     Raises:
         RunError: With every difference that makes going on impossible.
     """
-    before = dict(flatten(start.state["config"]))
-    now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
+    before, now = settings_of(start, config)
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
     if ("pretrained" in before) != ("pretrained" in now):
         raise RunError(f"{start.checkpoint} is of the other recipe. {ways}")

@@ -638,7 +638,7 @@ def test_one_operator_between_the_projections(batch: int) -> None:
     assert counts[0] == counts[2] and counts[1] == 2 * counts[0]
 
 
-@pytest.mark.parametrize("wrong", range(1, 9))
+@pytest.mark.parametrize("wrong", range(1, 10))
 def test_shapes_that_do_not_fit_are_refused_before_any_kernel(wrong: int) -> None:
     shapes = [(2, 5, 6), (2, 5, 6), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3), (2, 6), (2, 6, 4), (2, 6), (2, 5)]
     shapes[wrong] = (*shapes[wrong][:-1], shapes[wrong][-1] + 2) if wrong != 2 else (2, 5, 4)

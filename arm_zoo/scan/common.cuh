@@ -1,7 +1,6 @@
 // What the kernels of arm_zoo/scan/cuda.py share; this text stands before theirs when NVRTC compiles them.
 //
-// A lane holds two adjacent channels. Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (4, 8 or 16); CHUNK steps
-// between saved states (16); VEC 1 where pairs of channels are aligned (even number of channels and even strides);
+// Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (4, 8 or 16); CHUNK steps between saved states (16);
 // HAS_BIAS, SOFTPLUS, and each kernel's own.
 
 #define LOG2E 1.4426950408889634f
@@ -9,10 +8,8 @@ typedef long long i64;
 
 #if DTYPE == 0
 typedef float T;
-typedef float2 Pair;
 #else
 typedef unsigned short T;
-typedef unsigned Pair;
 #endif
 
 __device__ __forceinline__ float to_float(T v) {
@@ -24,46 +21,6 @@ __device__ __forceinline__ float to_float(T v) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
     return f;
-#endif
-}
-__device__ __forceinline__ T from_float(float v) {
-#if DTYPE == 0
-    return v;
-#else
-    T r;
-#if DTYPE == 1
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#endif
-    return r;
-#endif
-}
-__device__ __forceinline__ float2 unpack(Pair p) {
-#if DTYPE == 0
-    return p;
-#elif DTYPE == 1
-    return make_float2(__uint_as_float(p << 16), __uint_as_float(p & 0xffff0000u));
-#else
-    return make_float2(to_float((T)(p & 0xffffu)), to_float((T)(p >> 16)));
-#endif
-}
-__device__ __forceinline__ Pair pack_states(float x, float y) {
-#if DTYPE == 0
-    return make_float2(x, y);
-#else
-    unsigned r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
-    return r;
-#endif
-}
-__device__ __forceinline__ Pair pack(float x, float y) {
-#if DTYPE == 2
-    unsigned r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
-    return r;
-#else
-    return pack_states(x, y);
 #endif
 }
 // saved states and partial sums have the inputs' bits: float32, or bfloat16 also for float16, whose range is too small
@@ -83,32 +40,13 @@ __device__ __forceinline__ T to_state(float v) {
     return r;
 #endif
 }
-// two adjacent channels d0, d1 (both clamped to existing ones) of a row
-__device__ __forceinline__ Pair load_pair(const T *row, int d0, int d1) {
-#if VEC
-    return *(const Pair *)(row + d0);
-#elif DTYPE == 0
-    return make_float2(row[d0], row[d1]);
+__device__ __forceinline__ T from_float(float v) {
+#if DTYPE == 2
+    T r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
+    return r;
 #else
-    return (unsigned)row[d0] | ((unsigned)row[d1] << 16);
-#endif
-}
-__device__ __forceinline__ void store_pair(T *row, int d, bool ok0, bool ok1, Pair p) {
-#if VEC
-    if (ok0) *(Pair *)(row + d) = p;
-#elif DTYPE == 0
-    if (ok0) row[d] = p.x;
-    if (ok1) row[d + 1] = p.y;
-#else
-    if (ok0) row[d] = (T)(p & 0xffffu);
-    if (ok1) row[d + 1] = (T)(p >> 16);
-#endif
-}
-__device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) {
-#if VEC
-    return *(const float2 *)(row + d0);
-#else
-    return make_float2(row[d0], row[d1]);
+    return to_state(v);
 #endif
 }
 // keeps a pointer to global memory in registers: an access is then it plus a constant, not a sum made anew of its parts

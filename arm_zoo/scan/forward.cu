@@ -8,10 +8,73 @@
 // Step sizes of low rank become whole here, a chunk at a time on the tensor cores: written and read in memory they would
 // cost more than the scan's own inputs. Warps, one a picture, then share a block and its part of the weight.
 //
-// Macros: those of common.cuh; SAVE 1 to store the states before every chunk for the backward scan; PICTURES of a
-// block; RANK of the step sizes, 0 if they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
+// Macros: those of common.cuh; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
+// SAVE 1 to store the states before every chunk for the backward scan; PICTURES of a block; RANK of the step sizes, 0 if
+// they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
 
 #define GROUP 4  // steps whose inputs are in flight
+
+#if DTYPE == 0
+typedef float2 Pair;
+#else
+typedef unsigned Pair;
+#endif
+
+__device__ __forceinline__ float2 unpack(Pair p) {
+#if DTYPE == 0
+    return p;
+#elif DTYPE == 1
+    return make_float2(__uint_as_float(p << 16), __uint_as_float(p & 0xffff0000u));
+#else
+    return make_float2(to_float((T)(p & 0xffffu)), to_float((T)(p >> 16)));
+#endif
+}
+__device__ __forceinline__ Pair pack_states(float x, float y) {
+#if DTYPE == 0
+    return make_float2(x, y);
+#else
+    unsigned r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
+    return r;
+#endif
+}
+__device__ __forceinline__ Pair pack(float x, float y) {
+#if DTYPE == 2
+    unsigned r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
+    return r;
+#else
+    return pack_states(x, y);
+#endif
+}
+// two adjacent channels d0, d1 (both clamped to existing ones) of a row
+__device__ __forceinline__ Pair load_pair(const T *row, int d0, int d1) {
+#if VEC
+    return *(const Pair *)(row + d0);
+#elif DTYPE == 0
+    return make_float2(row[d0], row[d1]);
+#else
+    return (unsigned)row[d0] | ((unsigned)row[d1] << 16);
+#endif
+}
+__device__ __forceinline__ void store_pair(T *row, int d, bool ok0, bool ok1, Pair p) {
+#if VEC
+    if (ok0) *(Pair *)(row + d) = p;
+#elif DTYPE == 0
+    if (ok0) row[d] = p.x;
+    if (ok1) row[d + 1] = p.y;
+#else
+    if (ok0) row[d] = (T)(p & 0xffffu);
+    if (ok1) row[d + 1] = (T)(p >> 16);
+#endif
+}
+__device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) {
+#if VEC
+    return *(const float2 *)(row + d0);
+#else
+    return make_float2(row[d0], row[d1]);
+#endif
+}
 
 #if RANK
 #if DTYPE == 1

@@ -99,22 +99,9 @@ def _inner_forward(
     return y, projected, saved
 
 
-def _inner_backward(
-    module: ModuleType,
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor,
-    x_proj_weight: torch.Tensor,
-    dt_proj_weight: torch.Tensor,
-    dt_proj_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    order: torch.Tensor | None,
-    projected: torch.Tensor,
-    saved: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+def _inner_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     """Gradients of x, the weights, A and D; the scans' inputs are convolved anew, as their memory is worth more."""
+    x, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, order, projected, saved = args
     u = module.causal_conv(x, conv_weight, conv_bias, order)
     delta, B, C = _split(projected, dt_proj_weight.shape[-1])
     inputs = (u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight)
@@ -205,18 +192,8 @@ def _scan_backward_fake(
 
 
 @_inner.register_fake
-def _inner_fake(
-    x: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor,
-    x_proj_weight: torch.Tensor,
-    dt_proj_weight: torch.Tensor,
-    dt_proj_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    order: torch.Tensor | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inner_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    conv_weight, _, x_proj_weight, _, _, A, _, _, backend = args
     directions = len(conv_weight)
     projected = x.new_empty(directions, *x.shape[:2], x_proj_weight.shape[1])
     states = _empty_states(x, torch.Size((directions, *x.shape)), A, True, backend)
