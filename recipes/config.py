@@ -126,6 +126,7 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and scan states stay fp32
     max_batch_per_device: int | None = limited(None, AT_LEAST_TWO_OR_NULL)  # accumulate gradients; null: all at once
     compile: bool = False
+    cuda_graphs: bool = False  # with compile, on one GPU: replay a step's launches, for models so small that it waits
     fused_adamw: bool = True  # on CUDA; elsewhere the plain one is used
     gradient_checkpointing: bool = False  # recompute the blocks' activations: less memory, a third more work
     fsdp: bool = False  # shard parameters, gradients and optimizer over the processes
@@ -149,6 +150,8 @@ class TrainConfig(Config):
             found["global_batch"] = (
                 f"global_batch is {self.global_batch}; allowed: an even number, as pictures go in pairs"
             )
+        if self.cuda_graphs and not (self.compile and self.max_batch_per_device is None):
+            found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device=null"
         if self.model:
             try:
                 self.build(device="meta")

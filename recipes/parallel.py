@@ -57,11 +57,22 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """The callable that trains ``model``: compiled if asked for, gradients averaged over the processes."""
-    forward = torch.compile(model) if config.compile else model
+    """The callable that trains ``model``: compiled if asked for, gradients averaged over the processes.
+
+    Raises:
+        RunError: If CUDA graphs are asked for where they are not known to work.
+    """
+    kind = accelerator.device.type
+    if config.cuda_graphs and (kind != "cuda" or accelerator.num_processes > 1):
+        raise RunError(
+            f"cuda_graphs is true, but there are {accelerator.num_processes} processes on {kind}; allowed: one "
+            "process on a GPU (cuda); type cuda_graphs=false"
+        )
+    mode = "reduce-overhead" if config.cuda_graphs else "default"
+    forward = torch.compile(model, mode=mode) if config.compile else model
     if accelerator.num_processes == 1 or config.fsdp:
         return forward
-    on_gpu = accelerator.device.type != "cpu"
+    on_gpu = kind != "cpu"
     return DistributedDataParallel(
         forward,
         device_ids=[accelerator.device] if on_gpu else None,

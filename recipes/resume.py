@@ -18,9 +18,9 @@ from .parsing import flatten
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
 OPERATION = (
-    "output_dir", "device", "cpu_threads", "max_batch_per_device", "compile", "fused_adamw", "gradient_checkpointing",
-    "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps", "checkpoint_minutes", "keep_last",
-    "keep_every", "data.workers", "evaluate_every",
+    "output_dir", "device", "cpu_threads", "max_batch_per_device", "compile", "cuda_graphs", "fused_adamw",
+    "gradient_checkpointing", "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps",
+    "checkpoint_minutes", "keep_last", "keep_every", "data.workers", "evaluate_every",
 )  # fmt: skip
 # Keys that decide which pictures of an epoch are still to come: they may change where an epoch begins, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")

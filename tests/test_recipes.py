@@ -110,6 +110,7 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "fsdp=true"): "fsdp is true, but there is one process",
     ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the pictures have 1",
     ("pretrain", "tracker=abacus"): "tracker is 'abacus'; allowed: tensorboard, wandb, trackio, none",
+    ("pretrain", "cuda_graphs=true"): "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device",
     ("pretrain", "compile=maybe"): "compile is 'maybe'; allowed: true or false",
     ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
     ("finetune", "model_args.num_classes=5"): "model_args.num_classes is 5, but digits has 10 classes",
@@ -471,6 +472,22 @@ def test_parts_of_a_batch_and_recomputing_change_nothing(tmp_path: Path) -> None
         assert all(torch.allclose(weights[name][key], weights["whole"][key], atol=1e-4) for key in weights["whole"])
     other = pretraining(tmp_path / "other", "seed=1")
     assert other.history[0]["loss"] != results["whole"].history[0]["loss"]
+
+
+def test_cuda_graphs_need_one_process_on_a_gpu(tmp_path: Path) -> None:
+    settings = [*TINY, *TINY_ENCODER, f"output_dir={tmp_path}", "compile=true", "cuda_graphs=true"]
+    with pytest.raises(RunError, match=r"there are 1 processes on cpu; allowed: one process on a GPU"):
+        pretrain(load_config(PretrainConfig, PRETRAIN, settings))
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_no_loss(tmp_path: Path) -> None:
+    losses = []
+    for graphs in ("false", "true"):
+        settings = ["device=auto", "compile=true", f"cuda_graphs={graphs}", f"output_dir={tmp_path / graphs}"]
+        history = pretrain(load_config(PretrainConfig, PRETRAIN, [*TINY, *TINY_ENCODER, *settings])).history
+        losses.append([row["loss"] for row in history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.gpu
