@@ -26,6 +26,7 @@ class Entry:
     params_m: float | None
     source: str
     architecture: str = ""
+    dtype: str = ""  # of measured ones
     top1: dict[str, float] = field(default_factory=dict)
     interval: tuple[float, float] | None = None  # of in1k, 95%
     clean: dict[str, float] = field(default_factory=dict)  # clean pictures of the 200 classes of a and r
@@ -73,10 +74,13 @@ def reported_entries(paper: Path) -> list[Entry]:
 
 
 def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
-    """Rows of `python -m eval` by model, weights and preprocessing; the newest of a set counts, limited ones never."""
+    """Rows of `python -m eval` by model, weights and preprocessing; the newest of a set counts.
+
+    Rows that are limited, have no picture, or are of sets without a column are left out.
+    """
     entries: dict[tuple[str, ...], Entry] = {}
     for row in rows:
-        if row["limit"] or row["set"] not in (*SETS, "v2-threshold0.7", "v2-top-images"):
+        if row["limit"] or row["set"] not in SETS or row["n"] == "0":
             continue
         key = tuple(row[name] for name in results.WAY)
         crop = f"crop {row['crop_pct']} {row['crop_mode']}, {row['interpolation']}, {row['dtype']}"
@@ -90,6 +94,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
                 params_m=number(row["params_m"]),
                 source=f"{row['weights']} ({row['weights_sha256'][:8] or 'no checksum'}), {crop}",
                 architecture=row["model"],
+                dtype=row["dtype"],
             ),
         )
         entry.top1[row["set"]] = float(row["top1"])
@@ -119,7 +124,7 @@ def read_speeds(path: Path) -> list[dict[str, str]]:
 
 def circumstances(row: Mapping[str, str]) -> str:
     compiled = ", compiled" if row["compile"] == "True" else ""
-    return f"{row['device']}, {row['dtype']}{compiled}, batch {row['batch_size']}, measured"
+    return f"{row['device']}, {row['dtype']}{compiled}, measured"
 
 
 def add_speeds(entries: Iterable[Entry], speeds: Iterable[Mapping[str, str]]) -> None:

@@ -1,7 +1,8 @@
 """Makes the leaderboard from measured rows and the paper's tables: LEADERBOARD.md, README's table, leaderboard.html.
 
 Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval` and
-`python -m eval.throughput`, reported ones from eval/paper; the two are never mixed in one row.
+`python -m eval.throughput`, reported ones from eval/paper. No row mixes accuracies of the two; the chart may set a
+reported accuracy beside a speed that was measured of the same architecture.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
         [
             *(entry.model, f"**{entry.kind}**" if entry.kind == "measured" else f"*{entry.kind}*", entry.img_size),
             *(figure(*column(entry)) for column in columns.values()),
-            "; ".join(entry.notes),
+            "; ".join([entry.source, *entry.notes] if entry.kind == "measured" else entry.notes),
         ]
         for entry in entries
     ]
@@ -84,11 +85,12 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
 
 
 def readme_table(entries: Sequence[Entry]) -> str:
-    """Our entries: measured rows, and what the paper reports of theirs."""
+    """Rows measured in fp32 on sets that are canonical, and what the paper reports of our entries."""
     titles = ["entry", "figures", "size", *SET_TITLES.values()]
     rows = []
     for entry in entries:
-        if entry.kind == "measured" or entry.architecture.startswith("arm_"):
+        publishable = entry.dtype == "fp32" and not entry.notes
+        if publishable if entry.kind == "measured" else entry.architecture.startswith("arm_"):
             digits = 2 if entry.kind == "measured" else 1
             kind = "**measured**" if entry.kind == "measured" else "*reported by the paper*"
             accuracies = [figure(entry.top1.get(name), digits) for name in SETS]
@@ -97,7 +99,7 @@ def readme_table(entries: Sequence[Entry]) -> str:
 
 
 def state_of(entries: Sequence[Entry]) -> str:
-    count = sum(entry.kind == "measured" for entry in entries)
+    count = len({entry.model for entry in entries if entry.kind == "measured"})
     if count:
         return f"Measured by this project: {count} {'model' if count == 1 else 'models'}."
     return (
@@ -123,8 +125,8 @@ def leaderboard_md(entries: Sequence[Entry], speeds: Sequence[Mapping[str, str]]
     parts = [
         "# Leaderboard",
         "Made by `python -m eval.leaderboard`; do not edit. The same as a page with charts: leaderboard.html.",
-        f"{state_of(entries)} Rows marked **measured** come from `python -m eval` (top-1 in percent, fp32 unless the "
-        "notes say otherwise); rows marked *reported* are the tables of "
+        f"{state_of(entries)} Rows marked **measured** come from `python -m eval` (top-1 in percent; the notes "
+        "say by which weights and how); rows marked *reported* are the tables of "
         "[arXiv:2406.07537](https://arxiv.org/abs/2406.07537), which we did not measure.",
         "## Accuracy",
         accuracy_table(entries),

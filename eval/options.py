@@ -44,9 +44,12 @@ def tolerance(text: str) -> float:
 
 def usable_device(text: str) -> torch.device:
     try:
-        return torch.empty(0, device=text).device
+        device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError("device 'meta' holds no numbers; expected cpu, cuda, ...")
+    return device
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +147,9 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        print("stopped; python -m eval --resume goes on from here", file=sys.stderr)
+        return 130
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """The table of scores: one CSV row for each model and set, appended whole or not at all; and unfinished passes."""
 
 import csv
+import hashlib
 import io
 import os
 import tempfile
@@ -100,12 +101,26 @@ class Unfinished:
     """Predictions of a pass that is under way, kept beside the results so that a killed run goes on from there.
 
     Each process appends records of one fixed size to its own file; a record cut short by the kill is left out.
+
+    Args:
+        output: the table that the rows will be in.
+        row: what the row measures.
+        way: what else must be the same for the rest of a pass to fit its beginning.
+        record: a prediction's dtype.
     """
 
-    def __init__(self, output: Path, name: str, record: np.dtype) -> None:
+    def __init__(self, output: Path, row: Sequence[str], way: Sequence[str], record: np.dtype) -> None:
         self._folder = Path(f"{output}.partial")
-        self._name = name
+        self._row, rest = (hashlib.sha256("\t".join(part).encode()).hexdigest()[:16] for part in (row, way))
+        self._name = f"{self._row}-{rest}"
         self._record = record
+
+    def remove_others(self) -> bool:
+        """Delete what passes in other ways have left for the same row; whether there was any."""
+        others = set(self._folder.glob(f"{self._row}-*")) - set(self._files())
+        for file in others:
+            file.unlink()
+        return bool(others)
 
     def _files(self) -> Sequence[Path]:
         return sorted(self._folder.glob(f"{self._name}.*"))

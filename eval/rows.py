@@ -1,6 +1,5 @@
 """From a model and the sets to rows of the table: who scores what, and what each row says."""
 
-import hashlib
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -174,11 +173,14 @@ class Scorer:
         row = {**row, "device": device_name(self.state.device), "processes": self.state.num_processes}
         # what the row says of a pass holds for all of it
         said = ("batch_size", "device", *models.versions())
-        identity = "\t".join([*results.key(row), *(str(row[column]) for column in said)])
-        name = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        unfinished = Unfinished(self.output, name, record)
+        unfinished = Unfinished(self.output, results.key(row), [str(row[column]) for column in said], record)
         kept = np.zeros(0, record)
         if self.state.is_main_process:
+            if unfinished.remove_others() and self.resume:
+                print(
+                    f"{row['model']}, {row['set']}: starting over; a run that died had another {', '.join(said)}",
+                    file=sys.stderr,
+                )
             left = unfinished.load()
             if len(left):
                 doing = "going on after" if self.resume else "starting over; --resume would have gone on after"

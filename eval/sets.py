@@ -52,7 +52,8 @@ SETS = {
 }
 SORT_VAL = (
     "put ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into one folder and let torchvision sort them into "
-    "FOLDER/val: python -c \"import torchvision; torchvision.datasets.ImageNet('FOLDER', split='val')\""
+    "FOLDER/val: python -c \"import torchvision; torchvision.datasets.ImageNet('FOLDER', split='val')\"; then --sets "
+    "in1k=FOLDER"
 )
 
 
@@ -79,9 +80,21 @@ class LabelledSet:
 def open_set(name: str, locations: Sequence[str]) -> Listing:
     """The pictures of a set, labels as they are there; see `eval.sources.open_source`."""
     try:
-        return open_source(locations, SETS[name].folders)
+        listing = open_source(locations, SETS[name].folders)
+        _refuse_another_release(name, listing)
     except ValueError as error:
         raise ValueError(f"--sets {name}: {error}") from error
+    return listing
+
+
+def _refuse_another_release(name: str, listing: Listing) -> None:
+    """The releases of ImageNetV2, for one, have the same classes and numbers of pictures."""
+    for other, spec in SETS.items():
+        for folder in spec.folders if name not in (CUSTOM, other) else ():
+            if folder.startswith("imagenet") and any(f"/{folder}/" in f"/{file}" for file in listing.files):
+                raise ValueError(
+                    f"{listing.location} has pictures of {folder}; that is the set {other}={listing.location}"
+                )
 
 
 def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:

@@ -75,7 +75,8 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
         if len(locations) == 1 and HUB_ID.fullmatch(location):
             return _open_hub(location)
         raise ValueError(f"no file or folder {str(missing[0])!r}, and it is no Hub dataset id (OWNER/NAME) either")
-    if len(paths) == 1 and paths[0].is_dir():
+    # where a release was unpacked, or sorted, beside its tars, the folder counts
+    if len(paths) == 1 and paths[0].is_dir() and not any((paths[0] / folder).is_dir() for folder in folders):
         paths = _files_of_folder(paths[0]) or paths
     if all(path.suffix == ".parquet" for path in paths):
         listing = _open_parquet(location, paths)
@@ -178,7 +179,10 @@ def _open_tars(location: str, paths: Iterable[Path], folders: Sequence[str]) -> 
 def _labelled(location: str, files: list[str], raw: Sequence[str], read: Reader, sizes: Sequence[int]) -> Listing:
     """A listing by labels written as text: numbers or names."""
     if all(re.fullmatch(r"-?\d+", label) for label in raw):
-        numbers = np.array([int(label) for label in raw], dtype=np.int64)
+        try:
+            numbers = np.array([int(label) for label in raw], dtype=np.int64)
+        except OverflowError as error:
+            raise ValueError(f"{location}: {max(raw, key=len)} is no label") from error
         return Listing(location, files, numbers, None, False, read, np.array(sizes))
     class_names = tuple(sorted(set(raw)))
     index = {name: i for i, name in enumerate(class_names)}
@@ -198,14 +202,25 @@ def _open_parquet(location: str, paths: Sequence[Path]) -> Listing:
 
 
 def _open_hub(location: str) -> Listing:
-    from datasets import get_dataset_split_names, load_dataset
+    from datasets import load_dataset, load_dataset_builder
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    if HF_HUB_OFFLINE:
+        raise ValueError(
+            f"no file or folder {location!r} here, and offline mode is on (HF_HUB_OFFLINE); download the data set "
+            "where there is a network (hf download --repo-type dataset OWNER/NAME) and name its parquet files or tars"
+        )
     _quiet_in_logs()
     match = HUB_ID.fullmatch(location)
     name, revision, split = match["id"], match["revision"], match["split"]  # type: ignore[index]
     try:
-        split = split or _choose_split(get_dataset_split_names(name, revision=revision), name)
-        dataset = load_dataset(name, split=split, revision=revision)
+        files = load_dataset_builder(name, revision=revision).config.data_files
+        splits = [str(found) for found in files]
+        split = split or _choose_split(splits, name)
+        if split not in splits:
+            raise ValueError(f"{name} has no split {split!r}, only {', '.join(splits)}")
+        # without data_files, the files of all other splits are fetched, too
+        dataset = load_dataset(name, split=split, revision=revision, data_files={split: list(files[split])})
     except ValueError:
         raise
     except Exception as error:  # offline, gated, private or not there: each has a class of its own

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from timm.data import get_img_extensions
 
-EXTENSIONS = frozenset(get_img_extensions(as_set=True))
+EXTENSIONS = frozenset({*get_img_extensions(as_set=True), ".webp"})
 
 
 def is_picture(path: str) -> bool:
@@ -94,7 +94,7 @@ def read_shards(shards: Mapping[Path, Mapping[str, Member]]) -> tuple[list[str],
     """Names, labels as text, and places of the pictures of WebDataset shards, whose keys are unique within a shard.
 
     Raises:
-        ValueError: if a picture has no label.
+        ValueError: if a picture has no label, or one that cannot be read.
     """
     files, labels, places = [], [], []
     for shard, members in sorted(shards.items()):
@@ -102,13 +102,19 @@ def read_shards(shards: Mapping[Path, Mapping[str, Member]]) -> tuple[list[str],
             name = sidecar(file, members)
             if name is None:
                 raise ValueError(f"{shard}: {file} has neither a .cls nor a .json with its label beside it")
-            text = members[name].read().decode().strip()
-            if name.endswith(".json"):
-                facts = json.loads(text)
-                if "label" not in facts:
-                    raise ValueError(f'{shard}: {name} has no "label", only {", ".join(sorted(facts))}')
-                text = str(facts["label"])
             files.append(f"{shard.name}/{file}")
-            labels.append(text)
+            labels.append(_label_of(f"{shard}: {name}", members[name].read()))
             places.append(members[file])
     return files, labels, places
+
+
+def _label_of(name: str, contents: bytes) -> str:
+    try:
+        text = contents.decode().strip()
+        facts = json.loads(text) if name.endswith(".json") else {"label": text}
+    except ValueError as error:  # of the encoding or of JSON
+        raise ValueError(f"{name} holds no label: {error}") from error
+    if not isinstance(facts, dict) or "label" not in facts:
+        found = f"only {', '.join(sorted(facts))}" if isinstance(facts, dict) else f"it is {str(facts)[:40]}"
+        raise ValueError(f'{name} has no "label", {found}')
+    return str(facts["label"])

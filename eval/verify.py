@@ -86,6 +86,8 @@ def read_card(model: str, weights: str | None, card: Path | None) -> tuple[str, 
         ValueError: if there is no card, or it has no figures.
     """
     source = str(card) if card else _card_beside(model, weights)
+    if card is not None and not card.is_file():
+        raise ValueError(f"there is no card {card}; name a README.md with --card FILE")
     try:
         data = ModelCard.load(source, ignore_metadata_errors=True).data
         figures = reported(data.eval_results or [], shares=TRAINERS_TAG in (data.get("tags") or ()))

@@ -16,6 +16,8 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -61,6 +63,10 @@ def random_picture(generator: np.random.Generator) -> Pillow.Image:
     small = generator.integers(0, 256, (3, 3, 3), dtype=np.uint8)
     size = tuple(int(x) for x in generator.integers(150, 260, 2))
     return Pillow.fromarray(small).resize(size, Pillow.Resampling.BICUBIC)
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
 
 
 class OwnScorer:
@@ -321,20 +327,35 @@ def test_sources_of_other_kinds_count_the_same(kind: str, world: World, tmp_path
     assert {row["set"]: counts_of(row) for row in rows} == expected
 
 
+def builder_of(**files: list[str]) -> SimpleNamespace:
+    """What `datasets` knows of a data set before it fetches it."""
+    return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+
 @pytest.mark.usefixtures("caches")
 def test_hub_dataset(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet = as_parquet(world.planted["a"], tmp_path / "a.parquet", WNIDS)
     asked = []
 
-    def load_dataset(name: str, split: str, revision: str | None) -> Dataset:
-        asked.append((name, split, revision))
+    def load_dataset(name: str, split: str, revision: str | None, data_files: dict[str, list[str]]) -> Dataset:
+        asked.append((name, split, revision, data_files))
         return Dataset.from_parquet(str(parquet))
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name, revision: ["train", "test"])
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda name, revision: builder_of(train=["x"], test=["y"]))
     rows = run(world, tmp_path / "results.csv", "--sets", "a=someone/imagenet-a@v1")
-    assert asked == [("someone/imagenet-a", "test", "v1")]
+    assert asked == [("someone/imagenet-a", "test", "v1", {"test": ["y"]})]
     assert counts_of(rows[0]) == world.planted["a"].counts
+
+
+def test_releases_sorted_beside_their_tars(world: World, tmp_path: Path) -> None:
+    """As torchvision leaves ImageNet's, following the advice for a flat folder."""
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "val").symlink_to(world.planted["in1k"].path, target_is_directory=True)
+    with tarfile.open(tmp_path / "imagenet" / "ILSVRC2012_img_val.tar", "w") as archive:
+        archive.add(next(world.planted["in1k"].path.rglob("*.JPEG")), "ILSVRC2012_val_00000001.JPEG")
+    rows = run(world, tmp_path / "results.csv", "--sets", f"in1k={tmp_path / 'imagenet'}")
+    assert counts_of(rows[0]) == world.planted["in1k"].counts
 
 
 def odd_pictures(folder: Path) -> None:
@@ -424,11 +445,11 @@ def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch
     def dying(self: scoring.Forward, images: torch.Tensor) -> torch.Tensor:
         calls.append(len(images))
         if len(calls) == 8:  # in the second set: v2 has had three batches, one of them cut short below
-            raise KeyboardInterrupt
+            raise Killed
         return forward(self, images)
 
     monkeypatch.setattr(scoring.Forward, "__call__", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(world, output, *words)
     assert [row["set"] for row in results.read(output)] == ["in1k", "real"]
     [partial] = (tmp_path / "results.csv.partial").glob("*.0")
@@ -438,6 +459,20 @@ def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch
     rows = run(world, output, *words, "--resume")
     check(rows, world)
     assert sum(calls) == PER_SET * 4 - 4  # one whole batch of v2 was there; the other sets were not begun
+    assert not (tmp_path / "results.csv.partial").exists()
+
+
+def test_a_killed_run_of_another_batch_size_is_told_and_forgotten(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results.csv"
+    words = ["--sets", f"a={world.planted['a'].path}", "--batch-size"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(scoring.Forward, "__call__", Mock(side_effect=Killed))
+        run(world, output, *words, "4")
+    [row] = run(world, output, *words, "8", "--resume")
+    assert counts_of(row) == world.planted["a"].counts
+    assert "starting over; a run that died had another batch_size, device" in capsys.readouterr().err
     assert not (tmp_path / "results.csv.partial").exists()
 
 
@@ -489,11 +524,11 @@ def test_rows_of_other_preprocessing_are_not_reused(
     def dying(self: scoring.Forward, images: torch.Tensor) -> torch.Tensor:
         seen.append(len(images))
         if len(seen) == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return forward(self, images) if images.shape[-1] == 160 else torch.zeros(len(images), 1000)  # all it takes
 
     monkeypatch.setattr(scoring.Forward, "__call__", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(world, output, *words, "--batch-size", "1", weights=before)
     seen.clear()
     seen += [0] * 10
@@ -671,6 +706,8 @@ def test_verify_needs_figures(world: World, tmp_path: Path, capsys: pytest.Captu
     words = [MODEL, "--weights", str(world.weights), "--device", "cpu", "--sets", f"v2={world.planted['v2'].path}"]
     assert verify.main(words) == 1
     assert "no card at" in capsys.readouterr().err
+    assert verify.main([*words, "--card", str(tmp_path / "none.md")]) == 1
+    assert f"there is no card {tmp_path / 'none.md'}; name a README.md" in capsys.readouterr().err
     empty = tmp_path / "empty.md"
     empty.write_text("# no figures\n")
     assert verify.main([*words, "--card", str(empty)]) == 1

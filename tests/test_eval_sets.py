@@ -1,9 +1,10 @@
 """Label spaces against timm's lists, metrics on hand-made logits, and what is refused with which message."""
 
+import argparse
 import io
-import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from timm.data import ImageNetInfo
 
 from eval import __main__ as program
 from eval import metrics, results, sets
+from eval.options import guarded
 
 WNIDS = ImageNetInfo().label_names()
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -200,7 +202,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("in1k", ["val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000002.JPEG"],
          "all 2 pictures lie flat in one folder, so their classes are unknown; put ILSVRC2012_img_val.tar"),
         ("v2", ["a.jpeg", "b.jpeg"], "each class needs a folder of its own"),
-        ("in1k", ["n01440764/readme.txt"], "no pictures (.jpeg, .jpg, .png) in"),
+        ("in1k", ["n01440764/readme.txt"], "no pictures (.jpeg, .jpg, .png, .webp) in"),
     ],
 )  # fmt: skip
 def test_trees_that_are_refused(
@@ -318,29 +320,67 @@ def test_rows_are_appended_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["results.csv"]
 
 
-def test_json_sidecar_without_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name, label, message",
+    [
+        ("1.json", b'{"width": 3}', '1.json has no "label", only width'),
+        ("1.json", b"5", '1.json has no "label", it is 5'),
+        ("1.json", b"{bad", "x.tar: 1.json holds no label: Expecting property name"),
+        ("1.cls", b"\xff\xfe", "x.tar: 1.cls holds no label: 'utf-8' codec"),
+        ("1.cls", b"9" * 23, "x.tar: 99999999999999999999999 is no label"),
+    ],
+)
+def test_sidecars_without_label(
+    name: str, label: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name, data in (("1.jpg", picture()), ("1.json", json.dumps({"width": 3}).encode())):
-            info = tarfile.TarInfo(name)
+        for file, data in (("1.jpg", picture()), (name, label)):
+            info = tarfile.TarInfo(file)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    assert '1.json has no "label", only width' in refusal(
-        capsys, "--sets", f"v2={tmp_path / 'x.tar'}", "--show-mapping"
+    assert message in refusal(capsys, "--sets", f"v2={tmp_path / 'x.tar'}", "--show-mapping")
+
+
+def test_another_release_of_v2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "set", "imagenetv2-threshold0.7-format-val/0/1.jpeg")
+    message = refusal(capsys, "--sets", f"v2={root}", "--show-mapping")
+    assert (
+        f"{root} has pictures of imagenetv2-threshold0.7-format-val; that is the set v2-threshold0.7={root}" in message
     )
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    assert guarded(interrupted, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == "stopped; python -m eval --resume goes on from here\n"
+
+
+def test_devices_without_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--sets", "in1k=x", "--device", "meta"])
+    assert "device 'meta' holds no numbers; expected cpu, cuda" in capsys.readouterr().err
 
 
 def test_hub_datasets_that_are_not_to_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def unreachable(name: str, revision: str | None) -> list[str]:
+    def unreachable(name: str, revision: str | None) -> None:
         raise ConnectionError("no such host\nin this test")
 
-    monkeypatch.setattr("datasets.get_dataset_split_names", unreachable)
+    monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
     assert "data/val is neither a file or folder here nor a dataset the Hub gives us: no such host" in message
-    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name, revision: ["train", "extra"])
+    found = SimpleNamespace(config=SimpleNamespace(data_files={"train": ["x"], "extra": ["y"]}))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda name, revision: found)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
     assert "data/val has the splits train, extra; name the one to score: data/val:train" in message
+    message = refusal(capsys, "--sets", "in1k=data/val:test", "--show-mapping")
+    assert "data/val has no split 'test', only train, extra" in message
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
+    assert "no file or folder 'data/val' here, and offline mode is on" in message
 
 
 def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

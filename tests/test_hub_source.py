@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import datasets
@@ -34,6 +34,7 @@ class Repository(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     files: dict[str, bytes]
+    sent: ClassVar[list[str]] = []  # names of files, in order
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing."""
@@ -69,6 +70,7 @@ class Repository(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def send(self, name: str) -> None:
+        self.sent.append(name)
         content = self.files[name]
         headers = {"ETag": f'"{self.describe(name)["oid"]}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
         if "Range" not in self.headers:
@@ -93,10 +95,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-def read(repo: Path, home: Path, *streaming: bool, **environment: str) -> list[list[Any]]:
+def read(repo: Path, home: Path, *streaming: bool, program: str = PROGRAM, **environment: str) -> list[list[Any]]:
     """What a process of its own reads: the client takes its settings when it is imported."""
     settings = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(streaming)]
+    command = [sys.executable, "-c", program, json.dumps(streaming)]
     result = subprocess.run(command, env=settings, cwd=repo, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -107,3 +109,17 @@ def test_a_data_set_on_the_hub(hub: str, repo: Path, tmp_path: Path) -> None:
     stream, table = read(repo, tmp_path, True, False, HF_ENDPOINT=hub)
     assert stream == ["PictureStream", *expected] and table == ["PictureTable", *expected]
     assert read(repo, tmp_path, False, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1") == [table]  # from the cache
+
+
+SCORED = """
+import json
+from eval.sources import open_source
+listing = open_source(["some/pictures"])
+print(json.dumps([listing.class_names, listing.labels.tolist()]))
+"""
+
+
+def test_scoring_fetches_its_split_alone(hub: str, repo: Path, tmp_path: Path) -> None:
+    Repository.sent.clear()
+    assert read(repo, tmp_path, program=SCORED, HF_ENDPOINT=hub) == [[["cat", "dog"], [0, 1]]]
+    assert set(Repository.sent) == {"validation-0.parquet"}

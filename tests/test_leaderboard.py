@@ -134,6 +134,8 @@ def made(tmp_path: Path, repo: Path) -> Path:
         measured_row(clean200_a_top1="93.2500"),
         measured_row(set="v2", top1="72.2500"),
         measured_row(model="limited", limit="100"),
+        measured_row(model="empty", n=0, top1="nan"),
+        measured_row(model="columnless", set="v2-top-images"),
         measured_row(model="<script>alert(1)</script>", top1="50.0000", weights_sha256="cd" * 32),
     ]
     results.append(tmp_path / "results.csv", rows)
@@ -197,12 +199,14 @@ def test_measured_rows_stand_apart(made: Path) -> None:
     [line] = lines
     assert "| 83.12 | - | 72.25 | 31.50 | - | - | 93.25 |" in line
     assert "a: 7499 pictures instead of 7500" in line
-    assert "10.00" not in text and "limited" not in text
+    assert all(word not in text for word in ("10.00", "limited", "empty", "columnless"))
+    assert "w.safetensors (abababab), crop 0.875 squash, bicubic, fp32" in line
     assert "| ARM-B | *reported* | 224 | 85 | 83.2 | 88.0 |" in text
     assert "Measured by this project: 2 models." in text
     assert "| vit_base_patch16_224 | infer | 224 | 256 | bf16 | yes | 3,456.7 | A GPU |" in text
     readme = (made / "README.md").read_text()
-    assert "| `arm_base_patch16_224` | **measured** | 224 | 83.12 |" in readme
+    assert "83.12" not in readme  # of a set that is not canonical
+    assert "| **measured** | 224 | 50.00 |" in readme
     assert "| `arm_base_patch16_224.arm_in1k_ft_in1k` | *reported by the paper* | 224 | 83.2 |" in readme
 
 
@@ -292,7 +296,7 @@ def test_filters_and_charts_follow(page: Page, made: Path) -> None:
     assert len(column(page, 0)) == 1
     choose("size", "")
     choose("search", "")
-    choose("speed", "A GPU, bf16, compiled, batch 256, measured")
+    choose("speed", "A GPU, bf16, compiled, measured")
     labels = page.run("[...document.querySelectorAll('#chart g')].map((g) => g.getAttribute('aria-label'))")
     assert "arm_base_patch16_224 224: 83.1234 %, 2,345.67 images per second, accuracy measured" in labels
     assert "ARM-B 224: 83.2 %, 2,345.67 images per second, accuracy reported" in labels
