@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     requests = open_requests(locations, real)
     if args.show_mapping and state.is_main_process:
         for request in requests:
-            if request.name != CUSTOM:
+            if request.name == CUSTOM:
+                print("custom: no mapping of its own; each model's label_names say which class has which index")
+            else:
                 labelled = sets.label(request.name, request.listing)
                 lines = [*sets.mapping(labelled), *(sets.real_mapping(labelled) if request.real else [])]
                 print("\n".join(lines))

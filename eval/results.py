@@ -54,6 +54,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, rows: Iterable[Row]) -> list[Row]:
     """Add rows: the file is written anew beside itself and renamed, under a lock that other runs wait for.
 
+    Columns that people have added stay.
+
     Returns:
         the new rows as they were written: those of A and R with what the table knows of their clean pictures.
     """
@@ -61,7 +63,8 @@ def append(path: Path, rows: Iterable[Row]) -> list[Row]:
         old = read(path)
         table = with_clean_columns([*old, *rows])
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        added = [column for column in (old[0] if old else ()) if column not in COLUMNS]
+        writer = csv.DictWriter(text, [*COLUMNS, *added], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
         write_whole(path, text.getvalue())

@@ -303,6 +303,15 @@ def test_output_is_checked_before_anything_is_scored(tmp_path: Path, capsys: pyt
     assert "is no table of python -m eval, it lacks model, set" in refusal(capsys, *words, str(tmp_path / "other.csv"))
 
 
+def test_columns_of_other_people_stay(tmp_path: Path) -> None:
+    output = tmp_path / "results.csv"
+    results.append(output, [{"model": "first"}])
+    head, row = output.read_text().splitlines()
+    output.write_text(f"{head},comment\n{row},keep me\n")
+    results.append(output, [{"model": "second"}])
+    assert [(row["model"], row["comment"]) for row in results.read(output)] == [("first", "keep me"), ("second", "")]
+
+
 def test_rows_are_appended_whole(tmp_path: Path) -> None:
     output = tmp_path / "results.csv"
     for i in range(3):
