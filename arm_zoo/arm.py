@@ -537,8 +537,10 @@ def _with_source(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if given and not Path(given).is_file() and cfg.source != "local-dir":
         hint = f", a folder: create_model('local-dir:{given}', ...)" if Path(given).is_dir() else ""
         raise FileNotFoundError(f"no checkpoint at {given}{hint}")
-    if given or cfg.url or cfg.state_dict:
+    if given or cfg.state_dict:
         return kwargs
+    if cfg.url:  # timm would take the file of a bundled entry before it
+        return {**kwargs, "pretrained_cfg_overlay": {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": None}}
     file: Path | None
     if cfg.hf_hub_id and cfg.hf_hub_id != _place(entry).get("hf_hub_id"):
         file = download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=kwargs.get("cache_dir"))

@@ -23,6 +23,7 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "CheckpointError",
+    "is_safetensors",
     "read_checkpoint",
     "read_config",
     "read_shapes",
@@ -46,6 +47,11 @@ class CheckpointError(RuntimeError):
     """Weights that cannot be had or read, or whose tensors are not those of the model."""
 
 
+def is_safetensors(path: str | Path) -> bool:
+    """By its name; every other file is taken for a pickle."""
+    return Path(path).suffix.lower() == ".safetensors"
+
+
 def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDict:
     """Tensors by name in a .safetensors file or a .pth; no code in it is run, and no more read than the file holds.
 
@@ -62,7 +68,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     with _explained(path):
-        contents = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
     return _tensors(_choose(contents, weights, path), path)
 
 
@@ -88,7 +94,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        wanted = [] if path.suffix == ".safetensors" else _refused_globals(path)
+        wanted = [] if is_safetensors(path) else _refused_globals(path)
         if isinstance(error, pickle.UnpicklingError):
             reason = "no pickle that torch reads"  # torch's own words advise to load it unsafely
         if wanted:
@@ -160,7 +166,7 @@ def _advice(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(9)
     pickled = start[:2] == b"PK" or start[:1] == b"\x80"
-    named_safetensors = path.suffix == ".safetensors"
+    named_safetensors = is_safetensors(path)
     if pickled and named_safetensors:
         return "it is a pickle, not safetensors: rename it to .pth if you trust it"
     if start[8:] == b"{" and not named_safetensors:

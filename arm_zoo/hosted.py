@@ -268,8 +268,8 @@ def _discard(path: Path) -> None:
 _LOGIN = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
 
 
-def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None) -> str:
-    """What happened, and what to do about it."""
+def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None, right: str = "read") -> str:
+    """What happened, and what to do about it; `right` is what a token must have."""
     from huggingface_hub import constants, errors
 
     endpoint, cache = constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
@@ -297,7 +297,9 @@ def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None
             f"{endpoint}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
         )
     if status in (401, 403):
-        return f"{endpoint} refuses access (HTTP {status}); {_LOGIN} with a token that may read {repo}"
+        return f"{endpoint} refuses access (HTTP {status}); {_LOGIN} with a token that may {right} {repo}"
+    if status == 412:
+        return f"{repo} has changed meanwhile; run the same command again"
     if status is not None:
         reason = "too many requests" if status == 429 else "it is out of order" if status >= 500 else "refused"
         return f"{endpoint} answers HTTP {status} ({reason}); {again}"

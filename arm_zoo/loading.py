@@ -114,7 +114,7 @@ def _fetch(repo: str, revision: str | None, cache_dir: str | Path | None, token:
 
 def _from_folder(folder: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> ARM | ARMPretrain:
     config = read_config(folder)
-    if not (folder / WEIGHTS).exists():
+    if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; a folder of weights holds it beside {CONFIG}")
     own = config.get("pretraining_model")
     if own is not None and not as_backbone:

@@ -69,7 +69,7 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     command.add_argument("--weights", choices=["ema", "model"], help="averaged or trained; default: averaged if there")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the tensors (%(default)s)")
-    command.add_argument("--license", default="unknown", metavar="ID", help="of the weights (%(default)s)")
+    command.add_argument("--license", metavar="ID", help="of the weights (what the file's header says, else unknown)")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that a conversion wrote")
     command.set_defaults(run=run_convert)
 

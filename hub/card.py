@@ -17,6 +17,7 @@ from .folders import CARD, read_header
 
 BEGIN = "<!-- arm-zoo: written by python -m hub, from here -->"
 END = "<!-- arm-zoo: to here; what you write outside the two marks stays -->"
+RGB = 3  # channels
 OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"}  # metadata that the template writes
 
 CITATION = """```bibtex
@@ -176,6 +177,7 @@ def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: d
     """The card's YAML block; its model-index has measured figures only."""
     license = header.get("license", "unknown")
     pretraining = "pretraining_model" in config
+    colour = not pretraining and config["pretrained_cfg"]["input_size"][0] == RGB  # all that transformers opens
     named = {"license": "other", "license_name": "unknown"} if license == "unknown" else {"license": license}
     results = [
         EvalResult(
@@ -192,7 +194,7 @@ def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: d
         **named,
         library_name="arm-zoo" if pretraining else "timm",
         pipeline_tag="image-feature-extraction" if not config["num_classes"] else "image-classification",
-        tags=["arm-zoo", "mamba", *([] if pretraining else ["timm", "transformers"])],
+        tags=["arm-zoo", "mamba", *([] if pretraining else ["timm"]), *(["transformers"] if colour else [])],
         **({"model_name": repo.rpartition("/")[2], "eval_results": results} if results else {}),
     )
     return data.to_dict()
@@ -288,7 +290,7 @@ def _snippets(config: dict[str, Any], repo: str) -> str:
             FINETUNE.replace("{title}", "A backbone to finetune, every scan a copy of the pretrained one:"),
         ]
     elif config["num_classes"]:
-        parts = [CLASSIFY, FEATURES, TRANSFORMERS]
+        parts = [CLASSIFY, FEATURES, *([TRANSFORMERS] if channels == RGB else [])]
     else:
         parts = [EMBED, FEATURES, FINETUNE.replace("{title}", "A backbone with a fresh head, to finetune:")]
     return "\n\n".join(part.format(**facts) for part in parts)

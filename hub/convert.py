@@ -13,6 +13,7 @@ from arm_zoo.files import (
     WEIGHTS,
     CheckpointError,
     Choice,
+    is_safetensors,
     read_checkpoint,
     read_config,
     save_model,
@@ -23,7 +24,7 @@ from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.variant import Variant, describe, find_variant
 
 from .card import write_card
-from .folders import CARD, GOLDEN, UsageError, check_destination, replacing_folder
+from .folders import CARD, GOLDEN, UsageError, check_destination, read_header, replacing_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # pictures up to this size are evaluated on their middle, larger ones whole (the official evaluation)
@@ -36,18 +37,19 @@ def convert(
     out: Path,
     weights: Choice | None = None,
     dtype: str = "fp32",
-    license: str = "unknown",
+    license: str | None = None,
     overwrite: bool = False,
 ) -> str:
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
     Args:
-        file: .pth or .safetensors, or a folder with a model.safetensors; a config.json beside that says what shapes
-            cannot (names of classes, preprocessing, the grid where it is no square).
+        file: .pth or .safetensors, or a folder with a model.safetensors; a config.json beside the file says what
+            shapes cannot (names of classes, preprocessing, the grid where it is no square).
         out: a new folder.
         weights: see `arm_zoo.files.read_checkpoint`.
         dtype: of the tensors that are written, a key of DTYPES.
-        license: of the weights, for the header, the configuration and the card.
+        license: of the weights, for the header, the configuration and the card; None: what an earlier conversion
+            wrote into the file's header, else "unknown".
         overwrite: replace a folder that a conversion wrote; what people wrote into its card stays.
 
     Returns:
@@ -64,19 +66,22 @@ def convert(
     if out.exists() and file.exists() and file.resolve().parent == out.resolve():
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")
     state_dict = read_checkpoint(file, weights)
-    config = read_config(file.parent) if file.name == WEIGHTS and (file.parent / CONFIG).exists() else {}
+    config = read_config(file.parent) if (file.parent / CONFIG).exists() else {}
+    before = read_header(file) if is_safetensors(file) else {}
+    license = license or before.get("license", "unknown")
     variant = find_variant(state_dict, _arguments(config))
     model = variant.load(_rounded(state_dict, DTYPES[dtype]))
     facts = {
         "architecture": variant.architecture,
         "source_sha256": sha256_of(file),
-        "source_names": "official" if variant.official else "arm-zoo",
+        "source_names": "official" if variant.official else before.get("source_names", "arm-zoo"),
         "library": "arm-zoo",
         "library_version": arm_zoo.__version__,
         "license": license,
         "dtype": dtype,
     }
-    hub_config = _hub_config(model, variant, _said(config), license)
+    of_authors = facts["source_names"] == "official"
+    hub_config = _hub_config(model, variant, _said(config), license, of_authors)
     with replacing_folder(out) as folder:
         tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
         save_model(folder, tensors, hub_config, **facts)
@@ -168,18 +173,19 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-def _hub_config(model: ARM | ARMPretrain, variant: Variant, said: dict[str, Any], license: str) -> dict[str, Any]:
+def _hub_config(
+    model: ARM | ARMPretrain, variant: Variant, said: dict[str, Any], license: str, of_authors: bool
+) -> dict[str, Any]:
     """config.json in timm's Hub form; of a pretraining model that of its backbone, and its own arguments beside."""
     backbone = variant.backbone(device="meta")
     cfg = backbone.pretrained_cfg
     for key in ("tag", "origin_url"):
         cfg.pop(key, None)
     cfg |= {"license": license, **said}
+    if of_authors:
+        cfg["origin_url"] = OF_AUTHORS
     if variant.official:
-        cfg |= {
-            "origin_url": OF_AUTHORS,
-            "crop_pct": 0.875 if max(backbone.patch_embed.img_size) <= CROPPED_UP_TO else 1.0,
-        }
+        cfg["crop_pct"] = 0.875 if max(backbone.patch_embed.img_size) <= CROPPED_UP_TO else 1.0
     if len(cfg["mean"]) not in (1, backbone.in_chans) or len(cfg["std"]) not in (1, backbone.in_chans):
         raise CheckpointError(
             f"mean {cfg['mean']} and std {cfg['std']} are not for {backbone.in_chans} channels; put a config.json "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
@@ -22,6 +23,9 @@ from .check import check_folder
 from .folders import CARD, FILES, UsageError, check_complete, read_header
 
 MOST_DIFF_LINES = 60
+
+
+_TAG = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ def publish(
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
+    if HF_HUB_OFFLINE:
+        raise UsageError("offline mode is on (HF_HUB_OFFLINE); publish where there is a network, with it unset")
+    if not _TAG.fullmatch(tag or "v1"):
+        raise UsageError(f"--tag must be letters, digits, '.', '_' and '-', got {tag!r}")
     check_complete(folder)
     yield f"{folder}: {check_folder(folder)}"
     api = HfApi(library_name="arm-zoo")
@@ -100,7 +108,7 @@ def publish(
         elif not yes:
             yield "dry run, nothing was uploaded; --yes uploads"
         else:
-            with _explained(f"publish {repo}", repo):
+            with _explained(f"publish {repo}", repo, right="write"):
                 commit = _upload(api, staged, plan, private)
                 _verify(staged, plan, commit)
             yield f"uploaded as {commit}, tagged {plan.tag}, fetched back and compared"
@@ -117,13 +125,13 @@ def _table_line(staged: Path, plan: Plan) -> str:
 
 
 @contextmanager
-def _explained(doing: str, repo: str) -> Iterator[None]:
+def _explained(doing: str, repo: str, right: str = "read") -> Iterator[None]:
     try:
         yield
     except (CheckpointError, UsageError):
         raise
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
-        raise CheckpointError(f"cannot {doing}: {explain(error, repo)}") from error
+        raise CheckpointError(f"cannot {doing}: {explain(error, repo, right=right)}") from error
 
 
 def _plan(api: HfApi, staged: Path, folder: Path, repo: str, tag: str | None, results: Path) -> Plan:
@@ -140,7 +148,8 @@ def _plan(api: HfApi, staged: Path, folder: Path, repo: str, tag: str | None, re
             old = staged / f"old-{CARD}"
             shutil.copyfile(fetched, old)
     write_card(staged, old=old, repo=repo, results=results)
-    tags = [ref.name for ref in api.list_repo_refs(repo).tags] if info else []
+    tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags} if info else {}
+    tags = list(tagged)
     if tag in tags:
         raise UsageError(f"{repo} has a revision {tag} already ({', '.join(tags)}); name another with --tag")
     before = old.read_text(encoding="utf-8").splitlines() if info is not None and CARD in there else []
@@ -155,7 +164,7 @@ def _plan(api: HfApi, staged: Path, folder: Path, repo: str, tag: str | None, re
         sizes={name: (staged / name).stat().st_size for name in FILES},
         others=sorted(set(there) - set(FILES)),
         tag=tag or next(f"v{n}" for n in range(1, len(tags) + 2) if f"v{n}" not in tags),
-        tags=tags,
+        tags=[name for name in tags if tagged[name] == info.sha] if info else [],
         card_diff=list(diff) if before else [],
     )
 

@@ -45,6 +45,7 @@ from hub.catalog import CATALOG, candidates
 from hub.check import BUNDLED_GOLDEN
 from hub.convert import convert
 from hub.export import export
+from hub.folders import read_header
 
 PICO = "arm_pico_patch2_8"
 FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
@@ -284,7 +285,28 @@ def test_shared_tensors_are_written_apart(tmp_path: Path) -> None:
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
-@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_converting_again_keeps_licence_and_origin(tmp_path: Path) -> None:
+    convert(official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "first", license="cc-by-4.0")
+    convert(tmp_path / "first", tmp_path / "second", dtype="fp16")
+    header = read_header(tmp_path / "second" / "model.safetensors")
+    assert (header["license"], header["source_names"], header["dtype"]) == ("cc-by-4.0", "official", "fp16")
+    cfg = json.loads((tmp_path / "second" / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["license"], cfg["origin_url"]) == ("cc-by-4.0", "https://github.com/OliverRensu/ARM")
+    convert(tmp_path / "first", tmp_path / "third", license="mit")
+    assert read_header(tmp_path / "third" / "model.safetensors")["license"] == "mit"
+
+
+def test_cards_promise_transformers_for_colour_only(tmp_path: Path) -> None:
+    """Its image processor opens no others."""
+    for channels in (1, 3):
+        file = tmp_path / f"{channels}.safetensors"
+        save_file(small(PICO, in_chans=channels, img_size=8, num_classes=4).state_dict(), file)
+        convert(file, tmp_path / str(channels))
+        card = (tmp_path / str(channels) / "README.md").read_text()
+        assert ("pipeline" in card.partition("---\n\n")[2], "- transformers" in card) == (channels == 3, channels == 3)
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors", "renamed.SAFETENSORS"])
 def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path: Path) -> None:
     """Classes' names, preprocessing and a grid that is no square stand in the config.json beside the file."""
     model = small(PICO, img_size=(8, 16), embed_dim=64, num_classes=3, in_chans=1)
@@ -293,6 +315,8 @@ def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path
     config["label_names"] = ["ant", "bee", "cat"]
     config["pretrained_cfg"] |= {"mean": [0.25], "std": [0.5], "crop_pct": 0.9}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    if file.startswith("renamed"):
+        (tmp_path / "run" / "model.safetensors").rename(tmp_path / "run" / file)
     convert(tmp_path / "run" / file, tmp_path / "out", license="apache-2.0")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert loaded.patch_embed.img_size == (8, 16)
@@ -846,9 +870,12 @@ def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_pat
     assert "model.safetensors" in reply["out"] and "same" in reply["out"]
     reply = client.load("hub", *arguments, "--tag", "v1")
     assert reply["code"] == 1 and "has a revision v1 already" in reply["err"]
+    assert "--tag must be letters, digits" in client.load("hub", *arguments, "--tag", "bad tag!")["err"]
     reply = client.load("hub", *arguments)
     _, files = repository.at("v2") or ("", {})
     assert "tagged v2" in reply["out"] and files["LICENSE"] == b"ask us"
+    repository.refs.pop("v2")  # the tag failed, while v1 names the commit before
+    assert "tagged v2, fetched back and compared" in client.load("hub", *arguments)["out"]
     assert "\n## Notes of ours\n" in files["README.md"].decode() and b"lost" not in files["README.md"]
 
 

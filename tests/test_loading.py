@@ -260,6 +260,15 @@ def test_bundled_weights(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest
         timm.create_model(architecture, pretrained=True)
 
 
+def test_a_url_of_the_caller_counts_before_bundled_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    model = timm.create_model(PICO)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    overlay = {"url": (tmp_path / "weights.pth").as_uri()}
+    loaded = timm.create_model(PICO, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
 def test_every_bundled_entry_loads() -> None:
     """Those that the package has: registered, there, and what their line says."""
     for entry, weights in hosted.TABLE.items():
