@@ -393,8 +393,14 @@ def _check_global_pool(global_pool: str) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ARM) -> dict[str, torch.Tensor]:
     """Any ARM checkpoint, official or ours, pretraining or finetuned -> a dict for `model`."""
     if "head.weight" in state_dict:
+        cfg, classes = model.pretrained_cfg, len(state_dict["head.weight"])
+        if cfg.get("source") == "local-dir" and cfg["num_classes"] == model.num_classes != classes:
+            raise CheckpointError(
+                f"config.json of {cfg['file']} says {model.num_classes} classes, but the weights beside it have "
+                f"{classes}: the two files do not belong together; num_classes=... makes a head of your own"
+            )
         # The file itself says for how many classes its head is, so timm keeps or drops it by the truth.
-        model.pretrained_cfg["num_classes"] = len(state_dict["head.weight"])
+        cfg["num_classes"] = classes
         return adapt_state_dict(state_dict, model)
     # Without a head in the file the model keeps its own, which a strict loader wants to see.
     own_head = {f"head.{key}": value for key, value in model.head.state_dict().items()}

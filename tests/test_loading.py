@@ -260,6 +260,15 @@ def test_bundled_weights(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest
         timm.create_model(architecture, pretrained=True)
 
 
+def test_a_folder_whose_files_disagree_about_classes(tmp_path: Path) -> None:
+    timm.create_model(PICO, num_classes=10).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_classes": 3}))
+    with pytest.raises(CheckpointError, match=r"says 3 classes, but the weights beside it have 10: the two files"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5).num_classes == 5
+
+
 def test_a_url_of_the_caller_counts_before_bundled_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     model = timm.create_model(PICO)
