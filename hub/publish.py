@@ -23,8 +23,6 @@ from .check import check_folder
 from .folders import CARD, FILES, UsageError, check_complete, read_header
 
 MOST_DIFF_LINES = 60
-
-
 _TAG = re.compile(r"\w[\w.-]*")
 
 
