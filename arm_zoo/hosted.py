@@ -62,10 +62,10 @@ TABLE: dict[str, Weights] = {
         sha256="ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4", bundled=True
     ),
     "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Weights(
-        sha256="d1ecdedbdd16d5275c06e78612348a97188cef1206d1c31af4e70c197c68060e", bundled=True
+        sha256="25d469f0755eaf57fad300d6a9a7f2f7736f6879e7f267d41b69b0c0ed4ce712", bundled=True
     ),
     "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
-        sha256="60bfeebd87aa19e62e9cb9a6b0207abbc98cab6609c28c26e16efe50b9c2a4e7", bundled=True
+        sha256="d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2", bundled=True
     ),
     "arm_base_patch16_224.arm_in1k_ft_in1k": Weights("arm_base_patch16_224.arm_in1k_ft_in1k"),
     "arm_base_patch16_224.arm_in1k": Weights("arm_base_patch16_224.arm_in1k"),
