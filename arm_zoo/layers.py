@@ -1,5 +1,7 @@
 """Layers of the blocks and of the patch embedding that timm does not have in the form needed here."""
 
+import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +10,15 @@ from timm.layers import lecun_normal_, resample_patch_embed, to_2tuple
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["Linear", "PatchConv", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
+_MANY_ROWS = 4096  # from so many tokens on the kernel of `arm_zoo.swiglu` is the faster code
+_HALVES = (torch.bfloat16, torch.float16)
 _ONEDNN = torch.backends.mkldnn.is_available()
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def check_positive(model: str, sizes: Mapping[str, Any]) -> None:
@@ -61,6 +67,57 @@ def _is_bare(layer: nn.Module) -> bool:
     return type(layer) is Linear and "forward" not in layer.__dict__ and not any(hooks)
 
 
+@torch.library.custom_op("arm_zoo::gated_product", mutates_args=())
+def _gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    from arm_zoo.swiglu import gated_product  # needs Triton, which not every build of torch brings
+
+    with torch.cuda.device_of(x):
+        return gated_product(x, weight, bias)
+
+
+@_gated_product.register_fake
+def _gated_product_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight) // 2)
+
+
+@register_flop_formula(torch.ops.arm_zoo.gated_product)
+def _gated_product_flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
+@torch.compiler.assume_constant_result
+def _has_kernel(device: int) -> bool:
+    """Whether `arm_zoo.swiglu` is for this GPU, and the model not for another machine."""
+    if torch.compiler.is_exporting() or not _TRITON or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)  # Hopper
+
+
+def _takes_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether `arm_zoo.swiglu` computes this: inference in 16 bits of many tokens, on the GPUs it was measured on."""
+    tensors = (x, weight, bias)
+    if not x.is_cuda or not _has_kernel(x.device.index):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    if torch.is_autocast_enabled("cuda"):
+        half = torch.get_autocast_dtype("cuda") in _HALVES and all(t.dtype != torch.float64 for t in tensors)
+    else:
+        half = x.dtype in _HALVES and all(t.dtype == x.dtype for t in tensors)
+    whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the kernel's reads and writes need
+    return half and whole_rows and math.prod(x.shape[:-1]) >= _MANY_ROWS
+
+
+def _gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
+    if _takes_kernel(x, weight, bias):
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        return torch.ops.arm_zoo.gated_product(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
 class SwiGLU(nn.Module):
     """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
 
@@ -73,9 +130,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and isinstance(x, torch.Tensor):  # symbolic tracing sees the layers
-            missing = -self.fc2.in_features % _ALIGNMENT
-            if missing and x.is_cuda and _is_bare(self.fc1) and _is_bare(self.fc2):
+            bare, missing = x.is_cuda and _is_bare(self.fc1), -self.fc2.in_features % _ALIGNMENT
+            if bare and missing and _is_bare(self.fc2):
                 return self._forward_padded(x, missing)
+            if bare:
+                return self.fc2(_gate(x, self.fc1.weight, self.fc1.bias))
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * value)
 
@@ -87,8 +146,7 @@ class SwiGLU(nn.Module):
         halves = (2, self.fc2.in_features)
         weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
         bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()
-        gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
+        return F.linear(_gate(x, weight, bias), F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 
 
 def _grid_size(

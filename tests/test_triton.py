@@ -10,7 +10,7 @@ import timm
 import torch
 
 import arm_zoo
-from arm_zoo.layers import PatchEmbed
+from arm_zoo.layers import PatchEmbed, SwiGLU
 from arm_zoo.order import scan_order
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 
@@ -20,7 +20,7 @@ IN_THE_INTERPRETER = """
 import sys
 import torch
 sys.path.insert(0, "tests")
-from test_triton import CASES, inner_error, worst_error
+from test_triton import CASES, gated_product_error, inner_error, worst_error
 import arm_zoo
 from arm_zoo.scan import causal_conv
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
@@ -30,6 +30,10 @@ for case in CASES:
 error = worst_error(*CASES[1], torch.bfloat16, "cpu", rank=4)
 assert error < 1e-2, error
 assert inner_error(2, torch.float32, "cpu") < 1e-5
+for shape in ((2, 130, 64, 72), (1, 3, 96, 264), (1, 1, 200, 136)):
+    error = gated_product_error(*shape, torch.float32, "cpu")
+    assert error < 1e-6, (shape, error)
+assert gated_product_error(2, 3, 72, 64, torch.float16, "cpu") < 1e-3
 tokens, taps, offset = torch.randn(2, 6, 5), torch.randn(2, 5, 4), torch.randn(2, 5)
 order = torch.randperm(6).expand(2, -1)  # both directions in one row of memory
 expected = causal_conv(tokens, taps, offset, order.contiguous())
@@ -118,6 +122,19 @@ def inner_error(
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
+def gated_product_error(batch: int, length: int, dim: int, hidden: int, dtype: torch.dtype, device: str) -> float:
+    """Relative L2 error of the kernel with fc1 of a SwiGLU, SiLU and gate, against float64."""
+    from arm_zoo.swiglu import gated_product
+
+    torch.manual_seed(0)
+    shapes = (batch, length, dim), (2 * hidden, dim), (2 * hidden,)
+    x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    actual = gated_product(x, weight / dim**0.5, bias)
+    gate, value = torch.nn.functional.linear(x.double(), (weight / dim**0.5).double(), bias.double()).chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * value
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
 def test_kernels_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "ARM_ZOO_SCAN": "triton", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -186,6 +203,49 @@ def test_step_sizes_of_low_rank_of_one_step(rank: int, kernels: str) -> None:
 def test_everything_between_the_projections(batch: int, dtype: torch.dtype, kernels: str) -> None:
     limit = {torch.float32: 2e-5}.get(dtype, 2e-2)  # a product and a rounding more than the scan alone
     assert inner_error(batch, dtype, "cuda", kernels, channels=72, d_state=16) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 67, 200, 136), (64, 65, 96, 264), (33, 197, 192, 512)])
+def test_gated_product_on_the_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it is for Hopper GPUs")
+    assert gated_product_error(*shape, dtype, "cuda") < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [512, 250])  # 250 are padded
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inference_takes_the_gated_product(hidden: int, compiled: bool) -> None:
+    """In 16 bits, plain or under autocast; a hook on fc1, gradients or few tokens go the plain way."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it is for Hopper GPUs")
+    layer, x = SwiGLU(192, hidden).cuda(), torch.randn(32, 197, 192, device="cuda")
+    gate, value = layer.fc1(x).chunk(2, dim=-1)
+    expected = layer.fc2(torch.nn.functional.silu(gate) * value).detach()
+    run = torch.compile(layer, fullgraph=True) if compiled else layer
+
+    def took_it(tokens: torch.Tensor) -> bool:
+        run(tokens)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            y = run(tokens)
+            torch.cuda.synchronize()
+        assert (y - expected[: len(tokens)]).norm() < 2e-2 * expected[: len(tokens)].norm()
+        return any("gated_product" in event.key for event in profile.key_averages())
+
+    with torch.no_grad():
+        assert not took_it(x)  # float32
+        with torch.autocast("cuda", torch.bfloat16):
+            assert took_it(x) and not took_it(x[:2])
+            hook = layer.fc1.register_forward_hook(lambda *_: None)
+            assert not took_it(x)
+            hook.remove()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert not took_it(x)  # gradients
+    layer.bfloat16()
+    with torch.inference_mode():
+        assert took_it(x.bfloat16())
 
 
 def scan_inputs(value: float | None = None) -> list[torch.Tensor]:
