@@ -109,13 +109,10 @@ def _takes_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return half and whole_rows and math.prod(x.shape[:-1]) >= _MANY_ROWS
 
 
-def _gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _in_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
-    if _takes_kernel(x, weight, bias):
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        return torch.ops.arm_zoo.gated_product(x.to(dtype), weight.to(dtype), bias.to(dtype))
-    gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return F.silu(gate) * value
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return torch.ops.arm_zoo.gated_product(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 class SwiGLU(nn.Module):
@@ -133,8 +130,8 @@ class SwiGLU(nn.Module):
             bare, missing = x.is_cuda and _is_bare(self.fc1), -self.fc2.in_features % _ALIGNMENT
             if bare and missing and _is_bare(self.fc2):
                 return self._forward_padded(x, missing)
-            if bare:
-                return self.fc2(_gate(x, self.fc1.weight, self.fc1.bias))
+            if bare and _takes_kernel(x, self.fc1.weight, self.fc1.bias):
+                return self.fc2(_in_kernel(x, self.fc1.weight, self.fc1.bias))
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * value)
 
@@ -146,7 +143,12 @@ class SwiGLU(nn.Module):
         halves = (2, self.fc2.in_features)
         weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
         bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()
-        return F.linear(_gate(x, weight, bias), F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
+        if _takes_kernel(x, weight, bias):
+            hidden = _in_kernel(x, weight, bias)
+        else:
+            gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        return F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 
 
 def _grid_size(

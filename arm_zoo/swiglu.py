@@ -1,7 +1,7 @@
 """The first half of a SwiGLU as one GPU kernel: the product with both halves of fc1, then SiLU and gate.
 
-Written to memory and read again, what fc1 makes would take a third of the time of its product. Triton's compiler; one
-program a multiprocessor goes from tile to tile, which the tensor memory accelerator of Hopper GPUs reads and writes.
+What fc1 makes is not written to memory and read again, which takes almost half as long as its product. One program a
+multiprocessor goes from tile to tile; the tensor memory accelerator of Hopper GPUs reads and writes them.
 """
 
 import torch
