@@ -21,9 +21,11 @@ from timm.layers import create_feature_extractor, get_graph_node_names, set_scri
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from arm_zoo import CheckpointError, create_pretraining_model, to_official
+from arm_zoo import CheckpointError, create_pretraining_model, layers, to_official
 from arm_zoo.arm import ARM
 from arm_zoo.hosted import bundled_file
 from arm_zoo.layers import Linear, SwiGLU, _is_bare
@@ -548,6 +550,36 @@ def test_only_bare_layers_are_padded() -> None:
     patched.forward = lambda x: x
     layer.register_forward_hook(lambda *_: None)
     assert not _is_bare(layer) and not _is_bare(patched)
+
+
+@pytest.mark.parametrize("hidden", [128, 100])  # 100 are padded
+@pytest.mark.parametrize(
+    "case, taken",
+    [
+        ("inference in bfloat16", True),
+        ("float32", False),
+        ("gradients", False),
+        ("few tokens", False),
+        ("rows of no multiple of 16 bytes", False),
+        ("a hook on fc1", False),
+        ("another GPU", False),
+    ],
+)
+def test_when_a_kernel_makes_the_gate(case: str, taken: bool, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA tensors without data, so that it is decided here as on a GPU."""
+    monkeypatch.setattr(layers, "_has_kernel", lambda device: case != "another GPU")
+    dim, batch = 60 if "multiple" in case else 64, 2 if "few" in case else 32
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    with FakeTensorMode(), torch.set_grad_enabled(case == "gradients"):
+        layer = SwiGLU(dim, hidden, device="cuda:0", dtype=dtype)
+        if "hook" in case:
+            layer.fc1.register_forward_hook(lambda *_: None)
+        with FlopCounterMode(display=False) as counter:
+            y = layer(torch.empty(batch, 197, dim, device="cuda:0", dtype=dtype))
+    assert y.shape == (batch, 197, dim)
+    assert (torch.ops.arm_zoo.gated_product in counter.get_flop_counts()["Global"]) == taken
+    width = hidden if hidden == 128 or "hook" in case else 128
+    assert counter.get_total_flops() == 2 * batch * 197 * 3 * width * dim
 
 
 def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:
