@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,10 +36,10 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 ONE_OR_MORE: Limit = ("1 or more", lambda x: x >= 1)
-ABOVE_ZERO: Limit = ("above 0", lambda x: x > 0)
-ZERO_OR_MORE: Limit = ("0 or more", lambda x: x >= 0)
+ABOVE_ZERO: Limit = ("above 0, and finite", lambda x: 0 < x < math.inf)
+ZERO_OR_MORE: Limit = ("0 or more, and finite", lambda x: 0 <= x < math.inf)
 SHARE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
-ABOVE_ZERO_OR_NULL: Limit = ("above 0, or null", lambda x: x is None or x > 0)
+ABOVE_ZERO_OR_NULL: Limit = ("above 0, or null", lambda x: x is None or 0 < x < math.inf)
 ONE_OR_MORE_OR_NULL: Limit = ("1 or more, or null", lambda x: x is None or x >= 1)
 PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
 CROP_OR_NULL: Limit = (
@@ -140,11 +141,15 @@ class TrainConfig(Config):
     keep_every: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # and those at the end of every so many epochs
 
     def conflicts(self) -> dict[str, str]:
-        """The cosine needs epochs after the warm-up, mixup pairs of pictures, and the model sizes that fit."""
+        """The cosine needs epochs after the warm-up and a way down, mixup pairs, and the model sizes that fit."""
         found = {}
         if self.warmup_epochs >= self.epochs:
             found["warmup_epochs"] = (
                 f"warmup_epochs is {self.warmup_epochs:g} but epochs is {self.epochs}; allowed: fewer than epochs"
+            )
+        if self.min_lr > (peak := self.base_lr * self.global_batch / 256):
+            found["min_lr"] = (
+                f"min_lr is {self.min_lr:g} but the peak is {peak:g} (base_lr * global_batch / 256); allowed: up to it"
             )
         if self.global_batch % 2:
             found["global_batch"] = (
@@ -156,7 +161,8 @@ class TrainConfig(Config):
             try:
                 self.build(device="meta")
             except (TypeError, ValueError, RuntimeError) as error:
-                found["model"] = f"model {self.model!r}: {error}"
+                given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
+                found["model"] = f"model {self.model!r}{f' with {given}' if given else ''}: {error}"
         return found
 
     def build(self, **keywords: Any) -> nn.Module:

@@ -4,9 +4,12 @@ python -m recipes.kill_test --kills 20 --config recipes/configs/pretrain_digits.
 """
 
 import argparse
+import contextlib
 import importlib
 import multiprocessing
+import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +94,8 @@ class KillTest:
             return True
         process.kill()
         process.join()
+        with contextlib.suppress(ProcessLookupError):  # what loaded pictures for it
+            os.killpg(process.pid, signal.SIGKILL)
         return False
 
     def _compare(self, whole: Path, other: Path) -> None:
@@ -108,6 +113,7 @@ def written_now(folder: Path) -> Iterator[Path]:
 
 
 def _train(recipe: str, arguments: list[str], log: Path) -> None:
+    os.setsid()  # a process group with its workers: forked from a server, they would not notice its end
     with log.open("a") as stream:
         sys.stdout = sys.stderr = stream
         importlib.import_module(f"recipes.{recipe}").main(arguments)

@@ -35,8 +35,8 @@ def read_yaml(file: str | Path | None, problems: dict[str, str]) -> Mapping[str,
     except FileNotFoundError:
         problems["--config"] = f"--config {file}: there is no such file; allowed: a YAML file, as in recipes/configs"
         return {}
-    except yaml.YAMLError as error:
-        problems["--config"] = f"{file} is not YAML: {error}"
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems["--config"] = f"{file} is not YAML: {error}; allowed: a YAML file, as in recipes/configs"
         return {}
     if not isinstance(content, Mapping):
         problems["--config"] = f"{file} holds {type(content).__name__}; allowed: a mapping of keys to values"
@@ -99,7 +99,10 @@ def _scalar(value: Any) -> Any:
     """What a command line's text means: YAML's reading, and 1e-3 a number although YAML 1.1 wants 1.0e-3."""
     if not isinstance(value, str):
         return value
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
     if not isinstance(parsed, str):
         return parsed
     try:

@@ -22,7 +22,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         f"--nproc_per_node {asked} -m recipes.pretrain ...` (with device=cpu where there is no GPU for each), "
         "or unset WORLD_SIZE to train with one process"
     )
-    if asked > 1 and "RANK" not in os.environ:
+    if asked > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # what a launcher sets
         raise RunError(advice)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)

@@ -381,6 +381,20 @@ def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypat
     assert hits >= 1  # the first is aimed at a checkpoint's writing
 
 
+def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that load its pictures neither."""
+    monkeypatch.setenv("ARM_ZOO_SCAN", "torch")
+    test = KillTest("pretrain", ["--config", str(CONFIG), *TINY, "epochs=100", "data.workers=1"], tmp_path, seed=0)
+    process = test._start(tmp_path / "run")
+    while not any((tmp_path / "run" / "checkpoints").glob("step-*")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    servers = psutil.Process().children(recursive=True)
+    group = [one for one in servers if one.pid != process.pid and os.getpgid(one.pid) == process.pid]
+    assert group and not test._kill(process, tmp_path / "run", 0, aimed=False)
+    assert not psutil.wait_procs(group, timeout=10)[1]
+
+
 # ------------------------------------------------------------------------------------------------------- two processes
 
 

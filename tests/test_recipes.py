@@ -112,6 +112,12 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "tracker=abacus"): "tracker is 'abacus'; allowed: tensorboard, wandb, trackio, none",
     ("pretrain", "cuda_graphs=true"): "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device",
     ("pretrain", "compile=maybe"): "compile is 'maybe'; allowed: true or false",
+    ("pretrain", "epochs=*a"): "epochs is '*a'; allowed: a whole number",
+    ("pretrain", "betas=[0.9"): "betas is '[0.9'; allowed: a list of 2, each a number",
+    ("pretrain", "model_args.img_size={"): "model 'arm_pico' with model_args.img_size='{'",
+    ("pretrain", "model_args.img_size=abc"): "model 'arm_pico' with model_args.img_size='abc'",
+    ("pretrain", "base_lr=inf"): "base_lr is inf; allowed: above 0, and finite",
+    ("pretrain", "min_lr=10"): "min_lr is 10 but the peak is",
     ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
     ("finetune", "model_args.num_classes=5"): "model_args.num_classes is 5, but digits has 10 classes",
     ("finetune", "data.num_classes=5"): "the digits have 10 classes, but data.num_classes is 5",
@@ -184,8 +190,16 @@ def test_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match=r"WORLD_SIZE is 2 .* `torchrun --nproc_per_node 2 -m recipes\.pretrain"):
-        start_accelerator(load_config(PretrainConfig, PRETRAIN))
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"WORLD_SIZE is 2 .* `torchrun --nproc_per_node 2 -m recipes\.pretrain"):
+            start_accelerator(load_config(PretrainConfig, PRETRAIN))
+        monkeypatch.setenv("RANK", "0")  # and still nobody to meet
+
+
+def test_a_configuration_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not YAML: .*; allowed: a YAML file, as in"):
+        load_config(PretrainConfig, tmp_path / "model.safetensors", to_run=False)
 
 
 def test_global_batch_is_split_evenly() -> None:
