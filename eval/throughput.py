@@ -4,11 +4,13 @@ Run from the repository root, for example `python -m eval.throughput --device cp
 """
 
 import argparse
+import contextlib
 import csv
 import difflib
 import io
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import arm_zoo
+from arm_zoo.scan.backends import resolve_backend
 from eval.results import write_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,8 +92,11 @@ def check(settings: Settings) -> None:
             close = difflib.get_close_matches(name, sorted(known))
             hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
             raise ValueError(f"unknown model {name!r}; {hint}")
-        if settings.mode == "pretrain" and not name.startswith("arm_"):
-            raise ValueError(f"--mode pretrain is for ARM models, such as arm_base_patch16_224; got {name!r}")
+        if settings.mode == "pretrain" and not re.fullmatch(r"arm_[a-z]+(_patch16_\d+(\..*)?)?", name):
+            raise ValueError(
+                "--mode pretrain is for ARM models with patches of 16 pixels, such as arm_base_patch16_224; "
+                f"got {name!r}"
+            )
     output = settings.output
     if output is not None and (output.suffix not in (".csv", ".json") or not output.parent.is_dir()):
         raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(output)!r}")
@@ -101,12 +107,12 @@ def build(name: str, settings: Settings) -> tuple[nn.Module, int]:
     if settings.mode == "pretrain":
         img_size = settings.img_size or PRETRAIN_IMG_SIZE
         return arm_zoo.create_pretraining_model(name.partition("_patch")[0], img_size=img_size), img_size
+    if settings.img_size is not None:
+        with contextlib.suppress(TypeError):  # models without such an argument, as convnets, take any size
+            model = timm.create_model(name, num_classes=NUM_CLASSES, img_size=settings.img_size)
+            return model, settings.img_size
     model = timm.create_model(name, num_classes=NUM_CLASSES)
-    if settings.img_size is None:
-        return model, resolve_model_data_config(model)["input_size"][-1]
-    if hasattr(model, "set_input_size"):  # models without it, such as convnets, take any size
-        model.set_input_size(img_size=(settings.img_size, settings.img_size))
-    return model, settings.img_size
+    return model, settings.img_size or resolve_model_data_config(model)["input_size"][-1]
 
 
 def inference_step(model: nn.Module, images: torch.Tensor, settings: Settings) -> Step:
@@ -203,13 +209,14 @@ def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
 def circumstances(settings: Settings) -> Row:
     """What all rows of a run share."""
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    scanned = torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype])
     return {
         "mode": settings.mode,
         "batch_size": settings.batch_size,
         "dtype": settings.dtype,
         "autocast": settings.uses_autocast,
         "compile": settings.compile,
-        "scan_backend": settings.scan_backend,
+        "scan_backend": resolve_backend(scanned),  # what "auto" takes
         "repeats": settings.repeats,
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu,
         "threads": torch.get_num_threads(),
@@ -275,7 +282,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(DTYPES), default="fp32", help="infer casts the weights, training runs under autocast")
     add("--autocast", action="store_true", help="infer: keep fp32 weights and run under autocast too")
     add("--compile", action="store_true", help="through torch.compile")
-    add("--scan-backend", default="auto", metavar="NAME", help="see arm_zoo.set_scan_backend")
+    backend = arm_zoo.get_scan_backend()
+    add("--scan-backend", default=backend, metavar="NAME", help="see arm_zoo.set_scan_backend (%(default)s)")
     add("--repeats", type=positive, default=10, help="readings per model")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
     add("--output", type=Path, metavar="FILE", help=".csv or .json file for the rows; replaced if it exists")

@@ -73,3 +73,10 @@ def test_kernels_compile(
     assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
     pictures = {0: 1, 48: 4, 96: 2}[rank if dtype != torch.float32 else 0]
     assert [block for *_, block in cuda.launches] == [32 * pictures, 32 * pictures, 64]
+
+
+def test_what_is_read_in_pairs_lies_where_pairs_can_be_read(cuda: ModuleType) -> None:
+    flat = torch.arange(33.0)
+    moved = cuda._aligned(flat[1:].view(4, 8))
+    assert moved.data_ptr() % 16 == 0 and moved.equal(flat[1:].view(4, 8))
+    assert cuda._aligned(flat).data_ptr() == flat.data_ptr()

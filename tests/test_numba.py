@@ -96,6 +96,14 @@ def test_shapes_that_do_not_fit_are_refused(wrong: int) -> None:
         selective_scan(*tensors)
 
 
+def test_operands_of_16_bits_join_tokens_of_32() -> None:
+    tensors = inputs(4, 9, 6, 2)
+    expected = results("reference", [t.bfloat16().double() if i else t.double() for i, t in enumerate(tensors)])
+    actual = results("numba", [t.bfloat16() if i else t for i, t in enumerate(tensors)])
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # gradients have the operands' types
+
+
 def test_an_exported_model_does_not_need_numba() -> None:
     model = timm.create_model("arm_tiny_patch16_224", img_size=32, embed_dim=16, depth=1, num_classes=3).eval()
     program = torch.export.export(model, (torch.zeros(2, 3, 32, 32),))

@@ -666,8 +666,11 @@ def test_calls_leave_nothing_behind() -> None:
     expected = [run_here(case, given, cotangent) for given in inputs]
 
     def after_others(given: Tensors) -> Tensors:
-        with torch.inference_mode(), torch.device("meta"):
-            case.scan(**{name: torch.full_like(value, torch.nan, device="cpu") for name, value in given.items()})
+        with torch.inference_mode():
+            poisoned = {name: torch.full_like(value, torch.nan) for name, value in given.items()}
+            case.scan(**poisoned)
+            with torch.device("meta"), pytest.raises(ValueError, match="order is on meta, u on cpu"):
+                case.scan(**poisoned)
         return run_here(case, given, cotangent)
 
     with ThreadPoolExecutor(len(inputs)) as threads:
@@ -734,3 +737,17 @@ def test_model_exports_with_any_batch() -> None:
     for size in (1, 2, 5):
         images = torch.randn(size, 3, 32, 48)
         assert relative(exported.module()(images), model(images)) < 1e-5
+
+
+def test_tensors_on_several_devices_are_refused() -> None:
+    inputs = LONG.scan_inputs()
+    with pytest.raises(ValueError, match=r"selective_scan: A is on meta, u on cpu; move one of them"):
+        LONG.scan(**{**inputs, "A": inputs["A"].to("meta")})
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_table_of_32_bits_is_the_same_table(backend: str) -> None:
+    x, order = torch.randn(2, 6, 5), torch.stack([torch.randperm(6), torch.randperm(6)])
+    taps, offset = torch.randn(2, 5, 4), torch.randn(2, 5)
+    with scan_backend(backend):
+        assert torch.equal(causal_conv(x, taps, offset, order.int()), causal_conv(x, taps, offset, order))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from arm_zoo.scan import backends
 from eval import throughput
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
@@ -87,9 +88,26 @@ def test_unknown_model_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> 
     assert "unknown model 'arm_base_patch16_242'; did you mean arm_base_patch16_224" in message
 
 
-def test_pretraining_is_for_our_models(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(capsys, "--mode", "pretrain", "--models", "vit_base_patch16_224")
-    assert "--mode pretrain is for ARM models, such as arm_base_patch16_224; got 'vit_base_patch16_224'" in message
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "arm_tiny_patch8_64", "arm_base_patch16_stride8_448"])
+def test_pretraining_is_for_our_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = " ".join(refusal(capsys, "--mode", "pretrain", "--models", name).split())
+    assert f"ARM models with patches of 16 pixels, such as arm_base_patch16_224; got '{name}'" in message
+
+
+@pytest.mark.parametrize("asked, taken", [("torch", "torch"), ("reference", "reference"), ("auto", None)])
+def test_the_environments_backend_is_timed_and_written(
+    asked: str, taken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_selected", asked)  # as ARM_ZOO_SCAN does at the start
+    file = tmp_path / "speed.json"
+    throughput.main(["--models", "arm_pico_patch2_8", "--device", "cpu", "--repeats", "1", "--output", str(file)])
+    [row] = json.loads(file.read_text())
+    assert row["scan_backend"] in ([taken] if taken else ["numba", "torch"])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "resmlp_12_224"])  # the last one has no set_input_size
+def test_models_take_another_size(name: str) -> None:
+    throughput.main(["--models", name, *TINY])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

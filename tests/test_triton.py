@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, "tests")
 from test_triton import CASES, gated_product_error, inner_error, worst_error
 import arm_zoo
-from arm_zoo.scan import causal_conv
+from arm_zoo.scan import causal_conv, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 for case in CASES:
     error = worst_error(*case, torch.float32, "cpu")
@@ -30,6 +30,18 @@ for case in CASES:
 error = worst_error(*CASES[1], torch.bfloat16, "cpu", rank=4)
 assert error < 1e-2, error
 assert inner_error(2, torch.float32, "cpu") < 1e-5
+results = []
+for bias in (torch.linspace(-2, 1, 10).view(5, 2).t(), torch.linspace(-2, 1, 10).view(5, 2).t().contiguous()):
+    inputs = [torch.ones(2, 1, 3, 5), torch.ones(2, 1, 3, 5), -torch.ones(2, 5, 2), torch.ones(2, 1, 3, 2)]
+    inputs += [torch.ones(2, 1, 3, 2), torch.ones(2, 5)]
+    u = inputs[0].requires_grad_()
+    y = selective_scan(*inputs, delta_bias=bias)  # however it lies in memory
+    results.append([y, *torch.autograd.grad(y.sum(), u)])
+assert all(torch.equal(*pair) for pair in zip(*results))
+try:
+    causal_conv(torch.empty(33_000, 1, 1), torch.empty(2, 1, 4), torch.empty(2, 1))
+except ValueError as error:
+    assert "up to 65,535 sequences at a time, got 66,000 (2 directions of 33,000 pictures)" in str(error), error
 for shape in ((2, 130, 64, 72), (1, 3, 96, 264), (1, 1, 200, 136)):
     error = gated_product_error(*shape, torch.float32, "cpu")
     assert error < 1e-6, (shape, error)

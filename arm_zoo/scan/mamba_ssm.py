@@ -2,7 +2,8 @@
 
 They take (batch, channels, length), so sequences are copied into that layout and back; the directions become groups of
 channels, which one call scans. No states are saved: the backward pass scans once more. The packages take multiples of
-8 channels, their gradients differ from run to run, and what they make of sequences of one step is wrong.
+8 channels, their gradients differ from run to run, and what they make of sequences of one step is wrong, so that those
+are refused.
 """
 
 from typing import Any
@@ -95,7 +96,9 @@ def selective_scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and no saved states."""
     delta = project(delta, delta_weight)
-    directions, batch, _, channels = u.shape
+    directions, batch, length, channels = u.shape
+    if length == 1:
+        raise ValueError("mamba-ssm computes sequences of one step wrongly; use set_scan_backend('auto')")
     out, *_ = selective_scan_cuda.fwd(*_arguments(u, delta, A, B, C, D, delta_bias), delta_softplus)
     y = _to_tokens(_channels_last(out, directions).float(), order).div(directions).to(u.dtype)
     nothing = u.new_empty(directions, batch, 0, A.shape[-1], channels, dtype=state_dtype(u.dtype))

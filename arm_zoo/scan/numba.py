@@ -145,14 +145,14 @@ def selective_scan(
     gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
-    delta = project(delta, delta_weight)
+    delta, A, B, C, D = (t.to(u.dtype) for t in (project(delta, delta_weight), A, B, C, D))
     directions, batch, length, channels = u.shape
     y = u.new_zeros(batch, length, channels)
     chunks = math.ceil(length / CHUNK) if save_states else 0
     saved = u.new_empty(directions, batch, chunks, A.shape[-1], channels)
     if y.numel() == 0:
         return y, saved
-    bias = torch.zeros_like(D) if delta_bias is None else delta_bias
+    bias = torch.zeros_like(D) if delta_bias is None else delta_bias.to(u.dtype)
     steps = torch.arange(length).expand(directions, -1) if order is None else order
     arguments = (
         *_memory(u), *_memory(delta), (A.detach() * _LOG2E).transpose(1, 2).contiguous().numpy(),

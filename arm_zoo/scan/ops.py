@@ -278,17 +278,25 @@ def causal_conv(
 
 
 def _table(order: torch.Tensor | None) -> torch.Tensor | None:
-    """Kernels read a table of orders as it lies in memory: direction by direction."""
-    return None if order is None else order.contiguous()
+    """Kernels read a table of orders as it lies in memory: direction by direction, in 64 bits."""
+    return None if order is None else order.to(torch.int64).contiguous()
 
 
-def _check_shapes(
-    operation: str, first: str, expected: Mapping[str, tuple[int, ...]], tensors: Sequence[torch.Tensor | None]
+def _check(
+    operation: str,
+    name: str,
+    first: torch.Tensor,
+    expected: Mapping[str, tuple[int, ...]],
+    tensors: Sequence[torch.Tensor | None],
 ) -> None:
-    """Compiled kernels do not look: what is missing would be read from whatever lies behind it."""
-    for (name, shape), tensor in zip(expected.items(), tensors, strict=True):
+    """Compiled kernels do not look: what is missing, or on another device, would be read from whatever lies there."""
+    for (other, shape), tensor in zip(expected.items(), tensors, strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{operation}: {name} is {tuple(tensor.shape)}, {first} needs {shape}")
+            raise ValueError(
+                f"{operation}: {other} is {tuple(tensor.shape)}, {name} {tuple(first.shape)} needs {shape}"
+            )
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{operation}: {other} is on {tensor.device}, {name} on {first.device}; move one of them")
 
 
 def _scan_shapes(u: torch.Tensor, A: torch.Tensor, delta_weight: torch.Tensor | None) -> dict[str, tuple[int, ...]]:
@@ -367,10 +375,10 @@ def selective_scan(
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
 
     Raises:
-        ValueError: for tensors whose shapes do not fit each other.
+        ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
     others = (delta, A, B, C, D, z, delta_bias, order, delta_weight)
-    _check_shapes("selective_scan", f"u {tuple(u.shape)}", _scan_shapes(u, A, delta_weight), others)
+    _check("selective_scan", "u", u, _scan_shapes(u, A, delta_weight), others)
     backend = resolve_backend(u)
     if backend == "reference":
         y = selective_scan_reference(u, project(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, order)
@@ -420,11 +428,11 @@ def mamba_inner(
         (batch, length, channels) in token order and the dtype of x.
 
     Raises:
-        ValueError: for tensors whose shapes do not fit each other.
+        ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
     inputs = (x, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
     shapes = _inner_shapes(x, conv_weight, dt_proj_weight, A)
-    _check_shapes("mamba_inner", f"x {tuple(x.shape)}", shapes, (z, *inputs[1:], order))
+    _check("mamba_inner", "x", x, shapes, (z, *inputs[1:], order))
     backend = resolve_backend(x)
     if backend in _WHOLE and _needs_gradient(*inputs):
         return torch.ops.arm_zoo.mamba_inner(*inputs, _table(order), backend)[0] * F.silu(z)

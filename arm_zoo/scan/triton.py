@@ -29,6 +29,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _BLOCK_STEPS = 1024  # of a table of orders
 _BLOCK_TIME = 16
 _BLOCK_CHANNELS = 128
+_MOST_SEQUENCES = 65_535  # of one launch: the limit of a grid's second and third axis
+_REGISTERS = {} if torch.version.hip else {"maxnreg": 168}  # of the backward scan; Triton for AMD has no such option
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _picture_by_picture(program, batch):
     They read the same tokens, which are then still in the L2 cache.
     """
     directions = tl.num_programs(2) // batch
-    k, b = program % directions, (program // directions).to(tl.int64)
+    k, b = (program % directions).to(tl.int64), (program // directions).to(tl.int64)
     return k, b, k * batch + b
 
 
@@ -458,10 +460,19 @@ def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
 
 
+def _check_number(directions: int, batch: int) -> None:
+    if directions * batch > _MOST_SEQUENCES:
+        raise ValueError(
+            f"the GPU kernels take up to {_MOST_SEQUENCES:,} sequences at a time, got {directions * batch:,} "
+            f"({directions} directions of {batch:,} pictures); use smaller batches, or set_scan_backend('torch')"
+        )
+
+
 def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """See `arm_zoo.scan.causal_conv`."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
+    _check_number(directions, batch)
     x = inner(x)
     out = x.new_empty(directions, batch, length, channels)
     segment = 32
@@ -511,7 +522,9 @@ def selective_scan(
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     delta = project(delta, delta_weight)
     directions, batch, length, channels = u.shape
+    _check_number(directions, batch)
     u, delta = inner(u), inner(delta)
+    bias = None if delta_bias is None else delta_bias.contiguous()
     d_state = A.shape[-1]
     sequences = u.new_empty(directions, batch, length, channels)
     chunks = triton.cdiv(length, CHUNK) if save_states else 0
@@ -520,9 +533,9 @@ def selective_scan(
     padded = triton.next_power_of_2(d_state)
     block = _scan_channels(padded, 2048)
     _scan_kernel[triton.cdiv(channels, block), directions * batch](
-        u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), delta_bias, sequences, states,
+        u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), bias, sequences, states,
         batch, length, channels, d_state, *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
-        HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, SAVE=save_states,
+        HAS_BIAS=bias is not None, SOFTPLUS=delta_softplus, SAVE=save_states,
         STATES=padded, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
     return merge(sequences, order, 1 / directions, gate), states
@@ -545,6 +558,7 @@ def selective_scan_backward(
     directions, batch, length, channels = u.shape
     u, delta = inner(u), inner(delta)
     grad = (grad / directions).contiguous()
+    bias = None if delta_bias is None else delta_bias.contiguous()
     d_state = A.shape[-1]
     B, C = _rows(B, C)
     padded = triton.next_power_of_2(d_state)
@@ -556,11 +570,11 @@ def selective_scan_backward(
     grad_A = shares.new_empty(directions, batch, d_state, channels)
     grad_D, grad_bias = (shares.new_empty(directions, batch, channels) for _ in range(2))
     _scan_backward_kernel[blocks, sequences](
-        u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), delta_bias, grad, order, saved,
+        u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), bias, grad, order, saved,
         scratch, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias, batch, length, channels, d_state,
         *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
-        HAS_BIAS=delta_bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
-        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, maxnreg=168,
+        HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
+        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
     )  # fmt: skip
     grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
     grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
