@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from arm_zoo.scan.reference import aligned
+
 __all__ = ["gated_product"]
 
 _ROWS, _CHANNELS, _INNER = 128, 128, 64  # of a tile: of the result, twice as many channels of the product, of the sum
@@ -39,18 +41,12 @@ def _gated_product_kernel(
         out.store([row, channel], y.to(out.dtype))
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy, row by row and where the accelerator can read it."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
 def gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of (gate, value) = x weight^T + bias: (..., D), (2 N, D), (2 N) -> (..., N).
 
     All of one type; sums, SiLU and product in float32. Rows must have multiples of 16 bytes.
     """
-    tokens, weight = _aligned(x.flatten(0, -2)), _aligned(weight)
+    tokens, weight = aligned(x.flatten(0, -2)), aligned(weight)
     (rows, inner), channels = tokens.shape, len(weight) // 2
     out = tokens.new_empty(rows, channels)
     tiles = triton.cdiv(rows, _ROWS) * triton.cdiv(channels, _CHANNELS)

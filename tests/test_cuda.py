@@ -77,6 +77,6 @@ def test_kernels_compile(
 
 def test_what_is_read_in_pairs_lies_where_pairs_can_be_read(cuda: ModuleType) -> None:
     flat = torch.arange(33.0)
-    moved = cuda._aligned(flat[1:].view(4, 8))
+    moved = cuda.aligned(flat[1:].view(4, 8))
     assert moved.data_ptr() % 16 == 0 and moved.equal(flat[1:].view(4, 8))
-    assert cuda._aligned(flat).data_ptr() == flat.data_ptr()
+    assert cuda.aligned(flat).data_ptr() == flat.data_ptr()

@@ -13,7 +13,7 @@ import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
 from arm_zoo.scan import triton
-from arm_zoo.scan.reference import inner, project
+from arm_zoo.scan.reference import aligned, inner, project
 from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, merge, state_dtype
 
 __all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
@@ -68,12 +68,6 @@ def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
     return aligned and not any(size % 2 for size in (channels, *strides))
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy, side by side in memory and where several numbers can be read at once."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
 def _rows(sequences: torch.Tensor) -> torch.Tensor:
     """The tensor itself if the steps of each sequence adjoin in memory, else a copy where they do."""
     return sequences if sequences.stride()[2:] == (sequences.shape[-1], 1) else sequences.contiguous()
@@ -118,8 +112,8 @@ def _launch(
         HAS_BIAS=int(delta_bias is not None),
         **macros,
     )
-    rates, skip = _aligned(A.float().transpose(1, 2)), _aligned(D.float())
-    bias = None if delta_bias is None else _aligned(delta_bias.float())
+    rates, skip = aligned(A.float().transpose(1, 2)), aligned(D.float())
+    bias = None if delta_bias is None else aligned(delta_bias.float())
     tensors = (u, delta, rates, B, C, skip, bias, *others)
     Device(u.device.index).set_current()  # autograd's threads begin without one
     launch(
@@ -157,7 +151,7 @@ def selective_scan(
         inputs = (u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, order)
         return triton.selective_scan(*inputs, save_states, gate)
     u = _rows(u)
-    delta, weight = (_rows(delta), None) if delta_weight is None else (delta, _aligned(delta_weight.to(u.dtype)))
+    delta, weight = (_rows(delta), None) if delta_weight is None else (delta, aligned(delta_weight.to(u.dtype)))
     B, C = inner(B), inner(C)
     y = u.new_empty(u.shape)
     chunks = -(-length // CHUNK) if save_states else 0

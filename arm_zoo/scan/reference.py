@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-__all__ = ["causal_conv_reference", "inner", "project", "selective_scan_reference"]
+__all__ = ["aligned", "causal_conv_reference", "inner", "project", "selective_scan_reference"]
 
 
 def causal_conv_reference(
@@ -24,6 +24,12 @@ def causal_conv_reference(
 def inner(sequence: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last axis lies side by side in memory, else a copy where it does."""
     return sequence if sequence.stride(-1) == 1 else sequence.contiguous()
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy, side by side in memory and where several numbers can be read at once."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def project(sequences: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
