@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 __all__ = ["Linear", "PatchConv", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
-_MANY_ROWS = 4096  # from so many tokens on the kernel of `arm_zoo.swiglu` is the faster code
+_MANY_ROWS = 4096  # from so many tokens on the kernels of `arm_zoo.gate` are the faster code
 _HALVES = (torch.bfloat16, torch.float16)
 _ONEDNN = torch.backends.mkldnn.is_available()
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -69,7 +69,7 @@ def _is_bare(layer: nn.Module) -> bool:
 
 @torch.library.custom_op("arm_zoo::gated_product", mutates_args=())
 def _gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    from arm_zoo.swiglu import gated_product  # needs Triton, which not every build of torch brings
+    from arm_zoo.gate import gated_product  # needs Triton, which not every build of torch brings
 
     with torch.cuda.device_of(x):
         return gated_product(x, weight, bias)
@@ -85,34 +85,73 @@ def _gated_product_flops(x: list[int], weight: list[int], *_: Any, **__: Any) ->
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
+@torch.library.custom_op("arm_zoo::gate", mutates_args=())
+def _gate(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) * value of the two halves, which have the bias in them already; its gradient is made with theirs."""
+    from arm_zoo.gate import gate
+
+    with torch.cuda.device_of(halves):
+        return gate(*halves.chunk(2, dim=-1))
+
+
+@_gate.register_fake
+def _gate_fake(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2)
+
+
+@torch.library.custom_op("arm_zoo::gate_backward", mutates_args=())
+def _gate_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from arm_zoo.gate import gate_backward
+
+    (gate, value), grad_halves = halves.chunk(2, dim=-1), halves.new_empty(halves.shape)
+    grad_gate, grad_value = grad_halves.chunk(2, dim=-1)
+    sums = bias.new_empty(bias.shape, dtype=torch.float32)
+    with torch.cuda.device_of(grad):
+        gate_backward(grad, gate, value, grad_gate, grad_value, sums)
+    return grad_halves, sums.to(bias.dtype, copy=True)
+
+
+@_gate_backward.register_fake
+def _gate_backward_fake(
+    grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return halves.new_empty(halves.shape), bias.new_empty(bias.shape)
+
+
+def _gate_setup(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.arm_zoo.gate_backward(grad, *ctx.saved_tensors)
+
+
+_gate.register_autograd(_gate_grad, setup_context=_gate_setup)
+
+
 # Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
 @torch.compiler.assume_constant_result
-def _has_kernel(device: int) -> bool:
-    """Whether `arm_zoo.swiglu` is for this GPU, and the model not for another machine."""
-    if torch.compiler.is_exporting() or not _TRITON or torch.version.hip is not None:
+def _has_kernel(device: int, *, hopper: bool) -> bool:
+    """Whether the kernels of `arm_zoo.gate`, or the one for Hopper GPUs, run on this GPU and are not for another."""
+    if torch.compiler.is_exporting() or not _TRITON:
         return False
-    return torch.cuda.get_device_capability(device) == (9, 0)  # Hopper
+    return not hopper or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
 
 
-def _takes_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
-    """Whether `arm_zoo.swiglu` computes this: inference in 16 bits of many tokens, on the GPUs it was measured on."""
-    tensors = (x, weight, bias)
-    if not x.is_cuda or not _has_kernel(x.device.index):
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    if torch.is_autocast_enabled("cuda"):
-        half = torch.get_autocast_dtype("cuda") in _HALVES and all(t.dtype != torch.float64 for t in tensors)
-    else:
-        half = x.dtype in _HALVES and all(t.dtype == x.dtype for t in tensors)
-    whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the kernel's reads and writes need
-    return half and whole_rows and math.prod(x.shape[:-1]) >= _MANY_ROWS
-
-
-def _in_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return torch.ops.arm_zoo.gated_product(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    tensors, autocast = (x, weight, bias), torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    fitting = all(t.dtype != torch.float64 if autocast else t.dtype == dtype != torch.float64 for t in tensors)
+    if fitting and x.is_cuda and math.prod(x.shape[:-1]) >= _MANY_ROWS:
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the product's kernel needs
+        if training and _has_kernel(x.device.index, hopper=False):
+            return torch.ops.arm_zoo.gate(F.linear(x, weight, bias.detach()), bias)
+        if not training and dtype in _HALVES and whole_rows and _has_kernel(x.device.index, hopper=True):
+            return torch.ops.arm_zoo.gated_product(*(t.to(dtype) for t in tensors))
+    gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 class SwiGLU(nn.Module):
@@ -130,8 +169,8 @@ class SwiGLU(nn.Module):
             bare, missing = x.is_cuda and _is_bare(self.fc1), -self.fc2.in_features % _ALIGNMENT
             if bare and missing and _is_bare(self.fc2):
                 return self._forward_padded(x, missing)
-            if bare and _takes_kernel(x, self.fc1.weight, self.fc1.bias):
-                return self.fc2(_in_kernel(x, self.fc1.weight, self.fc1.bias))
+            if bare:
+                return self.fc2(_gated_linear(x, self.fc1.weight, self.fc1.bias))
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * value)
 
@@ -143,11 +182,7 @@ class SwiGLU(nn.Module):
         halves = (2, self.fc2.in_features)
         weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
         bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()
-        if _takes_kernel(x, weight, bias):
-            hidden = _in_kernel(x, weight, bias)
-        else:
-            gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-            hidden = F.silu(gate) * value
+        hidden = _gated_linear(x, weight, bias)
         return F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 
 

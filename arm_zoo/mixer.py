@@ -82,11 +82,9 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
         """Mix tokens (batch, length, dim) along the directions of the (K, length) order table."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = mamba_inner(
-            x,
-            z,
+            self.in_proj(x),
             self.conv_weight,
             self.conv_bias,
             self.x_proj_weight,

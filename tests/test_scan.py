@@ -13,9 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
 from arm_zoo.mixer import MambaMixer
@@ -603,47 +601,12 @@ def test_operators_pass_opcheck(case: Case) -> None:
         )
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_one_operator_between_the_projections(batch: int) -> None:
-    """GPU kernels train through it; it equals the operations one by one, whichever backend computes it."""
-    channels, d_state, rank = 6, 4, 3
-    order = scan_order(2, 3, 2, 3)
-    shapes = [(batch, 7, channels), (2, channels, 4), (2, channels), (2, rank + 2 * d_state, channels)]
-    shapes += [(2, channels, rank), (2, channels), (2, channels, d_state), (2, channels)]
-    drawn = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    drawn[6] = -drawn[6].exp()
-    gate, results = torch.randn(batch, 7, channels, dtype=torch.float64), []
-    for whole in (True, False):
-        leaves = [t.detach().clone().requires_grad_() for t in drawn]
-        with scan_backend("torch"):
-            if whole:
-                y = torch.ops.arm_zoo.mamba_inner(*leaves, order, "torch")[0] * F.silu(gate)
-            else:
-                y = mamba_inner(leaves[0], gate, *leaves[1:], order)
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
-    single = [t.detach().float().requires_grad_() for t in drawn]
-    torch.library.opcheck(torch.ops.arm_zoo.mamba_inner.default, (*single, order, "torch"))
-    counts = []
-    for function in (
-        lambda: torch.ops.arm_zoo.mamba_inner(*single, order, "torch")[0].sum(),
-        lambda: mamba_inner(single[0], gate.float(), *single[1:], order).sum(),
-    ):
-        with FlopCounterMode(display=False) as counter:
-            loss = function()
-        counts.append(counter.get_total_flops())
-        with FlopCounterMode(display=False) as counter:
-            loss.backward()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[2] and counts[1] == 2 * counts[0]
-
-
-@pytest.mark.parametrize("wrong", range(1, 10))
+@pytest.mark.parametrize("wrong", range(9))
 def test_shapes_that_do_not_fit_are_refused_before_any_kernel(wrong: int) -> None:
-    shapes = [(2, 5, 6), (2, 5, 6), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3), (2, 6), (2, 6, 4), (2, 6), (2, 5)]
-    shapes[wrong] = (*shapes[wrong][:-1], shapes[wrong][-1] + 2) if wrong != 2 else (2, 5, 4)
+    shapes = [(2, 5, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3), (2, 6), (2, 6, 4), (2, 6), (2, 5)]
+    shapes[wrong] = (2, 5, 4) if wrong == 1 else (*shapes[wrong][:-1], shapes[wrong][-1] + 1 + (wrong > 0))
     tensors = [torch.zeros(shape, requires_grad=True) for shape in shapes[:-1]]
-    with pytest.raises(ValueError, match=r"mamba_inner: \w+ is .*, x \(2, 5, 6\) needs "):
+    with pytest.raises(ValueError, match=r"mamba_inner: \w+ is .*, xz \(2, 5, 1[23]\) needs "):
         mamba_inner(*tensors, torch.zeros(shapes[-1], dtype=torch.long))
 
 

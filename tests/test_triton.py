@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
 from arm_zoo.layers import PatchEmbed, SwiGLU
@@ -20,7 +21,7 @@ IN_THE_INTERPRETER = """
 import sys
 import torch
 sys.path.insert(0, "tests")
-from test_triton import CASES, gated_product_error, inner_error, worst_error
+from test_triton import CASES, check_operators, gate_errors, gated_product_error, inner_error, worst_error
 import arm_zoo
 from arm_zoo.scan import causal_conv, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
@@ -29,7 +30,14 @@ for case in CASES:
     assert error < 1e-5, (case, error)
 error = worst_error(*CASES[1], torch.bfloat16, "cpu", rank=4)
 assert error < 1e-2, error
-assert inner_error(2, torch.float32, "cpu") < 1e-5
+for directions in (1, 4):
+    error = inner_error(2, torch.float32, "cpu", directions=directions)
+    assert error < 1e-5, (directions, error)
+check_operators("cpu")
+for shape in ((3, 130, 20), (1, 600), (1, 1, 2)):
+    errors = gate_errors(shape, torch.float32, "cpu")
+    assert max(errors) < 1e-6, (shape, errors)
+assert max(gate_errors((200, 80), torch.bfloat16, "cpu")) < 5e-3
 results = []
 for bias in (torch.linspace(-2, 1, 10).view(5, 2).t(), torch.linspace(-2, 1, 10).view(5, 2).t().contiguous()):
     inputs = [torch.ones(2, 1, 3, 5), torch.ones(2, 1, 3, 5), -torch.ones(2, 5, 2), torch.ones(2, 1, 3, 2)]
@@ -109,22 +117,28 @@ def worst_error(
 
 
 def inner_error(
-    batch: int, dtype: torch.dtype, device: str, kernels: str = "triton", channels: int = 20, d_state: int = 4
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    kernels: str = "triton",
+    channels: int = 20,
+    d_state: int = 4,
+    directions: int = 4,
 ) -> float:
     """Largest relative L2 error of `mamba_inner` in training, its output and gradients, against float64."""
     torch.manual_seed(0)
-    rank, order = 6, scan_order(3, 2, 4, 3, device=device)
+    rank, order = 6, scan_order(3, 2, directions, 3, device=device) if directions > 1 else None
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device)
 
-    x, z, grad = (draw(batch, order.shape[1], channels).to(dtype) for _ in range(3))
-    weights = [draw(4, channels, 4), draw(4, channels), draw(4, rank + 2 * d_state, channels) / channels**0.5]
-    weights += [draw(4, channels, rank) / rank**0.5, draw(4, channels), -draw(4, channels, d_state).exp()]
-    weights += [draw(4, channels)]
+    xz, grad = (draw(batch, 7, size).to(dtype) for size in (2 * channels, channels))
+    shapes = [(channels, 4), (channels,), (rank + 2 * d_state, channels), (channels, rank), (channels,)]
+    weights = [draw(directions, *shape) / (shape[-1] ** 0.5 if len(shape) == 2 else 1) for shape in shapes]
+    weights += [-draw(directions, channels, d_state).exp(), draw(directions, channels)]
 
     def everything(backend: str, convert: torch.dtype | None) -> list[torch.Tensor]:
-        leaves = [t.detach().to(convert or t.dtype).requires_grad_() for t in (x, z, *weights)]
+        leaves = [t.detach().to(convert or t.dtype).requires_grad_() for t in (xz, *weights)]
         with arm_zoo.scan_backend(backend):
             y = mamba_inner(*leaves, order)
         y.backward(grad.to(y.dtype))
@@ -134,9 +148,44 @@ def inner_error(
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
+def gate_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[float]:
+    """Relative L2 errors of the gate's operator with the gradients of both halves and their sums, against float64."""
+    torch.manual_seed(0)
+    halves, bias, grad = (torch.randn(size, device=device).to(dtype) for size in (shape, shape[-1:], shape))
+    grad, results = grad[..., : shape[-1] // 2], []
+    for convert in (dtype, torch.float64):
+        leaves = halves.to(convert).requires_grad_(), bias.to(convert).requires_grad_()
+        if convert == dtype:
+            y = torch.ops.arm_zoo.gate(*leaves)
+        else:  # the operator takes what has the bias in it already
+            gate, value = (leaves[0] + leaves[1] - leaves[1].detach()).chunk(2, dim=-1)
+            y = torch.nn.functional.silu(gate) * value
+        results.append([y, *torch.autograd.grad(y, leaves, grad.to(convert))])
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
+
+
+def check_operators(device: str) -> None:
+    """What PyTorch asks of operators, and that their counts of operations are those of the parts one by one."""
+    halves, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((2, 5, 12), (12,)))
+    torch.library.opcheck(torch.ops.arm_zoo.gate.default, (halves, bias))
+    order, shapes = scan_order(2, 3, 2, 3, device=device), [(2, 7, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3)]
+    drawn = [torch.randn(shape, device=device) for shape in (*shapes, (2, 6), (2, 6, 4), (2, 6))]
+    drawn[6] = -drawn[6].exp()
+    leaves = [t.requires_grad_() for t in drawn]
+    torch.library.opcheck(torch.ops.arm_zoo.mamba_inner.default, (*leaves, order, "triton"))
+    counts = []
+    for backend in ("triton", "torch"):
+        with arm_zoo.scan_backend(backend), FlopCounterMode(display=False) as forward:
+            loss = mamba_inner(*leaves, order).sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[0][0] == counts[1][0] and counts[0][1] == 2 * counts[0][0], counts
+
+
 def gated_product_error(batch: int, length: int, dim: int, hidden: int, dtype: torch.dtype, device: str) -> float:
     """Relative L2 error of the kernel with fc1 of a SwiGLU, SiLU and gate, against float64."""
-    from arm_zoo.swiglu import gated_product
+    from arm_zoo.gate import gated_product
 
     torch.manual_seed(0)
     shapes = (batch, length, dim), (2 * hidden, dim), (2 * hidden,)
@@ -211,10 +260,23 @@ def test_step_sizes_of_low_rank_of_one_step(rank: int, kernels: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("directions", [1, 4])
 @pytest.mark.parametrize("batch", [1, 3, 32])
-def test_everything_between_the_projections(batch: int, dtype: torch.dtype, kernels: str) -> None:
+def test_everything_between_the_projections(batch: int, directions: int, dtype: torch.dtype, kernels: str) -> None:
     limit = {torch.float32: 2e-5}.get(dtype, 2e-2)  # a product and a rounding more than the scan alone
-    assert inner_error(batch, dtype, "cuda", kernels, channels=72, d_state=16) < limit
+    assert inner_error(batch, dtype, "cuda", kernels, channels=72, d_state=16, directions=directions) < limit
+
+
+@pytest.mark.gpu
+def test_operators_on_the_gpu() -> None:
+    check_operators("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 197, 514), (64, 65, 4096), (40_000, 48)])
+def test_gate_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert max(gate_errors(shape, dtype, "cuda")) < {torch.float32: 1e-5}.get(dtype, 5e-3)
 
 
 @pytest.mark.gpu

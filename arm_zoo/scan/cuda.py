@@ -14,9 +14,26 @@ from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
 from arm_zoo.scan import triton
 from arm_zoo.scan.reference import aligned, inner, project
-from arm_zoo.scan.triton import CHUNK, causal_conv, causal_conv_backward, merge, state_dtype
+from arm_zoo.scan.triton import (
+    CHUNK,
+    causal_conv,
+    causal_conv_backward,
+    gate,
+    gate_backward,
+    merge,
+    state_dtype,
+)
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
+__all__ = [
+    "CHUNK",
+    "causal_conv",
+    "causal_conv_backward",
+    "gate",
+    "gate_backward",
+    "selective_scan",
+    "selective_scan_backward",
+    "state_dtype",
+]
 
 _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

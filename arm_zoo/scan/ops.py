@@ -22,7 +22,7 @@ _SCAN_INPUTS = (
     "bool delta_softplus, Tensor? order"
 )
 _INNER_INPUTS = (
-    "Tensor x, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, "
+    "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, "
     "Tensor dt_proj_bias, Tensor A, Tensor D, Tensor? order"
 )
 # Backends that train through one operator for everything between the mixer's projections.
@@ -81,7 +81,7 @@ def _split(projected: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
 
 def _inner_forward(
     module: ModuleType,
-    x: torch.Tensor,
+    xz: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -90,30 +90,34 @@ def _inner_forward(
     A: torch.Tensor,
     D: torch.Tensor,
     order: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The scans' mean, and what the backward pass cannot do without: the projected inputs and the saved states."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gated mean of the scans, and what the backward pass needs: the mean, the projected inputs, saved states."""
+    x, z = xz.chunk(2, dim=-1)
     u = module.causal_conv(x, conv_weight, conv_bias, order)
     projected = project(u, x_proj_weight)
     delta, B, C = _split(projected, dt_proj_weight.shape[-1])
     y, saved = module.selective_scan(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, True, None)
-    return y, projected, saved
+    return module.gate(z, y), y, projected, saved
 
 
 def _inner_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-    """Gradients of x, the weights, A and D; the scans' inputs are convolved anew, as their memory is worth more."""
-    x, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, order, projected, saved = args
+    """Gradients of xz, the weights, A and D; the scans' inputs are convolved anew, as their memory is worth more."""
+    xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, order, y, projected, saved = args
+    (x, z), grad_xz, grad_y = xz.chunk(2, dim=-1), xz.new_empty(xz.shape), y.new_empty(y.shape)
+    grad_x, grad_z = grad_xz.chunk(2, dim=-1)
+    module.gate_backward(grad, z, y, grad_z, grad_y)
     u = module.causal_conv(x, conv_weight, conv_bias, order)
     delta, B, C = _split(projected, dt_proj_weight.shape[-1])
     inputs = (u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight)
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_dt = _backward_of_scan(
-        module, grad, *inputs, True, order, saved
+        module, grad_y, *inputs, True, order, saved
     )
     grad_projected = torch.cat([grad_delta, grad_B, grad_C], dim=-1)
     rows = grad_u.flatten(1, 2)
     rows.baddbmm_(grad_projected.flatten(1, 2), x_proj_weight.to(rows.dtype))
     grad_x_proj = _weight_gradient(grad_projected, u).to(x_proj_weight.dtype)
-    grad_x, *grad_conv = module.causal_conv_backward(rows.view_as(u), x, conv_weight, conv_bias, order)
-    return grad_x, *grad_conv, grad_x_proj, grad_dt, grad_bias, grad_A, grad_D
+    _, *grad_conv = module.causal_conv_backward(rows.view_as(u), x, conv_weight, conv_bias, order, grad_x)
+    return grad_xz, *grad_conv, grad_x_proj, grad_dt, grad_bias, grad_A, grad_D
 
 
 _conv = _operator("causal_conv", _CONV_INPUTS, "Tensor")
@@ -125,10 +129,10 @@ _scan_backward = _operator(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_of_scan,
 )
-_inner = _operator("mamba_inner", _INNER_INPUTS, "(Tensor, Tensor, Tensor)", _inner_forward)
+_inner = _operator("mamba_inner", _INNER_INPUTS, "(Tensor, Tensor, Tensor, Tensor)", _inner_forward)
 _inner_grads = _operator(
     "mamba_inner_backward",
-    f"Tensor grad, {_INNER_INPUTS}, Tensor projected, Tensor saved",
+    f"Tensor grad, {_INNER_INPUTS}, Tensor y, Tensor projected, Tensor saved",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _inner_backward,
 )
@@ -192,25 +196,25 @@ def _scan_backward_fake(
 
 
 @_inner.register_fake
-def _inner_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inner_fake(xz: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     conv_weight, _, x_proj_weight, _, _, A, _, _, backend = args
-    directions = len(conv_weight)
-    projected = x.new_empty(directions, *x.shape[:2], x_proj_weight.shape[1])
-    states = _empty_states(x, torch.Size((directions, *x.shape)), A, True, backend)
-    return x.new_empty(x.shape), projected, states
+    (batch, length, _), (directions, channels, _) = xz.shape, conv_weight.shape
+    projected = xz.new_empty(directions, batch, length, x_proj_weight.shape[1])
+    states = _empty_states(xz, torch.Size((directions, batch, length, channels)), A, True, backend)
+    return *(xz.new_empty(batch, length, channels) for _ in range(2)), projected, states
 
 
 @register_flop_formula(torch.ops.arm_zoo.mamba_inner)
-def _inner_flops(x: list[int], *shapes: Any, **_: Any) -> int:
+def _inner_flops(xz: list[int], *shapes: Any, **_: Any) -> int:
     """The two matrix products that make the scans' step sizes, B and C."""
     x_proj_weight, dt_proj_weight = shapes[2:4]
-    return 2 * math.prod(x[:2]) * (math.prod(x_proj_weight) + math.prod(dt_proj_weight))
+    return 2 * math.prod(xz[:2]) * (math.prod(x_proj_weight) + math.prod(dt_proj_weight))
 
 
 @register_flop_formula(torch.ops.arm_zoo.mamba_inner_backward)
-def _inner_backward_flops(grad: list[int], x: list[int], *shapes: Any, **_: Any) -> int:
+def _inner_backward_flops(grad: list[int], xz: list[int], *shapes: Any, **_: Any) -> int:
     """Two products for each of the forward pass; what is made anew does not count."""
-    return 2 * _inner_flops(x, *shapes)
+    return 2 * _inner_flops(xz, *shapes)
 
 
 @_inner_grads.register_fake
@@ -316,12 +320,12 @@ def _scan_shapes(u: torch.Tensor, A: torch.Tensor, delta_weight: torch.Tensor | 
 
 
 def _inner_shapes(
-    x: torch.Tensor, conv_weight: torch.Tensor, dt_proj_weight: torch.Tensor, A: torch.Tensor
+    xz: torch.Tensor, conv_weight: torch.Tensor, dt_proj_weight: torch.Tensor, A: torch.Tensor
 ) -> dict[str, tuple[int, ...]]:
-    (batch, length, channels), directions = x.shape, len(conv_weight)
-    rank, d_state = dt_proj_weight.shape[-1], A.shape[-1]
+    (batch, length, both), directions = xz.shape, len(conv_weight)
+    channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]
     return {
-        "z": (batch, length, channels),
+        "xz": (batch, length, 2 * channels),
         "conv_weight": (directions, channels, conv_weight.shape[-1]),
         "conv_bias": (directions, channels),
         "x_proj_weight": (directions, rank + 2 * d_state, channels),
@@ -396,8 +400,7 @@ def selective_scan(
 
 @torch.jit.ignore
 def mamba_inner(
-    x: torch.Tensor,
-    z: torch.Tensor,
+    xz: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor,
@@ -407,14 +410,14 @@ def mamba_inner(
     D: torch.Tensor,
     order: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Everything between a Mamba mixer's projections in and out: convolution, x_proj and `selective_scan`.
+    """Everything between a Mamba mixer's projections in and out: convolution, x_proj, `selective_scan` and gate.
 
     In training the GPU kernels do it as one operator, which keeps neither the convolved sequences nor whole step sizes
-    for the backward pass and adds up the two gradients of the scans' inputs inside a matrix product.
+    for the backward pass, adds up the two gradients of the scans' inputs inside a matrix product, and writes those of
+    tokens and gate side by side.
 
     Args:
-        x: (batch, length, channels) tokens.
-        z: like x, the gate.
+        xz: (batch, length, 2 * channels) tokens, then their gates, as the projection in makes them.
         conv_weight: (directions, channels, taps).
         conv_bias: (directions, channels).
         x_proj_weight: (directions, rank + 2 * d_state, channels): step sizes of low rank, B and C, in this order.
@@ -425,17 +428,18 @@ def mamba_inner(
         order: (directions, length) table of `arm_zoo.order`; None scans the tokens as they are stored.
 
     Returns:
-        (batch, length, channels) in token order and the dtype of x.
+        (batch, length, channels) in token order and the dtype of xz.
 
     Raises:
         ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
-    inputs = (x, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
-    shapes = _inner_shapes(x, conv_weight, dt_proj_weight, A)
-    _check("mamba_inner", "x", x, shapes, (z, *inputs[1:], order))
-    backend = resolve_backend(x)
+    inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
+    shapes = _inner_shapes(xz, conv_weight, dt_proj_weight, A)
+    _check("mamba_inner", "xz", xz, shapes, (*inputs, order))
+    backend = resolve_backend(xz)
     if backend in _WHOLE and _needs_gradient(*inputs):
-        return torch.ops.arm_zoo.mamba_inner(*inputs, _table(order), backend)[0] * F.silu(z)
+        return torch.ops.arm_zoo.mamba_inner(*inputs, _table(order), backend)[0]
+    x, z = xz.chunk(2, dim=-1)
     u = causal_conv(x, conv_weight, conv_bias, order)  # (B, L, D) -> (K, B, L, D)
     delta, B, C = _split(project(u, x_proj_weight), dt_proj_weight.shape[-1])
     return selective_scan(u, delta, A, B, C, D, z, dt_proj_bias, True, order, dt_proj_weight)

@@ -11,12 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
+from arm_zoo.gate import gate, gate_backward, sigmoid
 from arm_zoo.scan.reference import inner, project
 
 __all__ = [
     "CHUNK",
     "causal_conv",
     "causal_conv_backward",
+    "gate",
+    "gate_backward",
     "merge",
     "selective_scan",
     "selective_scan_backward",
@@ -51,11 +54,6 @@ def _softplus(x):
     p = p * y - 0.4999990165
     p = p * y + 1.0
     return tl.maximum(x, 0.0) + y * p
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * _LOG2E))
 
 
 @triton.jit
@@ -120,7 +118,7 @@ def _conv_kernel(
             before = offset
             for j in tl.static_range(TAPS):
                 before += taps[j] * rows[i + j]
-            y = (before * _sigmoid(before)).to(out.dtype.element_ty)
+            y = (before * sigmoid(before)).to(out.dtype.element_ty)
             tl.store(out + (t + i) * channels + d, y, mask=channel & (t + i < length))
         rows = _last(rows, TAPS - 1)
 
@@ -128,7 +126,7 @@ def _conv_kernel(
 @triton.jit
 def _conv_backward_kernel(
     grad, x, weight, bias, order, grad_x, partial, batch, length, channels, x_batch, x_time,
-    g_direction, g_batch, g_time,
+    g_direction, g_batch, g_time, to_direction, to_batch, to_time,
     HAS_ORDER: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One direction's gradient of x in scan order, and a segment's share of the gradients of weight and bias.
@@ -142,7 +140,7 @@ def _conv_backward_kernel(
     channel = d < channels
     x += b * x_batch
     grad += k * g_direction + b * g_batch
-    grad_x += sequence * length * channels
+    grad_x += k * to_direction + b * to_batch
     taps = _load_taps(weight, k, d, channels, channel, TAPS)
     offset = tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
     zero = tl.zeros([BLOCK_D], tl.float32)
@@ -163,7 +161,7 @@ def _conv_backward_kernel(
             before = offset
             for j in tl.static_range(TAPS):
                 before += taps[j] * rows[i + j]
-            slope = _sigmoid(before)
+            slope = sigmoid(before)
             g = outer[i] * slope * (1.0 + before * (1.0 - slope))
             gradients = gradients + (g,)
             fed = zero  # gradient of x, TAPS - 1 steps back
@@ -171,7 +169,7 @@ def _conv_backward_kernel(
                 fed += taps[TAPS - 1 - j] * gradients[i + j]
             step = t + i - (TAPS - 1)
             mask = channel & (step >= start) & (step < start + SEGMENT) & (step < length)
-            tl.store(grad_x + step * channels + d, fed.to(grad_x.dtype.element_ty), mask=mask)
+            tl.store(grad_x + step * to_time + d, fed.to(grad_x.dtype.element_ty), mask=mask)
             g = tl.where(t + i < start + SEGMENT, g, 0.0)  # the steps after the segment are the next one's
             new = ()
             for j in tl.static_range(TAPS):
@@ -195,7 +193,7 @@ def _inverse_kernel(order, inverse, length, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _merge_kernel(
-    sequences, inverse, gate, out, batch, length, channels, gate_batch, gate_time, share,
+    sequences, inverse, gate, out, batch, length, channels, gate_batch, gate_time, out_batch, out_time, share,
     DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -215,8 +213,8 @@ def _merge_kernel(
     if HAS_GATE:
         gate += b * gate_batch
         z = tl.load(gate + token[:, None] * gate_time + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        total *= z * _sigmoid(z)
-    out += b * length * channels + token[:, None] * channels + d[None, :]
+        total *= z * sigmoid(z)
+    out += b * out_batch + token[:, None] * out_time + d[None, :]
     tl.store(out, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -312,7 +310,7 @@ def _reverse_step(
     exponent = g * decayed  # gradient of size * rate
     g_size = from_input * u_t + tl.sum(exponent * rates, axis=0) / _LOG2E
     if SOFTPLUS:
-        g_size *= _sigmoid(raw)
+        g_size *= sigmoid(raw)
     tl.store(grad_u + row + d, (from_input * size + y_t * skip).to(grad_u.dtype.element_ty), mask=channel & write)
     tl.store(grad_delta + row + d, g_size.to(grad_delta.dtype.element_ty), mask=channel & write)
     grad_rates += exponent * size[None, :]
@@ -436,18 +434,22 @@ def _scan_channels(states: int, tile: int) -> int:
 
 
 def merge(
-    sequences: torch.Tensor, order: torch.Tensor | None, share: float, gate: torch.Tensor | None = None
+    sequences: torch.Tensor,
+    order: torch.Tensor | None,
+    share: float,
+    gate: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(K, B, L, D) in scan order -> (B, L, D) in token order: the directions' sum times `share` and SiLU(gate)."""
     directions, batch, length, channels = sequences.shape
-    if directions == 1 and order is None and gate is None:
+    if directions == 1 and order is None and gate is None and out is None:
         return sequences[0]
     gate = None if gate is None else inner(gate)
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
-    out = sequences.new_empty(batch, length, channels)
+    out = sequences.new_empty(batch, length, channels) if out is None else out
     grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, _BLOCK_CHANNELS), batch
     _merge_kernel[grid](
-        sequences, _inverse(order), gate, out, batch, length, channels, *gate_strides, share,
+        sequences, _inverse(order), gate, out, batch, length, channels, *gate_strides, *out.stride()[:2], share,
         DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_GATE=gate is not None,
         BLOCK_T=_BLOCK_TIME, BLOCK_D=_BLOCK_CHANNELS,
     )  # fmt: skip
@@ -485,24 +487,31 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 
 def causal_conv_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    order: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias, given that of the output (K, B, L, D)."""
+    """Gradients of x (in `out`, if there is one), weight and bias, given that of the output (K, B, L, D)."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
     x, grad, weight, bias = inner(x), inner(grad), weight.contiguous(), bias.contiguous()
-    sequences = x.new_empty(directions, batch, length, channels)
+    merged = out is not None and directions == 1 and order is None  # nothing is left to do after the kernel
+    sequences = out[None] if merged else x.new_empty(directions, batch, length, channels)
     segment = 64 - (taps - 1)
     segments = triton.cdiv(length, segment)
     partial = x.new_empty(segments, directions, batch, taps + 1, channels, dtype=torch.float32)
     _conv_backward_kernel[segments, triton.cdiv(channels, _BLOCK_CHANNELS), directions * batch](
         grad, x, weight, bias, order, sequences, partial, batch, length, channels, x.stride(0), x.stride(1),
-        *grad.stride()[:3],
+        *grad.stride()[:3], *sequences.stride()[:3],
         HAS_ORDER=order is not None, TAPS=taps, SEGMENT=segment, GROUP=4, BLOCK_D=_BLOCK_CHANNELS, num_warps=1,
     )  # fmt: skip
     partial = partial.sum((0, 2))  # (K, taps + 1, D)
     grad_weight = partial[:, :taps].transpose(1, 2).to(weight.dtype).contiguous()
-    return merge(sequences, order, 1.0), grad_weight, partial[:, taps].to(bias.dtype, copy=True)
+    grad_x = sequences[0] if merged else merge(sequences, order, 1.0, out=out)
+    return grad_x, grad_weight, partial[:, taps].to(bias.dtype, copy=True)
 
 
 def selective_scan(
