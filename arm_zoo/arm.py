@@ -6,7 +6,7 @@ SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_z
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,7 +14,6 @@ from typing import Any, Final, Literal
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
     calculate_drop_path_rates,
     get_device_dtype,
     get_norm_layer,
@@ -33,71 +32,17 @@ from timm.models._features import feature_take_indices
 from timm.models._input import get_model_args, update_model_input_size
 from torch import nn
 
+from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
 from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model
 from arm_zoo.hosted import BUNDLED_FOLDER, ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
-from arm_zoo.layers import PatchEmbed, SwiGLU, check_positive, zero_bias
-from arm_zoo.mixer import MambaMixer
+from arm_zoo.layers import PatchEmbed, check_positive, zero_bias
 from arm_zoo.order import scan_order
 from arm_zoo.weights import adapt_state_dict, resample_pos_embed
 
-__all__ = ["ARM", "Block", "init_block_weights", "no_weight_decay_names", "reset_parameters"]
+__all__ = ["ARM"]
 
 GlobalPool = Literal["avg", "token", ""]
 NormLayer = str | Callable[..., nn.Module]
-
-
-class Block(nn.Module):
-    """Mamba mixer and SwiGLU, each with its norm and residual; one drop-path rate, sampled twice (paper, figure 4)."""
-
-    def __init__(
-        self,
-        dim: int,
-        directions: int = 4,
-        d_state: int = 16,
-        drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.mixer = MambaMixer(dim, directions, d_state=d_state, **dd)
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = SwiGLU(dim, 8 * dim // 3, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x), order))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def reset_parameters(model: nn.Module) -> None:
-    """Draw the parameters of all parts anew, inner parts first: an outer one may know better."""
-    for module in reversed(list(model.modules())):
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-
-
-def init_block_weights(blocks: Iterable[nn.Module]) -> None:
-    """Official initialisation of a stack: PyTorch's defaults, zero biases, output projections / sqrt(depth)."""
-    stack = [block for block in blocks if isinstance(block, Block)]
-    for block in stack:
-        zero_bias(block.mlp.fc1)
-        zero_bias(block.mlp.fc2)
-        with torch.no_grad():
-            block.mixer.out_proj.weight /= len(stack) ** 0.5
-
-
-def no_weight_decay_names(blocks: Iterable[nn.Module]) -> set[str]:
-    """Names, inside a model, of what is one-dimensional per direction in the blocks and therefore not decayed."""
-    return {
-        f"blocks.{i}.mixer.{name}"
-        for i, block in enumerate(blocks)
-        if isinstance(block, Block)
-        for name in block.mixer.no_weight_decay()
-    }
 
 
 @register_notrace_function
@@ -326,11 +271,12 @@ class ARM(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, N + 1, dim) normed tokens, the class token at N // 2."""
         x, order = self._embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, order)
-            else:
+        if torch.jit.is_scripting():
+            for block in self.blocks:
                 x = block(x, order)
+        else:
+            last = len(self.blocks)
+            x = run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing)[last]
         return self.norm(x)
 
     def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:

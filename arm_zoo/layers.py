@@ -12,10 +12,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["Linear", "PatchConv", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
+__all__ = [
+    "Linear",
+    "PatchConv",
+    "PatchEmbed",
+    "SwiGLU",
+    "add_norm",
+    "adds_in_norm",
+    "check_positive",
+    "is_bare",
+    "nearest_multiple",
+    "zero_bias",
+]
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
-_MANY_ROWS = 4096  # from so many tokens on the kernels of `arm_zoo.gate` are the faster code
+_MANY_ROWS = 4096  # from so many tokens on the kernels of `arm_zoo.kernels` are faster than PyTorch's own
 _HALVES = (torch.bfloat16, torch.float16)
 _ONEDNN = torch.backends.mkldnn.is_available()
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -58,18 +69,19 @@ class Linear(nn.Linear):
         return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether calling the layer does its product and nothing else: it is not wrapped, replaced, patched or hooked.
+def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer does what its class does and nothing else: not wrapped, replaced, patched or hooked.
 
     Hooks on all modules of the process at once are not looked for.
     """
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is Linear and "forward" not in layer.__dict__ and not any(hooks)
+    changed = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
+    return type(layer) is kind and not changed and not any(hooks)
 
 
 @torch.library.custom_op("arm_zoo::gated_product", mutates_args=())
 def _gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    from arm_zoo.gate import gated_product  # needs Triton, which not every build of torch brings
+    from arm_zoo.kernels import gated_product  # needs Triton, which not every build of torch brings
 
     with torch.cuda.device_of(x):
         return gated_product(x, weight, bias)
@@ -88,7 +100,7 @@ def _gated_product_flops(x: list[int], weight: list[int], *_: Any, **__: Any) ->
 @torch.library.custom_op("arm_zoo::gate", mutates_args=())
 def _gate(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of the two halves, which have the bias in them already; its gradient is made with theirs."""
-    from arm_zoo.gate import gate
+    from arm_zoo.kernels import gate
 
     with torch.cuda.device_of(halves):
         return gate(*halves.chunk(2, dim=-1))
@@ -101,7 +113,7 @@ def _gate_fake(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("arm_zoo::gate_backward", mutates_args=())
 def _gate_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from arm_zoo.gate import gate_backward
+    from arm_zoo.kernels import gate_backward
 
     (gate, value), grad_halves = halves.chunk(2, dim=-1), halves.new_empty(halves.shape)
     grad_gate, grad_value = grad_halves.chunk(2, dim=-1)
@@ -129,21 +141,108 @@ def _gate_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 _gate.register_autograd(_gate_grad, setup_context=_gate_setup)
 
 
+@torch.library.custom_op("arm_zoo::add_norm", mutates_args=())
+def _add_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from arm_zoo.kernels import add_norm
+
+    with torch.cuda.device_of(x):
+        return add_norm(x, branch, scale, weight, bias, eps, dtype)
+
+
+@_add_norm.register_fake
+def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1])
+
+
+@torch.library.custom_op("arm_zoo::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    grad_total: torch.Tensor,
+    grad_normed: torch.Tensor,
+    total: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from arm_zoo.kernels import add_norm_backward
+
+    with torch.cuda.device_of(total):
+        return add_norm_backward(grad_total, grad_normed, total, scale, weight, eps, dtype)
+
+
+@_add_norm_backward.register_fake
+def _add_norm_backward_fake(
+    grad_total: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, ...]:
+    _, weight, _, dtype = args
+    grads_of_norm = (weight.new_empty(weight.shape) for _ in range(2))
+    return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
+
+
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    _, branch, scale, weight, _, ctx.eps, _ = inputs
+    ctx.dtype = branch.dtype
+    ctx.save_for_backward(output[0], scale, weight)
+
+
+def _add_norm_grad(ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.dtype)
+    grad_x, grad_branch, grad_weight, grad_bias = grads
+    return grad_x, grad_branch, None, grad_weight, grad_bias, None, None
+
+
+_add_norm.register_autograd(_add_norm_grad, setup_context=_add_norm_setup)
+
+
 # Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
 @torch.compiler.assume_constant_result
 def _has_kernel(device: int, *, hopper: bool) -> bool:
-    """Whether the kernels of `arm_zoo.gate`, or the one for Hopper GPUs, run on this GPU and are not for another."""
+    """Whether `arm_zoo.kernels`, or the one of them for Hopper GPUs, runs on this GPU and the model not on another."""
     if torch.compiler.is_exporting() or not _TRITON:
         return False
     return not hopper or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
 
 
+def _fit(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take tensors of these types, all of one unless autocast brings them together."""
+    autocast = torch.is_autocast_enabled("cuda")
+    return all(t.dtype != torch.float64 and (autocast or t.dtype == tensors[0].dtype) for t in tensors)
+
+
+def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
+    """Whether `add_norm` is for these tokens (B, L, D) and this norm."""
+    if not (isinstance(x, torch.Tensor) and x.is_cuda and math.prod(x.shape[:-1]) >= _MANY_ROWS):
+        return False
+    if not isinstance(norm, nn.LayerNorm) or not is_bare(norm, nn.LayerNorm) or norm.weight is None:
+        return False
+    has_bias = norm.bias is not None
+    return has_bias and _fit(x, norm.weight, norm.bias) and _has_kernel(x.device.index, hopper=False)
+
+
+def add_norm(
+    x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None, norm: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + scale * branch and its layer norm, in one pass over both, also backward: (B, L, D), (B, L, D), (B).
+
+    The norm has the type that autocast gives a linear layer, which is what follows.
+    """
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return torch.ops.arm_zoo.add_norm(x, branch, scale, norm.weight, norm.bias, norm.eps, dtype)
+
+
 def _gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
-    tensors, autocast = (x, weight, bias), torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-    fitting = all(t.dtype != torch.float64 if autocast else t.dtype == dtype != torch.float64 for t in tensors)
-    if fitting and x.is_cuda and math.prod(x.shape[:-1]) >= _MANY_ROWS:
+    tensors = (x, weight, bias)
+    if x.is_cuda and _fit(*tensors) and math.prod(x.shape[:-1]) >= _MANY_ROWS:
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the product's kernel needs
         if training and _has_kernel(x.device.index, hopper=False):
@@ -166,8 +265,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and isinstance(x, torch.Tensor):  # symbolic tracing sees the layers
-            bare, missing = x.is_cuda and _is_bare(self.fc1), -self.fc2.in_features % _ALIGNMENT
-            if bare and missing and _is_bare(self.fc2):
+            bare, missing = x.is_cuda and is_bare(self.fc1, Linear), -self.fc2.in_features % _ALIGNMENT
+            if bare and missing and is_bare(self.fc2, Linear):
                 return self._forward_padded(x, missing)
             if bare:
                 return self.fc2(_gated_linear(x, self.fc1.weight, self.fc1.bias))

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import Mlp, to_2tuple
-from timm.models import checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.arm import Block, init_block_weights, no_weight_decay_names, reset_parameters
+from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
 from arm_zoo.files import save_model
 from arm_zoo.layers import PatchEmbed, check_positive, nearest_multiple
 from arm_zoo.order import cluster_order
@@ -220,11 +219,9 @@ class ARMPretrain(nn.Module):
         """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster."""
         x = self.patch_embed(images) + self.pos_embed
         x = x[:, self.order[: -self.cluster_tokens]]
-        taps: list[torch.Tensor] = []
-        for i, block in enumerate(self.blocks, start=1):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-            taps += [x] * self.taps.count(i)
-        skips = torch.cat([norm(tap) for norm, tap in zip(self.skip_norms, taps, strict=True)], dim=-1)
+        outputs = run_blocks(self.blocks, x, None, self.taps, self.grad_checkpointing)
+        normed = [norm(outputs[tap]) for norm, tap in zip(self.skip_norms, self.taps, strict=True)]
+        skips = torch.cat(normed, dim=-1)
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
         return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
 

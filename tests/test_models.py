@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arm_zoo import CheckpointError, create_pretraining_model, layers, to_official
 from arm_zoo.arm import ARM
 from arm_zoo.hosted import bundled_file
-from arm_zoo.layers import Linear, SwiGLU, _is_bare
+from arm_zoo.layers import Linear, SwiGLU, is_bare
 from arm_zoo.order import scan_order
 
 Weights = dict[str, torch.Tensor]
@@ -546,11 +546,12 @@ def test_padded_mlp_is_the_same_function() -> None:
 
 def test_only_bare_layers_are_padded() -> None:
     layer = Linear(3, 5)
-    assert _is_bare(layer) and not _is_bare(nn.Sequential(layer)) and not _is_bare(nn.Linear(3, 5))
+    assert is_bare(layer, Linear) and not is_bare(nn.Sequential(layer), Linear)
+    assert not is_bare(nn.Linear(3, 5), Linear)
     patched = Linear(3, 5)
     patched.forward = lambda x: x
     layer.register_forward_hook(lambda *_: None)
-    assert not _is_bare(layer) and not _is_bare(patched)
+    assert not is_bare(layer, Linear) and not is_bare(patched, Linear)
 
 
 @pytest.mark.parametrize("hidden", [128, 100])  # 100 are padded

@@ -21,7 +21,8 @@ IN_THE_INTERPRETER = """
 import sys
 import torch
 sys.path.insert(0, "tests")
-from test_triton import CASES, check_operators, gate_errors, gated_product_error, inner_error, worst_error
+from test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, gate_errors
+from test_triton import gated_product_error, inner_error, worst_error
 import arm_zoo
 from arm_zoo.scan import causal_conv, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
@@ -38,6 +39,11 @@ for shape in ((3, 130, 20), (1, 600), (1, 1, 2)):
     errors = gate_errors(shape, torch.float32, "cpu")
     assert max(errors) < 1e-6, (shape, errors)
 assert max(gate_errors((200, 80), torch.bfloat16, "cpu")) < 5e-3
+for shape, scaled in (((3, 7, 20), True), ((1, 1, 64), False), ((2, 5, 130), False)):
+    errors = add_norm_errors(shape, torch.float32, "cpu", scaled)
+    assert max(errors) < 1e-6, (shape, errors)
+assert max(add_norm_errors((2, 9, 40), torch.bfloat16, "cpu", True)) < 5e-3
+check_deferred_sums("cpu")
 results = []
 for bias in (torch.linspace(-2, 1, 10).view(5, 2).t(), torch.linspace(-2, 1, 10).view(5, 2).t().contiguous()):
     inputs = [torch.ones(2, 1, 3, 5), torch.ones(2, 1, 3, 5), -torch.ones(2, 5, 2), torch.ones(2, 1, 3, 2)]
@@ -164,10 +170,60 @@ def gate_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
 
 
+def add_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype, device: str, scaled: bool) -> list[float]:
+    """Relative L2 errors of sum, norm and all gradients against float64, with tokens in float32."""
+    torch.manual_seed(0)
+    batch, _, dim = shape
+    x, grad_total = (torch.randn(shape, device=device) for _ in range(2))
+    branch, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(dim, device=device) for _ in range(2))
+    scale = torch.rand(batch, device=device).to(dtype) if scaled else None
+    results = []
+    for exact in (False, True):
+        leaves = [t.detach().to(torch.float64 if exact else t.dtype) for t in (x, branch, weight, bias)]
+        own = [t.requires_grad_() for t in leaves]
+        if exact:
+            total = own[0] + own[1] * (1 if scale is None else scale.double()[:, None, None])
+            normed = torch.nn.functional.layer_norm(total, (dim,), *own[2:], eps=1e-3)
+        else:
+            total, normed = torch.ops.arm_zoo.add_norm(own[0], own[1], scale, *own[2:], 1e-3, dtype)
+        cotangents = [grad_total.to(total.dtype), grad.to(normed.dtype)]
+        results.append([total, normed, *torch.autograd.grad([total, normed], own, cotangents)])
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
+
+
+def check_deferred_sums(device: str) -> None:
+    """A stack whose sums the norms' kernels make gives what its blocks give one by one, drop-path included."""
+    torch.manual_seed(0)
+    backbone = {"embed_dim": 24, "depth": 3, "d_state": 2, "img_size": 32, "drop_path_rate": 0.6}
+    for model in (
+        timm.create_model("arm_tiny_patch16_224", **backbone),
+        arm_zoo.create_pretraining_model("arm_pico", embed_dim=8, depth=3, d_state=2, decoder_dim=64, decoder_depth=1),
+    ):
+        model = model.to(device)
+        size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
+        images, results = torch.randn(4, channels, *size, device=device), []
+        for deferred in (True, False):
+            arm_zoo.block.adds_in_norm = lambda x, norm, deferred=deferred: deferred
+            torch.manual_seed(1)
+            with arm_zoo.scan_backend("torch"):  # the fastest in Triton's interpreter
+                output = model(images)
+            output = output[0] if isinstance(output, tuple) else output
+            trained = [p for p in model.parameters() if p.requires_grad]
+            results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
+        for actual, expected in zip(*results, strict=True):
+            assert (actual - expected).norm() <= 1e-5 * expected.norm(), (actual, expected)
+
+
 def check_operators(device: str) -> None:
     """What PyTorch asks of operators, and that their counts of operations are those of the parts one by one."""
     halves, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((2, 5, 12), (12,)))
     torch.library.opcheck(torch.ops.arm_zoo.gate.default, (halves, bias))
+    tokens, branch, weight = (torch.randn(*shape, device=device) for shape in ((2, 5, 12), (2, 5, 12), (12,)))
+    norm_inputs = [t.requires_grad_() for t in (tokens, branch, weight, weight.clone())]
+    for scale in (None, torch.rand(2, device=device)):
+        inputs = (*norm_inputs[:2], scale, *norm_inputs[2:], 1e-5, torch.float32)
+        torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
     order, shapes = scan_order(2, 3, 2, 3, device=device), [(2, 7, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3)]
     drawn = [torch.randn(shape, device=device) for shape in (*shapes, (2, 6), (2, 6, 4), (2, 6))]
     drawn[6] = -drawn[6].exp()
@@ -185,7 +241,7 @@ def check_operators(device: str) -> None:
 
 def gated_product_error(batch: int, length: int, dim: int, hidden: int, dtype: torch.dtype, device: str) -> float:
     """Relative L2 error of the kernel with fc1 of a SwiGLU, SiLU and gate, against float64."""
-    from arm_zoo.gate import gated_product
+    from arm_zoo.kernels import gated_product
 
     torch.manual_seed(0)
     shapes = (batch, length, dim), (2 * hidden, dim), (2 * hidden,)
@@ -277,6 +333,20 @@ def test_operators_on_the_gpu() -> None:
 @pytest.mark.parametrize("shape", [(1, 2), (3, 197, 514), (64, 65, 4096), (40_000, 48)])
 def test_gate_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert max(gate_errors(shape, dtype, "cuda")) < {torch.float32: 1e-5}.get(dtype, 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 67, 130), (33, 197, 768), (9, 577, 1280)])
+def test_sums_with_norms_on_the_gpu(shape: tuple[int, int, int], dtype: torch.dtype, scaled: bool) -> None:
+    assert max(add_norm_errors(shape, dtype, "cuda", scaled)) < {torch.float32: 1e-5}.get(dtype, 5e-3)
+
+
+@pytest.mark.gpu
+def test_deferred_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arm_zoo.block, "adds_in_norm", None)  # so that it is there again after the test
+    check_deferred_sums("cuda")
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.gate import gate, gate_backward, sigmoid
+from arm_zoo.kernels import gate, gate_backward, sigmoid
 from arm_zoo.scan.reference import inner, project
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""SiLU(gate) * value, which the MLP and the mixer end in, and the first half of a SwiGLU, as GPU kernels by Triton."""
+"""GPU kernels by Triton for what lies around the scans: gates, a SwiGLU's first half, residual sums with norms."""
 
 import torch
 import triton
@@ -7,11 +7,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from arm_zoo.scan.reference import aligned, inner
 
-__all__ = ["gate", "gate_backward", "gated_product", "sigmoid"]
+__all__ = ["add_norm", "add_norm_backward", "gate", "gate_backward", "gated_product", "sigmoid"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BLOCK_ROWS, _BLOCK_CHANNELS = 16, 256  # of the gate's kernels
-_BLOCKS = 12  # of rows that one program of the backward pass takes, one after the other
+_BLOCKS = 12  # of rows that one program of the gate's backward pass takes, one after the other
+_PROGRAMS = 8  # a multiprocessor, of the norm's backward pass: each leaves a sum of the gradients of weight and bias
 _ROWS, _CHANNELS, _INNER = 128, 128, 64  # of a tile: of the result, twice as many channels of the product, of the sum
 _GROUP = 16  # tiles of rows that take turns with the same channels, so that the weight stays in L2
 
@@ -133,6 +134,11 @@ def _gated_product_kernel(
         out.store([row, channel], y.to(out.dtype))
 
 
+def _processors(x: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; the interpreter's is one."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of (gate, value) = x weight^T + bias: (..., D), (2 N, D), (2 N) -> (..., N).
 
@@ -143,9 +149,7 @@ def gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     tokens, weight = aligned(x.flatten(0, -2)), aligned(weight)
     (rows, inner), channels = tokens.shape, len(weight) // 2
     out = tokens.new_empty(rows, channels)
-    tiles = triton.cdiv(rows, _ROWS) * triton.cdiv(channels, _CHANNELS)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = min(processors, tiles)
+    programs = min(_processors(x), triton.cdiv(rows, _ROWS) * triton.cdiv(channels, _CHANNELS))
     _gated_product_kernel[(programs,)](
         TensorDescriptor.from_tensor(tokens, [_ROWS, _INNER]),
         TensorDescriptor.from_tensor(weight, [_CHANNELS, _INNER]),
@@ -153,3 +157,117 @@ def gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
         ROWS=_ROWS, CHANNELS=_CHANNELS, INNER=_INNER, GROUP=_GROUP, PROGRAMS=programs, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out.view(*x.shape[:-1], channels)
+
+
+@triton.jit
+def _standardised(row, channel, channels, eps):
+    """A row with mean 0 and variance 1, and one over its deviation."""
+    centred = tl.where(channel, row - tl.sum(row) / channels, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred) / channels + eps)
+    return centred * scale, scale
+
+
+@triton.jit
+def _add_norm_kernel(
+    x, branch, scale, weight, bias, total, normed, length, channels, eps, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    here, channel = row * channels + d, d < channels
+    added = tl.load(branch + here, mask=channel, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        added *= tl.load(scale + row // length).to(tl.float32)
+    # the norm is of the sum as it is kept
+    kept = (tl.load(x + here, mask=channel, other=0.0).to(tl.float32) + added).to(total.dtype.element_ty)
+    tl.store(total + here, kept, mask=channel)
+    y, _scale = _standardised(kept.to(tl.float32), channel, channels, eps)
+    w = tl.load(weight + d, mask=channel, other=0.0).to(tl.float32)
+    y = y * w + tl.load(bias + d, mask=channel, other=0.0).to(tl.float32)
+    tl.store(normed + here, y.to(normed.dtype.element_ty), mask=channel)
+
+
+@triton.jit
+def _add_norm_backward_kernel(
+    grad_total, grad_normed, total, scale, weight, grad_x, grad_branch, partial, rows, length, channels, eps,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows in turn with the other programs, and the sums of their shares in the gradients of weight and bias."""
+    d = tl.arange(0, BLOCK)
+    channel = d < channels
+    w = tl.load(weight + d, mask=channel, other=0.0).to(tl.float32)
+    weight_sum, bias_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        here = row * channels + d
+        outer = tl.load(grad_normed + here, mask=channel, other=0.0).to(tl.float32)
+        kept = tl.load(total + here, mask=channel, other=0.0).to(tl.float32)
+        through = tl.load(grad_total + here, mask=channel, other=0.0).to(tl.float32)
+        y, inverse = _standardised(kept, channel, channels, eps)
+        weight_sum += outer * y
+        bias_sum += outer
+        g = outer * w
+        through += inverse * (g - tl.sum(g) / channels - y * (tl.sum(g * y) / channels))
+        tl.store(grad_x + here, through.to(grad_x.dtype.element_ty), mask=channel)
+        if HAS_SCALE:
+            through *= tl.load(scale + row // length).to(tl.float32)
+        tl.store(grad_branch + here, through.to(grad_branch.dtype.element_ty), mask=channel)
+    partial += tl.program_id(0) * 2 * channels + d
+    tl.store(partial, weight_sum, mask=channel)
+    tl.store(partial + channels, bias_sum, mask=channel)
+
+
+def _norm_warps(channels: int) -> dict[str, int]:
+    block = triton.next_power_of_2(channels)
+    return {"BLOCK": block, "num_warps": max(1, min(block // 512, 8))}
+
+
+def add_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + scale * branch in the type of x, and its layer norm in `dtype`; computed in float32.
+
+    Args:
+        x: (B, L, D).
+        branch: like x, of any type.
+        scale: (B), or None for 1.
+        weight: (D).
+        bias: (D).
+        eps: added to the variance.
+        dtype: of the norm.
+    """
+    x, branch, scale = x.contiguous(), branch.contiguous(), None if scale is None else scale.contiguous()
+    batch, length, channels = x.shape
+    total, normed = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+    _add_norm_kernel[(batch * length,)](
+        x, branch, scale, weight.contiguous(), bias.contiguous(), total, normed, length, channels, eps,
+        HAS_SCALE=scale is not None, **_norm_warps(channels),
+    )  # fmt: skip
+    return total, normed
+
+
+def add_norm_backward(
+    grad_total: torch.Tensor,
+    grad_normed: torch.Tensor,
+    total: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, of branch in `dtype`, of weight and of bias; see `add_norm`, whose sum is `total`."""
+    grad_total, grad_normed, total = grad_total.contiguous(), grad_normed.contiguous(), total.contiguous()
+    batch, length, channels = total.shape
+    grad_x, grad_branch = total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype)
+    programs = min(_PROGRAMS * _processors(total), batch * length)
+    partial = total.new_empty(programs, 2, channels, dtype=torch.float32)
+    _add_norm_backward_kernel[(programs,)](
+        grad_total, grad_normed, total, None if scale is None else scale.contiguous(), weight.contiguous(),
+        grad_x, grad_branch, partial, batch * length, length, channels, eps,
+        HAS_SCALE=scale is not None, **_norm_warps(channels),
+    )  # fmt: skip
+    grad_weight, grad_bias = partial.sum(0)
+    return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(weight.dtype, copy=True)
