@@ -122,8 +122,14 @@ def read_speeds(path: Path) -> list[dict[str, str]]:
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
+def compilation(row: Mapping[str, str]) -> str:
+    """How a timed model ran: 'no' (not compiled), 'yes' or 'yes, CUDA graphs'."""
+    graphs = ", CUDA graphs" if row.get("cuda_graphs") == "True" else ""  # files of older versions lack the column
+    return f"yes{graphs}" if row["compile"] == "True" else "no"
+
+
 def circumstances(row: Mapping[str, str]) -> str:
-    compiled = ", compiled" if row["compile"] == "True" else ""
+    compiled = compilation(row).replace("yes", ", compiled").removeprefix("no")
     return f"{row['device']}, {row['dtype']}{compiled}, measured"
 
 

@@ -19,6 +19,7 @@ from eval.entries import (
     SETS,
     Entry,
     add_speeds,
+    compilation,
     measured_entries,
     read_csv,
     read_speeds,
@@ -113,7 +114,7 @@ def speed_table(speeds: Sequence[Mapping[str, str]]) -> str:
     rows = [
         [
             *(row["model"], row["mode"], row["img_size"], row["batch_size"], row["dtype"]),
-            *("yes" if row["compile"] == "True" else "no", figure(float(row["img_per_s"])), row["device"]),
+            *(compilation(row), figure(float(row["img_per_s"])), row["device"]),
         ]
         for row in speeds
     ]
@@ -197,7 +198,7 @@ def speed_rows(speeds: Sequence[Mapping[str, str]]) -> str:
     lines = []
     for row in speeds:
         texts = [row["model"], row["mode"], row["img_size"], row["batch_size"], row["dtype"]]
-        texts += ["yes" if row["compile"] == "True" else "no", figure(float(row["img_per_s"])), row["device"]]
+        texts += [compilation(row), figure(float(row["img_per_s"])), row["device"]]
         values = [*texts[:6], row["img_per_s"], row["device"]]
         cells = (
             f'<td data-value="{html.escape(value, quote=True)}">{html.escape(text)}</td>'

@@ -61,6 +61,7 @@ class Settings:
     dtype: str
     autocast: bool
     compile: bool
+    cuda_graphs: bool
     scan_backend: str
     repeats: int
     threads: int | None
@@ -86,6 +87,8 @@ def check(settings: Settings) -> None:
     """Raises ValueError for what cannot run, before anything is built."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if settings.cuda_graphs and not (settings.compile and settings.device == "cuda"):
+        raise ValueError("--cuda-graphs is for compiled models on a GPU; type --device cuda --compile --cuda-graphs")
     known = {*timm.list_models(), *timm.list_models(include_tags=True)}
     for name in settings.models:
         if name not in known:
@@ -151,7 +154,7 @@ def prepare(name: str, model: nn.Module, img_size: int, settings: Settings) -> C
     others = torch.cuda.memory_allocated() if cuda else 0
     model = model.to(settings.device).train(settings.mode != "infer")
     if settings.compile:
-        model.compile()
+        model.compile(mode="reduce-overhead" if settings.cuda_graphs else None)
     channels = resolve_model_data_config(model)["input_size"][0]
     images = torch.randn(settings.batch_size, channels, img_size, img_size, device=settings.device)
     make_step = inference_step if settings.mode == "infer" else training_step
@@ -216,6 +219,7 @@ def circumstances(settings: Settings) -> Row:
         "dtype": settings.dtype,
         "autocast": settings.uses_autocast,
         "compile": settings.compile,
+        "cuda_graphs": settings.cuda_graphs,
         "scan_backend": resolve_backend(scanned),  # what "auto" takes
         "repeats": settings.repeats,
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu,
@@ -231,7 +235,9 @@ def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people: times in milliseconds, and what all rows share around the table."""
     shared = rows[0]
     table = Table(
-        title="{mode}, batch {batch_size}, {dtype}, autocast {autocast}, compile {compile}".format(**shared),
+        title="{mode}, batch {batch_size}, {dtype}, autocast {autocast}, compile {compile}, CUDA graphs {cuda_graphs}".format(
+            **shared
+        ),
         caption="{device}, {threads} threads, torch {torch}, timm {timm}; {repeats} readings in turn".format(**shared)
         + f"; ratio: time over that of {rows[-1]['model']}",
         box=SIMPLE_HEAD,
@@ -282,6 +288,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(DTYPES), default="fp32", help="infer casts the weights, training runs under autocast")
     add("--autocast", action="store_true", help="infer: keep fp32 weights and run under autocast too")
     add("--compile", action="store_true", help="through torch.compile")
+    add("--cuda-graphs", action="store_true", help="with --compile: replay a step's launches, which then cost no time")
     backend = arm_zoo.get_scan_backend()
     add("--scan-backend", default=backend, metavar="NAME", help="see arm_zoo.set_scan_backend (%(default)s)")
     add("--repeats", type=positive, default=10, help="readings per model")

@@ -305,6 +305,25 @@ def test_filters_and_charts_follow(page: Page, made: Path) -> None:
     assert page.run("document.querySelectorAll('#bars section').length") == 5
 
 
+@pytest.mark.parametrize(
+    "row, words, shown",
+    [
+        ({"compile": "False"}, "no", "A GPU, bf16, measured"),
+        ({"compile": "True"}, "yes", "A GPU, bf16, compiled, measured"),
+        ({"compile": "True", "cuda_graphs": "False"}, "yes", "A GPU, bf16, compiled, measured"),
+        (
+            {"compile": "True", "cuda_graphs": "True"},
+            "yes, CUDA graphs",
+            "A GPU, bf16, compiled, CUDA graphs, measured",
+        ),
+    ],
+)
+def test_how_a_model_was_compiled_is_told(row: dict[str, str], words: str, shown: str) -> None:
+    row = {"device": "A GPU", "dtype": "bf16", **row}
+    assert entries.compilation(row) == words
+    assert entries.circumstances(row) == shown
+
+
 @pytest.mark.parametrize("width, height, dark", [(1280, 900, False), (390, 844, False), (1280, 900, True)])
 def test_no_network_no_errors_no_overflow(width: int, height: int, dark: bool, page: Page, made: Path) -> None:
     page.open(made / "leaderboard.html", width, height, dark)

@@ -40,7 +40,9 @@ def test_models_take_turns() -> None:
 
 
 def test_table_shows_milliseconds_and_speed() -> None:
-    shared = dict.fromkeys(("mode", "batch_size", "dtype", "autocast", "compile", "device", "threads"), "x")
+    shared = dict.fromkeys(
+        ("mode", "batch_size", "dtype", "autocast", "compile", "cuda_graphs", "device", "threads"), "x"
+    )
     shared |= dict.fromkeys(("torch", "timm", "repeats"), "x")
     [measured] = throughput.compare([[0.25]], batch_size=8)
     row = {"model": "some_model", "img_size": 224, "peak_mib": 2048.4, **measured, **shared}
@@ -113,6 +115,14 @@ def test_models_take_another_size(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch finds no CUDA device here; use --device cpu" in refusal(capsys, "--device", "cuda")
+
+
+@pytest.mark.parametrize("options", [(), ("--compile",)])
+def test_cuda_graphs_need_a_gpu_and_a_compiled_model(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = refusal(capsys, "--cuda-graphs", *options, "--device", "cpu")
+    assert "--cuda-graphs is for compiled models on a GPU; type --device cuda --compile --cuda-graphs" in refused
 
 
 @pytest.mark.parametrize("name", ["speed.txt", "no_such_folder/speed.csv"])
