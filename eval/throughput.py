@@ -235,9 +235,8 @@ def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people: times in milliseconds, and what all rows share around the table."""
     shared = rows[0]
     table = Table(
-        title="{mode}, batch {batch_size}, {dtype}, autocast {autocast}, compile {compile}, CUDA graphs {cuda_graphs}".format(
-            **shared
-        ),
+        title="{mode}, batch {batch_size}, {dtype}, autocast {autocast}, ".format(**shared)
+        + "compile {compile}, CUDA graphs {cuda_graphs}".format(**shared),
         caption="{device}, {threads} threads, torch {torch}, timm {timm}; {repeats} readings in turn".format(**shared)
         + f"; ratio: time over that of {rows[-1]['model']}",
         box=SIMPLE_HEAD,
