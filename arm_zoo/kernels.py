@@ -11,7 +11,7 @@ __all__ = ["add_norm", "add_norm_backward", "gate", "gate_backward", "gated_prod
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BLOCK_ROWS, _BLOCK_CHANNELS = 16, 256  # of the gate's kernels
-_BLOCKS = 12  # of rows that one program of the gate's backward pass takes, one after the other
+_BLOCKS = 24  # of rows that one program of the gate's backward pass takes, one after the other
 _PROGRAMS = 8  # a multiprocessor, of the norm's backward pass: each leaves a sum of the gradients of weight and bias
 _ROWS, _CHANNELS, _INNER = 128, 128, 64  # of a tile: of the result, twice as many channels of the product, of the sum
 _GROUP = 16  # tiles of rows that take turns with the same channels, so that the weight stays in L2
@@ -104,7 +104,7 @@ def gate_backward(
     partial = None if sums is None else sums.new_empty(programs, len(sums))
     _gate_backward_kernel[(programs, triton.cdiv(channels, _BLOCK_CHANNELS))](
         *tensors, *written, partial, rows, channels, *(t.stride(0) for t in (*tensors, *written)),
-        SUM=sums is not None, BLOCKS=_BLOCKS, ROWS=_BLOCK_ROWS, CHANNELS=_BLOCK_CHANNELS,
+        SUM=sums is not None, BLOCKS=_BLOCKS, ROWS=_BLOCK_ROWS, CHANNELS=_BLOCK_CHANNELS, num_warps=8,
     )  # fmt: skip
     if sums is not None:
         torch.sum(partial, 0, out=sums)
@@ -160,16 +160,9 @@ def gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
 
 @triton.jit
-def _standardised(row, channel, channels, eps):
-    """A row with mean 0 and variance 1, and one over its deviation."""
-    centred = tl.where(channel, row - tl.sum(row) / channels, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred) / channels + eps)
-    return centred * scale, scale
-
-
-@triton.jit
 def _add_norm_kernel(
-    x, branch, scale, weight, bias, total, normed, length, channels, eps, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
+    x, branch, scale, weight, bias, total, normed, moments, length, channels, eps,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     here, channel = row * channels + d, d < channels
@@ -179,15 +172,19 @@ def _add_norm_kernel(
     # the norm is of the sum as it is kept
     kept = (tl.load(x + here, mask=channel, other=0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + here, kept, mask=channel)
-    y, _scale = _standardised(kept.to(tl.float32), channel, channels, eps)
+    mean = tl.sum(kept.to(tl.float32)) / channels
+    centred = tl.where(channel, kept.to(tl.float32) - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred) / channels + eps)
+    tl.store(moments + 2 * row, mean)
+    tl.store(moments + 2 * row + 1, inverse)
     w = tl.load(weight + d, mask=channel, other=0.0).to(tl.float32)
-    y = y * w + tl.load(bias + d, mask=channel, other=0.0).to(tl.float32)
+    y = centred * inverse * w + tl.load(bias + d, mask=channel, other=0.0).to(tl.float32)
     tl.store(normed + here, y.to(normed.dtype.element_ty), mask=channel)
 
 
 @triton.jit
 def _add_norm_backward_kernel(
-    grad_total, grad_normed, total, scale, weight, grad_x, grad_branch, partial, rows, length, channels, eps,
+    grad_total, grad_normed, total, moments, scale, weight, grad_x, grad_branch, partial, rows, length, channels,
     HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows in turn with the other programs, and the sums of their shares in the gradients of weight and bias."""
@@ -200,7 +197,8 @@ def _add_norm_backward_kernel(
         outer = tl.load(grad_normed + here, mask=channel, other=0.0).to(tl.float32)
         kept = tl.load(total + here, mask=channel, other=0.0).to(tl.float32)
         through = tl.load(grad_total + here, mask=channel, other=0.0).to(tl.float32)
-        y, inverse = _standardised(kept, channel, channels, eps)
+        mean, inverse = tl.load(moments + 2 * row), tl.load(moments + 2 * row + 1)
+        y = tl.where(channel, (kept - mean) * inverse, 0.0)
         weight_sum += outer * y
         bias_sum += outer
         g = outer * w
@@ -227,8 +225,8 @@ def add_norm(
     bias: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + scale * branch in the type of x, and its layer norm in `dtype`; computed in float32.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x + scale * branch in the type of x, its layer norm in `dtype`, and what the backward pass needs of each row.
 
     Args:
         x: (B, L, D).
@@ -238,35 +236,39 @@ def add_norm(
         bias: (D).
         eps: added to the variance.
         dtype: of the norm.
+
+    Returns:
+        (B, L, D), (B, L, D), and (B, L, 2) mean and one over the deviation. All is computed in float32.
     """
     x, branch, scale = x.contiguous(), branch.contiguous(), None if scale is None else scale.contiguous()
     batch, length, channels = x.shape
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+    moments = x.new_empty(batch, length, 2, dtype=torch.float32)
     _add_norm_kernel[(batch * length,)](
-        x, branch, scale, weight.contiguous(), bias.contiguous(), total, normed, length, channels, eps,
+        x, branch, scale, weight.contiguous(), bias.contiguous(), total, normed, moments, length, channels, eps,
         HAS_SCALE=scale is not None, **_norm_warps(channels),
     )  # fmt: skip
-    return total, normed
+    return total, normed, moments
 
 
 def add_norm_backward(
     grad_total: torch.Tensor,
     grad_normed: torch.Tensor,
     total: torch.Tensor,
+    moments: torch.Tensor,
     scale: torch.Tensor | None,
     weight: torch.Tensor,
-    eps: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, of branch in `dtype`, of weight and of bias; see `add_norm`, whose sum is `total`."""
+    """Gradients of x, of branch in `dtype`, of weight and of bias; `total` and `moments` are from `add_norm`."""
     grad_total, grad_normed, total = grad_total.contiguous(), grad_normed.contiguous(), total.contiguous()
     batch, length, channels = total.shape
     grad_x, grad_branch = total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype)
     programs = min(_PROGRAMS * _processors(total), batch * length)
     partial = total.new_empty(programs, 2, channels, dtype=torch.float32)
     _add_norm_backward_kernel[(programs,)](
-        grad_total, grad_normed, total, None if scale is None else scale.contiguous(), weight.contiguous(),
-        grad_x, grad_branch, partial, batch * length, length, channels, eps,
+        grad_total, grad_normed, total, moments, None if scale is None else scale.contiguous(), weight.contiguous(),
+        grad_x, grad_branch, partial, batch * length, length, channels,
         HAS_SCALE=scale is not None, **_norm_warps(channels),
     )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0)

@@ -150,7 +150,7 @@ def _add_norm(
     bias: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from arm_zoo.kernels import add_norm
 
     with torch.cuda.device_of(x):
@@ -158,8 +158,9 @@ def _add_norm(
 
 
 @_add_norm.register_fake
-def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1])
+def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    moments = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1]), moments
 
 
 @torch.library.custom_op("arm_zoo::add_norm_backward", mutates_args=())
@@ -167,34 +168,36 @@ def _add_norm_backward(
     grad_total: torch.Tensor,
     grad_normed: torch.Tensor,
     total: torch.Tensor,
+    moments: torch.Tensor,
     scale: torch.Tensor | None,
     weight: torch.Tensor,
-    eps: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from arm_zoo.kernels import add_norm_backward
 
     with torch.cuda.device_of(total):
-        return add_norm_backward(grad_total, grad_normed, total, scale, weight, eps, dtype)
+        return add_norm_backward(grad_total, grad_normed, total, moments, scale, weight, dtype)
 
 
 @_add_norm_backward.register_fake
 def _add_norm_backward_fake(
     grad_total: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, ...]:
-    _, weight, _, dtype = args
+    _, _, weight, dtype = args
     grads_of_norm = (weight.new_empty(weight.shape) for _ in range(2))
     return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
 
 
-def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    _, branch, scale, weight, _, ctx.eps, _ = inputs
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    (_, branch, scale, weight, *_), (total, _, moments) = inputs, output
     ctx.dtype = branch.dtype
-    ctx.save_for_backward(output[0], scale, weight)
+    ctx.save_for_backward(total, moments, scale, weight)
 
 
-def _add_norm_grad(ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, ctx.dtype)
+def _add_norm_grad(
+    ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor, _: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.dtype)
     grad_x, grad_branch, grad_weight, grad_bias = grads
     return grad_x, grad_branch, None, grad_weight, grad_bias, None, None
 
@@ -235,7 +238,8 @@ def add_norm(
     The norm has the type that autocast gives a linear layer, which is what follows.
     """
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return torch.ops.arm_zoo.add_norm(x, branch, scale, norm.weight, norm.bias, norm.eps, dtype)
+    total, normed, _ = torch.ops.arm_zoo.add_norm(x, branch, scale, norm.weight, norm.bias, norm.eps, dtype)
+    return total, normed
 
 
 def _gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

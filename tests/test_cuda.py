@@ -45,7 +45,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setitem(sys.modules, "cuda.core", core)
     monkeypatch.delitem(sys.modules, "arm_zoo.scan.cuda", raising=False)
     module = importlib.import_module("arm_zoo.scan.cuda")
-    monkeypatch.setattr(module, "merge", lambda y, *_: y[0])
+    monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     module.launches = launches

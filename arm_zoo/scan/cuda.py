@@ -18,9 +18,9 @@ from arm_zoo.scan.triton import (
     CHUNK,
     causal_conv,
     causal_conv_backward,
-    gate,
     gate_backward,
     merge,
+    sequences_for,
     state_dtype,
 )
 
@@ -28,7 +28,6 @@ __all__ = [
     "CHUNK",
     "causal_conv",
     "causal_conv_backward",
-    "gate",
     "gate_backward",
     "selective_scan",
     "selective_scan_backward",
@@ -157,8 +156,9 @@ def selective_scan(
     order: torch.Tensor | None,
     save_states: bool,
     gate: torch.Tensor | None,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    """See `arm_zoo.scan.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     directions, batch, length, channels = u.shape
     d_state = A.shape[-1]
     projection = _projection(delta, delta_weight, u.dtype)
@@ -166,11 +166,11 @@ def selective_scan(
         delta, delta_weight = project(delta, delta_weight), None
     if not _fits(d_state, u, delta, B, C):
         inputs = (u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, order)
-        return triton.selective_scan(*inputs, save_states, gate)
+        return triton.selective_scan(*inputs, save_states, gate, kept)
     u = _rows(u)
     delta, weight = (_rows(delta), None) if delta_weight is None else (delta, aligned(delta_weight.to(u.dtype)))
     B, C = inner(B), inner(C)
-    y = u.new_empty(u.shape)
+    y, kept = sequences_for(u, order, kept)
     chunks = -(-length // CHUNK) if save_states else 0
     states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=state_dtype(u.dtype))
     _launch(
@@ -187,7 +187,7 @@ def selective_scan(
         SAVE=int(save_states),
         **projection,
     )
-    return merge(y, order, 1 / directions, gate), states
+    return merge(y, order, 1 / directions, gate, kept=kept), states
 
 
 def selective_scan_backward(

@@ -96,8 +96,9 @@ def _inner_forward(
     u = module.causal_conv(x, conv_weight, conv_bias, order)
     projected = project(u, x_proj_weight)
     delta, B, C = _split(projected, dt_proj_weight.shape[-1])
-    y, saved = module.selective_scan(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, True, None)
-    return module.gate(z, y), y, projected, saved
+    inputs, y = (u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight), x.new_empty(x.shape)
+    gated, saved = module.selective_scan(*inputs, True, order, True, z, y)
+    return gated, y, projected, saved
 
 
 def _inner_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:

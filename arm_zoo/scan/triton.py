@@ -11,18 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.kernels import gate, gate_backward, sigmoid
+from arm_zoo.kernels import gate_backward, sigmoid
 from arm_zoo.scan.reference import inner, project
 
 __all__ = [
     "CHUNK",
     "causal_conv",
     "causal_conv_backward",
-    "gate",
     "gate_backward",
     "merge",
     "selective_scan",
     "selective_scan_backward",
+    "sequences_for",
     "state_dtype",
 ]
 
@@ -193,11 +193,11 @@ def _inverse_kernel(order, inverse, length, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _merge_kernel(
-    sequences, inverse, gate, out, batch, length, channels, gate_batch, gate_time, out_batch, out_time, share,
-    DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    sequences, inverse, gate, out, kept, batch, length, channels, gate_batch, gate_time, out_batch, out_time, share,
+    DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_GATE: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the directions times `share`, every token gathering its steps, then perhaps the gate."""
+    """Sum over the directions times `share`, every token gathering its steps, perhaps kept, then perhaps the gate."""
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -210,6 +210,9 @@ def _merge_kernel(
         rows = sequences + (k * batch + b) * length * channels
         total += tl.load(rows + step[:, None] * channels + d[None, :], mask=mask, other=0.0).to(tl.float32)
     total *= share
+    if KEEP:
+        here = kept + (b * length + token[:, None]) * channels + d[None, :]
+        tl.store(here, total.to(kept.dtype.element_ty), mask=mask)
     if HAS_GATE:
         gate += b * gate_batch
         z = tl.load(gate + token[:, None] * gate_time + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -439,8 +442,12 @@ def merge(
     share: float,
     gate: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(K, B, L, D) in scan order -> (B, L, D) in token order: the directions' sum times `share` and SiLU(gate)."""
+    """(K, B, L, D) in scan order -> (B, L, D) in token order: the directions' sum times `share` and SiLU(gate).
+
+    In `out`, if there is one; what it is before the gate is written to `kept`.
+    """
     directions, batch, length, channels = sequences.shape
     if directions == 1 and order is None and gate is None and out is None:
         return sequences[0]
@@ -449,11 +456,20 @@ def merge(
     out = sequences.new_empty(batch, length, channels) if out is None else out
     grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, _BLOCK_CHANNELS), batch
     _merge_kernel[grid](
-        sequences, _inverse(order), gate, out, batch, length, channels, *gate_strides, *out.stride()[:2], share,
-        DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_GATE=gate is not None,
+        sequences, _inverse(order), gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2], share,
+        DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_GATE=gate is not None, KEEP=kept is not None,
         BLOCK_T=_BLOCK_TIME, BLOCK_D=_BLOCK_CHANNELS,
     )  # fmt: skip
     return out
+
+
+def sequences_for(
+    u: torch.Tensor, order: torch.Tensor | None, kept: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory (K, B, L, D) for what the scans give, and where `merge` keeps their mean: nowhere if it lies there."""
+    if kept is not None and len(u) == 1 and order is None:
+        return kept[None], None
+    return u.new_empty(u.shape), kept
 
 
 def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -527,15 +543,16 @@ def selective_scan(
     order: torch.Tensor | None,
     save_states: bool,
     gate: torch.Tensor | None,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    """See `arm_zoo.scan.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     delta = project(delta, delta_weight)
     directions, batch, length, channels = u.shape
     _check_number(directions, batch)
     u, delta = inner(u), inner(delta)
     bias = None if delta_bias is None else delta_bias.contiguous()
     d_state = A.shape[-1]
-    sequences = u.new_empty(directions, batch, length, channels)
+    sequences, kept = sequences_for(u, order, kept)
     chunks = triton.cdiv(length, CHUNK) if save_states else 0
     states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=state_dtype(u.dtype))
     B, C = _rows(B, C)
@@ -547,7 +564,7 @@ def selective_scan(
         HAS_BIAS=bias is not None, SOFTPLUS=delta_softplus, SAVE=save_states,
         STATES=padded, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
-    return merge(sequences, order, 1 / directions, gate), states
+    return merge(sequences, order, 1 / directions, gate, kept=kept), states
 
 
 def selective_scan_backward(
