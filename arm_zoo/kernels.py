@@ -76,7 +76,7 @@ def gate(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     grid = triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(channels, _BLOCK_CHANNELS)
     _gate_kernel[grid](
         gates, values, out, rows, channels, gates.stride(0), values.stride(0),
-        ROWS=_BLOCK_ROWS, CHANNELS=_BLOCK_CHANNELS,
+        ROWS=_BLOCK_ROWS, CHANNELS=_BLOCK_CHANNELS, num_warps=8,
     )  # fmt: skip
     return out.view(value.shape)
 
@@ -212,9 +212,10 @@ def _add_norm_backward_kernel(
     tl.store(partial + channels, bias_sum, mask=channel)
 
 
-def _norm_warps(channels: int) -> dict[str, int]:
+def _row(channels: int) -> dict[str, int]:
+    """How a program takes a row: whole, by few warps, which need not wait for each other long."""
     block = triton.next_power_of_2(channels)
-    return {"BLOCK": block, "num_warps": max(1, min(block // 512, 8))}
+    return {"BLOCK": block, "num_warps": max(1, min(block // 1024, 8))}
 
 
 def add_norm(
@@ -246,7 +247,7 @@ def add_norm(
     moments = x.new_empty(batch, length, 2, dtype=torch.float32)
     _add_norm_kernel[(batch * length,)](
         x, branch, scale, weight.contiguous(), bias.contiguous(), total, normed, moments, length, channels, eps,
-        HAS_SCALE=scale is not None, **_norm_warps(channels),
+        HAS_SCALE=scale is not None, **_row(channels),
     )  # fmt: skip
     return total, normed, moments
 
@@ -269,7 +270,7 @@ def add_norm_backward(
     _add_norm_backward_kernel[(programs,)](
         grad_total, grad_normed, total, moments, None if scale is None else scale.contiguous(), weight.contiguous(),
         grad_x, grad_branch, partial, batch * length, length, channels,
-        HAS_SCALE=scale is not None, **_norm_warps(channels),
+        HAS_SCALE=scale is not None, **_row(channels),
     )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0)
     return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(weight.dtype, copy=True)

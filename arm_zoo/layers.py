@@ -237,6 +237,9 @@ def add_norm(
 
     The norm has the type that autocast gives a linear layer, which is what follows.
     """
+    if torch.promote_types(x.dtype, branch.dtype) != x.dtype:  # bfloat16 tokens under autocast to float16, say
+        x = x + (branch if scale is None else branch * scale[:, None, None])
+        return x, norm(x)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     total, normed, _ = torch.ops.arm_zoo.add_norm(x, branch, scale, norm.weight, norm.bias, norm.eps, dtype)
     return total, normed

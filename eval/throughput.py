@@ -75,7 +75,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model ready to be timed, and the peak memory of one step in MiB (None on CPU)."""
+    """A model ready to be timed, and the peak memory of one step in MiB.
+
+    None on CPU, and with CUDA graphs: torch does not count what a replayed graph uses.
+    """
 
     name: str
     img_size: int
@@ -161,7 +164,7 @@ def prepare(name: str, model: nn.Module, img_size: int, settings: Settings) -> C
     step = make_step(model, images, settings)
     for _ in range(WARM_UP_STEPS):
         step()
-    if not cuda:
+    if not cuda or settings.cuda_graphs:
         return Contender(name, img_size, step, None)
     torch.cuda.reset_peak_memory_stats()
     step()

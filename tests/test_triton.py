@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.layers import PatchEmbed, SwiGLU
+from arm_zoo.layers import PatchEmbed, SwiGLU, add_norm
 from arm_zoo.order import scan_order
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 
@@ -190,6 +190,15 @@ def add_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype, device: str
         cotangents = [grad_total.to(total.dtype), grad.to(normed.dtype)]
         results.append([total, normed, *torch.autograd.grad([total, normed], own, cotangents)])
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
+
+
+def test_sums_of_other_types_than_the_tokens() -> None:
+    """They are what PyTorch makes of both: no kernel is asked."""
+    x, branch, norm = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8), torch.nn.LayerNorm(8)
+    total, normed = add_norm(x, branch, torch.tensor([1.0, 0.5]), norm)
+    assert torch.equal(total, x + branch * torch.tensor([1.0, 0.5])[:, None, None]) and torch.equal(
+        normed, norm(total)
+    )
 
 
 def check_deferred_sums(device: str) -> None:
