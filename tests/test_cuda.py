@@ -46,7 +46,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.delitem(sys.modules, "arm_zoo.scan.cuda", raising=False)
     module = importlib.import_module("arm_zoo.scan.cuda")
     monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
-    monkeypatch.setattr(module, "sum_parts", lambda parts: parts.sum(1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     module.launches = launches

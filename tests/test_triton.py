@@ -22,7 +22,7 @@ import sys
 import torch
 sys.path.insert(0, "tests")
 from test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, gate_errors
-from test_triton import check_sums, gated_product_error, inner_error, worst_error
+from test_triton import gated_product_error, inner_error, worst_error
 import arm_zoo
 from arm_zoo.scan import causal_conv, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
@@ -44,7 +44,6 @@ for shape, scaled in (((3, 7, 20), True), ((1, 1, 64), False), ((2, 5, 130), Fal
     assert max(errors) < 1e-6, (shape, errors)
 assert max(add_norm_errors((2, 9, 40), torch.bfloat16, "cpu", True)) < 5e-3
 check_deferred_sums("cpu")
-check_sums("cpu")
 results = []
 for bias in (torch.linspace(-2, 1, 10).view(5, 2).t(), torch.linspace(-2, 1, 10).view(5, 2).t().contiguous()):
     inputs = [torch.ones(2, 1, 3, 5), torch.ones(2, 1, 3, 5), -torch.ones(2, 5, 2), torch.ones(2, 1, 3, 2)]
@@ -202,14 +201,6 @@ def test_sums_of_other_types_than_the_tokens() -> None:
     )
 
 
-def check_sums(device: str) -> None:
-    from arm_zoo.kernels import sum_parts
-
-    for shape in ((1, 1, 1), (3, 130, 5, 7), (2, 300, 33)):
-        parts = torch.randn(shape, device=device)
-        torch.testing.assert_close(sum_parts(parts), parts.double().sum(1).float(), rtol=1e-5, atol=1e-5)
-
-
 def check_deferred_sums(device: str) -> None:
     """A stack whose sums the norms' kernels make gives what its blocks give one by one, drop-path included."""
     torch.manual_seed(0)
@@ -359,11 +350,6 @@ def test_gate_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 67, 130), (33, 197, 768), (9, 577, 1280)])
 def test_sums_with_norms_on_the_gpu(shape: tuple[int, int, int], dtype: torch.dtype, scaled: bool) -> None:
     assert max(add_norm_errors(shape, dtype, "cuda", scaled)) < {torch.float32: 1e-5}.get(dtype, 5e-3)
-
-
-@pytest.mark.gpu
-def test_sums_of_parts_on_the_gpu() -> None:
-    check_sums("cuda")
 
 
 @pytest.mark.gpu

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
-from arm_zoo.kernels import sum_parts
 from arm_zoo.scan import triton
 from arm_zoo.scan.reference import aligned, inner, project
 from arm_zoo.scan.triton import (
@@ -233,6 +232,5 @@ def selective_scan_backward(
         HAS_ORDER=int(order is not None),
     )
     grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0, dtype=torch.float32).chunk(2, dim=-1))
-    grad_A = sum_parts(grad_A).transpose(1, 2).to(A.dtype).contiguous()
-    grad_D, grad_bias = (sum_parts(t).to(D.dtype) for t in (grad_D, grad_bias))
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
+    grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1).to(D.dtype), grad_bias.sum(1).to(D.dtype)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.kernels import gate_backward, sigmoid, sum_parts
+from arm_zoo.kernels import gate_backward, sigmoid
 from arm_zoo.scan.reference import inner, project
 
 __all__ = [
@@ -134,7 +134,7 @@ def _conv_backward_kernel(
     The gradient of x at a step needs the gradients before SiLU of that step and the TAPS - 1 after it, so the
     segment is left that much later than it began.
     """
-    k, b, _ = _picture_by_picture(tl.program_id(2), batch)
+    k, b, sequence = _picture_by_picture(tl.program_id(2), batch)
     start = tl.program_id(0) * SEGMENT
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     channel = d < channels
@@ -177,7 +177,7 @@ def _conv_backward_kernel(
             sums = new + (sums[TAPS] + g,)
         rows = _last(rows, TAPS - 1)
         gradients = _last(gradients, TAPS - 1)
-    partial += ((k * tl.num_programs(0) + tl.program_id(0)) * batch + b) * (TAPS + 1) * channels
+    partial += (tl.program_id(0) * tl.num_programs(2) + sequence) * (TAPS + 1) * channels
     for j in tl.static_range(TAPS + 1):
         tl.store(partial + j * channels + d, sums[j], mask=channel)
 
@@ -518,16 +518,16 @@ def causal_conv_backward(
     sequences = out[None] if merged else x.new_empty(directions, batch, length, channels)
     segment = 64 - (taps - 1)
     segments = triton.cdiv(length, segment)
-    partial = x.new_empty(directions, segments * batch, taps + 1, channels, dtype=torch.float32)
+    partial = x.new_empty(segments, directions, batch, taps + 1, channels, dtype=torch.float32)
     _conv_backward_kernel[segments, triton.cdiv(channels, _BLOCK_CHANNELS), directions * batch](
         grad, x, weight, bias, order, sequences, partial, batch, length, channels, x.stride(0), x.stride(1),
         *grad.stride()[:3], *sequences.stride()[:3],
         HAS_ORDER=order is not None, TAPS=taps, SEGMENT=segment, GROUP=4, BLOCK_D=_BLOCK_CHANNELS, num_warps=1,
     )  # fmt: skip
-    sums = sum_parts(partial)  # (K, taps + 1, D)
-    grad_weight = sums[:, :taps].transpose(1, 2).to(weight.dtype).contiguous()
+    partial = partial.sum((0, 2))  # (K, taps + 1, D)
+    grad_weight = partial[:, :taps].transpose(1, 2).to(weight.dtype).contiguous()
     grad_x = sequences[0] if merged else merge(sequences, order, 1.0, out=out)
-    return grad_x, grad_weight, sums[:, taps].to(bias.dtype, copy=True)
+    return grad_x, grad_weight, partial[:, taps].to(bias.dtype, copy=True)
 
 
 def selective_scan(
@@ -603,6 +603,5 @@ def selective_scan_backward(
         STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
     )  # fmt: skip
     grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
-    grad_A = sum_parts(grad_A).transpose(1, 2).to(A.dtype).contiguous()
-    grad_D, grad_bias = (sum_parts(t).to(D.dtype) for t in (grad_D, grad_bias))
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
+    grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1).to(D.dtype), grad_bias.sum(1).to(D.dtype)
