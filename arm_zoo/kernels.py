@@ -11,7 +11,6 @@ __all__ = ["add_norm", "add_norm_backward", "gate", "gate_backward", "gated_prod
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BLOCK_ROWS, _BLOCK_CHANNELS = 16, 256  # of the gate's kernels
-_BLOCKS = 24  # of rows that one program of the gate's backward pass takes, one after the other
 _PROGRAMS = 8  # a multiprocessor, of the norm's backward pass: each leaves a sum of the gradients of weight and bias
 _ROWS, _CHANNELS, _INNER = 128, 128, 64  # of a tile: of the result, twice as many channels of the product, of the sum
 _GROUP = 16  # tiles of rows that take turns with the same channels, so that the weight stays in L2
@@ -100,11 +99,12 @@ def gate_backward(
     tensors = tuple(_as_rows(t) for t in (grad, gate, value))
     written = tuple(t.view(-1, t.shape[-1]) for t in (grad_gate, grad_value))
     rows, channels = tensors[0].shape
-    programs = triton.cdiv(rows, _BLOCK_ROWS * _BLOCKS)
+    blocks, warps = (12, 4) if sums is None else (24, 8)  # the fastest for the mixer and for the MLP of ARM-B
+    programs = triton.cdiv(rows, _BLOCK_ROWS * blocks)
     partial = None if sums is None else sums.new_empty(programs, len(sums))
     _gate_backward_kernel[(programs, triton.cdiv(channels, _BLOCK_CHANNELS))](
         *tensors, *written, partial, rows, channels, *(t.stride(0) for t in (*tensors, *written)),
-        SUM=sums is not None, BLOCKS=_BLOCKS, ROWS=_BLOCK_ROWS, CHANNELS=_BLOCK_CHANNELS, num_warps=8,
+        SUM=sums is not None, BLOCKS=blocks, ROWS=_BLOCK_ROWS, CHANNELS=_BLOCK_CHANNELS, num_warps=warps,
     )  # fmt: skip
     if sums is not None:
         torch.sum(partial, 0, out=sums)
