@@ -196,9 +196,8 @@ def test_sums_of_other_types_than_the_tokens() -> None:
     """They are what PyTorch makes of both: no kernel is asked."""
     x, branch, norm = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8), torch.nn.LayerNorm(8)
     total, normed = add_norm(x, branch, torch.tensor([1.0, 0.5]), norm)
-    assert torch.equal(total, x + branch * torch.tensor([1.0, 0.5])[:, None, None]) and torch.equal(
-        normed, norm(total)
-    )
+    assert torch.equal(total, x + branch * torch.tensor([1.0, 0.5])[:, None, None])
+    assert torch.equal(normed, norm(total))
 
 
 def check_deferred_sums(device: str) -> None:
