@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_scan import Recorder
-from timm.layers import create_feature_extractor, get_graph_node_names, set_scriptable
+from timm.layers import RmsNorm, create_feature_extractor, get_graph_node_names, set_scriptable
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo import CheckpointError, create_pretraining_model, layers, to_official
 from arm_zoo.arm import ARM
+from arm_zoo.block import Block, run_blocks
 from arm_zoo.hosted import bundled_file
 from arm_zoo.layers import Linear, SwiGLU, is_bare
 from arm_zoo.order import scan_order
@@ -589,6 +590,40 @@ def test_when_a_kernel_makes_the_gate(
     assert list(recorder.calls) == ([f"arm_zoo::{taken}"] if taken else [])
     width = hidden if hidden == 128 or "hook" in case else 128
     assert counter.get_total_flops() == 2 * batch * 197 * 3 * width * dim
+
+
+@pytest.mark.parametrize(
+    "case, count",
+    [
+        ("training", 4),  # of six norms all but the first and that after block 1, whose result is asked for
+        ("inference", 4),
+        ("few tokens", 0),
+        ("checkpointing", 0),
+        ("a hook on a block", 0),
+        ("a compiled block", 0),
+        ("a norm of another kind", 0),
+        ("a norm without bias", 0),
+        ("double precision", 0),
+    ],
+)
+def test_when_norms_make_the_sums(case: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where nobody looks at what a block gives."""
+    monkeypatch.setattr(layers, "_has_kernel", lambda device, hopper: True)
+    dtype = torch.float64 if "double" in case else torch.float32
+    with FakeTensorMode(), torch.set_grad_enabled(case != "inference"), Recorder() as recorder:
+        norm = RmsNorm if "kind" in case else partial(nn.LayerNorm, bias="bias" not in case)
+        factory = {"device": "cuda:0", "dtype": dtype}
+        blocks = nn.ModuleList(Block(24, 1, 2, 0.1 * i, norm_layer=norm, **factory) for i in range(3))
+        calls: list[str] = []
+        if "hook" in case:
+            blocks[1].register_forward_hook(lambda *_: calls.append("hook"))
+        if "compiled" in case:
+            blocks[1]._compiled_call_impl = blocks[1]._call_impl
+        x = torch.empty(2 if "few" in case else 32, 197, 24, requires_grad=True, **factory)
+        y = run_blocks(blocks, x, None, (1, 3), checkpointing="checkpointing" in case)
+    assert list(y) == [1, 3] and y[3].shape == x.shape
+    assert recorder.counts["arm_zoo::add_norm"] == count
+    assert calls == ["hook"] * ("hook" in case)
 
 
 def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -568,17 +569,19 @@ def test_auto_logs_its_choice_once(repo: Path) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers the project's operators that run, with their arguments."""
+    """Remembers the project's operators that run, how often, and with which arguments."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace == "arm_zoo":
             self.calls[func.name()] = func, args
+            self.counts[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
