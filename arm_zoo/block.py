@@ -50,7 +50,7 @@ class Block(nn.Module):
 
     def _dropped(self, branch: torch.Tensor) -> "Addend":
         """The branch and the factors by which drop-path multiplies it, drawn as it draws them."""
-        if not isinstance(self.drop_path, DropPath) or not self.training:
+        if not isinstance(self.drop_path, DropPath) or not self.drop_path.training:
             return Addend(branch, None)
         return Addend(branch, self.drop_path(branch.new_ones(len(branch), 1, 1)).flatten())
 
@@ -69,8 +69,8 @@ class Addend(NamedTuple):
 def _is_deferrable(block: nn.Module, x: torch.Tensor) -> bool:
     if not isinstance(block, Block) or not is_bare(block, Block):
         return False
-    known = type(block.drop_path) in (DropPath, nn.Identity)
-    return known and adds_in_norm(x, block.norm1) and adds_in_norm(x, block.norm2)
+    plain = is_bare(block.drop_path, DropPath) or is_bare(block.drop_path, nn.Identity)
+    return plain and adds_in_norm(x, block.norm1) and adds_in_norm(x, block.norm2)
 
 
 def run_blocks(
@@ -86,10 +86,10 @@ def run_blocks(
         blocks: the stack, an nn.ModuleList.
         x: (B, L, dim) tokens.
         order: (K, L) table of `arm_zoo.order`, or None.
-        kept: numbers of blocks.
+        kept: numbers of blocks; 0 stands for the tokens themselves.
         checkpointing: recompute every block's activations in the backward pass.
     """
-    results: dict[int, torch.Tensor] = {}
+    results = {0: x} if 0 in kept else {}
     deferring = not checkpointing and all(_is_deferrable(block, x) for block in blocks)
     added: Addend | None = None
     block: Any  # which type checkers do not know of a list of modules

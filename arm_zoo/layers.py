@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from arm_zoo.scan import get_scan_backend
+
 __all__ = [
     "Linear",
     "PatchConv",
@@ -120,7 +122,7 @@ def _gate_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor)
     sums = bias.new_empty(bias.shape, dtype=torch.float32)
     with torch.cuda.device_of(grad):
         gate_backward(grad, gate, value, grad_gate, grad_value, sums)
-    return grad_halves, sums.to(bias.dtype, copy=True)
+    return grad_halves, sums.to(bias.dtype)
 
 
 @_gate_backward.register_fake
@@ -208,8 +210,11 @@ _add_norm.register_autograd(_add_norm_grad, setup_context=_add_norm_setup)
 # Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
 @torch.compiler.assume_constant_result
 def _has_kernel(device: int, *, hopper: bool) -> bool:
-    """Whether `arm_zoo.kernels`, or the one of them for Hopper GPUs, runs on this GPU and the model not on another."""
-    if torch.compiler.is_exporting() or not _TRITON:
+    """Whether this GPU may run `arm_zoo.kernels`, or the one of them for Hopper GPUs.
+
+    Not in models that are exported, which may run elsewhere, and not where plain PyTorch was asked for.
+    """
+    if torch.compiler.is_exporting() or not _TRITON or get_scan_backend() in ("reference", "torch"):
         return False
     return not hopper or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
 
@@ -220,14 +225,19 @@ def _fit(*tensors: torch.Tensor) -> bool:
     return all(t.dtype != torch.float64 and (autocast or t.dtype == tensors[0].dtype) for t in tensors)
 
 
+def _are_many(x: torch.Tensor) -> bool:
+    """Whether so many tokens are faster in a kernel; asked last, as it binds a compiled model to the answer."""
+    return math.prod(x.shape[:-1]) >= _MANY_ROWS
+
+
 def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
     """Whether `add_norm` is for these tokens (B, L, D) and this norm."""
-    if not (isinstance(x, torch.Tensor) and x.is_cuda and math.prod(x.shape[:-1]) >= _MANY_ROWS):
+    if not (isinstance(x, torch.Tensor) and x.is_cuda and isinstance(norm, nn.LayerNorm)):
         return False
-    if not isinstance(norm, nn.LayerNorm) or not is_bare(norm, nn.LayerNorm) or norm.weight is None:
+    if not is_bare(norm, nn.LayerNorm) or norm.normalized_shape != x.shape[-1:] or norm.weight is None:
         return False
-    has_bias = norm.bias is not None
-    return has_bias and _fit(x, norm.weight, norm.bias) and _has_kernel(x.device.index, hopper=False)
+    fits = norm.bias is not None and _fit(x, norm.weight, norm.bias)
+    return fits and _has_kernel(x.device.index, hopper=False) and _are_many(x)
 
 
 def add_norm(
@@ -245,19 +255,27 @@ def add_norm(
     return total, normed
 
 
+def _gates_in_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `_gated_linear` is for these tokens and this layer."""
+    if bias is None or not (x.is_cuda and _fit(x, weight, bias)):
+        return False
+    if _trains(x, weight, bias):
+        return _has_kernel(x.device.index, hopper=False) and _are_many(x)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the product's kernel needs
+    return dtype in _HALVES and whole_rows and _has_kernel(x.device.index, hopper=True) and _are_many(x)
+
+
+def _trains(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def _gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
-    tensors = (x, weight, bias)
-    if x.is_cuda and _fit(*tensors) and math.prod(x.shape[:-1]) >= _MANY_ROWS:
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the product's kernel needs
-        if training and _has_kernel(x.device.index, hopper=False):
-            return torch.ops.arm_zoo.gate(F.linear(x, weight, bias.detach()), bias)
-        if not training and dtype in _HALVES and whole_rows and _has_kernel(x.device.index, hopper=True):
-            return torch.ops.arm_zoo.gated_product(*(t.to(dtype) for t in tensors))
-    gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return F.silu(gate) * value
+    if _trains(x, weight, bias):
+        return torch.ops.arm_zoo.gate(F.linear(x, weight, bias.detach()), bias)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return torch.ops.arm_zoo.gated_product(*(t.to(dtype) for t in (x, weight, bias)))
 
 
 class SwiGLU(nn.Module):
@@ -275,7 +293,7 @@ class SwiGLU(nn.Module):
             bare, missing = x.is_cuda and is_bare(self.fc1, Linear), -self.fc2.in_features % _ALIGNMENT
             if bare and missing and is_bare(self.fc2, Linear):
                 return self._forward_padded(x, missing)
-            if bare:
+            if bare and _gates_in_kernel(x, self.fc1.weight, self.fc1.bias):
                 return self.fc2(_gated_linear(x, self.fc1.weight, self.fc1.bias))
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * value)
@@ -288,7 +306,11 @@ class SwiGLU(nn.Module):
         halves = (2, self.fc2.in_features)
         weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
         bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()
-        hidden = _gated_linear(x, weight, bias)
+        if _gates_in_kernel(x, weight, bias):
+            hidden = _gated_linear(x, weight, bias)
+        else:
+            gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
         return F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 
 

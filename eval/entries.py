@@ -129,8 +129,8 @@ def compilation(row: Mapping[str, str]) -> str:
 
 
 def circumstances(row: Mapping[str, str]) -> str:
-    compiled = compilation(row).replace("yes", ", compiled").removeprefix("no")
-    return f"{row['device']}, {row['dtype']}{compiled}, measured"
+    ways = {"no": "", "yes": ", compiled", "yes, CUDA graphs": ", compiled, CUDA graphs"}
+    return f"{row['device']}, {row['dtype']}{ways[compilation(row)]}, measured"
 
 
 def add_speeds(entries: Iterable[Entry], speeds: Iterable[Mapping[str, str]]) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from test_scan import Recorder
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
@@ -217,8 +218,9 @@ def check_deferred_sums(device: str) -> None:
         for deferred in (True, False):
             arm_zoo.block.adds_in_norm = lambda x, norm, deferred=deferred: deferred
             torch.manual_seed(1)
-            with arm_zoo.scan_backend("torch"):  # the fastest in Triton's interpreter
+            with arm_zoo.scan_backend("torch"), Recorder() as recorder:  # the fastest in Triton's interpreter
                 output = model(images)
+            assert recorder.counts["arm_zoo::add_norm"] == (5 if channels == 3 else 4) * deferred
             output = output[0] if isinstance(output, tuple) else output
             trained = [p for p in model.parameters() if p.requires_grad]
             results.append([output, *torch.autograd.grad(output.square().sum(), trained)])

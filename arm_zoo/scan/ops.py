@@ -233,23 +233,29 @@ def _conv_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # of what only the backward pass uses there are none
     *tensors, ctx.delta_softplus, order, _save_states, _gate, ctx.backend = inputs
     ctx.save_for_backward(*tensors, order, output[1])
 
 
-def _scan_grad(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _scan_grad(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     *tensors, order, saved = ctx.saved_tensors
+    if grad is None:
+        return (None,) * (len(tensors) + 5)
     grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved, ctx.backend)
     given = (grad if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=True))
     return *given, *[None] * 5
 
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _inner_grad(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _inner_grad(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     return *torch.ops.arm_zoo.mamba_inner_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
 
 

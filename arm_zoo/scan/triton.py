@@ -449,7 +449,7 @@ def merge(
     In `out`, if there is one; what it is before the gate is written to `kept`.
     """
     directions, batch, length, channels = sequences.shape
-    if directions == 1 and order is None and gate is None and out is None:
+    if directions == 1 and order is None and gate is None and out is None and kept is None:
         return sequences[0]
     gate = None if gate is None else inner(gate)
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
