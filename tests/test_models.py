@@ -23,6 +23,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -624,6 +625,28 @@ def test_when_norms_make_the_sums(case: str, count: int, monkeypatch: pytest.Mon
     assert list(y) == [1, 3] and y[3].shape == x.shape
     assert recorder.counts["arm_zoo::add_norm"] == count
     assert calls == ["hook"] * ("hook" in case)
+
+
+@pytest.mark.parametrize("batch", [4, 32])
+def test_export_on_a_gpu_is_for_any_batch(batch: int) -> None:
+    """What is decided by the number of tokens must not bind the exported program to it."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(24, 1, 2, device="cuda:0") for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return run_blocks(self.blocks, x, None, (2,))[2]
+
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
+        x = torch.empty(batch, 197, 24, device="cuda:0")
+        sizes = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+        program = torch.export.export(Stack(), (x,), dynamic_shapes=sizes, strict=False)
+    [constraint] = program.range_constraints.values()
+    assert (constraint.lower, constraint.upper) == (1, 1024)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not any("add_norm" in name or "gate" in name for name in names)
 
 
 def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:
