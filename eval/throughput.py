@@ -306,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check(settings)
         arm_zoo.set_scan_backend(settings.scan_backend)
+        resolve_backend(torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype]))  # or says why not
         built = [build(name, settings) for name in settings.models]
     except ValueError as error:
         parser.error(str(error))

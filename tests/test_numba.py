@@ -122,6 +122,13 @@ def test_other_types_are_refused_by_name_and_go_to_torch_by_themselves() -> None
         assert selective_scan(*tensors).dtype == torch.float64
 
 
+@pytest.mark.parametrize("order", [[[0, 1, 3]], [[-1, 0, 1]]])
+def test_tokens_that_are_not_there_are_refused(order: list[list[int]]) -> None:
+    shapes = (1, 2, 3, 4), (1, 2, 3, 4), (1, 4, 2), (1, 2, 3, 2), (1, 2, 3, 2), (1, 4)
+    with pytest.raises(IndexError, match="order must number 3 tokens from 0 on, got "), arm_zoo.scan_backend("numba"):
+        selective_scan(*(torch.zeros(shape) for shape in shapes), order=torch.tensor(order))
+
+
 def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from arm_zoo.scan import backends
 

@@ -1,5 +1,6 @@
 """The scan: orders by hand, the fast path against the plain loop, the authors' mixers, memory, backends, compiling."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +23,7 @@ from arm_zoo.mixer import MambaMixer
 from arm_zoo.order import cluster_order, scan_order
 from arm_zoo.scan import (
     available_backends,
+    backends,
     causal_conv,
     get_scan_backend,
     mamba_inner,
@@ -513,6 +516,43 @@ def test_unknown_backend_names_those_there_are() -> None:
     assert get_scan_backend() == before
 
 
+@pytest.mark.parametrize("name, message", [("fast", "unknown scan backend 'fast'"), ("", None)])
+def test_environment_variable_is_named_in_its_refusal(name: str, message: str | None) -> None:
+    command = [sys.executable, "-c", "import arm_zoo; print(arm_zoo.get_scan_backend())"]
+    environment = {**os.environ, "ARM_ZOO_SCAN": name}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if message is None:
+        assert done.stdout.split() == ["auto"]  # empty is as if it were not there
+    else:
+        assert f"environment variable ARM_ZOO_SCAN: {message}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, missing, message",
+    [
+        ("triton", "triton", r"it needs the package triton \(no module triton\): pip install triton"),
+        ("cuda", "cuda.core", r"it needs the package cuda-core .*: pip install 'arm-zoo\[cuda\]'"),
+        ("cuda", None, r"it needs a newer version of the package cuda-core: pip install --upgrade 'arm-zoo\[cuda\]'"),
+        ("mamba_ssm", "causal_conv1d", r"it needs the package causal-conv1d .*: pip install 'arm-zoo\[kernels\]'"),
+    ],
+)
+def test_refusals_say_what_to_install(
+    name: str, missing: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(module: str) -> ModuleType:
+        if module == missing:
+            raise ImportError(f"no module {module}")
+        return ModuleType(module)  # with nothing in it, as an old version
+
+    monkeypatch.setattr(backends.importlib, "import_module", load)
+    backends._why_not.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=f"scan backend '{name}' cannot run here: {message}"):
+            arm_zoo.set_scan_backend(name)
+    finally:
+        backends._why_not.cache_clear()
+
+
 def test_context_manager_restores_the_backend() -> None:
     before = get_scan_backend()
     with scan_backend("reference"):
@@ -604,12 +644,41 @@ def test_operators_pass_opcheck(case: Case) -> None:
         )
 
 
-@pytest.mark.parametrize("wrong", range(9))
+@pytest.mark.parametrize("wrong", range(3))
+def test_what_does_not_fit_a_convolution_is_refused(wrong: int) -> None:
+    shapes = [(2, 6, 4), (2, 6), (2, 5)]
+    shapes[wrong] = [(2, 5, 4), (6,), (1, 5)][wrong]
+    weight, bias, order = (torch.zeros(shape, dtype=torch.long if i == 2 else None) for i, shape in enumerate(shapes))
+    with pytest.raises(ValueError, match=r"causal_conv: \w+ is .*, x \(3, 5, 6\) needs "):
+        causal_conv(torch.zeros(3, 5, 6), weight, bias, order)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(2, 3, 4, 5, dtype=torch.long), torch.zeros(3, 4, 5), torch.zeros(2, 3, 0, 5)]
+)
+def test_sequences_are_floating_point_with_all_axes_and_a_step(tensor: torch.Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"u must hold floating-point numbers \(directions, batch, length, channels\)"
+    ):
+        selective_scan(tensor, *[torch.zeros(1)] * 5)
+    with pytest.raises(ValueError, match="xz must hold floating-point numbers"):
+        mamba_inner(tensor[0], *[torch.zeros(1)] * 7)
+    with pytest.raises(ValueError, match="side by side, got 7 in all"):
+        mamba_inner(torch.zeros(2, 3, 7), *[torch.zeros(1)] * 7)
+
+
+def test_a_gate_of_another_type_does_not_change_the_output_s() -> None:
+    inputs = as_type(CASES["length65"].scan_inputs(), torch.bfloat16)
+    with torch.no_grad():
+        assert selective_scan(**{**inputs, "z": inputs["z"].float()}).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("wrong", range(1, 9))
 def test_shapes_that_do_not_fit_are_refused_before_any_kernel(wrong: int) -> None:
     shapes = [(2, 5, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3), (2, 6), (2, 6, 4), (2, 6), (2, 5)]
-    shapes[wrong] = (2, 5, 4) if wrong == 1 else (*shapes[wrong][:-1], shapes[wrong][-1] + 1 + (wrong > 0))
+    shapes[wrong] = (2, 5, 4) if wrong == 1 else (*shapes[wrong][:-1], shapes[wrong][-1] + 2)
     tensors = [torch.zeros(shape, requires_grad=True) for shape in shapes[:-1]]
-    with pytest.raises(ValueError, match=r"mamba_inner: \w+ is .*, xz \(2, 5, 1[23]\) needs "):
+    with pytest.raises(ValueError, match=r"mamba_inner: \w+ is .*, xz \(2, 5, 12\) needs "):
         mamba_inner(*tensors, torch.zeros(shapes[-1], dtype=torch.long))
 
 

@@ -134,6 +134,12 @@ def test_unknown_scan_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown scan backend 'fast'" in refusal(capsys, "--scan-backend", "fast")
 
 
+@pytest.mark.skipif("numba" not in backends.available_backends(), reason="the extra `cpu` is not installed")
+def test_backend_that_does_not_take_the_type_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = refusal(capsys, "--scan-backend", "numba", "--dtype", "bf16", "--device", "cpu")
+    assert "scan backend 'numba' takes float32 on the CPU, got torch.bfloat16 on cpu" in refused
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
 def test_counts_are_positive(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a whole number of at least 1" in refusal(capsys, "--batch-size", number)

@@ -46,6 +46,7 @@ _INSTALLS = {  # module -> its package and how to get it
     "causal_conv1d": ("causal-conv1d", "pip install 'arm-zoo[kernels]'"),
     "selective_scan_cuda": ("mamba-ssm with its CUDA extension", "pip install 'arm-zoo[kernels]'"),
 }
+_USED = {"cuda.core": ("Device", "LaunchConfig", "Program", "ProgramOptions", "launch")}  # which older versions lack
 _ON_GPUS = ("triton", "cuda", "mamba_ssm")
 _announced: set[str] = set()
 
@@ -58,11 +59,14 @@ def _interpreted() -> bool:
 def _why_not(name: str) -> str | None:
     """Why a backend cannot run here, with what to do about it; None if it can."""
     for module in _NEEDS.get(name, ()):
+        package, installation = _INSTALLS[module]
         try:
-            importlib.import_module(module)
+            found = importlib.import_module(module)
         except ImportError as error:
-            package, installation = _INSTALLS[module]
             return f"it needs the package {package} ({error}): {installation}"
+        if any(not hasattr(found, name) for name in _USED.get(module, ())):
+            upgrade = installation.replace("install", "install --upgrade", 1)
+            return f"it needs a newer version of the package {package}: {upgrade}"
     if name in _ON_GPUS and not (torch.cuda.is_available() or (name == "triton" and _interpreted())):
         return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
     if name == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < (8, 0)):
@@ -83,7 +87,14 @@ def _check(name: str) -> str:
     return name
 
 
-_selected = _check(os.environ.get("ARM_ZOO_SCAN", "auto"))
+def _from_environment() -> str:
+    try:
+        return _check(os.environ.get("ARM_ZOO_SCAN") or "auto")
+    except ValueError as error:
+        raise ValueError(f"environment variable ARM_ZOO_SCAN: {error}") from None
+
+
+_selected = _from_environment()
 
 
 def get_scan_backend() -> str:

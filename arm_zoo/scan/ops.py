@@ -277,11 +277,17 @@ def causal_conv(
         x: (batch, length, channels) tokens.
         weight: (directions, channels, taps); the last tap multiplies the current step.
         bias: (directions, channels).
-        order: (directions, length) table of `arm_zoo.order`; None scans the tokens as they are stored.
+        order: (directions, length) table of `arm_zoo.order`, every token once in each direction, which is not checked;
+            None scans the tokens as they are stored.
 
     Returns:
         (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
+
+    Raises:
+        ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
+    _check_axes("causal_conv", "x", x, "batch", "length", "channels")
+    _check("causal_conv", "x", x, _conv_shapes(x, weight), (weight, bias, order))
     backend = resolve_backend(x)
     if backend == "reference":
         return causal_conv_reference(x, weight, bias, order)
@@ -291,6 +297,14 @@ def causal_conv(
 def _table(order: torch.Tensor | None) -> torch.Tensor | None:
     """Kernels read a table of orders as it lies in memory: direction by direction, in 64 bits."""
     return None if order is None else order.to(torch.int64).contiguous()
+
+
+def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> None:
+    if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index("length")] == 0:
+        raise ValueError(
+            f"{operation}: {name} must hold floating-point numbers ({', '.join(axes)}) of at least one step, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )
 
 
 def _check(
@@ -308,6 +322,15 @@ def _check(
             )
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{operation}: {other} is on {tensor.device}, {name} on {first.device}; move one of them")
+
+
+def _conv_shapes(x: torch.Tensor, weight: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    (_, length, channels), directions = x.shape, len(weight)
+    return {
+        "weight": (directions, channels, weight.shape[-1]),
+        "bias": (directions, channels),
+        "order": (directions, length),
+    }
 
 
 def _scan_shapes(u: torch.Tensor, A: torch.Tensor, delta_weight: torch.Tensor | None) -> dict[str, tuple[int, ...]]:
@@ -329,10 +352,9 @@ def _scan_shapes(u: torch.Tensor, A: torch.Tensor, delta_weight: torch.Tensor | 
 def _inner_shapes(
     xz: torch.Tensor, conv_weight: torch.Tensor, dt_proj_weight: torch.Tensor, A: torch.Tensor
 ) -> dict[str, tuple[int, ...]]:
-    (batch, length, both), directions = xz.shape, len(conv_weight)
+    (_, length, both), directions = xz.shape, len(conv_weight)
     channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]
     return {
-        "xz": (batch, length, 2 * channels),
         "conv_weight": (directions, channels, conv_weight.shape[-1]),
         "conv_bias": (directions, channels),
         "x_proj_weight": (directions, rank + 2 * d_state, channels),
@@ -378,7 +400,8 @@ def selective_scan(
         z: (batch, length, channels) gate in token order; None leaves the output ungated.
         delta_bias: (directions, channels).
         delta_softplus: apply softplus to the step size.
-        order: (directions, length) table of `arm_zoo.order`; None when the scan order is the token order.
+        order: (directions, length) table of `arm_zoo.order`, every token once in each direction, which is not checked;
+            None when the scan order is the token order.
         delta_weight: (directions, channels, rank); the step sizes are delta times its transpose, and not kept for the
             backward pass.
 
@@ -388,6 +411,7 @@ def selective_scan(
     Raises:
         ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
+    _check_axes("selective_scan", "u", u, "directions", "batch", "length", "channels")
     others = (delta, A, B, C, D, z, delta_bias, order, delta_weight)
     _check("selective_scan", "u", u, _scan_shapes(u, A, delta_weight), others)
     backend = resolve_backend(u)
@@ -402,7 +426,7 @@ def selective_scan(
         gate = z if inside else None
         y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states, gate, backend)[0]
         z = None if inside else z
-    return y if z is None else y * F.silu(z)
+    return y if z is None else (y * F.silu(z)).to(u.dtype)
 
 
 @torch.jit.ignore
@@ -432,7 +456,8 @@ def mamba_inner(
         dt_proj_bias: (directions, channels).
         A: (directions, channels, d_state), negative.
         D: (directions, channels).
-        order: (directions, length) table of `arm_zoo.order`; None scans the tokens as they are stored.
+        order: (directions, length) table of `arm_zoo.order`, every token once in each direction, which is not checked;
+            None scans the tokens as they are stored.
 
     Returns:
         (batch, length, channels) in token order and the dtype of xz.
@@ -440,9 +465,14 @@ def mamba_inner(
     Raises:
         ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
+    _check_axes("mamba_inner", "xz", xz, "batch", "length", "2 * channels")
+    if xz.shape[2] % 2:
+        raise ValueError(
+            f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {xz.shape[2]} in all"
+        )
     inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
     shapes = _inner_shapes(xz, conv_weight, dt_proj_weight, A)
-    _check("mamba_inner", "xz", xz, shapes, (*inputs, order))
+    _check("mamba_inner", "xz", xz, shapes, (*inputs[1:], order))
     backend = resolve_backend(xz)
     if backend in _WHOLE and _needs_gradient(*inputs):
         return torch.ops.arm_zoo.mamba_inner(*inputs, _table(order), backend)[0]
