@@ -426,38 +426,44 @@ def stack_directions(official: Tensors, directions: int) -> Tensors:
     return {name: value.double() for name, value in ours.items()}
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(
-    "folder, dim, directions, expand, order",
-    [
-        ("mixer_arm_plain", 64, 1, 1, None),
-        ("mixer_arm_plain_short", 48, 1, 1, None),  # three tokens, fewer than the convolution has taps
-        ("mixer_arm_v3_even", 64, 4, 1, scan_order(4, 4, 4, cls_index=8)),
-        ("mixer_vim_v2_div", 48, 2, 2, scan_order(1, 13, 2)),
-    ],
-)
-def test_mixer_equals_the_official_one(
-    golden: Path, folder: str, dim: int, directions: int, expand: int, order: torch.Tensor | None, backend: str
-) -> None:
+MIXERS = [  # folder, width, directions, expansion, order
+    ("mixer_arm_plain", 64, 1, 1, None),
+    ("mixer_arm_plain_short", 48, 1, 1, None),  # three tokens, fewer than the convolution has taps
+    ("mixer_arm_v3_even", 64, 4, 1, scan_order(4, 4, 4, cls_index=8)),
+    ("mixer_vim_v2_div", 48, 2, 2, scan_order(1, 13, 2)),
+]
+Mixer = tuple[str, int, int, int, torch.Tensor | None]
+
+
+def check_mixer(golden: Path, mixer: Mixer, backend: str, dtype: torch.dtype, device: str) -> None:
+    """Output, gradient of the input and every parameter's gradient are the official mixer's."""
+    folder, dim, directions, expand, order = mixer
     files = {path.stem: load_file(path) for path in (golden / folder).glob("*.safetensors")}
     weights, gradients = (stack_directions(files[name], directions) for name in ("state_dict", "param_grads"))
-    x, cotangent = (files["inputs"][name].double() for name in ("x", "cotangent"))
-    results = {}
-    for dtype in (torch.float64, torch.float32):
-        mixer = MambaMixer(dim, directions, expand, dtype=dtype)
-        mixer.load_state_dict(weights)
-        leaf = x.to(dtype, copy=True).requires_grad_()
-        with scan_backend(backend):
-            output = mixer(leaf, order)
-            output.backward(cotangent.to(dtype))
-        results[dtype] = {"output": output.detach(), "grad_input": leaf.grad}
-        tolerance = 1e-7 if dtype == torch.float64 else 1e-3  # the golden parameter gradients are stored in float32
-        for name, parameter in mixer.named_parameters():
-            assert relative(parameter.grad, gradients[name]) < tolerance, name
+    x, cotangent = (files["inputs"][name].to(device, dtype) for name in ("x", "cotangent"))
+    layer = MambaMixer(dim, directions, expand, device=device, dtype=dtype)
+    layer.load_state_dict(weights)
+    leaf = x.requires_grad_()
+    with scan_backend(backend):
+        output = layer(leaf, None if order is None else order.to(device))
+        output.backward(cotangent)
+    double = dtype == torch.float64
+    for name, parameter in layer.named_parameters():  # the golden gradients of parameters are stored in float32
+        assert relative(parameter.grad.cpu(), gradients[name]) < (1e-7 if double else 1e-3), name
+    results = {"output": output.detach().cpu(), "grad_input": leaf.grad.cpu()}
     for name, expected in files["outputs_f64"].items():
-        assert relative(results[torch.float64][name], expected) < 1e-10, name
-        error = (results[torch.float32][name] - expected).abs().max() / expected.abs().max()
-        assert error < (1e-4 if name == "output" else 1e-3), name
+        if double:
+            assert relative(results[name], expected) < 1e-10, name
+        else:
+            error = (results[name] - expected).abs().max() / expected.abs().max()
+            assert error < (1e-4 if name == "output" else 1e-3), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer[0])
+def test_mixer_equals_the_official_one(golden: Path, mixer: Mixer, backend: str, dtype: torch.dtype) -> None:
+    check_mixer(golden, mixer, backend, dtype, "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -4,11 +4,12 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from test_scan import Recorder
+from test_scan import MIXERS, Mixer, Recorder, check_mixer
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
@@ -20,8 +21,11 @@ pytest.importorskip("triton", reason="no triton in this build of torch")
 
 IN_THE_INTERPRETER = """
 import sys
+from pathlib import Path
 import torch
 sys.path.insert(0, "tests")
+from test_scan import MIXERS, check_mixer
+from test_triton import check_special_values
 from test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, gate_errors
 from test_triton import extreme_error, gated_product_error, inner_error, worst_error
 import arm_zoo
@@ -30,8 +34,16 @@ assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 for case in CASES:
     error = worst_error(*case, torch.float32, "cpu")
     assert error < 1e-5, (case, error)
-error = worst_error(*CASES[1], torch.bfloat16, "cpu", rank=4)
-assert error < 1e-2, error
+for dtype in (torch.bfloat16, torch.float16):
+    error = worst_error(*CASES[1], dtype, "cpu", rank=4)
+    assert error < 1e-2, (dtype, error)
+for length in (63, 65):
+    error = worst_error(1, 1, length, None, 3, 2, torch.float32, "cpu")
+    assert error < 1e-5, (length, error)
+check_special_values("cpu", "triton")
+golden = Path("../shared/golden")
+for mixer in MIXERS if golden.is_dir() else ():
+    check_mixer(golden, mixer, "triton", torch.float32, "cpu")
 for directions in (1, 4):
     error = inner_error(2, torch.float32, "cpu", directions=directions)
     assert error < 1e-5, (directions, error)
@@ -229,8 +241,10 @@ def check_deferred_sums(device: str) -> None:
 
 
 def scan_inputs(value: float | None = None, device: str = "cuda") -> list[torch.Tensor]:
-    """u, delta, A, B, C and D of one direction, random or all of one value."""
-    shapes = [(1, 2, 70, 33), (1, 2, 70, 33), (1, 33, 16), (1, 2, 70, 16), (1, 2, 70, 16), (1, 33)]
+    """u, delta, A, B, C and D of one direction, random or all of one value; few in Triton's interpreter."""
+    length, channels, states = (70, 33, 16) if device == "cuda" else (18, 3, 2)
+    row, rates = (1, 2, length, channels), (1, 2, length, states)
+    shapes = [row, row, (1, channels, states), rates, rates, (1, channels)]
     tensors = [torch.randn(shape) if value is None else torch.full(shape, value) for shape in shapes]
     tensors[2] = -tensors[2].abs()
     return [t.to(device) for t in tensors]
@@ -263,6 +277,44 @@ def extreme_error(size: float, rate: float, dtype: torch.dtype, device: str, ker
     return max(((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
+def check_special_values(device: str, kernels: str) -> None:
+    """Sequences of one value are scanned right, and NaN anywhere in the input is somewhere in all results."""
+    for value in (0.0, 0.5):
+        inputs = scan_inputs(value, device)
+        exact = outputs_and_gradients([t.double() for t in inputs], "reference")
+        for actual, expected in zip(outputs_and_gradients(inputs, kernels), exact, strict=True):
+            assert actual.isfinite().all()
+            assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    for poisoned in range(6):
+        inputs = scan_inputs(device=device)
+        assert all(t.isfinite().all() for t in outputs_and_gradients(inputs, kernels))
+        inputs[poisoned].view(-1)[0] = torch.nan
+        assert all(t.isnan().any() for t in outputs_and_gradients(inputs, kernels)), poisoned
+
+
+def check_same_bits(device: str, kernels: str) -> None:
+    """Of scan, convolution, mixer, gate and sum with norm, and of all gradients, twice."""
+    torch.manual_seed(0)
+    order = scan_order(3, 2, 4, 3, device=device)
+    shapes = [(2, 7, 24), (4, 12, 4), (4, 12), (4, 14, 12), (4, 12, 6), (4, 12), (4, 12, 4), (4, 12)]
+    for dtype in (torch.float32, torch.bfloat16):
+        xz, *weights = (torch.randn(shape, device=device) for shape in shapes)
+        inputs = [xz.to(dtype), *weights[:5], -weights[5].exp(), weights[6]]
+        runs: list[list[torch.Tensor]] = []
+        for _ in range(2):
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            with arm_zoo.scan_backend(kernels):
+                y = mamba_inner(*leaves, order)
+                u = causal_conv(leaves[0][..., :12], leaves[1], leaves[2], order)
+            gated = torch.ops.arm_zoo.gate(leaves[0], torch.zeros(24, device=device, requires_grad=True))
+            norm = torch.nn.LayerNorm(12, device=device)
+            sums = torch.ops.arm_zoo.add_norm(y.float(), gated, None, norm.weight, norm.bias, 1e-5, dtype)
+            results = [y, u, gated, *sums[:2]]
+            grads = torch.autograd.grad([t.float().square().sum() for t in results], [*leaves, norm.weight])
+            runs.append([*results, *grads])
+        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True)), dtype
+
+
 def check_operators(device: str) -> None:
     """What PyTorch asks of operators, and that their counts of operations are those of the parts one by one."""
     halves, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((2, 5, 12), (12,)))
@@ -272,11 +324,18 @@ def check_operators(device: str) -> None:
     for scale in (None, torch.rand(2, device=device)):
         inputs = (*norm_inputs[:2], scale, *norm_inputs[2:], 1e-5, torch.float32)
         torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
+    u, delta, A, B, C, D = (t.requires_grad_() for t in scan_inputs(device=device))
+    for save_states, gate in ((True, None), (False, u[0].detach())):
+        inputs = (u, delta, A, B, C, D, None, None, True, None, save_states, gate, "triton")
+        kept = inputs if save_states else tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+        torch.library.opcheck(torch.ops.arm_zoo.selective_scan.default, kept)
     order, shapes = scan_order(2, 3, 2, 3, device=device), [(2, 7, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3)]
     drawn = [torch.randn(shape, device=device) for shape in (*shapes, (2, 6), (2, 6, 4), (2, 6))]
     drawn[6] = -drawn[6].exp()
     leaves = [t.requires_grad_() for t in drawn]
     torch.library.opcheck(torch.ops.arm_zoo.mamba_inner.default, (*leaves, order, "triton"))
+    tokens = leaves[0].detach()[..., :6].requires_grad_()
+    torch.library.opcheck(torch.ops.arm_zoo.causal_conv.default, (tokens, *leaves[1:3], order, "triton"))
     counts = []
     for backend in ("triton", "torch"):
         with arm_zoo.scan_backend(backend), FlopCounterMode(display=False) as forward:
@@ -451,32 +510,26 @@ def test_extreme_steps_and_rates(size: float, rate: float, dtype: torch.dtype, k
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("value", [0.0, 0.5])
-def test_constant_inputs(value: float, kernels: str) -> None:
-    inputs = scan_inputs(value)
-    expected = outputs_and_gradients([t.double() for t in inputs], "reference")
-    for actual, exact in zip(outputs_and_gradients(inputs, kernels), expected, strict=True):
-        assert actual.isfinite().all()
-        assert (actual - exact).norm() <= 1e-5 * exact.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("poisoned", range(6))
-def test_nan_in_nan_out(poisoned: int, kernels: str) -> None:
-    inputs = scan_inputs()
-    assert all(t.isfinite().all() for t in outputs_and_gradients(inputs, kernels))
-    inputs[poisoned].view(-1)[0] = torch.nan
-    outputs = outputs_and_gradients(inputs, kernels)
-    assert all(t.isnan().any() for t in outputs)
+def test_constant_inputs_and_nan(kernels: str) -> None:
+    check_special_values("cuda", kernels)
 
 
 @pytest.mark.gpu
 def test_runs_give_the_same_bits(kernels: str) -> None:
     if kernels == "mamba_ssm":
         pytest.skip("mamba-ssm adds up gradients in the order in which its blocks end")
-    inputs = scan_inputs()
-    first, again = (outputs_and_gradients(inputs, kernels) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_same_bits("cuda", kernels)
+
+
+@pytest.mark.gpu
+def test_the_longest_sequence(kernels: str) -> None:
+    assert worst_error(1, 1, 16_384, None, 8, 4, torch.float32, "cuda", kernels) < LIMITS[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer[0])
+def test_mixers_equal_the_official_ones_on_the_gpu(golden: Path, mixer: Mixer, kernels: str) -> None:
+    check_mixer(golden, mixer, kernels, torch.float32, "cuda")
 
 
 @pytest.mark.gpu
