@@ -8,7 +8,8 @@ from timm.layers import DropPath
 from timm.models import checkpoint
 from torch import nn
 
-from arm_zoo.layers import SwiGLU, add_norm, adds_in_norm, is_bare, zero_bias
+from arm_zoo.fused import add_norm, adds_in_norm, is_bare
+from arm_zoo.layers import SwiGLU, zero_bias
 from arm_zoo.mixer import MambaMixer
 
 __all__ = ["Block", "init_block_weights", "no_weight_decay_names", "reset_parameters", "run_blocks"]

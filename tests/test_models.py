@@ -27,11 +27,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from arm_zoo import CheckpointError, create_pretraining_model, layers, to_official
+from arm_zoo import CheckpointError, create_pretraining_model, fused, to_official
 from arm_zoo.arm import ARM
 from arm_zoo.block import Block, run_blocks
+from arm_zoo.fused import is_bare
 from arm_zoo.hosted import bundled_file
-from arm_zoo.layers import Linear, SwiGLU, is_bare
+from arm_zoo.layers import Linear, SwiGLU
 from arm_zoo.order import scan_order
 
 Weights = dict[str, torch.Tensor]
@@ -578,7 +579,7 @@ def test_when_a_kernel_makes_the_gate(
     case: str, taken: str | None, hidden: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CUDA tensors without data, so that it is decided here as on a GPU."""
-    monkeypatch.setattr(layers, "_has_kernel", lambda device, hopper: not (hopper and "another GPU" in case))
+    monkeypatch.setattr(fused, "_has_kernel", lambda device, hopper: not (hopper and "another GPU" in case))
     dim, batch = 60 if "multiple" in case else 64, 2 if "few" in case else 32
     dtype = {"32": torch.float32, "64": torch.float64}.get(case[-2:], torch.bfloat16)
     with FakeTensorMode(), torch.set_grad_enabled("training" in case), Recorder() as recorder:
@@ -609,7 +610,7 @@ def test_when_a_kernel_makes_the_gate(
 )
 def test_when_norms_make_the_sums(case: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where nobody looks at what a block gives."""
-    monkeypatch.setattr(layers, "_has_kernel", lambda device, hopper: True)
+    monkeypatch.setattr(fused, "_has_kernel", lambda device, hopper: True)
     dtype = torch.float64 if "double" in case else torch.float32
     with FakeTensorMode(), torch.set_grad_enabled(case != "inference"), Recorder() as recorder:
         norm = RmsNorm if "kind" in case else partial(nn.LayerNorm, bias="bias" not in case)

@@ -13,7 +13,8 @@ from test_scan import MIXERS, Mixer, Recorder, check_mixer
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.layers import PatchEmbed, SwiGLU, add_norm
+from arm_zoo.fused import add_norm
+from arm_zoo.layers import PatchEmbed, SwiGLU
 from arm_zoo.order import scan_order
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 

@@ -1,0 +1,228 @@
+"""What lies around the scans as PyTorch custom operators over `arm_zoo.kernels`, and when to take them."""
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from arm_zoo.scan import get_scan_backend
+
+__all__ = ["add_norm", "adds_in_norm", "gated_linear", "gates_in_kernel", "is_bare"]
+
+_MANY_ROWS = 4096  # from so many tokens on the kernels are faster than PyTorch's own
+_HALVES = (torch.bfloat16, torch.float16)
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer does what its class does and nothing else: not wrapped, replaced, patched or hooked.
+
+    Hooks on all modules of the process at once are not looked for.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    changed = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
+    return type(layer) is kind and not changed and not any(hooks)
+
+
+@torch.library.custom_op("arm_zoo::gated_product", mutates_args=())
+def _gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    from arm_zoo.kernels import gated_product  # needs Triton, which not every build of torch brings
+
+    with torch.cuda.device_of(x):
+        return gated_product(x, weight, bias)
+
+
+@_gated_product.register_fake
+def _gated_product_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight) // 2)
+
+
+@register_flop_formula(torch.ops.arm_zoo.gated_product)
+def _gated_product_flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+@torch.library.custom_op("arm_zoo::gate", mutates_args=())
+def _gate(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) * value of the two halves, which have the bias in them already; its gradient is made with theirs."""
+    from arm_zoo.kernels import gate
+
+    with torch.cuda.device_of(halves):
+        return gate(*halves.chunk(2, dim=-1))
+
+
+@_gate.register_fake
+def _gate_fake(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2)
+
+
+@torch.library.custom_op("arm_zoo::gate_backward", mutates_args=())
+def _gate_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from arm_zoo.kernels import gate_backward
+
+    (gate, value), grad_halves = halves.chunk(2, dim=-1), halves.new_empty(halves.shape)
+    grad_gate, grad_value = grad_halves.chunk(2, dim=-1)
+    sums = bias.new_empty(bias.shape, dtype=torch.float32)
+    with torch.cuda.device_of(grad):
+        gate_backward(grad, gate, value, grad_gate, grad_value, sums)
+    return grad_halves, sums.to(bias.dtype)
+
+
+@_gate_backward.register_fake
+def _gate_backward_fake(
+    grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return halves.new_empty(halves.shape), bias.new_empty(bias.shape)
+
+
+def _gate_setup(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.arm_zoo.gate_backward(grad, *ctx.saved_tensors)
+
+
+_gate.register_autograd(_gate_grad, setup_context=_gate_setup)
+
+
+@torch.library.custom_op("arm_zoo::add_norm", mutates_args=())
+def _add_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from arm_zoo.kernels import add_norm
+
+    with torch.cuda.device_of(x):
+        return add_norm(x, branch, scale, weight, bias, eps, dtype)
+
+
+@_add_norm.register_fake
+def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    moments = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1]), moments
+
+
+@torch.library.custom_op("arm_zoo::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    grad_total: torch.Tensor,
+    grad_normed: torch.Tensor,
+    total: torch.Tensor,
+    moments: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from arm_zoo.kernels import add_norm_backward
+
+    with torch.cuda.device_of(total):
+        return add_norm_backward(grad_total, grad_normed, total, moments, scale, weight, dtype)
+
+
+@_add_norm_backward.register_fake
+def _add_norm_backward_fake(
+    grad_total: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, ...]:
+    _, _, weight, dtype = args
+    grads_of_norm = (weight.new_empty(weight.shape) for _ in range(2))
+    return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
+
+
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    (_, branch, scale, weight, *_), (total, _, moments) = inputs, output
+    ctx.dtype = branch.dtype
+    ctx.save_for_backward(total, moments, scale, weight)
+
+
+def _add_norm_grad(
+    ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor, _: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.dtype)
+    grad_x, grad_branch, grad_weight, grad_bias = grads
+    return grad_x, grad_branch, None, grad_weight, grad_bias, None, None
+
+
+_add_norm.register_autograd(_add_norm_grad, setup_context=_add_norm_setup)
+
+
+# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
+@torch.compiler.assume_constant_result
+def _has_kernel(device: int, *, hopper: bool) -> bool:
+    """Whether this GPU may run `arm_zoo.kernels`, or the one of them for Hopper GPUs.
+
+    Not in models that are exported, which may run elsewhere, and not where plain PyTorch was asked for.
+    """
+    if torch.compiler.is_exporting() or not _TRITON or get_scan_backend() in ("reference", "torch"):
+        return False
+    return not hopper or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
+
+
+def _fit(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take tensors of these types, all of one unless autocast brings them together."""
+    autocast = torch.is_autocast_enabled("cuda")
+    return all(t.dtype != torch.float64 and (autocast or t.dtype == tensors[0].dtype) for t in tensors)
+
+
+def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def _are_many(x: torch.Tensor) -> bool:
+    """Whether so many tokens are faster in a kernel; asked last, as it binds a compiled model to the answer."""
+    return math.prod(x.shape[:-1]) >= _MANY_ROWS
+
+
+def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
+    """Whether `add_norm` is for these tokens (B, L, D) and this norm."""
+    if not (isinstance(x, torch.Tensor) and x.is_cuda and isinstance(norm, nn.LayerNorm)):
+        return False
+    if not is_bare(norm, nn.LayerNorm) or norm.normalized_shape != x.shape[-1:] or norm.weight is None:
+        return False
+    fits = norm.bias is not None and _fit(x, norm.weight, norm.bias)
+    return fits and _has_kernel(x.device.index, hopper=False) and _are_many(x)
+
+
+def add_norm(
+    x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None, norm: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + scale * branch and its layer norm, in one pass over both, also backward: (B, L, D), (B, L, D), (B).
+
+    The norm has the type that autocast gives a linear layer, which is what follows.
+    """
+    if torch.promote_types(x.dtype, branch.dtype) != x.dtype:  # bfloat16 tokens under autocast to float16, say
+        x = x + (branch if scale is None else branch * scale[:, None, None])
+        return x, norm(x)
+    parameters = (norm.weight, norm.bias, norm.eps)
+    total, normed, _ = torch.ops.arm_zoo.add_norm(x, branch, scale, *parameters, _dtype_of_products(x))
+    return total, normed
+
+
+def gates_in_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `gated_linear` is for these tokens and this layer."""
+    if bias is None or not (x.is_cuda and _fit(x, weight, bias)):
+        return False
+    if _trains(x, weight, bias):
+        return _has_kernel(x.device.index, hopper=False) and _are_many(x)
+    whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the product's kernel needs
+    half = _dtype_of_products(x) in _HALVES
+    return half and whole_rows and _has_kernel(x.device.index, hopper=True) and _are_many(x)
+
+
+def _trains(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
+    if _trains(x, weight, bias):
+        return torch.ops.arm_zoo.gate(F.linear(x, weight, bias.detach()), bias)
+    return torch.ops.arm_zoo.gated_product(*(t.to(_dtype_of_products(x)) for t in (x, weight, bias)))
