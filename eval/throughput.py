@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import arm_zoo
+from arm_zoo.scan import scan_backend
 from arm_zoo.scan.backends import resolve_backend
 from eval.results import write_whole
 
@@ -62,7 +63,7 @@ class Settings:
     autocast: bool
     compile: bool
     cuda_graphs: bool
-    scan_backend: str
+    scan_backend: list[str]
     repeats: int
     threads: int | None
     output: Path | None
@@ -75,13 +76,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model ready to be timed, and the peak memory of one step in MiB.
+    """A model ready to be timed, what its scans run on, and the peak memory of one step in MiB.
 
     None on CPU, and with CUDA graphs: torch does not count what a replayed graph uses.
     """
 
     name: str
     img_size: int
+    scan_backend: str
     step: Step
     peak_mib: float | None
 
@@ -103,6 +105,9 @@ def check(settings: Settings) -> None:
                 "--mode pretrain is for ARM models with patches of 16 pixels, such as arm_base_patch16_224; "
                 f"got {name!r}"
             )
+    for backend in settings.scan_backend:
+        with scan_backend(backend):  # unknown names and types that it does not take are refused here
+            resolve_backend(torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype]))
     output = settings.output
     if output is not None and (output.suffix not in (".csv", ".json") or not output.parent.is_dir()):
         raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(output)!r}")
@@ -151,7 +156,7 @@ def training_step(model: nn.Module, images: torch.Tensor, settings: Settings) ->
     return step
 
 
-def prepare(name: str, model: nn.Module, img_size: int, settings: Settings) -> Contender:
+def prepare(name: str, model: nn.Module, img_size: int, backend: str, settings: Settings) -> Contender:
     """Moves a model to its device, runs its first, slow steps and reads the memory of one more."""
     cuda = settings.device == "cuda"
     others = torch.cuda.memory_allocated() if cuda else 0
@@ -161,14 +166,17 @@ def prepare(name: str, model: nn.Module, img_size: int, settings: Settings) -> C
     channels = resolve_model_data_config(model)["input_size"][0]
     images = torch.randn(settings.batch_size, channels, img_size, img_size, device=settings.device)
     make_step = inference_step if settings.mode == "infer" else training_step
-    step = make_step(model, images, settings)
+    step = scan_backend(backend)(make_step(model, images, settings))
     for _ in range(WARM_UP_STEPS):
         step()
-    if not cuda or settings.cuda_graphs:
-        return Contender(name, img_size, step, None)
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return Contender(name, img_size, step, (torch.cuda.max_memory_allocated() - others) / 2**20)
+    peak = None
+    if cuda and not settings.cuda_graphs:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = (torch.cuda.max_memory_allocated() - others) / 2**20
+    with scan_backend(backend):
+        taken = resolve_backend(images.to(DTYPES[settings.dtype]))  # by "auto"
+    return Contender(name, img_size, taken, step, peak)
 
 
 def read_clock(step: Step, device: str) -> float:
@@ -215,7 +223,6 @@ def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
 def circumstances(settings: Settings) -> Row:
     """What all rows of a run share."""
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    scanned = torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype])
     return {
         "mode": settings.mode,
         "batch_size": settings.batch_size,
@@ -223,7 +230,6 @@ def circumstances(settings: Settings) -> Row:
         "autocast": settings.uses_autocast,
         "compile": settings.compile,
         "cuda_graphs": settings.cuda_graphs,
-        "scan_backend": resolve_backend(scanned),  # what "auto" takes
         "repeats": settings.repeats,
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu,
         "threads": torch.get_num_threads(),
@@ -256,8 +262,10 @@ def as_table(rows: Sequence[Row]) -> Table:
         columns["peak MiB"] = lambda row: f"{row['peak_mib']:,.0f}"
     for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
+    several = len({row["model"] for row in rows}) < len(rows)
     for row in rows:
-        table.add_row(row["model"], *(show(row) for show in columns.values()))
+        name = f"{row['model']} ({row['scan_backend']})" if several else row["model"]
+        table.add_row(name, *(show(row) for show in columns.values()))
     return table
 
 
@@ -292,7 +300,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="through torch.compile")
     add("--cuda-graphs", action="store_true", help="with --compile: replay a step's launches, which then cost no time")
     backend = arm_zoo.get_scan_backend()
-    add("--scan-backend", default=backend, metavar="NAME", help="see arm_zoo.set_scan_backend (%(default)s)")
+    help_backend = "of ARM models, each timed with every one; see arm_zoo.set_scan_backend"
+    add("--scan-backend", nargs="+", default=[backend], metavar="NAME", help=help_backend)
     add("--repeats", type=positive, default=10, help="readings per model")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
     add("--output", type=Path, metavar="FILE", help=".csv or .json file for the rows; replaced if it exists")
@@ -305,18 +314,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = Settings(**{**args, "models": args["models"] or DEFAULT_MODELS[args["mode"]]})
     try:
         check(settings)
-        arm_zoo.set_scan_backend(settings.scan_backend)
-        resolve_backend(torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype]))  # or says why not
-        built = [build(name, settings) for name in settings.models]
+        built = [
+            (name, *build(name, settings), backend)
+            for name in settings.models
+            for backend in (settings.scan_backend if name.startswith("arm_") else settings.scan_backend[:1])
+        ]
     except ValueError as error:
         parser.error(str(error))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    contenders = [prepare(name, *pair, settings) for name, pair in zip(settings.models, built, strict=True)]
+    contenders = [prepare(*one, settings) for one in built]
     readings = time_in_turn([contender.step for contender in contenders], settings.device, settings.repeats)
     shared = circumstances(settings)
     rows = [
-        {"model": one.name, "img_size": one.img_size, **measured, "peak_mib": one.peak_mib, **shared}
+        {
+            "model": one.name,
+            "img_size": one.img_size,
+            **measured,
+            "peak_mib": one.peak_mib,
+            "scan_backend": one.scan_backend,
+            **shared,
+        }
         for one, measured in zip(contenders, compare(readings, settings.batch_size), strict=True)
     ]
     Console().print(as_table(rows))

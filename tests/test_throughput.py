@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import arm_zoo
 from arm_zoo.scan import backends
 from eval import throughput
 
@@ -128,6 +129,17 @@ def test_cuda_graphs_need_a_gpu_and_a_compiled_model(
 @pytest.mark.parametrize("name", ["speed.txt", "no_such_folder/speed.csv"])
 def test_output_is_checked_before_anything_is_timed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be a .csv or .json file in a folder that exists" in refusal(capsys, "--output", name)
+
+
+def test_backends_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.json"
+    models, backend = ["arm_pico_patch2_8", "test_vit"], arm_zoo.get_scan_backend()
+    options = ["--models", *models, "--scan-backend", "torch", "reference", "--device", "cpu", "--repeats", "1"]
+    throughput.main([*options, "--batch-size", "1", "--output", str(file)])
+    rows = [(row["model"], row["scan_backend"]) for row in json.loads(file.read_text())]
+    assert rows == [(models[0], "torch"), (models[0], "reference"), (models[1], "torch")]
+    assert "(reference)" in capsys.readouterr().out
+    assert arm_zoo.get_scan_backend() == backend  # as it was
 
 
 def test_unknown_scan_backend(capsys: pytest.CaptureFixture[str]) -> None:
