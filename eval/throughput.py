@@ -12,6 +12,7 @@ import json
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -262,9 +263,9 @@ def as_table(rows: Sequence[Row]) -> Table:
         columns["peak MiB"] = lambda row: f"{row['peak_mib']:,.0f}"
     for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    several = len({row["model"] for row in rows}) < len(rows)
+    names = Counter(row["model"] for row in rows)
     for row in rows:
-        name = f"{row['model']} ({row['scan_backend']})" if several else row["model"]
+        name = row["model"] if names[row["model"]] == 1 else f"{row['model']} ({row['scan_backend']})"
         table.add_row(name, *(show(row) for show in columns.values()))
     return table
 
