@@ -67,6 +67,7 @@ class Settings:
     scan_backend: list[str]
     repeats: int
     threads: int | None
+    profile: int
     output: Path | None
 
     @property
@@ -270,6 +271,35 @@ def as_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def profile(one: Contender, device: str) -> list[tuple[str, float, float]]:
+    """Kernels of one step on a GPU, operations on the CPU: name, calls and milliseconds of each, longest first."""
+    cuda = device == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    count = STEPS_PER_READING[device]
+    with torch.profiler.profile(activities=[activity]) as recorded:
+        for _ in range(count):
+            one.step()
+        if cuda:
+            torch.cuda.synchronize()
+    times = [
+        (event.key, event.count / count, (event.self_device_time_total if cuda else event.self_cpu_time_total) / count)
+        for event in recorded.key_averages()
+    ]
+    return sorted(((key, calls, us / 1000) for key, calls, us in times), key=lambda entry: -entry[2])
+
+
+def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: int) -> Table:
+    """The longest entries of a profile, with their shares of all."""
+    total = sum(milliseconds for *_, milliseconds in times)
+    table = Table(title=f"{name}: {total:.2f} ms a step in all", box=SIMPLE_HEAD)
+    table.add_column("kernel or operation", overflow="ellipsis", no_wrap=True)
+    for title in ("calls", "ms", "share"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for key, calls, milliseconds in times[:longest]:
+        table.add_row(key, f"{calls:g}", f"{milliseconds:.3f}", f"{milliseconds / total:.1%}")
+    return table
+
+
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Replaces the file by the rows."""
     if path.suffix == ".json":
@@ -305,6 +335,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scan-backend", nargs="+", default=[backend], metavar="NAME", help=help_backend)
     add("--repeats", type=positive, default=10, help="readings per model")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
+    add("--profile", type=positive, default=0, metavar="N", help="then print the N longest kernels of a step")
     add("--output", type=Path, metavar="FILE", help=".csv or .json file for the rows; replaced if it exists")
     return parser
 
@@ -339,6 +370,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for one, measured in zip(contenders, compare(readings, settings.batch_size), strict=True)
     ]
     Console().print(as_table(rows))
+    if settings.profile:
+        for one in contenders:
+            Console().print(as_profile(one.name, profile(one, settings.device), settings.profile))
     if settings.output is not None:
         write(settings.output, rows)
 

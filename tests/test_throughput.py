@@ -142,6 +142,14 @@ def test_backends_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     assert arm_zoo.get_scan_backend() == backend  # as it was
 
 
+def test_profile_names_the_longest_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    throughput.main(["--models", "test_vit", *TINY, "--profile", "3"])
+    _, printed = capsys.readouterr().out.split("test_vit: ")
+    assert "ms a step in all" in printed
+    shares = [float(line.split()[-1].rstrip("%")) for line in printed.splitlines() if line.rstrip().endswith("%")]
+    assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
+
+
 def test_unknown_scan_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown scan backend 'fast'" in refusal(capsys, "--scan-backend", "fast")
 
