@@ -4,7 +4,6 @@ Run from the repository root on a machine with a GPU: `python -m eval.scan`.
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -19,10 +18,9 @@ from rich.table import Table
 
 import arm_zoo
 from arm_zoo.order import scan_order
+from eval.throughput import DTYPES, Row, check_output, positive, write
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = 20
-Row = dict[str, Any]
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -114,19 +112,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.scan", description=__doc__)
     add = parser.add_argument
     add("--backends", nargs="+", metavar="NAME", help="default: all that run here but the plain ones")
-    add("--batch-size", type=int, default=128)
-    add("--grid", type=int, default=14, help="patches a side; four directions have a class token too")
+    add("--batch-size", type=positive, default=128)
+    add("--grid", type=positive, default=14, help="patches a side; four directions have a class token too")
     add("--directions", type=int, choices=(1, 2, 4), default=4)
-    add("--channels", type=int, default=768)
-    add("--states", type=int, default=16)
+    add("--channels", type=positive, default=768)
+    add("--states", type=positive, default=16)
     add("--dtype", choices=list(DTYPES), default="bf16")
-    add("--output", type=Path, metavar="FILE.csv", help="file for the rows; replaced if it exists")
+    add("--output", type=Path, metavar="FILE", help=".csv or .json file for the rows; replaced if it exists")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    try:
+        check_output(args.output)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("it times GPU kernels, and torch finds no CUDA device here")
     available = [name for name in arm_zoo.available_backends() if name in ("triton", "cuda", "mamba_ssm")]
@@ -159,10 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     Console().print(table)
     if args.output is not None:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *shared])
-            writer.writeheader()
-            writer.writerows({**row, **shared} for row in rows)
+        write(args.output, [{**row, **shared} for row in rows])
 
 
 if __name__ == "__main__":

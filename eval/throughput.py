@@ -110,9 +110,13 @@ def check(settings: Settings) -> None:
     for backend in settings.scan_backend:
         with scan_backend(backend):  # unknown names and types that it does not take are refused here
             resolve_backend(torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype]))
-    output = settings.output
-    if output is not None and (output.suffix not in (".csv", ".json") or not output.parent.is_dir()):
-        raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(output)!r}")
+    check_output(settings.output)
+
+
+def check_output(path: Path | None) -> None:
+    """Raises ValueError for a file that could not be written in the end."""
+    if path is not None and (path.suffix not in (".csv", ".json") or not path.parent.is_dir()):
+        raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(path)!r}")
 
 
 def build(name: str, settings: Settings) -> tuple[nn.Module, int]:

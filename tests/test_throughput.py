@@ -10,7 +10,7 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.scan import backends
-from eval import throughput
+from eval import scan, throughput
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
 
@@ -163,6 +163,32 @@ def test_backend_that_does_not_take_the_type_is_refused_at_once(capsys: pytest.C
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
 def test_counts_are_positive(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a whole number of at least 1" in refusal(capsys, "--batch-size", number)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--channels", "0"), "expected a whole number of at least 1, got '0'"),
+        (("--output", "no_such_folder/scan.csv"), "must be a .csv or .json file in a folder that exists"),
+        ((), "it times GPU kernels, and torch finds no CUDA device here"),
+    ],
+)
+def test_kernels_one_by_one_refuse_what_cannot_run(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        scan.main(options)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.gpu
+def test_kernels_one_by_one_are_timed(tmp_path: Path) -> None:
+    file = tmp_path / "scan.csv"
+    scan.main(["--batch-size", "2", "--grid", "4", "--channels", "64", "--output", str(file)])
+    with file.open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    assert {row["kernel"] for row in rows} >= {"scan, backward"} and all(float(row["ms"]) > 0 for row in rows)
 
 
 @pytest.mark.gpu
