@@ -1,14 +1,14 @@
 """The block that backbone and pretraining model are made of, stacks of it, and what holds for its parameters."""
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import DropPath
 from timm.models import checkpoint
 from torch import nn
 
-from arm_zoo.fused import add_norm, adds_in_norm, is_bare
+from arm_zoo.fused import Addend, add_norm, adds_in_norm, is_bare
 from arm_zoo.layers import SwiGLU, zero_bias
 from arm_zoo.mixer import MambaMixer
 
@@ -42,29 +42,18 @@ class Block(nn.Module):
 
     @torch.jit.ignore
     def forward_deferred(
-        self, x: torch.Tensor, added: "Addend | None", order: torch.Tensor | None
-    ) -> tuple[torch.Tensor, "Addend"]:
+        self, x: torch.Tensor, added: Addend | None, order: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Addend]:
         """The block of x + added, up to its last sum; each sum is made by the kernel of the norm that follows it."""
-        x, y = (x, self.norm1(x)) if added is None else add_norm(x, *added, self.norm1)
-        x, y = add_norm(x, *self._dropped(self.mixer(y, order)), self.norm2)
+        x, y = (x, self.norm1(x)) if added is None else add_norm(x, added, self.norm1)
+        x, y = add_norm(x, self._dropped(self.mixer(y, order)), self.norm2)
         return x, self._dropped(self.mlp(y))
 
-    def _dropped(self, branch: torch.Tensor) -> "Addend":
+    def _dropped(self, branch: torch.Tensor) -> Addend:
         """The branch and the factors by which drop-path multiplies it, drawn as it draws them."""
         if not isinstance(self.drop_path, DropPath) or not self.drop_path.training:
             return Addend(branch, None)
         return Addend(branch, self.drop_path(branch.new_ones(len(branch), 1, 1)).flatten())
-
-
-class Addend(NamedTuple):
-    """What is still to be added to the tokens (B, L, dim)."""
-
-    branch: torch.Tensor
-    scale: torch.Tensor | None  # (B)
-
-    def to(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum with the tokens."""
-        return x + (self.branch if self.scale is None else self.branch * self.scale[:, None, None])
 
 
 def _is_deferrable(block: nn.Module, x: torch.Tensor) -> bool:

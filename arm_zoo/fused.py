@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from arm_zoo.scan import get_scan_backend
 
-__all__ = ["add_norm", "adds_in_norm", "gated_linear", "gates_in_kernel", "is_bare"]
+__all__ = ["Addend", "add_norm", "adds_in_norm", "gated_linear", "gates_in_kernel", "is_bare"]
 
 _MANY_ROWS = 4096  # from so many tokens on the kernels are faster than PyTorch's own
 _HALVES = (torch.bfloat16, torch.float16)
@@ -28,12 +28,29 @@ def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return type(layer) is kind and not changed and not any(hooks)
 
 
-@torch.library.custom_op("arm_zoo::gated_product", mutates_args=())
-def _gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    from arm_zoo.kernels import gated_product  # needs Triton, which not every build of torch brings
+def _operator(name: str, schema: str) -> Any:
+    """Register the function of `arm_zoo.kernels` that has the operator's name."""
 
-    with torch.cuda.device_of(x):
-        return gated_product(x, weight, bias)
+    def run(first: torch.Tensor, *others: Any) -> Any:
+        from arm_zoo import kernels  # needs Triton, which not every build of torch brings
+
+        with torch.cuda.device_of(first):
+            return getattr(kernels, name)(first, *others)
+
+    return torch.library.custom_op(f"arm_zoo::{name}", run, mutates_args=(), schema=schema)
+
+
+_gated_product = _operator("gated_product", "(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_add_norm = _operator(
+    "add_norm",
+    "(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+_add_norm_backward = _operator(
+    "add_norm_backward",
+    "(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor moments, Tensor? scale, Tensor weight, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_gated_product.register_fake
@@ -90,42 +107,10 @@ def _gate_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 _gate.register_autograd(_gate_grad, setup_context=_gate_setup)
 
 
-@torch.library.custom_op("arm_zoo::add_norm", mutates_args=())
-def _add_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from arm_zoo.kernels import add_norm
-
-    with torch.cuda.device_of(x):
-        return add_norm(x, branch, scale, weight, bias, eps, dtype)
-
-
 @_add_norm.register_fake
 def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     moments = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1]), moments
-
-
-@torch.library.custom_op("arm_zoo::add_norm_backward", mutates_args=())
-def _add_norm_backward(
-    grad_total: torch.Tensor,
-    grad_normed: torch.Tensor,
-    total: torch.Tensor,
-    moments: torch.Tensor,
-    scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from arm_zoo.kernels import add_norm_backward
-
-    with torch.cuda.device_of(total):
-        return add_norm_backward(grad_total, grad_normed, total, moments, scale, weight, dtype)
 
 
 @_add_norm_backward.register_fake
@@ -154,14 +139,18 @@ def _add_norm_grad(
 _add_norm.register_autograd(_add_norm_grad, setup_context=_add_norm_setup)
 
 
-# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
-@torch.compiler.assume_constant_result
 def _has_kernel(device: int, *, hopper: bool) -> bool:
     """Whether this GPU may run `arm_zoo.kernels`, or the one of them for Hopper GPUs.
 
     Not in models that are exported, which may run elsewhere, and not where plain PyTorch was asked for.
     """
-    if torch.compiler.is_exporting() or not _TRITON or get_scan_backend() in ("reference", "torch"):
+    return get_scan_backend() not in ("reference", "torch") and _runs_kernels(device, hopper)
+
+
+# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
+@torch.compiler.assume_constant_result
+def _runs_kernels(device: int, hopper: bool) -> bool:
+    if torch.compiler.is_exporting() or not _TRITON:
         return False
     return not hopper or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
 
@@ -181,6 +170,17 @@ def _are_many(x: torch.Tensor) -> bool:
     return math.prod(x.shape[:-1]) >= _MANY_ROWS
 
 
+class Addend(NamedTuple):
+    """What is still to be added to the tokens (B, L, dim): scale * branch."""
+
+    branch: torch.Tensor
+    scale: torch.Tensor | None  # (B), None for 1
+
+    def to(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum with the tokens."""
+        return x + (self.branch if self.scale is None else self.branch * self.scale[:, None, None])
+
+
 def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
     """Whether `add_norm` is for these tokens (B, L, D) and this norm."""
     if not (isinstance(x, torch.Tensor) and x.is_cuda and isinstance(norm, nn.LayerNorm)):
@@ -191,18 +191,16 @@ def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
     return fits and _has_kernel(x.device.index, hopper=False) and _are_many(x)
 
 
-def add_norm(
-    x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None, norm: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + scale * branch and its layer norm, in one pass over both, also backward: (B, L, D), (B, L, D), (B).
+def add_norm(x: torch.Tensor, added: Addend, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of tokens (B, L, D) and `added`, and its layer norm, in one pass over both, also backward.
 
     The norm has the type that autocast gives a linear layer, which is what follows.
     """
-    if torch.promote_types(x.dtype, branch.dtype) != x.dtype:  # bfloat16 tokens under autocast to float16, say
-        x = x + (branch if scale is None else branch * scale[:, None, None])
+    if torch.promote_types(x.dtype, added.branch.dtype) != x.dtype:  # bfloat16 under autocast to float16, say
+        x = added.to(x)
         return x, norm(x)
     parameters = (norm.weight, norm.bias, norm.eps)
-    total, normed, _ = torch.ops.arm_zoo.add_norm(x, branch, scale, *parameters, _dtype_of_products(x))
+    total, normed, _ = torch.ops.arm_zoo.add_norm(x, *added, *parameters, _dtype_of_products(x))
     return total, normed
 
 

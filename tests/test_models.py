@@ -34,6 +34,7 @@ from arm_zoo.fused import is_bare
 from arm_zoo.hosted import bundled_file
 from arm_zoo.layers import Linear, SwiGLU
 from arm_zoo.order import scan_order
+from arm_zoo.scan import scan_backend
 
 Weights = dict[str, torch.Tensor]
 
@@ -626,6 +627,20 @@ def test_when_norms_make_the_sums(case: str, count: int, monkeypatch: pytest.Mon
     assert list(y) == [1, 3] and y[3].shape == x.shape
     assert recorder.counts["arm_zoo::add_norm"] == count
     assert calls == ["hook"] * ("hook" in case)
+
+
+def test_compiled_models_follow_the_backend_around_the_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_TRITON", True)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def asks(x: torch.Tensor) -> torch.Tensor:
+        return x + fused._has_kernel(0, hopper=False)
+
+    answers = []
+    for backend in ("auto", "torch", "reference", "auto"):
+        with scan_backend(backend):
+            answers.append(asks(torch.zeros(())).item())
+    assert answers == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("batch", [4, 32])

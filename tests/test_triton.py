@@ -13,7 +13,7 @@ from test_scan import MIXERS, Mixer, Recorder, check_mixer
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.fused import add_norm
+from arm_zoo.fused import Addend, add_norm
 from arm_zoo.layers import PatchEmbed, SwiGLU
 from arm_zoo.order import scan_order
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
@@ -219,7 +219,7 @@ def add_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype, device: str
 def test_sums_of_other_types_than_the_tokens() -> None:
     """They are what PyTorch makes of both: no kernel is asked."""
     x, branch, norm = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8), torch.nn.LayerNorm(8)
-    total, normed = add_norm(x, branch, torch.tensor([1.0, 0.5]), norm)
+    total, normed = add_norm(x, Addend(branch, torch.tensor([1.0, 0.5])), norm)
     assert torch.equal(total, x + branch * torch.tensor([1.0, 0.5])[:, None, None])
     assert torch.equal(normed, norm(total))
 
@@ -314,11 +314,13 @@ def check_same_bits(device: str, kernels: str) -> None:
             with arm_zoo.scan_backend(kernels):
                 y = mamba_inner(*leaves, order)
                 u = causal_conv(leaves[0][..., :12], leaves[1], leaves[2], order)
-            gated = torch.ops.arm_zoo.gate(leaves[0], torch.zeros(24, device=device, requires_grad=True))
-            norm = torch.nn.LayerNorm(12, device=device)
+            offset, norm = torch.zeros(24, device=device, requires_grad=True), torch.nn.LayerNorm(12, device=device)
+            gated = torch.ops.arm_zoo.gate(leaves[0], offset)
             sums = torch.ops.arm_zoo.add_norm(y.float(), gated, None, norm.weight, norm.bias, 1e-5, dtype)
             results = [y, u, gated, *sums[:2]]
-            grads = torch.autograd.grad([t.float().square().sum() for t in results], [*leaves, norm.weight])
+            grads = torch.autograd.grad(
+                [t.float().square().sum() for t in results], [*leaves, offset, *norm.parameters()]
+            )
             runs.append([*results, *grads])
         assert all(torch.equal(*pair) for pair in zip(*runs, strict=True)), dtype
 
@@ -331,12 +333,18 @@ def check_operators(device: str) -> None:
     norm_inputs = [t.requires_grad_() for t in (tokens, branch, weight, weight.clone())]
     inputs = (*norm_inputs[:2], torch.rand(2, device=device), *norm_inputs[2:], 1e-5, torch.float32)
     torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
-    u, delta, A, B, C, D = (t.requires_grad_() for t in scan_inputs(device=device))
-    for save_states, gate in ((True, None), (False, u[0].detach())):
-        inputs = (u, delta, A, B, C, D, None, None, True, None, save_states, gate, "triton")
-        kept = inputs if save_states else tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor")[:: 1 if save_states else 2]
-        torch.library.opcheck(torch.ops.arm_zoo.selective_scan.default, kept, test_utils=tests)
+    sequences = scan_inputs(device=device)
+    arguments = (None, None, True, None)  # without bias, weight and order
+    gated = (*sequences, *arguments, False, sequences[0][0], "triton")
+    torch.library.opcheck(
+        torch.ops.arm_zoo.selective_scan.default, gated, test_utils=("test_schema", "test_faketensor")
+    )
+    trained = (*(t.detach().requires_grad_() for t in sequences), *arguments, True, None, "triton")
+    torch.library.opcheck(
+        torch.ops.arm_zoo.selective_scan.default,
+        trained,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
     order, shapes = scan_order(2, 3, 2, 3, device=device), [(2, 7, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3)]
     drawn = [torch.randn(shape, device=device) for shape in (*shapes, (2, 6), (2, 6, 4), (2, 6))]
     drawn[6] = -drawn[6].exp()
