@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from arm_zoo.scan import get_scan_backend
+from arm_zoo.scan.ops import needs_gradient
 
 __all__ = ["Addend", "add_norm", "adds_in_norm", "gated_linear", "gates_in_kernel", "is_bare"]
 
@@ -208,19 +209,15 @@ def gates_in_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """Whether `gated_linear` is for these tokens and this layer."""
     if bias is None or not (x.is_cuda and _fit(x, weight, bias)):
         return False
-    if _trains(x, weight, bias):
+    if needs_gradient(x, weight, bias):
         return _has_kernel(x.device.index, hopper=False) and _are_many(x)
     whole_rows = x.shape[-1] % 8 == 0 and len(weight) % 16 == 0  # 16 bytes: what the product's kernel needs
     half = _dtype_of_products(x) in _HALVES
     return half and whole_rows and _has_kernel(x.device.index, hopper=True) and _are_many(x)
 
 
-def _trains(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
-    if _trains(x, weight, bias):
+    if needs_gradient(x, weight, bias):
         return torch.ops.arm_zoo.gate(F.linear(x, weight, bias.detach()), bias)
     return torch.ops.arm_zoo.gated_product(*(t.to(_dtype_of_products(x)) for t in (x, weight, bias)))

@@ -108,9 +108,17 @@ def check(settings: Settings) -> None:
                 f"got {name!r}"
             )
     for backend in settings.scan_backend:
-        with scan_backend(backend):  # unknown names and types that it does not take are refused here
-            resolve_backend(torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype]))
+        taken_backend(backend, settings)
     check_output(settings.output)
+
+
+def taken_backend(name: str, settings: Settings) -> str:
+    """What scans run on with this backend: its name, or what "auto" takes.
+
+    Raises ValueError for an unknown name, and for one that does not take the device or the type.
+    """
+    with scan_backend(name):
+        return resolve_backend(torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype]))
 
 
 def check_output(path: Path | None) -> None:
@@ -180,9 +188,7 @@ def prepare(name: str, model: nn.Module, img_size: int, backend: str, settings: 
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = (torch.cuda.max_memory_allocated() - others) / 2**20
-    with scan_backend(backend):
-        taken = resolve_backend(images.to(DTYPES[settings.dtype]))  # by "auto"
-    return Contender(name, img_size, taken, step, peak)
+    return Contender(name, img_size, taken_backend(backend, settings), step, peak)
 
 
 def read_clock(step: Step, device: str) -> float:

@@ -154,9 +154,9 @@ def selective_scan(
         return y, saved
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias.to(u.dtype)
     steps = torch.arange(length).expand(directions, -1) if order is None else order
-    if steps.min() < 0 or steps.max() >= length:  # compiled code would write outside the output
+    if order is not None and (order.min() < 0 or order.max() >= length):  # code would write outside the output
         raise IndexError(
-            f"selective_scan: order must number {length} tokens from 0 on, got {steps.min()} to {steps.max()}"
+            f"selective_scan: order must number {length} tokens from 0 on, got {order.min()} to {order.max()}"
         )
     arguments = (
         *_memory(u), *_memory(delta), (A.detach() * _LOG2E).transpose(1, 2).contiguous().numpy(),

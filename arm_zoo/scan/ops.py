@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from arm_zoo.scan.backends import implementation, resolve_backend
 from arm_zoo.scan.reference import causal_conv_reference, project, selective_scan_reference
 
-__all__ = ["causal_conv", "mamba_inner", "selective_scan"]
+__all__ = ["causal_conv", "mamba_inner", "needs_gradient", "selective_scan"]
 
 # Custom operators are opaque to torch.compile and torch.export (no graph breaks); their schemas, fake kernels and
 # gradients are what those need to know. The last argument names the backend that computes them.
@@ -366,7 +366,8 @@ def _inner_shapes(
     }
 
 
-def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of these; None stands for an argument that is not there."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -420,9 +421,9 @@ def selective_scan(
     else:
         inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
         order = _table(order)
-        save_states = _needs_gradient(*inputs)
+        save_states = needs_gradient(*inputs)
         # training applies the gate outside, where autograd and the compiler see it
-        inside = z is not None and z.dtype == u.dtype and not (save_states or _needs_gradient(z))
+        inside = z is not None and z.dtype == u.dtype and not (save_states or needs_gradient(z))
         gate = z if inside else None
         y = torch.ops.arm_zoo.selective_scan(*inputs, delta_softplus, order, save_states, gate, backend)[0]
         z = None if inside else z
@@ -474,7 +475,7 @@ def mamba_inner(
     shapes = _inner_shapes(xz, conv_weight, dt_proj_weight, A)
     _check("mamba_inner", "xz", xz, shapes, (*inputs[1:], order))
     backend = resolve_backend(xz)
-    if backend in _WHOLE and _needs_gradient(*inputs):
+    if backend in _WHOLE and needs_gradient(*inputs):
         return torch.ops.arm_zoo.mamba_inner(*inputs, _table(order), backend)[0]
     x, z = xz.chunk(2, dim=-1)
     u = causal_conv(x, conv_weight, conv_bias, order)  # (B, L, D) -> (K, B, L, D)
