@@ -295,7 +295,7 @@ def profile(one: Contender, device: str) -> list[tuple[str, float, float]]:
         (event.key, event.count / count, (event.self_device_time_total if cuda else event.self_cpu_time_total) / count)
         for event in recorded.key_averages()
     ]
-    return sorted(((key, calls, us / 1000) for key, calls, us in times), key=lambda entry: -entry[2])
+    return sorted(((key, calls, us / 1000) for key, calls, us in times if us > 0), key=lambda entry: -entry[2])
 
 
 def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: int) -> Table:
@@ -304,7 +304,7 @@ def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: in
     table = Table(title=f"{name}: {total:.2f} ms a step in all", box=SIMPLE_HEAD)
     table.add_column("kernel or operation", overflow="ellipsis", no_wrap=True)
     for title in ("calls", "ms", "share"):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", no_wrap=True, min_width=7)
     for key, calls, milliseconds in times[:longest]:
         table.add_row(key, f"{calls:g}", f"{milliseconds:.3f}", f"{milliseconds / total:.1%}")
     return table
