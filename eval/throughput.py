@@ -301,10 +301,10 @@ def profile(one: Contender, device: str) -> list[tuple[str, float, float]]:
 def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: int) -> Table:
     """The longest entries of a profile, with their shares of all."""
     total = sum(milliseconds for *_, milliseconds in times)
-    table = Table(title=f"{name}: {total:.2f} ms a step in all", box=SIMPLE_HEAD)
-    table.add_column("kernel or operation", overflow="ellipsis", no_wrap=True)
+    table = Table(title=f"{name}: {total:.2f} ms a step in all", box=SIMPLE_HEAD, expand=True)
+    table.add_column("kernel or operation", overflow="ellipsis", no_wrap=True, ratio=1)  # what the numbers leave
     for title in ("calls", "ms", "share"):
-        table.add_column(title, justify="right", no_wrap=True, min_width=7)
+        table.add_column(title, justify="right", no_wrap=True)
     for key, calls, milliseconds in times[:longest]:
         table.add_row(key, f"{calls:g}", f"{milliseconds:.3f}", f"{milliseconds / total:.1%}")
     return table

@@ -150,6 +150,13 @@ def test_profile_names_the_longest_operations(capsys: pytest.CaptureFixture[str]
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
 
 
+def test_profile_cuts_names_and_never_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    times = [("a kernel whose name tells all of its template's parameters " * 5, 12.0, 3.0), ("short", 8.0, 1.0)]
+    Console(width=60).print(throughput.as_profile("model", times, longest=2))
+    numbers = [line.split()[-3:] for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith("%")]
+    assert numbers == [["12", "3.000", "75.0%"], ["8", "1.000", "25.0%"]]
+
+
 def test_unknown_scan_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown scan backend 'fast'" in refusal(capsys, "--scan-backend", "fast")
 
