@@ -213,8 +213,7 @@ def selective_scan_backward(
     B, C = inner(B), inner(C)
     grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
-    # every block of channels has its share of the gradients of B and C, summed in a fixed order afterwards; for inputs
-    # of 16 bits shares are bfloat16, also for float16, whose range is too small for sums
+    # every block of channels has its share of the gradients of B and C, which are added up in a fixed order afterwards
     blocks = -(-channels // _CHANNELS)
     shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=state_dtype(u.dtype))
     grad_A = A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)

@@ -306,9 +306,12 @@ def _reverse_step(
     decayed = decay * before
     g = carry + C_t[:, None] * y_t[None, :]
     input_t = (size * u_t)[None, :]
-    tl.store(grad_BC + states_row + s, tl.sum(g * input_t, axis=1), mask=state_exists & write)
+    write_states = state_exists & write
+    to_B = tl.sum(g * input_t, axis=1)
+    tl.store(grad_BC + states_row + s, to_B.to(grad_BC.dtype.element_ty), mask=write_states)
     after = decayed + B_t[:, None] * input_t
-    tl.store(grad_BC + states_row + d_state + s, tl.sum(after * y_t[None, :], axis=1), mask=state_exists & write)
+    to_C = tl.sum(after * y_t[None, :], axis=1)
+    tl.store(grad_BC + states_row + d_state + s, to_C.to(grad_BC.dtype.element_ty), mask=write_states)
     from_input = tl.sum(g * B_t[:, None], axis=0)  # over the states, with g the gradient of the state
     exponent = g * decayed  # gradient of size * rate
     g_size = from_input * u_t + tl.sum(exponent * rates, axis=0) / _LOG2E
@@ -424,9 +427,9 @@ def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of saved states: float32, or bfloat16 for inputs of 16 bits (float16's range is too small for sums).
+    """The type of saved states and of shares of sums: float32, or bfloat16 for inputs of 16 bits.
 
-    The states within a chunk are recomputed from one so rounded: that error is of the size of the inputs' own.
+    Those errors are of the size of the inputs' own; float16's range is too small for sums.
     """
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
@@ -591,10 +594,11 @@ def selective_scan_backward(
     block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
     blocks, sequences = triton.cdiv(channels, block), directions * batch
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
-    shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=torch.float32)
-    scratch = shares.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
-    grad_A = shares.new_empty(directions, batch, d_state, channels)
-    grad_D, grad_bias = (shares.new_empty(directions, batch, channels) for _ in range(2))
+    # every block of channels has its share of the gradients of B and C, which are added up in a fixed order afterwards
+    shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=state_dtype(u.dtype))
+    scratch = A.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block, dtype=torch.float32)
+    grad_A = scratch.new_empty(directions, batch, d_state, channels)
+    grad_D, grad_bias = (scratch.new_empty(directions, batch, channels) for _ in range(2))
     _scan_backward_kernel[blocks, sequences](
         u, delta, A.float().transpose(1, 2).contiguous(), B, C, D.contiguous(), bias, grad, order, saved,
         scratch, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias, batch, length, channels, d_state,
@@ -602,6 +606,6 @@ def selective_scan_backward(
         HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
         STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
     )  # fmt: skip
-    grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0).chunk(2, dim=-1))
+    grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0, dtype=torch.float32).chunk(2, dim=-1))
     grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1).to(D.dtype), grad_bias.sum(1).to(D.dtype)
