@@ -252,6 +252,12 @@ def circumstances(settings: Settings) -> Row:
     }
 
 
+def labels(rows: Sequence[Row]) -> list[str]:
+    """What tells the rows apart: the model, and its scans' backend where it was timed with several."""
+    names = Counter(row["model"] for row in rows)
+    return [row["model"] if names[row["model"]] == 1 else f"{row['model']} ({row['scan_backend']})" for row in rows]
+
+
 def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people: times in milliseconds, and what all rows share around the table."""
     shared = rows[0]
@@ -274,10 +280,8 @@ def as_table(rows: Sequence[Row]) -> Table:
         columns["peak MiB"] = lambda row: f"{row['peak_mib']:,.0f}"
     for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    names = Counter(row["model"] for row in rows)
-    for row in rows:
-        name = row["model"] if names[row["model"]] == 1 else f"{row['model']} ({row['scan_backend']})"
-        table.add_row(name, *(show(row) for show in columns.values()))
+    for label, row in zip(labels(rows), rows, strict=True):
+        table.add_row(label, *(show(row) for show in columns.values()))
     return table
 
 
@@ -381,8 +385,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     Console().print(as_table(rows))
     if settings.profile:
-        for one in contenders:
-            Console().print(as_profile(one.name, profile(one, settings.device), settings.profile))
+        for label, one in zip(labels(rows), contenders, strict=True):
+            Console().print(as_profile(label, profile(one, settings.device), settings.profile))
     if settings.output is not None:
         write(settings.output, rows)
 

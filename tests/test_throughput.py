@@ -135,10 +135,11 @@ def test_backends_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     file = tmp_path / "speed.json"
     models, backend = ["arm_pico_patch2_8", "test_vit"], arm_zoo.get_scan_backend()
     options = ["--models", *models, "--scan-backend", "torch", "reference", "--device", "cpu", "--repeats", "1"]
-    throughput.main([*options, "--batch-size", "1", "--output", str(file)])
+    throughput.main([*options, "--batch-size", "1", "--profile", "1", "--output", str(file)])
     rows = [(row["model"], row["scan_backend"]) for row in json.loads(file.read_text())]
     assert rows == [(models[0], "torch"), (models[0], "reference"), (models[1], "torch")]
-    assert "(reference)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"({name}): " in printed for name in ("torch", "reference")) and "test_vit: " in printed  # profiles
     assert arm_zoo.get_scan_backend() == backend  # as it was
 
 
