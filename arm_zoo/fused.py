@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from arm_zoo.scan import get_scan_backend
-from arm_zoo.scan.ops import needs_gradient
+from arm_zoo.scan.backends import is_transformed
+from arm_zoo.scan.ops import needs_gradient, refuse_second_derivatives
 
 __all__ = ["Addend", "add_norm", "adds_in_norm", "gated_linear", "gates_in_kernel", "is_bare"]
 
@@ -139,13 +140,18 @@ def _add_norm_grad(
 
 _add_norm.register_autograd(_add_norm_grad, setup_context=_add_norm_setup)
 
+for _backward in (_gate_backward, _add_norm_backward):
+    _backward.register_autograd(refuse_second_derivatives)
+
 
 def _has_kernel(device: int, *, hopper: bool) -> bool:
     """Whether this GPU may run `arm_zoo.kernels`, or the one of them for Hopper GPUs.
 
-    Not in models that are exported, which may run elsewhere, and not where plain PyTorch was asked for.
+    Not in models that are exported, which may run elsewhere, within torch.func's transforms, which do not know these
+    operators, and where plain PyTorch was asked for.
     """
-    return get_scan_backend() not in ("reference", "torch") and _runs_kernels(device, hopper)
+    plain = get_scan_backend() in ("reference", "torch") or is_transformed()
+    return not plain and _runs_kernels(device, hopper)
 
 
 # Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.

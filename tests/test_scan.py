@@ -217,9 +217,7 @@ def run(
     }
 
 
-def compare(
-    function: Callable[..., torch.Tensor], inputs: Tensors, forward: float, backward: float, exact: bool = False
-) -> None:
+def compare(function: Callable[..., torch.Tensor], inputs: Tensors, forward: float, backward: float) -> None:
     """Hold output and gradients of the fast path to the float64 reference on the same numbers."""
     promoted = {name: value.double() for name, value in inputs.items()}
     with torch.no_grad():
@@ -284,6 +282,15 @@ def test_inputs_may_lie_in_memory_in_any_way() -> None:
     expected, actual = clone_free(plain), clone_free(strided)
     for name in expected:
         assert relative(actual[name], expected[name]) < 1e-12, name
+    plain = case.conv_inputs()
+    strided = {name: value.mT.contiguous().mT for name, value in plain.items()}
+    cotangent = torch.randn(case.directions, case.batch, case.length, case.channels, dtype=torch.float64)
+    expected = run(case.conv, plain, "reference", cotangent)
+    leaves = {name: value.requires_grad_() for name, value in strided.items()}
+    output = case.conv(**leaves)
+    for name, gradient in zip(leaves, torch.autograd.grad(output, [*leaves.values()], cotangent), strict=True):
+        assert relative(gradient, expected[f"gradient of {name}"]) < 1e-12, name
+    assert relative(output, expected["output"]) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -650,6 +657,31 @@ def test_operators_pass_opcheck(case: Case) -> None:
         )
 
 
+def test_transforms_of_torch_func_take_the_reference() -> None:
+    """Operators would drop tangents without a word."""
+    mixer, order = MambaMixer(16, 2), scan_order(2, 3, 2)
+    x, tangent = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
+
+    def scalar(x: torch.Tensor) -> torch.Tensor:
+        return mixer(x, order).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(scalar(leaf), leaf)
+    assert relative(torch.func.grad(scalar)(x), expected) < 1e-5
+    with torch.no_grad():
+        _, slope = torch.func.jvp(scalar, (x,), (tangent,))
+        assert slope.item() == pytest.approx((expected * tangent).sum().item(), rel=1e-4)
+        with torch.autograd.forward_ad.dual_level():
+            dual = scalar(torch.autograd.forward_ad.make_dual(x, tangent))
+            assert torch.autograd.forward_ad.unpack_dual(dual).tangent.item() == pytest.approx(slope.item(), rel=1e-5)
+        with scan_backend("torch"), pytest.raises(ValueError, match=r"'torch' knows neither .*; use 'auto'"):
+            torch.func.jvp(scalar, (x,), (tangent,))
+    with scan_backend("torch"):
+        (first,) = torch.autograd.grad(scalar(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives; .*scan_backend\('reference'\)"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("wrong", range(3))
 def test_what_does_not_fit_a_convolution_is_refused(wrong: int) -> None:
     shapes = [(2, 6, 4), (2, 6), (2, 5)]
@@ -669,6 +701,8 @@ def test_sequences_are_floating_point_with_all_axes_and_a_step(tensor: torch.Ten
         selective_scan(tensor, *[torch.zeros(1)] * 5)
     with pytest.raises(ValueError, match="xz must hold floating-point numbers"):
         mamba_inner(tensor[0], *[torch.zeros(1)] * 7)
+    with pytest.raises(ValueError, match=r"A must hold .* of at least one state, got torch.float32 \(1, 4, 0\)"):
+        selective_scan(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), torch.zeros(1, 4, 0), *[torch.zeros(1)] * 3)
     with pytest.raises(ValueError, match="side by side, got 7 in all"):
         mamba_inner(torch.zeros(2, 3, 7), *[torch.zeros(1)] * 7)
 

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = [
     "available_backends",
     "get_scan_backend",
     "implementation",
+    "is_transformed",
     "resolve_backend",
     "scan_backend",
     "set_scan_backend",
@@ -64,7 +66,7 @@ def _why_not(name: str) -> str | None:
             found = importlib.import_module(module)
         except ImportError as error:
             return f"it needs the package {package} ({error}): {installation}"
-        if any(not hasattr(found, name) for name in _USED.get(module, ())):
+        if any(not hasattr(found, attribute) for attribute in _USED.get(module, ())):
             upgrade = installation.replace("install", "install --upgrade", 1)
             return f"it needs a newer version of the package {package}: {upgrade}"
     if name in _ON_GPUS and not (torch.cuda.is_available() or (name == "triton" and _interpreted())):
@@ -106,7 +108,7 @@ def set_scan_backend(name: str) -> None:
     """Choose the backend of every later scan in this process.
 
     "auto" takes `cuda` or else `triton` on CUDA, and `numba` for float32 on the CPU, each where it is installed; else,
-    and always for float64, `torch`.
+    and always for float64, `torch`; and `reference` within torch.func's transforms and forward-mode derivatives.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
@@ -117,7 +119,10 @@ def set_scan_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def scan_backend(name: str) -> Iterator[None]:
-    """Choose the backend inside a `with` block only; see `set_scan_backend`."""
+    """Choose the backend of the process inside a `with` block only; see `set_scan_backend`.
+
+    All threads share the choice: blocks of several threads that choose differently undo each other's.
+    """
     before = get_scan_backend()
     set_scan_backend(name)
     try:
@@ -131,14 +136,31 @@ def implementation(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work, which custom operators do not know of.
+
+    Without this question they would leave out tangents without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def resolve_backend(x: torch.Tensor) -> str:
     """The backend that a call on `x` runs on; what "auto" chose is logged once.
 
     Raises:
-        ValueError: if the backend in force does not take such tensors.
+        ValueError: if the backend in force does not take such tensors, or not within torch.func.
     """
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
+    if is_transformed():
+        if _selected not in ("auto", "reference"):
+            raise ValueError(
+                f"scan backend {_selected!r} knows neither torch.func's transforms nor forward-mode derivatives; "
+                "use 'auto', which takes 'reference' there"
+            )
+        return "reference"
     half_or_single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     fits = {
         "numba": x.device.type == "cpu" and x.dtype == torch.float32,

@@ -272,8 +272,9 @@ def selective_scan_backward(
             grad_bias += grad_delta_t.sum((0, 2))[:, None]
         grad_A += grad_exponent.sum(1, keepdim=True)
     grad_A = grad_A[:, 0].transpose(1, 2).contiguous().to(A.dtype)
-    grad_D, grad_bias = grad_D[:, 0].to(D.dtype), grad_bias[:, 0].to(D.dtype)
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.contiguous(), grad_bias.contiguous()
+    grad_D = grad_D[:, 0].to(D.dtype).contiguous()
+    grad_bias = grad_bias[:, 0].to((D if delta_bias is None else delta_bias).dtype).contiguous()
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
 
 
 def _gather_conv(
@@ -291,7 +292,7 @@ def _gather_conv(
     steps = F.pad(steps, (taps - 1, 0), value=length)  # the token after the last one is the zero padding
     x = F.pad(x.to(dtype), (0, 0, 0, 1)).index_select(1, steps.t().flatten())
     x = x.view(batch, taps - 1 + length, 1, directions * channels).permute(0, 3, 1, 2)
-    weight, bias = weight.to(dtype).view(-1, 1, taps, 1), bias.to(dtype).flatten()
+    weight, bias = weight.to(dtype).reshape(-1, 1, taps, 1), bias.to(dtype).flatten()
     return F.conv2d(x, weight, bias, groups=directions * channels), x, weight, bias
 
 

@@ -18,10 +18,12 @@ from arm_zoo.scan.triton import (
     CHUNK,
     causal_conv,
     causal_conv_backward,
+    check_length,
     gate_backward,
     merge,
     sequences_for,
     state_dtype,
+    sum_up,
 )
 
 __all__ = [
@@ -71,10 +73,8 @@ def _kernel(device: int, pass_name: str, **macros: int) -> Any:
 
 
 def _fits(d_state: int, u: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether the CUDA kernels take these: some numbers of states, one type, offsets in a sequence of 32 bits."""
-    sequences = (u, *others)
-    small = all(t.shape[-2] * max(t.stride(-2), t.shape[-1]) < 2**31 for t in sequences)
-    return d_state in _STATES and all(t.dtype == u.dtype for t in others) and u.numel() > 0 and small
+    """Whether the CUDA kernels take these: some numbers of states, and one type."""
+    return d_state in _STATES and all(t.dtype == u.dtype for t in others) and u.numel() > 0
 
 
 def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
@@ -167,6 +167,7 @@ def selective_scan(
     if not _fits(d_state, u, delta, B, C):
         inputs = (u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, order)
         return triton.selective_scan(*inputs, save_states, gate, kept)
+    check_length(length, channels)
     u = _rows(u)
     delta, weight = (_rows(delta), None) if delta_weight is None else (delta, aligned(delta_weight.to(u.dtype)))
     B, C = inner(B), inner(C)
@@ -230,6 +231,4 @@ def selective_scan_backward(
         SOFTPLUS=int(delta_softplus),
         HAS_ORDER=int(order is not None),
     )
-    grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0, dtype=torch.float32).chunk(2, dim=-1))
-    grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1).to(D.dtype), grad_bias.sum(1).to(D.dtype)
+    return grad_u, grad_delta, *sum_up((grad_A, grad_D, grad_bias), shares, A, B, C, D, delta_bias)

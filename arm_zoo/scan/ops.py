@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from arm_zoo.scan.backends import implementation, resolve_backend
 from arm_zoo.scan.reference import causal_conv_reference, project, selective_scan_reference
 
-__all__ = ["causal_conv", "mamba_inner", "needs_gradient", "selective_scan"]
+__all__ = ["causal_conv", "mamba_inner", "needs_gradient", "refuse_second_derivatives", "selective_scan"]
 
 # Custom operators are opaque to torch.compile and torch.export (no graph breaks); their schemas, fake kernels and
 # gradients are what those need to know. The last argument names the backend that computes them.
@@ -193,7 +193,8 @@ def _scan_backward_fake(
     *_: Any,
 ) -> tuple[torch.Tensor, ...]:
     grad_weight = u.new_empty(0) if delta_weight is None else delta_weight.new_empty(delta_weight.shape)
-    return *(t.new_empty(t.shape) for t in (u, delta, A, B, C, D)), D.new_empty(D.shape), grad_weight
+    like_bias = D if delta_bias is None else delta_bias
+    return *(t.new_empty(t.shape) for t in (u, delta, A, B, C, D, like_bias)), grad_weight
 
 
 @_inner.register_fake
@@ -264,6 +265,21 @@ _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
 _inner.register_autograd(_inner_grad, setup_context=_inner_setup)
 
 
+def refuse_second_derivatives(*_: Any) -> None:
+    """The gradient of an operator that computes gradients.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "arm_zoo's operators have no second derivatives; compute them `with arm_zoo.scan_backend('reference')`"
+    )
+
+
+for _backward in (_conv_backward, _scan_backward, _inner_grads):
+    _backward.register_autograd(refuse_second_derivatives)
+
+
 @torch.jit.ignore
 def causal_conv(
     x: torch.Tensor,
@@ -299,11 +315,15 @@ def _table(order: torch.Tensor | None) -> torch.Tensor | None:
     return None if order is None else order.to(torch.int64).contiguous()
 
 
+_NEEDED = {"length": "step", "d_state": "state"}
+
+
 def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> None:
-    if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index("length")] == 0:
+    needed = next(axis for axis in axes if axis in _NEEDED)
+    if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index(needed)] == 0:
         raise ValueError(
-            f"{operation}: {name} must hold floating-point numbers ({', '.join(axes)}) of at least one step, "
-            f"got {tensor.dtype} {tuple(tensor.shape)}"
+            f"{operation}: {name} must hold floating-point numbers ({', '.join(axes)}) of at least one "
+            f"{_NEEDED[needed]}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
 
 
@@ -413,6 +433,7 @@ def selective_scan(
         ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
     _check_axes("selective_scan", "u", u, "directions", "batch", "length", "channels")
+    _check_axes("selective_scan", "A", A, "directions", "channels", "d_state")
     others = (delta, A, B, C, D, z, delta_bias, order, delta_weight)
     _check("selective_scan", "u", u, _scan_shapes(u, A, delta_weight), others)
     backend = resolve_backend(u)
@@ -471,6 +492,7 @@ def mamba_inner(
         raise ValueError(
             f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {xz.shape[2]} in all"
         )
+    _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
     inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
     shapes = _inner_shapes(xz, conv_weight, dt_proj_weight, A)
     _check("mamba_inner", "xz", xz, shapes, (*inputs[1:], order))

@@ -22,8 +22,9 @@ def causal_conv_reference(
 
 
 def inner(sequence: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its last axis lies side by side in memory, else a copy where it does."""
-    return sequence if sequence.stride(-1) == 1 else sequence.contiguous()
+    """The tensor itself, or a copy, with its last axis side by side and offsets of steps that fit 32 bits."""
+    near = sequence.shape[-2] * sequence.stride(-2) < 2**31
+    return sequence if sequence.stride(-1) == 1 and near else sequence.contiguous()
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,12 +18,14 @@ __all__ = [
     "CHUNK",
     "causal_conv",
     "causal_conv_backward",
+    "check_length",
     "gate_backward",
     "merge",
     "selective_scan",
     "selective_scan_backward",
     "sequences_for",
     "state_dtype",
+    "sum_up",
 ]
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
@@ -481,6 +483,15 @@ def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
 
 
+def check_length(length: int, channels: int) -> None:
+    """Raises ValueError for sequences with more numbers than 32 bits can tell apart."""
+    if length * channels >= 2**31:
+        raise ValueError(
+            f"the GPU kernels take sequences of less than 2**31 numbers, got {length:,} steps of {channels:,} "
+            "channels; use set_scan_backend('torch')"
+        )
+
+
 def _check_number(directions: int, batch: int) -> None:
     if directions * batch > _MOST_SEQUENCES:
         raise ValueError(
@@ -493,6 +504,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
     """See `arm_zoo.scan.causal_conv`."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
+    check_length(length, channels)
     _check_number(directions, batch)
     x = inner(x)
     out = x.new_empty(directions, batch, length, channels)
@@ -519,7 +531,7 @@ def causal_conv_backward(
     x, grad, weight, bias = inner(x), inner(grad), weight.contiguous(), bias.contiguous()
     merged = out is not None and directions == 1 and order is None  # nothing is left to do after the kernel
     sequences = out[None] if merged else x.new_empty(directions, batch, length, channels)
-    segment = 64 - (taps - 1)
+    segment = max(64 - (taps - 1), 16)
     segments = triton.cdiv(length, segment)
     partial = x.new_empty(segments, directions, batch, taps + 1, channels, dtype=torch.float32)
     _conv_backward_kernel[segments, triton.cdiv(channels, _BLOCK_CHANNELS), directions * batch](
@@ -551,6 +563,7 @@ def selective_scan(
     """See `arm_zoo.scan.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     delta = project(delta, delta_weight)
     directions, batch, length, channels = u.shape
+    check_length(length, channels)
     _check_number(directions, batch)
     u, delta = inner(u), inner(delta)
     bias = None if delta_bias is None else delta_bias.contiguous()
@@ -606,6 +619,30 @@ def selective_scan_backward(
         HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
         STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
     )  # fmt: skip
-    grad_B, grad_C = (t.to(B.dtype, copy=True) for t in shares.sum(0, dtype=torch.float32).chunk(2, dim=-1))
-    grad_A = grad_A.sum(1).transpose(1, 2).to(A.dtype).contiguous()
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1).to(D.dtype), grad_bias.sum(1).to(D.dtype)
+    return grad_u, grad_delta, *sum_up((grad_A, grad_D, grad_bias), shares, A, B, C, D, delta_bias)
+
+
+def sum_up(
+    of_pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    shares: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of A, B, C, D and delta_bias, in their types, from what the programs of the backward scan left.
+
+    Args:
+        of_pictures: each picture's gradients of A (K, B, S, D), D and delta_bias (K, B, D).
+        shares: each block of channels' gradients of B and C side by side, (blocks, K, B, L, 2 S).
+    """
+    grad_A, grad_D, grad_bias = (t.sum(1) for t in of_pictures)
+    grad_B, grad_C = shares.sum(0, dtype=torch.float32).chunk(2, dim=-1)
+    return (
+        grad_A.transpose(1, 2).to(A.dtype).contiguous(),
+        grad_B.to(B.dtype, copy=True),
+        grad_C.to(C.dtype, copy=True),
+        grad_D.to(D.dtype),
+        grad_bias.to((D if delta_bias is None else delta_bias).dtype),
+    )
