@@ -18,9 +18,15 @@ from rich.table import Table
 
 import arm_zoo
 from arm_zoo.order import scan_order
-from eval.throughput import DTYPES, Row, check_output, positive, write
+from eval.throughput import DTYPES, positive
+from eval.timings import Row, append, check_output
 
 REPEATS = 20
+COLUMNS = (
+    *("backend", "kernel", "ms", "bytes", "exponentials"),
+    *("batch_size", "grid", "directions", "channels", "states", "dtype", "copy_bytes_per_s"),
+    *("device", "torch", "arm_zoo", "date"),
+)
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -118,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--channels", type=positive, default=768)
     add("--states", type=positive, default=16)
     add("--dtype", choices=list(DTYPES), default="bf16")
-    add("--output", type=Path, metavar="FILE", help=".csv or .json file for the rows; replaced if it exists")
+    add("--output", type=Path, metavar="FILE", help=".csv or .json file that the rows are added to")
     return parser
 
 
@@ -126,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        check_output(args.output)
+        check_output(args.output, COLUMNS)
     except ValueError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
@@ -143,7 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "arm_zoo": arm_zoo.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    rows = [row for backend in args.backends or available for row in measure(backend, args)]
+    try:
+        rows = [row for backend in args.backends or available for row in measure(backend, args)]
+    except ValueError as error:  # sizes that a backend does not take
+        parser.error(str(error))
     title = "batch {batch_size}, grid {grid}, {directions} directions, {channels} channels, {states} states, {dtype}"
     caption = f"{shared['device']}, torch {torch.__version__}; a copy moves {rate / 1e12:.2f} TB/s"
     table = Table(title=title.format(**shared), caption=caption, box=SIMPLE_HEAD)
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     Console().print(table)
     if args.output is not None:
-        write(args.output, [{**row, **shared} for row in rows])
+        append(args.output, [{column: (row | shared)[column] for column in COLUMNS} for row in rows])
 
 
 if __name__ == "__main__":

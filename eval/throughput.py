@@ -5,10 +5,7 @@ Run from the repository root, for example `python -m eval.throughput --device cp
 
 import argparse
 import contextlib
-import csv
 import difflib
-import io
-import json
 import platform
 import re
 import time
@@ -18,7 +15,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import timm
 import torch
@@ -33,7 +29,7 @@ from torch.nn import functional as F
 import arm_zoo
 from arm_zoo.scan import scan_backend
 from arm_zoo.scan.backends import resolve_backend
-from eval.results import write_whole
+from eval.timings import Row, append, check_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_MODELS = {
@@ -46,9 +42,13 @@ PRETRAIN_IMG_SIZE = 192
 WARM_UP_STEPS = 3
 # Steps in a row under one reading: on a GPU they overlap with their launches, as they do in real work.
 STEPS_PER_READING = {"cpu": 1, "cuda": 10}
+COLUMNS = (
+    *("model", "img_size", "median_s", "min_s", "max_s", "img_per_s", "ratio", "pairwise_ratio", "peak_mib"),
+    *("scan_backend", "mode", "batch_size", "dtype", "autocast", "compile", "cuda_graphs", "repeats"),
+    *("device", "threads", "torch", "timm", "arm_zoo", "date"),
+)
 
 Step = Callable[[], None]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model ready to be timed, what its scans run on, and the peak memory of one step in MiB.
+    """A model ready to be timed, what its scans run on ("" without any), and the peak memory of one step in MiB.
 
     None on CPU, and with CUDA graphs: torch does not count what a replayed graph uses.
     """
@@ -96,6 +96,8 @@ def check(settings: Settings) -> None:
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if settings.cuda_graphs and not (settings.compile and settings.device == "cuda"):
         raise ValueError("--cuda-graphs is for compiled models on a GPU; type --device cuda --compile --cuda-graphs")
+    if settings.autocast and settings.dtype == "fp32":
+        raise ValueError("--autocast needs a type of 16 bits to run in; type --dtype bf16 or --dtype fp16 with it")
     known = {*timm.list_models(), *timm.list_models(include_tags=True)}
     for name in settings.models:
         if name not in known:
@@ -109,7 +111,12 @@ def check(settings: Settings) -> None:
             )
     for backend in settings.scan_backend:
         taken_backend(backend, settings)
-    check_output(settings.output)
+    check_output(settings.output, COLUMNS)
+
+
+def has_scans(name: str) -> bool:
+    """Whether a model of this name is one of ours."""
+    return name.startswith("arm_")
 
 
 def taken_backend(name: str, settings: Settings) -> str:
@@ -119,12 +126,6 @@ def taken_backend(name: str, settings: Settings) -> str:
     """
     with scan_backend(name):
         return resolve_backend(torch.empty(0, device=settings.device, dtype=DTYPES[settings.dtype]))
-
-
-def check_output(path: Path | None) -> None:
-    """Raises ValueError for a file that could not be written in the end."""
-    if path is not None and (path.suffix not in (".csv", ".json") or not path.parent.is_dir()):
-        raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(path)!r}")
 
 
 def build(name: str, settings: Settings) -> tuple[nn.Module, int]:
@@ -188,7 +189,7 @@ def prepare(name: str, model: nn.Module, img_size: int, backend: str, settings: 
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = (torch.cuda.max_memory_allocated() - others) / 2**20
-    return Contender(name, img_size, taken_backend(backend, settings), step, peak)
+    return Contender(name, img_size, taken_backend(backend, settings) if has_scans(name) else "", step, peak)
 
 
 def read_clock(step: Step, device: str) -> float:
@@ -314,18 +315,6 @@ def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: in
     return table
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Replaces the file by the rows."""
-    if path.suffix == ".json":
-        write_whole(path, json.dumps(rows, indent=2) + "\n")
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
-
-
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -350,7 +339,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=positive, default=10, help="readings per model")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
     add("--profile", type=positive, default=0, metavar="N", help="then print the N longest kernels of a step")
-    add("--output", type=Path, metavar="FILE", help=".csv or .json file for the rows; replaced if it exists")
+    add("--output", type=Path, metavar="FILE", help=".csv or .json file that the rows are added to")
     return parser
 
 
@@ -363,13 +352,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         built = [
             (name, *build(name, settings), backend)
             for name in settings.models
-            for backend in (settings.scan_backend if name.startswith("arm_") else settings.scan_backend[:1])
+            for backend in (settings.scan_backend if has_scans(name) else settings.scan_backend[:1])
         ]
     except ValueError as error:
         parser.error(str(error))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    contenders = [prepare(*one, settings) for one in built]
+    contenders = []
+    for name, model, img_size, backend in built:
+        try:
+            contenders.append(prepare(name, model, img_size, backend, settings))
+        except (AssertionError, ValueError, torch.OutOfMemoryError) as error:  # timm asserts what users may type
+            parser.error(f"{name} does not run so: {error}")
     readings = time_in_turn([contender.step for contender in contenders], settings.device, settings.repeats)
     shared = circumstances(settings)
     rows = [
@@ -388,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for label, one in zip(labels(rows), contenders, strict=True):
             Console().print(as_profile(label, profile(one, settings.device), settings.profile))
     if settings.output is not None:
-        write(settings.output, rows)
+        append(settings.output, [{column: row[column] for column in COLUMNS} for row in rows])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.scan import backends
-from eval import scan, throughput
+from eval import scan, throughput, timings
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
 
@@ -126,9 +126,65 @@ def test_cuda_graphs_need_a_gpu_and_a_compiled_model(
     assert "--cuda-graphs is for compiled models on a GPU; type --device cuda --compile --cuda-graphs" in refused
 
 
-@pytest.mark.parametrize("name", ["speed.txt", "no_such_folder/speed.csv"])
-def test_output_is_checked_before_anything_is_timed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "must be a .csv or .json file in a folder that exists" in refusal(capsys, "--output", name)
+@pytest.mark.parametrize("name", ["speed.txt", "no_such_folder/speed.csv", "folder.csv"])
+def test_output_is_checked_before_anything_is_timed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    refused = refusal(capsys, "--output", str(tmp_path / name))
+    assert "must be a .csv or .json file in a folder that exists" in refused
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("speed.csv", "", None),
+        ("speed.csv", "model,set,top1\n", "is there, and differs in the columns arm_zoo, autocast, "),
+        ("speed.json", '[{"set": 1}]', "is there, and differs in the columns arm_zoo, autocast, "),
+        ("speed.json", "{1", "is there and holds no table"),
+        ("speed.json", "[3]", "is there and holds no table"),
+    ],
+)
+def test_output_of_something_else_is_left_alone(
+    name: str, text: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    if message is None:
+        timings.check_output(file, throughput.COLUMNS)
+    else:
+        assert message in refusal(capsys, "--output", str(file), "--device", "cpu")
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_rows_are_added(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"speed.{suffix}"
+    for batch_size in ("1", "2"):
+        throughput.main(["--models", "test_vit", *TINY, "--batch-size", batch_size, "--output", str(file)])
+        timings.check_output(file, throughput.COLUMNS)  # which takes what it wrote itself
+    if suffix == "csv":
+        rows: list[timings.Row] = list(csv.DictReader(file.read_text().splitlines()))
+    else:
+        rows = json.loads(file.read_text())
+    assert [str(row["batch_size"]) for row in rows] == ["1", "2"]
+
+
+def test_autocast_is_for_16_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--autocast needs a type of 16 bits" in refusal(capsys, "--autocast", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--models", "test_vit", "--img-size", "100"], "test_vit does not run so: Input height (100)"),
+        (["--models", "test_resnet", "--mode", "finetune"], "test_resnet does not run so: Expected more than 1 value"),
+    ],
+)
+def test_models_that_do_not_run_so_are_named(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(capsys, *TINY, *options)
 
 
 def test_backends_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +193,7 @@ def test_backends_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     options = ["--models", *models, "--scan-backend", "torch", "reference", "--device", "cpu", "--repeats", "1"]
     throughput.main([*options, "--batch-size", "1", "--profile", "1", "--output", str(file)])
     rows = [(row["model"], row["scan_backend"]) for row in json.loads(file.read_text())]
-    assert rows == [(models[0], "torch"), (models[0], "reference"), (models[1], "torch")]
+    assert rows == [(models[0], "torch"), (models[0], "reference"), (models[1], "")]  # which scans nothing
     printed = capsys.readouterr().out
     assert all(f"({name}): " in printed for name in ("torch", "reference")) and "test_vit: " in printed  # profiles
     assert arm_zoo.get_scan_backend() == backend  # as it was

@@ -44,7 +44,7 @@ _NEEDS = {
 _INSTALLS = {  # module -> its package and how to get it
     "numba": ("numba", "pip install 'arm-zoo[cpu]'"),
     "triton": ("triton", "pip install triton (Linux builds of torch bring it)"),
-    "cuda.core": ("cuda-core", "pip install 'arm-zoo[cuda]'"),
+    "cuda.core": ("cuda-core", "pip install 'arm-zoo[cuda]' (with torch before 2.10 also 'cuda-core[cu12]')"),
     "causal_conv1d": ("causal-conv1d", "pip install 'arm-zoo[kernels]'"),
     "selective_scan_cuda": ("mamba-ssm with its CUDA extension", "pip install 'arm-zoo[kernels]'"),
 }
@@ -54,7 +54,7 @@ _announced: set[str] = set()
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it
 
 
 @functools.cache
