@@ -27,11 +27,11 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, "tests")
-from test_scan import MIXERS, check_mixer
+from test_scan import MIXERS, check_mixer, saved_for_backward
 from test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, check_special_values
 from test_triton import extreme_error, gate_errors, gated_product_error, inner_error, largest, worst_error
 import arm_zoo
-from arm_zoo.scan import causal_conv, selective_scan
+from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 """
 
@@ -98,6 +98,12 @@ for backend in ("triton", "reference"):
         y = causal_conv(*leaves)
     results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
 assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*results)), results
+shapes = [(2, 18, 16), (2, 8, 4), (2, 8), (2, 7, 8), (2, 8, 3), (2, 8), (2, 8, 2), (2, 8)]
+leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+kept = saved_for_backward(lambda: mamba_inner(*leaves))
+made = sorted(t.numel() for t in kept.values() if not any(t.data_ptr() == leaf.data_ptr() for leaf in leaves))
+# saved states, the mean before its gate, and what x_proj makes; neither convolved sequences nor whole step sizes
+assert made == [2 * 2 * 2 * 2 * 8, 2 * 18 * 8, 2 * 2 * 18 * 7], made
 model = arm_zoo.create_pretraining_model("arm_pico", embed_dim=8, depth=1, d_state=2, decoder_dim=64, decoder_depth=1)
 images = torch.randn(1, 1, 8, 8)
 losses = []
