@@ -140,14 +140,14 @@ def _add_norm_grad(
 
 _add_norm.register_autograd(_add_norm_grad, setup_context=_add_norm_setup)
 
-for _backward in (_gate_backward, _add_norm_backward):
-    _backward.register_autograd(refuse_second_derivatives)
+_gate_backward.register_autograd(refuse_second_derivatives)
+_add_norm_backward.register_autograd(refuse_second_derivatives)
 
 
 def _has_kernel(device: int, *, hopper: bool) -> bool:
     """Whether this GPU may run `arm_zoo.kernels`, or the one of them for Hopper GPUs.
 
-    Not in models that are exported, which may run elsewhere, within torch.func's transforms, which do not know these
+    Not in models that are exported, which may run elsewhere, for derivatives by torch.func, which do not know these
     operators, and where plain PyTorch was asked for.
     """
     plain = get_scan_backend() in ("reference", "torch") or is_transformed()

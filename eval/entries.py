@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,10 +133,15 @@ def circumstances(row: Mapping[str, str]) -> str:
     return f"{row['device']}, {row['dtype']}{ways[compilation(row)]}, measured"
 
 
-def add_speeds(entries: Iterable[Entry], speeds: Iterable[Mapping[str, str]]) -> None:
-    """Give entries the inference speeds that were measured of their architecture at their size; the newest counts."""
-    for row in speeds:
-        for entry in entries:
+def add_speeds(entries: Iterable[Entry], speeds: Sequence[Mapping[str, str]]) -> None:
+    """Give entries the inference speeds that were measured of their architecture at their size.
+
+    The newest row of a backend of the scans counts, and of several backends the fastest.
+    """
+    for entry in entries:
+        newest: dict[str, dict[str, float]] = {}
+        for row in speeds:
             same = entry.architecture.partition(".")[0] == row["model"].partition(".")[0]
             if same and row["mode"] == "infer" and entry.img_size == row["img_size"]:
-                entry.speeds[circumstances(row)] = float(row["img_per_s"])
+                newest.setdefault(circumstances(row), {})[row.get("scan_backend", "")] = float(row["img_per_s"])
+        entry.speeds |= {shown: max(of_backends.values()) for shown, of_backends in newest.items()}

@@ -114,11 +114,11 @@ def speed_table(speeds: Sequence[Mapping[str, str]]) -> str:
     rows = [
         [
             *(row["model"], row["mode"], row["img_size"], row["batch_size"], row["dtype"]),
-            *(compilation(row), figure(float(row["img_per_s"])), row["device"]),
+            *(compilation(row), row.get("scan_backend") or "-", figure(float(row["img_per_s"])), row["device"]),
         ]
         for row in speeds
     ]
-    titles = ["model", "mode", "size", "batch", "dtype", "compiled", "images/s", "device"]
+    titles = ["model", "mode", "size", "batch", "dtype", "compiled", "scans", "images/s", "device"]
     return markdown_table(titles, rows, left=2)
 
 
@@ -194,12 +194,12 @@ def page_row(entry: Entry, columns: Mapping[str, Callable[[Entry], tuple[float |
 
 def speed_rows(speeds: Sequence[Mapping[str, str]]) -> str:
     if not speeds:
-        return '<tr><td colspan="8">No speed has been measured yet: <code>python -m eval.throughput</code></td></tr>'
+        return '<tr><td colspan="9">No speed has been measured yet: <code>python -m eval.throughput</code></td></tr>'
     lines = []
     for row in speeds:
         texts = [row["model"], row["mode"], row["img_size"], row["batch_size"], row["dtype"]]
-        texts += [compilation(row), figure(float(row["img_per_s"])), row["device"]]
-        values = [*texts[:6], row["img_per_s"], row["device"]]
+        texts += [compilation(row), row.get("scan_backend") or "-", figure(float(row["img_per_s"])), row["device"]]
+        values = [*texts[:7], row["img_per_s"], row["device"]]
         cells = (
             f'<td data-value="{html.escape(value, quote=True)}">{html.escape(text)}</td>'
             for value, text in zip(values, texts, strict=True)

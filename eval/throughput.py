@@ -115,7 +115,7 @@ def check(settings: Settings) -> None:
 
 
 def has_scans(name: str) -> bool:
-    """Whether a model of this name is one of ours."""
+    """Whether a model of this name is one of ours, which all have."""
     return name.startswith("arm_")
 
 
@@ -256,7 +256,10 @@ def circumstances(settings: Settings) -> Row:
 def labels(rows: Sequence[Row]) -> list[str]:
     """What tells the rows apart: the model, and its scans' backend where it was timed with several."""
     names = Counter(row["model"] for row in rows)
-    return [row["model"] if names[row["model"]] == 1 else f"{row['model']} ({row['scan_backend']})" for row in rows]
+    several = (names[row["model"]] > 1 and row["scan_backend"] for row in rows)
+    return [
+        f"{row['model']} ({backend})" if backend else row["model"] for row, backend in zip(rows, several, strict=True)
+    ]
 
 
 def as_table(rows: Sequence[Row]) -> Table:
@@ -362,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, model, img_size, backend in built:
         try:
             contenders.append(prepare(name, model, img_size, backend, settings))
-        except (AssertionError, ValueError, torch.OutOfMemoryError) as error:  # timm asserts what users may type
+        except (AssertionError, ValueError, RuntimeError) as error:  # timm and torch say so what does not fit a model
             parser.error(f"{name} does not run so: {error}")
     readings = time_in_turn([contender.step for contender in contenders], settings.device, settings.repeats)
     shared = circumstances(settings)

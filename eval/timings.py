@@ -20,19 +20,13 @@ def check_output(path: Path | None, columns: Sequence[str]) -> None:
         return
     if path.suffix not in (".csv", ".json") or not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(path)!r}")
-    try:
-        names, _ = _read(path)
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"--output: {path} is there and holds no table; name another file") from None
-    if names and (different := sorted(set(names) ^ set(columns))):
-        few = ", ".join(different[:5])
-        raise ValueError(f"--output: {path} is there, and differs in the columns {few}; name another file")
+    _read(path, columns)
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
     """Add rows to a file, or begin it: it is written anew beside itself and renamed, while other runs wait."""
     with FileLock(path.with_name(f".{path.name}.lock")):
-        rows = [*_read(path)[1], *rows]
+        rows = [*_read(path, list(rows[0])), *rows]
         if path.suffix == ".json":
             write_whole(path, json.dumps(rows, indent=2) + "\n")
             return
@@ -43,11 +37,25 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         write_whole(path, text.getvalue())
 
 
-def _read(path: Path) -> tuple[list[str], list[Row]]:
-    """The columns and the rows of a file, none if it is not there or empty."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        return list(reader.fieldnames or ()), list(reader)
-    rows = [dict(row.items()) for row in json.loads(text or "[]")]
-    return list({name for row in rows for name in row}), rows
+def _read(path: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a file, none if it is not there or empty.
+
+    Raises:
+        ValueError: if it is of another kind or has other columns.
+    """
+    text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""  # tables of Excel begin with a mark
+    if not text:
+        return []
+    try:
+        if path.suffix == ".csv":
+            head, *cells = csv.reader(io.StringIO(text, newline=""))
+            rows: list[Row] = [dict(zip(head, row, strict=True)) for row in cells]
+        else:
+            rows = json.loads(text)
+            head = list(rows[0].keys()) if rows != [] else list(columns)
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error):
+        raise ValueError(f"--output: {path} is there and holds no table; name another file") from None
+    if different := sorted(set(columns) ^ set(head)):
+        few = ", ".join(different[:5])
+        raise ValueError(f"--output: {path} is there, and differs in the columns {few}; name another file")
+    return rows

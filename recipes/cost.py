@@ -31,11 +31,13 @@ class Measured:
         model: What was trained.
         images_per_second: Of all its GPUs together.
         gpus: How many they were.
+        device: What they were, where that is known.
     """
 
     model: str
     images_per_second: float
     gpus: int = 1
+    device: str = ""
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
         """Time for so many epochs.
@@ -75,7 +77,7 @@ def from_run(folder: Path) -> Measured:
 
 
 def from_throughput(file: Path) -> list[Measured]:
-    """The pretraining rows of what ``python -m eval.throughput --mode pretrain --output FILE`` wrote, CSV or JSON.
+    """The newest row of each model and device that ``eval.throughput --mode pretrain --output FILE`` wrote.
 
     Raises:
         ValueError: If there are none.
@@ -83,10 +85,14 @@ def from_throughput(file: Path) -> list[Measured]:
     text = file.read_text(encoding="utf-8")
     read_csv = file.suffix == ".csv"
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines())) if read_csv else json.loads(text)
-    measured = [Measured(row["model"], float(row["img_per_s"])) for row in rows if row.get("mode") == "pretrain"]
+    measured = [
+        Measured(row["model"], float(row["img_per_s"]), device=row.get("device", ""))
+        for row in rows
+        if row.get("mode") == "pretrain"
+    ]
     if not measured:
         raise ValueError(f"{file} has no rows of pretraining; measure with --mode pretrain")
-    return measured
+    return list({(one.model, one.device): one for one in measured}.values())
 
 
 def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterator[str]:
@@ -95,7 +101,7 @@ def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterato
     yield f"|{'---|' * len(HEADINGS)}"
     for one in measured:
         for gpus in settings.gpus:
-            speed = f"{one.images_per_second:,.0f} img/s measured on {one.gpus}"
+            speed = f"{one.images_per_second:,.0f} img/s measured on {one.gpus} {one.device}".rstrip()
             if gpus != one.gpus:
                 speed += f", {settings.efficiency:.0%} scaling efficiency assumed"
             for epochs in settings.epochs:

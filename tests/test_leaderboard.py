@@ -203,7 +203,7 @@ def test_measured_rows_stand_apart(made: Path) -> None:
     assert "w.safetensors (abababab), crop 0.875 squash, bicubic, fp32" in line
     assert "| ARM-B | *reported* | 224 | 85 | 83.2 | 88.0 |" in text
     assert "Measured by this project: 2 models." in text
-    assert "| vit_base_patch16_224 | infer | 224 | 256 | bf16 | yes | 3,456.7 | A GPU |" in text
+    assert "| vit_base_patch16_224 | infer | 224 | 256 | bf16 | yes | - | 3,456.7 | A GPU |" in text
     readme = (made / "README.md").read_text()
     assert "83.12" not in readme  # of a set that is not canonical
     assert "| **measured** | 224 | 50.00 |" in readme
@@ -341,3 +341,12 @@ def test_no_network_no_errors_no_overflow(width: int, height: int, dark: bool, p
     file = made / "page.png"
     page.screenshot(file)
     assert file.read_bytes()[:4] == b"\x89PNG" and file.stat().st_size > 20_000
+
+
+def test_speeds_of_several_backends_count_once() -> None:
+    """The newest of each, and of these the fastest."""
+    entry = entries.Entry("a", "measured", "224", None, "", architecture="a")
+    way = {"model": "a", "mode": "infer", "img_size": "224", "dtype": "bf16", "compile": "False", "device": "A GPU"}
+    speeds = [("cuda", "900"), ("cuda", "700"), ("triton", "600")]
+    entries.add_speeds([entry], [{**way, "scan_backend": name, "img_per_s": speed} for name, speed in speeds])
+    assert entry.speeds == {"A GPU, bf16, measured": 700.0}

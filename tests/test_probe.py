@@ -193,6 +193,12 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cost.main(["--throughput", str(tmp_path / name), "--gpus", "1", "--epochs", "800"])
         assert cells(capsys.readouterr().out)[0][:4] == ["arm_large", "1", "800", "569.4"]
 
+    table = "mode,model,img_per_s,device\npretrain,a,1,GPU\npretrain,a,500,GPU\npretrain,a,3,CPU\n"
+    (tmp_path / "speed.csv").write_text(table)
+    cost.main(["--throughput", str(tmp_path / "speed.csv"), "--gpus", "1", "--epochs", "800"])
+    newest = [row[5] for row in cells(capsys.readouterr().out)[:-1]]
+    assert newest == ["500 img/s measured on 1 GPU", "3 img/s measured on 1 CPU"]
+
     (tmp_path / "config.yaml").write_text("model: arm_huge\n")
     speeds_then = [(1, 99.0), (1, 200.0), (2, 10.0), (2, 400.0), (2, 420.0), (2, 410.0)]  # it went on with two
     rows = [{"processes": number, "images_per_second": speed} for number, speed in speeds_then]

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -198,6 +198,11 @@ DIVIDED = Case(4, 3, 6, channels=190, batch=46)
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """L2 distance in units of the expected tensor's length; NaN, which compares false, if there is one."""
     return ((actual.double() - expected).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest of the errors; NaN, which compares false, if there is one, as Python's max would not say."""
+    return torch.tensor(list(errors)).max().item()
 
 
 def run(
@@ -545,7 +550,7 @@ def test_environment_variable_is_named_in_its_refusal(name: str, message: str | 
 def test_tritons_interpreter_is_asked_for_as_triton_reads_it(value: str, taken: bool) -> None:
     pytest.importorskip("triton", reason="no triton in this build of torch")
     script = "import arm_zoo, triton; print('triton' in arm_zoo.available_backends(), triton.knobs.runtime.interpret)"
-    environment = {**os.environ, "TRITON_INTERPRET": value}
+    environment = {**os.environ, "TRITON_INTERPRET": value, "ARM_ZOO_SCAN": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(taken)] * 2
 
@@ -675,18 +680,26 @@ def test_transforms_of_torch_func_take_the_reference() -> None:
     def scalar(x: torch.Tensor) -> torch.Tensor:
         return mixer(x, order).square().sum()
 
+    def slope_of(function: Callable[..., torch.Tensor]) -> float:
+        return torch.func.jvp(function, (x,), (tangent,))[1].item()
+
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(scalar(leaf), leaf)
-    assert relative(torch.func.grad(scalar)(x), expected) < 1e-5
-    with torch.no_grad():
-        _, slope = torch.func.jvp(scalar, (x,), (tangent,))
-        assert slope.item() == pytest.approx((expected * tangent).sum().item(), rel=1e-4)
+    defined = pytest.approx((expected * tangent).sum().item(), rel=1e-4)
+    with scan_backend("auto"):
+        assert relative(torch.func.grad(scalar)(x), expected) < 1e-5
+        assert slope_of(scalar) == slope_of(torch.compile(scalar, backend="eager")) == defined
+        assert torch.compile(lambda: torch.func.jvp(scalar, (x,), (tangent,))[1], backend="eager")().item() == defined
+    with scan_backend("auto"), torch.no_grad():
+        assert slope_of(scalar) == defined
         with torch.autograd.forward_ad.dual_level():
             dual = scalar(torch.autograd.forward_ad.make_dual(x, tangent))
-            assert torch.autograd.forward_ad.unpack_dual(dual).tangent.item() == pytest.approx(slope.item(), rel=1e-5)
-        with scan_backend("torch"), pytest.raises(ValueError, match=r"'torch' knows neither .*; use 'auto'"):
-            torch.func.jvp(scalar, (x,), (tangent,))
+            assert torch.autograd.forward_ad.unpack_dual(dual).tangent.item() == defined
     with scan_backend("torch"):
+        with pytest.raises(ValueError, match=r"'torch' knows neither .*; use 'auto'"):
+            slope_of(scalar)
+        with torch.no_grad():  # needs no derivatives
+            assert relative(torch.vmap(mixer)(x[:, None])[:, 0], mixer(x)) < 1e-5
         (first,) = torch.autograd.grad(scalar(leaf), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivatives; .*scan_backend\('reference'\)"):
         first.sum().backward()

@@ -143,6 +143,9 @@ def test_output_is_checked_before_anything_is_timed(
         ("speed.json", '[{"set": 1}]', "is there, and differs in the columns arm_zoo, autocast, "),
         ("speed.json", "{1", "is there and holds no table"),
         ("speed.json", "[3]", "is there and holds no table"),
+        ("speed.json", "{}", "is there and holds no table"),
+        ("speed.csv", f"{','.join(throughput.COLUMNS)}\n{'1,' * len(throughput.COLUMNS)}1\n", "holds no table"),
+        ("speed.csv", f"\ufeff\n{','.join(throughput.COLUMNS)}\n", None),  # as Excel writes it, with an empty line
     ],
 )
 def test_output_of_something_else_is_left_alone(
@@ -170,6 +173,12 @@ def test_rows_are_added(suffix: str, tmp_path: Path) -> None:
     assert [str(row["batch_size"]) for row in rows] == ["1", "2"]
 
 
+def test_peers_named_twice_have_no_backend() -> None:
+    rows = [{"model": "arm_a", "scan_backend": "torch"}, {"model": "arm_a", "scan_backend": "reference"}]
+    rows += [{"model": "vit", "scan_backend": ""}] * 2
+    assert throughput.labels(rows) == ["arm_a (torch)", "arm_a (reference)", "vit", "vit"]
+
+
 def test_autocast_is_for_16_bits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--autocast needs a type of 16 bits" in refusal(capsys, "--autocast", "--device", "cpu")
 
@@ -179,6 +188,7 @@ def test_autocast_is_for_16_bits(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--models", "test_vit", "--img-size", "100"], "test_vit does not run so: Input height (100)"),
         (["--models", "test_resnet", "--mode", "finetune"], "test_resnet does not run so: Expected more than 1 value"),
+        (["--models", "test_convnext", "--img-size", "1"], "test_convnext does not run so: Calculated padded input"),
     ],
 )
 def test_models_that_do_not_run_so_are_named(

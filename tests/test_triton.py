@@ -4,13 +4,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from test_scan import MIXERS, Mixer, Recorder, check_mixer
+from test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
@@ -27,9 +26,9 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, "tests")
-from test_scan import MIXERS, check_mixer, saved_for_backward
+from test_scan import MIXERS, check_mixer, largest, saved_for_backward
 from test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, check_special_values
-from test_triton import extreme_error, gate_errors, gated_product_error, inner_error, largest, worst_error
+from test_triton import extreme_error, gate_errors, gated_product_error, inner_error, worst_error
 import arm_zoo
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
@@ -87,6 +86,19 @@ try:
     causal_conv(torch.empty(33_000, 1, 1), torch.empty(2, 1, 4), torch.empty(2, 1))
 except ValueError as error:
     assert "up to 65,535 sequences at a time, got 66,000 (2 directions of 33,000 pictures)" in str(error), error
+for call in (
+    lambda: causal_conv(torch.empty(1, 1, 1).expand(1, 2**20, 2**9), torch.empty(1, 2**9, 4), torch.empty(1, 2**9)),
+    lambda: selective_scan(
+        *[torch.empty(1, 1, 1, 1).expand(1, 1, 2**20, 2**9)] * 2, torch.empty(1, 2**9, 1),
+        *[torch.empty(1, 1, 2**20, 1)] * 2, torch.empty(1, 2**9)
+    ),
+):
+    try:
+        call()
+    except ValueError as error:
+        assert "less than 2**29 numbers, got 1,048,576 steps of 512 channels" in str(error), error
+    else:
+        raise AssertionError("not refused")
 tokens, taps, offset = torch.randn(2, 6, 5), torch.randn(2, 5, 4), torch.randn(2, 5)
 order = torch.randperm(6).expand(2, -1)  # both directions in one row of memory
 expected = causal_conv(tokens, taps, offset, order.contiguous())
@@ -120,11 +132,6 @@ assert torch.allclose(*map(torch.tensor, losses), rtol=1e-5), losses
 }
 # directions, height, width, class token's index, channels, d_state
 CASES = [(1, 1, 1, None, 6, 1), (4, 3, 2, 3, 70, 3), (2, 2, 9, 0, 5, 4), (4, 4, 5, 10, 33, 2)]
-
-
-def largest(errors: Iterable[float]) -> float:
-    """The largest of the errors; NaN, which compares false, if there is one, as Python's max would not say."""
-    return torch.tensor(list(errors)).max().item()
 
 
 def worst_error(
@@ -414,8 +421,8 @@ def test_sequences_are_numbered_in_32_bits() -> None:
     assert inner(near) is near and inner(far).is_contiguous()
     from arm_zoo.scan.triton import check_length
 
-    with pytest.raises(ValueError, match=r"less than 2\*\*31 numbers, got 1,048,576 steps of 2,048 channels"):
-        check_length(2**20, 2**11)
+    with pytest.raises(ValueError, match=r"less than 2\*\*29 numbers, got 16,777,216 steps of 1 channels"):
+        check_length(2**24, 1)
 
 
 @pytest.mark.parametrize("part", IN_THE_INTERPRETER)

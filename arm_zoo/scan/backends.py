@@ -108,7 +108,7 @@ def set_scan_backend(name: str) -> None:
     """Choose the backend of every later scan in this process.
 
     "auto" takes `cuda` or else `triton` on CUDA, and `numba` for float32 on the CPU, each where it is installed; else,
-    and always for float64, `torch`; and `reference` within torch.func's transforms and forward-mode derivatives.
+    and always for float64, `torch`; and `reference` for derivatives by torch.func and forward-mode ones.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
@@ -136,28 +136,30 @@ def implementation(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
+# Runs as it is while a model is traced, where transforms are at work as they are outside.
+@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work, which custom operators do not know of.
+    """Whether derivatives by torch.func, or forward-mode ones in any thread, are at work.
 
-    Without this question they would leave out tangents without a word.
+    Custom operators have no rules for them, and would leave out tangents without a word.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    derivatives = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(level.key() in derivatives for level in levels)
 
 
 def resolve_backend(x: torch.Tensor) -> str:
     """The backend that a call on `x` runs on; what "auto" chose is logged once.
 
     Raises:
-        ValueError: if the backend in force does not take such tensors, or not within torch.func.
+        ValueError: if the backend in force does not take such tensors, or not these derivatives.
     """
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
     if is_transformed():
         if _selected not in ("auto", "reference"):
             raise ValueError(
-                f"scan backend {_selected!r} knows neither torch.func's transforms nor forward-mode derivatives; "
+                f"scan backend {_selected!r} knows neither torch.func's derivatives nor forward-mode ones; "
                 "use 'auto', which takes 'reference' there"
             )
         return "reference"

@@ -276,8 +276,9 @@ def refuse_second_derivatives(*_: Any) -> None:
     )
 
 
-for _backward in (_conv_backward, _scan_backward, _inner_grads):
-    _backward.register_autograd(refuse_second_derivatives)
+_conv_backward.register_autograd(refuse_second_derivatives)
+_scan_backward.register_autograd(refuse_second_derivatives)
+_inner_grads.register_autograd(refuse_second_derivatives)
 
 
 @torch.jit.ignore
@@ -315,15 +316,15 @@ def _table(order: torch.Tensor | None) -> torch.Tensor | None:
     return None if order is None else order.to(torch.int64).contiguous()
 
 
-_NEEDED = {"length": "step", "d_state": "state"}
+_SINGULAR = {"length": "step", "d_state": "state"}
 
 
 def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> None:
-    needed = next(axis for axis in axes if axis in _NEEDED)
+    needed = next(axis for axis in axes if axis in _SINGULAR)
     if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index(needed)] == 0:
         raise ValueError(
             f"{operation}: {name} must hold floating-point numbers ({', '.join(axes)}) of at least one "
-            f"{_NEEDED[needed]}, got {tensor.dtype} {tuple(tensor.shape)}"
+            f"{_SINGULAR[needed]}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
 
 

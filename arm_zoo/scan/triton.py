@@ -484,10 +484,14 @@ def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def check_length(length: int, channels: int) -> None:
-    """Raises ValueError for sequences with more numbers than 32 bits can tell apart."""
-    if length * channels >= 2**31:
+    """Raises ValueError for sequences too long for offsets of 32 bits.
+
+    Those are not only into the sequence: the states that are saved of 64 have up to four times as many numbers, and
+    gradients of B and C lie 128 numbers a step apart.
+    """
+    if length * max(4 * channels, 128) >= 2**31:
         raise ValueError(
-            f"the GPU kernels take sequences of less than 2**31 numbers, got {length:,} steps of {channels:,} "
+            f"the GPU kernels take sequences of less than 2**29 numbers, got {length:,} steps of {channels:,} "
             "channels; use set_scan_backend('torch')"
         )
 
