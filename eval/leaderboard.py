@@ -108,18 +108,19 @@ def state_of(entries: Sequence[Entry]) -> str:
     )
 
 
+def speed_texts(row: Mapping[str, str]) -> list[str]:
+    """A row of the table of speeds, in both files."""
+    return [
+        *(row["model"], row["mode"], row["img_size"], row["batch_size"], row["dtype"]),
+        *(compilation(row), row.get("scan_backend") or "-", figure(float(row["img_per_s"])), row["device"]),
+    ]
+
+
 def speed_table(speeds: Sequence[Mapping[str, str]]) -> str:
     if not speeds:
         return "No speed has been measured yet; `python -m eval.throughput --output eval/throughput.csv` does."
-    rows = [
-        [
-            *(row["model"], row["mode"], row["img_size"], row["batch_size"], row["dtype"]),
-            *(compilation(row), row.get("scan_backend") or "-", figure(float(row["img_per_s"])), row["device"]),
-        ]
-        for row in speeds
-    ]
     titles = ["model", "mode", "size", "batch", "dtype", "compiled", "scans", "images/s", "device"]
-    return markdown_table(titles, rows, left=2)
+    return markdown_table(titles, [speed_texts(row) for row in speeds], left=2)
 
 
 def leaderboard_md(entries: Sequence[Entry], speeds: Sequence[Mapping[str, str]], paper: Path) -> str:
@@ -197,9 +198,8 @@ def speed_rows(speeds: Sequence[Mapping[str, str]]) -> str:
         return '<tr><td colspan="9">No speed has been measured yet: <code>python -m eval.throughput</code></td></tr>'
     lines = []
     for row in speeds:
-        texts = [row["model"], row["mode"], row["img_size"], row["batch_size"], row["dtype"]]
-        texts += [compilation(row), row.get("scan_backend") or "-", figure(float(row["img_per_s"])), row["device"]]
-        values = [*texts[:7], row["img_per_s"], row["device"]]
+        texts = speed_texts(row)
+        values = [*texts[:-2], row["img_per_s"], row["device"]]  # what is sorted by
         cells = (
             f'<td data-value="{html.escape(value, quote=True)}">{html.escape(text)}</td>'
             for value, text in zip(values, texts, strict=True)

@@ -62,12 +62,8 @@ def append(path: Path, rows: Iterable[Row]) -> list[Row]:
     with FileLock(path.with_name(f".{path.name}.lock")):
         old = read(path)
         table = with_clean_columns([*old, *rows])
-        text = io.StringIO()
         added = [column for column in (old[0] if old else ()) if column not in COLUMNS]
-        writer = csv.DictWriter(text, [*COLUMNS, *added], extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        write_whole(path, text.getvalue())
+        write_csv(path, [*COLUMNS, *added], table)
     return table[len(old) :]
 
 
@@ -84,6 +80,15 @@ def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
             row = row | {c: found.get(c, "") for c in COLUMNS if c.startswith(f"clean200_{row['set']}_")}
         out.append(row)
     return out
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Replace a file by a table of these columns of the rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def write_whole(path: Path, text: str) -> None:

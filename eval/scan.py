@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     Console().print(table)
     if args.output is not None:
-        append(args.output, [{column: (row | shared)[column] for column in COLUMNS} for row in rows])
+        append(args.output, COLUMNS, [row | shared for row in rows])
 
 
 if __name__ == "__main__":

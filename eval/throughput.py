@@ -115,7 +115,7 @@ def check(settings: Settings) -> None:
 
 
 def has_scans(name: str) -> bool:
-    """Whether a model of this name is one of ours, which all have."""
+    """Whether a name is that of one of our models, which all scan."""
     return name.startswith("arm_")
 
 
@@ -256,9 +256,11 @@ def circumstances(settings: Settings) -> Row:
 def labels(rows: Sequence[Row]) -> list[str]:
     """What tells the rows apart: the model, and its scans' backend where it was timed with several."""
     names = Counter(row["model"] for row in rows)
-    several = (names[row["model"]] > 1 and row["scan_backend"] for row in rows)
     return [
-        f"{row['model']} ({backend})" if backend else row["model"] for row, backend in zip(rows, several, strict=True)
+        row["model"]
+        if names[row["model"]] == 1 or not row["scan_backend"]
+        else f"{row['model']} ({row['scan_backend']})"
+        for row in rows
     ]
 
 
@@ -365,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, model, img_size, backend in built:
         try:
             contenders.append(prepare(name, model, img_size, backend, settings))
-        except (AssertionError, ValueError, RuntimeError) as error:  # timm and torch say so what does not fit a model
+        except (AssertionError, ValueError, RuntimeError) as error:  # as timm and torch say what does not fit
             parser.error(f"{name} does not run so: {error}")
     readings = time_in_turn([contender.step for contender in contenders], settings.device, settings.repeats)
     shared = circumstances(settings)
@@ -385,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for label, one in zip(labels(rows), contenders, strict=True):
             Console().print(as_profile(label, profile(one, settings.device), settings.profile))
     if settings.output is not None:
-        append(settings.output, [{column: row[column] for column in COLUMNS} for row in rows])
+        append(settings.output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

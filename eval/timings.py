@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from eval.results import write_whole
+from eval.results import write_csv, write_whole
 
 Row = dict[str, Any]
 
@@ -23,18 +23,14 @@ def check_output(path: Path | None, columns: Sequence[str]) -> None:
     _read(path, columns)
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a file, or begin it: it is written anew beside itself and renamed, while other runs wait."""
+def append(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """Add these columns of rows to a file, or begin it: it is written beside itself and renamed; other runs wait."""
     with FileLock(path.with_name(f".{path.name}.lock")):
-        rows = [*_read(path, list(rows[0])), *rows]
-        if path.suffix == ".json":
+        rows = [*_read(path, columns), *({column: row[column] for column in columns} for row in rows)]
+        if path.suffix == ".csv":
+            write_csv(path, columns, rows)
+        else:
             write_whole(path, json.dumps(rows, indent=2) + "\n")
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(path, text.getvalue())
 
 
 def _read(path: Path, columns: Sequence[str]) -> list[Row]:

@@ -96,7 +96,7 @@ for call in (
     try:
         call()
     except ValueError as error:
-        assert "less than 2**29 numbers, got 1,048,576 steps of 512 channels" in str(error), error
+        assert "less than 2**29 numbers and 2**24 steps, got 1,048,576 steps of 512 channels" in str(error), error
     else:
         raise AssertionError("not refused")
 tokens, taps, offset = torch.randn(2, 6, 5), torch.randn(2, 5, 4), torch.randn(2, 5)
@@ -313,7 +313,7 @@ def extreme_error(size: float, rate: float, dtype: torch.dtype, device: str, ker
 
 
 def check_special_values(device: str, kernels: str) -> None:
-    """Sequences of one value are scanned right, and NaN in the input is in all results that have it by definition."""
+    """Sequences of one value are scanned right, and NaN in the input is in every result that has it by definition."""
     for value in (0.0, 0.5):
         inputs = scan_inputs(value, device)
         exact = outputs_and_gradients([t.double() for t in inputs], "reference")
@@ -324,6 +324,7 @@ def check_special_values(device: str, kernels: str) -> None:
     for poisoned in range(6):
         inputs = scan_inputs(device=device)
         inputs[poisoned].view(-1)[0] = torch.nan
+        assert all(t.isnan().any() for t in outputs_and_gradients(inputs, kernels)), poisoned  # of a gradient with NaN
         cotangent = torch.ones(inputs[0].shape[1:], device=device)
         results = outputs_and_gradients(inputs, kernels, cotangent)
         defined = outputs_and_gradients([t.double() for t in inputs], "reference", cotangent)
@@ -421,7 +422,9 @@ def test_sequences_are_numbered_in_32_bits() -> None:
     assert inner(near) is near and inner(far).is_contiguous()
     from arm_zoo.scan.triton import check_length
 
-    with pytest.raises(ValueError, match=r"less than 2\*\*29 numbers, got 16,777,216 steps of 1 channels"):
+    with pytest.raises(
+        ValueError, match=r"less than 2\*\*29 numbers and 2\*\*24 steps, got 16,777,216 steps of 1 channels"
+    ):
         check_length(2**24, 1)
 
 

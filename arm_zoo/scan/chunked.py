@@ -271,10 +271,8 @@ def selective_scan_backward(
             grad_delta[:, block, time] = grad_delta_t.permute(1, 2, 0, 3)
             grad_bias += grad_delta_t.sum((0, 2))[:, None]
         grad_A += grad_exponent.sum(1, keepdim=True)
-    grad_A = grad_A[:, 0].transpose(1, 2).contiguous().to(A.dtype)
-    grad_D = grad_D[:, 0].to(D.dtype).contiguous()
-    grad_bias = grad_bias[:, 0].to((D if delta_bias is None else delta_bias).dtype).contiguous()
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
+    grad_A = grad_A[:, 0].transpose(1, 2).contiguous()
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D[:, 0].contiguous(), grad_bias[:, 0].contiguous()
 
 
 def _gather_conv(

@@ -214,7 +214,6 @@ def selective_scan_backward(
     B, C = inner(B), inner(C)
     grad = grad.contiguous()
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
-    # every block of channels has its share of the gradients of B and C, which are added up in a fixed order afterwards
     blocks = -(-channels // _CHANNELS)
     shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=state_dtype(u.dtype))
     grad_A = A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
@@ -231,4 +230,4 @@ def selective_scan_backward(
         SOFTPLUS=int(delta_softplus),
         HAS_ORDER=int(order is not None),
     )
-    return grad_u, grad_delta, *sum_up((grad_A, grad_D, grad_bias), shares, A, B, C, D, delta_bias)
+    return grad_u, grad_delta, *sum_up(grad_A, grad_D, grad_bias, shares, B, C)

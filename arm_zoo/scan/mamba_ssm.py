@@ -128,14 +128,5 @@ def selective_scan_backward(
     )
     grad_u, grad_delta = (_channels_last(t, directions) for t in (grad_u, grad_delta))
     grad_B, grad_C = (t.permute(1, 0, 3, 2).contiguous() for t in (grad_B, grad_C))
-    like = D if delta_bias is None else delta_bias
-    grad_bias = torch.zeros_like(D) if grad_bias is None else grad_bias.view_as(D).to(like.dtype)
-    return (
-        grad_u,
-        grad_delta.to(delta.dtype),
-        grad_A.view_as(A).to(A.dtype),
-        grad_B.to(B.dtype),
-        grad_C.to(C.dtype),
-        grad_D.view_as(D).to(D.dtype),
-        grad_bias,
-    )
+    grad_bias = torch.zeros_like(D) if grad_bias is None else grad_bias.view_as(D)
+    return grad_u, grad_delta, grad_A.view_as(A), grad_B, grad_C, grad_D.view_as(D), grad_bias

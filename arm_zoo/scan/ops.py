@@ -53,11 +53,21 @@ def _backward_of_scan(
     *rates, delta_weight, delta_softplus, order, saved = others
     whole = project(delta, delta_weight)
     grads = module.selective_scan_backward(grad, u, whole, *rates, delta_softplus, order, saved)
+    grads = tuple(t.to(like.dtype) for t, like in zip(grads, _scan_likes(u, whole, *rates), strict=True))
     if delta_weight is None:
         return *grads, u.new_empty(0)
     grad_u, grad_whole, *grad_rates = grads
     grad_delta = torch.bmm(grad_whole.flatten(1, 2), delta_weight.to(grad_whole.dtype)).view_as(delta)
     return grad_u, grad_delta, *grad_rates, _weight_gradient(grad_whole, delta).to(delta_weight.dtype)
+
+
+def _scan_likes(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    """What the gradients of u, delta, A, B, C, D and delta_bias are like.
+
+    Where there is no bias, its own, which nobody asks for, is like D's.
+    """
+    *others, D, delta_bias = inputs
+    return *others, D, D if delta_bias is None else delta_bias
 
 
 def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -193,8 +203,7 @@ def _scan_backward_fake(
     *_: Any,
 ) -> tuple[torch.Tensor, ...]:
     grad_weight = u.new_empty(0) if delta_weight is None else delta_weight.new_empty(delta_weight.shape)
-    like_bias = D if delta_bias is None else delta_bias
-    return *(t.new_empty(t.shape) for t in (u, delta, A, B, C, D, like_bias)), grad_weight
+    return *(t.new_empty(t.shape) for t in _scan_likes(u, delta, A, B, C, D, delta_bias)), grad_weight
 
 
 @_inner.register_fake

@@ -491,8 +491,8 @@ def check_length(length: int, channels: int) -> None:
     """
     if length * max(4 * channels, 128) >= 2**31:
         raise ValueError(
-            f"the GPU kernels take sequences of less than 2**29 numbers, got {length:,} steps of {channels:,} "
-            "channels; use set_scan_backend('torch')"
+            f"the GPU kernels take sequences of less than 2**29 numbers and 2**24 steps, got {length:,} steps of "
+            f"{channels:,} channels; use set_scan_backend('torch')"
         )
 
 
@@ -611,7 +611,6 @@ def selective_scan_backward(
     block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
     blocks, sequences = triton.cdiv(channels, block), directions * batch
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
-    # every block of channels has its share of the gradients of B and C, which are added up in a fixed order afterwards
     shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=state_dtype(u.dtype))
     scratch = A.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block, dtype=torch.float32)
     grad_A = scratch.new_empty(directions, batch, d_state, channels)
@@ -623,30 +622,29 @@ def selective_scan_backward(
         HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=delta_softplus,
         STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
     )  # fmt: skip
-    return grad_u, grad_delta, *sum_up((grad_A, grad_D, grad_bias), shares, A, B, C, D, delta_bias)
+    return grad_u, grad_delta, *sum_up(grad_A, grad_D, grad_bias, shares, B, C)
 
 
 def sum_up(
-    of_pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_A: torch.Tensor,
+    grad_D: torch.Tensor,
+    grad_bias: torch.Tensor,
     shares: torch.Tensor,
-    A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of A, B, C, D and delta_bias, in their types, from what the programs of the backward scan left.
+    """Gradients of A, B, C, D and delta_bias from what the backward scan's programs left, in a fixed order.
 
     Args:
-        of_pictures: each picture's gradients of A (K, B, S, D), D and delta_bias (K, B, D).
-        shares: each block of channels' gradients of B and C side by side, (blocks, K, B, L, 2 S).
+        grad_A: every picture's, (K, B, S, D).
+        grad_D: every picture's, (K, B, D), like grad_bias.
+        shares: every block of channels' part in the gradients of B and C, side by side, (blocks, K, B, L, 2 S).
     """
-    grad_A, grad_D, grad_bias = (t.sum(1) for t in of_pictures)
     grad_B, grad_C = shares.sum(0, dtype=torch.float32).chunk(2, dim=-1)
     return (
-        grad_A.transpose(1, 2).to(A.dtype).contiguous(),
-        grad_B.to(B.dtype, copy=True),
+        grad_A.sum(1).transpose(1, 2).contiguous(),
+        grad_B.to(B.dtype, copy=True),  # not two views of one tensor
         grad_C.to(C.dtype, copy=True),
-        grad_D.to(D.dtype),
-        grad_bias.to((D if delta_bias is None else delta_bias).dtype),
+        grad_D.sum(1),
+        grad_bias.sum(1),
     )
