@@ -4,7 +4,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def make_rows(request: Request, labelled: LabelledSet, predictions: Predictions,
         "undecodable": len(predictions.undecodable),
         "seconds": f"{predictions.seconds:.1f}",
         "img_per_s": f"{predictions.computed / predictions.seconds:.1f}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     own = scored(row, metrics.score(metrics.hits(main.classes, targets), main.confidence), marks)
     if request.name == "in1k":

@@ -6,7 +6,7 @@ Run from the repository root on a machine with a GPU: `python -m eval.scan`.
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "arm_zoo": arm_zoo.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
         rows = [row for backend in args.backends or available for row in measure(backend, args)]

@@ -17,10 +17,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from arm_zoo.images.decode import UndecodableImage
+
 from .config import BatchPlan, DataConfig, TrainConfig
 from .locate import SourceError
 from .order import Key, ScoringOrder, training_order
-from .pictures import UndecodablePicture, check_undecodable, name_once
 from .sources import Encoded, PictureTable, Source, Split
 from .transforms import (
     ERASING,
@@ -33,6 +34,7 @@ from .transforms import (
     training_transform,
     warp,
 )
+from .undecodable import check_undecodable, name_once
 
 DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no pictures
 CPU = torch.device("cpu")
@@ -75,7 +77,7 @@ class Pictures(Dataset[Batch]):
         for key, encoded in zip(keys, self._stored(keys), strict=True):
             try:
                 image, label, _ = encoded.decode(self._split.mode)
-            except UndecodablePicture as error:
+            except UndecodableImage as error:
                 undecodable.append(str(error))
                 continue
             pictures.append(self._transform(image))
@@ -143,7 +145,7 @@ class VariedPictures(Pictures):
             try:
                 image, label, _ = encoded.decode(self._split.mode)
                 return image, label
-            except UndecodablePicture as error:
+            except UndecodableImage as error:
                 undecodable.append(str(error))
             if isinstance(self._split, PictureTable):
                 [encoded] = self._split.encoded([(key.index + ahead) % length])

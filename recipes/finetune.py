@@ -24,12 +24,12 @@ from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
 from .optim import create_optimizer
 from .parallel import model_state, shard, whole_parameters
-from .pictures import check_undecodable
 from .plots import plot_run
 from .processes import start_accelerator
 from .resume import starting_point
 from .signals import Agreement, StopRequest
 from .sources import Source, open_source
+from .undecodable import check_undecodable
 from .watch import utilisation
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head

@@ -38,8 +38,8 @@ from .data import eval_loader
 from .errors import RunError
 from .files import write_text
 from .locate import SourceError
-from .pictures import check_undecodable
 from .sources import Source, Split, open_source
+from .undecodable import check_undecodable
 
 ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from arm_zoo.images.decode import decode_image
+
 from .config import DataConfig
 from .labels import Columns, Labels, find_columns, match_labels, read_labels, values_at
 from .locate import Data, Located, SourceError, count_rows, load_splits, locate
-from .pictures import decode_picture
 
 Labelled = tuple[Image.Image, int, str]  # picture, class index (-1: labels not asked for), name
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -44,8 +45,8 @@ class Encoded(NamedTuple):
     name: str
 
     def decode(self, mode: str) -> Labelled:
-        """The picture in PIL's ``mode``, its class and name; raises ``UndecodablePicture``."""
-        return decode_picture(self.data, self.name, mode), self.label, self.name
+        """The picture in PIL's ``mode``, its class and name; raises ``UndecodableImage``."""
+        return decode_image(self.data, self.name, mode), self.label, self.name
 
 
 @dataclass(frozen=True)

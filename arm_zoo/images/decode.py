@@ -1,0 +1,105 @@
+"""Image files of every kind as RGB or grey, the way a viewer shows them; damaged ones are an error with a name.
+
+Training, `custom` scoring and `predict` decode here, so that a model sees the same pixels in all three. Only
+ImageNet's own test sets are read by timm's rule instead, a plain conversion, which published scores are based on.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["MAX_PIXELS", "Mode", "UndecodableImage", "decode_image"]
+
+Mode = Literal["RGB", "L"]
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte in RGB
+_WHITE_16_BIT = 65535
+
+
+class UndecodableImage(ValueError):
+    """An image file that is damaged, cut off, no image at all, or larger than the limit.
+
+    Args:
+        name: the file, or the file and row that it stands in.
+        cause: what is wrong with it.
+    """
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(name, cause)  # both, so that the error can be pickled on its way out of a worker
+        self.name, self.cause = name, cause
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be decoded: {self.cause}"
+
+
+def decode_image(
+    encoded: bytes | str, name: str, mode: Mode | str = "RGB", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode an image: upright, in 8 bits per channel, transparent parts on white.
+
+    Args:
+        encoded: the file's bytes, or its path.
+        name: for the error.
+        mode: "RGB", or "L" for grey.
+        max_pixels: larger images are refused before memory is taken for them.
+
+    Raises:
+        UndecodableImage: whatever the decoder says, and for images that are too large.
+    """
+    try:
+        with _limited_to(max_pixels), Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded)) as file:
+            file.load()
+            # After loading: in PNG files the orientation may stand behind the pixels.
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return _convert(ImageOps.exif_transpose(file) if turned else file, mode)
+    except UnidentifiedImageError:  # its text has an address in memory, so it would never be the same twice
+        raise UndecodableImage(name, "no image in any format that is known") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UndecodableImage(name, f"it has more than the {max_pixels:,} pixels that are allowed") from None
+    except Exception as error:  # decoders raise almost anything on damaged files
+        raise UndecodableImage(name, f"{type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def _limited_to(max_pixels: int) -> Iterator[None]:
+    """Let Pillow refuse larger images, and keep it silent about odd metadata of images that are fine."""
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Any of Pillow's modes as `mode`, where its own conversion would clip 16 bits or uncover what is transparent."""
+    if image.mode == mode:
+        return image if "transparency" not in image.info else _on_white(image.convert("RGBA")).convert(mode)
+    if image.mode.startswith("I"):
+        return _from_16_bit(image).convert(mode)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose white is unknown")
+    if image.has_transparency_data:
+        return _on_white(image.convert("RGBA")).convert(mode)
+    return image.convert(mode)
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow also holds in 32-bit integers, as 8-bit grey."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > _WHITE_16_BIT:
+        raise ValueError(f"pixels from {values.min()} to {values.max()}; allowed: up to 16 bits")
+    return Image.fromarray(np.round(values * (255 / _WHITE_16_BIT)).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGBA on a white ground."""
+    ground = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(ground, image).convert("RGB")

@@ -1,0 +1,80 @@
+"""Which files of a folder are images, what their classes are, and an order that is the same on every machine."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+__all__ = ["IMAGE_ENDINGS", "class_folders", "images_below", "is_image", "natural_key", "natural_order", "subfolders"]
+
+IMAGE_ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".avif",
+    ".jp2",
+)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's name is that of an image; hidden files are none."""
+    name = os.path.basename(path)
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sorts as timm's `natural_key` (2 before 10, case ignored), and names that tie there (A, a; 1, 01) by themselves.
+
+    Without the tie-break the order would be that of the disk, another one on each machine.
+    """
+    parts = re.split(r"(\d+)", name.lower())  # digits in every second place
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """The names sorted by `natural_key`."""
+    return sorted(names, key=natural_key)
+
+
+def subfolders(folder: str) -> list[str]:
+    """Paths of the visible folders inside, in natural order."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    return [os.path.join(folder, name) for name in natural_order(names)]
+
+
+def images_below(folder: str) -> Iterator[str]:
+    """Paths of all images in a folder and below it, in no order; hidden folders are left out."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(place, name) for name in files if is_image(name))
+
+
+def class_folders(folder: str) -> dict[str, list[str]]:
+    """Class name -> paths of its images, both in natural order: a class is a folder inside, whatever lies below it.
+
+    Class names are in Unicode's composed form (NFC): macOS may decompose the names of files. Classes without images
+    are there, with an empty list.
+
+    Raises:
+        ValueError: if two folders have one name in that form, or if a name is no text at all.
+    """
+    classes: dict[str, list[str]] = {}
+    for path in subfolders(folder):
+        name = unicodedata.normalize("NFC", os.path.basename(path))
+        if name in classes:
+            raise ValueError(f"{folder!r} holds two class folders whose names are both written {name!r}; rename one")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the name of the class folder {os.fsencode(path)!r} is not UTF-8; rename the folder"
+            ) from None
+        classes[name] = natural_order(images_below(path))
+    return classes
