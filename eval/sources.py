@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from timm.data import get_img_extensions
 from timm.utils import natural_key
 
-from eval.tars import EXTENSIONS, FromTar, Member, is_picture, read_members, read_shards, sidecar
+from arm_zoo.images.tars import FromTar, Member, read_members, read_shards, sidecar
 
 SPLITS = ("validation", "val", "test")  # of a source with several, the first of these that is there
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?")
 
+EXTENSIONS = frozenset({*get_img_extensions(as_set=True), ".webp"})
+
 Reader = Callable[[int], IO[bytes]]
+
+
+def is_picture(path: str) -> bool:
+    name = posixpath.basename(path)
+    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class _FromDataset:
 def _open_tars(location: str, paths: Iterable[Path], folders: Sequence[str]) -> Listing:
     shards = {path: read_members(path) for path in paths}
     if any(sidecar(file, members) for members in shards.values() for file in members if is_picture(file)):
-        files, raw, places = read_shards(shards)
+        files, raw, places = read_shards(shards, is_picture)
         return _labelled(location, files, raw, FromTar(places), [place.size for place in places])
     tree: dict[str, Member] = {}
     for shard, members in shards.items():

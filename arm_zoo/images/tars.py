@@ -9,19 +9,14 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from timm.data import get_img_extensions
+from arm_zoo.images.listing import is_image
 
-EXTENSIONS = frozenset({*get_img_extensions(as_set=True), ".webp"})
-
-
-def is_picture(path: str) -> bool:
-    name = posixpath.basename(path)
-    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+__all__ = ["FromTar", "Member", "read_members", "read_shards", "sidecar"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +85,21 @@ def sidecar(file: str, members: Mapping[str, Member]) -> str | None:
     return next((key + suffix for suffix in (".cls", ".json") if key + suffix in members), None)
 
 
-def read_shards(shards: Mapping[Path, Mapping[str, Member]]) -> tuple[list[str], list[str], list[Member]]:
-    """Names, labels as text, and places of the pictures of WebDataset shards, whose keys are unique within a shard.
+def read_shards(
+    shards: Mapping[Path, Mapping[str, Member]], is_meant: Callable[[str], bool] = is_image
+) -> tuple[list[str], list[str], list[Member]]:
+    """Names, labels as text, and places of the images of WebDataset shards, whose keys are unique within a shard.
+
+    Args:
+        shards: files of each tar.
+        is_meant: whether a file's name is that of an image.
 
     Raises:
-        ValueError: if a picture has no label, or one that cannot be read.
+        ValueError: if an image has no label, or one that cannot be read.
     """
     files, labels, places = [], [], []
     for shard, members in sorted(shards.items()):
-        for file in sorted(filter(is_picture, members)):
+        for file in sorted(filter(is_meant, members)):
             name = sidecar(file, members)
             if name is None:
                 raise ValueError(f"{shard}: {file} has neither a .cls nor a .json with its label beside it")
