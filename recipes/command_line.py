@@ -1,37 +1,45 @@
-"""The command line of both recipes: configuration, where to start, and mistakes told in one message."""
+"""The command line of both recipes: configuration, where to start, and mistakes told in one message.
+
+Importing this module brings neither torch nor timm, so that most mistakes are told at once.
+"""
 
 import argparse
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from accelerate import PartialState
-from safetensors import SafetensorError
-from torch import distributed
+from .config import Config, ConfigError, ConfigT, load_config, to_yaml
 
-from arm_zoo import CheckpointError
+if TYPE_CHECKING:
+    from .signals import StopRequest
 
-from .config import ConfigError, ConfigT, load_config, to_yaml
-from .errors import RunError
-from .locate import SourceError
-from .signals import StopRequest
-
-MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
+Run = Callable[[ConfigT, str, "StopRequest"], None]
+Fit = Callable[[ConfigT, Set[str]], Mapping[str, Any]]
 
 
-def run_from_command_line(
-    recipe: str,
-    kind: type[ConfigT],
-    run: Callable[[ConfigT, str, StopRequest], None],
-    description: str,
-    argv: Sequence[str] | None,
-) -> None:
-    """Parse ``--config FILE --resume WHERE key=value ...`` and call ``run(config, resume, stop)``, where ``stop``
-    notes what asks this process to stop.
+class Command(NamedTuple):
+    """What a person asked for: the program's name, the checked configuration, and where to start."""
 
-    The program ends with code 2 and the whole list if the configuration is wrong, with 1 and one message if the run
-    cannot start or go on.
+    program: str
+    config: Config
+    resume: str
+
+
+def read_command(
+    recipe: str, kind: type[ConfigT], description: str, argv: Sequence[str] | None = None, fit: Fit | None = None
+) -> Command:
+    """Parse ``--config FILE --resume WHERE key=value ...``.
+
+    The program ends with code 2 and the whole list if the configuration is wrong, and with 0 after printing it if that
+    is what was asked for.
+
+    Args:
+        recipe: The module's name.
+        kind: The dataclass to fill.
+        description: What it does, for ``--help``.
+        argv: The words; None: those of this process.
+        fit: Gives values for what nobody set where there is no ``--config``, see ``load_config``.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m recipes.{recipe}", description=f"{description} Run it from the top of the repository."
@@ -47,45 +55,53 @@ def run_from_command_line(
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     arguments = parser.parse_intermixed_args(argv)
-    stop = StopRequest().listen()
+    to_run = not arguments.print_config
     try:
-        config = load_config(kind, arguments.config, arguments.overrides, to_run=not arguments.print_config)
+        fitted = fit if arguments.config is None else None
+        config = load_config(kind, arguments.config, arguments.overrides, to_run, fitted)
     except (ConfigError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    if arguments.print_config:
+    if not to_run:
         print(to_yaml(config), end="")
-        return
+        parser.exit()
+    return Command(parser.prog, config, arguments.resume)
+
+
+def carry_out(command: Command, run: Run) -> None:
+    """Call ``run(config, resume, stop)``, where ``stop`` notes what asks this process to stop.
+
+    The program ends with 1 and one message if the run cannot start or go on.
+    """
+    from .mistakes import MISTAKES, described
+    from .signals import StopRequest
+
+    stop = StopRequest().listen()
     try:
-        run(config, arguments.resume, stop)
+        run(command.config, command.resume, stop)
         leave_processes()
     except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
         leave_processes()
         raise
     except MISTAKES as error:
-        sys.exit(f"{parser.prog}: {described(error)}")
+        sys.exit(f"{command.program}: {described(error)}")
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"{command.program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     finally:
         stop.ignore()
 
 
-def described(error: Exception) -> str:
-    """The message of a mistake; where the system's words name no file, with the place in the code they come from."""
-    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
-    if not nameless and not isinstance(error, SafetensorError):
-        return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-
-
 def say(text: str) -> None:
     """Print on the main process."""
+    from accelerate import PartialState
+
     if PartialState().is_main_process:
         print(text)
 
 
 def leave_processes() -> None:
     """End the connection to the other processes, if there are any."""
+    from torch import distributed
+
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,22 +1,29 @@
-"""Typed training configurations: a YAML file and ``key=value`` overrides, checked before anything is built."""
+"""Typed training configurations: a YAML file and ``key=value`` overrides, checked before anything is built.
+
+Importing this module brings neither torch nor timm: what is wrong with keys, values and files is told at once.
+"""
 
 import dataclasses
+import difflib
 import importlib.util
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-import timm
 import yaml
-from torch import nn
-
-import arm_zoo
 
 from .files import why_not_writable
+from .locate import SourceError, locate
 from .parsing import ConfigError, Limit, flatten, missing, out_of_range, read_yaml, take_arguments, unknown_keys
+from .splits import fewer_training_images, validation_fraction
+
+if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told without them
+    from torch import nn
+
+    import arm_zoo
 
 __all__ = [
     "BatchPlan",
@@ -31,6 +38,7 @@ __all__ = [
     "to_yaml",
 ]
 
+ENTRY = re.compile(r"arm_\w+(\.\w+)?")  # what entries of the zoo are called, with or without a tag
 Scalar = bool | int | float | str
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -38,6 +46,12 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 ONE_OR_MORE: Limit = ("1 or more", lambda x: x >= 1)
 ABOVE_ZERO: Limit = ("above 0, and finite", lambda x: 0 < x < math.inf)
 ZERO_OR_MORE: Limit = ("0 or more, and finite", lambda x: 0 <= x < math.inf)
+FRACTION_OR_NOT: Limit = (
+    "a fraction of the training images above 0 and below 1, as in 0.2, another source (a folder called 1 is written "
+    "./1), or null",
+    lambda x: not isinstance(x, float) or 0 < x < 1,
+)
+SHARE_OR_NULL: Limit = ("0 up to, not including, 1, or null", lambda x: x is None or 0 <= x < 1)
 SHARE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
 ABOVE_ZERO_OR_NULL: Limit = ("above 0, or null", lambda x: x is None or 0 < x < math.inf)
 ONE_OR_MORE_OR_NULL: Limit = ("1 or more, or null", lambda x: x is None or x >= 1)
@@ -73,7 +87,9 @@ class DataConfig:
     """
 
     source: str = limited("", (SOURCES, bool))
-    validation: str | None = None  # another source; null: the validation (or test) split of ``source``
+    # Another source, or the fraction of the training images that is held out instead of being trained on; null: the
+    # validation (or test) split of ``source``, or a fifth where labels are needed and there is none.
+    validation: float | str | None = limited(None, FRACTION_OR_NOT)
     streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
     train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures, where a stream does not tell
     shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # pictures of a stream, kept encoded, to draw from at random
@@ -81,7 +97,8 @@ class DataConfig:
     image_column: str | None = None  # null: the only one that holds pictures
     label_column: str | None = None  # null: the only one that looks like a class
     workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
-    max_undecodable: float = limited(0.001, SHARE)  # share of damaged pictures that is put up with, of each split
+    # Share of damaged images that is put up with, of each split; null: 0.001, but at least 3 images.
+    max_undecodable: float | None = limited(None, SHARE_OR_NULL)
     random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
     flip: float = limited(0.0, PROBABILITY)  # left to right
     randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words
@@ -100,6 +117,10 @@ class Config:
 
     def unready(self) -> dict[str, str]:
         """What is not there on this machine and a run needs, beside the values that are missing."""
+        return {}
+
+    def unbuildable(self, to_run: bool) -> dict[str, str]:
+        """What is wrong with the model, which takes seconds of imports to find out: asked when all else is right."""
         return {}
 
 
@@ -140,8 +161,10 @@ class TrainConfig(Config):
     keep_last: int = limited(3, ONE_OR_MORE)  # newest checkpoints kept
     keep_every: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # and those at the end of every so many epochs
 
+    labels_needed = False  # no setting but a fact about the phase, so it bears no type
+
     def conflicts(self) -> dict[str, str]:
-        """The cosine needs epochs after the warm-up and a way down, mixup pairs, and the model sizes that fit."""
+        """The cosine needs epochs after the warm-up and a way down, and mixup pairs."""
         found = {}
         if self.warmup_epochs >= self.epochs:
             found["warmup_epochs"] = (
@@ -157,15 +180,19 @@ class TrainConfig(Config):
             )
         if self.cuda_graphs and not (self.compile and self.max_batch_per_device is None):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device=null"
-        if self.model:
-            try:
-                self.build(device="meta")
-            except (TypeError, ValueError, RuntimeError) as error:
-                given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
-                found["model"] = f"model {self.model!r}{f' with {given}' if given else ''}: {error}"
         return found
 
-    def build(self, **keywords: Any) -> nn.Module:
+    def unbuildable(self, to_run: bool) -> dict[str, str]:
+        """The model must be known, and its sizes fit each other."""
+        try:
+            if self.model:
+                self.build(device="meta")
+        except (TypeError, ValueError, RuntimeError) as error:
+            given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
+            return {"model": f"model {self.model!r}{f' with {given}' if given else ''}: {error}"}
+        return {}
+
+    def build(self, **keywords: Any) -> "nn.Module":
         """A new model, untrained.
 
         Args:
@@ -178,11 +205,8 @@ class TrainConfig(Config):
         raise NotImplementedError
 
     def unready(self) -> dict[str, str]:
-        """The pictures, the folder to write to and the tracker must be there."""
-        found = {}
-        for key in ("source", "validation"):
-            if problem := _source_problem(getattr(self.data, key)):
-                found[f"data.{key}"] = f"data.{key}: {problem}"
+        """The images, the folder to write to and the tracker must be there."""
+        found = self._unready_sources()
         if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
             found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
@@ -190,6 +214,30 @@ class TrainConfig(Config):
                 f"tracker is {self.tracker}, which is not installed; type `pip install {self.tracker}` or tracker=none"
             )
         return found
+
+    def _unready_sources(self) -> dict[str, str]:
+        """What is wrong with the images, as far as files tell without being read."""
+        found = {}
+        for key in ("source", "validation"):
+            name = getattr(self.data, key)
+            if not isinstance(name, str) or name in ("", "digits"):
+                continue
+            try:
+                located = locate(name)
+                if key == "source":
+                    own = bool({"val", "test"} & located.splits.keys())
+                    fraction = validation_fraction(self.data.validation, own, self.labels_needed)
+                    fewer = fewer_training_images(located, self.global_batch, fraction, self.labels_needed)
+                    if fewer is not None:
+                        found["global_batch"] = too_large_a_batch(self.global_batch, fewer)
+            except SourceError as error:
+                found[f"data.{key}"] = f"data.{key}: {error}"
+        return found
+
+
+def too_large_a_batch(global_batch: int, images: int) -> str:
+    """The message for a step that would see training images twice."""
+    return f"global_batch is {global_batch}; allowed: up to the {images} training images"
 
 
 @dataclass(frozen=True)
@@ -203,8 +251,10 @@ class PretrainConfig(TrainConfig):
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO_OR_NULL)
 
-    def build(self, **keywords: Any) -> arm_zoo.ARMPretrain:
+    def build(self, **keywords: Any) -> "arm_zoo.ARMPretrain":
         """The pretraining model."""
+        import arm_zoo
+
         return arm_zoo.create_pretraining_model(self.model, **{**self.model_args, **keywords})
 
 
@@ -216,7 +266,7 @@ class FinetuneConfig(TrainConfig):
     base_lr: float = limited(5e-4, ABOVE_ZERO)
     min_lr: float = limited(1e-6, ZERO_OR_MORE)
     warmup_epochs: float = limited(5.0, ZERO_OR_MORE)
-    pretrained: str | None = None  # a pretraining_model/ folder or a file of weights; null: from scratch
+    pretrained: str | None = None  # a folder or file of weights, or an entry such as arm_base; null: from scratch
     layer_decay: float = limited(0.65, ("above 0, up to 1 (1: one rate for all layers)", lambda x: 0 < x <= 1))
     drop_path: float = limited(0.1, SHARE)
     label_smoothing: float = limited(0.1, SHARE)
@@ -227,34 +277,43 @@ class FinetuneConfig(TrainConfig):
     ema_decay: float | None = limited(0.99992, ("above 0 and below 1, or null", lambda x: x is None or 0 < x < 1))
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
-    def build(self, **keywords: Any) -> nn.Module:
+    labels_needed = True
+
+    def build(self, **keywords: Any) -> "nn.Module":
         """The backbone with a head."""
+        import timm
+
+        import arm_zoo  # noqa: F401  (registers the models)
+
         if self.model not in (names := timm.list_models("arm_*")):
             raise ValueError(f"unknown; choose one of {', '.join(names)}")
         return timm.create_model(self.model, drop_path_rate=self.drop_path, **{**self.model_args, **keywords})
 
     def unready(self) -> dict[str, str]:
-        """The same, and the starting weights must exist."""
+        """The same, and the starting weights must exist, or be an entry's."""
         found = super().unready()
-        if self.pretrained is not None and not Path(self.pretrained).exists():
+        if self.pretrained is not None and not Path(self.pretrained).exists() and not ENTRY.fullmatch(self.pretrained):
             found["pretrained"] = (
-                f"pretrained is {self.pretrained!r}, which does not exist; allowed: a folder with model.safetensors "
-                "or such a file (`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
+                f"pretrained is {self.pretrained!r}, which does not exist; allowed: an entry such as "
+                "arm_tiny_patch8_64 (`python -m arm_zoo list` shows them, and whose weights are there), a folder with "
+                "model.safetensors or such a file (`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), "
+                "or null"
             )
         return found
 
+    def unbuildable(self, to_run: bool) -> dict[str, str]:
+        """The same, and an entry that ``pretrained`` names must be known."""
+        found = super().unbuildable(to_run)
+        if to_run and self.pretrained is not None and not Path(self.pretrained).exists():
+            from timm import list_models
 
-def _source_problem(name: str | None) -> str | None:
-    """Why there are no pictures under this name, as far as files tell without being read."""
-    if not name or name == "digits":
-        return None
-    from .locate import SourceError, locate  # brings the library datasets, which takes seconds to import
-
-    try:
-        locate(name)
-    except SourceError as error:
-        return str(error)
-    return None
+            if self.pretrained not in (names := [*list_models("arm_*"), *list_models("arm_*", include_tags=True)]):
+                close = ", ".join(difflib.get_close_matches(self.pretrained, names)) or "none"
+                found["pretrained"] = (
+                    f"pretrained is {self.pretrained!r}, which is neither a file or folder nor an entry; entries with "
+                    f"similar names: {close}; `python -m arm_zoo list` shows them all"
+                )
+        return found
 
 
 class BatchPlan(NamedTuple):
@@ -292,7 +351,11 @@ def batch_plan(global_batch: int, processes: int, max_per_device: int | None = N
 
 
 def load_config(
-    kind: type[ConfigT], file: str | Path | None = None, overrides: Sequence[str] = (), to_run: bool = True
+    kind: type[ConfigT],
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    to_run: bool = True,
+    fit: Callable[[ConfigT, Set[str]], Mapping[str, Any]] | None = None,
 ) -> ConfigT:
     """Read a YAML file, lay ``key=value`` overrides over it and check the whole.
 
@@ -301,9 +364,11 @@ def load_config(
         file: YAML file with the dataclass's keys; nested keys may also be written with a dot.
         overrides: Strings such as ``"epochs=3"`` or ``"data.source=digits"``; the last one wins.
         to_run: Also check what a run needs: that nothing is missing, files exist and the output can be written.
+        fit: Gives values for keys that nobody set, from the configuration so far and the keys that were set.
 
     Raises:
-        ConfigError: With every unknown key, wrong type, value out of range and impossible combination at once.
+        ConfigError: With every unknown key, wrong type, value out of range and impossible combination at once; what is
+            wrong with the model is told when all else is right.
     """
     problems: dict[str, str] = {}
     values = dict(flatten(read_yaml(file, problems)))
@@ -313,15 +378,31 @@ def load_config(
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
+    given = frozenset(values)
     config = kind(**take_arguments(kind, values, "", problems))
     if values:  # what no field took
         problems["unknown keys"] = unknown_keys(kind, values)
-    problems = config.conflicts() | dict(out_of_range(config)) | problems
+    problems = dict(out_of_range(config)) | problems
+    if fit is not None and not problems:
+        config = _with_values(config, fit(config, given))
+    problems = config.conflicts() | problems
     if to_run:
         problems = dict(missing(config)) | config.unready() | problems
-    if problems:
+    if problems := problems or config.unbuildable(to_run):
         raise ConfigError(problems)
     return config
+
+
+def _with_values(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    """The configuration with other values of some keys, which may have one dot."""
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        part, _, name = key.rpartition(".")
+        nested.setdefault(part, {})[name] = value
+    changed = nested.pop("", {})
+    for part, inside in nested.items():
+        changed[part] = dataclasses.replace(getattr(config, part), **inside)
+    return dataclasses.replace(config, **changed)
 
 
 def to_yaml(config: TrainConfig) -> str:

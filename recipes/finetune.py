@@ -3,11 +3,28 @@
 accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.yaml key=value ...
 """
 
+# ruff: noqa: E402
 from collections.abc import Callable, Sequence
+
+from .command_line import Command, carry_out, read_command, say
+from .config import FinetuneConfig, batch_plan
+from .first_run import fitted
+
+
+def command(argv: Sequence[str] | None = None) -> Command:
+    """What the words of the command line ask for."""
+    return read_command("finetune", FinetuneConfig, "Train an ARM classifier.", argv, fitted)
+
+
+if __name__ == "__main__":
+    COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
+
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import timm
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
@@ -16,8 +33,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .command_line import run_from_command_line, say
-from .config import FinetuneConfig, batch_plan
+from arm_zoo.files import CONFIG, WEIGHTS, read_config
+from arm_zoo.hosted import find_weights, ways_on
+from arm_zoo.weights import CheckpointError
+
 from .data import Batch, EvalLoader, eval_loader, train_loader
 from .engine import LossFunction, Metrics, Trainer
 from .errors import RunError
@@ -65,7 +84,7 @@ def finetune(
     start = starting_point(config, resume, accelerator, output / "curves.png")
     source = open_source(config.data, labels_needed=True)
     classes = number_of_classes(config, source)
-    model = create_classifier(config, classes)
+    model = create_classifier(config, source.class_names)
     image_size = model.patch_embed.img_size
     inputs = input_config(config.model, source, model.in_chans, image_size)
     model.set_grad_checkpointing(config.gradient_checkpointing)
@@ -117,15 +136,54 @@ def number_of_classes(config: FinetuneConfig, source: Source) -> int:
     return classes
 
 
-def create_classifier(config: FinetuneConfig, num_classes: int) -> nn.Module:
-    """The backbone with a head: around the pretrained encoder if ``config.pretrained`` names one, else fresh."""
+def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.Module:
+    """The backbone with a head: around the pretrained encoder if ``config.pretrained`` names one, else fresh.
+
+    A head that comes with the weights is kept whole if it is one of the same classes in the same order. Otherwise the
+    head starts anew, weight and bias, and that is said.
+
+    Raises:
+        RunError: If the weights do not fit the model.
+        CheckpointError: Likewise, or if an entry's weights are not hosted, or cannot be fetched or read.
+        FileNotFoundError: If there is no such file.
+    """
+    classes = len(class_names)
     if config.pretrained is None:
-        return config.build(num_classes=num_classes)
-    weights = Path(config.pretrained)
-    file = weights / "model.safetensors" if weights.is_dir() else weights
-    model = config.build(num_classes=num_classes, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
-    nn.init.trunc_normal_(model.get_classifier().weight, std=PRETRAINED_HEAD_STD)
+        return config.build(num_classes=classes)
+    file, pretrained_names = starting_weights(config.pretrained)
+    keywords = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    try:
+        model = config.build(num_classes=classes, **keywords)
+    except RuntimeError as error:
+        raise RunError(
+            f"pretrained={config.pretrained} does not fit {config.model}: {error}".splitlines()[0]
+        ) from error
+    if tuple(class_names) == pretrained_names:
+        say(f"the head of {config.pretrained} is kept: it is one of the same {classes} classes")
+        return model
+    if pretrained_names:
+        say(f"the head of {config.pretrained} is left out, and a new one trained: it is one of other classes")
+    head = model.get_classifier()
+    nn.init.trunc_normal_(head.weight, std=PRETRAINED_HEAD_STD)
+    nn.init.zeros_(head.bias)
     return model
+
+
+def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
+    """The file of weights that ``pretrained`` names, and the names of the classes of its head as far as it tells."""
+    path = Path(pretrained)
+    if not path.exists():
+        told = timm.get_pretrained_cfg(pretrained).to_dict()
+        entry = f"{told['architecture']}.{told['tag']}"
+        file = find_weights(entry)
+        if file is None:
+            raise CheckpointError(ways_on(entry, told["architecture"]))
+        return file, tuple(told.get("label_names") or ())
+    folder, file = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
+    if file.name != WEIGHTS or not (folder / CONFIG).is_file():
+        return file, ()
+    names = read_config(folder).get("label_names") or ()
+    return file, tuple(names.values() if isinstance(names, dict) else names)
 
 
 def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunction:
@@ -232,18 +290,24 @@ def score(
 
 
 def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:
-    """Train, then say how well and where the results are."""
+    """Train, then say how well, and what to do with the result."""
     result = finetune(config, resume=resume, stop=stop)
-    say(
-        f"top-1 {result.top1:.2f}%; wrote {config.output_dir}; load it with "
-        f'timm.create_model("local-dir:{config.output_dir}", pretrained=True)'
-    )
+    last, folder = result.history[-1], config.output_dir
+    scored, damaged = int(last["images_scored"]), int(last["undecodable"]) + int(last["images_skipped"])
+    lines = [f"top-1 {result.top1:.2f}% of {scored} validation images; wrote {folder}"]
+    if damaged:
+        lines += [f"{damaged} damaged images were left out; the log names them"]
+    lines += [
+        f"  classify an image: python -m arm_zoo predict IMAGE --model {shlex.quote(folder)}",
+        f'  load it in Python: timm.create_model("local-dir:{folder}", pretrained=True), after import arm_zoo, timm',
+    ]
+    say("\n".join(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_from_command_line("finetune", FinetuneConfig, run, "Train an ARM classifier.", argv)
+    carry_out(command(argv), run)
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(COMMAND, run)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import datasets
-import pyarrow.parquet as pq
-from timm.utils import natural_key
+from .listing import natural_key
 
-Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
+if TYPE_CHECKING:  # it takes seconds to import, and what is wrong with files and folders can be told without it
+    import datasets
+
+Data: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 Kind = Literal["pictures", "parquet", "tars", "hub"]
 WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
@@ -202,6 +203,8 @@ def load_splits(located: Located, streaming: bool, labels_needed: bool) -> dict[
         if streaming:
             raise SourceError(f"{located.name!r} is a folder of pictures, which needs no data.streaming; leave it out")
         return {split: picture_folder(folder, labels_needed) for split, [folder] in located.splits.items()}
+    import datasets
+
     builder = "parquet" if located.kind == "parquet" else "webdataset"
     loaded = {}
     for split, files in located.splits.items():
@@ -221,7 +224,7 @@ def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def picture_folder(folder: str, labels_needed: bool) -> datasets.Dataset:
+def picture_folder(folder: str, labels_needed: bool) -> "datasets.Dataset":
     """Paths and classes of a folder of pictures: a class for each subfolder, in natural order.
 
     ``datasets`` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
@@ -245,8 +248,12 @@ def picture_folder(folder: str, labels_needed: bool) -> datasets.Dataset:
     return table_of_paths(paths, labels, classes)
 
 
-def table_of_paths(paths: list[str], labels: list[int] | None = None, classes: Iterable[str] = ()) -> datasets.Dataset:
+def table_of_paths(
+    paths: list[str], labels: list[int] | None = None, classes: Iterable[str] = ()
+) -> "datasets.Dataset":
     """Picture files as a data set that holds their paths only."""
+    import datasets
+
     columns: dict[str, list[str] | list[int]] = {"image": paths}
     features = {"image": datasets.Value("string")}
     if labels is not None:
@@ -258,6 +265,8 @@ def table_of_paths(paths: list[str], labels: list[int] | None = None, classes: I
 
 def load_from_hub(name: str, streaming: bool) -> dict[str, Data]:
     """All splits of a data set on the Hub, or of its copy in the cache."""
+    import datasets
+
     try:
         loaded = datasets.load_dataset(name, streaming=streaming)
     except Exception as error:  # network, permissions, names, several configurations: the Hub's words say which
@@ -276,6 +285,8 @@ def load_from_hub(name: str, streaming: bool) -> dict[str, Data]:
 
 def hub_problem(name: str, error: Exception) -> str:
     """Why a data set did not come from the Hub, and what to do."""
+    import datasets
+
     if datasets.config.HF_HUB_OFFLINE:
         return (
             f"there is no file or folder {name!r} here, and the Hub is switched off (HF_HUB_OFFLINE=1) while "
@@ -296,6 +307,8 @@ def count_rows(files: Sequence[str]) -> list[int]:
 
 def _rows_of(file: str) -> int:
     if file.lower().endswith(FILES["parquet"]):
+        import pyarrow.parquet as pq
+
         return pq.read_metadata(file).num_rows
     rows, last = 0, None
     with tarfile.open(file) as tar:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from .config import BatchPlan, TrainConfig
+from .config import BatchPlan, TrainConfig, too_large_a_batch
 from .locate import SourceError
 from .sources import Encoded, PictureStream, PictureTable, Split
 from .transforms import LANE, ORDER, seed_of, seeded_generator
@@ -43,7 +43,7 @@ class TrainingOrder(Sampler[list[Key]]):
 
     def __init__(self, size: int, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
         if config.global_batch > size:
-            raise SourceError(f"global_batch is {config.global_batch}; allowed: up to the {size} training pictures")
+            raise SourceError(too_large_a_batch(config.global_batch, size))
         if config.global_batch != processes * plan.accumulation * plan.per_device or plan.per_device % 2:
             raise ValueError(f"{plan} on {processes} processes is no global batch of {config.global_batch} in pairs")
         self.size = size

@@ -1,5 +1,6 @@
 """From YAML and ``key=value`` to typed values: what the configurations are read with; it knows none of their keys."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -120,7 +121,7 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     parsed = _scalar(value)
     if isinstance(hint, types.UnionType):
-        return None if parsed is None else _convert(value, choices[0])
+        return None if parsed is None else _convert_to_one(value, choices)
     if typing.get_origin(hint) is tuple and isinstance(parsed, list) and len(parsed) == len(choices):
         return tuple(_convert(entry, choice) for entry, choice in zip(parsed, choices, strict=True))
     if hint is bool and isinstance(parsed, bool):
@@ -132,12 +133,20 @@ def _convert(value: Any, hint: Any) -> Any:
     raise ValueError(value)
 
 
+def _convert_to_one(value: Any, choices: Iterable[Any]) -> Any:
+    """``value`` as the first of several types that it can be."""
+    for choice in choices:
+        with contextlib.suppress(ValueError):
+            return _convert(value, choice)
+    raise ValueError(value)
+
+
 def _describe(hint: Any) -> str:
     choices = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return ", ".join(map(str, choices))
     if isinstance(hint, types.UnionType):
-        return f"{_describe(choices[0])}, or null"
+        return ", or ".join("null" if choice is types.NoneType else _describe(choice) for choice in choices)
     if typing.get_origin(hint) is tuple:
         return f"a list of {len(choices)}, each {_describe(choices[0])}"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]

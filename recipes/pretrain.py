@@ -3,7 +3,21 @@
 accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_digits.yaml key=value ...
 """
 
+# ruff: noqa: E402
 from collections.abc import Sequence
+
+from .command_line import Command, carry_out, read_command, say
+from .config import PretrainConfig, batch_plan
+
+
+def command(argv: Sequence[str] | None = None) -> Command:
+    """What the words of the command line ask for."""
+    return read_command("pretrain", PretrainConfig, "Pretrain an ARM without labels.", argv)
+
+
+if __name__ == "__main__":
+    COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +25,6 @@ from torch import Tensor, nn
 
 import arm_zoo
 
-from .command_line import run_from_command_line, say
-from .config import PretrainConfig, batch_plan
 from .data import Batch, train_loader
 from .engine import Metrics, Trainer
 from .export import backbone_entry, input_config, save_backbone, save_pretraining_model
@@ -99,8 +111,8 @@ def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    run_from_command_line("pretrain", PretrainConfig, run, "Pretrain an ARM without labels.", argv)
+    carry_out(command(argv), run)
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(COMMAND, run)

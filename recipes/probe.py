@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from arm_zoo import CheckpointError
 
-from .command_line import MISTAKES, described
 from .config import (
     ABOVE_ZERO,
     ONE_OR_MORE,
@@ -38,6 +37,7 @@ from .data import eval_loader
 from .errors import RunError
 from .files import write_text
 from .locate import SourceError
+from .mistakes import MISTAKES, described
 from .sources import Source, Split, open_source
 from .undecodable import check_undecodable
 

@@ -1,6 +1,6 @@
 """Where pictures come from: one syntax for folders, parquet files, WebDataset tars, the Hub and the built-in digits.
 
-``data.source`` and ``data.validation`` are one of
+``data.source`` and ``data.validation`` (which may also be a fraction of the training images) are one of
 
 - ``FOLDER`` of pictures: one subfolder for each class, perhaps below ``train/`` and ``val/`` (ImageNet's layout),
 - ``FOLDER``, file or glob of parquet files (``train*.parquet``, ``val*.parquet`` or ``test*.parquet``),
@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -30,6 +32,7 @@ from arm_zoo.images.decode import decode_image
 from .config import DataConfig
 from .labels import Columns, Labels, find_columns, match_labels, read_labels, values_at
 from .locate import Data, Located, SourceError, count_rows, load_splits, locate
+from .splits import split_rows, validation_fraction
 
 Labelled = tuple[Image.Image, int, str]  # picture, class index (-1: labels not asked for), name
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -87,6 +90,7 @@ class PictureTable(Sequence[Labelled]):
     def __init__(self, data: datasets.Dataset, reading: Reading) -> None:
         tops = {column.partition(".")[0] if column not in data.column_names else column for column in _read(reading)}
         self._rows = data.select_columns(sorted(tops)).with_format("arrow")
+        self._numbers: Sequence[int] = range(len(data))  # of the rows in the whole split, which a person can look up
         self._reading = reading
         self.mode = reading.mode
 
@@ -100,14 +104,25 @@ class PictureTable(Sequence[Labelled]):
         """Some pictures of the split, in this order."""
         chosen = PictureTable.__new__(PictureTable)
         chosen._rows, chosen._reading, chosen.mode = self._rows.select(indices), self._reading, self.mode
+        chosen._numbers = [self._numbers[index] for index in indices]
         return chosen
+
+    def classes_and_names(self) -> tuple[list[Any], list[str]]:
+        """Row by row, what stands in the label column (None: not asked for), and the image's file or its row."""
+        table = self._rows[:]
+        images, *labels = (values_at(table, column) for column in _read(self._reading))
+        classes = labels[0].to_pylist() if labels else [None] * len(self)
+        if pa.types.is_struct(images.type) and pc.struct_field(images, "bytes").null_count == len(self):
+            return classes, pc.struct_field(images, "path").to_pylist()
+        return classes, [f"row {number}" for number in self._numbers]
 
     def encoded(self, indices: Sequence[int]) -> list[Encoded]:
         """Some rows, not decoded."""
         table = self._rows[list(indices)]
         pictures, *labels = (values_at(table, column).to_pylist() for column in _read(self._reading))
         raw = labels[0] if labels else [None] * len(pictures)
-        return [self._reading.encoded(*row) for row in zip(pictures, raw, indices, strict=True)]
+        numbers = [self._numbers[index] for index in indices]
+        return [self._reading.encoded(*row) for row in zip(pictures, raw, numbers, strict=True)]
 
 
 class PictureStream:
@@ -176,6 +191,7 @@ class Source:
         class_names: In index order; empty if labels were not asked for.
         mean: Of each channel, values in 0..1, for normalisation.
         std: Likewise.
+        held_out: The fraction of the training images that ``test`` was made of; None if it is a split of its own.
     """
 
     train: Split
@@ -183,6 +199,7 @@ class Source:
     class_names: tuple[str, ...]
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    held_out: float | None = None
 
     @property
     def channels(self) -> int:
@@ -212,17 +229,34 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
             )
         return open_digits(labels_needed)
     train, test = _open_splits(config, labels_needed)
+    fraction = validation_fraction(config.validation, test is not None, labels_needed)
+    if fraction is not None:
+        labels = train.labels(config) if labels_needed else None
+        images = train.read(None if labels is None else labels.indices(labels.names))
+        return _hold_out(images, fraction, () if labels is None else labels.names, train.name)
     if not labels_needed:
         return Source(train.read(None), None if test is None else test.read(None), ())
-    if test is None:
-        raise SourceError(
-            f"{config.source!r} has no validation or test pictures; name some with data.validation=SOURCE"
-        )
     labels, test_labels = train.labels(config), test.labels(config)
     match_labels(labels, test_labels, test.name)
     named = labels if test_labels.numbered else test_labels  # numbers may have names in the other split
     names = named.names if labels.numbered else labels.names
     return Source(train.read(labels.indices(names)), test.read(test_labels.indices(names)), names)
+
+
+def _hold_out(images: Split, fraction: float, class_names: tuple[str, ...], name: str) -> Source:
+    """Training images as two splits; see ``recipes.splits``."""
+    if isinstance(images, PictureStream):
+        raise SourceError(
+            f"{name} has no validation images beside it, and of a stream none can be held out; name some with "
+            "data.validation=SOURCE, or leave out data.streaming"
+        )
+    kept, held_out = split_rows(*images.classes_and_names(), fraction)
+    if not held_out:
+        raise SourceError(
+            f"no images of {name} can be held out for validation, as no class has two; add images, or name others "
+            "with data.validation=SOURCE"
+        )
+    return Source(images.select(kept), images.select(held_out), class_names, held_out=fraction)
 
 
 @dataclass(frozen=True)
@@ -256,6 +290,8 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
     if chosen not in splits:
         raise SourceError(f"{config.source!r} has the splits {', '.join(splits)}, but no training split")
     train = _opened(source, chosen, splits[chosen], config, labels_needed)
+    if isinstance(config.validation, float):
+        return train, None
     if config.validation is not None:
         source = locate(config.validation)
         splits = load_splits(source, config.streaming and source.kind != "pictures", labels_needed)

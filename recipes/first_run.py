@@ -1,0 +1,214 @@
+"""``python -m recipes.finetune data.source=FOLDER`` and nothing else: settings fitted to the images, and told.
+
+The defaults of ``FinetuneConfig`` are the paper's, for a million images on many GPUs. Where no YAML file says what to
+do, this module chooses what nobody set so that the command succeeds for a folder of a few dozen images as well as for
+thousands. What a person sets always wins. A folder is looked at without importing torch.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .config import ENTRY, FinetuneConfig
+from .listing import images_below, subfolders
+from .locate import SourceError, locate
+from .parsing import ConfigError
+from .splits import held_out, validation_fraction
+
+COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
+PEAK = 5e-4  # learning rate, whatever the batch
+LARGEST_BATCH = 64
+FEWEST_EPOCHS, MOST_EPOCHS = 5, 12
+IMAGES_SEEN = 4000  # over all epochs, between these two
+WORKERS = 4
+RUNS = Path("runs")
+
+
+class Survey(NamedTuple):
+    """What there is to train on: images, of which some are to be held out for validation, and classes."""
+
+    train: int
+    classes: int
+    grey: bool = False
+    held_out: float | None = None
+
+
+class Choice(NamedTuple):
+    """Settings that belong together, and why they are as they are."""
+
+    values: dict[str, Any]
+    reason: str
+
+
+def fitted(config: FinetuneConfig, given: Set[str]) -> Mapping[str, Any]:
+    """Values for the keys that nobody set; a table says what they are and why.
+
+    Args:
+        config: What was set, over the defaults.
+        given: The keys that were set.
+
+    Raises:
+        ConfigError: If there is no source, or nothing in it to train a classifier on.
+    """
+    if not config.data.source:
+        raise ConfigError({"data.source": "data.source is missing; type data.source=FOLDER, with a folder per class"})
+    try:
+        found = survey(config)
+    except SourceError as error:
+        raise ConfigError({"data.source": f"data.source: {error}"}) from error
+    choices = choose(config, given, found)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(described(config, found, choices), file=sys.stderr)
+    return {key: value for choice in choices for key, value in choice.values.items()}
+
+
+def survey(config: FinetuneConfig) -> Survey:
+    """Count images and classes: of a folder by its names alone, of other sources by opening them.
+
+    Raises:
+        SourceError: If the source is missing, or nothing can be learned from it.
+    """
+    located = None if config.data.source == "digits" else locate(config.data.source)
+    if located is None or located.kind != "pictures" or "train" not in located.splits:
+        return _survey_opened(config)
+    [folder] = located.splits["train"]
+    images = [sum(1 for _ in images_below(path)) for path in subfolders(folder)]
+    fraction = validation_fraction(config.data.validation, bool({"val", "test"} & located.splits.keys()), True)
+    if sum(images) == 0:
+        raise SourceError(f"{folder!r} holds images but no class folders; allowed: FOLDER/CLASS/IMAGE")
+    if len(images) == 1:
+        raise SourceError(f"{folder!r} has one class folder; a classifier needs two classes: FOLDER/CLASS/IMAGE")
+    train = sum(count - held_out(count, fraction) if fraction else count for count in images)
+    return Survey(train, len(images), held_out=fraction)
+
+
+def _survey_opened(config: FinetuneConfig) -> Survey:
+    from .sources import PictureTable, open_source  # with the libraries that read them, which take seconds to import
+
+    source = open_source(config.data, labels_needed=True)
+    size = len(source.train) if isinstance(source.train, PictureTable) else source.train.size
+    if size is None:
+        raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
+    return Survey(size, len(source.class_names), source.channels == 1, source.held_out)
+
+
+def choose(config: FinetuneConfig, given: Set[str], found: Survey) -> list[Choice]:
+    """The settings that nobody set, fitted to the images and to those that somebody did set."""
+    choices = [_start(config, given, found)]
+    if found.held_out is not None and config.data.validation is None:
+        reason = (
+            f"there are no validation images: of each class {found.held_out:.0%} are held out, always the same ones"
+        )
+        choices.append(Choice({"data.validation": found.held_out}, reason))
+    batch = config.global_batch if "global_batch" in given else _batch(found.train)
+    epochs = config.epochs if "epochs" in given else _epochs(found.train)
+    if "warmup_epochs" in given:
+        epochs = max(epochs, int(config.warmup_epochs) + 1)
+    few = found.train < 1000
+    every = max(1, epochs // 4)
+    choices += [
+        Choice({"global_batch": batch}, f"for {found.train} training images"),
+        Choice({"epochs": epochs, "warmup_epochs": epochs / 10}, f"{found.train // batch} steps each"),
+        Choice(
+            {"base_lr": PEAK * 256 / batch, "min_lr": 0.0, "layer_decay": 0.75},
+            f"a peak of {PEAK:g} at the head, less in the layers below it",
+        ),
+        Choice(
+            {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "ema_decay": None},
+            "against overfitting in long trainings; this one is short",
+        ),
+        Choice({"evaluate_every": every, "checkpoint_epochs": every}, "epochs between scores and checkpoints"),
+        Choice({"precision": "fp32"}, "right on every device"),
+        Choice({"data.workers": 1 if few else min(WORKERS, os.cpu_count() or 1)}, "processes that decode images"),
+    ]
+    if not found.grey:
+        variation = {"data.random_crop": (0.5, 1.0), "data.flip": 0.5}
+        choices.append(Choice(variation, "variation; data.flip=0 where left and right matter, as in writing"))
+    choices.append(Choice({"output_dir": str(_free_folder(config.data.source))}, "where the results go"))
+    left = [
+        Choice({key: each.values[key] for key in each.values if key not in given}, each.reason) for each in choices
+    ]
+    return [choice for choice in left if choice.values]
+
+
+def _start(config: FinetuneConfig, given: Set[str], found: Survey) -> Choice:
+    """Model and starting weights."""
+    bundled = GREY if found.grey else COLOUR
+    if "model" in given:
+        return Choice(
+            {"pretrained": None}, f"from scratch, as model was named; pretrained={config.model} starts trained"
+        )
+    if "pretrained" not in given:
+        kind = "grey" if found.grey else "colour"
+        return Choice(
+            {"model": bundled, "pretrained": bundled}, f"the trained model for {kind} images that is included"
+        )
+    if config.pretrained is None:
+        return Choice({"model": bundled}, "the smallest model for such images; it starts from scratch")
+    return Choice({"model": _architecture(config.pretrained)}, "of the weights to start from")
+
+
+def _architecture(pretrained: str) -> str:
+    """The entry whose weights these are; "" if nothing says so."""
+    path = Path(pretrained)
+    if not path.exists():
+        return pretrained.partition(".")[0] if ENTRY.fullmatch(pretrained) else ""
+    try:
+        told = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8"))
+        return str(told.get("architecture", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _batch(images: int) -> int:
+    """Three steps or more in an epoch; even shares for all processes."""
+    unit = 2 * int(os.environ.get("WORLD_SIZE", "1"))
+    batch = unit
+    while 2 * batch <= min(images // 3, max(unit, LARGEST_BATCH)):
+        batch *= 2
+    return batch
+
+
+def _epochs(images: int) -> int:
+    """Fewer for many images: the small model has seen enough by then."""
+    return max(FEWEST_EPOCHS, min(MOST_EPOCHS, IMAGES_SEEN // images))
+
+
+def _free_folder(source: str) -> Path:
+    """``runs/NAME``, with a number where another source of this name has been trained on."""
+    name = Path(source.removeprefix("hf://").rstrip("/")).expanduser().absolute().name
+    folders = (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
+    return next(folder for folder in folders if _source_of(folder) in (None, source))
+
+
+def _source_of(run: Path) -> str | None:
+    """What the run in a folder is trained on; None where there is no run."""
+    try:
+        told = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return str(told["data"]["source"])
+    except FileNotFoundError:
+        return None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        return ""  # something else: another folder is taken
+
+
+def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> str:
+    """The table of what was chosen, as a person would type it."""
+    rows = [(" ".join(f"{key}={_text(value)}" for key, value in each.values.items()), each.reason) for each in choices]
+    width = max(len(settings) for settings, _ in rows)
+    lines = [f"{config.data.source}: {found.train} images of {found.classes} classes to train on. Chosen for them:"]
+    lines += [f"  {settings:{width}}  {reason}" for settings, reason in rows]
+    return "\n".join([*lines, "Every one of these can be typed after the command to change it."])
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_text, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

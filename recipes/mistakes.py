@@ -1,0 +1,22 @@
+"""What can go wrong in a run through no fault of the code, and how it is told."""
+
+import traceback
+
+from safetensors import SafetensorError
+
+from arm_zoo import CheckpointError
+
+from .config import ConfigError
+from .errors import RunError
+from .locate import SourceError
+
+MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
+
+
+def described(error: Exception) -> str:
+    """The message of a mistake; where the system's words name no file, with the place in the code they come from."""
+    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
+    if not nameless and not isinstance(error, SafetensorError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

@@ -1,0 +1,71 @@
+"""A fraction of the training images held out for validation, by a rule that gives the same images on every machine."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+
+from .listing import images_below, subfolders
+from .locate import Located
+
+FRACTION = 0.2  # where labels are needed, and the source has no validation split and the configuration names none
+
+
+def validation_fraction(asked: float | str | None, has_own: bool, labels_needed: bool) -> float | None:
+    """The fraction of the training images to hold out, or None.
+
+    Args:
+        asked: ``data.validation``.
+        has_own: Whether the source has a validation or test split.
+        labels_needed: Whether the model is scored.
+    """
+    if isinstance(asked, float):
+        return asked
+    return FRACTION if asked is None and labels_needed and not has_own else None
+
+
+def held_out(images: int, fraction: float) -> int:
+    """How many images of a class are held out: of two or more at least one, and never all."""
+    return 0 if images < 2 else min(max(int(fraction * images + 0.5), 1), images - 1)
+
+
+def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
+    """The rows to train on and the rows held out, both in stored order.
+
+    Of each class those are held out whose file names have the smallest hashes. So the split depends on these names
+    alone, not on the run's seed, the machine or the folder's place, and images that are added later move few others.
+
+    Args:
+        classes: What the label column holds, row by row.
+        names: Path or other name of each row; of equal file names within a class, the first rows are held out.
+        fraction: Above 0 and below 1.
+    """
+    by_class: dict[Hashable, list[int]] = defaultdict(list)
+    for row, label in enumerate(classes):
+        by_class[label].append(row)
+    validation: set[int] = set()
+    for rows in by_class.values():
+        hashes = {row: hashlib.blake2b(os.fsencode(os.path.basename(names[row]))).digest() for row in rows}
+        validation.update(sorted(rows, key=lambda row: (hashes[row], row))[: held_out(len(rows), fraction)])
+    train = [row for row in range(len(classes)) if row not in validation]
+    return train, sorted(validation)
+
+
+def fewer_training_images(located: Located, needed: int, fraction: float | None, labels_needed: bool) -> int | None:
+    """How many training images a folder has if they are fewer than ``needed``; None if not, or for other sources.
+
+    It stops to count as soon as there are enough: a folder may hold a million.
+    """
+    if located.kind != "pictures" or "train" not in located.splits:
+        return None
+    total = 0
+    for images in _images_by_class(located.splits["train"][0], labels_needed):
+        total += images - (held_out(images, fraction) if fraction else 0)
+        if total >= needed:
+            return None
+    return total
+
+
+def _images_by_class(folder: str, labels_needed: bool) -> Iterator[int]:
+    places = subfolders(folder) if labels_needed else [folder]
+    return (sum(1 for _ in images_below(place)) for place in places)
