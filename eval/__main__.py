@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if state.num_processes > 1:
             raise ValueError("--speed measures one process; start it without a launcher")
         speeds = [speed.measure(one, request.listing, settings, state) for one in candidates for request in requests]
-        Console(width=WIDTH).print(speed.as_table(speeds, settings))
+        Console(width=WIDTH, markup=False, emoji=False).print(speed.as_table(speeds, settings))
         return 0
     rows = []
     for candidate in candidates:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
                     )
                 warn(row)
     if rows and state.is_main_process:
-        Console(width=WIDTH).print(as_table(rows))
+        Console(width=WIDTH, markup=False, emoji=False).print(as_table(rows))
     return 0
 
 

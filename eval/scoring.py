@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
@@ -177,7 +178,7 @@ def predict(
 def _shown(batches: Iterator[Batch], count: int, state: PartialState, title: str) -> Iterator[Batch]:
     console = Console(stderr=True)
     hidden = not state.is_main_process or not console.is_terminal
-    yield from track(batches, title, total=count, console=console, disable=hidden)
+    yield from track(batches, escape(title), total=count, console=console, disable=hidden)
 
 
 def _records(batch: Batch, forward: Forward, heads: Heads) -> np.ndarray:

@@ -382,10 +382,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         for one, measured in zip(contenders, compare(readings, settings.batch_size), strict=True)
     ]
-    Console().print(as_table(rows))
+    Console(markup=False, emoji=False).print(as_table(rows))
     if settings.profile:
         for label, one in zip(labels(rows), contenders, strict=True):
-            Console().print(as_profile(label, profile(one, settings.device), settings.profile))
+            Console(markup=False, emoji=False).print(
+                as_profile(label, profile(one, settings.device), settings.profile)
+            )
     if settings.output is not None:
         append(settings.output, COLUMNS, rows)
 

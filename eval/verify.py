@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
             difference = "-" if math.isnan(value) else f"{value - figures[name]:+.3f}"
             verdict = "agrees" if agreed[name] else "DIFFERS"
             table.add_row(name, f"{figures[name]:.2f}", f"{value:.2f}", difference, verdict)
-        Console(width=100).print(table)
+        Console(width=100, markup=False, emoji=False).print(table)
     return 0 if all(agreed.values()) else 1
 
 

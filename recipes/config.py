@@ -237,7 +237,7 @@ class TrainConfig(Config):
 
 def too_large_a_batch(global_batch: int, images: int) -> str:
     """The message for a step that would see training images twice."""
-    return f"global_batch is {global_batch}; allowed: up to the {images} training images"
+    return f"global_batch is {global_batch}; allowed: up to the {images} training pictures"
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class FinetuneConfig(TrainConfig):
             from timm import list_models
 
             if self.pretrained not in (names := [*list_models("arm_*"), *list_models("arm_*", include_tags=True)]):
-                close = ", ".join(difflib.get_close_matches(self.pretrained, names)) or "none"
+                close = ", ".join(difflib.get_close_matches(self.pretrained, names, cutoff=0.4)) or "none"
                 found["pretrained"] = (
                     f"pretrained is {self.pretrained!r}, which is neither a file or folder nor an entry; entries with "
                     f"similar names: {close}; `python -m arm_zoo list` shows them all"

@@ -37,10 +37,12 @@ from arm_zoo.files import CONFIG, WEIGHTS, read_config
 from arm_zoo.hosted import find_weights, ways_on
 from arm_zoo.weights import CheckpointError
 
+from .console import plain_console
 from .data import Batch, EvalLoader, eval_loader, train_loader
 from .engine import LossFunction, Metrics, Trainer
 from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
+from .files import write_text
 from .optim import create_optimizer
 from .parallel import model_state, shard, whole_parameters
 from .plots import plot_run
@@ -53,6 +55,7 @@ from .watch import utilisation
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
 EVAL_BATCH = 256
+HELD_OUT = "validation.txt"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def finetune(
     start = starting_point(config, resume, accelerator, output / "curves.png")
     source = open_source(config.data, labels_needed=True)
     classes = number_of_classes(config, source)
+    if accelerator.is_main_process and source.held_out is not None:
+        say_what_is_held_out(source, output)
     model = create_classifier(config, source.class_names)
     image_size = model.patch_embed.img_size
     inputs = input_config(config.model, source, model.in_chans, image_size)
@@ -121,6 +126,17 @@ def finetune(
     return FinetuneResult(result, history, scores["top1_ema" if ema_counts else "top1"])
 
 
+def say_what_is_held_out(source: Source, folder: Path) -> None:
+    """Name the training images that are validated on instead, for whoever scores or trains on from here."""
+    _, names = source.test.classes_and_names()
+    write_text(folder / HELD_OUT, "".join(f"{name}\n" for name in names))
+    plain_console().print(
+        f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out for "
+        f"validation; {folder / HELD_OUT} lists them",
+        soft_wrap=True,
+    )
+
+
 def number_of_classes(config: FinetuneConfig, source: Source) -> int:
     """The source's.
 
@@ -155,9 +171,8 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     try:
         model = config.build(num_classes=classes, **keywords)
     except RuntimeError as error:
-        raise RunError(
-            f"pretrained={config.pretrained} does not fit {config.model}: {error}".splitlines()[0]
-        ) from error
+        reason = " ".join(str(error).split())  # torch's has a line for each name
+        raise RunError(f"pretrained={config.pretrained} does not fit {config.model}: {reason}") from error
     if tuple(class_names) == pretrained_names:
         say(f"the head of {config.pretrained} is kept: it is one of the same {classes} classes")
         return model
@@ -296,7 +311,7 @@ def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:
     scored, damaged = int(last["images_scored"]), int(last["undecodable"]) + int(last["images_skipped"])
     lines = [f"top-1 {result.top1:.2f}% of {scored} validation images; wrote {folder}"]
     if damaged:
-        lines += [f"{damaged} damaged images were left out; the log names them"]
+        lines += [f"{damaged} damaged image{'s were' if damaged > 1 else ' was'} left out; the log names what and why"]
     lines += [
         f"  classify an image: python -m arm_zoo predict IMAGE --model {shlex.quote(folder)}",
         f'  load it in Python: timm.create_model("local-dir:{folder}", pretrained=True), after import arm_zoo, timm',

@@ -23,7 +23,7 @@ from .splits import held_out, validation_fraction
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
 LARGEST_BATCH = 64
-FEWEST_EPOCHS, MOST_EPOCHS = 5, 12
+FEWEST_EPOCHS, MOST_EPOCHS = 5, 10
 IMAGES_SEEN = 4000  # over all epochs, between these two
 WORKERS = 4
 RUNS = Path("runs")
@@ -123,7 +123,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey) -> list[Choic
             "against overfitting in long trainings; this one is short",
         ),
         Choice({"evaluate_every": every, "checkpoint_epochs": every}, "epochs between scores and checkpoints"),
-        Choice({"precision": "fp32"}, "right on every device"),
+        Choice({"precision": "fp32", "tracker": "none"}, "right on every device; curves.png shows the figures"),
         Choice({"data.workers": 1 if few else min(WORKERS, os.cpu_count() or 1)}, "processes that decode images"),
     ]
     if not found.grey:
@@ -158,6 +158,8 @@ def _architecture(pretrained: str) -> str:
     path = Path(pretrained)
     if not path.exists():
         return pretrained.partition(".")[0] if ENTRY.fullmatch(pretrained) else ""
+    if path.name == "pretraining_model":  # the backbone made of it lies beside it
+        path = path.with_name("backbone")
     try:
         told = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8"))
         return str(told.get("architecture", ""))

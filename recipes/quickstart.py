@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     # so that the end of this process, asked for by whoever started it, ends its child too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    show(quickstart(arguments.output, arguments.seed), arguments.output, Console())
+    show(quickstart(arguments.output, arguments.seed), arguments.output, Console(markup=False, emoji=False))
 
 
 if __name__ == "__main__":

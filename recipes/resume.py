@@ -12,6 +12,7 @@ from rich.console import Console
 
 from .checkpoint import STATE, CheckpointFolder, check, read_state
 from .config import TrainConfig
+from .console import plain_console
 from .errors import RunError
 from .files import remove_leftovers
 from .parsing import flatten
@@ -26,6 +27,7 @@ OPERATION = (
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
 # Keys without which the weights, or the pictures that are still to come, would be others.
 IDENTITY = ("model", "model_args", "seed", "global_batch")
+VALIDATION = "data.validation"
 
 
 class AlreadyFinished(SystemExit):
@@ -59,7 +61,7 @@ def starting_point(
         RunError: If the checkpoint is damaged, not one, of another run, or cannot be read.
         AlreadyFinished: If the run has all its epochs and has written ``exported``.
     """
-    console = Console(stderr=True, quiet=not accelerator.is_main_process)
+    console = plain_console(quiet=not accelerator.is_main_process)
     folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console)
     choice: list[Any] = [None, None]  # checkpoint, problem
     if accelerator.is_main_process:
@@ -140,6 +142,8 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
     impossible = [key for key in described if key.partition(".")[0] in IDENTITY]
     if (before.get("ema_decay") is None) != (now.get("ema_decay") is None):
         impossible.append("ema_decay")  # an average cannot begin, or be thrown away, in the middle
+    if VALIDATION in described and float in (type(before.get(VALIDATION)), type(now.get(VALIDATION))):
+        impossible.append(VALIDATION)  # images that were trained on would be scored on
     if impossible:
         differences = "; ".join(described[key] for key in impossible)
         raise RunError(f"{start.checkpoint} is of another run: {differences}. {ways}")

@@ -8,7 +8,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -22,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import TrainConfig
+from .console import plain_console
 
 GEMM_SIZE, GEMM_RUNS = 8192, 20
 
@@ -120,10 +120,10 @@ class Display:
     ) -> None:
         self._accelerator, self._config, self._steps = accelerator, config, steps_per_epoch
         self._utilisation = utilisation
-        self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        self.console = plain_console(quiet=not accelerator.is_main_process)
         mfu = [TextColumn("{task.fields[mfu]:.0%} of GEMM peak")] if utilisation is not None else []
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} img/s "),

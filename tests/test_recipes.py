@@ -21,7 +21,7 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.mixer import MambaMixer
-from recipes.command_line import run_from_command_line
+from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import Batch, train_loader
 from recipes.engine import Trainer, seed_step
@@ -158,8 +158,8 @@ def test_failing_files_end_in_a_message(failure: str, tmp_path: Path, capsys: py
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        run_from_command_line(
-            "pretrain", PretrainConfig, run, "", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]
+        carry_out(
+            read_command("pretrain", PretrainConfig, "", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]), run
         )
     assert message in str(stopped.value.code) and str(stopped.value.code).startswith("python -m recipes.pretrain: ")
     assert "Traceback" not in capsys.readouterr().err
