@@ -44,7 +44,8 @@ def read_command(
     parser = argparse.ArgumentParser(
         prog=f"python -m recipes.{recipe}", description=f"{description} Run it from the top of the repository."
     )
-    parser.add_argument("--config", type=Path, help="YAML file, for example one of recipes/configs")
+    without = "" if fit is None else "; without one, settings are fitted to the images of data.source and told"
+    parser.add_argument("--config", type=Path, help=f"YAML file, for example one of recipes/configs{without}")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     parser.add_argument(
         "--resume",

@@ -1,5 +1,6 @@
 """Supervised training, from a pretrained encoder or from scratch.
 
+python -m recipes.finetune data.source=FOLDER
 accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.yaml key=value ...
 """
 

@@ -78,15 +78,20 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null"): "global_batch is 512; allowed: up to the 31 ",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null", "epochs=2"): "warmup_epochs is 5 but epochs is 2",
     ("--config", "nowhere.yaml", "data.source=FOLDER"): "there is no such file; allowed: a YAML file",
+    (
+        "--config",
+        "recipes/configs/pretrain_base.yaml",
+        "data.source=FOLDER",
+    ): "global_batch is 2048; allowed: up to the 40",
 }
 REFUSE_ALL = """
 import contextlib, io, json, runpy, sys
 told = []
-for arguments in json.load(sys.stdin):
-    sys.argv = ["finetune", *arguments]
+for recipe, *arguments in json.load(sys.stdin):
+    sys.argv = [recipe, *arguments]
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
-            runpy.run_module("recipes.finetune", run_name="__main__", alter_sys=True)
+            runpy.run_module(f"recipes.{recipe}", run_name="__main__", alter_sys=True)
         except SystemExit as stopped:
             told.append([stopped.code, printed.getvalue()])
 print(json.dumps([told, sorted({"torch", "timm", "datasets", "pyarrow", "numpy"} & sys.modules.keys())]))
@@ -100,7 +105,7 @@ def test_mistakes_are_told_before_torch_is_imported(images: str, repo: Path) -> 
         filled = list(arguments)
         for word, path in words.items():
             filled = [argument.replace(word, path) for argument in filled]
-        commands.append(filled)
+        commands.append(["pretrain" if "pretrain_base" in " ".join(arguments) else "finetune", *filled])
     done = subprocess.run(
         [sys.executable, "-c", REFUSE_ALL],
         input=json.dumps(commands), capture_output=True, text=True, cwd=repo, check=True,

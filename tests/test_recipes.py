@@ -90,10 +90,12 @@ def test_shipped_configurations_are_the_papers() -> None:
 
 def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["epochs=7", "data.source=digits", "betas=[0.8, 0.9]", "model_args.d_state=4"]
-    pretrain_command(["--config", str(PRETRAIN), *arguments, "--print-config"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        pretrain_command(["--config", str(PRETRAIN), *arguments, "--print-config"])
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_config(PretrainConfig, tmp_path / "printed.yaml") == load_config(PretrainConfig, PRETRAIN, arguments)
-    finetune_command(["--config", str(FOLDER / "finetune_base.yaml"), "--print-config"])  # nothing needs to exist yet
+    with pytest.raises(SystemExit, match=r"^0$"):  # nothing needs to exist yet
+        finetune_command(["--config", str(FOLDER / "finetune_base.yaml"), "--print-config"])
     assert "layer_decay: 0.65" in capsys.readouterr().out
 
 
