@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 import arm_zoo
+from arm_zoo.images.decode import MAX_PIXELS
 
 from .files import why_not_writable
 from .parsing import ConfigError, Limit, flatten, missing, out_of_range, read_yaml, take_arguments, unknown_keys
@@ -82,6 +83,7 @@ class DataConfig:
     label_column: str | None = None  # null: the only one that looks like a class
     workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
     max_undecodable: float = limited(0.001, SHARE)  # share of damaged pictures that is put up with, of each split
+    max_pixels: int = limited(MAX_PIXELS, ONE_OR_MORE)  # of one picture; larger ones count as damaged
     random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
     flip: float = limited(0.0, PROBABILITY)  # left to right
     randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words
@@ -181,7 +183,7 @@ class TrainConfig(Config):
         """The pictures, the folder to write to and the tracker must be there."""
         found = {}
         for key in ("source", "validation"):
-            if problem := _source_problem(getattr(self.data, key)):
+            if problem := _source_problem(getattr(self.data, key), self.data.validation is not None):
                 found[f"data.{key}"] = f"data.{key}: {problem}"
         if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
             found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
@@ -244,14 +246,14 @@ class FinetuneConfig(TrainConfig):
         return found
 
 
-def _source_problem(name: str | None) -> str | None:
+def _source_problem(name: str | None, one_split: bool) -> str | None:
     """Why there are no pictures under this name, as far as files tell without being read."""
     if not name or name == "digits":
         return None
-    from .locate import SourceError, locate  # brings the library datasets, which takes seconds to import
+    from .locate import SourceError, locate
 
     try:
-        locate(name)
+        locate(name, one_split)
     except SourceError as error:
         return str(error)
     return None
