@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from arm_zoo.images.listing import class_name, natural_order
 
 from .config import DataConfig
-from .load import Data
 from .locate import SourceError
 
 LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label")
@@ -60,13 +59,12 @@ class Labels:
         return [] if self.rows is None else [name for name in names if not self.rows.get(name)]
 
 
-def find_columns(data: Data, config: DataConfig, where: str, labels_needed: bool) -> Columns:
+def find_columns(features: Mapping[str, Any] | None, config: DataConfig, where: str, labels_needed: bool) -> Columns:
     """The columns that the configuration names, or the only ones that can be meant.
 
     Raises:
         SourceError: If a column is missing or several could be meant.
     """
-    features = data.features
     if features is None:
         raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
     pictures = [name for name, feature in features.items() if holds_pictures(feature)]
@@ -212,13 +210,18 @@ def _refuse(wrong: Mapping[Any, int], found: Mapping[Any, int], count: int | Non
     """Refuse labels that are no class, with the number of their rows."""
     if not wrong:
         return
-    values = [f"{'none' if label is None else repr(label)} ({rows} times)" for label, rows in wrong.items()]
-    allowed = "a name for each picture" if count is None else f"0 to {count - 1}" if count else "0 and above"
+    values = [f"{'none' if label is None else repr(label)} in {of_rows(rows)}" for label, rows in wrong.items()]
+    allowed = "a name in each row" if count is None else f"0 to {count - 1}" if count else "0 and above"
+    hidden = " (-1 or none marks hidden labels on the Hub: take another split)" if {-1, None} & wrong.keys() else ""
     raise SourceError(
         f"{sum(wrong.values())} of the {sum(found.values())} labels of {where} are none of its classes: "
-        f"{listed(values)}; allowed: {allowed}. On the Hub, -1 or none stands for labels that are kept secret: name "
-        "other pictures with data.validation=SOURCE"
+        f"{listed(values)}; allowed: {allowed}{hidden}"
     )
+
+
+def of_rows(count: int) -> str:
+    """As in ``1 row``."""
+    return f"{count} row{'' if count == 1 else 's'}"
 
 
 class Matched(NamedTuple):
@@ -262,7 +265,7 @@ def match_labels(train: Labels, test: Labels, where: str) -> Matched:
     known = set(train.names)
     unknown = [name for name in (test.names if test.rows is None else test.rows) if name not in known]
     if unknown:
-        pictures = "" if test.rows is None else f", in {sum(test.rows[name] for name in unknown)} rows"
+        pictures = "" if test.rows is None else f", in {of_rows(sum(test.rows[name] for name in unknown))}"
         raise SourceError(
             f"{where} has {len(test.names)} classes, the training pictures have {len(train.names)} (only there: "
             f"{listed(unknown)}{pictures}); allowed: classes of the training pictures"

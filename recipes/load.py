@@ -2,9 +2,11 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 import datasets
 import pyarrow as pa
@@ -49,6 +51,15 @@ def read_column(files: Sequence[str], path: str) -> pa.ChunkedArray:
     return values_at(pa.concat_tables(tables), path)
 
 
+def plain(data: datasets.Dataset, columns: Iterable[str]) -> datasets.Dataset:
+    """Some columns without their declaration, as they are stored: with it goes the decoding of pictures.
+
+    ``datasets`` copies declarations at every step, and the names of thousands of classes take longer than all else.
+    """
+    table = data.data.select(sorted(columns)).replace_schema_metadata(None)
+    return datasets.Dataset(table, indices_table=data._indices, fingerprint=uuid4().hex)
+
+
 def column_of(data: datasets.Dataset, path: str) -> pa.ChunkedArray:
     """The same of a data set that can be read at random."""
     top = path if path in data.column_names else path.partition(".")[0]
@@ -63,8 +74,8 @@ def values_at(table: pa.Table, path: str) -> pa.ChunkedArray:
     return pc.struct_field(table.column(name), key)
 
 
-def load_folder(located: Located, split: str, labels_needed: bool) -> datasets.Dataset:
-    """Paths and classes of a folder of pictures: a class for each subfolder, in natural order.
+def load_folder(located: Located, split: str, labels_needed: bool) -> tuple[datasets.Dataset, Mapping[str, Any]]:
+    """Paths and classes of a folder of pictures, a class for each subfolder in natural order; and what columns are.
 
     ``datasets`` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
     silence where folders differ in depth, and copies the list of files into its cache.
@@ -74,7 +85,8 @@ def load_folder(located: Located, split: str, labels_needed: bool) -> datasets.D
     """
     [folder] = located.splits[split]
     if not labels_needed:
-        return table_of_paths(natural_order(images_below(folder)))
+        data = _table_of_paths(natural_order(images_below(folder)))
+        return data, data.features
     loose = next((entry.path for entry in os.scandir(folder) if entry.is_file() and is_image(entry.name)), None)
     try:
         classes = class_folders(folder)
@@ -84,22 +96,17 @@ def load_folder(located: Located, split: str, labels_needed: bool) -> datasets.D
         where = "beside its class folders" if classes else "but no class folders"
         note = f" ({located.note})" if located.note else ""
         raise SourceError(f"{folder!r} holds pictures such as {loose!r} {where}; allowed: FOLDER/CLASS/PICTURE{note}")
-    labels = [label for label, paths in enumerate(classes.values()) for _ in paths]
-    return table_of_paths([path for paths in classes.values() for path in paths], labels, list(classes))
+    labels = pa.array([label for label, paths in enumerate(classes.values()) for _ in paths], pa.int64())
+    data = _table_of_paths(list(chain.from_iterable(classes.values())), label=labels)
+    return data, {**data.features, "label": datasets.ClassLabel(names=list(classes))}
 
 
-def table_of_paths(
-    paths: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()
-) -> datasets.Dataset:
+def _table_of_paths(paths: Sequence[str], **columns: pa.Array) -> datasets.Dataset:
     """Picture files as a data set that holds their paths only: as bytes, since not every name is text."""
-    columns = {"image": pa.array([{"path": os.fsencode(path)} for path in paths], pa.struct(IMAGE_FIELDS))}
-    features: dict[str, Any] = {"image": datasets.Features.from_arrow_schema(pa.schema(IMAGE_FIELDS))}
-    if labels is not None:
-        columns["label"] = pa.array(labels, pa.int64())
-        features["label"] = datasets.ClassLabel(names=list(classes))
-    return datasets.Dataset(
-        datasets.table.InMemoryTable(pa.table(columns)), datasets.DatasetInfo(features=datasets.Features(features))
-    )
+    files = [pa.nulls(len(paths), pa.binary()), pa.array(map(os.fsencode, paths), pa.binary())]
+    table = pa.table({"image": pa.StructArray.from_arrays(files, names=list(IMAGE_FIELDS)), **columns})
+    # A fingerprint of one's own: to find one, datasets would pickle the table.
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)
 
 
 def load_from_hub(name: str, streaming: bool) -> dict[str, Data]:

@@ -15,6 +15,7 @@ from itertools import islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import datasets
 import pyarrow as pa
@@ -59,8 +60,9 @@ def open_index(files: Sequence[str], where: str, config: DataConfig, labels_need
     try:
         index = datasets.Dataset.from_file(str(_index_file(list(map(os.path.abspath, files)), config, labels_needed)))
         if len(index) and column_of(index, "image.size").null_count == len(index):
-            wanted = f"with the ending {config.image_column!r}" if config.image_column else "of a picture"
-            raise SourceError(f"no sample of {where} has a file {wanted}; {_first_sample(files)}")
+            wanted = f"a file with the ending {config.image_column!r}" if config.image_column else "an image file"
+            raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
+        _refuse_splits(index, where)
         return _with_classes(index, files, where, config) if labels_needed else index.remove_columns("label")
     except ValueError as error:
         raise SourceError(str(error)) from error
@@ -140,8 +142,8 @@ def image_of(sample: Sample, file: str, column: str | None) -> str | None:
         names = [printable(f"{sample.key}.{ending}") for ending in found]
         raise ValueError(
             f"{file}: {listed(names)} have one key, {printable(sample.key)!r}, as it ends at the first dot of a name; "
-            "allowed: one picture for each key. Rename the files so that they have one dot each, or say which of the "
-            f"endings is meant, as in data.image_column={found[0]}"
+            "allowed: one image for each key. Rename the files so that they have one dot each"
+            + ("" if "." in found[0] else f", or say which ending is meant, as in data.image_column={found[0]}")
         )
     return found[0] if found else None
 
@@ -194,20 +196,16 @@ def _first_sample(files: Sequence[str]) -> str:
 def _with_classes(index: datasets.Dataset, files: Sequence[str], where: str, config: DataConfig) -> datasets.Dataset:
     """The index with labels as integers or as names."""
     texts = column_of(index, "label").combine_chunks()
-    missing = texts.null_count
-    if len(index) and missing == len(index) and config.label_column is None:
-        keys = [os.fsdecode(key) for key in column_of(index, "key").to_pylist()]
-        labels = pa.array(_folders(keys, files, where), pa.string())
-    elif missing:
-        first = texts.is_null().index(True).as_py()
-        name = printable(index[first]["key"])
+    if len(index) and texts.null_count == len(index) and config.label_column is None:
+        labels = pa.array(_classes_by_folder(index, files, where), pa.string())
+    elif texts.null_count:
+        first = index[texts.is_null().index(True).as_py()]
         wanted = f"data.label_column={config.label_column}" if config.label_column else '.cls, or "label" in .json'
-        neighbours = column_of(index, "image.size").null_count and (
-            "; files with one key must stand side by side, as `tar --sort=name` leaves them"
-        )
+        apart = "; files with one key must stand side by side, as `tar --sort=name` leaves them"
         raise SourceError(
-            f"{missing} of the {len(index)} samples of {where} have no label ({wanted}), the first one {name!r}"
-            f"{neighbours or ''}; {_first_sample(files)}"
+            f"{texts.null_count} of the {len(index)} samples of {where} have no label ({wanted}), the first one is "
+            f"{printable(first['key'])!r}{apart if column_of(index, 'image.size').null_count else ''}; "
+            f"{_first_sample(files)}"
         )
     else:
         coded = texts.dictionary_encode()
@@ -215,32 +213,47 @@ def _with_classes(index: datasets.Dataset, files: Sequence[str], where: str, con
         numbers = all(isinstance(value, int) and abs(value) < 2**63 for value in values)
         named = pa.array(values if numbers else list(map(str, values)), pa.int64() if numbers else pa.string())
         labels = pc.take(named, coded.indices)
-    # A fingerprint of one's own: to find one, datasets would pickle the column.
-    fingerprint = hashlib.sha256(f"{index._fingerprint} {labels.type}".encode()).hexdigest()[:16]
-    kind = datasets.Value(str(labels.type))
-    return index.remove_columns("label").add_column("label", labels, new_fingerprint=fingerprint, feature=kind)
+    return index.remove_columns("label").add_column(
+        "label", labels, new_fingerprint=uuid4().hex, feature=datasets.Value(str(labels.type))
+    )
 
 
-def _folders(keys: Sequence[str], files: Sequence[str], where: str) -> list[str]:
-    """The class of each key: the first folder of its path that is not the same for all."""
-    folders = [key.split("/")[:-1] for key in keys]
+def _classes_by_folder(index: datasets.Dataset, files: Sequence[str], where: str) -> list[str]:
+    """The class of each sample: the first folder of its path that is not the same for all."""
+    folders = _folders(index)
     if not all(folders):
         raise SourceError(
             f'the samples of {where} have neither a .cls nor a "label" in a .json, and do not lie in class folders; '
             f"{_first_sample(files)}. Say where the label is with data.label_column, as in json.species"
         )
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))
-    depth = min(len(list(shared)), min(map(len, folders)) - 1)
-    names = {folder[depth] for folder in folders}
-    if len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names) and max(map(len, folders)) > depth + 1:
-        raise SourceError(
-            f"the tars of {where} hold the folders {listed(sorted(names))}, which are splits; allowed: tars of one "
-            "split each, or name the folder that they are unpacked to"
-        )
-    for name in names:
+    depth = min(_shared(folders), min(map(len, folders)) - 1)
+    for name in {folder[depth] for folder in folders}:
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {printable(name)!r} in {where} is not UTF-8; rename it")
     return [class_name(folder[depth]) for folder in folders]
+
+
+def _refuse_splits(index: datasets.Dataset, where: str) -> None:
+    """Refuse tars that hold several splits in folders of their own, which would be mixed."""
+    folders = sorted(set(map(tuple, _folders(index))))
+    depth = _shared(folders) if folders else 0
+    names = sorted({folder[depth] for folder in folders if len(folder) > depth})
+    deeper = any(len(folder) > depth + 1 for folder in folders)
+    if deeper and len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names):
+        raise SourceError(
+            f"the tars of {where} hold the folders {listed(names)}, which are splits; allowed: tars of one split "
+            "each, or name the folder that they are unpacked to"
+        )
+
+
+def _folders(index: datasets.Dataset) -> list[list[str]]:
+    """Names of the folders that each sample lies in."""
+    return [os.fsdecode(key).split("/")[:-1] for key in column_of(index, "key").to_pylist()]
+
+
+def _shared(folders: Sequence[Sequence[str]]) -> int:
+    """How many folders, from the top on, are the same for all."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))))
 
 
 def shard_sizes(index: datasets.Dataset, files: Sequence[str]) -> list[int]:

@@ -36,7 +36,7 @@ from arm_zoo.images.tars import Member
 
 from .config import DataConfig
 from .labels import Columns, Labels, feature_at, find_columns, listed, match_labels, read_labels
-from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, read_column, values_at
+from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, plain, read_column, values_at
 from .locate import Kind, Located, SourceError, locate
 from .shards import ShardRows, open_index, shard_sizes
 
@@ -93,9 +93,9 @@ class Reading:
     max_pixels: int = MAX_PIXELS
 
     def encoded(self, picture: Any, raw: Any, name: str) -> Encoded:
-        """One row, not decoded: ``picture`` is its bytes or a mapping that holds them or tells where they are."""
+        """One row, not decoded: ``picture`` is its bytes, its path, or a mapping that holds one of them."""
         if not isinstance(picture, Mapping):
-            picture = {"bytes": picture}
+            picture = {"bytes": None, "path": picture} if isinstance(picture, str) else {"bytes": picture}
         data, path = picture["bytes"], picture.get("path")
         if picture.get("offset") is not None and data is None:
             data = Member(Path(os.fsdecode(path)), picture["offset"], picture["size"])
@@ -226,6 +226,12 @@ def _value(example: Mapping[str, Any], column: str) -> Any:
     return example[name][key]
 
 
+def tell(text: str) -> None:
+    """Log what was taken for granted, once and not in each of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(text)
+
+
 Split: TypeAlias = PictureTable | PictureStream
 
 
@@ -281,18 +287,17 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
     if empty := labels.without_pictures(labels.names):
         if train.kind == "pictures":
             raise SourceError(f"class folders of {train.name} hold no picture: {listed(empty)}; fill or remove them")
-        log.warning("%s has no pictures of %d classes: %s", train.name, len(empty), listed(empty))
+        tell(f"{train.name} has no pictures for {len(empty)} of its {len(labels.names)} classes: {listed(empty)}")
     if test is None:
         raise SourceError(
             f"{config.source!r} has no validation or test pictures; name some with data.validation=SOURCE"
         )
     matched = match_labels(labels, test.labels(), test.name)
-    if matched.without_test:
-        scored = len(matched.names) - len(matched.without_test)
-        log.warning(
-            "%s has no pictures of %d classes, so %d of %d are scored: none of %s",
-            test.name, len(matched.without_test), scored, len(matched.names), listed(matched.without_test),
-        )  # fmt: skip
+    if missing := matched.without_test:
+        tell(
+            f"{test.name} has no pictures for {len(missing)} of the {len(matched.names)} classes, which are not "
+            f"scored: {listed(missing)}"
+        )
     source = Source(train.read(matched.train), test.read(matched.test), matched.names)
     if isinstance(source.test, PictureStream) and test.values is None:
         next(source.test.encoded(), None)  # hidden labels are met now, not after the first epoch
@@ -307,7 +312,8 @@ class OpenedSplit:
         name: For messages.
         kind: Of its source.
         config: Of the data.
-        data: Rows, or a stream of them; of tars the index.
+        data: Rows, not declared, or a stream of them; of tars the index.
+        features: What the columns are declared to be.
         columns: Of picture, class and name.
         size: As in ``PictureStream``.
         shard_sizes: As in ``PictureStream``.
@@ -319,6 +325,7 @@ class OpenedSplit:
     kind: Kind
     config: DataConfig
     data: Data
+    features: Mapping[str, Any]
     columns: Columns
     size: int | None
     shard_sizes: list[int] | None
@@ -328,20 +335,18 @@ class OpenedSplit:
     def labels(self) -> Labels:
         """The classes that the label column holds."""
         column = str(self.columns.label)
-        return read_labels(feature_at(self.data.features, column), self.values, column, self.config, self.name)
+        return read_labels(feature_at(self.features, column), self.values, column, self.config, self.name)
 
     def read(self, classes: Mapping[Any, int] | None) -> Split:
         """The pictures, with the class index of what stands in the label column."""
         reading = Reading(self.name, self.columns, classes, "RGB", self.config.max_pixels)
-        data = self.data
-        if not isinstance(data.features[self.columns.image], Mapping):
-            data = data.cast_column(self.columns.image, datasets.Image(decode=False))
         rows: Rows | None = self.in_sequence
-        if isinstance(data, datasets.IterableDataset):
+        if isinstance(self.data, datasets.IterableDataset):
+            data = self.data.cast_column(self.columns.image, datasets.Image(decode=False))
             rows = DatasetRows(data, self.columns, self.name)
-        return (
-            PictureTable(data, reading) if rows is None else PictureStream(rows, reading, self.size, self.shard_sizes)
-        )
+        if rows is None:
+            return PictureTable(self.data, reading)
+        return PictureStream(rows, reading, self.size, self.shard_sizes)
 
 
 def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, OpenedSplit | None]:
@@ -354,7 +359,7 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
         raise SourceError(f"{config.source!r} has the splits {', '.join(splits)}, but no training split{note}")
     train = _opened(source, chosen, splits[chosen], config, labels_needed)
     if source.note:
-        log.warning("%s", source.note)
+        tell(source.note)
     if config.validation is not None:
         source = locate(config.validation, one_split=True)
         if source.kind == "pictures":
@@ -376,11 +381,14 @@ def _opened(source: Located, split: str, found: Any, config: DataConfig, labels_
     name = f"{source.name} [{split}]"
     if source.kind == "tars":
         data = open_index(found, name, config, labels_needed)
+        features = data.features
         columns = Columns("image", "label" if labels_needed else None, "key")
     else:
-        data = _loaded(source, split, found, config, labels_needed)
-        columns = find_columns(data, config, name, labels_needed)
+        data, features = _loaded(source, split, found, config, labels_needed)
+        columns = find_columns(features, config, name, labels_needed)
     size, sizes = _sizes(source, found, data)
+    if isinstance(data, datasets.Dataset):
+        data = plain(data, {path if path in features else path.partition(".")[0] for path in columns if path})
     if split == "train" and config.train_size not in (None, size):
         if size is not None:
             raise SourceError(f"{name} has {size} pictures, but data.train_size is {config.train_size}; leave it out")
@@ -395,18 +403,19 @@ def _opened(source: Located, split: str, found: Any, config: DataConfig, labels_
     in_sequence = None
     if source.kind == "tars" and config.streaming:
         in_sequence = ShardRows(found, sizes or [], values, config.image_column)
-    return OpenedSplit(name, source.kind, config, data, columns, size, sizes, values, in_sequence)
+    return OpenedSplit(name, source.kind, config, data, features, columns, size, sizes, values, in_sequence)
 
 
-def _loaded(source: Located, split: str, found: Any, config: DataConfig, labels_needed: bool) -> Data:
-    """A split of anything but tars."""
-    if source.kind == "hub":
-        return found  # type: ignore[no-any-return]
-    if source.kind == "parquet":
-        return load_parquet(source, split, config.streaming)
-    if config.streaming:
-        raise SourceError(f"{source.name!r} is a folder of pictures, which needs no data.streaming; leave it out")
-    return load_folder(source, split, labels_needed)
+def _loaded(
+    source: Located, split: str, found: Any, config: DataConfig, labels_needed: bool
+) -> tuple[Data, Mapping[str, Any]]:
+    """A split of anything but tars, and what its columns are declared to be."""
+    if source.kind == "pictures":
+        if config.streaming:
+            raise SourceError(f"{source.name!r} is a folder of pictures, which needs no data.streaming; leave it out")
+        return load_folder(source, split, labels_needed)
+    data = found if source.kind == "hub" else load_parquet(source, split, config.streaming)
+    return data, data.features
 
 
 def _sizes(source: Located, found: Any, data: Data) -> tuple[int | None, list[int] | None]:

@@ -124,7 +124,7 @@ def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> 
     try:
         with tarfile.open(path) as archive:
             for info in archive:
-                archive.members = []  # else all headers stay in memory
+                archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
                 folder, name = posixpath.split(posixpath.normpath(info.name))
                 stem, _, ending = name.partition(".")
                 if not (info.isfile() and stem and ending):
