@@ -99,6 +99,7 @@ class DataConfig:
     workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
     # Share of damaged images that is put up with, of each split; null: 0.001, but at least 3 images.
     max_undecodable: float | None = limited(None, SHARE_OR_NULL)
+    max_pixels: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # larger images count as damaged; null: 89,478,485
     random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
     flip: float = limited(0.0, PROBABILITY)  # left to right
     randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words
@@ -223,7 +224,7 @@ class TrainConfig(Config):
             if not isinstance(name, str) or name in ("", "digits"):
                 continue
             try:
-                located = locate(name)
+                located = locate(name, one_split=self.data.validation is not None)
                 if key == "source":
                     own = bool({"val", "test"} & located.splits.keys())
                     fraction = validation_fraction(self.data.validation, own, self.labels_needed)

@@ -1,28 +1,19 @@
-"""From what ``data.source`` says to data sets of the library ``datasets``, one for each split."""
+"""From what ``data.source`` says to the files of each split. Nothing is read, and nothing heavy is imported."""
 
 import glob
 import os
 import re
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal
 
-from .listing import natural_key
+from .braces import expand_braces
+from .listing import images_below, is_image, natural_order, subfolders
 
-if TYPE_CHECKING:  # it takes seconds to import, and what is wrong with files and folders can be told without it
-    import datasets
-
-Data: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 Kind = Literal["pictures", "parquet", "tars", "hub"]
 WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": (".tar", ".tar.gz", ".tgz")}
-COUNTING_THREADS = 16
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ALLOWED = (
     "a folder of pictures in class subfolders (perhaps below train/ and val/), parquet files or WebDataset tars "
@@ -42,15 +33,21 @@ class Located:
         name: The source as it was written.
         kind: How it is read.
         splits: ``train``, ``val`` and ``test``, those that there are -> files, or one folder of pictures.
+        note: What was taken for splits or classes, where it could be meant otherwise; else "".
     """
 
     name: str
     kind: Kind
     splits: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
 
 
-def locate(name: str) -> Located:
+def locate(name: str, one_split: bool = False) -> Located:
     """Find out what a source is, without reading pictures.
+
+    Args:
+        name: As ``data.source`` or ``data.validation`` says.
+        one_split: Another source is named for the other split, so that subfolders called like splits may be classes.
 
     Raises:
         SourceError: If it is not there, empty, or could be read in two ways.
@@ -62,7 +59,7 @@ def locate(name: str) -> Located:
             raise SourceError(f"{name!r} is no data set on the Hub; allowed: hf://owner/name")
         return Located(hub_id, "hub")
     if os.path.isdir(name):
-        return locate_folder(name)
+        return locate_folder(name, one_split)
     if os.path.isfile(name):
         return located_files(name, [name])
     if any(sign in name for sign in "*?[{"):
@@ -76,23 +73,7 @@ def locate(name: str) -> Located:
     raise SourceError(f"there is no {name!r}; allowed: {ALLOWED}")
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """``a{0..2}{x,y}`` as a shell expands it; numbers keep their leading zeros."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = []
-    for position, part in enumerate(parts):
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if position % 2 == 0:
-            choices.append([part])
-        elif span:
-            first, last = int(span[1]), int(span[2])
-            choices.append([f"{number:0{len(span[1])}}" for number in range(first, last + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(chosen) for chosen in product(*choices)]
-
-
-def locate_folder(folder: str) -> Located:
+def locate_folder(folder: str, one_split: bool) -> Located:
     """A folder holds pictures, or parquet files, or tars; two kinds at once are refused."""
     found: dict[Kind, list[str]] = {}
     inside = list(files_near(folder))
@@ -107,7 +88,7 @@ def locate_folder(folder: str) -> Located:
         problem = "holds no pictures, parquet files or tars" if any(os.scandir(folder)) else "is empty"
         raise SourceError(f"{folder!r} {problem}; allowed: {ALLOWED}")
     [(kind, files)] = found.items()
-    return picture_splits(folder) if kind == "pictures" else located_files(folder, files)
+    return picture_splits(folder, one_split) if kind == "pictures" else located_files(folder, files)
 
 
 def files_near(folder: str) -> Iterator[str]:
@@ -115,7 +96,7 @@ def files_near(folder: str) -> Iterator[str]:
     yield from (entry.path for entry in os.scandir(folder) if entry.is_file())
     for below in subfolders(folder):
         for entry in os.scandir(below):
-            if entry.name.lower().endswith(PICTURES):
+            if is_image(entry.name):
                 break
             if entry.is_file():
                 yield entry.path
@@ -134,7 +115,7 @@ def located_files(name: str, files: list[str]) -> Located:
     splits: dict[str, list[str]] = {}
     unnamed: list[str] = []
     root = name if os.path.isdir(name) else os.path.commonpath(map(os.path.dirname, files))
-    for file in sorted(set(files), key=natural_key):
+    for file in natural_order(set(files)):
         split = split_of(os.path.relpath(file, root))
         (unnamed if split is None else splits.setdefault(split, [])).append(file)
     if unnamed and splits:
@@ -152,171 +133,40 @@ def split_of(path: str) -> str | None:
     return words[-1] if words else None
 
 
-def picture_splits(folder: str) -> Located:
-    """``train/``, ``val/`` and ``test/``, or the folder as one split if no subfolder has such a name."""
-    inside = [path.name for path in subfolders(folder) if holds_pictures(str(path))]
-    splits = {
-        SPLIT_OF_WORD[name.lower()]: [os.path.join(folder, name)] for name in inside if name.lower() in SPLIT_OF_WORD
-    }
-    others = [name for name in inside if name.lower() not in SPLIT_OF_WORD]
-    if "train" in splits and not others:
-        return Located(folder, "pictures", splits)
-    if splits and others:
-        raise SourceError(
-            f"{folder!r} holds {', '.join(sorted(set(inside) - set(others)))} beside {', '.join(others[:3])}: splits "
-            f"or classes? Name a split's own folder, as in '{folder}/train', with data.validation for the other"
+def picture_splits(folder: str, one_split: bool) -> Located:
+    """``train/``, ``val/`` and ``test/``, or the folder as one split, whose subfolders are then its classes.
+
+    A subfolder called like a split may be a class. Where another source is named for the other split, it is one if
+    there are other classes beside it, or if the pictures lie in it itself and not in class folders below it.
+    """
+    inside = [os.path.basename(path) for path in subfolders(folder) if holds_pictures(path)]
+    like_splits = [name for name in inside if name.lower() in SPLIT_OF_WORD]
+    if not like_splits:
+        return Located(folder, "pictures", {"train": [folder]})
+    others = [name for name in inside if name not in like_splits]
+    flat = all(holds_pictures_itself(os.path.join(folder, name)) for name in like_splits)
+    if one_split and (others or flat):
+        note = (
+            f"data.validation is set, so {folder!r} is one split, and its folders {', '.join(like_splits)} are classes"
         )
-    return Located(folder, "pictures", splits or {"train": [folder]})
-
-
-def subfolders(folder: str | Path) -> list[Path]:
-    """Visible folders inside, in natural order: 2 before 10."""
-    inside = [path for path in Path(folder).iterdir() if not path.name.startswith(".") and path.is_dir()]
-    return sorted(inside, key=lambda path: natural_key(path.name))
-
-
-def pictures_below(folder: str | Path) -> Iterator[str]:
-    """Every picture file in a folder and below it, in no order."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(PICTURES) and not name.startswith("."):
-                yield os.path.join(place, name)
+        return Located(folder, "pictures", {"train": [folder]}, note)
+    splits = {SPLIT_OF_WORD[name.lower()]: [os.path.join(folder, name)] for name in like_splits}
+    way_out = f"if these are classes, set data.validation, and all of {folder!r} is one split"
+    if others or len(splits) < len(like_splits):
+        beside = f" beside {', '.join(others[:3])}" if others else ""
+        raise SourceError(
+            f"{folder!r} holds {', '.join(like_splits)}{beside}: splits or classes? If these are "
+            f"splits, name the training split's own folder, with data.validation for the other; {way_out}"
+        )
+    taken = ", ".join(f"{os.path.basename(path)} is the {split} split" for split, [path] in splits.items())
+    return Located(folder, "pictures", splits, f"{folder!r}: {taken}; {way_out}" if flat else "")
 
 
 def holds_pictures(folder: str) -> bool:
-    """Whether there is one picture file at least."""
-    return next(pictures_below(folder), None) is not None
+    """Whether there is one picture file at least, here or below."""
+    return next(images_below(folder), None) is not None
 
 
-def load_splits(located: Located, streaming: bool, labels_needed: bool) -> dict[str, Data]:
-    """Open the splits of a source.
-
-    Args:
-        located: What ``locate`` found.
-        streaming: Read in sequence instead of unpacking first; not for folders, whose files can be read at random.
-        labels_needed: Whether pictures of a folder must lie in class subfolders.
-    """
-    if located.kind == "hub":
-        return load_from_hub(located.name, streaming)
-    if located.kind == "pictures":
-        if streaming:
-            raise SourceError(f"{located.name!r} is a folder of pictures, which needs no data.streaming; leave it out")
-        return {split: picture_folder(folder, labels_needed) for split, [folder] in located.splits.items()}
-    import datasets
-
-    builder = "parquet" if located.kind == "parquet" else "webdataset"
-    loaded = {}
-    for split, files in located.splits.items():
-        try:
-            loaded[split] = datasets.load_dataset(
-                builder, data_files={split: list(map(glob.escape, files))}, split=split, streaming=streaming
-            )
-        except Exception as error:  # whatever a reader makes of a damaged file
-            raise SourceError(f"cannot read {located.name!r} as {located.kind}: {error_text(error)}") from error
-    return loaded
-
-
-def error_text(error: BaseException) -> str:
-    """What went wrong in the first place: ``datasets`` wraps it in general words."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
-
-
-def picture_folder(folder: str, labels_needed: bool) -> "datasets.Dataset":
-    """Paths and classes of a folder of pictures: a class for each subfolder, in natural order.
-
-    ``datasets`` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
-    silence where folders differ in depth, and copies the list of files into its cache.
-    """
-    if not labels_needed:
-        return table_of_paths(sorted(pictures_below(folder), key=natural_key))
-    classes = [path.name for path in subfolders(folder)]
-    loose = [entry.path for entry in os.scandir(folder) if entry.is_file() and entry.name.lower().endswith(PICTURES)]
-    if loose:
-        where = "beside its class folders" if classes else "but no class folders"
-        raise SourceError(f"{folder!r} holds pictures such as {loose[0]!r} {where}; allowed: FOLDER/CLASS/PICTURE")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        inside = sorted(pictures_below(os.path.join(folder, name)), key=natural_key)
-        if not inside:
-            raise SourceError(f"the class folder {os.path.join(folder, name)!r} holds no picture; fill or remove it")
-        paths += inside
-        labels += [label] * len(inside)
-    return table_of_paths(paths, labels, classes)
-
-
-def table_of_paths(
-    paths: list[str], labels: list[int] | None = None, classes: Iterable[str] = ()
-) -> "datasets.Dataset":
-    """Picture files as a data set that holds their paths only."""
-    import datasets
-
-    columns: dict[str, list[str] | list[int]] = {"image": paths}
-    features = {"image": datasets.Value("string")}
-    if labels is not None:
-        columns["label"] = labels
-        features["label"] = datasets.ClassLabel(names=list(classes))
-    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return table.cast_column("image", datasets.Image(decode=False))
-
-
-def load_from_hub(name: str, streaming: bool) -> dict[str, Data]:
-    """All splits of a data set on the Hub, or of its copy in the cache."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, streaming=streaming)
-    except Exception as error:  # network, permissions, names, several configurations: the Hub's words say which
-        raise SourceError(hub_problem(name, error)) from error
-    splits: dict[str, Data] = {}
-    for split, data in loaded.items():
-        word = split_of(str(split))
-        if word is not None:
-            splits.setdefault(word, data)
-    if not splits:
-        raise SourceError(
-            f"hf://{name} has the splits {', '.join(map(str, loaded))}; none is called train, val or test"
-        )
-    return splits
-
-
-def hub_problem(name: str, error: Exception) -> str:
-    """Why a data set did not come from the Hub, and what to do."""
-    import datasets
-
-    if datasets.config.HF_HUB_OFFLINE:
-        return (
-            f"there is no file or folder {name!r} here, and the Hub is switched off (HF_HUB_OFFLINE=1) while "
-            f"hf://{name} is not in the cache; unset HF_HUB_OFFLINE, load it once where there is a network, "
-            "or name files that are here"
-        )
-    return (
-        f"there is no file or folder {name!r} here, and hf://{name} did not come from the Hub: "
-        f"{type(error).__name__}: {error}"
-    )
-
-
-def count_rows(files: Sequence[str]) -> list[int]:
-    """Rows of each parquet file, which its last bytes tell, or of each tar, whose headers are read for it."""
-    with ThreadPool(COUNTING_THREADS) as pool:  # it is waiting for the disk
-        return pool.map(_rows_of, files)
-
-
-def _rows_of(file: str) -> int:
-    if file.lower().endswith(FILES["parquet"]):
-        import pyarrow.parquet as pq
-
-        return pq.read_metadata(file).num_rows
-    rows, last = 0, None
-    with tarfile.open(file) as tar:
-        for member in tar:
-            # Rows are made of neighbours with one name up to the first dot, as in datasets' reader.
-            stem = re.match(r"((?:.*/)?[^./]+)\.[^/]*$", member.name)
-            tar.members = []  # else all headers stay in memory
-            if member.isreg() and stem and not os.path.basename(member.name).startswith("__"):
-                rows += stem[1] != last
-                last = stem[1]
-    return rows
+def holds_pictures_itself(folder: str) -> bool:
+    """Whether there is a picture file outside its subfolders."""
+    return any(entry.is_file() and is_image(entry.name) for entry in os.scandir(folder))

@@ -12,11 +12,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from arm_zoo.images.listing import is_image
+from arm_zoo.images.listing import is_image, printable
 
-__all__ = ["FromTar", "Member", "read_members", "read_shards", "sidecar"]
+__all__ = ["FromTar", "Member", "Sample", "is_compressed", "read_members", "read_samples", "read_shards", "sidecar"]
+
+_UNREADABLE = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ def read_members(path: Path) -> dict[str, Member]:
     """
     try:
         return dict(_members(path))
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"cannot read the tar {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+    except _UNREADABLE as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"cannot read the tar {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def _members(path: Path) -> Iterator[tuple[str, Member]]:
@@ -65,11 +69,8 @@ def _members(path: Path) -> Iterator[tuple[str, Member]]:
 
 def _uncompressed(path: Path) -> Path:
     """The tar itself, or its contents in a temporary file: a compressed one cannot be read at random places."""
-    try:
-        with tarfile.open(path, "r:"):
-            return path
-    except tarfile.ReadError:
-        pass
+    if not is_compressed(path):
+        return path
     handle, name = tempfile.mkstemp(suffix=".tar")
     atexit.register(Path(name).unlink, missing_ok=True)
     with os.fdopen(handle, "wb") as out, tarfile.open(path, "r:*") as archive:
@@ -77,6 +78,71 @@ def _uncompressed(path: Path) -> Path:
         stream.seek(0)
         shutil.copyfileobj(stream, out)
     return Path(name)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a tar has to be read from its start.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+    try:
+        tarfile.open(path, "r:").close()
+    except tarfile.ReadError:
+        return True
+    return False
+
+
+class Sample(NamedTuple):
+    """Neighbouring files of a WebDataset shard whose names are one up to the first dot.
+
+    Args:
+        key: folder and name up to that dot.
+        files: what stands after the dot, in small letters -> where the file lies in the tar, uncompressed.
+        contents: the bytes of those files that were asked for.
+    """
+
+    key: str
+    files: dict[str, Member]
+    contents: dict[str, bytes]
+
+
+def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> Iterator[Sample]:
+    """The samples of a WebDataset shard from number `first` on, in stored order; compressed ones, too.
+
+    Folders, hidden files and names without a dot belong to no sample.
+
+    Args:
+        path: the tar.
+        is_read: called with a file's ending, as in `Sample.files`; whether its bytes are wanted.
+        first: samples before it are passed over without being read.
+
+    Raises:
+        ValueError: if the tar is damaged, or holds a file twice in one sample.
+    """
+    number, sample = -1, None
+    try:
+        with tarfile.open(path) as archive:
+            for info in archive:
+                archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
+                folder, name = posixpath.split(posixpath.normpath(info.name))
+                stem, _, ending = name.partition(".")
+                if not (info.isfile() and stem and ending):
+                    continue
+                key, ending = posixpath.join(folder, stem), ending.lower()
+                if sample is None or sample.key != key:
+                    if sample is not None and number >= first:
+                        yield sample
+                    number, sample = number + 1, Sample(key, {}, {})
+                if ending in sample.files:
+                    raise ValueError(f"{path} holds {printable(f'{key}.{ending}')} twice")
+                sample.files[ending] = Member(path, info.offset_data, info.size)
+                if number >= first and is_read(ending):
+                    sample.contents[ending] = archive.extractfile(info).read()  # type: ignore[union-attr]
+    except _UNREADABLE as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if sample is not None and number >= first:
+        yield sample
 
 
 def sidecar(file: str, members: Mapping[str, Member]) -> str | None:
