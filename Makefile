@@ -1,24 +1,34 @@
 # Everything is set up in .venv; the machine needs only make and Python with its venv module.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+PYTEST := pytest --numprocesses 2 --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help test quickstart clean
+.PHONY: help test test-all test-oldest quickstart clean
 .NOTPARALLEL:  # the targets share one .venv
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-test: .venv/dev.stamp  ## lint, types and tests
+test: .venv/dev.stamp  ## lint, types and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/mypy arm_zoo
-	$(BIN)/pytest --numprocesses 2 --timeout 300
+	$(BIN)/$(PYTEST) -m "not slow"
+
+test-all: .venv/clients.stamp  ## all tests, also the slow ones and those of other packages over our models
+	$(BIN)/$(PYTEST)
+
+test-oldest: | $(OLDEST)/pip  ## the tests of `make test` with the oldest version of every requirement
+	$(PYTHON) tests/floors.py > .venv-oldest/floors.txt
+	$(OLDEST)/python -m pip install --editable '.[dev]' --constraint .venv-oldest/floors.txt
+	$(OLDEST)/$(PYTEST) -m "not slow"
 
 quickstart: .venv/train.stamp  ## pretrain, finetune and score a small ARM on real pictures, in minutes on a CPU
 	$(BIN)/python -m recipes.quickstart
 
-clean:  ## remove the environment, caches and what the quickstart wrote
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info quickstart
+clean:  ## remove the environments, caches and what the quickstart wrote
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info quickstart
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra, so that unchanged requirements are not resolved again.
@@ -27,5 +37,5 @@ clean:  ## remove the environment, caches and what the quickstart wrote
 	@touch $@
 
 # pip is what venv installs last: without it the environment is unfinished and made anew.
-$(BIN)/pip:
-	$(PYTHON) -m venv --clear .venv
+%/bin/pip:
+	$(PYTHON) -m venv --clear $*

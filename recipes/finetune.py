@@ -34,8 +34,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.files import CONFIG, WEIGHTS, read_config
+from arm_zoo.files import described_by_folder, read_config, weights_in
 from arm_zoo.hosted import find_weights, ways_on
+from arm_zoo.loading import label_names
 from arm_zoo.weights import CheckpointError
 
 from .console import plain_console
@@ -195,11 +196,9 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
         if file is None:
             raise CheckpointError(ways_on(entry, told["architecture"]))
         return file, tuple(told.get("label_names") or ())
-    folder, file = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
-    if file.name != WEIGHTS or not (folder / CONFIG).is_file():
-        return file, ()
-    names = read_config(folder).get("label_names") or ()
-    return file, tuple(names.values() if isinstance(names, dict) else names)
+    file = weights_in(path) if path.is_dir() else path
+    saved = read_config(file.parent) if described_by_folder(file) else {}
+    return file, label_names(saved, saved.get("num_classes", 0)) or ()
 
 
 def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunction:
