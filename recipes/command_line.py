@@ -16,6 +16,7 @@ from .config import ConfigError, ConfigT, load_config, to_yaml
 from .errors import RunError
 from .locate import SourceError
 from .signals import StopRequest
+from .workers import end_workers
 
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
 
@@ -68,6 +69,7 @@ def run_from_command_line(
         sys.exit(130)
     finally:
         stop.ignore()
+        end_workers()
 
 
 def described(error: Exception) -> str:
