@@ -11,12 +11,12 @@ import multiprocessing
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor
@@ -108,6 +108,7 @@ class WorkerLoader(Generic[KeyT, BatchT]):
             worker_init_fn=leave_signals_to_parent,
         )
         self._workers: set[BaseProcess] = set()
+        finalize(self, end_workers, self._workers)
 
     def __iter__(self) -> Iterator[BatchT]:
         """One pass.
@@ -129,17 +130,15 @@ class WorkerLoader(Generic[KeyT, BatchT]):
             yield batch
 
     def _begin(self) -> Iterator[BatchT | Failure]:
-        """A pass of torch's loader, without its handler for dead workers, which raises at any place."""
-        before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        """A pass of torch's loader, whose workers start with the first one."""
+        before = set(multiprocessing.active_children())
+        waiting = stop_ends_waiting() if self._workers else nullcontext()  # their start must not be torn apart
         try:
-            with stop_ends_waiting() if self._workers else nullcontext():  # their start must not be torn apart
+            with no_child_handler(), waiting:
                 return iter(self._loader)
         finally:
-            new = set(multiprocessing.active_children()) - before
-            self._workers |= new
-            started.update(new)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, handler)
+            self._workers |= set(multiprocessing.active_children()) - before
+            started.update(self._workers)
 
     @contextmanager
     def _deaths_told(self) -> Iterator[None]:
@@ -173,11 +172,28 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 @atexit.register
-def end_workers() -> None:
-    """Kill all workers of a program that is at its end.
+def end_workers(workers: Collection[BaseProcess] = started) -> None:
+    """Kill workers whose loader is gone, or all of them at a program's end.
 
-    As they ignore SIGTERM, with which Python's multiprocessing ends what is left of them, it would wait without end.
+    As they ignore SIGTERM, with which torch and Python's multiprocessing end what is left, these would wait for them
+    in vain.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # another loader may have left torch's handler, which would raise
-    for worker in started:
-        worker.kill()
+    alive = set(workers).intersection(multiprocessing.active_children())  # in another process's copy there are none
+    with no_child_handler():
+        for worker in alive:
+            worker.kill()
+        for worker in alive:
+            worker.join(DYING)
+
+
+@contextmanager
+def no_child_handler() -> Iterator[None]:
+    """In the block no handler for dead processes is at work, and after it the one of before: torch's raises."""
+    if threading.current_thread() is not threading.main_thread():  # which alone has handlers
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)

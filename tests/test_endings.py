@@ -1,5 +1,6 @@
 """Every way out of a run: it ends within seconds, with one message and the right code, whatever its workers do."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -87,28 +89,40 @@ def test_full_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         next(loader_that(lambda: None))
 
 
+def worker_of(batches: Iterator[Numbers], before: set[BaseProcess]) -> BaseProcess:
+    next(batches)
+    [worker] = set(started) - before
+    return worker
+
+
 def test_a_dead_worker_is_found_where_the_run_waits() -> None:
     """Not by a signal handler at any place, in the middle of a step or of a checkpoint's writing."""
     handler = signal.getsignal(signal.SIGCHLD)
-    batches = loader_that(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    next(batches)
+    batches = loader_that(lambda: time.sleep(600))
+    worker = worker_of(batches, set(started))
     assert signal.getsignal(signal.SIGCHLD) == handler
+    worker.kill()
     with pytest.raises(RunError, match=f"{KILLED}: try a smaller data.workers"):
         next(batches)
 
 
-def test_workers_that_do_not_answer_are_killed_at_the_end() -> None:
-    before = set(started)
+@pytest.mark.parametrize("end", ["of the program", "of the loader", "of the loader in a cycle"])
+def test_workers_that_do_not_answer_are_killed_at_the_end(end: str) -> None:
     batches = loader_that(lambda: time.sleep(600))
-    next(batches)
-    [worker] = set(started) - before
-    assert worker.is_alive()
+    worker = worker_of(batches, set(started))
     worker.terminate()  # as schedulers do, and Python at its end
     worker.join(0.5)
     assert worker.is_alive()
-    end_workers()
-    worker.join(SECONDS)
-    assert worker.exitcode == -signal.SIGKILL
+    began = time.monotonic()
+    if end == "of the program":
+        end_workers()
+    elif end == "of the loader in a cycle":  # as an error's traceback may leave it
+        cycle: list[object] = [batches]
+        cycle.append(cycle)
+        del cycle
+    del batches
+    gc.collect()
+    assert worker.exitcode == -signal.SIGKILL and time.monotonic() - began < 4  # without waiting for it
 
 
 def test_being_asked_to_stop_ends_waiting_and_nothing_else() -> None:
