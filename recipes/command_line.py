@@ -75,6 +75,7 @@ def carry_out(command: Command, run: Run) -> None:
     """
     from .mistakes import MISTAKES, described
     from .signals import StopRequest
+    from .workers import end_workers
 
     stop = StopRequest().listen()
     try:
@@ -90,6 +91,7 @@ def carry_out(command: Command, run: Run) -> None:
         sys.exit(130)
     finally:
         stop.ignore()
+        end_workers()
 
 
 def say(text: str) -> None:

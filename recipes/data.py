@@ -5,7 +5,6 @@ position (epoch, step) is all that a resumed run has to know about its data, for
 """
 
 import random
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from arm_zoo.images.decode import UndecodableImage
 
@@ -35,6 +33,7 @@ from .transforms import (
     warp,
 )
 from .undecodable import check_undecodable, name_once
+from .workers import WorkerLoader
 
 DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no pictures
 CPU = torch.device("cpu")
@@ -65,13 +64,13 @@ class Batch(NamedTuple):
         )
 
 
-class Pictures(Dataset[Batch]):
-    """One split as batches of pictures in 8 bits: ``dataset.__getitems__(keys)``."""
+class Pictures:
+    """One split as batches of pictures in 8 bits."""
 
     def __init__(self, split: Split, transform: Transform) -> None:
         self._split, self._transform = split, transform
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+    def batch(self, keys: Sequence[Key]) -> Batch:
         """Decode a batch; what cannot be decoded is left out."""
         pictures, classes, indices, undecodable = [], [], [], []
         for key, encoded in zip(keys, self._stored(keys), strict=True):
@@ -106,17 +105,14 @@ class VariedPictures(Pictures):
         self._erase_probability = config.erase
         self._erase = RandomErasing(probability=1, mode="pixel", device="cpu")
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+    def batch(self, keys: Sequence[Key]) -> Batch:
         """Decode and vary a batch."""
         pictures, classes, draws, erased = [], [], [], []
         undecodable: list[str] = []
         with global_generators_restored():
             stored = self._stored(keys)
             for position, key in enumerate(keys):
-                found = self._decoded(stored, position, key, undecodable)
-                if found is None:
-                    return Batch(torch.empty(0), torch.empty(0), torch.empty(0), undecodable)
-                image, label = found
+                image, label = self._decoded(stored, position, key, undecodable)
                 seed_global_generators(self._seed, key.epoch, VARIATION, key.index)
                 pictures.append(self._transform(image))
                 classes.append(label)
@@ -134,10 +130,11 @@ class VariedPictures(Pictures):
 
     def _decoded(
         self, stored: Sequence[Encoded], position: int, key: Key, undecodable: list[str]
-    ) -> tuple[Image.Image, int] | None:
+    ) -> tuple[Image.Image, int]:
         """The picture, or the next one that can be decoded: of the split, or of the batch if it is a stream.
 
-        None after too many; an error would leave a worker with its traceback as message.
+        Raises:
+            SourceError: After too many that cannot.
         """
         encoded = stored[position]
         length = len(self._split) if isinstance(self._split, PictureTable) else len(stored)
@@ -151,7 +148,7 @@ class VariedPictures(Pictures):
                 [encoded] = self._split.encoded([(key.index + ahead) % length])
             else:
                 encoded = stored[(position + ahead) % length]
-        return None
+        raise SourceError(f"no picture among many in a row can be decoded; the last one: {undecodable[-1]}")
 
 
 class TrainLoader:
@@ -181,8 +178,9 @@ class TrainLoader:
     ) -> None:
         self._order = training_order(source.train, config, plan, process, processes)
         self.steps_per_epoch = self._order.steps_per_epoch
-        pictures = VariedPictures(source, config.data, image_size, config.seed)
-        self._loader = batch_loader(pictures, self._order, config.data.workers, device)
+        self.class_names = source.class_names
+        self.pictures = VariedPictures(source, config.data, image_size, config.seed)
+        self._loader = WorkerLoader(self.pictures.batch, self._order, config.data.workers, device.type == "cuda")
         self._plan, self._config, self._device = plan, config, device
         self._normalise = Normalisation(source.mean, source.std, device)
         self._batches: Iterator[Batch] = iter(())
@@ -208,11 +206,6 @@ class TrainLoader:
             yield [batch.ready(self._device, self._normalise) for batch in batches]
 
     def _check(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            if len(batch.pictures) == 0:
-                raise SourceError(
-                    f"no picture among many in a row can be decoded; the last one: {batch.undecodable[-1]}"
-                )
         name_once((line for batch in batches for line in batch.undecodable), self.undecodable)
         self.check_undecodable()
 
@@ -244,7 +237,7 @@ class EvalLoader:
     What cannot be decoded is logged once; every pass counts it again in its batches.
     """
 
-    def __init__(self, loader: "DataLoader[Batch]", device: torch.device, normalise: Normalisation) -> None:
+    def __init__(self, loader: WorkerLoader[Key, Batch], device: torch.device, normalise: Normalisation) -> None:
         self._loader, self._device, self._normalise = loader, device, normalise
         self._named: set[str] = set()
 
@@ -277,31 +270,5 @@ def eval_loader(
     pictures = Pictures(split, scoring_transform(data_config))
     order = ScoringOrder(split, batch_size, process_index, num_processes)
     normalise = Normalisation(data_config["mean"], data_config["std"], device)
-    return EvalLoader(batch_loader(pictures, order, workers, device), device, normalise)
-
-
-def batch_loader(
-    pictures: Pictures, order: Sampler[list[Key]], workers: int, device: torch.device
-) -> "DataLoader[Batch]":
-    """torch's loader over whole batches; pinned where they go to a GPU."""
-    return DataLoader(
-        pictures,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=unchanged,
-        generator=torch.Generator(),  # its own: else every pass draws from the global one
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_parent,
-    )
-
-
-def unchanged(batch: Batch) -> Batch:
-    """The dataset makes whole batches itself."""
-    return batch
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """Schedulers and Ctrl-C signal every process; the training process decides when its workers end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    loader = WorkerLoader(pictures.batch, order, workers, device.type == "cuda")
+    return EvalLoader(loader, device, normalise)

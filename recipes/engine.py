@@ -29,8 +29,8 @@ from .parallel import (
     optimizer_state,
 )
 from .parsing import flatten
-from .resume import Start, has_the_same_pictures
-from .signals import Agreement, Stopped, StopRequest
+from .resume import Start, compare_classes, has_the_same_pictures
+from .signals import Agreement, Stopped, StopRequest, StopWaiting
 from .transforms import seed_of
 from .watch import Display, Utilisation
 
@@ -110,6 +110,7 @@ class Trainer:
 
     def _resume(self, start: Start) -> None:
         checkpoint, state = start
+        compare_classes(start, self.loader.class_names)
         if state["steps_per_epoch"] != self._steps:
             raise RunError(
                 f"{checkpoint} has {state['steps_per_epoch']} steps per epoch, this run {self._steps}: the training "
@@ -144,9 +145,12 @@ class Trainer:
         self._saved_at = time.monotonic()
         with self._display.progress:
             self._display.begin(self.steps_done)
-            while self.position.epoch < self.config.epochs:
-                self._train_epoch()
-                self._end_epoch()
+            try:
+                while self.position.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._end_epoch()
+            except StopWaiting:
+                self._checkpoint(SAVE_AND_STOP)
         self._finish_trackers()
         return self.position.history
 
@@ -268,7 +272,8 @@ class Trainer:
         if request == GO_ON:
             return
         self._mean_loss()  # raises before weights that are not finite are saved
-        self._save()
+        if self.steps_done > 0:
+            self._save()
         if request == SAVE_AND_STOP:
             self._display.console.print(
                 f"{self.stop.name or 'another process was asked to stop'}: stopped after step {self.steps_done}; "
@@ -292,7 +297,12 @@ class Trainer:
         if self.ema is not None:
             tensors["ema"] = model_state(self.ema.module)
         config = dataclasses.asdict(self.config)
-        state = {"config": config, "steps_per_epoch": self._steps, "position": dataclasses.asdict(now)}
+        state = {
+            "config": config,
+            "class_names": self.loader.class_names,
+            "steps_per_epoch": self._steps,
+            "position": dataclasses.asdict(now),
+        }
         with self.agreement.together():
             if self.accelerator.is_main_process:
                 if not all(tensor.isfinite().all() for tensor in tensors["model"].values()):

@@ -156,3 +156,41 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
         )
     if described:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
+
+
+def compare_classes(start: Start, names: Sequence[str]) -> None:
+    """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
+
+    Checkpoints of before names were kept are not compared.
+
+    Args:
+        start: Where the run goes on.
+        names: Those of its images, in index order; none without labels.
+
+    Raises:
+        RunError: With what differs.
+    """
+    before = start.state.get("class_names", names)
+    if list(before) == list(names):
+        return
+    missing, new = (
+        [name for name in one if name not in set(other)] for one, other in ((before, names), (names, before))
+    )
+    if missing or new:
+        differences = [f"{len(before)} classes before, {len(names)} now"]
+        differences += [f"no longer there: {shortened(missing)}"] if missing else []
+        differences += [f"new: {shortened(new)}"] if new else []
+    else:
+        index = next(index for index, name in enumerate(names) if name != before[index])
+        differences = [f"the same classes in another order: class {index} was {before[index]!r}, is {names[index]!r}"]
+    raise RunError(
+        f"{start.checkpoint} was trained on other classes than the images of this run have: {'; '.join(differences)}. "
+        "Allowed: a data.source with the same classes in the same order, another output_dir, or --resume none to "
+        "start over"
+    )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    few = ", ".join(map(repr, names[:3]))
+    return f"{few} and {len(names) - 3} more" if len(names) > 3 else few

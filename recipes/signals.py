@@ -1,6 +1,7 @@
 """Being asked to stop: what schedulers send, and how all processes stop together, also where one of them fails."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,7 @@ from .errors import RunError
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ENDED, STOPPED, FAILED = range(3)  # ways out of a block, the worst one last
 
 
 class Stopped(SystemExit):
@@ -22,10 +24,18 @@ class Stopped(SystemExit):
         super().__init__(EXIT_CODE)
 
 
+class StopWaiting(BaseException):
+    """Raised where a process is asked to stop while it waits for images, which may never come.
+
+    It is no ``Exception``, so that nothing on its way takes it for a damaged image.
+    """
+
+
 class StopRequest:
     """Whether this process was asked to stop; ``name`` is the signal's, or None."""
 
     name: str | None = None
+    ends_waiting = False  # of the class: signals are the whole process's
 
     def listen(self) -> "StopRequest":
         """Note SIGTERM and SIGUSR1 from now on, and give this object; only a program's main thread may call it."""
@@ -44,6 +54,19 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        if StopRequest.ends_waiting:
+            StopRequest.ends_waiting = False
+            raise StopWaiting
+
+
+@contextmanager
+def stop_ends_waiting() -> Iterator[None]:
+    """Let a request to stop that comes in the block end it by ``StopWaiting``."""
+    StopRequest.ends_waiting = threading.current_thread() is threading.main_thread()  # which alone gets signals
+    try:
+        yield
+    finally:
+        StopRequest.ends_waiting = False
 
 
 class Agreement:
@@ -79,11 +102,17 @@ class Agreement:
 
         Raises:
             RunError: Where the block itself did not fail.
+            StopWaiting: On all, if one was asked to stop while it waited in the block, and none failed.
         """
-        problem: Exception | None = None
+        outcome, problem = ENDED, None
         try:
             yield
         except Exception as error:  # whatever it is: it is raised again
-            problem = error
-        if self.largest(int(problem is not None)):
+            outcome, problem = FAILED, error
+        except StopWaiting:
+            outcome = STOPPED
+        worst = self.largest(outcome)
+        if worst == FAILED:
             raise problem or RunError("stopped, as another process cannot go on; its message says why")
+        if worst == STOPPED:
+            raise StopWaiting

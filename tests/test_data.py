@@ -351,9 +351,9 @@ def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path, caplog: pyt
 def test_workers_can_be_started_afresh(folder: Path) -> None:
     """Where processes are not forked, as on macOS, the data set goes to the workers by pickle."""
     run = loader(configure(folder, *VARIED))
-    copy = pickle.loads(pickle.dumps(run._loader.dataset))
+    copy = pickle.loads(pickle.dumps(run.pictures))
     keys = [Key(0, 3), Key(0, 20)]
-    assert torch.equal(copy.__getitems__(keys).pictures, run._loader.dataset.__getitems__(keys).pictures)
+    assert torch.equal(copy.batch(keys).pictures, run.pictures.batch(keys).pictures)
 
 
 def test_speed_of_the_loader_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,199 @@
+"""The processes that decode images for a run: what they do with signals, how their failures are told, how they end.
+
+torch's own loader leaves three things to do. It raises for a dead worker from a signal handler, at any place in the
+training; here it is found where the run waits for images, so that several processes stop together. It sends the
+traceback of a worker as message; here the message is the error's. And it waits without end for workers that do not
+obey SIGTERM, as ours must not; here they are killed when the program ends.
+"""
+
+import atexit
+import multiprocessing
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakSet, finalize
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from .errors import RunError
+from .locate import SourceError
+from .signals import stop_ends_waiting
+
+KeyT = TypeVar("KeyT")
+BatchT = TypeVar("BatchT", bound=tuple[Any, ...])  # of tensors and other values
+DYING = 1.0  # seconds between a worker's last sign, such as a broken connection, and its end
+started: WeakSet[BaseProcess] = WeakSet()  # all workers of this program
+
+
+class Failure(NamedTuple):
+    """What a worker sends in place of a batch that it could not make."""
+
+    error: Exception
+
+
+class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
+    """Batches whose errors do not leave a worker as exceptions: those would bring their traceback as message."""
+
+    def __init__(self, make_batch: Callable[[Sequence[KeyT]], BatchT]) -> None:
+        self._make_batch = make_batch
+
+    def __getitems__(self, keys: Sequence[KeyT]) -> BatchT | Failure:
+        """A batch, or in a worker what prevented it."""
+        if get_worker_info() is None:
+            return self._make_batch(keys)
+        try:
+            return shared(self._make_batch(keys))
+        except (RunError, SourceError) as error:
+            return Failure(error)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            return Failure(
+                RunError(
+                    f"a process that decodes images failed: {type(error).__name__}: {error} ({place.filename}, line "
+                    f"{place.lineno}); data.workers=0 shows the whole traceback"
+                )
+            )
+
+
+def shared(batch: BatchT) -> BatchT:
+    """A batch in shared memory: torch would put it there on its way to the run, where an error loses it.
+
+    Raises:
+        RunError: If there is no room.
+    """
+    try:
+        for part in batch:
+            if isinstance(part, Tensor):
+                part.share_memory_()
+    except RuntimeError as error:
+        raise RunError(
+            f"a batch does not fit into shared memory: {error}; try a smaller data.workers or max_batch_per_device, "
+            "or give a container more shared memory (--shm-size)"
+        ) from error
+    return batch
+
+
+class WorkerLoader(Generic[KeyT, BatchT]):
+    """torch's loader over whole batches, whose workers stay for the next pass.
+
+    Args:
+        make_batch: Makes one of its keys.
+        order: The keys of each batch.
+        workers: Processes that make them; 0: none but this one.
+        pin_memory: Whether they go to a GPU.
+    """
+
+    def __init__(
+        self,
+        make_batch: Callable[[Sequence[KeyT]], BatchT],
+        order: Iterable[list[KeyT]],
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            InWorker(make_batch),
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=unchanged,
+            generator=torch.Generator(),  # its own: else every pass draws from the global one
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=leave_signals_to_parent,
+        )
+        self._workers: set[BaseProcess] = set()
+        finalize(self, end_workers, self._workers)
+
+    def __iter__(self) -> Iterator[BatchT]:
+        """One pass.
+
+        Raises:
+            RunError: If a worker dies or fails.
+            SourceError: If what it read does not fit.
+            StopWaiting: If the process is asked to stop while it waits here.
+        """
+        with self._deaths_told():
+            batches = self._begin()
+        while True:
+            with self._deaths_told(), stop_ends_waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if isinstance(batch, Failure):
+                raise batch.error
+            yield batch
+
+    def _begin(self) -> Iterator[BatchT | Failure]:
+        """A pass of torch's loader, whose workers start with the first one."""
+        before = set(multiprocessing.active_children())
+        waiting = stop_ends_waiting() if self._workers else nullcontext()  # their start must not be torn apart
+        try:
+            with no_child_handler(), waiting:
+                return iter(self._loader)
+        finally:
+            self._workers |= set(multiprocessing.active_children()) - before
+            started.update(self._workers)
+
+    @contextmanager
+    def _deaths_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            wait([worker.sentinel for worker in self._workers], DYING)
+            dead = [worker for worker in self._workers if worker.exitcode is not None]
+            if not dead:
+                raise
+            raise RunError(f"a process that decodes images {'; another '.join(map(death, dead))}") from error
+
+
+def death(worker: BaseProcess) -> str:
+    """How a worker ended."""
+    code = worker.exitcode or 0
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL; the system does so when memory runs out: try a smaller data.workers"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def unchanged(batch: BatchT | Failure) -> BatchT | Failure:
+    """Batches come whole already."""
+    return batch
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Schedulers and Ctrl-C signal every process; the training process decides when its workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers(workers: Collection[BaseProcess] = started) -> None:
+    """Kill workers whose loader is gone, or all of them at a program's end.
+
+    As they ignore SIGTERM, with which torch and Python's multiprocessing end what is left, these would wait for them
+    in vain.
+    """
+    alive = set(workers).intersection(multiprocessing.active_children())  # in another process's copy there are none
+    with no_child_handler():
+        for worker in alive:
+            worker.kill()
+        for worker in alive:
+            worker.join(DYING)
+
+
+@contextmanager
+def no_child_handler() -> Iterator[None]:
+    """In the block no handler for dead processes is at work, and after it the one of before: torch's raises."""
+    if threading.current_thread() is not threading.main_thread():  # which alone has handlers
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)

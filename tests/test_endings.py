@@ -1,0 +1,285 @@
+"""Every way out of a run: it ends within seconds, with one message and the right code, whatever its workers do."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import psutil
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from timm.models import save_for_hf
+
+from recipes.errors import RunError
+from recipes.locate import SourceError
+from recipes.signals import Agreement, StopRequest, StopWaiting, stop_ends_waiting
+from recipes.workers import WorkerLoader, end_workers, started
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = ["epochs=100000", "global_batch=256", "model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2",
+        "tracker=none", "checkpoint_steps=1", "data.workers=2"]  # fmt: skip
+SECONDS = 60  # of patience: it takes 5 to notice a death, the rest is for a busy machine
+KILLED = "a process that decodes images was killed by SIGKILL; the system does so when memory runs out"
+
+
+# ------------------------------------------------------------------------------------------------------------- loaders
+
+
+class Numbers(NamedTuple):
+    values: torch.Tensor
+
+
+class Unpicklable(Exception):
+    def __init__(self, first: int, second: Callable[[], int]) -> None:
+        super().__init__(first, second)
+
+
+def loader_that(act: Callable[[], object]) -> Iterator[Numbers]:
+    """A worker that gives one batch and then does something."""
+
+    def make(keys: Sequence[int]) -> Numbers:
+        if keys[0] > 0:
+            act()
+        return Numbers(torch.tensor(keys))
+
+    return iter(WorkerLoader(make, [[0], [1], [2], [3]], workers=1, pin_memory=False))
+
+
+def failing(error: Exception) -> Callable[[], NoReturn]:
+    def act() -> NoReturn:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (SourceError("x.jpg has the label -1"), SourceError, "^x.jpg has the label -1$"),
+        (KeyError("lost"), RunError, r"decodes images failed: KeyError: 'lost' \(.*test_endings.py, line \d+\)"),
+        (Unpicklable(1, lambda: 0), RunError, "decodes images failed: Unpicklable: "),
+        (MemoryError(), RunError, "decodes images failed: MemoryError"),
+    ],
+)
+def test_errors_of_workers_come_as_one_message(error: Exception, kind: type[Exception], message: str) -> None:
+    batches = loader_that(failing(error))
+    assert next(batches).values.tolist() == [0]
+    with pytest.raises(kind, match=message) as raised:
+        next(batches)
+    assert "Traceback" not in str(raised.value)
+
+
+def test_full_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would lose the batch on its way, and the run would wait for it without end."""
+
+    def full(_: torch.Tensor) -> NoReturn:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(RunError, match=r"does not fit into shared memory: unable .* a smaller data.workers"):
+        next(loader_that(lambda: None))
+
+
+def worker_of(batches: Iterator[Numbers], before: set[BaseProcess]) -> BaseProcess:
+    next(batches)
+    [worker] = set(started) - before
+    return worker
+
+
+def test_a_dead_worker_is_found_where_the_run_waits() -> None:
+    """Not by a signal handler at any place, in the middle of a step or of a checkpoint's writing."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = loader_that(lambda: time.sleep(600))
+    worker = worker_of(batches, set(started))
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    worker.kill()
+    with pytest.raises(RunError, match=f"{KILLED}: try a smaller data.workers"):
+        next(batches)
+
+
+@pytest.mark.parametrize("end", ["of the program", "of the loader", "of the loader in a cycle"])
+def test_workers_that_do_not_answer_are_killed_at_the_end(end: str) -> None:
+    batches = loader_that(lambda: time.sleep(600))
+    worker = worker_of(batches, set(started))
+    worker.terminate()  # as schedulers do, and Python at its end
+    worker.join(0.5)
+    assert worker.is_alive()
+    began = time.monotonic()
+    if end == "of the program":
+        end_workers()
+    elif end == "of the loader in a cycle":  # as an error's traceback may leave it
+        cycle: list[object] = [batches]
+        cycle.append(cycle)
+        del cycle
+    del batches
+    gc.collect()
+    assert worker.exitcode == -signal.SIGKILL and time.monotonic() - began < 4  # without waiting for it
+
+
+def test_being_asked_to_stop_ends_waiting_and_nothing_else() -> None:
+    stop = StopRequest().listen()
+    with pytest.raises(StopWaiting), Agreement(Accelerator(cpu=True)).together(), stop_ends_waiting():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("did not end")
+    assert stop.name == "SIGTERM"
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.name == "SIGUSR1"
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+LOST = "def fail(*_): raise KeyError('lost')\n"
+Action = Callable[[psutil.Process], object]
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """In the order in which they began: those that load training images first."""
+    return sorted(process.children(), key=lambda child: child.pid)
+
+
+def kill(number: int) -> Action:
+    return lambda process: workers_of(process)[number].kill()
+
+
+def to_all(number: int) -> Action:
+    """A signal to the whole process group."""
+    return lambda process: os.killpg(process.pid, number)
+
+
+def stop_worker(number: int) -> Action:
+    """It no longer answers; then the run is asked to stop."""
+
+    def act(process: psutil.Process) -> None:
+        workers_of(process)[number].suspend()
+        time.sleep(2)
+        process.terminate()
+
+    return act
+
+
+@contextmanager
+def begun(
+    recipe: str, arguments: Sequence[str], code: str = "", launcher: Sequence[str] = ("-c",)
+) -> Iterator["subprocess.Popen[str]"]:
+    """A program of ``recipes``, after some code, in a process group of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
+    program = (
+        f"import recipes.{recipe} as recipe, recipes.data as data, recipes.engine as engine\n{code}\nrecipe.main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, *launcher, program, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            for each in psutil.process_iter():
+                if each.pid == process.pid or os.getpgid(each.pid) == process.pid:
+                    each.kill()
+
+
+def ending(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit code and messages."""
+    _, printed = process.communicate(timeout=SECONDS)
+    return process.returncode, " ".join(printed.split())
+
+
+def wait_until(ready: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 4 * SECONDS
+    while not ready():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def settings(recipe: str, folder: Path) -> list[str]:
+    config = REPOSITORY / "recipes" / "configs" / f"{recipe}_digits.yaml"
+    own = ["model_args.decoder_depth=1"] if recipe == "pretrain" else ["evaluate_every=1"]
+    return ["--config", str(config), *TINY, *own, f"output_dir={folder}"]
+
+
+def end_of_a_run(recipe: str, folder: Path, action: Action) -> tuple[int, str]:
+    """Let it train for more than an epoch, do something to it, and see how it ends."""
+    count = 2 if recipe == "pretrain" else 4
+    with begun(recipe, settings(recipe, folder)) as process:
+        wait_until(lambda: any((folder / "checkpoints").glob("step-*[6-9]")), process)
+        whole = psutil.Process(process.pid)
+        assert len(whole.children()) == count
+        action(whole)
+        return ending(process)
+
+
+def test_killed_worker_ends_the_run(tmp_path: Path) -> None:
+    code, printed = end_of_a_run("pretrain", tmp_path, kill(0))
+    assert code == 1 and printed.count(KILLED) == 1 and "Traceback" not in printed, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("action", "code", "message"),
+    [
+        (kill(0), 1, KILLED),
+        (kill(-1), 1, KILLED),  # one that loads validation images
+        (to_all(signal.SIGINT), 130, "interrupted; the same command goes on from the last checkpoint"),
+        (to_all(signal.SIGTERM), 75, "SIGTERM: stopped after step"),
+        (to_all(signal.SIGUSR1), 75, "SIGUSR1: stopped after step"),
+        (stop_worker(0), 75, "SIGTERM: stopped after step"),
+        (stop_worker(-1), 75, "SIGTERM: stopped after step"),
+    ],
+    ids=["training", "validation", "SIGINT", "SIGTERM", "SIGUSR1", "silent", "silent validation"],
+)
+def test_finetuning_ends(action: Action, code: int, message: str, tmp_path: Path) -> None:
+    found, printed = end_of_a_run("finetune", tmp_path, action)
+    assert found == code and printed.count(message) == 1 and "Traceback" not in printed, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["VariedPictures", "Pictures"], ids=["training", "validation"])
+def test_error_in_a_worker_ends_the_run(loader: str, tmp_path: Path) -> None:
+    with begun("finetune", settings("finetune", tmp_path), f"{LOST}data.{loader}.batch = fail") as process:
+        code, printed = ending(process)
+    assert code == 1 and printed.count("decodes images failed: KeyError: 'lost'") == 1, printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_error_of_the_run_itself_ends_it_too(tmp_path: Path) -> None:
+    """With its traceback, which keeps the loader alive to the program's end."""
+    with begun("pretrain", settings("pretrain", tmp_path), f"{LOST}engine.Trainer._read_figures = fail") as process:
+        code, printed = ending(process)
+    assert code == 1 and printed.endswith("KeyError: 'lost'"), printed
+
+
+@pytest.mark.slow
+def test_error_in_a_worker_ends_the_probe(tmp_path: Path) -> None:
+    model = timm.create_model("arm_pico_patch2_8", num_classes=0, embed_dim=16, depth=1, d_state=2)
+    save_for_hf(model, str(tmp_path / "model"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
+    arguments = ["--weights", str(tmp_path / "model"), "data.source=digits", "data.workers=2", "device=cpu"]
+    with begun("probe", [*arguments, f"output={tmp_path / 'probe.json'}"], f"{LOST}data.Pictures.batch = fail") as run:
+        code, printed = ending(run)
+    assert code == 1 and printed.count("KeyError: 'lost'") == 1 and "Traceback" not in printed, printed
+
+
+@pytest.mark.slow
+def test_killed_worker_ends_all_processes(tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable,
+                "-c"]  # fmt: skip
+    with begun("pretrain", settings("pretrain", tmp_path), launcher=launcher) as process:
+        wait_until(lambda: any((tmp_path / "checkpoints").glob("step-*[6-9]")), process)
+        runs = psutil.Process(process.pid).children()
+        workers_of(runs[0])[0].kill()
+        code, printed = ending(process)
+    assert code == 1 and printed.count(KILLED) == 1 and printed.count("another process cannot go on") == 1, printed
+    assert not any(run.is_running() for run in runs)
