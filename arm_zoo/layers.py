@@ -203,7 +203,12 @@ class PatchEmbed(nn.Module):
         new_size = self.img_size if img_size is None else to_2tuple(img_size)
         new_patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
         new_stride = new_patch if self.patch_stride == self.patch_size else self.patch_stride
-        # first of all, so that a refused size leaves the layer as it was
+        if new_patch != self.patch_size and not isinstance(self.proj, nn.Conv2d):
+            raise TypeError(
+                f"{type(self.proj).__name__} stands in place of the convolution that makes patches tokens; its weight "
+                "cannot be resampled to another patch size; merge or take away what was added to it"
+            )
+        # before anything is changed, so that a refused size leaves the layer as it was
         self.grid_size = _grid_size(new_size, new_patch, new_stride)
         self.img_size, self.patch_stride = new_size, new_stride
         if new_patch != self.patch_size:
