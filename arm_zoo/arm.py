@@ -37,6 +37,7 @@ from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model
 from arm_zoo.hosted import BUNDLED_FOLDER, ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
 from arm_zoo.layers import PatchEmbed, check_positive, zero_bias
 from arm_zoo.order import scan_order
+from arm_zoo.tables import TableModel
 from arm_zoo.weights import adapt_state_dict, resample_pos_embed
 
 __all__ = ["ARM"]
@@ -45,13 +46,17 @@ GlobalPool = Literal["avg", "token", ""]
 NormLayer = str | Callable[..., nn.Module]
 
 
+torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while a model is traced
+
+
+@torch.fx.wrap
 @register_notrace_function
 @torch.jit.ignore
 def order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
     return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
 
 
-class ARM(nn.Module):
+class ARM(TableModel):
     """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
 
     dynamic_img_size: Final[bool]
@@ -137,6 +142,7 @@ class ARM(nn.Module):
         """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
         if needs_reset:
             reset_parameters(self)
+            self.init_non_persistent_buffers()
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
         init_block_weights(self.blocks)
@@ -149,7 +155,7 @@ class ARM(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the order table, which is computed and never saved."""
-        self.order.copy_(order_for(*self.patch_embed.grid_size, self.order.device))
+        self.fill_table("order", order_for(*self.patch_embed.grid_size, torch.device("cpu")))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -324,6 +330,7 @@ class ARM(nn.Module):
         save_model(folder, self.state_dict(), self.hub_config())
 
 
+@torch.fx.wrap
 @register_notrace_function
 def mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
     """Average of the tokens before and after the class token, each half with equal weight as in the official code."""

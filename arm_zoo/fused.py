@@ -2,10 +2,11 @@
 
 import importlib.util
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -13,7 +14,18 @@ from arm_zoo.scan import get_scan_backend
 from arm_zoo.scan.backends import is_transformed
 from arm_zoo.scan.ops import needs_gradient, refuse_second_derivatives
 
-__all__ = ["Addend", "add_norm", "adds_in_norm", "gated_linear", "gates_in_kernel", "is_bare"]
+__all__ = [
+    "Addend",
+    "add_norm",
+    "adds_in_norm",
+    "gated_linear",
+    "gates_in_kernel",
+    "is_bare",
+    "is_plain",
+    "is_plain_layer",
+]
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 _MANY_ROWS = 4096  # from so many tokens on the kernels are faster than PyTorch's own
 _HALVES = (torch.bfloat16, torch.float16)
@@ -28,6 +40,19 @@ def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     changed = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
     return type(layer) is kind and not changed and not any(hooks)
+
+
+def is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:
+    """Whether this is a tensor that holds its numbers, side by side in memory or with strides.
+
+    Quantised, sharded and sparse tensors do not; nor do the symbols of a model that torch.fx traces.
+    """
+    return type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
+
+
+def is_plain_layer(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
+    """Whether other code may do in the layer's stead what its class does with its weight and bias."""
+    return is_bare(layer, kind) and all(t is None or is_plain(t) for t in (layer.weight, layer.bias))
 
 
 def _operator(name: str, schema: str) -> Any:
@@ -190,9 +215,9 @@ class Addend(NamedTuple):
 
 def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
     """Whether `add_norm` is for these tokens (B, L, D) and this norm."""
-    if not (isinstance(x, torch.Tensor) and x.is_cuda and isinstance(norm, nn.LayerNorm)):
+    if not (is_plain(x) and x.is_cuda and is_plain_layer(norm, nn.LayerNorm)):
         return False
-    if not is_bare(norm, nn.LayerNorm) or norm.normalized_shape != x.shape[-1:] or norm.weight is None:
+    if norm.normalized_shape != x.shape[-1:] or norm.weight is None:
         return False
     fits = norm.bias is not None and _fit(x, norm.weight, norm.bias)
     return fits and _has_kernel(x.device.index, hopper=False) and _are_many(x)

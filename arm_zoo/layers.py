@@ -8,10 +8,11 @@ from timm.layers import lecun_normal_, resample_patch_embed, to_2tuple
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
-from arm_zoo.fused import gated_linear, gates_in_kernel, is_bare
+from arm_zoo.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer
 
-__all__ = ["Linear", "PatchConv", "PatchEmbed", "SwiGLU", "check_positive", "nearest_multiple", "zero_bias"]
+__all__ = ["PatchEmbed", "SwiGLU", "check_positive", "fill", "nearest_multiple", "run_linear", "zero_bias"]
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -35,23 +36,32 @@ def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-@register_notrace_module
-class Linear(nn.Linear):
-    """`nn.Linear`, run as a 1x1 convolution where that is the faster code for the same sums.
+def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy values into a parameter of the same shape, of which this process may hold a part (FSDP2 and its like)."""
+    values = values.to(parameter.dtype)
+    if not is_plain(parameter):
+        from torch.distributed.tensor import DTensor, distribute_tensor  # takes long to import
+
+        if isinstance(parameter, DTensor):
+            values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def run_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`, where an `nn.Linear` runs as a 1x1 convolution if that is the faster code for the same sums.
 
     In float32 on the CPU PyTorch sends matrix products to MKL, which holds back on other makers' processors, and
     convolutions to oneDNN, which uses the widest vectors of all of them: 1.5 to 2 times faster on a Zen 5.
     """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return F.linear(x, self.weight, self.bias)
-        eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-        if not (_ONEDNN and eager and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()):
-            return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # channels innermost in memory
-        rows = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
-        return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+    eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    if not (_ONEDNN and eager and is_plain(x) and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()):
+        return layer(x)
+    if not is_plain_layer(layer, nn.Linear) or _has_any_global_hook():
+        return layer(x)
+    rows = x.reshape(1, -1, 1, layer.in_features).permute(0, 3, 1, 2)  # channels innermost in memory
+    rows = F.conv2d(rows, layer.weight[:, :, None, None], layer.bias)
+    return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], layer.out_features)
 
 
 class SwiGLU(nn.Module):
@@ -61,18 +71,20 @@ class SwiGLU(nn.Module):
         self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, 2 * hidden, device=device, dtype=dtype)
-        self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, 2 * hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and isinstance(x, torch.Tensor):  # symbolic tracing sees the layers
-            bare, missing = x.is_cuda and is_bare(self.fc1, Linear), -self.fc2.in_features % _ALIGNMENT
-            if bare and missing and is_bare(self.fc2, Linear):
-                return self._forward_padded(x, missing)
-            if bare and gates_in_kernel(x, self.fc1.weight, self.fc1.bias):
+        if torch.jit.is_scripting():
+            gate, value = self.fc1(x).chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value)
+        if is_plain(x) and x.is_cuda and is_plain_layer(self.fc1, nn.Linear) and self.fc1.bias is not None:
+            if is_plain_layer(self.fc2, nn.Linear) and self.fc2.in_features % _ALIGNMENT:
+                return self._forward_padded(x, -self.fc2.in_features % _ALIGNMENT)
+            if gates_in_kernel(x, self.fc1.weight, self.fc1.bias):
                 return self.fc2(gated_linear(x, self.fc1.weight, self.fc1.bias))
-        gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value)
+        gate, value = run_linear(self.fc1, x).chunk(2, dim=-1)
+        return run_linear(self.fc2, F.silu(gate) * value)
 
     def _forward_padded(self, x: torch.Tensor, missing: int) -> torch.Tensor:
         """The same with more hidden channels, all zero.
@@ -90,6 +102,7 @@ class SwiGLU(nn.Module):
         return F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 
 
+@torch.fx.wrap  # sizes of images are not known while a model is traced
 def _grid_size(
     img_size: tuple[int, int], patch_size: tuple[int, int], patch_stride: tuple[int, int]
 ) -> tuple[int, int]:
@@ -104,19 +117,43 @@ def _grid_size(
     return height, width
 
 
-class PatchConv(nn.Conv2d):
-    """The convolution that makes patches tokens; on CUDA the same sums as one matrix product.
+def _run_patch_conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`, where the convolution that makes patches tokens runs on CUDA as one matrix product.
 
     cuDNN converts the layout of images of 3 channels twice, which costs six times as much as gathering the patches.
     """
+    if not (is_plain(x) and x.is_cuda and is_plain_layer(layer, nn.Conv2d)):
+        return layer(x)
+    if layer.groups > 1 or layer.padding != (0, 0) or layer.dilation != (1, 1):  # a layer of somebody's own
+        return layer(x)
+    (height, width), (down, right) = layer.kernel_size, layer.stride
+    patches = x.unfold(2, height, down).unfold(3, width, right)  # (B, C, rows, columns, height, width)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, rows, columns, C * height * width)
+    return F.linear(patches, layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting() or not x.is_cuda:
-            return self._conv_forward(x, self.weight, self.bias)
-        (height, width), (down, right) = self.kernel_size, self.stride
-        patches = x.unfold(2, height, down).unfold(3, width, right)  # (B, C, rows, columns, height, width)
-        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, rows, columns, C * height * width)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+@torch.fx.wrap
+def _check_images(
+    x: torch.Tensor,
+    channels: int,
+    size: tuple[int, int] | None,
+    patch_size: tuple[int, int],
+    patch_stride: tuple[int, int],
+    factory: str,
+) -> None:
+    """Refuse images of other channels, of another size than `size` if there is one, or not tiled by the patches."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"expected images (batch, {channels}, height, width), got {tuple(x.shape)}; "
+            f"another number of channels needs {factory}(..., in_chans=...)"
+        )
+    if size is not None and x.shape[2:] != size:
+        changes = ", set_input_size(...) or dynamic_img_size=True" if factory == "create_model" else ""
+        raise ValueError(
+            f"expected images of {size[0]}x{size[1]}, got {x.shape[2]}x{x.shape[3]}; "
+            f"for another size use {factory}(..., img_size=...){changes}"
+        )
+    _grid_size((x.shape[2], x.shape[3]), patch_size, patch_stride)
 
 
 @register_notrace_module
@@ -144,9 +181,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
         self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
+        self.in_chans = in_chans
         self.strict_img_size = strict_img_size
         self.factory = factory  # what makes the model, for messages
-        self.proj = PatchConv(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
         self.reset_parameters()
 
@@ -165,7 +203,12 @@ class PatchEmbed(nn.Module):
         new_size = self.img_size if img_size is None else to_2tuple(img_size)
         new_patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
         new_stride = new_patch if self.patch_stride == self.patch_size else self.patch_stride
-        # first of all, so that a refused size leaves the layer as it was
+        if new_patch != self.patch_size and not isinstance(self.proj, nn.Conv2d):
+            raise TypeError(
+                f"{type(self.proj).__name__} stands in place of the convolution that makes patches tokens; its weight "
+                "cannot be resampled to another patch size; merge or take away what was added to it"
+            )
+        # before anything is changed, so that a refused size leaves the layer as it was
         self.grid_size = _grid_size(new_size, new_patch, new_stride)
         self.img_size, self.patch_stride = new_size, new_stride
         if new_patch != self.patch_size:
@@ -188,21 +231,14 @@ class PatchEmbed(nn.Module):
 
     def check_input(self, x: torch.Tensor) -> None:
         """Refuse images of other channels or another size than the model is for."""
-        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
-            raise ValueError(
-                f"expected images (batch, {self.proj.in_channels}, height, width), got {tuple(x.shape)}; "
-                f"another number of channels needs {self.factory}(..., in_chans=...)"
-            )
-        if self.strict_img_size and x.shape[2:] != self.img_size:
-            changes = ", set_input_size(...) or dynamic_img_size=True" if self.factory == "create_model" else ""
-            raise ValueError(
-                f"expected images of {self.img_size[0]}x{self.img_size[1]}, got {x.shape[2]}x{x.shape[3]}; "
-                f"for another size use {self.factory}(..., img_size=...){changes}"
-            )
-        self.dynamic_feat_size((x.shape[2], x.shape[3]))
+        size = self.img_size if self.strict_img_size else None
+        _check_images(x, self.in_chans, size, self.patch_size, self.patch_stride, self.factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, N, dim) tokens."""
-        if not torch.jit.is_scripting():
+        if torch.jit.is_scripting():
+            x = self.proj(x)
+        else:
             self.check_input(x)
-        return self.proj(x).flatten(2).transpose(1, 2)
+            x = _run_patch_conv(self.proj, x)
+        return x.flatten(2).transpose(1, 2)

@@ -7,10 +7,18 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from arm_zoo.layers import Linear
+from arm_zoo.layers import fill, run_linear
 from arm_zoo.scan import mamba_inner
 
 __all__ = ["MambaMixer"]
+
+torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are not known while a model is traced
+
+
+@torch.fx.wrap
+def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
+    """A = -exp(A_log), in at least float32."""
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
 @register_notrace_module
@@ -44,7 +52,7 @@ class MambaMixer(nn.Module):
         inner = int(expand * dim)
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16)  # from the model's width, not the inner one
-        self.in_proj = Linear(dim, 2 * inner, bias=False, **dd)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv_weight = nn.Parameter(torch.empty(directions, inner, d_conv, **dd))
         self.conv_bias = nn.Parameter(torch.empty(directions, inner, **dd))
         self.x_proj_weight = nn.Parameter(torch.empty(directions, self.dt_rank + 2 * d_state, inner, **dd))
@@ -52,7 +60,7 @@ class MambaMixer(nn.Module):
         self.dt_proj_bias = nn.Parameter(torch.empty(directions, inner, **dd))
         self.A_log = nn.Parameter(torch.empty(directions, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(directions, inner, **dd))
-        self.out_proj = Linear(inner, dim, bias=False, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,12 +76,12 @@ class MambaMixer(nn.Module):
             (self.dt_proj_weight, self.dt_rank),
         ):
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
-        nn.init.zeros_(self.dt_proj_bias)
-        with torch.no_grad():
-            step = torch.empty_like(self.dt_proj_bias[0], dtype=torch.float32)
-            step = step.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
-            self.dt_proj_bias[0] = step + torch.log(-torch.expm1(-step))  # inverse softplus
-            self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device).log())
+        bias = torch.zeros(self.dt_proj_bias.shape, dtype=torch.float32, device=self.dt_proj_bias.device)
+        step = torch.empty_like(bias[0]).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
+        bias[0] = step + torch.log(-torch.expm1(-step))  # inverse softplus
+        fill(self.dt_proj_bias, bias)
+        states = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
+        fill(self.A_log, states.log().expand(self.A_log.shape))
         nn.init.ones_(self.D)
 
     def no_weight_decay(self) -> set[str]:
@@ -82,16 +90,15 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
         """Mix tokens (batch, length, dim) along the directions of the (K, length) order table."""
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = mamba_inner(
-            self.in_proj(x),
+            self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x),
             self.conv_weight,
             self.conv_bias,
             self.x_proj_weight,
             self.dt_proj_weight,
             self.dt_proj_bias,
-            -torch.exp(A_log),
+            _decay_rates(self.A_log),
             self.D,
             order,
         )
-        return self.out_proj(y)
+        return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
 from arm_zoo.files import save_model
-from arm_zoo.layers import PatchEmbed, check_positive, nearest_multiple
+from arm_zoo.layers import PatchEmbed, check_positive, fill, nearest_multiple
 from arm_zoo.order import cluster_order
+from arm_zoo.tables import TableModel
 
 __all__ = ["ARMPretrain", "create_pretraining_model", "sincos_pos_embed"]
 
@@ -99,7 +100,7 @@ class DecoderBlock(nn.Module):
         return query + self.mlp(self.norm_mlp(query))
 
 
-class ARMPretrain(nn.Module):
+class ARMPretrain(TableModel):
     """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
     order: torch.Tensor
@@ -185,10 +186,10 @@ class ARMPretrain(nn.Module):
         """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
         if needs_reset:
             reset_parameters(self)
+            self.init_non_persistent_buffers()
         grid = self.patch_embed.grid_size
-        with torch.no_grad():
-            for table in (self.pos_embed, self.decoder_pos_embed):
-                table.copy_(sincos_pos_embed(table.shape[-1], *grid, device=table.device))
+        for table in (self.pos_embed, self.decoder_pos_embed):
+            fill(table, sincos_pos_embed(table.shape[-1], *grid, device=table.device))
         nn.init.normal_(self.query_token, std=0.02)
         init_block_weights(self.blocks)
         for module in self.decoder_blocks.modules():
@@ -200,10 +201,10 @@ class ARMPretrain(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the cluster order and the decoder's mask, which are computed and never saved."""
-        self.order.copy_(cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, device=self.order.device))
-        cluster = torch.arange(len(self.decoder_mask), device=self.order.device) // self.cluster_tokens
+        self.fill_table("order", cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, device="cpu"))
+        cluster = torch.arange(len(self.decoder_mask), device="cpu") // self.cluster_tokens
         # query of cluster j + 1 sees the latents of clusters 0..j
-        self.decoder_mask.copy_(cluster[:, None] >= cluster)
+        self.fill_table("decoder_mask", cluster[:, None] >= cluster)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -23,8 +23,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from arm_zoo import set_scan_backend
-
 from .config import TrainConfig
 from .errors import RunError
 
@@ -47,8 +45,6 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """
     if accelerator.num_processes == 1:
         raise RunError("fsdp is true, but there is one process; start several with torchrun, or type fsdp=false")
-    if accelerator.device.type == "cpu":
-        set_scan_backend("torch")  # Numba's views of parameters forbid the resizing that sharding relies on
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in (*model.blocks, *getattr(model, "decoder_blocks", ())):
         fully_shard(block, mesh=mesh)

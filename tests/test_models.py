@@ -22,7 +22,7 @@ from timm.layers import RmsNorm, create_feature_extractor, get_graph_node_names,
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from arm_zoo import CheckpointError, create_pretraining_model, fused, to_official
 from arm_zoo.arm import ARM
 from arm_zoo.block import Block, run_blocks
-from arm_zoo.fused import is_bare
+from arm_zoo.fused import is_plain_layer
 from arm_zoo.hosted import bundled_file
-from arm_zoo.layers import Linear, SwiGLU
+from arm_zoo.layers import PatchEmbed, SwiGLU, run_linear
 from arm_zoo.order import scan_order
 from arm_zoo.scan import scan_backend
 
@@ -548,14 +548,62 @@ def test_padded_mlp_is_the_same_function() -> None:
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
-def test_only_bare_layers_are_padded() -> None:
-    layer = Linear(3, 5)
-    assert is_bare(layer, Linear) and not is_bare(nn.Sequential(layer), Linear)
-    assert not is_bare(nn.Linear(3, 5), Linear)
-    patched = Linear(3, 5)
-    patched.forward = lambda x: x
-    layer.register_forward_hook(lambda *_: None)
-    assert not is_bare(layer, Linear) and not is_bare(patched, Linear)
+class Quantised(torch.Tensor):
+    """Stands for the weights of quantisers, which are tensors of a class of their own."""
+
+
+class QuantisedFake(FakeTensor):
+    """The same without data."""
+
+
+@pytest.mark.parametrize("change", ["none", "hook", "wrapper", "subclass", "patch", "quantised", "sparse", "bias"])
+def test_layers_are_called_unless_they_are_plain(change: str) -> None:
+    """Who looks at a layer, or has put another in its place, must find that it is called."""
+    layer: nn.Module = nn.Linear(3, 5)
+    calls = []
+    if change == "hook":
+        layer.register_forward_hook(lambda *_: calls.append("hook"))
+    elif change == "wrapper":
+        layer = nn.Sequential(layer)
+    elif change == "subclass":
+        layer = type("Adapted", (nn.Linear,), {})(3, 5)
+    elif change == "patch":
+        layer.forward = lambda x: x
+    elif change == "quantised":
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+    elif change == "sparse":
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
+    elif change == "bias":
+        layer.bias = nn.Parameter(layer.bias.detach().as_subclass(Quantised), requires_grad=False)
+    assert is_plain_layer(layer, nn.Linear) == (change == "none")
+    x = torch.randn(2, 3)
+    assert close(run_linear(layer, x), layer(x))
+    assert len(calls) == 2 * (change == "hook")
+
+
+def test_hooks_on_all_modules_see_the_layers() -> None:
+    model = tiny(depth=2)
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        model(images(model))
+    assert {id(m) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)} <= {id(m) for m in seen}
+
+
+@pytest.mark.parametrize("change", ["none", "quantised", "hook", "groups", "padding", "dilation"])
+def test_when_patches_are_gathered_on_a_gpu(change: str) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        embed = PatchEmbed(32, 4, in_chans=2, embed_dim=6, strict_img_size=False, device="cuda:0")
+        kwargs = {"groups": 2} if change == "groups" else {change: 1 + (change == "dilation")}
+        if change == "hook":
+            embed.proj.register_forward_hook(lambda *_: None)
+        elif change == "quantised":
+            embed.proj.weight.__class__ = QuantisedFake
+        elif change != "none":
+            embed.proj = nn.Conv2d(2, 6, 4, 4, device="cuda:0", **kwargs)
+        with FlopCounterMode(display=False) as counter:
+            embed(torch.empty(3, 2, 32, 32, device="cuda:0"))
+    operators = {str(operator) for operator in counter.get_flop_counts()["Global"]}
+    assert operators == {"aten.addmm" if change == "none" else "aten.convolution"}
 
 
 @pytest.mark.parametrize("hidden", [128, 100])  # 100 are padded
@@ -567,6 +615,7 @@ def test_only_bare_layers_are_padded() -> None:
         ("few tokens", None),
         ("rows of no multiple of 16 bytes", None),
         ("a hook on fc1", None),
+        ("quantised fc1", None),
         ("another GPU", None),
         ("training in bfloat16", "gate"),
         ("training in float32", "gate"),
@@ -587,11 +636,13 @@ def test_when_a_kernel_makes_the_gate(
         layer = SwiGLU(dim, hidden, device="cuda:0", dtype=dtype)
         if "hook" in case:
             layer.fc1.register_forward_hook(lambda *_: None)
+        if "quantised" in case:
+            layer.fc1.weight.__class__ = QuantisedFake
         with FlopCounterMode(display=False) as counter:
             y = layer(torch.empty(batch, 197, dim, device="cuda:0", dtype=dtype))
     assert y.shape == (batch, 197, dim)
     assert list(recorder.calls) == ([f"arm_zoo::{taken}"] if taken else [])
-    width = hidden if hidden == 128 or "hook" in case else 128
+    width = hidden if hidden == 128 or "fc1" in case else 128
     assert counter.get_total_flops() == 2 * batch * 197 * 3 * width * dim
 
 
@@ -606,6 +657,7 @@ def test_when_a_kernel_makes_the_gate(
         ("a compiled block", 0),
         ("a norm of another kind", 0),
         ("a norm without bias", 0),
+        ("norms of sharded weights", 0),
         ("double precision", 0),
     ],
 )
@@ -617,6 +669,8 @@ def test_when_norms_make_the_sums(case: str, count: int, monkeypatch: pytest.Mon
         norm = RmsNorm if "kind" in case else partial(nn.LayerNorm, bias="bias" not in case)
         factory = {"device": "cuda:0", "dtype": dtype}
         blocks = nn.ModuleList(Block(24, 1, 2, 0.1 * i, norm_layer=norm, **factory) for i in range(3))
+        for block in blocks if "sharded" in case else ():
+            block.norm2.weight.__class__ = QuantisedFake
         calls: list[str] = []
         if "hook" in case:
             blocks[1].register_forward_hook(lambda *_: calls.append("hook"))

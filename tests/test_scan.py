@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -605,6 +606,37 @@ def test_backend_can_be_set_for_good() -> None:
     arm_zoo.set_scan_backend("reference")
     try:
         assert get_scan_backend() == "reference"
+    finally:
+        arm_zoo.set_scan_backend(before)
+
+
+def test_blocks_of_threads_may_overlap() -> None:
+    before, steps = get_scan_backend(), [threading.Event() for _ in range(3)]
+    seen = []
+
+    def other() -> None:
+        steps[0].wait()
+        arm_zoo.set_scan_backend("torch")  # for good, though a block is open elsewhere
+        seen.append(get_scan_backend())
+        with scan_backend("torch"):
+            steps[1].set()
+            steps[2].wait()
+            seen.append(get_scan_backend())
+        seen.append(get_scan_backend())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        with scan_backend("auto"):
+            with scan_backend("reference"):
+                steps[0].set()
+                steps[1].wait()
+                assert get_scan_backend() == "torch", "the block that was opened last decides"
+            arm_zoo.set_scan_backend("reference")  # until the block ends
+        steps[2].set()
+        thread.join()
+        assert seen == ["reference", "torch", "torch"]
+        assert get_scan_backend() == "torch"
     finally:
         arm_zoo.set_scan_backend(before)
 

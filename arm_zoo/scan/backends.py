@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -96,16 +97,29 @@ def _from_environment() -> str:
         raise ValueError(f"environment variable ARM_ZOO_SCAN: {error}") from None
 
 
-_selected = _from_environment()
+class _Choice:
+    """A backend and the thread that chose it: the process's own, or one for the time of a `scan_backend` block."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.thread = name, _thread()
+
+
+def _thread() -> int | None:
+    return None if torch.compiler.is_compiling() else threading.get_ident()  # which compiled code cannot ask for
+
+
+# The process's own choice, then those of the blocks that are open, in any thread; the last one is in force. Adding,
+# removing and reading one is a single step, between which no other thread can come.
+_choices = [_Choice(_from_environment())]
 
 
 def get_scan_backend() -> str:
     """The backend in force: a name from `available_backends()` or "auto"."""
-    return _selected
+    return _choices[-1].name
 
 
 def set_scan_backend(name: str) -> None:
-    """Choose the backend of every later scan in this process.
+    """Choose the backend of every later scan in this process; in a `scan_backend` block, until the block ends.
 
     "auto" takes `cuda` or else `triton` on CUDA, and `numba` for float32 on the CPU, each where it is installed; else,
     and always for float64, `torch`; and `reference` for derivatives by torch.func and forward-mode ones.
@@ -113,22 +127,24 @@ def set_scan_backend(name: str) -> None:
     Raises:
         ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
     """
-    global _selected
-    _selected = _check(name)
+    process, *blocks = _choices
+    own = [choice for choice in blocks if choice.thread == _thread()]
+    (own or [process])[-1].name = _check(name)
 
 
 @contextlib.contextmanager
 def scan_backend(name: str) -> Iterator[None]:
     """Choose the backend of the process inside a `with` block only; see `set_scan_backend`.
 
-    All threads share the choice: blocks of several threads that choose differently undo each other's.
+    All threads share the choice, also those of PyTorch that run backward passes: while blocks are open in several
+    threads, the one that was opened last decides. When all have ended, what `set_scan_backend` chose is in force.
     """
-    before = get_scan_backend()
-    set_scan_backend(name)
+    choice = _Choice(_check(name))
+    _choices.append(choice)
     try:
         yield
     finally:
-        set_scan_backend(before)
+        _choices.remove(choice)
 
 
 def implementation(name: str) -> ModuleType:
@@ -156,10 +172,11 @@ def resolve_backend(x: torch.Tensor) -> str:
     """
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
+    selected = get_scan_backend()
     if is_transformed():
-        if _selected not in ("auto", "reference"):
+        if selected not in ("auto", "reference"):
             raise ValueError(
-                f"scan backend {_selected!r} knows neither torch.func's derivatives nor forward-mode ones; "
+                f"scan backend {selected!r} knows neither torch.func's derivatives nor forward-mode ones; "
                 "use 'auto', which takes 'reference' there"
             )
         return "reference"
@@ -169,14 +186,14 @@ def resolve_backend(x: torch.Tensor) -> str:
         **{name: half_or_single and x.is_cuda for name in _ON_GPUS},
     }
     fits["triton"] |= half_or_single and _interpreted()
-    if _selected == "auto":
+    if selected == "auto":
         return _choose(("cuda", "triton") if fits["cuda"] else ("numba",) if fits["numba"] else ())
-    if not fits.get(_selected, True):
-        takes = "float32 on the CPU" if _selected == "numba" else "float32, bfloat16 and float16 on CUDA"
+    if not fits.get(selected, True):
+        takes = "float32 on the CPU" if selected == "numba" else "float32, bfloat16 and float16 on CUDA"
         raise ValueError(
-            f"scan backend {_selected!r} takes {takes}, got {x.dtype} on {x.device.type}; use 'auto' or 'torch'"
+            f"scan backend {selected!r} takes {takes}, got {x.dtype} on {x.device.type}; use 'auto' or 'torch'"
         )
-    return _selected
+    return selected
 
 
 # Runs as it is while a model is traced: compiled models log the choice too, and know whether they are exported (within

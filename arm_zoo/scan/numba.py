@@ -130,6 +130,11 @@ def _memory(sequence: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     return sequence.as_strided((size,), (1,)).numpy(), sequence.stride()[:3]
 
 
+def _copy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy of a weight or a table, as sharding resizes the memory of weights, which a NumPy view would forbid."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).numpy()
+
+
 def selective_scan(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -160,8 +165,7 @@ def selective_scan(
         )
     arguments = (
         *_memory(u), *_memory(delta), (A.detach() * _LOG2E).transpose(1, 2).contiguous().numpy(),
-        *_memory(B), *_memory(C), D.detach().contiguous().numpy(), bias.detach().contiguous().numpy(),
-        delta_softplus, steps.contiguous().numpy(), y.numpy(), saved.numpy(),
+        *_memory(B), *_memory(C), _copy(D), _copy(bias), delta_softplus, _copy(steps), y.numpy(), saved.numpy(),
     )  # fmt: skip
     blocks = batch * math.ceil(channels / _BLOCK)
     threads = max(1, min(torch.get_num_threads(), blocks))
