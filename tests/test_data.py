@@ -1,9 +1,11 @@
 """Batches: each picture once, the same for any number of processes and workers, and resumed where they stopped."""
 
+import io
 import logging
 import pickle
 import random
 import re
+import tarfile
 from itertools import chain
 from pathlib import Path
 
@@ -19,9 +21,9 @@ from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
 from recipes.data import Batch, TrainLoader, eval_loader, train_loader
 from recipes.locate import SourceError
 from recipes.order import Key, mixed, training_order
-from recipes.sources import Encoded, Source, open_source
+from recipes.sources import Encoded, PictureStream, Source, open_source
 from recipes.transforms import posterized, training_transform, warp
-from tests.pictures import jpeg, pixels, write_folder, write_parquet, write_tar
+from tests.pictures import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.randaugment=rand-m9-mstd0.5-inc1", "data.erase=0.5"]
@@ -213,6 +215,24 @@ def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path) 
     assert test is not None
     shares = [[[batch] for batch in eval_loader(test, SCORING, 2, process, 2)] for process in range(2)]
     assert {index: label for index, (_, label) in by_index(*shares).items()} == {n: n for n in range(5)}
+
+
+def test_streams_of_tars_with_pictures_of_several_kinds_miss_none(tmp_path: Path) -> None:
+    for shard, kinds in enumerate((["JPEG", "PNG", "WEBP"], ["PNG"], ["BMP", "JPEG", "GIF", "PNG"])):
+        with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
+            for row, kind in enumerate(kinds):
+                for ending, content in ((kind, encode(Image.fromarray(pixels(row)), kind)), ("cls", b"word")):
+                    member = tarfile.TarInfo(f"{row}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    settings = ["data.streaming=true", "data.shuffle_buffer=2", f"data.validation={tmp_path / 'train-0.tar'}"]
+    config = configure(tmp_path / "train-*.tar", *settings, batch=8)
+    split = open_source(config.data).train
+    assert isinstance(split, PictureStream) and split.shard_sizes == [3, 1, 4] and split.size == 8
+    shares = [epoch(config, 0, process, 2) for process in range(2)]
+    assert len(by_index(*shares)) == 8 and not [b for step in shares[0] for b in step if b.undecodable]
+    names = [[encoded.name for encoded in split.shard(2, first_row=first)] for first in (0, 3)]
+    assert names[1] == names[0][3:] == [f"{tmp_path / 'train-2.tar'}/3"]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 6])

@@ -1,12 +1,22 @@
 """Sources of pictures: every layout, every kind of file, and a clear refusal of what cannot be meant."""
 
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from datasets import ClassLabel, Value
 from PIL import Image
 
 from arm_zoo.images.decode import UndecodableImage, decode_image
@@ -198,7 +208,7 @@ def test_pictures_without_class_folders_can_be_pretrained_on(tmp_path: Path) -> 
         open_named(tmp_path)
 
 
-NAMES = datasets.ClassLabel(names=["cat", "dog"])
+NAMES = ClassLabel(names=["cat", "dog"])
 
 
 @pytest.mark.parametrize("held_out", ["val.parquet", "test.parquet", "data/validation-00000-of-00001.parquet"])
@@ -220,7 +230,7 @@ def test_a_file_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_parquet_file_glob_and_other_labels(tmp_path: Path) -> None:
-    strings = datasets.Value("string")
+    strings = Value("string")
     first = write_parquet(tmp_path / "one" / "a.parquet", ["b", "a", "c"], strings)
     write_parquet(tmp_path / "one" / "b.parquet", ["c"], strings)
     other = write_parquet(tmp_path / "val.parquet", ["a", "c"], strings)
@@ -236,9 +246,7 @@ def test_parquet_file_glob_and_other_labels(tmp_path: Path) -> None:
     assert source.class_names == ("0", "1", "2") and source.train[0][1] == 2  # type: ignore[index]
     with pytest.raises(SourceError, match="has 4 classes, the training pictures have 3"):
         open_named(integers, validation=str(write_parquet(tmp_path / "more.parquet", [3])))
-    with pytest.raises(
-        SourceError, match=r"1 of the 2 labels of .* are none .*: -1 in 1 row; allowed: 0 to 0"
-    ):
+    with pytest.raises(SourceError, match=r"1 of the 2 labels of .* are none .*: -1 in 1 row; allowed: 0 to 0"):
         open_named(integers, validation=str(write_parquet(tmp_path / "hidden.parquet", [-1, 0])))
 
 
@@ -262,8 +270,8 @@ def test_several_label_columns_must_be_told_apart(tmp_path: Path) -> None:
         features=datasets.Features(
             {
                 "img": datasets.Image(),
-                "fine": datasets.ClassLabel(names=["a", "b", "c"]),
-                "coarse": datasets.ClassLabel(names=["x", "y"]),
+                "fine": ClassLabel(names=["a", "b", "c"]),
+                "coarse": ClassLabel(names=["x", "y"]),
             }
         ),
     )
@@ -276,10 +284,10 @@ def test_several_label_columns_must_be_told_apart(tmp_path: Path) -> None:
 
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     train = write_parquet(tmp_path / "a.parquet", [0, 1], NAMES)
-    swapped = write_parquet(tmp_path / "b.parquet", [0, 1], datasets.ClassLabel(names=["dog", "cat"]))
+    swapped = write_parquet(tmp_path / "b.parquet", [0, 1], ClassLabel(names=["dog", "cat"]))
     source = open_named(train, validation=str(swapped))
     assert [label for _, label, _ in source.test] == [1, 0]  # type: ignore[union-attr]
-    fewer = write_parquet(tmp_path / "c.parquet", [0], datasets.ClassLabel(names=["dog"]))
+    fewer = write_parquet(tmp_path / "c.parquet", [0], ClassLabel(names=["dog"]))
     assert [label for _, label, _ in open_named(train, validation=str(fewer)).test] == [1]  # type: ignore[union-attr]
     with pytest.raises(SourceError, match=r"\[train\] has 2 classes, but data.num_classes is 3"):
         open_named(train, validation=str(swapped), num_classes=3)
@@ -303,9 +311,7 @@ def test_webdataset_tars(tmp_path: Path, as_json: bool) -> None:
     assert [(label, image.mode) for image, label, _ in stream.train] == [(n, "RGB") for n in (0, 1, 2, 2, 1)]
     assert [name.rpartition("/")[2] for *_, name in stream.train] == [f"{number:06}" for number in range(5)]
     for streaming in (False, True):
-        with pytest.raises(
-            SourceError, match=r"2 of the 5 labels of .* are none .*: 2 in 2 rows; allowed: 0 to 1"
-        ):
+        with pytest.raises(SourceError, match=r"2 of the 5 labels of .* are none .*: 2 in 2 rows; allowed: 0 to 1"):
             open_named(tmp_path, streaming=streaming, num_classes=2)
 
 
@@ -340,9 +346,39 @@ def test_digits_are_split_once_and_in_proportion() -> None:
         open_named("digits", num_classes=5)
 
 
-def test_braces_expand_as_in_a_shell() -> None:
-    assert expand_braces("a{08..10}{x,y}") == ["a08x", "a08y", "a09x", "a09y", "a10x", "a10y"]
-    assert expand_braces("plain.tar") == ["plain.tar"]
+BRACES = {  # as bash expands them
+    "plain.tar": "plain.tar",
+    "a{08..10}{x,y}": "a08x a08y a09x a09y a10x a10y",
+    "{10..8}": "10 9 8",
+    "{8..010}": "008 009 010",
+    "{-01..1}": "-01 000 001",
+    "{0..10..4}": "0 4 8",
+    "{9..-1..-5}": "9 4 -1",
+    "{e..a..2}": "e c a",
+    "a{x}": "a{x}",
+    "a{}": "a{}",
+    "{1..2}{x}": "1{x} 2{x}",
+    "a{b,{c,d}}e": "abe ace ade",
+    "{{1..2},x}": "1 2 x",
+    "x{{a,b}}": "x{a} x{b}",
+    "{a,b}}": "a} b}",
+    "{a,{b,c}": "{a,b {a,c",
+    "}{a,b}{": "}a{ }b{",
+    "{1..x}": "{1..x}",
+    "{1..}": "{1..}",
+}
+
+
+@pytest.mark.parametrize("pattern", BRACES)
+def test_braces_expand_as_in_a_shell(pattern: str) -> None:
+    assert " ".join(expand_braces(pattern)) == BRACES[pattern]
+    if bash := shutil.which("bash"):
+        assert subprocess.check_output([bash, "-c", f"echo {pattern}"], text=True).strip() == BRACES[pattern]
+
+
+def test_braces_may_count_down(tmp_path: Path) -> None:
+    files = [str(write_tar(tmp_path / f"shard-{number}.tar", [0])) for number in (8, 9, 10)]
+    assert locate(str(tmp_path / "shard-{10..8}.tar")).splits == {"train": files}  # and 10 comes after 9
 
 
 def test_bad_sources_are_refused_in_plain_words(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,3 +456,374 @@ def test_a_data_set_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert source.test[0][1] == 0 and asked == [("someone/pictures", False)]  # type: ignore[index]
     (tmp_path / "someone").mkdir()
     assert locate("someone/pictures").kind == "hub"
+
+
+WRONG: dict[str, tuple[list[object], object, str]] = {  # labels, their type, what is said of them
+    "hidden": ([-1] * 3, NAMES, "3 of the 3 labels of .* are none of its classes: -1 in 3 rows; allowed: 0 to 1"),
+    "none": ([0, None, 1, None], NAMES, "2 of the 4 labels of .*: none in 2 rows; allowed: 0 to 1"),
+    "both": ([0, -1, None], NAMES, "2 of the 3 labels of .*: -1 in 1 row, none in 1 row; .*hidden labels on the Hub"),
+    "integers": ([0, 1, None, -7], Value("int64"), "2 of the 4 labels of .*; allowed: 0 to 1"),
+    "strings": (["cat", None, ""], Value("string"), "2 of the 3 labels of .*; allowed: a name in each row"),
+    "lists": (
+        [[0], [1]],
+        datasets.Sequence(Value("int64")),
+        "'label' of .* holds .*; allowed: class labels, integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_labels_that_cannot_be_right_are_refused(tmp_path: Path, kind: str, split: str, streaming: bool) -> None:
+    labels, feature, message = WRONG[kind]
+    right = {"strings": ["cat"], "lists": [[0]]}.get(kind, [0, 1])
+    for name in ("train", "val"):
+        write_parquet(tmp_path / f"{name}.parquet", labels if name == split else right, feature)
+    with pytest.raises(SourceError, match=message) as refused:
+        open_named(tmp_path, streaming=streaming)
+    assert f"[{split}]" in str(refused.value) or kind == "lists"
+    unlabelled = open_named(tmp_path, labels_needed=False, streaming=streaming)
+    assert {label for _, label, _ in unlabelled.train} == {-1}  # pretraining does not look at them
+
+
+def test_labels_beyond_the_training_classes_are_refused_with_their_rows(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    write_parquet(tmp_path / "val.parquet", [0, 5, 7, 5])
+    with pytest.raises(SourceError, match=r"has 8 classes, .* have 2 \(only there: 5, 7, in 3 rows\)"):
+        open_named(tmp_path)
+
+
+def test_hidden_labels_of_a_stream_from_the_hub_are_met_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1], NAMES)
+    write_parquet(tmp_path / "val.parquet", [-1], NAMES)
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "val")}
+    loaded = datasets.load_dataset("parquet", data_files=files, streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: loaded)
+    with pytest.raises(SourceError, match=r"\[val\], shard 0, row 0 .*has the label -1; allowed: one of the 2"):
+        open_named("hf://some/pictures", streaming=True)
+    assert open_named("hf://some/pictures", labels_needed=False, streaming=True).class_names == ()
+
+
+def test_names_and_numbers_of_classes_are_matched(tmp_path: Path) -> None:
+    """Numbers stand for names in their order, unless the names are numbers themselves."""
+    strings, integers = Value("string"), Value("int64")
+    cats = write_parquet(tmp_path / "cats.parquet", ["dog", "cat"], strings)
+    numbers = write_parquet(tmp_path / "numbers.parquet", [1, 0, 1], integers)
+    assert [label for _, label, _ in open_named(cats, validation=str(numbers)).test] == [1, 0, 1]  # type: ignore[union-attr]
+    source = open_named(numbers, validation=str(cats))
+    assert source.class_names == ("cat", "dog") and [label for _, label, _ in source.train] == [1, 0, 1]
+    from_one = write_parquet(tmp_path / "from_one.parquet", ["1", "2"], strings)
+    ones = write_parquet(tmp_path / "ones.parquet", [1, 1], integers)
+    assert [label for _, label, _ in open_named(from_one, validation=str(ones)).test] == [0, 0]  # type: ignore[union-attr]
+    one_name = write_parquet(tmp_path / "one_name.parquet", ["dog"], strings)
+    with pytest.raises(SourceError, match=r"has 1 classes, the training pictures have 2 without names"):
+        open_named(numbers, validation=str(one_name))
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = ClassLabel(names=[unicodedata.normalize(form, "café") for form in ("NFC", "NFD")])
+    for split in ("train", "val"):
+        write_parquet(tmp_path / f"{split}.parquet", [0, 1], twice)
+    with pytest.raises(SourceError, match="has two classes that are called 'café', 0 and 1"):
+        open_named(tmp_path)
+
+
+def write_files(tar: Path, files: dict[str, bytes]) -> Path:
+    """A tar of these files; a compressed one if its name says so."""
+    with tarfile.open(tar, "w:gz" if tar.name.endswith("gz") else "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return tar
+
+
+def labels_of(split: object) -> list[object]:
+    """Class of each picture, the message in place of those that cannot be decoded."""
+    found: list[object] = []
+    stored = split.encoded() if isinstance(split, PictureStream) else split.encoded(range(len(split)))  # type: ignore
+    for encoded in stored:
+        try:
+            found.append(encoded.decode("RGB")[1])
+        except UndecodableImage as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_tars_with_pictures_of_several_kinds_and_words_as_classes(
+    tmp_path: Path, streaming: bool, ending: str
+) -> None:
+    kinds = ["jpg", "JPG", "png", "jpeg", None, "webp", "jpg", "seg.tif"]  # within the first five, and behind them
+    encoded = {"jpg": jpeg(1), "JPG": jpeg(1), "jpeg": jpeg(1), "png": encode(RGB, "PNG"), "webp": encode(RGB, "WEBP")}
+    for split in ("train", "val"):
+        files: dict[str, bytes] = {"README": b"no sample", "./._0000.jpg": b"of macOS"}
+        for row, kind in enumerate(kinds):
+            if kind is not None:
+                files[f"./{row:04}.{kind}"] = encoded.get(kind, encode(RGB, "TIFF"))
+            word = ["dog", "cat"][row % 2]
+            files[f"./{row:04}.{'json' if row > 5 else 'cls'}"] = (
+                json.dumps({"label": word}) if row > 5 else word
+            ).encode()
+        write_files(tmp_path / f"{split}-0.{ending}", files)
+    for labels_needed in (True, False):
+        source = open_named(tmp_path, labels_needed, streaming=streaming)
+        assert source.class_names == (("cat", "dog") if labels_needed else ())
+        for split in (source.train, source.test):
+            expected: list[object] = [1, 0] * 4 if labels_needed else [-1] * 8
+            found = labels_of(split)
+            assert f"0.{ending}/0004 cannot be decoded: there is no image in this row" in str(found[4])
+            assert found[:4] + found[5:] == expected[:4] + expected[5:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_folders_in_tars(tmp_path: Path, streaming: bool) -> None:
+    names = [f"photos/{name}/{number}.jpg" for name in ("10", "9", "café") for number in range(2)]
+    write_files(tmp_path / "train.tar", {unicodedata.normalize("NFD", name): jpeg() for name in names})
+    write_files(tmp_path / "val.tar", {name: jpeg() for name in names[2:]})
+    source = open_named(tmp_path, streaming=streaming)
+    assert source.class_names == ("9", "10", "café")
+    assert labels_of(source.train) == [1, 1, 0, 0, 2, 2] and labels_of(source.test) == [0, 0, 2, 2]
+    assert labels_of(open_named(tmp_path, labels_needed=False, streaming=streaming).train) == [-1] * 6
+    both = write_files(tmp_path / "both.tar", {f"{s}/cat/0.jpg": jpeg() for s in ("train", "val")})
+    for labels_needed in (True, False):
+        with pytest.raises(SourceError, match=r"tars of .*both.* hold the folders train, val, which are splits"):
+            open_named(both, labels_needed, validation=str(both), streaming=streaming)
+
+
+REFUSED_TARS: dict[str, tuple[dict[str, bytes], dict[str, object], str]] = {
+    "dots in keys": (
+        {f"img.{row:04}.{kind}": jpeg() for row in range(8) for kind in ("jpg", "cls")}, {},
+        r"img.0000.jpg, img.0001.jpg, .* and 3 more have one key, 'img', as it ends at the first dot of a name; "
+        r"allowed: one image for each key. Rename the files so that they have one dot each$",
+    ),
+    "two pictures": (
+        {"0.jpg": jpeg(), "0.png": jpeg(), "0.cls": b"1"}, {}, "say which ending is meant, as in .*image_column=jpg",
+    ),
+    "none of the ending": ({"0.jpg": jpeg(), "0.cls": b"1"}, {"image_column": "png"}, "no sample .* ending 'png'; "),
+    "no pictures": ({"0.txt": b"", "0.cls": b"1"}, {}, "no sample of .* has an image file; .* has the files txt, cls"),
+    "no labels": (
+        {"0.jpg": jpeg(), "0.json": b'{"species": 1}'}, {},
+        r"neither a .cls nor a \"label\" in a .json, .*files jpg, json \(species\). Say where .*json.species",
+    ),
+    "some without": ({"0.jpg": jpeg(), "0.cls": b"1", "1.jpg": jpeg()}, {}, "1 of the 2 .* have no label .*'1'"),
+    "wrong column": ({"0.jpg": jpeg(), "0.cls": b"1"}, {"label_column": "txt"}, "1 of the 1 .*label_column=txt"),
+    "apart": (
+        {"0.jpg": jpeg(), "1.jpg": jpeg(), "0.cls": b"1", "1.cls": b"1"}, {}, "no label .*must stand side by side",
+    ),
+    "a list": ({"0.jpg": jpeg(), "0.json": b'{"label": [1]}'}, {}, r"0.json.label is \[1\]; allowed as a label"),
+    "no text": ({"0.jpg": jpeg(), "0.cls": b"\xff"}, {}, "0.cls holds no label: .*utf-8"),
+    "no JSON": ({"0.jpg": jpeg(), "0.json": b"{"}, {}, "0.json holds no label: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", REFUSED_TARS)
+def test_tars_that_cannot_be_meant_are_refused(tmp_path: Path, kind: str, streaming: bool) -> None:
+    files, settings, message = REFUSED_TARS[kind]
+    tar = write_files(tmp_path / "some.tar", files)
+    with pytest.raises(SourceError, match=message):
+        open_named(tar, validation=str(tar), streaming=streaming, **settings)
+
+
+def test_a_field_of_json_and_an_ending_can_be_chosen(tmp_path: Path) -> None:
+    files = {"0.jpg": jpeg(1), "0.mask.png": encode(GREY, "PNG"), "0.json": b'{"species": "x", "label": 3}'}
+    tar = write_files(tmp_path / "some.tar", {**files, "1.JPG": jpeg(2), "1.json": b'{"species": "y"}'})
+    source = open_named(tar, validation=str(tar), image_column="jpg", label_column="json.species")
+    assert source.class_names == ("x", "y") and labels_of(source.train) == [0, 1]
+
+
+def test_a_tar_that_has_changed_is_read_anew(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "some.tar", [0, 1])
+    assert len(open_named(tar, validation=str(tar)).train) == 2  # type: ignore[arg-type]
+    write_tar(tar, [0, 1, 1])
+    assert len(open_named(tar, validation=str(tar)).train) == 3  # type: ignore[arg-type]
+
+
+def test_a_row_without_a_picture_says_so(tmp_path: Path) -> None:
+    rows = {"image": [{"bytes": jpeg(), "path": None}, None], "label": [0, 1]}
+    data = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image(), "label": NAMES}))
+    for split in ("train", "val"):
+        data.to_parquet(tmp_path / f"{split}.parquet")
+    for streaming in (False, True):
+        first, second = labels_of(open_named(tmp_path, streaming=streaming).train)
+        assert first == 0 and "row 1 cannot be decoded: there is no image in this row" in str(second)
+
+
+class Listed:
+    """A folder's entries in an order of one's own, as a disk lists them."""
+
+    def __init__(self, entries: Iterable["os.DirEntry[str]"]) -> None:
+        self._entries = iter(entries)
+
+    def __iter__(self) -> "Listed":
+        return self
+
+    def __next__(self) -> "os.DirEntry[str]":
+        return next(self._entries)
+
+    def __enter__(self) -> "Listed":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_order_does_not_depend_on_the_disk_or_on_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["1", "01", "A", "a"]  # all tie in timm's natural order
+    for split in ("train", "val"):
+        for name in names:
+            folder = write_folder(tmp_path / split, {name: 0}) / name
+            for file in ("1.png", "01.png", "x.jpg", "X.jpg"):
+                (folder / file).write_bytes(jpeg())
+    scandir = os.scandir
+    seen = set()
+    for turn in (list, reversed):
+        monkeypatch.setattr(os, "scandir", lambda path, turn=turn: Listed(turn(sorted(scandir(path), key=str))))
+        source = open_named(tmp_path)
+        unlabelled = open_named(tmp_path, labels_needed=False)
+        files = [row.data for split in (source, unlabelled) for row in split.train.encoded(range(16))]  # type: ignore
+        seen.add((source.class_names, *files))
+    assert len(seen) == 1
+    monkeypatch.undo()
+    classes = set()
+    for rows in (names, names[::-1]):
+        parquet = write_parquet(tmp_path / "rows.parquet", rows, Value("string"))
+        classes.add(open_named(parquet, validation=str(parquet)).class_names)
+    assert classes == {source.class_names}
+
+
+def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path) -> None:
+    for fold in ("a", "b"):
+        write_folder(tmp_path / fold, {"valid": 1, "invalid": 1})
+        write_folder(tmp_path / "splits" / fold, {"train": 2, "dev": 2})
+        write_folder(tmp_path / "mixed" / fold, {"bus": 1, "car": 1, "Train": 1})
+    for root, names in (("", ("invalid", "valid")), ("splits", ("dev", "train")), ("mixed", ("bus", "car", "Train"))):
+        folds = [tmp_path / root / fold for fold in ("a", "b")]
+        source = open_named(folds[0], validation=str(folds[1]))
+        assert source.class_names == names and len(source.train) == len(source.test)  # type: ignore[arg-type]
+        assert set(labels_of(source.test)) == set(range(len(names)))
+
+
+def test_splits_stay_splits_with_another_source_for_validation(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a" / "train", {"cat": 2, "train": 1})
+    write_folder(tmp_path / "a" / "val", {"cat": 1, "train": 1})
+    write_folder(tmp_path / "b" / "test", {"cat": 1})
+    source = open_named(tmp_path / "a", validation=str(tmp_path / "b"))
+    assert source.class_names == ("cat", "train") and len(source.train) == 3  # type: ignore[arg-type]
+
+
+def test_folders_that_may_be_splits_or_classes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path / "two", {"train": 4, "dev": 4})
+    with pytest.raises(SourceError, match=r"no class folders; .*if these are classes, set data.validation"):
+        open_named(tmp_path / "two")
+    with caplog.at_level(logging.WARNING):
+        assert len(open_named(tmp_path / "two", labels_needed=False).train) == 4  # type: ignore[arg-type]
+    assert "dev is the val split, train is the train split; if these are classes, set data.validation" in caplog.text
+    whole = open_named(tmp_path / "two", labels_needed=False, validation=str(tmp_path / "two"))
+    assert len(whole.train) == 8  # type: ignore[arg-type]
+    write_folder(tmp_path / "alike", {"train": 1, "training": 1})
+    write_folder(tmp_path / "held", {"val": 1, "test": 1})
+    for name, message in (("alike", "holds train, training: splits or classes"), ("held", "no training split")):
+        for labels_needed in (True, False):
+            with pytest.raises(SourceError, match=f"{message}.*if these are classes, set data.validation"):
+                open_named(tmp_path / name, labels_needed)
+
+
+@pytest.mark.parametrize("empty_folder", [False, True])
+def test_a_class_may_lack_validation_pictures(
+    tmp_path: Path, empty_folder: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 2, "c": 1})
+    write_folder(tmp_path / "val", {"a": 1, "c": 1} | ({"b": 0, "unknown": 0} if empty_folder else {}))
+    with caplog.at_level(logging.WARNING):
+        source = open_named(tmp_path)
+    assert source.class_names == ("a", "b", "c") and labels_of(source.test) == [0, 2]  # by names: no number shifts
+    assert "[val] has no pictures for 1 of the 3 classes, which are not scored: b" in caplog.text
+
+
+def test_a_declared_class_without_training_pictures_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        write_parquet(tmp_path / f"{split}.parquet", [0], NAMES)
+    with caplog.at_level(logging.WARNING):
+        assert open_named(tmp_path).class_names == ("cat", "dog")
+    assert "[train] has no pictures for 1 of its 2 classes: dog" in caplog.text
+
+
+def write_bytes(folder: bytes, name: bytes, content: bytes) -> None:
+    """A file whose name need not be text; skips where the disk takes no such names."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    except OSError:
+        pytest.skip("file names have to be UTF-8 here")
+
+
+def test_file_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    root = os.path.join(os.fsencode(tmp_path), b"r\xe9sum\xe9")
+    for split in (b"train", b"val"):
+        for name in (b"one", b"two"):
+            write_bytes(os.path.join(root, split, name), b"caf\xe9.png", jpeg())
+    write_bytes(os.path.join(root, b"train", b"two"), b"damag\xe9.png", b"")
+    for labels_needed in (True, False):
+        source = open_named(os.fsdecode(root), labels_needed)
+        found = labels_of(source.train)
+        assert found[:2] == ([0, 1] if labels_needed else [-1, -1])
+        assert "two/damag\\xe9.png cannot be decoded" in str(found[2])
+        str(found[2]).encode()  # can be printed and kept in a checkpoint
+    tar = write_files(
+        tmp_path / "some.tar", {os.fsdecode(b"caf\xe9.jpg"): jpeg(), os.fsdecode(b"caf\xe9.cls"): b"cat"}
+    )
+    assert [name for *_, name in open_named(tar, validation=str(tar)).train] == [f"{tar}/caf\\xe9"]
+
+
+def test_class_names_have_to_be_utf_8(tmp_path: Path) -> None:
+    write_bytes(os.path.join(os.fsencode(tmp_path), b"train", b"caf\xe9"), b"0.png", jpeg())
+    with pytest.raises(
+        SourceError, match=r"the name of the class folder b'.*caf\\xe9' is not UTF-8; rename the folder"
+    ):
+        open_named(tmp_path / "train")
+    assert len(open_named(tmp_path / "train", labels_needed=False).train) == 1  # type: ignore[arg-type]
+    tar = write_files(tmp_path / "some.tar", {os.fsdecode(b"caf\xe9/0.jpg"): jpeg(), "cat/0.jpg": jpeg()})
+    with pytest.raises(SourceError, match=r"class folder 'caf\\\\xe9' in .* is not UTF-8; rename it"):
+        open_named(tar)
+
+
+def test_odd_class_names_and_both_forms_of_unicode(tmp_path: Path) -> None:
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        write_folder(tmp_path / split, {unicodedata.normalize(form, name): 1 for name in ("①", "5²", "café")})
+        strings = [unicodedata.normalize(form, "café"), "b"]
+        write_parquet(tmp_path / "rows" / f"{split}.parquet", strings, Value("string"))
+        write_parquet(tmp_path / "named" / f"{split}.parquet", [0, 1], ClassLabel(names=strings))
+    assert open_named(tmp_path / "train", validation=str(tmp_path / "val")).class_names == ("5²", "café", "①")
+    assert open_named(tmp_path / "rows").class_names == ("b", "café")
+    assert labels_of(open_named(tmp_path / "named").test) == [0, 1]
+
+
+def test_thousands_of_classes_open_at_once(tmp_path: Path) -> None:
+    names = [f"n{number:08}" for number in range(5000)]
+    rows = {"image": [{"bytes": b"", "path": None}] * len(names), "label": list(range(len(names)))}
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
+    data = datasets.Dataset.from_dict(rows, features)
+    for split in ("train", "val"):
+        data.to_parquet(tmp_path / f"{split}.parquet")
+    open_named(tmp_path)  # fills the cache
+    started = time.process_time()
+    assert open_named(tmp_path).class_names == tuple(names)
+    assert time.process_time() - started < 2  # it takes a tenth; comparing every name with every other took ten times
+
+
+def test_the_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 1})
+    [message] = labels_of(open_named(tmp_path / "train", labels_needed=False, max_pixels=24 * 16 - 1).train)
+    assert "it has more than the 383 pixels that max_pixels allows" in str(message)
+    large = encode(Image.new("1", (9460, 9460)), "PNG")
+    (tmp_path / "train" / "cat" / "0.jpg").write_bytes(large)
+    for limit, expected in ((90_000_000, -1), (89_000_000, "89,000,000 pixels that max_pixels allows")):
+        [found] = labels_of(open_named(tmp_path / "train", labels_needed=False, max_pixels=limit).train)
+        assert found == expected or str(expected) in str(found)
