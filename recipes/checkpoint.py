@@ -1,9 +1,9 @@
 """Checkpoints that survive what kills a run: whole or not there, checked before use, the newest ones kept.
 
 OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds ``model.safetensors``, ``ema.safetensors`` (if there is an average),
-``optimizer.safetensors``, ``state.json`` (configuration, position, figures so far) and ``manifest.json`` (size and
-SHA-256 of each). There is no random state in it: order, variation, mixing and drop path are functions of the seed, the
-epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
+``optimizer.safetensors``, ``state.json`` (configuration, class names, position, figures so far) and ``manifest.json``
+(size and SHA-256 of each). There is no random state in it: order, variation, mixing and drop path are functions of the
+seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
 """
 
 import json

@@ -25,6 +25,7 @@ from .config import (
     load_config,
 )
 from .data import train_loader
+from .errors import RunError
 from .locate import SourceError
 from .sources import open_source
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {error}\n")
     try:
         speed = loader_speed(config)
-    except SourceError as error:
+    except (RunError, SourceError) as error:
         sys.exit(f"{parser.prog}: {error}")
     processes = config.data.workers or 1
     print(f"{speed:,.0f} img/s at {config.image_size} px: {processes} x {speed / processes:,.0f}")

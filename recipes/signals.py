@@ -104,7 +104,8 @@ class Agreement:
             RunError: Where the block itself did not fail.
             StopWaiting: On all, if one was asked to stop while it waited in the block, and none failed.
         """
-        outcome, problem = ENDED, None
+        outcome = ENDED
+        problem: Exception | None = None
         try:
             yield
         except Exception as error:  # whatever it is: it is raised again

@@ -23,16 +23,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from recipes import checkpoint, command_line, engine
+from recipes import checkpoint, command_line, data, engine
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
-from recipes.config import PretrainConfig, batch_plan, load_config
+from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
 from recipes.order import training_order
 from recipes.pretrain import pretrain
-from recipes.resume import AlreadyFinished, Start, compare
+from recipes.resume import AlreadyFinished, Start, compare, compare_classes
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from recipes.sources import PictureTable, open_source
 from tests.pictures import write_folder
@@ -197,6 +197,28 @@ def test_stopped_twice_in_an_epoch_sees_every_picture_once_and_ends_with_equal_b
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_stopped_while_it_waits_for_images_loses_nothing(
+    batch: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may never come, as from a disk that does not answer."""
+    load, count = data.VariedPictures.batch, iter(range(1, 10**6))
+
+    def asked_to_stop(pictures: data.VariedPictures, keys: Any) -> data.Batch:
+        if next(count) == batch:
+            send(signal.SIGTERM)()
+            pytest.fail("the run waits on")
+        return load(pictures, keys)
+
+    monkeypatch.setattr(data.VariedPictures, "batch", asked_to_stop)
+    with pytest.raises(Stopped):
+        run(tmp_path)
+    written = sorted(path.name for path in tmp_path.glob("checkpoints/*"))
+    assert written == ([] if batch == 1 else ["step-00000005", "step-00000007"])
+    run(tmp_path)
+    assert final_bits(tmp_path) == final_bits(whole)
+
+
 def test_damaged_pictures_of_before_are_counted_after_a_resume(
     tmp_path: Path, before_step: dict[int, Callable[[], None]]
 ) -> None:
@@ -276,6 +298,39 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
     printed = " ".join(capsys.readouterr().err.split())
     assert "using the one before" in printed
     assert "warning: going on with other settings: base_lr was 0.004, is 0.001" in printed
+
+
+def test_going_on_with_other_classes_is_refused(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for split in ("train", "val"):
+        write_folder(images / split, {"cat": 4, "dog": 4})
+
+    def train(source: Path, *overrides: str, resume: str = "auto") -> None:
+        colour = ["model_args.in_chans=3", "global_batch=8", "warmup_epochs=0", f"data.source={source}"]
+        tiny = [setting for setting in settings(tmp_path / "run") if "decoder" not in setting]
+        finetuning.finetune(load_config(FinetuneConfig, FINETUNE, [*tiny, *colour, *overrides]), resume=resume)
+
+    train(images, "epochs=1")
+    other = shutil.copytree(images, tmp_path / "other")
+    for split in ("train", "val"):
+        (other / split / "cat").rename(other / split / "bird")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000001"
+    message = f"{newest} was trained on other classes .* no longer there: 'cat'; new: 'bird'. Allowed: .*--resume none"
+    for resume in ("auto", str(newest)):
+        with pytest.raises(RunError, match=message):
+            train(other, "epochs=2", resume=resume)
+    train(shutil.copytree(images, tmp_path / "copy"), "epochs=2")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["label_names"] == ["cat", "dog"]
+
+
+def test_classes_are_compared_by_name_and_place() -> None:
+    start = Start(Path("step-00000001"), {"class_names": ["a", "A", *map(str, range(10))]})
+    compare_classes(start, ("a", "A", *map(str, range(10))))
+    compare_classes(Start(start.checkpoint, {}), ("x", "y"))  # of before names were kept
+    with pytest.raises(RunError, match="the same classes in another order: class 0 was 'a', is 'A'"):
+        compare_classes(start, ("A", "a", *map(str, range(10))))
+    with pytest.raises(RunError, match="12 classes before, 2 now; no longer there: '0', '1', '2' and 7 more"):
+        compare_classes(start, ("a", "A"))
 
 
 def test_order_of_pictures_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,17 @@ class Unpicklable(Exception):
         super().__init__(first, second)
 
 
-def loader_that(act: Callable[[], object]) -> Iterator[Numbers]:
+@pytest.fixture(params=[False, True], ids=["plain", "pinned"])
+def pinned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether torch's thread for pinned memory stands between workers and run; without a GPU it pins nothing."""
+    if request.param and not torch.accelerator.is_available():
+        for name, result in (("is_available", True), ("current_device_index", 0), ("set_device_index", None)):
+            monkeypatch.setattr(torch.accelerator, name, lambda *_, result=result: result)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return bool(request.param)
+
+
+def loader_that(act: Callable[[], object], pinned: bool = False) -> Iterator[Numbers]:
     """A worker that gives one batch and then does something."""
 
     def make(keys: Sequence[int]) -> Numbers:
@@ -51,7 +61,7 @@ def loader_that(act: Callable[[], object]) -> Iterator[Numbers]:
             act()
         return Numbers(torch.tensor(keys))
 
-    return iter(WorkerLoader(make, [[0], [1], [2], [3]], workers=1, pin_memory=False))
+    return iter(WorkerLoader(make, [[0], [1], [2], [3]], workers=1, pin_memory=pinned))
 
 
 def failing(error: Exception) -> Callable[[], NoReturn]:
@@ -70,8 +80,10 @@ def failing(error: Exception) -> Callable[[], NoReturn]:
         (MemoryError(), RunError, "decodes images failed: MemoryError"),
     ],
 )
-def test_errors_of_workers_come_as_one_message(error: Exception, kind: type[Exception], message: str) -> None:
-    batches = loader_that(failing(error))
+def test_errors_of_workers_come_as_one_message(
+    error: Exception, kind: type[Exception], message: str, pinned: bool
+) -> None:
+    batches = loader_that(failing(error), pinned)
     assert next(batches).values.tolist() == [0]
     with pytest.raises(kind, match=message) as raised:
         next(batches)
@@ -95,10 +107,10 @@ def worker_of(batches: Iterator[Numbers], before: set[BaseProcess]) -> BaseProce
     return worker
 
 
-def test_a_dead_worker_is_found_where_the_run_waits() -> None:
+def test_a_dead_worker_is_found_where_the_run_waits(pinned: bool) -> None:
     """Not by a signal handler at any place, in the middle of a step or of a checkpoint's writing."""
     handler = signal.getsignal(signal.SIGCHLD)
-    batches = loader_that(lambda: time.sleep(600))
+    batches = loader_that(lambda: time.sleep(600), pinned)
     worker = worker_of(batches, set(started))
     assert signal.getsignal(signal.SIGCHLD) == handler
     worker.kill()
@@ -107,8 +119,8 @@ def test_a_dead_worker_is_found_where_the_run_waits() -> None:
 
 
 @pytest.mark.parametrize("end", ["of the program", "of the loader", "of the loader in a cycle"])
-def test_workers_that_do_not_answer_are_killed_at_the_end(end: str) -> None:
-    batches = loader_that(lambda: time.sleep(600))
+def test_workers_that_do_not_answer_are_killed_at_the_end(end: str, pinned: bool) -> None:
+    batches = loader_that(lambda: time.sleep(600), pinned)
     worker = worker_of(batches, set(started))
     worker.terminate()  # as schedulers do, and Python at its end
     worker.join(0.5)
