@@ -83,7 +83,8 @@ def locate_folder(folder: str, one_split: bool) -> Located:
     if holds_pictures(folder):
         found["pictures"] = []
     if len(found) > 1:
-        raise SourceError(f"{folder!r} holds {' and '.join(found)}; name the files, as in '{folder}/*.parquet'")
+        [ending, *_] = FILES[next(iter(found))]
+        raise SourceError(f"{folder!r} holds {' and '.join(found)}; name the files, as in '{folder}/*{ending}'")
     if not found:
         problem = "holds no pictures, parquet files or tars" if any(os.scandir(folder)) else "is empty"
         raise SourceError(f"{folder!r} {problem}; allowed: {ALLOWED}")

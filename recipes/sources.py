@@ -2,9 +2,10 @@
 
 ``data.source`` and ``data.validation`` (which may also be a fraction of the training images) are one of
 
-- ``FOLDER`` of pictures: one subfolder for each class, perhaps below ``train/`` and ``val/`` (ImageNet's layout),
+- ``FOLDER`` of pictures: one subfolder for each class, perhaps below ``train/`` and ``val/`` (ImageNet's layout); with
+  ``data.validation`` the folder is one split, so that classes may be called like splits,
 - ``FOLDER``, file or glob of parquet files (``train*.parquet``, ``val*.parquet`` or ``test*.parquet``),
-- ``FOLDER``, file, glob or brace list (``shard-{000..146}.tar``) of WebDataset tars,
+- ``FOLDER``, file, glob or brace list (``shard-{000..146}.tar``) of WebDataset tars, or of tars with class folders,
 - ``hf://owner/name``, or ``owner/name`` where no such path exists: a data set on the Hub,
 - ``digits``: scikit-learn's 1,797 handwritten digits, 8x8 grey.
 
