@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from timm.models import save_for_hf
 
+import arm_zoo  # noqa: F401 - timm finds our models by it
 from recipes.errors import RunError
 from recipes.locate import SourceError
 from recipes.signals import Agreement, StopRequest, StopWaiting, stop_ends_waiting
