@@ -1,47 +1,70 @@
-"""The models at the command line: list them, describe one, classify pictures with one.
+"""The models at the command line: list them, describe one, classify images with one, show them to other programs.
 
 python -m arm_zoo list
 python -m arm_zoo info arm_base_patch16_224
-python -m arm_zoo predict cat.jpg dog.png --model arm_base_patch16_224 --weights arm_base.pth
+python -m arm_zoo predict cat.jpg dog.png --model arm_tiny_patch4_32
+python -m arm_zoo predict FOLDER_OF_IMAGES --model FOLDER_OF_A_MODEL
+python -m arm_zoo run validate.py --model arm_tiny_patch8_64 ...
 """
 
 import argparse
 import difflib
+import io
 import os
+import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_models, split_model_name_tag
+from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.arm import ARM
-from arm_zoo.files import CONFIG, WEIGHTS, read_config
+from arm_zoo.files import described_by_folder
 from arm_zoo.hosted import TABLE, find_weights, training_commands
-from arm_zoo.loading import from_pretrained
+from arm_zoo.images.decode import UndecodableImage, decode_image
+from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
+from arm_zoo.loading import from_pretrained, label_names
+from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint
 
+_SCHEMES = ("hf-hub:", "local-dir:")
 
-def create(name: str, device: str = "meta") -> ARM:
-    """The model untrained; on the meta device it has sizes but costs neither time nor memory.
+
+def entries() -> set[str]:
+    """All names, with and without tags."""
+    return {*list_models(module="arm"), *list_models(module="arm", include_tags=True)}
+
+
+def create(name: str) -> ARM:
+    """The model untrained, on the meta device, where it has sizes but costs neither time nor memory.
 
     Raises:
         ValueError: for a name that is not of this package.
     """
-    known = {*list_models(module="arm"), *list_models(module="arm", include_tags=True)}
+    known = entries()
     if name not in known:
         close = difflib.get_close_matches(name, sorted(known))
         hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows them all"
         raise ValueError(f"unknown model {name!r}; {hint}")
-    return cast(ARM, timm.create_model(name, device=device))
+    return cast(ARM, timm.create_model(name, device="meta"))
 
 
 def count_parameters(model: ARM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: ARM) -> int:
+    """Multiply-adds of the matrix products and convolutions for one image; `model` is on the meta device."""
+    image = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    return counter.get_total_flops() // 2
 
 
 def whereabouts(entry: str) -> str:
@@ -79,6 +102,8 @@ def run_info(args: argparse.Namespace) -> int:
     facts = {
         "tags": ", ".join([f"{tags[0]} (default)", *tags[1:]]),
         "parameters": f"{count_parameters(model):,} ({count_parameters(model) / 1e6:.1f} M)",
+        "multiply-adds": f"{count_macs(model) / 1e6:,.1f} M per image (matrix products and convolutions; FLOP "
+        "counters do not count the recurrence itself)",
         "width": model.embed_dim,
         "depth": len(model.blocks),
         "patches": f"{_by(embed.patch_size)}, stride {_by(embed.patch_stride)}, grid {_by(embed.grid_size)}",
@@ -103,16 +128,18 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    """Print the most probable classes of every picture; 1 if a picture could not be read."""
+    """Print the most probable classes of every image; 1 if an image could not be read."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     model = load_classifier(args.model, args.weights).to(args.device).eval()
     transform = create_transform(**resolve_input_data_config(model))
     names = class_names(model)
     status = 0
-    for path in args.images:
+    for path in (path for place in args.images for path in natural_order(images_below(place)) or [place]):
         try:
             image = read_image(path, model.in_chans)
-        except Exception as error:  # from damaged pictures Pillow raises all sorts: OSError, SyntaxError, ...
-            print(f"{path}: {_one_line(error)}", file=sys.stderr)
+        except (FileNotFoundError, UndecodableImage) as error:
+            print(_one_line(error), file=sys.stderr)
             status = 1
             continue
         with torch.inference_mode():
@@ -123,45 +150,83 @@ def run_predict(args: argparse.Namespace) -> int:
     return status
 
 
-def load_classifier(name: str, weights: Path | None) -> ARM:
-    """The model with the package's or hosted weights, those of a file, or those of a folder.
+def read_image(path: str, channels: int) -> Image.Image:
+    """An image as training reads it, in grey for one channel and in colour for three.
 
-    Classes and image channels are the file's.
+    Raises:
+        FileNotFoundError: if there is nothing at the path, or a folder, as is left where one holds no images.
+        UndecodableImage: if it cannot be decoded.
+    """
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: no images in this folder; their names end in {', '.join(IMAGE_ENDINGS)}")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return decode_image(path, path, "L" if channels == 1 else "RGB")
+
+
+def load_classifier(source: str | None, weights: Path | None) -> ARM:
+    """The model that was asked for, with weights.
+
+    Args:
+        source: an entry; or a folder, a file or the likes of "hf-hub:ORG/NAME", which name their model themselves.
+        weights: a file or a folder, in place of the entry's own weights. A bare file's classes and channels count.
 
     Raises:
         CheckpointError: if the weights are not hosted, cannot be read, are another model's or have no head.
         OSError: if there is no such file or folder.
         ValueError: for an unknown name, or a folder that is not of timm or of another model.
     """
-    model = create(name)
-    if weights is None:
-        entry = f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg['tag']}"
-        if find_weights(entry) is None:
-            raise CheckpointError(_ways_on(entry))
-        model = cast(ARM, timm.create_model(name, pretrained=True))
-    elif weights.is_dir() or _is_of_timm(weights):
-        folder = weights if weights.is_dir() else weights.parent
-        config = read_config(folder)
-        if "pretraining_model" in config:
-            raise CheckpointError(
-                f"{folder} holds a pretraining model, which has no classifier head; finetune it first"
-            )
-        architecture = config.get("architecture", "no timm model")
-        if architecture != model.pretrained_cfg["architecture"]:
-            raise ValueError(f"{folder / CONFIG} is of {architecture}, not of {name}")
-        model = cast(ARM, from_pretrained(folder))
+    where = str(weights or source)
+    if source is None and weights is None:
+        raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
+    if weights is None and source in entries():
+        model: ARM | ARMPretrain = load_entry(where)
+    elif source is None or weights is None:
+        model = from_pretrained(checked_source(where))
+    elif weights.is_dir() or described_by_folder(weights):
+        wanted = create(source).pretrained_cfg["architecture"]
+        model = from_pretrained(weights)
+        if isinstance(model, ARM) and model.pretrained_cfg["architecture"] != wanted:
+            raise ValueError(f"{weights} is of {model.pretrained_cfg['architecture']}, not of {source}")
     else:
-        state_dict = read_checkpoint(weights)
-        sizes: dict[str, Any] = {"num_classes": 0}
-        for size, key, dim in (("num_classes", "head.weight", 0), ("in_chans", "patch_embed.proj.weight", 1)):
-            if key in state_dict:
-                sizes[size] = state_dict[key].shape[dim]
-        model = cast(ARM, timm.create_model(name, **sizes))
-        model.load_state_dict(adapt_state_dict(state_dict, model, timm_adapts=False))
+        model = load_file(source, weights)
+    if isinstance(model, ARMPretrain):
+        raise CheckpointError(f"{where} holds a pretraining model, which has no classifier head; finetune it first")
     if not model.num_classes:
-        raise CheckpointError(f"{weights or name} has no classifier head; finetune it first")
+        raise CheckpointError(f"{where} has no classifier head; finetune it first")
     if model.in_chans not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels, the model takes {model.in_chans}")
+        raise ValueError(f"images have 1 or 3 channels, the model takes {model.in_chans}")
+    return model
+
+
+def checked_source(source: str) -> str:
+    """What `from_pretrained` takes, but a name with a slash that is not here is not looked for on the Hub."""
+    if not source.startswith(_SCHEMES) and not os.path.exists(source):
+        if "/" not in source and not Path(source).suffix:
+            create(source)  # no entry either: its error names those that are alike
+        raise FileNotFoundError(f"no folder or file at {source}; a repository of the Hub is named hf-hub:ORG/NAME")
+    return source
+
+
+def load_entry(name: str) -> ARM:
+    """With the package's or hosted weights."""
+    cfg = create(name).pretrained_cfg
+    entry = f"{cfg['architecture']}.{cfg['tag']}"
+    if find_weights(entry) is None:
+        raise CheckpointError(_ways_on(entry))
+    return cast(ARM, timm.create_model(name, pretrained=True))
+
+
+def load_file(name: str, file: Path) -> ARM:
+    """An entry's model with the weights, the classes and the image channels of a file."""
+    create(name)
+    state_dict = read_checkpoint(file)
+    sizes: dict[str, Any] = {"num_classes": 0}
+    for size, key, dim in (("num_classes", "head.weight", 0), ("in_chans", "patch_embed.proj.weight", 1)):
+        if key in state_dict:
+            sizes[size] = state_dict[key].shape[dim]
+    model = cast(ARM, timm.create_model(name, **sizes))
+    model.load_state_dict(adapt_state_dict(state_dict, model, timm_adapts=False))
     return model
 
 
@@ -175,36 +240,41 @@ def _ways_on(entry: str) -> str:
     )
 
 
-def _is_of_timm(file: Path) -> bool:
-    """Whether the file is the one that timm's config.json beside it describes."""
-    return file.name == WEIGHTS and (file.parent / CONFIG).is_file()
-
-
 def class_names(model: ARM) -> list[str]:
-    """Names of the classes: those saved with the weights, ImageNet's for 1000 classes, else numbers.
+    """Names of the classes: those saved with the weights, ImageNet's for 1000 classes, else numbers, which is said.
 
     ImageNet's classes are told in words where the saved name is WordNet's number, as n01443537.
     """
-    imagenet = ImageNetInfo()
+    imagenet, classes = ImageNetInfo(), model.num_classes
     saved = model.pretrained_cfg.get("label_names") or ()
-    names = dict(saved.items() if isinstance(saved, Mapping) else enumerate(saved))
-    if not names and model.num_classes == 1000:
+    if names := label_names(model.pretrained_cfg, classes):
+        words = dict(zip(imagenet.label_names(), imagenet.label_descriptions(), strict=True))
+        return [words.get(name, name) for name in names]
+    if not saved and classes == 1000:
         return cast(list[str], imagenet.label_descriptions())
-    words = dict(zip(imagenet.label_names(), imagenet.label_descriptions(), strict=True))
-    saved_names = [str(names.get(i, names.get(str(i), i))) for i in range(model.num_classes)]
-    return [words.get(name, name) for name in saved_names]
+    others = f"the names saved with the weights are for {len(saved)} classes, not for {classes}"
+    reason = others if len(saved) not in (0, classes) else "the weights do not name their classes"
+    print(f"{reason}: classes are shown by their numbers, from 0", file=sys.stderr)
+    return [str(index) for index in range(classes)]
 
 
-def read_image(path: Path, channels: int) -> Image.Image:
-    """A picture as the camera was held, in grey for one channel and colour for three, on white where transparent."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's conversion would cut them off at 255
-        image = image.point(lambda value: value / 256)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+def run_script(args: argparse.Namespace) -> int:
+    """Run a program of somebody else that makes timm models, as `python SCRIPT` or `python -m MODULE` would.
+
+    What it raises and its exit code are its own.
+    """
+    if args.module:
+        module, *sys.argv[1:] = args.module
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return 0
+    if not args.script or not os.path.exists(args.script[0]):
+        print(f"error: no script {' '.join(args.script[:1])!r}; expected SCRIPT or -m MODULE", file=sys.stderr)
+        return 2
+    sys.argv = args.script
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.realpath(args.script[0]))
+    runpy.run_path(args.script[0], run_name="__main__")
+    return 0
 
 
 def _one_line(error: Exception) -> str:
@@ -239,25 +309,45 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", help="as `list` shows it; without a tag, the default one")
     command.set_defaults(run=run_info)
 
-    command = commands.add_parser("predict", help="classify pictures")
-    command.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a picture that Pillow reads")
-    command.add_argument("--model", metavar="NAME", required=True, help="an entry, as `list` shows it")
+    command = commands.add_parser("predict", help="classify images")
+    command.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="an image that Pillow reads, or a folder for all in and below it"
+    )
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="an entry, as `list` shows it; or a model of your own: a folder with config.json, a .safetensors or .pth "
+        "file, hf-hub:ORG/NAME or local-dir:FOLDER",
+    )
     command.add_argument(
         "--weights",
         metavar="FILE",
         type=Path,
-        help="a .safetensors or .pth, of this project or the authors, or a folder with model.safetensors and "
-        "config.json; without it, the weights that the package or the Hub has",
+        help="a .safetensors or .pth, of this project or the authors, or a folder, in place of the weights that the "
+        "package or the Hub has for the entry; alone, the same as --model FILE",
     )
     command.add_argument("--top", metavar="K", type=positive, default=5, help="classes to print (%(default)s)")
     command.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ... (%(default)s)")
     command.set_defaults(run=run_predict)
+
+    command = commands.add_parser(
+        "run",
+        help="run a program that makes timm models, such as timm's validate.py, so that it knows these models too",
+        usage="%(prog)s SCRIPT [ARGUMENT ...] | -m MODULE [ARGUMENT ...]",
+    )
+    command.add_argument("script", nargs=argparse.REMAINDER, help="a Python file, then what it is to get")
+    command.add_argument(
+        "-m", dest="module", nargs=argparse.REMAINDER, help="a module by name, then what it is to get"
+    )
+    command.set_defaults(run=run_script)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. What the user can mend is one line on stderr."""
     args = create_parser().parse_args(argv)
+    if args.run is run_script:
+        return run_script(args)
     try:
         status: int = args.run(args)
         sys.stdout.flush()

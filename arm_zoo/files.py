@@ -18,11 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
+from torch import nn
 
 __all__ = [
     "CONFIG",
+    "PICKLED_WEIGHTS",
     "WEIGHTS",
     "CheckpointError",
+    "described_by_folder",
     "is_safetensors",
     "read_checkpoint",
     "read_config",
@@ -30,12 +33,14 @@ __all__ = [
     "save_model",
     "save_tensors",
     "sha256_of",
+    "weights_in",
 ]
 
 StateDict = dict[str, torch.Tensor]
 Choice = Literal["ema", "model"]
 
 WEIGHTS = "model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"  # what timm.models.save_for_hf writes unless it is asked for safetensors
 CONFIG = "config.json"
 _PLACES: dict[Choice, tuple[str, ...]] = {  # where checkpoints of a training keep their weights
     "ema": ("model_ema", "state_dict_ema"),
@@ -73,12 +78,14 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
 
 
 def read_shapes(path: str | Path) -> StateDict:
-    """Tensors of a .safetensors file by name, on the meta device: only its header is read.
+    """Tensors of a file by name, on the meta device: of a .safetensors file only the header is read.
 
     Raises:
         CheckpointError: if it is damaged.
     """
     path = Path(path)
+    if not is_safetensors(path):
+        return {name: tensor.to("meta") for name, tensor in read_checkpoint(path).items()}
     with _explained(path), safe_open(path, "pt") as file:
         shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
     cleaned: StateDict = clean_state_dict(shapes)
@@ -197,11 +204,16 @@ def _tensors(state_dict: Mapping[Any, Any], path: Path) -> StateDict:
                 f"{path} is no state dict: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor; "
                 "expected tensors by name, alone or under 'model' or 'model_ema'"
             )
-        plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        if not _is_plain(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
     cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
     return cleaned
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether it is dense numbers in memory, as safetensors holds them; subclasses mostly are not."""
+    plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    return type(value) in (torch.Tensor, nn.Parameter) and plain
 
 
 def sha256_of(path: str | Path) -> str:
@@ -211,6 +223,28 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def weights_in(folder: str | Path) -> Path:
+    """The file with the weights in a folder: model.safetensors, or pytorch_model.bin where that is all there is.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    files = [Path(folder) / name for name in (WEIGHTS, PICKLED_WEIGHTS)]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"neither {WEIGHTS} nor {PICKLED_WEIGHTS} in {folder}; a folder of weights holds one of the two beside "
+            f"{CONFIG}"
+        )
+    return found
+
+
+def described_by_folder(file: Path) -> bool:
+    """Whether the file is the one that the config.json beside it describes, rather than one that stands alone."""
+    named = file.name in (WEIGHTS, PICKLED_WEIGHTS) and (file.parent / CONFIG).is_file()
+    return named and weights_in(file.parent) == file
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -242,8 +276,12 @@ def save_model(
         tensors: by name; no two share memory in the file.
         config: what JSON can hold.
         metadata: facts for the header of model.safetensors.
+
+    Raises:
+        CheckpointError: if a tensor is not plain numbers; nothing is written then.
     """
     folder = Path(folder)
+    _check_plain(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     alone: StateDict = {}
     storages: set[int] = set()
@@ -263,6 +301,18 @@ def save_model(
     finally:
         for unfinished in beside:
             unfinished.unlink(missing_ok=True)
+
+
+def _check_plain(tensors: Mapping[str, Any]) -> None:
+    """Refuse what quantised layers have in place of a weight, and what has no values here (meta, sharded)."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) or not _is_plain(value):
+            kind = "tensor without values (device meta)" if getattr(value, "is_meta", False) else type(value).__name__
+            raise CheckpointError(
+                f"cannot save the model: {name} is a {kind}, and {WEIGHTS} holds plain tensors only; save a model "
+                "before it is quantised and quantise it again after loading (or write the quantised one with "
+                "torch.save(model.state_dict(), FILE)); gather the tensors of a sharded one first, with full_tensor()"
+            )
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata: Mapping[str, str]) -> None:

@@ -12,13 +12,22 @@ import timm
 from timm.models import PretrainedCfg, list_models
 
 from arm_zoo.arm import ARM
-from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_checkpoint, read_config, read_shapes
+from arm_zoo.files import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    described_by_folder,
+    read_checkpoint,
+    read_config,
+    read_shapes,
+    weights_in,
+)
 from arm_zoo.hosted import ORGANISATION, TABLE, download, known_sha256, organisation
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.variant import MAX_DEPTH, find_variant
 from arm_zoo.weights import adapt_state_dict
 
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "label_names"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -44,8 +53,8 @@ def from_pretrained(
 
     Args:
         source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
-            "hf-hub:ORG/NAME@REVISION"), a folder with model.safetensors and config.json ("local-dir:FOLDER" too), or a
-            .safetensors or .pth file of this project or the authors.
+            "hf-hub:ORG/NAME@REVISION"), a folder with config.json and model.safetensors or pytorch_model.bin
+            ("local-dir:FOLDER" too), or a .safetensors or .pth file of this project, the authors or timm's scripts.
         as_backbone: make a backbone also of a pretraining model, for finetuning or features.
         revision: branch, tag or commit of the repository.
         cache_dir: instead of the default cache of huggingface_hub.
@@ -73,8 +82,9 @@ def from_pretrained(
     if path.is_dir() or scheme == "local-dir":
         return _from_folder(path, as_backbone, kwargs)
     if path.is_file():
-        beside = path.name == WEIGHTS and (path.parent / CONFIG).is_file()
-        return _from_folder(path.parent, as_backbone, kwargs) if beside else _from_file(path, as_backbone, kwargs)
+        if described_by_folder(path):
+            return _from_folder(path.parent, as_backbone, kwargs)
+        return _from_file(path, as_backbone, kwargs)
     if isinstance(source, str) and _REPOSITORY.fullmatch(source) and not source.endswith((".safetensors", ".pth")):
         return _from_folder(_fetch(source, revision, cache_dir, token), as_backbone, kwargs)
     if path.suffix or "/" in str(source):
@@ -84,6 +94,21 @@ def from_pretrained(
     close = difflib.get_close_matches(str(source), sorted(_names()))
     hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows the entries"
     raise ValueError(f"{str(source)!r} is no entry, ORG/NAME on the Hub, folder or file; {hint}")
+
+
+def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Names of the classes by index, where a configuration has one for each; otherwise none.
+
+    transformers gives a model other classes and saves the names of the old ones with it, or, where it had none,
+    LABEL_0, LABEL_1 and so on.
+    """
+    saved = cfg.get("label_names") or ()
+    pairs = saved.items() if isinstance(saved, Mapping) else enumerate(saved)
+    names = {str(index): str(name) for index, name in pairs}
+    indices = [str(index) for index in range(num_classes)]
+    if names.keys() != set(indices) or all(name == f"LABEL_{index}" for index, name in names.items()):
+        return ()
+    return tuple(names[index] for index in indices)
 
 
 def _names() -> set[str]:
@@ -114,15 +139,14 @@ def _fetch(repo: str, revision: str | None, cache_dir: str | Path | None, token:
 
 def _from_folder(folder: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> ARM | ARMPretrain:
     config = read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"no {WEIGHTS} in {folder}; a folder of weights holds it beside {CONFIG}")
+    file = weights_in(folder)
     own = config.get("pretraining_model")
     if own is not None and not as_backbone:
         _check_table(own, _PRETRAINING_MODEL, "pretraining_model", folder)
-        _check_description(folder, lambda: ARMPretrain(**own, device="meta"))
-        return _pretraining_model(own, kwargs, folder / WEIGHTS)
+        _check_description(file, lambda: ARMPretrain(**own, device="meta"))
+        return _pretraining_model(own, kwargs, file)
     if own is not None and "architecture" not in config:  # as ARMPretrain.save_pretrained writes it
-        return _from_file(folder / WEIGHTS, as_backbone, kwargs)
+        return _from_file(file, as_backbone, kwargs)
     if config.get("architecture") not in [*_names()]:  # a list, which can be asked for anything that JSON has
         raise CheckpointError(
             f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of arm_zoo; "
@@ -133,7 +157,7 @@ def _from_folder(folder: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> 
     above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
     _check_table(above, _PRETRAINED_CFG, "its first level", folder)
     name = f"local-dir:{folder}"
-    _check_description(folder, lambda: cast(ARM, timm.create_model(name, device="meta")))
+    _check_description(file, lambda: cast(ARM, timm.create_model(name, device="meta")))
     return cast(ARM, timm.create_model(name, pretrained=True, **kwargs))
 
 
@@ -173,15 +197,15 @@ def _is_a(value: Any, wanted: Any) -> bool:
     return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
 
 
-def _check_description(folder: Path, build: Callable[[], ARM | ARMPretrain]) -> None:
+def _check_description(file: Path, build: Callable[[], ARM | ARMPretrain]) -> None:
     """Compare what config.json describes with the weights beside it before memory is taken for it.
 
     Args:
-        folder: with both files.
+        file: the weights.
         build: makes the model on the meta device, where it costs nothing, from the configuration alone: what is wrong
             here is not due to arguments of the caller.
     """
-    shapes = read_shapes(folder / WEIGHTS)
+    config, shapes = file.parent / CONFIG, read_shapes(file)
     try:
         model = build()
         adapt_state_dict(shapes, model, timm_adapts=False)
@@ -189,13 +213,13 @@ def _check_description(folder: Path, build: Callable[[], ARM | ARMPretrain]) -> 
         raise
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"the model of {folder / CONFIG} cannot be built: {reason}; {_FETCH_AGAIN}") from error
+        raise CheckpointError(f"the model of {config} cannot be built: {reason}; {_FETCH_AGAIN}") from error
     patches = model.patch_embed.num_patches
     rows = shapes["pos_embed"].shape[1:2] if "pos_embed" in shapes else ()
     if rows and rows[0] not in (patches, patches + 1):
         raise CheckpointError(
-            f"{folder / CONFIG} describes {patches} patches, but {WEIGHTS} beside it has position embeddings for "
-            f"{rows[0]} tokens: the two files do not belong together"
+            f"{config} describes {patches} patches, but {file.name} beside it has position embeddings for {rows[0]} "
+            "tokens: the two files do not belong together"
         )
 
 

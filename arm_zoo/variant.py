@@ -19,7 +19,14 @@ from torch import nn
 from arm_zoo.arm import ARM
 from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.weights import adapt_state_dict, is_official, sincos_grid, under_our_names
+from arm_zoo.weights import (
+    adapt_state_dict,
+    foreign_head,
+    is_official,
+    refusal_of_head,
+    sincos_grid,
+    under_our_names,
+)
 
 __all__ = ["MAX_DEPTH", "Variant", "find_variant"]
 
@@ -144,6 +151,8 @@ def _backbone_variant(source: StateDict, sizes: dict[str, Any], config: dict[str
     arguments = _different({**sizes, **geometry}, entry)
     if config.get("global_pool") == "token":
         arguments["global_pool"] = "token"
+    if foreign := foreign_head(source):
+        raise CheckpointError(refusal_of_head(foreign))
     head = source.get("head.weight")
     classes = 0 if head is None else len(head)
     return Variant(entry["name"], arguments, classes, None, official)

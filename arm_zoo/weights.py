@@ -21,9 +21,11 @@ from arm_zoo.files import CheckpointError, StateDict, read_checkpoint
 __all__ = [
     "CheckpointError",
     "adapt_state_dict",
+    "foreign_head",
     "from_official",
     "is_official",
     "read_checkpoint",
+    "refusal_of_head",
     "resample_pos_embed",
     "sincos_grid",
     "to_official",
@@ -208,6 +210,10 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
 def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, timm_adapts: bool) -> StateDict:
     if "pos_embed" not in source:
         return source  # not of the family: the check that follows says what is missing
+    if foreign := [key for key in foreign_head(source) if key not in target]:
+        if any(key.startswith("head.") for key in target):
+            raise CheckpointError(refusal_of_head(foreign))
+        source = {key: value for key, value in source.items() if key not in foreign}
     if "encoder_to_decoder.weight" in source:
         kept = {key: value for key, value in source.items() if key in target}
         fresh = {key: value for key, value in target.items() if key.startswith(("cls_token", "norm.", "head."))}
@@ -228,6 +234,20 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, t
         elif key == "patch_embed.proj.weight" and value.shape[2:] != target[key].shape[2:]:
             source[key] = resample_patch_embed(value, list(target[key].shape[2:]))
     return source
+
+
+def foreign_head(source: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of a head that is more than one linear layer."""
+    return [key for key in source if key.startswith("head.") and key not in ("head.weight", "head.bias")]
+
+
+def refusal_of_head(names: list[str]) -> str:
+    """What to do with a checkpoint that has such a head."""
+    return (
+        f"the checkpoint's head is not one linear layer but holds {_some(names)}, as that of a linear probe with "
+        "batch norm does; its encoder loads with timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay="
+        "dict(file=FILE), num_classes=0), and save_pretrained(FOLDER) keeps that for finetuning"
+    )
 
 
 def sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
