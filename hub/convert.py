@@ -19,6 +19,7 @@ from arm_zoo.files import (
     save_model,
     save_tensors,
     sha256_of,
+    weights_in,
 )
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.variant import Variant, describe, find_variant
@@ -43,8 +44,8 @@ def convert(
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
     Args:
-        file: .pth or .safetensors, or a folder with a model.safetensors; a config.json beside the file says what
-            shapes cannot (names of classes, preprocessing, the grid where it is no square).
+        file: .pth or .safetensors, or a folder with model.safetensors or pytorch_model.bin; a config.json beside the
+            file says what shapes cannot (names of classes, preprocessing, the grid where it is no square).
         out: a new folder.
         weights: see `arm_zoo.files.read_checkpoint`.
         dtype: of the tensors that are written, a key of DTYPES.
@@ -59,7 +60,7 @@ def convert(
         CheckpointError: if the file is not what it should be; FileNotFoundError if there is none.
         UsageError: if `out` is taken.
     """
-    file = file / WEIGHTS if file.is_dir() else file
+    file = weights_in(file) if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {file}; name a .pth, a .safetensors or the folder of a run")
     check_destination(out, overwrite)

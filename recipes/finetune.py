@@ -16,6 +16,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arm_zoo.files import described_by_folder, read_config, weights_in
+from arm_zoo.loading import label_names
+
 from .command_line import run_from_command_line, say
 from .config import FinetuneConfig, batch_plan
 from .data import Batch, EvalLoader, eval_loader, train_loader
@@ -65,7 +68,7 @@ def finetune(
     start = starting_point(config, resume, accelerator, output / "curves.png")
     source = open_source(config.data, labels_needed=True)
     classes = number_of_classes(config, source)
-    model = create_classifier(config, classes)
+    model = create_classifier(config, source.class_names)
     image_size = model.patch_embed.img_size
     inputs = input_config(config.model, source, model.in_chans, image_size)
     model.set_grad_checkpointing(config.gradient_checkpointing)
@@ -117,14 +120,20 @@ def number_of_classes(config: FinetuneConfig, source: Source) -> int:
     return classes
 
 
-def create_classifier(config: FinetuneConfig, num_classes: int) -> nn.Module:
-    """The backbone with a head: around the pretrained encoder if ``config.pretrained`` names one, else fresh."""
+def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.Module:
+    """The backbone with a head: around the pretrained encoder if ``config.pretrained`` names one, else fresh.
+
+    Where the weights are of a classifier of these very classes, in this order, its head is kept; any other is new.
+    """
     if config.pretrained is None:
-        return config.build(num_classes=num_classes)
+        return config.build(num_classes=len(class_names))
     weights = Path(config.pretrained)
-    file = weights / "model.safetensors" if weights.is_dir() else weights
-    model = config.build(num_classes=num_classes, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
-    nn.init.trunc_normal_(model.get_classifier().weight, std=PRETRAINED_HEAD_STD)
+    file = weights_in(weights) if weights.is_dir() else weights
+    saved = read_config(file.parent) if described_by_folder(file) else {}
+    model = config.build(num_classes=len(class_names), pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    if label_names(saved, len(class_names)) != tuple(class_names):
+        nn.init.trunc_normal_(model.get_classifier().weight, std=PRETRAINED_HEAD_STD)
+        nn.init.zeros_(model.get_classifier().bias)
     return model
 
 

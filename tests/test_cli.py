@@ -1,6 +1,8 @@
-"""The command line: what it prints, how it reads pictures, and one line for every mistake."""
+"""The command line: what it prints, which images and models it takes, and one line for every mistake."""
 
 import argparse
+import json
+import os
 import re
 import subprocess
 import sys
@@ -11,14 +13,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
 import arm_zoo
-from arm_zoo.__main__ import main, read_image
+from arm_zoo.__main__ import main
 from arm_zoo.weights import to_official
 
 TINY, PICO = "arm_tiny_patch16_224", "arm_pico_patch2_8"
@@ -103,6 +105,7 @@ def test_info_tells_what_the_entry_is(capsys: pytest.CaptureFixture[str]) -> Non
     assert out.startswith("arm_base_patch16_stride8_448.arm_in1k_ft_in1k\n")
     assert facts["tags"] == "arm_in1k_ft_in1k (default)"
     assert facts["parameters"].startswith("87,204,328")
+    assert facts["multiply-adds"].startswith("251,658.0 M per image (matrix products and convolutions; ")
     assert facts["patches"] == "16x16, stride 8x8, grid 55x55"
     assert (facts["width"], facts["depth"], facts["classes"]) == ("768", "12", "1000")
     assert (facts["input_size"], facts["crop_mode"], facts["crop_pct"]) == ("3x448x448", "squash", "1.0")
@@ -110,6 +113,17 @@ def test_info_tells_what_the_entry_is(capsys: pytest.CaptureFixture[str]) -> Non
     assert (facts["std"], facts["license"]) == ("(0.229, 0.224, 0.225)", "unknown")
     assert "2406.07537" in facts["paper"] and facts["weights"].startswith("not hosted")
     assert "pretrained_cfg_overlay=dict(file=PATH)" in out
+
+
+def test_info_counts_multiply_adds(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: what each token passes through in each block, the patches' products, and the head's."""
+    width, hidden, tokens, rank, states = 192, 512, 65, 12, 16
+    mixer = 3 * width**2 + 4 * (rank + 2 * states) * width + 4 * rank * width
+    products = 12 * tokens * (mixer + 3 * width * hidden) + 64 * 8 * 8 * 3 * width + width * 200
+    assert main(["info", "arm_tiny_patch8_64"]) == 0
+    out = capsys.readouterr().out
+    assert round(products / 1e6, 1) == 352.2 and "  352.2 M per image " in out
+    assert "do not count the recurrence itself" in out
 
 
 def test_info_of_a_short_name_and_of_a_tag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,8 +167,8 @@ def test_predict_from_the_shell(digits_folder: Path, tmp_path: Path, repo: Path)
     assert len(answers(result.stdout)) == 2
     assert {name for _, name in answers(result.stdout)} <= set(DIGITS)
     damaged, missing = result.stderr.splitlines()
-    assert damaged.startswith(f"{images[1]}: ") and len(damaged) > len(images[1]) + 5
-    assert missing.startswith(f"{images[2]}: ") and "No such file" in missing
+    assert damaged.startswith(f"{images[1]} cannot be decoded: ")
+    assert missing == f"{images[2]}: no such file or folder"
 
 
 @pytest.mark.parametrize("form", ["folder", "safetensors", "pth", "official"])
@@ -216,52 +230,159 @@ def test_top_is_at_most_all_classes(colour_folder: Path, picture: Path, capsys: 
     assert sorted(name for _, name in answers(capsys.readouterr().out)) == ["ant", "bee", "cat", "dog"]
 
 
-# pictures of every kind
+# which model
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
-def test_pictures_of_every_mode(kind: str, channels: int, picture: Path, tmp_path: Path) -> None:
-    """Read from a file of that mode, the picture is the one it shows."""
-    colour = Image.open(picture).convert("RGB")
+@pytest.mark.parametrize("source", ["{}", "local-dir:{}", "{}/model.safetensors", "--weights"])
+def test_a_folder_names_its_model(
+    source: str, colour_folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--weights", str(colour_folder)] if source == "--weights" else ["--model", source.format(colour_folder)]
+    assert main(["predict", str(picture), *options]) == 0
+    alone = capsys.readouterr().out
+    main(["predict", str(picture), "--model", TINY, "--weights", str(colour_folder)])
+    assert alone == capsys.readouterr().out
+    assert {name for _, name in answers(alone)} == {"ant", "bee", "cat", "dog"}
+
+
+def test_a_bare_file_names_its_model(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the shapes of its tensors."""
+    model = timm.create_model("arm_tiny_patch4_32", pretrained=True)
+    torch.save({"model": to_official(model)}, tmp_path / "own.pth")
+    assert main(["predict", str(picture), "--model", str(tmp_path / "own.pth")]) == 0
+    numbered = capsys.readouterr()
+    assert numbered.err == "the weights do not name their classes: classes are shown by their numbers, from 0\n"
+    assert main(["predict", str(picture), "--model", "arm_tiny_patch4_32"]) == 0
+    named = answers(capsys.readouterr().out)
+    names = model.default_cfg["label_names"]
+    assert [(percent, names[int(index)]) for percent, index in answers(numbered.out)] == named
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "no model: name an entry or a folder with --model, or weights with --weights"),
+    (["--model", "runs/none"], "no folder or file at runs/none; a repository of the Hub is named hf-hub:ORG/NAME"),
+    (["--model", "none.pth"], "no folder or file at none.pth; "),
+    (["--weights", "none"], "unknown model 'none'; "),
+    (["--model", "local-dir:none"], "no config.json in none; "),
+])  # fmt: skip
+def test_models_that_are_none(
+    options: list[str], message: str, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is asked of the Hub unless it is named."""
+    assert message in mistake(capsys, "predict", picture, *options)
+
+
+@pytest.mark.parametrize("names, reason", [
+    (DIGITS, "the names saved with the weights are for 10 classes, not for 4"),
+    ([f"LABEL_{index}" for index in range(4)], "the weights do not name their classes"),
+])  # fmt: skip
+def test_names_of_other_classes_are_not_printed(
+    names: list[str], reason: str, colour_folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = colour_folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": names}))
+    assert main(["predict", str(picture), "--model", str(colour_folder)]) == 0
+    captured = capsys.readouterr()
+    assert sorted(name for _, name in answers(captured.out)) == ["0", "1", "2", "3"]
+    assert captured.err == f"{reason}: classes are shown by their numbers, from 0\n"
+
+
+@pytest.mark.slow
+def test_what_transformers_saves(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other classes than those of the weights it began with: it keeps the old names unless they are taken out."""
+    transformers = pytest.importorskip("transformers")
+    timm.create_model("arm_tiny_patch4_32", pretrained=True).save_pretrained(tmp_path / "ten")
+    new = {0: "ant", 1: "bee", 2: "cat"}
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "ten", num_labels=3, id2label=new, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "stale")
+    assert len(json.loads((tmp_path / "stale" / "config.json").read_text())["label_names"]) == 10
+    assert main(["predict", str(picture), "--model", str(tmp_path / "stale")]) == 0
+    captured = capsys.readouterr()
+    assert sorted(name for _, name in answers(captured.out)) == ["0", "1", "2"]
+    assert "are for 10 classes, not for 3" in captured.err
+    del model.config.label_names
+    model.save_pretrained(tmp_path / "named")
+    capsys.readouterr()  # a progress bar
+    assert main(["predict", str(picture), "--model", str(tmp_path / "named")]) == 0
+    captured = capsys.readouterr()
+    assert sorted(name for _, name in answers(captured.out)) == ["ant", "bee", "cat"] and captured.err == ""
+
+
+# images of every kind
+
+
+@pytest.mark.parametrize("kind", ["I;16", "RGBA", "LA", "turned"])
+def test_images_are_read_as_in_training(
+    kind: str, digits_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the file keeps it, an image gets the answers of what it shows: 8-bit grey, upright, on white."""
+    grey, folder = Image.open(picture).convert("L"), tmp_path / "images"
+    folder.mkdir()
+    grey.save(folder / "a.png")
+    other = folder / "b.png"
     if kind == "I;16":
-        shown = colour.convert("L")
-        image = Image.fromarray(np.array(shown).astype(np.uint16) * 257)
-    else:
-        image = colour.quantize(32) if kind == "P" else colour.convert(kind)
-        shown = image.convert("RGB")
-    file = tmp_path / ("image.tif" if kind == "CMYK" else "image.png")
-    image.save(file)
-    read = read_image(file, channels)
-    assert Image.open(file).mode == kind
-    expected = shown.convert("L" if channels == 1 else "RGB")
-    assert read.mode == expected.mode
-    assert read.tobytes() == expected.tobytes()
+        Image.fromarray(np.array(grey).astype(np.uint16) * 257).save(other)
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # turn by 90 degrees clockwise
+        grey.transpose(Image.Transpose.ROTATE_90).save(other, exif=exif)
+    else:  # drawn in the transparency alone, which lies on white
+        drawn = Image.new(kind, grey.size, 0)
+        drawn.putalpha(ImageOps.invert(grey))
+        drawn.save(other)
+    assert Image.open(other).mode == (kind if kind != "turned" else "L")
+    assert main(["predict", str(folder), "--model", str(digits_folder), "--top", "10"]) == 0
+    found = answers(capsys.readouterr().out)
+    assert len(found) == 20 and found[:10] == found[10:]
 
 
-def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
-    """What lies below full transparency is arbitrary, mostly black, and not what the picture shows."""
-    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    image.save(tmp_path / "rgba.png")
-    image.convert("LA").save(tmp_path / "la.png")
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([255, 0, 0, 0, 0, 0])
-    palette.putpixel((1, 0), 1)
-    palette.save(tmp_path / "p.png", transparency=1)
-    for name, first in (("rgba.png", (255, 0, 0)), ("la.png", (76, 76, 76)), ("p.png", (255, 0, 0))):
-        assert np.array(read_image(tmp_path / name, 3)).tolist() == [[[*first], [255, 255, 255]]], name
-        assert np.array(read_image(tmp_path / name, 1)).tolist() == [[76, 255]], name
+def test_floating_point_images_are_refused(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether 1.0 or 255.0 is white nobody knows; as Pillow converts them, those up to 1 would be all black."""
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "float.tif")
+    assert main(["predict", str(tmp_path / "float.tif"), "--model", str(digits_folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "float.tif cannot be decoded: ValueError: floating-point pixels, whose white is unknown" in captured.err
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_are_turned_upright(channels: int, picture: Path, tmp_path: Path) -> None:
-    """A camera held sideways stores the picture as its sensor saw it and says in EXIF how to turn it."""
-    upright = Image.open(picture)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # turn by 90 degrees clockwise
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    assert read_image(tmp_path / "turned.png", channels).tobytes() == read_image(picture, channels).tobytes()
+def test_folders_of_images(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All in and below them, in natural order; what is hidden or no image is left out."""
+    images = tmp_path / "images"
+    for name in ("10.png", "2.png", "b/1.PNG", ".hidden.png", ".cache/3.png", "notes.txt", "b/desktop.ini"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(images / name, "PNG")
+    alone = tmp_path / "alone.dat"  # an image that is named counts whatever its ending
+    Image.new("L", (8, 8)).save(alone, "PNG")
+    (tmp_path / "empty").mkdir()
+    places = [str(images), str(tmp_path / "empty"), str(alone)]
+    assert main(["predict", *places, "--model", str(digits_folder), "--top", "1"]) == 1
+    captured = capsys.readouterr()
+    paths = [line for line in captured.out.splitlines() if not line.startswith(" ")]
+    assert paths == [str(images / name) for name in ("2.png", "10.png", "b/1.PNG")] + [str(alone)]
+    [line] = captured.err.splitlines()
+    assert line.startswith(f"{tmp_path / 'empty'}: no images in this folder; their names end in .jpg, ")
+
+
+def test_names_that_are_no_text(digits_folder: Path, tmp_path: Path, repo: Path) -> None:
+    """Old archives hold them, and a terminal may know no more than ASCII; classes likewise."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    Image.new("L", (8, 8)).save(os.fsdecode(folder + b"/\xe9.png"))
+    with open(folder + b"/\xff.png", "wb"):
+        pass
+    config = digits_folder / "config.json"
+    config.write_text(config.read_text().replace("seven", "\u4e03"), encoding="utf-8")
+    command = [sys.executable, "-m", "arm_zoo", "predict", folder, "--model", str(digits_folder), "--top", "10"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=repo, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[0].endswith(r"caf\udce9/\udce9.png") and r"  \u4e03" in result.stdout
+    [line] = result.stderr.splitlines()
+    assert line.endswith(r"/\udcff.png cannot be decoded: no image in any format that is known")
 
 
 def test_one_channel_models_take_colour_pictures(
@@ -275,23 +396,15 @@ def test_one_channel_models_take_colour_pictures(
     assert {name for _, name in found} == set(DIGITS)
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "half a JPEG", "half a TIFF", "folder", "huge"])
-def test_unreadable_pictures(
-    damage: str,
-    digits_folder: Path,
-    picture: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("damage", ["text", "empty", "half a JPEG", "half a TIFF", "huge"])
+def test_unreadable_images(
+    damage: str, digits_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever Pillow raises, it is one line with the path, and the pictures beside it are classified."""
+    """Whatever Pillow raises, it is one line with the path, and the images beside it are classified."""
     bad, good = tmp_path / "bad", tmp_path / "good.png"
     Image.new("L", (8, 8)).save(good)
-    if damage == "folder":
-        bad.mkdir()
-    elif damage == "huge":
-        bad = picture
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # the picture has more than twice as many
+    if damage == "huge":
+        Image.new("1", (10_000, 10_000)).save(bad, "PNG")
     elif damage.startswith("half"):
         Image.open(picture).save(bad, damage.split()[-1])
         bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
@@ -302,7 +415,57 @@ def test_unreadable_pictures(
     captured = capsys.readouterr()
     assert [line for line in captured.out.splitlines() if not line.startswith(" ")] == [str(good)] * 2
     [line] = captured.err.splitlines()
-    assert re.fullmatch(re.escape(f"{bad}: ") + r"\S.*", line)
+    assert re.fullmatch(re.escape(f"{bad} cannot be decoded: ") + r"\S.*", line)
+    assert damage != "huge" or line.endswith("it has more than the 89,478,485 pixels that are allowed")
+
+
+# other programs
+
+
+SCRIPT = """
+import json, sys
+import timm
+import beside
+model = timm.create_model("arm_tiny_patch8_64", device="meta")
+print(json.dumps([sys.argv, sys.path[0], __name__, __file__, beside.VALUE, type(model).__name__]))
+if "--fail" in sys.argv:
+    raise ValueError("of the script")
+sys.exit(7)
+"""
+
+
+def run_program(repo: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "arm_zoo", "run", *words], cwd=repo, capture_output=True, text=True)
+
+
+def test_programs_run_with_the_models_registered(tmp_path: Path, repo: Path) -> None:
+    """With arguments, import path and exit code as under `python SCRIPT`."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("VALUE = 5")
+    arguments = ["--model", "x", "-m", "-h", "--"]
+    result = run_program(repo, str(script), *arguments)
+    assert result.returncode == 7 and result.stderr == ""
+    expected = [[str(script), *arguments], str(tmp_path), "__main__", str(script), 5, "ARM"]
+    assert json.loads(result.stdout) == expected
+
+
+def test_errors_of_programs_are_their_own(tmp_path: Path, repo: Path) -> None:
+    """What would be one line in a command of ours is a traceback here; modules are run as `python -m` does."""
+    (tmp_path / "program.py").write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("VALUE = 5")
+    environment = {**os.environ, "PYTHONPATH": f"{repo}:{tmp_path}"}
+    command = [sys.executable, "-m", "arm_zoo", "run", "-m", "program", "--fail"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and result.stderr.endswith("ValueError: of the script\n")
+    assert json.loads(result.stdout)[0] == [str(tmp_path / "program.py"), "--fail"]
+
+
+def test_programs_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, name in (([], "''"), (["none.py", "--x"], "'none.py'")):
+        assert main(["run", *words]) == 2
+        assert capsys.readouterr().err == f"error: no script {name}; expected SCRIPT or -m MODULE\n"
 
 
 # mistakes
@@ -348,7 +511,7 @@ def test_weights_of_another_model(
     colour_folder: Path, digits_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = mistake(capsys, "predict", picture, "--model", "arm_small_patch16_224", "--weights", colour_folder)
-    assert f"{colour_folder / 'config.json'} is of {TINY}, not of arm_small_patch16_224" in message
+    assert f"{colour_folder} is of {TINY}, not of arm_small_patch16_224" in message
     file = tmp_path / "weights.safetensors"
     file.write_bytes((colour_folder / "model.safetensors").read_bytes())
     message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", file)
@@ -362,7 +525,7 @@ def test_folders_without_a_model(picture: Path, tmp_path: Path, capsys: pytest.C
     assert f"no config.json in {tmp_path}; a folder of weights holds model.safetensors and config.json" in message
     arm_zoo.create_pretraining_model("arm_pico").save_pretrained(tmp_path)
     for weights in (tmp_path, tmp_path / "model.safetensors"):
-        assert f"{tmp_path} holds a pretraining model, which has no classifier" in mistake(capsys, *options, weights)
+        assert f"{weights} holds a pretraining model, which has no classifier" in mistake(capsys, *options, weights)
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path / "config.json") in mistake(capsys, *options, tmp_path)
 
@@ -380,7 +543,7 @@ def test_weights_without_a_head(picture: Path, tmp_path: Path, capsys: pytest.Ca
 def test_channels_that_no_picture_has(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(timm.create_model(PICO, in_chans=4).state_dict(), tmp_path / "four.safetensors")
     message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", tmp_path / "four.safetensors")
-    assert "pictures have 1 or 3 channels, the model takes 4" in message
+    assert "images have 1 or 3 channels, the model takes 4" in message
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The real client of the Hub runs in a process of its own against a stand-in on th
 sockets sees to it that it asks nobody else.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -22,12 +23,16 @@ from hub_server import Client, HubServer, running_hub, start_client
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from timm.models import save_for_hf
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 import arm_zoo
 from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, hosted, to_official
 from arm_zoo.files import sha256_of
 from arm_zoo.hosted import Weights
+from arm_zoo.loading import label_names
+from hub.__main__ import main as hub_command
 from recipes.sources import open_digits
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
@@ -109,6 +114,71 @@ def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
     assert finetuned.num_classes == 7 and torch.equal(finetuned.norm.weight, model.norm.weight)
     assert from_pretrained(folder, num_classes=7).num_classes == 7
     assert from_pretrained(folder, img_size=16).patch_embed.img_size == (16, 16)
+
+
+def test_folders_of_pickles(model: nn.Module, tmp_path: Path) -> None:
+    """timm's save_for_hf writes pytorch_model.bin unless it is told otherwise; safetensors beside it come first."""
+    save_for_hf(model, str(tmp_path))
+    file = tmp_path / "pytorch_model.bin"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model.bin"}
+    for source in (tmp_path, f"local-dir:{tmp_path}", file):
+        assert digest(from_pretrained(source)) == digest(model)
+    assert from_pretrained(tmp_path, num_classes=5).num_classes == 5
+    assert hub_command(["convert", str(tmp_path), str(tmp_path / "converted")]) == 0
+    assert digest(from_pretrained(tmp_path / "converted")) == digest(model)
+    save_file({name: value + 1 for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    assert digest(from_pretrained(tmp_path)) != digest(model) == digest(from_pretrained(file))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model": RunsCode(tmp_path / "trap")}, file)
+    with pytest.raises(CheckpointError, match=r"it asks to run posix\.mkdir; nothing in it was run"):
+        from_pretrained(tmp_path)
+    assert not (tmp_path / "trap").exists()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor pytorch_model\.bin in "):
+        from_pretrained(tmp_path)
+
+
+def test_checkpoints_of_timms_scripts(model: nn.Module, tmp_path: Path) -> None:
+    """Those of train.py, where the averaged weights come first, and what avg_checkpoints.py writes."""
+    average = ModelEmaV3(model)
+    for parameter in average.module.parameters():
+        nn.init.normal_(parameter)
+    arguments, optimizer = argparse.Namespace(model=PICO, lr=0.1), torch.optim.AdamW(model.parameters())
+    for ema in (None, average):
+        folder = tmp_path / str(ema is None)
+        folder.mkdir()
+        saver = CheckpointSaver(model, optimizer, arguments, ema, checkpoint_dir=str(folder), recovery_dir=str(folder))
+        saver.save_checkpoint(0, metric=1.0)
+        assert_loads(
+            folder / "last.pth.tar", model if ema is None else average.module, tmp_path / f"out {ema is None}"
+        )
+    torch.save(model.state_dict(), tmp_path / "averaged.pth")
+    assert_loads(tmp_path / "averaged.pth", model, tmp_path / "out")
+
+
+def assert_loads(file: Path, model: nn.Module, out: Path) -> None:
+    """With its very weights, by timm, by us, and once converted."""
+    overlay = {"file": str(file)}
+    loaded = timm.create_model(PICO, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    assert hub_command(["convert", str(file), str(out)]) == 0
+    for each in (loaded, from_pretrained(file), from_pretrained(out)):
+        assert digest(each) == digest(model)
+
+
+@pytest.mark.parametrize(
+    "saved, expected",
+    [
+        (["ant", "bee"], ("ant", "bee")),
+        ({"1": "bee", "0": "ant"}, ("ant", "bee")),
+        (["ant"], ()),
+        (["ant", "bee", "cat"], ()),
+        ({"0": "ant", "2": "cat"}, ()),
+        (["LABEL_0", "LABEL_1"], ()),
+        (None, ()),
+    ],
+)
+def test_names_of_classes_are_as_many_as_the_classes(saved: Any, expected: tuple[str, ...]) -> None:
+    assert label_names({"label_names": saved}, 2) == expected
 
 
 def test_pretraining_models_from_everywhere(tmp_path: Path) -> None:

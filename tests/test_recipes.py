@@ -26,7 +26,7 @@ from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_pl
 from recipes.data import Batch, train_loader
 from recipes.engine import Trainer, seed_step
 from recipes.errors import RunError
-from recipes.finetune import FinetuneResult, classification_loss, evaluation, finetune
+from recipes.finetune import FinetuneResult, classification_loss, create_classifier, evaluation, finetune
 from recipes.finetune import main as finetune_command
 from recipes.locate import SourceError
 from recipes.optim import learning_rate, parameter_groups
@@ -284,6 +284,19 @@ def test_moving_average_by_hand() -> None:
     assert state["weight"].item() == 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4
     assert state["running_mean"].item() == 0.75 * (0.25 * -2) + 0.25 * -4
     assert state["num_batches_tracked"].item() == 4
+
+
+def test_a_classifier_of_the_same_classes_keeps_its_head(tmp_path: Path) -> None:
+    """As many classes are not enough: they are the same by their names. A new head is new as a whole."""
+    saved = timm.create_model("arm_pico_patch2_8", pretrained=True)
+    saved.save_pretrained(tmp_path)
+    names = saved.pretrained_cfg["label_names"]
+    config = load_config(FinetuneConfig, FINETUNE, [f"pretrained={tmp_path}"])
+    kept = create_classifier(config, names).get_classifier()
+    assert torch.equal(kept.weight, saved.head.weight) and torch.equal(kept.bias, saved.head.bias)
+    for others in (names[::-1], names[:9], [*names[:9], "ten"]):
+        drawn = create_classifier(config, others).get_classifier()
+        assert drawn.weight.std().item() == pytest.approx(2e-5, rel=0.3) and not drawn.bias.any(), others
 
 
 def mixing(*overrides: str) -> FinetuneConfig:

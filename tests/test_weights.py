@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import pickle
@@ -19,12 +20,13 @@ from timm.models import save_for_hf
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo import CheckpointError, create_pretraining_model, from_official, to_official
+from arm_zoo import CheckpointError, create_pretraining_model, from_official, from_pretrained, to_official
+from arm_zoo.files import save_model
 from arm_zoo.pretrain import sincos_pos_embed
 
 StateDict = dict[str, torch.Tensor]
 
-BASE = "arm_base_patch16_224"
+BASE, PICO = "arm_base_patch16_224", "arm_pico_patch2_8"
 FINETUNED = ("arm_ft_img64_gp", "arm_ft_224_gp")
 PRETRAINED = ("arm_pretrain_d12", "arm_pretrain_train_steps")
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "img_size": 64, "num_classes": 5}
@@ -573,6 +575,59 @@ def test_head_of_another_width(saved: tuple[nn.Module, Path], tmp_path: Path) ->
     assert "other shapes, checkpoint -> model (1): head.weight (5, 48) -> (5, 32)" in refused(
         tmp_path / "head.safetensors"
     )
+
+
+def test_heads_of_more_than_one_layer(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """A linear probe's with batch norm is refused, however it is loaded; the encoder below it can be had."""
+    source, _ = saved
+    file = tmp_path / "probe.pth"
+    probe = copy.deepcopy(source)
+    probe.head = nn.Sequential(nn.BatchNorm1d(32, affine=False), source.head)
+    torch.save({"model": probe.state_dict()}, file)
+    for message in (refused(file), refused(file, num_classes=3)):
+        assert message.startswith("the checkpoint's head is not one linear layer but holds head.0.running_mean")
+        assert "head.1.weight" in message and "num_classes=0" in message and "\n" not in message
+    with pytest.raises(CheckpointError, match="not one linear layer"):
+        from_pretrained(file)
+    encoder = from_file(file, num_classes=0)
+    assert_same_but(encoder, source, "head.")
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert from_file(tmp_path / "encoder" / "model.safetensors", num_classes=3).num_classes == 3
+
+
+QUANTISED = {  # what stands in a state dict in place of a weight
+    "a pair": ("head._packed_params", (torch.zeros(2), None)),
+    "a type": ("head._packed_params.dtype", torch.qint8),
+    "sparse": ("head.weight", torch.eye(2).to_sparse()),
+    "meta": ("head.weight", torch.empty(2, device="meta")),
+    "subclass": ("head.weight", torch.zeros(2).as_subclass(type("Int8Tensor", (torch.Tensor,), {}))),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_what_cannot_be_saved_is_said_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+    name, value = QUANTISED[kind]
+    with pytest.raises(CheckpointError) as error:
+        save_model(tmp_path / "folder", {"norm.weight": torch.ones(2), name: value}, {})
+    message = str(error.value)
+    assert message.startswith(f"cannot save the model: {name} is a ") and "\n" not in message
+    assert "save a model before it is quantised" in message and "torch.save(model.state_dict(), FILE)" in message
+    assert kind != "subclass" or "Int8Tensor" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_models_are_not_saved(tmp_path: Path) -> None:
+    """By PyTorch's own tool, and by torchao where that is installed; nothing is written."""
+    quantised = [torch.ao.quantization.quantize_dynamic(timm.create_model(PICO), {nn.Linear})]
+    if importlib.util.find_spec("torchao") is not None:
+        torchao = importlib.import_module("torchao.quantization")
+        quantised.append(timm.create_model(PICO))
+        torchao.quantize_(quantised[-1], torchao.Int8WeightOnlyConfig())
+    for model in quantised:
+        with pytest.raises(CheckpointError, match="save a model before it is quantised"):
+            model.save_pretrained(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_file(tmp_path: Path) -> None:
