@@ -1,6 +1,7 @@
 """The command line: what it prints, which images and models it takes, and one line for every mistake."""
 
 import argparse
+import io
 import json
 import os
 import re
@@ -367,7 +368,7 @@ def test_folders_of_images(digits_folder: Path, tmp_path: Path, capsys: pytest.C
     assert line.startswith(f"{tmp_path / 'empty'}: no images in this folder; their names end in .jpg, ")
 
 
-def test_names_that_are_no_text(digits_folder: Path, tmp_path: Path, repo: Path) -> None:
+def test_names_that_are_no_text(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old archives hold them, and a terminal may know no more than ASCII; classes likewise."""
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
@@ -376,12 +377,13 @@ def test_names_that_are_no_text(digits_folder: Path, tmp_path: Path, repo: Path)
         pass
     config = digits_folder / "config.json"
     config.write_text(config.read_text().replace("seven", "\u4e03"), encoding="utf-8")
-    command = [sys.executable, "-m", "arm_zoo", "predict", folder, "--model", str(digits_folder), "--top", "10"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, cwd=repo, capture_output=True, text=True, env=environment)
-    assert result.returncode == 1
-    assert result.stdout.splitlines()[0].endswith(r"caf\udce9/\udce9.png") and r"  \u4e03" in result.stdout
-    [line] = result.stderr.splitlines()
+    out, err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, "ascii", "backslashreplace", write_through=True))
+    assert main(["predict", os.fsdecode(folder), "--model", str(digits_folder), "--top", "10"]) == 1
+    printed = out.getvalue().decode()
+    assert printed.splitlines()[0].endswith(r"caf\udce9/\udce9.png") and r"  \u4e03" in printed
+    [line] = err.getvalue().decode().splitlines()
     assert line.endswith(r"/\udcff.png cannot be decoded: no image in any format that is known")
 
 
@@ -434,32 +436,30 @@ sys.exit(7)
 """
 
 
-def run_program(repo: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "arm_zoo", "run", *words], cwd=repo, capture_output=True, text=True)
-
-
 def test_programs_run_with_the_models_registered(tmp_path: Path, repo: Path) -> None:
     """With arguments, import path and exit code as under `python SCRIPT`."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "beside.py").write_text("VALUE = 5")
     arguments = ["--model", "x", "-m", "-h", "--"]
-    result = run_program(repo, str(script), *arguments)
+    command = [sys.executable, "-m", "arm_zoo", "run", str(script), *arguments]
+    result = subprocess.run(command, cwd=repo, capture_output=True, text=True)
     assert result.returncode == 7 and result.stderr == ""
     expected = [[str(script), *arguments], str(tmp_path), "__main__", str(script), 5, "ARM"]
     assert json.loads(result.stdout) == expected
 
 
-def test_errors_of_programs_are_their_own(tmp_path: Path, repo: Path) -> None:
-    """What would be one line in a command of ours is a traceback here; modules are run as `python -m` does."""
+def test_errors_of_programs_are_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would be one line in a command of ours is raised here; modules are run as `python -m` does."""
     (tmp_path / "program.py").write_text(SCRIPT)
     (tmp_path / "beside.py").write_text("VALUE = 5")
-    environment = {**os.environ, "PYTHONPATH": f"{repo}:{tmp_path}"}
-    command = [sys.executable, "-m", "arm_zoo", "run", "-m", "program", "--fail"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr and result.stderr.endswith("ValueError: of the script\n")
-    assert json.loads(result.stdout)[0] == [str(tmp_path / "program.py"), "--fail"]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["arm_zoo"])
+    with pytest.raises(ValueError, match="of the script"):
+        main(["run", "-m", "program", "--fail"])
+    assert json.loads(capsys.readouterr().out)[0] == [str(tmp_path / "program.py"), "--fail"]
 
 
 def test_programs_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
