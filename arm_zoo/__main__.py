@@ -252,9 +252,10 @@ def class_names(model: ARM) -> list[str]:
         return [words.get(name, name) for name in names]
     if not saved and classes == 1000:
         return cast(list[str], imagenet.label_descriptions())
-    others = f"the names saved with the weights are for {len(saved)} classes, not for {classes}"
+    others = f"the weights come with names of {len(saved)} classes, not of {classes}"
     reason = others if len(saved) not in (0, classes) else "the weights do not name their classes"
-    print(f"{reason}: classes are shown by their numbers, from 0", file=sys.stderr)
+    advice = "label_names in a folder's config.json names them"
+    print(f"{reason}: classes are shown by number, from 0; {advice}", file=sys.stderr)
     return [str(index) for index in range(classes)]
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,9 @@ def test_top_is_at_most_all_classes(colour_folder: Path, picture: Path, capsys: 
 # which model
 
 
+BY_NUMBER = ": classes are shown by number, from 0; label_names in a folder's config.json names them\n"
+
+
 @pytest.mark.parametrize("source", ["{}", "local-dir:{}", "{}/model.safetensors", "--weights"])
 def test_a_folder_names_its_model(
     source: str, colour_folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]
@@ -252,7 +256,7 @@ def test_a_bare_file_names_its_model(picture: Path, tmp_path: Path, capsys: pyte
     torch.save({"model": to_official(model)}, tmp_path / "own.pth")
     assert main(["predict", str(picture), "--model", str(tmp_path / "own.pth")]) == 0
     numbered = capsys.readouterr()
-    assert numbered.err == "the weights do not name their classes: classes are shown by their numbers, from 0\n"
+    assert numbered.err == f"the weights do not name their classes{BY_NUMBER}"
     assert main(["predict", str(picture), "--model", "arm_tiny_patch4_32"]) == 0
     named = answers(capsys.readouterr().out)
     names = model.default_cfg["label_names"]
@@ -274,7 +278,7 @@ def test_models_that_are_none(
 
 
 @pytest.mark.parametrize("names, reason", [
-    (DIGITS, "the names saved with the weights are for 10 classes, not for 4"),
+    (DIGITS, "the weights come with names of 10 classes, not of 4"),
     ([f"LABEL_{index}" for index in range(4)], "the weights do not name their classes"),
 ])  # fmt: skip
 def test_names_of_other_classes_are_not_printed(
@@ -285,7 +289,7 @@ def test_names_of_other_classes_are_not_printed(
     assert main(["predict", str(picture), "--model", str(colour_folder)]) == 0
     captured = capsys.readouterr()
     assert sorted(name for _, name in answers(captured.out)) == ["0", "1", "2", "3"]
-    assert captured.err == f"{reason}: classes are shown by their numbers, from 0\n"
+    assert captured.err == f"{reason}{BY_NUMBER}"
 
 
 @pytest.mark.slow
@@ -293,22 +297,20 @@ def test_what_transformers_saves(picture: Path, tmp_path: Path, capsys: pytest.C
     """Other classes than those of the weights it began with: it keeps the old names unless they are taken out."""
     transformers = pytest.importorskip("transformers")
     timm.create_model("arm_tiny_patch4_32", pretrained=True).save_pretrained(tmp_path / "ten")
-    new = {0: "ant", 1: "bee", 2: "cat"}
-    model = transformers.AutoModelForImageClassification.from_pretrained(
-        tmp_path / "ten", num_labels=3, id2label=new, ignore_mismatched_sizes=True
-    )
-    model.save_pretrained(tmp_path / "stale")
-    assert len(json.loads((tmp_path / "stale" / "config.json").read_text())["label_names"]) == 10
-    assert main(["predict", str(picture), "--model", str(tmp_path / "stale")]) == 0
-    captured = capsys.readouterr()
-    assert sorted(name for _, name in answers(captured.out)) == ["0", "1", "2"]
-    assert "are for 10 classes, not for 3" in captured.err
-    del model.config.label_names
-    model.save_pretrained(tmp_path / "named")
-    capsys.readouterr()  # a progress bar
-    assert main(["predict", str(picture), "--model", str(tmp_path / "named")]) == 0
-    captured = capsys.readouterr()
-    assert sorted(name for _, name in answers(captured.out)) == ["ant", "bee", "cat"] and captured.err == ""
+    options = {"num_labels": 3, "id2label": {0: "ant", 1: "bee", 2: "cat"}, "ignore_mismatched_sizes": True}
+    load = partial(transformers.AutoModelForImageClassification.from_pretrained, tmp_path / "ten", **options)
+    stale, told, freed = load(), load(label_names=["ant", "bee", "cat"]), load()
+    del freed.config.label_names
+    for name, model in (("stale", stale), ("told", told), ("freed", freed)):
+        model.save_pretrained(tmp_path / name)
+        capsys.readouterr()  # progress bars
+        assert main(["predict", str(picture), "--model", str(tmp_path / name)]) == 0
+        captured = capsys.readouterr()
+        expected = ["0", "1", "2"] if name == "stale" else ["ant", "bee", "cat"]
+        assert sorted(word for _, word in answers(captured.out)) == expected, name
+        assert captured.err == (
+            f"the weights come with names of 10 classes, not of 3{BY_NUMBER}" if name == "stale" else ""
+        )
 
 
 # images of every kind
@@ -466,6 +468,20 @@ def test_programs_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     for words, name in (([], "''"), (["none.py", "--x"], "'none.py'")):
         assert main(["run", *words]) == 2
         assert capsys.readouterr().err == f"error: no script {name}; expected SCRIPT or -m MODULE\n"
+
+
+def test_the_maps_of_the_clients_document(repo: Path) -> None:
+    """What it gives for Grad-CAM takes out the class token in the middle, whatever the grid."""
+    document = (repo / "arm_zoo" / "CLIENTS.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(def tokens_to_map.*?)```", document, re.DOTALL)
+    for size in ((8, 8), (6, 10), (6, 6)):  # an odd number of patches has its middle elsewhere
+        names: dict[str, Any] = {"torch": torch, "model": timm.create_model(PICO, img_size=size).eval()}
+        exec(code.partition("\n\n")[0], names)
+        images = torch.randn(2, 1, *size)
+        with torch.no_grad():
+            tokens = names["model"].forward_features(images)
+            [expected] = names["model"].forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+            assert torch.equal(names["tokens_to_map"](tokens), expected), size
 
 
 # mistakes
