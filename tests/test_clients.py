@@ -32,7 +32,7 @@ def images(batch: int = 4) -> torch.Tensor:
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if type(module) is nn.Linear]
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
