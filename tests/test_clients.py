@@ -32,7 +32,7 @@ def images(batch: int = 4) -> torch.Tensor:
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if type(module) is nn.Linear]
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -162,6 +162,21 @@ def test_accelerate_loads_into_an_empty_model(include_buffers: bool, tmp_path: P
         empty, str(tmp_path / "model.safetensors"), device_map={"": "cpu"}
     )
     assert loaded(images()).equal(model(images()))
+
+
+@pytest.mark.parametrize("make", [pico, partial(arm_zoo.create_pretraining_model, "arm_pico")])
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_bring_the_tables(make: partial[nn.Module], assign: bool) -> None:
+    model, empty = make(), make(device="meta")
+    if not assign:
+        empty.to_empty(device="cpu")
+        for table in empty.buffers():
+            table.fill_(1)  # whatever lies in empty memory
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    for table, expected in zip(empty.buffers(), model.buffers(), strict=True):
+        assert table.equal(expected)
+    outputs = [m(images()) for m in (empty, model)]
+    assert all(a.equal(b) for a, b in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in outputs), strict=True))
 
 
 def start(rank: int, processes: int, file: Path) -> None:

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arm_zoo import CheckpointError, create_pretraining_model, fused, to_official
 from arm_zoo.arm import ARM
 from arm_zoo.block import Block, run_blocks
-from arm_zoo.fused import is_plain_layer
+from arm_zoo.fused import is_plain, is_plain_layer
 from arm_zoo.hosted import bundled_file
 from arm_zoo.layers import PatchEmbed, SwiGLU, run_linear
 from arm_zoo.order import scan_order
@@ -579,6 +579,18 @@ def test_layers_are_called_unless_they_are_plain(change: str) -> None:
     x = torch.randn(2, 3)
     assert close(run_linear(layer, x), layer(x))
     assert len(calls) == 2 * (change == "hook")
+
+
+def test_compiled_code_knows_plain_layers() -> None:
+    quantised = nn.Linear(3, 5)
+    quantised.weight = nn.Parameter(quantised.weight.detach().as_subclass(Quantised), requires_grad=False)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def asks(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x + (is_plain(x) and is_plain_layer(layer, nn.Linear))
+
+    answers = [asks(layer, torch.zeros(())).item() for layer in (nn.Linear(3, 5), nn.Sequential(), quantised)]
+    assert answers == [1, 0, 0]
 
 
 def test_hooks_on_all_modules_see_the_layers() -> None:

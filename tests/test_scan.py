@@ -871,8 +871,10 @@ def test_model_exports_with_any_batch() -> None:
 
 def test_tensors_on_several_devices_are_refused() -> None:
     inputs = LONG.scan_inputs()
-    with pytest.raises(ValueError, match=r"selective_scan: A is on meta, u on cpu; move one of them"):
+    with pytest.raises(ValueError, match=r"A is on meta, u on cpu; load .* init_non_persistent_buffers\(\)"):
         LONG.scan(**{**inputs, "A": inputs["A"].to("meta")})
+    with pytest.raises(ValueError, match=r"selective_scan: delta is on cpu, u on meta; move one of them"):
+        LONG.scan(**{**inputs, "u": inputs["u"].to("meta")})
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
