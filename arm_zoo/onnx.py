@@ -38,6 +38,9 @@ Value = FLOAT
 Table = INT64
 OptionalValue = Optional[FLOAT]  # noqa: UP045  (onnxscript does not read the newer form)
 OptionalTable = Optional[INT64]  # noqa: UP045
+Step = FLOAT[
+    None, None, None, None
+]  # a step of a sequence, or the state; OpenVINO needs to know that it has four axes
 
 
 @script(default_opset=op)
@@ -45,7 +48,7 @@ def recurrence(
     state: FLOAT[...], A: FLOAT[...], delta: FLOAT[...], into: FLOAT[...], B: FLOAT[...], C: FLOAT[...]
 ) -> FLOAT[...]:
     @graph()
-    def step(h, rates, delta_t, into_t, B_t, C_t):  # noqa: ANN001, ANN202
+    def step(h: Step, rates: Step, delta_t: Step, into_t: Step, B_t: Step, C_t: Step):  # noqa: ANN202
         decay = op.Exp(op.Mul(delta_t, rates))
         after = op.Add(op.Mul(decay, h), op.Mul(B_t, into_t))
         y_t = op.MatMul(C_t, after)
