@@ -64,8 +64,14 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hub", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("convert", help="a .pth or .safetensors -> a folder that anyone loads in one line")
-    command.add_argument("file", metavar="FILE", type=Path, help="of the official code, or a run's folder")
+    command = commands.add_parser("convert", help="a checkpoint -> a folder that anyone loads in one line")
+    command.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help=".pth, .pth.tar or .safetensors of the official code, of the recipes or of timm's train.py and "
+        "avg_checkpoints.py; or the folder of a run",
+    )
     command.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     command.add_argument("--weights", choices=["ema", "model"], help="averaged or trained; default: averaged if there")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the tensors (%(default)s)")

@@ -45,8 +45,10 @@ TEMPLATE = """{begin}
 
 ## Use
 
-Needs the package `arm_zoo` (in a checkout of arm-zoo: `pip install .`); importing it registers the models. The weights
-are safetensors: loading them runs no code of this repository.
+Needs the package `arm_zoo` (in a checkout of arm-zoo: `pip install .`); importing it registers the models. Without
+`import arm_zoo` timm says "Unknown model ({architecture})", and transformers "The model architecture '{architecture}'
+is not supported in your version of timm ... Please upgrade timm": no upgrade helps, the import is what is missing. The
+weights are safetensors: loading them runs no code of this repository.
 
 {snippets}
 
@@ -211,6 +213,7 @@ def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str
         end=END,
         title=config["architecture"] if repo == "ORG/NAME" else repo.rpartition("/")[2],
         what=_what(config),
+        architecture=config["architecture"],
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(config, header, sha256).items()),
         licence=_licence(header, official),
         snippets=_snippets(config, repo),

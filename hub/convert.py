@@ -1,4 +1,4 @@
-"""A checkpoint of the official code or of the recipes -> a folder that anyone loads in one line."""
+"""A checkpoint of the official code, of the recipes or of timm -> a folder that anyone loads in one line."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +44,9 @@ def convert(
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
     Args:
-        file: .pth or .safetensors, or a folder with model.safetensors or pytorch_model.bin; a config.json beside the
-            file says what shapes cannot (names of classes, preprocessing, the grid where it is no square).
+        file: .pth, .pth.tar or .safetensors (official code, recipes, timm's train.py and avg_checkpoints.py), or a
+            folder with model.safetensors or pytorch_model.bin; a config.json beside the file says what shapes cannot
+            (names of classes, preprocessing, the grid where it is no square).
         out: a new folder.
         weights: see `arm_zoo.files.read_checkpoint`.
         dtype: of the tensors that are written, a key of DTYPES.

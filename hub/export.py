@@ -1,8 +1,7 @@
 """Models for other programs: ONNX for onnxruntime, pt2 for torch.export, and the authors' names for their code.
 
-In ONNX every scan is one `Scan` node with a body of a dozen operators, so that the graph is as large for 3025 patches
-as for 16; the short convolution is a sum of shifted products. In pt2 both stay the operators of arm_zoo, which
-whoever loads the program must import.
+`arm_zoo.onnx` says how ONNX writes the operators of arm_zoo. In pt2 they stay what they are, and whoever loads the
+program must import arm_zoo.
 """
 
 import io
@@ -84,24 +83,28 @@ def _write_pt2(model: nn.Module, file: Path) -> str:
 
 
 def _write_onnx(model: nn.Module, file: Path) -> str:
+    pictures = _pictures(model)
     try:
         import onnxruntime
 
-        from .onnx_operators import TRANSLATIONS
-    except ImportError as error:
-        raise UsageError(f"onnx needs onnx, onnxscript and onnxruntime ({error}): pip install '.[hub]'") from error
-    pictures = _pictures(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter to its own developers
-        program = torch.onnx.export(
-            _exported(model, pictures),
-            dynamo=True,
-            input_names=["pictures"],
-            output_names=["logits" if model.num_classes else "features"],
-            custom_translation_table=TRANSLATIONS,
-            opset_version=18,
-            verbose=False,
-        )
+        from arm_zoo.onnx import translation_table
+
+        with warnings.catch_warnings(), arm_zoo.scan_backend("torch"):
+            warnings.simplefilter("ignore")  # of the exporter to its own developers
+            program = torch.onnx.export(
+                model,
+                (pictures,),
+                dynamo=True,
+                dynamic_shapes=({0: "batch"},),
+                input_names=["pictures"],
+                output_names=["logits" if model.num_classes else "features"],
+                custom_translation_table=translation_table(),
+                opset_version=18,
+                verbose=False,
+            )
+    except ImportError as error:  # the exporter too imports what a version of onnxscript may lack
+        needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade '.[hub]'"
+        raise UsageError(f"{needs} ({error})") from error
     program.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {"pictures": pictures[:1].numpy()})

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, hf_hub_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
 from arm_zoo.hosted import explain
@@ -32,9 +32,9 @@ class Plan:
 
     Attributes:
         repo: ORG/NAME.
-        exists: whether the repository is there.
+        exists: whether the repository is there; None if the Hub could not be asked.
         parent: its commit that the plan was made for.
-        changes: state of each of our files: 'new', 'changed' or 'same'.
+        changes: state of each of our files: 'new', 'changed', 'same' or 'not compared'.
         sizes: bytes of each of our files.
         others: files that are there and stay.
         tag: revision that the upload would get.
@@ -43,7 +43,7 @@ class Plan:
     """
 
     repo: str
-    exists: bool
+    exists: bool | None
     parent: str | None
     changes: dict[str, str]
     sizes: dict[str, int]
@@ -58,7 +58,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For people."""
-        head = f"{self.repo} ({'exists' if self.exists else 'would be created'}), tag {self.tag}"
+        state = {True: "exists", False: "would be created", None: "could not be asked for"}[self.exists]
+        head = f"{self.repo} ({state}), tag {self.tag}"
         rows = [f"  {name:20} {self.sizes[name]:>15,} bytes  {change}" for name, change in self.changes.items()]
         rows += [f"  {name!r} is there and stays" for name in self.others]
         cut = self.card_diff[:MOST_DIFF_LINES]
@@ -74,7 +75,7 @@ def publish(
     Args:
         folder: written by `python -m hub convert`; its card is written anew for this repository.
         repo: ORG/NAME.
-        yes: upload. Without, nothing changes anywhere.
+        yes: upload. Without, nothing changes anywhere, and no network is needed: what is there is then not compared.
         tag: revision to name the upload; by default the next of v1, v2, ...
         private: of a repository that is created.
         results: the evaluator's CSV, for the card's measured figures.
@@ -85,7 +86,7 @@ def publish(
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
-    if HF_HUB_OFFLINE:
+    if yes and HF_HUB_OFFLINE:
         raise UsageError("offline mode is on (HF_HUB_OFFLINE); publish where there is a network, with it unset")
     if not _TAG.fullmatch(tag or "v1"):
         raise UsageError(f"--tag must be letters, digits, '.', '_' and '-', got {tag!r}")
@@ -96,13 +97,24 @@ def publish(
         staged = Path(name)
         for file in FILES:
             shutil.copyfile(folder / file, staged / file)
+        there, unasked = None, ""
         with _explained(f"read {repo}", repo):
-            plan = _plan(api, staged, folder, repo, tag, results)
+            try:
+                there = _ask(api, repo)
+            except HfHubHTTPError:  # an answer
+                raise
+            except Exception as error:  # the network's errors have no common parent
+                if yes:
+                    raise
+                unasked = "offline mode is on (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else explain(error, repo)
+            plan = _plan(there, staged, folder, repo, tag, results)
         yield from plan.lines()
         if read_header(staged / WEIGHTS).get("license", "unknown") == "unknown":
             yield "licence of the weights: unknown; ask their authors before redistributing (convert --license ID)"
         if not plan.uploads and plan.tags and tag is None:
             yield f"nothing to upload: all files are there already, tagged {', '.join(plan.tags)}"
+        elif unasked:
+            yield f"dry run, not compared with what is there: {unasked}"
         elif not yes:
             yield "dry run, nothing was uploaded; --yes uploads"
         else:
@@ -132,12 +144,27 @@ def _explained(doing: str, repo: str, right: str = "read") -> Iterator[None]:
         raise CheckpointError(f"cannot {doing}: {explain(error, repo, right=right)}") from error
 
 
-def _plan(api: HfApi, staged: Path, folder: Path, repo: str, tag: str | None, results: Path) -> Plan:
-    """Compare with what is there; the staged card gets the hand-written parts of the one that is there."""
+@dataclass(frozen=True)
+class Repository:
+    """What the Hub says of a repository: None if there is none, and its tags' commits."""
+
+    info: ModelInfo | None
+    tagged: dict[str, str]
+
+
+def _ask(api: HfApi, repo: str) -> Repository:
     try:
-        info = api.repo_info(repo, files_metadata=True)
+        info = api.model_info(repo, files_metadata=True)
     except RepositoryNotFoundError:
-        info = None
+        return Repository(None, {})
+    return Repository(info, {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags})
+
+
+def _plan(
+    repository: Repository | None, staged: Path, folder: Path, repo: str, tag: str | None, results: Path
+) -> Plan:
+    """Compare with what is there; the staged card gets the hand-written parts of the one that is there."""
+    info = repository.info if repository else None
     there = {file.rfilename: file for file in (info.siblings or [] if info else [])}
     old = folder / CARD
     if info is not None and CARD in there:
@@ -146,7 +173,7 @@ def _plan(api: HfApi, staged: Path, folder: Path, repo: str, tag: str | None, re
             old = staged / f"old-{CARD}"
             shutil.copyfile(fetched, old)
     write_card(staged, old=old, repo=repo, results=results)
-    tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags} if info else {}
+    tagged = repository.tagged if repository else {}
     tags = list(tagged)
     if tag in tags:
         raise UsageError(f"{repo} has a revision {tag} already ({', '.join(tags)}); name another with --tag")
@@ -156,15 +183,19 @@ def _plan(api: HfApi, staged: Path, folder: Path, repo: str, tag: str | None, re
     )
     return Plan(
         repo=repo,
-        exists=info is not None,
+        exists=info is not None if repository else None,
         parent=info.sha if info else None,
-        changes={name: _change(staged / name, there.get(name)) for name in FILES},
+        changes={name: _change(staged / name, there.get(name)) if repository else "not compared" for name in FILES},
         sizes={name: (staged / name).stat().st_size for name in FILES},
         others=sorted(set(there) - set(FILES)),
-        tag=tag or next(f"v{n}" for n in range(1, len(tags) + 2) if f"v{n}" not in tags),
+        tag=tag or (_next_tag(tags) if repository else "the next of v1, v2, ..."),
         tags=[name for name in tags if tagged[name] == info.sha] if info else [],
         card_diff=list(diff) if before else [],
     )
+
+
+def _next_tag(tags: list[str]) -> str:
+    return next(f"v{n}" for n in range(1, len(tags) + 2) if f"v{n}" not in tags)
 
 
 def _change(file: Path, there: object) -> str:

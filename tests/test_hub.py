@@ -28,15 +28,17 @@ import timm
 import torch
 from hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
 from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.utils import CheckpointSaver
 from torch import nn
 
 import arm_zoo
 from arm_zoo import hosted, to_official
-from arm_zoo.files import CheckpointError, read_checkpoint, sha256_of
+from arm_zoo.files import CheckpointError, Choice, read_checkpoint, sha256_of
 from arm_zoo.hosted import TABLE
 from arm_zoo.variant import find_variant
 from hub.__main__ import main
@@ -269,6 +271,25 @@ def test_averaged_and_trained_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no averaged weights (model_ema); it holds model, optimizer, epoch" in message
 
 
+def test_checkpoints_of_timm(tmp_path: Path) -> None:
+    """What train.py writes, the averaged weights first, and what avg_checkpoints.py makes of several."""
+    trained, averaged = small(), small()
+    saver = CheckpointSaver(
+        trained, torch.optim.SGD(trained.parameters()), model_ema=averaged, checkpoint_dir=str(tmp_path)
+    )
+    saver.save_checkpoint(0)
+    torch.save(trained.state_dict(), tmp_path / "averaged.pth")
+    ways: dict[str, tuple[Choice | None, nn.Module]] = {"ema": ("ema", averaged), "model": ("model", trained)}
+    for name, (weights, model) in {"default": (None, averaged), **ways}.items():
+        convert(tmp_path / "last.pth.tar", tmp_path / name, weights=weights)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(tensors[key], value) for key, value in model.state_dict().items()), name
+    convert(tmp_path / "averaged.pth", tmp_path / "of averages")
+    assert sha256_of(tmp_path / "of averages" / "golden.safetensors") != sha256_of(
+        tmp_path / "default" / "golden.safetensors"
+    )
+
+
 def test_shared_tensors_are_written_apart(tmp_path: Path) -> None:
     model = small()
     official = to_official(model)
@@ -377,6 +398,19 @@ def test_folders_that_are_missing_or_empty(
     empty = mistake(capsys, command, folder, *options)
     assert str(folder) in empty and any(word in empty for word in (" lacks ", "a folder of weights holds", "name a "))
     assert names_in(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("command", [["check"], ["publish", "--repo", "ada/x"]])
+def test_the_folder_of_a_run_is_to_be_converted(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is to be typed is said whole, and works as it stands."""
+    small(PICO, in_chans=1, img_size=8).save_pretrained(tmp_path / "run")
+    name, *options = command
+    said = mistake(capsys, name, tmp_path / "run", *options)
+    typed = re.search(r"lacks .*golden.*; write a new folder: python -m hub convert (\S+) OUT", said)
+    assert typed and main(["convert", typed[1], str(tmp_path / "out")]) == 0
+    assert main(["check", str(tmp_path / "out")]) == 0
 
 
 def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -788,6 +822,11 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
         model = small(num_classes=5 if kind == "classifier" else 0)
         convert(official_file(tmp_path / "checkpoint.pth", model), tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
+    architecture = json.loads((tmp_path / "out" / "config.json").read_text())["architecture"]
+    missing = (
+        f"The model architecture '{architecture}' is not supported in your version of timm ... Please upgrade timm"
+    )
+    assert missing in " ".join(card.text.split()) and f"Unknown model ({architecture})" in card.text
     html = MarkdownIt("commonmark").enable("table").render(card.text)
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == ["Licence and origin", "Use", "Figures", "Training", "Limits", "Citation"]
@@ -842,6 +881,34 @@ def test_publishing_is_shown_first(server: HubServer, client: Client, classifier
     assert lines[-1] == "dry run, nothing was uploaded; --yes uploads"
     assert not any(line.startswith("POST") for line in server.requests)
     assert "ada/new" not in server.repositories
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_publishing_is_shown_without_a_network(
+    offline: bool,
+    classifier: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Files and sizes; that they were not compared is said, and nothing is uploaded."""
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OfflineModeIsEnabled("offline") if offline else ConnectionError("no route to host")
+
+    monkeypatch.setattr("hub.publish.HfApi.model_info", unreachable)
+    monkeypatch.setattr("hub.publish.HF_HUB_OFFLINE", offline)
+    assert main(["publish", str(classifier), "--repo", "ada/new"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "ada/new (could not be asked for), tag the next of v1, v2, ..."
+    for name in FILES:
+        [line] = [line for line in lines if line.startswith(f"  {name} ")]
+        assert re.search(r" [1-9][\d,]* bytes  not compared$", line)
+    reason = "offline mode is on (HF_HUB_OFFLINE)" if offline else "no route to host"
+    assert lines[-1].startswith("dry run, not compared with what is there: ") and reason in lines[-1]
+    assert main(["publish", str(classifier), "--repo", "ada/new", "--yes"]) == 1
+    error = capsys.readouterr().err
+    assert reason in error and len(error.splitlines()) == 1
 
 
 def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_path: Path) -> None:
@@ -1037,26 +1104,6 @@ def test_transformers(classifier: Path, tmp_path: Path) -> None:
     answers = transformers.pipeline("image-classification", model=str(classifier))(str(tmp_path / "picture.png"))
     assert {answer["label"] for answer in answers} == {"ant", "bee", "cat", "dog"}
     assert sum(answer["score"] for answer in answers) == pytest.approx(1, abs=1e-4)
-
-
-def test_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """onnxruntime computes what PyTorch does, for any number of pictures, from a graph with one Scan per mixer."""
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model = small(depth=1, img_size=80)  # an odd number of patches, where the middle is not halfway
-    model.save_pretrained(tmp_path / "run")
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.onnx")]) == 0
-    nodes = re.search(r"(\d+) nodes, differs from the model by", capsys.readouterr().out)
-    assert nodes and int(nodes[1]) < 100
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    assert sum(node.op_type == "Scan" for node in graph.node) == 1
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    pictures = torch.randn(3, 3, 80, 80)
-    (logits,) = session.run(None, {"pictures": pictures.numpy()})
-    with torch.inference_mode(), arm_zoo.scan_backend("reference"):
-        expected = model(pictures)
-    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert names_in(tmp_path) == ["model.onnx", "run"]
 
 
 def test_pt2_and_official_names(tmp_path: Path) -> None:

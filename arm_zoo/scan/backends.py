@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
@@ -169,10 +170,13 @@ def resolve_backend(x: torch.Tensor) -> str:
 
     Raises:
         ValueError: if the backend in force does not take such tensors, or not these derivatives.
+        RuntimeError: in an export to ONNX that lacks `arm_zoo.onnx`.
     """
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
     selected = get_scan_backend()
+    if selected != "reference":
+        _check_onnx_export(x.dtype)
     if is_transformed():
         if selected not in ("auto", "reference"):
             raise ValueError(
@@ -194,6 +198,25 @@ def resolve_backend(x: torch.Tensor) -> str:
             f"scan backend {selected!r} takes {takes}, got {x.dtype} on {x.device.type}; use 'auto' or 'torch'"
         )
     return selected
+
+
+@torch.compiler.assume_constant_result
+def _check_onnx_export(dtype: torch.dtype) -> None:
+    """Refuse an export to ONNX that cannot end well, before its own error, which does not say what to do."""
+    if not torch.onnx.is_in_onnx_export():
+        return
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.onnx.export(..., dynamo=False) cannot write arm_zoo's scans: `import arm_zoo.onnx` and export with "
+            "dynamo=True, or type `python -m hub export MODEL FILE` in a checkout"
+        )
+    if "arm_zoo.onnx" not in sys.modules:
+        raise RuntimeError(
+            "torch.onnx.export does not know arm_zoo's operators yet: `import arm_zoo.onnx` before it, or type "
+            "`python -m hub export MODEL FILE` in a checkout"
+        )
+    if dtype != torch.float32:
+        raise RuntimeError(f"exports to ONNX are in float32, got {dtype}: export model.float(), convert the file then")
 
 
 # Runs as it is while a model is traced: compiled models log the choice too, and know whether they are exported (within
