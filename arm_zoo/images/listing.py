@@ -5,7 +5,17 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-__all__ = ["IMAGE_ENDINGS", "class_folders", "images_below", "is_image", "natural_key", "natural_order", "subfolders"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "class_folders",
+    "class_name",
+    "images_below",
+    "is_image",
+    "natural_key",
+    "natural_order",
+    "printable",
+    "subfolders",
+]
 
 IMAGE_ENDINGS = (
     ".jpg",
@@ -43,6 +53,16 @@ def natural_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_key)
 
 
+def printable(path: str | bytes) -> str:
+    """A path for messages and tables, which take text only: bytes that are not UTF-8 are written as in `caf\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def class_name(name: str) -> str:
+    """The name of a class in Unicode's composed form (NFC): macOS may decompose the names of files."""
+    return unicodedata.normalize("NFC", name)
+
+
 def subfolders(folder: str) -> list[str]:
     """Paths of the visible folders inside, in natural order."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
@@ -59,15 +79,14 @@ def images_below(folder: str) -> Iterator[str]:
 def class_folders(folder: str) -> dict[str, list[str]]:
     """Class name -> paths of its images, both in natural order: a class is a folder inside, whatever lies below it.
 
-    Class names are in Unicode's composed form (NFC): macOS may decompose the names of files. Classes without images
-    are there, with an empty list.
+    Names are those of `class_name`. Classes without images are there, with an empty list.
 
     Raises:
         ValueError: if two folders have one name in that form, or if a name is no text at all.
     """
     classes: dict[str, list[str]] = {}
     for path in subfolders(folder):
-        name = unicodedata.normalize("NFC", os.path.basename(path))
+        name = class_name(os.path.basename(path))
         if name in classes:
             raise ValueError(f"{folder!r} holds two class folders whose names are both written {name!r}; rename one")
         try:
