@@ -113,8 +113,8 @@ def _of_dataset(location: str, dataset: Any, reading: Reading, columns: Columns)
     # where a cache has the pictures is for this machine only
     files = [posixpath.basename(path) if os.path.isabs(path) else path for path in paths]
     sizes = pc.binary_length(pc.struct_field(cells, "bytes")).fill_null(-1).to_pylist()
-    if None in values:
-        raise ValueError(f"{location}: {values.count(None)} of {len(values)} rows have no {label}")
+    if missing := values.count(None) + values.count(""):
+        raise ValueError(f"{location}: {missing} of {len(values)} rows have no {label}")
     class_names: tuple[str, ...] | None = None
     named_by: NamedBy = "words"
     if isinstance(feature, ClassLabel):
