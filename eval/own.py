@@ -191,7 +191,7 @@ def _left_out(files: Iterable[str]) -> list[str]:
     """A note on files that are no images, which names the first of them."""
     names = sorted(map(printable, files))
     more = ", ..." if len(names) > NAMED else ""
-    return [f"{len(names)} files that are no images left out: {', '.join(names[:NAMED])}{more}"] if names else []
+    return [f"files left out as no images ({len(names)}): {', '.join(names[:NAMED])}{more}"] if names else []
 
 
 def _open_tars(location: str, shards: Shards, reading: Reading) -> Listing:

@@ -8,6 +8,7 @@ import tarfile
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as Images
 from numpy.typing import NDArray
@@ -230,6 +232,26 @@ def test_rows_of_the_former_reading_are_not_taken_for_finished(tmp_path: Path) -
     assert as_before.fingerprint() == hashlib.sha256(former.encode()).hexdigest()  # rows of ImageNet's sets stay valid
 
 
+def test_killed_and_finished_runs_of_custom_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "results.csv"
+    words = ["--sets", f"custom={write_digits(tmp_path / 'digits', range(20), '16-bit.png')}", "--batch-size", "5"]
+    forward, seen = scoring.Forward.__call__, []
+
+    def dying(self: scoring.Forward, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(scoring.Forward, "__call__", dying)
+    assert (
+        program.main(["--models", PICO, "--device", "cpu", "--workers", "0", "--output", str(output), *words]) == 130
+    )
+    [row] = run(output, *words, "--resume")
+    assert sum(seen[3:]) == 10 and row["n"] == "20"
+    assert run(output, *words) == [row] and len(run(output, *words, "--recompute")) == 2
+
+
 # The same images and classes
 
 
@@ -244,13 +266,11 @@ def test_all_endings_and_whatever_lies_below_a_class(tmp_path: Path) -> None:
     source = open_source(DataConfig(source=str(tmp_path)))
     assert len(listing) == len(source.test) == 24 and listing.class_names == source.class_names == ("cat", "dog")
     assert classes_of(listing)["val/cat/images/0.jpg"] == "cat"
-    assert listing.notes == (
-        "4 files that are no images left out: cat/deep/x.svg, cat/images/boxes.csv, dog/7.heic, ...",
-    )
+    assert listing.notes == ("files left out as no images (4): cat/deep/x.svg, cat/images/boxes.csv, dog/7.heic, ...",)
     tar = tar_of(tmp_path / "val.tar", {f"./{file}": jpeg() for file in [*listing.files, "val/cat/images/boxes.csv"]})
     in_tar = listed(tar)
     assert classes_of(in_tar) == classes_of(listing)
-    assert in_tar.notes == ("1 files that are no images left out: val/cat/images/boxes.csv",)
+    assert in_tar.notes == ("files left out as no images (1): val/cat/images/boxes.csv",)
 
 
 def test_imagenets_sets_keep_the_innermost_folder_and_timms_endings(tmp_path: Path) -> None:
@@ -294,11 +314,18 @@ def test_of_splits_the_one_is_scored_that_training_validates_with(
     assert "holds the splits train, val; unpack it and name the folder" in refusal(capsys, "--sets", f"custom={tar}")
 
 
-def write_table(path: Path, labels: Sequence[object], feature: object, image: str = "image", **more: object) -> Path:
+def write_table(
+    path: Path,
+    labels: Sequence[object],
+    feature: object,
+    image: str = "image",
+    label: str = "label",
+    **more: object,
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     struct = {"bytes": Value("binary"), "path": Value("string")}
-    rows = {image: [{"bytes": jpeg(n), "path": None} for n in range(len(labels))], "label": list(labels)}
-    features = Features({image: struct, "label": feature})
+    rows = {image: [{"bytes": jpeg(n), "path": None} for n in range(len(labels))], label: list(labels)}
+    features = Features({image: struct, label: feature})
     for name, values in more.items():
         rows[name], features[name] = values, Value("string") if name != "thumb" else Images()
     Dataset.from_dict(rows, features).to_parquet(path)
@@ -367,7 +394,7 @@ def test_tars_of_mixed_endings_and_words(tmp_path: Path) -> None:
     files |= {"2.class": b"dog\n", "3.heic": b"", "3.cls": b"cat", "0.txt": b"a cat"}
     listing = listed(tar_of(tmp_path / "x.tar", files))
     assert classes_of(listing) == {"x.tar/0.jpg": "cat", "x.tar/1.PNG": "dog", "x.tar/2.tif": "dog"}
-    assert listing.notes == ("2 files that are no images left out: 3.cls, 3.heic",)
+    assert listing.notes == ("files left out as no images (2): 3.cls, 3.heic",)
 
 
 @pytest.mark.parametrize("label", [b"null", b"[1]", b"1.5", b"true", b'""'])
@@ -376,6 +403,67 @@ def test_labels_in_json_that_are_none(label: bytes, tmp_path: Path, capsys: pyte
     for name in ("custom", "in1k"):
         message = refusal(capsys, "--sets", f"{name}={tar}")
         assert "0.json holds the label" in message and "allowed: a whole number or a name" in message
+
+
+def write_tree(folder: Path) -> None:
+    """Names of classes that sort alike, are no ASCII, or are spelt as macOS does; images of several kinds, deeper."""
+    lion = unicodedata.normalize("NFD" if folder.name == "val" else "NFC", "Löwe")
+    for number, name in enumerate(["A", "a", "1", "01", "2", "10", "①", "5²", lion, "train", "val"]):
+        save(folder / name / "deep" / os.fsdecode(b"caf\xe9.JPG"), jpeg(2 * number))
+        save(folder / name / "x.tif", as_tiff(pixels(2 * number + 1)))
+
+
+def write_tars(
+    folder: Path, labels: Sequence[object], endings: Sequence[str] = (".jpg",), sidecar: str = ".cls"
+) -> None:
+    files = {}
+    for number, label in enumerate(labels):
+        text = json.dumps({"label": label}) if sidecar == ".json" else str(label)
+        files |= {f"{number}{endings[number % len(endings)]}": jpeg(number), f"{number}{sidecar}": text.encode()}
+    folder.parent.mkdir(exist_ok=True)
+    tar_of(folder.with_name(f"{folder.name}-0.tar"), files)
+
+
+def write_tree_in_tar(folder: Path) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    names = [f"./pics/{name}/deep/{number}.jpg" for number, name in enumerate(["b", "a", "10", "9"])]
+    tar_of(folder.with_name(f"{folder.name}.tar"), {name: jpeg(number) for number, name in enumerate(names)})
+
+
+def write_rows(folder: Path, labels: Sequence[object], feature: object, **columns: str) -> None:
+    write_table(folder.parent / "data" / f"{folder.name}-00000.parquet", labels, feature, **columns)
+
+
+SOURCES: dict[str, Callable[[Path], None]] = {
+    "folders": write_tree,
+    "numbers": partial(write_tars, labels=[0, 2, 1, 1]),
+    "numbers from 1": partial(write_tars, labels=[1, 2, 3, 3]),
+    "words": partial(write_tars, labels=["cat", "dog", "Cat", "cat"], endings=(".jpg", ".JPEG", ".png")),
+    "words and numbers": partial(write_tars, labels=["cat", 1, 2, "x"], sidecar=".class"),
+    "digits in json": partial(write_tars, labels=["1", "2", "3", "1"], sidecar=".json"),
+    "words in json": partial(write_tars, labels=["b", "a", "b", "a"], sidecar=".json"),
+    "folders in tars": write_tree_in_tar,
+    "integers": partial(write_rows, labels=[0, 2, 1], feature=Value("int32")),
+    "digits": partial(write_rows, labels=["10", "9", "1"], feature=Value("string"), image="picture"),
+    "strings": partial(write_rows, labels=["b", "B", "a"], feature=Value("string"), label="class"),
+    "declared": partial(write_rows, labels=[1, 0, 1], feature=ClassLabel(names=["q", "p"]), label="species"),
+    "mappings": partial(write_rows, labels=[{"label": "a"}] * 2, feature={"label": Value("string")}, label="json"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_training_and_custom_find_the_same(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    for split in ("train", "val"):
+        SOURCES[kind](root / split)
+    source = open_source(DataConfig(source=str(root)))
+    labelled = sets.label("custom", listed(root), source.class_names, len(source.class_names))
+    theirs = [(image.tobytes(), label) for image, label, _ in (source.test[i] for i in range(len(source.test)))]
+    ours = [(labelled.listing.decode(i, "RGB").tobytes(), int(label)) for i, label in enumerate(labelled.targets)]
+    assert sorted(ours) == sorted(theirs) and len(set(ours)) == len(ours) > 1
+    if kind != "digits in json":  # which are names to training, whose saved model has them
+        by_place = sets.label("custom", labelled.listing, (), len(source.class_names))
+        assert np.array_equal(by_place.targets, labelled.targets)
 
 
 # Labels that cannot be right
@@ -518,13 +606,14 @@ def test_names_of_files_that_are_no_text(name: str, tmp_path: Path, capsys: pyte
         with open(odd + ending, "wb") as file:
             file.write(data)
     model = timm.create_model("test_vit", num_classes=1 if name == "custom" else 1000)
-    timm.models.save_for_hf(model, tmp_path / "model")
-    words = ["--weights", str(tmp_path / "model"), "--sets"]
+    weights = tmp_path / os.fsdecode(b"mod\xe9l")
+    timm.models.save_for_hf(model, weights)
+    words = ["--weights", str(weights), "--sets"]
     output = tmp_path / "results.csv"
     [row] = run(output, *words, f"{name}={tmp_path / 'set'}", models=["test_vit"])
-    assert (row["n"], row["undecodable"]) == ("2", "1")
+    assert (row["n"], row["undecodable"], row["weights"]) == ("2", "1", "mod\\udce9l")
     assert "1 undecodable, not in n: set/n01440764/caf\\xe92.jpg" in row["marks"]
-    assert ("1 files that are no images left out: n01440764/caf\\xe9.txt" in row["marks"]) == (name == "custom")
+    assert ("files left out as no images (1): n01440764/caf\\xe9.txt" in row["marks"]) == (name == "custom")
     assert "undecodable: set/n01440764/caf\\xe92.jpg: " in capsys.readouterr().err
     assert len(run(output, *words, f"{name}={tmp_path / 'set'}", models=["test_vit"])) == 1  # finished before
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
