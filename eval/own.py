@@ -91,7 +91,7 @@ def _refuse(columns: Columns, location: str) -> None:
 
 
 def _tables_near(folder: Path) -> list[Path]:
-    """Tars and parquet files of a folder, or else of its subfolders; empty for a folder of images.
+    """Tars and parquet files of a folder and of its subfolders; empty for a folder of images.
 
     Raises:
         ValueError: if there are such files beside images.
@@ -99,7 +99,7 @@ def _tables_near(folder: Path) -> list[Path]:
     endings = (*TAR_ENDINGS, ".parquet")
     files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings) and path.is_file())
     if next(images_below(str(folder)), None) is None:
-        return files or sorted(path for path in folder.glob("*/*") if path.name.lower().endswith(endings))
+        return files + sorted(path for path in folder.glob("*/*") if path.name.lower().endswith(endings))
     if files:
         raise ValueError(f"{folder} holds images and {files[0].name}; name the files, as in {files[0]}")
     return []

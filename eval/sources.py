@@ -80,7 +80,7 @@ def are_tars(location: str, paths: Sequence[Path]) -> bool:
     Raises:
         ValueError: if they are something else, or of both kinds.
     """
-    if all(path.suffix == ".parquet" for path in paths):
+    if all(path.suffix.lower() == ".parquet" for path in paths):
         return False
     if all(path.is_file() and tarfile.is_tarfile(path) for path in paths):
         return True
