@@ -16,7 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import models, results, sets, speed
-from eval.options import add_scoring_options, guarded, open_requests, parse_sets, settings_of, start_processes, warn
+from eval.options import (
+    add_scoring_options,
+    choices_of,
+    guarded,
+    open_requests,
+    parse_sets,
+    settings_of,
+    start_processes,
+    warn,
+)
 from eval.results import Row
 from eval.rows import Scorer
 from eval.sets import CUSTOM
@@ -77,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     results.read(args.output)
     locations, real = parse_sets(args.sets)
     state = start_processes(args.device)
-    requests = open_requests(locations, real)
+    requests = open_requests(locations, real, choices_of(args))
     if args.show_mapping and state.is_main_process:
         for request in requests:
             if request.name == CUSTOM:

@@ -118,10 +118,13 @@ def _cfg(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """By class index; empty where the weights name none. JSON makes index keys strings."""
+    """By class index; empty where the weights name none, or have names of other classes. JSON makes keys strings.
+
+    transformers' Trainer leaves the names of the classes that a model had before.
+    """
     saved = cfg.get("label_names") or ()
     names = {int(k): v for k, v in saved.items()} if isinstance(saved, Mapping) else dict(enumerate(saved))
-    return tuple(str(names.get(i, i)) for i in range(num_classes)) if names else ()
+    return tuple(str(names.get(i, i)) for i in range(num_classes)) if len(names) == num_classes else ()
 
 
 def _create(name: str, weights: str | None) -> tuple[nn.Module, Path | None, str]:

@@ -9,11 +9,14 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
+from arm_zoo.images.decode import MAX_PIXELS
 from eval import sets
+from eval.own import AS_USUAL, Choices
 from eval.results import Row
 from eval.rows import Request
 from eval.scoring import DTYPES, Settings
 from eval.sets import CUSTOM, REAL, SETS
+from eval.tables import Columns
 
 SETS_HELP = (
     f"NAME of {', '.join(SETS)}, and real beside in1k; PATH a folder, tar or parquet file, a pattern or folder of "
@@ -56,6 +59,9 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """Those of all programs that score."""
     add = parser.add_argument
     add("--sets", nargs="+", required=True, metavar="NAME=PATH", help=SETS_HELP)
+    for what in ("image", "label"):
+        add(f"--{what}-column", metavar="NAME", help=f"of custom's {what}s, in parquet files or a Hub dataset")
+    add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="of an image of custom (%(default)s)")
     add(
         "--device",
         type=usable_device,
@@ -94,10 +100,18 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, list[str]], bool]:
     return locations, real
 
 
-def open_requests(locations: dict[str, list[str]], real: bool) -> list[Request]:
+def choices_of(args: argparse.Namespace) -> Choices:
+    return Choices(Columns(args.image_column, args.label_column), args.max_pixels)
+
+
+def open_requests(locations: dict[str, list[str]], real: bool, choices: Choices) -> list[Request]:
     """All sets, in1k first because its clean pictures go into the rows of A and R; labels are tried once."""
+    if choices != AS_USUAL and CUSTOM not in locations:
+        raise ValueError(
+            f"--image-column, --label-column and --max-pixels are for --sets {CUSTOM}=PATH, which is not asked for"
+        )
     requests = [
-        Request(name, sets.open_set(name, locations[name]), real and name == "in1k")
+        Request(name, sets.open_set(name, locations[name], choices), real and name == "in1k")
         for name in SETS
         if name in locations
     ]

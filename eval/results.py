@@ -95,7 +95,7 @@ def write_whole(path: Path, text: str) -> None:
     """Replace a file by one that was written whole beside it."""
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.write(text)
             os.fchmod(file.fileno(), 0o644)  # mkstemp's own mode is for secrets
             os.fsync(file.fileno())

@@ -13,11 +13,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from eval import metrics, models, results, sets
+from eval.listing import Listing
 from eval.models import Candidate
 from eval.results import Row, Unfinished
 from eval.scoring import Predictions, Settings, predict, record_type
 from eval.sets import CUSTOM, REAL, SETS, LabelledSet
-from eval.sources import Listing
 
 NAMED_IN_ROW = 10  # undecodable pictures; stderr names them all
 

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
+from arm_zoo.images.decode import UndecodableImage
+from eval.listing import Listing
 from eval.metrics import TOP, Ranks, rank
 from eval.models import Candidate
 from eval.results import Unfinished
-from eval.sources import Listing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORED, UNDECODABLE = 0, 1
@@ -53,7 +53,8 @@ class Predictions:
 class Pictures(Dataset[tuple[int, torch.Tensor | str]]):
     """Pictures as the model takes them but for normalisation, in 8 bits; the reason instead where one is damaged.
 
-    Reading and conversion are those of timm.data.ImageDataset; Pillow's faster draft mode would change pixels.
+    ImageNet's sets are decoded as timm.data.ImageDataset does, custom ones as in training; resize and crop are the
+    model's own, which the recipes validate with too.
     """
 
     def __init__(self, listing: Listing, data_config: dict[str, Any]) -> None:
@@ -66,8 +67,9 @@ class Pictures(Dataset[tuple[int, torch.Tensor | str]]):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
         try:
-            with self.listing.read(index) as file:
-                image = Image.open(file).convert(self.mode)
+            image = self.listing.decode(index, self.mode)
+        except UndecodableImage as error:
+            return index, error.cause
         except Exception as error:  # from damaged pictures Pillow raises all sorts: OSError, SyntaxError, ...
             return index, (str(error) or type(error).__name__).splitlines()[0]
         return index, self.transform(image)

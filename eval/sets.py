@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from timm.data import ImageNetInfo
 
+from arm_zoo.images.listing import class_name
+from eval.listing import Listing
 from eval.metrics import imagenet_wnids, real_labels, subset_indices
-from eval.sources import Listing, open_source
+from eval.own import AS_USUAL, Choices, open_own
+from eval.sources import open_source
 
 WNID = re.compile(r"n\d{8}")
 VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -71,17 +74,29 @@ class LabelledSet:
         return len(np.unique(self.targets))
 
     def fingerprint(self) -> str:
-        """Tells sets with other files, sizes of files, labels or places in the listing apart."""
+        """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
         facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
         lines = ["\t".join(map(str, picture)) for picture in facts]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        text = "\n".join([*filter(None, [self.listing.reading.name]), *lines])
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
 
 
-def open_set(name: str, locations: Sequence[str]) -> Listing:
-    """The pictures of a set, labels as they are there; see `eval.sources.open_source`."""
+def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
+    """The pictures of a set, labels as they are there.
+
+    Args:
+        name: of the set.
+        locations: see `eval.sources.open_source`.
+        choices: for a custom set, see `eval.own.open_own`.
+
+    Raises:
+        ValueError: where there are no pictures, or labels that no model can be right about.
+    """
     try:
-        listing = open_source(locations, SETS[name].folders)
+        listing = open_own(locations, choices) if name == CUSTOM else open_source(locations, SETS[name].folders)
         _refuse_another_release(name, listing)
+        names = listing.class_names
+        _refuse_labels(listing, None if names is None else len(names), "the source's own class names")
     except ValueError as error:
         raise ValueError(f"--sets {name}: {error}") from error
     return listing
@@ -95,6 +110,26 @@ def _refuse_another_release(name: str, listing: Listing) -> None:
                 raise ValueError(
                     f"{listing.location} has pictures of {folder}; that is the set {other}={listing.location}"
                 )
+
+
+def _refuse_labels(listing: Listing, classes: int | None, what: str) -> None:
+    """Labels below 0, or beyond the classes where their number is known, are named with the numbers of images.
+
+    They must not get any further: as an index of Python's, -1 is the last class.
+    """
+    outside = listing.labels < 0
+    if classes is not None:
+        outside |= listing.labels >= classes
+    if not outside.any():
+        return
+    values, counts = np.unique(listing.labels[outside], return_counts=True)
+    shown = [f"{value} ({count})" for value, count in zip(values.tolist(), counts.tolist(), strict=True)]
+    allowed = "0 or more" if classes is None else f"0 ... {classes - 1}, {what}"
+    hidden = "; -1 says that a label is hidden, as in test splits on the Hub" if -1 in values else ""
+    raise ValueError(
+        f"{outside.sum()} of {len(listing)} images have labels that cannot be right: {_some(shown, quoted=False)}; "
+        f"allowed: {allowed}{hidden}"
+    )
 
 
 def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
@@ -114,25 +149,34 @@ def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_clas
         if name == CUSTOM:
             targets = _custom_targets(listing, label_names, num_classes)
         elif listing.class_names is None:
+            _refuse_labels(listing, 1000, "the classes of ImageNet-1k")
             targets = _targets_of_numbers(name, listing.labels)
         else:
             targets = _targets_of_names(name, listing)
     except ValueError as error:
         raise ValueError(f"--sets {name}={listing.location}: {error}") from error
-    return LabelledSet(name, listing, targets, _marks(spec, listing, targets))
+    marks = _without_images(targets, label_names, num_classes) if name == CUSTOM else _miscounted(spec, targets)
+    return LabelledSet(name, listing, targets, (*marks, *listing.notes))
 
 
-def _marks(spec: ImageSet, listing: Listing, targets: np.ndarray) -> tuple[str, ...]:
-    counts = (("pictures", len(listing), spec.pictures), ("classes", len(np.unique(targets)), spec.classes))
-    return tuple(f"{found} {what} instead of {right}" for what, found, right in counts if right not in (None, found))
+def _miscounted(spec: ImageSet, targets: np.ndarray) -> list[str]:
+    counts = (("pictures", len(targets), spec.pictures), ("classes", len(np.unique(targets)), spec.classes))
+    return [f"{found} {what} instead of {right}" for what, found, right in counts if right not in (None, found)]
+
+
+def _without_images(targets: np.ndarray, label_names: Sequence[str], num_classes: int) -> list[str]:
+    """Of a custom set: which of the model's classes it lacks, so that the score is of the others only."""
+    lacking = np.setdiff1d(np.arange(num_classes), targets).tolist()
+    names = [label_names[i] if label_names else i for i in lacking]
+    return [f"{len(lacking)} of the model's {num_classes} classes have no images: {_some(names)}"] if lacking else []
 
 
 def _space(spec: ImageSet) -> tuple[int, ...]:
     return tuple(range(1000)) if spec.subset is None else subset_indices(spec.subset)
 
 
-def _some(names: Sequence[object], most: int = 5) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
+def _some(names: Sequence[object], most: int = 5, quoted: bool = True) -> str:
+    shown = ", ".join(repr(name) if quoted else str(name) for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
@@ -141,19 +185,22 @@ def _targets_of_names(name: str, listing: Listing) -> np.ndarray:
     spec = SETS[name]
     names = listing.class_names or ()
     used = sorted({names[i] for i in np.unique(listing.labels)})
-    if not listing.is_tree and len(names) == 1000 and not any(WNID.fullmatch(n) or n.isdecimal() for n in names):
+    is_tree = listing.named_by == "folders"
+    described = not any(WNID.fullmatch(n) or n.isdecimal() for n in names)
+    if listing.named_by == "declaration" and len(names) == 1000 and described:
         return listing.labels  # descriptions of all the classes: their positions are the indices
-    if listing.is_tree:
+    if is_tree:
         _refuse_flat(spec, listing, used)
-    by_number = spec.by_number or (not listing.is_tree and all(n.isdecimal() for n in used))
+    by_number = spec.by_number or (not is_tree and all(n.isdecimal() for n in used))
     if by_number:
         wrong = [n for n in used if not (n.isdecimal() and n == str(int(n)) and int(n) < 1000)]
         if wrong:
             raise ValueError(
                 f"classes must be called 0 ... 999, as in the release of ImageNet-V2; found {_some(wrong)}"
             )
-        numbers = np.array([int(n) if n in used else -1 for n in names])[listing.labels]
-        return numbers if listing.is_tree or spec.subset is None else _targets_of_numbers(name, numbers)
+        index = {n: int(n) for n in used}
+        numbers = np.array([index.get(n, -1) for n in names])[listing.labels]
+        return numbers if is_tree or spec.subset is None else _targets_of_numbers(name, numbers)
     wnids = imagenet_wnids()
     index = {wnids[i]: i for i in _space(spec)}
     wrong = [n for n in used if n not in index]
@@ -177,9 +224,6 @@ def _targets_of_numbers(name: str, numbers: np.ndarray) -> np.ndarray:
     """Bare numbers -> class indices: those of the 1000, or positions among the set's 200 where that is certain."""
     subset = SETS[name].subset
     used = np.unique(numbers)
-    if used[0] < 0 or used[-1] > 999:
-        outside = [int(n) for n in used if not 0 <= n < 1000]
-        raise ValueError(f"labels must be 0 ... 999, found {_some(outside)}")
     if subset is None:
         return numbers
     indices = np.array(subset_indices(subset))
@@ -197,21 +241,53 @@ def _targets_of_numbers(name: str, numbers: np.ndarray) -> np.ndarray:
 
 
 def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: int) -> np.ndarray:
-    """By name where the model names its classes, else by position."""
+    """By name where both have names, else by position; numbers count as names where the model has only such names."""
     names = listing.class_names
-    if names is not None and label_names:
-        index = {str(name): i for i, name in enumerate(label_names)}
-        wrong = [names[i] for i in np.unique(listing.labels) if names[i] not in index]
-        if wrong:
-            raise ValueError(f"the model has no classes {_some(wrong)}; it has {_some(list(label_names))}")
-        return np.array([index.get(name, -1) for name in names])[listing.labels]
-    count = len(names) if names is not None else int(listing.labels.max()) + 1
-    if count > num_classes or (names is not None and count != num_classes) or listing.labels.min() < 0:
+    if names is None and not (label_names and all(re.fullmatch("0|[1-9][0-9]*", name) for name in label_names)):
+        _refuse_labels(listing, num_classes, "the model's classes")
+        return listing.labels
+    if names is not None and not label_names:
+        if len(names) != num_classes:
+            raise ValueError(
+                f"the set has {len(names)} classes and the model {num_classes} without names: which is which is "
+                "unknown; give the weights as a folder whose config.json has label_names"
+            )
+        return listing.labels
+    values, places = np.unique(listing.labels, return_inverse=True)
+    used = [str(value) if names is None else names[value] for value in values]
+    indices = _indices_of_names(used, np.bincount(places).tolist(), label_names)
+    return np.array(indices, dtype=np.int64)[places]
+
+
+def _indices_of_names(used: Sequence[str], counts: Sequence[int], label_names: Sequence[str]) -> list[int]:
+    """The index of each name among the model's.
+
+    Args:
+        used: names of the classes that images are of.
+        counts: images of each.
+        label_names: the model's.
+
+    Raises:
+        ValueError: for names that the model does not have, or has for two classes.
+    """
+    indices: dict[str, list[int]] = {}
+    for i, name in enumerate(label_names):
+        indices.setdefault(class_name(name), []).append(i)
+    found = [indices.get(class_name(name), []) for name in used]
+    if unknown := [name for name, places in zip(used, found, strict=True) if not places]:
+        images = sum(count for count, places in zip(counts, found, strict=True) if not places)
         raise ValueError(
-            f"the set has {count} classes and the model {num_classes} without names: which is which is unknown; give "
-            "the weights as a folder whose config.json has label_names"
+            f"the model has no classes {_some(unknown)}, which {images} of {sum(counts)} images are of; it has "
+            f"{_some(list(label_names))}"
         )
-    return listing.labels
+    for name, places in zip(used, found, strict=True):
+        if len(places) > 1:
+            raise ValueError(
+                f"the model's classes {' and '.join(map(str, places))} are all called {name!r}, so which is meant is "
+                "unknown; label these images by number (a column of whole numbers, or .cls files in a tar), or give "
+                "the classes different label_names in the config.json of the weights"
+            )
+    return [places[0] for places in found]
 
 
 def real_label_sets(labelled: LabelledSet) -> list[tuple[int, ...]]:

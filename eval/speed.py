@@ -10,10 +10,10 @@ from accelerate import PartialState
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from eval.listing import Listing
 from eval.metrics import rank
 from eval.models import Candidate
 from eval.scoring import Forward, Settings, cut, load_batches
-from eval.sources import Listing
 
 
 @dataclass(frozen=True)

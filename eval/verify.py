@@ -23,6 +23,7 @@ from rich.table import Table
 from eval import models
 from eval.options import (
     add_scoring_options,
+    choices_of,
     guarded,
     open_requests,
     parse_sets,
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
             f"the card {source} has no top-1 for {', '.join(missing)}, only for {', '.join(figures)}; leave them out"
         )
     state = start_processes(args.device)
-    requests = open_requests(locations, real)
+    requests = open_requests(locations, real, choices_of(args))
     candidate = models.load(args.model, args.weights, args.train_size)
     with tempfile.TemporaryDirectory() as folder:
         scorer = Scorer(Path(folder, "results.csv"), settings_of(args), state, resume=False, recompute=True)

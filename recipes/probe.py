@@ -138,7 +138,7 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
     """The model's pooled features of every picture that can be decoded, without variation.
 
     Raises:
-        RunError: If none can.
+        RunError: If none can, or if features are not finite numbers.
         SourceError: If more cannot than ``data.max_undecodable`` puts up with.
     """
     device = next(model.parameters()).device
@@ -155,7 +155,10 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
         classes.append(batch.classes)
     scored = sum(map(len, classes))
     check_undecodable(skipped, scored + skipped, purpose, config.data.max_undecodable)
-    return Features(torch.cat(values), torch.cat(classes), skipped)
+    features = torch.cat(values)
+    if broken := int((~features.isfinite()).any(dim=1).sum()):
+        raise RunError(f"the model's features of {broken} of {scored} {purpose} images are not finite numbers")
+    return Features(features, torch.cat(classes), skipped)
 
 
 def knn_top1(train: Features, test: Features, neighbours: int, temperature: float) -> float:
@@ -170,8 +173,9 @@ def knn_top1(train: Features, test: Features, neighbours: int, temperature: floa
     for values, classes in zip(test.values.split(COMPARED_AT_ONCE), test.classes.split(COMPARED_AT_ONCE), strict=True):
         similarity = F.normalize(values, dim=1) @ reference.T
         nearest, places = similarity.topk(min(neighbours, len(reference)), dim=1)
-        votes = values.new_zeros(len(values), number)
-        votes.scatter_add_(1, train.classes[places], (nearest / temperature).exp())
+        # Less the nearest one's similarity, which changes no vote's share: exp would overflow at low temperatures.
+        weights = ((nearest - nearest[:, :1]).double() / temperature).exp()
+        votes = weights.new_zeros(len(values), number).scatter_add_(1, train.classes[places], weights)
         correct += int((votes.argmax(dim=1) == classes).sum())
     return 100 * correct / len(test.classes)
 

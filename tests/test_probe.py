@@ -27,17 +27,33 @@ def at(*degrees: float) -> torch.Tensor:
 
 
 def test_knn_by_hand() -> None:
-    train = Features(at(0, 20, 24, 90), torch.tensor([0, 1, 1, 2]))
-    # From 8 degrees: cos 8 = 0.990 for class 0, cos 12 + cos 16 = 0.978 and 0.961 for class 1.
-    test = Features(at(8), torch.tensor([0]))
+    train = Features(at(0, 20, 24, 90), torch.tensor([2, 1, 1, 0]))
+    # From 8 degrees: cos 8 = 0.990 for class 2, cos 12 + cos 16 = 0.978 and 0.961 for class 1.
+    test = Features(at(8), torch.tensor([2]))
     assert knn_top1(train, test, neighbours=1, temperature=0.07) == 100
     votes = [math.exp(0.99027 / 0.07), math.exp(0.97815 / 0.07) + math.exp(0.96126 / 0.07)]
     assert votes[1] > votes[0]  # so with three neighbours the two others win, unless the temperature is low
     assert knn_top1(train, test, neighbours=3, temperature=0.07) == 0
     assert knn_top1(train, test, neighbours=3, temperature=0.005) == 100
     assert knn_top1(train, test, neighbours=50, temperature=0.07) == 0  # more than there are
-    both = Features(at(8, 22), torch.tensor([0, 1]))
+    both = Features(at(8, 22), torch.tensor([2, 1]))
     assert knn_top1(train, both, neighbours=3, temperature=0.07) == 50
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.001, 1e-6, 1e-300])
+def test_knn_at_low_temperatures_is_the_nearest_one(temperature: float) -> None:
+    """exp(similarity / 0.01) overflows float32: the first class of equal infinities must not be the right one."""
+    train = Features(at(0, 20, 24, 90), torch.tensor([2, 0, 1, 0]))
+    assert knn_top1(train, Features(at(8, -3), torch.tensor([2, 2])), 3, temperature) == 100
+    assert knn_top1(train, Features(at(23, 95), torch.tensor([1, 0])), 4, temperature) == 100
+
+
+def test_features_that_are_not_numbers_are_no_score(pretrained: Path, tmp_path: Path) -> None:
+    model, _ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
+    torch.nn.init.constant_(model.norm.bias, math.inf)
+    save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
+    with pytest.raises(SystemExit, match="features of 1437 of 1437 training images are not finite numbers"):
+        run(tmp_path / "backbone", tmp_path / "probe.json")
 
 
 def test_a_class_without_training_pictures_is_never_predicted() -> None:

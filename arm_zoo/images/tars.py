@@ -146,9 +146,9 @@ def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> 
 
 
 def sidecar(file: str, members: Mapping[str, Member]) -> str | None:
-    """WebDataset keeps the label of KEY.jpg in KEY.cls or KEY.json beside it; KEY ends at the name's first dot."""
+    """WebDataset keeps the label of KEY.jpg in KEY.cls (or .class, .json) beside it; KEY ends at the first dot."""
     key = posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
-    return next((key + suffix for suffix in (".cls", ".json") if key + suffix in members), None)
+    return next((key + suffix for suffix in (".cls", ".class", ".json") if key + suffix in members), None)
 
 
 def read_shards(
@@ -184,4 +184,7 @@ def _label_of(name: str, contents: bytes) -> str:
     if not isinstance(facts, dict) or "label" not in facts:
         found = f"only {', '.join(sorted(facts))}" if isinstance(facts, dict) else f"it is {str(facts)[:40]}"
         raise ValueError(f'{name} has no "label", {found}')
-    return str(facts["label"])
+    label = facts["label"]
+    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        raise ValueError(f"{name} holds the label {label!r}; allowed: a whole number or a name")
+    return str(label)
