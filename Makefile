@@ -11,7 +11,7 @@ PYTEST := pytest --numprocesses 2 --timeout 300
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-test: .venv/dev.stamp  ## lint, types and all tests but the slow ones
+test: .venv/clients.stamp  ## lint, types and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/mypy arm_zoo
 	$(BIN)/$(PYTEST) -m "not slow"

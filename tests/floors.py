@@ -14,7 +14,10 @@ def floors() -> list[str]:
         ValueError: for a requirement without a lower bound, or one with two different bounds.
     """
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
+    wanted = [
+        *project["dependencies"],
+        *(line for lines in project["optional-dependencies"].values() for line in lines),
+    ]
     oldest: dict[str, str] = {}
     for requirement in wanted:
         if requirement.startswith(f"{project['name']}["):  # an extra that includes others
