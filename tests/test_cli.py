@@ -420,7 +420,7 @@ def test_unreadable_images(
     assert [line for line in captured.out.splitlines() if not line.startswith(" ")] == [str(good)] * 2
     [line] = captured.err.splitlines()
     assert re.fullmatch(re.escape(f"{bad} cannot be decoded: ") + r"\S.*", line)
-    assert damage != "huge" or line.endswith("it has more than the 89,478,485 pixels that are allowed")
+    assert damage != "huge" or line.endswith("it has more than the 89,478,485 pixels that are allowed (max_pixels)")
 
 
 # other programs

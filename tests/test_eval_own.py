@@ -196,7 +196,7 @@ def test_pixels_equal_the_recipes_to_the_last_bit(model: str, tmp_path: Path) ->
     split.mode = "L" if inputs["input_size"][0] == 1 else "RGB"
     names = [Path(encoded.name).name for encoded in split.encoded(range(len(split)))]
     pictures = Pictures(split, scoring_transform(inputs))
-    theirs = {name: pictures.__getitems__([Key(0, i)]) for i, name in enumerate(names)}
+    theirs = {name: pictures.batch([Key(0, i)]) for i, name in enumerate(names)}
     listing = listed(tmp_path / "val")
     refused = []
     for i, (_, image) in enumerate(map(scoring.Pictures(listing, inputs).__getitem__, range(len(listing)))):

@@ -34,7 +34,7 @@ from recipes.pretrain import PretrainResult, pretrain
 from recipes.pretrain import main as pretrain_command
 from recipes.processes import start_accelerator
 from recipes.quickstart import quickstart
-from recipes.signals import Agreement
+from recipes.signals import FAILED, Agreement
 from recipes.sources import open_source
 from recipes.watch import picture_flops
 from tests.pictures import write_folder
@@ -372,7 +372,7 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
     evaluate = evaluation(config, accelerator, Cats(), None, open_source(config.data, labels_needed=True), inputs)
     with pytest.raises(ZeroDivisionError):
         evaluate(1)
-    assert told == [1]
+    assert told == [FAILED]
 
 
 def test_damaged_held_out_pictures_are_counted_named_and_limited(
