@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
-PYTEST := pytest --numprocesses 2 --timeout 300
+PYTEST := pytest --numprocesses 2 --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all test-oldest quickstart clean

@@ -429,6 +429,7 @@ def test_checkpoints_come_by_steps_minutes_and_epochs(tmp_path: Path) -> None:
     assert names(tmp_path / "minutes") == [f"step-{step:08d}" for step in range(1, 16)]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARM_ZOO_SCAN", "torch")  # nothing to compile in each of the processes
     command = ["--config", str(CONFIG), *TINY, "checkpoint_steps=1"]
@@ -467,6 +468,7 @@ def on_two_processes(arguments: list[str]) -> Iterator["subprocess.Popen[str]"]:
             process.terminate()
 
 
+@pytest.mark.slow
 def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: dict[int, Callable[[], None]]) -> None:
     """From one process to two and back, in the middle of epochs; the two are sharded and only one gets the signal."""
     longer = ["epochs=8", "max_batch_per_device=64"]
@@ -507,7 +509,10 @@ def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -
     ("damaged", "limit", "messages"),
     [
         ((0, 1), 0.05, {"2 of 24 training pictures cannot be decoded": 2}),  # none sees too many, together they do
-        ((1,), 0.0, {"1 of 24 training pictures cannot be decoded": 1, "another process cannot go on": 1}),
+        pytest.param(
+            *((1,), 0.0, {"1 of 24 training pictures cannot be decoded": 1, "another process cannot go on": 1}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["shared", "one"],
 )

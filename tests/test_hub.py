@@ -717,6 +717,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are set as Linux does")
 def test_damaged_files_end_in_our_error(tmp_path: Path, repo: Path) -> None:
     """Hundreds of damaged checkpoints and configurations: converted or refused, in bounded memory, nothing left."""

@@ -104,6 +104,7 @@ def read(repo: Path, home: Path, *streaming: bool, program: str = PROGRAM, **env
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_data_set_on_the_hub(hub: str, repo: Path, tmp_path: Path) -> None:
     expected = [["cat", "dog"], [0, 1, 0, 1], [0, 1]]
     stream, table = read(repo, tmp_path, True, False, HF_ENDPOINT=hub)

@@ -68,6 +68,7 @@ def test_run_writes_csv(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert float(peer["ratio"]) == 1
 
 
+@pytest.mark.slow
 def test_pretraining_run_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
     options = ["--mode", "pretrain", "--models", "arm_tiny_patch16_224", "--dtype", "bf16", *TINY, "--img-size", "128"]

@@ -428,7 +428,13 @@ def test_sequences_are_numbered_in_32_bits() -> None:
         check_length(2**24, 1)
 
 
-@pytest.mark.parametrize("part", IN_THE_INTERPRETER)
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=() if part == "memory, limits and a model" else pytest.mark.slow)
+        for part in IN_THE_INTERPRETER
+    ],
+)
 def test_kernels_in_the_interpreter(part: str, request: pytest.FixtureRequest) -> None:
     if part == "goldens":
         request.getfixturevalue("golden")  # skips where they are not there
