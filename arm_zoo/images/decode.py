@@ -59,7 +59,8 @@ def decode_image(
     except UnidentifiedImageError:  # its text has an address in memory, so it would never be the same twice
         raise UndecodableImage(name, "no image in any format that is known") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UndecodableImage(name, f"it has more than the {max_pixels:,} pixels that are allowed (max_pixels)") from None
+        cause = f"it has more than the {max_pixels:,} pixels that are allowed (max_pixels)"
+        raise UndecodableImage(name, cause) from None
     except Exception as error:  # decoders raise almost anything on damaged files
         raise UndecodableImage(name, f"{type(error).__name__}: {error}") from None
 
