@@ -7,7 +7,6 @@ are those of `arm_zoo.images`, and of several splits the one is scored that the 
 import glob
 import os
 import posixpath
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,21 @@ from typing import NamedTuple
 import numpy as np
 
 from arm_zoo.images.decode import MAX_PIXELS
-from arm_zoo.images.listing import class_folders, images_below, is_image, natural_order, printable, subfolders
+from arm_zoo.images.listing import (
+    SPLIT_OF_WORD,
+    TAR_ENDINGS,
+    class_folders,
+    has_images,
+    images_in,
+    is_image,
+    natural_order,
+    printable,
+    split_of,
+    subfolders,
+)
 from arm_zoo.images.tars import FromTar, read_members
 from eval.listing import Listing, Reading, as_training, indexed
 from eval.sources import (
-    TAR_ENDINGS,
     FromDisk,
     Shards,
     are_shards,
@@ -33,9 +42,7 @@ from eval.sources import (
 )
 from eval.tables import Columns, open_hub, open_parquet
 
-# The words in names that tell splits, and which split is scored: the first of these that is there.
-SPLITS = {"val": ("val", "valid", "validation", "dev"), "test": ("test", "testing"), "train": ("train", "training")}
-SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+SPLITS = ("val", "test", "train")  # the first of these that is there is scored
 NAMED = 3  # files in a note
 
 
@@ -98,17 +105,11 @@ def _tables_near(folder: Path) -> list[Path]:
     """
     endings = (*TAR_ENDINGS, ".parquet")
     files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings) and path.is_file())
-    if next(images_below(str(folder)), None) is None:
+    if not has_images(str(folder)):
         return files + sorted(path for path in folder.glob("*/*") if path.name.lower().endswith(endings))
     if files:
         raise ValueError(f"{folder} holds images and {files[0].name}; name the files, as in {files[0]}")
     return []
-
-
-def _split_of(name: str) -> str:
-    """The split whose word stands last in a name: train of `data/train-00000-of-00002.parquet`; '' for none."""
-    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_OF_WORD]
-    return SPLIT_OF_WORD[words[-1]] if words else ""
 
 
 def _of_one_split(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -119,9 +120,10 @@ def _of_one_split(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """
     root = os.path.commonpath([file.parent for file in files])
     splits: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
     for file in files:
-        splits.setdefault(_split_of(os.path.relpath(file, root)), []).append(file)
-    unnamed = splits.pop("", [])
+        split = split_of(os.path.relpath(file, root))
+        (unnamed if split is None else splits.setdefault(split, [])).append(file)
     if unnamed and splits:
         raise ValueError(f"which split is {unnamed[0]} of? Others beside it are of {' and '.join(splits)}")
     return (unnamed, []) if unnamed else _to_score(splits)
@@ -139,7 +141,7 @@ def _to_score(splits: Mapping[str, list[Path]]) -> tuple[list[Path], list[str]]:
 def _open_folder(location: str, folder: Path, reading: Reading) -> Listing:
     """A class for each folder at the top, whatever lies below it; images alone are of the class named by theirs."""
     root, notes = _folder_to_score(folder)
-    loose = natural_order(entry.path for entry in os.scandir(root) if is_image(entry.name) and entry.is_file())
+    loose = natural_order(images_in(str(root)))
     classes = class_folders(str(root))
     if loose and any(classes.values()):
         raise ValueError(f"{location} holds {printable(loose[0])} beside class folders; each image needs a class")
@@ -168,9 +170,9 @@ def _folder_to_score(folder: Path) -> tuple[Path, list[str]]:
     splits: dict[str, list[Path]] = {}
     if any(entry.name.lower() in SPLIT_OF_WORD for entry in os.scandir(folder)):
         for path in map(Path, subfolders(str(folder))):
-            if next(images_below(str(path)), None) is not None:
-                has_images = any(is_image(entry.name) for entry in os.scandir(path))
-                splits.setdefault("" if has_images else SPLIT_OF_WORD.get(path.name.lower(), ""), []).append(path)
+            if has_images(str(path)):
+                is_class = any(images_in(str(path)))
+                splits.setdefault("" if is_class else SPLIT_OF_WORD.get(path.name.lower(), ""), []).append(path)
     if not splits or "" in splits:
         return folder, []
     chosen, notes = _to_score(splits)

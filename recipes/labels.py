@@ -10,13 +10,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arm_zoo.images.listing import class_name, natural_order
+from arm_zoo.images.listing import class_name, listed, natural_order
 
 from .config import DataConfig
 from .locate import SourceError
 
 LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label")
-SHOWN = 5  # of a list in a message
 
 
 class Columns(NamedTuple):
@@ -106,12 +105,6 @@ def choose(key: str, wanted: str | None, likely: list[str], columns: list[str], 
     problem = f"could be any of {listed(likely)}" if likely else f"is none of {listed(columns, 20)}"
     thing = key.replace("_", " ")
     raise SourceError(f"the {thing} of {where} {problem}; say which with data.{key}=NAME")
-
-
-def listed(names: Sequence[str], most: int = SHOWN) -> str:
-    """The names, or the first of them and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def feature_at(features: Mapping[str, Any], path: str) -> Any:

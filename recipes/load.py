@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from arm_zoo.images.listing import class_folders, images_below, is_image, natural_order
+from arm_zoo.images.listing import class_folders, images_below, images_in, natural_order, split_of
 
-from .locate import Located, SourceError, split_of
+from .locate import Located, SourceError
 
 Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
 IMAGE_FIELDS = {"bytes": pa.binary(), "path": pa.binary()}  # of a picture file; its path need not be text
@@ -87,7 +87,7 @@ def load_folder(located: Located, split: str, labels_needed: bool) -> tuple[data
     if not labels_needed:
         data = _table_of_paths(natural_order(images_below(folder)))
         return data, data.features
-    loose = next((entry.path for entry in os.scandir(folder) if entry.is_file() and is_image(entry.name)), None)
+    loose = next(images_in(folder), None)
     try:
         classes = class_folders(folder)
     except ValueError as error:

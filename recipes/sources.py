@@ -33,11 +33,11 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image
-from arm_zoo.images.listing import printable
+from arm_zoo.images.listing import listed, printable
 from arm_zoo.images.tars import Member
 
 from .config import DataConfig
-from .labels import Columns, Labels, feature_at, find_columns, listed, match_labels, read_labels
+from .labels import Columns, Labels, feature_at, find_columns, match_labels, read_labels
 from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, plain, read_column, values_at
 from .locate import Kind, Located, SourceError, locate
 from .shards import ShardRows, open_index, shard_sizes

@@ -3,17 +3,23 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
     "IMAGE_ENDINGS",
+    "SPLIT_OF_WORD",
+    "TAR_ENDINGS",
     "class_folders",
     "class_name",
+    "has_images",
     "images_below",
+    "images_in",
     "is_image",
+    "listed",
     "natural_key",
     "natural_order",
     "printable",
+    "split_of",
     "subfolders",
 ]
 
@@ -31,6 +37,9 @@ IMAGE_ENDINGS = (
     ".avif",
     ".jp2",
 )
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 
 
 def is_image(path: str) -> bool:
@@ -58,6 +67,18 @@ def printable(path: str | bytes) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def split_of(path: str) -> str | None:
+    """The split whose word stands last in a relative path: train of `data/train-00000-of-00002.parquet`."""
+    words = [word for word in re.split(r"[^a-z]+", path.lower()) if word in SPLIT_OF_WORD]
+    return SPLIT_OF_WORD[words[-1]] if words else None
+
+
+def listed(names: Sequence[object], most: int = 5) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
 def class_name(name: str) -> str:
     """The name of a class in Unicode's composed form (NFC): macOS may decompose the names of files."""
     return unicodedata.normalize("NFC", name)
@@ -69,11 +90,21 @@ def subfolders(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in natural_order(names)]
 
 
+def images_in(folder: str) -> Iterator[str]:
+    """Paths of the images directly in a folder, in no order."""
+    return (entry.path for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
+
+
 def images_below(folder: str) -> Iterator[str]:
     """Paths of all images in a folder and below it, in no order; hidden folders are left out."""
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(place, name) for name in files if is_image(name))
+
+
+def has_images(folder: str) -> bool:
+    """Whether there is an image in a folder or below it."""
+    return next(images_below(folder), None) is not None
 
 
 def class_folders(folder: str) -> dict[str, list[str]]:
