@@ -27,7 +27,7 @@ from arm_zoo.images.listing import (
     split_of,
     subfolders,
 )
-from arm_zoo.images.tars import FromTar, read_members
+from arm_zoo.images.tars import FromTar, read_members, split_key
 from eval.listing import Listing, Reading, as_training, indexed
 from eval.sources import (
     FromDisk,
@@ -211,13 +211,9 @@ def _open_tars(location: str, shards: Shards, reading: Reading) -> Listing:
 
 
 def _without_image(members: Iterable[str]) -> Iterator[str]:
-    """Files of a shard whose key, which ends at the first dot of the name, has no image."""
-
-    def key(file: str) -> str:
-        return posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
-
-    keys = {key(file) for file in members if is_image(file)}
-    yield from (file for file in members if key(file) not in keys)
+    """Files of a shard whose key has no image."""
+    keys = {split_key(file)[0] for file in members if is_image(file)}
+    return (file for file in members if split_key(file)[0] not in keys)
 
 
 def _top_folders(location: str, files: Sequence[str]) -> list[str]:

@@ -10,12 +10,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arm_zoo.images.columns import LABEL_NAMES, holds_images, leaves
 from arm_zoo.images.listing import class_name, listed, natural_order
 
 from .config import DataConfig
 from .locate import SourceError
-
-LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label")
 
 
 class Columns(NamedTuple):
@@ -66,32 +65,14 @@ def find_columns(features: Mapping[str, Any] | None, config: DataConfig, where: 
     """
     if features is None:
         raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
-    pictures = [name for name, feature in features.items() if holds_pictures(feature)]
+    pictures = [name for name, feature in features.items() if holds_images(feature)]
     image = choose("image_column", config.image_column, pictures, list(features), where)
     if not labels_needed:
         return Columns(image, None)
-    paths = {path: feature for path, feature in leaves(features) if path.partition(".")[0] != image}
+    paths = {path: feature for path, feature in leaves(features).items() if path.partition(".")[0] != image}
     likely = [path for path, feature in paths.items() if isinstance(feature, datasets.ClassLabel)]
     likely = likely or [name for name in LABEL_NAMES if name in paths][:1]
     return Columns(image, choose("label_column", config.label_column, likely, list(paths), where))
-
-
-def holds_pictures(feature: Any) -> bool:
-    """An image column, or one of bytes, perhaps with a path, where nobody declared what it is."""
-    if isinstance(feature, Mapping):
-        return "bytes" in feature
-    return isinstance(feature, datasets.Image) or (
-        isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-    )
-
-
-def leaves(features: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Columns, and fields of columns of mappings, with their dotted paths."""
-    found = []
-    for name, feature in features.items():
-        inside = feature.items() if isinstance(feature, Mapping) else ()
-        found += [(f"{name}.{key}", value) for key, value in inside] or [(name, feature)]
-    return found
 
 
 def choose(key: str, wanted: str | None, likely: list[str], columns: list[str], where: str) -> str:
@@ -105,11 +86,6 @@ def choose(key: str, wanted: str | None, likely: list[str], columns: list[str], 
     problem = f"could be any of {listed(likely)}" if likely else f"is none of {listed(columns, 20)}"
     thing = key.replace("_", " ")
     raise SourceError(f"the {thing} of {where} {problem}; say which with data.{key}=NAME")
-
-
-def feature_at(features: Mapping[str, Any], path: str) -> Any:
-    """The feature of a column or of a field in it."""
-    return dict(leaves(features))[path]
 
 
 def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, config: DataConfig, where: str) -> Labels:

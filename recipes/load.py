@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from arm_zoo.images.columns import values_at
 from arm_zoo.images.listing import class_folders, images_below, images_in, natural_order, split_of
 
 from .locate import Located, SourceError
@@ -64,14 +64,6 @@ def column_of(data: datasets.Dataset, path: str) -> pa.ChunkedArray:
     """The same of a data set that can be read at random."""
     top = path if path in data.column_names else path.partition(".")[0]
     return values_at(data.select_columns([top]).with_format("arrow")[:], path)
-
-
-def values_at(table: pa.Table, path: str) -> pa.ChunkedArray:
-    """A column of an Arrow table, or a field in it, to which a dot leads."""
-    if path in table.column_names:
-        return table.column(path)
-    name, _, key = path.partition(".")
-    return pc.struct_field(table.column(name), key)
 
 
 def load_folder(located: Located, split: str, labels_needed: bool) -> tuple[datasets.Dataset, Mapping[str, Any]]:

@@ -32,13 +32,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from arm_zoo.images.columns import leaves, values_at
 from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image
 from arm_zoo.images.listing import listed, printable
 from arm_zoo.images.tars import Member
 
 from .config import DataConfig
-from .labels import Columns, Labels, feature_at, find_columns, match_labels, read_labels
-from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, plain, read_column, values_at
+from .labels import Columns, Labels, find_columns, match_labels, read_labels
+from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, plain, read_column
 from .locate import Kind, Located, SourceError, locate
 from .shards import ShardRows, open_index, shard_sizes
 from .splits import split_rows, validation_fraction
@@ -371,7 +372,7 @@ class OpenedSplit:
     def labels(self) -> Labels:
         """The classes that the label column holds."""
         column = str(self.columns.label)
-        return read_labels(feature_at(self.features, column), self.values, column, self.config, self.name)
+        return read_labels(leaves(self.features)[column], self.values, column, self.config, self.name)
 
     def read(self, classes: Mapping[Any, int] | None) -> Split:
         """The pictures, with the class index of what stands in the label column."""
