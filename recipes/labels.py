@@ -16,6 +16,9 @@ from arm_zoo.images.listing import class_name, listed, natural_order
 from .config import DataConfig
 from .locate import SourceError
 
+STRINGS = ("string", "large_string")
+MOST_CLASSES = 1_000_000  # of labels that are integers; larger ones are something else, such as identifiers
+
 
 class Columns(NamedTuple):
     """The columns of picture, class and name; a dot leads into a column of mappings, as in ``json.label``."""
@@ -67,6 +70,10 @@ def find_columns(features: Mapping[str, Any] | None, config: DataConfig, where: 
         raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
     pictures = [name for name, feature in features.items() if holds_images(feature)]
     image = choose("image_column", config.image_column, pictures, list(features), where)
+    if not (holds_images(features[image]) or getattr(features[image], "dtype", None) in STRINGS):
+        raise SourceError(
+            f"the column {image!r} of {where} holds {features[image]}; allowed: images, their bytes, or their paths"
+        )
     if not labels_needed:
         return Columns(image, None)
     paths = {path: feature for path, feature in leaves(features).items() if path.partition(".")[0] != image}
@@ -107,7 +114,7 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, confi
     if isinstance(feature, datasets.ClassLabel):
         found = None if values is None else counted(values)
         labels = _declared(feature.names, found, where)
-    elif dtype in ("string", "large_string"):
+    elif dtype in STRINGS:
         labels = _named(counted(_known(values, where)), where)
     elif "int" in dtype:
         found = None if values is None and count is not None else counted(_known(values, where))
@@ -160,6 +167,11 @@ def _numbered(found: Mapping[Any, int] | None, count: int | None, where: str) ->
     """The classes of a column of integers: as many as ``data.num_classes``, else up to the largest one."""
     if count is None:
         count = max((label for label in found or () if label is not None), default=-1) + 1
+        if count > MOST_CLASSES:
+            raise SourceError(
+                f"{where} has the label {count - 1}; allowed: whole numbers below {MOST_CLASSES:,}. If these are no "
+                "classes, data.label_column=NAME names another column; if they are, write them as strings"
+            )
     raw = {number: str(number) for number in range(count)}
     if found is not None:
         _refuse({label: rows for label, rows in found.items() if label not in raw}, found, count, where)

@@ -146,7 +146,8 @@ class PictureTable(Sequence[Labelled]):
             key = pc.struct_field(image, "path")
         if key is None:
             return classes, [f"row {number}" for number in self._numbers]
-        return classes, list(map(os.fsdecode, key.to_pylist()))
+        names = zip(key.to_pylist(), self._numbers, strict=True)
+        return classes, [f"row {number}" if name is None else os.fsdecode(name) for name, number in names]
 
     def encoded(self, indices: Sequence[int]) -> list[Encoded]:
         """Some rows, not decoded."""
@@ -401,8 +402,8 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
         return train, None
     if config.validation is not None:
         source = locate(config.validation, one_split=True)
-        if source.kind == "pictures":
-            config = replace(config, streaming=False)  # files can be read at random
+        streaming = config.streaming and source.kind != "pictures"  # files can be read at random
+        config = replace(config, streaming=streaming, train_size=None)
         splits = _splits(source, config.streaming)
         chosen = next(name for name in ("val", "test", "train") if name in splits)
     else:

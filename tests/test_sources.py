@@ -265,6 +265,42 @@ def test_a_parquet_file_without_declared_columns(tmp_path: Path) -> None:
         open_named(tmp_path, label_column="kid")
 
 
+def test_numbers_that_cannot_be_classes_are_refused_before_they_are_counted_up(tmp_path: Path) -> None:
+    identifiers = write_parquet(tmp_path / "train.parquet", [7, 3_000_000_000])
+    with pytest.raises(SourceError, match=r"has the label 3000000000; allowed: whole numbers below 1,000,000\."):
+        open_named(identifiers, validation=0.5)
+
+
+def test_a_column_that_cannot_hold_images_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = [{"width": 1, "height": 2}] * 4
+    pq.write_table(pa.table({"photo": [jpeg()] * 4, "size": size, "label": [0, 1] * 2}), tmp_path / "train.parquet")
+    for column in ("size", "label"):
+        with pytest.raises(SourceError, match=rf"the column '{column}' of .* holds .*int64.*; allowed: images, "):
+            open_named(tmp_path, validation=0.5, image_column=column)
+    assert len(open_named(tmp_path, validation=0.5, image_column="photo").train) == 2  # type: ignore[arg-type]
+
+
+def test_rows_without_an_image_can_be_held_out(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = write_folder(tmp_path / "images", {"a": 3})
+    images = [{"bytes": None, "path": path} for path in (*map(str, sorted(files.rglob("*.jpg"))), None)]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"image": pa.array(images, kind), "label": [0, 1, 0, 1]}), tmp_path / "train.parquet")
+    source = open_named(tmp_path / "train.parquet", validation=0.5)
+    assert len(source.train) == len(source.test) == 2  # type: ignore[arg-type]
+
+
+def test_the_size_of_the_training_stream_is_not_asked_of_validation_images(tmp_path: Path) -> None:
+    train = write_parquet(tmp_path / "train.parquet", [0, 1, 0])
+    val = write_folder(tmp_path / "some", {"0": 1, "1": 1})
+    check(open_named(train, validation=str(val), train_size=3), 3, 2, ("0", "1"))
+
+
 def test_several_label_columns_must_be_told_apart(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict(
         {"img": [{"bytes": jpeg(), "path": None}] * 2, "fine": [0, 2], "coarse": [1, 0]},
