@@ -19,6 +19,7 @@ from arm_zoo.images.listing import (
     SPLIT_OF_WORD,
     TAR_ENDINGS,
     class_folders,
+    files_below,
     has_images,
     images_in,
     is_image,
@@ -152,9 +153,9 @@ def _open_folder(location: str, folder: Path, reading: Reading) -> Listing:
     below = os.path.join(root, "")
     files = [f"{own}/{place.removeprefix(below)}".replace(os.sep, "/") for place in places]
     labels = np.repeat(np.arange(len(classes)), [len(inside) for inside in classes.values()])
-    others = (file.removeprefix(below) for file in _other_files(str(root), with_top=bool(loose)))
+    others = (file.removeprefix(below) for file in files_below(str(root)) if not is_image(file))
     sizes = np.array([size_of(place) for place in places])
-    notes = [*notes, *_left_out(others)]
+    notes = [*notes, *_left_out(file for file in others if loose or os.sep in file)]
     read = FromDisk(places)
     return Listing(location, files, labels, tuple(classes), "folders", read, sizes, reading, tuple(notes))
 
@@ -179,14 +180,6 @@ def _folder_to_score(folder: Path) -> tuple[Path, list[str]]:
     if len(chosen) > 1:
         raise ValueError(f"{folder} has {' and '.join(path.name for path in chosen)}; name the one to score")
     return chosen[0], notes
-
-
-def _other_files(root: str, with_top: bool) -> Iterator[str]:
-    """Visible files that are no images, in the folders inside and, if asked, at the top."""
-    for place, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if with_top or place != root:
-            yield from (os.path.join(place, name) for name in files if not (name.startswith(".") or is_image(name)))
 
 
 def _left_out(files: Iterable[str]) -> list[str]:

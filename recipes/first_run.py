@@ -79,7 +79,7 @@ def survey(config: FinetuneConfig) -> Survey:
         return _survey_opened(config)
     [folder] = located.splits["train"]
     images = [sum(1 for _ in images_below(path)) for path in subfolders(folder)]
-    fraction = validation_fraction(data.validation, bool({"val", "test"} & located.splits.keys()), True)
+    fraction = validation_fraction(data.validation, located.has_validation, labels_needed=True)
     if sum(images) == 0:
         raise SourceError(f"{folder!r} holds images but no class folders; allowed: FOLDER/CLASS/IMAGE")
     if len(images) == 1:

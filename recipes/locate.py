@@ -40,6 +40,11 @@ class Located:
     splits: dict[str, list[str]] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a split to score on, as far as is known before a data set of the Hub is opened."""
+        return bool({"val", "test"} & self.splits.keys())
+
 
 def locate(name: str, one_split: bool = False) -> Located:
     """Find out what a source is, without reading pictures.

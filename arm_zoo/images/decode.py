@@ -8,14 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["MAX_PIXELS", "Mode", "UndecodableImage", "decode_image"]
+__all__ = ["MAX_PIXELS", "UndecodableImage", "decode_image"]
 
-Mode = Literal["RGB", "L"]
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte in RGB
 _WHITE_16_BIT = 65535
 
@@ -36,9 +34,7 @@ class UndecodableImage(ValueError):
         return f"{self.name} cannot be decoded: {self.cause}"
 
 
-def decode_image(
-    encoded: bytes | str, name: str, mode: Mode | str = "RGB", max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image: upright, in 8 bits per channel, transparent parts on white.
 
     Args:

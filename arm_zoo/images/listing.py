@@ -11,6 +11,7 @@ __all__ = [
     "TAR_ENDINGS",
     "class_folders",
     "class_name",
+    "files_below",
     "has_images",
     "images_below",
     "images_in",
@@ -95,11 +96,16 @@ def images_in(folder: str) -> Iterator[str]:
     return (entry.path for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
 
 
-def images_below(folder: str) -> Iterator[str]:
-    """Paths of all images in a folder and below it, in no order; hidden folders are left out."""
+def files_below(folder: str) -> Iterator[str]:
+    """Paths of all visible files in a folder and below it, in no order; hidden folders are left out."""
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(place, name) for name in files if is_image(name))
+        yield from (os.path.join(place, name) for name in files if not name.startswith("."))
+
+
+def images_below(folder: str) -> Iterator[str]:
+    """Paths of all images in a folder and below it, in no order; hidden folders are left out."""
+    return filter(is_image, files_below(folder))
 
 
 def has_images(folder: str) -> bool:
