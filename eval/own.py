@@ -126,7 +126,10 @@ def _of_one_split(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
         split = split_of(os.path.relpath(file, root))
         (unnamed if split is None else splits.setdefault(split, [])).append(file)
     if unnamed and splits:
-        raise ValueError(f"which split is {unnamed[0]} of? Others beside it are of {' and '.join(splits)}")
+        raise ValueError(
+            f"which split is {unnamed[0]} of? Others beside it are of {' and '.join(splits)}; "
+            f"name the files to score, as in {unnamed[0]}"
+        )
     return (unnamed, []) if unnamed else _to_score(splits)
 
 

@@ -135,6 +135,12 @@ def test_pictures_come_out_upright(kind: str, orientation: int, turns: int, flip
     assert np.abs(upright - expected).max() <= (6 if kind == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_with_damaged_exif_data_are_shown_as_they_are(kind: str) -> None:
+    image = decode_image(encode(RGB, kind, exif=b"Exif\0\0garbage!"), "it")
+    assert image.size == RGB.size
+
+
 def test_grey_pictures_stay_grey_when_asked_for() -> None:
     image = decode_image(encode(GREY, "PNG"), "x", mode="L")
     assert image.mode == "L" and (np.asarray(image) == np.asarray(GREY)).all()
