@@ -184,6 +184,15 @@ def check(source: Source, train: int, test: int, names: tuple[str, ...]) -> None
     assert image.mode == "RGB" and image.size == (24, 16) and label == 0 and name
 
 
+def test_links_that_lead_back_do_not_multiply_images(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pics", {"cat": 2, "dog": 2})
+    elsewhere = write_folder(tmp_path / "elsewhere", {"red": 2}) / "red"
+    for link, target in (("cat/itself", "."), ("dog/above", ".."), ("all", "."), ("fox", elsewhere)):
+        (folder / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder / "fox")
+    check(open_named(folder, validation=0.5), 3, 3, ("cat", "dog", "fox"))
+
+
 def test_folder_with_train_and_val(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"n01": 3, "n02": 2, "n10": 2})
     write_folder(tmp_path / "val", {"n01": 1, "n02": 1, "n10": 1})

@@ -4,6 +4,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 __all__ = [
     "IMAGE_ENDINGS",
@@ -86,9 +87,14 @@ def class_name(name: str) -> str:
 
 
 def subfolders(folder: str) -> list[str]:
-    """Paths of the visible folders inside, in natural order."""
+    """Paths of the visible folders inside, in natural order; links to a folder that they lie in are left out."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    return [os.path.join(folder, name) for name in natural_order(names)]
+    return [path for name in natural_order(names) if not _leads_back(path := os.path.join(folder, name))]
+
+
+def _leads_back(path: str) -> bool:
+    """Whether a folder is a link to one that it lies in, by which all images there would be found again and again."""
+    return os.path.islink(path) and any(os.path.samefile(path, above) for above in Path(os.path.abspath(path)).parents)
 
 
 def images_in(folder: str) -> Iterator[str]:
@@ -97,9 +103,9 @@ def images_in(folder: str) -> Iterator[str]:
 
 
 def files_below(folder: str) -> Iterator[str]:
-    """Paths of all visible files in a folder and below it, in no order; hidden folders are left out."""
+    """Paths of all visible files in a folder and below it, in no order, without hidden folders and links upwards."""
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not (name[0] == "." or _leads_back(os.path.join(place, name)))]
         yield from (os.path.join(place, name) for name in files if not name.startswith("."))
 
 
