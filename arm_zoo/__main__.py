@@ -29,16 +29,11 @@ from arm_zoo.files import described_by_folder
 from arm_zoo.hosted import TABLE, find_weights, training_commands
 from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
-from arm_zoo.loading import from_pretrained, label_names
+from arm_zoo.loading import entries, from_pretrained, label_names
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint
 
 _SCHEMES = ("hf-hub:", "local-dir:")
-
-
-def entries() -> set[str]:
-    """All names, with and without tags."""
-    return {*list_models(module="arm"), *list_models(module="arm", include_tags=True)}
 
 
 def create(name: str) -> ARM:

@@ -33,7 +33,7 @@ from timm.models._input import get_model_args, update_model_input_size
 from torch import nn
 
 from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
-from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model
+from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model, weights_in
 from arm_zoo.hosted import BUNDLED_FOLDER, ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
 from arm_zoo.layers import PatchEmbed, check_positive, zero_bias
 from arm_zoo.order import scan_order
@@ -515,9 +515,8 @@ def _check_readable(variant: str, kwargs: dict[str, Any]) -> None:
     """Read the local file, if that is the source, once more: timm's reader says neither which it is nor what to do."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if cfg.file:
-        # a folder has what timm.models.save_for_hf writes
-        files = [Path(cfg.file) / name for name in ("model.safetensors", "pytorch_model.bin", ".")]
-        read_checkpoint(next((file for file in files if file.exists()), cfg.file))
+        path = Path(cfg.file)
+        read_checkpoint(weights_in(path) if path.is_dir() else path)
 
 
 @register_model

@@ -27,7 +27,7 @@ from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.variant import MAX_DEPTH, find_variant
 from arm_zoo.weights import adapt_state_dict
 
-__all__ = ["from_pretrained", "label_names"]
+__all__ = ["entries", "from_pretrained", "label_names"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -73,7 +73,7 @@ def from_pretrained(
     if scheme == "hf-hub":
         return _from_folder(_fetch(rest, revision, cache_dir, token), as_backbone, kwargs)
     path = Path(rest if scheme == "local-dir" else source)
-    if isinstance(source, str) and source in _names():
+    if isinstance(source, str) and source in entries():
         hosted = _repository(source)
         if hosted is None:
             return cast(ARM, timm.create_model(source, pretrained=True, cache_dir=cache_dir, **kwargs))
@@ -91,7 +91,7 @@ def from_pretrained(
         raise FileNotFoundError(
             f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder or a file"
         )
-    close = difflib.get_close_matches(str(source), sorted(_names()))
+    close = difflib.get_close_matches(str(source), sorted(entries()))
     hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows the entries"
     raise ValueError(f"{str(source)!r} is no entry, ORG/NAME on the Hub, folder or file; {hint}")
 
@@ -111,7 +111,8 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     return tuple(names[index] for index in indices)
 
 
-def _names() -> set[str]:
+def entries() -> set[str]:
+    """Names of all entries, with and without tags."""
     return {*list_models(module="arm"), *list_models(module="arm", include_tags=True)}
 
 
@@ -147,7 +148,7 @@ def _from_folder(folder: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> 
         return _pretraining_model(own, kwargs, file)
     if own is not None and "architecture" not in config:  # as ARMPretrain.save_pretrained writes it
         return _from_file(file, as_backbone, kwargs)
-    if config.get("architecture") not in [*_names()]:  # a list, which can be asked for anything that JSON has
+    if config.get("architecture") not in [*entries()]:  # a list, which can be asked for anything that JSON has
         raise CheckpointError(
             f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of arm_zoo; "
             f"timm.create_model('local-dir:{folder}', pretrained=True) takes timm's own"

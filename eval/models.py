@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, resolve_p
 from torch import nn
 
 import arm_zoo
-from arm_zoo.files import sha256_of
+from arm_zoo.files import PICKLED_WEIGHTS, WEIGHTS, described_by_folder, read_config, sha256_of, weights_in
+from arm_zoo.loading import label_names
 from arm_zoo.weights import CheckpointError, read_checkpoint
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm looks for in a folder or a Hub repository
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -106,7 +105,7 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         model=model.eval(),
         data_config=config,
         num_classes=num_classes,
-        label_names=_label_names(_cfg(model), num_classes),
+        label_names=label_names(_cfg(model), num_classes),
         weights=described,
         weights_sha256=_sha256_of_tensors(model) if file is None else sha256_of(file),
     )
@@ -115,16 +114,6 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
 def _cfg(model: nn.Module) -> Mapping[str, Any]:
     """The configuration that timm's models have."""
     return getattr(model, "pretrained_cfg", {})
-
-
-def _label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """By class index; empty where the weights name none, or have names of other classes. JSON makes keys strings.
-
-    transformers' Trainer leaves the names of the classes that a model had before.
-    """
-    saved = cfg.get("label_names") or ()
-    names = {int(k): v for k, v in saved.items()} if isinstance(saved, Mapping) else dict(enumerate(saved))
-    return tuple(str(names.get(i, i)) for i in range(num_classes)) if len(names) == num_classes else ()
 
 
 def _create(name: str, weights: str | None) -> tuple[nn.Module, Path | None, str]:
@@ -138,12 +127,9 @@ def _create(name: str, weights: str | None) -> tuple[nn.Module, Path | None, str
         described = weights if weights.startswith("hf") else _hosted_name(_cfg(model))
         return model, _hosted_file(_cfg(model)), described
     path = Path(weights)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() or (path.name in WEIGHT_FILES and (folder / "config.json").is_file()):
-        config = folder / "config.json"
-        if not config.is_file():
-            raise ValueError(f"no config.json in {folder}: a folder of weights is what timm.models.save_for_hf writes")
-        _same_architecture(name, json.loads(config.read_text(encoding="utf-8")).get("architecture"), str(folder))
+    if path.is_dir() or described_by_folder(path):
+        folder = path if path.is_dir() else path.parent
+        _same_architecture(name, read_config(folder).get("architecture"), str(folder))
         return timm.create_model(f"local-dir:{folder}", pretrained=True), _file_in(folder), path.resolve().name
     return _create_from_file(name, path), path, path.name
 
@@ -192,7 +178,7 @@ def _hosted_file(cfg: Mapping[str, Any]) -> Path | None:
         return _file_in(Path(cfg["file"]))
     if cfg.get("hf_hub_id"):
         repo, _, revision = str(cfg["hf_hub_id"]).partition("@")
-        for filename in (cfg.get("hf_hub_filename"), *WEIGHT_FILES):
+        for filename in (cfg.get("hf_hub_filename"), WEIGHTS, PICKLED_WEIGHTS):
             cached = filename and try_to_load_from_cache(repo, filename, revision=revision or None)
             if isinstance(cached, str):
                 return Path(cached)
@@ -201,9 +187,11 @@ def _hosted_file(cfg: Mapping[str, Any]) -> Path | None:
 
 
 def _file_in(path: Path) -> Path | None:
-    if path.is_file():
-        return path
-    return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    """The file itself, or the one of a folder; None where timm takes a file of another name there."""
+    try:
+        return weights_in(path) if path.is_dir() else path
+    except FileNotFoundError:
+        return None
 
 
 def _sha256_of_tensors(model: nn.Module) -> str:

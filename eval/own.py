@@ -7,7 +7,6 @@ are those of `arm_zoo.images`, and of several splits the one is scored that the 
 import glob
 import os
 import posixpath
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,22 @@ from typing import NamedTuple
 import numpy as np
 
 from arm_zoo.images.decode import MAX_PIXELS
-from arm_zoo.images.listing import class_folders, images_below, is_image, natural_order, printable, subfolders
-from arm_zoo.images.tars import FromTar, read_members
+from arm_zoo.images.listing import (
+    SPLIT_OF_WORD,
+    TAR_ENDINGS,
+    class_folders,
+    files_below,
+    has_images,
+    images_in,
+    is_image,
+    natural_order,
+    printable,
+    split_of,
+    subfolders,
+)
+from arm_zoo.images.tars import FromTar, read_members, split_key
 from eval.listing import Listing, Reading, as_training, indexed
 from eval.sources import (
-    TAR_ENDINGS,
     FromDisk,
     Shards,
     are_shards,
@@ -33,9 +43,7 @@ from eval.sources import (
 )
 from eval.tables import Columns, open_hub, open_parquet
 
-# The words in names that tell splits, and which split is scored: the first of these that is there.
-SPLITS = {"val": ("val", "valid", "validation", "dev"), "test": ("test", "testing"), "train": ("train", "training")}
-SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+SPLITS = ("val", "test", "train")  # the first of these that is there is scored
 NAMED = 3  # files in a note
 
 
@@ -98,17 +106,11 @@ def _tables_near(folder: Path) -> list[Path]:
     """
     endings = (*TAR_ENDINGS, ".parquet")
     files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings) and path.is_file())
-    if next(images_below(str(folder)), None) is None:
+    if not has_images(str(folder)):
         return files + sorted(path for path in folder.glob("*/*") if path.name.lower().endswith(endings))
     if files:
         raise ValueError(f"{folder} holds images and {files[0].name}; name the files, as in {files[0]}")
     return []
-
-
-def _split_of(name: str) -> str:
-    """The split whose word stands last in a name: train of `data/train-00000-of-00002.parquet`; '' for none."""
-    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_OF_WORD]
-    return SPLIT_OF_WORD[words[-1]] if words else ""
 
 
 def _of_one_split(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -119,11 +121,15 @@ def _of_one_split(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """
     root = os.path.commonpath([file.parent for file in files])
     splits: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
     for file in files:
-        splits.setdefault(_split_of(os.path.relpath(file, root)), []).append(file)
-    unnamed = splits.pop("", [])
+        split = split_of(os.path.relpath(file, root))
+        (unnamed if split is None else splits.setdefault(split, [])).append(file)
     if unnamed and splits:
-        raise ValueError(f"which split is {unnamed[0]} of? Others beside it are of {' and '.join(splits)}")
+        raise ValueError(
+            f"which split is {unnamed[0]} of? Others beside it are of {' and '.join(splits)}; "
+            f"name the files to score, as in {unnamed[0]}"
+        )
     return (unnamed, []) if unnamed else _to_score(splits)
 
 
@@ -139,7 +145,7 @@ def _to_score(splits: Mapping[str, list[Path]]) -> tuple[list[Path], list[str]]:
 def _open_folder(location: str, folder: Path, reading: Reading) -> Listing:
     """A class for each folder at the top, whatever lies below it; images alone are of the class named by theirs."""
     root, notes = _folder_to_score(folder)
-    loose = natural_order(entry.path for entry in os.scandir(root) if is_image(entry.name) and entry.is_file())
+    loose = natural_order(images_in(str(root)))
     classes = class_folders(str(root))
     if loose and any(classes.values()):
         raise ValueError(f"{location} holds {printable(loose[0])} beside class folders; each image needs a class")
@@ -150,9 +156,9 @@ def _open_folder(location: str, folder: Path, reading: Reading) -> Listing:
     below = os.path.join(root, "")
     files = [f"{own}/{place.removeprefix(below)}".replace(os.sep, "/") for place in places]
     labels = np.repeat(np.arange(len(classes)), [len(inside) for inside in classes.values()])
-    others = (file.removeprefix(below) for file in _other_files(str(root), with_top=bool(loose)))
+    others = (file.removeprefix(below) for file in files_below(str(root)) if not is_image(file))
     sizes = np.array([size_of(place) for place in places])
-    notes = [*notes, *_left_out(others)]
+    notes = [*notes, *_left_out(file for file in others if loose or os.sep in file)]
     read = FromDisk(places)
     return Listing(location, files, labels, tuple(classes), "folders", read, sizes, reading, tuple(notes))
 
@@ -168,23 +174,15 @@ def _folder_to_score(folder: Path) -> tuple[Path, list[str]]:
     splits: dict[str, list[Path]] = {}
     if any(entry.name.lower() in SPLIT_OF_WORD for entry in os.scandir(folder)):
         for path in map(Path, subfolders(str(folder))):
-            if next(images_below(str(path)), None) is not None:
-                has_images = any(is_image(entry.name) for entry in os.scandir(path))
-                splits.setdefault("" if has_images else SPLIT_OF_WORD.get(path.name.lower(), ""), []).append(path)
+            if has_images(str(path)):
+                is_class = any(images_in(str(path)))
+                splits.setdefault("" if is_class else SPLIT_OF_WORD.get(path.name.lower(), ""), []).append(path)
     if not splits or "" in splits:
         return folder, []
     chosen, notes = _to_score(splits)
     if len(chosen) > 1:
         raise ValueError(f"{folder} has {' and '.join(path.name for path in chosen)}; name the one to score")
     return chosen[0], notes
-
-
-def _other_files(root: str, with_top: bool) -> Iterator[str]:
-    """Visible files that are no images, in the folders inside and, if asked, at the top."""
-    for place, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if with_top or place != root:
-            yield from (os.path.join(place, name) for name in files if not (name.startswith(".") or is_image(name)))
 
 
 def _left_out(files: Iterable[str]) -> list[str]:
@@ -209,13 +207,9 @@ def _open_tars(location: str, shards: Shards, reading: Reading) -> Listing:
 
 
 def _without_image(members: Iterable[str]) -> Iterator[str]:
-    """Files of a shard whose key, which ends at the first dot of the name, has no image."""
-
-    def key(file: str) -> str:
-        return posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
-
-    keys = {key(file) for file in members if is_image(file)}
-    yield from (file for file in members if key(file) not in keys)
+    """Files of a shard whose key has no image."""
+    keys = {split_key(file)[0] for file in members if is_image(file)}
+    return (file for file in members if split_key(file)[0] not in keys)
 
 
 def _top_folders(location: str, files: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from arm_zoo.images.listing import listed
 from eval import metrics, models, results, sets
 from eval.listing import Listing
 from eval.models import Candidate
@@ -89,8 +90,7 @@ def make_rows(request: Request, labelled: LabelledSet, predictions: Predictions,
         marks.append(f"limited to {row['limit']} of {row['pictures']} pictures")
     if predictions.undecodable:
         names = [labelled.listing.describe(i) for i in predictions.undecodable]
-        more = f" and {len(names) - NAMED_IN_ROW} more" if len(names) > NAMED_IN_ROW else ""
-        marks.append(f"{len(names)} undecodable, not in n: {', '.join(names[:NAMED_IN_ROW])}{more}")
+        marks.append(f"{len(names)} undecodable, not in n: {listed(names, NAMED_IN_ROW)}")
     main = predictions.heads[0]
     broken = int((main.classes[:, 0] < 0).sum())
     if broken:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from timm.data import ImageNetInfo
 
-from arm_zoo.images.listing import class_name
+from arm_zoo.images.listing import class_name, listed
 from eval.listing import Listing
 from eval.metrics import imagenet_wnids, real_labels, subset_indices
 from eval.own import AS_USUAL, Choices, open_own
@@ -127,7 +127,7 @@ def _refuse_labels(listing: Listing, classes: int | None, what: str) -> None:
     allowed = "0 or more" if classes is None else f"0 ... {classes - 1}, {what}"
     hidden = "; -1 says that a label is hidden, as in test splits on the Hub" if -1 in values else ""
     raise ValueError(
-        f"{outside.sum()} of {len(listing)} images have labels that cannot be right: {_some(shown, quoted=False)}; "
+        f"{outside.sum()} of {len(listing)} images have labels that cannot be right: {listed(shown)}; "
         f"allowed: {allowed}{hidden}"
     )
 
@@ -175,9 +175,8 @@ def _space(spec: ImageSet) -> tuple[int, ...]:
     return tuple(range(1000)) if spec.subset is None else subset_indices(spec.subset)
 
 
-def _some(names: Sequence[object], most: int = 5, quoted: bool = True) -> str:
-    shown = ", ".join(repr(name) if quoted else str(name) for name in names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def _some(names: Sequence[object], most: int = 5) -> str:
+    return listed(list(map(repr, names)), most)
 
 
 def _targets_of_names(name: str, listing: Listing) -> np.ndarray:

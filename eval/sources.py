@@ -19,12 +19,10 @@ from typing import IO
 
 import numpy as np
 
-from arm_zoo.images.listing import printable
+from arm_zoo.images.listing import TAR_ENDINGS, printable
 from arm_zoo.images.tars import FromTar, Member, read_members, read_shards, sidecar
 from eval.listing import AS_TIMM, Listing, Reader, Reading, indexed, labels_of_text
 from eval.tables import HUB_ID, SPLITS, Columns, open_hub, open_parquet
-
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
 def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listing:

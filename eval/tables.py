@@ -5,19 +5,19 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from arm_zoo.images.columns import LABEL_NAMES, holds_images, leaves, values_at
 from eval.listing import Listing, NamedBy, Reading, indexed, labels_of_text, numbers
 
 SPLITS = ("validation", "val", "test")  # of a source with several, the first of these that is there
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?")
 IMAGE_NAMES = ("image", "img")
-LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label", "wnid")
 
 
 class Columns(NamedTuple):
@@ -102,8 +102,8 @@ def _of_dataset(location: str, dataset: Any, reading: Reading, columns: Columns)
     from datasets import ClassLabel, Image
 
     image, label = _find_columns(location, dataset.features, reading, columns)
-    feature = dict(_leaves(dataset.features))[label]
-    values = _values_at(dataset.data, label).to_pylist()
+    feature = leaves(dataset.features)[label]
+    values = values_at(dataset.data, label).to_pylist()
     try:
         dataset = dataset.cast_column(image, Image(decode=False))
     except Exception as error:  # pyarrow and datasets raise all sorts
@@ -138,42 +138,15 @@ def _find_columns(location: str, features: Mapping[str, Any], reading: Reading, 
     """
     from datasets import ClassLabel
 
-    images = [name for name, feature in features.items() if _holds_images(feature)]
+    images = [name for name, feature in features.items() if holds_images(feature)]
     if reading.is_timms:
         images = [*(name for name in IMAGE_NAMES if name in features), *images][:1]
     image = _choose("image", columns.image, images, list(features), location)
-    leaves = {path: feature for path, feature in _leaves(features) if path.partition(".")[0] != image}
-    named = [name for name in LABEL_NAMES if name in leaves]
-    declared = [path for path, feature in leaves.items() if isinstance(feature, ClassLabel)]
+    others = {path: feature for path, feature in leaves(features).items() if path.partition(".")[0] != image}
+    named = [name for name in (*LABEL_NAMES, "wnid") if name in others]
+    declared = [path for path, feature in others.items() if isinstance(feature, ClassLabel)]
     labels = [*named, *declared][:1] if reading.is_timms else declared or named[:1]
-    return image, _choose("label", columns.label, labels, list(leaves), location)
-
-
-def _holds_images(feature: Any) -> bool:
-    """A column of images, or of bytes, perhaps with a path, where nobody declared what they are."""
-    from datasets import Image
-
-    if isinstance(feature, Mapping):
-        return "bytes" in feature
-    return isinstance(feature, Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _leaves(features: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Columns, and fields of columns of mappings, by their dotted paths."""
-    for name, feature in features.items():
-        if isinstance(feature, Mapping):
-            yield from ((f"{name}.{key}", inner) for key, inner in feature.items())
-        else:
-            yield name, feature
-
-
-def _values_at(table: Any, path: str) -> Any:
-    import pyarrow.compute as pc
-
-    if path in table.column_names:
-        return table.column(path)
-    name, _, key = path.partition(".")
-    return pc.struct_field(table.column(name), key)
+    return image, _choose("label", columns.label, labels, list(others), location)
 
 
 def _choose(what: str, wanted: str | None, likely: Sequence[str], there: Sequence[str], location: str) -> str:

@@ -226,8 +226,7 @@ class TrainConfig(Config):
             try:
                 located = locate(name, one_split=self.data.validation is not None)
                 if key == "source":
-                    own = bool({"val", "test"} & located.splits.keys())
-                    fraction = validation_fraction(self.data.validation, own, self.labels_needed)
+                    fraction = validation_fraction(self.data.validation, located.has_validation, self.labels_needed)
                     fewer = fewer_training_images(located, self.global_batch, fraction, self.labels_needed)
                     if fewer is not None:
                         found["global_batch"] = too_large_a_batch(self.global_batch, fewer)

@@ -198,7 +198,7 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
         return file, tuple(told.get("label_names") or ())
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}
-    return file, label_names(saved, saved.get("num_classes", 0)) or ()
+    return file, label_names(saved, saved.get("num_classes", 0))
 
 
 def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunction:

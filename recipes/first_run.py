@@ -73,12 +73,13 @@ def survey(config: FinetuneConfig) -> Survey:
     Raises:
         SourceError: If the source is missing, or nothing can be learned from it.
     """
-    located = None if config.data.source == "digits" else locate(config.data.source)
+    data = config.data
+    located = None if data.source == "digits" else locate(data.source, one_split=data.validation is not None)
     if located is None or located.kind != "pictures" or "train" not in located.splits:
         return _survey_opened(config)
     [folder] = located.splits["train"]
     images = [sum(1 for _ in images_below(path)) for path in subfolders(folder)]
-    fraction = validation_fraction(config.data.validation, bool({"val", "test"} & located.splits.keys()), True)
+    fraction = validation_fraction(data.validation, located.has_validation, labels_needed=True)
     if sum(images) == 0:
         raise SourceError(f"{folder!r} holds images but no class folders; allowed: FOLDER/CLASS/IMAGE")
     if len(images) == 1:

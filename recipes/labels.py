@@ -10,13 +10,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arm_zoo.images.listing import class_name, natural_order
+from arm_zoo.images.columns import LABEL_NAMES, holds_images, leaves
+from arm_zoo.images.listing import class_name, listed, natural_order
 
 from .config import DataConfig
 from .locate import SourceError
 
-LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label")
-SHOWN = 5  # of a list in a message
+STRINGS = ("string", "large_string")
+MOST_CLASSES = 1_000_000  # of labels that are integers; larger ones are something else, such as identifiers
 
 
 class Columns(NamedTuple):
@@ -67,32 +68,18 @@ def find_columns(features: Mapping[str, Any] | None, config: DataConfig, where: 
     """
     if features is None:
         raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
-    pictures = [name for name, feature in features.items() if holds_pictures(feature)]
+    pictures = [name for name, feature in features.items() if holds_images(feature)]
     image = choose("image_column", config.image_column, pictures, list(features), where)
+    if not (holds_images(features[image]) or getattr(features[image], "dtype", None) in STRINGS):
+        raise SourceError(
+            f"the column {image!r} of {where} holds {features[image]}; allowed: images, their bytes, or their paths"
+        )
     if not labels_needed:
         return Columns(image, None)
-    paths = {path: feature for path, feature in leaves(features) if path.partition(".")[0] != image}
+    paths = {path: feature for path, feature in leaves(features).items() if path.partition(".")[0] != image}
     likely = [path for path, feature in paths.items() if isinstance(feature, datasets.ClassLabel)]
     likely = likely or [name for name in LABEL_NAMES if name in paths][:1]
     return Columns(image, choose("label_column", config.label_column, likely, list(paths), where))
-
-
-def holds_pictures(feature: Any) -> bool:
-    """An image column, or one of bytes, perhaps with a path, where nobody declared what it is."""
-    if isinstance(feature, Mapping):
-        return "bytes" in feature
-    return isinstance(feature, datasets.Image) or (
-        isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-    )
-
-
-def leaves(features: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Columns, and fields of columns of mappings, with their dotted paths."""
-    found = []
-    for name, feature in features.items():
-        inside = feature.items() if isinstance(feature, Mapping) else ()
-        found += [(f"{name}.{key}", value) for key, value in inside] or [(name, feature)]
-    return found
 
 
 def choose(key: str, wanted: str | None, likely: list[str], columns: list[str], where: str) -> str:
@@ -106,17 +93,6 @@ def choose(key: str, wanted: str | None, likely: list[str], columns: list[str], 
     problem = f"could be any of {listed(likely)}" if likely else f"is none of {listed(columns, 20)}"
     thing = key.replace("_", " ")
     raise SourceError(f"the {thing} of {where} {problem}; say which with data.{key}=NAME")
-
-
-def listed(names: Sequence[str], most: int = SHOWN) -> str:
-    """The names, or the first of them and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def feature_at(features: Mapping[str, Any], path: str) -> Any:
-    """The feature of a column or of a field in it."""
-    return dict(leaves(features))[path]
 
 
 def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, config: DataConfig, where: str) -> Labels:
@@ -138,7 +114,7 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, confi
     if isinstance(feature, datasets.ClassLabel):
         found = None if values is None else counted(values)
         labels = _declared(feature.names, found, where)
-    elif dtype in ("string", "large_string"):
+    elif dtype in STRINGS:
         labels = _named(counted(_known(values, where)), where)
     elif "int" in dtype:
         found = None if values is None and count is not None else counted(_known(values, where))
@@ -191,6 +167,11 @@ def _numbered(found: Mapping[Any, int] | None, count: int | None, where: str) ->
     """The classes of a column of integers: as many as ``data.num_classes``, else up to the largest one."""
     if count is None:
         count = max((label for label in found or () if label is not None), default=-1) + 1
+        if count > MOST_CLASSES:
+            raise SourceError(
+                f"{where} has the label {count - 1}; allowed: whole numbers below {MOST_CLASSES:,}. If these are no "
+                "classes, data.label_column=NAME names another column; if they are, write them as strings"
+            )
     raw = {number: str(number) for number in range(count)}
     if found is not None:
         _refuse({label: rows for label, rows in found.items() if label not in raw}, found, count, where)

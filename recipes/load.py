@@ -10,12 +10,12 @@ from uuid import uuid4
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from arm_zoo.images.listing import class_folders, images_below, is_image, natural_order
+from arm_zoo.images.columns import values_at
+from arm_zoo.images.listing import class_folders, images_below, images_in, natural_order, split_of
 
-from .locate import Located, SourceError, split_of
+from .locate import Located, SourceError
 
 Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
 IMAGE_FIELDS = {"bytes": pa.binary(), "path": pa.binary()}  # of a picture file; its path need not be text
@@ -66,14 +66,6 @@ def column_of(data: datasets.Dataset, path: str) -> pa.ChunkedArray:
     return values_at(data.select_columns([top]).with_format("arrow")[:], path)
 
 
-def values_at(table: pa.Table, path: str) -> pa.ChunkedArray:
-    """A column of an Arrow table, or a field in it, to which a dot leads."""
-    if path in table.column_names:
-        return table.column(path)
-    name, _, key = path.partition(".")
-    return pc.struct_field(table.column(name), key)
-
-
 def load_folder(located: Located, split: str, labels_needed: bool) -> tuple[datasets.Dataset, Mapping[str, Any]]:
     """Paths and classes of a folder of pictures, a class for each subfolder in natural order; and what columns are.
 
@@ -87,7 +79,7 @@ def load_folder(located: Located, split: str, labels_needed: bool) -> tuple[data
     if not labels_needed:
         data = _table_of_paths(natural_order(images_below(folder)))
         return data, data.features
-    loose = next((entry.path for entry in os.scandir(folder) if entry.is_file() and is_image(entry.name)), None)
+    loose = next(images_in(folder), None)
     try:
         classes = class_folders(folder)
     except ValueError as error:

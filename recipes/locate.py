@@ -5,15 +5,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 from .braces import expand_braces
-from .listing import images_below, is_image, natural_order, subfolders
+from .listing import SPLIT_OF_WORD, TAR_ENDINGS, has_images, images_in, is_image, natural_order, split_of, subfolders
 
 Kind = Literal["pictures", "parquet", "tars", "hub"]
-WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
-SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
-FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": (".tar", ".tar.gz", ".tgz")}
+FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": TAR_ENDINGS}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ALLOWED = (
     "a folder of pictures in class subfolders (perhaps below train/ and val/), parquet files or WebDataset tars "
@@ -41,6 +40,11 @@ class Located:
     splits: dict[str, list[str]] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a split to score on, as far as is known before a data set of the Hub is opened."""
+        return bool({"val", "test"} & self.splits.keys())
+
 
 def locate(name: str, one_split: bool = False) -> Located:
     """Find out what a source is, without reading pictures.
@@ -63,11 +67,11 @@ def locate(name: str, one_split: bool = False) -> Located:
     if os.path.isfile(name):
         return located_files(name, [name])
     if any(sign in name for sign in "*?[{"):
-        files = [file for pattern in expand_braces(name) for file in glob.glob(pattern, recursive=True)]
-        missing = [pattern for pattern in expand_braces(name) if not glob.glob(pattern, recursive=True)]
+        matches = {pattern: glob.glob(pattern, recursive=True) for pattern in expand_braces(name)}
+        missing = [pattern for pattern, files in matches.items() if not files]
         if missing:
             raise SourceError(f"no file matches {missing[0]!r} (source {name!r}); allowed: {ALLOWED}")
-        return located_files(name, files)
+        return located_files(name, list(chain.from_iterable(matches.values())))
     if HUB_ID.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):  # else it is a misspelt folder
         return Located(name, "hub")
     raise SourceError(f"there is no {name!r}; allowed: {ALLOWED}")
@@ -80,7 +84,7 @@ def locate_folder(folder: str, one_split: bool) -> Located:
     for kind, endings in FILES.items():
         if files := [file for file in inside if file.lower().endswith(endings)]:
             found[kind] = files
-    if holds_pictures(folder):
+    if has_images(folder):
         found["pictures"] = []
     if len(found) > 1:
         [ending, *_] = FILES[next(iter(found))]
@@ -128,24 +132,18 @@ def located_files(name: str, files: list[str]) -> Located:
     return Located(name, kind, splits or {"train": unnamed})  # type: ignore[arg-type]
 
 
-def split_of(path: str) -> str | None:
-    """The split whose word stands in a relative path: train of ``data/train-00000-of-00002.parquet``."""
-    words = [SPLIT_OF_WORD[word] for word in re.split(r"[^a-z]+", path.lower()) if word in SPLIT_OF_WORD]
-    return words[-1] if words else None
-
-
 def picture_splits(folder: str, one_split: bool) -> Located:
     """``train/``, ``val/`` and ``test/``, or the folder as one split, whose subfolders are then its classes.
 
     A subfolder called like a split may be a class. Where another source is named for the other split, it is one if
     there are other classes beside it, or if the pictures lie in it itself and not in class folders below it.
     """
-    inside = [os.path.basename(path) for path in subfolders(folder) if holds_pictures(path)]
+    inside = [os.path.basename(path) for path in subfolders(folder) if has_images(path)]
     like_splits = [name for name in inside if name.lower() in SPLIT_OF_WORD]
     if not like_splits:
         return Located(folder, "pictures", {"train": [folder]})
     others = [name for name in inside if name not in like_splits]
-    flat = all(holds_pictures_itself(os.path.join(folder, name)) for name in like_splits)
+    flat = all(any(images_in(os.path.join(folder, name))) for name in like_splits)
     if one_split and (others or flat):
         note = (
             f"data.validation is set, so {folder!r} is one split, and its folders {', '.join(like_splits)} are classes"
@@ -161,13 +159,3 @@ def picture_splits(folder: str, one_split: bool) -> Located:
         )
     taken = ", ".join(f"{os.path.basename(path)} is the {split} split" for split, [path] in splits.items())
     return Located(folder, "pictures", splits, f"{folder!r}: {taken}; {way_out}" if flat else "")
-
-
-def holds_pictures(folder: str) -> bool:
-    """Whether there is one picture file at least, here or below."""
-    return next(images_below(folder), None) is not None
-
-
-def holds_pictures_itself(folder: str) -> bool:
-    """Whether there is a picture file outside its subfolders."""
-    return any(entry.is_file() and is_image(entry.name) for entry in os.scandir(folder))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo import CheckpointError
+from arm_zoo.files import CONFIG, weights_in
 
 from .config import (
     ABOVE_ZERO,
@@ -115,9 +116,9 @@ def create_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict
             config.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **config.model_args
         )
         return model, None
-    if not (weights / "config.json").is_file():
+    if not (weights / CONFIG).is_file():
         raise RunError(f"there is no model in {weights}; allowed: a file, or a folder with config.json")
-    description = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+    description = json.loads((weights / CONFIG).read_text(encoding="utf-8"))
     if "pretraining_model" not in description:
         model = timm.create_model(f"local-dir:{weights}", pretrained=True, num_classes=0, **config.model_args)
         return model, resolve_model_data_config(model)
@@ -126,7 +127,7 @@ def create_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict
     model = timm.create_model(
         config.model or "arm_base_patch16_224",  # any: its sizes are all given
         pretrained=True,
-        pretrained_cfg_overlay={"file": str(weights / "model.safetensors"), "input_size": input_size, "crop_pct": 1.0},
+        pretrained_cfg_overlay={"file": str(weights_in(weights)), "input_size": input_size, "crop_pct": 1.0},
         num_classes=0,
         **{**arguments, **config.model_args},
     )

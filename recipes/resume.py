@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from arm_zoo.images.listing import listed
+
 from .checkpoint import STATE, CheckpointFolder, check, read_state
 from .config import TrainConfig
 from .console import plain_console
@@ -178,8 +180,8 @@ def compare_classes(start: Start, names: Sequence[str]) -> None:
     )
     if missing or new:
         differences = [f"{len(before)} classes before, {len(names)} now"]
-        differences += [f"no longer there: {shortened(missing)}"] if missing else []
-        differences += [f"new: {shortened(new)}"] if new else []
+        differences += [f"no longer there: {listed(list(map(repr, missing)), 3)}"] if missing else []
+        differences += [f"new: {listed(list(map(repr, new)), 3)}"] if new else []
     else:
         index = next(index for index, name in enumerate(names) if name != before[index])
         differences = [f"the same classes in another order: class {index} was {before[index]!r}, is {names[index]!r}"]
@@ -188,9 +190,3 @@ def compare_classes(start: Start, names: Sequence[str]) -> None:
         "Allowed: a data.source with the same classes in the same order, another output_dir, or --resume none to "
         "start over"
     )
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first few of some names."""
-    few = ", ".join(map(repr, names[:3]))
-    return f"{few} and {len(names) - 3} more" if len(names) > 3 else few

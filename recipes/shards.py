@@ -22,14 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from arm_zoo.images.listing import class_name, is_image, printable
+from arm_zoo.images.listing import SPLIT_OF_WORD, class_name, is_image, listed, printable
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
 
 from .config import DataConfig
 from .files import replacing_files
-from .labels import listed
 from .load import READING_THREADS, column_of
-from .locate import SPLIT_OF_WORD, SourceError
+from .locate import SourceError
 
 TEXT_LABELS = ("cls", "class")
 JSON_LABEL = "json.label"

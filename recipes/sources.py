@@ -32,13 +32,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from arm_zoo.images.columns import leaves, values_at
 from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image
-from arm_zoo.images.listing import printable
+from arm_zoo.images.listing import listed, printable
 from arm_zoo.images.tars import Member
 
 from .config import DataConfig
-from .labels import Columns, Labels, feature_at, find_columns, listed, match_labels, read_labels
-from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, plain, read_column, values_at
+from .labels import Columns, Labels, find_columns, match_labels, read_labels
+from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, plain, read_column
 from .locate import Kind, Located, SourceError, locate
 from .shards import ShardRows, open_index, shard_sizes
 from .splits import split_rows, validation_fraction
@@ -145,7 +146,8 @@ class PictureTable(Sequence[Labelled]):
             key = pc.struct_field(image, "path")
         if key is None:
             return classes, [f"row {number}" for number in self._numbers]
-        return classes, list(map(os.fsdecode, key.to_pylist()))
+        names = zip(key.to_pylist(), self._numbers, strict=True)
+        return classes, [f"row {number}" if name is None else os.fsdecode(name) for name, number in names]
 
     def encoded(self, indices: Sequence[int]) -> list[Encoded]:
         """Some rows, not decoded."""
@@ -371,7 +373,7 @@ class OpenedSplit:
     def labels(self) -> Labels:
         """The classes that the label column holds."""
         column = str(self.columns.label)
-        return read_labels(feature_at(self.features, column), self.values, column, self.config, self.name)
+        return read_labels(leaves(self.features)[column], self.values, column, self.config, self.name)
 
     def read(self, classes: Mapping[Any, int] | None) -> Split:
         """The pictures, with the class index of what stands in the label column."""
@@ -400,8 +402,8 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
         return train, None
     if config.validation is not None:
         source = locate(config.validation, one_split=True)
-        if source.kind == "pictures":
-            config = replace(config, streaming=False)  # files can be read at random
+        streaming = config.streaming and source.kind != "pictures"  # files can be read at random
+        config = replace(config, streaming=streaming, train_size=None)
         splits = _splits(source, config.streaming)
         chosen = next(name for name in ("val", "test", "train") if name in splits)
     else:

@@ -217,6 +217,13 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
         resolved("pretrained=arm_tony", "model=arm_tiny_patch8_64")
 
 
+def test_a_class_may_be_called_like_a_split_where_validation_is_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "pics", {"bus": 5, "test": 5})
+    typed = [f"data.source={folder}", "data.validation=0.2", f"output_dir={tmp_path / 'out'}", *QUICK]
+    config = load_config(FinetuneConfig, None, typed, fit=fitted)
+    assert config.global_batch == 2 and config.data.validation == 0.2
+
+
 def test_the_folder_of_results_is_never_another_sources(images: str, tmp_path: Path) -> None:
     def folder(source: str) -> str:
         return load_config(FinetuneConfig, None, [f"data.source={source}"], to_run=False, fit=fitted).output_dir

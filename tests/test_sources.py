@@ -135,6 +135,12 @@ def test_pictures_come_out_upright(kind: str, orientation: int, turns: int, flip
     assert np.abs(upright - expected).max() <= (6 if kind == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_with_damaged_exif_data_are_shown_as_they_are(kind: str) -> None:
+    image = decode_image(encode(RGB, kind, exif=b"Exif\0\0garbage!"), "it")
+    assert image.size == RGB.size
+
+
 def test_grey_pictures_stay_grey_when_asked_for() -> None:
     image = decode_image(encode(GREY, "PNG"), "x", mode="L")
     assert image.mode == "L" and (np.asarray(image) == np.asarray(GREY)).all()
@@ -176,6 +182,15 @@ def check(source: Source, train: int, test: int, names: tuple[str, ...]) -> None
     assert (len(source.train), len(source.test), source.class_names) == (train, test, names)
     image, label, name = source.train[0]
     assert image.mode == "RGB" and image.size == (24, 16) and label == 0 and name
+
+
+def test_links_that_lead_back_do_not_multiply_images(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pics", {"cat": 2, "dog": 2})
+    elsewhere = write_folder(tmp_path / "elsewhere", {"red": 2}) / "red"
+    for link, target in (("cat/itself", "."), ("dog/above", ".."), ("all", "."), ("fox", elsewhere)):
+        (folder / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder / "fox")
+    check(open_named(folder, validation=0.5), 3, 3, ("cat", "dog", "fox"))
 
 
 def test_folder_with_train_and_val(tmp_path: Path) -> None:
@@ -263,6 +278,42 @@ def test_a_parquet_file_without_declared_columns(tmp_path: Path) -> None:
     check(open_named(tmp_path, label_column="kind"), 3, 2, ("x", "y"))
     with pytest.raises(SourceError, match=r"data.label_column is 'kid'; allowed: a column of .*: kind, id"):
         open_named(tmp_path, label_column="kid")
+
+
+def test_numbers_that_cannot_be_classes_are_refused_before_they_are_counted_up(tmp_path: Path) -> None:
+    identifiers = write_parquet(tmp_path / "train.parquet", [7, 3_000_000_000])
+    with pytest.raises(SourceError, match=r"has the label 3000000000; allowed: whole numbers below 1,000,000\."):
+        open_named(identifiers, validation=0.5)
+
+
+def test_a_column_that_cannot_hold_images_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = [{"width": 1, "height": 2}] * 4
+    pq.write_table(pa.table({"photo": [jpeg()] * 4, "size": size, "label": [0, 1] * 2}), tmp_path / "train.parquet")
+    for column in ("size", "label"):
+        with pytest.raises(SourceError, match=rf"the column '{column}' of .* holds .*int64.*; allowed: images, "):
+            open_named(tmp_path, validation=0.5, image_column=column)
+    assert len(open_named(tmp_path, validation=0.5, image_column="photo").train) == 2  # type: ignore[arg-type]
+
+
+def test_rows_without_an_image_can_be_held_out(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = write_folder(tmp_path / "images", {"a": 3})
+    images = [{"bytes": None, "path": path} for path in (*map(str, sorted(files.rglob("*.jpg"))), None)]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"image": pa.array(images, kind), "label": [0, 1, 0, 1]}), tmp_path / "train.parquet")
+    source = open_named(tmp_path / "train.parquet", validation=0.5)
+    assert len(source.train) == len(source.test) == 2  # type: ignore[arg-type]
+
+
+def test_the_size_of_the_training_stream_is_not_asked_of_validation_images(tmp_path: Path) -> None:
+    train = write_parquet(tmp_path / "train.parquet", [0, 1, 0])
+    val = write_folder(tmp_path / "some", {"0": 1, "1": 1})
+    check(open_named(train, validation=str(val), train_size=3), 3, 2, ("0", "1"))
 
 
 def test_several_label_columns_must_be_told_apart(tmp_path: Path) -> None:

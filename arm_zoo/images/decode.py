@@ -8,14 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["MAX_PIXELS", "Mode", "UndecodableImage", "decode_image"]
+__all__ = ["MAX_PIXELS", "UndecodableImage", "decode_image"]
 
-Mode = Literal["RGB", "L"]
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte in RGB
 _WHITE_16_BIT = 65535
 
@@ -36,9 +34,7 @@ class UndecodableImage(ValueError):
         return f"{self.name} cannot be decoded: {self.cause}"
 
 
-def decode_image(
-    encoded: bytes | str, name: str, mode: Mode | str = "RGB", max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image: upright, in 8 bits per channel, transparent parts on white.
 
     Args:
@@ -53,9 +49,7 @@ def decode_image(
     try:
         with _limited_to(max_pixels), Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded)) as file:
             file.load()
-            # After loading: in PNG files the orientation may stand behind the pixels.
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return _convert(ImageOps.exif_transpose(file) if turned else file, mode)
+            return _convert(ImageOps.exif_transpose(file) if _is_turned(file) else file, mode)
     except UnidentifiedImageError:  # its text has an address in memory, so it would never be the same twice
         raise UndecodableImage(name, "no image in any format that is known") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -77,6 +71,14 @@ def _limited_to(max_pixels: int) -> Iterator[None]:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = before
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF data of a loaded image say that it is not upright; damaged ones say nothing, as to a viewer."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # in PNG files it may stand behind the pixels
+    except Exception:  # Pillow raises all sorts
+        return False
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -3,17 +3,25 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 __all__ = [
     "IMAGE_ENDINGS",
+    "SPLIT_OF_WORD",
+    "TAR_ENDINGS",
     "class_folders",
     "class_name",
+    "files_below",
+    "has_images",
     "images_below",
+    "images_in",
     "is_image",
+    "listed",
     "natural_key",
     "natural_order",
     "printable",
+    "split_of",
     "subfolders",
 ]
 
@@ -31,6 +39,9 @@ IMAGE_ENDINGS = (
     ".avif",
     ".jp2",
 )
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 
 
 def is_image(path: str) -> bool:
@@ -58,22 +69,54 @@ def printable(path: str | bytes) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def split_of(path: str) -> str | None:
+    """The split whose word stands last in a relative path: train of `data/train-00000-of-00002.parquet`."""
+    words = [word for word in re.split(r"[^a-z]+", path.lower()) if word in SPLIT_OF_WORD]
+    return SPLIT_OF_WORD[words[-1]] if words else None
+
+
+def listed(names: Sequence[object], most: int = 5) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
 def class_name(name: str) -> str:
     """The name of a class in Unicode's composed form (NFC): macOS may decompose the names of files."""
     return unicodedata.normalize("NFC", name)
 
 
 def subfolders(folder: str) -> list[str]:
-    """Paths of the visible folders inside, in natural order."""
+    """Paths of the visible folders inside, in natural order; links to a folder that they lie in are left out."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    return [os.path.join(folder, name) for name in natural_order(names)]
+    return [path for name in natural_order(names) if not _leads_back(path := os.path.join(folder, name))]
+
+
+def _leads_back(path: str) -> bool:
+    """Whether a folder is a link to one that it lies in, by which all images there would be found again and again."""
+    return os.path.islink(path) and any(os.path.samefile(path, above) for above in Path(os.path.abspath(path)).parents)
+
+
+def images_in(folder: str) -> Iterator[str]:
+    """Paths of the images directly in a folder, in no order."""
+    return (entry.path for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """Paths of all visible files in a folder and below it, in no order, without hidden folders and links upwards."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not (name[0] == "." or _leads_back(os.path.join(place, name)))]
+        yield from (os.path.join(place, name) for name in files if not name.startswith("."))
 
 
 def images_below(folder: str) -> Iterator[str]:
     """Paths of all images in a folder and below it, in no order; hidden folders are left out."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(place, name) for name in files if is_image(name))
+    return filter(is_image, files_below(folder))
+
+
+def has_images(folder: str) -> bool:
+    """Whether there is an image in a folder or below it."""
+    return next(images_below(folder), None) is not None
 
 
 def class_folders(folder: str) -> dict[str, list[str]]:

@@ -14,9 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from arm_zoo.images.listing import is_image, printable
+from arm_zoo.images.listing import printable
 
-__all__ = ["FromTar", "Member", "Sample", "is_compressed", "read_members", "read_samples", "read_shards", "sidecar"]
+__all__ = [
+    "FromTar",
+    "Member",
+    "Sample",
+    "is_compressed",
+    "read_members",
+    "read_samples",
+    "read_shards",
+    "sidecar",
+    "split_key",
+]
 
 _UNREADABLE = (tarfile.TarError, EOFError, OSError, zlib.error)
 
@@ -93,12 +103,19 @@ def is_compressed(path: Path) -> bool:
     return False
 
 
+def split_key(file: str) -> tuple[str, str]:
+    """WebDataset's key of a file and its ending, which begins after the first dot: a/b.seg.png -> a/b and seg.png."""
+    folder, name = posixpath.split(file)
+    stem, _, ending = name.partition(".")
+    return posixpath.join(folder, stem), ending
+
+
 class Sample(NamedTuple):
-    """Neighbouring files of a WebDataset shard whose names are one up to the first dot.
+    """Neighbouring files of a WebDataset shard that have one key.
 
     Args:
-        key: folder and name up to that dot.
-        files: what stands after the dot, in small letters -> where the file lies in the tar, uncompressed.
+        key: as of `split_key`.
+        files: ending, in small letters -> where the file lies in the tar, uncompressed.
         contents: the bytes of those files that were asked for.
     """
 
@@ -125,11 +142,10 @@ def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> 
         with tarfile.open(path) as archive:
             for info in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
-                folder, name = posixpath.split(posixpath.normpath(info.name))
-                stem, _, ending = name.partition(".")
-                if not (info.isfile() and stem and ending):
+                key, ending = split_key(posixpath.normpath(info.name))
+                if not (info.isfile() and posixpath.basename(key) and ending):
                     continue
-                key, ending = posixpath.join(folder, stem), ending.lower()
+                ending = ending.lower()
                 if sample is None or sample.key != key:
                     if sample is not None and number >= first:
                         yield sample
@@ -146,13 +162,13 @@ def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> 
 
 
 def sidecar(file: str, members: Mapping[str, Member]) -> str | None:
-    """WebDataset keeps the label of KEY.jpg in KEY.cls (or .class, .json) beside it; KEY ends at the first dot."""
-    key = posixpath.join(posixpath.dirname(file), posixpath.basename(file).partition(".")[0])
+    """WebDataset keeps the label of KEY.jpg in KEY.cls (or .class, .json) beside it."""
+    key, _ = split_key(file)
     return next((key + suffix for suffix in (".cls", ".class", ".json") if key + suffix in members), None)
 
 
 def read_shards(
-    shards: Mapping[Path, Mapping[str, Member]], is_meant: Callable[[str], bool] = is_image
+    shards: Mapping[Path, Mapping[str, Member]], is_meant: Callable[[str], bool]
 ) -> tuple[list[str], list[str], list[Member]]:
     """Names, labels as text, and places of the images of WebDataset shards, whose keys are unique within a shard.
 
