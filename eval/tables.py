@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from arm_zoo.images.columns import LABEL_NAMES, holds_images, leaves, values_at
+from arm_zoo.images.listing import split_of
 from eval.listing import Listing, NamedBy, Reading, indexed, labels_of_text, numbers
 
 SPLITS = ("validation", "val", "test")  # of a source with several, the first of these that is there
@@ -90,9 +91,12 @@ def _quiet_in_logs() -> None:
 
 
 def _choose_split(splits: Sequence[str], name: str) -> str:
-    for split in SPLITS if len(splits) > 1 else splits:
-        if split in splits:
-            return split
+    if len(splits) == 1:
+        return splits[0]
+    of_word = {split_of(split): split for split in reversed(splits)}  # by the words that training goes by
+    for word in ("val", "test"):
+        if word in of_word:
+            return of_word[word]
     raise ValueError(f"{name} has the splits {', '.join(splits)}; name the one to score: {name}:{splits[0]}")
 
 

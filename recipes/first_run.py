@@ -184,7 +184,8 @@ def _epochs(images: int) -> int:
 
 def _free_folder(source: str) -> Path:
     """``runs/NAME``, with a number where another source of this name has been trained on."""
-    name = Path(source.removeprefix("hf://").rstrip("/")).expanduser().absolute().name
+    parts = Path(source.removeprefix("hf://").rstrip("/")).expanduser().absolute().parts
+    name = next((part for part in reversed(parts) if not set(part) & set("*?[{/")), "run")  # a pattern is no name
     folders = (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
     return next(folder for folder in folders if _source_of(folder) in (None, source))
 
@@ -195,7 +196,7 @@ def _source_of(run: Path) -> str | None:
         told = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         return str(told["data"]["source"])
     except FileNotFoundError:
-        return None
+        return "" if run.is_dir() and any(run.iterdir()) else None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         return ""  # something else: another folder is taken
 

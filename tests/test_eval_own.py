@@ -29,7 +29,7 @@ from arm_zoo.images.listing import IMAGE_ENDINGS
 from eval import __main__ as program
 from eval import models, results, scoring, sets
 from eval.own import AS_USUAL, Choices
-from eval.tables import Columns
+from eval.tables import Columns, _choose_split
 from recipes.config import DataConfig, FinetuneConfig, load_config
 from recipes.data import Pictures
 from recipes.finetune import finetune
@@ -330,6 +330,16 @@ def write_table(
         rows[name], features[name] = values, Value("string") if name != "thumb" else Images()
     Dataset.from_dict(rows, features).to_parquet(path)
     return path
+
+
+@pytest.mark.parametrize(
+    "splits, chosen",
+    [(["train", "validation_clean", "test"], "validation_clean"), (["train", "dev"], "dev"), (["train"], "train")],
+)
+def test_of_the_hubs_splits_the_one_is_scored_that_training_validates_with(splits: list[str], chosen: str) -> None:
+    assert _choose_split(splits, "owner/name") == chosen
+    with pytest.raises(ValueError, match="owner/name has the splits train, extra; name the one to score"):
+        _choose_split(["train", "extra"], "owner/name")
 
 
 def test_of_files_the_validation_split_is_scored_unless_named(

@@ -30,6 +30,7 @@ from recipes.resume import Start, compare
 from recipes.sources import open_source
 from recipes.splits import held_out, split_rows
 from recipes.undecodable import check_undecodable
+from tests.pictures import write_parquet
 
 KINDS = (("RGB", "png"), ("RGB", "jpg"), ("RGB", "webp"), ("RGBA", "png"), ("L", "png"))
 SMALL = ["model=arm_pico_patch2_8", "model_args.in_chans=3", "model_args.depth=1", "model_args.embed_dim=16"]
@@ -234,6 +235,13 @@ def test_the_folder_of_results_is_never_another_sources(images: str, tmp_path: P
     other = write_images(tmp_path / "other" / "user pics", {"a": 2, "b": 2})
     assert folder(images) == str(Path("runs", "user pics"))  # the same command goes on
     assert folder(str(other)) == str(Path("runs", "user pics-2"))
+    Path("runs", "user pics-2").mkdir()
+    Path("runs", "user pics-2", "notes.txt").write_text("somebody's own")
+    assert folder(str(other)) == str(Path("runs", "user pics-3"))
+    pattern = tmp_path / "tables" / "{train,val}*.parquet"
+    for split in ("train", "val"):
+        write_parquet(tmp_path / "tables" / f"{split}.parquet", [0, 1] * 4)
+    assert folder(str(pattern)) == str(Path("runs", "tables"))  # a pattern is no name
 
 
 # ---------------------------------------------------------------------------------------------------- starting weights
