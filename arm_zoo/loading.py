@@ -35,6 +35,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "device", "dtype", "return"}
 _NAMES_OF_CLASSES = {"label_names": list[str] | dict[str, str] | None, "label_descriptions": Any}
 _PRETRAINED_CFG = {**get_type_hints(PretrainedCfg), **_NAMES_OF_CLASSES, "custom_load": Literal[False]}
+_MAX_CLASSES = 1_000_000  # more are a damaged file, and a head for them would take all memory
 _MODEL_ARGS = get_type_hints(ARM.__init__)
 _FETCH_AGAIN = "write it anew or fetch it again"
 _PRETRAINING_MODEL = get_type_hints(ARMPretrain.__init__)
@@ -105,8 +106,9 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     saved = cfg.get("label_names") or ()
     pairs = saved.items() if isinstance(saved, Mapping) else enumerate(saved)
     names = {str(index): str(name) for index, name in pairs}
-    indices = [str(index) for index in range(num_classes)]
-    if names.keys() != set(indices) or all(name == f"LABEL_{index}" for index, name in names.items()):
+    indices = [str(index) for index in range(len(names))]
+    named = len(names) == num_classes and names.keys() == set(indices)
+    if not named or all(name == f"LABEL_{index}" for index, name in names.items()):
         return ()
     return tuple(names[index] for index in indices)
 
@@ -170,9 +172,10 @@ def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) 
         raise CheckpointError(f"{folder / CONFIG}: {name} has {', '.join(unknown)}; expected {', '.join(allowed)}")
     for key, value in table.items():
         wanted = types[key].__name__ if isinstance(types[key], type) else str(types[key])
-        if key.endswith("depth"):
-            wanted = f"at most {MAX_DEPTH}"
-        if not _is_a(value, types[key]) or (key.endswith("depth") and value > MAX_DEPTH):
+        most = MAX_DEPTH if key.endswith("depth") else _MAX_CLASSES if key == "num_classes" else None
+        if most is not None:
+            wanted = f"at most {most}"
+        if not _is_a(value, types[key]) or (most is not None and value is not None and value > most):
             raise CheckpointError(f"{folder / CONFIG}: {name} has {key}={_short(value)}; expected {wanted}")
 
 

@@ -50,7 +50,7 @@ def pinned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     if request.param and not torch.accelerator.is_available():
         for name, result in (("is_available", True), ("current_device_index", 0), ("set_device_index", None)):
             monkeypatch.setattr(torch.accelerator, name, lambda *_, result=result: result)
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)  # older versions name a device
     return bool(request.param)
 
 
@@ -135,7 +135,7 @@ def test_workers_that_do_not_answer_are_killed_at_the_end(end: str, pinned: bool
         del cycle
     del batches
     gc.collect()
-    assert worker.exitcode == -signal.SIGKILL and time.monotonic() - began < 4  # without waiting for it
+    assert worker.exitcode == -signal.SIGKILL and time.monotonic() - began < 8  # torch would wait for it for 10
 
 
 def test_being_asked_to_stop_ends_waiting_and_nothing_else() -> None:

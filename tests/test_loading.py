@@ -302,6 +302,15 @@ def test_damaged_configurations_end_in_our_error(kind: str, model: nn.Module, tm
     assert outcomes["refused"] > 20 and outcomes["loaded"] > 10, outcomes
 
 
+def test_no_head_is_made_for_classes_beyond_number(tmp_path: Path) -> None:
+    """An encoder's head is new, so nothing in the file contradicts the configuration."""
+    timm.create_model(PICO, num_classes=0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_classes": 2**40, "label_names": ["a"]}))
+    with pytest.raises(CheckpointError, match="num_classes=1099511627776; expected at most 1000000"):
+        from_pretrained(tmp_path)
+
+
 # weights that come with the package
 
 
