@@ -28,8 +28,8 @@ try:
     if tuple(map(int, onnxscript.__version__.split(".")[:2])) < (0, 6):
         raise ImportError(f"onnxscript is {onnxscript.__version__}")
 except ImportError as error:
-    needs = "arm_zoo.onnx needs onnx, and onnxscript 0.6 or newer"
-    raise ImportError(f"{needs} ({error}): pip install --upgrade onnx 'onnxscript>=0.6'") from error
+    needs = "arm_zoo.onnx needs onnx, and onnxscript 0.7 or newer"
+    raise ImportError(f"{needs} ({error}): pip install --upgrade onnx 'onnxscript>=0.7'") from error
 
 __all__ = ["translation_table"]
 
