@@ -284,7 +284,7 @@ def test_surgery_is_the_authors(golden: Path) -> None:
     checkpoint = load_file(golden / "arm_pretrain_d12" / "state_dict.safetensors")
     model.load_state_dict(from_official(checkpoint, model), strict=True)
     result, expected = to_official(model), surgery_result(golden)
-    assert_near(result["pos_embed"], expected["pos_embed"], 1.2e-6, "pos_embed")  # resampled in float32, which rounds by version
+    assert_near(result["pos_embed"], expected["pos_embed"], 1.2e-6, "pos_embed")  # float32 rounds by version
     assert_same({**result, "pos_embed": expected["pos_embed"]}, expected)
     assert fresh.keys() <= expected.keys()
 
