@@ -1,9 +1,12 @@
 """Sources of pictures: every layout, every kind of file, and a clear refusal of what cannot be meant."""
 
+import gzip
 import io
 import json
 import logging
+import lzma
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -20,6 +23,7 @@ from datasets import ClassLabel, Value
 from PIL import Image
 
 from arm_zoo.images.decode import UndecodableImage, decode_image
+from arm_zoo.images.tars import read_members, read_samples
 from recipes.braces import expand_braces
 from recipes.config import DataConfig
 from recipes.labels import Labels, match_labels
@@ -591,6 +595,50 @@ def write_files(tar: Path, files: dict[str, bytes]) -> Path:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return tar
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_tars_that_end_too_early_are_refused_wherever_they_are_cut(tmp_path: Path, form: int) -> None:
+    """Before and inside headers, whose lack Python's reader takes for the end of a whole tar; a lone zero block is."""
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w", format=form) as archive:
+        for name in (
+            "0.jpg",
+            "0.cls",
+            f"{'long/' * 30}1.jpg" if form == tarfile.USTAR_FORMAT else f"{'é' * 120}1.jpg",
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = 600
+            archive.addfile(member, io.BytesIO(bytes(range(200)) * 3))
+        end = archive.offset
+    tars = [("w.tar", bytes), ("w.tar.gz", gzip.compress), ("w.tar.xz", lzma.compress)]
+    assert len(whole.getvalue()) == tarfile.RECORDSIZE
+    for name, compress in tars:
+        file = tmp_path / name
+        for size in (tarfile.RECORDSIZE, end + 1024, end + 512):
+            file.write_bytes(compress(whole.getvalue()[:size]))
+            assert len(read_members(file)) == 3 and len(list(read_samples(file, lambda ending: True))) == 2
+        for size in (end + 511, end, end - 512, 3 * 1536 - 1100, 1536 + 100, 1536, 1500, 1000, 512):
+            file.write_bytes(compress(whole.getvalue()[:size]))
+            message = f"^cannot read the tar {re.escape(str(file))}: unexpected end of data"
+            with pytest.raises(ValueError, match=message):
+                read_members(file)
+            with pytest.raises(ValueError, match=message):
+                list(read_samples(file, lambda ending: False))
+    damaged = whole.getvalue()[:1600] + b"?" * 20 + whole.getvalue()[1620:]  # in the header of the second file
+    (tmp_path / "w.tar").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"unexpected end of data after 1536 bytes: .* found: bad checksum"):
+        read_members(tmp_path / "w.tar")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cut_shards_are_not_trained_on(tmp_path: Path, streaming: bool) -> None:
+    for split in ("train", "val"):
+        write_files(tmp_path / f"{split}.tar", {"0.jpg": jpeg(0), "0.cls": b"0", "1.jpg": jpeg(1), "1.cls": b"1"})
+    members = read_members(tmp_path / "train.tar")
+    os.truncate(tmp_path / "train.tar", members["1.jpg"].offset - 512)
+    with pytest.raises(SourceError, match=r"cannot read the tar .*train\.tar: unexpected end of data"):
+        open_named(tmp_path, streaming=streaming)
 
 
 def labels_of(split: object) -> list[object]:
