@@ -23,6 +23,7 @@ from datasets import ClassLabel, Value
 from PIL import Image
 
 from arm_zoo.images.decode import UndecodableImage, decode_image
+from arm_zoo.images.listing import class_folders, images_in
 from arm_zoo.images.tars import read_members, read_samples
 from recipes.braces import expand_braces
 from recipes.config import DataConfig
@@ -186,6 +187,33 @@ def check(source: Source, train: int, test: int, names: tuple[str, ...]) -> None
     assert (len(source.train), len(source.test), source.class_names) == (train, test, names)
     image, label, name = source.train[0]
     assert image.mode == "RGB" and image.size == (24, 16) and label == 0 and name
+
+
+def test_pipes_are_no_images_and_links_to_nothing_are_undecodable_ones(tmp_path: Path) -> None:
+    """Reading a pipe never ends; a link to nothing, as to a disk that is not there, is told and not passed over."""
+    folder = tmp_path / "set"
+    write_folder(folder, {"cat": 2, "dog": 1})
+    elsewhere = tmp_path / "elsewhere.bin"
+    elsewhere.write_bytes(jpeg(0))
+    os.mkfifo(folder / "dog" / "pipe.jpg")
+    for link, target in (
+        ("dog/to-pipe.jpg", "pipe.jpg"),
+        ("dog/to-device.jpg", "/dev/zero"),
+        ("dog/to-file.jpg", elsewhere),
+        ("cat/to-nothing.jpg", "nowhere"),
+        ("cat/to-itself.jpg", "to-itself.jpg"),
+    ):
+        (folder / link).symlink_to(target)
+    classes = {name: [os.path.basename(path) for path in paths] for name, paths in class_folders(str(folder)).items()}
+    assert {name: [path for path in paths if "-" in path] for name, paths in classes.items()} == {
+        "cat": ["to-itself.jpg", "to-nothing.jpg"],
+        "dog": ["to-file.jpg"],
+    }
+    assert "pipe.jpg" not in classes["dog"]
+    for name, paths in classes.items():
+        assert sorted(map(os.path.basename, images_in(str(folder / name)))) == sorted(paths)
+    labels = labels_of(open_named(folder, validation=str(folder)).train)
+    assert sum(isinstance(label, str) for label in labels) == 2 and labels.count(0) == 2 and labels.count(1) == 2
 
 
 def test_links_that_lead_back_do_not_multiply_images(tmp_path: Path) -> None:
