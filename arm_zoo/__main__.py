@@ -13,6 +13,7 @@ import io
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint
 
 _SCHEMES = ("hf-hub:", "local-dir:")
+_SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
 
 def create(name: str) -> ARM:
@@ -259,18 +261,34 @@ def run_script(args: argparse.Namespace) -> int:
 
     What it raises and its exit code are its own.
     """
-    if args.module:
-        module, *sys.argv[1:] = args.module
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        return 0
-    if not args.script or not os.path.exists(args.script[0]):
-        print(f"error: no script {' '.join(args.script[:1])!r}; expected SCRIPT or -m MODULE", file=sys.stderr)
-        return 2
-    sys.argv = args.script
-    if not sys.flags.safe_path:
-        sys.path[0] = os.path.dirname(os.path.realpath(args.script[0]))
-    runpy.run_path(args.script[0], run_name="__main__")
+    if not args.module and (not args.script or not os.path.exists(args.script[0])):
+        return _no_script(f"no script {' '.join(args.script[:1])!r}")
+    try:
+        if args.module:
+            module, *sys.argv[1:] = args.module
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = args.script
+            if not sys.flags.safe_path:
+                sys.path[0] = os.path.dirname(os.path.realpath(args.script[0]))
+            runpy.run_path(args.script[0], run_name="__main__")
+    except (ImportError, OSError) as error:
+        if _is_of_program(error):
+            raise
+        return _no_script(_one_line(error))
     return 0
+
+
+def _no_script(reason: str) -> int:
+    print(f"error: {reason}; expected SCRIPT or -m MODULE", file=sys.stderr)
+    return 2
+
+
+def _is_of_program(error: Exception) -> bool:
+    """Whether code of the program had begun to run, and not only Python's search for it."""
+    _, *frames = traceback.walk_tb(error.__traceback__)
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in frames)
+    return any(module.partition(".")[0] not in _SEARCH for module in modules)
 
 
 def _one_line(error: Exception) -> str:

@@ -168,6 +168,11 @@ class Scorer:
         return [known.get(results.key(row)) for row in wanted]
 
     def score(self, candidate: Candidate, request: Request, labelled: LabelledSet, row: Row) -> list[Row]:
+        """The rows of one pass over the set.
+
+        Raises:
+            ValueError: if none of its images can be decoded.
+        """
         heads = request.heads
         record = record_type(len(heads))
         row = {**row, "device": device_name(self.state.device), "processes": self.state.num_processes}
@@ -195,6 +200,11 @@ class Scorer:
             unfinished.remove()
             for index, reason in predictions.undecodable.items():
                 print(f"undecodable: {request.listing.describe(index)}: {reason}", file=sys.stderr)
+        if not len(predictions.indices):
+            raise ValueError(
+                f"{row['model']}, {row['set']}: none of the {len(predictions.undecodable)} images of "
+                f"{request.listing.location} that were read could be decoded, so there is nothing to score"
+            )
         return make_rows(request, labelled, predictions, row)
 
 

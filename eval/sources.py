@@ -139,7 +139,10 @@ class FromDisk:
     files: Sequence[str]
 
     def __call__(self, index: int) -> IO[bytes]:
-        return open(self.files[index], "rb")
+        file = self.files[index]
+        if os.path.exists(file) and not os.path.isfile(file):  # timm would wait for ever at a pipe
+            raise OSError(f"{printable(file)} is no regular file")
+        return open(file, "rb")
 
 
 Shards = Mapping[Path, Mapping[str, Member]]

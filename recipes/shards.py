@@ -32,7 +32,7 @@ from .locate import SourceError
 
 TEXT_LABELS = ("cls", "class")
 JSON_LABEL = "json.label"
-FORMAT = 1  # of the index; another number makes those in the cache count no more
+FORMAT = 2  # of the index; another number makes those in the cache count no more
 ROWS_AT_ONCE = 1000
 INDEX = pa.schema(
     {

@@ -470,6 +470,31 @@ def test_programs_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == f"error: no script {name}; expected SCRIPT or -m MODULE\n"
 
 
+def test_modules_and_folders_that_are_no_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line as for a script that is missing; what the program itself fails to import stays a traceback."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "broken.py").write_text("import nosuchmod")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["arm_zoo"])
+    for words, reason in (
+        (["-m", "nosuchmod"], "No module named nosuchmod"),
+        (["-m", "nosuchmod.inside"], "No module named 'nosuchmod'"),
+        (["-m", "package"], "'package' is a package and cannot be directly executed"),
+        (["-m", ""], ""),
+        (["-m", "_json"], ""),
+        ([str(tmp_path / "package")], "can't find '__main__' module in"),
+    ):
+        assert main(["run", *words]) == 2, words
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and reason in error and error.count("\n") == 1, error
+    for words in (["-m", "broken"], [str(tmp_path / "broken.py")]):
+        with pytest.raises(ModuleNotFoundError, match="No module named 'nosuchmod'"):
+            main(["run", *words])
+
+
 def test_the_maps_of_the_clients_document(repo: Path) -> None:
     """What it gives for Grad-CAM takes out the class token in the middle, whatever the grid."""
     document = (repo / "arm_zoo" / "CLIENTS.md").read_text(encoding="utf-8")

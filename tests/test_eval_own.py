@@ -213,10 +213,14 @@ def test_pixels_equal_the_recipes_to_the_last_bit(model: str, tmp_path: Path) ->
 def test_the_limit_of_pixels_can_be_raised_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_digits(tmp_path / "digits", range(10), "8-bit.png")
     words = ["--sets", f"custom={folder}"]
-    [row] = run(tmp_path / "results.csv", *words, "--max-pixels", "63")
-    assert (row["n"], row["undecodable"]) == ("0", "10")
-    assert "undecodable: digits/zero/0-8-bit.png: it has more than the 63 pixels that" in capsys.readouterr().err
-    *_, row = run(tmp_path / "results.csv", *words, "--max-pixels", "64")
+    output = tmp_path / "results.csv"
+    options = ["--models", PICO, "--device", "cpu", "--workers", "0", "--output", str(output)]
+    assert program.main([*options, *words, "--max-pixels", "63"]) == 1
+    *images, error = capsys.readouterr().err.splitlines()
+    assert any("undecodable: digits/zero/0-8-bit.png: it has more than the 63 pixels that" in line for line in images)
+    assert error.startswith("error: ") and f"none of the 10 images of {folder} that were read" in error
+    assert list(tmp_path.glob("results*")) == []  # no row that says nothing
+    [row] = run(tmp_path / "results.csv", *words, "--max-pixels", "64")
     assert (row["n"], row["undecodable"]) == ("10", "0")
 
 

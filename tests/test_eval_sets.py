@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,6 +357,20 @@ def test_another_release_of_v2(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (
         f"{root} has pictures of imagenetv2-threshold0.7-format-val; that is the set v2-threshold0.7={root}" in message
     )
+
+
+def test_pipes_among_images_are_undecodable_ones(tmp_path: Path) -> None:
+    """timm lists them, and would wait for ever for what they say."""
+    root = tree(tmp_path / "set", "n01440764/1.JPEG")
+    os.mkfifo(root / "n01440764" / "2.JPEG")
+    pipe = os.open(root / "n01440764" / "2.JPEG", os.O_RDWR | os.O_NONBLOCK)  # so that opening it would succeed
+    try:
+        listing = sets.open_set("in1k", [str(root)])
+        assert len(listing) == 2
+        with pytest.raises(OSError, match=r"2\.JPEG is no regular file"):
+            listing.read(1)
+    finally:
+        os.close(pipe)
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,12 @@
 """Sources of pictures: every layout, every kind of file, and a clear refusal of what cannot be meant."""
 
+import gzip
 import io
 import json
 import logging
+import lzma
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -19,6 +22,8 @@ from datasets import ClassLabel, Value
 from PIL import Image
 
 from arm_zoo.images.decode import UndecodableImage, decode_image
+from arm_zoo.images.listing import class_folders, images_in
+from arm_zoo.images.tars import read_members, read_samples
 from recipes.braces import expand_braces
 from recipes.config import DataConfig
 from recipes.labels import Labels, match_labels
@@ -182,6 +187,33 @@ def check(source: Source, train: int, test: int, names: tuple[str, ...]) -> None
     assert (len(source.train), len(source.test), source.class_names) == (train, test, names)
     image, label, name = source.train[0]
     assert image.mode == "RGB" and image.size == (24, 16) and label == 0 and name
+
+
+def test_pipes_are_no_images_and_links_to_nothing_are_undecodable_ones(tmp_path: Path) -> None:
+    """Reading a pipe never ends; a link to nothing, as to a disk that is not there, is told and not passed over."""
+    folder = tmp_path / "set"
+    write_folder(folder, {"cat": 2, "dog": 1})
+    elsewhere = tmp_path / "elsewhere.bin"
+    elsewhere.write_bytes(jpeg(0))
+    os.mkfifo(folder / "dog" / "pipe.jpg")
+    for link, target in (
+        ("dog/to-pipe.jpg", "pipe.jpg"),
+        ("dog/to-device.jpg", "/dev/zero"),
+        ("dog/to-file.jpg", elsewhere),
+        ("cat/to-nothing.jpg", "nowhere"),
+        ("cat/to-itself.jpg", "to-itself.jpg"),
+    ):
+        (folder / link).symlink_to(target)
+    classes = {name: [os.path.basename(path) for path in paths] for name, paths in class_folders(str(folder)).items()}
+    assert {name: [path for path in paths if "-" in path] for name, paths in classes.items()} == {
+        "cat": ["to-itself.jpg", "to-nothing.jpg"],
+        "dog": ["to-file.jpg"],
+    }
+    assert "pipe.jpg" not in classes["dog"]
+    for name, paths in classes.items():
+        assert sorted(map(os.path.basename, images_in(str(folder / name)))) == sorted(paths)
+    labels = labels_of(open_named(folder, validation=str(folder)).train)
+    assert sum(isinstance(label, str) for label in labels) == 2 and labels.count(0) == 2 and labels.count(1) == 2
 
 
 def test_links_that_lead_back_do_not_multiply_images(tmp_path: Path) -> None:
@@ -591,6 +623,50 @@ def write_files(tar: Path, files: dict[str, bytes]) -> Path:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return tar
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_tars_that_end_too_early_are_refused_wherever_they_are_cut(tmp_path: Path, form: int) -> None:
+    """Before and inside headers, whose lack Python's reader takes for the end of a whole tar; a lone zero block is."""
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w", format=form) as archive:
+        for name in (
+            "0.jpg",
+            "0.cls",
+            f"{'long/' * 30}1.jpg" if form == tarfile.USTAR_FORMAT else f"{'é' * 120}1.jpg",
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = 600
+            archive.addfile(member, io.BytesIO(bytes(range(200)) * 3))
+        end = archive.offset
+    tars = [("w.tar", bytes), ("w.tar.gz", gzip.compress), ("w.tar.xz", lzma.compress)]
+    assert len(whole.getvalue()) == tarfile.RECORDSIZE
+    for name, compress in tars:
+        file = tmp_path / name
+        for size in (tarfile.RECORDSIZE, end + 1024, end + 512):
+            file.write_bytes(compress(whole.getvalue()[:size]))
+            assert len(read_members(file)) == 3 and len(list(read_samples(file, lambda ending: True))) == 2
+        for size in (end + 511, end, end - 512, 3 * 1536 - 1100, 1536 + 100, 1536, 1500, 1000, 512):
+            file.write_bytes(compress(whole.getvalue()[:size]))
+            message = f"^cannot read the tar {re.escape(str(file))}: unexpected end of data"
+            with pytest.raises(ValueError, match=message):
+                read_members(file)
+            with pytest.raises(ValueError, match=message):
+                list(read_samples(file, lambda ending: False))
+    damaged = whole.getvalue()[:1600] + b"?" * 20 + whole.getvalue()[1620:]  # in the header of the second file
+    (tmp_path / "w.tar").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"unexpected end of data after 1536 bytes: .* found: bad checksum"):
+        read_members(tmp_path / "w.tar")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cut_shards_are_not_trained_on(tmp_path: Path, streaming: bool) -> None:
+    for split in ("train", "val"):
+        write_files(tmp_path / f"{split}.tar", {"0.jpg": jpeg(0), "0.cls": b"0", "1.jpg": jpeg(1), "1.cls": b"1"})
+    members = read_members(tmp_path / "train.tar")
+    os.truncate(tmp_path / "train.tar", members["1.jpg"].offset - 512)
+    with pytest.raises(SourceError, match=r"cannot read the tar .*train\.tar: unexpected end of data"):
+        open_named(tmp_path, streaming=streaming)
 
 
 def labels_of(split: object) -> list[object]:

@@ -88,8 +88,23 @@ def class_name(name: str) -> str:
 
 def subfolders(folder: str) -> list[str]:
     """Paths of the visible folders inside, in natural order; links to a folder that they lie in are left out."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    names = [entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith(".")]
     return [path for name in natural_order(names) if not _leads_back(path := os.path.join(folder, name))]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a regular file or a link to one, or to nothing: who reads that one finds out and names it.
+
+    Pipes and devices are none: reading them may never end. Only links cost a look at the disk.
+    """
+    if not entry.is_symlink():
+        return entry.is_file(follow_symlinks=False)
+    return os.path.isfile(entry.path) or not os.path.exists(entry.path)
 
 
 def _leads_back(path: str) -> bool:
@@ -99,14 +114,27 @@ def _leads_back(path: str) -> bool:
 
 def images_in(folder: str) -> Iterator[str]:
     """Paths of the images directly in a folder, in no order."""
-    return (entry.path for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
+    return (entry.path for entry in os.scandir(folder) if is_image(entry.name) and _is_file(entry))
 
 
 def files_below(folder: str) -> Iterator[str]:
-    """Paths of all visible files in a folder and below it, in no order, without hidden folders and links upwards."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not (name[0] == "." or _leads_back(os.path.join(place, name)))]
-        yield from (os.path.join(place, name) for name in files if not name.startswith("."))
+    """Paths of all visible files in a folder and below it, in no order, without hidden folders and links upwards.
+
+    What cannot be listed, as a folder without permission, has none.
+    """
+    folders = [folder]
+    while folders:
+        try:
+            entries = os.scandir(folders.pop())
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_file(entry):
+                yield entry.path
+            elif _is_folder(entry) and not _leads_back(entry.path):
+                folders.append(entry.path)
 
 
 def images_below(folder: str) -> Iterator[str]:

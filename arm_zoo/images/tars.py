@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 
 from arm_zoo.images.listing import printable
 
@@ -53,6 +53,26 @@ class FromTar:
         return io.BytesIO(self.members[index].read())
 
 
+class _Header(tarfile.TarInfo):
+    """A header that has to be there: Python's own takes a tar that is cut before or inside one for a whole tar.
+
+    A whole tar ends with a block of zeros, most have two.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            start: int = archive.offset
+            is_closing = isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]  # unknown to mypy
+            if is_closing or start == 0:  # Python itself refuses what does not begin as a tar
+                raise
+            raise tarfile.ReadError(
+                f"unexpected end of data after {start} bytes: expected a file or the closing zeros, found: {error}"
+            ) from error
+
+
 def read_members(path: Path) -> dict[str, Member]:
     """Files of a tar by name.
 
@@ -71,7 +91,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _members(path: Path) -> Iterator[tuple[str, Member]]:
     tar = _uncompressed(path)
-    with tarfile.open(tar, "r:") as archive:
+    with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
         for info in archive:
             if info.isfile():
                 yield posixpath.normpath(info.name), Member(tar, info.offset_data, info.size)
@@ -139,7 +159,7 @@ def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> 
     """
     number, sample = -1, None
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Header) as archive:
             for info in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
                 key, ending = split_key(posixpath.normpath(info.name))
