@@ -190,12 +190,12 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
     """The file of weights that ``pretrained`` names, and the names of the classes of its head as far as it tells."""
     path = Path(pretrained)
     if not path.exists():
-        told = timm.get_pretrained_cfg(pretrained).to_dict()
+        told = timm.create_model(pretrained, device="meta").pretrained_cfg  # whose names are never the short ones
         entry = f"{told['architecture']}.{told['tag']}"
         file = find_weights(entry)
         if file is None:
             raise CheckpointError(ways_on(entry, told["architecture"]))
-        return file, tuple(told.get("label_names") or ())
+        return file, tuple(timm.get_pretrained_cfg(entry).label_names or ())
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}
     return file, label_names(saved, saved.get("num_classes", 0))

@@ -18,10 +18,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from arm_zoo.weights import CheckpointError
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
 from recipes.console import plain_console
 from recipes.errors import RunError
-from recipes.finetune import create_classifier
+from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
 from recipes.first_run import Survey, choose, fitted
 from recipes.locate import SourceError
@@ -266,6 +267,13 @@ def test_an_entry_is_a_start_and_its_head_is_kept_for_its_own_classes(capsys: py
         assert torch.equal(other.blocks[0].mlp.fc1.weight, bundled.blocks[0].mlp.fc1.weight)
         assert other.head.weight.std() < 1e-4 and not other.head.bias.any()  # anew, both
         assert "is left out, and a new one trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_a_short_name_whose_weights_are_not_hosted_is_told_with_the_ways_on(size: str) -> None:
+    message = f"the weights of arm_{size}_patch16_224.arm_in1k_ft_in1k are not hosted yet. Ways on:"
+    with pytest.raises(CheckpointError, match=message):
+        starting_weights(f"arm_{size}")
 
 
 def test_the_head_of_a_folder_goes_by_its_class_names(tmp_path: Path) -> None:
