@@ -382,15 +382,32 @@ def load_config(
     config = kind(**take_arguments(kind, values, "", problems))
     if values:  # what no field took
         problems["unknown keys"] = unknown_keys(kind, values)
-    problems = dict(out_of_range(config)) | problems
-    if fit is not None and not problems:
+    wrong = dict(out_of_range(config))
+    problems = wrong | problems
+    defaults = flatten(dataclasses.asdict(kind()))
+    config = _with_values(config, {key: value for key, value in defaults if key in wrong})  # for the checks below
+    fitting = fit is not None
+    if fitting and not problems:
         config = _with_values(config, fit(config, given))
-    problems = config.conflicts() | problems
+    found = {} if fitting and problems else config.conflicts()
     if to_run:
-        problems = dict(missing(config)) | config.unready() | problems
-    if problems := problems or config.unbuildable(to_run):
+        found = dict(missing(config)) | config.unready() | found
+    problems = (_first_causes(found, given, problems) if fitting else found) | problems
+    if not problems:
+        found = config.unbuildable(to_run)
+        problems = _first_causes(found, given, problems) if fitting else found
+    if problems:
         raise ConfigError(problems)
     return config
+
+
+def _first_causes(found: dict[str, str], given: Set[str], others: Mapping[str, str]) -> dict[str, str]:
+    """The problems of values that somebody gave; those of fitted values only if there is nothing else.
+
+    What is fitted follows from what was given, and is not fitted yet if there are other problems.
+    """
+    of_given = {key: problem for key, problem in found.items() if key in given}
+    return of_given if of_given or others else found
 
 
 def _with_values(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:

@@ -71,6 +71,10 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("data.source=FOLDER", "epoch=2"): "epoch (did you mean epochs?)",
     ("data.source=FOLDER", "pretrained=runs/x"): "pretrained is 'runs/x', which does not exist",
     ("data.source=FOLDER", "data.validation=1.5"): "data.validation is 1.5; allowed: a fraction of the training",
+    ("data.source=FOLDER", "data.validation=nan"): "data.validation is nan; allowed: a fraction of the training",
+    ("data.source=FOLDER", "data.validation=0"): "data.validation is 0.0; allowed: a fraction of the training",
+    ("data.source=FOLDER", "pretrained=resnet50"): "pretrained is 'resnet50', which does not exist",
+    ("--config", CONFIG, "data.source=FOLDER", "data.validation=nan", "pretrained=null"): "data.validation is nan",
     ("data.source=FOLDER", "data.validation=nowhere"): "data.validation: there is no 'nowhere'",
     ("data.source=FOLDER", "global_batch=32"): "global_batch is 32; allowed: up to the 31 training pictures",
     ("data.source=FOLDER", "output_dir=FOLDER/bus/photo 0.png/x"): "is a file; allowed: a folder to write to",
@@ -113,8 +117,9 @@ def test_mistakes_are_told_before_torch_is_imported(images: str, repo: Path) -> 
         input=json.dumps(commands), capture_output=True, text=True, cwd=repo, check=True,
     )  # fmt: skip
     told, imported = json.loads(done.stdout)
-    for (code, message), wanted in zip(told, REFUSED.values(), strict=True):
+    for (code, message), (arguments, wanted) in zip(told, REFUSED.items(), strict=True):
         assert code == 2 and wanted in message, (wanted, message)
+        assert "--config" in arguments or "has 1 problem:" in message, message  # none of values that nobody set
     assert imported == []
 
 
@@ -215,8 +220,13 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
     assert resolved("pretrained=null").model == "arm_tiny_patch8_64" and resolved("pretrained=null").pretrained is None
     assert resolved("model=arm_tiny_patch4_32").pretrained is None
     assert resolved("pretrained=arm_tiny_patch4_32.arm_cifar10_ft_cifar10").model == "arm_tiny_patch4_32"
-    with pytest.raises(ConfigError, match=r"'arm_tony', which is neither a file or folder nor an entry; .*arm_tiny"):
-        resolved("pretrained=arm_tony", "model=arm_tiny_patch8_64")
+    for model in ([], ["model=arm_tiny_patch8_64"]):
+        with pytest.raises(ConfigError, match=r"'arm_tony', which is neither .* nor an entry; .*arm_tiny") as refused:
+            resolved("pretrained=arm_tony", *model)
+        assert list(refused.value.problems) == ["pretrained"]
+    with pytest.raises(ConfigError) as refused:
+        resolved("global_batch=32", "data.validation=1.5", "epochs=2.5", "warmup_epochs=150")
+    assert sorted(refused.value.problems) == ["data.validation", "epochs", "global_batch"]
 
 
 def test_a_class_may_be_called_like_a_split_where_validation_is_named(tmp_path: Path) -> None:
