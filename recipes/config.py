@@ -386,28 +386,23 @@ def load_config(
     problems = wrong | problems
     defaults = flatten(dataclasses.asdict(kind()))
     config = _with_values(config, {key: value for key, value in defaults if key in wrong})  # for the checks below
-    fitting = fit is not None
-    if fitting and not problems:
+    if fit is not None:
+        problems = (_of_given(config.unready(), given) if to_run else {}) | problems
+        if problems:  # the other values are not fitted yet: what is wrong with them would mislead
+            raise ConfigError(problems)
         config = _with_values(config, fit(config, given))
-    found = {} if fitting and problems else config.conflicts()
+    found = config.conflicts()
     if to_run:
         found = dict(missing(config)) | config.unready() | found
-    problems = (_first_causes(found, given, problems) if fitting else found) | problems
-    if not problems:
-        found = config.unbuildable(to_run)
-        problems = _first_causes(found, given, problems) if fitting else found
-    if problems:
-        raise ConfigError(problems)
+    if problems := found | problems or config.unbuildable(to_run):
+        fitted_too = fit is None or not _of_given(problems, given)  # what is fitted follows from what was given
+        raise ConfigError(problems if fitted_too else _of_given(problems, given))
     return config
 
 
-def _first_causes(found: dict[str, str], given: Set[str], others: Mapping[str, str]) -> dict[str, str]:
-    """The problems of values that somebody gave; those of fitted values only if there is nothing else.
-
-    What is fitted follows from what was given, and is not fitted yet if there are other problems.
-    """
-    of_given = {key: problem for key, problem in found.items() if key in given}
-    return of_given if of_given or others else found
+def _of_given(problems: Mapping[str, str], given: Set[str]) -> dict[str, str]:
+    """The problems of values that somebody gave."""
+    return {key: problem for key, problem in problems.items() if key in given}
 
 
 def _with_values(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:

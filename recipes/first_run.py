@@ -7,6 +7,7 @@ thousands. What a person sets always wins. A folder is looked at without importi
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -18,7 +19,7 @@ from .config import ENTRY, FinetuneConfig
 from .listing import images_below, subfolders
 from .locate import SourceError, locate
 from .parsing import ConfigError
-from .splits import held_out, validation_fraction
+from .splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
@@ -84,6 +85,11 @@ def survey(config: FinetuneConfig) -> Survey:
         raise SourceError(f"{folder!r} holds images but no class folders; allowed: FOLDER/CLASS/IMAGE")
     if len(images) == 1:
         raise SourceError(f"{folder!r} has one class folder; a classifier needs two classes: FOLDER/CLASS/IMAGE")
+    if 0 in images:
+        empty = [os.path.basename(path) for path, count in zip(subfolders(folder), images, strict=True) if count == 0]
+        raise classes_without_images(data.source, empty)
+    if fraction and max(images) == 1:
+        raise none_to_hold_out(data.source)
     train = sum(count - held_out(count, fraction) if fraction else count for count in images)
     return Survey(train, len(images), held_out=fraction)
 
@@ -113,8 +119,8 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey) -> list[Choic
     few = found.train < 1000
     every = max(1, epochs // 4)
     choices += [
-        Choice({"global_batch": batch}, f"for {found.train} training images"),
-        Choice({"epochs": epochs, "warmup_epochs": epochs / 10}, f"{found.train // batch} steps each"),
+        Choice({"global_batch": batch}, f"for {_count(found.train, 'training image')}"),
+        Choice({"epochs": epochs, "warmup_epochs": epochs / 10}, f"{_count(found.train // batch, 'step')} each"),
         Choice(
             {"base_lr": PEAK * 256 / batch, "min_lr": 0.0, "layer_decay": 0.75},
             f"a peak of {PEAK:g} at the head, less in the layers below it",
@@ -203,11 +209,19 @@ def _source_of(run: Path) -> str | None:
 
 def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> str:
     """The table of what was chosen, as a person would type it."""
-    rows = [(" ".join(f"{key}={_text(value)}" for key, value in each.values.items()), each.reason) for each in choices]
+    rows = [
+        (" ".join(f"{key}={shlex.quote(_text(value))}" for key, value in each.values.items()), each.reason)
+        for each in choices
+    ]
     width = max(len(settings) for settings, _ in rows)
-    lines = [f"{config.data.source}: {found.train} images of {found.classes} classes to train on. Chosen for them:"]
+    images = f"{_count(found.train, 'image')} of {found.classes} classes"
+    lines = [f"{config.data.source}: {images} to train on. Chosen for them:"]
     lines += [f"  {settings:{width}}  {reason}" for settings, reason in rows]
     return "\n".join([*lines, "Every one of these can be typed after the command to change it."])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from recipes.console import plain_console
 from recipes.errors import RunError
 from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
-from recipes.first_run import Survey, choose, fitted
+from recipes.first_run import Choice, Survey, choose, described, fitted
 from recipes.locate import SourceError
 from recipes.mistakes import MISTAKES
 from recipes.resume import Start, compare
@@ -80,6 +81,8 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("data.source=FOLDER", "output_dir=FOLDER/bus/photo 0.png/x"): "is a file; allowed: a folder to write to",
     ("data.source=FOLDER/bus",): "holds images but no class folders; allowed: FOLDER/CLASS/IMAGE",
     ("data.source=PARENT",): "has one class folder; a classifier needs two classes",
+    ("data.source=EMPTY",): "EMPTY hold no picture: cat; fill or remove them",
+    ("data.source=SINGLE",): "no images of SINGLE can be held out for validation, as no class has two; add images,",
     ("--config", CONFIG, "data.source=FOLDER"): "pretrained is 'runs/pretrain_tiny_imagenet/pretraining_model', which",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null"): "global_batch is 512; allowed: up to the 31 ",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null", "epochs=2"): "warmup_epochs is 5 but epochs is 2",
@@ -104,8 +107,13 @@ print(json.dumps([told, sorted({"torch", "timm", "datasets", "pyarrow", "numpy"}
 """
 
 
-def test_mistakes_are_told_before_torch_is_imported(images: str, repo: Path) -> None:
+def test_mistakes_are_told_before_torch_is_imported(
+    images: str, repo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("refused")
     words = {"FOLDER": os.path.abspath(images), "PARENT": os.getcwd()}
+    words["EMPTY"] = str(write_images(outside / "empty", {"bus": 2, "cat": 0}))
+    words["SINGLE"] = str(write_images(outside / "single", {"bus": 1, "cat": 1}))
     commands = []
     for arguments in REFUSED:
         filled = list(arguments)
@@ -118,7 +126,9 @@ def test_mistakes_are_told_before_torch_is_imported(images: str, repo: Path) -> 
     )  # fmt: skip
     told, imported = json.loads(done.stdout)
     for (code, message), (arguments, wanted) in zip(told, REFUSED.items(), strict=True):
-        assert code == 2 and wanted in message, (wanted, message)
+        for word, path in words.items():
+            message = message.replace(path, word)
+        assert code == 2 and wanted in message and "Chosen for them" not in message, (wanted, message)
         assert "--config" in arguments or "has 1 problem:" in message, message  # none of values that nobody set
     assert imported == []
 
@@ -216,6 +226,10 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
     table = capsys.readouterr().err
     assert "user pics: 31 images of 3 classes to train on" in table and "data.validation=0.2 " in table
     assert " epochs=1" not in table and "global_batch" not in table and "output_dir" not in table
+    resolved()
+    rows = [shlex.split(line) for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    typed = [word for row in rows for word in row if "=" in word]
+    assert "output_dir=runs/user pics" in typed and "data.random_crop=[0.5,1]" in typed  # as a shell takes them
     assert resolved("warmup_epochs=30").epochs == 31
     assert resolved("pretrained=null").model == "arm_tiny_patch8_64" and resolved("pretrained=null").pretrained is None
     assert resolved("model=arm_tiny_patch4_32").pretrained is None
@@ -227,6 +241,12 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
     with pytest.raises(ConfigError) as refused:
         resolved("global_batch=32", "data.validation=1.5", "epochs=2.5", "warmup_epochs=150")
     assert sorted(refused.value.problems) == ["data.validation", "epochs", "global_batch"]
+
+
+def test_one_of_a_kind_is_told_in_the_singular(images: str) -> None:
+    config, found = FinetuneConfig(data=DataConfig(source=images)), Survey(2, 2)
+    assert "  1 step each\n" in described(config, found, choose(config, set(), found))
+    assert "user pics: 1 image of 2 classes" in described(config, Survey(1, 2), [Choice({"epochs": 5}, "")])
 
 
 def test_a_class_may_be_called_like_a_split_where_validation_is_named(tmp_path: Path) -> None:
@@ -347,7 +367,7 @@ def test_square_brackets_are_printed_as_they_are(images: str, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         finetune_command(command)
     out, err = capsys.readouterr()
-    assert "runs/o [x] :dog: [/x] is finished" in err and "wrote runs/o [x] :dog: [/x]" in out
+    assert "runs/o [x] :dog: [/x] is finished: 1 epoch is done" in err and "wrote runs/o [x] :dog: [/x]" in out
 
 
 @pytest.mark.slow
