@@ -89,8 +89,6 @@ def finetune(
     start = starting_point(config, resume, accelerator, output / "curves.png")
     source = open_source(config.data, labels_needed=True)
     classes = number_of_classes(config, source)
-    if accelerator.is_main_process and source.held_out is not None:
-        say_what_is_held_out(source, output)
     model = create_classifier(config, source.class_names)
     image_size = model.patch_embed.img_size
     inputs = input_config(config.model, source, model.in_chans, image_size)
@@ -115,7 +113,10 @@ def finetune(
         utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
         stop=stop or StopRequest(),
     )
-    history = trainer.fit(start)
+    trainer.resume(start)
+    if accelerator.is_main_process and source.held_out is not None:  # only of a run that goes ahead
+        say_what_is_held_out(source, output)
+    history = trainer.fit()
     scores = history[-1]
     ema_counts = ema is not None and scores["top1_ema"] > scores["top1"]
     weights = model_state(ema.module if ema_counts else model)

@@ -85,7 +85,8 @@ def pretrain(
         utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
         stop=stop or StopRequest(),
     )
-    history = trainer.fit(start)
+    trainer.resume(start)
+    history = trainer.fit()
     weights, result = model_state(model), config.build()
     with trainer.agreement.together():
         if accelerator.is_main_process:

@@ -361,6 +361,16 @@ def test_a_persons_own_images_in_one_command(images: str, capsys: pytest.Capture
     assert finished.value.code == 0 and "runs/user pics is finished: 2 epochs are done" in capsys.readouterr().err
 
 
+def test_a_refused_start_leaves_the_list_of_held_out_images(images: str) -> None:
+    command = [f"data.source={images}", *SMALL, *QUICK, "epochs=1", "global_batch=8", "output_dir=out"]
+    finetune_command(command)
+    before = Path("out", "validation.txt").read_text()
+    shutil.copytree(Path(images, "gold fish"), Path(images, "goldfish"))
+    with pytest.raises(SystemExit, match=r"was trained on other classes .* new: 'goldfish'"):
+        finetune_command([*command, "epochs=2"])
+    assert Path("out", "validation.txt").read_text() == before
+
+
 def test_square_brackets_are_printed_as_they_are(images: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = [f"data.source={images}", *SMALL, *QUICK, "epochs=1", "output_dir=runs/o [x] :dog: [/x]"]
     finetune_command(command)
