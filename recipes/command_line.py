@@ -4,9 +4,11 @@ Importing this module brings neither torch nor timm, so that most mistakes are t
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Config, ConfigError, ConfigT, load_config, to_yaml
@@ -68,6 +70,18 @@ def read_command(
     return Command(parser.prog, config, arguments.resume)
 
 
+def leave_when_interrupted() -> None:
+    """Let Ctrl-C end this program with 130 and one line until ``carry_out`` begins: imports take seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job's may be ignored
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    print("interrupted before the run began", file=sys.stderr)
+    sys.exit(130)
+
+
 def carry_out(command: Command, run: Run) -> None:
     """Call ``run(config, resume, stop)``, where ``stop`` notes what asks this process to stop.
 
@@ -78,6 +92,8 @@ def carry_out(command: Command, run: Run) -> None:
     from .workers import end_workers
 
     stop = StopRequest().listen()
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(command.config, command.resume, stop)
         leave_processes()

@@ -7,7 +7,7 @@ accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.y
 # ruff: noqa: E402
 from collections.abc import Callable, Sequence
 
-from .command_line import Command, carry_out, read_command, say
+from .command_line import Command, carry_out, leave_when_interrupted, read_command, say
 from .config import FinetuneConfig, batch_plan
 from .first_run import fitted
 
@@ -18,6 +18,7 @@ def command(argv: Sequence[str] | None = None) -> Command:
 
 
 if __name__ == "__main__":
+    leave_when_interrupted()
     COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
 
 import shlex

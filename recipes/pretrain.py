@@ -6,7 +6,7 @@ accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_digits.y
 # ruff: noqa: E402
 from collections.abc import Sequence
 
-from .command_line import Command, carry_out, read_command, say
+from .command_line import Command, carry_out, leave_when_interrupted, read_command, say
 from .config import PretrainConfig, batch_plan
 
 
@@ -16,6 +16,7 @@ def command(argv: Sequence[str] | None = None) -> Command:
 
 
 if __name__ == "__main__":
+    leave_when_interrupted()
     COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
 
 from dataclasses import dataclass

@@ -133,6 +133,22 @@ def test_mistakes_are_told_before_torch_is_imported(
     assert imported == []
 
 
+@pytest.mark.parametrize("recipe", ["finetune", "pretrain"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(recipe: str, images: str, repo: Path) -> None:
+    fake = Path("imports", "timm")  # the first of the imports that take seconds
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError\n")
+    command = [sys.executable, "-m", f"recipes.{recipe}", f"data.source={images}", "model=arm_pico_patch2_8"]
+    done = subprocess.run(
+        [*command, "output_dir=out", "global_batch=8", "tracker=none"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(fake.parent.absolute()), str(repo)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted before the run began"
+
+
 # --------------------------------------------------------------------------------------------------- images held out
 
 
