@@ -6,7 +6,8 @@ Importing this module brings neither torch nor timm, so that most mistakes are t
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .signals import StopRequest
 
 Run = Callable[[ConfigT, str, "StopRequest"], None]
-Fit = Callable[[ConfigT, Set[str]], Mapping[str, Any]]
+Fit = Callable[..., Mapping[str, Any]]  # of a configuration, the keys that were set, and going_on, see first_run
 
 
 class Command(NamedTuple):
@@ -60,7 +61,9 @@ def read_command(
     arguments = parser.parse_intermixed_args(argv)
     to_run = not arguments.print_config
     try:
-        fitted = fit if arguments.config is None else None
+        fitted = None
+        if fit is not None and arguments.config is None:
+            fitted = partial(fit, going_on=arguments.resume == "auto")
         config = load_config(kind, arguments.config, arguments.overrides, to_run, fitted)
     except (ConfigError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -23,6 +23,7 @@ from arm_zoo.weights import CheckpointError
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
 from recipes.console import plain_console
 from recipes.errors import RunError
+from recipes.finetune import command as finetune_settings
 from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
 from recipes.first_run import Choice, Survey, choose, described, fitted
@@ -289,6 +290,20 @@ def test_the_folder_of_results_is_never_another_sources(images: str, tmp_path: P
     for split in ("train", "val"):
         write_parquet(tmp_path / "tables" / f"{split}.parquet", [0, 1] * 4)
     assert folder(str(pattern)) == str(Path("runs", "tables"))  # a pattern is no name
+
+
+def test_a_run_keeps_its_batch_where_images_were_added(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    finetune_command([f"data.source={images}", *SMALL, *QUICK])
+    for number in range(30):
+        shutil.copy(Path(images, "red-panda", "photo 0.png"), Path(images, "red-panda", f"more {number}.png"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as finished:
+        finetune_command([f"data.source={images}", *SMALL, *QUICK])
+    told = capsys.readouterr().err
+    assert finished.value.code == 0 and "is finished: 2 epochs are done" in told
+    assert "global_batch=8" in told and "of the run in runs/user pics, to go on with" in told
+    over = finetune_settings([f"data.source={images}", *SMALL, *QUICK, "--resume", "none"]).config
+    assert over.global_batch == 16
 
 
 # ---------------------------------------------------------------------------------------------------- starting weights
