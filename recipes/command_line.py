@@ -4,9 +4,12 @@ Importing this module brings neither torch nor timm, so that most mistakes are t
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Config, ConfigError, ConfigT, load_config, to_yaml
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from .signals import StopRequest
 
 Run = Callable[[ConfigT, str, "StopRequest"], None]
-Fit = Callable[[ConfigT, Set[str]], Mapping[str, Any]]
+Fit = Callable[..., Mapping[str, Any]]  # of a configuration, the keys that were set, and going_on, see first_run
 
 
 class Command(NamedTuple):
@@ -58,7 +61,9 @@ def read_command(
     arguments = parser.parse_intermixed_args(argv)
     to_run = not arguments.print_config
     try:
-        fitted = fit if arguments.config is None else None
+        fitted = None
+        if fit is not None and arguments.config is None:
+            fitted = partial(fit, going_on=arguments.resume == "auto")
         config = load_config(kind, arguments.config, arguments.overrides, to_run, fitted)
     except (ConfigError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -66,6 +71,18 @@ def read_command(
         print(to_yaml(config), end="")
         parser.exit()
     return Command(parser.prog, config, arguments.resume)
+
+
+def leave_when_interrupted() -> None:
+    """Let Ctrl-C end this program with 130 and one line until ``carry_out`` begins: imports take seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job's may be ignored
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    print("interrupted before the run began", file=sys.stderr)
+    sys.exit(130)
 
 
 def carry_out(command: Command, run: Run) -> None:
@@ -78,6 +95,8 @@ def carry_out(command: Command, run: Run) -> None:
     from .workers import end_workers
 
     stop = StopRequest().listen()
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(command.config, command.resume, stop)
         leave_processes()

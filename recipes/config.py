@@ -382,15 +382,27 @@ def load_config(
     config = kind(**take_arguments(kind, values, "", problems))
     if values:  # what no field took
         problems["unknown keys"] = unknown_keys(kind, values)
-    problems = dict(out_of_range(config)) | problems
-    if fit is not None and not problems:
+    wrong = dict(out_of_range(config))
+    problems = wrong | problems
+    defaults = flatten(dataclasses.asdict(kind()))
+    config = _with_values(config, {key: value for key, value in defaults if key in wrong})  # for the checks below
+    if fit is not None:
+        problems = (_of_given(config.unready(), given) if to_run else {}) | problems
+        if problems:  # the other values are not fitted yet: what is wrong with them would mislead
+            raise ConfigError(problems)
         config = _with_values(config, fit(config, given))
-    problems = config.conflicts() | problems
+    found = config.conflicts()
     if to_run:
-        problems = dict(missing(config)) | config.unready() | problems
-    if problems := problems or config.unbuildable(to_run):
-        raise ConfigError(problems)
+        found = dict(missing(config)) | config.unready() | found
+    if problems := found | problems or config.unbuildable(to_run):
+        fitted_too = fit is None or not _of_given(problems, given)  # what is fitted follows from what was given
+        raise ConfigError(problems if fitted_too else _of_given(problems, given))
     return config
+
+
+def _of_given(problems: Mapping[str, str], given: Set[str]) -> dict[str, str]:
+    """The problems of values that somebody gave."""
+    return {key: problem for key, problem in problems.items() if key in given}
 
 
 def _with_values(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:

@@ -108,7 +108,17 @@ class Trainer:
         """That the run has taken, in all the processes that worked on it one after the other."""
         return self.position.seconds + time.monotonic() - self._started
 
-    def _resume(self, start: Start) -> None:
+    def resume(self, start: Start | None) -> None:
+        """Take over what a checkpoint holds; nothing is written.
+
+        Args:
+            start: The checkpoint to go on from; None: the beginning.
+
+        Raises:
+            RunError: If its classes, or the number of training images, are others.
+        """
+        if start is None:
+            return
         checkpoint, state = start
         compare_classes(start, self.loader.class_names)
         if state["steps_per_epoch"] != self._steps:
@@ -125,19 +135,14 @@ class Trainer:
         if has_the_same_pictures(start, self.config):
             self.loader.undecodable.update(self.position.undecodable)
 
-    def fit(self, start: Start | None = None) -> list[Metrics]:
+    def fit(self) -> list[Metrics]:
         """Train up to ``config.epochs`` and return one row of figures per epoch, as in ``metrics.jsonl``.
-
-        Args:
-            start: The checkpoint to go on from; None: the beginning.
 
         Raises:
             RunError: If the loss is no longer finite or a file cannot be written.
             SourceError: If too many pictures cannot be decoded.
             Stopped: After the checkpoint that SIGTERM or SIGUSR1 asked for.
         """
-        if start is not None:
-            self._resume(start)
         self._write("config.yaml", to_yaml(self.config))
         project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # the former's is a folder
         settings = {key: str(value) for key, value in flatten(dataclasses.asdict(self.config))}

@@ -7,7 +7,7 @@ accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.y
 # ruff: noqa: E402
 from collections.abc import Callable, Sequence
 
-from .command_line import Command, carry_out, read_command, say
+from .command_line import Command, carry_out, leave_when_interrupted, read_command, say
 from .config import FinetuneConfig, batch_plan
 from .first_run import fitted
 
@@ -18,6 +18,7 @@ def command(argv: Sequence[str] | None = None) -> Command:
 
 
 if __name__ == "__main__":
+    leave_when_interrupted()
     COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
 
 import shlex
@@ -89,8 +90,6 @@ def finetune(
     start = starting_point(config, resume, accelerator, output / "curves.png")
     source = open_source(config.data, labels_needed=True)
     classes = number_of_classes(config, source)
-    if accelerator.is_main_process and source.held_out is not None:
-        say_what_is_held_out(source, output)
     model = create_classifier(config, source.class_names)
     image_size = model.patch_embed.img_size
     inputs = input_config(config.model, source, model.in_chans, image_size)
@@ -115,7 +114,10 @@ def finetune(
         utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
         stop=stop or StopRequest(),
     )
-    history = trainer.fit(start)
+    trainer.resume(start)
+    if accelerator.is_main_process and source.held_out is not None:  # only of a run that goes ahead
+        say_what_is_held_out(source, output)
+    history = trainer.fit()
     scores = history[-1]
     ema_counts = ema is not None and scores["top1_ema"] > scores["top1"]
     weights = model_state(ema.module if ema_counts else model)
@@ -190,12 +192,12 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
     """The file of weights that ``pretrained`` names, and the names of the classes of its head as far as it tells."""
     path = Path(pretrained)
     if not path.exists():
-        told = timm.get_pretrained_cfg(pretrained).to_dict()
+        told = timm.create_model(pretrained, device="meta").pretrained_cfg  # whose names are never the short ones
         entry = f"{told['architecture']}.{told['tag']}"
         file = find_weights(entry)
         if file is None:
             raise CheckpointError(ways_on(entry, told["architecture"]))
-        return file, tuple(told.get("label_names") or ())
+        return file, tuple(timm.get_pretrained_cfg(entry).label_names or ())
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}
     return file, label_names(saved, saved.get("num_classes", 0))

@@ -7,6 +7,7 @@ thousands. What a person sets always wins. A folder is looked at without importi
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -18,7 +19,7 @@ from .config import ENTRY, FinetuneConfig
 from .listing import images_below, subfolders
 from .locate import SourceError, locate
 from .parsing import ConfigError
-from .splits import held_out, validation_fraction
+from .splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
@@ -45,12 +46,13 @@ class Choice(NamedTuple):
     reason: str
 
 
-def fitted(config: FinetuneConfig, given: Set[str]) -> Mapping[str, Any]:
+def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> Mapping[str, Any]:
     """Values for the keys that nobody set; a table says what they are and why.
 
     Args:
         config: What was set, over the defaults.
         given: The keys that were set.
+        going_on: Whether a run that the folder of results holds is to go on, which takes its own batch.
 
     Raises:
         ConfigError: If there is no source, or nothing in it to train a classifier on.
@@ -61,7 +63,7 @@ def fitted(config: FinetuneConfig, given: Set[str]) -> Mapping[str, Any]:
         found = survey(config)
     except SourceError as error:
         raise ConfigError({"data.source": f"data.source: {error}"}) from error
-    choices = choose(config, given, found)
+    choices = choose(config, given, found, going_on)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         print(described(config, found, choices), file=sys.stderr)
     return {key: value for choice in choices for key, value in choice.values.items()}
@@ -84,6 +86,11 @@ def survey(config: FinetuneConfig) -> Survey:
         raise SourceError(f"{folder!r} holds images but no class folders; allowed: FOLDER/CLASS/IMAGE")
     if len(images) == 1:
         raise SourceError(f"{folder!r} has one class folder; a classifier needs two classes: FOLDER/CLASS/IMAGE")
+    if 0 in images:
+        empty = [os.path.basename(path) for path, count in zip(subfolders(folder), images, strict=True) if count == 0]
+        raise classes_without_images(data.source, empty)
+    if fraction and max(images) == 1:
+        raise none_to_hold_out(data.source)
     train = sum(count - held_out(count, fraction) if fraction else count for count in images)
     return Survey(train, len(images), held_out=fraction)
 
@@ -98,7 +105,7 @@ def _survey_opened(config: FinetuneConfig) -> Survey:
     return Survey(size, len(source.class_names), source.channels == 1, source.held_out)
 
 
-def choose(config: FinetuneConfig, given: Set[str], found: Survey) -> list[Choice]:
+def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: bool = True) -> list[Choice]:
     """The settings that nobody set, fitted to the images and to those that somebody did set."""
     choices = [_start(config, given, found)]
     if found.held_out is not None and config.data.validation is None:
@@ -106,15 +113,20 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey) -> list[Choic
             f"there are no validation images: of each class {found.held_out:.0%} are held out, always the same ones"
         )
         choices.append(Choice({"data.validation": found.held_out}, reason))
-    batch = config.global_batch if "global_batch" in given else _batch(found.train)
+    output = Path(config.output_dir) if "output_dir" in given else _free_folder(config.data.source)
+    earlier = _batch_of_run(output, config.data.source) if going_on else None
+    batch = config.global_batch if "global_batch" in given else earlier or _batch(found.train)
     epochs = config.epochs if "epochs" in given else _epochs(found.train)
     if "warmup_epochs" in given:
         epochs = max(epochs, int(config.warmup_epochs) + 1)
     few = found.train < 1000
     every = max(1, epochs // 4)
     choices += [
-        Choice({"global_batch": batch}, f"for {found.train} training images"),
-        Choice({"epochs": epochs, "warmup_epochs": epochs / 10}, f"{found.train // batch} steps each"),
+        Choice(
+            {"global_batch": batch},
+            f"of the run in {output}, to go on with" if earlier else f"for {_count(found.train, 'training image')}",
+        ),
+        Choice({"epochs": epochs, "warmup_epochs": epochs / 10}, f"{_count(found.train // batch, 'step')} each"),
         Choice(
             {"base_lr": PEAK * 256 / batch, "min_lr": 0.0, "layer_decay": 0.75},
             f"a peak of {PEAK:g} at the head, less in the layers below it",
@@ -130,7 +142,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey) -> list[Choic
     if not found.grey:
         variation = {"data.random_crop": (0.5, 1.0), "data.flip": 0.5}
         choices.append(Choice(variation, "variation; data.flip=0 where left and right matter, as in writing"))
-    choices.append(Choice({"output_dir": str(_free_folder(config.data.source))}, "where the results go"))
+    choices.append(Choice({"output_dir": str(output)}, "where the results go"))
     left = [
         Choice({key: each.values[key] for key in each.values if key not in given}, each.reason) for each in choices
     ]
@@ -201,13 +213,32 @@ def _source_of(run: Path) -> str | None:
         return ""  # something else: another folder is taken
 
 
+def _batch_of_run(run: Path, source: str) -> int | None:
+    """The global batch of a run that has checkpoints to go on from; None where there is none, or of another source.
+
+    Images may have been added since, for which another batch would be chosen, and then the run could not go on.
+    """
+    if _source_of(run) != source or not any((run / "checkpoints").glob("step-*")):
+        return None
+    batch = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("global_batch")
+    return batch if isinstance(batch, int) and batch >= 1 else None
+
+
 def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> str:
     """The table of what was chosen, as a person would type it."""
-    rows = [(" ".join(f"{key}={_text(value)}" for key, value in each.values.items()), each.reason) for each in choices]
+    rows = [
+        (" ".join(f"{key}={shlex.quote(_text(value))}" for key, value in each.values.items()), each.reason)
+        for each in choices
+    ]
     width = max(len(settings) for settings, _ in rows)
-    lines = [f"{config.data.source}: {found.train} images of {found.classes} classes to train on. Chosen for them:"]
+    images = f"{_count(found.train, 'image')} of {found.classes} classes"
+    lines = [f"{config.data.source}: {images} to train on. Chosen for them:"]
     lines += [f"  {settings:{width}}  {reason}" for settings, reason in rows]
     return "\n".join([*lines, "Every one of these can be typed after the command to change it."])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,7 @@ accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_digits.y
 # ruff: noqa: E402
 from collections.abc import Sequence
 
-from .command_line import Command, carry_out, read_command, say
+from .command_line import Command, carry_out, leave_when_interrupted, read_command, say
 from .config import PretrainConfig, batch_plan
 
 
@@ -16,6 +16,7 @@ def command(argv: Sequence[str] | None = None) -> Command:
 
 
 if __name__ == "__main__":
+    leave_when_interrupted()
     COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
 
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def pretrain(
         utilisation=utilisation(config, config.build, (model.in_chans, *image_size), accelerator),
         stop=stop or StopRequest(),
     )
-    history = trainer.fit(start)
+    trainer.resume(start)
+    history = trainer.fit()
     weights, result = model_state(model), config.build()
     with trainer.agreement.together():
         if accelerator.is_main_process:

@@ -84,8 +84,9 @@ def starting_point(
             remove_leftovers(Path(config.output_dir) / name)
     if start is not None:
         if (done := start.state["position"]["epoch"]) >= config.epochs and exported.is_file():
+            epochs = "1 epoch is" if done == 1 else f"{done} epochs are"
             console.print(
-                f"{config.output_dir} is finished: {done} epochs are done. Set more epochs to go on, another "
+                f"{config.output_dir} is finished: {epochs} done. Set more epochs to go on, another "
                 "output_dir for another run, or --resume none to start over",
                 soft_wrap=True,
             )

@@ -42,7 +42,7 @@ from .labels import Columns, Labels, find_columns, match_labels, read_labels
 from .load import Data, column_of, count_rows, load_folder, load_from_hub, load_parquet, plain, read_column
 from .locate import Kind, Located, SourceError, locate
 from .shards import ShardRows, open_index, shard_sizes
-from .splits import split_rows, validation_fraction
+from .splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
     labels = train.labels()
     if empty := labels.without_pictures(labels.names):
         if train.kind == "pictures":
-            raise SourceError(f"class folders of {train.name} hold no picture: {listed(empty)}; fill or remove them")
+            raise classes_without_images(train.name, empty)
         tell(f"{train.name} has no pictures for {len(empty)} of its {len(labels.names)} classes: {listed(empty)}")
     if fraction is not None:
         return _hold_out(train.read(labels.indices(labels.names)), fraction, labels.names, train.name)
@@ -335,10 +335,7 @@ def _hold_out(images: Split, fraction: float, class_names: tuple[str, ...], name
         )
     kept, held_out = split_rows(*images.classes_and_names(), fraction)
     if not held_out:
-        raise SourceError(
-            f"no images of {name} can be held out for validation, as no class has two; add images, or name others "
-            "with data.validation=SOURCE"
-        )
+        raise none_to_hold_out(name)
     return Source(images.select(kept), images.select(held_out), class_names, held_out=fraction)
 
 

@@ -5,8 +5,8 @@ import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
-from .listing import images_below, subfolders
-from .locate import Located
+from .listing import images_below, listed, subfolders
+from .locate import Located, SourceError
 
 FRACTION = 0.2  # where labels are needed, and the source has no validation split and the configuration names none
 
@@ -27,6 +27,19 @@ def validation_fraction(asked: float | str | None, has_own: bool, labels_needed:
 def held_out(images: int, fraction: float) -> int:
     """How many images of a class are held out: of two or more at least one, and never all."""
     return 0 if images < 2 else min(max(int(fraction * images + 0.5), 1), images - 1)
+
+
+def classes_without_images(name: str, classes: Sequence[str]) -> SourceError:
+    """What to raise where class folders of the training images are empty."""
+    return SourceError(f"class folders of {name} hold no picture: {listed(classes)}; fill or remove them")
+
+
+def none_to_hold_out(name: str) -> SourceError:
+    """What to raise where every class has but one image."""
+    return SourceError(
+        f"no images of {name} can be held out for validation, as no class has two; add images, or name others "
+        "with data.validation=SOURCE"
+    )
 
 
 def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from arm_zoo.weights import CheckpointError
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
 from recipes.console import plain_console
 from recipes.errors import RunError
-from recipes.finetune import create_classifier
+from recipes.finetune import command as finetune_settings
+from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
-from recipes.first_run import Survey, choose, fitted
+from recipes.first_run import Choice, Survey, choose, described, fitted
 from recipes.locate import SourceError
 from recipes.mistakes import MISTAKES
 from recipes.resume import Start, compare
@@ -70,11 +73,17 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("data.source=FOLDER", "epoch=2"): "epoch (did you mean epochs?)",
     ("data.source=FOLDER", "pretrained=runs/x"): "pretrained is 'runs/x', which does not exist",
     ("data.source=FOLDER", "data.validation=1.5"): "data.validation is 1.5; allowed: a fraction of the training",
+    ("data.source=FOLDER", "data.validation=nan"): "data.validation is nan; allowed: a fraction of the training",
+    ("data.source=FOLDER", "data.validation=0"): "data.validation is 0.0; allowed: a fraction of the training",
+    ("data.source=FOLDER", "pretrained=resnet50"): "pretrained is 'resnet50', which does not exist",
+    ("--config", CONFIG, "data.source=FOLDER", "data.validation=nan", "pretrained=null"): "data.validation is nan",
     ("data.source=FOLDER", "data.validation=nowhere"): "data.validation: there is no 'nowhere'",
     ("data.source=FOLDER", "global_batch=32"): "global_batch is 32; allowed: up to the 31 training pictures",
     ("data.source=FOLDER", "output_dir=FOLDER/bus/photo 0.png/x"): "is a file; allowed: a folder to write to",
     ("data.source=FOLDER/bus",): "holds images but no class folders; allowed: FOLDER/CLASS/IMAGE",
     ("data.source=PARENT",): "has one class folder; a classifier needs two classes",
+    ("data.source=EMPTY",): "EMPTY hold no picture: cat; fill or remove them",
+    ("data.source=SINGLE",): "no images of SINGLE can be held out for validation, as no class has two; add images,",
     ("--config", CONFIG, "data.source=FOLDER"): "pretrained is 'runs/pretrain_tiny_imagenet/pretraining_model', which",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null"): "global_batch is 512; allowed: up to the 31 ",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null", "epochs=2"): "warmup_epochs is 5 but epochs is 2",
@@ -99,8 +108,13 @@ print(json.dumps([told, sorted({"torch", "timm", "datasets", "pyarrow", "numpy"}
 """
 
 
-def test_mistakes_are_told_before_torch_is_imported(images: str, repo: Path) -> None:
+def test_mistakes_are_told_before_torch_is_imported(
+    images: str, repo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("refused")
     words = {"FOLDER": os.path.abspath(images), "PARENT": os.getcwd()}
+    words["EMPTY"] = str(write_images(outside / "empty", {"bus": 2, "cat": 0}))
+    words["SINGLE"] = str(write_images(outside / "single", {"bus": 1, "cat": 1}))
     commands = []
     for arguments in REFUSED:
         filled = list(arguments)
@@ -112,9 +126,28 @@ def test_mistakes_are_told_before_torch_is_imported(images: str, repo: Path) -> 
         input=json.dumps(commands), capture_output=True, text=True, cwd=repo, check=True,
     )  # fmt: skip
     told, imported = json.loads(done.stdout)
-    for (code, message), wanted in zip(told, REFUSED.values(), strict=True):
-        assert code == 2 and wanted in message, (wanted, message)
+    for (code, message), (arguments, wanted) in zip(told, REFUSED.items(), strict=True):
+        for word, path in words.items():
+            message = message.replace(path, word)
+        assert code == 2 and wanted in message and "Chosen for them" not in message, (wanted, message)
+        assert "--config" in arguments or "has 1 problem:" in message, message  # none of values that nobody set
     assert imported == []
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "pretrain"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(recipe: str, images: str, repo: Path) -> None:
+    fake = Path("imports", "timm")  # the first of the imports that take seconds
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError\n")
+    command = [sys.executable, "-m", f"recipes.{recipe}", f"data.source={images}", "model=arm_pico_patch2_8"]
+    done = subprocess.run(
+        [*command, "output_dir=out", "global_batch=8", "tracker=none"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(fake.parent.absolute()), str(repo)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted before the run began"
 
 
 # --------------------------------------------------------------------------------------------------- images held out
@@ -210,12 +243,27 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
     table = capsys.readouterr().err
     assert "user pics: 31 images of 3 classes to train on" in table and "data.validation=0.2 " in table
     assert " epochs=1" not in table and "global_batch" not in table and "output_dir" not in table
+    resolved()
+    rows = [shlex.split(line) for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    typed = [word for row in rows for word in row if "=" in word]
+    assert "output_dir=runs/user pics" in typed and "data.random_crop=[0.5,1]" in typed  # as a shell takes them
     assert resolved("warmup_epochs=30").epochs == 31
     assert resolved("pretrained=null").model == "arm_tiny_patch8_64" and resolved("pretrained=null").pretrained is None
     assert resolved("model=arm_tiny_patch4_32").pretrained is None
     assert resolved("pretrained=arm_tiny_patch4_32.arm_cifar10_ft_cifar10").model == "arm_tiny_patch4_32"
-    with pytest.raises(ConfigError, match=r"'arm_tony', which is neither a file or folder nor an entry; .*arm_tiny"):
-        resolved("pretrained=arm_tony", "model=arm_tiny_patch8_64")
+    for model in ([], ["model=arm_tiny_patch8_64"]):
+        with pytest.raises(ConfigError, match=r"'arm_tony', which is neither .* nor an entry; .*arm_tiny") as refused:
+            resolved("pretrained=arm_tony", *model)
+        assert list(refused.value.problems) == ["pretrained"]
+    with pytest.raises(ConfigError) as refused:
+        resolved("global_batch=32", "data.validation=1.5", "epochs=2.5", "warmup_epochs=150")
+    assert sorted(refused.value.problems) == ["data.validation", "epochs", "global_batch"]
+
+
+def test_one_of_a_kind_is_told_in_the_singular(images: str) -> None:
+    config, found = FinetuneConfig(data=DataConfig(source=images)), Survey(2, 2)
+    assert "  1 step each\n" in described(config, found, choose(config, set(), found))
+    assert "user pics: 1 image of 2 classes" in described(config, Survey(1, 2), [Choice({"epochs": 5}, "")])
 
 
 def test_a_class_may_be_called_like_a_split_where_validation_is_named(tmp_path: Path) -> None:
@@ -244,6 +292,20 @@ def test_the_folder_of_results_is_never_another_sources(images: str, tmp_path: P
     assert folder(str(pattern)) == str(Path("runs", "tables"))  # a pattern is no name
 
 
+def test_a_run_keeps_its_batch_where_images_were_added(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    finetune_command([f"data.source={images}", *SMALL, *QUICK])
+    for number in range(30):
+        shutil.copy(Path(images, "red-panda", "photo 0.png"), Path(images, "red-panda", f"more {number}.png"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as finished:
+        finetune_command([f"data.source={images}", *SMALL, *QUICK])
+    told = capsys.readouterr().err
+    assert finished.value.code == 0 and "is finished: 2 epochs are done" in told
+    assert "global_batch=8" in told and "of the run in runs/user pics, to go on with" in told
+    over = finetune_settings([f"data.source={images}", *SMALL, *QUICK, "--resume", "none"]).config
+    assert over.global_batch == 16
+
+
 # ---------------------------------------------------------------------------------------------------- starting weights
 
 
@@ -266,6 +328,13 @@ def test_an_entry_is_a_start_and_its_head_is_kept_for_its_own_classes(capsys: py
         assert torch.equal(other.blocks[0].mlp.fc1.weight, bundled.blocks[0].mlp.fc1.weight)
         assert other.head.weight.std() < 1e-4 and not other.head.bias.any()  # anew, both
         assert "is left out, and a new one trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_a_short_name_whose_weights_are_not_hosted_is_told_with_the_ways_on(size: str) -> None:
+    message = f"the weights of arm_{size}_patch16_224.arm_in1k_ft_in1k are not hosted yet. Ways on:"
+    with pytest.raises(CheckpointError, match=message):
+        starting_weights(f"arm_{size}")
 
 
 def test_the_head_of_a_folder_goes_by_its_class_names(tmp_path: Path) -> None:
@@ -323,13 +392,23 @@ def test_a_persons_own_images_in_one_command(images: str, capsys: pytest.Capture
     assert finished.value.code == 0 and "runs/user pics is finished: 2 epochs are done" in capsys.readouterr().err
 
 
+def test_a_refused_start_leaves_the_list_of_held_out_images(images: str) -> None:
+    command = [f"data.source={images}", *SMALL, *QUICK, "epochs=1", "global_batch=8", "output_dir=out"]
+    finetune_command(command)
+    before = Path("out", "validation.txt").read_text()
+    shutil.copytree(Path(images, "gold fish"), Path(images, "goldfish"))
+    with pytest.raises(SystemExit, match=r"was trained on other classes .* new: 'goldfish'"):
+        finetune_command([*command, "epochs=2"])
+    assert Path("out", "validation.txt").read_text() == before
+
+
 def test_square_brackets_are_printed_as_they_are(images: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = [f"data.source={images}", *SMALL, *QUICK, "epochs=1", "output_dir=runs/o [x] :dog: [/x]"]
     finetune_command(command)
     with pytest.raises(SystemExit):
         finetune_command(command)
     out, err = capsys.readouterr()
-    assert "runs/o [x] :dog: [/x] is finished" in err and "wrote runs/o [x] :dog: [/x]" in out
+    assert "runs/o [x] :dog: [/x] is finished: 1 epoch is done" in err and "wrote runs/o [x] :dog: [/x]" in out
 
 
 @pytest.mark.slow
