@@ -8,7 +8,9 @@ python -m arm_zoo run validate.py --model arm_tiny_patch8_64 ...
 """
 
 import argparse
+import contextlib
 import difflib
+import importlib
 import io
 import os
 import runpy
@@ -259,10 +261,12 @@ def class_names(model: ARM) -> list[str]:
 def run_script(args: argparse.Namespace) -> int:
     """Run a program of somebody else that makes timm models, as `python SCRIPT` or `python -m MODULE` would.
 
-    What it raises and its exit code are its own.
+    What it raises and its exit code are its own. It can write the models as ONNX if the packages for that are there.
     """
     if not args.module and (not args.script or not os.path.exists(args.script[0])):
         return _no_script(f"no script {' '.join(args.script[:1])!r}")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("arm_zoo.onnx")
     try:
         if args.module:
             module, *sys.argv[1:] = args.module

@@ -431,7 +431,8 @@ import json, sys
 import timm
 import beside
 model = timm.create_model("arm_tiny_patch8_64", device="meta")
-print(json.dumps([sys.argv, sys.path[0], __name__, __file__, beside.VALUE, type(model).__name__]))
+facts = [sys.argv, sys.path[0], __name__, __file__, beside.VALUE, type(model).__name__]
+print(json.dumps([*facts, "arm_zoo.onnx" in sys.modules]))
 if "--fail" in sys.argv:
     raise ValueError("of the script")
 sys.exit(7)
@@ -447,7 +448,7 @@ def test_programs_run_with_the_models_registered(tmp_path: Path, repo: Path) -> 
     command = [sys.executable, "-m", "arm_zoo", "run", str(script), *arguments]
     result = subprocess.run(command, cwd=repo, capture_output=True, text=True)
     assert result.returncode == 7 and result.stderr == ""
-    expected = [[str(script), *arguments], str(tmp_path), "__main__", str(script), 5, "ARM"]
+    expected = [[str(script), *arguments], str(tmp_path), "__main__", str(script), 5, "ARM", True]
     assert json.loads(result.stdout) == expected
 
 
