@@ -16,7 +16,7 @@ test: .venv/clients.stamp  ## lint, types and all tests but the slow ones
 	$(BIN)/mypy arm_zoo
 	$(BIN)/$(PYTEST) -m "not slow"
 
-test-all: .venv/clients.stamp  ## all tests, also the slow ones and those of other packages over our models
+test-all: .venv/clients.stamp  ## all tests, also the slow ones, in some twelve minutes
 	$(BIN)/$(PYTEST)
 
 test-oldest: | $(OLDEST)/pip  ## the tests of `make test` with the oldest version of every requirement
@@ -37,5 +37,5 @@ clean:  ## remove the environments, caches and what the quickstart wrote
 	@touch $@
 
 # pip is what venv installs last: without it the environment is unfinished and made anew.
-%/bin/pip:
-	$(PYTHON) -m venv --clear $*
+$(BIN)/pip $(OLDEST)/pip:
+	$(PYTHON) -m venv --clear $(@:/bin/pip=)
