@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from .config import ENTRY, FinetuneConfig
-from .listing import images_below, subfolders
+from .listing import subfolders
 from .locate import SourceError, locate
 from .parsing import ConfigError
-from .splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
+from .splits import classes_without_images, held_out, images_by_class, none_to_hold_out, validation_fraction
 
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
@@ -80,7 +80,7 @@ def survey(config: FinetuneConfig) -> Survey:
     if located is None or located.kind != "pictures" or "train" not in located.splits:
         return _survey_opened(config)
     [folder] = located.splits["train"]
-    images = [sum(1 for _ in images_below(path)) for path in subfolders(folder)]
+    images = list(images_by_class(folder, labels_needed=True))
     fraction = validation_fraction(data.validation, located.has_validation, labels_needed=True)
     if sum(images) == 0:
         raise SourceError(f"{folder!r} holds images but no class folders; allowed: FOLDER/CLASS/IMAGE")

@@ -72,13 +72,14 @@ def fewer_training_images(located: Located, needed: int, fraction: float | None,
     if located.kind != "pictures" or "train" not in located.splits:
         return None
     total = 0
-    for images in _images_by_class(located.splits["train"][0], labels_needed):
+    for images in images_by_class(located.splits["train"][0], labels_needed):
         total += images - (held_out(images, fraction) if fraction else 0)
         if total >= needed:
             return None
     return total
 
 
-def _images_by_class(folder: str, labels_needed: bool) -> Iterator[int]:
+def images_by_class(folder: str, labels_needed: bool) -> Iterator[int]:
+    """How many images lie in each class folder, in natural order; without labels, in the folder as a whole."""
     places = subfolders(folder) if labels_needed else [folder]
     return (sum(1 for _ in images_below(place)) for place in places)
