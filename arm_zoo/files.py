@@ -7,6 +7,8 @@ import os
 import pickle
 import pickletools
 import re
+import shutil
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -30,10 +32,13 @@ __all__ = [
     "read_checkpoint",
     "read_config",
     "read_shapes",
+    "remove_leftovers",
+    "replacing_files",
     "save_model",
     "save_tensors",
     "sha256_of",
     "weights_in",
+    "write_text",
 ]
 
 StateDict = dict[str, torch.Tensor]
@@ -50,6 +55,51 @@ _PLACES: dict[Choice, tuple[str, ...]] = {  # where checkpoints of a training ke
 
 class CheckpointError(RuntimeError):
     """Weights that cannot be had or read, or whose tensors are not those of the model."""
+
+
+@contextmanager
+def replacing_files(folder: str | Path) -> Iterator[Path]:
+    """Give an empty folder to write files into; if the block ends well, they replace those of `folder`.
+
+    Every file is whole: it is flushed to the disk before it gets its name, and the names before the block is left.
+    Files of `folder` with other names stay. If the block raises, nothing changes.
+
+    Args:
+        folder: made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as beside:
+        yield Path(beside)
+        files = sorted(Path(beside).iterdir())
+        for file in files:
+            _flush(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace one text file (UTF-8) whole; see `replacing_files`."""
+    path = Path(path)
+    with replacing_files(path.parent) as beside:
+        (beside / path.name).write_text(text, encoding="utf-8", newline="")
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what `replacing_files` was writing to a folder when its process was killed."""
+    for partial in Path(folder).glob(f".partial-{'[a-z0-9_]' * 8}"):  # as tempfile names folders
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -269,7 +319,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def save_model(
     folder: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], **metadata: str
 ) -> None:
-    """Write model.safetensors and config.json to `folder`, each beside its name first and then renamed.
+    """Write model.safetensors and config.json to `folder`, both or neither; see `replacing_files`.
 
     Args:
         folder: made if it is not there; other files in it stay.
@@ -280,9 +330,7 @@ def save_model(
     Raises:
         CheckpointError: if a tensor is not plain numbers; nothing is written then.
     """
-    folder = Path(folder)
     _check_plain(tensors)
-    folder.mkdir(parents=True, exist_ok=True)
     alone: StateDict = {}
     storages: set[int] = set()
     for name, value in tensors.items():
@@ -290,17 +338,10 @@ def save_model(
         storage = tensor.untyped_storage()
         alone[name] = tensor.clone() if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes else tensor
         storages.add(storage.data_ptr())
-    files = (folder / WEIGHTS, folder / CONFIG)
-    beside = [Path(f"{file}.tmp") for file in files]
-    try:
-        save_tensors(alone, beside[0], {"format": "pt", **metadata})
-        _sort_metadata(beside[0])
-        beside[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for unfinished, file in zip(beside, files, strict=True):
-            os.replace(unfinished, file)
-    finally:
-        for unfinished in beside:
-            unfinished.unlink(missing_ok=True)
+    with replacing_files(folder) as beside:
+        save_tensors(alone, beside / WEIGHTS, {"format": "pt", **metadata})
+        _sort_metadata(beside / WEIGHTS)
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_plain(tensors: Mapping[str, Any]) -> None:
