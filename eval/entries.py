@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval import results
-from eval.metrics import SUBSETS
-from eval.sets import REAL
+from eval.sets import REAL, SUBSETS
 
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
 SETS = ("in1k", REAL, "v2", "a", "r", "sketch")
@@ -105,8 +104,8 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
                 entry.clean[name] = clean
         # a newer row of the set has its own say
         entry.notes = [note for note in entry.notes if not note.startswith(f"{row['set']}: ")]
-        if row["marks"]:
-            entry.notes.append(f"{row['set']}: {row['marks']}")
+        if row["warnings"]:
+            entry.notes.append(f"{row['set']}: {row['warnings']}")
     return list(entries.values())
 
 

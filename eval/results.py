@@ -1,7 +1,6 @@
-"""The table of scores: one CSV row for each model and set, appended whole or not at all; and unfinished passes."""
+"""The table of scores: one CSV row for each model and set, appended whole or not at all."""
 
 import csv
-import hashlib
 import io
 import os
 import tempfile
@@ -9,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 
-from eval.metrics import SUBSETS
+from eval.sets import SUBSETS
 
 Row = dict[str, Any]
 
@@ -22,7 +20,7 @@ KEY = (*WAY, "set", "listing_sha256", "limit")
 COLUMNS = (
     *("model", "set", "n", "top1", "top5", "top1_low", "top1_high", "ece"),
     *("clean200_a_n", "clean200_a_top1", "clean200_a_top5", "clean200_r_n", "clean200_r_top1", "clean200_r_top5"),
-    *("marks", "params_m", "pictures", "classes", "undecodable", "limit"),
+    *("warnings", "params_m", "images", "classes", "undecodable", "limit"),
     *("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype"),
     *("weights", "weights_sha256", "listing_sha256"),
     *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "pillow", "arm_zoo", "date"),
@@ -103,62 +101,3 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
-
-
-class Unfinished:
-    """Predictions of a pass that is under way, kept beside the results so that a killed run goes on from there.
-
-    Each process appends records of one fixed size to its own file; a record cut short by the kill is left out.
-
-    Args:
-        output: the table that the rows will be in.
-        row: what the row measures.
-        way: what else must be the same for the rest of a pass to fit its beginning.
-        record: a prediction's dtype.
-    """
-
-    def __init__(self, output: Path, row: Sequence[str], way: Sequence[str], record: np.dtype) -> None:
-        self._folder = Path(f"{output}.partial")
-        self._row, rest = (hashlib.sha256("\t".join(part).encode()).hexdigest()[:16] for part in (row, way))
-        self._name = f"{self._row}-{rest}"
-        self._record = record
-
-    def remove_others(self) -> bool:
-        """Delete what passes in other ways have left for the same row; whether there was any."""
-        others = set(self._folder.glob(f"{self._row}-*")) - set(self._files())
-        for file in others:
-            file.unlink()
-        return bool(others)
-
-    def _files(self) -> Sequence[Path]:
-        return sorted(self._folder.glob(f"{self._name}.*"))
-
-    def load(self) -> np.ndarray:
-        """All whole records, each picture once."""
-        size = self._record.itemsize
-        parts = [file.read_bytes() for file in self._files()]
-        records = np.concatenate(
-            [
-                np.zeros(0, self._record),
-                *(np.frombuffer(part[: len(part) // size * size], self._record) for part in parts),
-            ]
-        )
-        return records[np.unique(records["index"], return_index=True)[1]]
-
-    def start(self, kept: np.ndarray) -> None:
-        """Leave one file with the records to keep."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for file in self._files():
-            file.unlink()
-        (self._folder / f"{self._name}.kept").write_bytes(kept.tobytes())
-
-    def add(self, process: int, records: np.ndarray) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)  # other machines' processes have their own disk
-        with open(self._folder / f"{self._name}.{process}", "ab") as file:
-            file.write(records.tobytes())
-
-    def remove(self) -> None:
-        for file in self._files():
-            file.unlink()
-        if self._folder.is_dir() and not any(self._folder.iterdir()):
-            self._folder.rmdir()

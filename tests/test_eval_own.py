@@ -27,7 +27,7 @@ from timm.data import ImageNetInfo, resolve_model_data_config
 from arm_zoo.hosted import bundled_file
 from arm_zoo.images.listing import IMAGE_ENDINGS
 from eval import __main__ as program
-from eval import models, results, scoring, sets
+from eval import labels, models, results, scoring
 from eval.own import AS_USUAL, Choices
 from eval.tables import Columns, _choose_split
 from recipes.config import DataConfig, FinetuneConfig, load_config
@@ -48,11 +48,11 @@ def save(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def listed(*locations: Path | str, choices: Choices = AS_USUAL) -> sets.Listing:
-    return sets.open_set("custom", [str(location) for location in locations], choices)
+def listed(*locations: Path | str, choices: Choices = AS_USUAL) -> labels.Listing:
+    return labels.open_set("custom", [str(location) for location in locations], choices)
 
 
-def classes_of(listing: sets.Listing) -> dict[str, str]:
+def classes_of(listing: labels.Listing) -> dict[str, str]:
     """File -> class."""
     names = listing.class_names or ()
     return {listing.describe(i): names[label] for i, label in enumerate(listing.labels)}
@@ -143,7 +143,7 @@ def test_digits_of_every_kind_score_the_same(tmp_path: Path) -> None:
     for kind in KINDS:
         folder = write_digits(tmp_path / kind, range(100), kind)
         rows = run(tmp_path / "results.csv", "--sets", f"custom={folder}")
-    assert [(row["n"], row["top1"], row["marks"]) for row in rows] == len(KINDS) * [("100", "97.0000", "")]
+    assert [(row["n"], row["top1"], row["warnings"]) for row in rows] == len(KINDS) * [("100", "97.0000", "")]
 
 
 def test_a_runs_own_top1_is_evals(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_runs_own_top1_is_evals(tmp_path: Path) -> None:
     weights = ["--weights", str(tmp_path / "run")]
     for folder, marks in (("data/val", ""), ("data", "only the split val is scored, train left out")):
         [*_, row] = run(tmp_path / "results.csv", *weights, "--sets", f"custom={tmp_path / folder}", "--recompute")
-        assert (row["n"], float(row["top1"]), row["marks"]) == ("200", pytest.approx(top1, abs=1e-4), marks)
+        assert (row["n"], float(row["top1"]), row["warnings"]) == ("200", pytest.approx(top1, abs=1e-4), marks)
 
 
 def odd_images() -> dict[str, bytes]:
@@ -199,7 +199,7 @@ def test_pixels_equal_the_recipes_to_the_last_bit(model: str, tmp_path: Path) ->
     theirs = {name: pictures.batch([Key(0, i)]) for i, name in enumerate(names)}
     listing = listed(tmp_path / "val")
     refused = []
-    for i, (_, image) in enumerate(map(scoring.Pictures(listing, inputs).__getitem__, range(len(listing)))):
+    for i, (_, image) in enumerate(map(scoring.Images(listing, inputs).__getitem__, range(len(listing)))):
         name = Path(listing.files[i]).name
         batch = theirs.pop(name)
         if isinstance(image, str):
@@ -226,12 +226,12 @@ def test_the_limit_of_pixels_can_be_raised_as_in_training(tmp_path: Path, capsys
 
 def test_rows_of_the_former_reading_are_not_taken_for_finished(tmp_path: Path) -> None:
     listing = listed(write_digits(tmp_path / "digits", range(20), "8-bit.png"))
-    labelled = sets.label("custom", listing, DIGIT_NAMES, 10)
+    labelled = labels.label("custom", listing, DIGIT_NAMES, 10)
     facts = zip(listing.files, labelled.targets, listing.sizes, strict=True)
     former = "\n".join("\t".join(map(str, image)) for image in facts)
     assert labelled.fingerprint() != hashlib.sha256(former.encode()).hexdigest()
     save(tmp_path / "in1k" / "n01440764" / "x.JPEG", jpeg())
-    as_before = sets.label("in1k", sets.open_set("in1k", [str(tmp_path / "in1k")]))
+    as_before = labels.label("in1k", labels.open_set("in1k", [str(tmp_path / "in1k")]))
     former = f"in1k/n01440764/x.JPEG\t0\t{len(jpeg())}"
     assert as_before.fingerprint() == hashlib.sha256(former.encode()).hexdigest()  # rows of ImageNet's sets stay valid
 
@@ -280,7 +280,7 @@ def test_all_endings_and_whatever_lies_below_a_class(tmp_path: Path) -> None:
 def test_imagenets_sets_keep_the_innermost_folder_and_timms_endings(tmp_path: Path) -> None:
     for file in ("n01440764/n01443537/x.JPEG", "n01440764/y.tif", "n01440764/z.png"):
         save(tmp_path / "val" / file, jpeg())
-    listing = sets.open_set("in1k", [str(tmp_path)])
+    listing = labels.open_set("in1k", [str(tmp_path)])
     assert classes_of(listing) == {
         "val/n01440764/n01443537/x.JPEG": "n01443537", "val/n01440764/z.png": "n01440764",
     }  # fmt: skip
@@ -389,7 +389,7 @@ def test_columns_of_any_name_and_kind(tmp_path: Path, capsys: pytest.CaptureFixt
     chosen = listed(several, choices=Choices(Columns("image", "species")))
     assert chosen.class_names == ("y",)
     thumbs = listed(several, choices=Choices(Columns("thumb")))
-    assert scoring.Pictures(thumbs, {"input_size": (3, 8, 8)})[0] == (0, "the row has no image")
+    assert scoring.Images(thumbs, {"input_size": (3, 8, 8)})[0] == (0, "the row has no image")
     message = refusal(capsys, "--sets", f"custom={several}", "--image-column", "image", "--label-column", "kind")
     assert "--label-column kind: allowed is a column of" in message and "label, thumb, species" in message
     for feature, values in ((Value("float32"), [1.5]), (Value("bool"), [True]), ([Value("int64")], [[1]])):
@@ -471,12 +471,12 @@ def test_training_and_custom_find_the_same(kind: str, tmp_path: Path) -> None:
     for split in ("train", "val"):
         SOURCES[kind](root / split)
     source = open_source(DataConfig(source=str(root)))
-    labelled = sets.label("custom", listed(root), source.class_names, len(source.class_names))
+    labelled = labels.label("custom", listed(root), source.class_names, len(source.class_names))
     theirs = [(image.tobytes(), label) for image, label, _ in (source.test[i] for i in range(len(source.test)))]
     ours = [(labelled.listing.decode(i, "RGB").tobytes(), int(label)) for i, label in enumerate(labelled.targets)]
     assert sorted(ours) == sorted(theirs) and len(set(ours)) == len(ours) > 1
     if kind != "digits in json":  # which are names to training, whose saved model has them
-        by_place = sets.label("custom", labelled.listing, (), len(source.class_names))
+        by_place = labels.label("custom", labelled.listing, (), len(source.class_names))
         assert np.array_equal(by_place.targets, labelled.targets)
 
 
@@ -539,12 +539,12 @@ def test_classes_without_images_are_marked(tmp_path: Path) -> None:
     for file in (folder / "one").iterdir():
         file.unlink()
     [row] = run(tmp_path / "results.csv", "--sets", f"custom={folder}")
-    assert row["marks"] == "2 of the model's 10 classes have no images: 'one', 'eight'"
+    assert row["warnings"] == "2 of the model's 10 classes have no images: 'one', 'eight'"
     assert row["classes"] == "8"
-    assert len(sets.label("custom", listed(folder), (), 9).marks) == 1  # by position, the empty folder counts
+    assert len(labels.label("custom", listed(folder), (), 9).warnings) == 1  # by position, the empty folder counts
     numbers = write_table(tmp_path / "x.parquet", list(range(2, 10)), Value("int64"))
-    labelled = sets.label("custom", listed(numbers), (), 10)
-    assert labelled.marks == ("2 of the model's 10 classes have no images: 0, 1",)
+    labelled = labels.label("custom", listed(numbers), (), 10)
+    assert labelled.warnings == ("2 of the model's 10 classes have no images: 0, 1",)
 
 
 def test_names_of_classes_are_compared_in_one_form(tmp_path: Path) -> None:
@@ -555,12 +555,12 @@ def test_names_of_classes_are_compared_in_one_form(tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "x.tar", {f"pics/{name}/1.png": b"" for name in ("①", "5²", decomposed)})
     for listing in (listed(tmp_path / "pics"), listed(tar)):
         for known in (names, [unicodedata.normalize("NFD", name) for name in names]):
-            labelled = sets.label("custom", listing, known, 4)
+            labelled = labels.label("custom", listing, known, 4)
             found = {
                 Path(file).parent.name: target for file, target in zip(listing.files, labelled.targets, strict=True)
             }
             assert sorted(found.values()) == [0, 1, 2] and found["①"] == 1
-            assert labelled.marks == ("1 of the model's 4 classes have no images: 'x'",)
+            assert labelled.warnings == ("1 of the model's 4 classes have no images: 'x'",)
 
 
 def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -569,9 +569,9 @@ def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
     for name in ("tench", "crane"):
         save(tmp_path / name / "1.png", jpeg())
     with pytest.raises(ValueError, match="classes 134 and 517 are all called 'crane', so which is meant is unknown"):
-        sets.label("custom", listed(tmp_path), names, 1000)
+        labels.label("custom", listed(tmp_path), names, 1000)
     (tmp_path / "crane" / "1.png").unlink()
-    assert sets.label("custom", listed(tmp_path), names, 1000).targets.tolist() == [0]
+    assert labels.label("custom", listed(tmp_path), names, 1000).targets.tolist() == [0]
 
 
 def test_classes_that_the_model_does_not_have_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -583,10 +583,10 @@ def test_classes_that_the_model_does_not_have_are_counted(tmp_path: Path, capsys
 
 def test_numbers_are_names_where_the_model_has_no_others(tmp_path: Path) -> None:
     numbers = listed(write_table(tmp_path / "x.parquet", [1, 3, 2], Value("int64")))
-    assert sets.label("custom", numbers, ["1", "2", "3"], 3).targets.tolist() == [0, 2, 1]
-    assert sets.label("custom", numbers, ["zero", "one", "two", "three"], 4).targets.tolist() == [1, 3, 2]
+    assert labels.label("custom", numbers, ["1", "2", "3"], 3).targets.tolist() == [0, 2, 1]
+    assert labels.label("custom", numbers, ["zero", "one", "two", "three"], 4).targets.tolist() == [1, 3, 2]
     texts = listed(write_table(tmp_path / "y.parquet", ["10", "9"], Value("string")))  # names, as in training
-    assert sets.label("custom", texts, (), 2).targets.tolist() == [1, 0]
+    assert labels.label("custom", texts, (), 2).targets.tolist() == [1, 0]
 
 
 def test_names_of_other_classes_are_no_names(tmp_path: Path) -> None:
@@ -609,7 +609,7 @@ def test_the_order_of_classes_is_the_same_everywhere(tmp_path: Path) -> None:
     assert listed(tar).class_names == listed(tmp_path / "folder").class_names == expected
     assert listed(shard_of(tmp_path / "y.tar", tied[:16])).class_names == tuple(tied[:16])
     assert listed(write_table(tmp_path / "z.parquet", tied, Value("string"))).class_names == expected
-    assert sets.open_set("in1k", [str(tmp_path / "folder")]).class_names == expected
+    assert labels.open_set("in1k", [str(tmp_path / "folder")]).class_names == expected
 
 
 @pytest.mark.parametrize("name", ["custom", "in1k"])
@@ -626,13 +626,13 @@ def test_names_of_files_that_are_no_text(name: str, tmp_path: Path, capsys: pyte
     output = tmp_path / "results.csv"
     [row] = run(output, *words, f"{name}={tmp_path / 'set'}", models=["test_vit"])
     assert (row["n"], row["undecodable"], row["weights"]) == ("2", "1", "mod\\udce9l")
-    assert "1 undecodable, not in n: set/n01440764/caf\\xe92.jpg" in row["marks"]
-    assert ("files left out as no images (1): n01440764/caf\\xe9.txt" in row["marks"]) == (name == "custom")
+    assert "1 undecodable, not in n: set/n01440764/caf\\xe92.jpg" in row["warnings"]
+    assert ("files left out as no images (1): n01440764/caf\\xe9.txt" in row["warnings"]) == (name == "custom")
     assert "undecodable: set/n01440764/caf\\xe92.jpg: " in capsys.readouterr().err
     assert len(run(output, *words, f"{name}={tmp_path / 'set'}", models=["test_vit"])) == 1  # finished before
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(tmp_path / "set", "set")
-    tar = sets.label(name, sets.open_set(name, [str(tmp_path / "x.tar")]), (), 1)
+    tar = labels.label(name, labels.open_set(name, [str(tmp_path / "x.tar")]), (), 1)
     assert [len(tar.listing), len(tar.fingerprint())] == [3, 64]
 
 
@@ -656,9 +656,9 @@ def test_thousands_of_classes_are_matched_at_once(tmp_path: Path) -> None:
     Dataset.from_dict(rows, Features(image=Images(), label=ClassLabel(names=names))).to_parquet(tmp_path / "x.parquet")
     listing = replace(listed(tmp_path / "x.parquet"), class_names=tuple(names))
     before = Counted.looks
-    labelled = sets.label("custom", listing, names[::-1], count)
+    labelled = labels.label("custom", listing, names[::-1], count)
     labelled.fingerprint()
     with pytest.raises(ValueError, match="are not among the 1000 wnids"):
-        sets.label("in1k", listing)
+        labels.label("in1k", listing)
     assert Counted.looks - before < 20 * count
     assert labelled.targets.tolist() == list(range(count))[::-1]
