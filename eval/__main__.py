@@ -59,13 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = scoring_parser("python -m eval", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=[], metavar="NAME", help="timm names, ours or not; hf-hub: and local-dir: too")
-    add(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="file, folder or hf-hub:OWNER/NAME; MODEL=FILE for several models; without: the hosted weights",
-    )
+    where = "file, folder or hf-hub:OWNER/NAME; MODEL=FILE for several models; without: the hosted weights"
+    add("--weights", nargs="+", default=[], metavar="FILE", help=where)
     add("--output", type=Path, default=Path("results.csv"), metavar="FILE", help="CSV that rows are appended to")
     add("--resume", action="store_true", help="go on within the set at which a run died, by OUTPUT.partial")
     add("--recompute", action="store_true", help="score again what the CSV has already, and append it anew")

@@ -6,10 +6,9 @@ import json
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import timm.data
@@ -17,7 +16,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from arm_zoo.images.listing import class_name, listed
-from eval.listing import Listing, Reader, Reading
+from eval.listing import Listing
 from eval.metrics import NO_CLASS
 from eval.own import AS_USUAL, Choices, open_own
 from eval.sets import CUSTOM, NUMBERS, REAL, SETS, ImageSet
@@ -76,11 +75,7 @@ class LabelledSet:
     warnings: tuple[str, ...]
 
     def answers(self, real: bool) -> dict[str, np.ndarray]:
-        """By row of results: (N, K) classes that are right for each image, NO_CLASS where there are fewer.
-
-        Args:
-            real: also by ReaL's labels, which some images lack.
-        """
+        """By row, ReaL's if asked: (N, K) classes that are right for each image, NO_CLASS where there are fewer."""
         groups = {} if self.name == CUSTOM else {indices[0]: indices for indices in class_list(self.name).values()}
         label_sets = {self.name: [groups.get(target, (target,)) for target in self.targets.tolist()]}
         if real:
@@ -103,12 +98,7 @@ def _padded(label_sets: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
-    """The images of a set, labels as they are there.
-
-    Args:
-        name: of the set.
-        locations: see `eval.sources.open_source`.
-        choices: for a custom set, see `eval.own.open_own`.
+    """The images of a set, labels as they are there; see `eval.sources.open_source`, for custom `eval.own.open_own`.
 
     Raises:
         ValueError: where there are no images, or labels that no model can be right about.
@@ -121,33 +111,31 @@ def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -
         _refuse_labels(listing, None if names is None else len(names), "the source's own class names")
     except ValueError as error:
         raise ValueError(f"--sets {name}: {error}") from error
+    return _inner_part(spec, listing) if spec.border or spec.class_list.endswith(".csv") else listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerPart(Listing):
+    """Some images of a listing, without their borders."""
+
+    whole: Listing
+    places: np.ndarray
+    border: int
+
+    def decode(self, index: int, mode: str) -> Image.Image:
+        image, border = self.whole.decode(int(self.places[index]), mode), self.border
+        return image.crop((border, border, image.width - border, image.height - border))
+
+
+def _inner_part(spec: ImageSet, listing: Listing) -> Listing:
+    """Without borders, and without images of unlisted classes; with all of them if none is listed, to be refused."""
+    names, places = listing.class_names or (), np.arange(len(listing))
     if spec.class_list.endswith(".csv"):
-        listing = _of_listed_classes(name, listing)
-    if spec.border:
-        decode = partial(_decode_inside, listing.reading, spec.border)
-        reading = replace(listing.reading, name=f"inside {spec.border} pixels", decode=decode)
-        listing = replace(listing, reading=reading)
-    return listing
-
-
-def _of_listed_classes(name: str, listing: Listing) -> Listing:
-    """Without the images of classes that ImageNet-1k lacks; all images where no class is known, to be refused."""
-    known = [i for i, label in enumerate(listing.class_names or ()) if label in class_list(name)]
-    places = np.flatnonzero(np.isin(listing.labels, known))
-    if not len(places):
-        return listing
-    files = [listing.files[i] for i in places]
-    labels, sizes = listing.labels[places], listing.sizes[places]
-    return replace(listing, files=files, labels=labels, sizes=sizes, read=partial(_read_chosen, listing.read, places))
-
-
-def _read_chosen(read: Reader, places: np.ndarray, index: int) -> IO[bytes]:
-    return read(places[index])
-
-
-def _decode_inside(reading: Reading, border: int, file: IO[bytes], name: str, mode: str) -> Image.Image:
-    image = reading.decode(file, name, mode)
-    return image.crop((border, border, image.width - border, image.height - border))
+        is_listed = np.isin(listing.labels, [i for i, name in enumerate(names) if name in class_list(spec.name)])
+        places = places[is_listed] if is_listed.any() else places
+    fields = vars(listing) | {"labels": listing.labels[places], "sizes": listing.sizes[places]}
+    fields["files"] = [listing.files[i] for i in places]
+    return InnerPart(**fields, whole=listing, places=places, border=spec.border)
 
 
 def _refuse_another_release(name: str, listing: Listing) -> None:
@@ -176,13 +164,7 @@ def _refuse_labels(listing: Listing, classes: int | None, what: str) -> None:
 
 
 def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
-    """Class indices for the images of a set.
-
-    Args:
-        name: of the set.
-        listing: its images.
-        label_names: the model's names of its classes; used for a custom set only.
-        num_classes: of the model; used for a custom set only.
+    """Class indices for the images of a set; for a custom set those of a model with these classes.
 
     Raises:
         ValueError: where labels are outside the set's label space, or could mean two things.
@@ -227,7 +209,7 @@ def _targets_of_names(spec: ImageSet, listing: Listing, names: Sequence[str]) ->
         allowed = {str(i): (i,) for i in range(1000)}
     if wrong := [name for name in used if name not in allowed]:
         raise ValueError(
-            f"{len(wrong)} of {len(used)} classes are not among the {len(allowed)} of {spec.card_name}: "
+            f"{len(wrong)} of {len(used)} classes are not among the {len(allowed)} classes of {spec.card_name}: "
             f"{_some(wrong)}; each class needs a folder or label named as in the release: {_some(list(allowed), 2)}"
         )
     targets = np.array([allowed.get(name, (NO_CLASS,))[0] for name in names])[listing.labels]

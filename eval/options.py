@@ -55,12 +55,8 @@ def scoring_parser(program: str, description: str | None) -> argparse.ArgumentPa
     for what in ("image", "label"):
         add(f"--{what}-column", metavar="NAME", help=f"of custom's {what}s, in parquet files or a Hub dataset")
     add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="of an image of custom (%(default)s)")
-    add(
-        "--device",
-        type=usable_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; with several processes each takes a GPU of its own (default: %(default)s)",
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=device, help="of several processes each takes a GPU (%(default)s)")
     add("--batch-size", type=positive, default=64, help="of each process (default: %(default)s)")
     add("--dtype", choices=list(DTYPES), default="fp32", help="bf16 and fp16: fp32 weights under autocast")
     add("--limit", type=positive, metavar="N", help="score N images across each set only; the rows get a warning")
@@ -91,7 +87,7 @@ def parse_sets(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def open_requests(args: argparse.Namespace) -> list[Request]:
-    """All sets, in1k first because its clean images go into the rows of A and R; labels are tried once."""
+    """All sets, in1k first because its clean images go into the rows of A and R. Labels are tried before models."""
     locations = parse_sets(args.sets)
     choices = Choices(Columns(args.image_column, args.label_column), args.max_pixels)
     if choices != AS_USUAL and CUSTOM not in locations:
@@ -110,11 +106,7 @@ def open_requests(args: argparse.Namespace) -> list[Request]:
 
 
 def start_processes(device: torch.device) -> PartialState:
-    """This process's part of the job.
-
-    Raises:
-        ValueError: if the launcher started more processes than take part.
-    """
+    """This process's part of the job; ValueError if the launcher started more processes than take part."""
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != launched:

@@ -629,6 +629,20 @@ def test_logits_that_are_not_numbers_are_wrong_and_said(world: World, tmp_path: 
     assert float(row["top5"]) == 0 and "18 images have logits that are not numbers" in row["warnings"]
 
 
+def test_any_class_that_objectnets_stands_for_is_right(world: World, tmp_path: Path) -> None:
+    state = load_file(world.weights)
+    state["head.bias"][530] = 1e4  # digital clock, the second class of alarm_clock
+    save_file(state, tmp_path / "clock.safetensors")
+    for i, folder in enumerate(("alarm_clock", "alarm_clock", "mug", "squeegee", "squeegee")):
+        path = tmp_path / "images" / folder / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random_picture(np.random.default_rng(i)).save(path)
+    words = ["--sets", f"objectnet={tmp_path}"]
+    [row] = run(world, tmp_path / "results.csv", *words, weights=tmp_path / "clock.safetensors")
+    assert counts_of(row)[:2] == (3, 2)
+    assert row["warnings"] == "3 images instead of 18574; 2 classes instead of 113"
+
+
 def test_speed_is_shown_and_nothing_written(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--speed")
     assert "loader alone" in capsys.readouterr().out

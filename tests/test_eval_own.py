@@ -527,7 +527,7 @@ def test_labels_beyond_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_words_in_place_of_imagenets_classes_have_no_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A thousand descriptions are indices by their place in a ClassLabel only; words come as in the alphabet."""
     tar = shard_of(tmp_path / "x.tar", [f"thing {999 - i}" for i in range(1000)])
-    assert "1000 of 1000 classes are not among the 1000 wnids" in refusal(capsys, "--sets", f"in1k={tar}")
+    assert "1000 of 1000 classes are not among the 1000 classes" in refusal(capsys, "--sets", f"in1k={tar}")
 
 
 # The model's names of its classes
@@ -643,7 +643,7 @@ def test_names_of_folders_that_are_no_text(tmp_path: Path, capsys: pytest.Captur
     message = refusal(capsys, "--sets", f"custom={place}")
     assert "caf\\xe9" in message and "is not UTF-8; rename the folder" in message
     save(place / "three" / "x.png", jpeg())
-    assert "not among the 1000 wnids" in refusal(capsys, "--sets", f"in1k={place}")
+    assert "not among the 1000 classes" in refusal(capsys, "--sets", f"in1k={place}")
     (place / os.fsdecode(b"caf\xe9")).rename(tmp_path / "gone")
     [row] = run(tmp_path / "results.csv", "--sets", f"custom={place}")
     assert row["n"] == "1"
@@ -658,7 +658,7 @@ def test_thousands_of_classes_are_matched_at_once(tmp_path: Path) -> None:
     before = Counted.looks
     labelled = labels.label("custom", listing, names[::-1], count)
     labelled.fingerprint()
-    with pytest.raises(ValueError, match="are not among the 1000 wnids"):
+    with pytest.raises(ValueError, match="are not among the 1000 classes"):
         labels.label("in1k", listing)
     assert Counted.looks - before < 20 * count
     assert labelled.targets.tolist() == list(range(count))[::-1]

@@ -146,7 +146,7 @@ def test_class_labels_with_descriptions_need_all_thousand(tmp_path: Path) -> Non
         return label(name, file).targets.tolist()
 
     assert targets("in1k", [f"thing {i}" for i in range(1000)]) == [7]
-    with pytest.raises(ValueError, match="1 of 1 classes are not among the 200 of ImageNet-A: 'thing 7'"):
+    with pytest.raises(ValueError, match="1 of 1 classes are not among the 200 classes of ImageNet-A: 'thing 7'"):
         targets("a", [f"thing {i}" for i in range(200)])
 
 
@@ -156,7 +156,8 @@ def test_objectnets_list_is_of_classes_of_imagenet() -> None:
     meant = [index for indices in listed.values() for index in indices]
     assert len(listed) == sets.SETS["objectnet"].classes == 113
     assert len(meant) == len(set(meant)) == 125 and max(map(len, listed.values())) == 3
-    names = {folder: [ImageNetInfo().index_to_description(i) for i in indices] for folder, indices in listed.items()}
+    describe = ImageNetInfo().index_to_description
+    names = {folder: list(map(describe, listed[folder])) for folder in ("alarm_clock", "t-shirt", "wheel")}
     assert names["alarm_clock"] == ["analog clock", "digital clock"]
     assert names["t-shirt"] == ["jersey, T-shirt, tee shirt"]
     assert names["wheel"] == ["car wheel", "paddlewheel, paddle wheel"]
@@ -173,7 +174,7 @@ def test_objectnet_leaves_out_classes_that_imagenet_lacks(tmp_path: Path, capsys
     assert program.main(["--sets", f"objectnet={root}", "--show-mapping", "--device", "cpu"]) == 0
     assert "-> class 409 analog clock or class 530 digital clock" in capsys.readouterr().out
     message = refusal(capsys, "--sets", f"objectnet={tree(tmp_path / 'x', 'a/1.png', 'b/1.png')}", "--show-mapping")
-    assert "2 of 2 classes are not among the 113 of ObjectNet: 'a', 'b'; each class needs a folder" in message
+    assert "2 of 2 classes are not among the 113 classes of ObjectNet: 'a', 'b'; each class needs a folder" in message
 
 
 def test_objectnets_border_is_cut_off(tmp_path: Path) -> None:
@@ -183,8 +184,6 @@ def test_objectnets_border_is_cut_off(tmp_path: Path) -> None:
     image.save(tmp_path / "mug" / "x.png")
     listing = labels.open_set("objectnet", [str(tmp_path)])
     assert listing.decode(0, "RGB").getcolors() == [(8 * 6, (0, 0, 255))]
-    with listing.read(0) as file:  # the file itself is as it was
-        assert Pillow.open(file).size == (12, 10)
 
 
 def test_the_record_of_sets_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,12 +238,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     "name, files, message",
     [
         ("in1k", ["n01440764/x.JPEG", "n99999999/x.JPEG"],
-         "1 of 2 classes are not among the 1000 of ImageNet-1k: 'n99999999'"),
-        ("a", ["n01498041/x.jpg", "n01440764/x.jpg"], "not among the 200 of ImageNet-A: 'n01440764'"),
+         "1 of 2 classes are not among the 1000 classes of ImageNet-1k: 'n99999999'"),
+        ("a", ["n01498041/x.jpg", "n01440764/x.jpg"], "not among the 200 classes of ImageNet-A: 'n01440764'"),
         ("sketch", ["sketch/tench/x.JPEG", "sketch/shark/x.JPEG"],
          "each class needs a folder or label named as in the release: 'n01440764', 'n01443537' and 998 more"),
         ("v2", ["0/x.jpeg", "1000/x.jpeg"],
-         "1 of 2 classes are not among the 1000 of ImageNet-V2: '1000'; each class needs a folder or label named as "
+         "1 of 2 classes are not among the 1000 classes of ImageNet-V2: '1000'; each class needs a folder or label named as "
          "in the release: '0', '1' and 998 more"),
         ("v2", ["n01440764/x.jpeg", "n01443537/x.jpeg"], "of ImageNet-V2: 'n01440764', 'n01443537'"),
         ("v2", ["0/x.jpeg", "007/x.jpeg"], "of ImageNet-V2: '007'"),
