@@ -243,8 +243,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("sketch", ["sketch/tench/x.JPEG", "sketch/shark/x.JPEG"],
          "each class needs a folder or label named as in the release: 'n01440764', 'n01443537' and 998 more"),
         ("v2", ["0/x.jpeg", "1000/x.jpeg"],
-         "1 of 2 classes are not among the 1000 classes of ImageNet-V2: '1000'; each class needs a folder or label named as "
-         "in the release: '0', '1' and 998 more"),
+         "1 of 2 classes are not among the 1000 classes of ImageNet-V2: '1000'; each class needs a folder or label "
+         "named as in the release: '0', '1' and 998 more"),
         ("v2", ["n01440764/x.jpeg", "n01443537/x.jpeg"], "of ImageNet-V2: 'n01440764', 'n01443537'"),
         ("v2", ["0/x.jpeg", "007/x.jpeg"], "of ImageNet-V2: '007'"),
         ("in1k", ["val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000002.JPEG"],
