@@ -348,7 +348,7 @@ def test_output_is_checked_before_anything_is_scored(tmp_path: Path, capsys: pyt
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     words = ["--sets", "in1k=x", "--show-mapping", "--output"]
     assert "must be a .csv file in a folder that exists" in refusal(capsys, *words, str(tmp_path / "no" / "x.csv"))
-    assert "is no table of python -m eval, it lacks model, set" in refusal(capsys, *words, str(tmp_path / "other.csv"))
+    assert "model, set, n" in refusal(capsys, *words, str(tmp_path / "other.csv"))
 
 
 def test_columns_of_other_people_stay(tmp_path: Path) -> None:

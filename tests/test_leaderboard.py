@@ -130,7 +130,7 @@ def made(tmp_path: Path, repo: Path) -> Path:
     """A folder with a leaderboard of the paper's tables and of some measured rows."""
     rows = [
         measured_row(top1="10.0000"),  # older than the next but one
-        measured_row(set="a", top1="31.5000", marks="7499 pictures instead of 7500"),
+        measured_row(set="a", top1="31.5000", warnings="7499 images instead of 7500"),
         measured_row(clean200_a_top1="93.2500"),
         measured_row(set="v2", top1="72.2500"),
         measured_row(model="limited", limit="100"),
@@ -198,7 +198,7 @@ def test_measured_rows_stand_apart(made: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("| arm_base_patch16_224 | **measured**")]
     [line] = lines
     assert "| 83.12 | - | 72.25 | 31.50 | - | - | 93.25 |" in line
-    assert "a: 7499 pictures instead of 7500" in line
+    assert "a: 7499 images instead of 7500" in line
     assert all(word not in text for word in ("10.00", "limited", "empty", "columnless"))
     assert "w.safetensors (abababab), crop 0.875 squash, bicubic, fp32" in line
     assert "| ARM-B | *reported* | 224 | 85 | 83.2 | 88.0 |" in text
