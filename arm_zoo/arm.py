@@ -441,6 +441,9 @@ default_cfgs = _generate_default_cfgs(
 )
 
 
+SHORT_NAMES = {f"arm_{size}": f"arm_{size}_patch16_224" for size in ("base", "large", "huge")}
+
+
 def _create_arm(variant: str, pretrained: bool, **kwargs: Any) -> ARM:
     _check_keywords(variant, kwargs)
     out_indices = kwargs.pop("out_indices", 3)

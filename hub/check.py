@@ -1,7 +1,6 @@
 """Whether published and bundled weights are what they should be: sha256, names and shapes, golden answers."""
 
 from pathlib import Path
-from typing import cast
 
 import timm
 import torch
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 
 from arm_zoo.arm import ARM
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.hosted import ORGANISATION, TABLE, download, find_weights
+from arm_zoo.hosted import ORGANISATION, TABLE, download
 from arm_zoo.loading import from_pretrained
 from arm_zoo.pretrain import ARMPretrain
 
@@ -77,9 +76,7 @@ def check_bundled(entry: str) -> str:
     sha256 = TABLE[entry].sha256
     if sha256 is None:
         raise CheckpointError(f"{entry} is bundled, but arm_zoo/hosted.py has no sha256 of it")
-    find_weights(entry)
-    model = cast(ARM, timm.create_model(entry, pretrained=True))
-    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', model, sha256)}"
+    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', from_pretrained(entry), sha256)}"
 
 
 def check_all() -> tuple[list[str], int]:
