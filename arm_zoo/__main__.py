@@ -27,12 +27,13 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_mode
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.arm import ARM
-from arm_zoo.hosted import TABLE, find_weights, training_commands
+from arm_zoo.download import find_weights
+from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
 from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.weights import CheckpointError
+from arm_zoo.table import TABLE, bundled_entries, training_commands
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
@@ -62,7 +63,7 @@ def count_macs(model: ARM) -> int:
 
 def whereabouts(entry: str) -> str:
     """Whether the weights of an entry come with the package, are on the Hub, or neither."""
-    if entry in TABLE and TABLE[entry].bundled:
+    if entry in TABLE and TABLE[entry].where == "bundled":
         return "bundled"
     return "hosted" if is_model_pretrained(entry) else "not hosted"
 
@@ -188,12 +189,11 @@ def load_classifier(source: str | None, weights: Path | None) -> Any:
 
 
 def _ways_on(entry: str) -> str:
-    """What `arm_zoo.hosted.ways_on` says, in terms of this command line."""
-    bundled = [name for name, weights in TABLE.items() if weights.bundled]
+    """What `arm_zoo.table.ways_on` says, in terms of this command line."""
     return (
         f"the weights of {entry} are not hosted yet: name an official or own file (--weights FILE), train them from a "
         f"checkout ({training_commands(entry)}), or use a model that comes with the package "
-        f"(--model {' or '.join(bundled)})"
+        f"(--model {' or '.join(bundled_entries())})"
     )
 
 

@@ -4,39 +4,33 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import timm
 import torch
-from timm.models import (
-    PretrainedCfg,
-    get_pretrained_cfg,
-    list_models,
-    resolve_pretrained_cfg,
-    split_model_name_tag,
-)
-from torch import nn
+from timm.models import PretrainedCfg, get_pretrained_cfg, list_models, resolve_pretrained_cfg, split_model_name_tag
 
-from arm_zoo.arm import ARM, SHORT_NAMES
+from arm_zoo.adapt import adapt_state_dict
+from arm_zoo.arm import ARM
+from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
+from arm_zoo.download import download, hub_repository
 from arm_zoo.files import (
     CONFIG,
     PICKLED_WEIGHTS,
     WEIGHTS,
     CheckpointError,
     described_by_folder,
-    read_checkpoint,
     read_config,
-    read_shapes,
     weights_in,
 )
-from arm_zoo.hosted import ORGANISATION, TABLE, download, known_sha256, organisation
+from arm_zoo.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.reading import read_checkpoint, read_shapes
+from arm_zoo.table import known_sha256
 from arm_zoo.variant import MAX_DEPTH, find_variant
-from arm_zoo.weights import adapt_state_dict
-
-__all__ = ["Loaded", "architecture_of", "entries", "entry_of", "from_pretrained", "label_names", "load"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -45,9 +39,6 @@ _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "sour
 _NAMES_OF_CLASSES = {"label_names": list[str] | dict[str, str] | None, "label_descriptions": Any}
 _PRETRAINED_CFG = {**get_type_hints(PretrainedCfg), **_NAMES_OF_CLASSES, "custom_load": Literal[False]}
 _MAX_CLASSES = 1_000_000  # more are a damaged file, and a head for them would take all memory
-_MODEL_ARGS = get_type_hints(ARM.__init__)
-_FETCH_AGAIN = "write it anew or fetch it again"
-_PRETRAINING_MODEL = get_type_hints(ARMPretrain.__init__)
 
 
 class Loaded(NamedTuple):
@@ -94,8 +85,7 @@ def load(
         FileNotFoundError: if there is no such file or folder.
         ValueError: for an unknown name, and for a folder of another model than `name`.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
-    return _load(name, weights, as_backbone, hub, kwargs, timms_too=True)
+    return _Loader(as_backbone, revision, cache_dir, token, kwargs).load(name, weights)
 
 
 def from_pretrained(
@@ -123,48 +113,11 @@ def from_pretrained(
         FileNotFoundError: if there is no such file or folder.
         ValueError: if `source` is nothing of the above.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) and not Path(source).exists()
     if is_repository and not str(source).endswith((".safetensors", ".pth")):
         source = f"hf-hub:{source}"
-    return cast(ARM | ARMPretrain, _load(source, None, as_backbone, hub, kwargs, timms_too=False).model)
-
-
-def _load(
-    name: str | Path,
-    weights: str | Path | None,
-    as_backbone: bool,
-    hub: dict[str, Any],
-    kwargs: dict[str, Any],
-    timms_too: bool,
-) -> Loaded:
-    source = str(name if weights is None else weights)
-    wanted = None if weights is None else str(name)
-    scheme, _, rest = source.partition(":")
-    path = Path(rest if scheme == "local-dir" else source)
-    if scheme in ("hf-hub", "hf_hub"):
-        return _from_hub(rest, source, wanted, as_backbone, hub, kwargs, timms_too)
-    if name in entries() and weights is None:
-        if hosted := _repository(source):
-            repo, table_revision = hosted
-            hub = {**hub, "revision": hub["revision"] or table_revision}
-            called = f"{repo}@{hub['revision']}" if hub["revision"] else repo
-            return _from_hub(repo, called, None, as_backbone, hub, kwargs, timms_too)
-        return _from_timm(source, hub["cache_dir"], kwargs)
-    if name in list_entries() and weights is None and timms_too:
-        return _from_timm(source, hub["cache_dir"], kwargs)
-    if scheme == "local-dir" or path.is_dir() or (path.is_file() and described_by_folder(path)):
-        folder = path.parent if path.is_file() else path
-        loaded = _from_folder(folder, wanted, as_backbone, kwargs, timms_too)
-        return loaded._replace(source=path.resolve().name)
-    if path.is_file():
-        model = _from_file(path, as_backbone, kwargs) if wanted is None else _from_named_file(wanted, path, kwargs)
-        return Loaded(model, path, path.name, {})
-    if weights is not None or path.suffix or "/" in source:
-        raise FileNotFoundError(
-            f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), a folder, a file or hf-hub:ORG/NAME"
-        )
-    raise unknown_model(source, list_entries() if timms_too else entries())
+    loader = _Loader(as_backbone, revision, cache_dir, token, kwargs, timms_too=False)
+    return cast(ARM | ARMPretrain, loader.load(source).model)
 
 
 def unknown_model(name: str, known: Collection[str]) -> ValueError:
@@ -192,7 +145,8 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 def entries() -> set[str]:
     """Names of all entries of ours, with and without tags."""
-    return {*list_models(module="arm"), *list_models(module="arm", include_tags=True)}
+    known = {*ARCHITECTURES, *SHORT_NAMES}
+    return known | {name for name in list_models(include_tags=True) if name.partition(".")[0] in known}
 
 
 def list_entries() -> set[str]:
@@ -213,63 +167,161 @@ def entry_of(name: str) -> str:
     return f"{architecture}.{tag or default.tag}"
 
 
-def _repository(name: str) -> tuple[str, str | None] | None:
-    """Repository and revision of an entry that is on the Hub, else None: `timm.create_model` says what to do."""
-    weights = TABLE.get(entry_of(name))
-    if weights is None or weights.bundled or not weights.repository:
-        return None
-    if organisation() != ORGANISATION:
-        return f"{organisation()}/{weights.repository}", None
-    return (f"{ORGANISATION}/{weights.repository}", weights.revision) if weights.hosted else None
+@dataclass(frozen=True)
+class _Loader:
+    """One call of `load` or `from_pretrained`: what was asked for beside the names."""
 
+    as_backbone: bool
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    timms_too: bool = True
 
-def _from_hub(
-    repo: str,
-    source: str,
-    wanted: str | None,
-    as_backbone: bool,
-    hub: dict[str, Any],
-    kwargs: dict[str, Any],
-    timms_too: bool,
-) -> Loaded:
-    """From the cache's folder with a repository's configuration and weights of one and the same commit."""
-    name, _, at = repo.partition("@")
-    revision = hub["revision"] or at or None
-    file = download(name, CONFIG, revision, hub["cache_dir"], hub["token"])
-    config = read_config(file.parent)
-    if timms_too and not _is_ours(config):
-        _check_architecture(config, wanted, source)
-        at_revision = f"hf-hub:{name}@{revision}" if revision else f"hf-hub:{name}"
-        return _from_timm(at_revision, hub["cache_dir"], kwargs)._replace(source=source, config=config)
-    weights = download(name, WEIGHTS, file.parent.name, hub["cache_dir"], hub["token"], known_sha256(name, revision))
-    if weights.parent != file.parent:
-        raise CheckpointError(f"{file.parent} and {weights.parent} should be one folder of the cache; load again")
-    return _from_folder(file.parent, wanted, as_backbone, kwargs, timms_too)._replace(source=source)
+    def load(self, name: str | Path, weights: str | Path | None = None) -> Loaded:
+        source, wanted = (str(name), None) if weights is None else (str(weights), str(name))
+        scheme, _, rest = source.partition(":")
+        path = Path(rest if scheme == "local-dir" else source)
+        if scheme in ("hf-hub", "hf_hub"):
+            return self.from_hub(rest, wanted)._replace(source=source)
+        known = list_entries() if self.timms_too else entries()
+        if weights is None and name in known:
+            repository = hub_repository(entry_of(source)) if source in entries() else None
+            if repository is None:
+                return self.from_timm(source)
+            return self.from_hub(repository, None)._replace(source=repository)
+        if scheme == "local-dir" or path.is_dir() or (path.is_file() and described_by_folder(path)):
+            folder = path.parent if path.is_file() else path
+            return self.from_folder(folder, wanted)._replace(source=path.resolve().name)
+        if path.is_file():
+            model = self.from_file(path) if wanted is None else self.from_named_file(wanted, path)
+            return Loaded(model, path, path.name, {})
+        if weights is not None or path.suffix or "/" in source:
+            raise FileNotFoundError(
+                f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), a folder, a file or "
+                "hf-hub:ORG/NAME"
+            )
+        raise unknown_model(source, known)
 
+    def from_timm(self, name: str) -> Loaded:
+        """By `timm.create_model`, and which file that read, where a cache still has it."""
+        model: Any = timm.create_model(name, pretrained=True, cache_dir=self.cache_dir, **self.kwargs)
+        cfg = getattr(model, "pretrained_cfg", {})
+        if cfg.get("file"):
+            return Loaded(model, Path(cfg["file"]), Path(cfg["file"]).resolve().name, {})
+        if cfg.get("hf_hub_id"):
+            from huggingface_hub import try_to_load_from_cache
 
-def _from_timm(name: str, cache_dir: str | Path | None, kwargs: Mapping[str, Any]) -> Loaded:
-    """By `timm.create_model`, and which file that read, where a cache still has it."""
-    model: Any = timm.create_model(name, pretrained=True, cache_dir=cache_dir, **kwargs)
-    cfg = getattr(model, "pretrained_cfg", {})
-    if cfg.get("file"):
-        file = Path(cfg["file"])
-        return Loaded(model, file, file.resolve().name, {})
-    if cfg.get("hf_hub_id"):
-        from huggingface_hub import try_to_load_from_cache
+            repo, _, revision = str(cfg["hf_hub_id"]).partition("@")
+            names = filter(None, (cfg.get("hf_hub_filename"), WEIGHTS, PICKLED_WEIGHTS))
+            cached = (try_to_load_from_cache(repo, each, self.cache_dir, revision or None) for each in names)
+            found = next((Path(each) for each in cached if isinstance(each, str)), None)
+            return Loaded(model, found, str(cfg["hf_hub_id"]), {})
+        url = str(cfg.get("url") or "")
+        file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        return Loaded(model, file if file.is_file() else None, url, {})
 
-        repo, _, revision = str(cfg["hf_hub_id"]).partition("@")
-        for filename in filter(None, (cfg.get("hf_hub_filename"), WEIGHTS, PICKLED_WEIGHTS)):
-            found = try_to_load_from_cache(repo, filename, cache_dir, revision or None)
-            if isinstance(found, str):
-                return Loaded(model, Path(found), str(cfg["hf_hub_id"]), {})
-        return Loaded(model, None, str(cfg["hf_hub_id"]), {})
-    url = str(cfg.get("url") or "")
-    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    return Loaded(model, file if file.is_file() else None, url, {})
+    def from_hub(self, repo: str, wanted: str | None) -> Loaded:
+        """From the cache's folder with a repository's configuration and weights of one and the same commit."""
+        name, _, at = repo.partition("@")
+        revision = self.revision or at or None
+        file = download(name, CONFIG, revision, self.cache_dir, self.token)
+        config = read_config(file.parent)
+        if self.is_timms(config):
+            _check_architecture(config, wanted, repo)
+            at = f"@{revision}" if revision else ""
+            return self.from_timm(f"hf-hub:{name}{at}")._replace(config=config)
+        sha256 = known_sha256(name, revision)
+        weights = download(name, WEIGHTS, file.parent.name, self.cache_dir, self.token, sha256)
+        if weights.parent != file.parent:
+            raise CheckpointError(f"{file.parent} and {weights.parent} should be one folder of the cache; load again")
+        return self.from_folder(file.parent, wanted)
 
+    def is_timms(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of a model of timm's own, where those are taken."""
+        name = config.get("architecture")
+        ours = "pretraining_model" in config or name in [*entries()]  # a list: the name may be whatever JSON has
+        return self.timms_too and not ours and isinstance(name, str) and timm.is_model(name)
 
-def _is_ours(config: Mapping[str, Any]) -> bool:
-    return "pretraining_model" in config or config.get("architecture") in [*entries()]  # it may be whatever JSON has
+    def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
+        config = read_config(folder)
+        own, name = config.get("pretraining_model"), f"local-dir:{folder}"
+        if self.is_timms(config):
+            _check_architecture(config, wanted, folder)
+            found = [file for file in (folder / WEIGHTS, folder / PICKLED_WEIGHTS) if file.is_file()]
+            return self.from_timm(name)._replace(file=found[0] if found else None, config=config)
+        file = weights_in(folder)
+        if own is not None and not self.as_backbone:
+            objective = config.get("objective", DEFAULT_OBJECTIVE)
+            if objective not in [*OBJECTIVES]:
+                allowed = f"expected one of {', '.join(OBJECTIVES)}"
+                raise CheckpointError(f"{folder / CONFIG} names the objective {_short(objective)}; {allowed}")
+            model_class = OBJECTIVES[objective].model_class
+            _check_table(own, get_type_hints(model_class.__init__), "pretraining_model", folder)
+            _check_description(file, model_class, own)
+            return Loaded(self.pretraining_model(objective, own, file, read_checkpoint(file)), file, "", config)
+        if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
+            return Loaded(self.from_file(file), file, "", config)
+        if config.get("architecture") not in [*entries()]:
+            raise CheckpointError(
+                f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of "
+                f"arm_zoo; timm.create_model('{name}', pretrained=True) takes timm's own"
+            )
+        _check_architecture(config, wanted, folder)
+        backbone_class = ARCHITECTURES[architecture_of(config["architecture"])].model_class
+        _check_table(config.get("model_args", {}), get_type_hints(backbone_class.__init__), "model_args", folder)
+        _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
+        above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
+        _check_table(above, _PRETRAINED_CFG, "its first level", folder)
+        _check_description(file, timm.create_model, {"model_name": name})
+        return Loaded(timm.create_model(name, pretrained=True, **self.kwargs), file, "", config)
+
+    def from_file(self, file: Path) -> Any:
+        """The model that the shapes of a file's tensors tell."""
+        tensors = read_checkpoint(file)
+        variant = find_variant(tensors)
+        if variant.pretraining is not None and variant.objective is not None and not self.as_backbone:
+            return self.pretraining_model(variant.objective, variant.pretraining, file, tensors)
+        overlay = {"file": str(file), "state_dict": tensors, "num_classes": variant.num_classes}
+        overlay |= {"input_size": variant.input_size} if variant.pretraining is None else {}
+        arguments = {"num_classes": variant.num_classes, **variant.model_args, **self.kwargs}
+        return timm.create_model(variant.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+    def from_named_file(self, name: str, file: Path) -> Any:
+        """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
+        tensors = read_checkpoint(file)
+        cfg = resolve_pretrained_cfg(architecture_of(name))
+        if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
+            model = timm.create_model(name, **self.kwargs)
+            model.load_state_dict(tensors)
+            return model
+        classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
+        head, stem = tensors.get(f"{classifier}.weight"), tensors.get(f"{cfg.first_conv}.weight")
+        classes = 0 if head is None else len(head)
+        overlay: dict[str, Any] = {"num_classes": classes, "state_dict": tensors, "hf_hub_id": None, "url": ""}
+        sizes = {"num_classes": classes - (cfg.label_offset or 0) if classes else 0}
+        if name in entries() and stem is not None:
+            sizes["in_chans"] = stem.shape[1]
+            overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
+        arguments = {**sizes, **self.kwargs}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+    def pretraining_model(
+        self, objective: str, saved: Mapping[str, Any], file: Path, tensors: dict[str, torch.Tensor]
+    ) -> ARMPretrain:
+        model_class = OBJECTIVES[objective].model_class
+        allowed = inspect.signature(model_class).parameters
+        if unknown := sorted(set(self.kwargs) - set(allowed)):
+            raise TypeError(
+                f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}; it takes "
+                f"{', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it"
+            )
+        try:
+            model = model_class(**{**saved, **self.kwargs})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
+        model.load_state_dict(adapt_state_dict(tensors, model))
+        return model
 
 
 def _check_architecture(config: Mapping[str, Any], wanted: str | None, where: object) -> None:
@@ -277,43 +329,6 @@ def _check_architecture(config: Mapping[str, Any], wanted: str | None, where: ob
     if wanted is not None and config.get("architecture") != architecture_of(wanted):
         found = config.get("architecture") or "no timm model"
         raise ValueError(f"the weights in {where} are of {found}, not of {architecture_of(wanted)}")
-
-
-def _from_folder(
-    folder: Path, wanted: str | None, as_backbone: bool, kwargs: Mapping[str, Any], timms_too: bool
-) -> Loaded:
-    config = read_config(folder)
-    own, name = config.get("pretraining_model"), f"local-dir:{folder}"
-    if timms_too and not _is_ours(config):
-        _check_architecture(config, wanted, folder)
-        return _from_timm(name, None, kwargs)._replace(file=_weights_if_any(folder), config=config)
-    file = weights_in(folder)
-    if own is not None and not as_backbone:
-        _check_table(own, _PRETRAINING_MODEL, "pretraining_model", folder)
-        _check_description(file, lambda: ARMPretrain(**own, device="meta"))
-        return Loaded(_pretraining_model(own, kwargs, file), file, "", config)
-    if own is not None and "architecture" not in config:  # as ARMPretrain.save_pretrained writes it
-        return Loaded(_from_file(file, as_backbone, kwargs), file, "", config)
-    if not _is_ours({"architecture": config.get("architecture")}):
-        raise CheckpointError(
-            f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of arm_zoo; "
-            f"timm.create_model('{name}', pretrained=True) takes timm's own"
-        )
-    _check_architecture(config, wanted, folder)
-    _check_table(config.get("model_args", {}), _MODEL_ARGS, "model_args", folder)
-    _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
-    above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
-    _check_table(above, _PRETRAINED_CFG, "its first level", folder)
-    _check_description(file, lambda: cast(ARM, timm.create_model(name, device="meta")))
-    return Loaded(timm.create_model(name, pretrained=True, **kwargs), file, "", config)
-
-
-def _weights_if_any(folder: Path) -> Path | None:
-    """The file of a folder; None where timm takes a file of another name there."""
-    try:
-        return weights_in(folder)
-    except FileNotFoundError:
-        return None
 
 
 def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) -> None:
@@ -353,23 +368,20 @@ def _is_a(value: Any, wanted: Any) -> bool:
     return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
 
 
-def _check_description(file: Path, build: Callable[[], ARM | ARMPretrain]) -> None:
+def _check_description(file: Path, build: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Compare what config.json describes with the weights beside it before memory is taken for it.
 
-    Args:
-        file: the weights.
-        build: makes the model on the meta device, where it costs nothing, from the configuration alone: what is wrong
-            here is not due to arguments of the caller.
+    The model is built on the meta device, where it costs nothing, and without the arguments of the caller.
     """
     config, shapes = file.parent / CONFIG, read_shapes(file)
     try:
-        model = build()
+        model = build(**arguments, device="meta")
         adapt_state_dict(shapes, model, timm_adapts=False)
     except CheckpointError:
         raise
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"the model of {config} cannot be built: {reason}; {_FETCH_AGAIN}") from error
+        raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
     patches = model.patch_embed.num_patches
     rows = shapes["pos_embed"].shape[1:2] if "pos_embed" in shapes else ()
     if rows and rows[0] not in (patches, patches + 1):
@@ -377,55 +389,3 @@ def _check_description(file: Path, build: Callable[[], ARM | ARMPretrain]) -> No
             f"{config} describes {patches} patches, but {file.name} beside it has position embeddings for {rows[0]} "
             "tokens: the two files do not belong together"
         )
-
-
-def _from_file(file: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> ARM | ARMPretrain:
-    variant = find_variant(read_checkpoint(file))
-    if variant.pretraining is not None and not as_backbone:
-        return _pretraining_model(variant.pretraining, kwargs, file)
-    overlay: dict[str, Any] = {"file": str(file), "num_classes": variant.num_classes}
-    arguments = {"num_classes": variant.num_classes, **variant.model_args}
-    if variant.pretraining is None:
-        embed = variant.backbone(device="meta").patch_embed
-        overlay["input_size"] = (embed.proj.in_channels, *embed.img_size)
-    return cast(
-        ARM,
-        timm.create_model(
-            variant.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, **kwargs}
-        ),
-    )
-
-
-def _from_named_file(name: str, file: Path, kwargs: Mapping[str, Any]) -> nn.Module:
-    """An entry's model, ours or timm's, with as many classes as the file says, so that timm draws none at random."""
-    state_dict = read_checkpoint(file)
-    cfg = resolve_pretrained_cfg(architecture_of(name))
-    if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
-        model = timm.create_model(name, **kwargs)
-        model.load_state_dict(state_dict)
-        return model
-    classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
-    head, stem = state_dict.get(f"{classifier}.weight"), state_dict.get(f"{cfg.first_conv}.weight")
-    classes = 0 if head is None else len(head)
-    overlay: dict[str, Any] = {"file": str(file), "num_classes": classes, "hf_hub_id": None, "url": ""}
-    sizes = {"num_classes": classes - (cfg.label_offset or 0) if classes else 0}
-    if name in entries() and stem is not None:
-        sizes["in_chans"] = stem.shape[1]
-        overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{**sizes, **kwargs})
-
-
-def _pretraining_model(saved: Mapping[str, Any], kwargs: Mapping[str, Any], file: Path) -> ARMPretrain:
-    allowed = inspect.signature(ARMPretrain).parameters
-    if unknown := sorted(set(kwargs) - set(allowed)):
-        raise TypeError(
-            f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}; it takes "
-            f"{', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it"
-        )
-    state_dict = read_checkpoint(file)
-    try:
-        model = ARMPretrain(**{**saved, **kwargs})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
-    model.load_state_dict(adapt_state_dict(state_dict, model))
-    return model
