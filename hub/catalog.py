@@ -1,6 +1,6 @@
 """What is known about the weights of each entry beside where they are: source, licence, recipe, figures, state.
 
-`arm_zoo.hosted` has what loading needs. Figures *reported* are the paper's (tables 2 and 3); those *measured* are read
+`arm_zoo.table` has what loading needs. Figures *reported* are the paper's (tables 2 and 3); those *measured* are read
 from the CSV that `python -m eval` writes, by the sha256 of the weights.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from arm_zoo.hosted import TABLE, training_commands
+from arm_zoo.table import TABLE, training_commands
 
 from .folders import UsageError
 
@@ -62,7 +62,7 @@ class Entry:
     @property
     def state(self) -> State:
         """Whether the weights are there, wait for conversion, or come from our own training."""
-        if self.name in TABLE and TABLE[self.name].hosted:
+        if self.name in TABLE and TABLE[self.name].where == "hosted":
             return "hosted"
         return "to convert" if self.source else "ours"
 

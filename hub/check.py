@@ -1,17 +1,17 @@
 """Whether published and bundled weights are what they should be: sha256, names and shapes, golden answers."""
 
 from pathlib import Path
-from typing import cast
 
 import timm
 import torch
 from safetensors.torch import load_file
 
 from arm_zoo.arm import ARM
+from arm_zoo.download import download
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.hosted import ORGANISATION, TABLE, download, find_weights
 from arm_zoo.loading import from_pretrained
 from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.table import TABLE, repository_of
 
 from .convert import answers
 from .folders import GOLDEN, check_complete, read_header
@@ -59,9 +59,9 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def check_entry(entry: str) -> str:
     """Fetch a hosted entry at the table's revision, and check it as its users load it."""
     weights = TABLE[entry]
-    repo = f"{ORGANISATION}/{weights.repository}"
+    repo = repository_of(entry)
     if weights.sha256 is None:
-        raise CheckpointError(f"{entry} is hosted, but arm_zoo/hosted.py has no sha256 of it")
+        raise CheckpointError(f"{entry} is hosted, but arm_zoo/table.py has no sha256 of it")
     files = [download(repo, name, weights.revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
     model = from_pretrained(entry)
     by_name = timm.create_model(entry, pretrained=True, num_classes=getattr(model, "num_classes", 0))
@@ -76,24 +76,22 @@ def check_bundled(entry: str) -> str:
     """Compare a file of the package with the table, load it as its users do, compare the golden answers."""
     sha256 = TABLE[entry].sha256
     if sha256 is None:
-        raise CheckpointError(f"{entry} is bundled, but arm_zoo/hosted.py has no sha256 of it")
-    find_weights(entry)
-    model = cast(ARM, timm.create_model(entry, pretrained=True))
-    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', model, sha256)}"
+        raise CheckpointError(f"{entry} is bundled, but arm_zoo/table.py has no sha256 of it")
+    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', from_pretrained(entry), sha256)}"
 
 
 def check_all() -> tuple[list[str], int]:
     """One line for each hosted or bundled entry, and how many failed."""
     lines, failed = [], 0
     for entry, weights in TABLE.items():
-        if not weights.hosted and not weights.bundled:
+        if weights.where == "planned":
             continue
         try:
-            said = check_bundled(entry) if weights.bundled else check_entry(entry)
+            said = check_bundled(entry) if weights.where == "bundled" else check_entry(entry)
             lines.append(f"{entry}: ok, {said}")
         except (CheckpointError, OSError) as error:
             failed += 1
             lines.append(f"{entry}: FAILED, {error}")
-    if not any(weights.hosted for weights in TABLE.values()):
+    if not any(weights.where == "hosted" for weights in TABLE.values()):
         lines.append("no entry is hosted yet")
     return lines, failed

@@ -14,8 +14,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, hf_hub_downloa
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from arm_zoo.download import explain
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
-from arm_zoo.hosted import explain
 
 from .card import write_card
 from .catalog import RESULTS
@@ -126,12 +126,8 @@ def publish(
 
 
 def _table_line(staged: Path, plan: Plan) -> str:
-    name, sha256 = plan.repo.rpartition("/")[2], sha256_of(staged / WEIGHTS)
-    architecture = read_config(staged)["architecture"]
-    return (
-        f'for arm_zoo/hosted.py: "{architecture}.TAG": Weights("{name}", revision="{plan.tag}", sha256="{sha256}", '
-        "hosted=True)"
-    )
+    row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{plan.tag}", "{plan.repo}")'
+    return f'for arm_zoo/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
 
 
 @contextmanager

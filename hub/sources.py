@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from huggingface_hub import HfApi
 
+from arm_zoo.download import explain
 from arm_zoo.files import CheckpointError
-from arm_zoo.hosted import explain
 from arm_zoo.variant import find_variant
 
 from .catalog import AUTHORS_REPOSITORY, CATALOG, Entry

@@ -332,7 +332,7 @@ def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     message = refused("--models", "test_vit", "--weights", str(file))
     assert "test_vit has 10 classes, in1k is for models of ImageNet's 1000" in message
     assert "--sets custom=PATH" in message
-    torch.save({"other.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.pth")
     assert "has no classifier" in refused("--models", "test_vit", "--weights", str(tmp_path / "other.pth"))
     (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:1000])
     assert "cannot read the checkpoint" in refused(
@@ -348,7 +348,7 @@ def test_output_is_checked_before_anything_is_scored(tmp_path: Path, capsys: pyt
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     words = ["--sets", "in1k=x", "--show-mapping", "--output"]
     assert "must be a .csv file in a folder that exists" in refusal(capsys, *words, str(tmp_path / "no" / "x.csv"))
-    assert "model, set, n" in refusal(capsys, *words, str(tmp_path / "other.csv"))
+    assert "is another table: it lacks the columns model, set" in refusal(capsys, *words, str(tmp_path / "other.csv"))
 
 
 def test_columns_of_other_people_stay(tmp_path: Path) -> None:
@@ -358,6 +358,17 @@ def test_columns_of_other_people_stay(tmp_path: Path) -> None:
     output.write_text(f"{head},comment\n{row},keep me\n")
     results.append(output, [{"model": "second"}])
     assert [(row["model"], row["comment"]) for row in results.read(output)] == [("first", "keep me"), ("second", "")]
+
+
+def test_columns_of_older_versions_have_their_new_names(tmp_path: Path) -> None:
+    output = tmp_path / "results.csv"
+    results.append(output, [{"model": "first", "warnings": "odd", "images": 7}])
+    head, *rows = output.read_text().splitlines()
+    old = head.replace("warnings", "marks").replace("images", "pictures")
+    output.write_text("\n".join(["\ufeff" + old, "", *rows]))  # as Excel writes it, with an empty line
+    results.append(output, [{"model": "second"}])
+    assert output.read_text().startswith(head + "\n")
+    assert [(row["warnings"], row["images"]) for row in results.read(output)] == [("odd", "7"), ("", "")]
 
 
 def test_rows_are_appended_whole(tmp_path: Path) -> None:
