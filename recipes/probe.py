@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from arm_zoo import CheckpointError
 from arm_zoo.files import CONFIG, weights_in
+from arm_zoo.images.listing import SourceError
 
 from .config import (
     ABOVE_ZERO,
@@ -37,7 +38,6 @@ from .config import (
 from .data import eval_loader
 from .errors import RunError
 from .files import write_text
-from .locate import SourceError
 from .mistakes import MISTAKES, described
 from .sources import Source, Split, open_source
 from .undecodable import check_undecodable
@@ -152,7 +152,7 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
         if len(batch.classes) == 0:
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            values.append(model(batch.pictures).float())
+            values.append(model(batch.images).float())
         classes.append(batch.classes)
     scored = sum(map(len, classes))
     check_undecodable(skipped, scored + skipped, purpose, config.data.max_undecodable)
