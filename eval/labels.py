@@ -15,10 +15,11 @@ import timm.data
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from arm_zoo.images.columns import Choices
 from arm_zoo.images.listing import class_name, listed
 from eval.listing import Listing
 from eval.metrics import NO_CLASS
-from eval.own import AS_USUAL, Choices, open_own
+from eval.own import AS_USUAL, open_own
 from eval.sets import CUSTOM, NUMBERS, REAL, SETS, ImageSet
 from eval.sources import open_source
 
@@ -86,7 +87,7 @@ class LabelledSet:
         """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
         facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
         lines = ["\t".join(map(str, image)) for image in facts]
-        text = "\n".join([*filter(None, [self.listing.reading.name]), *lines])
+        text = "\n".join([*filter(None, [self.listing.reading]), *lines])
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
 
 

@@ -9,13 +9,13 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
+from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
 from eval import labels
-from eval.own import AS_USUAL, Choices
+from eval.own import AS_USUAL
 from eval.rows import Request
 from eval.scoring import DTYPES, Settings
 from eval.sets import CUSTOM, REAL, SETS
-from eval.tables import Columns
 
 NAMES = [name for name, spec in SETS.items() if not spec.images_of]
 SETS_HELP = (
@@ -53,7 +53,7 @@ def scoring_parser(program: str, description: str | None) -> argparse.ArgumentPa
     add = parser.add_argument
     add("--sets", nargs="+", required=True, metavar="NAME=PATH", help=SETS_HELP)
     for what in ("image", "label"):
-        add(f"--{what}-column", metavar="NAME", help=f"of custom's {what}s, in parquet files or a Hub dataset")
+        add(f"--{what}-column", metavar="NAME", help=f"of custom's {what}s, in parquet files, tars or a Hub dataset")
     add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="of an image of custom (%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=usable_device, default=device, help="of several processes each takes a GPU (%(default)s)")
@@ -89,7 +89,7 @@ def parse_sets(words: Sequence[str]) -> dict[str, list[str]]:
 def open_requests(args: argparse.Namespace) -> list[Request]:
     """All sets, in1k first because its clean images go into the rows of A and R. Labels are tried before models."""
     locations = parse_sets(args.sets)
-    choices = Choices(Columns(args.image_column, args.label_column), args.max_pixels)
+    choices = Choices(args.image_column, args.label_column, max_pixels=args.max_pixels, in_training=False)
     if choices != AS_USUAL and CUSTOM not in locations:
         raise ValueError(
             f"--image-column, --label-column and --max-pixels are for --sets {CUSTOM}=PATH, which is not asked for"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("hub", "recipes", "eval")
 PACKAGES = ("arm_zoo", *PROGRAMS)
 # Inside the library a module imports from lower ranks only, so that each can be read without those above it.
-RANKS = {"scan": 0, "images": 0, "order": 0, "files": 0, "table": 0, "reading": 1, "names": 1, "mixer": 1, "adapt": 2}
+RANKS = {"scan": 0, "images": 1, "order": 0, "files": 0, "table": 0, "reading": 1, "names": 1, "mixer": 1, "adapt": 2}
 RANKS |= {"download": 2, "builder": 3, "arm": 4, "decoder": 3, "targets": 0, "pretrain": 4, "objectives": 5}
 RANKS |= {"variant": 6, "loading": 7}
 # timm's own model files take helpers from these two; everything else is imported by its public name.
