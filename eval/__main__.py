@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from eval.options import guarded, open_requests, scoring_parser, settings_of, st
 from eval.results import Row
 from eval.rows import Scorer
 from eval.sets import CUSTOM, SETS
+from eval.timing import table
 
 OVERVIEW = """Score models and time them:
 
@@ -39,20 +39,15 @@ def overview() -> str:
 
 def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people; the CSV has more."""
-    table = Table(box=SIMPLE_HEAD)
-    for title in ("model", "set"):
-        table.add_column(title, overflow="fold")
-    for title in ("n", "top-1", "95%", "top-5", "clean 200", "ECE", "img/s"):
-        table.add_column(title, justify="right", no_wrap=True)
+    lines = []
     for row in rows:
         names = ("top1", "top1_low", "top1_high", "top5", f"clean200_{row['set']}_top1", "ece")
         texts = [str(row.get(name) or "nan") for name in names]
         top1, low, high, *others = ("-" if text == "nan" else f"{float(text):.2f}" for text in texts)
         name = f"{row['set']} *" if row["warnings"] else row["set"]
-        table.add_row(row["model"], name, str(row["n"]), top1, f"{low} - {high}", *others, row["img_per_s"])
-    if any(row["warnings"] for row in rows):
-        table.caption = "* not the canonical set: see the column warnings"
-    return table
+        lines.append([row["model"], name, str(row["n"]), top1, f"{low} - {high}", *others, row["img_per_s"]])
+    caption = "* not the canonical set: see the column warnings" if any(row["warnings"] for row in rows) else None
+    return table("", ["model", "set"], ["n", "top-1", "95%", "top-5", "clean 200", "ECE", "img/s"], lines, caption)
 
 
 def make_parser() -> argparse.ArgumentParser:

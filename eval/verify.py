@@ -7,7 +7,6 @@ under model-index, as Hugging Face's cards have them.
 """
 
 import argparse
-import math
 import re
 import sys
 import tempfile
@@ -16,14 +15,13 @@ from pathlib import Path
 
 import timm
 from huggingface_hub import EvalResult, ModelCard
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from eval import models
 from eval.options import guarded, open_requests, parse_sets, scoring_parser, settings_of, start_processes
 from eval.rows import Scorer
 from eval.sets import SETS
+from eval.timing import table
 
 TRAINERS_TAG = "generated_from_trainer"  # cards of transformers' Trainer have fractions of 1, all others percent
 TOP1 = {"accuracy", "acc", "top1", "top1accuracy", "acctop1", "accuracytop1", "acc1"}
@@ -111,19 +109,24 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scorer = Scorer(Path(folder, "results.csv"), settings_of(args), state, resume=False, recompute=True)
         rows = list(scorer.rows(candidate, requests))
-    # one part in a million more, because 83.2 - 83.1 is above 0.1 in binary fractions
-    allowed = args.tolerance * (1 + 1e-6)
     differences = [float(row["top1"]) - figures[row["set"]] for row in rows]
+    # one part in a million more, because 83.2 - 83.1 is above 0.1 in binary fractions
+    agreed = [abs(difference) <= args.tolerance * (1 + 1e-6) for difference in differences]
     if state.is_main_process:
-        table = Table(title=f"{args.model} and {source}, tolerance {args.tolerance}", box=SIMPLE_HEAD)
-        for title in ("set", "on the card", "scored", "difference", ""):
-            table.add_column(title, justify="right" if title else "left")
-        for row, difference in zip(rows, differences, strict=True):
-            shown = "-" if math.isnan(difference) else f"{difference:+.3f}"
-            verdict = "agrees" if abs(difference) <= allowed else "DIFFERS"
-            table.add_row(row["set"], f"{figures[row['set']]:.2f}", f"{float(row['top1']):.2f}", shown, verdict)
-        Console(width=100, markup=False, emoji=False).print(table)
-    return 0 if all(abs(difference) <= allowed for difference in differences) else 1
+        lines = [
+            [
+                row["set"],
+                f"{figures[row['set']]:.2f}",
+                row["top1"],
+                f"{difference:+.3f}",
+                "agrees" if ok else "DIFFERS",
+            ]
+            for row, difference, ok in zip(rows, differences, agreed, strict=True)
+        ]
+        title = f"{args.model} and {source}, tolerance {args.tolerance}"
+        shown = table(title, ["set"], ["on the card", "scored", "difference", ""], lines)
+        Console(width=100, markup=False, emoji=False).print(shown)
+    return 0 if all(agreed) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

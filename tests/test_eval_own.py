@@ -413,7 +413,7 @@ def test_tars_of_mixed_endings_and_words(tmp_path: Path) -> None:
     files |= {"2.tif": jpeg(), "2.class": b"dog\n", "3.heic": b"", "3.cls": b"cat"}
     listing = listed(tar_of(tmp_path / "x.tar", files))
     assert classes_of(listing) == {"x.tar/0": "cat", "x.tar/1": "dog", "x.tar/2": "dog", "x.tar/3": "cat"}
-    images = scoring.Pictures(listing, {"input_size": (3, 8, 8)})
+    images = scoring.Images(listing, {"input_size": (3, 8, 8)})
     assert images[3] == (3, "there is no image in this row") and not isinstance(images[2][1], str)  # as in training
     [row] = open_source(DataConfig(source=str(tmp_path), validation=str(tmp_path))).train.encoded([3])
     assert row.data is None

@@ -395,7 +395,7 @@ def test_rows_are_appended_whole(tmp_path: Path) -> None:
         ("1.json", b"5", "has the files jpg, json. Say where the label is"),
         ("1.json", b"{bad", "x.tar: 1.json holds no label: Expecting property name"),
         ("1.cls", b"\xff\xfe", "x.tar: 1.cls holds no label: 'utf-8' codec"),
-        ("1.cls", b"9" * 23, "classes must be called 0 ... 999, as in the release of ImageNet-V2; found '99999999999"),
+        ("1.cls", b"9" * 23, "1 of 1 classes are not among the 1000 classes of ImageNet-V2: '99999999999999"),
     ],
 )
 def test_sidecars_without_label(
