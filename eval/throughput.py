@@ -19,10 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import arm_zoo
-from arm_zoo.loading import entries
+from arm_zoo.loading import entries, list_entries, unknown_model
 from arm_zoo.scan import scan_backend
 from arm_zoo.scan.backends import resolve_backend
-from eval.models import check_name
 from eval.options import positive
 from eval.results import Row, append, check_output
 from eval.scoring import DTYPES
@@ -51,8 +50,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--cuda-graphs is for compiled models on a GPU; type --device cuda --compile --cuda-graphs")
     if args.autocast and args.dtype == "fp32":
         raise ValueError("--autocast needs a type of 16 bits to run in; type --dtype bf16 or --dtype fp16 with it")
+    known = list_entries()
     for name in args.models:
-        check_name(name)
+        if name not in known:
+            raise unknown_model(name, known)
         if args.mode == "pretrain" and not (name in entries() and PRETRAINED.fullmatch(name)):
             such = f"with patches of 16 pixels, such as {DEFAULT_MODELS[0]}"
             raise ValueError(f"--mode pretrain is for ARM models {such}; got {name!r}")
@@ -158,7 +159,7 @@ def label(row: Row) -> str:
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-    """The rows for people: times in milliseconds, and what all rows share around the table."""
+    """The rows for people: times in milliseconds; title and caption say what all have in common."""
     figures: dict[str, Callable[[Row], str]] = {
         "ms/step": lambda row: f"{1e3 * row['median_s']:.1f}",
         "min - max": lambda row: f"{1e3 * row['min_s']:.1f} - {1e3 * row['max_s']:.1f}",
@@ -215,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--autocast", action="store_true", help="infer: keep fp32 weights and run under autocast too")
     add("--compile", action="store_true", help="through torch.compile")
     add("--cuda-graphs", action="store_true", help="with --compile: replay a step's launches, which then cost no time")
-    add("--scan-backend", nargs="+", default=[arm_zoo.get_scan_backend()], metavar="NAME", help="of scans")
+    add("--scan-backend", nargs="+", default=[arm_zoo.get_scan_backend()], metavar="NAME", help="each is timed")
     add("--repeats", type=positive, default=10, help="readings per model")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
     add("--profile", type=positive, default=0, metavar="N", help="then print the N longest kernels of a step")

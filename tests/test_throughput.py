@@ -213,8 +213,8 @@ def test_profile_names_the_longest_operations(capsys: pytest.CaptureFixture[str]
     throughput.main(["--models", "test_vit", *TINY, "--profile", "3"])
     _, printed = capsys.readouterr().out.split("test_vit: ")
     assert "ms a step in all" in printed
-    shares = [float(line.split()[-1].rstrip("%")) for line in printed.splitlines() if line.rstrip().endswith("%")]
-    assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
+    fractions = [float(line.split()[-1].rstrip("%")) for line in printed.splitlines() if line.rstrip().endswith("%")]
+    assert len(fractions) == 3 and fractions == sorted(fractions, reverse=True) and 0 < sum(fractions) <= 100
 
 
 def test_profile_cuts_names_and_never_numbers(capsys: pytest.CaptureFixture[str]) -> None:
