@@ -113,16 +113,10 @@ def run(args: argparse.Namespace) -> int:
     # one part in a million more, because 83.2 - 83.1 is above 0.1 in binary fractions
     agreed = [abs(difference) <= args.tolerance * (1 + 1e-6) for difference in differences]
     if state.is_main_process:
-        lines = [
-            [
-                row["set"],
-                f"{figures[row['set']]:.2f}",
-                row["top1"],
-                f"{difference:+.3f}",
-                "agrees" if ok else "DIFFERS",
-            ]
-            for row, difference, ok in zip(rows, differences, agreed, strict=True)
-        ]
+        lines = []
+        for row, difference, ok in zip(rows, differences, agreed, strict=True):
+            numbers = (f"{figures[row['set']]:.2f}", f"{float(row['top1']):.2f}", f"{difference:+.3f}")
+            lines.append([row["set"], *numbers, "agrees" if ok else "DIFFERS"])
         title = f"{args.model} and {source}, tolerance {args.tolerance}"
         shown = table(title, ["set"], ["on the card", "scored", "difference", ""], lines)
         Console(width=100, markup=False, emoji=False).print(shown)
