@@ -37,7 +37,10 @@ def _timms_list(file: str) -> str:
 
 @cache
 def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
-    """What a set's release calls its classes -> the indices of the classes of ImageNet-1k that each stands for."""
+    """What a set's release calls its classes -> the indices of the classes of ImageNet-1k that each stands for.
+
+    ObjectNet's are those of mappings/objectnet_to_imagenet_1k.json in its release 1.0.
+    """
     file = SETS[name].class_list
     wnids = ImageNetInfo().label_names()
     if file == NUMBERS:

@@ -28,7 +28,7 @@ class ImageSet:
             timm's: the wnids of these indices, and images are ranked among them only. A .csv file in eval/classes:
             names of its own, each for one or several of the 1000 classes, which are all right for its images; images
             of other classes are left out.
-        border: pixels at each side of an image that are not part of it.
+        border: pixels at each side of an image that are cut off first: of ObjectNet two, as its authors' loader does.
         source: where it is got.
     """
 
