@@ -189,6 +189,8 @@ def profile(step: Step, device: str) -> list[tuple[str, float, float]]:
     with torch.profiler.profile(activities=[activity]) as recorded:
         for _ in range(count):
             step()
+        if device == "cuda":
+            torch.cuda.synchronize()
     times = [(one.key, one.count / count, getattr(one, spent) / count / 1000) for one in recorded.key_averages()]
     return sorted((one for one in times if one[2] > 0), key=lambda one: -one[2])
 
