@@ -26,7 +26,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from markdown_it import MarkdownIt
@@ -39,15 +38,17 @@ from torch import nn
 import arm_zoo
 from arm_zoo import hosted, to_official
 from arm_zoo.files import CheckpointError, Choice, read_checkpoint, sha256_of
-from arm_zoo.hosted import TABLE
+from arm_zoo.hosted import TABLE, training_commands
 from arm_zoo.variant import find_variant
 from hub.__main__ import main
 from hub.card import BEGIN, END, write_card
-from hub.catalog import CATALOG, candidates
+from hub.catalog import CATALOG, candidates, measured, reported, state
 from hub.check import BUNDLED_GOLDEN
 from hub.convert import convert
 from hub.export import export
 from hub.folders import read_header
+from hub.sources import _known
+from tests.hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
 
 PICO = "arm_pico_patch2_8"
 FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
@@ -360,6 +361,15 @@ def test_exports_of_our_pretraining(tmp_path: Path) -> None:
 # mistakes
 
 
+def test_without_a_command_the_help_leads_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m hub ") and len(printed.splitlines()) < 30
+    for command in ("convert", "publish", "check", "export", "sources"):
+        assert f"\n    {command} " in printed
+    assert "\n  python -m hub convert checkpoint.pth OUT " in printed
+
+
 def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
     out.mkdir()
@@ -486,7 +496,9 @@ def test_a_killed_conversion_leaves_the_folder_of_before(tmp_path: Path, repo: P
     )
     killed = subprocess.run([sys.executable, "-c", code, str(file), str(out)], cwd=repo)
     assert killed.returncode == -signal.SIGKILL
-    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    convert(file, out, overwrite=True)  # what the killed one had begun goes
+    assert names_in(out) == FILES and (out / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
 def test_unmatched_keys_are_listed_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -592,13 +604,13 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"model_args": []}, "the model's arguments are a list, not a table"),
+        ({"model_args": []}, "model_args is a list, not a table"),
         ({"model_args": {"img_size": "64"}}, "img_size is '64'; expected pixels"),
         ({"model_args": {"img_size": 60000}}, "config.json says"),
         ({"pretrained_cfg": 3}, "pretrained_cfg is a int"),
         ({"pretrained_cfg": {"mean": "grey"}}, "mean is 'grey'"),
         ({"pretrained_cfg": {"mean": [0.1, 0.2]}}, "not for 3 channels"),
-        ({"label_names": 7}, "label_names is no list of names"),
+        ({"label_names": 7}, "label_names is 7; expected a list of names"),
     ],
 )
 def test_damaged_configurations(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -795,27 +807,34 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
 
 def test_what_shapes_do_not_tell_is_not_claimed() -> None:
     """A pretrained model and one from scratch have the same shapes; other sizes are nobody's."""
-    both = [entry.paper_name for entry in candidates("arm_base_patch16_224", 1000, standard=True)]
+    both = [CATALOG[name].paper_name for name in candidates("arm_base_patch16_224", 1000, standard=True)]
     assert both == ["ARM-B", "MambaMLP-B"]
-    assert [entry.name for entry in candidates("arm_large_patch16_224", 0, True)] == ["arm_large_patch16_224.arm_in1k"]
+    assert candidates("arm_large_patch16_224", 0, True) == ["arm_large_patch16_224.arm_in1k"]
     assert candidates("arm_base_patch16_224", 10, True) == candidates("arm_base_patch16_224", 1000, False) == []
 
 
 def test_the_catalogue_and_the_table_agree() -> None:
     assert set(CATALOG) == set(TABLE)
-    assert {entry.state for entry in CATALOG.values()} <= {"hosted", "to convert", "ours"}
     for name, weights in TABLE.items():
         if weights.bundled:
-            assert (CATALOG[name].state, CATALOG[name].license) == ("ours", "apache-2.0"), name
+            assert (state(name), CATALOG[name].license) == ("ours", "apache-2.0"), name
             trained_on = name.rpartition("_ft_")[2]
-            assert f"finetune_{trained_on}.yaml" in CATALOG[name].recipe and not CATALOG[name].reported
-    reported = {name: entry.reported.get("in1k") for name, entry in CATALOG.items()}
-    assert reported["arm_huge_patch16_384.arm_in1k_ft_in1k"] == 85.5 and reported["arm_base_patch16_224.in1k"] == 81.2
+            assert f"finetune_{trained_on}.yaml" in training_commands(name) and not reported(name)
+
+
+def test_reported_figures_are_those_of_the_papers_tables() -> None:
+    """Table 3 has all sets of the models at 224 pixels, table 2 the others' ImageNet-1k."""
+    base = {"in1k": 83.2, "v2": 72.3, "real": 88.0, "a": 31.9, "r": 48.9, "sketch": 37.2}
+    assert reported("arm_base_patch16_224.arm_in1k_ft_in1k") == base
+    assert reported("arm_huge_patch16_384.arm_in1k_ft_in1k") == {"in1k": 85.5}
+    assert reported("arm_base_patch16_224.in1k") == {"in1k": 81.2}
+    finetuned = [name for name, entry in CATALOG.items() if entry.paper_name and "pretrained" not in entry.paper_name]
+    assert [name for name in CATALOG if reported(name)] == finetuned
 
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
 def test_cards_render(kind: str, tmp_path: Path) -> None:
-    """As HTML: headings in order, every table with its columns, three snippets, no mark or brace left over."""
+    """As HTML: headings in order, every table with its columns, three snippets, nothing of the templates left over."""
     if kind == "pretraining":
         arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
@@ -833,7 +852,7 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     assert headings == ["Licence and origin", "Use", "Figures", "Training", "Limits", "Citation"]
     assert html.count('<code class="language-python">') == 3
     assert all(row.count("<td>") in (0, 2) for row in html.split("<tr>"))
-    assert not re.search(r"\{\w*\}|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
+    assert not re.search(r"\$\w|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
     assert card.data.license == "other" and card.data.license_name == "unknown"
     assert ("states no licence" in html) == (kind != "pretraining")  # ours has no authors to ask
     assert "<em>Measured</em> on this file: nothing yet." in html
@@ -1029,13 +1048,15 @@ def test_bundled_entries_are_checked(
 
 
 def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They appear in the catalogue as soon as eval's CSV has them, by the sha256 of the weights."""
+    """They appear in the list of entries as soon as eval's CSV has them, by the sha256 of the weights."""
     entry = next(name for name, weights in TABLE.items() if weights.bundled)
-    monkeypatch.setattr("hub.catalog.RESULTS", tmp_path / "results.csv")
-    assert CATALOG[entry].measured == {}
-    rows = f"custom,360,99.1667,{TABLE[entry].sha256}\ncustom,360,1,another\n"
-    (tmp_path / "results.csv").write_text(f"set,n,top1,weights_sha256\n{rows}")
-    assert CATALOG[entry].measured == {"custom": 99.1667}
+    results, sha256 = tmp_path / "results.csv", TABLE[entry].sha256
+    assert measured(sha256, results) == {}
+    results.write_text(f"set,n,top1,weights_sha256\ncustom,360,99.1667,{sha256}\ncustom,360,1,another\n")
+    assert {name: row["top1"] for name, row in measured(sha256, results).items()} == {"custom": "99.1667"}
+    assert measured(None, results) == {}
+    monkeypatch.setattr("hub.sources.RESULTS", results)
+    assert _known(entry, CATALOG[entry]).endswith("licence apache-2.0; measured by us: custom 99.17")
 
 
 def test_sources(server: HubServer, client: Client, tmp_path: Path) -> None:
@@ -1071,7 +1092,7 @@ def test_the_snippets_of_cards_run(
         )
         model.save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", out)
-    Image.linear_gradient("L").save(tmp_path / "picture.jpg")
+    Image.linear_gradient("L").save(tmp_path / "image.jpg")
     assert client.load("hub", "publish", out, "--repo", f"ada/{kind}", "--yes")["code"] == 0
     _, files = server.repositories[f"ada/{kind}"].at("main") or ("", {})
     snippets = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
