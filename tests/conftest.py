@@ -45,8 +45,10 @@ def repo() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden(repo: Path) -> Path:
-    """The folder with tensors that the authors' code computed; it lies beside the checkout and is not part of it."""
+def golden(request: pytest.FixtureRequest, repo: Path) -> Path:
+    """The folder with tensors that the authors' code computed; `tests.helpers.golden` tells which of the two sets."""
+    if getattr(request, "param", "whole") == "small":
+        return repo / "tests" / "golden"
     folder = repo.parent / "shared" / "golden"
     if not folder.is_dir():
         pytest.skip("no golden tensors: ../shared/golden is not there")
