@@ -176,7 +176,27 @@ def test_wheel_ships_the_library_only(tmp_path: Path) -> None:
     [wheel] = out.glob("arm_zoo-*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     files = (path.relative_to(ROOT) for path in (ROOT / "arm_zoo").rglob("*") if path.is_file())
-    assert packed == {str(file) for file in files if "__pycache__" not in file.parts}
+    assert packed == {str(file) for file in files if "__pycache__" not in file.parts and file.suffix != ".md"}
+
+
+def asserts(tree: ast.AST, helpers: set[str]) -> bool:
+    """Whether something in the tree can fail on purpose: an assertion, an expected error, or a helper that has one."""
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {name.rpartition(".")[2] for name in calls}
+    return any(isinstance(node, ast.Assert) for node in ast.walk(tree)) or bool(names & {"raises", "warns", *helpers})
+
+
+def test_every_test_asserts_something() -> None:
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    # of torch.testing; and processes of their own, whose failure fails the test
+    helpers, more = {"assert_close", "spawn"}, {""}
+    while more:
+        more = {function.name for function in functions if asserts(function, helpers)} - helpers
+        more = {name for name in more if not name.startswith("test_")}
+        helpers |= more
+    tests = [function for function in functions if function.name.startswith("test_")]
+    assert [test.name for test in tests if not asserts(test, helpers)] == []
 
 
 def test_no_paths_of_one_machine() -> None:
