@@ -23,6 +23,7 @@ END = "<!-- arm-zoo: to here; what you write outside the two marks stays -->"
 OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"}  # metadata that the template writes
 
 RGB = 3  # channels: all that the image processor of transformers opens
+OWN_SIZES = ("embed_dim", "depth", "d_state", "patch_size")  # with one of them a model is none of the paper's
 TEMPLATES = Path(__file__).parent / "templates"
 SNIPPETS = {  # of each kind of model, headings in parts.md
     "classifier": ("classify", "features", "transformers"),
@@ -79,43 +80,52 @@ def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: d
 
 def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str, rows: dict[str, Any]) -> str:
     """The template, first with the parts for this model and then with the facts, which may hold any characters."""
-    architecture, cfg, kind = config["architecture"], config["pretrained_cfg"], "encoder"
-    if "pretraining_model" in config or config["num_classes"]:
-        kind = "pretraining" if "pretraining_model" in config else "classifier"
+    architecture, cfg, arguments = config["architecture"], config["pretrained_cfg"], config["model_args"]
+    own = config.get("pretraining_model", {})
+    kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
     license, dtype = header.get("license", "unknown"), header.get("dtype", "unknown")
     official = header.get("source_names") == "official"
-    own_sizes = set(config["model_args"]) & {"embed_dim", "depth", "d_state", "patch_size"}
-    standard = not own_sizes and _input_size(architecture) == cfg["input_size"]
+    default: Any = get_pretrained_cfg(architecture)
+    standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
     entries = candidates(architecture, config["num_classes"], standard) if official else []
-    channels, height, width = cfg["input_size"]
-    if kind == "pretraining":
-        height, width = to_2tuple(config["pretraining_model"]["img_size"])
 
     licence = "stated" if license != "unknown" else "authors" if official else "unknown"
+    training = "candidates" if entries else "official" if official else "ours"
     limits = {"squash": cfg["crop_mode"] == "squash", kind: kind != "encoder", "rounded": dtype != "fp32", "all": True}
+    channels, height, width = cfg["input_size"]
     parts = _parts()
     snippets = [name for name in SNIPPETS[kind] if name != "transformers" or channels == RGB]
     with_parts = Template((TEMPLATES / "card.md").read_text(encoding="utf-8")).safe_substitute(
         what=parts[f"what {kind}"],
         licence=parts[f"licence {licence}"],
         use="\n\n".join(parts[f"use {name}"] for name in snippets),
-        training=parts[f"training {'candidates' if entries else 'official' if official else 'ours'}"],
+        training=parts[f"training {training}"],
         limits="\n".join(parts[f"limits {name}"] for name, holds in limits.items() if holds),
     )
+    usual = {"in_chans": default.input_size[0], "img_size": list(default.input_size[1:]), "global_pool": "avg"}
+    differences = [f"{key}={value}" for key, value in arguments.items() if usual.get(key) != value]
+    preprocessing = f"{cfg['crop_mode']}, crop {cfg['crop_pct']}, {cfg['interpolation']}"
+    of_snippets = to_2tuple(own["img_size"]) if own else (height, width)
     return Template(with_parts).substitute(
         begin=BEGIN,
         end=END,
         title=architecture if repo == "ORG/NAME" else repo.rpartition("/")[2],
         architecture=architecture,
-        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(config, header, sha256).items()),
-        figures=_figures(entries, rows),
-        license=license,
-        recipes="; ".join(f"{CATALOG[name].paper_name}: `{training_commands(name)}`" for name in entries),
+        differences=", ".join(differences) or "nothing",
+        pretraining=f"| pretraining model | {', '.join(f'{k}={v}' for k, v in own.items())} |\n" if own else "",
+        classes=config["num_classes"] or "none",
+        input=f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
         dtype=dtype,
+        sha256=sha256,
+        source_sha256=header.get("source_sha256", "unknown"),
+        version=header.get("library_version", "unknown"),
+        license=license,
+        figures=_figures(entries, rows),
+        recipes="; ".join(f"{CATALOG[name].paper_name}: `{training_commands(name)}`" for name in entries),
         repo=repo,
         channels=channels,
-        height=height,
-        width=width,
+        height=of_snippets[0],
+        width=of_snippets[1],
         mode="L" if channels == 1 else "RGB",
     )
 
@@ -124,33 +134,6 @@ def _parts() -> dict[str, str]:
     """The parts of templates/parts.md by their headings."""
     _, *pieces = re.split(r"^## (.+)\n", (TEMPLATES / "parts.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {heading: text.strip() for heading, text in zip(pieces[::2], pieces[1::2], strict=True)}
-
-
-def _input_size(architecture: str) -> list[int]:
-    """Channels, height and width of an entry."""
-    cfg = get_pretrained_cfg(architecture)
-    return list(cfg.input_size) if cfg else []
-
-
-def _facts(config: dict[str, Any], header: dict[str, str], sha256: str) -> dict[str, Any]:
-    cfg = config["pretrained_cfg"]
-    channels, height, width = cfg["input_size"]
-    preprocessing = f"{cfg['crop_mode']}, crop {cfg['crop_pct']}, {cfg['interpolation']}"
-    default_channels, *default_size = _input_size(config["architecture"])
-    default = {"in_chans": default_channels, "img_size": default_size, "global_pool": "avg"}
-    differences = [f"{key}={value}" for key, value in config["model_args"].items() if default.get(key) != value]
-    own = config.get("pretraining_model")
-    return {
-        "entry": f"`{config['architecture']}`",
-        "differs from the entry in": ", ".join(differences) or "nothing",
-        **({"pretraining model": ", ".join(f"{k}={v}" for k, v in own.items())} if own else {}),
-        "classes": config["num_classes"] or "none",
-        "input": f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
-        "numbers": header.get("dtype", "unknown"),
-        "sha256 of model.safetensors": f"`{sha256}`",
-        "sha256 of the file it was converted from": f"`{header.get('source_sha256', 'unknown')}`",
-        "converted by": f"arm-zoo {header.get('library_version', 'unknown')}",
-    }
 
 
 def _figures(entries: list[str], rows: dict[str, Any]) -> str:

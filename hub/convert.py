@@ -1,5 +1,6 @@
 """A checkpoint of the official code, of the recipes or of timm -> a folder that anyone loads in one line."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def convert(
             write_card(folder, old=out / CARD)
     except BaseException:
         if new:
-            out.rmdir()
+            shutil.rmtree(out, ignore_errors=True)
         raise
     remove_leftovers(out)
     return [

@@ -27,22 +27,14 @@ MOST_DIFF_LINES = 60
 
 @dataclass(frozen=True)
 class Remote:
-    """What is on the Hub.
+    """What is on the Hub, at its newest commit."""
 
-    Attributes:
-        exists: None if the Hub could not be asked; `unasked` says why.
-        commit: the newest one.
-        files: by name.
-        tags: of each the commit.
-        card: a copy of the card.
-    """
-
-    exists: bool | None
+    exists: bool | None  # None if the Hub could not be asked; `unasked` says why
     unasked: str = ""
     commit: str | None = None
     files: dict[str, RepoSibling] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    card: Path | None = None
+    tags: dict[str, str] = field(default_factory=dict)  # of each the commit
+    card: Path | None = None  # a copy of it
 
 
 def publish(
