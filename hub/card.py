@@ -28,7 +28,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 SNIPPETS = {  # of each kind of model, headings in parts.md
     "classifier": ("classify", "features", "transformers"),
     "encoder": ("embed", "features", "finetune"),
-    "pretraining": ("pretraining", "finetune", "latents"),
+    "pretraining": ("pretraining", "latents", "finetune"),
 }
 
 

@@ -21,16 +21,10 @@ AUTHORS_CODE = "https://github.com/OliverRensu/ARM"
 
 @dataclass(frozen=True)
 class Entry:
-    """Weights of one entry.
+    """Weights of one entry."""
 
-    Attributes:
-        paper_name: what the paper calls the model; None if it is not in the paper.
-        source: repository on the Hub of the authors' file, or None for weights of our own training.
-        license: of the weights.
-    """
-
-    paper_name: str | None
-    source: str | None = AUTHORS_REPOSITORY
+    paper_name: str | None  # what the paper calls the model; None if it is not in the paper
+    source: str | None = AUTHORS_REPOSITORY  # where the authors' file is; None for weights of our own training
     license: str = "unknown"
 
 
@@ -91,11 +85,7 @@ def reported(name: str) -> dict[str, float]:
 
 
 def measured(sha256: str | None, results: Path) -> dict[str, dict[str, str]]:
-    """Rows of eval's CSV for these weights, by set; the last whole row of a set counts, none of a part of it.
-
-    Raises:
-        UsageError: if the file is no such CSV.
-    """
+    """Rows of eval's CSV for these weights, by set; the last whole row of a set counts, none of a part of it."""
     if not sha256 or not results.exists():
         return {}
     with results.open(newline="", encoding="utf-8") as file:

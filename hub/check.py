@@ -51,14 +51,7 @@ def check(folders: Sequence[Path] = ()) -> Iterator[str]:
 
 
 def check_folder(folder: Path) -> str:
-    """Load a folder strictly and compare its answers with the golden ones.
-
-    Returns:
-        One line that says how well they agree.
-
-    Raises:
-        CheckpointError: if it does not load, or answers otherwise; UsageError if it is not there or not whole.
-    """
+    """Load a folder strictly, compare its answers with the golden ones and say how well they agree."""
     check_complete(folder, (WEIGHTS, CONFIG, GOLDEN))
     return _meet(folder / GOLDEN, from_pretrained(folder), sha256_of(folder / WEIGHTS))
 

@@ -22,16 +22,13 @@ TOLERANCE = 1e-4  # of the largest logit, between onnxruntime and PyTorch in flo
 
 
 def export(source: str, file: Path, format: str) -> list[str]:
-    """Write a model to `file` and compare what the file computes with what the model does.
+    """Write a model to `file`, compare what the file computes with what the model does, and say what was written.
 
     Args:
         source: anything that `arm_zoo.from_pretrained` takes.
         file: replaced if it exists.
         format: 'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict
             (.safetensors) under the names of the authors' code.
-
-    Returns:
-        One line that says what was written.
 
     Raises:
         UsageError: for a pretraining model, which only 'official' takes, for a folder, or where a package is missing.

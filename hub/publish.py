@@ -98,6 +98,7 @@ def publish(
 
 @contextmanager
 def _explained(doing: str, repo: str, right: str = "read") -> Iterator[None]:
+    """Make one clear error of whatever happens on the way to the Hub."""
     try:
         yield
     except CheckpointError:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ROOT
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: with torch's default each would start a thread per core. The variable is for children.
     torch.set_num_threads(1)
@@ -41,7 +43,7 @@ def handlers() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the checkout."""
-    return Path(__file__).resolve().parent.parent
+    return ROOT
 
 
 @pytest.fixture(scope="session")

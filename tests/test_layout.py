@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 PROGRAMS = ("hub", "recipes", "eval")
 PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
-WHOLE = {  # files that are taken as they are
+CASES: dict[str, list[str]] = {  # with the files that are taken as they are
     "arm_pretrain_train_steps": ["state_dict.safetensors"],
     "arm_surgery_d12": ["missing_init.safetensors"],
     "mixer_arm_plain_short": [
@@ -22,6 +22,7 @@ WHOLE = {  # files that are taken as they are
     ],
     "optim": ["lrd_group_sequence_d12_ld065.json", "lrd_groups_d12_ld065.json", "pretrain_wd_groups_d12.json"],
     "arm_ft_img64_gp": ["state_dict.safetensors"],
+    "arm_pretrain_d12": [],
 }
 HIDDEN = ("hidden_00", "hidden_01", "hidden_06", "hidden_12")
 OUTPUTS = ("logits", "features", "logits_cls", "features_cls", "normed", *HIDDEN)
@@ -30,7 +31,7 @@ PATCH = 4  # pixels that are left of the patches of 16 in the surgery, which cop
 
 def cut(whole: Path, small: Path) -> None:
     """Write the small set."""
-    for case, names in WHOLE.items():
+    for case, names in CASES.items():
         (small / case).mkdir(parents=True, exist_ok=True)
         for name in names:
             shutil.copyfile(whole / case / name, small / case / name)
@@ -47,7 +48,6 @@ def cut(whole: Path, small: Path) -> None:
 
     sizes = {"depth": 1, "patch_size": PATCH}  # the first block, and a corner of the patches' weights
     for case, name, side in (("arm_pretrain_d12", "state_dict", 12), ("arm_surgery_d12", "mapped", 14)):
-        (small / case).mkdir(parents=True, exist_ok=True)
         edit_tensors(case, name, whole, small, first_block)
         arguments = json.loads((whole / case / "meta.json").read_text())["constructor"]
         edit_meta(case, whole, small, {"constructor": {**arguments, **sizes, "img_size": side * PATCH}})
