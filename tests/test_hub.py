@@ -385,7 +385,7 @@ def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("check", [], "there is no folder {}; write it: python -m hub convert FILE {}"),
         ("publish", ["--repo", "ada/x"], "there is no folder {}; write it: python -m hub convert FILE {}"),
         ("convert", ["out"], "no checkpoint at {}; name a .pth, a .safetensors or the folder of a run"),
-        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder"),
+        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), a folder, a file"),
     ],
 )
 def test_folders_that_are_missing_or_empty(
@@ -806,7 +806,7 @@ def test_the_catalogue_and_the_table_agree() -> None:
     assert set(CATALOG) == set(TABLE)
     assert {entry.state for entry in CATALOG.values()} <= {"hosted", "to convert", "ours"}
     for name, weights in TABLE.items():
-        if weights.bundled:
+        if weights.where == "bundled":
             assert (CATALOG[name].state, CATALOG[name].license) == ("ours", "apache-2.0"), name
             trained_on = name.rpartition("_ft_")[2]
             assert f"finetune_{trained_on}.yaml" in CATALOG[name].recipe and not CATALOG[name].reported

@@ -477,10 +477,11 @@ def test_save_pretrained(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert config == {
+        "objective": "autoregressive",
         "pretraining_model": {
             **{"img_size": [32, 48], "patch_size": 8, "cluster_size": 16, "in_chans": 3, "embed_dim": 24, "depth": 6},
             **{"d_state": 16, "decoder_dim": 64, "decoder_depth": 2},
-        }
+        },
     }
     again = ARMPretrain(**config["pretraining_model"])
     again.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
