@@ -9,7 +9,6 @@ python -m arm_zoo run validate.py --model arm_tiny_patch8_64 ...
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -28,15 +27,14 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_mode
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.arm import ARM
-from arm_zoo.files import described_by_folder
-from arm_zoo.hosted import TABLE, find_weights, training_commands
+from arm_zoo.download import find_weights
+from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
-from arm_zoo.loading import entries, from_pretrained, label_names
+from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.weights import CheckpointError, adapt_state_dict, read_checkpoint
+from arm_zoo.table import TABLE, bundled_entries, training_commands
 
-_SCHEMES = ("hf-hub:", "local-dir:")
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
 
@@ -46,11 +44,8 @@ def create(name: str) -> ARM:
     Raises:
         ValueError: for a name that is not of this package.
     """
-    known = entries()
-    if name not in known:
-        close = difflib.get_close_matches(name, sorted(known))
-        hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows them all"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+    if name not in entries():
+        raise unknown_model(name, entries())
     return cast(ARM, timm.create_model(name, device="meta"))
 
 
@@ -68,7 +63,7 @@ def count_macs(model: ARM) -> int:
 
 def whereabouts(entry: str) -> str:
     """Whether the weights of an entry come with the package, are on the Hub, or neither."""
-    if entry in TABLE and TABLE[entry].bundled:
+    if entry in TABLE and TABLE[entry].where == "bundled":
         return "bundled"
     return "hosted" if is_model_pretrained(entry) else "not hosted"
 
@@ -131,12 +126,16 @@ def run_predict(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     model = load_classifier(args.model, args.weights).to(args.device).eval()
-    transform = create_transform(**resolve_input_data_config(model))
+    data_config = resolve_input_data_config(model)
+    channels = data_config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
+    transform = create_transform(**data_config)
     names = class_names(model)
     status = 0
     for path in (path for place in args.images for path in natural_order(images_below(place)) or [place]):
         try:
-            image = read_image(path, model.in_chans)
+            image = read_image(path, channels)
         except (FileNotFoundError, UndecodableImage) as error:
             print(_one_line(error), file=sys.stderr)
             status = 1
@@ -163,11 +162,12 @@ def read_image(path: str, channels: int) -> Image.Image:
     return decode_image(path, path, "L" if channels == 1 else "RGB")
 
 
-def load_classifier(source: str | None, weights: Path | None) -> ARM:
+def load_classifier(source: str | None, weights: Path | None) -> Any:
     """The model that was asked for, with weights.
 
     Args:
-        source: an entry; or a folder, a file or the likes of "hf-hub:ORG/NAME", which name their model themselves.
+        source: an entry, ours or timm's; or a folder, a file or the likes of "hf-hub:ORG/NAME", which name their model
+            themselves.
         weights: a file or a folder, in place of the entry's own weights. A bare file's classes and channels count.
 
     Raises:
@@ -175,71 +175,29 @@ def load_classifier(source: str | None, weights: Path | None) -> ARM:
         OSError: if there is no such file or folder.
         ValueError: for an unknown name, or a folder that is not of timm or of another model.
     """
-    where = str(weights or source)
     if source is None and weights is None:
         raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
-    if weights is None and source in entries():
-        model: ARM | ARMPretrain = load_entry(where)
-    elif source is None or weights is None:
-        model = from_pretrained(checked_source(where))
-    elif weights.is_dir() or described_by_folder(weights):
-        wanted = create(source).pretrained_cfg["architecture"]
-        model = from_pretrained(weights)
-        if isinstance(model, ARM) and model.pretrained_cfg["architecture"] != wanted:
-            raise ValueError(f"{weights} is of {model.pretrained_cfg['architecture']}, not of {source}")
-    else:
-        model = load_file(source, weights)
+    if weights is None and source in entries() and find_weights(entry_of(source)) is None:
+        raise CheckpointError(_ways_on(entry_of(source)))
+    where = weights or source or ""
+    model = load(where if source is None else source, None if source is None else weights).model
     if isinstance(model, ARMPretrain):
         raise CheckpointError(f"{where} holds a pretraining model, which has no classifier head; finetune it first")
     if not model.num_classes:
         raise CheckpointError(f"{where} has no classifier head; finetune it first")
-    if model.in_chans not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, the model takes {model.in_chans}")
-    return model
-
-
-def checked_source(source: str) -> str:
-    """What `from_pretrained` takes, but a name with a slash that is not here is not looked for on the Hub."""
-    if not source.startswith(_SCHEMES) and not os.path.exists(source):
-        if "/" not in source and not Path(source).suffix:
-            create(source)  # no entry either: its error names those that are alike
-        raise FileNotFoundError(f"no folder or file at {source}; a repository of the Hub is named hf-hub:ORG/NAME")
-    return source
-
-
-def load_entry(name: str) -> ARM:
-    """With the package's or hosted weights."""
-    cfg = create(name).pretrained_cfg
-    entry = f"{cfg['architecture']}.{cfg['tag']}"
-    if find_weights(entry) is None:
-        raise CheckpointError(_ways_on(entry))
-    return cast(ARM, timm.create_model(name, pretrained=True))
-
-
-def load_file(name: str, file: Path) -> ARM:
-    """An entry's model with the weights, the classes and the image channels of a file."""
-    create(name)
-    state_dict = read_checkpoint(file)
-    sizes: dict[str, Any] = {"num_classes": 0}
-    for size, key, dim in (("num_classes", "head.weight", 0), ("in_chans", "patch_embed.proj.weight", 1)):
-        if key in state_dict:
-            sizes[size] = state_dict[key].shape[dim]
-    model = cast(ARM, timm.create_model(name, **sizes))
-    model.load_state_dict(adapt_state_dict(state_dict, model, timm_adapts=False))
     return model
 
 
 def _ways_on(entry: str) -> str:
-    """What `arm_zoo.hosted.ways_on` says, in terms of this command line."""
-    bundled = [name for name, weights in TABLE.items() if weights.bundled]
+    """What `arm_zoo.table.ways_on` says, in terms of this command line."""
     return (
         f"the weights of {entry} are not hosted yet: name an official or own file (--weights FILE), train them from a "
         f"checkout ({training_commands(entry)}), or use a model that comes with the package "
-        f"(--model {' or '.join(bundled)})"
+        f"(--model {' or '.join(bundled_entries())})"
     )
 
 
-def class_names(model: ARM) -> list[str]:
+def class_names(model: Any) -> list[str]:
     """Names of the classes: those saved with the weights, ImageNet's for 1000 classes, else numbers, which is said.
 
     ImageNet's classes are told in words where the saved name is WordNet's number, as n01443537.

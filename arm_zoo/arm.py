@@ -5,40 +5,24 @@ token in the middle of the sequence, learned position embeddings, blocks of a Ma
 SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_zoo.pretrain`.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    calculate_drop_path_rates,
-    get_device_dtype,
-    get_norm_layer,
-)
-from timm.models import (
-    DefaultCfg,
-    build_model_with_cfg,
-    checkpoint,
-    filter_pretrained_cfg,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-    resolve_pretrained_cfg,
-)
+from timm.layers import calculate_drop_path_rates, get_device_dtype, get_norm_layer
+from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
-from timm.models._input import get_model_args, update_model_input_size
+from timm.models._input import update_model_input_size
 from torch import nn
 
+from arm_zoo.adapt import adapt_state_dict, resample_pos_embed
 from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
-from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model, weights_in
-from arm_zoo.hosted import BUNDLED_FOLDER, ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
+from arm_zoo.builder import Backbone, entry_configs, register_family
 from arm_zoo.layers import PatchEmbed, check_positive, zero_bias
 from arm_zoo.order import scan_order
-from arm_zoo.tables import TableModel
-from arm_zoo.weights import adapt_state_dict, resample_pos_embed
+from arm_zoo.table import BUNDLED_FOLDER
 
 __all__ = ["ARM"]
 
@@ -56,12 +40,11 @@ def order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
     return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
 
 
-class ARM(TableModel):
+class ARM(Backbone):
     """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
 
     dynamic_img_size: Final[bool]
     order: torch.Tensor
-    pretrained_cfg: dict[str, Any]  # set by timm
 
     def __init__(
         self,
@@ -303,32 +286,6 @@ class ARM(TableModel):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
-    def hub_config(self) -> dict[str, Any]:
-        """The content of config.json, from which timm builds this model again: its Hub form.
-
-        `num_classes` is not among the model's arguments, where it would overrule the number that a caller asks for
-        and break the timm wrapper of transformers.
-        """
-        cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
-        named = len(cfg.get("label_names") or ()) == self.num_classes
-        labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
-        cfg |= {"num_classes": self.num_classes, "input_size": (self.in_chans, *self.patch_embed.img_size)}
-        return {
-            "architecture": cfg.pop("architecture"),
-            "num_classes": self.num_classes,
-            "num_features": self.num_features,
-            **({"global_pool": self.global_pool} if self.global_pool else {}),
-            **(labels if named else {}),
-            "model_args": {key: value for key, value in get_model_args(self).items() if key != "num_classes"},
-            "pretrained_cfg": cfg,
-        }
-
-    @torch.jit.ignore
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json to `folder`, which timm's `local-dir:` takes."""
-        save_model(folder, self.state_dict(), self.hub_config())
-
 
 @torch.fx.wrap
 @register_notrace_function
@@ -341,23 +298,6 @@ def mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
 def _check_global_pool(global_pool: str) -> None:
     if global_pool not in ("avg", "token", ""):
         raise ValueError(f"global_pool must be 'avg', 'token' or '' (no pooling), got {global_pool!r}")
-
-
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: ARM) -> dict[str, torch.Tensor]:
-    """Any ARM checkpoint, official or ours, pretraining or finetuned -> a dict for `model`."""
-    if "head.weight" in state_dict:
-        cfg, classes = model.pretrained_cfg, len(state_dict["head.weight"])
-        if cfg.get("source") == "local-dir" and cfg["num_classes"] == model.num_classes != classes:
-            raise CheckpointError(
-                f"config.json of {cfg['file']} says {model.num_classes} classes, but the weights beside it have "
-                f"{classes}: the two files do not belong together; num_classes=... makes a head of your own"
-            )
-        # The file itself says for how many classes its head is, so timm keeps or drops it by the truth.
-        cfg["num_classes"] = classes
-        return adapt_state_dict(state_dict, model)
-    # Without a head in the file the model keeps its own, which a strict loader wants to see.
-    own_head = {f"head.{key}": value for key, value in model.head.state_dict().items()}
-    return own_head | adapt_state_dict(state_dict, model)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -386,21 +326,7 @@ def _ours(**kwargs: Any) -> dict[str, Any]:
     return _cfg(license="apache-2.0", origin_url=None, **kwargs)
 
 
-def _place(entry: str) -> dict[str, str]:
-    """Where the table says that an entry's weights are, for timm.list_pretrained(), which shows those with a place."""
-    weights = TABLE.get(entry)
-    if weights is not None and weights.bundled:
-        return {"file": str(bundled_file(entry))}
-    if weights is not None and weights.hosted:
-        return {"hf_hub_id": f"{ORGANISATION}/{weights.repository}@{weights.revision}"}
-    return {}
-
-
-def _generate_default_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
-    return dict(generate_default_cfgs({entry: {**cfg, **_place(entry)} for entry, cfg in cfgs.items()}))
-
-
-default_cfgs = _generate_default_cfgs(
+default_cfgs = entry_configs(
     {
         "arm_pico_patch2_8.arm_digits_ft_digits": _ours(
             num_classes=10,
@@ -441,174 +367,26 @@ default_cfgs = _generate_default_cfgs(
 )
 
 
-def _create_arm(variant: str, pretrained: bool, **kwargs: Any) -> ARM:
-    _check_keywords(variant, kwargs)
-    out_indices = kwargs.pop("out_indices", 3)
-    if not _of_the_entry(variant, pretrained, kwargs):
-        kwargs["pretrained_cfg_overlay"] = {"label_names": None, **(kwargs.get("pretrained_cfg_overlay") or {})}
-    if pretrained:
-        kwargs = _with_source(variant, kwargs)
-    try:
-        return build_model_with_cfg(
-            ARM,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-            **kwargs,
-        )
-    except CheckpointError:
-        raise
-    except Exception:
-        if pretrained:
-            _check_readable(variant, kwargs)
-        raise
-
-
-def _check_keywords(variant: str, kwargs: dict[str, Any]) -> None:
-    model = set(inspect.signature(ARM).parameters)
-    build = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
-    if unknown := sorted(set(kwargs) - model - build):
-        raise TypeError(f"{variant}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(model))}")
-
-
-def _of_the_entry(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> bool:
-    """Whether the weights will be the entry's own, or those of a configuration that the caller brings.
-
-    Only then do the configuration's names of classes say what the classes are.
-    """
-    if kwargs.get("pretrained_cfg") is not None and not isinstance(kwargs["pretrained_cfg"], str):
-        return True
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    return pretrained and not any(overlay.get(source) for source in ("file", "url", "state_dict", "hf_hub_id"))
-
-
-def _with_source(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with a file to load: the caller's, the package's own, or one fetched from the Hub.
-
-    Raises:
-        FileNotFoundError: if the caller's file is not there.
-        CheckpointError: if the weights are hosted nowhere, are not those of the table, or cannot be fetched.
-    """
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    entry = f"{variant}.{cfg.tag}" if cfg.tag else variant
-    given = "" if cfg.file is None or cfg.file == _place(entry).get("file") else cfg.file
-    if given and not Path(given).is_file() and cfg.source != "local-dir":
-        hint = f", a folder: create_model('local-dir:{given}', ...)" if Path(given).is_dir() else ""
-        raise FileNotFoundError(f"no checkpoint at {given}{hint}")
-    if given or cfg.state_dict:
-        return kwargs
-    if cfg.url:  # timm would take the file of a bundled entry before it
-        return {**kwargs, "pretrained_cfg_overlay": {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": None}}
-    file: Path | None
-    if cfg.hf_hub_id and cfg.hf_hub_id != _place(entry).get("hf_hub_id"):
-        file = download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=kwargs.get("cache_dir"))
-    else:
-        file = find_weights(entry, kwargs.get("cache_dir"))
-    if file is None:
-        raise CheckpointError(ways_on(entry, variant))
-    overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": str(file), "source": None}
-    return {**kwargs, "pretrained_cfg_overlay": overlay}
-
-
-def _check_readable(variant: str, kwargs: dict[str, Any]) -> None:
-    """Read the local file, if that is the source, once more: timm's reader says neither which it is nor what to do."""
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if cfg.file:
-        path = Path(cfg.file)
-        read_checkpoint(weights_in(path) if path.is_dir() else path)
-
-
-@register_model
-def arm_pico_patch2_8(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """For 8x8 pictures such as scikit-learn's digits; the quickstart's model."""
-    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "d_state": 8}
-    return _create_arm("arm_pico_patch2_8", pretrained, **{**sizes, **kwargs})
-
-
-@register_model
-def arm_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """Ours, for CIFAR's pictures."""
-    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12}
-    return _create_arm("arm_tiny_patch4_32", pretrained, **{**sizes, **kwargs})
-
-
-@register_model
-def arm_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """Ours, for Tiny-ImageNet's pictures."""
-    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 12}
-    return _create_arm("arm_tiny_patch8_64", pretrained, **{**sizes, **kwargs})
-
-
-@register_model
-def arm_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """Ours, the width of DeiT-Ti."""
-    return _create_arm("arm_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
-
-
-@register_model
-def arm_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """Ours, the width of DeiT-S."""
-    return _create_arm("arm_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
-
-
-@register_model
-def arm_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """ARM-B / MambaMLP-B (paper, table 1)."""
-    return _create_arm("arm_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
-
-
-@register_model
-def arm_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """ARM-B at 384 pixels (paper, table 2)."""
-    return _create_arm("arm_base_patch16_384", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
-
-
-@register_model
-def arm_base_patch16_stride8_448(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """ARM-B at 448 pixels with overlapping patches, 3025 of them (paper, table 2)."""
-    return _create_arm(
-        "arm_base_patch16_stride8_448", pretrained, **{"embed_dim": 768, "depth": 12, "patch_stride": 8, **kwargs}
-    )
-
-
-@register_model
-def arm_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """ARM-L / MambaMLP-L (paper, table 1)."""
-    return _create_arm("arm_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
-
-
-@register_model
-def arm_large_patch16_384(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """ARM-L at 384 pixels (paper, table 2)."""
-    return _create_arm("arm_large_patch16_384", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
-
-
-@register_model
-def arm_huge_patch16_224(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """ARM-H (paper, table 1)."""
-    return _create_arm("arm_huge_patch16_224", pretrained, **{"embed_dim": 1536, "depth": 24, **kwargs})
-
-
-@register_model
-def arm_huge_patch16_384(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """ARM-H at 384 pixels (paper, table 2)."""
-    return _create_arm("arm_huge_patch16_384", pretrained, **{"embed_dim": 1536, "depth": 24, **kwargs})
-
-
-@register_model
-def arm_base(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """Short for arm_base_patch16_224."""
-    return arm_base_patch16_224(pretrained, **kwargs)
-
-
-@register_model
-def arm_large(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """Short for arm_large_patch16_224."""
-    return arm_large_patch16_224(pretrained, **kwargs)
-
-
-@register_model
-def arm_huge(pretrained: bool = False, **kwargs: Any) -> ARM:
-    """Short for arm_huge_patch16_224."""
-    return arm_huge_patch16_224(pretrained, **kwargs)
+_TINY, _SMALL = {"embed_dim": 192, "depth": 12}, {"embed_dim": 384, "depth": 12}  # ours, with the widths of DeiT
+_BASE, _LARGE = {"embed_dim": 768, "depth": 12}, {"embed_dim": 1024, "depth": 24}  # the paper's, tables 1 and 2
+_HUGE = {"embed_dim": 1536, "depth": 24}
+register_family(
+    ARM,
+    {
+        # ours, for 8x8 images such as scikit-learn's digits; the quickstart's model
+        "arm_pico_patch2_8": {"patch_size": 2, "embed_dim": 64, "depth": 4, "d_state": 8},
+        "arm_tiny_patch4_32": {"patch_size": 4, **_TINY},
+        "arm_tiny_patch8_64": {"patch_size": 8, **_TINY},
+        "arm_tiny_patch16_224": _TINY,
+        "arm_small_patch16_224": _SMALL,
+        "arm_base_patch16_224": _BASE,
+        "arm_base_patch16_384": _BASE,
+        "arm_base_patch16_stride8_448": {"patch_stride": 8, **_BASE},
+        "arm_large_patch16_224": _LARGE,
+        "arm_large_patch16_384": _LARGE,
+        "arm_huge_patch16_224": _HUGE,
+        "arm_huge_patch16_384": _HUGE,
+    },
+    adapt_state_dict,
+    short_names={f"arm_{size}": f"arm_{size}_patch16_224" for size in ("base", "large", "huge")},
+)

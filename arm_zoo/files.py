@@ -1,56 +1,26 @@
-"""Files of weights: read without running anything in them, and written whole or not at all."""
+"""Files of weights: whole or not at all, with the sha256 and the config.json that belong to them."""
 
-import argparse
 import hashlib
 import json
 import os
-import pickle
-import pickletools
 import re
 import shutil
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from timm.models import clean_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
-__all__ = [
-    "CONFIG",
-    "PICKLED_WEIGHTS",
-    "WEIGHTS",
-    "CheckpointError",
-    "described_by_folder",
-    "is_safetensors",
-    "read_checkpoint",
-    "read_config",
-    "read_shapes",
-    "remove_leftovers",
-    "replacing_files",
-    "save_model",
-    "save_tensors",
-    "sha256_of",
-    "weights_in",
-    "write_text",
-]
-
 StateDict = dict[str, torch.Tensor]
-Choice = Literal["ema", "model"]
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"  # what timm.models.save_for_hf writes unless it is asked for safetensors
 CONFIG = "config.json"
-_PLACES: dict[Choice, tuple[str, ...]] = {  # where checkpoints of a training keep their weights
-    "ema": ("model_ema", "state_dict_ema"),
-    "model": ("model", "state_dict"),
-}
 
 
 class CheckpointError(RuntimeError):
@@ -102,165 +72,7 @@ def remove_leftovers(folder: str | Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def is_safetensors(path: str | Path) -> bool:
-    """By its name; every other file is taken for a pickle."""
-    return Path(path).suffix.lower() == ".safetensors"
-
-
-def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDict:
-    """Tensors by name in a .safetensors file or a .pth; no code in it is run, and no more read than the file holds.
-
-    Args:
-        path: the file. From a .pth, `argparse.Namespace` is the only object taken beside tensors and plain values.
-        weights: of a training's checkpoint, the averaged weights ("ema") or the trained ones ("model"); None takes
-            the averaged ones where there are any.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, of another format, needs code to be run, or lacks what `weights` asks for.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    with _explained(path):
-        contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
-    return _tensors(_choose(contents, weights, path), path)
-
-
-def read_shapes(path: str | Path) -> StateDict:
-    """Tensors of a file by name, on the meta device: of a .safetensors file only the header is read.
-
-    Raises:
-        CheckpointError: if it is damaged.
-    """
-    path = Path(path)
-    if not is_safetensors(path):
-        return {name: tensor.to("meta") for name, tensor in read_checkpoint(path).items()}
-    with _explained(path), safe_open(path, "pt") as file:
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-    cleaned: StateDict = clean_state_dict(shapes)
-    return cleaned
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Make one clear error of whatever a damaged file raises while it is read."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
-        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        wanted = [] if is_safetensors(path) else _refused_globals(path)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "no pickle that torch reads"  # torch's own words advise to load it unsafely
-        if wanted:
-            reason = f"it asks to run {', '.join(wanted)}"
-        advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
-        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    zipped = _starts_with(path, b"PK\x03\x04")
-    if zipped:
-        _check_archive(path)
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def _starts_with(path: Path, magic: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse archives that unpack to more than they are, and those with a flipped bit: PyTorch looks for neither."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or sum(member.file_size for member in members) > path.stat().st_size:
-            raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-
-
-def _refused_globals(path: Path) -> list[str]:
-    """Names of the functions and classes that a pickle wants and does not get; reading them runs nothing."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # not a zip archive, or a damaged one
-        allowed = ("torch", "collections.OrderedDict", "argparse.Namespace")
-        wanted = {name for name in _globals_of_pickle(path) if not name.startswith(allowed)}
-    return sorted(wanted)
-
-
-def _globals_of_pickle(path: Path) -> set[str]:
-    """Names in a file without archive, which is a row of pickles with data behind."""
-    found: set[str] = set()
-    strings, memo = ["", ""], [""]  # the two pushed last; those that later parts of the pickle refer to by number
-    with open(path, "rb") as file:
-        try:
-            while True:
-                for code, argument, _ in pickletools.genops(file):
-                    if code.name == "GLOBAL":
-                        found.add(str(argument).replace(" ", "."))
-                    elif code.name == "STACK_GLOBAL":
-                        found.add(".".join(strings))
-                    elif code.name == "MEMOIZE":
-                        memo.append(strings[1])
-                    elif code.name in ("BINGET", "LONG_BINGET"):
-                        strings = [strings[1], dict(enumerate(memo)).get(int(argument or 0) + 1, "")]
-                    elif isinstance(argument, str):
-                        strings = [strings[1], argument]
-        except Exception:  # the data, or damage: pickletools raises all sorts
-            return found
-
-
-def _advice(path: Path) -> str:
-    with open(path, "rb") as file:
-        start = file.read(9)
-    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
-    named_safetensors = is_safetensors(path)
-    if pickled and named_safetensors:
-        return "it is a pickle, not safetensors: rename it to .pth if you trust it"
-    if start[8:] == b"{" and not named_safetensors:
-        return "it looks like safetensors: rename it to .safetensors"
-    return "the file is damaged, cut short or no checkpoint: fetch it again"
-
-
-def _choose(contents: Any, weights: Choice | None, path: Path) -> Mapping[str, Any]:
-    """The entry with the weights, where a checkpoint also holds a training's state; else all of it."""
-    if not isinstance(contents, Mapping):
-        raise CheckpointError(f"{path} holds no tensors by name but a {type(contents).__name__}")
-    places = {choice: [name for name in names if contents.get(name) is not None] for choice, names in _PLACES.items()}
-    if weights == "ema" and not places["ema"]:
-        held = ", ".join(map(str, list(contents)[:8])) or "nothing"
-        raise CheckpointError(f"{path} has no averaged weights (model_ema); it holds {held}: ask for weights 'model'")
-    found = places["model"] if weights == "model" else places["ema"] + places["model"]
-    chosen = contents[found[0]] if found else contents
-    if not isinstance(chosen, Mapping):
-        raise CheckpointError(f"{path} holds under {found[0]!r} no tensors by name but a {type(chosen).__name__}")
-    return chosen
-
-
-def _tensors(state_dict: Mapping[Any, Any], path: Path) -> StateDict:
-    """The dict as plain tensors, none larger than its storage; of wrappers' prefixes freed."""
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{path} is no state dict: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor; "
-                "expected tensors by name, alone or under 'model' or 'model_ema'"
-            )
-        if not _is_plain(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
-    cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
-    return cleaned
-
-
-def _is_plain(value: torch.Tensor) -> bool:
+def is_plain_tensor(value: torch.Tensor) -> bool:
     """Whether it is dense numbers in memory, as safetensors holds them; subclasses mostly are not."""
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     return type(value) in (torch.Tensor, nn.Parameter) and plain
@@ -347,7 +159,7 @@ def save_model(
 def _check_plain(tensors: Mapping[str, Any]) -> None:
     """Refuse what quantised layers have in place of a weight, and what has no values here (meta, sharded)."""
     for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor) or not _is_plain(value):
+        if not isinstance(value, torch.Tensor) or not is_plain_tensor(value):
             kind = "tensor without values (device meta)" if getattr(value, "is_meta", False) else type(value).__name__
             raise CheckpointError(
                 f"cannot save the model: {name} is a {kind}, and {WEIGHTS} holds plain tensors only; save a model "

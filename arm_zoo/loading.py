@@ -1,33 +1,36 @@
-"""Any model of the family in one line: by name, from the Hub, from a folder or from a file."""
+"""A model with its weights in one line: by name, from the Hub, from a folder or from a file."""
 
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import timm
-from timm.models import PretrainedCfg, list_models
+import torch
+from timm.models import PretrainedCfg, get_pretrained_cfg, list_models, resolve_pretrained_cfg, split_model_name_tag
 
+from arm_zoo.adapt import adapt_state_dict
 from arm_zoo.arm import ARM
+from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
+from arm_zoo.download import download, hub_repository
 from arm_zoo.files import (
     CONFIG,
+    PICKLED_WEIGHTS,
     WEIGHTS,
     CheckpointError,
     described_by_folder,
-    read_checkpoint,
     read_config,
-    read_shapes,
     weights_in,
 )
-from arm_zoo.hosted import ORGANISATION, TABLE, download, known_sha256, organisation
+from arm_zoo.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.reading import read_checkpoint, read_shapes
+from arm_zoo.table import known_sha256
 from arm_zoo.variant import MAX_DEPTH, find_variant
-from arm_zoo.weights import adapt_state_dict
-
-__all__ = ["entries", "from_pretrained", "label_names"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -36,9 +39,53 @@ _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "sour
 _NAMES_OF_CLASSES = {"label_names": list[str] | dict[str, str] | None, "label_descriptions": Any}
 _PRETRAINED_CFG = {**get_type_hints(PretrainedCfg), **_NAMES_OF_CLASSES, "custom_load": Literal[False]}
 _MAX_CLASSES = 1_000_000  # more are a damaged file, and a head for them would take all memory
-_MODEL_ARGS = get_type_hints(ARM.__init__)
-_FETCH_AGAIN = "write it anew or fetch it again"
-_PRETRAINING_MODEL = get_type_hints(ARMPretrain.__init__)
+
+
+class Loaded(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+        model: in training mode, like what `timm.create_model` gives.
+        file: that the weights were read from; None where timm does not say.
+        source: what tables call the weights: a repository, a URL, or the name of a file or folder, not where it lies.
+        config: what the config.json beside the weights says; empty where there is none.
+    """
+
+    model: Any  # an nn.Module whose attributes type checkers do not know
+    file: Path | None
+    source: str
+    config: dict[str, Any]
+
+
+def load(
+    name: str | Path,
+    weights: str | Path | None = None,
+    *,
+    as_backbone: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> Loaded:
+    """A model of ours or of timm with its weights, never with weights drawn at random.
+
+    Args:
+        name: an entry of ours or timm's, or what names its model itself: "hf-hub:ORG/NAME@REVISION", a folder with
+            config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models.
+        weights: a file, a folder or "hf-hub:..." in place of the entry's own weights. A bare file's classes count, and
+            of our models its channels; without a head in the file the model has none.
+        as_backbone: make a backbone also of a pretraining model, for finetuning or features.
+        revision: branch, tag or commit of the repository.
+        cache_dir: instead of the default cache of huggingface_hub.
+        token: see `huggingface_hub.hf_hub_download`.
+        kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
+
+    Raises:
+        CheckpointError: if the weights are not hosted, cannot be fetched or read, or are another model's.
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: for an unknown name, and for a folder of another model than `name`.
+    """
+    return _Loader(as_backbone, revision, cache_dir, token, kwargs).load(name, weights)
 
 
 def from_pretrained(
@@ -50,17 +97,13 @@ def from_pretrained(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> ARM | ARMPretrain:
-    """A model with its weights: a backbone, or the pretraining model where the weights are of one.
+    """A model of ours with its weights: a backbone, or the pretraining model where the weights are of one.
 
     Args:
         source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
             "hf-hub:ORG/NAME@REVISION"), a folder with config.json and model.safetensors or pytorch_model.bin
             ("local-dir:FOLDER" too), or a .safetensors or .pth file of this project, the authors or timm's scripts.
-        as_backbone: make a backbone also of a pretraining model, for finetuning or features.
-        revision: branch, tag or commit of the repository.
-        cache_dir: instead of the default cache of huggingface_hub.
-        token: see `huggingface_hub.hf_hub_download`.
-        kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
+        as_backbone: see `load`; revision, cache_dir, token and kwargs likewise.
 
     Returns:
         `ARM` or `ARMPretrain`, in training mode like what timm.create_model gives; `.eval()` is the caller's.
@@ -70,31 +113,18 @@ def from_pretrained(
         FileNotFoundError: if there is no such file or folder.
         ValueError: if `source` is nothing of the above.
     """
-    scheme, _, rest = str(source).partition(":")
-    if scheme == "hf-hub":
-        return _from_folder(_fetch(rest, revision, cache_dir, token), as_backbone, kwargs)
-    path = Path(rest if scheme == "local-dir" else source)
-    if isinstance(source, str) and source in entries():
-        hosted = _repository(source)
-        if hosted is None:
-            return cast(ARM, timm.create_model(source, pretrained=True, cache_dir=cache_dir, **kwargs))
-        name, table_revision = hosted
-        return _from_folder(_fetch(name, revision or table_revision, cache_dir, token), as_backbone, kwargs)
-    if path.is_dir() or scheme == "local-dir":
-        return _from_folder(path, as_backbone, kwargs)
-    if path.is_file():
-        if described_by_folder(path):
-            return _from_folder(path.parent, as_backbone, kwargs)
-        return _from_file(path, as_backbone, kwargs)
-    if isinstance(source, str) and _REPOSITORY.fullmatch(source) and not source.endswith((".safetensors", ".pth")):
-        return _from_folder(_fetch(source, revision, cache_dir, token), as_backbone, kwargs)
-    if path.suffix or "/" in str(source):
-        raise FileNotFoundError(
-            f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder or a file"
-        )
-    close = difflib.get_close_matches(str(source), sorted(entries()))
+    is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) and not Path(source).exists()
+    if is_repository and not str(source).endswith((".safetensors", ".pth")):
+        source = f"hf-hub:{source}"
+    loader = _Loader(as_backbone, revision, cache_dir, token, kwargs, timms_too=False)
+    return cast(ARM | ARMPretrain, loader.load(source).model)
+
+
+def unknown_model(name: str, known: Collection[str]) -> ValueError:
+    """The error for a name that is not known."""
+    close = difflib.get_close_matches(name, sorted(known))
     hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows the entries"
-    raise ValueError(f"{str(source)!r} is no entry, ORG/NAME on the Hub, folder or file; {hint}")
+    return ValueError(f"unknown model {name!r}; {hint}")
 
 
 def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
@@ -114,54 +144,191 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 
 def entries() -> set[str]:
-    """Names of all entries, with and without tags."""
-    return {*list_models(module="arm"), *list_models(module="arm", include_tags=True)}
+    """Names of all entries of ours, with and without tags."""
+    known = {*ARCHITECTURES, *SHORT_NAMES}
+    return known | {name for name in list_models(include_tags=True) if name.partition(".")[0] in known}
 
 
-def _repository(name: str) -> tuple[str, str | None] | None:
-    """Repository and revision of an entry that is on the Hub, else None: `timm.create_model` says what to do."""
-    cfg = cast(ARM, timm.create_model(name, device="meta")).pretrained_cfg
-    weights = TABLE.get(f"{cfg['architecture']}.{cfg.get('tag', '')}")
-    if weights is None or weights.bundled or not weights.repository:
-        return None
-    if organisation() != ORGANISATION:
-        return f"{organisation()}/{weights.repository}", None
-    return (f"{ORGANISATION}/{weights.repository}", weights.revision) if weights.hosted else None
+def list_entries() -> set[str]:
+    """Names of all models that timm knows, ours among them, with and without tags."""
+    return {*list_models(), *list_models(include_tags=True)}
 
 
-def _fetch(repo: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> Path:
-    """The cache's folder with a repository's configuration and weights of one and the same commit."""
-    config = download(repo, CONFIG, revision, cache_dir, token)
-    name, _, at = repo.partition("@")
-    sha256 = known_sha256(name, revision or at or None)
-    weights = download(name, WEIGHTS, config.parent.name, cache_dir, token, sha256)
-    if weights.parent != config.parent:
-        raise CheckpointError(f"{config.parent} and {weights.parent} should be one folder of the cache; load again")
-    return config.parent
+def architecture_of(name: str) -> str:
+    """The entry's name without its tag; the long name of a short one."""
+    architecture: str = split_model_name_tag(name)[0]
+    return SHORT_NAMES.get(architecture, architecture)
 
 
-def _from_folder(folder: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> ARM | ARMPretrain:
-    config = read_config(folder)
-    file = weights_in(folder)
-    own = config.get("pretraining_model")
-    if own is not None and not as_backbone:
-        _check_table(own, _PRETRAINING_MODEL, "pretraining_model", folder)
-        _check_description(file, lambda: ARMPretrain(**own, device="meta"))
-        return _pretraining_model(own, kwargs, file)
-    if own is not None and "architecture" not in config:  # as ARMPretrain.save_pretrained writes it
-        return _from_file(file, as_backbone, kwargs)
-    if config.get("architecture") not in [*entries()]:  # a list, which can be asked for anything that JSON has
-        raise CheckpointError(
-            f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of arm_zoo; "
-            f"timm.create_model('local-dir:{folder}', pretrained=True) takes timm's own"
-        )
-    _check_table(config.get("model_args", {}), _MODEL_ARGS, "model_args", folder)
-    _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
-    above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
-    _check_table(above, _PRETRAINED_CFG, "its first level", folder)
-    name = f"local-dir:{folder}"
-    _check_description(file, lambda: cast(ARM, timm.create_model(name, device="meta")))
-    return cast(ARM, timm.create_model(name, pretrained=True, **kwargs))
+def entry_of(name: str) -> str:
+    """The name with its tag, of an entry that may be named without, or by a short name."""
+    architecture, tag = architecture_of(name), split_model_name_tag(name)[1]
+    default: Any = get_pretrained_cfg(architecture)
+    return f"{architecture}.{tag or default.tag}"
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """One call of `load` or `from_pretrained`: what was asked for beside the names."""
+
+    as_backbone: bool
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    timms_too: bool = True
+
+    def load(self, name: str | Path, weights: str | Path | None = None) -> Loaded:
+        source, wanted = (str(name), None) if weights is None else (str(weights), str(name))
+        scheme, _, rest = source.partition(":")
+        path = Path(rest if scheme == "local-dir" else source)
+        if scheme in ("hf-hub", "hf_hub"):
+            return self.from_hub(rest, wanted)._replace(source=source)
+        known = list_entries() if self.timms_too else entries()
+        if weights is None and name in known:
+            repository = hub_repository(entry_of(source)) if source in entries() else None
+            if repository is None:
+                return self.from_timm(source)
+            return self.from_hub(repository, None)._replace(source=repository)
+        if scheme == "local-dir" or path.is_dir() or (path.is_file() and described_by_folder(path)):
+            folder = path.parent if path.is_file() else path
+            return self.from_folder(folder, wanted)._replace(source=path.resolve().name)
+        if path.is_file():
+            model = self.from_file(path) if wanted is None else self.from_named_file(wanted, path)
+            return Loaded(model, path, path.name, {})
+        if weights is not None or path.suffix or "/" in source:
+            raise FileNotFoundError(
+                f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), a folder, a file or "
+                "hf-hub:ORG/NAME"
+            )
+        raise unknown_model(source, known)
+
+    def from_timm(self, name: str) -> Loaded:
+        """By `timm.create_model`, and which file that read, where a cache still has it."""
+        model: Any = timm.create_model(name, pretrained=True, cache_dir=self.cache_dir, **self.kwargs)
+        cfg = getattr(model, "pretrained_cfg", {})
+        if cfg.get("file"):
+            return Loaded(model, Path(cfg["file"]), Path(cfg["file"]).resolve().name, {})
+        if cfg.get("hf_hub_id"):
+            from huggingface_hub import try_to_load_from_cache
+
+            repo, _, revision = str(cfg["hf_hub_id"]).partition("@")
+            names = filter(None, (cfg.get("hf_hub_filename"), WEIGHTS, PICKLED_WEIGHTS))
+            cached = (try_to_load_from_cache(repo, each, self.cache_dir, revision or None) for each in names)
+            found = next((Path(each) for each in cached if isinstance(each, str)), None)
+            return Loaded(model, found, str(cfg["hf_hub_id"]), {})
+        url = str(cfg.get("url") or "")
+        file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        return Loaded(model, file if file.is_file() else None, url, {})
+
+    def from_hub(self, repo: str, wanted: str | None) -> Loaded:
+        """From the cache's folder with a repository's configuration and weights of one and the same commit."""
+        name, _, at = repo.partition("@")
+        revision = self.revision or at or None
+        file = download(name, CONFIG, revision, self.cache_dir, self.token)
+        config = read_config(file.parent)
+        if self.is_timms(config):
+            _check_architecture(config, wanted, repo)
+            at = f"@{revision}" if revision else ""
+            return self.from_timm(f"hf-hub:{name}{at}")._replace(config=config)
+        sha256 = known_sha256(name, revision)
+        weights = download(name, WEIGHTS, file.parent.name, self.cache_dir, self.token, sha256)
+        if weights.parent != file.parent:
+            raise CheckpointError(f"{file.parent} and {weights.parent} should be one folder of the cache; load again")
+        return self.from_folder(file.parent, wanted)
+
+    def is_timms(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of a model of timm's own, where those are taken."""
+        name = config.get("architecture")
+        ours = "pretraining_model" in config or name in [*entries()]  # a list: the name may be whatever JSON has
+        return self.timms_too and not ours and isinstance(name, str) and timm.is_model(name)
+
+    def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
+        config = read_config(folder)
+        own, name = config.get("pretraining_model"), f"local-dir:{folder}"
+        if self.is_timms(config):
+            _check_architecture(config, wanted, folder)
+            found = [file for file in (folder / WEIGHTS, folder / PICKLED_WEIGHTS) if file.is_file()]
+            return self.from_timm(name)._replace(file=found[0] if found else None, config=config)
+        file = weights_in(folder)
+        if own is not None and not self.as_backbone:
+            objective = config.get("objective", DEFAULT_OBJECTIVE)
+            if objective not in [*OBJECTIVES]:
+                allowed = f"expected one of {', '.join(OBJECTIVES)}"
+                raise CheckpointError(f"{folder / CONFIG} names the objective {_short(objective)}; {allowed}")
+            model_class = OBJECTIVES[objective].model_class
+            _check_table(own, get_type_hints(model_class.__init__), "pretraining_model", folder)
+            _check_description(file, model_class, own)
+            return Loaded(self.pretraining_model(objective, own, file, read_checkpoint(file)), file, "", config)
+        if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
+            return Loaded(self.from_file(file), file, "", config)
+        if config.get("architecture") not in [*entries()]:
+            raise CheckpointError(
+                f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of "
+                f"arm_zoo; timm.create_model('{name}', pretrained=True) takes timm's own"
+            )
+        _check_architecture(config, wanted, folder)
+        backbone_class = ARCHITECTURES[architecture_of(config["architecture"])].model_class
+        _check_table(config.get("model_args", {}), get_type_hints(backbone_class.__init__), "model_args", folder)
+        _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
+        above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
+        _check_table(above, _PRETRAINED_CFG, "its first level", folder)
+        _check_description(file, timm.create_model, {"model_name": name})
+        return Loaded(timm.create_model(name, pretrained=True, **self.kwargs), file, "", config)
+
+    def from_file(self, file: Path) -> Any:
+        """The model that the shapes of a file's tensors tell."""
+        tensors = read_checkpoint(file)
+        variant = find_variant(tensors)
+        if variant.pretraining is not None and variant.objective is not None and not self.as_backbone:
+            return self.pretraining_model(variant.objective, variant.pretraining, file, tensors)
+        overlay = {"file": str(file), "state_dict": tensors, "num_classes": variant.num_classes}
+        overlay |= {"input_size": variant.input_size} if variant.pretraining is None else {}
+        arguments = {"num_classes": variant.num_classes, **variant.model_args, **self.kwargs}
+        return timm.create_model(variant.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+    def from_named_file(self, name: str, file: Path) -> Any:
+        """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
+        tensors = read_checkpoint(file)
+        cfg = resolve_pretrained_cfg(architecture_of(name))
+        if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
+            model = timm.create_model(name, **self.kwargs)
+            model.load_state_dict(tensors)
+            return model
+        classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
+        head, stem = tensors.get(f"{classifier}.weight"), tensors.get(f"{cfg.first_conv}.weight")
+        classes = 0 if head is None else len(head)
+        overlay: dict[str, Any] = {"num_classes": classes, "state_dict": tensors, "hf_hub_id": None, "url": ""}
+        sizes = {"num_classes": classes - (cfg.label_offset or 0) if classes else 0}
+        if name in entries() and stem is not None:
+            sizes["in_chans"] = stem.shape[1]
+            overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
+        arguments = {**sizes, **self.kwargs}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+    def pretraining_model(
+        self, objective: str, saved: Mapping[str, Any], file: Path, tensors: dict[str, torch.Tensor]
+    ) -> ARMPretrain:
+        model_class = OBJECTIVES[objective].model_class
+        allowed = inspect.signature(model_class).parameters
+        if unknown := sorted(set(self.kwargs) - set(allowed)):
+            raise TypeError(
+                f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}; it takes "
+                f"{', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it"
+            )
+        try:
+            model = model_class(**{**saved, **self.kwargs})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
+        model.load_state_dict(adapt_state_dict(tensors, model))
+        return model
+
+
+def _check_architecture(config: Mapping[str, Any], wanted: str | None, where: object) -> None:
+    """Refuse weights of another model than the one that they are named for."""
+    if wanted is not None and config.get("architecture") != architecture_of(wanted):
+        found = config.get("architecture") or "no timm model"
+        raise ValueError(f"the weights in {where} are of {found}, not of {architecture_of(wanted)}")
 
 
 def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) -> None:
@@ -201,23 +368,20 @@ def _is_a(value: Any, wanted: Any) -> bool:
     return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
 
 
-def _check_description(file: Path, build: Callable[[], ARM | ARMPretrain]) -> None:
+def _check_description(file: Path, build: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Compare what config.json describes with the weights beside it before memory is taken for it.
 
-    Args:
-        file: the weights.
-        build: makes the model on the meta device, where it costs nothing, from the configuration alone: what is wrong
-            here is not due to arguments of the caller.
+    The model is built on the meta device, where it costs nothing, and without the arguments of the caller.
     """
     config, shapes = file.parent / CONFIG, read_shapes(file)
     try:
-        model = build()
+        model = build(**arguments, device="meta")
         adapt_state_dict(shapes, model, timm_adapts=False)
     except CheckpointError:
         raise
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"the model of {config} cannot be built: {reason}; {_FETCH_AGAIN}") from error
+        raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
     patches = model.patch_embed.num_patches
     rows = shapes["pos_embed"].shape[1:2] if "pos_embed" in shapes else ()
     if rows and rows[0] not in (patches, patches + 1):
@@ -225,36 +389,3 @@ def _check_description(file: Path, build: Callable[[], ARM | ARMPretrain]) -> No
             f"{config} describes {patches} patches, but {file.name} beside it has position embeddings for {rows[0]} "
             "tokens: the two files do not belong together"
         )
-
-
-def _from_file(file: Path, as_backbone: bool, kwargs: Mapping[str, Any]) -> ARM | ARMPretrain:
-    variant = find_variant(read_checkpoint(file))
-    if variant.pretraining is not None and not as_backbone:
-        return _pretraining_model(variant.pretraining, kwargs, file)
-    overlay: dict[str, Any] = {"file": str(file), "num_classes": variant.num_classes}
-    arguments = {"num_classes": variant.num_classes, **variant.model_args}
-    if variant.pretraining is None:
-        embed = variant.backbone(device="meta").patch_embed
-        overlay["input_size"] = (embed.proj.in_channels, *embed.img_size)
-    return cast(
-        ARM,
-        timm.create_model(
-            variant.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, **kwargs}
-        ),
-    )
-
-
-def _pretraining_model(saved: Mapping[str, Any], kwargs: Mapping[str, Any], file: Path) -> ARMPretrain:
-    allowed = inspect.signature(ARMPretrain).parameters
-    if unknown := sorted(set(kwargs) - set(allowed)):
-        raise TypeError(
-            f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}; it takes "
-            f"{', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it"
-        )
-    state_dict = read_checkpoint(file)
-    try:
-        model = ARMPretrain(**{**saved, **kwargs})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
-    model.load_state_dict(adapt_state_dict(state_dict, model))
-    return model

@@ -5,99 +5,23 @@ encoder scans them causally; for every cluster but the first, learned queries th
 the encoder's features of the clusters before it and predict the cluster's normalised pixels.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from timm.layers import Mlp, to_2tuple
+from timm.layers import to_2tuple
 from torch import nn
 from torch.nn import functional as F
 
 from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
+from arm_zoo.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.files import save_model
 from arm_zoo.layers import PatchEmbed, check_positive, fill, nearest_multiple
 from arm_zoo.order import cluster_order
 from arm_zoo.tables import TableModel
+from arm_zoo.targets import patchify, statistics, unpatchify
 
-__all__ = ["ARMPretrain", "create_pretraining_model", "sincos_pos_embed"]
-
-_HEAD_DIM = 64
 _TAPS = 4
-_SIZES: dict[str, dict[str, int]] = {
-    "arm_pico": {
-        "embed_dim": 64,
-        "depth": 4,
-        "d_state": 8,
-        "img_size": 8,
-        "patch_size": 2,
-        "cluster_size": 4,
-        "in_chans": 1,
-    },
-    "arm_tiny": {"embed_dim": 192, "depth": 12},
-    "arm_small": {"embed_dim": 384, "depth": 12},
-    "arm_base": {"embed_dim": 768, "depth": 12},
-    "arm_large": {"embed_dim": 1024, "depth": 24},
-    "arm_huge": {"embed_dim": 1536, "depth": 24},
-}
-
-
-def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Fixed sine-cosine position table (1, height * width, dim) in float32, rows first.
-
-    The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
-
-    Raises:
-        ValueError: if `dim` is not a multiple of 4.
-    """
-    if dim % 4:
-        raise ValueError(
-            f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}; "
-            f"for example {nearest_multiple(dim, 4)}"
-        )
-    # by NumPy as in the official code: its float32 power has another last bit, which is 1.4e-6 in the table
-    frequencies = torch.from_numpy(1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float32) / (dim / 4.0)))
-    row, column = torch.meshgrid(
-        torch.arange(height, dtype=torch.float32, device=device),
-        torch.arange(width, dtype=torch.float32, device=device),
-        indexing="ij",
-    )
-    halves = [position.reshape(-1, 1) * frequencies.to(position.device) for position in (column, row)]
-    return torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1)[None]
-
-
-class CrossAttention(nn.Module):
-    """Queries attend to latents, in heads of 64 channels."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q = nn.Linear(dim, dim, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-
-    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        key, value = self.kv(latent).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(2, (-1, _HEAD_DIM)).transpose(1, 2) for t in (self.q(query), key, value))
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
-
-
-class DecoderBlock(nn.Module):
-    """Cross-attention to the latents, then an MLP; queries never see each other."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm_query = nn.LayerNorm(dim, **dd)
-        self.norm_latent = nn.LayerNorm(dim, **dd)
-        self.attn = CrossAttention(dim, **dd)
-        self.norm_mlp = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, 4 * dim, **dd)
-
-    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        query = query + self.attn(self.norm_query(query), self.norm_latent(latent), mask)
-        return query + self.mlp(self.norm_mlp(query))
 
 
 class ARMPretrain(TableModel):
@@ -234,18 +158,6 @@ class ARMPretrain(TableModel):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))
 
-    def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, T, pixels) patches of all clusters but the first, in cluster order, channels fastest."""
-        (height, width), (rows, columns) = self.patch_embed.grid_size, self.patch_size
-        patches = images.unflatten(3, (width, columns)).unflatten(2, (height, rows))  # (B, C, h, p, w, q)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        return patches[:, self.order[self.cluster_tokens :]]
-
-    @staticmethod
-    def _statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of every patch; the variance is the unbiased one."""
-        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, H, W) images -> (loss, prediction, target).
 
@@ -253,9 +165,9 @@ class ARMPretrain(TableModel):
         prediction and target are (B, T, pixels), in cluster order without the first cluster.
         """
         prediction = self.forward_decoder(self.forward_encoder(images))
-        patches = self.patchify(images.detach())  # targets are constants, also for the gradient of the images
+        patches = self._predicted(patchify(images.detach(), self.patch_size))  # constants for autograd
         patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        mean, deviation = self._statistics(patches)
+        mean, deviation = statistics(patches)
         target = (patches - mean) / deviation
         return F.mse_loss(prediction.to(target.dtype), target), prediction, target
 
@@ -266,18 +178,22 @@ class ARMPretrain(TableModel):
         The prediction is of normalised pixels, so mean and deviation of every patch are the target's own.
         """
         prediction = self.forward_decoder(self.forward_encoder(images))
-        mean, deviation = self._statistics(self.patchify(images))
-        predicted = prediction.to(images.dtype) * deviation + mean
-        (height, width), (rows, columns) = self.patch_embed.grid_size, self.patch_size
-        patches = images.unflatten(3, (width, columns)).unflatten(2, (height, rows))
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).clone()  # (B, h * w, p, q, C)
-        patches[:, self.order[self.cluster_tokens :]] = predicted.unflatten(2, (rows, columns, self.in_chans))
-        patches = patches.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, q)
-        return patches.flatten(4).flatten(2, 3)
+        patches = patchify(images, self.patch_size).clone()
+        mean, deviation = statistics(self._predicted(patches))
+        patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
+        return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
+
+    def _predicted(self, patches: torch.Tensor) -> torch.Tensor:
+        """Those of all clusters but the first, in cluster order."""
+        return patches[:, self.order[self.cluster_tokens :]]
+
+    def hub_config(self) -> dict[str, Any]:
+        """The content of config.json: the objective, and the arguments that make this model."""
+        return {"objective": "autoregressive", "pretraining_model": self.config}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json to `folder`, each beside its name first and then renamed."""
-        save_model(folder, self.state_dict(), {"pretraining_model": self.config})
+        save_model(folder, self.state_dict(), self.hub_config())
 
 
 def _check_sizes(
@@ -292,27 +208,8 @@ def _check_sizes(
             raise ValueError(f"{name} {whole} must be a multiple of {part_name} {part}, for example {fitting}")
     if img_size == cluster_size:
         raise ValueError(f"img_size {img_size} holds a single cluster {cluster_size}; there is no next one to predict")
-    if decoder_dim % _HEAD_DIM:
+    if decoder_dim % HEAD_DIM:
         raise ValueError(
-            f"decoder_dim must be a multiple of {_HEAD_DIM} (the size of a head), got {decoder_dim}; "
-            f"for example {nearest_multiple(decoder_dim, _HEAD_DIM)}"
+            f"decoder_dim must be a multiple of {HEAD_DIM} (the size of a head), got {decoder_dim}; "
+            f"for example {nearest_multiple(decoder_dim, HEAD_DIM)}"
         )
-
-
-def create_pretraining_model(name: str, **overrides: Any) -> ARMPretrain:
-    """The pretraining model of a size, e.g. `create_pretraining_model("arm_base", img_size=224, cluster_size=32)`.
-
-    Args:
-        name: arm_tiny, arm_small, arm_base, arm_large or arm_huge; arm_pico for 8x8 pictures.
-        overrides: arguments of `ARMPretrain`.
-
-    Raises:
-        ValueError: for an unknown name or sizes that do not fit each other.
-        TypeError: for an unknown keyword.
-    """
-    if name not in _SIZES:
-        raise ValueError(f"unknown pretraining model {name!r}; choose one of {', '.join(_SIZES)}")
-    keywords = inspect.signature(ARMPretrain).parameters
-    if unknown := sorted(set(overrides) - set(keywords)):
-        raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(keywords))}")
-    return ARMPretrain(**{**_SIZES[name], **overrides})

@@ -1,36 +1,29 @@
-"""Which model a checkpoint is of, read from its tensors' shapes: size, picture, patches, classes, phase.
+"""Which model a checkpoint is of, read from its tensors' shapes: size, image, patches, classes, phase.
 
 What shapes cannot tell is taken from the registered entry that fits them best: 55x55 patches of 16 pixels are those
 of stride 8 at 448 pixels, which has an entry, rather than 880 pixels without overlap.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models import get_arch_pretrained_cfgs, list_models
 from torch import nn
 
+from arm_zoo.adapt import adapt_state_dict, foreign_head, refusal_of_head, sincos_grid
 from arm_zoo.arm import ARM
+from arm_zoo.builder import ARCHITECTURES
 from arm_zoo.files import CheckpointError, StateDict
-from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.weights import (
-    adapt_state_dict,
-    foreign_head,
-    is_official,
-    refusal_of_head,
-    sincos_grid,
-    under_our_names,
-)
+from arm_zoo.names import is_official, under_our_names
+from arm_zoo.objectives import OBJECTIVES
 
-__all__ = ["MAX_DEPTH", "Variant", "find_variant"]
-
-# What no model of the family comes near to: a file that says more would only fill the memory.
+# What no model comes near to: a file that says more would only fill the memory.
 MAX_DEPTH = 512
 _MAX_PATCHES = {"backbone": 2**14, "pretraining model": 2**12}  # the decoder's mask is the square of it
 
@@ -43,28 +36,37 @@ class Variant:
         architecture: the registered entry, without a tag; of a pretraining model, that of its backbone.
         model_args: what differs from the entry.
         num_classes: 0 without a head.
-        pretraining: arguments of `ARMPretrain`, or None for a backbone.
+        pretraining: arguments of the objective's class, or None for a backbone.
+        objective: a key of `OBJECTIVES`, or None for a backbone.
         official: whether the checkpoint has the authors' names.
     """
 
     architecture: str
     model_args: dict[str, Any]
-    num_classes: int
-    pretraining: dict[str, Any] | None
-    official: bool
+    num_classes: int = 0
+    pretraining: dict[str, Any] | None = None
+    objective: str | None = None
+    official: bool = False
 
-    def backbone(self, **kwargs: Any) -> ARM:
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the backbone's images."""
+        sizes = {**_sizes_of_entries()[self.architecture], **self.model_args}
+        return (sizes["in_chans"], *to_2tuple(sizes["img_size"]))
+
+    def backbone(self, **kwargs: Any) -> Any:
         """The backbone, untrained."""
-        return cast(
-            ARM, timm.create_model(self.architecture, num_classes=self.num_classes, **{**self.model_args, **kwargs})
-        )
+        arguments = {"num_classes": self.num_classes, **self.model_args, **kwargs}
+        return timm.create_model(self.architecture, **arguments)
 
-    def create(self, **kwargs: Any) -> ARM | ARMPretrain:
+    def create(self, **kwargs: Any) -> Any:
         """The model, untrained: the pretraining model of a pretraining checkpoint, else the backbone."""
-        return self.backbone(**kwargs) if self.pretraining is None else ARMPretrain(**{**self.pretraining, **kwargs})
+        if self.objective is None or self.pretraining is None:
+            return self.backbone(**kwargs)
+        return OBJECTIVES[self.objective].model_class(**{**self.pretraining, **kwargs})
 
-    def load(self, state_dict: Mapping[str, torch.Tensor]) -> ARM | ARMPretrain:
-        """The model with the checkpoint's weights; names and shapes are compared before memory is taken for it.
+    def load(self, state_dict: Mapping[str, torch.Tensor]) -> Any:
+        """The model in evaluation mode with the checkpoint's weights, compared before memory is taken for the model.
 
         Raises:
             CheckpointError: if names or shapes differ; the message lists both sides.
@@ -80,43 +82,53 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
 
     Args:
         state_dict: official or our names.
-        config: arguments that shapes cannot tell, where somebody knows them: of `ARM`, or of `ARMPretrain` for a
-            pretraining checkpoint.
+        config: arguments that shapes cannot tell, where somebody knows them: of the backbone, or of the pretraining
+            model for its checkpoint.
 
     Raises:
-        CheckpointError: if it is no ARM checkpoint, or of a size that none has.
+        CheckpointError: if it is no checkpoint of ours, or of a size that none has.
     """
     source = under_our_names(state_dict)
-    sizes = _sizes(source)
-    official = is_official(state_dict)
-    try:
-        if any(name.startswith(("encoder_to_decoder.", "decoder_", "query_token")) for name in source):
-            return _pretraining_variant(source, sizes, dict(config or {}), official)
-        return _backbone_variant(source, sizes, dict(config or {}), official)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"no ARM has these sizes: {error}") from error
-
-
-def _sizes(source: StateDict) -> dict[str, Any]:
-    """What a backbone and a pretraining model have in common: arguments by name."""
-    blocks = {name.split(".")[1] for name in source if name.startswith("blocks.") and name.count(".") > 1}
-    states = next((value for name, value in source.items() if name.endswith(".mixer.A_log")), None)
-    patches, table = source.get("patch_embed.proj.weight"), source.get("pos_embed")
-    if any(name.startswith("blocks.") and "conv1d_b." in name for name in source) or (
-        states is not None and not any(".mlp." in name for name in source)
-    ):
-        raise CheckpointError("this is a Vim checkpoint (mixers without MLPs), which cannot be converted yet")
-    if states is None or patches is None or table is None or (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
+    kind = next((kind for kind in KINDS if all(_has(source, name) for name in kind.keys)), None)
+    if kind is None:
         some = ", ".join(sorted(source)[:8]) or "nothing"
         raise CheckpointError(
             "this is no ARM checkpoint: expected patch_embed.proj.weight, pos_embed and blocks.N.mixer.A_log "
             f"(official: layers.N.mixer.A_log) in their shapes; found {some}{', ...' if len(source) > 8 else ''}"
         )
-    if len(blocks) > MAX_DEPTH:
-        raise CheckpointError(f"no ARM has {len(blocks)} blocks; at most {MAX_DEPTH} are taken")
+    try:
+        variant = kind.find(source, dict(config or {}))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"no model has these sizes: {error}") from error
+    return replace(variant, official=is_official(state_dict))
+
+
+def _has(source: StateDict, key: str) -> bool:
+    """Whether a tensor has this name, in which * stands for a number."""
+    if "*" in key:
+        return any(re.fullmatch(key.replace(".", r"\.").replace("*", r"\d+"), name) for name in source)
+    return key in source
+
+
+def _vim(source: StateDict, config: dict[str, Any]) -> Variant:
+    raise CheckpointError("this is a Vim checkpoint (mixers without MLPs), which cannot be converted yet")
+
+
+def _sizes(source: StateDict) -> dict[str, Any]:
+    """What a backbone of ARM and a pretraining model have in common: arguments by name."""
+    depth = len({name.split(".")[1] for name in source if name.startswith("blocks.") and name.count(".") > 1})
+    states = next(value for name, value in source.items() if name.endswith(".mixer.A_log"))
+    patches, table = source["patch_embed.proj.weight"], source["pos_embed"]
+    if (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
+        raise CheckpointError(
+            "this is no ARM checkpoint: A_log, patch_embed.proj.weight and pos_embed have the shapes "
+            f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
+        )
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"no ARM has {depth} blocks; at most {MAX_DEPTH} are taken")
     return {
         "embed_dim": table.shape[2],
-        "depth": len(blocks),
+        "depth": depth,
         "d_state": states.shape[2],
         "patch_size": _one_or_two(patches.shape[2:]),
         "in_chans": patches.shape[1],
@@ -128,38 +140,34 @@ def _one_or_two(size: Any) -> int | tuple[int, int]:
     return int(height) if height == width else (int(height), int(width))
 
 
+def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
+    sizes, patches = _sizes(source), source["pos_embed"].shape[1] - 1
+    _check_patches(patches, "backbone")
+    ranked = _by_likeness(sizes, patches)
+    known = {key: config[key] for key in ("img_size", "patch_stride") if config.get(key) is not None}
+    alike = [entry for entry in ranked if (entry["patches"], entry["patch_size"]) == (patches, sizes["patch_size"])]
+    if known or not alike:
+        geometry = {"patch_stride": sizes["patch_size"], **known}
+        if "img_size" not in known:
+            geometry["img_size"] = _side(patches, geometry["patch_stride"])
+    else:
+        geometry = {key: alike[0][key] for key in ("img_size", "patch_stride")}
+    _check_grid(geometry["img_size"], sizes["patch_size"], geometry["patch_stride"], patches)
+    arguments = _different({**sizes, **geometry}, ranked[0])
+    if config.get("global_pool") == "token":
+        arguments["global_pool"] = "token"
+    if foreign := foreign_head(source):
+        raise CheckpointError(refusal_of_head(foreign))
+    return Variant(ranked[0]["name"], arguments, len(source.get("head.weight", ())))
+
+
 def _check_patches(patches: int, kind: str) -> None:
     if not 1 <= patches <= _MAX_PATCHES[kind]:
         raise CheckpointError(f"a {kind} with {patches} patches; from 1 to {_MAX_PATCHES[kind]} are taken")
 
 
-def _backbone_variant(source: StateDict, sizes: dict[str, Any], config: dict[str, Any], official: bool) -> Variant:
-    patches = source["pos_embed"].shape[1] - 1
-    _check_patches(patches, "backbone")
-    known = {key: config[key] for key in ("img_size", "patch_stride") if config.get(key) is not None}
-    alike = [entry for entry in _by_likeness(sizes, patches) if _fits(entry, sizes, patches)]
-    if known:
-        geometry = {"patch_stride": sizes["patch_size"], **known}
-    elif alike:
-        geometry = {key: alike[0][key] for key in ("img_size", "patch_stride")}
-    else:
-        geometry = {"img_size": _side(patches, sizes["patch_size"]), "patch_stride": sizes["patch_size"]}
-    if "img_size" not in geometry:
-        geometry["img_size"] = _side(patches, geometry["patch_stride"])
-    _check_grid(geometry["img_size"], sizes["patch_size"], geometry["patch_stride"], patches)
-    entry = _by_likeness(sizes, patches)[0]
-    arguments = _different({**sizes, **geometry}, entry)
-    if config.get("global_pool") == "token":
-        arguments["global_pool"] = "token"
-    if foreign := foreign_head(source):
-        raise CheckpointError(refusal_of_head(foreign))
-    head = source.get("head.weight")
-    classes = 0 if head is None else len(head)
-    return Variant(entry["name"], arguments, classes, None, official)
-
-
 def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, int]:
-    """Picture size of a square grid without overlap."""
+    """Image size of a square grid without overlap."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise CheckpointError(
@@ -170,13 +178,13 @@ def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, i
     return _one_or_two((side * height, side * width))
 
 
+def _grid(img_size: Any, patch_size: Any, patch_stride: Any) -> list[int]:
+    sides = zip(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_stride), strict=True)
+    return [(side - patch) // stride + 1 for side, patch, stride in sides]
+
+
 def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int) -> None:
-    grid = [
-        (side - patch) // stride + 1
-        for side, patch, stride in zip(
-            to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_stride), strict=True
-        )
-    ]
+    grid = _grid(img_size, patch_size, patch_stride)
     if math.prod(grid) != patches:
         raise CheckpointError(
             f"the config.json says img_size {img_size}, which are {grid[0]}x{grid[1]} patches, but the position "
@@ -184,58 +192,40 @@ def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int)
         )
 
 
-def _pretraining_variant(source: StateDict, sizes: dict[str, Any], config: dict[str, Any], official: bool) -> Variant:
-    table, query = source["pos_embed"], source.get("query_token")
+def _arm_pretraining(source: StateDict, config: dict[str, Any]) -> Variant:
+    sizes, table = _sizes(source), source["pos_embed"]
     decoder_blocks = {name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}
-    if query is None or not 0 < len(decoder_blocks) <= MAX_DEPTH:
-        raise CheckpointError("a pretraining checkpoint without the decoder's query_token (ar_token) or its blocks")
+    if not 0 < len(decoder_blocks) <= MAX_DEPTH:
+        raise CheckpointError(f"no decoder has {len(decoder_blocks)} blocks; from 1 to {MAX_DEPTH} are taken")
     patches, patch = table.shape[1], to_2tuple(sizes["patch_size"])
     _check_patches(patches, "pretraining model")
     grid = sincos_grid(table)
+    mask = source.get("mask")  # which the official model saves; it leaves one cluster out
+    side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
     arguments = {
-        "img_size": (
-            _side(patches, sizes["patch_size"])
-            if grid is None
-            else _one_or_two((grid[0] * patch[0], grid[1] * patch[1]))
-        ),
-        "cluster_size": _cluster_size(source.get("mask"), patches, patch),
+        "img_size": _one_or_two((grid[0] * patch[0], grid[1] * patch[1])) if grid else _side(patches, patch),
+        "cluster_size": _one_or_two((side * patch[0], side * patch[1])),
         **sizes,
-        "decoder_dim": query.shape[-1],
+        "decoder_dim": source["query_token"].shape[-1],
         "decoder_depth": len(decoder_blocks),
     }
     arguments |= {key: config[key] for key in ("img_size", "cluster_size") if config.get(key) is not None}
-    _check_grid(arguments["img_size"], sizes["patch_size"], sizes["patch_size"], patches)
+    _check_grid(arguments["img_size"], patch, patch, patches)
     entry = _by_likeness(sizes, None)[0]
-    return Variant(entry["name"], _different(sizes, entry), 0, arguments, official)
-
-
-def _cluster_size(mask: torch.Tensor | None, patches: int, patch: tuple[int, int]) -> int | tuple[int, int]:
-    """Clusters of the mask that the official model saves, which leaves one cluster out; else of 4x4 patches."""
-    side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
-    return _one_or_two((side * patch[0], side * patch[1]))
+    return Variant(entry["name"], _different(sizes, entry), pretraining=arguments, objective="autoregressive")
 
 
 @cache
-def _entries() -> list[dict[str, Any]]:
-    """Sizes of the registered models, by the names of `ARM`'s arguments."""
-    entries = []
-    for name in list_models(module="arm"):
-        if get_arch_pretrained_cfgs(name):  # short names have none of their own
-            model = cast(ARM, timm.create_model(name, device="meta"))
-            embed = model.patch_embed
-            entries.append(
-                {
-                    "name": name,
-                    "embed_dim": model.embed_dim,
-                    "depth": len(model.blocks),
-                    "d_state": model.state_dict()["blocks.0.mixer.A_log"].shape[2],
-                    "patch_size": _one_or_two(embed.patch_size),
-                    "in_chans": model.in_chans,
-                    "img_size": _one_or_two(embed.img_size),
-                    "patch_stride": _one_or_two(embed.patch_stride),
-                    "patches": embed.num_patches,
-                }
-            )
+def _sizes_of_entries() -> dict[str, dict[str, Any]]:
+    """Sizes of ARM's entries, by the names of its arguments."""
+    entries = {}
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.model_class is ARM:
+            sizes = architecture.sizes(name)
+            sizes["patch_stride"] = sizes["patch_stride"] or sizes["patch_size"]
+            sizes["img_size"] = _one_or_two(sizes["img_size"])
+            patches = math.prod(_grid(sizes["img_size"], sizes["patch_size"], sizes["patch_stride"]))
+            entries[name] = {**sizes, "name": name, "patches": patches}
     return entries
 
 
@@ -248,15 +238,27 @@ def _by_likeness(sizes: dict[str, Any], patches: int | None) -> list[dict[str, A
         grid = patches is not None and entry["patches"] != patches
         return (*differs, grid, width, math.prod(to_2tuple(entry["img_size"])), entry["name"])
 
-    return sorted(_entries(), key=unlike)
-
-
-def _fits(entry: dict[str, Any], sizes: dict[str, Any], patches: int) -> bool:
-    return bool(entry["patches"] == patches and entry["patch_size"] == sizes["patch_size"])
+    return sorted(_sizes_of_entries().values(), key=unlike)
 
 
 def _different(arguments: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if value != entry[key]}
+
+
+class Kind(NamedTuple):
+    """Models whose checkpoints all have tensors of these names (* for a number), and what reads their shapes."""
+
+    keys: tuple[str, ...]
+    find: Callable[[StateDict, dict[str, Any]], Variant]
+
+
+_ARM_KEYS = ("patch_embed.proj.weight", "pos_embed", "blocks.*.mixer.A_log", "blocks.*.mlp.fc1.weight")
+KINDS = (  # the first that fits counts
+    Kind(("blocks.*.mixer.conv1d_b.weight",), _vim),
+    Kind((*_ARM_KEYS, "query_token", "decoder_blocks.*.norm_query.weight"), _arm_pretraining),
+    Kind(_ARM_KEYS, _arm),
+    Kind(("blocks.*.mixer.A_log",), _vim),
+)
 
 
 def describe(variant: Variant, model: nn.Module) -> str:

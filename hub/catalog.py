@@ -1,6 +1,6 @@
 """What is known about the weights of each entry beside where they are: the paper's name, source, licence, figures.
 
-`arm_zoo.hosted` has what loading needs. Figures *reported* are the paper's and those *measured* are our own; both are
+`arm_zoo.table` has what loading needs. Figures *reported* are the paper's and those *measured* are our own; both are
 read from the tables in eval/, where the evaluator and the leaderboard keep them.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from arm_zoo.hosted import TABLE
+from arm_zoo.table import TABLE
 from hub.folders import UsageError
 
 EVALUATION = Path(__file__).parent.parent / "eval"
@@ -51,7 +51,7 @@ CATALOG: dict[str, Entry] = {
 
 def state(name: str) -> Literal["hosted", "to convert", "ours"]:
     """Whether an entry's weights are there, wait for conversion, or come from our own training."""
-    if name in TABLE and TABLE[name].hosted:
+    if TABLE[name].where == "hosted":
         return "hosted"
     return "to convert" if CATALOG[name].source else "ours"
 

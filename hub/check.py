@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import timm
 import torch
 from safetensors.torch import load_file
 
 from arm_zoo.arm import ARM
+from arm_zoo.download import download
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.hosted import ORGANISATION, TABLE, download, find_weights
 from arm_zoo.loading import from_pretrained
 from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.table import TABLE, repository_of
 from hub.convert import answers
 from hub.folders import GOLDEN, check_complete, read_header, relative_error
 
@@ -34,17 +34,17 @@ def check(folders: Sequence[Path] = ()) -> Iterator[str]:
         return
     failed = 0
     for entry, weights in TABLE.items():
-        if not weights.hosted and not weights.bundled:
+        if weights.where == "planned":
             continue
         try:
             if weights.sha256 is None:
-                raise CheckpointError("arm_zoo/hosted.py has no sha256 of it")
-            said = check_bundled(entry, weights.sha256) if weights.bundled else check_hosted(entry)
+                raise CheckpointError("arm_zoo/table.py has no sha256 of it")
+            said = check_bundled(entry, weights.sha256) if weights.where == "bundled" else check_hosted(entry)
             yield f"{entry}: ok, {said}"
         except (CheckpointError, OSError) as error:
             failed += 1
             yield f"{entry}: FAILED, {error}"
-    if not any(weights.hosted for weights in TABLE.values()):
+    if not any(weights.where == "hosted" for weights in TABLE.values()):
         yield "no entry is hosted yet"
     if failed:
         raise CheckpointError(f"{failed} of the entries failed; their lines say why")
@@ -73,9 +73,8 @@ def _meet(golden_file: Path, model: ARM | ARMPretrain, sha256: str) -> str:
 
 def check_hosted(entry: str) -> str:
     """Fetch a hosted entry at the table's revision, and check it as its users load it."""
-    weights = TABLE[entry]
-    repo = f"{ORGANISATION}/{weights.repository}"
-    files = [download(repo, name, weights.revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
+    repo, revision = repository_of(entry), TABLE[entry].revision
+    files = [download(repo, name, revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
     model = from_pretrained(entry)
     by_name = timm.create_model(entry, pretrained=True, num_classes=getattr(model, "num_classes", 0))
     if isinstance(model, ARM):
@@ -87,6 +86,4 @@ def check_hosted(entry: str) -> str:
 
 def check_bundled(entry: str, sha256: str) -> str:
     """Compare a file of the package with the table, load it as its users do, compare the golden answers."""
-    find_weights(entry)
-    model = cast(ARM, timm.create_model(entry, pretrained=True))
-    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', model, sha256)}"
+    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', from_pretrained(entry), sha256)}"

@@ -13,9 +13,6 @@ from arm_zoo.files import (
     CONFIG,
     WEIGHTS,
     CheckpointError,
-    Choice,
-    is_safetensors,
-    read_checkpoint,
     read_config,
     remove_leftovers,
     replacing_files,
@@ -25,6 +22,7 @@ from arm_zoo.files import (
     weights_in,
 )
 from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.reading import Choice, is_safetensors, read_checkpoint
 from arm_zoo.variant import Variant, describe, find_variant
 from hub.card import write_card
 from hub.catalog import AUTHORS_CODE
@@ -51,7 +49,7 @@ def convert(
             folder with model.safetensors or pytorch_model.bin; a config.json beside the file says what shapes cannot
             (names of classes, preprocessing, the grid where it is no square).
         out: a new folder.
-        weights: see `arm_zoo.files.read_checkpoint`.
+        weights: see `arm_zoo.reading.read_checkpoint`.
         dtype: of the tensors that are written, a key of DTYPES.
         license: of the weights, for the header, the configuration and the card; None: what an earlier conversion
             wrote into the file's header, else "unknown".
@@ -204,4 +202,4 @@ def _hub_config(
             "with the pretrained_cfg of the training beside model.safetensors"
         )
     config = backbone.hub_config()
-    return config if isinstance(model, ARM) else {**config, "pretraining_model": model.config}
+    return config if isinstance(model, ARM) else {**config, **model.hub_config()}

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
+from arm_zoo.download import explain
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
-from arm_zoo.hosted import explain
 from hub.card import write_card
 from hub.catalog import RESULTS
 from hub.check import check_folder
@@ -91,9 +91,8 @@ def publish(
                 commit = _upload(api, staged, repo, remote, uploads, tag, private)
                 _verify(staged, cache, repo, tag, commit)
             yield f"uploaded as {commit}, tagged {tag}, fetched back and compared"
-            entry, sha256 = read_config(staged)["architecture"], sha256_of(staged / WEIGHTS)
-            row = f'Weights("{repo.rpartition("/")[2]}", revision="{tag}", sha256="{sha256}", hosted=True)'
-            yield f'for arm_zoo/hosted.py: "{entry}.TAG": {row}'
+            row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{tag}", "{repo}")'
+            yield f'for arm_zoo/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from huggingface_hub import HfApi
 
+from arm_zoo.download import explain
 from arm_zoo.files import CheckpointError
-from arm_zoo.hosted import TABLE, explain, training_commands
+from arm_zoo.table import TABLE, training_commands
 from arm_zoo.variant import find_variant
 from hub.catalog import AUTHORS_REPOSITORY, CATALOG, RESULTS, Entry, measured, reported, state
 

@@ -47,7 +47,7 @@ def save_pretraining_model(model: arm_zoo.ARMPretrain, folder: Path, inputs: Inp
     """Write encoder and decoder, with the inputs' statistics beside the model's arguments."""
     statistics = {key: inputs[key] for key in ("input_size", "mean", "std")}
     with replacing_files(folder) as beside:
-        save_model(beside, model.state_dict(), {"pretraining_model": model.config, "pretrained_cfg": statistics})
+        save_model(beside, model.state_dict(), {**model.hub_config(), "pretrained_cfg": statistics})
 
 
 def save_backbone(pretraining_model: Path, entry: str, folder: Path, inputs: InputConfig, seed: int) -> None:

@@ -35,10 +35,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.files import described_by_folder, read_config, weights_in
-from arm_zoo.hosted import find_weights, ways_on
+from arm_zoo.download import find_weights
+from arm_zoo.files import CheckpointError, described_by_folder, read_config, weights_in
 from arm_zoo.loading import label_names
-from arm_zoo.weights import CheckpointError
+from arm_zoo.table import ways_on
 
 from .console import plain_console
 from .data import Batch, EvalLoader, eval_loader, train_loader

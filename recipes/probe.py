@@ -14,14 +14,12 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 from rich.progress import track
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo import CheckpointError
-from arm_zoo.files import CONFIG, weights_in
+from arm_zoo.files import described_by_folder, read_config
+from arm_zoo.loading import entries, load
 
 from .config import (
     ABOVE_ZERO,
@@ -42,7 +40,6 @@ from .mistakes import MISTAKES, described
 from .sources import Source, Split, open_source
 from .undecodable import check_undecodable
 
-ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 LINEAR_BATCH = 256
 HELD_OUT = 0.1  # of the training features, to choose the rate on
@@ -77,61 +74,43 @@ class Features(NamedTuple):
     skipped: int = 0
 
 
-def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any] | None]:
-    """A model that gives pooled features, and the statistics of its inputs if the weights tell them.
+def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """A model that gives pooled features, and how images are prepared for it.
+
+    Mean and standard deviation are among the latter where the weights tell those that the model was trained with.
 
     Args:
         weights: A ``pretraining_model/``, a folder that timm's ``local-dir:`` takes, or a file of weights.
-        config: Names the model if it is a file.
+        config: Names the model if it is a file of timm's; files of our models tell it.
 
     Raises:
         RunError: If the folder holds no model, nobody says which model a file is of, or ``model_args`` do not fit.
         CheckpointError: If the weights cannot be read, or are of another model.
     """
     if config.model and not timm.is_model(config.model):
+        ours = ", ".join(sorted(name for name in entries() if "." not in name))
         raise RunError(
-            f"model is {config.model!r}, which timm does not have; allowed: {', '.join(timm.list_models('arm_*'))}, "
-            "or an entry of timm's own"
+            f"model is {config.model!r}, which timm does not have; allowed: {ours}, or an entry of timm's own"
         )
+    names = (config.model, weights) if config.model and weights.is_file() else (weights, None)
+    folder = weights.parent if described_by_folder(weights) else weights
+    own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
     torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
     try:
-        return create_backbone(weights, config)
-    except (RunError, CheckpointError):
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        size = {"img_size": own["img_size"]} if own else {}
+        model, _, _, said = load(*names, as_backbone=True, num_classes=0, **{**size, **config.model_args})
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"no model can be made of {weights} with model={config.model!r} and model_args={config.model_args}: "
             f"{type(error).__name__}: {error}; allowed: weights of that model, and as model_args.NAME its keywords "
             "with values as it takes them"
         ) from error
-
-
-def create_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The same, with timm's own errors."""
-    if weights.is_file():
-        if not config.model:
-            raise RunError(f"{weights} does not tell its model; type model=NAME (`python -m arm_zoo list` has them)")
-        overlay = {"file": str(weights)}
-        model = timm.create_model(
-            config.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **config.model_args
-        )
-        return model, None
-    if not (weights / CONFIG).is_file():
-        raise RunError(f"there is no model in {weights}; allowed: a file, or a folder with config.json")
-    description = json.loads((weights / CONFIG).read_text(encoding="utf-8"))
-    if "pretraining_model" not in description:
-        model = timm.create_model(f"local-dir:{weights}", pretrained=True, num_classes=0, **config.model_args)
-        return model, resolve_model_data_config(model)
-    arguments = {name: description["pretraining_model"][name] for name in ENCODER_ARGUMENTS}
-    input_size = (arguments["in_chans"], *to_2tuple(arguments["img_size"]))
-    model = timm.create_model(
-        config.model or "arm_base_patch16_224",  # any: its sizes are all given
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(weights_in(weights)), "input_size": input_size, "crop_pct": 1.0},
-        num_classes=0,
-        **{**arguments, **config.model_args},
-    )
-    return model, None
+    inputs = resolve_model_data_config(model)
+    if own:
+        inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
+    if own or not said:
+        del inputs["mean"], inputs["std"]
+    return model, inputs
 
 
 @torch.inference_mode()
@@ -238,7 +217,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     if source.test is None:
         raise SourceError(f"{config.data.source!r} has no pictures to score on")
     model, inputs = load_backbone(weights, config)
-    inputs = inputs or {**resolve_model_data_config(model), "mean": source.mean, "std": source.std}
+    inputs = {"mean": source.mean, "std": source.std, **inputs}
     channels = inputs["input_size"][0]
     if channels != source.channels:
         raise SourceError(f"{config.data.source!r} has {source.channels} channels, the model takes {channels}")

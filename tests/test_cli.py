@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import arm_zoo
 from arm_zoo.__main__ import main
-from arm_zoo.weights import to_official
+from arm_zoo.names import to_official
 
 TINY, PICO = "arm_tiny_patch16_224", "arm_pico_patch2_8"
 SMALL: dict[str, Any] = {"depth": 2, "img_size": 32}
@@ -265,8 +265,8 @@ def test_a_bare_file_names_its_model(picture: Path, tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("options, message", [
     ([], "no model: name an entry or a folder with --model, or weights with --weights"),
-    (["--model", "runs/none"], "no folder or file at runs/none; a repository of the Hub is named hf-hub:ORG/NAME"),
-    (["--model", "none.pth"], "no folder or file at none.pth; "),
+    (["--model", "runs/none"], "no checkpoint at runs/none; name an entry (`python -m arm_zoo list`), "),
+    (["--model", "none.pth"], "no checkpoint at none.pth; "),
     (["--weights", "none"], "unknown model 'none'; "),
     (["--model", "local-dir:none"], "no config.json in none; "),
 ])  # fmt: skip
@@ -526,7 +526,7 @@ def test_unknown_model(picture: Path, capsys: pytest.CaptureFixture[str]) -> Non
         message = mistake(capsys, *command, "arm_base_patch16_242")
         assert "unknown model 'arm_base_patch16_242'; did you mean arm_base_patch16_224" in message
     assert "arm_base_patch16_224.arm_in1k" in mistake(capsys, "info", "arm_base_patch16_224.arm_in")
-    assert "`python -m arm_zoo list` shows them all" in mistake(capsys, "info", "resnet50")
+    assert "`python -m arm_zoo list` shows the entries" in mistake(capsys, "info", "resnet50")
 
 
 def test_missing_weights(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -553,7 +553,7 @@ def test_weights_of_another_model(
     colour_folder: Path, digits_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = mistake(capsys, "predict", picture, "--model", "arm_small_patch16_224", "--weights", colour_folder)
-    assert f"{colour_folder} is of {TINY}, not of arm_small_patch16_224" in message
+    assert f"the weights in {colour_folder} are of {TINY}, not of arm_small_patch16_224" in message
     file = tmp_path / "weights.safetensors"
     file.write_bytes((colour_folder / "model.safetensors").read_bytes())
     message = mistake(capsys, "predict", picture, "--model", PICO, "--weights", file)

@@ -748,7 +748,7 @@ def test_weights_of_the_package_are_called_by_name() -> None:
 
 
 def test_weights_of_an_unknown_file_have_a_checksum(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: saved)
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: saved)
     checksums = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)

@@ -24,8 +24,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import ImageNetInfo, resolve_model_data_config
 
-from arm_zoo.hosted import bundled_file
 from arm_zoo.images.listing import IMAGE_ENDINGS
+from arm_zoo.table import bundled_file
 from eval import __main__ as program
 from eval import models, results, scoring, sets
 from eval.own import AS_USUAL, Choices

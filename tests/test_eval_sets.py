@@ -285,7 +285,7 @@ def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     message = refused("--models", "test_vit", "--weights", str(file))
     assert "test_vit has 10 classes, in1k is for models of ImageNet's 1000" in message
     assert "--sets custom=PATH" in message
-    torch.save({"other.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.pth")
     assert "has no classifier" in refused("--models", "test_vit", "--weights", str(tmp_path / "other.pth"))
     (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:1000])
     assert "cannot read the checkpoint" in refused(

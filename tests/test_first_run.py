@@ -19,7 +19,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from arm_zoo.weights import CheckpointError
+from arm_zoo import CheckpointError
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
 from recipes.console import plain_console
 from recipes.errors import RunError

@@ -36,9 +36,10 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 import arm_zoo
-from arm_zoo import hosted, to_official
-from arm_zoo.files import CheckpointError, Choice, read_checkpoint, sha256_of
-from arm_zoo.hosted import TABLE, training_commands
+from arm_zoo import table, to_official
+from arm_zoo.files import CheckpointError, sha256_of
+from arm_zoo.reading import Choice, read_checkpoint
+from arm_zoo.table import TABLE, training_commands
 from arm_zoo.variant import find_variant
 from hub.__main__ import main
 from hub.card import BEGIN, END, write_card
@@ -395,7 +396,7 @@ def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("check", [], "there is no folder {}; write it: python -m hub convert FILE {}"),
         ("publish", ["--repo", "ada/x"], "there is no folder {}; write it: python -m hub convert FILE {}"),
         ("convert", ["out"], "no checkpoint at {}; name a .pth, a .safetensors or the folder of a run"),
-        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder"),
+        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), a folder, a file"),
     ],
 )
 def test_folders_that_are_missing_or_empty(
@@ -817,7 +818,7 @@ def test_what_shapes_do_not_tell_is_not_claimed() -> None:
 def test_the_catalogue_and_the_table_agree() -> None:
     assert set(CATALOG) == set(TABLE)
     for name, weights in TABLE.items():
-        if weights.bundled:
+        if weights.where == "bundled":
             assert (state(name), CATALOG[name].license) == ("ours", "apache-2.0"), name
             trained_on = name.rpartition("_ft_")[2]
             assert f"finetune_{trained_on}.yaml" in training_commands(name) and not reported(name)
@@ -942,7 +943,7 @@ def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_pat
     sha256 = sha256_of(classifier / "model.safetensors")
     assert sorted(files) == FILES and files["model.safetensors"] == (classifier / "model.safetensors").read_bytes()
     assert f"uploaded as {commit}, tagged v1, fetched back and compared" in reply["out"]
-    assert f'Weights("published", revision="v1", sha256="{sha256}", hosted=True)' in reply["out"]
+    assert f'Weights("hosted", "{sha256}", "v1", "ada/published")' in reply["out"]
     card = files["README.md"].decode()
     assert 'timm.create_model("hf-hub:ada/published"' in card
     assert "nothing to upload: all files are there already, tagged v1" in client.load("hub", *arguments)["out"]
@@ -994,25 +995,28 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     """What is bundled and hosted is loaded and compared, a wrong one fails; that nothing is hosted is said."""
     reply = client.load("hub", "check")
     assert reply["code"] == 0
-    bundled = [name for name, weights in TABLE.items() if weights.bundled]
+    bundled = [name for name, weights in TABLE.items() if weights.where == "bundled"]
     lines = reply["out"].splitlines()
     for name in bundled:
         assert any(line.startswith(f"{name}: ok, bundled, golden features and logits met to") for line in lines)
-    assert any(weights.hosted for weights in TABLE.values()) or lines[len(bundled) :] == ["no entry is hosted yet"]
+    assert any(weights.where == "hosted" for weights in TABLE.values()) or lines[len(bundled) :] == [
+        "no entry is hosted yet"
+    ]
     model = timm.create_model("arm_tiny_patch16_224")
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(Path(name) / "run")
         convert(Path(name) / "run", Path(name) / "out")
         files = {path.name: path.read_bytes() for path in (Path(name) / "out").iterdir()}
     server.add("arm-zoo/checked", files)
-    row = {"repository": "checked", "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(), "hosted": True}
+    sha256 = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    row = {"where": "hosted", "repository": "arm-zoo/checked", "sha256": sha256}
     entry = "arm_tiny_patch16_224.untrained"
     reply = client.load("hub", "check", table={entry: row})
     assert reply["code"] == 0, reply
     assert f"{entry}: ok, golden features and logits met to" in reply["out"]
     reply = client.load("hub", "check", table={entry: {**row, "sha256": "0" * 64}})
     assert reply["code"] == 1 and f"{entry}: FAILED" in reply["out"] and "its sha256 is" in reply["out"]
-    reply = client.load("hub", "check", table={entry: {**row, "repository": "gone"}})
+    reply = client.load("hub", "check", table={entry: {**row, "repository": "arm-zoo/gone"}})
     assert reply["code"] == 1 and "there is no such repository" in reply["out"]
     assert client.load("hub", "check", classifier, table={entry: {}})["code"] == 0
 
@@ -1022,10 +1026,10 @@ def test_bundled_entries_are_checked(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file, its sha256 and its golden answers, as of hosted ones."""
-    entry = next(name for name, weights in TABLE.items() if weights.bundled)
+    entry = next(name for name, weights in TABLE.items() if weights.where == "bundled")
     file, expected = tmp_path / f"{entry}.safetensors", BUNDLED_GOLDEN / f"{entry}.safetensors"
-    shutil.copytree(hosted.BUNDLED_FOLDER, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(hosted, "BUNDLED_FOLDER", tmp_path)
+    shutil.copytree(table.BUNDLED_FOLDER, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(table, "BUNDLED_FOLDER", tmp_path)
     if damage == "sha256":
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     elif damage == "missing":
@@ -1050,7 +1054,7 @@ def test_bundled_entries_are_checked(
 
 def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They appear in the list of entries as soon as eval's CSV has them, by the sha256 of the weights."""
-    entry = next(name for name, weights in TABLE.items() if weights.bundled)
+    entry = next(name for name, weights in TABLE.items() if weights.where == "bundled")
     results, sha256 = tmp_path / "results.csv", TABLE[entry].sha256
     assert measured(sha256, results) == {}
     results.write_text(f"set,n,top1,weights_sha256\ncustom,360,99.1667,{sha256}\ncustom,360,1,another\n")

@@ -26,10 +26,10 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 import arm_zoo
-from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, hosted, to_official
+from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, table, to_official
 from arm_zoo.files import sha256_of
-from arm_zoo.hosted import Weights
 from arm_zoo.loading import label_names
+from arm_zoo.table import Weights
 from hub.__main__ import main as hub_command
 from recipes.sources import open_digits
 from tests import hub_server
@@ -321,9 +321,9 @@ def test_bundled_weights(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest
     entry, model = f"{architecture}.untrained", timm.create_model(architecture, num_classes=3)
     file = tmp_path / f"{entry}.safetensors"
     save_file({name: value.to(dtype) for name, value in model.state_dict().items()}, file)
-    monkeypatch.setattr(hosted, "BUNDLED_FOLDER", tmp_path)
+    monkeypatch.setattr(table, "BUNDLED_FOLDER", tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
-    monkeypatch.setitem(hosted.TABLE, entry, Weights(sha256=sha256_of(file), bundled=True))
+    monkeypatch.setitem(table.TABLE, entry, Weights("bundled", sha256_of(file)))
     by_timm = timm.create_model(architecture, pretrained=True, num_classes=3)
     for loaded in (by_timm, from_pretrained(entry, num_classes=3)):
         for name, value in model.state_dict().items():
@@ -359,10 +359,10 @@ def test_a_url_of_the_caller_counts_before_bundled_weights(tmp_path: Path, monke
 
 def test_every_bundled_entry_loads() -> None:
     """Those that the package has: registered, there, and what their line says."""
-    for entry, weights in hosted.TABLE.items():
-        if weights.bundled:
+    for entry, weights in table.TABLE.items():
+        if weights.where == "bundled":
             assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
-            assert hosted.bundled_file(entry).stat().st_size <= 15e6
+            assert table.bundled_file(entry).stat().st_size <= 15e6
             assert entry in timm.list_pretrained()
 
 
@@ -400,14 +400,14 @@ def test_not_hosted_and_three_ways_on() -> None:
 
 def test_training_commands_name_configurations_that_are_there(repo: Path) -> None:
     for entry in timm.list_models("arm_*", include_tags=True):
-        configs = re.findall(r"--config (\S+)", hosted.training_commands(entry))
+        configs = re.findall(r"--config (\S+)", table.training_commands(entry))
         assert configs and all((repo / config).exists() for config in configs), entry
 
 
 def test_the_table_names_registered_entries() -> None:
-    for entry, weights in hosted.TABLE.items():
+    for entry, weights in table.TABLE.items():
         assert timm.is_model(entry), entry
-        assert not (weights.hosted or weights.bundled) or len(weights.sha256 or "") == 64, entry
+        assert weights.where == "planned" or len(weights.sha256 or "") == 64, entry
 
 
 # from the Hub
@@ -449,7 +449,7 @@ def test_entries_of_our_organisation(
     sha256 = hashlib.sha256(entry_files["model.safetensors"]).hexdigest()
     keywords = {"cache_dir": tmp_path, **(TINY_BASE if call == "timm" else {})}
     keywords |= {"pretrained": True} if call == "timm" else {}
-    row = {"repository": "small", "revision": "main", "hosted": True}
+    row = {"where": "hosted", "repository": "arm-zoo/small"}
     reply = client.load(call, ENTRY, table={ENTRY: {**row, "sha256": sha256}}, **keywords)
     assert reply["classes"] == 1000 and reply["log"] == []
     [commit] = hub.repositories["arm-zoo/small"].commits  # which the table knows by its revision only
@@ -459,7 +459,7 @@ def test_entries_of_our_organisation(
     message = client.refused(call, ENTRY, table={ENTRY: {**row, "sha256": "0" * 64}}, **keywords)
     assert f"its sha256 is {sha256}, expected {'0' * 64}" in message and "taken out of the cache" in message
     assert not list(tmp_path.rglob("*.safetensors"))
-    client.load(call, ENTRY, table={ENTRY: {"repository": ENTRY}}, **keywords)  # as before
+    client.load(call, ENTRY, table={ENTRY: {}}, **keywords)  # as before
 
 
 def test_another_organisation(hub: HubServer, client: Client, entry_files: dict[str, bytes], tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ from arm_zoo import CheckpointError, create_pretraining_model, fused, to_officia
 from arm_zoo.arm import ARM
 from arm_zoo.block import Block, run_blocks
 from arm_zoo.fused import is_plain, is_plain_layer
-from arm_zoo.hosted import bundled_file
 from arm_zoo.layers import PatchEmbed, SwiGLU, run_linear
 from arm_zoo.order import scan_order
 from arm_zoo.scan import scan_backend
+from arm_zoo.table import bundled_file
 from tests.helpers.golden import golden_cases, in_both_sets
 from tests.test_scan import Recorder
 

@@ -15,7 +15,8 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from arm_zoo import ARMPretrain, create_pretraining_model, from_official, to_official
-from arm_zoo.pretrain import sincos_pos_embed
+from arm_zoo.decoder import sincos_pos_embed
+from arm_zoo.targets import patchify
 from tests.helpers.golden import golden_cases, in_both_sets
 
 StateDict = dict[str, torch.Tensor]
@@ -462,7 +463,8 @@ def test_reconstruction_shows_the_prediction() -> None:
     assert not picture.requires_grad
     assert torch.equal(picture[:, :, :16, :16], images[:, :, :16, :16])
     _, prediction, _ = model(images)
-    patches, predicted = (model.patchify(x) for x in (images, picture))
+    order = model.order[model.cluster_tokens :]
+    patches, predicted = (patchify(x, model.patch_size)[:, order] for x in (images, picture))
     expected = prediction * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
     assert_near(predicted, expected, 1e-12, "predicted patches")
     assert not torch.isclose(predicted, patches).all(dim=-1).any()
@@ -480,10 +482,11 @@ def test_save_pretrained(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert config == {
+        "objective": "autoregressive",
         "pretraining_model": {
             **{"img_size": [32, 48], "patch_size": 8, "cluster_size": 16, "in_chans": 3, "embed_dim": 24, "depth": 6},
             **{"d_state": 16, "decoder_dim": 64, "decoder_depth": 2},
-        }
+        },
     }
     again = ARMPretrain(**config["pretraining_model"])
     again.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import arm_zoo
@@ -128,9 +129,10 @@ def refusal(*argv: str) -> str:
 
 def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits = ["data.source=digits", "data.workers=0", "device=cpu"]
-    assert "there is no model in" in refusal("--weights", str(tmp_path), *digits)
+    assert f"no config.json in {tmp_path}" in refusal("--weights", str(tmp_path), *digits)
     file = str(pretrained / "model.safetensors")
-    assert "does not tell its model; type model=NAME" in refusal("--weights", file, *digits)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    assert "this is no ARM checkpoint" in refusal("--weights", str(tmp_path / "vit.safetensors"), *digits)
     unknown = refusal("--weights", file, "model=arm_giant", *digits)
     assert "model is 'arm_giant'" in unknown and "arm_base_patch16_224, " in unknown
     keyword = refusal("--weights", str(pretrained), "model_args.width=3", *digits)
@@ -143,9 +145,7 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
     for number, text in enumerate(("{", '{"pretraining_model": {}}', '{"architecture": "arm_giant"}')):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.json").write_text(text)
-        assert f"no model can be made of {tmp_path / str(number)}" in refusal(
-            "--weights", str(tmp_path / str(number)), *digits
-        )
+        assert str(tmp_path / str(number)) in refusal("--weights", str(tmp_path / str(number)), *digits)
     assert "there is no 'nowhere'" in refusal("--weights", file, "data.source=nowhere")
     write_folder(tmp_path / "colour" / "train", {"a": 1})
     write_folder(tmp_path / "colour" / "val", {"a": 1})

@@ -1,85 +1,18 @@
-"""Where the weights of the entries are, the one table that loading needs, and how they are fetched and checked.
-
-Nothing is hosted yet. An entry is hosted from the commit on that sets `hosted`, the revision and the sha256 that
-`python -m hub publish` prints; it is bundled when its file lies in `arm_zoo/bundled/`, its line says so, and the
-golden answers that `python -m hub convert` wrote with it lie in `hub/golden/`.
-"""
+"""Weights fetched from the Hub, or found in the package, and compared with their sha256 before they are used."""
 
 import errno
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
-
-__all__ = [
-    "ORGANISATION",
-    "TABLE",
-    "DownloadError",
-    "Weights",
-    "bundled_file",
-    "download",
-    "explain",
-    "find_weights",
-    "known_sha256",
-    "organisation",
-    "training_commands",
-    "ways_on",
-]
+from arm_zoo.table import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of
 
 _logger = logging.getLogger(__name__)
 
-ORGANISATION = "arm-zoo"
 _TRIES = 3
-BUNDLED_FOLDER = Path(__file__).parent / "bundled"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where an entry's weights are, or will be.
-
-    Attributes:
-        repository: name on the Hub, within the organisation; empty if the weights are only bundled.
-        revision: tag or commit to load.
-        sha256: of model.safetensors, or of the bundled file.
-        hosted: whether the repository is there.
-        bundled: whether the package itself has the weights, in `arm_zoo/bundled/ENTRY.safetensors`.
-    """
-
-    repository: str = ""
-    revision: str = "main"
-    sha256: str | None = None
-    hosted: bool = False
-    bundled: bool = False
-
-
-TABLE: dict[str, Weights] = {
-    # small ones of our own, in fp16: recipes/RESULTS.md
-    "arm_pico_patch2_8.arm_digits_ft_digits": Weights(
-        sha256="ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4", bundled=True
-    ),
-    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Weights(
-        sha256="25d469f0755eaf57fad300d6a9a7f2f7736f6879e7f267d41b69b0c0ed4ce712", bundled=True
-    ),
-    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
-        sha256="d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2", bundled=True
-    ),
-    "arm_base_patch16_224.arm_in1k_ft_in1k": Weights("arm_base_patch16_224.arm_in1k_ft_in1k"),
-    "arm_base_patch16_224.arm_in1k": Weights("arm_base_patch16_224.arm_in1k"),
-    "arm_base_patch16_224.in1k": Weights("arm_base_patch16_224.in1k"),
-    "arm_base_patch16_384.arm_in1k_ft_in1k": Weights("arm_base_patch16_384.arm_in1k_ft_in1k"),
-    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Weights("arm_base_patch16_stride8_448.arm_in1k_ft_in1k"),
-    "arm_large_patch16_224.arm_in1k_ft_in1k": Weights("arm_large_patch16_224.arm_in1k_ft_in1k"),
-    "arm_large_patch16_224.arm_in1k": Weights("arm_large_patch16_224.arm_in1k"),
-    "arm_large_patch16_224.in1k": Weights("arm_large_patch16_224.in1k"),
-    "arm_large_patch16_384.arm_in1k_ft_in1k": Weights("arm_large_patch16_384.arm_in1k_ft_in1k"),
-    "arm_huge_patch16_224.arm_in1k_ft_in1k": Weights("arm_huge_patch16_224.arm_in1k_ft_in1k"),
-    "arm_huge_patch16_224.arm_in1k": Weights("arm_huge_patch16_224.arm_in1k"),
-    "arm_huge_patch16_384.arm_in1k_ft_in1k": Weights("arm_huge_patch16_384.arm_in1k_ft_in1k"),
-}
 
 
 class DownloadError(CheckpointError):
@@ -89,11 +22,6 @@ class DownloadError(CheckpointError):
 def organisation() -> str:
     """The Hub organisation of the entries; the environment variable ARM_ZOO_HUB_ORG changes it, whenever it is set."""
     return os.environ.get("ARM_ZOO_HUB_ORG") or ORGANISATION
-
-
-def bundled_file(entry: str) -> Path:
-    """Where the package has, or would have, the weights of an entry."""
-    return BUNDLED_FOLDER / f"{entry}.safetensors"
 
 
 def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path | None:
@@ -107,54 +35,23 @@ def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path | None
         DownloadError: if it cannot be fetched.
     """
     weights = TABLE.get(entry)
-    if weights is None:
-        return None
-    if weights.bundled:
+    if weights is not None and weights.where == "bundled":
         return _verified(bundled_file(entry), weights.sha256, "install arm-zoo anew")
-    if organisation() != ORGANISATION and weights.repository:
-        return download(f"{organisation()}/{weights.repository}", cache_dir=cache_dir)
-    if weights.hosted:
-        return download(f"{ORGANISATION}/{weights.repository}", revision=weights.revision, cache_dir=cache_dir)
-    return None
+    repository = hub_repository(entry)
+    return None if repository is None else download(repository, cache_dir=cache_dir)
 
 
-_SMALL_SETS = {"arm_tiny_patch4_32": "cifar10", "arm_tiny_patch8_64": "tiny_imagenet", "arm_pico_patch2_8": "digits"}
+def hub_repository(entry: str) -> str | None:
+    """ORG/NAME of an entry's weights on the Hub, of ours with @REVISION; None if they are not there.
 
-
-def training_commands(entry: str) -> str:
-    """How the weights of an entry are trained, from a checkout; its name and tag tell."""
-    architecture, _, tag = entry.partition(".")
-    size, resolution = architecture.split("_")[1], architecture.rpartition("_")[2]
-    own_config = size in ("base", "large", "huge")
-    config = _SMALL_SETS.get(architecture, size if own_config else "base")
-
-    def command(recipe: str, name: str, model: str) -> str:
-        override = "" if own_config or architecture in _SMALL_SETS else f" model={model}"
-        return f"accelerate launch -m recipes.{recipe} --config recipes/configs/{name}.yaml{override} data.source=PATH"
-
-    pretrain = command("pretrain", f"pretrain_{config}", f"arm_{size}")
-    if tag == "arm_in1k":
-        return pretrain
-    if tag == "in1k":
-        supervised = command("finetune", f"supervised_{config}", architecture)
-        return f"{supervised} (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
-    suffix = {"384": "_384", "448": "_stride8_448"}.get(resolution, "")
-    return f"{pretrain}, then {command('finetune', f'finetune_{config}{suffix}', architecture)}"
-
-
-def ways_on(entry: str, architecture: str) -> str:
-    """What a person can do where weights are not hosted."""
-    bundled = [name for name, weights in TABLE.items() if weights.bundled]
-    small = f"create_model({bundled[0]!r}, pretrained=True)" if bundled else "none yet"
-    return (
-        f"the weights of {entry} are not hosted yet. Ways on:\n"
-        "  an official .pth: python -m hub convert FILE OUT, from a checkout, then create_model('local-dir:OUT', "
-        f"pretrained=True); or as it is, also .safetensors: create_model({architecture!r}, pretrained=True, "
-        "pretrained_cfg_overlay=dict(file=PATH))\n"
-        f"  train it yourself, from a checkout: {training_commands(entry)}\n"
-        f"  a small model that comes with the package: {small}\n"
-        "  start untrained: pretrained=False"
-    )
+    Another organisation than ours is asked for every entry of the table but the bundled ones.
+    """
+    weights = TABLE.get(entry)
+    if weights is None or weights.where == "bundled":
+        return None
+    if organisation() != ORGANISATION:
+        return f"{organisation()}/{entry}"
+    return f"{repository_of(entry)}@{weights.revision}" if weights.where == "hosted" else None
 
 
 def download(
@@ -196,14 +93,6 @@ def download(
     if sha256 is None and filename == WEIGHTS:
         sha256 = known_sha256(name, revision)
     return _verified_download(Path(path), f"{name}: {filename}", sha256)
-
-
-def known_sha256(repo: str, revision: str | None) -> str | None:
-    """What the table has for the weights of a repository at a revision; None if it does not know them."""
-    for weights in TABLE.values():
-        if weights.hosted and repo == f"{ORGANISATION}/{weights.repository}":
-            return weights.sha256 if revision in (None, weights.revision) else None
-    return None
 
 
 def _fetch(*args: Any, **kwargs: Any) -> str:

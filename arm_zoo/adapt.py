@@ -1,148 +1,16 @@
-"""Checkpoints as dicts: official names to ours and back, one scan to four, position embeddings to other grids.
-
-Pure functions over state dicts. Ours differ from the official ones in that the directions' parameters are stacked
-on a leading axis (`A_log`, `A_b_log`, ... -> `A_log[0]`, `A_log[1]`, ...) and that the two input matrices of SwiGLU
-are one.
-"""
+"""Checkpoints fitted to a model: one scan to four, position embeddings to other grids, names and shapes compared."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import resample_patch_embed, to_2tuple
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from timm.models import get_pretrained_cfg
 from torch import nn
-from torch.nn import functional as F
 
-from arm_zoo.files import CheckpointError, StateDict, read_checkpoint
-
-__all__ = [
-    "CheckpointError",
-    "adapt_state_dict",
-    "foreign_head",
-    "from_official",
-    "is_official",
-    "read_checkpoint",
-    "refusal_of_head",
-    "resample_pos_embed",
-    "sincos_grid",
-    "to_official",
-    "under_our_names",
-]
-
-_DIRECTION_SUFFIXES = ("", "_b", "_c", "_c_b")  # official names of our directions 0 to 3
-_STACKED = {  # ours: official with {} for the direction
-    "conv_weight": "conv1d{}.weight",
-    "conv_bias": "conv1d{}.bias",
-    "x_proj_weight": "x_proj{}.weight",
-    "dt_proj_weight": "dt_proj{}.weight",
-    "dt_proj_bias": "dt_proj{}.bias",
-    "A_log": "A{}_log",
-    "D": "D{}",
-}
-# (official, ours, position inside our tensor); {} is a number, a name that ends in a dot stands for all below it, the
-# first row that matches counts
-_NAMES: list[tuple[str, str, int | None]] = [
-    *(
-        (f"layers.{{}}.mixer.{official.format(suffix)}", f"blocks.{{}}.mixer.{ours}", k)
-        for ours, official in _STACKED.items()
-        for k, suffix in enumerate(_DIRECTION_SUFFIXES)
-    ),
-    ("layers.{}.mlp.w1.", "blocks.{}.mlp.fc1.", 0),
-    ("layers.{}.mlp.w2.", "blocks.{}.mlp.fc1.", 1),
-    ("layers.{}.mlp.w3.", "blocks.{}.mlp.fc2.", None),
-    ("layers.{}.", "blocks.{}.", None),
-    ("norm_f.", "norm.", None),
-    *((f"norm_{i + 1}.", f"skip_norms.{i}.", None) for i in range(4)),
-    ("enc2dec.", "encoder_to_decoder.", None),
-    ("dec_block.{}.attn2.", "decoder_blocks.{}.attn.", None),
-    ("dec_block.{}.norm2_1.", "decoder_blocks.{}.norm_query.", None),
-    ("dec_block.{}.norm2_2.", "decoder_blocks.{}.norm_latent.", None),
-    ("dec_block.{}.norm2.", "decoder_blocks.{}.norm_mlp.", None),
-    ("dec_block.{}.", "decoder_blocks.{}.", None),
-    ("ar_norm.", "decoder_norm.", None),
-    ("ar_pred.", "decoder_pred.", None),
-    ("ar_token", "query_token", None),
-    ("dec_pos_embed", "decoder_pos_embed", None),
-]
-
-
-def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + ("" if name.endswith(".") else "$"))
-
-
-_FROM_OFFICIAL = [(_pattern(official), ours, position) for official, ours, position in _NAMES]
-_TO_OFFICIAL = [(_pattern(ours), official, position) for official, ours, position in _NAMES]
-
-
-def _translate(key: str, table: list[tuple[re.Pattern[str], str, int | None]]) -> list[tuple[str, int | None]]:
-    """All names that `key` has on the other side, with their positions; itself if the table does not know it."""
-    found: list[tuple[str, int | None]] = []
-    for pattern, name, position in table:
-        match = pattern.match(key)
-        if match is None or (found and position is None):
-            continue
-        found.append((name.format(*match.groups()) + key[match.end() :], position))
-        if position is None:
-            break
-    return found or [(key, None)]
-
-
-def _is_stacked(key: str) -> bool:
-    return ".mixer." in key and key.rsplit(".", 1)[-1] in _STACKED
-
-
-def _official_to_ours(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    parts: dict[str, dict[int | None, torch.Tensor]] = {}
-    for key, value in state_dict.items():
-        ((ours, position), *_) = _translate(key, _FROM_OFFICIAL)
-        parts.setdefault(ours, {})[position] = value
-    out = {}
-    for key, by_position in parts.items():
-        tensors = [by_position[position] for position in sorted(by_position, key=lambda p: p or 0)]
-        if not _is_stacked(key):
-            out[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        elif key.endswith("conv_weight"):
-            out[key] = torch.stack([weight.squeeze(1) for weight in tensors])
-        else:
-            out[key] = torch.stack(tensors)
-    return out
-
-
-def _ours_to_official(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    out = {}
-    for key, value in state_dict.items():
-        names = [name for name, _ in _translate(key, _TO_OFFICIAL)]
-        if not _is_stacked(key):
-            tensors = list(value.chunk(len(names)))
-        elif key.endswith("conv_weight"):
-            tensors = [weight.unsqueeze(1) for weight in value]
-        else:
-            tensors = list(value)
-        # clones, so that no two entries share memory, which safetensors refuses to save
-        out.update({name: tensor.clone() for name, tensor in zip(names, tensors, strict=False)})
-    return out
-
-
-def is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are those of the authors' code."""
-    return any(key.startswith("layers.") for key in state_dict)
-
-
-def under_our_names(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """The dict under our names, whichever it comes with.
-
-    Raises:
-        CheckpointError: if tensors that are one of ours do not fit together.
-    """
-    if not is_official(state_dict):
-        return dict(state_dict)
-    try:
-        return _official_to_ours(state_dict)
-    except (IndexError, RuntimeError) as error:
-        raise CheckpointError(f"tensors that belong together have different shapes: {error}") from error
+from arm_zoo.files import CheckpointError, StateDict
+from arm_zoo.names import is_official, is_stacked, under_our_names
 
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -168,15 +36,6 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
             "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
         )
     return adapt_state_dict(state_dict, model, timm_adapts=False)
-
-
-def to_official(model: nn.Module) -> StateDict:
-    """State dict of a backbone or pretraining model under official names and shapes; inverse of `from_official`."""
-    out = _ours_to_official(model.state_dict())
-    visible = getattr(model, "decoder_mask", None)
-    if isinstance(visible, torch.Tensor):  # the official pretraining model saves its attention mask
-        out["mask"] = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)
-    return out
 
 
 def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, timm_adapts: bool = True) -> StateDict:
@@ -229,7 +88,7 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, t
     for key, value in source.items():
         if key not in target:
             continue
-        if _is_stacked(key) and len(value) == 1 < len(target[key]):
+        if is_stacked(key) and len(value) == 1 < len(target[key]):
             source[key] = value.repeat(len(target[key]), *[1] * (value.ndim - 1))
         elif key == "patch_embed.proj.weight" and value.shape[2:] != target[key].shape[2:]:
             source[key] = resample_patch_embed(value, list(target[key].shape[2:]))
@@ -301,6 +160,12 @@ def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, 
     return rows, columns
 
 
+def _split(pos_embed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class token's row, from the middle, and those of the patches."""
+    middle = (pos_embed.shape[1] - 1) // 2
+    return pos_embed[:, middle : middle + 1], torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)
+
+
 def _join(patches: torch.Tensor, cls_row: torch.Tensor) -> torch.Tensor:
     middle = patches.shape[1] // 2
     return torch.cat([patches[:, :middle], cls_row, patches[:, middle:]], dim=1)
@@ -313,12 +178,10 @@ def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_g
     """
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    middle = (pos_embed.shape[1] - 1) // 2
-    cls_row = pos_embed[:, middle : middle + 1]
-    patches = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)
-    patches = patches.float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)  # (1, N, D) -> (1, D, H, W)
-    patches = F.interpolate(patches, size=tuple(new_grid), mode="bicubic", align_corners=False)
-    return _join(patches.flatten(2).transpose(1, 2).to(pos_embed.dtype), cls_row)
+    cls_row, patches = _split(pos_embed)
+    table = torch.cat([cls_row, patches], dim=1)
+    table = resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1, antialias=False)
+    return _join(table[:, 1:], table[:, :1])
 
 
 def _check(source: StateDict, target: StateDict, timm_adapts: bool) -> None:

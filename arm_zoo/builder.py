@@ -1,0 +1,213 @@
+"""What makes the models of any family timm's: entry points, arguments, weights and config.json."""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    filter_pretrained_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._input import get_model_args
+from torch import nn
+
+from arm_zoo.download import download, find_weights
+from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, save_model, weights_in
+from arm_zoo.reading import read_checkpoint
+from arm_zoo.table import TABLE, bundled_file, repository_of, ways_on
+from arm_zoo.tables import TableModel
+
+Adapt = Callable[[StateDict, Any], StateDict]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A registered model: its class, the arguments that make it, and what fits a checkpoint to such a model."""
+
+    model_class: type[nn.Module]
+    arguments: Mapping[str, Any]
+    adapt: Adapt
+
+    def sizes(self, name: str) -> dict[str, Any]:
+        """All arguments with their values: of the class, of the configuration, of the table."""
+        defaults = {key: value.default for key, value in inspect.signature(self.model_class).parameters.items()}
+        cfg: Any = get_pretrained_cfg(name)
+        return {**defaults, "in_chans": cfg.input_size[0], "img_size": cfg.input_size[1:], **self.arguments}
+
+
+ARCHITECTURES: dict[str, Architecture] = {}
+SHORT_NAMES: dict[str, str] = {}  # to the long ones
+
+
+def register_family(
+    model_class: type[nn.Module],
+    table: Mapping[str, Mapping[str, Any]],
+    adapt: Adapt,
+    short_names: Mapping[str, str],
+) -> None:
+    """Register the entry points of a family, whose module has timm's `default_cfgs`.
+
+    Args:
+        model_class: of all its models.
+        table: arguments of the class by the model's name.
+        adapt: fits any checkpoint of the family to a model, and compares names and shapes.
+        short_names: further names of models.
+    """
+    for name, arguments in table.items():
+        ARCHITECTURES[name] = Architecture(model_class, arguments, adapt)
+        _register_entry_point(name, name, model_class.__module__)
+    for short, name in short_names.items():
+        SHORT_NAMES[short] = name
+        _register_entry_point(short, name, model_class.__module__)
+
+
+def _register_entry_point(name: str, architecture: str, module: str) -> None:
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _build(architecture, pretrained, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = module
+    setattr(sys.modules[module], name, register_model(entry_point))
+
+
+def entry_configs(cfgs: Mapping[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
+    """timm's `default_cfgs`, with the place of the weights, by which `timm.list_pretrained()` knows who has some."""
+    return dict(generate_default_cfgs({entry: {**cfg, **_place(entry)} for entry, cfg in cfgs.items()}))
+
+
+def _place(entry: str) -> dict[str, str]:
+    weights = TABLE.get(entry)
+    if weights is not None and weights.where == "bundled":
+        return {"file": str(bundled_file(entry))}
+    if weights is not None and weights.where == "hosted":
+        return {"hf_hub_id": f"{repository_of(entry)}@{weights.revision}"}
+    return {}
+
+
+def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    architecture = ARCHITECTURES[name]
+    model_class = architecture.model_class
+    own = inspect.signature(model_class).parameters
+    timms = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
+    if unknown := sorted(set(kwargs) - set(own) - timms):
+        raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(own))}")
+    given, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None) or {}
+    cfg: Any = resolve_pretrained_cfg(name, given, overlay)
+    sources = ("file", "url", "state_dict", "hf_hub_id")
+    # names of classes are those of the entry's own weights, or of a configuration that the caller brings
+    if isinstance(given, str | None) and (not pretrained or any(overlay.get(source) for source in sources)):
+        cfg = dataclasses.replace(cfg, label_names=overlay.get("label_names"))
+    tensors = _read_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else None
+    described = cfg.file if cfg.source == "local-dir" else None
+    if tensors is not None:  # timm, which copies configurations with all that they hold, gets a stand-in
+        cfg = dataclasses.replace(cfg, state_dict={"read": True}, source=None)
+    elif cfg.url and described is None:  # timm would take the file of a bundled entry before it
+        cfg = dataclasses.replace(cfg, file=None)
+
+    def adapt(state_dict: StateDict, model: Any) -> StateDict:
+        model.pretrained_cfg.pop("state_dict", None)
+        return _adapt(state_dict if tensors is None else tensors, model, architecture.adapt, described)
+
+    return build_model_with_cfg(
+        model_class,
+        name,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_filter_fn=adapt,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **{**architecture.arguments, **kwargs},
+    )
+
+
+def _adapt(state_dict: StateDict, model: Any, adapt: Adapt, described: str | None) -> StateDict:
+    """A checkpoint for a model with a head for as many classes as timm, which drops or keeps it, is told here."""
+    cfg = model.pretrained_cfg
+    head = cfg["classifier"]
+    if f"{head}.weight" not in state_dict:  # the model keeps its own, which a strict loader wants to see
+        own = {f"{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
+        return own | adapt(state_dict, model)
+    classes = len(state_dict[f"{head}.weight"])
+    if described is not None and cfg["num_classes"] == model.num_classes != classes:
+        raise CheckpointError(
+            f"config.json of {described} says {model.num_classes} classes, but the weights beside it have {classes}: "
+            "the two files do not belong together; num_classes=... makes a head of your own"
+        )
+    cfg["num_classes"] = classes
+    return adapt(state_dict, model)
+
+
+def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:
+    """The tensors: the caller's, the package's own, or fetched from the Hub; None where timm is to look for them.
+
+    Raises:
+        FileNotFoundError: if the caller's file is not there.
+        CheckpointError: if the weights are hosted nowhere, are not those of the table, or cannot be fetched or read.
+    """
+    entry = f"{name}.{cfg.tag}" if cfg.tag else name
+    own = (get_pretrained_cfg(entry) if entry in TABLE else None) or PretrainedCfg()
+    path = Path(cfg.file or "")
+    if cfg.state_dict:
+        return dict(cfg.state_dict)
+    if cfg.file and cfg.source == "local-dir":
+        try:
+            return read_checkpoint(weights_in(path))
+        except FileNotFoundError:  # a file of another name, which timm may know
+            return None
+    if cfg.file and cfg.file != own.file:
+        if path.is_dir():
+            raise FileNotFoundError(f"no checkpoint at {path}, a folder: create_model('local-dir:{path}', ...)")
+        return read_checkpoint(path)
+    if cfg.url:
+        return None
+    file: Path | None
+    if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
+        file = download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
+    else:
+        file = find_weights(entry, cache_dir)
+    if file is None:
+        raise CheckpointError(ways_on(entry, name))
+    return read_checkpoint(file)
+
+
+class Backbone(TableModel):
+    """A model of any family that is saved in timm's Hub form."""
+
+    pretrained_cfg: dict[str, Any]  # set by timm
+
+    @torch.jit.ignore
+    def hub_config(self) -> dict[str, Any]:
+        """The content of config.json, from which timm builds this model again: its Hub form.
+
+        `num_classes` is not among the model's arguments, where it would overrule the number that a caller asks for
+        and break the timm wrapper of transformers.
+        """
+        model: Any = self
+        cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
+        named = len(cfg.get("label_names") or ()) == model.num_classes
+        labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
+        cfg |= {"num_classes": model.num_classes, "input_size": (model.in_chans, *model.patch_embed.img_size)}
+        return {
+            "architecture": cfg.pop("architecture"),
+            "num_classes": model.num_classes,
+            "num_features": model.num_features,
+            **({"global_pool": model.global_pool} if model.global_pool else {}),
+            **(labels if named else {}),
+            "model_args": {key: value for key, value in get_model_args(model).items() if key != "num_classes"},
+            "pretrained_cfg": cfg,
+        }
+
+    @torch.jit.ignore
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json to `folder`, which timm's `local-dir:` takes."""
+        save_model(folder, self.state_dict(), self.hub_config())

@@ -1,0 +1,117 @@
+"""Where the weights of the entries are, and how they are trained where they are nowhere.
+
+No weights are hosted yet. An entry is hosted from the commit on whose row says so, with the revision and the sha256
+that `python -m hub publish` prints; it is bundled when its file lies in `arm_zoo/bundled/`, its row says so, and the
+golden answers that `python -m hub convert` wrote with it lie in `hub/golden/`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ORGANISATION = "arm-zoo"
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where an entry's weights are.
+
+    Attributes:
+        where: "bundled" (the package has them, in `arm_zoo/bundled/ENTRY.safetensors`), "hosted" (on the Hub), or
+            "planned" (there once they are published).
+        sha256: of model.safetensors, or of the bundled file.
+        revision: tag or commit of the repository to load.
+        repository: ORG/NAME on the Hub, where it is not the entry's name within our organisation.
+    """
+
+    where: Literal["bundled", "hosted", "planned"] = "planned"
+    sha256: str | None = None
+    revision: str = "main"
+    repository: str | None = None
+
+
+TABLE: dict[str, Weights] = {
+    # small ones of our own, in fp16: recipes/RESULTS.md
+    "arm_pico_patch2_8.arm_digits_ft_digits": Weights(
+        "bundled", "ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4"
+    ),
+    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Weights(
+        "bundled", "25d469f0755eaf57fad300d6a9a7f2f7736f6879e7f267d41b69b0c0ed4ce712"
+    ),
+    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
+        "bundled", "d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2"
+    ),
+    "arm_base_patch16_224.arm_in1k_ft_in1k": Weights(),
+    "arm_base_patch16_224.arm_in1k": Weights(),
+    "arm_base_patch16_224.in1k": Weights(),
+    "arm_base_patch16_384.arm_in1k_ft_in1k": Weights(),
+    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Weights(),
+    "arm_large_patch16_224.arm_in1k_ft_in1k": Weights(),
+    "arm_large_patch16_224.arm_in1k": Weights(),
+    "arm_large_patch16_224.in1k": Weights(),
+    "arm_large_patch16_384.arm_in1k_ft_in1k": Weights(),
+    "arm_huge_patch16_224.arm_in1k_ft_in1k": Weights(),
+    "arm_huge_patch16_224.arm_in1k": Weights(),
+    "arm_huge_patch16_384.arm_in1k_ft_in1k": Weights(),
+}
+
+
+def repository_of(entry: str) -> str:
+    """ORG/NAME of an entry's weights, which are or will be there."""
+    return TABLE[entry].repository or f"{ORGANISATION}/{entry}"
+
+
+def bundled_file(entry: str) -> Path:
+    """Where the package has, or would have, the weights of an entry."""
+    return BUNDLED_FOLDER / f"{entry}.safetensors"
+
+
+def bundled_entries() -> list[str]:
+    """The entries whose weights come with the package."""
+    return [entry for entry, weights in TABLE.items() if weights.where == "bundled"]
+
+
+def known_sha256(repo: str, revision: str | None) -> str | None:
+    """What the table has for the weights of a repository at a revision; None if it does not know them."""
+    for entry, weights in TABLE.items():
+        if weights.where == "hosted" and repo == repository_of(entry):
+            return weights.sha256 if revision in (None, weights.revision) else None
+    return None
+
+
+_SMALL_SETS = {"arm_tiny_patch4_32": "cifar10", "arm_tiny_patch8_64": "tiny_imagenet", "arm_pico_patch2_8": "digits"}
+
+
+def training_commands(entry: str) -> str:
+    """How the weights of an entry are trained, from a checkout; its name and tag tell."""
+    architecture, _, tag = entry.partition(".")
+    size, resolution = architecture.split("_")[1], architecture.rpartition("_")[2]
+    own_config = size in ("base", "large", "huge")
+    config = _SMALL_SETS.get(architecture, size if own_config else "base")
+
+    def command(recipe: str, name: str, model: str) -> str:
+        override = "" if own_config or architecture in _SMALL_SETS else f" model={model}"
+        return f"accelerate launch -m recipes.{recipe} --config recipes/configs/{name}.yaml{override} data.source=PATH"
+
+    pretrain = command("pretrain", f"pretrain_{config}", f"arm_{size}")
+    if tag == "arm_in1k":
+        return pretrain
+    if tag == "in1k":
+        supervised = command("finetune", f"supervised_{config}", architecture)
+        return f"{supervised} (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
+    suffix = {"384": "_384", "448": "_stride8_448"}.get(resolution, "")
+    return f"{pretrain}, then {command('finetune', f'finetune_{config}{suffix}', architecture)}"
+
+
+def ways_on(entry: str, architecture: str) -> str:
+    """What a person can do where weights are not hosted."""
+    return (
+        f"the weights of {entry} are not hosted yet. Ways on:\n"
+        "  an official .pth: python -m hub convert FILE OUT, from a checkout, then create_model('local-dir:OUT', "
+        f"pretrained=True); or as it is, also .safetensors: create_model({architecture!r}, pretrained=True, "
+        "pretrained_cfg_overlay=dict(file=PATH))\n"
+        f"  train it yourself, from a checkout: {training_commands(entry)}\n"
+        f"  a small model that comes with the package: create_model({bundled_entries()[0]!r}, pretrained=True)\n"
+        "  start untrained: pretrained=False"
+    )
