@@ -134,30 +134,27 @@ def answers(model: ARM | ARMPretrain, image: torch.Tensor) -> dict[str, torch.Te
     return {name: value.contiguous().clone() for name, value in results.items()}
 
 
+def _list_of(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(each) in kinds for each in value)
+
+
 def _are_pixels(value: Any) -> bool:
     sides = value if isinstance(value, list) and len(value) == 2 else [value]
-    return all(type(side) is int and 0 < side < 2**16 for side in sides)
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) in (int, float) for number in value) and len(value) > 0
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return _list_of(sides, int) and all(0 < side < 2**16 for side in sides)
 
 
 # what a config.json tells beside the weights: the test of a value, and what is expected
-_PIXELS: Test = (_are_pixels, "pixels, one number or two")
-_ARGUMENTS = {"img_size": _PIXELS, "patch_stride": _PIXELS, "cluster_size": _PIXELS}
+_ARGUMENTS: dict[str, Test] = dict.fromkeys(
+    ("img_size", "patch_stride", "cluster_size"), (_are_pixels, "pixels, one number or two")
+)
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 _PREPROCESSING: dict[str, Test] = {
-    "mean": (_are_numbers, "a list of numbers"),
-    "std": (lambda value: _are_numbers(value) and 0 not in value, "a list of numbers other than 0"),
+    "mean": (lambda value: _list_of(value, int, float), "a list of numbers"),
+    "std": (lambda value: _list_of(value, int, float) and 0 not in value, "a list of numbers other than 0"),
     "crop_pct": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a number above 0, at most 1"),
     "crop_mode": (lambda value: value in ("center", "squash", "border"), "center, squash or border"),
     "interpolation": (lambda value: value in _INTERPOLATIONS, ", ".join(_INTERPOLATIONS)),
-    "label_names": (_are_names, "a list of names"),
+    "label_names": (lambda value: _list_of(value, str), "a list of names"),
 }
 
 

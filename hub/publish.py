@@ -88,8 +88,7 @@ def publish(
         else:
             tag = tag or next_tag
             with _explained(f"publish {repo}", repo, right="write"):
-                commit = _upload(api, staged, repo, remote, uploads, tag, private)
-                _verify(staged, cache, repo, tag, commit)
+                commit = _upload(api, staged, cache, repo, remote, uploads, tag, private)
             yield f"uploaded as {commit}, tagged {tag}, fetched back and compared"
             row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{tag}", "{repo}")'
             yield f'for arm_zoo/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
@@ -154,8 +153,10 @@ def _plan(staged: Path, repo: str, remote: Remote, changes: dict[str, str], tag:
         yield "licence of the weights: unknown; ask their authors before redistributing (convert --license ID)"
 
 
-def _upload(api: HfApi, staged: Path, repo: str, remote: Remote, uploads: list[str], tag: str, private: bool) -> str:
-    """One commit on top of the one that was compared with, and its tag, which may be all that is missing."""
+def _upload(
+    api: HfApi, staged: Path, cache: Path, repo: str, remote: Remote, uploads: list[str], tag: str, private: bool
+) -> str:
+    """One commit on top of the one that was compared with, and its tag, which may be all that is missing; verified."""
     if not remote.exists:
         api.create_repo(repo, private=private)
     commit = remote.commit
@@ -164,13 +165,10 @@ def _upload(api: HfApi, staged: Path, repo: str, remote: Remote, uploads: list[s
         message = f"Publish {tag} with arm-zoo"
         commit = api.create_commit(repo, operations, commit_message=message, parent_commit=remote.commit).oid
     api.create_tag(repo, tag=tag, revision=commit)
-    return commit
-
-
-def _verify(staged: Path, cache: Path, repo: str, tag: str, commit: str) -> None:
     for name in FILES:
         fetched = hf_hub_download(repo, name, revision=tag, cache_dir=cache)
         if sha256_of(fetched) != sha256_of(staged / name):
             raise CheckpointError(
                 f"{name} of {repo} at {tag} (commit {commit}) is not what was sent; publish it again"
             )
+    return commit
