@@ -6,73 +6,61 @@ with several processes `torchrun --nproc_per_node 2 -m eval ... --device cpu` or
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from eval import models, results, sets, speed
-from eval.options import (
-    add_scoring_options,
-    choices_of,
-    guarded,
-    open_requests,
-    parse_sets,
-    settings_of,
-    start_processes,
-    warn,
-)
+from eval import labels, models, results, speed
+from eval.options import guarded, open_requests, scoring_parser, settings_of, start_processes
 from eval.results import Row
 from eval.rows import Scorer
-from eval.sets import CUSTOM
+from eval.sets import CUSTOM, SETS
+from eval.timing import table
 
-WIDTH = 120  # characters of the tables
+OVERVIEW = """Score models and time them:
+
+python -m eval --models MODEL --weights FILE --sets in1k=PATH     top-1, top-5, calibration; --help shows all options
+python -m eval.verify MODEL --weights FOLDER --sets in1k=PATH     compare a fresh score with a model's card
+python -m eval.throughput                                         images per second of inference and training
+python -m eval.leaderboard                                        LEADERBOARD.md and its page, from the results
+
+The sets, and where they are got:
+"""
+
+
+def overview() -> str:
+    """What `python -m eval` says without arguments."""
+    sets = (f"  {name:16}{spec.card_name or 'images of your own':28}{spec.source}" for name, spec in SETS.items())
+    return OVERVIEW + "\n".join(map(str.rstrip, sets))
 
 
 def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people; the CSV has more."""
-    table = Table(box=SIMPLE_HEAD)
-    for title in ("model", "set"):
-        table.add_column(title, overflow="fold")
-    for title in ("n", "top-1", "95%", "top-5", "clean 200", "ECE", "img/s"):
-        table.add_column(title, justify="right", no_wrap=True)
+    lines = []
     for row in rows:
-        figures = {k: float(row[k]) for k in ("top1", "top1_low", "top1_high", "top5", "ece", "img_per_s")}
-        clean = row.get(f"clean200_{row['set']}_top1") or ""
-        table.add_row(
-            *(str(row["model"]), f"{row['set']}{' *' if row['marks'] else ''}", str(row["n"])),
-            *(f"{figures['top1']:.2f}", f"{figures['top1_low']:.2f} - {figures['top1_high']:.2f}"),
-            *(f"{figures['top5']:.2f}", f"{float(clean):.2f}" if clean else "-"),
-            *("-" if math.isnan(figures["ece"]) else f"{figures['ece']:.2f}", f"{figures['img_per_s']:.1f}"),
-        )
-    if any(row["marks"] for row in rows):
-        table.caption = "* not the canonical set: see the warnings and the column marks"
-    return table
+        names = ("top1", "top1_low", "top1_high", "top5", f"clean200_{row['set']}_top1", "ece")
+        texts = [str(row.get(name) or "nan") for name in names]
+        top1, low, high, *others = ("-" if text == "nan" else f"{float(text):.2f}" for text in texts)
+        name = f"{row['set']} *" if row["warnings"] else row["set"]
+        lines.append([row["model"], name, str(row["n"]), top1, f"{low} - {high}", *others, row["img_per_s"]])
+    caption = "* not the canonical set: see the column warnings" if any(row["warnings"] for row in rows) else None
+    return table("", ["model", "set"], ["n", "top-1", "95%", "top-5", "clean 200", "ECE", "img/s"], lines, caption)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = scoring_parser("python -m eval", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=[], metavar="NAME", help="timm names, ours or not; hf-hub: and local-dir: too")
-    add(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="file, folder or hf-hub:OWNER/NAME; MODEL=FILE for several models; without: the hosted weights",
-    )
-    add_scoring_options(parser)
+    where = "file, folder or hf-hub:OWNER/NAME; MODEL=FILE for several models; without: the hosted weights"
+    add("--weights", nargs="+", default=[], metavar="FILE", help=where)
     add("--output", type=Path, default=Path("results.csv"), metavar="FILE", help="CSV that rows are appended to")
     add("--resume", action="store_true", help="go on within the set at which a run died, by OUTPUT.partial")
     add("--recompute", action="store_true", help="score again what the CSV has already, and append it anew")
     add("--speed", action="store_true", help="score nothing: time the loader alone, the model alone, and both")
-    add("--show-mapping", action="store_true", help="print which class index three pictures of each set get, first")
+    add("--show-mapping", action="store_true", help="first print which classes are right for three images of each set")
     return parser
 
 
@@ -84,43 +72,34 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix != ".csv" or not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output must be a .csv file in a folder that exists, got {str(args.output)!r}")
     results.read(args.output)
-    locations, real = parse_sets(args.sets)
-    state = start_processes(args.device)
-    requests = open_requests(locations, real, choices_of(args))
+    requests, state = open_requests(args), start_processes(args.device)
     if args.show_mapping and state.is_main_process:
         for request in requests:
             if request.name == CUSTOM:
                 print("custom: no mapping of its own; each model's label_names say which class has which index")
             else:
-                labelled = sets.label(request.name, request.listing)
-                lines = [*sets.mapping(labelled), *(sets.real_mapping(labelled) if request.real else [])]
-                print("\n".join(lines))
-    settings = settings_of(args)
-    scorer = Scorer(args.output, settings, state, args.resume, args.recompute)
+                print(*labels.mapping(labels.label(request.name, request.listing), request.real), sep="\n")
+    settings, console = settings_of(args), Console(width=120, markup=False, emoji=False)
     candidates = (models.load(name, weights.get(name), args.train_size) for name in args.models)
     if args.speed:
         if state.num_processes > 1:
             raise ValueError("--speed measures one process; start it without a launcher")
         speeds = [speed.measure(one, request.listing, settings, state) for one in candidates for request in requests]
-        Console(width=WIDTH, markup=False, emoji=False).print(speed.as_table(speeds, settings))
+        console.print(speed.as_table(speeds, settings))
         return 0
-    rows = []
-    for candidate in candidates:
-        for row, fresh in scorer.rows(candidate, requests):
-            rows.append(row)
-            if state.is_main_process:
-                if not fresh:
-                    print(
-                        f"{row['model']}, {row['set']}: finished before; --recompute scores it again", file=sys.stderr
-                    )
-                warn(row)
+    scorer = Scorer(args.output, settings, state, args.resume, args.recompute)
+    rows = [row for candidate in candidates for row in scorer.rows(candidate, requests)]
     if rows and state.is_main_process:
-        Console(width=WIDTH, markup=False, emoji=False).print(as_table(rows))
+        console.print(as_table(rows))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return guarded(run, make_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        print(overview())
+        return 0
+    return guarded(run, make_parser().parse_args(words))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,13 @@
 """What the leaderboard has: measured rows and the paper's tables as entries of one kind, never mixed in one."""
 
-import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval import results
-from eval.metrics import SUBSETS
-from eval.sets import REAL
+from eval.sets import SETS, SUBSETS
 
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
-SETS = ("in1k", REAL, "v2", "a", "r", "sketch")
-PAPER_COLUMNS = {"in1k": "in1k", REAL: "in_real", "v2": "in_v2", "a": "in_a", "r": "in_r", "sketch": "in_sketch"}
 SPEED_COLUMNS = ("model", "mode", "img_size", "batch_size", "dtype", "compile", "img_per_s", "device")
 
 
@@ -28,47 +23,45 @@ class Entry:
     architecture: str = ""
     dtype: str = ""  # of measured ones
     top1: dict[str, float] = field(default_factory=dict)
-    interval: tuple[float, float] | None = None  # of in1k, 95%
-    clean: dict[str, float] = field(default_factory=dict)  # clean pictures of the 200 classes of a and r
+    clean: dict[str, float] = field(default_factory=dict)  # clean images of the 200 classes of a and r
     speeds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def measured(self) -> bool:
+        return self.kind == "measured"
 
-def number(text: str | None) -> float | None:
-    return float(text) if text not in (None, "") else None
 
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def paper_table(paper: Path, name: str) -> list[dict[str, str]]:
+    """Rows of one of the paper's tables."""
+    return results.read((paper / f"{name}.csv").resolve(strict=True), ())
 
 
 def reported_entries(paper: Path) -> list[Entry]:
     """Tables 2 and 3 of the paper, joined by model at 224 pixels."""
     entries = []
-    for row in read_csv(paper / "table2_imagenet.csv"):
-        accuracy = number(row["top1"])
-        speed = number(row["throughput_a5000_img_s"])
+    for row in paper_table(paper, "table2_imagenet"):
+        speed = row["throughput_a5000_img_s"]
         entries.append(
             Entry(
                 model=row["model"],
                 kind=row["kind"],
                 img_size=row["img_size"],
-                params_m=number(row["params_m"]),
+                params_m=float(row["params_m"]),
                 source=row["source"],
                 architecture=row["entry"],
-                top1={} if accuracy is None else {"in1k": accuracy},
-                speeds={} if speed is None else {PAPER_SPEED: speed},
+                top1={"in1k": float(row["top1"])} if row["top1"] else {},
+                speeds={PAPER_SPEED: float(speed)} if speed else {},
                 notes=[row["note"]] if row["note"] else [],
             )
         )
     at_224 = {entry.model: entry for entry in entries if entry.img_size == "224"}
-    for row in read_csv(paper / "table3_robustness.csv"):
+    for row in paper_table(paper, "table3_robustness"):
         entry = at_224.get(row["model"])
         if entry is None:
             entry = Entry(row["model"], row["kind"], "224", None, "")
             entries.append(entry)
-        entry.top1 |= {name: float(row[column]) for name, column in PAPER_COLUMNS.items()}
+        entry.top1 |= {name: float(row[spec.paper_column]) for name, spec in SETS.items() if spec.paper_column}
         entry.source = f"{entry.source}, table 3" if entry.source else row["source"]
     return entries
 
@@ -76,49 +69,40 @@ def reported_entries(paper: Path) -> list[Entry]:
 def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
     """Rows of `python -m eval` by model, weights and preprocessing; the newest of a set counts.
 
-    Rows that are limited, have no picture, or are of sets without a column are left out.
+    Rows that are limited, have no image, or are of sets without a column are left out.
     """
     entries: dict[tuple[str, ...], Entry] = {}
     for row in rows:
-        if row["limit"] or row["set"] not in SETS or row["n"] == "0":
+        name = row["set"]
+        if row["limit"] or row["n"] == "0" or name not in SETS or not SETS[name].title:
             continue
-        key = tuple(row[name] for name in results.WAY)
         crop = f"crop {row['crop_pct']} {row['crop_mode']}, {row['interpolation']}, {row['dtype']}"
-        size = row["img_size"].partition("x")
+        height, _, width = row["img_size"].partition("x")
         entry = entries.setdefault(
-            key,
+            results.key(row, results.WAY),
             Entry(
                 model=row["model"],
                 kind="measured",
-                img_size=size[0] if size[0] == size[2] else row["img_size"],
-                params_m=number(row["params_m"]),
+                img_size=height if height == width else row["img_size"],
+                params_m=float(row["params_m"]),
                 source=f"{row['weights']} ({row['weights_sha256'][:8] or 'no checksum'}), {crop}",
                 architecture=row["model"],
                 dtype=row["dtype"],
             ),
         )
-        entry.top1[row["set"]] = float(row["top1"])
-        if row["set"] == "in1k":
-            entry.interval = (float(row["top1_low"]), float(row["top1_high"]))
-        for name in SUBSETS:
-            if (clean := number(row[f"clean200_{name}_top1"])) is not None:
-                entry.clean[name] = clean
+        entry.top1[name] = float(row["top1"])
+        clean = {subset: row[f"clean200_{subset}_top1"] for subset in SUBSETS}
+        entry.clean |= {subset: float(top1) for subset, top1 in clean.items() if top1}
         # a newer row of the set has its own say
-        entry.notes = [note for note in entry.notes if not note.startswith(f"{row['set']}: ")]
-        if row["marks"]:
-            entry.notes.append(f"{row['set']}: {row['marks']}")
+        entry.notes = [note for note in entry.notes if not note.startswith(f"{name}: ")]
+        if row["warnings"]:
+            entry.notes.append(f"{name}: {row['warnings']}")
     return list(entries.values())
 
 
 def read_speeds(path: Path) -> list[dict[str, str]]:
-    """Rows of `python -m eval.throughput`, of a CSV or JSON file, as text.
-
-    Raises:
-        ValueError: if the file is another's.
-    """
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_csv(path)
-    if missing := [name for name in SPEED_COLUMNS if any(name not in row for row in rows)]:
-        raise ValueError(f"{path} is not of python -m eval.throughput: it lacks {', '.join(missing)}")
+    """Rows of `python -m eval.throughput`, of a CSV or JSON file, as text."""
+    rows = results.read(path, SPEED_COLUMNS)
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
@@ -129,8 +113,8 @@ def compilation(row: Mapping[str, str]) -> str:
 
 
 def circumstances(row: Mapping[str, str]) -> str:
-    ways = {"no": "", "yes": ", compiled", "yes, CUDA graphs": ", compiled, CUDA graphs"}
-    return f"{row['device']}, {row['dtype']}{ways[compilation(row)]}, measured"
+    compiled = compilation(row).replace("yes", ", compiled").removeprefix("no")
+    return f"{row['device']}, {row['dtype']}{compiled}, measured"
 
 
 def add_speeds(entries: Iterable[Entry], speeds: Sequence[Mapping[str, str]]) -> None:
@@ -145,3 +129,10 @@ def add_speeds(entries: Iterable[Entry], speeds: Sequence[Mapping[str, str]]) ->
             if same and row["mode"] == "infer" and entry.img_size == row["img_size"]:
                 newest.setdefault(circumstances(row), {})[row.get("scan_backend", "")] = float(row["img_per_s"])
         entry.speeds |= {shown: max(of_backends.values()) for shown, of_backends in newest.items()}
+
+
+def read_entries(measured: Path, speeds: Sequence[Mapping[str, str]], paper: Path) -> list[Entry]:
+    """All entries with their speeds, the most accurate on in1k first."""
+    entries = [*measured_entries(results.read(measured)), *reported_entries(paper)]
+    add_speeds(entries, speeds)
+    return sorted(entries, key=lambda entry: -entry.top1.get("in1k", -1))

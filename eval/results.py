@@ -1,70 +1,92 @@
-"""The table of scores: one CSV row for each model and set, appended whole or not at all; and unfinished passes."""
+"""Tables of measurements, CSV or JSON: the one place that reads them and appends rows."""
 
 import csv
-import hashlib
 import io
-import os
-import tempfile
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 
-from eval.metrics import SUBSETS
+from arm_zoo.files import write_text
+from eval.sets import SUBSETS
 
 Row = dict[str, Any]
 
-# A row that equals another in these is the same measurement: of the same model, on the same pictures, seen alike.
+# Scores that are equal in these are the same measurement: of the same model, on the same images, seen alike.
 WAY = ("model", "weights_sha256", "img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype")
 KEY = (*WAY, "set", "listing_sha256", "limit")
 COLUMNS = (
     *("model", "set", "n", "top1", "top5", "top1_low", "top1_high", "ece"),
     *("clean200_a_n", "clean200_a_top1", "clean200_a_top5", "clean200_r_n", "clean200_r_top1", "clean200_r_top5"),
-    *("marks", "params_m", "pictures", "classes", "undecodable", "limit"),
+    *("warnings", "params_m", "images", "classes", "undecodable", "limit"),
     *("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype"),
     *("weights", "weights_sha256", "listing_sha256"),
     *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "pillow", "arm_zoo", "date"),
 )
+RENAMED = {"marks": "warnings", "pictures": "images"}  # name of a column in files of older versions -> name
 
 
 def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]:
     return tuple(str(row.get(column, "")) for column in columns)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows as text; none where there is no file.
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
+    """All rows of a .csv file as text, or of a .json file; none where the file is empty or does not exist.
 
     Raises:
-        ValueError: if the file is of another kind or has other columns.
+        ValueError: if the file is no table, or lacks any of the columns; it may have more.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} is no table of python -m eval, it lacks {', '.join(missing[:5])}; name another --output"
-            )
-        return list(reader)
+    text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""  # Excel begins with a byte order mark
+    try:
+        if path.suffix == ".json":
+            head, rows = columns, json.loads(text or "[]")
+        else:
+            head, *lines = filter(None, csv.reader(io.StringIO(text or ",".join(columns), newline="")))
+            rows = [dict(zip(head, line, strict=True)) for line in lines]
+        if not isinstance(rows, list):
+            raise TypeError("a table is a list of rows")
+        rows = [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
+    except (ValueError, TypeError, AttributeError, csv.Error):
+        raise ValueError(f"{path} is there and holds no table; name another file") from None
+    there = {RENAMED.get(name, name) for name in head}.intersection(*rows)
+    if missing := [column for column in columns if column not in there]:
+        raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")
+    return rows
 
 
-def append(path: Path, rows: Iterable[Row]) -> list[Row]:
-    """Add rows: the file is written anew beside itself and renamed, under a lock that other runs wait for.
+def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> list[Row]:
+    """Add rows to a table, or begin it: the file is replaced whole, under a lock that other runs wait for.
 
     Columns that people have added stay.
 
     Returns:
-        the new rows as they were written: those of A and R with what the table knows of their clean pictures.
+        The new rows as they were written: those of A and R with what the table knows of their clean images.
     """
     with FileLock(path.with_name(f".{path.name}.lock")):
-        old = read(path)
+        old = read(path, columns)
         table = with_clean_columns([*old, *rows])
-        added = [column for column in (old[0] if old else ()) if column not in COLUMNS]
-        write_csv(path, [*COLUMNS, *added], table)
+        columns = list(dict.fromkeys([*columns, *(old[0] if old else ())]))
+        if path.suffix == ".json":
+            text = json.dumps([{column: row.get(column) for column in columns} for row in table], indent=2) + "\n"
+        else:
+            file = io.StringIO()
+            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+            text = file.getvalue()
+        write_text(path, text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
     return table[len(old) :]
+
+
+def check_output(path: Path | None, columns: Sequence[str]) -> None:
+    """Raises ValueError for a file to which rows of these columns could not be added in the end."""
+    if path is None:
+        return
+    if path.suffix not in (".csv", ".json") or not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"--output must be a .csv or .json file in a folder that exists, got {str(path)!r}")
+    read(path, columns)
 
 
 def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
@@ -80,85 +102,3 @@ def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
             row = row | {c: found.get(c, "") for c in COLUMNS if c.startswith(f"clean200_{row['set']}_")}
         out.append(row)
     return out
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    """Replace a file by a table of these columns of the rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by one that was written whole beside it."""
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's own mode is for secrets
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
-class Unfinished:
-    """Predictions of a pass that is under way, kept beside the results so that a killed run goes on from there.
-
-    Each process appends records of one fixed size to its own file; a record cut short by the kill is left out.
-
-    Args:
-        output: the table that the rows will be in.
-        row: what the row measures.
-        way: what else must be the same for the rest of a pass to fit its beginning.
-        record: a prediction's dtype.
-    """
-
-    def __init__(self, output: Path, row: Sequence[str], way: Sequence[str], record: np.dtype) -> None:
-        self._folder = Path(f"{output}.partial")
-        self._row, rest = (hashlib.sha256("\t".join(part).encode()).hexdigest()[:16] for part in (row, way))
-        self._name = f"{self._row}-{rest}"
-        self._record = record
-
-    def remove_others(self) -> bool:
-        """Delete what passes in other ways have left for the same row; whether there was any."""
-        others = set(self._folder.glob(f"{self._row}-*")) - set(self._files())
-        for file in others:
-            file.unlink()
-        return bool(others)
-
-    def _files(self) -> Sequence[Path]:
-        return sorted(self._folder.glob(f"{self._name}.*"))
-
-    def load(self) -> np.ndarray:
-        """All whole records, each picture once."""
-        size = self._record.itemsize
-        parts = [file.read_bytes() for file in self._files()]
-        records = np.concatenate(
-            [
-                np.zeros(0, self._record),
-                *(np.frombuffer(part[: len(part) // size * size], self._record) for part in parts),
-            ]
-        )
-        return records[np.unique(records["index"], return_index=True)[1]]
-
-    def start(self, kept: np.ndarray) -> None:
-        """Leave one file with the records to keep."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for file in self._files():
-            file.unlink()
-        (self._folder / f"{self._name}.kept").write_bytes(kept.tobytes())
-
-    def add(self, process: int, records: np.ndarray) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)  # other machines' processes have their own disk
-        with open(self._folder / f"{self._name}.{process}", "ab") as file:
-            file.write(records.tobytes())
-
-    def remove(self) -> None:
-        for file in self._files():
-            file.unlink()
-        if self._folder.is_dir() and not any(self._folder.iterdir()):
-            self._folder.rmdir()

@@ -6,25 +6,25 @@ Run from the repository root on a machine with a GPU: `python -m eval.scan`.
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 import arm_zoo
 from arm_zoo.order import scan_order
-from eval.throughput import DTYPES, positive
-from eval.timings import Row, append, check_output
+from eval.options import positive
+from eval.results import Row, append, check_output
+from eval.scoring import DTYPES
+from eval.timing import circumstances, table, timed
 
 REPEATS = 20
+SIZES = ("batch_size", "grid", "directions", "channels", "states", "dtype")
 COLUMNS = (
-    *("backend", "kernel", "ms", "bytes", "exponentials"),
-    *("batch_size", "grid", "directions", "channels", "states", "dtype", "copy_bytes_per_s"),
+    *("backend", "kernel", "ms", "bytes", "exponentials", *SIZES, "copy_bytes_per_s"),
     *("device", "torch", "arm_zoo", "date"),
 )
 
@@ -37,14 +37,11 @@ def milliseconds(call: Callable[[], Any]) -> float:
     flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
     readings = []
     for _ in range(REPEATS + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
-        start.record()
-        call()
-        end.record()
-        readings.append((start, end))
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in readings[3:])
+        with timed("cuda") as seconds:
+            call()
+        readings.append(seconds)
+    return 1000 * median(seconds() for seconds in readings[3:])
 
 
 def copy_rate() -> float:
@@ -79,39 +76,26 @@ def measure(backend: str, args: argparse.Namespace) -> list[Row]:
     u, gate = scan[0], torch.randn_like(conv[0])
     y, saved = ops.selective_scan(*scan, True, None, backend)
     gradient, gradient_u = torch.randn_like(y), torch.randn_like(u)
-    sequence, token = u.numel() * u.element_size(), y.numel() * y.element_size()
-    exponentials = u.numel() * args.states
-    calls: list[tuple[str, Callable[[], Any], int, int]] = [
-        ("convolution", lambda: ops.causal_conv(*conv, backend), token + sequence, 0),
-        (
-            "convolution, backward",
-            lambda: ops.causal_conv_backward(gradient_u, *conv, backend),
-            2 * token + sequence,
-            0,
+    sequence, token, states = u.nbytes, y.nbytes, saved.nbytes
+    calls = {
+        "convolution": (partial(ops.causal_conv, *conv, backend), token + sequence),
+        "convolution, backward": (partial(ops.causal_conv_backward, gradient_u, *conv, backend), 2 * token + sequence),
+        "scan, merge and gate": (partial(ops.selective_scan, *scan, False, gate, backend), sequence + 2 * token),
+        "scan and merge, saving states": (
+            partial(ops.selective_scan, *scan, True, None, backend),
+            sequence + token + states,
         ),
-        (
-            "scan, merge and gate",
-            lambda: ops.selective_scan(*scan, False, gate, backend),
-            sequence + 2 * token,
-            exponentials,
+        "scan, backward": (
+            partial(ops.selective_scan_backward, gradient, *scan, saved, backend),
+            3 * sequence + token + states,
         ),
-        (
-            "scan and merge, saving states",
-            lambda: ops.selective_scan(*scan, True, None, backend),
-            sequence + token + saved.nbytes,
-            exponentials,
-        ),
-        (
-            "scan, backward",
-            lambda: ops.selective_scan_backward(gradient, *scan, saved, backend),
-            3 * sequence + token + saved.nbytes,
-            exponentials,
-        ),
-    ]
-    return [
-        {"backend": backend, "kernel": name, "ms": milliseconds(call), "bytes": size, "exponentials": count}
-        for name, call, size, count in calls
-    ]
+    }
+    rows = []
+    for name, (call, size) in calls.items():
+        exponentials = u.numel() * args.states if name.startswith("scan") else 0
+        row = {"backend": backend, "kernel": name, "bytes": size, "exponentials": exponentials}
+        rows.append(row | {"ms": milliseconds(call)})
+    return rows
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -141,36 +125,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(args.backends or ()) - set(available):
         parser.error(f"--backends {' '.join(sorted(unknown))}: available here are {', '.join(available)}")
     rate = copy_rate()
-    shared = {
-        **{name: getattr(args, name) for name in ("batch_size", "grid", "directions", "channels", "states", "dtype")},
-        "copy_bytes_per_s": rate,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "arm_zoo": arm_zoo.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    shared = vars(args) | circumstances("cuda") | {"copy_bytes_per_s": rate}
     try:
-        rows = [row for backend in args.backends or available for row in measure(backend, args)]
+        rows = [row | shared for backend in args.backends or available for row in measure(backend, args)]
     except ValueError as error:  # sizes that a backend does not take
         parser.error(str(error))
     title = "batch {batch_size}, grid {grid}, {directions} directions, {channels} channels, {states} states, {dtype}"
-    caption = f"{shared['device']}, torch {torch.__version__}; a copy moves {rate / 1e12:.2f} TB/s"
-    table = Table(title=title.format(**shared), caption=caption, box=SIMPLE_HEAD)
-    for column in ("backend", "kernel", "ms", "TB/s", "floor by bytes, ms", "G exponentials/s"):
-        table.add_column(column, justify="left" if column in ("backend", "kernel") else "right")
-    for row in rows:
-        seconds = row["ms"] / 1e3
-        table.add_row(
-            row["backend"],
-            row["kernel"],
-            f"{row['ms']:.3f}",
-            f"{row['bytes'] / seconds / 1e12:.2f}",
-            f"{1e3 * row['bytes'] / rate:.3f}",
-            f"{row['exponentials'] / seconds / 1e9:,.0f}" if row["exponentials"] else "",
-        )
-    Console().print(table)
+    shown = table(
+        title.format(**shared),
+        ["backend", "kernel"],
+        ["ms", "TB/s", "floor by bytes, ms", "G exponentials/s"],
+        [
+            [
+                *(row["backend"], row["kernel"], f"{row['ms']:.3f}"),
+                *(f"{row['bytes'] / row['ms'] / 1e9:.2f}", f"{1e3 * row['bytes'] / rate:.3f}"),
+                f"{row['exponentials'] / row['ms'] / 1e6:,.0f}" if row["exponentials"] else "",
+            ]
+            for row in rows
+        ],
+        caption=f"{shared['device']}, torch {shared['torch']}; a copy moves {rate / 1e12:.2f} TB/s",
+    )
+    Console().print(shown)
     if args.output is not None:
-        append(args.output, COLUMNS, [row | shared for row in rows])
+        append(args.output, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One pass over the pictures of a set: every picture once, whatever the number of processes, for all heads at once."""
+"""One pass over the images of a set: every image once, whatever the number of processes, for all heads at once."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,12 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from arm_zoo.images.decode import UndecodableImage
 from eval.listing import Listing
-from eval.metrics import TOP, Ranks, rank
+from eval.metrics import TOP, rank
 from eval.models import Candidate
-from eval.results import Unfinished
+from eval.unfinished import Unfinished
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCORED, UNDECODABLE = 0, 1
 
 Heads = Sequence[Sequence[int] | None]
 Batch = tuple[list[int], torch.Tensor | None, dict[int, str]]
@@ -31,7 +30,7 @@ Batch = tuple[list[int], torch.Tensor | None, dict[int, str]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures go through a model."""
+    """How images go through a model."""
 
     batch_size: int
     workers: int
@@ -39,19 +38,8 @@ class Settings:
     limit: int | None
 
 
-@dataclass
-class Predictions:
-    """What a model said of the pictures of a set, in their order."""
-
-    indices: np.ndarray
-    heads: list[Ranks]
-    undecodable: dict[int, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    computed: int = 0
-
-
-class Pictures(Dataset[tuple[int, torch.Tensor | str]]):
-    """Pictures as the model takes them but for normalisation, in 8 bits; the reason instead where one is damaged.
+class Images(Dataset[tuple[int, torch.Tensor | str]]):
+    """Images as the model takes them but for normalisation, in 8 bits; the reason instead where one is damaged.
 
     ImageNet's sets are decoded as timm.data.ImageDataset does, custom ones as in training; resize and crop are the
     model's own, which the recipes validate with too.
@@ -70,36 +58,34 @@ class Pictures(Dataset[tuple[int, torch.Tensor | str]]):
             image = self.listing.decode(index, self.mode)
         except UndecodableImage as error:
             return index, error.cause
-        except Exception as error:  # from damaged pictures Pillow raises all sorts: OSError, SyntaxError, ...
+        except Exception as error:  # from damaged images Pillow raises all sorts: OSError, SyntaxError, ...
             return index, (str(error) or type(error).__name__).splitlines()[0]
         return index, self.transform(image)
 
 
 def collate(samples: Sequence[tuple[int, torch.Tensor | str]]) -> Batch:
-    """Indices and stacked pictures of those that could be decoded; reasons for those that could not."""
-    good = [(i, picture) for i, picture in samples if isinstance(picture, torch.Tensor)]
+    """Indices and stacked images of those that could be decoded; reasons for those that could not."""
+    good = {i: image for i, image in samples if isinstance(image, torch.Tensor)}
     bad = {i: reason for i, reason in samples if isinstance(reason, str)}
-    return [i for i, _ in good], torch.stack([picture for _, picture in good]) if good else None, bad
+    return list(good), torch.stack(list(good.values())) if good else None, bad
 
 
 def load_batches(
     listing: Listing, data_config: dict[str, Any], batches: Sequence[list[int]], workers: int, pin: bool
-) -> Iterator[Batch]:
-    """The pictures of each batch, in order."""
-    return iter(
-        DataLoader(
-            Pictures(listing, data_config),
-            batch_sampler=batches,
-            num_workers=min(workers, len(batches)),
-            collate_fn=collate,
-            pin_memory=pin,
-            prefetch_factor=4 if workers and batches else None,
-        )
+) -> Iterable[Batch]:
+    """The images of each batch, in order."""
+    return DataLoader(
+        Images(listing, data_config),
+        batch_sampler=batches,
+        num_workers=min(workers, len(batches)),
+        collate_fn=collate,
+        pin_memory=pin,
+        prefetch_factor=4 if workers and batches else None,
     )
 
 
 class Forward:
-    """A model on its device: 8-bit pictures in, logits out. Normalises as timm's loader does, on the device."""
+    """A model on its device: 8-bit images in, logits out. Normalises as timm's loader does, on the device."""
 
     def __init__(self, candidate: Candidate, device: torch.device, dtype: str) -> None:
         if dtype == "fp32":  # else NVIDIA GPUs round the factors of convolutions to TF32
@@ -108,27 +94,27 @@ class Forward:
         self.model = candidate.model.to(device)
         self.device = device
         self.dtype = DTYPES[dtype]
-        shape = (1, -1, 1, 1)
-        self.mean = torch.tensor([255 * x for x in candidate.data_config["mean"]], device=device).view(shape)
-        self.std = torch.tensor([255 * x for x in candidate.data_config["std"]], device=device).view(shape)
+        self.mean, self.std = (
+            torch.tensor([255 * x for x in candidate.data_config[name]], device=device).view(1, -1, 1, 1)
+            for name in ("mean", "std")
+        )
 
     @torch.inference_mode()
-    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
-        images = pictures.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        normalised = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits: torch.Tensor = self.model(images)
+            logits: torch.Tensor = self.model(normalised)
         return logits
 
 
-def record_type(heads: int) -> np.dtype:
-    """Of one picture's predictions in arrays and files."""
-    return np.dtype(
-        [("index", "<i4"), ("status", "<i4"), ("classes", "<i4", (heads, TOP)), ("confidence", "<f4", (heads,))]
-    )
+def record_type(heads: Heads) -> np.dtype:
+    """Of one image's predictions in arrays and files."""
+    ranks = [("classes", "<i4", (len(heads), TOP)), ("confidence", "<f4", (len(heads),))]
+    return np.dtype([("index", "<i4"), ("undecodable", "<i4"), *ranks])
 
 
 def cut(count: int, settings: Settings) -> list[list[int]]:
-    """Batches of indices: of all pictures, or of `limit` at equal distances, so that all classes have their share."""
+    """Batches of indices: of all images, or of `limit` at equal distances, so that all classes have their part."""
     limit = count if settings.limit is None else min(settings.limit, count)
     indices = [i * count // limit for i in range(limit)]
     return [indices[i : i + settings.batch_size] for i in range(0, limit, settings.batch_size)]
@@ -142,15 +128,19 @@ def predict(
     state: PartialState,
     unfinished: Unfinished,
     kept: np.ndarray,
-) -> Predictions:
-    """Run the model over the pictures, shared among the processes; every process gets all predictions.
+) -> tuple[np.ndarray, dict[int, str], int, float]:
+    """Run the model over the images, divided among the processes; every process gets all predictions.
 
-    Batches are cut from the one order of the listing and then dealt out, so that each has the same pictures
+    Batches are cut from the one order of the listing and then dealt out, so that each has the same images
     whatever the number of processes, and so do its logits.
 
     Args:
         heads: class subsets to rank, None for all classes.
         kept: records of an earlier run that died, of whole batches or parts of them.
+
+    Returns:
+        Records of all images in their order, of each undecodable one the reason, how many were computed now, and
+        seconds that it took.
     """
     batches = cut(len(listing), settings)
     done = set(kept["index"].tolist())
@@ -158,48 +148,37 @@ def predict(
     mine = todo[state.process_index :: state.num_processes]
     forward = Forward(candidate, state.device, settings.dtype)
     loader = load_batches(listing, candidate.data_config, mine, settings.workers, state.device.type == "cuda")
+    console = Console(stderr=True)
+    hidden = not state.is_main_process or not console.is_terminal
+    title = escape(f"{candidate.name}, {listing.location}")
     begin = time.perf_counter()
-    own, reasons = [], {}
-    for batch in _shown(loader, len(mine), state, f"{candidate.name}, {listing.location}"):
-        records = _records(batch, forward, heads)
-        unfinished.add(state.process_index, records)
-        own.append(records)
+    own, reasons = [kept[:0]], {}
+    for batch in track(loader, title, total=len(mine), console=console, disable=hidden):
+        own.append(_records(batch, forward, heads))
+        unfinished.add(state.process_index, own[-1])
         reasons.update(batch[2])
-    gathered = gather_object([(np.concatenate([np.zeros(0, record_type(len(heads))), *own]), reasons)])
+    gathered = gather_object([(np.concatenate(own), reasons)])
     seconds = time.perf_counter() - begin
     fresh = np.concatenate([records for records, _ in gathered])
     records = np.concatenate([kept[~np.isin(kept["index"], fresh["index"])], fresh])
     records = records[np.argsort(records["index"])]
     indices = list(chain.from_iterable(batches))
     if records["index"].tolist() != indices:
-        raise RuntimeError(f"{len(records)} predictions for {len(indices)} pictures: a picture was lost or came twice")
+        raise RuntimeError(f"{len(records)} predictions for {len(indices)} images: an image was lost or came twice")
     reasons = {i: reason for _, part in gathered for i, reason in part.items()}
-    return _of_records(records, reasons, seconds, len(fresh))
-
-
-def _shown(batches: Iterator[Batch], count: int, state: PartialState, title: str) -> Iterator[Batch]:
-    console = Console(stderr=True)
-    hidden = not state.is_main_process or not console.is_terminal
-    yield from track(batches, escape(title), total=count, console=console, disable=hidden)
+    bad = records["index"][records["undecodable"] == 1].tolist()
+    return records, {i: reasons.get(i, "found in the run that died") for i in bad}, len(fresh), seconds
 
 
 def _records(batch: Batch, forward: Forward, heads: Heads) -> np.ndarray:
-    indices, pictures, bad = batch
-    records = np.zeros(len(indices) + len(bad), record_type(len(heads)))
+    indices, images, bad = batch
+    records = np.zeros(len(indices) + len(bad), record_type(heads))
     records["index"] = [*indices, *bad]
-    records["status"][len(indices) :] = UNDECODABLE
-    if pictures is not None:
-        logits = forward(pictures)
+    records["undecodable"][len(indices) :] = 1
+    if images is not None:
+        logits = forward(images)
         for h, subset in enumerate(heads):
-            ranks = rank(logits, subset)
-            records["classes"][: len(indices), h] = ranks.classes
-            records["confidence"][: len(indices), h] = ranks.confidence
+            classes, confidence = rank(logits, subset)
+            records["classes"][: len(indices), h] = classes
+            records["confidence"][: len(indices), h] = confidence
     return records
-
-
-def _of_records(records: np.ndarray, reasons: dict[int, str], seconds: float, computed: int) -> Predictions:
-    good = records[records["status"] == SCORED]
-    bad = records["index"][records["status"] == UNDECODABLE].tolist()
-    heads = [Ranks(good["classes"][:, h], good["confidence"][:, h]) for h in range(records["classes"].shape[1])]
-    undecodable = {i: reasons.get(i, "found in the run that died") for i in bad}
-    return Predictions(good["index"], heads, undecodable, seconds, computed)

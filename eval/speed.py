@@ -1,78 +1,45 @@
-"""Where the time of scoring goes: pictures per second of the loader alone, of the model alone, and of both."""
+"""Where the time of scoring goes: images per second of the loader alone, of the model alone, and of both."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
 from accelerate import PartialState
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eval.listing import Listing
 from eval.metrics import rank
 from eval.models import Candidate
 from eval.scoring import Forward, Settings, cut, load_batches
+from eval.timing import table, timed
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Pictures per second over `pictures` pictures; starting the loader's processes is part of the time."""
+def measure(candidate: Candidate, listing: Listing, settings: Settings, state: PartialState) -> list[str]:
+    """A row of the table, from three passes over the images; the model alone sees one batch in memory again and again.
 
-    model: str
-    location: str
-    pictures: int
-    loader: float
-    forward: float
-    both: float
-
-
-@contextmanager
-def _clock(device: torch.device) -> Iterator[list[float]]:
-    """Appends the seconds of the block to the list, work that a GPU still has to do included."""
-    seconds: list[float] = []
-    begin = time.perf_counter()
-    yield seconds
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds.append(time.perf_counter() - begin)
-
-
-def measure(candidate: Candidate, listing: Listing, settings: Settings, state: PartialState) -> Speed:
-    """Three passes over the pictures; for the model alone they lie in memory as one batch, taken again and again."""
+    Starting the loader's processes is part of the time.
+    """
     batches = cut(len(listing), settings)
     pin = state.device.type == "cuda"
     forward = Forward(candidate, state.device, settings.dtype)
     example = None
-    with _clock(state.device) as loader:
-        for _, pictures, _ in load_batches(listing, candidate.data_config, batches, settings.workers, pin):
-            example = pictures if example is None else example
+    with timed(state.device) as loader:
+        for _, images, _ in load_batches(listing, candidate.data_config, batches, settings.workers, pin):
+            example = images if example is None else example
     if example is None:
-        raise ValueError(f"no picture of {listing.location} can be decoded")
+        raise ValueError(f"no image of {listing.location} can be decoded")
     example = example.to(state.device)
     rank(forward(example))  # the first call is slower than the others
-    with _clock(state.device) as model:
+    with timed(state.device) as model:
         for batch in batches:
             rank(forward(example[: len(batch)]))
-    with _clock(state.device) as both:
-        for _, pictures, _ in load_batches(listing, candidate.data_config, batches, settings.workers, pin):
-            if pictures is not None:
-                rank(forward(pictures))
+    with timed(state.device) as both:
+        for _, images, _ in load_batches(listing, candidate.data_config, batches, settings.workers, pin):
+            if images is not None:
+                rank(forward(images))
     count = sum(map(len, batches))
-    return Speed(candidate.name, listing.location, count, count / loader[0], count / model[0], count / both[0])
+    speeds = (f"{count / seconds():,.1f}" for seconds in (loader, model, both))
+    return [candidate.name, listing.location, f"{count:,}", *speeds]
 
 
-def as_table(speeds: Sequence[Speed], settings: Settings) -> Table:
-    table = Table(
-        title=f"images per second, batch {settings.batch_size}, {settings.dtype}, {settings.workers} workers",
-        box=SIMPLE_HEAD,
-    )
-    for title in ("model", "pictures at"):
-        table.add_column(title, overflow="fold")
-    for title in ("pictures", "loader alone", "model alone", "both"):
-        table.add_column(title, justify="right")
-    for speed in speeds:
-        figures = (f"{value:,.1f}" for value in (speed.loader, speed.forward, speed.both))
-        table.add_row(speed.model, speed.location, f"{speed.pictures:,}", *figures)
-    return table
+def as_table(rows: Sequence[Sequence[str]], settings: Settings) -> Table:
+    title = f"images per second, batch {settings.batch_size}, {settings.dtype}, {settings.workers} workers"
+    return table(title, ["model", "images at"], ["images", "loader alone", "model alone", "both"], rows)

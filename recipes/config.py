@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 
+from arm_zoo.images.listing import SourceError
+from arm_zoo.images.locate import locate
+
 from .files import why_not_writable
-from .locate import SourceError, locate
 from .parsing import ConfigError, Limit, flatten, missing, out_of_range, read_yaml, take_arguments, unknown_keys
 from .splits import fewer_training_images, validation_fraction
 

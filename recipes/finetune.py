@@ -41,7 +41,7 @@ from arm_zoo.loading import label_names
 from arm_zoo.table import ways_on
 
 from .console import plain_console
-from .data import Batch, EvalLoader, eval_loader, train_loader
+from .data import Batch, EvalLoader, TrainLoader, eval_loader
 from .engine import LossFunction, Metrics, Trainer
 from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
@@ -103,7 +103,7 @@ def finetune(
         accelerator=accelerator,
         model=model,
         optimizer=create_optimizer(model, config, config.layer_decay),
-        loader=train_loader(
+        loader=TrainLoader(
             source, config, plan, image_size, accelerator.process_index, accelerator.num_processes, accelerator.device
         ),
         loss_function=classification_loss(config, classes),
@@ -211,7 +211,7 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     """
     if config.mixup == config.cutmix == 0:
         return lambda model, batch: F.cross_entropy(
-            model(batch.pictures), batch.classes, label_smoothing=config.label_smoothing
+            model(batch.images), batch.classes, label_smoothing=config.label_smoothing
         )
     mix = Mixup(
         mixup_alpha=config.mixup,
@@ -225,7 +225,7 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     soft_cross_entropy = SoftTargetCrossEntropy()
 
     def mixed_loss(model: nn.Module, batch: Batch) -> Tensor:
-        pictures, targets = mix(batch.pictures, batch.classes)
+        pictures, targets = mix(batch.images, batch.classes)
         return soft_cross_entropy(model(pictures), targets)
 
     return mixed_loss
@@ -297,7 +297,7 @@ def score(
             skipped += len(batch.undecodable)
             if len(batch.classes) == 0:  # none of them could be decoded
                 continue
-            correct += (model(batch.pictures).argmax(dim=1) == batch.classes).sum()
+            correct += (model(batch.images).argmax(dim=1) == batch.classes).sum()
             total += len(batch.classes)
     model.train(was_training)
     counts = torch.stack([correct, *torch.tensor([total, skipped], device=device)])

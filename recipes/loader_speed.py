@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from arm_zoo.images.listing import SourceError
+
 from .config import (
     ONE_OR_MORE,
     ZERO_OR_MORE,
@@ -24,9 +26,8 @@ from .config import (
     limited,
     load_config,
 )
-from .data import train_loader
+from .data import TrainLoader
 from .errors import RunError
-from .locate import SourceError
 from .sources import open_source
 
 
@@ -57,7 +58,7 @@ def loader_speed(config: LoaderConfig) -> float:
         epochs=1_000_000,
     )
     size = (config.image_size, config.image_size)
-    loader = train_loader(source, training, BatchPlan(config.batch, 1), size, 0, 1, torch.device("cpu"))
+    loader = TrainLoader(source, training, BatchPlan(config.batch, 1), size, 0, 1, torch.device("cpu"))
     batches = (step for epoch in range(training.epochs) for step in loader.epoch(epoch))
     for _ in range(1 + 3 * config.data.workers):  # two that each has ready and one in its hands
         next(batches)

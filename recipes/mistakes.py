@@ -5,10 +5,10 @@ import traceback
 from safetensors import SafetensorError
 
 from arm_zoo import CheckpointError
+from arm_zoo.images.listing import SourceError
 
 from .config import ConfigError
 from .errors import RunError
-from .locate import SourceError
 
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
 

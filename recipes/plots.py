@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arm_zoo import ARMPretrain
+from arm_zoo.images.tables import ImageTable
 
 from .data import Batch, eval_loader
 from .engine import Metrics
 from .errors import RunError
 from .files import replacing_files
-from .sources import PictureTable, Source
+from .sources import Source
 
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
 
@@ -84,15 +85,15 @@ def draw_predictions(
         RunError: If none of them can be decoded.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "held-out")
-    if isinstance(split, PictureTable):
+    if isinstance(split, ImageTable):
         batch = prepared_pictures(split, drawn_blindly(len(split), count, seed), inputs)
     else:  # a stream has no places to choose from
         batch = next(iter(eval_loader(split, inputs, count)))
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} pictures drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
-        predicted = model.eval().reconstruct(batch.pictures)
-    shown = [_as_images(pictures, source) for pictures in (batch.pictures, predicted)]
+        predicted = model.eval().reconstruct(batch.images)
+    shown = [_as_images(pictures, source) for pictures in (batch.images, predicted)]
     names = [source.class_names[label] if source.class_names else "" for label in batch.classes.tolist()]
     plot_predictions(file, *shown, model.config["cluster_size"], names, f"{kind} pictures")
 
@@ -102,7 +103,7 @@ def drawn_blindly(length: int, count: int, seed: int) -> list[int]:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
-def prepared_pictures(split: PictureTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
+def prepared_pictures(split: ImageTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
     """Pictures of a split as a model takes them."""
     return next(iter(eval_loader(split.select(indices), inputs, len(indices))))
 

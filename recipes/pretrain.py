@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import arm_zoo
 
-from .data import Batch, train_loader
+from .data import Batch, TrainLoader
 from .engine import Metrics, Trainer
 from .export import backbone_entry, input_config, save_backbone, save_pretraining_model
 from .optim import create_optimizer
@@ -77,7 +77,7 @@ def pretrain(
         accelerator=accelerator,
         model=model,
         optimizer=create_optimizer(model, config),
-        loader=train_loader(
+        loader=TrainLoader(
             source, config, plan, image_size, accelerator.process_index, accelerator.num_processes, accelerator.device
         ),
         loss_function=prediction_loss,
@@ -101,7 +101,7 @@ def pretrain(
 
 def prediction_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean squared error of the predicted clusters; the classes are not looked at."""
-    loss, _, _ = model(batch.pictures)
+    loss, _, _ = model(batch.images)
     return loss
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.files import described_by_folder, read_config
+from arm_zoo.images.listing import SourceError
 from arm_zoo.loading import entries, load
 
 from .config import (
@@ -35,7 +36,6 @@ from .config import (
 from .data import eval_loader
 from .errors import RunError
 from .files import write_text
-from .locate import SourceError
 from .mistakes import MISTAKES, described
 from .sources import Source, Split, open_source
 from .undecodable import check_undecodable
@@ -131,7 +131,7 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
         if len(batch.classes) == 0:
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            values.append(model(batch.pictures).float())
+            values.append(model(batch.images).float())
         classes.append(batch.classes)
     scored = sum(map(len, classes))
     check_undecodable(skipped, scored + skipped, purpose, config.data.max_undecodable)

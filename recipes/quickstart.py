@@ -127,7 +127,7 @@ def name_pictures(folder: Path, test: Any, class_names: Sequence[str], seed: int
     indices = drawn_blindly(len(test), PICTURES_NAMED, seed)
     batch = prepared_pictures(test, indices, resolve_data_config(model=model))
     with torch.inference_mode():
-        probabilities, best = model(batch.pictures).softmax(dim=1).max(dim=1)
+        probabilities, best = model(batch.images).softmax(dim=1).max(dim=1)
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)
     return [
         {"picture": index, "named": class_names[named], "is": class_names[label], "probability": probability}

@@ -214,7 +214,7 @@ def test_folders_score_as_counted_by_hand(world: World, tmp_path: Path) -> None:
     assert (row["model"], row["img_size"], row["crop_pct"], row["crop_mode"]) == (MODEL, "160x160", "0.95", "center")
     assert (row["interpolation"], row["dtype"], row["weights"]) == ("bicubic", "fp32", "weights.safetensors")
     assert len(row["weights_sha256"]) == 64 and row["torch"] == torch.__version__
-    assert "18 pictures instead of 50000" in row["marks"] and "classes instead of 1000" in row["marks"]
+    assert "18 images instead of 50000" in row["warnings"] and "classes instead of 1000" in row["warnings"]
     assert len(row["top1"].partition(".")[2]) >= 2
 
 
@@ -417,7 +417,7 @@ def test_argmax_equals_timms_on_every_picture(world: World, tmp_path: Path) -> N
     with torch.inference_mode():
         theirs = torch.cat([candidate.model(images) for images in batches])
     ours = torch.cat(own_batches(candidate, tmp_path, order))
-    assert np.array_equal(metrics.rank(ours).classes[:, 0], theirs.argmax(dim=1).numpy())
+    assert np.array_equal(metrics.rank(ours)[0][:, 0], theirs.argmax(dim=1).numpy())
     assert len(set(theirs.argmax(dim=1).tolist())) > 3  # or it would be easy
 
 
@@ -472,7 +472,7 @@ def test_a_killed_run_of_another_batch_size_is_told_and_forgotten(
         run(world, output, *words, "4")
     [row] = run(world, output, *words, "8", "--resume")
     assert counts_of(row) == world.planted["a"].counts
-    assert "starting over; a run that died had another batch_size, device" in capsys.readouterr().err
+    assert "starting over; a run that died had another batch size, device or version" in capsys.readouterr().err
     assert not (tmp_path / "results.csv.partial").exists()
 
 
@@ -576,7 +576,7 @@ def test_clean_columns_are_of_the_same_measurement(world: World, tmp_path: Path)
 def test_limit_spreads_over_the_set_and_marks_the_row(world: World, tmp_path: Path) -> None:
     [row] = run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--limit", "6")
     assert (row["n"], row["limit"]) == ("6", "6")
-    assert "limited to 6 of 18 pictures" in row["marks"]
+    assert "limited to 6 of 18 images" in row["warnings"]
 
 
 def test_undecodable_pictures_are_counted_and_named(
@@ -591,7 +591,7 @@ def test_undecodable_pictures_are_counted_and_named(
     errors = capsys.readouterr().err
     for file in (files[0], files[5]):
         name = "/".join(file.parts[-3:])
-        assert name in row["marks"]
+        assert name in row["warnings"]
         assert f"undecodable: {name}: " in errors
     assert "warning: test_vit, v2:" in errors and "2 undecodable" in errors
 
@@ -616,7 +616,7 @@ def test_custom_pictures_go_by_the_models_own_names(tmp_path: Path) -> None:
     [row] = results.read(output)
     assert counts_of(row)[:2] == (8, sum(answers))
     assert float(row["top5"]) == 100  # of four classes
-    assert row["marks"] == ""
+    assert row["warnings"] == ""
 
 
 def test_logits_that_are_not_numbers_are_wrong_and_said(world: World, tmp_path: Path) -> None:
@@ -626,7 +626,21 @@ def test_logits_that_are_not_numbers_are_wrong_and_said(world: World, tmp_path: 
     [row] = run(
         world, tmp_path / "r.csv", "--sets", f"v2={world.planted['v2'].path}", weights=tmp_path / "nan.safetensors"
     )
-    assert float(row["top5"]) == 0 and "18 pictures have logits that are not numbers" in row["marks"]
+    assert float(row["top5"]) == 0 and "18 images have logits that are not numbers" in row["warnings"]
+
+
+def test_any_class_that_objectnets_stands_for_is_right(world: World, tmp_path: Path) -> None:
+    state = load_file(world.weights)
+    state["head.bias"][530] = 1e4  # digital clock, the second class of alarm_clock
+    save_file(state, tmp_path / "clock.safetensors")
+    for i, folder in enumerate(("alarm_clock", "alarm_clock", "mug", "squeegee", "squeegee")):
+        path = tmp_path / "images" / folder / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random_picture(np.random.default_rng(i)).save(path)
+    words = ["--sets", f"objectnet={tmp_path}"]
+    [row] = run(world, tmp_path / "results.csv", *words, weights=tmp_path / "clock.safetensors")
+    assert counts_of(row)[:2] == (3, 2)
+    assert row["warnings"] == "3 images instead of 18574; 2 classes instead of 113"
 
 
 def test_speed_is_shown_and_nothing_written(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -694,6 +708,7 @@ def test_small_figures_are_percent_unless_the_trainer_wrote_the_card(
         (("ImageNetV2 top-images", ""), "v2-top-images"),
         (("v2-threshold0.7", ""), "v2-threshold0.7"),
         (("ImageNet-Sketch", ""), "sketch"),
+        (("ObjectNet (ImageNet-1k overlap)", ""), "objectnet"),
         (("ImageNet-21k", "imagenet-21k"), None),
         (("CIFAR-10", "cifar10"), None),
     ],

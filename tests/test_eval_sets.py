@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from timm.data import ImageNetInfo
 
 from eval import __main__ as program
-from eval import metrics, results, sets
+from eval import labels, metrics, results, sets
 from eval.options import guarded
 
 WNIDS = ImageNetInfo().label_names()
@@ -39,8 +39,8 @@ def tree(root: Path, *files: str) -> Path:
     return root
 
 
-def label(name: str, path: Path | str) -> sets.LabelledSet:
-    return sets.label(name, sets.open_set(name, [str(path)]))
+def label(name: str, path: Path | str) -> labels.LabelledSet:
+    return labels.label(name, labels.open_set(name, [str(path)]))
 
 
 # metrics
@@ -48,27 +48,26 @@ def label(name: str, path: Path | str) -> sets.LabelledSet:
 
 def test_ranks_and_scores_of_hand_made_logits() -> None:
     logits = torch.tensor([[0.0, 3, 1, 2, -1, -2], [5, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]])
-    ranks = metrics.rank(logits)
-    assert ranks.classes.tolist() == [[1, 3, 2, 0, 4], [0, 1, 2, 3, 4], [5, 4, 3, 2, 1]]  # ties by class index
-    assert ranks.confidence == pytest.approx(logits.softmax(1).max(1).values.numpy())
-    score = metrics.score(metrics.hits(ranks.classes, np.array([1, 4, 0])), ranks.confidence)
-    assert (score.n, score.correct1, score.correct5) == (3, 1, 2)
-    assert score.top1 == pytest.approx(100 / 3)
+    classes, confidence = metrics.rank(logits)
+    assert classes.tolist() == [[1, 3, 2, 0, 4], [0, 1, 2, 3, 4], [5, 4, 3, 2, 1]]  # ties by class index
+    assert confidence == pytest.approx(logits.softmax(1).max(1).values.numpy())
+    score = metrics.score(classes, confidence, np.array([[1], [4], [0]]))
+    assert (score["n"], score["top1"], score["top5"]) == pytest.approx((3, 100 / 3, 200 / 3))
 
 
 def test_other_classes_are_left_out_before_the_argmax() -> None:
-    logits = torch.tensor([[9.0, 1, 2, 8]])
-    ranks = metrics.rank(logits, [1, 2])
-    assert ranks.classes.tolist() == [[2, 1, -1, -1, -1]]
-    assert ranks.confidence[0] == pytest.approx(1 / (1 + np.exp(-1)))
+    classes, confidence = metrics.rank(torch.tensor([[9.0, 1, 2, 8]]), [1, 2])
+    assert classes.tolist() == [[2, 1, -1, -1, -1]]
+    assert confidence[0] == pytest.approx(1 / (1 + np.exp(-1)))
 
 
-def test_sets_of_labels_count_any_of_them() -> None:
-    classes = np.array([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
-    right = metrics.hits_of_sets(classes, [(7, 1), (3,), ()])
-    assert right[:, 0].tolist() == [True, False, False]
-    assert right.any(axis=1).tolist() == [True, True, False]
-    assert metrics.hits_of_sets(classes[:0], []).shape == (0, 5)
+def test_any_of_several_right_classes_counts() -> None:
+    none = metrics.NO_CLASS
+    classes, confidence = np.array([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, -1, -1, -1]]), np.full(3, 0.5)
+    score = metrics.score(classes, confidence, np.array([[7, 1], [3, none], [none, none]]))
+    assert (score["n"], score["top1"], score["top5"]) == pytest.approx((3, 100 / 3, 200 / 3))
+    empty = metrics.score(classes[:0], confidence[:0], np.zeros((0, 2), dtype=int))
+    assert empty.pop("n") == 0 and np.isnan(list(empty.values())).all()
 
 
 def test_calibration_error_of_two_bins() -> None:
@@ -88,12 +87,12 @@ def test_wilson_interval() -> None:
 def test_lists_are_timms() -> None:
     for name, count in (("a", 200), ("r", 200)):
         synsets = (INFO / f"imagenet_{name}_synsets.txt").read_text().split()
-        assert len(set(metrics.subset_indices(name))) == count
-        assert [WNIDS[i] for i in metrics.subset_indices(name)] == synsets
-    assert len(set(metrics.subset_indices("a")) & set(metrics.subset_indices("r"))) == 86
-    assert list(metrics.imagenet_wnids()) == WNIDS == sorted(WNIDS)
-    assert len(metrics.real_labels()) == 50_000
-    assert sum(bool(labels) for labels in metrics.real_labels()) == sets.REAL_PICTURES == 46_837
+        assert len(set(labels.candidates(name))) == count
+        assert [WNIDS[i] for i in labels.candidates(name)] == list(labels.class_list(name)) == synsets
+    assert len(set(labels.candidates("a")) & set(labels.candidates("r"))) == 86
+    assert list(labels.class_list("in1k")) == WNIDS == sorted(WNIDS)
+    assert len(labels.real_labels()) == 50_000
+    assert sum(map(bool, labels.real_labels())) == sets.SETS["real"].images == 46_837
 
 
 # label spaces
@@ -121,7 +120,7 @@ def test_release_folders_are_found_below(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "r"])
 def test_bare_numbers_of_200_classes(name: str, tmp_path: Path) -> None:
-    indices = metrics.subset_indices(name)
+    indices = labels.candidates(name)
 
     def targets(numbers: list[int]) -> list[int]:
         rows = [{"image": {"bytes": picture(), "path": None}, "label": n} for n in numbers]
@@ -147,15 +146,62 @@ def test_class_labels_with_descriptions_need_all_thousand(tmp_path: Path) -> Non
         return label(name, file).targets.tolist()
 
     assert targets("in1k", [f"thing {i}" for i in range(1000)]) == [7]
-    with pytest.raises(ValueError, match="1 of 1 classes are not among the 200 wnids of ImageNet-A: 'thing 7'"):
+    with pytest.raises(ValueError, match="1 of 1 classes are not among the 200 classes of ImageNet-A: 'thing 7'"):
         targets("a", [f"thing {i}" for i in range(200)])
+
+
+def test_objectnets_list_is_of_classes_of_imagenet() -> None:
+    """Facts of the release: 113 folders; most of them stand for one class of ImageNet-1k, none shares a class."""
+    listed = labels.class_list("objectnet")
+    meant = [index for indices in listed.values() for index in indices]
+    assert len(listed) == sets.SETS["objectnet"].classes == 113
+    assert len(meant) == len(set(meant)) == 125 and max(map(len, listed.values())) == 3
+    describe = ImageNetInfo().index_to_description
+    names = {folder: list(map(describe, listed[folder])) for folder in ("alarm_clock", "t-shirt", "wheel")}
+    assert names["alarm_clock"] == ["analog clock", "digital clock"]
+    assert names["t-shirt"] == ["jersey, T-shirt, tee shirt"]
+    assert names["wheel"] == ["car wheel", "paddlewheel, paddle wheel"]
+
+
+def test_objectnet_leaves_out_classes_that_imagenet_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ("alarm_clock", "squeegee", "t-shirt", "air_freshener")
+    root = tree(tmp_path / "objectnet-1.0", *(f"images/{folder}/x.png" for folder in folders))
+    labelled = label("objectnet", root)
+    assert labelled.listing.files == ["images/alarm_clock/x.png", "images/t-shirt/x.png"]
+    assert labelled.targets.tolist() == [409, 610]
+    assert labelled.answers(False)["objectnet"].tolist() == [[409, 530], [610, metrics.NO_CLASS]]
+    assert labelled.warnings == ("2 images instead of 18574", "2 classes instead of 113")
+    assert program.main(["--sets", f"objectnet={root}", "--show-mapping", "--device", "cpu"]) == 0
+    assert "-> class 409 analog clock or class 530 digital clock" in capsys.readouterr().out
+    message = refusal(capsys, "--sets", f"objectnet={tree(tmp_path / 'x', 'a/1.png', 'b/1.png')}", "--show-mapping")
+    assert "2 of 2 classes are not among the 113 classes of ObjectNet: 'a', 'b'; each class needs a folder" in message
+
+
+def test_objectnets_border_is_cut_off(tmp_path: Path) -> None:
+    image = Pillow.new("RGB", (12, 10), "red")
+    image.paste((0, 0, 255), (2, 2, 10, 8))
+    (tmp_path / "mug").mkdir()
+    image.save(tmp_path / "mug" / "x.png")
+    listing = labels.open_set("objectnet", [str(tmp_path)])
+    assert listing.decode(0, "RGB").getcolors() == [(8 * 6, (0, 0, 255))]
+
+
+def test_the_record_of_sets_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, spec in sets.SETS.items():
+        assert name == sets.CUSTOM or (spec.images and spec.card_name and spec.source.startswith("https://"))
+    assert sets.SUBSETS == ("a", "r")
+    assert program.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "python -m eval.verify" in shown and all(f"  {name} " in shown for name in sets.SETS)
 
 
 def test_real_labels_go_by_file_name(tmp_path: Path) -> None:
     names = ["ILSVRC2012_val_00000003", "ILSVRC2012_val_00000002_n01440764"]  # the second as on the Hub
     labelled = label("in1k", tree(tmp_path, f"{WNIDS[0]}/{names[0]}.JPEG", f"{WNIDS[0]}/{names[1]}.JPEG"))
-    found = dict(zip([Path(f).stem for f in labelled.listing.files], sets.real_label_sets(labelled), strict=True))
-    assert found == {names[0]: metrics.real_labels()[2], names[1]: metrics.real_labels()[1]}
+    found = dict(
+        zip([Path(f).stem for f in labelled.listing.files], labels.real_label_sets(labelled.listing), strict=True)
+    )
+    assert found == {names[0]: labels.real_labels()[2], names[1]: labels.real_labels()[1]}
 
 
 def test_mapping_of_three_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,14 +213,14 @@ def test_mapping_of_three_pictures(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_mapping_of_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    some, empty = (next(k for k, s in enumerate(metrics.real_labels()) if bool(s) == has) for has in (True, False))
+    some, empty = (next(k for k, s in enumerate(labels.real_labels()) if bool(s) == has) for has in (True, False))
     names = [f"{WNIDS[0]}/ILSVRC2012_val_{k + 1:08d}.JPEG" for k in (some, empty)]
     root = tree(tmp_path, *names)
     assert program.main(["--sets", f"in1k={root}", "real", "--show-mapping", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["in1k", "in1k", "real", "real"]
     [first] = [line for line in lines[2:] if names[0] in line]
-    assert all(f"class {c} " in first for c in metrics.real_labels()[some])
+    assert all(f"class {c} " in first for c in labels.real_labels()[some])
     assert any(line.endswith("no label, not in n") for line in lines[2:])
 
 
@@ -192,18 +238,19 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     "name, files, message",
     [
         ("in1k", ["n01440764/x.JPEG", "n99999999/x.JPEG"],
-         "1 of 2 classes are not among the 1000 wnids of ImageNet-1k: 'n99999999'"),
-        ("a", ["n01498041/x.jpg", "n01440764/x.jpg"], "not among the 200 wnids of ImageNet-A: 'n01440764'"),
+         "1 of 2 classes are not among the 1000 classes of ImageNet-1k: 'n99999999'"),
+        ("a", ["n01498041/x.jpg", "n01440764/x.jpg"], "not among the 200 classes of ImageNet-A: 'n01440764'"),
         ("sketch", ["sketch/tench/x.JPEG", "sketch/shark/x.JPEG"],
-         "each class needs a folder or label named by its wnid"),
+         "each class needs a folder or label named as in the release: 'n01440764', 'n01443537' and 998 more"),
         ("v2", ["0/x.jpeg", "1000/x.jpeg"],
-         "classes must be called 0 ... 999, as in the release of ImageNet-V2; found '1000'"),
-        ("v2", ["n01440764/x.jpeg", "n01443537/x.jpeg"], "found 'n01440764', 'n01443537'"),
-        ("v2", ["0/x.jpeg", "007/x.jpeg"], "found '007'"),
+         "1 of 2 classes are not among the 1000 classes of ImageNet-V2: '1000'; each class needs a folder or label "
+         "named as in the release: '0', '1' and 998 more"),
+        ("v2", ["n01440764/x.jpeg", "n01443537/x.jpeg"], "of ImageNet-V2: 'n01440764', 'n01443537'"),
+        ("v2", ["0/x.jpeg", "007/x.jpeg"], "of ImageNet-V2: '007'"),
         ("in1k", ["val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000002.JPEG"],
-         "all 2 pictures lie flat in one folder, so their classes are unknown; put ILSVRC2012_img_val.tar"),
+         "all 2 images lie flat in one folder, so their classes are unknown; put ILSVRC2012_img_val.tar"),
         ("v2", ["a.jpeg", "b.jpeg"], "each class needs a folder of its own"),
-        ("in1k", ["n01440764/readme.txt"], "no pictures (.jpeg, .jpg, .png, .webp) in"),
+        ("in1k", ["n01440764/readme.txt"], "no images (.jpeg, .jpg, .png, .webp) in"),
     ],
 )  # fmt: skip
 def test_trees_that_are_refused(
@@ -228,7 +275,7 @@ def test_flat_release_tar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_real_without_file_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tree(tmp_path / "set", "n01440764/1.JPEG")
     message = refusal(capsys, "--sets", f"in1k={root}", "real", "--show-mapping")
-    assert "1 of 1 pictures of in1k=" in message
+    assert "1 of 1 images of in1k=" in message
     assert "give in1k with its original file names, or leave real out" in message
 
 
@@ -249,7 +296,7 @@ def test_damaged_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["real"], "--sets real scores the pictures of in1k by other labels; add in1k=PATH"),
+        (["real"], "--sets real scores the images of in1k by other labels; add in1k=PATH"),
         (["real=x"], "real takes no path"),
         (["v3=x"], "--sets v3=x: allowed are real and NAME=PATH with NAME one of in1k, v2,"),
         (["in1k"], "allowed are real and NAME=PATH"),
@@ -301,7 +348,7 @@ def test_output_is_checked_before_anything_is_scored(tmp_path: Path, capsys: pyt
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     words = ["--sets", "in1k=x", "--show-mapping", "--output"]
     assert "must be a .csv file in a folder that exists" in refusal(capsys, *words, str(tmp_path / "no" / "x.csv"))
-    assert "is no table of python -m eval, it lacks model, set" in refusal(capsys, *words, str(tmp_path / "other.csv"))
+    assert "is another table: it lacks the columns model, set" in refusal(capsys, *words, str(tmp_path / "other.csv"))
 
 
 def test_columns_of_other_people_stay(tmp_path: Path) -> None:
@@ -311,6 +358,17 @@ def test_columns_of_other_people_stay(tmp_path: Path) -> None:
     output.write_text(f"{head},comment\n{row},keep me\n")
     results.append(output, [{"model": "second"}])
     assert [(row["model"], row["comment"]) for row in results.read(output)] == [("first", "keep me"), ("second", "")]
+
+
+def test_columns_of_older_versions_have_their_new_names(tmp_path: Path) -> None:
+    output = tmp_path / "results.csv"
+    results.append(output, [{"model": "first", "warnings": "odd", "images": 7}])
+    head, *rows = output.read_text().splitlines()
+    old = head.replace("warnings", "marks").replace("images", "pictures")
+    output.write_text("\n".join(["\ufeff" + old, "", *rows]))  # as Excel writes it, with an empty line
+    results.append(output, [{"model": "second"}])
+    assert output.read_text().startswith(head + "\n")
+    assert [(row["warnings"], row["images"]) for row in results.read(output)] == [("odd", "7"), ("", "")]
 
 
 def test_rows_are_appended_whole(tmp_path: Path) -> None:
@@ -333,11 +391,11 @@ def test_rows_are_appended_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, label, message",
     [
-        ("1.json", b'{"width": 3}', '1.json has no "label", only width'),
-        ("1.json", b"5", '1.json has no "label", it is 5'),
+        ("1.json", b'{"width": 3}', "has the files jpg, json (width). Say where the label is"),
+        ("1.json", b"5", "has the files jpg, json. Say where the label is"),
         ("1.json", b"{bad", "x.tar: 1.json holds no label: Expecting property name"),
         ("1.cls", b"\xff\xfe", "x.tar: 1.cls holds no label: 'utf-8' codec"),
-        ("1.cls", b"9" * 23, "x.tar: 99999999999999999999999 is no label"),
+        ("1.cls", b"9" * 23, "1 of 1 classes are not among the 1000 classes of ImageNet-V2: '99999999999999"),
     ],
 )
 def test_sidecars_without_label(
@@ -355,7 +413,7 @@ def test_another_release_of_v2(tmp_path: Path, capsys: pytest.CaptureFixture[str
     root = tree(tmp_path / "set", "imagenetv2-threshold0.7-format-val/0/1.jpeg")
     message = refusal(capsys, "--sets", f"v2={root}", "--show-mapping")
     assert (
-        f"{root} has pictures of imagenetv2-threshold0.7-format-val; that is the set v2-threshold0.7={root}" in message
+        f"{root} has images of imagenetv2-threshold0.7-format-val; that is the set v2-threshold0.7={root}" in message
     )
 
 
@@ -365,10 +423,10 @@ def test_pipes_among_images_are_undecodable_ones(tmp_path: Path) -> None:
     os.mkfifo(root / "n01440764" / "2.JPEG")
     pipe = os.open(root / "n01440764" / "2.JPEG", os.O_RDWR | os.O_NONBLOCK)  # so that opening it would succeed
     try:
-        listing = sets.open_set("in1k", [str(root)])
+        listing = labels.open_set("in1k", [str(root)])
         assert len(listing) == 2
         with pytest.raises(OSError, match=r"2\.JPEG is no regular file"):
-            listing.read(1)
+            listing.decode(1, "RGB")
     finally:
         os.close(pipe)
 
@@ -395,16 +453,16 @@ def test_hub_datasets_that_are_not_to_be_had(
 
     monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
-    assert "data/val is neither a file or folder here nor a dataset the Hub gives us: no such host" in message
+    assert "no file or folder 'data/val' here, and hf://data/val did not come from the Hub: ConnectionErr" in message
     found = SimpleNamespace(config=SimpleNamespace(data_files={"train": ["x"], "extra": ["y"]}))
     monkeypatch.setattr("datasets.load_dataset_builder", lambda name, revision: found)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
     assert "data/val has the splits train, extra; name the one to score: data/val:train" in message
     message = refusal(capsys, "--sets", "in1k=data/val:test", "--show-mapping")
     assert "data/val has no split 'test', only train, extra" in message
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
-    assert "no file or folder 'data/val' here, and offline mode is on" in message
+    assert "no file or folder 'data/val' here, and the Hub is switched off (HF_HUB_OFFLINE=1)" in message
 
 
 def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,8 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    ("files", "images", "order", "scan/reference", "table", "tables", "targets"),
-    ("download", "kernels", "names", "reading"),
+    ("files", "order", "scan/reference", "table", "tables", "targets"),
+    ("download", "images", "kernels", "names", "reading"),
     ("adapt", "builder", "scan"),
     ("fused",),
     ("layers",),

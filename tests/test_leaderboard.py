@@ -130,9 +130,10 @@ def made(tmp_path: Path, repo: Path) -> Path:
     """A folder with a leaderboard of the paper's tables and of some measured rows."""
     rows = [
         measured_row(top1="10.0000"),  # older than the next but one
-        measured_row(set="a", top1="31.5000", marks="7499 pictures instead of 7500"),
+        measured_row(set="a", top1="31.5000", warnings="7499 images instead of 7500"),
         measured_row(clean200_a_top1="93.2500"),
         measured_row(set="v2", top1="72.2500"),
+        measured_row(set="objectnet", top1="40.0000"),  # of which the paper has no figures
         measured_row(model="limited", limit="100"),
         measured_row(model="empty", n=0, top1="nan"),
         measured_row(model="columnless", set="v2-top-images"),
@@ -172,7 +173,7 @@ def test_the_repositorys_files_are_current() -> None:
 
 def test_papers_tables_are_whole_and_marked(repo: Path) -> None:
     for file in (repo / "eval" / "paper").glob("*.csv"):
-        rows = entries.read_csv(file)
+        rows = results.read(file, ())
         assert {row["kind"] for row in rows} == {"reported"}
         assert {row["source"] for row in rows} == {f"arXiv:2406.07537 table {file.name[5]}"}
     by_name = {(e.model, e.img_size): e for e in entries.reported_entries(repo / "eval" / "paper")}
@@ -188,7 +189,7 @@ def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
     if not folder.is_dir():
         pytest.skip("no tables to compare with: ../shared/spec/tables is not there")
     for file in folder.glob("*.csv"):
-        theirs, ours = entries.read_csv(file), entries.read_csv(repo / "eval" / "paper" / file.name)
+        theirs, ours = results.read(file, ()), results.read(repo / "eval" / "paper" / file.name, ())
         for row, own in zip(theirs, ours, strict=True):
             assert {key: own[key] for key in row if key != "note"} == {k: v for k, v in row.items() if k != "note"}
 
@@ -197,8 +198,8 @@ def test_measured_rows_stand_apart(made: Path) -> None:
     text = (made / "LEADERBOARD.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| arm_base_patch16_224 | **measured**")]
     [line] = lines
-    assert "| 83.12 | - | 72.25 | 31.50 | - | - | 93.25 |" in line
-    assert "a: 7499 pictures instead of 7500" in line
+    assert "| 83.12 | - | 72.25 | 31.50 | - | - | 40.00 | 93.25 |" in line
+    assert "a: 7499 images instead of 7500" in line
     assert all(word not in text for word in ("10.00", "limited", "empty", "columnless"))
     assert "w.safetensors (abababab), crop 0.875 squash, bicubic, fp32" in line
     assert "| ARM-B | *reported* | 224 | 85 | 83.2 | 88.0 |" in text
@@ -214,6 +215,7 @@ def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
     files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", repo / "eval" / "paper", repo / "README.md")
     for text in files.values():
         assert "No ImageNet accuracy has been measured by this project yet" in text
+        assert "ObjectNet" not in text  # sets that no row has a figure of have no column
     assert "No speed has been measured yet" in files["LEADERBOARD.md"]
     assert '<tr class="measured">' not in files["leaderboard.html"]
 
@@ -232,10 +234,13 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
 
     assert "--results: no file 'gone.csv'" in refusal("--results", "gone.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert "is no table of python -m eval" in refusal("--results", str(tmp_path / "other.csv"))
-    assert "is not of python -m eval.throughput: it lacks model" in refusal(
-        "--throughput", str(tmp_path / "other.csv")
-    )
+    (tmp_path / "torn.csv").write_text("a,b\n1\n")
+    for option in ("--results", "--throughput"):
+        assert "other.csv is another table: it lacks the columns model, " in refusal(
+            option, str(tmp_path / "other.csv")
+        )
+        assert "torn.csv is there and holds no table" in refusal(option, str(tmp_path / "torn.csv"))
+    assert "no_such" in refusal("--paper", str(tmp_path / "no_such"))
     assert "LEADERBOARD.md is not current; run python -m eval.leaderboard" in refusal("--check")
     (made / "README.md").write_text("# no markers\n")
     assert "README.md needs the lines <!-- leaderboard:begin -->" in refusal()
@@ -302,7 +307,8 @@ def test_filters_and_charts_follow(page: Page, made: Path) -> None:
     assert "ARM-B 224: 83.2 %, 2,345.67 images per second, accuracy reported" in labels
     choose("speed", "NVIDIA A5000, reported by the paper")
     assert page.run("document.querySelectorAll('#chart g').length") == 14
-    assert page.run("document.querySelectorAll('#bars section').length") == 5
+    titles = page.run("[...document.querySelectorAll('#bars h3')].map((head) => head.textContent)")
+    assert titles == ["ReaL", "V2", "IN-A", "IN-R", "Sketch", "ObjectNet"]
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
+from arm_zoo.images.listing import SourceError
 from arm_zoo.mixer import MambaMixer
 from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
-from recipes.data import Batch, train_loader
+from recipes.data import Batch, TrainLoader
 from recipes.engine import Trainer, seed_step
 from recipes.errors import RunError
 from recipes.finetune import FinetuneResult, classification_loss, create_classifier, evaluation, finetune
 from recipes.finetune import main as finetune_command
-from recipes.locate import SourceError
 from recipes.optim import learning_rate, parameter_groups
 from recipes.pretrain import PretrainResult, pretrain
 from recipes.pretrain import main as pretrain_command
@@ -340,7 +340,7 @@ def test_mixing_is_the_same_for_any_number_of_processes_and_parts(overrides: tup
         plan = batch_plan(64, processes, most)
         total = 0.0
         for process in range(processes):
-            loader = train_loader(source, config, plan, (8, 8), process, processes, torch.device("cpu"))
+            loader = TrainLoader(source, config, plan, (8, 8), process, processes, torch.device("cpu"))
             for number, batch in enumerate(next(iter(loader.epoch(1, 3)))):
                 seed_step(config.seed, 1, 3, number, process)
                 total += loss_of(network, batch).item() / plan.accumulation / processes

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.scan import backends
-from eval import scan, throughput, timings
+from eval import results, scan, throughput, timing
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
 
@@ -35,7 +35,7 @@ def test_ratios_compare_with_the_last_model() -> None:
 
 def test_models_take_turns() -> None:
     calls: list[str] = []
-    readings = throughput.time_in_turn([lambda: calls.append("a"), lambda: calls.append("b")], "cpu", repeats=3)
+    readings = timing.time_in_turn([lambda: calls.append("a"), lambda: calls.append("b")], "cpu", repeats=3)
     assert calls == ["a", "b"] * 3
     assert [len(times) for times in readings] == [3, 3]
 
@@ -46,11 +46,11 @@ def test_table_shows_milliseconds_and_speed() -> None:
     )
     shared |= dict.fromkeys(("torch", "timm", "repeats"), "x")
     [measured] = throughput.compare([[0.25]], batch_size=8)
-    row = {"model": "some_model", "img_size": 224, "peak_mib": 2048.4, **measured, **shared}
+    row = {"model": "some_model", "scan_backend": "numba", "peak_mib": 2048.4, **measured, **shared}
     console = Console(width=80)
     with console.capture() as printed:
         console.print(throughput.as_table([row]))
-    for text in ("some_model", "250.0 - 250.0", "32.0", "1.000", "2,048"):
+    for text in ("some_model", "(numba)", "250.0 - 250.0", "32.0", "1.000", "2,048"):
         assert text in printed.get()
 
 
@@ -145,8 +145,8 @@ def test_output_is_checked_before_anything_is_timed(
     "name, text, message",
     [
         ("speed.csv", "", None),
-        ("speed.csv", "model,set,top1\n", "is there, and differs in the columns arm_zoo, autocast, "),
-        ("speed.json", '[{"set": 1}]', "is there, and differs in the columns arm_zoo, autocast, "),
+        ("speed.csv", "model,set,top1\n", "is another table: it lacks the columns "),
+        ("speed.json", '[{"set": 1}]', "is another table: it lacks the columns "),
         ("speed.json", "{1", "is there and holds no table"),
         ("speed.json", "[3]", "is there and holds no table"),
         ("speed.json", "{}", "is there and holds no table"),
@@ -160,7 +160,7 @@ def test_output_of_something_else_is_left_alone(
     file = tmp_path / name
     file.write_text(text)
     if message is None:
-        timings.check_output(file, throughput.COLUMNS)
+        results.check_output(file, throughput.COLUMNS)
     else:
         assert message in refusal(capsys, "--output", str(file), "--device", "cpu")
     assert file.read_text() == text
@@ -171,18 +171,17 @@ def test_rows_are_added(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"speed.{suffix}"
     for batch_size in ("1", "2"):
         throughput.main(["--models", "test_vit", *TINY, "--batch-size", batch_size, "--output", str(file)])
-        timings.check_output(file, throughput.COLUMNS)  # which takes what it wrote itself
+        results.check_output(file, throughput.COLUMNS)  # which takes what it wrote itself
     if suffix == "csv":
-        rows: list[timings.Row] = list(csv.DictReader(file.read_text().splitlines()))
+        rows: list[results.Row] = list(csv.DictReader(file.read_text().splitlines()))
     else:
         rows = json.loads(file.read_text())
     assert [str(row["batch_size"]) for row in rows] == ["1", "2"]
 
 
-def test_peers_named_twice_have_no_backend() -> None:
-    rows = [{"model": "arm_a", "scan_backend": "torch"}, {"model": "arm_a", "scan_backend": "reference"}]
-    rows += [{"model": "vit", "scan_backend": ""}] * 2
-    assert throughput.labels(rows) == ["arm_a (torch)", "arm_a (reference)", "vit", "vit"]
+def test_what_the_scans_ran_on_is_told() -> None:
+    assert throughput.label({"model": "arm_a", "scan_backend": "torch"}) == "arm_a (torch)"
+    assert throughput.label({"model": "vit", "scan_backend": ""}) == "vit"
 
 
 def test_autocast_is_for_16_bits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,8 +218,8 @@ def test_profile_names_the_longest_operations(capsys: pytest.CaptureFixture[str]
     throughput.main(["--models", "test_vit", *TINY, "--profile", "3"])
     _, printed = capsys.readouterr().out.split("test_vit: ")
     assert "ms a step in all" in printed
-    shares = [float(line.split()[-1].rstrip("%")) for line in printed.splitlines() if line.rstrip().endswith("%")]
-    assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
+    fractions = [float(line.split()[-1].rstrip("%")) for line in printed.splitlines() if line.rstrip().endswith("%")]
+    assert len(fractions) == 3 and fractions == sorted(fractions, reverse=True) and 0 < sum(fractions) <= 100
 
 
 def test_profile_cuts_names_and_never_numbers(capsys: pytest.CaptureFixture[str]) -> None:

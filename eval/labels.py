@@ -1,0 +1,303 @@
+"""What the labels of a set mean: from what a source calls its classes to class indices of the model."""
+
+import csv
+import hashlib
+import json
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import timm.data
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from arm_zoo.images.columns import Choices
+from arm_zoo.images.listing import class_name, listed
+from eval.listing import Listing
+from eval.metrics import NO_CLASS
+from eval.own import AS_USUAL, open_own
+from eval.sets import CUSTOM, NUMBERS, REAL, SETS, ImageSet
+from eval.sources import open_source
+
+WNID = re.compile(r"n\d{8}")
+VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
+SORT_VAL = (
+    'put ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into one FOLDER, sort them: python -c "import '
+    "torchvision; torchvision.datasets.ImageNet('FOLDER', split='val')\"; then --sets in1k=FOLDER"
+)
+
+
+def _timms_list(file: str) -> str:
+    return (pkgutil.get_data(timm.data.__name__, f"_info/{file}") or b"").decode()
+
+
+@cache
+def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
+    """What a set's release calls its classes -> the indices of the classes of ImageNet-1k that each stands for.
+
+    ObjectNet's are those of mappings/objectnet_to_imagenet_1k.json in its release 1.0.
+    """
+    file = SETS[name].class_list
+    wnids = ImageNetInfo().label_names()
+    if file == NUMBERS:
+        return {str(i): (i,) for i in range(len(wnids))}
+    if file.endswith(".csv"):
+        with (Path(__file__).parent / "classes" / file).open(newline="", encoding="utf-8") as lines:
+            return {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in csv.DictReader(lines)}
+    indices = map(int, _timms_list(file).split()) if file else range(len(wnids))
+    return {wnids[i]: (i,) for i in indices}
+
+
+def candidates(name: str) -> Sequence[int] | None:
+    """The class indices that images of a set are ranked among, None for all."""
+    return [i for (i,) in class_list(name).values()] if SETS[name].is_subset else None
+
+
+@cache
+def real_labels() -> tuple[tuple[int, ...], ...]:
+    """Right classes of ILSVRC2012_val_00000001 ... 00050000, from timm's list; 3,163 of them have none."""
+    return tuple(map(tuple, json.loads(_timms_list("imagenet_real_labels.json"))))
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A set ready to be scored.
+
+    Attributes:
+        listing: its N images.
+        targets: (N,) class indices of the model; the first where several classes are right.
+        warnings: what is not canonical about it.
+    """
+
+    name: str
+    listing: Listing
+    targets: np.ndarray
+    warnings: tuple[str, ...]
+
+    def answers(self, real: bool) -> dict[str, np.ndarray]:
+        """By row, ReaL's if asked: (N, K) classes that are right for each image, NO_CLASS where there are fewer."""
+        groups = {} if self.name == CUSTOM else {indices[0]: indices for indices in class_list(self.name).values()}
+        label_sets = {self.name: [groups.get(target, (target,)) for target in self.targets.tolist()]}
+        if real:
+            label_sets[REAL] = real_label_sets(self.listing)
+        return {name: _padded(sets) for name, sets in label_sets.items()}
+
+    def fingerprint(self) -> str:
+        """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
+        facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
+        lines = ["\t".join(map(str, image)) for image in facts]
+        text = "\n".join([*filter(None, [self.listing.reading]), *lines])
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
+
+
+def _padded(label_sets: Sequence[Sequence[int]]) -> np.ndarray:
+    out = np.full((len(label_sets), max(map(len, label_sets), default=1)), NO_CLASS)
+    for row, labels in zip(out, label_sets, strict=True):
+        row[: len(labels)] = labels
+    return out
+
+
+def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
+    """The images of a set, labels as they are there; see `eval.sources.open_source`, for custom `eval.own.open_own`.
+
+    Raises:
+        ValueError: where there are no images, or labels that no model can be right about.
+    """
+    spec = SETS[name]
+    try:
+        listing = open_own(locations, choices) if name == CUSTOM else open_source(locations, [spec.folder])
+        _refuse_another_release(name, listing)
+        names = listing.class_names
+        _refuse_labels(listing, None if names is None else len(names), "the source's own class names")
+    except ValueError as error:
+        raise ValueError(f"--sets {name}: {error}") from error
+    return _inner_part(spec, listing) if spec.border or spec.class_list.endswith(".csv") else listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerPart(Listing):
+    """Some images of a listing, without their borders."""
+
+    whole: Listing
+    places: np.ndarray
+    border: int
+
+    def decode(self, index: int, mode: str) -> Image.Image:
+        image, border = self.whole.decode(int(self.places[index]), mode), self.border
+        return image.crop((border, border, image.width - border, image.height - border))
+
+
+def _inner_part(spec: ImageSet, listing: Listing) -> Listing:
+    """Without borders, and without images of unlisted classes; with all of them if none is listed, to be refused."""
+    names, places = listing.class_names or (), np.arange(len(listing))
+    if spec.class_list.endswith(".csv"):
+        is_listed = np.isin(listing.labels, [i for i, name in enumerate(names) if name in class_list(spec.name)])
+        places = places[is_listed] if is_listed.any() else places
+    fields = vars(listing) | {"labels": listing.labels[places], "sizes": listing.sizes[places]}
+    fields["files"] = [listing.files[i] for i in places]
+    return InnerPart(**fields, whole=listing, places=places, border=spec.border)
+
+
+def _refuse_another_release(name: str, listing: Listing) -> None:
+    """The releases of ImageNet-V2, for one, have the same classes and numbers of images."""
+    for other, spec in SETS.items():
+        is_another = name not in (CUSTOM, other) and spec.folder.startswith("imagenet")
+        if is_another and any(f"/{spec.folder}/" in f"/{file}" for file in listing.files):
+            where = listing.location
+            raise ValueError(f"{where} has images of {spec.folder}; that is the set {other}={where}")
+
+
+def _refuse_labels(listing: Listing, classes: int | None, what: str) -> None:
+    """Labels below 0, or beyond the classes where their number is known, are named with the numbers of images.
+
+    They must not get any further: as an index of Python's, -1 is the last class.
+    """
+    outside = (listing.labels < 0) | (listing.labels >= (np.inf if classes is None else classes))
+    if not outside.any():
+        return
+    values, counts = np.unique(listing.labels[outside], return_counts=True)
+    shown = listed([f"{value} ({count})" for value, count in zip(values, counts, strict=True)])
+    allowed = "0 or more" if classes is None else f"0 ... {classes - 1}, {what}"
+    hidden = "; -1 says that a label is hidden, as in test splits on the Hub" if -1 in values else ""
+    wrong = f"{outside.sum()} of {len(listing)} images have labels that cannot be right: {shown}"
+    raise ValueError(f"{wrong}; allowed: {allowed}{hidden}")
+
+
+def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
+    """Class indices for the images of a set; for a custom set those of a model with these classes.
+
+    Raises:
+        ValueError: where labels are outside the set's label space, or could mean two things.
+    """
+    try:
+        if name == CUSTOM:
+            targets = _custom_targets(listing, label_names, num_classes)
+        elif listing.class_names is None:
+            _refuse_labels(listing, 1000, "the classes of ImageNet-1k")
+            targets = _targets_of_numbers(SETS[name], listing.labels)
+        else:
+            targets = _targets_of_names(SETS[name], listing, listing.class_names)
+    except ValueError as error:
+        raise ValueError(f"--sets {name}={listing.location}: {error}") from error
+    found = np.unique(targets)
+    lacking = np.setdiff1d(np.arange(num_classes), found).tolist() if name == CUSTOM else []
+    counts = (("images", len(targets), SETS[name].images), ("classes", len(found), SETS[name].classes))
+    warnings = [f"{count} {what} instead of {right}" for what, count, right in counts if right not in (None, count)]
+    if lacking:
+        names = _some([label_names[i] if label_names else i for i in lacking])
+        warnings.append(f"{len(lacking)} of the model's {num_classes} classes have no images: {names}")
+    return LabelledSet(name, listing, targets, (*warnings, *listing.notes))
+
+
+def _some(names: Sequence[object], most: int = 5) -> str:
+    return listed(list(map(repr, names)), most)
+
+
+def _targets_of_names(spec: ImageSet, listing: Listing, names: Sequence[str]) -> np.ndarray:
+    """Folders or ClassLabel names -> class indices."""
+    used = sorted({names[i] for i in np.unique(listing.labels)})
+    allowed = class_list(spec.name)
+    described = not any(WNID.fullmatch(name) or name.isdecimal() for name in names)
+    if listing.named_by == "declaration" and len(names) == 1000 and described:
+        return listing.labels  # descriptions of all the classes: their positions are the indices
+    is_tree = listing.named_by == "folders"
+    if is_tree and len(used) == 1 and used[0] not in allowed and not WNID.fullmatch(used[0]):
+        how = SORT_VAL if VAL_FILE.search(listing.files[0]) else "each class needs a folder of its own"
+        raise ValueError(f"all {len(listing)} images lie flat in one folder, so their classes are unknown; {how}")
+    numbered = not is_tree and not spec.class_list.endswith(".csv") and all(name.isdecimal() for name in used)
+    if numbered:
+        allowed = {str(i): (i,) for i in range(1000)}
+    if wrong := [name for name in used if name not in allowed]:
+        raise ValueError(
+            f"{len(wrong)} of {len(used)} classes are not among the {len(allowed)} classes of {spec.card_name}: "
+            f"{_some(wrong)}; each class needs a folder or label named as in the release: {_some(list(allowed), 2)}"
+        )
+    targets = np.array([allowed.get(name, (NO_CLASS,))[0] for name in names])[listing.labels]
+    return _targets_of_numbers(spec, targets) if numbered else targets
+
+
+def _targets_of_numbers(spec: ImageSet, numbers: np.ndarray) -> np.ndarray:
+    """Bare numbers -> class indices: those of the 1000, or positions among the set's 200 where that is certain."""
+    if spec.class_list.endswith(".csv"):
+        raise ValueError(f"numbers do not tell the classes of {spec.card_name}; name them as the release does")
+    if not spec.is_subset:
+        return numbers
+    used, indices = np.unique(numbers), np.array(candidates(spec.name))
+    foreign = np.setdiff1d(used, indices).tolist()
+    if used[-1] >= len(indices):
+        if foreign:
+            raise ValueError(f"labels {_some(foreign)} are not among the 200 class indices of {spec.card_name}")
+        return numbers
+    if len(used) < len(indices) and not foreign:
+        raise ValueError(
+            f"the labels {_some(used.tolist())} could be class indices 0 ... 999 or positions 0 ... 199; "
+            "name the classes by wnid, as class folders or as names of a ClassLabel"
+        )
+    return indices[numbers]
+
+
+def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: int) -> np.ndarray:
+    """By name where both have names, else by position; numbers count as names where the model has only such names."""
+    names = listing.class_names
+    if names is None and not (label_names and all(re.fullmatch("0|[1-9][0-9]*", name) for name in label_names)):
+        _refuse_labels(listing, num_classes, "the model's classes")
+        return listing.labels
+    if names is not None and not label_names:
+        if len(names) != num_classes:
+            raise ValueError(
+                f"the set has {len(names)} classes and the model {num_classes} without names: which is which is "
+                "unknown; give the weights as a folder whose config.json has label_names"
+            )
+        return listing.labels
+    indices: dict[str, list[int]] = {}
+    for i, name in enumerate(label_names):
+        indices.setdefault(class_name(name), []).append(i)
+    values, places, counts = np.unique(listing.labels, return_inverse=True, return_counts=True)
+    used = [str(value) if names is None else names[value] for value in values]
+    found = [indices.get(class_name(name), []) for name in used]
+    if unknown := [i for i, meant in enumerate(found) if not meant]:
+        raise ValueError(
+            f"the model has no classes {_some([used[i] for i in unknown])}, which {counts[unknown].sum()} of "
+            f"{len(listing)} images are of; it has {_some(label_names)}"
+        )
+    for name, meant in zip(used, found, strict=True):
+        if len(meant) > 1:
+            raise ValueError(
+                f"the model's classes {' and '.join(map(str, meant))} are all called {name!r}, so which is meant is "
+                "unknown; label these images by number (a column of whole numbers, or .cls files in a tar), or give "
+                "the classes different label_names in the config.json of the weights"
+            )
+    return np.array([meant[0] for meant in found], dtype=np.int64)[places]
+
+
+def real_label_sets(listing: Listing) -> list[tuple[int, ...]]:
+    """The ReaL labels of in1k's images, by file name.
+
+    Raises:
+        ValueError: if any image has not the name of a validation image, ILSVRC2012_val_00000001 ... 00050000.
+    """
+    found = [VAL_FILE.search(file.rpartition("/")[2]) for file in listing.files]
+    numbers = [int(match[1]) if match else 0 for match in found]
+    if wrong := [listing.describe(i) for i, n in enumerate(numbers) if not 1 <= n <= 50_000]:
+        raise ValueError(
+            "--sets real: ReaL's labels belong to file names ILSVRC2012_val_00000001 ... ILSVRC2012_val_00050000, and "
+            f"{len(wrong)} of {len(found)} images of in1k={listing.location} have none: {_some(wrong, 3)}; "
+            "give in1k with its original file names, or leave real out"
+        )
+    return [real_labels()[n - 1] for n in numbers]
+
+
+def mapping(labelled: LabelledSet, real: bool) -> list[str]:
+    """Lines that show, for three images across an ImageNet set, which classes are right for them."""
+    listing, info, lines = labelled.listing, ImageNetInfo(), []
+    for name, answers in labelled.answers(real).items():
+        for i in map(int, np.linspace(0, len(listing) - 1, min(3, len(listing)))):
+            own = listing.labels[i] if listing.class_names is None else listing.class_names[listing.labels[i]]
+            said = "" if name == REAL else f"label {own} "
+            right = [f"class {c} {info.index_to_description(c)}" for c in answers[i].tolist() if c != NO_CLASS]
+            lines.append(f"{name}: {listing.describe(i)}: {said}-> {' or '.join(right) or 'no label, not in n'}")
+    return lines

@@ -1,0 +1,81 @@
+"""How speeds are measured and shown: by the clock of the CPU, or by events in a GPU's queue of kernels."""
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from eval.models import versions
+from eval.results import Row
+
+# Steps in a row under one reading: on a GPU they overlap with their launches, as they do in real work.
+STEPS_PER_READING = {"cpu": 1, "cuda": 10}
+
+
+@contextmanager
+def timed(device: str | torch.device) -> Iterator[Callable[[], float]]:
+    """Time a block with the kernels that it launches; it does not wait for them.
+
+    Yields:
+        A function that gives the seconds after the block, and waits for the GPU to have done its work.
+    """
+    if torch.device(device).type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        first = stream.record_event(torch.cuda.Event(enable_timing=True))
+        last = torch.cuda.Event(enable_timing=True)
+
+        def seconds() -> float:
+            last.synchronize()
+            return first.elapsed_time(last) / 1000
+
+        yield seconds
+        stream.record_event(last)
+    else:
+        clock = [time.perf_counter()]
+        yield lambda: clock[1] - clock[0]
+        clock.append(time.perf_counter())
+
+
+def time_in_turn(steps: Sequence[Callable[[], object]], device: str, repeats: int) -> list[list[float]]:
+    """Readings of each step in seconds, taken A B A B so that a slow spell of the machine hits every model."""
+    count = STEPS_PER_READING[device]
+    readings: list[list[float]] = [[] for _ in steps]
+    # No refresh thread: it would run beside the models.
+    for _ in track(range(repeats), "timing in turn", console=Console(stderr=True), auto_refresh=False):
+        for step, own in zip(steps, readings, strict=True):
+            with timed(device) as seconds:
+                for _ in range(count):
+                    step()
+            own.append(seconds() / count)
+    return readings
+
+
+def circumstances(device: str) -> Row:
+    """The machine and the versions that a row of speeds names."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        **versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def table(
+    title: str, texts: Sequence[str], figures: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
+) -> Table:
+    """Rows for people: columns of text, which fold where the terminal is narrow, and then columns of figures."""
+    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    for head in texts:
+        shown.add_column(head, overflow="fold")
+    for head in figures:
+        shown.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
