@@ -155,7 +155,8 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
         CheckpointError: if the weights are hosted nowhere, are not those of the table, or cannot be fetched or read.
     """
     entry = f"{name}.{cfg.tag}" if cfg.tag else name
-    place, path = _place(entry), Path(cfg.file or "")
+    own = (get_pretrained_cfg(entry) if entry in TABLE else None) or PretrainedCfg()
+    path = Path(cfg.file or "")
     if cfg.state_dict:
         return dict(cfg.state_dict)
     if cfg.file and cfg.source == "local-dir":
@@ -163,14 +164,14 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
             return read_checkpoint(weights_in(path))
         except FileNotFoundError:  # a file of another name, which timm may know
             return None
-    if cfg.file and cfg.file != place.get("file"):
+    if cfg.file and cfg.file != own.file:
         if path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}, a folder: create_model('local-dir:{path}', ...)")
         return read_checkpoint(path)
     if cfg.url:
         return None
     file: Path | None
-    if cfg.hf_hub_id and cfg.hf_hub_id != place.get("hf_hub_id"):
+    if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
         file = download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
     else:
         file = find_weights(entry, cache_dir)

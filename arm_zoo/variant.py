@@ -148,7 +148,8 @@ def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
     alike = [entry for entry in ranked if (entry["patches"], entry["patch_size"]) == (patches, sizes["patch_size"])]
     if known or not alike:
         geometry = {"patch_stride": sizes["patch_size"], **known}
-        geometry.setdefault("img_size", _side(patches, geometry["patch_stride"]))
+        if "img_size" not in known:
+            geometry["img_size"] = _side(patches, geometry["patch_stride"])
     else:
         geometry = {key: alike[0][key] for key in ("img_size", "patch_stride")}
     _check_grid(geometry["img_size"], sizes["patch_size"], geometry["patch_stride"], patches)

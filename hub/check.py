@@ -1,5 +1,6 @@
 """Whether published and bundled weights are what they should be: sha256, names and shapes, golden answers."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
@@ -12,9 +13,8 @@ from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.loading import from_pretrained
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.table import TABLE, repository_of
-
-from .convert import answers
-from .folders import GOLDEN, check_complete, read_header
+from hub.convert import answers
+from hub.folders import GOLDEN, check_complete, read_header, relative_error
 
 # of each bundled entry the golden.safetensors that a hosted one has in its repository
 BUNDLED_GOLDEN = Path(__file__).parent / "golden"
@@ -22,15 +22,39 @@ BUNDLED_GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4  # of the largest value: float32 on other machines
 
 
-def check_folder(folder: Path) -> str:
-    """Load a folder strictly and compare its answers with the golden ones.
-
-    Returns:
-        One line that says how well they agree.
+def check(folders: Sequence[Path] = ()) -> Iterator[str]:
+    """Check folders, or without any all hosted and bundled entries; one line for each.
 
     Raises:
-        CheckpointError: if it does not load, or answers otherwise; UsageError if it is not there or not whole.
+        CheckpointError: for the first folder that fails, or after the lines of all entries if some failed.
     """
+    for folder in folders:
+        yield f"{folder}: {check_folder(folder)}"
+    if folders:
+        return
+    failed = 0
+    for entry, weights in TABLE.items():
+        if weights.where == "planned":
+            continue
+        try:
+            if weights.sha256 is None:
+                raise CheckpointError("arm_zoo/table.py has no sha256 of it")
+            if weights.where == "bundled":
+                golden_file = BUNDLED_GOLDEN / f"{entry}.safetensors"
+                yield f"{entry}: ok, bundled, {_meet(golden_file, from_pretrained(entry), weights.sha256)}"
+            else:
+                yield f"{entry}: ok, {check_hosted(entry)}"
+        except (CheckpointError, OSError) as error:
+            failed += 1
+            yield f"{entry}: FAILED, {error}"
+    if not any(weights.where == "hosted" for weights in TABLE.values()):
+        yield "no entry is hosted yet"
+    if failed:
+        raise CheckpointError(f"{failed} of the entries failed; their lines say why")
+
+
+def check_folder(folder: Path) -> str:
+    """Load a folder strictly, compare its answers with the golden ones and say how well they agree."""
     check_complete(folder, (WEIGHTS, CONFIG, GOLDEN))
     return _meet(folder / GOLDEN, from_pretrained(folder), sha256_of(folder / WEIGHTS))
 
@@ -44,25 +68,16 @@ def _meet(golden_file: Path, model: ARM | ARMPretrain, sha256: str) -> str:
     actual = answers(model.eval(), golden.pop("input"))
     if actual.keys() != golden.keys():
         raise CheckpointError(f"{golden_file} holds {', '.join(golden)}; the model gives {', '.join(actual)}")
-    worst = max(_difference(actual[name], expected) for name, expected in golden.items())
+    worst = max(relative_error(actual[name], expected) for name, expected in golden.items())
     if not worst <= TOLERANCE:
         raise CheckpointError(f"{golden_file}: the golden answers are missed by {worst:.1e}, relative")
     return f"golden {' and '.join(golden)} met to {worst:.1e}, relative"
 
 
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    if actual.shape != expected.shape:
-        return float("inf")
-    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-
-
-def check_entry(entry: str) -> str:
+def check_hosted(entry: str) -> str:
     """Fetch a hosted entry at the table's revision, and check it as its users load it."""
-    weights = TABLE[entry]
-    repo = repository_of(entry)
-    if weights.sha256 is None:
-        raise CheckpointError(f"{entry} is hosted, but arm_zoo/table.py has no sha256 of it")
-    files = [download(repo, name, weights.revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
+    repo, revision = repository_of(entry), TABLE[entry].revision
+    files = [download(repo, name, revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
     model = from_pretrained(entry)
     by_name = timm.create_model(entry, pretrained=True, num_classes=getattr(model, "num_classes", 0))
     if isinstance(model, ARM):
@@ -70,28 +85,3 @@ def check_entry(entry: str) -> str:
             if not torch.equal(value, by_name.state_dict()[name]):
                 raise CheckpointError(f"{entry}: timm.create_model and arm_zoo.from_pretrained differ in {name}")
     return check_folder(files[0].parent)
-
-
-def check_bundled(entry: str) -> str:
-    """Compare a file of the package with the table, load it as its users do, compare the golden answers."""
-    sha256 = TABLE[entry].sha256
-    if sha256 is None:
-        raise CheckpointError(f"{entry} is bundled, but arm_zoo/table.py has no sha256 of it")
-    return f"bundled, {_meet(BUNDLED_GOLDEN / f'{entry}.safetensors', from_pretrained(entry), sha256)}"
-
-
-def check_all() -> tuple[list[str], int]:
-    """One line for each hosted or bundled entry, and how many failed."""
-    lines, failed = [], 0
-    for entry, weights in TABLE.items():
-        if weights.where == "planned":
-            continue
-        try:
-            said = check_bundled(entry) if weights.where == "bundled" else check_entry(entry)
-            lines.append(f"{entry}: ok, {said}")
-        except (CheckpointError, OSError) as error:
-            failed += 1
-            lines.append(f"{entry}: FAILED, {error}")
-    if not any(weights.where == "hosted" for weights in TABLE.values()):
-        lines.append("no entry is hosted yet")
-    return lines, failed

@@ -1,6 +1,7 @@
 """A checkpoint of the official code, of the recipes or of timm -> a folder that anyone loads in one line."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from arm_zoo.files import (
     WEIGHTS,
     CheckpointError,
     read_config,
+    remove_leftovers,
+    replacing_files,
     save_model,
     save_tensors,
     sha256_of,
@@ -21,14 +24,14 @@ from arm_zoo.files import (
 from arm_zoo.pretrain import ARMPretrain
 from arm_zoo.reading import Choice, is_safetensors, read_checkpoint
 from arm_zoo.variant import Variant, describe, find_variant
-
-from .card import write_card
-from .folders import CARD, GOLDEN, UsageError, check_destination, read_header, replacing_folder
+from hub.card import write_card
+from hub.catalog import AUTHORS_CODE
+from hub.folders import CARD, GOLDEN, UsageError, check_destination, read_header
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# pictures up to this size are evaluated on their middle, larger ones whole (the official evaluation)
+# images up to this size are evaluated on their middle, larger ones whole (the official evaluation)
 CROPPED_UP_TO = 224
-OF_AUTHORS = "https://github.com/OliverRensu/ARM"
+Test = tuple[Callable[[Any], bool], str]
 
 
 def convert(
@@ -38,7 +41,7 @@ def convert(
     dtype: str = "fp32",
     license: str | None = None,
     overwrite: bool = False,
-) -> str:
+) -> list[str]:
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
     Args:
@@ -53,7 +56,7 @@ def convert(
         overwrite: replace a folder that a conversion wrote; what people wrote into its card stays.
 
     Returns:
-        One line that says what was found.
+        Lines for people: what was found, and how to load it.
 
     Raises:
         CheckpointError: if the file is not what it should be; FileNotFoundError if there is none.
@@ -63,12 +66,11 @@ def convert(
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {file}; name a .pth, a .safetensors or the folder of a run")
     check_destination(out, overwrite)
-    if out.exists() and file.exists() and file.resolve().parent == out.resolve():
+    if out.exists() and file.resolve().parent == out.resolve():
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")
     state_dict = read_checkpoint(file, weights)
     config = read_config(file.parent) if (file.parent / CONFIG).exists() else {}
     before = read_header(file) if is_safetensors(file) else {}
-    license = license or before.get("license", "unknown")
     variant = find_variant(state_dict, _arguments(config))
     model = variant.load(_rounded(state_dict, DTYPES[dtype]))
     facts = {
@@ -77,17 +79,29 @@ def convert(
         "source_names": "official" if variant.official else before.get("source_names", "arm-zoo"),
         "library": "arm-zoo",
         "library_version": arm_zoo.__version__,
-        "license": license,
+        "license": license or before.get("license", "unknown"),
         "dtype": dtype,
     }
-    of_authors = facts["source_names"] == "official"
-    hub_config = _hub_config(model, variant, _said(config), license, of_authors)
-    with replacing_folder(out) as folder:
-        tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
-        save_model(folder, tensors, hub_config, **facts)
-        save_tensors(golden(model), folder / GOLDEN, {"model_sha256": sha256_of(folder / WEIGHTS)})
-        write_card(folder, old=out / CARD)
-    return f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}"
+    hub_config = _hub_config(model, variant, _checked(config, "pretrained_cfg", _PREPROCESSING), facts)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, model.in_chans, *model.patch_embed.img_size, generator=generator)
+    tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
+    new = not out.exists()
+    try:
+        with replacing_files(out) as folder:
+            save_model(folder, tensors, hub_config, **facts)
+            golden = {"input": image, **answers(model, image)}
+            save_tensors(golden, folder / GOLDEN, {"model_sha256": sha256_of(folder / WEIGHTS)})
+            write_card(folder, old=out / CARD)
+    except BaseException:
+        if new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    remove_leftovers(out)
+    return [
+        f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}",
+        f'load it: timm.create_model("local-dir:{out}", pretrained=True)',
+    ]
 
 
 def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -103,87 +117,80 @@ def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict
     return rounded
 
 
-def golden(model: ARM | ARMPretrain) -> dict[str, torch.Tensor]:
-    """A fixed picture and what the model makes of it, for `python -m hub check` and anybody else.
-
-    Keys: `input` (1, C, H, W); of a backbone `features` (1, dim), pooled, and `logits` (1, classes) if it has a
-    head; of a pretraining model `features`, the decoder's latents, and `prediction`.
-    """
-    height, width = model.patch_embed.img_size
-    picture = torch.randn(1, model.in_chans, height, width, generator=torch.Generator().manual_seed(0))
-    return {"input": picture, **answers(model, picture)}
-
-
 @torch.inference_mode()
-def answers(model: ARM | ARMPretrain, picture: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `golden` has beside the picture."""
+def answers(model: ARM | ARMPretrain, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model makes of an image (1, C, H, W), for golden.safetensors and whoever compares with it.
+
+    Keys: of a backbone `features` (1, dim), pooled, and `logits` (1, classes) if it has a head; of a pretraining
+    model `features`, the decoder's latents, and `prediction`.
+    """
     with arm_zoo.scan_backend("torch"):
         if isinstance(model, ARMPretrain):
-            features = model.forward_encoder(picture)
+            features = model.forward_encoder(image)
             results = {"features": features, "prediction": model.forward_decoder(features)}
         else:
-            features = model.forward_head(model.forward_features(picture), pre_logits=True)
+            features = model.forward_head(model.forward_features(image), pre_logits=True)
             results = {"features": features} | ({"logits": model.head(features)} if model.num_classes else {})
     return {name: value.contiguous().clone() for name, value in results.items()}
 
 
-def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the model in a config.json, of the recipes or of timm."""
-    arguments = config.get("pretraining_model", config.get("model_args", {}))
-    if not isinstance(arguments, dict):
-        raise CheckpointError(f"{CONFIG}: the model's arguments are a {type(arguments).__name__}, not a table")
-    said = {
-        key: arguments[key] for key in ("img_size", "patch_stride", "cluster_size") if arguments.get(key) is not None
-    }
-    for key, value in said.items():
-        sides = value if isinstance(value, list | tuple) else [value]
-        if not 1 <= len(sides) <= 2 or any(type(side) is not int or not 0 < side < 2**16 for side in sides):
-            raise CheckpointError(f"{CONFIG}: {key} is {value!r}; expected pixels, one number or two")
-        said[key] = tuple(sides) if len(sides) == 2 else sides[0]
-    return said | ({"global_pool": "token"} if config.get("global_pool") == "token" else {})
+def _list_of(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(each) in kinds for each in value)
 
 
-_SAID: dict[str, Any] = {  # what a training knows beside the weights: key and its test
-    "mean": lambda value: _numbers(value),
-    "std": lambda value: _numbers(value) and 0 not in value,
-    "crop_pct": lambda value: type(value) in (int, float) and 0 < value <= 1,
-    "crop_mode": lambda value: value in ("center", "squash", "border"),
-    "interpolation": lambda value: value in ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"),
+def _are_pixels(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return _list_of(sides, int) and all(0 < side < 2**16 for side in sides)
+
+
+# what a config.json tells beside the weights: the test of a value, and what is expected
+_ARGUMENTS: dict[str, Test] = dict.fromkeys(
+    ("img_size", "patch_stride", "cluster_size"), (_are_pixels, "pixels, one number or two")
+)
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+_PREPROCESSING: dict[str, Test] = {
+    "mean": (lambda value: _list_of(value, int, float), "a list of numbers"),
+    "std": (lambda value: _list_of(value, int, float) and 0 not in value, "a list of numbers other than 0"),
+    "crop_pct": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a number above 0, at most 1"),
+    "crop_mode": (lambda value: value in ("center", "squash", "border"), "center, squash or border"),
+    "interpolation": (lambda value: value in _INTERPOLATIONS, ", ".join(_INTERPOLATIONS)),
+    "label_names": (lambda value: _list_of(value, str), "a list of names"),
 }
 
 
-def _numbers(value: object) -> bool:
-    return isinstance(value, list) and all(type(number) in (int, float) for number in value) and len(value) > 0
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the model in a config.json, of the recipes or of timm."""
+    given = _checked(config, "pretraining_model" if "pretraining_model" in config else "model_args", _ARGUMENTS)
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return sizes | ({"global_pool": "token"} if config.get("global_pool") == "token" else {})
 
 
-def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Preprocessing and names of the classes in a config.json."""
-    cfg = config.get("pretrained_cfg", {})
-    if not isinstance(cfg, dict):
-        raise CheckpointError(f"{CONFIG}: pretrained_cfg is a {type(cfg).__name__}, not a table")
-    said = {key: cfg[key] for key in _SAID if key in cfg}
-    for key, value in said.items():
-        if not _SAID[key](value):
-            raise CheckpointError(f"{CONFIG}: {key} is {value!r}, which no preprocessing can be")
-    labels = config.get("label_names", cfg.get("label_names"))
-    if labels is not None:
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise CheckpointError(f"{CONFIG}: label_names is no list of names")
-        said["label_names"] = labels
-    return said
+def _checked(config: Mapping[str, Any], key: str, tests: dict[str, Test]) -> dict[str, Any]:
+    """The values in a table of a config.json that there are tests for; names of classes may also stand beside it."""
+    table = config.get(key, {})
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{CONFIG}: {key} is a {type(table).__name__}, not a table")
+    if config.get("label_names") is not None:
+        table = {**table, "label_names": config["label_names"]}
+    found = {name: table[name] for name in tests if table.get(name) is not None}
+    for name, value in found.items():
+        holds, expected = tests[name]
+        if not holds(value):
+            raise CheckpointError(f"{CONFIG}: {name} is {value!r}; expected {expected}")
+    return found
 
 
 def _hub_config(
-    model: ARM | ARMPretrain, variant: Variant, said: dict[str, Any], license: str, of_authors: bool
+    model: ARM | ARMPretrain, variant: Variant, preprocessing: dict[str, Any], facts: dict[str, str]
 ) -> dict[str, Any]:
     """config.json in timm's Hub form; of a pretraining model that of its backbone, and its own arguments beside."""
     backbone = variant.backbone(device="meta")
     cfg = backbone.pretrained_cfg
     for key in ("tag", "origin_url"):
         cfg.pop(key, None)
-    cfg |= {"license": license, **said}
-    if of_authors:
-        cfg["origin_url"] = OF_AUTHORS
+    cfg |= {"license": facts["license"], **preprocessing}
+    if facts["source_names"] == "official":
+        cfg["origin_url"] = AUTHORS_CODE
     if variant.official:
         cfg["crop_pct"] = 0.875 if max(backbone.patch_embed.img_size) <= CROPPED_UP_TO else 1.0
     if len(cfg["mean"]) not in (1, backbone.in_chans) or len(cfg["std"]) not in (1, backbone.in_chans):

@@ -6,32 +6,29 @@ program must import arm_zoo.
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import arm_zoo
 from arm_zoo.arm import ARM
-from arm_zoo.files import save_tensors
+from arm_zoo.files import replacing_files, save_tensors
+from hub.folders import UsageError, relative_error
 
-from .folders import UsageError, replacing_file
-
-FORMATS = ("onnx", "pt2", "official")
 TOLERANCE = 1e-4  # of the largest logit, between onnxruntime and PyTorch in float32
 
 
-def export(source: str, file: Path, format: str) -> str:
-    """Write a model to `file` and compare what the file computes with what the model does.
+def export(source: str, file: Path, format: str) -> list[str]:
+    """Write a model to `file`, compare what the file computes with what the model does, and say what was written.
 
     Args:
         source: anything that `arm_zoo.from_pretrained` takes.
         file: replaced if it exists.
-        format: 'onnx' and 'pt2' take any number of pictures of the model's size; 'official' is a state dict
+        format: 'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict
             (.safetensors) under the names of the authors' code.
-
-    Returns:
-        One line that says what was written.
 
     Raises:
         UsageError: for a pretraining model, which only 'official' takes, for a folder, or where a package is missing.
@@ -42,20 +39,19 @@ def export(source: str, file: Path, format: str) -> str:
     model = arm_zoo.from_pretrained(source).eval().requires_grad_(False)
     if format != "official" and not isinstance(model, ARM):
         raise UsageError(f"{source} is a pretraining model; onnx and pt2 are for backbones: finetune it first")
-    write = {"onnx": _write_onnx, "pt2": _write_pt2, "official": _write_official}[format]
-    with replacing_file(file) as beside:
-        said = write(model, beside)
-    return f"wrote {file}: {said}"
+    with replacing_files(file.parent) as beside:
+        said = FORMATS[format](model, beside / file.name)
+    return [f"wrote {file}: {said}"]
 
 
-def _pictures(model: nn.Module) -> torch.Tensor:
-    """Two pictures, so that no number of pictures is taken for the only one."""
+def _images(model: ARM) -> torch.Tensor:
+    """Two images, so that no number of images is taken for the only one."""
     size = (2, model.in_chans, *model.patch_embed.img_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 def _compare(actual: torch.Tensor, expected: torch.Tensor) -> str:
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    error = relative_error(actual, expected)
     if not error <= TOLERANCE:
         raise arm_zoo.CheckpointError(f"the exported program differs from the model by {error:.1e}, relative")
     return f"differs from the model by {error:.1e}, relative"
@@ -67,23 +63,20 @@ def _write_official(model: nn.Module, file: Path) -> str:
     return f"{len(tensors)} tensors under the names of the authors' code"
 
 
-def _exported(model: nn.Module, pictures: torch.Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1, max=4096)
+def _write_pt2(model: ARM, file: Path) -> str:
+    images = _images(model)
     with arm_zoo.scan_backend("torch"):
-        return torch.export.export(model, (pictures,), dynamic_shapes=({0: batch},))
-
-
-def _write_pt2(model: nn.Module, file: Path) -> str:
-    pictures = _pictures(model)
+        batch = torch.export.Dim("batch", min=1, max=4096)
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     archive = io.BytesIO()  # writing to a full disk, PyTorch would end the process
-    torch.export.save(_exported(model, pictures), archive)
+    torch.export.save(program, archive)
     file.write_bytes(archive.getbuffer())
-    said = _compare(torch.export.load(file).module()(pictures[:1]), model(pictures[:1]))
+    said = _compare(torch.export.load(file).module()(images[:1]), model(images[:1]))
     return f"{said}; load it with torch.export.load after `import arm_zoo`"
 
 
-def _write_onnx(model: nn.Module, file: Path) -> str:
-    pictures = _pictures(model)
+def _write_onnx(model: ARM, file: Path) -> str:
+    images = _images(model)
     try:
         import onnxruntime
 
@@ -91,9 +84,9 @@ def _write_onnx(model: nn.Module, file: Path) -> str:
 
         with warnings.catch_warnings(), arm_zoo.scan_backend("torch"):
             warnings.simplefilter("ignore")  # of the exporter to its own developers
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model,
-                (pictures,),
+                (images,),
                 dynamo=True,
                 dynamic_shapes=({0: "batch"},),
                 input_names=["pictures"],
@@ -107,5 +100,8 @@ def _write_onnx(model: nn.Module, file: Path) -> str:
         raise UsageError(f"{needs} ({error})") from error
     program.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {"pictures": pictures[:1].numpy()})
-    return f"{len(program.model.graph)} nodes, {_compare(torch.from_numpy(output), model(pictures[:1]))}"
+    (output,) = session.run(None, {"pictures": images[:1].numpy()})
+    return f"{len(program.model.graph)} nodes, {_compare(torch.from_numpy(output), model(images[:1]))}"
+
+
+FORMATS: dict[str, Callable[[Any, Path], str]] = {"onnx": _write_onnx, "pt2": _write_pt2, "official": _write_official}

@@ -1,11 +1,9 @@
-"""Folders of weights: written whole or not at all, and what is in one."""
+"""Folders of converted weights: the files in one, and what is refused."""
 
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError
@@ -37,42 +35,12 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder to write to")
-    there = sorted(path.name for path in folder.iterdir())
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".partial-"))  # of a killed one
     foreign = [name for name in there if name not in FILES]
     if foreign:
         raise UsageError(f"{folder} holds other files ({', '.join(foreign[:4])}); name a new folder")
     if there and not overwrite:
         raise UsageError(f"{folder} has a model already; name a new folder, or replace it with --overwrite")
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into, which takes the place of `folder` if the block ends well."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        new, old = Path(beside) / "new", Path(beside) / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if old.exists():
-                os.rename(old, folder)
-            raise
-
-
-@contextmanager
-def replacing_file(file: Path) -> Iterator[Path]:
-    """Give a path to write to; if the block ends well, what lies there takes the place of `file`, with companions."""
-    file = file.absolute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as beside:
-        yield Path(beside) / file.name
-        for written in Path(beside).iterdir():
-            os.replace(written, file.parent / written.name)
 
 
 def read_header(file: Path) -> dict[str, str]:
@@ -82,3 +50,10 @@ def read_header(file: Path) -> dict[str, str]:
             return dict(opened.metadata() or {})
     except Exception as error:  # safetensors' own errors, OSError
         raise CheckpointError(f"cannot read {file}: {error}; convert it anew or fetch it again") from error
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a fraction of the largest expected value; infinite for other shapes."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()

@@ -1,70 +1,40 @@
 """A converted folder -> a repository on the Hub: shown first, uploaded on request, verified by fetching it back."""
 
 import difflib
-import hashlib
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash
 
 from arm_zoo.download import explain
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
-
-from .card import write_card
-from .catalog import RESULTS
-from .check import check_folder
-from .folders import CARD, FILES, UsageError, check_complete, read_header
+from hub.card import write_card
+from hub.catalog import RESULTS
+from hub.check import check_folder
+from hub.folders import CARD, FILES, UsageError, check_complete, read_header
 
 MOST_DIFF_LINES = 60
-_TAG = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What publishing would do.
+class Remote:
+    """What is on the Hub, at its newest commit."""
 
-    Attributes:
-        repo: ORG/NAME.
-        exists: whether the repository is there; None if the Hub could not be asked.
-        parent: its commit that the plan was made for.
-        changes: state of each of our files: 'new', 'changed', 'same' or 'not compared'.
-        sizes: bytes of each of our files.
-        others: files that are there and stay.
-        tag: revision that the upload would get.
-        tags: revisions that are there.
-        card_diff: lines by which the card changes.
-    """
-
-    repo: str
-    exists: bool | None
-    parent: str | None
-    changes: dict[str, str]
-    sizes: dict[str, int]
-    others: list[str]
-    tag: str
-    tags: list[str]
-    card_diff: list[str]
-
-    @property
-    def uploads(self) -> list[str]:
-        return [name for name, change in self.changes.items() if change != "same"]
-
-    def lines(self) -> list[str]:
-        """For people."""
-        state = {True: "exists", False: "would be created", None: "could not be asked for"}[self.exists]
-        head = f"{self.repo} ({state}), tag {self.tag}"
-        rows = [f"  {name:20} {self.sizes[name]:>15,} bytes  {change}" for name, change in self.changes.items()]
-        rows += [f"  {name!r} is there and stays" for name in self.others]
-        cut = self.card_diff[:MOST_DIFF_LINES]
-        more = [f"  ... {len(self.card_diff) - len(cut)} lines more"] if len(cut) < len(self.card_diff) else []
-        return [head, *rows, *(f"  {line}" for line in cut), *more]
+    exists: bool | None  # None if the Hub could not be asked; `unasked` says why
+    unasked: str = ""
+    commit: str | None = None
+    files: dict[str, RepoSibling] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)  # of each the commit
+    card: Path | None = None  # a copy of it
 
 
 def publish(
@@ -88,142 +58,117 @@ def publish(
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
     if yes and HF_HUB_OFFLINE:
         raise UsageError("offline mode is on (HF_HUB_OFFLINE); publish where there is a network, with it unset")
-    if not _TAG.fullmatch(tag or "v1"):
+    if not re.fullmatch(r"\w[\w.-]*", tag or "v1"):
         raise UsageError(f"--tag must be letters, digits, '.', '_' and '-', got {tag!r}")
     check_complete(folder)
     yield f"{folder}: {check_folder(folder)}"
     api = HfApi(library_name="arm-zoo")
     with tempfile.TemporaryDirectory() as name:
-        staged = Path(name)
+        staged, cache = Path(name) / "staged", Path(name) / "cache"
+        staged.mkdir()
         for file in FILES:
             shutil.copyfile(folder / file, staged / file)
-        there, unasked = None, ""
         with _explained(f"read {repo}", repo):
-            try:
-                there = _ask(api, repo)
-            except HfHubHTTPError:  # an answer
-                raise
-            except Exception as error:  # the network's errors have no common parent
-                if yes:
-                    raise
-                unasked = "offline mode is on (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else explain(error, repo)
-            plan = _plan(there, staged, folder, repo, tag, results)
-        yield from plan.lines()
-        if read_header(staged / WEIGHTS).get("license", "unknown") == "unknown":
-            yield "licence of the weights: unknown; ask their authors before redistributing (convert --license ID)"
-        if not plan.uploads and plan.tags and tag is None:
-            yield f"nothing to upload: all files are there already, tagged {', '.join(plan.tags)}"
-        elif unasked:
-            yield f"dry run, not compared with what is there: {unasked}"
+            remote = _ask(api, repo, cache, needed=yes)
+        if tag in remote.tags:
+            there = ", ".join(remote.tags)
+            raise UsageError(f"{repo} has a revision {tag} already ({there}); name another with --tag")
+        write_card(staged, old=remote.card or folder / CARD, repo=repo, results=results)
+        changes = {file: _change(staged / file, remote) for file in FILES}
+        uploads = [file for file, change in changes.items() if change != "same"]
+        current = [name for name, commit in remote.tags.items() if commit == remote.commit]
+        next_tag = next(f"v{n}" for n in range(1, len(remote.tags) + 2) if f"v{n}" not in remote.tags)
+        yield from _plan(staged, repo, remote, changes, tag or next_tag)
+        if not uploads and current and tag is None:
+            yield f"nothing to upload: all files are there already, tagged {', '.join(current)}"
+        elif remote.unasked:
+            yield f"dry run, not compared with what is there: {remote.unasked}"
         elif not yes:
             yield "dry run, nothing was uploaded; --yes uploads"
         else:
+            tag = tag or next_tag
             with _explained(f"publish {repo}", repo, right="write"):
-                commit = _upload(api, staged, plan, private)
-                _verify(staged, plan, commit)
-            yield f"uploaded as {commit}, tagged {plan.tag}, fetched back and compared"
-            yield _table_line(staged, plan)
-
-
-def _table_line(staged: Path, plan: Plan) -> str:
-    row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{plan.tag}", "{plan.repo}")'
-    return f'for arm_zoo/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
+                commit = _upload(api, staged, cache, repo, remote, uploads, tag, private)
+            yield f"uploaded as {commit}, tagged {tag}, fetched back and compared"
+            row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{tag}", "{repo}")'
+            yield f'for arm_zoo/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
 
 
 @contextmanager
 def _explained(doing: str, repo: str, right: str = "read") -> Iterator[None]:
+    """Make one clear error of whatever happens on the way to the Hub."""
     try:
         yield
-    except (CheckpointError, UsageError):
+    except CheckpointError:
         raise
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
         raise CheckpointError(f"cannot {doing}: {explain(error, repo, right=right)}") from error
 
 
-@dataclass(frozen=True)
-class Repository:
-    """What the Hub says of a repository: None if there is none, and its tags' commits."""
-
-    info: ModelInfo | None
-    tagged: dict[str, str]
-
-
-def _ask(api: HfApi, repo: str) -> Repository:
+def _ask(api: HfApi, repo: str, cache: Path, needed: bool) -> Remote:
+    """Ask the Hub; without a network the answer is empty, unless it is needed."""
     try:
         info = api.model_info(repo, files_metadata=True)
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
     except RepositoryNotFoundError:
-        return Repository(None, {})
-    return Repository(info, {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags})
+        return Remote(exists=False)
+    except HfHubHTTPError:  # an answer
+        raise
+    except Exception as error:  # the network's errors have no common parent
+        if needed:
+            raise
+        return Remote(None, "offline mode is on (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else explain(error, repo))
+    files = {file.rfilename: file for file in info.siblings or []}
+    card = hf_hub_download(repo, CARD, revision=info.sha, cache_dir=cache) if CARD in files else None
+    return Remote(True, "", info.sha, files, tags, Path(card) if card else None)
 
 
-def _plan(
-    repository: Repository | None, staged: Path, folder: Path, repo: str, tag: str | None, results: Path
-) -> Plan:
-    """Compare with what is there; the staged card gets the hand-written parts of the one that is there."""
-    info = repository.info if repository else None
-    there = {file.rfilename: file for file in (info.siblings or [] if info else [])}
-    old = folder / CARD
-    if info is not None and CARD in there:
-        with tempfile.TemporaryDirectory() as cache:
-            fetched = hf_hub_download(repo, CARD, revision=info.sha, cache_dir=cache)
-            old = staged / f"old-{CARD}"
-            shutil.copyfile(fetched, old)
-    write_card(staged, old=old, repo=repo, results=results)
-    tagged = repository.tagged if repository else {}
-    tags = list(tagged)
-    if tag in tags:
-        raise UsageError(f"{repo} has a revision {tag} already ({', '.join(tags)}); name another with --tag")
-    before = old.read_text(encoding="utf-8").splitlines() if info is not None and CARD in there else []
-    diff = difflib.unified_diff(
-        before, (staged / CARD).read_text(encoding="utf-8").splitlines(), "there", "new", lineterm=""
-    )
-    return Plan(
-        repo=repo,
-        exists=info is not None if repository else None,
-        parent=info.sha if info else None,
-        changes={name: _change(staged / name, there.get(name)) if repository else "not compared" for name in FILES},
-        sizes={name: (staged / name).stat().st_size for name in FILES},
-        others=sorted(set(there) - set(FILES)),
-        tag=tag or (_next_tag(tags) if repository else "the next of v1, v2, ..."),
-        tags=[name for name in tags if tagged[name] == info.sha] if info else [],
-        card_diff=list(diff) if before else [],
-    )
-
-
-def _next_tag(tags: list[str]) -> str:
-    return next(f"v{n}" for n in range(1, len(tags) + 2) if f"v{n}" not in tags)
-
-
-def _change(file: Path, there: object) -> str:
+def _change(file: Path, remote: Remote) -> str:
     """The Hub names large files by their sha256, others as Git does."""
+    if remote.exists is None:
+        return "not compared"
+    there = remote.files.get(file.name)
     if there is None:
         return "new"
-    lfs, blob = getattr(there, "lfs", None), getattr(there, "blob_id", None)
-    if lfs is not None:
-        return "same" if lfs.sha256 == sha256_of(file) else "changed"
-    contents = file.read_bytes()
-    git = hashlib.sha1(b"blob %d\0" % len(contents) + contents, usedforsecurity=False).hexdigest()
-    return "same" if blob == git else "changed"
+    if there.lfs is not None:
+        return "same" if there.lfs.sha256 == sha256_of(file) else "changed"
+    return "same" if there.blob_id == git_hash(file.read_bytes()) else "changed"
 
 
-def _upload(api: HfApi, staged: Path, plan: Plan, private: bool) -> str:
-    """One commit on top of the one that the plan was made for, and its tag, which may be all that is missing."""
-    if not plan.exists:
-        api.create_repo(plan.repo, private=private)
-    commit = plan.parent
-    if plan.uploads or commit is None:
-        operations = [CommitOperationAdd(name, staged / name) for name in plan.uploads]
-        message = f"Publish {plan.tag} with arm-zoo"
-        commit = api.create_commit(plan.repo, operations, commit_message=message, parent_commit=plan.parent).oid
-    api.create_tag(plan.repo, tag=plan.tag, revision=commit)
+def _plan(staged: Path, repo: str, remote: Remote, changes: dict[str, str], tag: str) -> Iterator[str]:
+    """What an upload would do, in lines for people."""
+    state = {True: "exists", False: "would be created", None: "could not be asked for"}[remote.exists]
+    yield f"{repo} ({state}), tag {'the next of v1, v2, ...' if remote.exists is None else tag}"
+    for file, change in changes.items():
+        yield f"  {file:20} {(staged / file).stat().st_size:>15,} bytes  {change}"
+    for name in sorted(set(remote.files) - set(FILES)):
+        yield f"  {name!r} is there and stays"
+    if remote.card:
+        old, new = (file.read_text(encoding="utf-8").splitlines() for file in (remote.card, staged / CARD))
+        difference = list(difflib.unified_diff(old, new, "there", "new", lineterm=""))
+        yield from (f"  {line}" for line in difference[:MOST_DIFF_LINES])
+        if len(difference) > MOST_DIFF_LINES:
+            yield f"  ... {len(difference) - MOST_DIFF_LINES} lines more"
+    if read_header(staged / WEIGHTS).get("license", "unknown") == "unknown":
+        yield "licence of the weights: unknown; ask their authors before redistributing (convert --license ID)"
+
+
+def _upload(
+    api: HfApi, staged: Path, cache: Path, repo: str, remote: Remote, uploads: list[str], tag: str, private: bool
+) -> str:
+    """One commit on top of the one that was compared with, and its tag, which may be all that is missing; verified."""
+    if not remote.exists:
+        api.create_repo(repo, private=private)
+    commit = remote.commit
+    if uploads or commit is None:
+        operations = [CommitOperationAdd(name, staged / name) for name in uploads]
+        message = f"Publish {tag} with arm-zoo"
+        commit = api.create_commit(repo, operations, commit_message=message, parent_commit=remote.commit).oid
+    api.create_tag(repo, tag=tag, revision=commit)
+    for name in FILES:
+        fetched = hf_hub_download(repo, name, revision=tag, cache_dir=cache)
+        if sha256_of(fetched) != sha256_of(staged / name):
+            raise CheckpointError(
+                f"{name} of {repo} at {tag} (commit {commit}) is not what was sent; publish it again"
+            )
     return commit
-
-
-def _verify(staged: Path, plan: Plan, commit: str) -> None:
-    with tempfile.TemporaryDirectory() as cache:
-        for name in FILES:
-            fetched = hf_hub_download(plan.repo, name, revision=plan.tag, cache_dir=cache)
-            if sha256_of(fetched) != sha256_of(staged / name):
-                raise CheckpointError(
-                    f"{name} of {plan.repo} at {plan.tag} (commit {commit}) is not what was sent; publish it again"
-                )

@@ -7,9 +7,9 @@ from huggingface_hub import HfApi
 
 from arm_zoo.download import explain
 from arm_zoo.files import CheckpointError
+from arm_zoo.table import TABLE, training_commands
 from arm_zoo.variant import find_variant
-
-from .catalog import AUTHORS_REPOSITORY, CATALOG, Entry
+from hub.catalog import AUTHORS_REPOSITORY, CATALOG, RESULTS, Entry, measured, reported, state
 
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -22,7 +22,7 @@ def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
     """
     api = HfApi(library_name="arm-zoo")
     try:
-        info = api.repo_info(repo, files_metadata=True)
+        info = api.model_info(repo, files_metadata=True)
     except Exception as error:  # the client's and the network's errors have no common parent
         raise CheckpointError(f"cannot list {repo}: {explain(error, repo)}") from error
     files = info.siblings or []
@@ -31,17 +31,18 @@ def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
         yield f"  {file.rfilename!r}  {file.size or 0:,} bytes  {_what(api, repo, file.rfilename)}"
     yield "The entries, and where their weights are to come from:"
     width = max(map(len, CATALOG))
-    for entry in CATALOG.values():
-        yield f"  {entry.name:{width}}  {entry.state:10}  {_known(entry)}"
+    for name, entry in CATALOG.items():
+        yield f"  {name:{width}}  {state(name):10}  {_known(name, entry)}"
 
 
-def _known(entry: Entry) -> str:
+def _known(name: str, entry: Entry) -> str:
     """Origin, licence and figures; the paper's and ours apart."""
-    origin = f"from {entry.source or entry.recipe}"
-    parts = [entry.paper_name or "not in the paper", origin, f"licence {entry.license}"]
-    for kind, figures in (("reported by the paper", entry.reported), ("measured by us", entry.measured)):
+    ours = {key: float(row["top1"]) for key, row in measured(TABLE[name].sha256, RESULTS).items()}
+    parts = [entry.paper_name or "not in the paper", f"from {entry.source or training_commands(name)}"]
+    parts.append(f"licence {entry.license}")
+    for kind, figures in (("reported by the paper", reported(name)), ("measured by us", ours)):
         if figures:
-            parts.append(f"{kind}: {', '.join(f'{name} {top1:.2f}' for name, top1 in figures.items())}")
+            parts.append(f"{kind}: {', '.join(f'{key} {top1:.2f}' for key, top1 in figures.items())}")
     return "; ".join(parts)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ROOT
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: with torch's default each would start a thread per core. The variable is for children.
     torch.set_num_threads(1)
@@ -41,12 +43,14 @@ def handlers() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the checkout."""
-    return Path(__file__).resolve().parent.parent
+    return ROOT
 
 
 @pytest.fixture(scope="session")
-def golden(repo: Path) -> Path:
-    """The folder with tensors that the authors' code computed; it lies beside the checkout and is not part of it."""
+def golden(request: pytest.FixtureRequest, repo: Path) -> Path:
+    """The folder with tensors that the authors' code computed; `tests.helpers.golden` tells which of the two sets."""
+    if getattr(request, "param", "whole") == "small":
+        return repo / "tests" / "golden"
     folder = repo.parent / "shared" / "golden"
     if not folder.is_dir():
         pytest.skip("no golden tensors: ../shared/golden is not there")

@@ -1,4 +1,4 @@
-"""Small real picture files of every kind, and data sets of them in every layout, for the tests of the recipes."""
+"""Small real image files of every kind, and data sets of them in every layout, for the tests of the recipes."""
 
 import io
 import json
@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 24, 16
 
 
 def pixels(number: int = 0) -> NDArray[np.uint8]:
-    """A picture (16, 24, 3) without any symmetry; ``number`` shifts its colours."""
+    """An image (16, 24, 3) without any symmetry; `number` shifts its colours."""
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
     channels = [columns * 255 // (WIDTH - 1), rows * 255 // (HEIGHT - 1), (rows + columns) * 4]
     return ((np.stack(channels, axis=-1) + 7 * number) % 256).astype(np.uint8)
@@ -52,7 +52,7 @@ def png_16_bit_colour(values: NDArray[np.uint16]) -> bytes:
 
 
 def write_folder(root: Path, classes: Mapping[str, int]) -> Path:
-    """A folder of JPEG files: class name -> number of pictures."""
+    """A folder of JPEG files: class name -> number of images."""
     number = 0
     for name, count in classes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class Counted(str):
 
 
 def write_parquet(file: Path, labels: Sequence[Any], feature: Any = None, **columns: Any) -> Path:
-    """A parquet file of ``datasets`` with one picture per label; ``feature`` is the label column's type."""
+    """A parquet file of `datasets` with one image per label; `feature` is the label column's type."""
     file.parent.mkdir(parents=True, exist_ok=True)
     data = {"image": [{"bytes": jpeg(n), "path": f"{n}.jpg"} for n in range(len(labels))], "label": list(labels)}
     features = {"image": datasets.Image(), "label": feature or datasets.Value("int64")}

@@ -36,9 +36,10 @@ from recipes.pretrain import pretrain
 from recipes.resume import AlreadyFinished, Start, compare, compare_classes
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from recipes.sources import open_source
+from tests import ROOT
 from tests.pictures import write_folder
 
-CONFIG = Path(__file__).parent.parent / "recipes" / "configs" / "pretrain_digits.yaml"
+CONFIG = ROOT / "recipes" / "configs" / "pretrain_digits.yaml"
 FINETUNE = CONFIG.with_name("finetune_digits.yaml")
 EPOCHS, BATCH, STEPS = 3, 256, 5
 TINY = [f"epochs={EPOCHS}", f"global_batch={BATCH}", "model_args.embed_dim=16", "model_args.depth=1",

@@ -24,8 +24,8 @@ from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError
 from recipes.signals import Agreement, StopRequest, StopWaiting, stop_ends_waiting
 from recipes.workers import WorkerLoader, end_workers, started
+from tests import ROOT
 
-REPOSITORY = Path(__file__).parent.parent
 TINY = ["epochs=100000", "global_batch=256", "model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2",
         "tracker=none", "checkpoint_steps=1", "data.workers=2"]  # fmt: skip
 SECONDS = 60  # of patience: it takes 5 to notice a death, the rest is for a busy machine
@@ -193,7 +193,7 @@ def begun(
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        cwd=REPOSITORY,
+        cwd=ROOT,
         start_new_session=True,
     ) as process:
         try:
@@ -218,7 +218,7 @@ def wait_until(ready: Callable[[], object], process: "subprocess.Popen[str]") ->
 
 
 def settings(recipe: str, folder: Path) -> list[str]:
-    config = REPOSITORY / "recipes" / "configs" / f"{recipe}_digits.yaml"
+    config = ROOT / "recipes" / "configs" / f"{recipe}_digits.yaml"
     own = ["model_args.decoder_depth=1"] if recipe == "pretrain" else ["evaluate_every=1"]
     return ["--config", str(config), *TINY, *own, f"output_dir={folder}"]
 

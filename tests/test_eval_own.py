@@ -37,6 +37,7 @@ from recipes.finetune import finetune
 from recipes.order import Key
 from recipes.sources import DIGIT_NAMES, open_source
 from recipes.transforms import scoring_transform
+from tests import ROOT
 from tests.pictures import Counted, encode, jpeg, pixels, png_16_bit_colour, png_header
 
 PICO = "arm_pico_patch2_8"
@@ -152,7 +153,7 @@ def test_a_runs_own_top1_is_evals(tmp_path: Path) -> None:
     for place, kind in enumerate(KINDS):
         write_digits(tmp_path / "data" / "train", range(place * 40, place * 40 + 40), kind)
         write_digits(tmp_path / "data" / "val", range(400 + place * 40, 440 + place * 40), kind)
-    config = Path(__file__).parent.parent / "recipes" / "configs" / "finetune_digits.yaml"
+    config = ROOT / "recipes" / "configs" / "finetune_digits.yaml"
     settings = ["model_args.in_chans=3", f"pretrained={bundled_file(ENTRY)}", "epochs=1", "warmup_epochs=0"]
     places = [f"data.source={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "tracker=none", "global_batch=40"]
     top1 = finetune(load_config(FinetuneConfig, config, [*settings, *places])).top1

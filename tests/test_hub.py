@@ -26,7 +26,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from markdown_it import MarkdownIt
@@ -40,15 +39,18 @@ import arm_zoo
 from arm_zoo import table, to_official
 from arm_zoo.files import CheckpointError, sha256_of
 from arm_zoo.reading import Choice, read_checkpoint
-from arm_zoo.table import TABLE
+from arm_zoo.table import TABLE, training_commands
 from arm_zoo.variant import find_variant
 from hub.__main__ import main
 from hub.card import BEGIN, END, write_card
-from hub.catalog import CATALOG, candidates
+from hub.catalog import CATALOG, candidates, measured, reported, state
 from hub.check import BUNDLED_GOLDEN
 from hub.convert import convert
 from hub.export import export
 from hub.folders import read_header
+from hub.sources import _known
+from tests.helpers.golden import golden_cases
+from tests.hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
 
 PICO = "arm_pico_patch2_8"
 FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
@@ -87,19 +89,19 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 # conversion gives the authors' numbers
 
 
-@pytest.mark.parametrize("case, form", [("arm_ft_img64_gp", "safetensors"), ("arm_ft_224_gp", "pth")])
-def test_official_backbones_give_the_golden_logits(case: str, form: str, golden: Path, tmp_path: Path) -> None:
+@golden_cases(["arm_ft_img64_gp"], ["arm_ft_img64_gp", "arm_ft_224_gp"])
+def test_official_backbones_give_the_golden_logits(case: str, golden: Path, tmp_path: Path) -> None:
     """Converted by the shapes alone, then loaded as timm's users do."""
     file = golden / case / "state_dict.safetensors"
-    if form == "pth":
+    if case == "arm_ft_224_gp":  # as a pickle
         torch.save({"model": load_file(file), "args": argparse.Namespace()}, tmp_path / "anything.bin")
         file = tmp_path / "anything.bin"
     assert main(["convert", str(file), str(tmp_path / "out")]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    pictures = load_file(golden / case / "inputs.safetensors")["images"]
+    images = load_file(golden / case / "inputs.safetensors")["images"]
     expected = load_file(golden / case / "outputs_f64.safetensors")["logits"]
     with torch.inference_mode():
-        error = (model.double()(pictures.double()) - expected).abs().max() / expected.abs().max()
+        error = (model.double()(images.double()) - expected).abs().max() / expected.abs().max()
     assert error < 1e-7  # the parameters are float32
     assert to_official(model.float()).keys() == load_file(golden / case / "state_dict.safetensors").keys()
     for name, value in load_file(golden / case / "state_dict.safetensors").items():
@@ -117,10 +119,10 @@ def test_official_pretraining_gives_the_golden_latents(golden: Path, tmp_path: P
     outputs = {}
     for name in ("outputs_f64", "outputs_f64_rounded_to_f32"):
         outputs |= load_file(case / f"{name}.safetensors")
-    pictures = load_file(case / "inputs.safetensors")["images"].double()
+    images = load_file(case / "inputs.safetensors")["images"].double()
     with torch.inference_mode():
-        latent = model.double().forward_encoder(pictures)
-        loss, prediction, _ = model(pictures)
+        latent = model.double().forward_encoder(images)
+        loss, prediction, _ = model(images)
     for actual, expected in ((latent, outputs["latent"]), (prediction, outputs["pred"])):
         assert (actual - expected).abs().max() / expected.abs().max() < 1e-6
     assert loss.item() == pytest.approx(outputs["loss"].item(), rel=1e-9)
@@ -361,6 +363,15 @@ def test_exports_of_our_pretraining(tmp_path: Path) -> None:
 # mistakes
 
 
+def test_without_a_command_the_help_leads_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m hub ") and len(printed.splitlines()) < 30
+    for command in ("convert", "publish", "check", "export", "sources"):
+        assert f"\n    {command} " in printed
+    assert "\n  python -m hub convert checkpoint.pth OUT " in printed
+
+
 def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
     out.mkdir()
@@ -385,7 +396,7 @@ def test_destinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("check", [], "there is no folder {}; write it: python -m hub convert FILE {}"),
         ("publish", ["--repo", "ada/x"], "there is no folder {}; write it: python -m hub convert FILE {}"),
         ("convert", ["out"], "no checkpoint at {}; name a .pth, a .safetensors or the folder of a run"),
-        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), ORG/NAME, a folder"),
+        ("export", ["out.onnx"], "no checkpoint at {}; name an entry (`python -m arm_zoo list`), a folder, a file"),
     ],
 )
 def test_folders_that_are_missing_or_empty(
@@ -487,7 +498,9 @@ def test_a_killed_conversion_leaves_the_folder_of_before(tmp_path: Path, repo: P
     )
     killed = subprocess.run([sys.executable, "-c", code, str(file), str(out)], cwd=repo)
     assert killed.returncode == -signal.SIGKILL
-    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    convert(file, out, overwrite=True)  # what the killed one had begun goes
+    assert names_in(out) == FILES and (out / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
 def test_unmatched_keys_are_listed_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -593,13 +606,13 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"model_args": []}, "the model's arguments are a list, not a table"),
+        ({"model_args": []}, "model_args is a list, not a table"),
         ({"model_args": {"img_size": "64"}}, "img_size is '64'; expected pixels"),
         ({"model_args": {"img_size": 60000}}, "config.json says"),
         ({"pretrained_cfg": 3}, "pretrained_cfg is a int"),
         ({"pretrained_cfg": {"mean": "grey"}}, "mean is 'grey'"),
         ({"pretrained_cfg": {"mean": [0.1, 0.2]}}, "not for 3 channels"),
-        ({"label_names": 7}, "label_names is no list of names"),
+        ({"label_names": 7}, "label_names is 7; expected a list of names"),
     ],
 )
 def test_damaged_configurations(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -796,27 +809,34 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
 
 def test_what_shapes_do_not_tell_is_not_claimed() -> None:
     """A pretrained model and one from scratch have the same shapes; other sizes are nobody's."""
-    both = [entry.paper_name for entry in candidates("arm_base_patch16_224", 1000, standard=True)]
+    both = [CATALOG[name].paper_name for name in candidates("arm_base_patch16_224", 1000, standard=True)]
     assert both == ["ARM-B", "MambaMLP-B"]
-    assert [entry.name for entry in candidates("arm_large_patch16_224", 0, True)] == ["arm_large_patch16_224.arm_in1k"]
+    assert candidates("arm_large_patch16_224", 0, True) == ["arm_large_patch16_224.arm_in1k"]
     assert candidates("arm_base_patch16_224", 10, True) == candidates("arm_base_patch16_224", 1000, False) == []
 
 
 def test_the_catalogue_and_the_table_agree() -> None:
     assert set(CATALOG) == set(TABLE)
-    assert {entry.state for entry in CATALOG.values()} <= {"hosted", "to convert", "ours"}
     for name, weights in TABLE.items():
-        if weights.bundled:
-            assert (CATALOG[name].state, CATALOG[name].license) == ("ours", "apache-2.0"), name
+        if weights.where == "bundled":
+            assert (state(name), CATALOG[name].license) == ("ours", "apache-2.0"), name
             trained_on = name.rpartition("_ft_")[2]
-            assert f"finetune_{trained_on}.yaml" in CATALOG[name].recipe and not CATALOG[name].reported
-    reported = {name: entry.reported.get("in1k") for name, entry in CATALOG.items()}
-    assert reported["arm_huge_patch16_384.arm_in1k_ft_in1k"] == 85.5 and reported["arm_base_patch16_224.in1k"] == 81.2
+            assert f"finetune_{trained_on}.yaml" in training_commands(name) and not reported(name)
+
+
+def test_reported_figures_are_those_of_the_papers_tables() -> None:
+    """Table 3 has all sets of the models at 224 pixels, table 2 the others' ImageNet-1k."""
+    base = {"in1k": 83.2, "v2": 72.3, "real": 88.0, "a": 31.9, "r": 48.9, "sketch": 37.2}
+    assert reported("arm_base_patch16_224.arm_in1k_ft_in1k") == base
+    assert reported("arm_huge_patch16_384.arm_in1k_ft_in1k") == {"in1k": 85.5}
+    assert reported("arm_base_patch16_224.in1k") == {"in1k": 81.2}
+    finetuned = [name for name, entry in CATALOG.items() if entry.paper_name and "pretrained" not in entry.paper_name]
+    assert [name for name in CATALOG if reported(name)] == finetuned
 
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
 def test_cards_render(kind: str, tmp_path: Path) -> None:
-    """As HTML: headings in order, every table with its columns, three snippets, no mark or brace left over."""
+    """As HTML: headings in order, every table with its columns, three snippets, nothing of the templates left over."""
     if kind == "pretraining":
         arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
@@ -834,7 +854,7 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     assert headings == ["Licence and origin", "Use", "Figures", "Training", "Limits", "Citation"]
     assert html.count('<code class="language-python">') == 3
     assert all(row.count("<td>") in (0, 2) for row in html.split("<tr>"))
-    assert not re.search(r"\{\w*\}|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
+    assert not re.search(r"\$\w|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
     assert card.data.license == "other" and card.data.license_name == "unknown"
     assert ("states no licence" in html) == (kind != "pretraining")  # ours has no authors to ask
     assert "<em>Measured</em> on this file: nothing yet." in html
@@ -859,7 +879,7 @@ def client(server: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted folder of a classifier for 8x8 colour pictures."""
+    """A converted folder of a classifier for 8x8 colour images."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(3)
     model = small(PICO, in_chans=3, img_size=8, num_classes=4)
@@ -1033,13 +1053,15 @@ def test_bundled_entries_are_checked(
 
 
 def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They appear in the catalogue as soon as eval's CSV has them, by the sha256 of the weights."""
+    """They appear in the list of entries as soon as eval's CSV has them, by the sha256 of the weights."""
     entry = next(name for name, weights in TABLE.items() if weights.where == "bundled")
-    monkeypatch.setattr("hub.catalog.RESULTS", tmp_path / "results.csv")
-    assert CATALOG[entry].measured == {}
-    rows = f"custom,360,99.1667,{TABLE[entry].sha256}\ncustom,360,1,another\n"
-    (tmp_path / "results.csv").write_text(f"set,n,top1,weights_sha256\n{rows}")
-    assert CATALOG[entry].measured == {"custom": 99.1667}
+    results, sha256 = tmp_path / "results.csv", TABLE[entry].sha256
+    assert measured(sha256, results) == {}
+    results.write_text(f"set,n,top1,weights_sha256\ncustom,360,99.1667,{sha256}\ncustom,360,1,another\n")
+    assert {name: row["top1"] for name, row in measured(sha256, results).items()} == {"custom": "99.1667"}
+    assert measured(None, results) == {}
+    monkeypatch.setattr("hub.sources.RESULTS", results)
+    assert _known(entry, CATALOG[entry]).endswith("licence apache-2.0; measured by us: custom 99.17")
 
 
 def test_sources(server: HubServer, client: Client, tmp_path: Path) -> None:
@@ -1064,7 +1086,7 @@ def test_sources(server: HubServer, client: Client, tmp_path: Path) -> None:
 def test_the_snippets_of_cards_run(
     kind: str, server: HubServer, client: Client, classifier: Path, tmp_path: Path
 ) -> None:
-    """As they stand in the card, against the Hub, with a picture."""
+    """As they stand in the card, against the Hub, with an image."""
     out = classifier
     if kind != "classifier":
         out = tmp_path / "out"
@@ -1075,7 +1097,7 @@ def test_the_snippets_of_cards_run(
         )
         model.save_pretrained(tmp_path / "run")
         convert(tmp_path / "run" / "model.safetensors", out)
-    Image.linear_gradient("L").save(tmp_path / "picture.jpg")
+    Image.linear_gradient("L").save(tmp_path / "image.jpg")
     assert client.load("hub", "publish", out, "--repo", f"ada/{kind}", "--yes")["code"] == 0
     _, files = server.repositories[f"ada/{kind}"].at("main") or ("", {})
     snippets = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
@@ -1105,8 +1127,8 @@ def test_transformers(classifier: Path, tmp_path: Path) -> None:
     golden = load_file(classifier / "golden.safetensors")
     with torch.inference_mode():
         assert torch.allclose(model(golden["input"]).logits, golden["logits"], atol=1e-5)
-    Image.linear_gradient("L").convert("RGB").save(tmp_path / "picture.png")
-    answers = transformers.pipeline("image-classification", model=str(classifier))(str(tmp_path / "picture.png"))
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "image.png")
+    answers = transformers.pipeline("image-classification", model=str(classifier))(str(tmp_path / "image.png"))
     assert {answer["label"] for answer in answers} == {"ant", "bee", "cat", "dog"}
     assert sum(answer["score"] for answer in answers) == pytest.approx(1, abs=1e-4)
 
@@ -1115,9 +1137,9 @@ def test_pt2_and_official_names(tmp_path: Path) -> None:
     model = small(PICO, in_chans=3, img_size=8)
     model.save_pretrained(tmp_path / "run")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.pt2"), "--format", "pt2"]) == 0
-    pictures = torch.randn(3, 3, 8, 8)
+    images = torch.randn(3, 3, 8, 8)
     program = torch.export.load(tmp_path / "model.pt2").module()
-    assert torch.allclose(program(pictures), model(pictures), atol=1e-5)
+    assert torch.allclose(program(images), model(images), atol=1e-5)
     file = tmp_path / "official.safetensors"
     assert main(["export", str(tmp_path / "run"), str(file), "--format", "official"]) == 0
     expected = to_official(model)

@@ -8,40 +8,62 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 PROGRAMS = ("hub", "recipes", "eval")
 PACKAGES = ("arm_zoo", *PROGRAMS)
-# Inside the library a module imports from lower ranks only, so that each can be read without those above it.
-RANKS = {"scan": 0, "images": 1, "order": 0, "files": 0, "table": 0, "reading": 1, "names": 1, "mixer": 1, "adapt": 2}
-RANKS |= {"download": 2, "builder": 3, "arm": 4, "decoder": 3, "targets": 0, "pretrain": 4, "objectives": 5}
-RANKS |= {"variant": 6, "loading": 7}
+# The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
+# below its own only, and from its own folder, so that each can be read without those above it.
+RANKS = (
+    ("files", "order", "scan/reference", "table", "tables", "targets"),
+    ("download", "images", "kernels", "names", "reading"),
+    ("adapt", "builder", "scan"),
+    ("fused",),
+    ("layers",),
+    ("decoder", "mixer"),
+    ("block",),
+    ("arm", "pretrain"),
+    ("objectives",),
+    ("variant",),
+    ("loading",),
+    ("__init__",),
+    ("__main__", "onnx"),
+)
 # timm's own model files take helpers from these two; everything else is imported by its public name.
 TIMM_PRIVATE = ("timm.models._features.", "timm.models._input.")
 
 
-def imported(tree: ast.AST, into_functions: bool = True) -> Iterator[str]:
-    """Dotted names of the modules imported in the tree, optionally not those imported when a function is called."""
+def imported(tree: ast.AST, into_functions: bool = True, package: str = "") -> Iterator[str]:
+    """Dotted names of the modules imported in the tree, optionally not those imported when a function is called.
+
+    `package` is the dotted name of the package around the tree, for imports that are relative to it.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:  # relative imports stay inside their package
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
         elif into_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from imported(node, into_functions)
+            yield from imported(node, into_functions, package)
 
 
+@cache
 def imports_by_file(package: str, into_functions: bool = True) -> dict[str, list[str]]:
     """Path within the package -> dotted names that the file imports."""
-    folder = ROOT / package
-    return {
-        path.relative_to(folder).as_posix(): list(imported(ast.parse(path.read_text()), into_functions))
-        for path in folder.rglob("*.py")
-    }
+    found = {}
+    for path in (ROOT / package).rglob("*.py"):
+        around = ".".join(path.relative_to(ROOT).parent.parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found[path.relative_to(ROOT / package).as_posix()] = list(imported(tree, into_functions, around))
+    return found
 
 
 def top_levels(package: str, into_functions: bool = True) -> dict[str, set[str]]:
@@ -73,13 +95,49 @@ def test_library_reaches_the_hub_only_on_demand() -> None:
         assert "huggingface_hub" not in tops, file
 
 
+def rank(module: str) -> tuple[int, str] | None:
+    """Line of RANKS and the path there that leads to a module, itself a path such as scan/ops; None without a rank."""
+    found = [(i, path) for i, paths in enumerate(RANKS) for path in paths if f"{module}/".startswith(f"{path}/")]
+    return max(found, key=lambda entry: len(entry[1]), default=None)
+
+
+def library_imports() -> dict[str, set[str]]:
+    """Modules of the library, as paths without ending -> the modules of the library that they import."""
+    modules = {file: file.removesuffix(".py").removesuffix("/__init__") for file in imports_by_file("arm_zoo")}
+
+    def module_of(name: str) -> str:
+        """A dotted name is that of a module, or of something within one."""
+        parts = name.split(".")[1:]
+        paths = ("/".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((path for path in paths if path in modules.values()), "__init__")
+
+    return {
+        modules[file]: {module_of(name) for name in names if name.partition(".")[0] == "arm_zoo"}
+        for file, names in imports_by_file("arm_zoo").items()
+    }
+
+
+def test_every_module_of_the_library_has_a_rank() -> None:
+    modules = library_imports().keys()
+    assert [module for module in modules if rank(module) is None] == []
+    used = {rank(module) for module in modules}
+    assert [entry for i, paths in enumerate(RANKS) for path in paths if (entry := (i, path)) not in used] == []
+
+
 def test_library_modules_import_downwards() -> None:
-    for file, names in imports_by_file("arm_zoo").items():
-        own = file.partition("/")[0].removesuffix(".py")
-        for name in names:
-            top, other, *_ = [*name.split("."), ""]
-            if top == "arm_zoo" and other != own and {own, other} <= RANKS.keys():
-                assert RANKS[other] < RANKS[own], f"{file} imports {name}"
+    imports = library_imports()
+    for module, others in imports.items():
+        for other in others:
+            own, below = rank(module), rank(other)
+            assert own is not None and below is not None, (module, other)
+            assert below[0] < own[0] or below == own, f"{module} imports {other}"
+    TopologicalSorter(imports).prepare()  # raises if modules of one folder import each other
+
+
+def test_the_longest_path_gives_the_rank() -> None:
+    assert rank("scan") == rank("scan/ops") == rank("scan/deeper/module") == (2, "scan")
+    assert rank("scan/reference") == (0, "scan/reference")
+    assert rank("scanner") is rank("new") is None
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -101,6 +159,11 @@ def test_imports_inside_functions_are_told_apart() -> None:
     assert list(imported(tree, into_functions=False)) == ["a", "b.c.d"]
 
 
+def test_relative_imports_are_resolved() -> None:
+    tree = ast.parse("from . import a\nfrom .b import c\nfrom .. import d\nfrom ..e.f import g\n")
+    assert list(imported(tree, package="top.inner")) == ["top.inner.a", "top.inner.b.c", "top.d", "top.e.f.g"]
+
+
 def test_wheel_ships_the_library_only(tmp_path: Path) -> None:
     # Built from a copy: setuptools leaves build folders behind, and packs what it finds in old ones.
     source, out = tmp_path / "source", tmp_path / "out"
@@ -114,10 +177,28 @@ def test_wheel_ships_the_library_only(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     [wheel] = out.glob("arm_zoo-*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    kinds = ("*.py", "bundled/*.safetensors")
-    shipped = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "arm_zoo").rglob(kind)}
-    assert packed >= shipped | {"arm_zoo/py.typed"}
-    assert all(name.startswith("arm_zoo/") for name in packed)
+    files = (path.relative_to(ROOT) for path in (ROOT / "arm_zoo").rglob("*") if path.is_file())
+    assert packed == {str(file) for file in files if "__pycache__" not in file.parts and file.suffix != ".md"}
+
+
+def asserts(tree: ast.AST, helpers: set[str]) -> bool:
+    """Whether something in the tree can fail on purpose: an assertion, an expected error, or a helper that has one."""
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {name.rpartition(".")[2] for name in calls}
+    return any(isinstance(node, ast.Assert) for node in ast.walk(tree)) or bool(names & {"raises", "warns", *helpers})
+
+
+def test_every_test_asserts_something() -> None:
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    # of torch.testing; and processes of their own, whose failure fails the test
+    helpers, more = {"assert_close", "spawn"}, {""}
+    while more:
+        more = {function.name for function in functions if asserts(function, helpers)} - helpers
+        more = {name for name in more if not name.startswith("test_")}
+        helpers |= more
+    tests = [function for function in functions if function.name.startswith("test_")]
+    assert [test.name for test in tests if not asserts(test, helpers)] == []
 
 
 def test_no_paths_of_one_machine() -> None:

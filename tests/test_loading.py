@@ -15,11 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hub_server
 import pytest
 import timm
 import torch
-from hub_server import Client, HubServer, running_hub, start_client
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -34,6 +32,8 @@ from arm_zoo.loading import label_names
 from arm_zoo.table import Weights
 from hub.__main__ import main as hub_command
 from recipes.sources import open_digits
+from tests import hub_server
+from tests.hub_server import Client, HubServer, running_hub, start_client
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name

@@ -17,7 +17,6 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_scan import Recorder
 from timm.layers import RmsNorm, create_feature_extractor, get_graph_node_names, set_scriptable
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -35,6 +34,8 @@ from arm_zoo.layers import PatchEmbed, SwiGLU, run_linear
 from arm_zoo.order import scan_order
 from arm_zoo.scan import scan_backend
 from arm_zoo.table import bundled_file
+from tests.helpers.golden import golden_cases, in_both_sets
+from tests.test_scan import Recorder
 
 Weights = dict[str, torch.Tensor]
 
@@ -422,6 +423,7 @@ def spec_model(p: Weights, x: torch.Tensor, stride: int, depth: int, pool: str) 
     return linear(halves if pool == "avg" else x[:, middle], "head")
 
 
+@in_both_sets
 def test_specification_equals_the_stored_tensors(golden: Path) -> None:
     files = {path.stem: load_file(path) for path in (golden / "arm_ft_img64_gp").glob("*.safetensors")}
     weights = {name: value.double() for name, value in files["state_dict"].items()}
@@ -1039,23 +1041,23 @@ def by_our_name(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, dic
     return {names[id(parameter)]: group for group in groups for parameter in group["params"]}
 
 
-@pytest.mark.parametrize("depth, decay", [(12, 0.65), (24, 0.75)])
-def test_layer_decay_groups_are_the_official_ones(depth: int, decay: float, golden: Path) -> None:
+@golden_cases(["d12_ld065"], ["d12_ld065", "d24_ld075"])
+def test_layer_decay_groups_are_the_official_ones(case: str, golden: Path) -> None:
+    depth, decay = {"d12_ld065": (12, 0.65), "d24_ld075": (24, 0.75)}[case]
     model = tiny(depth=depth, embed_dim=16, img_size=16)
     names = official_names(model)
     groups = param_groups_layer_decay(
         model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=decay
     )
     found = by_our_name(model, groups)
-    key = f"d{depth}_ld{decay:.2f}".replace(".", "")
-    table = json.loads((golden / "optim" / f"lrd_groups_{key}.json").read_text())
+    table = json.loads((golden / "optim" / f"lrd_groups_{case}.json").read_text())
     assert names.keys() == table.keys()
     for name, (scale, weight_decay) in table.items():
         group = found[names[name]]
         assert group["lr_scale"] == pytest.approx(scale, rel=1e-12), name
         assert group["weight_decay"] == weight_decay, name
 
-    sequence = json.loads((golden / "optim" / f"lrd_group_sequence_{key}.json").read_text())
+    sequence = json.loads((golden / "optim" / f"lrd_group_sequence_{case}.json").read_text())
     official = {ours: [name for name in names if names[name] == ours] for ours in names.values()}
     members = [[name for ours in found if found[ours] is group for name in official[ours]] for group in groups]
     assert len(groups) == len(sequence)

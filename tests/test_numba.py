@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from test_scan import largest
 
 import arm_zoo
 from arm_zoo.order import scan_order
 from arm_zoo.scan import selective_scan
+from tests.test_scan import largest
 
 pytest.importorskip("numba", reason="the extra `cpu` is not installed")
 

@@ -37,9 +37,10 @@ from recipes.quickstart import quickstart
 from recipes.signals import FAILED, Agreement
 from recipes.sources import open_source
 from recipes.watch import picture_flops
+from tests import ROOT
 from tests.pictures import write_folder
 
-CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 FOLDER = CONFIGS[0].parent
 PRETRAIN, FINETUNE = FOLDER / "pretrain_digits.yaml", FOLDER / "finetune_digits.yaml"
 TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "device=cpu", "tracker=none"]

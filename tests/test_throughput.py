@@ -78,13 +78,16 @@ def test_pretraining_run_writes_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype, autocast", [("bf16", False), ("bf16", True), ("fp16", False)])
-def test_low_precision_runs(dtype: str, autocast: bool) -> None:
-    options = ["--models", "test_vit", "--dtype", dtype, *TINY]
+def test_low_precision_runs(dtype: str, autocast: bool, tmp_path: Path) -> None:
+    options = ["--models", "test_vit", "--dtype", dtype, *TINY, "--output", str(tmp_path / "speed.json")]
     throughput.main([*options, "--autocast"] if autocast else options)
+    [row] = json.loads((tmp_path / "speed.json").read_text())
+    assert (row["dtype"], row["autocast"]) == (dtype, autocast) and row["median_s"] > 0
 
 
-def test_models_of_grey_images_run() -> None:
+def test_models_of_grey_images_run(capsys: pytest.CaptureFixture[str]) -> None:
     throughput.main(["--models", "arm_pico_patch2_8", "--device", "cpu", "--repeats", "1", "--batch-size", "1"])
+    assert "arm_pico_patch2_8" in capsys.readouterr().out
 
 
 def test_unknown_model_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,8 +113,10 @@ def test_the_environments_backend_is_timed_and_written(
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "resmlp_12_224"])  # the last one has no set_input_size
-def test_models_take_another_size(name: str) -> None:
-    throughput.main(["--models", name, *TINY])
+def test_models_take_another_size(name: str, tmp_path: Path) -> None:
+    throughput.main(["--models", name, *TINY, "--output", str(tmp_path / "speed.json")])
+    [row] = json.loads((tmp_path / "speed.json").read_text())
+    assert (row["model"], row["img_size"]) == (name, 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
@@ -18,17 +17,16 @@ from arm_zoo.layers import PatchEmbed, SwiGLU
 from arm_zoo.order import scan_order
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 from arm_zoo.scan.reference import inner
+from tests.test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
 
 HEADER = """
-import sys
 from pathlib import Path
 import torch
-sys.path.insert(0, "tests")
-from test_scan import MIXERS, check_mixer, largest, saved_for_backward
-from test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, check_special_values
-from test_triton import extreme_error, gate_errors, gated_product_error, inner_error, worst_error
+from tests.test_scan import MIXERS, check_mixer, largest, saved_for_backward
+from tests.test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, check_special_values
+from tests.test_triton import extreme_error, gate_errors, gated_product_error, inner_error, worst_error
 import arm_zoo
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()

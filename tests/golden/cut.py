@@ -1,0 +1,77 @@
+"""Cuts the small golden set from the whole one: python tests/golden/cut.py ../shared/golden tests/golden"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+CASES: dict[str, list[str]] = {  # with the files that are taken as they are
+    "arm_pretrain_train_steps": ["state_dict.safetensors"],
+    "arm_surgery_d12": ["missing_init.safetensors"],
+    "mixer_arm_plain_short": [
+        "inputs.safetensors",
+        "meta.json",
+        "outputs_f64.safetensors",
+        "param_grads.safetensors",
+        "state_dict.safetensors",
+    ],
+    "optim": ["lrd_group_sequence_d12_ld065.json", "lrd_groups_d12_ld065.json", "pretrain_wd_groups_d12.json"],
+    "arm_ft_img64_gp": ["state_dict.safetensors"],
+    "arm_pretrain_d12": [],
+}
+HIDDEN = ("hidden_00", "hidden_01", "hidden_06", "hidden_12")
+OUTPUTS = ("logits", "features", "logits_cls", "features_cls", "normed", *HIDDEN)
+PATCH = 4  # pixels that are left of the patches of 16 in the surgery, which copies their weights as they are
+
+
+def cut(whole: Path, small: Path) -> None:
+    """Write the small set."""
+    for case, names in CASES.items():
+        (small / case).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copyfile(whole / case / name, small / case / name)
+
+    case = "arm_ft_img64_gp"  # the first image, without gradients, which are of all three
+    edit_tensors(case, "inputs", whole, small, lambda t: {name: value[:1] for name, value in t.items()})
+    edit_tensors(case, "outputs_f64", whole, small, lambda t: {name: t[name][:1] for name in OUTPUTS})
+    edit_meta(case, whole, small, {"batch": 1})
+
+    case = "arm_pretrain_train_steps"  # the first step
+    edit_tensors(case, "inputs", whole, small, lambda t: {"images_0": t["images_0"]})
+    log = json.loads((whole / case / "meta.json").read_text())["log"]
+    edit_meta(case, whole, small, {"log": log[:1]})
+
+    sizes = {"depth": 1, "patch_size": PATCH}  # the first block, and a corner of the patches' weights
+    for case, name, side in (("arm_pretrain_d12", "state_dict", 12), ("arm_surgery_d12", "mapped", 14)):
+        edit_tensors(case, name, whole, small, first_block)
+        arguments = json.loads((whole / case / "meta.json").read_text())["constructor"]
+        edit_meta(case, whole, small, {"constructor": {**arguments, **sizes, "img_size": side * PATCH}})
+
+
+def first_block(tensors: Tensors) -> Tensors:
+    """An encoder of one block; of the decoder stays what tells that the checkpoint is of a pretraining."""
+    kept = ("layers.0.", "patch_embed.", "pos_embed", "ar_token", "enc2dec.")
+    taken = {name: value for name, value in tensors.items() if name.startswith(kept)}
+    taken["patch_embed.proj.weight"] = taken["patch_embed.proj.weight"][..., :PATCH, :PATCH]
+    return {name: value[:1] if name.startswith("enc2dec.") else value for name, value in taken.items()}
+
+
+def edit_tensors(case: str, name: str, whole: Path, small: Path, edit: Any) -> None:
+    tensors = edit(load_file(whole / case / f"{name}.safetensors"))
+    save_file({key: value.contiguous() for key, value in tensors.items()}, small / case / f"{name}.safetensors")
+
+
+def edit_meta(case: str, whole: Path, small: Path, changes: dict[str, Any]) -> None:
+    kept = ("what", "constructor", "batch", "schedule_args", "log", "versions")
+    meta = json.loads((whole / case / "meta.json").read_text())
+    meta = {key: value for key, value in {**meta, **changes}.items() if key in kept}
+    (small / case / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cut(Path(sys.argv[1]), Path(sys.argv[2]))
