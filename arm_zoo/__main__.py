@@ -163,17 +163,10 @@ def read_image(path: str, channels: int) -> Image.Image:
 
 
 def load_classifier(source: str | None, weights: Path | None) -> Any:
-    """The model that was asked for, with weights.
-
-    Args:
-        source: an entry, ours or timm's; or a folder, a file or the likes of "hf-hub:ORG/NAME", which name their model
-            themselves.
-        weights: a file or a folder, in place of the entry's own weights. A bare file's classes and channels count.
+    """The model that was asked for; see `arm_zoo.loading.load`, which refuses what is no model.
 
     Raises:
         CheckpointError: if the weights are not hosted, cannot be read, are another model's or have no head.
-        OSError: if there is no such file or folder.
-        ValueError: for an unknown name, or a folder that is not of timm or of another model.
     """
     if source is None and weights is None:
         raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
@@ -274,9 +267,13 @@ def usable_device(text: str) -> torch.device:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m arm_zoo", description=description)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        prog="python -m arm_zoo",
+        description=__doc__,
+        epilog="`python -m arm_zoo COMMAND --help` tells the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     command = commands.add_parser("list", help="all models with tags, input size, parameters, and who has weights")
     command.set_defaults(run=run_list)
@@ -321,7 +318,11 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. What the user can mend is one line on stderr."""
-    args = create_parser().parse_args(argv)
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    if "run" not in args:
+        parser.print_help()
+        return 0
     if args.run is run_script:
         return run_script(args)
     try:

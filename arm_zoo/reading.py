@@ -84,17 +84,13 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _read_pickle(path: Path) -> Any:
-    zipped = _starts_with(path, b"PK\x03\x04")
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
     if zipped:
         _check_archive(path)
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def _starts_with(path: Path, magic: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def _check_archive(path: Path) -> None:

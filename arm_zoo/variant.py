@@ -16,7 +16,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from arm_zoo.adapt import adapt_state_dict, foreign_head, refusal_of_head, sincos_grid
+from arm_zoo.adapt import adapt_state_dict, refuse_foreign_head, sincos_grid
 from arm_zoo.arm import ARM
 from arm_zoo.builder import ARCHITECTURES
 from arm_zoo.files import CheckpointError, StateDict
@@ -156,8 +156,7 @@ def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
     arguments = _different({**sizes, **geometry}, ranked[0])
     if config.get("global_pool") == "token":
         arguments["global_pool"] = "token"
-    if foreign := foreign_head(source):
-        raise CheckpointError(refusal_of_head(foreign))
+    refuse_foreign_head(source)
     return Variant(ranked[0]["name"], arguments, len(source.get("head.weight", ())))
 
 
