@@ -11,7 +11,14 @@ from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, 
 
 import timm
 import torch
-from timm.models import PretrainedCfg, get_pretrained_cfg, list_models, resolve_pretrained_cfg, split_model_name_tag
+from timm.models import (
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    list_models,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 
 from arm_zoo.adapt import adapt_state_dict
 from arm_zoo.arm import ARM
@@ -145,8 +152,8 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 def entries() -> set[str]:
     """Names of all entries of ours, with and without tags."""
-    known = {*ARCHITECTURES, *SHORT_NAMES}
-    return known | {name for name in list_models(include_tags=True) if name.partition(".")[0] in known}
+    tagged = {name for architecture in ARCHITECTURES for name in get_arch_pretrained_cfgs(architecture)}
+    return {*ARCHITECTURES, *SHORT_NAMES, *tagged}
 
 
 def list_entries() -> set[str]:
