@@ -23,10 +23,11 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
-from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_models, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.arm import ARM
+from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.download import find_weights
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
@@ -70,9 +71,8 @@ def whereabouts(entry: str) -> str:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print all entries with their tags, and then the short names."""
-    names = list_models(module="arm")
     rows = [("name.tag", "input", "parameters", "weights")]
-    for name in [tagged for entry in names for tagged in get_arch_pretrained_cfgs(entry)]:
+    for name in [tagged for architecture in ARCHITECTURES for tagged in get_arch_pretrained_cfgs(architecture)]:
         model = create(name)
         input_size = "x".join(map(str, model.pretrained_cfg["input_size"]))
         rows.append((name, input_size, f"{count_parameters(model) / 1e6:.1f} M", whereabouts(name)))
@@ -80,9 +80,8 @@ def run_list(args: argparse.Namespace) -> int:
     for name, input_size, parameters, where in rows:
         print(f"{name:{width}}  {input_size:>9}  {parameters:>10}  {where}")
     print()
-    for name in names:
-        if not get_arch_pretrained_cfgs(name):
-            print(f"{name} is short for {create(name).pretrained_cfg['architecture']}")
+    for short, name in SHORT_NAMES.items():
+        print(f"{short} is short for {name}")
     return 0
 
 

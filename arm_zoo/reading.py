@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
@@ -48,21 +47,6 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     with _explained(path):
         contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
     return _tensors(_choose(contents, weights, path), path)
-
-
-def read_shapes(path: str | Path) -> StateDict:
-    """Tensors of a file by name, on the meta device: of a .safetensors file only the header is read.
-
-    Raises:
-        CheckpointError: if it is damaged.
-    """
-    path = Path(path)
-    if not is_safetensors(path):
-        return {name: tensor.to("meta") for name, tensor in read_checkpoint(path).items()}
-    with _explained(path), safe_open(path, "pt") as file:
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-    cleaned: StateDict = clean_state_dict(shapes)
-    return cleaned
 
 
 @contextmanager

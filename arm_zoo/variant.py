@@ -36,8 +36,7 @@ class Variant:
         architecture: the registered entry, without a tag; of a pretraining model, that of its backbone.
         model_args: what differs from the entry.
         num_classes: 0 without a head.
-        pretraining: arguments of the objective's class, or None for a backbone.
-        objective: a key of `OBJECTIVES`, or None for a backbone.
+        pretraining: arguments of the class of `objective`, a key of `OBJECTIVES`; both None for a backbone.
         official: whether the checkpoint has the authors' names.
     """
 
