@@ -2,6 +2,7 @@
 
 from arm_zoo import arm as arm
 from arm_zoo.adapt import from_official
+from arm_zoo.arm import ARM
 from arm_zoo.download import DownloadError
 from arm_zoo.files import CheckpointError
 from arm_zoo.loading import from_pretrained
@@ -13,6 +14,7 @@ from arm_zoo.scan import available_backends, get_scan_backend, scan_backend, set
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARM",
     "ARMPretrain",
     "CheckpointError",
     "DownloadError",

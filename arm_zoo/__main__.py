@@ -23,10 +23,11 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
-from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_models, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.arm import ARM
+from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.download import find_weights
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
@@ -70,9 +71,8 @@ def whereabouts(entry: str) -> str:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print all entries with their tags, and then the short names."""
-    names = list_models(module="arm")
     rows = [("name.tag", "input", "parameters", "weights")]
-    for name in [tagged for entry in names for tagged in get_arch_pretrained_cfgs(entry)]:
+    for name in [tagged for architecture in ARCHITECTURES for tagged in get_arch_pretrained_cfgs(architecture)]:
         model = create(name)
         input_size = "x".join(map(str, model.pretrained_cfg["input_size"]))
         rows.append((name, input_size, f"{count_parameters(model) / 1e6:.1f} M", whereabouts(name)))
@@ -80,9 +80,8 @@ def run_list(args: argparse.Namespace) -> int:
     for name, input_size, parameters, where in rows:
         print(f"{name:{width}}  {input_size:>9}  {parameters:>10}  {where}")
     print()
-    for name in names:
-        if not get_arch_pretrained_cfgs(name):
-            print(f"{name} is short for {create(name).pretrained_cfg['architecture']}")
+    for short, name in SHORT_NAMES.items():
+        print(f"{short} is short for {name}")
     return 0
 
 
@@ -163,17 +162,10 @@ def read_image(path: str, channels: int) -> Image.Image:
 
 
 def load_classifier(source: str | None, weights: Path | None) -> Any:
-    """The model that was asked for, with weights.
-
-    Args:
-        source: an entry, ours or timm's; or a folder, a file or the likes of "hf-hub:ORG/NAME", which name their model
-            themselves.
-        weights: a file or a folder, in place of the entry's own weights. A bare file's classes and channels count.
+    """The model that was asked for; see `arm_zoo.loading.load`, which refuses what is no model.
 
     Raises:
         CheckpointError: if the weights are not hosted, cannot be read, are another model's or have no head.
-        OSError: if there is no such file or folder.
-        ValueError: for an unknown name, or a folder that is not of timm or of another model.
     """
     if source is None and weights is None:
         raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
@@ -274,9 +266,13 @@ def usable_device(text: str) -> torch.device:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m arm_zoo", description=description)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        prog="python -m arm_zoo",
+        description=__doc__,
+        epilog="`python -m arm_zoo COMMAND --help` tells the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     command = commands.add_parser("list", help="all models with tags, input size, parameters, and who has weights")
     command.set_defaults(run=run_list)
@@ -321,7 +317,11 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. What the user can mend is one line on stderr."""
-    args = create_parser().parse_args(argv)
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    if "run" not in args:
+        parser.print_help()
+        return 0
     if args.run is run_script:
         return run_script(args)
     try:

@@ -69,18 +69,16 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
 def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, timm_adapts: bool) -> StateDict:
     if "pos_embed" not in source:
         return source  # not of the family: the check that follows says what is missing
-    if foreign := [key for key in foreign_head(source) if key not in target]:
+    if not any(map(_is_foreign_head, target)):  # a head of the user's own is what the model says
         if any(key.startswith("head.") for key in target):
-            raise CheckpointError(refusal_of_head(foreign))
-        source = {key: value for key, value in source.items() if key not in foreign}
+            refuse_foreign_head(source)
+        source = {key: value for key, value in source.items() if not _is_foreign_head(key)}
     if "encoder_to_decoder.weight" in source:
         kept = {key: value for key, value in source.items() if key in target}
         fresh = {key: value for key, value in target.items() if key.startswith(("cls_token", "norm.", "head."))}
         patches = source["pos_embed"]
         grid = sincos_grid(patches) or _source_grid(model, patches.shape[1], timm_adapts)
-        cls_row = patches.new_zeros(1, 1, patches.shape[-1])
-        pos_embed = _join(patches, cls_row)
-        source = {**fresh, **kept, "pos_embed": pos_embed}
+        source = {**fresh, **kept, "pos_embed": _join(patches, patches.new_zeros(1, 1, patches.shape[-1]))}
     else:
         grid = _source_grid(model, source["pos_embed"].shape[1] - 1, timm_adapts)
     patch_embed: Any = model.patch_embed
@@ -95,18 +93,18 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, t
     return source
 
 
-def foreign_head(source: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of a head that is more than one linear layer."""
-    return [key for key in source if key.startswith("head.") and key not in ("head.weight", "head.bias")]
+def _is_foreign_head(key: str) -> bool:
+    return key.startswith("head.") and key not in ("head.weight", "head.bias")
 
 
-def refusal_of_head(names: list[str]) -> str:
-    """What to do with a checkpoint that has such a head."""
-    return (
-        f"the checkpoint's head is not one linear layer but holds {_some(names)}, as that of a linear probe with "
-        "batch norm does; its encoder loads with timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay="
-        "dict(file=FILE), num_classes=0), and save_pretrained(FOLDER) keeps that for finetuning"
-    )
+def refuse_foreign_head(source: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError for a head that is more than one linear layer."""
+    if foreign := list(filter(_is_foreign_head, source)):
+        raise CheckpointError(
+            f"the checkpoint's head is not one linear layer but holds {_some(foreign)}, as that of a linear probe "
+            "with batch norm does; its encoder loads with timm.create_model(NAME, pretrained=True, num_classes=0, "
+            "pretrained_cfg_overlay=dict(file=FILE)), and save_pretrained(FOLDER) keeps that for finetuning"
+        )
 
 
 def sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
@@ -160,12 +158,6 @@ def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, 
     return rows, columns
 
 
-def _split(pos_embed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The class token's row, from the middle, and those of the patches."""
-    middle = (pos_embed.shape[1] - 1) // 2
-    return pos_embed[:, middle : middle + 1], torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)
-
-
 def _join(patches: torch.Tensor, cls_row: torch.Tensor) -> torch.Tensor:
     middle = patches.shape[1] // 2
     return torch.cat([patches[:, :middle], cls_row, patches[:, middle:]], dim=1)
@@ -178,8 +170,8 @@ def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_g
     """
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    cls_row, patches = _split(pos_embed)
-    table = torch.cat([cls_row, patches], dim=1)
+    middle = (pos_embed.shape[1] - 1) // 2
+    table = torch.cat([pos_embed[:, middle : middle + 1], pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)
     table = resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1, antialias=False)
     return _join(table[:, 1:], table[:, :1])
 

@@ -70,11 +70,8 @@ class ARM(Backbone):
             img_size: pixels, one number or (height, width).
             patch_size: pixels of a patch.
             patch_stride: pixels between patches; None means the patch size.
-            in_chans: image channels.
             num_classes: 0 leaves the head out.
             global_pool: 'avg' (patches), 'token' (class token) or '' (all tokens).
-            embed_dim: width.
-            depth: blocks.
             d_state: states per channel of the scan.
             drop_rate: dropout before the head.
             pos_drop_rate: dropout after the position embeddings.
@@ -209,17 +206,9 @@ class ARM(Backbone):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list[Any] | tuple[torch.Tensor, list[Any]] | dict[str, Any]:
-        """Features of chosen blocks, as timm's models give them.
+        """Features of chosen blocks, with the arguments and results of timm's models.
 
-        Args:
-            x: images.
-            indices: the last n blocks for a number, all for None, else these blocks.
-            return_prefix_tokens: also give the class token of every block (B, 1, dim).
-            norm: apply the final norm to every intermediate.
-            stop_early: do not run blocks after the last one asked for.
-            output_fmt: 'NCHW' or 'NLC'; the class token is taken out of both.
-            intermediates_only: leave the final features out.
-            output_dict: return 'image_intermediates', 'image_intermediates_prefix' and 'image_features'.
+        The class token is taken out of both formats; `return_prefix_tokens` gives it beside them, (B, 1, dim).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")

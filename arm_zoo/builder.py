@@ -28,7 +28,7 @@ from arm_zoo.reading import read_checkpoint
 from arm_zoo.table import TABLE, bundled_file, repository_of, ways_on
 from arm_zoo.tables import TableModel
 
-Adapt = Callable[[StateDict, Any], StateDict]
+Adapt = Callable[[StateDict, Any], StateDict]  # a checkpoint and a model -> the state dict for it
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, 
 
 import timm
 import torch
-from timm.models import PretrainedCfg, get_pretrained_cfg, list_models, resolve_pretrained_cfg, split_model_name_tag
+from timm.models import (
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    list_models,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 
 from arm_zoo.adapt import adapt_state_dict
 from arm_zoo.arm import ARM
@@ -22,13 +29,14 @@ from arm_zoo.files import (
     PICKLED_WEIGHTS,
     WEIGHTS,
     CheckpointError,
+    StateDict,
     described_by_folder,
     read_config,
     weights_in,
 )
 from arm_zoo.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.reading import read_checkpoint, read_shapes
+from arm_zoo.reading import read_checkpoint
 from arm_zoo.table import known_sha256
 from arm_zoo.variant import MAX_DEPTH, find_variant
 
@@ -145,8 +153,8 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 def entries() -> set[str]:
     """Names of all entries of ours, with and without tags."""
-    known = {*ARCHITECTURES, *SHORT_NAMES}
-    return known | {name for name in list_models(include_tags=True) if name.partition(".")[0] in known}
+    tagged = {name for architecture in ARCHITECTURES for name in get_arch_pretrained_cfgs(architecture)}
+    return {*ARCHITECTURES, *SHORT_NAMES, *tagged}
 
 
 def list_entries() -> set[str]:
@@ -258,8 +266,9 @@ class _Loader:
                 raise CheckpointError(f"{folder / CONFIG} names the objective {_short(objective)}; {allowed}")
             model_class = OBJECTIVES[objective].model_class
             _check_table(own, get_type_hints(model_class.__init__), "pretraining_model", folder)
-            _check_description(file, model_class, own)
-            return Loaded(self.pretraining_model(objective, own, file, read_checkpoint(file)), file, "", config)
+            tensors = read_checkpoint(file)
+            _check_description(file, tensors, model_class, own)
+            return Loaded(self.pretraining_model(objective, own, file, tensors), file, "", config)
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
             return Loaded(self.from_file(file), file, "", config)
         if config.get("architecture") not in [*entries()]:
@@ -273,8 +282,11 @@ class _Loader:
         _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
         above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
         _check_table(above, _PRETRAINED_CFG, "its first level", folder)
-        _check_description(file, timm.create_model, {"model_name": name})
-        return Loaded(timm.create_model(name, pretrained=True, **self.kwargs), file, "", config)
+        tensors = read_checkpoint(file)
+        _check_description(file, tensors, timm.create_model, {"model_name": name})
+        overlay = {**(self.kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": tensors}
+        arguments = {**self.kwargs, "pretrained_cfg_overlay": overlay}
+        return Loaded(timm.create_model(name, pretrained=True, **arguments), file, "", config)
 
     def from_file(self, file: Path) -> Any:
         """The model that the shapes of a file's tensors tell."""
@@ -292,22 +304,25 @@ class _Loader:
         tensors = read_checkpoint(file)
         cfg = resolve_pretrained_cfg(architecture_of(name))
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
-            model = timm.create_model(name, **self.kwargs)
+            model: Any = timm.create_model(name, **self.kwargs)
             model.load_state_dict(tensors)
             return model
         classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
         head, stem = tensors.get(f"{classifier}.weight"), tensors.get(f"{cfg.first_conv}.weight")
         classes = 0 if head is None else len(head)
-        overlay: dict[str, Any] = {"num_classes": classes, "state_dict": tensors, "hf_hub_id": None, "url": ""}
+        overlay: dict[str, Any] = {"file": str(file), "state_dict": tensors, "num_classes": classes}
+        overlay |= {"hf_hub_id": None, "url": ""}
         sizes = {"num_classes": classes - (cfg.label_offset or 0) if classes else 0}
         if name in entries() and stem is not None:
             sizes["in_chans"] = stem.shape[1]
             overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
         arguments = {**sizes, **self.kwargs}
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        model.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of all tensors there
+        return model
 
     def pretraining_model(
-        self, objective: str, saved: Mapping[str, Any], file: Path, tensors: dict[str, torch.Tensor]
+        self, objective: str, saved: Mapping[str, Any], file: Path, tensors: StateDict
     ) -> ARMPretrain:
         model_class = OBJECTIVES[objective].model_class
         allowed = inspect.signature(model_class).parameters
@@ -368,12 +383,14 @@ def _is_a(value: Any, wanted: Any) -> bool:
     return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
 
 
-def _check_description(file: Path, build: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+def _check_description(
+    file: Path, tensors: StateDict, build: Callable[..., Any], arguments: Mapping[str, Any]
+) -> None:
     """Compare what config.json describes with the weights beside it before memory is taken for it.
 
     The model is built on the meta device, where it costs nothing, and without the arguments of the caller.
     """
-    config, shapes = file.parent / CONFIG, read_shapes(file)
+    config, shapes = file.parent / CONFIG, {name: value.to("meta") for name, value in tensors.items()}
     try:
         model = build(**arguments, device="meta")
         adapt_state_dict(shapes, model, timm_adapts=False)

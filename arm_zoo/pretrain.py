@@ -49,12 +49,8 @@ class ARMPretrain(TableModel):
             img_size: pixels, one number or (height, width).
             patch_size: pixels of a patch.
             cluster_size: pixels of a cluster, the unit of prediction.
-            in_chans: image channels.
-            embed_dim: width of the encoder.
-            depth: blocks of the encoder.
             d_state: states per channel of the scan.
             decoder_dim: width of the decoder, a multiple of 64.
-            decoder_depth: blocks of the decoder.
 
         Raises:
             ValueError: for sizes that do not fit each other.
@@ -192,7 +188,7 @@ class ARMPretrain(TableModel):
         return {"objective": "autoregressive", "pretraining_model": self.config}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json to `folder`, each beside its name first and then renamed."""
+        """Write model.safetensors and config.json to `folder`, both or neither."""
         save_model(folder, self.state_dict(), self.hub_config())
 
 

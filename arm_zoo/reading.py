@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
@@ -50,21 +49,6 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     return _tensors(_choose(contents, weights, path), path)
 
 
-def read_shapes(path: str | Path) -> StateDict:
-    """Tensors of a file by name, on the meta device: of a .safetensors file only the header is read.
-
-    Raises:
-        CheckpointError: if it is damaged.
-    """
-    path = Path(path)
-    if not is_safetensors(path):
-        return {name: tensor.to("meta") for name, tensor in read_checkpoint(path).items()}
-    with _explained(path), safe_open(path, "pt") as file:
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-    cleaned: StateDict = clean_state_dict(shapes)
-    return cleaned
-
-
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Make one clear error of whatever a damaged file raises while it is read."""
@@ -84,17 +68,13 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _read_pickle(path: Path) -> Any:
-    zipped = _starts_with(path, b"PK\x03\x04")
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
     if zipped:
         _check_archive(path)
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def _starts_with(path: Path, magic: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def _check_archive(path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from arm_zoo.adapt import adapt_state_dict, foreign_head, refusal_of_head, sincos_grid
+from arm_zoo.adapt import adapt_state_dict, refuse_foreign_head, sincos_grid
 from arm_zoo.arm import ARM
 from arm_zoo.builder import ARCHITECTURES
 from arm_zoo.files import CheckpointError, StateDict
@@ -36,8 +36,7 @@ class Variant:
         architecture: the registered entry, without a tag; of a pretraining model, that of its backbone.
         model_args: what differs from the entry.
         num_classes: 0 without a head.
-        pretraining: arguments of the objective's class, or None for a backbone.
-        objective: a key of `OBJECTIVES`, or None for a backbone.
+        pretraining: arguments of the class of `objective`, a key of `OBJECTIVES`; both None for a backbone.
         official: whether the checkpoint has the authors' names.
     """
 
@@ -156,8 +155,7 @@ def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
     arguments = _different({**sizes, **geometry}, ranked[0])
     if config.get("global_pool") == "token":
         arguments["global_pool"] = "token"
-    if foreign := foreign_head(source):
-        raise CheckpointError(refusal_of_head(foreign))
+    refuse_foreign_head(source)
     return Variant(ranked[0]["name"], arguments, len(source.get("head.weight", ())))
 
 

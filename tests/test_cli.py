@@ -77,6 +77,13 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 # list and info
 
 
+def test_without_a_command_the_help_leads_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "python -m arm_zoo predict cat.jpg" in out and "python -m arm_zoo COMMAND --help" in out
+    assert len(out.splitlines()) < 40
+
+
 def test_list_has_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -27,9 +27,11 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, table, to_official
+from arm_zoo.builder import ARCHITECTURES
 from arm_zoo.files import sha256_of
-from arm_zoo.loading import label_names
+from arm_zoo.loading import architecture_of, label_names, load
 from arm_zoo.table import Weights
+from arm_zoo.variant import _sizes_of_entries
 from hub.__main__ import main as hub_command
 from recipes.sources import open_digits
 from tests import hub_server
@@ -114,6 +116,76 @@ def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
     assert finetuned.num_classes == 7 and torch.equal(finetuned.norm.weight, model.norm.weight)
     assert from_pretrained(folder, num_classes=7).num_classes == 7
     assert from_pretrained(folder, img_size=16).patch_embed.img_size == (16, 16)
+
+
+def test_a_model_for_use_says_where_its_weights_are(model: nn.Module, tmp_path: Path) -> None:
+    """Of ours and of timm, by entry, folder and file; a file without a head makes a model without one."""
+    model.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "bare.safetensors")
+    model.save_pretrained(tmp_path / "folder")
+    entry = f"{PICO}.arm_digits_ft_digits"
+    assert load(PICO)[1:] == (table.bundled_file(entry), f"{entry}.safetensors", {})
+    folder, bare = load(tmp_path / "folder"), load(PICO, tmp_path / "bare.safetensors")
+    assert (folder.file, folder.source) == (tmp_path / "folder" / "model.safetensors", "folder")
+    assert folder.config["architecture"] == PICO and bare[1:] == (
+        tmp_path / "bare.safetensors",
+        "bare.safetensors",
+        {},
+    )
+    assert digest(folder.model) == digest(bare.model) == digest(model)
+    with pytest.raises(ValueError, match="are of arm_pico_patch2_8, not of arm_base_patch16_224"):
+        load("arm_base", tmp_path / "folder")
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    assert load("test_vit", tmp_path / "vit.safetensors").model.num_classes == 0
+    with pytest.raises(CheckpointError, match="this is no ARM checkpoint"):
+        load(tmp_path / "vit.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_a_file_is_read_once_and_its_model_made_once(
+    kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, calls = tmp_path / f"weights.{kind}", []
+    (save_file if kind == "safetensors" else torch.save)(model.state_dict(), file)
+
+    def counted(function: Any) -> Any:
+        return lambda *args, **kwargs: calls.append(function.__name__) or function(*args, **kwargs)
+
+    reader = "arm_zoo.reading.load_file" if kind == "safetensors" else "torch.load"
+    monkeypatch.setattr(reader, counted(arm_zoo.reading.load_file if kind == "safetensors" else torch.load))
+    monkeypatch.setattr(arm_zoo.arm.ARM, "init_weights", counted(arm_zoo.arm.ARM.init_weights))
+    loaded = from_pretrained(file)
+    assert sorted(calls) == sorted(["load_file" if kind == "safetensors" else "load", "init_weights"])
+    assert digest(loaded) == digest(model) and "state_dict" not in loaded.pretrained_cfg
+
+
+def test_the_table_of_sizes_is_that_of_the_models() -> None:
+    """Checkpoints are told by it, and no model is built to learn its sizes."""
+    for name, architecture in ARCHITECTURES.items():
+        sizes, built = architecture.sizes(name), timm.create_model(name, device="meta")
+        embed = built.patch_embed
+        assert (embed.img_size, embed.grid_size[0] * embed.grid_size[1]) == (
+            tuple(sizes["img_size"]),
+            _sizes_of_entries()[name]["patches"],
+        )
+        found = (built.embed_dim, len(built.blocks), built.blocks[0].mixer.d_state, built.in_chans)
+        assert found == tuple(sizes[key] for key in ("embed_dim", "depth", "d_state", "in_chans")), name
+    assert {architecture_of("arm_large"), architecture_of("arm_large_patch16_224.in1k")} == {"arm_large_patch16_224"}
+
+
+def test_objectives_of_pretraining_models(tmp_path: Path) -> None:
+    """A folder names its objective; one from before that is autoregressive, an unknown one is refused."""
+    arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("objective") == "autoregressive"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert isinstance(from_pretrained(tmp_path), ARMPretrain)
+    for name in ("contrastive", ["autoregressive"], None):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "objective": name}))
+        with pytest.raises(CheckpointError, match=r"names the objective .*; expected one of autoregressive"):
+            from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="unknown objective 'contrastive'; choose one of autoregressive"):
+        arm_zoo.create_pretraining_model("arm_pico", objective="contrastive")
 
 
 def test_folders_of_pickles(model: nn.Module, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from arm_zoo import CheckpointError, create_pretraining_model, from_official, from_pretrained, to_official
+from arm_zoo.adapt import resample_pos_embed
 from arm_zoo.decoder import sincos_pos_embed
 from arm_zoo.files import save_model
 from tests.helpers.golden import golden_cases, in_both_sets
@@ -323,6 +324,19 @@ def test_position_embeddings_are_resampled_as_the_authors_do(size: int, stride: 
     assert_near(model.pos_embed, expected, 1.2e-6, name)  # torch 2.8 and 2.14 round differently
     middle = (expected.shape[1] - 1) // 2
     assert not model.pos_embed[:, middle].any()  # the class token's row
+
+
+@pytest.mark.parametrize("old, new", [((4, 4), (7, 7)), ((5, 5), (4, 6)), ((3, 8), (8, 3)), ((14, 14), (24, 24))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_position_embeddings_are_resampled_to_the_last_bit(
+    old: tuple[int, int], new: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """By timm's function, to which the class token is moved first, as by PyTorch's alone."""
+    table = torch.randn(1, old[0] * old[1] + 1, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    result = resample_pos_embed(table, old, new)
+    expected = resized(without_middle(table).float().view(1, *old, 24), new).to(dtype)
+    assert torch.equal(without_middle(result), expected) and result.dtype == dtype
+    assert torch.equal(result[:, new[0] * new[1] // 2], table[:, old[0] * old[1] // 2])
 
 
 @pytest.mark.parametrize("img_size", [128, 64, 96, (64, 160)], ids=str)
