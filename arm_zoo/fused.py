@@ -8,22 +8,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from arm_zoo.scan import get_scan_backend
-from arm_zoo.scan.backends import is_transformed
-from arm_zoo.scan.ops import needs_gradient, refuse_second_derivatives
-
-__all__ = [
-    "Addend",
-    "add_norm",
-    "adds_in_norm",
-    "gated_linear",
-    "gates_in_kernel",
-    "is_bare",
-    "is_plain",
-    "is_plain_layer",
-]
+from arm_zoo.scan.backends import get_scan_backend, is_transformed
+from arm_zoo.scan.functional import needs_gradient
+from arm_zoo.scan.operators import register
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -55,92 +43,36 @@ def is_plain_layer(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     return is_bare(layer, kind) and all(t is None or is_plain(t) for t in (layer.weight, layer.bias))
 
 
-def _operator(name: str, schema: str) -> Any:
-    """Register the function of `arm_zoo.kernels` that has the operator's name."""
+def _gates() -> Any:
+    from arm_zoo.scan.triton import gates  # needs Triton, which not every build of torch brings
 
-    def run(first: torch.Tensor, *others: Any) -> Any:
-        from arm_zoo import kernels  # needs Triton, which not every build of torch brings
-
-        with torch.cuda.device_of(first):
-            return getattr(kernels, name)(first, *others)
-
-    return torch.library.custom_op(f"arm_zoo::{name}", run, mutates_args=(), schema=schema)
+    return gates
 
 
-_gated_product = _operator("gated_product", "(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-_add_norm = _operator(
-    "add_norm",
-    "(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-_add_norm_backward = _operator(
-    "add_norm_backward",
-    "(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor moments, Tensor? scale, Tensor weight, "
-    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_gated_product.register_fake
-def _gated_product_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight) // 2)
-
-
-@register_flop_formula(torch.ops.arm_zoo.gated_product)
-def _gated_product_flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * math.prod(weight)
-
-
-@torch.library.custom_op("arm_zoo::gate", mutates_args=())
 def _gate(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """SiLU(gate) * value of the two halves, which have the bias in them already; its gradient is made with theirs."""
-    from arm_zoo.kernels import gate
-
-    with torch.cuda.device_of(halves):
-        return gate(*halves.chunk(2, dim=-1))
+    return _gates().gate(*halves.chunk(2, dim=-1))
 
 
-@_gate.register_fake
-def _gate_fake(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2)
-
-
-@torch.library.custom_op("arm_zoo::gate_backward", mutates_args=())
 def _gate_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from arm_zoo.kernels import gate_backward
-
     (gate, value), grad_halves = halves.chunk(2, dim=-1), halves.new_empty(halves.shape)
     grad_gate, grad_value = grad_halves.chunk(2, dim=-1)
     sums = bias.new_empty(bias.shape, dtype=torch.float32)
-    with torch.cuda.device_of(grad):
-        gate_backward(grad, gate, value, grad_gate, grad_value, sums)
+    _gates().gate_backward(grad, gate, value, grad_gate, grad_value, sums)
     return grad_halves, sums.to(bias.dtype)
 
 
-@_gate_backward.register_fake
-def _gate_backward_fake(
-    grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return halves.new_empty(halves.shape), bias.new_empty(bias.shape)
+def _norms() -> Any:
+    from arm_zoo.scan.triton import norms
+
+    return norms
 
 
-def _gate_setup(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gate_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.arm_zoo.gate_backward(grad, *ctx.saved_tensors)
-
-
-_gate.register_autograd(_gate_grad, setup_context=_gate_setup)
-
-
-@_add_norm.register_fake
 def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     moments = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1]), moments
 
 
-@_add_norm_backward.register_fake
 def _add_norm_backward_fake(
     grad_total: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, ...]:
@@ -149,13 +81,13 @@ def _add_norm_backward_fake(
     return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
 
 
-def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     (_, branch, scale, weight, *_), (total, _, moments) = inputs, output
     ctx.dtype = branch.dtype
     ctx.save_for_backward(total, moments, scale, weight)
 
 
-def _add_norm_grad(
+def _add_norm_gradient(
     ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor, _: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.dtype)
@@ -163,10 +95,43 @@ def _add_norm_grad(
     return grad_x, grad_branch, None, grad_weight, grad_bias, None, None
 
 
-_add_norm.register_autograd(_add_norm_grad, setup_context=_add_norm_setup)
-
-_gate_backward.register_autograd(refuse_second_derivatives)
-_add_norm_backward.register_autograd(refuse_second_derivatives)
+register(
+    "gated_product",
+    "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    lambda *inputs: _gates().gated_product(*inputs),
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight) // 2),
+    flops=lambda x, weight, *_, **__: 2 * math.prod(x[:-1]) * math.prod(weight),
+)
+register(
+    "gate_backward",
+    "(Tensor grad, Tensor halves, Tensor bias) -> (Tensor, Tensor)",
+    _gate_backward,
+    fake=lambda grad, halves, bias: (halves.new_empty(halves.shape), bias.new_empty(bias.shape)),
+)
+register(
+    "gate",
+    "(Tensor halves, Tensor bias) -> Tensor",
+    _gate,
+    fake=lambda halves, bias: halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    gradient=lambda ctx, grad: torch.ops.arm_zoo.gate_backward(grad, *ctx.saved_tensors),
+)
+register(
+    "add_norm_backward",
+    "(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor moments, Tensor? scale, Tensor weight, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *inputs: _norms().add_norm_backward(*inputs),
+    fake=_add_norm_backward_fake,
+)
+register(
+    "add_norm",
+    "(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda *inputs: _norms().add_norm(*inputs),
+    fake=_add_norm_fake,
+    save=_save_add_norm,
+    gradient=_add_norm_gradient,
+)
 
 
 def _has_kernel(device: int, *, hopper: bool) -> bool:

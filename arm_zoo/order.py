@@ -57,7 +57,7 @@ def cluster_order(
     sequence by one run and causality between clusters follows from the causal scan.
 
     Returns:
-        (height * width,) int64 table of patch numbers (row by row in the picture).
+        (height * width,) int64 table of patch numbers (row by row in the image).
 
     Raises:
         ValueError: if the clusters do not tile the grid.

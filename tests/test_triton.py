@@ -17,7 +17,7 @@ from arm_zoo.fused import Addend, add_norm
 from arm_zoo.layers import PatchEmbed, SwiGLU
 from arm_zoo.order import scan_order
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
-from arm_zoo.scan.reference import inner
+from arm_zoo.scan.layout import inner
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
 
@@ -85,7 +85,7 @@ assert all(torch.equal(*pair) for pair in zip(*results))
 try:
     causal_conv(torch.empty(33_000, 1, 1), torch.empty(2, 1, 4), torch.empty(2, 1))
 except ValueError as error:
-    assert "up to 65,535 sequences at a time, got 66,000 (2 directions of 33,000 pictures)" in str(error), error
+    assert "up to 65,535 sequences at a time, got 66,000 (2 directions of 33,000 images)" in str(error), error
 for call in (
     lambda: causal_conv(torch.empty(1, 1, 1).expand(1, 2**20, 2**9), torch.empty(1, 2**9, 4), torch.empty(1, 2**9)),
     lambda: selective_scan(
@@ -405,7 +405,7 @@ def check_operators(device: str) -> None:
 
 def gated_product_error(batch: int, length: int, dim: int, hidden: int, dtype: torch.dtype, device: str) -> float:
     """Relative L2 error of the kernel with fc1 of a SwiGLU, SiLU and gate, against float64."""
-    from arm_zoo.kernels import gated_product
+    from arm_zoo.scan.triton.gates import gated_product
 
     torch.manual_seed(0)
     shapes = (batch, length, dim), (2 * hidden, dim), (2 * hidden,)
@@ -420,7 +420,7 @@ def test_sequences_are_numbered_in_32_bits() -> None:
     """Those whose steps lie further apart are copied, larger ones refused."""
     near, far = (torch.empty_strided((1, 1, 3, 4), (0, 0, 2**n, 1), device="meta") for n in (29, 30))
     assert inner(near) is near and inner(far).is_contiguous()
-    from arm_zoo.scan.triton import check_length
+    from arm_zoo.scan.triton.common import check_length
 
     with pytest.raises(
         ValueError, match=r"less than 2\*\*29 numbers and 2\*\*24 steps, got 16,777,216 steps of 1 channels"

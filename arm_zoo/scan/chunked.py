@@ -1,6 +1,6 @@
 """The `torch` backend: convolution and selective scan in plain PyTorch, laid out for speed, on any device.
 
-The state of one step is an array (directions, pictures, d_state, channels), channels innermost, so that every
+The state of one step is an array (directions, images, d_state, channels), channels innermost, so that every
 product with a per-channel or a per-state factor is one contiguous pass. Time is cut into chunks: decays, inputs and
 outputs of a chunk come from a few large operations and only the recurrence runs step by step, on arrays small
 enough to stay in the cache. The backward pass recomputes the states of a chunk from the state at its start.
@@ -12,11 +12,8 @@ import threading
 import torch
 from torch.nn import functional as F
 
-from arm_zoo.scan.reference import project
+from arm_zoo.scan.layout import CHUNK, ScanGradients, ScanInputs, empty_states, state_dtype
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
-
-CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _LOG2E = math.log2(math.e)
 
 
@@ -62,38 +59,26 @@ def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 class _Scan:
-    """The inputs of one scan, cut on demand into blocks of pictures and chunks of steps, and its work arrays.
+    """The inputs of one scan, cut on demand into blocks of images and chunks of steps, and its work arrays.
 
     Steps per chunk are a power of two up to `CHUNK`, at least `least_steps`.
     """
 
-    def __init__(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor,
-        delta_bias: torch.Tensor | None,
-        delta_softplus: bool,
-        least_steps: int,
-    ) -> None:
+    def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
+        u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, _ = inputs
         directions, self.batch, self.length, channels = u.shape
         self.dtype = state_dtype(u.dtype)
-        self.u, self.delta, self.B, self.C = u, delta, B, C
         self.A = A.to(self.dtype).transpose(1, 2)[:, None].contiguous()  # (K, D, S) -> (K, 1, S, D)
         self.A_log2 = self.A * _LOG2E  # exp2 takes a third of the time of exp on the CPU
         self.D = D.to(self.dtype)[:, None]
         self.delta_bias = 0.0 if delta_bias is None else delta_bias.to(self.dtype)[:, None]
-        self.delta_softplus = delta_softplus
-        # as many pictures as fit at a chunk of `least_steps`, then as many steps as fit with them
-        picture = directions * A.shape[-1] * channels
-        self.block = max(1, min(self.batch, _WORK_ELEMENTS // (least_steps * picture)))
+        # as many images as fit at a chunk of `least_steps`, then as many steps as fit with them
+        image = directions * A.shape[-1] * channels
+        self.block = max(1, min(self.batch, _WORK_ELEMENTS // (least_steps * image)))
         self.steps = least_steps
-        while self.steps < CHUNK and 2 * self.steps * self.block * picture <= _WORK_ELEMENTS:
+        while self.steps < CHUNK and 2 * self.steps * self.block * image <= _WORK_ELEMENTS:
             self.steps *= 2
-        self._work = _work_arrays(min(self.steps, self.length) * self.block * picture, self.dtype, u.device)
+        self._work = _work_arrays(min(self.steps, self.length) * self.block * image, self.dtype, u.device)
 
     def blocks(self) -> list[slice]:
         return [slice(b, min(b + self.block, self.batch)) for b in range(0, self.batch, self.block)]
@@ -106,12 +91,12 @@ class _Scan:
         return self.A.new_zeros(directions, block.stop - block.start, d_state, channels)
 
     def work(self, which: int, state: torch.Tensor, time: slice) -> torch.Tensor:
-        """An uninitialised (steps, K, pictures, S, D) array; three of them can be held at a time."""
+        """An uninitialised (steps, K, images, S, D) array; three of them can be held at a time."""
         steps = time.stop - time.start
         return self._work[which][: steps * state.numel()].view(steps, *state.shape)
 
     def cut(self, sequence: torch.Tensor, block: slice, time: slice) -> torch.Tensor:
-        """(K, B, L, C) -> (steps, K, pictures, C) in the dtype of the state."""
+        """(K, B, L, C) -> (steps, K, images, C) in the dtype of the state."""
         return sequence[:, block, time].permute(2, 0, 1, 3).to(self.dtype)
 
     def raw_delta(self, block: slice, time: slice) -> torch.Tensor:
@@ -137,11 +122,6 @@ def _rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.reshape(-1, *matrix.shape[-2:])
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that inputs of a type are computed in, and that saved states have: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _sum_states(x: torch.Tensor) -> torch.Tensor:
     """(..., S, D) -> (..., D), destroying x: halves are added to each other, three times as fast as `sum` here."""
     while (states := x.shape[-2]) > 1:
@@ -164,32 +144,20 @@ def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Ten
 
 
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_weight: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    save_states: bool,
-    gate: torch.Tensor | None,
+    inputs: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`; the gate is given only where no states are saved.
 
     Returns:
-        (B, L, D) in token order and the dtype of u, and the states (K, B, chunks, S, D) at
-        the start of every chunk, for the backward pass (no chunks if `save_states` is off).
+        (B, L, D) in token order and the dtype of u, and the saved states of `empty_states`.
     """
-    delta = project(delta, delta_weight)
-    # blocks of many pictures and short chunks: few, large operations, above all in the recurrence
-    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=2)
+    inputs = inputs.with_whole_steps()
+    u, order = inputs.u, inputs.order
+    # blocks of many images and short chunks: few, large operations, above all in the recurrence
+    scan = _Scan(inputs, least_steps=2)
     directions, batch, length, channels = u.shape
     y = u.new_empty(batch, length, channels)
-    chunks = math.ceil(length / CHUNK) if save_states else 0
-    saved = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=scan.dtype)
+    saved = empty_states(u, inputs.A, scan.dtype, save=save_states)
     for block in scan.blocks():
         state = scan.zero_state(block)
         outputs = scan.A.new_empty(length, directions, block.stop - block.start, channels)
@@ -198,9 +166,9 @@ def selective_scan(
                 saved[:, block, time.start // CHUNK] = state
             u_t = scan.cut(u, block, time)
             delta_t = scan.step_size(scan.raw_delta(block, time))
-            _, states = scan.recur(state, delta_t, u_t, scan.cut(B, block, time), time)
-            readout = _rows(scan.cut(C, block, time)[..., None, :])
-            # y = C h + D u, one (1, S) x (S, D) product per step, direction and picture
+            _, states = scan.recur(state, delta_t, u_t, scan.cut(inputs.B, block, time), time)
+            readout = _rows(scan.cut(inputs.C, block, time)[..., None, :])
+            # y = C h + D u, one (1, S) x (S, D) product per step, direction and image
             out = _rows(outputs[time][..., None, :])
             torch.baddbmm(_rows((u_t * scan.D)[..., None, :]), readout, _rows(states), out=out)
             state = states[-1].clone()
@@ -209,32 +177,21 @@ def selective_scan(
     return y, saved
 
 
-def selective_scan_backward(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    saved: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states.
+def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch.Tensor) -> ScanGradients:
+    """Gradients, given that of the output (B, L, D) and the saved states; step sizes are whole.
 
     With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
     """
-    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=CHUNK)
+    scan = _Scan(inputs, least_steps=CHUNK)
+    u, delta, _, B, C, _, _, _, delta_softplus, order = inputs
     directions = len(u)
     grad_u, grad_delta, grad_B, grad_C = (t.new_empty(t.shape) for t in (u, delta, B, C))
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)
     for block in scan.blocks():
         carry = scan.zero_state(block)
-        grad_exponent = torch.zeros_like(carry)  # times delta: each picture's share of the gradient of A
+        grad_exponent = torch.zeros_like(carry)  # times delta: each image's share of the gradient of A
         grad_y = grad[block].to(scan.dtype) / directions
-        # (pictures, L, D) -> (K, pictures, L, D) in scan order
+        # (images, L, D) -> (K, images, L, D) in scan order
         grad_y = grad_y.expand(directions, -1, -1, -1) if order is None else grad_y[:, order].transpose(0, 1)
         for chunk, time in reversed(list(enumerate(scan.times()))):
             start = saved[:, block, chunk]
