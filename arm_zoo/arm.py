@@ -32,11 +32,13 @@ from timm.models._features import feature_take_indices
 from timm.models._input import get_model_args, update_model_input_size
 from torch import nn
 
-from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
+from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, run_blocks
 from arm_zoo.files import WEIGHTS, CheckpointError, read_checkpoint, save_model, weights_in
 from arm_zoo.hosted import BUNDLED_FOLDER, ORGANISATION, TABLE, bundled_file, download, find_weights, ways_on
-from arm_zoo.layers import PatchEmbed, check_positive, zero_bias
+from arm_zoo.init import reset_parameters, zero_bias
 from arm_zoo.order import scan_order
+from arm_zoo.patch_embed import PatchEmbed
+from arm_zoo.sizes import check_positive
 from arm_zoo.tables import TableModel
 from arm_zoo.weights import adapt_state_dict, resample_pos_embed
 

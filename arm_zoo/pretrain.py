@@ -15,10 +15,12 @@ from timm.layers import Mlp, to_2tuple
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, reset_parameters, run_blocks
+from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, run_blocks
 from arm_zoo.files import save_model
-from arm_zoo.layers import PatchEmbed, check_positive, fill, nearest_multiple
+from arm_zoo.init import fill, reset_parameters
 from arm_zoo.order import cluster_order
+from arm_zoo.patch_embed import PatchEmbed
+from arm_zoo.sizes import check_positive, nearest_multiple
 from arm_zoo.tables import TableModel
 
 __all__ = ["ARMPretrain", "create_pretraining_model", "sincos_pos_embed"]

@@ -13,9 +13,10 @@ from test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.fused import Addend, add_norm
-from arm_zoo.layers import PatchEmbed, SwiGLU
+from arm_zoo.fused import Residual
+from arm_zoo.mlp import SwiGLU
 from arm_zoo.order import scan_order
+from arm_zoo.patch_embed import PatchEmbed
 from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
 from arm_zoo.scan.layout import inner
 
@@ -249,7 +250,7 @@ def add_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype, device: str
 def test_sums_of_other_types_than_the_tokens() -> None:
     """They are what PyTorch makes of both: no kernel is asked."""
     x, branch, norm = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8), torch.nn.LayerNorm(8)
-    total, normed = add_norm(x, Addend(branch, torch.tensor([1.0, 0.5])), norm)
+    total, normed = Residual(x, branch, torch.tensor([1.0, 0.5])).normed(norm)
     assert torch.equal(total, x + branch * torch.tensor([1.0, 0.5])[:, None, None])
     assert torch.equal(normed, norm(total))
 
@@ -266,7 +267,7 @@ def check_deferred_sums(device: str) -> None:
         size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
         images, results = torch.randn(4, channels, *size, device=device), []
         for deferred in (True, False):
-            arm_zoo.block.adds_in_norm = lambda x, norm, deferred=deferred: deferred
+            arm_zoo.fused.adds_in_norm = lambda x, norm, deferred=deferred: deferred
             torch.manual_seed(1)
             with arm_zoo.scan_backend("torch"), Recorder() as recorder:  # the fastest in Triton's interpreter
                 output = model(images)
@@ -529,7 +530,7 @@ def test_sums_with_norms_on_the_gpu(shape: tuple[int, int, int], dtype: torch.dt
 
 @pytest.mark.gpu
 def test_deferred_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arm_zoo.block, "adds_in_norm", None)  # so that it is there again after the test
+    monkeypatch.setattr(arm_zoo.fused, "adds_in_norm", None)  # so that it is there again after the test
     check_deferred_sums("cuda")
 
 

@@ -1,7 +1,4 @@
-"""Which code runs the scan: backends by name, chosen per process or per block of code.
-
-The environment variable ARM_ZOO_SCAN sets the choice at start.
-"""
+"""Which code runs the scan: backends by name, chosen per process or per block of code, or by ARM_ZOO_SCAN at start."""
 
 import contextlib
 import functools
@@ -30,7 +27,7 @@ class Package(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """What a backend needs, which calls it takes, and what it leaves to others."""
+    """What a backend needs, which calls it takes, and how it works."""
 
     module: str
     packages: tuple[Package, ...] = ()
@@ -39,9 +36,8 @@ class Backend(NamedTuple):
     compute_capability: tuple[int, int] | None = None  # the least, of NVIDIA GPUs; None for any GPU
     interpreted: bool = False  # runs on the CPU, too, with TRITON_INTERPRET=1
     saves_states: bool = True  # for the backward pass; else that scans again
-    half_states: bool = False  # in 16 bits, if the sequences are
     directions_inside: bool = False  # convolved sequences have steps before directions in memory
-    whole_training: bool = False  # trains through one operator for everything between the mixer's projections
+    own_kernels: bool = False  # GPU kernels that train through one operator, and save states of 16-bit sequences in 16
 
     def why_not_here(self) -> str | None:
         """Why the backend cannot run here, with what to do about it; None if it can."""
@@ -81,37 +77,23 @@ _CUDA_CORE = Package(
     "pip install 'arm-zoo[cuda]' (with torch before 2.10 also 'cuda-core[cu12]')",
     uses=("Device", "LaunchConfig", "Program", "ProgramOptions", "launch"),
 )
-_KERNELS = "pip install 'arm-zoo[kernels]'"
+_NUMBA = Package("numba", "numba", "pip install 'arm-zoo[cpu]'")
+_CONV = Package("causal_conv1d", "causal-conv1d", "pip install 'arm-zoo[kernels]'")
+_SCAN = Package("selective_scan_cuda", "mamba-ssm with its CUDA extension", "pip install 'arm-zoo[kernels]'")
 _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
-# the plain loop; the fast path on any device; a faster forward scan on the CPU; GPU kernels; the same with faster
-# scans; the kernels of the package mamba-ssm, for comparison
 BACKENDS = {
+    # the plain loop
     "reference": Backend("arm_zoo.scan.reference"),
+    # the fast path on any device
     "torch": Backend("arm_zoo.scan.chunked", directions_inside=True),
-    "numba": Backend(
-        "arm_zoo.scan.numba",
-        (Package("numba", "numba", "pip install 'arm-zoo[cpu]'"),),
-        "cpu",
-        (torch.float32,),
-        directions_inside=True,
-    ),
-    "triton": Backend(
-        "arm_zoo.scan.triton", (_TRITON,), "cuda", _SMALL, interpreted=True, half_states=True, whole_training=True
-    ),
-    "cuda": Backend(
-        "arm_zoo.scan.cuda", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), half_states=True, whole_training=True
-    ),
-    "mamba_ssm": Backend(
-        "arm_zoo.scan.mamba_ssm",
-        (
-            Package("causal_conv1d", "causal-conv1d", _KERNELS),
-            Package("selective_scan_cuda", "mamba-ssm with its CUDA extension", _KERNELS),
-        ),
-        "cuda",
-        _SMALL,
-        saves_states=False,
-    ),
+    # a faster forward scan on the CPU
+    "numba": Backend("arm_zoo.scan.numba", (_NUMBA,), "cpu", (torch.float32,), directions_inside=True),
+    # GPU kernels, and the same with faster scans
+    "triton": Backend("arm_zoo.scan.triton", (_TRITON,), "cuda", _SMALL, interpreted=True, own_kernels=True),
+    "cuda": Backend("arm_zoo.scan.cuda", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), own_kernels=True),
+    # the kernels of the package mamba-ssm, for comparison
+    "mamba_ssm": Backend("arm_zoo.scan.mamba_ssm", (_CONV, _SCAN), "cuda", _SMALL, saves_states=False),
 }
 _AUTO = ("cuda", "triton", "numba")  # the best first
 _announced: set[str] = set()
@@ -256,15 +238,10 @@ def _check_onnx_export(dtype: torch.dtype) -> None:
     """Refuse an export to ONNX that cannot end well, before its own error, which does not say what to do."""
     if not torch.onnx.is_in_onnx_export():
         return
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or "arm_zoo.onnx" not in sys.modules:
         raise RuntimeError(
-            "torch.onnx.export(..., dynamo=False) cannot write arm_zoo's scans: `import arm_zoo.onnx` and export with "
+            "torch.onnx.export does not know arm_zoo's operators: `import arm_zoo.onnx` before it and export with "
             "dynamo=True, or type `python -m hub export MODEL FILE` in a checkout"
-        )
-    if "arm_zoo.onnx" not in sys.modules:
-        raise RuntimeError(
-            "torch.onnx.export does not know arm_zoo's operators yet: `import arm_zoo.onnx` before it, or type "
-            "`python -m hub export MODEL FILE` in a checkout"
         )
     if dtype != torch.float32:
         raise RuntimeError(f"exports to ONNX are in float32, got {dtype}: export model.float(), convert the file then")

@@ -17,15 +17,8 @@ from arm_zoo.scan.layout import CHUNK, ScanGradients, ScanInputs, empty_states, 
 _LOG2E = math.log2(math.e)
 
 
-class _Kept(threading.local):
-    """Work arrays of a thread by dtype."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[torch.dtype, torch.Tensor] = {}
-
-
-_kept = _Kept()
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
+_kept = threading.local()
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
@@ -44,18 +37,22 @@ def _softplus_slope(x: torch.Tensor) -> torch.Tensor:
 
 
 def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Three uninitialised arrays of at least `size` elements, (3, size).
+    """Three uninitialised arrays of at least `size` elements, (3, size); on the CPU they are kept per thread.
 
-    On the CPU they are kept per thread: memory of this size goes back to the system when it is freed, and having its
-    pages mapped again at every call costs more than the scan of a small model.
+    Memory of this size goes back to the system when it is freed, and having its pages mapped again at every call costs
+    more than the scan of a small model.
     """
     if device.type != "cpu":
         return torch.empty(3, size, dtype=dtype, device=device)
-    kept = _kept.arrays
+    kept: dict[torch.dtype, torch.Tensor] = _kept.__dict__.setdefault("arrays", {})
     if dtype not in kept or kept[dtype].shape[1] < size:
         with torch.inference_mode(False):  # what is made in inference mode could not be written to outside it
             kept[dtype] = torch.empty(3, size, dtype=dtype)
     return kept[dtype]
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 class _Scan:
@@ -66,7 +63,7 @@ class _Scan:
 
     def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
         u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, _ = inputs
-        directions, self.batch, self.length, channels = u.shape
+        directions, batch, length, channels = u.shape
         self.dtype = state_dtype(u.dtype)
         self.A = A.to(self.dtype).transpose(1, 2)[:, None].contiguous()  # (K, D, S) -> (K, 1, S, D)
         self.A_log2 = self.A * _LOG2E  # exp2 takes a third of the time of exp on the CPU
@@ -74,17 +71,11 @@ class _Scan:
         self.delta_bias = 0.0 if delta_bias is None else delta_bias.to(self.dtype)[:, None]
         # as many images as fit at a chunk of `least_steps`, then as many steps as fit with them
         image = directions * A.shape[-1] * channels
-        self.block = max(1, min(self.batch, _WORK_ELEMENTS // (least_steps * image)))
-        self.steps = least_steps
-        while self.steps < CHUNK and 2 * self.steps * self.block * image <= _WORK_ELEMENTS:
-            self.steps *= 2
-        self._work = _work_arrays(min(self.steps, self.length) * self.block * image, self.dtype, u.device)
-
-    def blocks(self) -> list[slice]:
-        return [slice(b, min(b + self.block, self.batch)) for b in range(0, self.batch, self.block)]
-
-    def times(self) -> list[slice]:
-        return [slice(t, min(t + self.steps, self.length)) for t in range(0, self.length, self.steps)]
+        block, steps = max(1, min(batch, _WORK_ELEMENTS // (least_steps * image))), least_steps
+        while steps < CHUNK and 2 * steps * block * image <= _WORK_ELEMENTS:
+            steps *= 2
+        self.blocks, self.times = _slices(batch, block), _slices(length, steps)
+        self._work = _work_arrays(min(steps, length) * block * image, self.dtype, u.device)
 
     def zero_state(self, block: slice) -> torch.Tensor:
         directions, _, d_state, channels = self.A.shape
@@ -99,11 +90,10 @@ class _Scan:
         """(K, B, L, C) -> (steps, K, images, C) in the dtype of the state."""
         return sequence[:, block, time].permute(2, 0, 1, 3).to(self.dtype)
 
-    def raw_delta(self, block: slice, time: slice) -> torch.Tensor:
-        return self.cut(self.delta, block, time) + self.delta_bias
-
-    def step_size(self, raw_delta: torch.Tensor) -> torch.Tensor:
-        return _softplus(raw_delta) if self.delta_softplus else raw_delta
+    def step_size(self, block: slice, time: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final and raw step sizes."""
+        raw = self.cut(self.delta, block, time) + self.delta_bias
+        return (_softplus(raw) if self.delta_softplus else raw), raw
 
     def recur(
         self, state: torch.Tensor, delta: torch.Tensor, u: torch.Tensor, B: torch.Tensor, time: slice
@@ -146,11 +136,7 @@ def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Ten
 def selective_scan(
     inputs: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`; the gate is given only where no states are saved.
-
-    Returns:
-        (B, L, D) in token order and the dtype of u, and the saved states of `empty_states`.
-    """
+    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     inputs = inputs.with_whole_steps()
     u, order = inputs.u, inputs.order
     # blocks of many images and short chunks: few, large operations, above all in the recurrence
@@ -158,14 +144,14 @@ def selective_scan(
     directions, batch, length, channels = u.shape
     y = u.new_empty(batch, length, channels)
     saved = empty_states(u, inputs.A, scan.dtype, save=save_states)
-    for block in scan.blocks():
+    for block in scan.blocks:
         state = scan.zero_state(block)
         outputs = scan.A.new_empty(length, directions, block.stop - block.start, channels)
-        for time in scan.times():
+        for time in scan.times:
             if save_states and time.start % CHUNK == 0:
                 saved[:, block, time.start // CHUNK] = state
             u_t = scan.cut(u, block, time)
-            delta_t = scan.step_size(scan.raw_delta(block, time))
+            delta_t, _ = scan.step_size(block, time)
             _, states = scan.recur(state, delta_t, u_t, scan.cut(inputs.B, block, time), time)
             readout = _rows(scan.cut(inputs.C, block, time)[..., None, :])
             # y = C h + D u, one (1, S) x (S, D) product per step, direction and image
@@ -187,17 +173,16 @@ def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch
     directions = len(u)
     grad_u, grad_delta, grad_B, grad_C = (t.new_empty(t.shape) for t in (u, delta, B, C))
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)
-    for block in scan.blocks():
+    for block in scan.blocks:
         carry = scan.zero_state(block)
         grad_exponent = torch.zeros_like(carry)  # times delta: each image's share of the gradient of A
         grad_y = grad[block].to(scan.dtype) / directions
         # (images, L, D) -> (K, images, L, D) in scan order
         grad_y = grad_y.expand(directions, -1, -1, -1) if order is None else grad_y[:, order].transpose(0, 1)
-        for chunk, time in reversed(list(enumerate(scan.times()))):
+        for chunk, time in reversed(list(enumerate(scan.times))):
             start = saved[:, block, chunk]
             u_t, B_t, C_t = (scan.cut(t, block, time) for t in (u, B, C))
-            raw_delta = scan.raw_delta(block, time)
-            delta_t = scan.step_size(raw_delta)
+            delta_t, raw_delta = scan.step_size(block, time)
             y_t = grad_y[:, :, time].permute(2, 0, 1, 3)
             decay, states = scan.recur(start, delta_t, u_t, B_t, time)
 
@@ -240,9 +225,8 @@ def _gather_conv(
     The input holds every direction's sequence side by side, (B, K * D, taps - 1 + L, 1) with channels innermost
     in memory, which is the layout that depthwise kernels are fastest in.
     """
-    directions, channels, taps = weight.shape
-    batch, length, _ = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
+    dtype = state_dtype(x.dtype)
     steps = torch.arange(length, device=x.device).expand(directions, -1) if order is None else order
     steps = F.pad(steps, (taps - 1, 0), value=length)  # the token after the last one is the zero padding
     x = F.pad(x.to(dtype), (0, 0, 0, 1)).index_select(1, steps.t().flatten())
@@ -267,20 +251,11 @@ def causal_conv_backward(
     before, padded, conv_weight, conv_bias = _gather_conv(x, weight, bias, order)
     grad = grad.to(before.dtype).permute(1, 2, 0, 3).reshape(*x.shape[:2], 1, directions * channels)
     grad = grad.permute(0, 3, 1, 2)
-    slope = torch.sigmoid(before)
+    slope, groups = torch.sigmoid(before), len(conv_bias)
     grad = grad * slope * (1 + before * (1 - slope))  # derivative of SiLU
+    strides = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "output_padding": [0, 0]}
     grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        padded,
-        conv_weight,
-        [len(conv_bias)],
-        stride=[1, 1],
-        padding=[0, 0],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=len(conv_bias),
-        output_mask=[True, True, True],
+        grad, padded, conv_weight, [groups], transposed=False, groups=groups, output_mask=[True] * 3, **strides
     )
     # (B, K * D, taps - 1 + L, 1) -> (L, K, B, D): every direction's gradient at every step
     grad_steps = grad_padded[:, :, taps - 1 :, 0].permute(2, 1, 0).unflatten(1, (directions, channels)).transpose(2, 3)

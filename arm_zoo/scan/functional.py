@@ -94,7 +94,7 @@ def causal_conv(
         (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
 
     Raises:
-        ValueError: for tensors whose shapes do not fit each other, or on several devices.
+        ValueError: for tensors whose shapes do not fit each other, or on several devices; as for all operations here.
     """
     _check_axes("causal_conv", "x", x, "batch", "length", "channels")
     (_, length, channels), directions = x.shape, len(weight)
@@ -138,16 +138,12 @@ def selective_scan(
         z: (batch, length, channels) gate in token order; None leaves the output ungated.
         delta_bias: (directions, channels).
         delta_softplus: apply softplus to the step size.
-        order: (directions, length) table of `arm_zoo.order`, every token once in each direction, which is not checked;
-            None when the scan order is the token order.
+        order: as in `causal_conv`.
         delta_weight: (directions, channels, rank); the step sizes are delta times its transpose, and not kept for the
             backward pass.
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
-
-    Raises:
-        ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
     _check_axes("selective_scan", "u", u, "directions", "batch", "length", "channels")
     _check_axes("selective_scan", "A", A, "directions", "channels", "d_state")
@@ -200,9 +196,6 @@ def mamba_inner(
 
     Returns:
         (batch, length, channels) in token order and the dtype of xz.
-
-    Raises:
-        ValueError: for tensors whose shapes do not fit each other, or on several devices.
     """
     _check_axes("mamba_inner", "xz", xz, "batch", "length", "2 * channels")
     (_, length, both), directions = xz.shape, len(conv_weight)
@@ -223,7 +216,7 @@ def mamba_inner(
     _check("mamba_inner", "xz", xz, others)
     backend, order = resolve_backend(xz), _table(order)
     inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
-    if BACKENDS[backend].whole_training and needs_gradient(*inputs):
+    if BACKENDS[backend].own_kernels and needs_gradient(*inputs):
         return torch.ops.arm_zoo.mamba_inner(*inputs, order, backend)[0]
     x, z = xz.chunk(2, dim=-1)
     u = _conv(x, conv_weight, conv_bias, order, backend)  # (B, L, D) -> (K, B, L, D)

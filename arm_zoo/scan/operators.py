@@ -38,16 +38,10 @@ def register(
     gradient: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> None:
-    """Register the custom operator `arm_zoo::name`.
+    """Register the custom operator `arm_zoo::name`, the first of whose inputs is a tensor.
 
-    Args:
-        name: of the operator; gradients of those that end in `_backward` are refused.
-        schema: of the operator, without its name.
-        compute: takes the operator's arguments, the first of which is a tensor.
-        fake: as `compute`, for tensors without data.
-        save: the autograd context, inputs and output -> what the gradient needs, kept in the context.
-        gradient: the context and the outputs' gradients -> those of the inputs.
-        flops: shapes of the inputs -> floating-point operations of the matrix products.
+    `fake` is `compute` for tensors without data; `save` and `gradient` are autograd's `setup_context` and `backward`,
+    which operators that end in `_backward` refuse; `flops` counts matrix products from the inputs' shapes.
     """
 
     def run(first: torch.Tensor, *others: Any) -> Any:
@@ -81,9 +75,6 @@ def _by_backend(compute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-# -------------------------------------------------------------------------------------------------------- convolution
-
-
 def _conv_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
@@ -95,7 +86,7 @@ def _conv_fake(
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep all tensors that come in, and all that go out but the first, which are for the backward pass only."""
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # of those there are none
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *(() if isinstance(output, torch.Tensor) else output[1:]))
 
@@ -115,7 +106,7 @@ register(
     "causal_conv_backward",
     f"(Tensor grad, {_CONV_INPUTS}, str backend) -> (Tensor, Tensor, Tensor)",
     _by_backend(lambda module, *inputs: module.causal_conv_backward(*inputs)),
-    fake=lambda grad, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:3]),
+    fake=lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]),
 )
 register(
     "causal_conv",
@@ -125,9 +116,6 @@ register(
     save=_save_inputs,
     gradient=_gradient_by("causal_conv_backward"),
 )
-
-
-# --------------------------------------------------------------------------------------------------------------- scan
 
 
 def _scan(module: ModuleType, *args: Any) -> Tensors:
@@ -143,7 +131,7 @@ def _scan_fake(*args: Any) -> Tensors:
 
 def _states_fake(like: torch.Tensor, shape: torch.Size, A: torch.Tensor, save: bool, backend: str) -> torch.Tensor:
     row = BACKENDS[backend]
-    dtype = state_dtype(like.dtype, half=row.half_states)
+    dtype = state_dtype(like.dtype, half=row.own_kernels)
     return empty_states(like.new_empty(shape), A, dtype, save=save and row.saves_states)
 
 
@@ -190,15 +178,15 @@ def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    ctx.set_materialize_grads(False)  # of what only the backward pass uses there are none
+    ctx.set_materialize_grads(False)
     *tensors, ctx.delta_softplus, order, _, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, order, output[1])
 
 
 def _scan_gradient(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    *tensors, order, saved = ctx.saved_tensors
     if grad is None:
-        return (None,) * (len(tensors) + 5)
+        return (None,) * len(ctx.needs_input_grad)
+    *tensors, order, saved = ctx.saved_tensors
     grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved, ctx.backend)
     given = (grad if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=True))
     return *given, *[None] * 5
@@ -226,9 +214,6 @@ register(
     gradient=_scan_gradient,
     flops=_scan_flops,
 )
-
-
-# ---------------------------------------------------------------------------------------------------- the whole mixer
 
 
 def split(projected: torch.Tensor, rank: int) -> Tensors:
@@ -287,7 +272,7 @@ register(
     f"(Tensor grad, {_INNER_INPUTS}, Tensor y, Tensor projected, Tensor saved, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _by_backend(_inner_backward),
-    fake=lambda grad, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:8]),
+    fake=lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:8]),
     flops=lambda grad, *shapes, **_: 2 * _inner_flops(*shapes),  # what is made anew does not count
 )
 register(

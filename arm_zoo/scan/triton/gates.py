@@ -59,17 +59,26 @@ def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return inner(tensor).flatten(0, -2)
 
 
-def gate(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * value of tensors (..., N), computed in float32; the result has the type of `value`."""
-    gates, values = _as_rows(gate), _as_rows(value)
-    out = values.new_empty(values.shape)
+def halves(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) * value (..., N) of the two halves (..., 2 N), which have the bias in them; computed in float32."""
+    gates, values = _as_rows(halves).chunk(2, dim=-1)
     rows, channels = values.shape
+    out = values.new_empty(rows, channels)
     grid = triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(channels, _BLOCK_CHANNELS)
     _gate_kernel[grid](
         gates, values, out, rows, channels, gates.stride(0), values.stride(0),
         ROWS=_BLOCK_ROWS, CHANNELS=_BLOCK_CHANNELS, num_warps=8,
     )  # fmt: skip
-    return out.view(value.shape)
+    return out.view(*halves.shape[:-1], channels)
+
+
+def halves_backward(
+    grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `halves` and of the bias, which is made with theirs."""
+    grad_halves, sums = halves.new_empty(halves.shape), bias.new_empty(bias.shape, dtype=torch.float32)
+    gate_backward(grad, *halves.chunk(2, dim=-1), *grad_halves.chunk(2, dim=-1), sums)
+    return grad_halves, sums.to(bias.dtype)
 
 
 def gate_backward(
@@ -80,13 +89,8 @@ def gate_backward(
     grad_value: torch.Tensor,
     sums: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradients of gate and value (..., N), given that of SiLU(gate) * value.
-
-    Args:
-        grad: (..., N), like gate and value.
-        grad_gate: where to write; its rows may lie in those of a wider tensor.
-        grad_value: like grad_gate.
-        sums: (2 N) in float32, where to write the gradients' sums over all rows.
+    """Write the gradients of gate and value (..., N), whose rows may lie in those of wider tensors, given that of
+    SiLU(gate) * value; and to `sums`, (2 N) in float32, their sums over all rows.
     """
     tensors = tuple(_as_rows(t) for t in (grad, gate, value))
     written = tuple(t.view(-1, t.shape[-1]) for t in (grad_gate, grad_value))
@@ -127,11 +131,10 @@ def _gated_product_kernel(
 
 
 def gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * value of (gate, value) = x weight^T + bias: (..., D), (2 N, D), (2 N) -> (..., N).
+    """SiLU(gate) * value of (gate, value) = x weight^T + bias: (..., D), (2 N, D), (2 N) -> (..., N), all of one type.
 
-    What fc1 makes is not written to memory and read again, which takes almost half as long as its product. One program
-    a multiprocessor goes from tile to tile; the tensor memory accelerator of Hopper GPUs reads and writes them.
-    All of one type; sums, SiLU and product in float32. Rows must have multiples of 16 bytes.
+    Spares writing and reading what fc1 makes: almost half its product's time. One program a multiprocessor goes from
+    tile to tile; the tensor memory accelerator of Hopper GPUs moves them. Rows must have multiples of 16 bytes.
     """
     tokens, weight = aligned(x.flatten(0, -2)), aligned(weight)
     (rows, inner), channels = tokens.shape, len(weight) // 2

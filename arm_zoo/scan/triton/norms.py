@@ -77,19 +77,9 @@ def add_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x + scale * branch in the type of x, its layer norm in `dtype`, and what the backward pass needs of each row.
+    """x + scale * branch (B, L, D) in the type of x, its layer norm in `dtype`, and every row's moments (B, L, 2).
 
-    Args:
-        x: (B, L, D).
-        branch: like x, of any type.
-        scale: (B), or None for 1.
-        weight: (D).
-        bias: (D).
-        eps: added to the variance.
-        dtype: of the norm.
-
-    Returns:
-        (B, L, D), (B, L, D), and (B, L, 2) mean and one over the deviation. All is computed in float32.
+    Those are the mean and one over the deviation. `scale` is (B), None for 1. All is computed in float32.
     """
     x, branch, scale = x.contiguous(), branch.contiguous(), None if scale is None else scale.contiguous()
     batch, length, channels = x.shape

@@ -114,43 +114,6 @@ def _scan_kernel(
 
 
 @triton.jit
-def _reverse_step(
-    grad_u, grad_delta, grad_BC, u_t, size, raw, y_t, B_t, C_t, skip, rates, before, carry,
-    grad_rates, grad_skip, grad_offset, row, states_row, d, s, channels, d_state, write, channel, state_exists,
-    SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """Gradients at a step, from the state before it and the gradient (`carry`) that later steps send to its state."""
-    decay = tl.exp2(size[None, :] * rates)
-    decayed = decay * before
-    g = carry + C_t[:, None] * y_t[None, :]
-    input_t = (size * u_t)[None, :]
-    write_states = state_exists & write
-    to_B = tl.sum(g * input_t, axis=1)
-    tl.store(grad_BC + states_row + s, to_B.to(grad_BC.dtype.element_ty), mask=write_states)
-    after = decayed + B_t[:, None] * input_t
-    to_C = tl.sum(after * y_t[None, :], axis=1)
-    tl.store(grad_BC + states_row + d_state + s, to_C.to(grad_BC.dtype.element_ty), mask=write_states)
-    from_input = tl.sum(g * B_t[:, None], axis=0)  # over the states, with g the gradient of the state
-    exponent = g * decayed  # gradient of size * rate
-    g_size = from_input * u_t + tl.sum(exponent * rates, axis=0) / LOG2E
-    if SOFTPLUS:
-        g_size *= sigmoid(raw)
-    tl.store(grad_u + row + d, (from_input * size + y_t * skip).to(grad_u.dtype.element_ty), mask=channel & write)
-    tl.store(grad_delta + row + d, g_size.to(grad_delta.dtype.element_ty), mask=channel & write)
-    grad_rates += exponent * size[None, :]
-    return g * decay, grad_rates, grad_skip + y_t * u_t, grad_offset + tl.where(write, g_size, 0.0)
-
-
-@triton.jit
-def _load_gradient(grad, order, k, t, d, length, channels, channel, HAS_ORDER: tl.constexpr):
-    """The output's gradient at a step of direction k, zero past the end."""
-    token = tl.minimum(t, length - 1)
-    if HAS_ORDER:
-        token = tl.load(order + k * length + token)
-    return tl.load(grad + token * channels + d, mask=channel & (t < length), other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _scan_backward_kernel(
     u, delta, A, B, C, D, bias, grad, order, states, scratch, grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias,
     batch, length, channels, d_state,
@@ -212,22 +175,41 @@ def _scan_backward_kernel(
                 u_t, delta_t, B_t, C_t = _load_step(
                     u, delta, B, C, t + i, d, s, length, u_time, delta_time, BC_time, channel, state_exists
                 )  # fmt: skip
-                y_t = _load_gradient(grad, order, k, t + i, d, length, channels, channel, HAS_ORDER)
+                token = tl.minimum(t + i, length - 1)
+                if HAS_ORDER:
+                    token = tl.load(order + k * length + token)
+                y_t = tl.load(grad + token * channels + d, mask=channel & (t + i < length), other=0.0).to(tl.float32)
                 steps = steps + ((u_t, delta_t, y_t, B_t, C_t),)
             for i in tl.static_range(GROUP - 1):
                 size, _raw = _step_size(steps[i][1], offset, SOFTPLUS)
                 before = before + (_advance(before[i], rates, steps[i][3], steps[i][0], size),)
             for i in tl.static_range(GROUP - 1, -1, -1):
-                exists = t + i < length
+                u_t, B_t, C_t = steps[i][0].to(tl.float32), steps[i][3].to(tl.float32), steps[i][4].to(tl.float32)
+                exists, y_t = t + i < length, steps[i][2]
                 size, raw = _step_size(steps[i][1], offset, SOFTPLUS)
                 # a step past the end has size 0 and no gradient: it leaves everything as it is and writes nothing
                 size = tl.where(exists, size, 0.0)
-                carry, grad_rates, grad_skip, grad_offset = _reverse_step(
-                    grad_u, grad_delta, grad_BC, steps[i][0].to(tl.float32), size, raw, steps[i][2],
-                    steps[i][3].to(tl.float32), steps[i][4].to(tl.float32), skip, rates, before[i], carry,
-                    grad_rates, grad_skip, grad_offset, (t + i) * channels, (t + i) * 2 * d_state,
-                    d, s, channels, d_state, exists, channel, state_exists, SOFTPLUS,
-                )  # fmt: skip
+                decay = tl.exp2(size[None, :] * rates)
+                decayed = decay * before[i]
+                g = carry + C_t[:, None] * y_t[None, :]  # of the state, with what later steps send to it
+                input_t = (size * u_t)[None, :]
+                after = decayed + B_t[:, None] * input_t
+                to_B, to_C = tl.sum(g * input_t, axis=1), tl.sum(after * y_t[None, :], axis=1)
+                here = grad_BC + (t + i) * 2 * d_state + s
+                tl.store(here, to_B.to(grad_BC.dtype.element_ty), mask=state_exists & exists)
+                tl.store(here + d_state, to_C.to(grad_BC.dtype.element_ty), mask=state_exists & exists)
+                from_input = tl.sum(g * B_t[:, None], axis=0)
+                exponent = g * decayed  # gradient of size * rate
+                g_size = from_input * u_t + tl.sum(exponent * rates, axis=0) / LOG2E
+                if SOFTPLUS:
+                    g_size *= sigmoid(raw)
+                g_u, here = from_input * size + y_t * skip, (t + i) * channels + d
+                tl.store(grad_u + here, g_u.to(grad_u.dtype.element_ty), mask=channel & exists)
+                tl.store(grad_delta + here, g_size.to(grad_delta.dtype.element_ty), mask=channel & exists)
+                grad_rates += exponent * size[None, :]
+                grad_skip += y_t * u_t
+                grad_offset += tl.where(exists, g_size, 0.0)
+                carry = g * decay
         tl.debug_barrier()
     tl.store(grad_A + sequence * d_state * channels + tile, grad_rates, mask=both)
     tl.store(grad_D + sequence * channels + d, grad_skip, mask=channel)
