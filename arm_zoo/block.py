@@ -71,14 +71,9 @@ def run_blocks(
     kept: Collection[int],
     checkpointing: bool = False,
 ) -> dict[int, torch.Tensor]:
-    """Run a stack of blocks and keep what those with the numbers `kept`, from 1 on, give.
+    """Run a stack of blocks on tokens (B, L, dim) and keep what those with the numbers `kept`, from 1 on, give.
 
-    Args:
-        blocks: the stack, an nn.ModuleList.
-        x: (B, L, dim) tokens.
-        order: (K, L) table of `arm_zoo.order`, or None.
-        kept: numbers of blocks; 0 stands for the tokens themselves.
-        checkpointing: recompute every block's activations in the backward pass.
+    0 stands for the tokens themselves. `checkpointing` recomputes every block's activations in the backward pass.
     """
     results = {0: x} if 0 in kept else {}
     tokens = Residual(x)

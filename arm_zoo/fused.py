@@ -24,20 +24,14 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 
 def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the layer does what its class does and nothing else: not wrapped, replaced, patched or hooked.
-
-    Hooks on all modules of the process at once are not looked for.
-    """
+    """Whether calling the layer does what its class does and no more: not wrapped, replaced, patched or hooked."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     changed = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
     return type(layer) is kind and not changed and not any(hooks)
 
 
 def is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:
-    """Whether this is a tensor that holds its numbers, side by side in memory or with strides.
-
-    Quantised, sharded and sparse tensors do not; nor do the symbols of a model that torch.fx traces.
-    """
+    """Whether this tensor holds its numbers itself: not quantised, sharded, sparse, or a symbol of torch.fx."""
     return type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
 
@@ -136,8 +130,7 @@ register(
 def _has_kernel(device: int, *, hopper: bool) -> bool:
     """Whether this GPU may run Triton's kernels, or the one of them for Hopper GPUs.
 
-    Not in models that are exported, which may run elsewhere, for derivatives by torch.func, which do not know these
-    operators, and where plain PyTorch was asked for.
+    Not in exported models, which may run elsewhere, for derivatives by torch.func, or where PyTorch was asked for.
     """
     plain = get_scan_backend() in ("reference", "torch") or is_transformed()
     return not plain and _runs_kernels(device, hopper)
@@ -177,10 +170,7 @@ def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
 
 
 class Residual(NamedTuple):
-    """Tokens (B, L, D) of which the last residual sum, x + scale * branch, may still be to be made.
-
-    Where a norm follows, one kernel makes both in one pass over the tokens, also backward.
-    """
+    """Tokens (B, L, D) whose last sum, x + scale * branch, waits for the norm that follows: one kernel makes both."""
 
     x: torch.Tensor
     branch: torch.Tensor | None = None

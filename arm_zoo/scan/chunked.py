@@ -1,9 +1,9 @@
 """The `torch` backend: convolution and selective scan in plain PyTorch, laid out for speed, on any device.
 
-The state of one step is an array (directions, images, d_state, channels), channels innermost, so that every
-product with a per-channel or a per-state factor is one contiguous pass. Time is cut into chunks: decays, inputs and
-outputs of a chunk come from a few large operations and only the recurrence runs step by step, on arrays small
-enough to stay in the cache. The backward pass recomputes the states of a chunk from the state at its start.
+The state of a step is an array (directions, images, d_state, channels), so that every product with a factor for each
+channel or state is one contiguous pass. Time is cut into chunks: decays, inputs and outputs of a chunk come from a few
+large operations; only the recurrence runs step by step, on arrays small enough for the cache. The backward pass
+recomputes the states of a chunk from the state at its start.
 """
 
 import math
@@ -12,7 +12,7 @@ import threading
 import torch
 from torch.nn import functional as F
 
-from arm_zoo.scan.layout import CHUNK, ScanGradients, ScanInputs, empty_states, state_dtype
+from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, empty_states, state_dtype
 
 _LOG2E = math.log2(math.e)
 
@@ -56,9 +56,9 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 class _Scan:
-    """The inputs of one scan, cut on demand into blocks of images and chunks of steps, and its work arrays.
+    """The inputs of one scan, cut into blocks of images and chunks of steps on demand, and its work arrays.
 
-    Steps per chunk are a power of two up to `CHUNK`, at least `least_steps`.
+    Steps per chunk are a power of two from `least_steps` to `CHUNK`.
     """
 
     def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
@@ -122,10 +122,7 @@ def _sum_states(x: torch.Tensor) -> torch.Tensor:
 
 
 def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """(L, K, ...) in scan order -> (L, K, ...) in token order.
-
-    Reads through the inverse tables instead of scattering: nothing is written twice, every run gives the same bits.
-    """
+    """(L, K, ...) in scan order -> in token order, read through the inverse tables: every run gives the same bits."""
     if order is None:
         return sequences
     directions, length = order.shape
@@ -163,8 +160,8 @@ def selective_scan(
     return y, saved
 
 
-def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch.Tensor) -> ScanGradients:
-    """Gradients, given that of the output (B, L, D) and the saved states; step sizes are whole.
+def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states.
 
     With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
     """
@@ -217,13 +214,10 @@ def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D[:, 0].contiguous(), grad_bias[:, 0].contiguous()
 
 
-def _gather_conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gather_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> Tensors:
     """The depthwise convolution before its SiLU, with its input, weight and bias as the convolution takes them.
 
-    The input holds every direction's sequence side by side, (B, K * D, taps - 1 + L, 1) with channels innermost
-    in memory, which is the layout that depthwise kernels are fastest in.
+    The input is (B, K * D, taps - 1 + L, 1), channels innermost in memory: depthwise kernels are fastest in it.
     """
     (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
     dtype = state_dtype(x.dtype)
@@ -245,7 +239,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 def causal_conv_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """Gradients of x, weight and bias, given that of the output (K, B, L, D); the pre-activation is recomputed."""
     directions, channels, taps = weight.shape
     before, padded, conv_weight, conv_bias = _gather_conv(x, weight, bias, order)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
-from arm_zoo.scan.layout import CHUNK, ScanGradients, ScanInputs, aligned, empty_states, inner, state_dtype
+from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
 from arm_zoo.scan.triton import causal_conv, causal_conv_backward, gate_backward
 from arm_zoo.scan.triton import scan as triton_scan
 from arm_zoo.scan.triton.common import check_length
@@ -146,13 +146,13 @@ def selective_scan(
     return merge(y, order, 1 / directions, gate, kept=kept), states
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> ScanGradients:
-    """Gradients, given that of the output (B, L, D) and the saved states; step sizes are whole."""
+def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
     if not _fits(scan, grad):
         return triton_scan.selective_scan_backward(grad, scan, saved)
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
     grad, order = grad.contiguous(), scan.order
-    grad_u, grad_delta, results = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
-    outputs = (grad, order, saved, grad_u, grad_delta, *results)
-    _launch("backward", scan, outputs, 1, _CHANNELS, HAS_ORDER=int(order is not None))
-    return grad_u, grad_delta, *triton_scan.sum_up(*results, scan)
+    gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
+    others = (grad, order, saved, *gradients)
+    _launch("backward", scan, others, 1, _CHANNELS, HAS_ORDER=int(order is not None))
+    return triton_scan.sum_up(scan, gradients)

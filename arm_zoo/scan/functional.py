@@ -10,6 +10,7 @@ from arm_zoo.scan.backends import BACKENDS, resolve_backend
 from arm_zoo.scan.layout import ScanInputs, project
 
 _SINGULAR = {"length": "step", "d_state": "state"}
+_Shaped = Mapping[str, tuple[torch.Tensor | None, tuple[int, ...]]]
 
 
 def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> None:
@@ -21,21 +22,14 @@ def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> 
         )
 
 
-def _check(
-    operation: str,
-    name: str,
-    first: torch.Tensor,
-    others: Mapping[str, tuple[torch.Tensor | None, tuple[int, ...]]],
-) -> None:
+def _check(operation: str, name: str, first: torch.Tensor, others: _Shaped) -> None:
     """Compiled kernels do not look: what is missing, or on another device, would be read from whatever lies there."""
     for other, (tensor, shape) in others.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{operation}: {other} is {tuple(tensor.shape)}, {name} {tuple(first.shape)} needs {shape}"
             )
-        if tensor.device != first.device:
+        if tensor is not None and tensor.device != first.device:
             advice = "move one of them"
             if tensor.is_meta:
                 advice = "load the weights, and fill tables by the model's init_non_persistent_buffers()"
@@ -48,10 +42,7 @@ def _table(order: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of any of these; None stands for an argument that is not there.
-
-    It may, of a model that torch.jit.trace makes, whichever way gradients are switched while it does.
-    """
+    """Whether autograd will ask for the gradient of any of these, or of a model that torch.jit.trace makes may."""
     if torch.jit.is_tracing():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -132,15 +123,12 @@ def selective_scan(
         u: (directions, batch, length, channels) inputs in scan order.
         delta: like u, the step size before its bias and softplus; with `delta_weight`, its last size is the rank.
         A: (directions, channels, d_state), negative.
-        B: (directions, batch, length, d_state), shared by all channels.
-        C: like B.
-        D: (directions, channels).
+        B, C: (directions, batch, length, d_state), shared by all channels.
+        D, delta_bias: (directions, channels).
         z: (batch, length, channels) gate in token order; None leaves the output ungated.
-        delta_bias: (directions, channels).
         delta_softplus: apply softplus to the step size.
         order: as in `causal_conv`.
-        delta_weight: (directions, channels, rank); the step sizes are delta times its transpose, and not kept for the
-            backward pass.
+        delta_weight: (directions, channels, rank); step sizes are delta times its transpose, not kept for backward.
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
@@ -186,12 +174,10 @@ def mamba_inner(
     Args:
         xz: (batch, length, 2 * channels) tokens, then their gates, as the projection in makes them.
         conv_weight: (directions, channels, taps).
-        conv_bias: (directions, channels).
+        conv_bias, dt_proj_bias, D: (directions, channels).
         x_proj_weight: (directions, rank + 2 * d_state, channels): step sizes of low rank, B and C, in this order.
         dt_proj_weight: (directions, channels, rank).
-        dt_proj_bias: (directions, channels).
         A: (directions, channels, d_state), negative.
-        D: (directions, channels).
         order: as in `causal_conv`.
 
     Returns:

@@ -4,6 +4,8 @@ from typing import NamedTuple, Self
 
 import torch
 
+Tensors = tuple[torch.Tensor, ...]
+
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 
 
@@ -28,14 +30,10 @@ class ScanInputs(NamedTuple):
         return self._replace(delta=project(self.delta, self.delta_weight), delta_weight=None)
 
 
-# Those of u, delta, A, B, C, D and delta_bias.
-ScanGradients = tuple[torch.Tensor, ...]
-
-
 def state_dtype(dtype: torch.dtype, *, half: bool = False) -> torch.dtype:
-    """The type that inputs of a type are computed in: at least float32.
+    """The type that inputs of a type are computed in: at least float32; with `half` bfloat16 for those of 16 bits.
 
-    With `half` it is bfloat16 for inputs of 16 bits: errors of the size of their own; float16's range is too small.
+    Its errors are of the size of the inputs' own; float16's range is too small for sums.
     """
     return torch.bfloat16 if half and dtype.itemsize == 2 else torch.promote_types(dtype, torch.float32)
 

@@ -13,7 +13,7 @@ import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from torch.nn import functional as F
 
-from arm_zoo.scan.layout import ScanGradients, ScanInputs, empty_states, state_dtype
+from arm_zoo.scan.layout import ScanInputs, Tensors, empty_states, state_dtype
 
 
 def _channels_first(sequences: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 def causal_conv_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """Gradients of x, weight and bias, given that of the output (K, B, L, D)."""
     sequences = _channels_first(_to_sequences(x, order, len(weight)))
     grad_sequences, grad_weight, grad_bias, _ = causal_conv1d_bwd_function(
@@ -81,8 +81,8 @@ def selective_scan(
     return y if gate is None else y * F.silu(gate), nothing
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> ScanGradients:
-    """Gradients, given that of the output (B, L, D); step sizes are whole."""
+def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given that of the output (B, L, D)."""
     directions, D = len(scan.u), scan.D
     arguments = _arguments(scan)
     _, states, *_ = selective_scan_cuda.fwd(*arguments, scan.delta_softplus)

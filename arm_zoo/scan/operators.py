@@ -13,9 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from arm_zoo.scan.backends import BACKENDS, implementation
-from arm_zoo.scan.layout import ScanInputs, empty_states, project, state_dtype
-
-Tensors = tuple[torch.Tensor, ...]
+from arm_zoo.scan.layout import ScanInputs, Tensors, empty_states, project, state_dtype
 
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
 _SCAN_INPUTS = (
@@ -160,8 +158,8 @@ def _differentiable(scan: ScanInputs) -> Tensors:
 
 def _scan_backward_fake(grad: torch.Tensor, *args: Any) -> Tensors:
     scan = ScanInputs(*args[:-2])
-    grad_weight = scan.u.new_empty(0 if scan.delta_weight is None else scan.delta_weight.shape)
-    return *(t.new_empty(t.shape) for t in _differentiable(scan)), grad_weight
+    weight = scan.u.new_empty(0) if scan.delta_weight is None else scan.delta_weight
+    return tuple(t.new_empty(t.shape) for t in (*_differentiable(scan), weight))
 
 
 def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

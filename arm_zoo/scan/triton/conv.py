@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.scan.layout import inner
+from arm_zoo.scan.layout import Tensors, inner
 from arm_zoo.scan.triton.common import BLOCK_CHANNELS, check_length, check_number, sigmoid
 from arm_zoo.scan.triton.merge import merge
 
@@ -98,12 +98,9 @@ def _conv_backward_kernel(
     offset = tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
     zero = tl.zeros([BLOCK_D], tl.float32)
     rows = _load_tokens(x, order, k, start - (TAPS - 1), d, length, x_time, channel, HAS_ORDER, TAPS - 1)
-    gradients = ()
-    sums = (zero,)
+    gradients, sums = (), (zero, zero)
     for _ in tl.static_range(TAPS - 1):
-        gradients = gradients + (zero,)
-    for _ in tl.static_range(TAPS):
-        sums = sums + (zero,)
+        gradients, sums = gradients + (zero,), sums + (zero,)
     for t in range(start, start + SEGMENT + TAPS - 1, GROUP):
         rows = rows + _load_tokens(x, order, k, t, d, length, x_time, channel, HAS_ORDER, GROUP)
         outer = ()
@@ -159,7 +156,7 @@ def causal_conv_backward(
     bias: torch.Tensor,
     order: torch.Tensor | None,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """Gradients of x (in `out`, if there is one), weight and bias, given that of the output (K, B, L, D)."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape

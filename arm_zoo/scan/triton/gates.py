@@ -72,9 +72,7 @@ def halves(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return out.view(*halves.shape[:-1], channels)
 
 
-def halves_backward(
-    grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def halves_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `halves` and of the bias, which is made with theirs."""
     grad_halves, sums = halves.new_empty(halves.shape), bias.new_empty(bias.shape, dtype=torch.float32)
     gate_backward(grad, *halves.chunk(2, dim=-1), *grad_halves.chunk(2, dim=-1), sums)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from arm_zoo.scan.layout import Tensors
 from arm_zoo.scan.triton.common import processors
 
 _PROGRAMS = 8  # a multiprocessor, of the backward pass: each leaves a sum of the gradients of weight and bias
@@ -76,7 +77,7 @@ def add_norm(
     bias: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """x + scale * branch (B, L, D) in the type of x, its layer norm in `dtype`, and every row's moments (B, L, 2).
 
     Those are the mean and one over the deviation. `scale` is (B), None for 1. All is computed in float32.
@@ -100,7 +101,7 @@ def add_norm_backward(
     scale: torch.Tensor | None,
     weight: torch.Tensor,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """Gradients of x, of branch in `dtype`, of weight and of bias; `total` and `moments` are from `add_norm`."""
     grad_total, grad_normed, total = grad_total.contiguous(), grad_normed.contiguous(), total.contiguous()
     batch, length, channels = total.shape

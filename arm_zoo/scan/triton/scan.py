@@ -1,17 +1,16 @@
 """The scan and its backward pass.
 
 One program scans one direction of one image for a block of channels, a single warp with two channels a thread. The
-d_state states of a channel live in registers as separate vectors over channels, so that the sum over states needs no
-exchange between threads, and B_t and C_t are scalars loaded once for all channels of the block. Sequences are read in
-scan order, step by step; the backward scan reads the merged gradient through the order tables. All sums are made in a
-fixed order.
+states of a channel live in registers as separate vectors over channels, so that their sum needs no exchange between
+threads, and B_t and C_t are scalars loaded once for the block. The backward scan reads the merged gradient through the
+order tables. All sums are made in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.scan.layout import CHUNK, ScanGradients, ScanInputs, empty_states, inner, state_dtype
+from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, empty_states, inner, state_dtype
 from arm_zoo.scan.triton.common import LOG2E, check_length, check_number, sigmoid
 from arm_zoo.scan.triton.merge import merge, sequences_for
 
@@ -257,8 +256,8 @@ def selective_scan(
     return merge(sequences, order, 1 / directions, gate, kept=kept), states
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> ScanGradients:
-    """Gradients, given that of the output (B, L, D) and the saved states; step sizes are whole."""
+def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
     directions, batch, length, channels = scan.u.shape
     u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
     rates, skip, bias = _parameters(scan)
@@ -267,22 +266,20 @@ def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.T
     padded = triton.next_power_of_2(d_state)
     block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
     blocks, sequences = triton.cdiv(channels, block), directions * batch
-    grad_u, grad_delta, results = empty_gradients(scan, blocks)
+    gradients = empty_gradients(scan, blocks)
     scratch = rates.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
     _scan_backward_kernel[blocks, sequences](
         u, delta, rates, B, C, skip, bias, grad, order, saved,
-        scratch, grad_u, grad_delta, *results, batch, length, channels, d_state,
+        scratch, *gradients, batch, length, channels, d_state,
         *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
         HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=scan.delta_softplus,
         STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
     )  # fmt: skip
-    return grad_u, grad_delta, *sum_up(*results, scan)
+    return sum_up(scan, gradients)
 
 
-def empty_gradients(
-    scan: ScanInputs, blocks: int
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Memory for what a backward scan writes: gradients of u and delta, and the parts that `sum_up` adds up.
+def empty_gradients(scan: ScanInputs, blocks: int) -> Tensors:
+    """What a backward scan writes: gradients of u and delta, and the parts of the others.
 
     Those are every block's of B and C, side by side, (blocks, K, B, L, 2 S); every image's of A (K, B, S, D), and of D
     and delta_bias (K, B, D).
@@ -292,19 +289,13 @@ def empty_gradients(
     dtype = state_dtype(scan.u.dtype, half=True)
     grad_BC = scan.A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=dtype)
     grad_A = scan.A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
-    grad_D, grad_bias = (grad_A.new_empty(directions, batch, channels) for _ in range(2))
-    return grad_u, grad_delta, (grad_BC, grad_A, grad_D, grad_bias)
+    return grad_u, grad_delta, grad_BC, grad_A, *(grad_A.new_empty(directions, batch, channels) for _ in range(2))
 
 
-def sum_up(
-    grad_BC: torch.Tensor, grad_A: torch.Tensor, grad_D: torch.Tensor, grad_bias: torch.Tensor, scan: ScanInputs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of A, B, C, D and delta_bias from the parts of `empty_gradients`, in a fixed order."""
+def sum_up(scan: ScanInputs, gradients: Tensors) -> Tensors:
+    """Gradients of u, delta, A, B, C, D and delta_bias from those of `empty_gradients`, added in a fixed order."""
+    grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias = gradients
     grad_B, grad_C = grad_BC.sum(0, dtype=torch.float32).chunk(2, dim=-1)
-    return (
-        grad_A.sum(1).transpose(1, 2).contiguous(),
-        grad_B.to(scan.B.dtype, copy=True),  # not two views of one tensor
-        grad_C.to(scan.C.dtype, copy=True),
-        grad_D.sum(1),
-        grad_bias.sum(1),
-    )
+    grad_B, grad_C = grad_B.to(scan.B.dtype, copy=True), grad_C.to(scan.C.dtype, copy=True)  # not views of one tensor
+    grad_A = grad_A.sum(1).transpose(1, 2).contiguous()
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1), grad_bias.sum(1)
