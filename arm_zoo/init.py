@@ -27,6 +27,5 @@ def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
 def reset_parameters(model: nn.Module) -> None:
     """Draw the parameters of all parts anew, inner parts first: an outer one may know better."""
     for module in reversed(list(model.modules())):
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
+        if callable(reset := getattr(module, "reset_parameters", None)):
             reset()

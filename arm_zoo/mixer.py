@@ -24,8 +24,7 @@ def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
 class MambaMixer(nn.Module):
     """Mamba token mixer over K = 1, 2 or 4 directions that share the projections in and out.
 
-    Everything between them exists once per direction, stacked on a leading axis: a pretrained single-direction
-    mixer becomes a four-direction one by repeating it along that axis.
+    Everything between them is stacked over the directions: repeating a pretrained one makes a mixer of four.
     """
 
     def __init__(

@@ -58,10 +58,7 @@ def _check_images(x: torch.Tensor, channels: int, size: tuple[int, int] | None, 
 
 @register_notrace_module
 class PatchEmbed(nn.Module):
-    """Image to patch tokens, row by row; patches overlap where the stride is smaller than the patch.
-
-    timm's own has no stride.
-    """
+    """Image to patch tokens, row by row, overlapping where the stride, which timm's own lacks, is below the patch."""
 
     img_size: tuple[int, int]
     grid_size: tuple[int, int]
@@ -81,8 +78,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
         self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
-        self.in_chans = in_chans
-        self.strict_img_size = strict_img_size
+        self.in_chans, self.strict_img_size = in_chans, strict_img_size
         self.factory = factory  # what makes the model, for messages
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
@@ -122,11 +118,7 @@ class PatchEmbed(nn.Module):
         return max(self.patch_stride) if as_scalar else self.patch_stride
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Grid (rows, columns) of an image size.
-
-        Raises:
-            ValueError: if patch and stride do not tile the image.
-        """
+        """Grid (rows, columns) of an image size; a ValueError where patch and stride do not tile it."""
         return _grid_size(img_size, self.patch_size, self.patch_stride)
 
     def check_input(self, x: torch.Tensor) -> None:
