@@ -60,7 +60,7 @@ class Block(nn.Module):
     def _add(self, x: torch.Tensor, branch: torch.Tensor) -> Residual:
         """x plus what drop-path leaves of the branch: the factors that it draws are applied with the sum."""
         if is_plain(branch) and self.drop_path.training and is_bare(self.drop_path, DropPath):
-            return Residual(x, branch, self.drop_path(branch.new_ones(len(branch), 1, 1)).flatten())
+            return Residual(x, branch, self.drop_path(branch.new_ones(branch.shape[0], 1, 1)).flatten())
         return Residual(x, self.drop_path(branch))
 
 

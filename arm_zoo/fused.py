@@ -186,7 +186,7 @@ class Residual(NamedTuple):
         """The tokens and their norm, in the type that autocast gives a linear layer, which is what follows."""
         x, branch, scale = self
         # the sum may have another type: in float16 under autocast to bfloat16, say
-        if branch is None or torch.promote_types(x.dtype, branch.dtype) != x.dtype or not adds_in_norm(x, norm):
+        if branch is None or not adds_in_norm(x, norm) or torch.promote_types(x.dtype, branch.dtype) != x.dtype:
             total = self.sum()
             return total, norm(total)
         parameters = (norm.weight, norm.bias, norm.eps)
