@@ -7,10 +7,9 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from arm_zoo.layers import fill, run_linear
+from arm_zoo.fused import run_linear
+from arm_zoo.init import fill
 from arm_zoo.scan import mamba_inner
-
-__all__ = ["MambaMixer"]
 
 torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are not known while a model is traced
 
@@ -25,8 +24,7 @@ def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
 class MambaMixer(nn.Module):
     """Mamba token mixer over K = 1, 2 or 4 directions that share the projections in and out.
 
-    Everything between them exists once per direction, stacked on a leading axis: a pretrained single-direction
-    mixer becomes a four-direction one by repeating it along that axis.
+    Everything between them is stacked over the directions: repeating a pretrained one makes a mixer of four.
     """
 
     def __init__(
@@ -69,12 +67,8 @@ class MambaMixer(nn.Module):
         Only the first direction starts with small step sizes, 0.001 to 0.1; the others' biases are 0, as in the
         official code. That matters when training from scratch; finetuning copies the pretrained direction over all.
         """
-        for weight, fan_in in (
-            (self.conv_weight, self.conv_weight.shape[-1]),
-            (self.conv_bias, self.conv_weight.shape[-1]),
-            (self.x_proj_weight, self.x_proj_weight.shape[-1]),
-            (self.dt_proj_weight, self.dt_rank),
-        ):
+        for weight in (self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight):
+            fan_in = (self.conv_weight if weight is self.conv_bias else weight).shape[-1]
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
         bias = torch.zeros(self.dt_proj_bias.shape, dtype=torch.float32, device=self.dt_proj_bias.device)
         step = torch.empty_like(bias[0]).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)

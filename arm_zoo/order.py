@@ -2,8 +2,6 @@
 
 import torch
 
-__all__ = ["DIRECTIONS", "cluster_order", "scan_order"]
-
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 
@@ -17,9 +15,8 @@ def scan_order(
     """Visiting orders of a `height` x `width` patch grid for the first `directions` entries of `DIRECTIONS`.
 
     Tokens are numbered in storage order: patches row by row, with one class token at `cls_index` if it is given. Every
-    direction keeps the class token at that same position counted from its own start (row, column), or counted
-    from its own end (the two reversed ones), as the official code does when it takes the token out, transposes the
-    patches and puts it back.
+    direction keeps it at that position counted from its own start (row, column) or end (the reversed ones), as the
+    official code does when it takes the token out, transposes the patches and puts it back.
 
     Returns:
         (directions, length) int64 table; entry [k, t] is the token that direction k visits at step t.
@@ -30,15 +27,13 @@ def scan_order(
     if directions not in (1, 2, 4):
         raise ValueError(f"directions must be 1, 2 or 4 (the first of {DIRECTIONS}), got {directions}")
     patches = height * width
-    tokens = torch.arange(patches, device=device)
-    columns = tokens.reshape(height, width).t().flatten()
+    if cls_index is not None and not 0 <= cls_index <= patches:
+        raise ValueError(f"cls_index must lie in 0..{patches} for a {height}x{width} grid, got {cls_index}")
+    rows = torch.arange(patches, device=device)
+    columns = rows.reshape(height, width).t().flatten()
     if cls_index is not None:
-        if not 0 <= cls_index <= patches:
-            raise ValueError(f"cls_index must lie in 0..{patches} for a {height}x{width} grid, got {cls_index}")
-        tokens = _insert_class_token(tokens, cls_index)
-        columns = _insert_class_token(columns, cls_index)
-    orders = [tokens, tokens.flip(0), columns, columns.flip(0)]
-    return torch.stack(orders[:directions])
+        rows, columns = (_insert_class_token(order, cls_index) for order in (rows, columns))
+    return torch.stack([rows, rows.flip(0), columns, columns.flip(0)][:directions])
 
 
 def _insert_class_token(patch_order: torch.Tensor, cls_index: int) -> torch.Tensor:
@@ -53,11 +48,11 @@ def cluster_order(
 ) -> torch.Tensor:
     """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
 
-    This makes every cluster a contiguous run of tokens, so that predicting the next cluster is a shift of the
-    sequence by one run and causality between clusters follows from the causal scan.
+    Every cluster is then a contiguous run of tokens: predicting the next one is a shift by one run, and causality
+    between clusters follows from the causal scan.
 
     Returns:
-        (height * width,) int64 table of patch numbers (row by row in the picture).
+        (height * width,) int64 table of patch numbers (row by row in the image).
 
     Raises:
         ValueError: if the clusters do not tile the grid.

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from arm_zoo.scan.layout import ScanInputs
+
 pytest.importorskip("triton", reason="no triton in this build of torch")
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC in this build of torch")
 
@@ -66,13 +68,13 @@ def test_kernels_compile(
     A, D = torch.empty(4, channels, d_state), torch.empty(4, channels)
     weight = torch.empty(4, channels, rank) if rank else None
     order = torch.arange(5).expand(4, -1)
-    rest = [A, B, C, D, D if biased else None]
+    scan = ScanInputs(u, delta, A, B, C, D, D if biased else None, weight, True, order)
     for save_states in (False, True):
-        _, saved = cuda.selective_scan(u, delta, *rest, weight, True, order, save_states, None)
-    cuda.selective_scan_backward(u[0], u, torch.empty_like(u), *rest, True, order, saved)
+        _, saved = cuda.selective_scan(scan, save_states, None)
+    cuda.selective_scan_backward(u[0], scan._replace(delta=torch.empty_like(u)), saved)
     assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
-    pictures = {0: 1, 48: 4, 96: 2}[rank if dtype != torch.float32 else 0]
-    assert [block for *_, block in cuda.launches] == [32 * pictures, 32 * pictures, 64]
+    images = {0: 1, 48: 4, 96: 2}[rank if dtype != torch.float32 else 0]
+    assert [block for *_, block in cuda.launches] == [32 * images, 32 * images, 64]
 
 
 def test_what_is_read_in_pairs_lies_where_pairs_can_be_read(cuda: ModuleType) -> None:

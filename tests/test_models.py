@@ -28,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo import CheckpointError, create_pretraining_model, fused, to_official
 from arm_zoo.arm import ARM
-from arm_zoo.block import Block, run_blocks
-from arm_zoo.fused import is_plain, is_plain_layer
-from arm_zoo.layers import PatchEmbed, SwiGLU, run_linear
+from arm_zoo.block import Block, init_block_weights, run_blocks
+from arm_zoo.fused import is_plain, is_plain_layer, run_linear
+from arm_zoo.mlp import SwiGLU
 from arm_zoo.order import scan_order
+from arm_zoo.patch_embed import PatchEmbed
 from arm_zoo.scan import scan_backend
 from arm_zoo.table import bundled_file
 from tests.helpers.golden import golden_cases, in_both_sets
@@ -682,17 +683,17 @@ def test_when_a_kernel_makes_the_gate(
         ("training", 4),  # of six norms all but the first and that after block 1, whose result is asked for
         ("inference", 4),
         ("few tokens", 0),
-        ("checkpointing", 0),
-        ("a hook on a block", 0),
-        ("a compiled block", 0),
+        ("checkpointing", 3),  # those inside the blocks
+        ("a hook on a block", 3),
+        ("a compiled block", 3),
         ("a norm of another kind", 0),
         ("a norm without bias", 0),
-        ("norms of sharded weights", 0),
+        ("second norms of sharded weights", 1),
         ("double precision", 0),
     ],
 )
 def test_when_norms_make_the_sums(case: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where nobody looks at what a block gives."""
+    """Between blocks only where nobody looks at what a block gives."""
     monkeypatch.setattr(fused, "_has_kernel", lambda device, hopper: True)
     dtype = torch.float64 if "double" in case else torch.float32
     with FakeTensorMode(), torch.set_grad_enabled(case != "inference"), Recorder() as recorder:
@@ -711,6 +712,22 @@ def test_when_norms_make_the_sums(case: str, count: int, monkeypatch: pytest.Mon
     assert list(y) == [1, 3] and y[3].shape == x.shape
     assert recorder.counts["arm_zoo::add_norm"] == count
     assert calls == ["hook"] * ("hook" in case)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_blocks_may_be_mixers_alone(scripted: bool) -> None:
+    """As Vim's: two directions, twice as wide inside, another norm, no MLP."""
+    norm = partial(nn.RMSNorm, eps=1e-5)
+    blocks = nn.ModuleList(Block(16, 2, 4, 0.0, norm, expand=2.0, mlp=False) for _ in range(2))
+    init_block_weights(blocks)
+    assert {name.split(".")[1] for name, _ in blocks.named_parameters()} == {"norm1", "mixer"}
+    assert blocks[0].mixer.in_proj.weight.shape == (4 * 16, 16)
+    x, order = torch.randn(2, 6, 16), scan_order(2, 3, 2)
+    expected = x
+    for block in blocks:
+        expected = expected + block.mixer(block.norm1(expected), order)
+    run = [torch.jit.script(block) for block in blocks] if scripted else blocks
+    assert close(run_blocks(nn.ModuleList(run), x, order, (2,))[2], expected)
 
 
 def test_compiled_models_follow_the_backend_around_the_scans(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from arm_zoo.scan import (
     available_backends,
     backends,
     causal_conv,
+    functional,
     get_scan_backend,
     mamba_inner,
     scan_backend,
@@ -582,6 +583,33 @@ def test_refusals_say_what_to_install(
             arm_zoo.set_scan_backend(name)
     finally:
         backends._why_not.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name, device, dtype, taken",
+    [
+        ("torch", "cpu", torch.float64, True),
+        ("numba", "cpu", torch.float32, True),
+        ("numba", "cpu", torch.bfloat16, False),
+        ("cuda", "cuda", torch.bfloat16, True),
+        ("cuda", "cuda", torch.float64, False),
+        ("mamba_ssm", "cpu", torch.float32, False),
+    ],
+)
+def test_backends_say_which_calls_they_take(name: str, device: str, dtype: torch.dtype, taken: bool) -> None:
+    reason = backends.BACKENDS[name].why_not_for(device, dtype)
+    assert (reason is None) == taken
+    assert taken or reason.endswith(f", got {dtype} on {device}; use 'auto' or 'torch'")
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_mixer_chooses_its_backend_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Tensor] = []
+    resolve = functional.resolve_backend
+    monkeypatch.setattr(functional, "resolve_backend", lambda x: asked.append(x) or resolve(x))
+    with scan_backend(backend):
+        MambaMixer(8, 2)(torch.randn(1, 6, 8), scan_order(2, 3, 2))
+    assert len(asked) == 1
 
 
 def test_context_manager_restores_the_backend() -> None:

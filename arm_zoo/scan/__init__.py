@@ -1,4 +1,4 @@
-"""The selective scan of Mamba over pictures: K directions at once, channels last, with named backends.
+"""The selective scan of Mamba over images: K directions at once, channels last, with named backends.
 
 Sequences are stored in scan order, the order in which a direction visits the tokens. The order tables of
 `arm_zoo.order` say where a direction's step lies among the tokens; they are read where a sequence is made
@@ -6,7 +6,7 @@ Sequences are stored in scan order, the order in which a direction visits the to
 """
 
 from arm_zoo.scan.backends import available_backends, get_scan_backend, scan_backend, set_scan_backend
-from arm_zoo.scan.ops import causal_conv, mamba_inner, selective_scan
+from arm_zoo.scan.functional import causal_conv, mamba_inner, selective_scan
 
 __all__ = [
     "available_backends",

@@ -1,9 +1,4 @@
-"""Which code runs the scan: backends by name, chosen per process or per block of code.
-
-`reference` is the plain loop, `torch` the fast path on any device, `numba` a faster forward scan on the CPU, `triton`
-the GPU kernels, `cuda` the same with faster scans, `mamba_ssm` the kernels of the package mamba-ssm, for comparison.
-The environment variable ARM_ZOO_SCAN sets the choice at start.
-"""
+"""Which code runs the scan: backends by name, chosen per process or per block of code, or by ARM_ZOO_SCAN at start."""
 
 import contextlib
 import functools
@@ -14,79 +9,110 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = [
-    "available_backends",
-    "get_scan_backend",
-    "implementation",
-    "is_transformed",
-    "resolve_backend",
-    "scan_backend",
-    "set_scan_backend",
-]
-
 _logger = logging.getLogger("arm_zoo.scan")
-_BACKENDS = ("reference", "torch", "numba", "triton", "cuda", "mamba_ssm")
-_MODULES = {
-    "torch": "arm_zoo.scan.chunked",
-    "numba": "arm_zoo.scan.numba",
-    "triton": "arm_zoo.scan.triton",
-    "cuda": "arm_zoo.scan.cuda",
-    "mamba_ssm": "arm_zoo.scan.mamba_ssm",
-}
-_NEEDS = {
-    "numba": ("numba",),
-    "triton": ("triton",),
-    "cuda": ("triton", "cuda.core"),
-    "mamba_ssm": ("causal_conv1d", "selective_scan_cuda"),
-}
-_INSTALLS = {  # module -> its package and how to get it
-    "numba": ("numba", "pip install 'arm-zoo[cpu]'"),
-    "triton": ("triton", "pip install triton (Linux builds of torch bring it)"),
-    "cuda.core": ("cuda-core", "pip install 'arm-zoo[cuda]' (with torch before 2.10 also 'cuda-core[cu12]')"),
-    "causal_conv1d": ("causal-conv1d", "pip install 'arm-zoo[kernels]'"),
-    "selective_scan_cuda": ("mamba-ssm with its CUDA extension", "pip install 'arm-zoo[kernels]'"),
-}
-_USED = {"cuda.core": ("Device", "LaunchConfig", "Program", "ProgramOptions", "launch")}  # which older versions lack
-_ON_GPUS = ("triton", "cuda", "mamba_ssm")
-_announced: set[str] = set()
 
 
-def _interpreted() -> bool:
+class Package(NamedTuple):
+    """A package that a backend needs: its module, its name, how to install it, and what old versions lack."""
+
+    module: str
+    name: str
+    install: str
+    uses: tuple[str, ...] = ()
+
+
+class Backend(NamedTuple):
+    """What a backend needs, which calls it takes, and how it works."""
+
+    module: str
+    packages: tuple[Package, ...] = ()
+    device: str | None = None  # the type of device that it runs on; None for any
+    dtypes: tuple[torch.dtype, ...] = ()  # of the sequences; none for any
+    compute_capability: tuple[int, int] | None = None  # the least, of NVIDIA GPUs; None for any GPU
+    interpreted: bool = False  # runs on the CPU, too, with TRITON_INTERPRET=1
+    saves_states: bool = True  # for the backward pass; else that scans again
+    directions_inside: bool = False  # convolved sequences have steps before directions in memory
+    own_kernels: bool = False  # GPU kernels that train through one operator, and save states of 16-bit sequences in 16
+
+    def why_not_here(self) -> str | None:
+        """Why the backend cannot run here, with what to do about it; None if it can."""
+        for module, package, install, uses in self.packages:
+            try:
+                found = importlib.import_module(module)
+            except ImportError as error:
+                return f"it needs the package {package} ({error}): {install}"
+            if any(not hasattr(found, name) for name in uses):
+                upgrade = install.replace("install", "install --upgrade", 1)
+                return f"it needs a newer version of the package {package}: {upgrade}"
+        if self.device == "cuda" and not (torch.cuda.is_available() or (self.interpreted and _interpreting())):
+            return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
+        least = self.compute_capability
+        if least is not None and (torch.version.hip or torch.cuda.get_device_capability() < least):
+            return f"it needs an NVIDIA GPU of compute capability {least[0]}.{least[1]} or newer; use 'triton'"
+        return None
+
+    def why_not_for(self, device: str, dtype: torch.dtype) -> str | None:
+        """Why the backend does not take sequences of this type on this type of device; None if it does."""
+        fits = self.device in (None, device) or (self.interpreted and _interpreting())
+        if fits and (not self.dtypes or dtype in self.dtypes):
+            return None
+        types = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        place = "the CPU" if self.device == "cpu" else "CUDA"
+        return f"takes {types} on {place}, got {dtype} on {device}; use 'auto' or 'torch'"
+
+
+def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it
+
+
+_TRITON = Package("triton", "triton", "pip install triton (Linux builds of torch bring it)")
+_CUDA_CORE = Package(
+    "cuda.core",
+    "cuda-core",
+    "pip install 'arm-zoo[cuda]' (with torch before 2.10 also 'cuda-core[cu12]')",
+    uses=("Device", "LaunchConfig", "Program", "ProgramOptions", "launch"),
+)
+_NUMBA = Package("numba", "numba", "pip install 'arm-zoo[cpu]'")
+_CONV = Package("causal_conv1d", "causal-conv1d", "pip install 'arm-zoo[kernels]'")
+_SCAN = Package("selective_scan_cuda", "mamba-ssm with its CUDA extension", "pip install 'arm-zoo[kernels]'")
+_SMALL = (torch.float32, torch.bfloat16, torch.float16)
+
+BACKENDS = {
+    # the plain loop
+    "reference": Backend("arm_zoo.scan.reference"),
+    # the fast path on any device
+    "torch": Backend("arm_zoo.scan.chunked", directions_inside=True),
+    # a faster forward scan on the CPU
+    "numba": Backend("arm_zoo.scan.numba", (_NUMBA,), "cpu", (torch.float32,), directions_inside=True),
+    # GPU kernels, and the same with faster scans
+    "triton": Backend("arm_zoo.scan.triton", (_TRITON,), "cuda", _SMALL, interpreted=True, own_kernels=True),
+    "cuda": Backend("arm_zoo.scan.cuda", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), own_kernels=True),
+    # the kernels of the package mamba-ssm, for comparison
+    "mamba_ssm": Backend("arm_zoo.scan.mamba_ssm", (_CONV, _SCAN), "cuda", _SMALL, saves_states=False),
+}
+_AUTO = ("cuda", "triton", "numba")  # the best first
+_announced: set[str] = set()
 
 
 @functools.cache
 def _why_not(name: str) -> str | None:
-    """Why a backend cannot run here, with what to do about it; None if it can."""
-    for module in _NEEDS.get(name, ()):
-        package, installation = _INSTALLS[module]
-        try:
-            found = importlib.import_module(module)
-        except ImportError as error:
-            return f"it needs the package {package} ({error}): {installation}"
-        if any(not hasattr(found, attribute) for attribute in _USED.get(module, ())):
-            upgrade = installation.replace("install", "install --upgrade", 1)
-            return f"it needs a newer version of the package {package}: {upgrade}"
-    if name in _ON_GPUS and not (torch.cuda.is_available() or (name == "triton" and _interpreted())):
-        return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
-    if name == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < (8, 0)):
-        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; use 'triton'"
-    return None
+    return BACKENDS[name].why_not_here()
 
 
 def available_backends() -> list[str]:
     """Names of the backends that run here."""
-    return [name for name in _BACKENDS if _why_not(name) is None]
+    return [name for name in BACKENDS if _why_not(name) is None]
 
 
 def _check(name: str) -> str:
-    if name != "auto" and name not in _BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {available_backends()}")
-    if (reason := _why_not(name)) is not None:
+    if name != "auto" and (reason := _why_not(name)) is not None:
         raise ValueError(f"scan backend {name!r} cannot run here: {reason}")
     return name
 
@@ -150,7 +176,7 @@ def scan_backend(name: str) -> Iterator[None]:
 
 def implementation(name: str) -> ModuleType:
     """The module that computes the operators for a backend."""
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(BACKENDS[name].module)
 
 
 # Runs as it is while a model is traced, where transforms are at work as they are outside.
@@ -175,8 +201,6 @@ def resolve_backend(x: torch.Tensor) -> str:
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
     selected = get_scan_backend()
-    if selected != "reference":
-        _check_onnx_export(x.dtype)
     if is_transformed():
         if selected not in ("auto", "reference"):
             raise ValueError(
@@ -184,20 +208,29 @@ def resolve_backend(x: torch.Tensor) -> str:
                 "use 'auto', which takes 'reference' there"
             )
         return "reference"
-    half_or_single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    fits = {
-        "numba": x.device.type == "cpu" and x.dtype == torch.float32,
-        **{name: half_or_single and x.is_cuda for name in _ON_GPUS},
-    }
-    fits["triton"] |= half_or_single and _interpreted()
     if selected == "auto":
-        return _choose(("cuda", "triton") if fits["cuda"] else ("numba",) if fits["numba"] else ())
-    if not fits.get(selected, True):
-        takes = "float32 on the CPU" if selected == "numba" else "float32, bfloat16 and float16 on CUDA"
-        raise ValueError(
-            f"scan backend {selected!r} takes {takes}, got {x.dtype} on {x.device.type}; use 'auto' or 'torch'"
-        )
+        return _choose(x.device.type, x.dtype)
+    if selected != "reference":
+        _check_onnx_export(x.dtype)
+    if (reason := BACKENDS[selected].why_not_for(x.device.type, x.dtype)) is not None:
+        raise ValueError(f"scan backend {selected!r} {reason}")
     return selected
+
+
+# Runs as it is while a model is traced: compiled models log the choice too, and know whether they are exported (within
+# a trace, some versions of torch say so of every compilation).
+@torch.compiler.assume_constant_result
+def _choose(device: str, dtype: torch.dtype) -> str:
+    """The best backend for such tensors that is installed, `torch` in exports, which run anywhere."""
+    _check_onnx_export(dtype)
+    if torch.compiler.is_exporting():
+        return "torch"
+    fitting = (name for name in _AUTO if BACKENDS[name].device == device and dtype in BACKENDS[name].dtypes)
+    name = next((name for name in fitting if _why_not(name) is None), "torch")
+    if name not in _announced:
+        _announced.add(name)
+        _logger.info("scan backend: auto chose %r (available: %s)", name, ", ".join(available_backends()))
+    return name
 
 
 @torch.compiler.assume_constant_result
@@ -205,29 +238,10 @@ def _check_onnx_export(dtype: torch.dtype) -> None:
     """Refuse an export to ONNX that cannot end well, before its own error, which does not say what to do."""
     if not torch.onnx.is_in_onnx_export():
         return
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or "arm_zoo.onnx" not in sys.modules:
         raise RuntimeError(
-            "torch.onnx.export(..., dynamo=False) cannot write arm_zoo's scans: `import arm_zoo.onnx` and export with "
+            "torch.onnx.export does not know arm_zoo's operators: `import arm_zoo.onnx` before it and export with "
             "dynamo=True, or type `python -m hub export MODEL FILE` in a checkout"
-        )
-    if "arm_zoo.onnx" not in sys.modules:
-        raise RuntimeError(
-            "torch.onnx.export does not know arm_zoo's operators yet: `import arm_zoo.onnx` before it, or type "
-            "`python -m hub export MODEL FILE` in a checkout"
         )
     if dtype != torch.float32:
         raise RuntimeError(f"exports to ONNX are in float32, got {dtype}: export model.float(), convert the file then")
-
-
-# Runs as it is while a model is traced: compiled models log the choice too, and know whether they are exported (within
-# a trace, some versions of torch say so of every compilation).
-@torch.compiler.assume_constant_result
-def _choose(best: tuple[str, ...]) -> str:
-    """The first of the backends that is installed, else `torch`; always `torch` in exports, which run anywhere."""
-    if torch.compiler.is_exporting():
-        return "torch"
-    name = next((name for name in best if _why_not(name) is None), "torch")
-    if name not in _announced:
-        _announced.add(name)
-        _logger.info("scan backend: auto chose %r (available: %s)", name, ", ".join(available_backends()))
-    return name

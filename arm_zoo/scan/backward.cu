@@ -1,6 +1,6 @@
 // The backward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/scan/cuda.py has the host's side.
 //
-// One block scans one sequence (direction k, picture b) for a block of channels, one a thread, with the gradients of the
+// One block scans one sequence (direction k, image b) for a block of channels, one a thread, with the gradients of the
 // states, their rates and the gradients of the rates of all S states in registers. Chunk by chunk from the end, the
 // states before every fourth step are recomputed into shared memory; the four steps of a group are then done one state
 // after the other. The sums over channels that the gradients of B and C need are left to the tensor cores: the lanes'
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     constexpr int BLOCKS = (CHANNELS + THREADS - 1) / THREADS;
     const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
-    const int k = rest % directions, b = rest / directions;  // the directions of a picture follow each other
+    const int k = rest % directions, b = rest / directions;  // the directions of an image follow each other
     const i64 sequence = (i64)k * batch + b;
     const bool ok = block * THREADS + thread < CHANNELS;
     const int d = ok ? block * THREADS + thread : 0;

@@ -1,9 +1,9 @@
 """The `torch` backend: convolution and selective scan in plain PyTorch, laid out for speed, on any device.
 
-The state of one step is an array (directions, pictures, d_state, channels), channels innermost, so that every
-product with a per-channel or a per-state factor is one contiguous pass. Time is cut into chunks: decays, inputs and
-outputs of a chunk come from a few large operations and only the recurrence runs step by step, on arrays small
-enough to stay in the cache. The backward pass recomputes the states of a chunk from the state at its start.
+The state of a step is an array (directions, images, d_state, channels), so that every product with a factor for each
+channel or state is one contiguous pass. Time is cut into chunks: decays, inputs and outputs of a chunk come from a few
+large operations; only the recurrence runs step by step, on arrays small enough for the cache. The backward pass
+recomputes the states of a chunk from the state at its start.
 """
 
 import math
@@ -12,23 +12,13 @@ import threading
 import torch
 from torch.nn import functional as F
 
-from arm_zoo.scan.reference import project
+from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, empty_states, state_dtype
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
-
-CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 _LOG2E = math.log2(math.e)
 
 
-class _Kept(threading.local):
-    """Work arrays of a thread by dtype."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[torch.dtype, torch.Tensor] = {}
-
-
-_kept = _Kept()
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
+_kept = threading.local()
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
@@ -47,78 +37,63 @@ def _softplus_slope(x: torch.Tensor) -> torch.Tensor:
 
 
 def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Three uninitialised arrays of at least `size` elements, (3, size).
+    """Three uninitialised arrays of at least `size` elements, (3, size); on the CPU they are kept per thread.
 
-    On the CPU they are kept per thread: memory of this size goes back to the system when it is freed, and having its
-    pages mapped again at every call costs more than the scan of a small model.
+    Memory of this size goes back to the system when it is freed, and having its pages mapped again at every call costs
+    more than the scan of a small model.
     """
     if device.type != "cpu":
         return torch.empty(3, size, dtype=dtype, device=device)
-    kept = _kept.arrays
+    kept: dict[torch.dtype, torch.Tensor] = _kept.__dict__.setdefault("arrays", {})
     if dtype not in kept or kept[dtype].shape[1] < size:
         with torch.inference_mode(False):  # what is made in inference mode could not be written to outside it
             kept[dtype] = torch.empty(3, size, dtype=dtype)
     return kept[dtype]
 
 
-class _Scan:
-    """The inputs of one scan, cut on demand into blocks of pictures and chunks of steps, and its work arrays.
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
-    Steps per chunk are a power of two up to `CHUNK`, at least `least_steps`.
+
+class _Scan:
+    """The inputs of one scan, cut into blocks of images and chunks of steps on demand, and its work arrays.
+
+    Steps per chunk are a power of two from `least_steps` to `CHUNK`.
     """
 
-    def __init__(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor,
-        delta_bias: torch.Tensor | None,
-        delta_softplus: bool,
-        least_steps: int,
-    ) -> None:
-        directions, self.batch, self.length, channels = u.shape
+    def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
+        u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, _ = inputs
+        directions, batch, length, channels = u.shape
         self.dtype = state_dtype(u.dtype)
-        self.u, self.delta, self.B, self.C = u, delta, B, C
         self.A = A.to(self.dtype).transpose(1, 2)[:, None].contiguous()  # (K, D, S) -> (K, 1, S, D)
         self.A_log2 = self.A * _LOG2E  # exp2 takes a third of the time of exp on the CPU
         self.D = D.to(self.dtype)[:, None]
         self.delta_bias = 0.0 if delta_bias is None else delta_bias.to(self.dtype)[:, None]
-        self.delta_softplus = delta_softplus
-        # as many pictures as fit at a chunk of `least_steps`, then as many steps as fit with them
-        picture = directions * A.shape[-1] * channels
-        self.block = max(1, min(self.batch, _WORK_ELEMENTS // (least_steps * picture)))
-        self.steps = least_steps
-        while self.steps < CHUNK and 2 * self.steps * self.block * picture <= _WORK_ELEMENTS:
-            self.steps *= 2
-        self._work = _work_arrays(min(self.steps, self.length) * self.block * picture, self.dtype, u.device)
-
-    def blocks(self) -> list[slice]:
-        return [slice(b, min(b + self.block, self.batch)) for b in range(0, self.batch, self.block)]
-
-    def times(self) -> list[slice]:
-        return [slice(t, min(t + self.steps, self.length)) for t in range(0, self.length, self.steps)]
+        # as many images as fit at a chunk of `least_steps`, then as many steps as fit with them
+        image = directions * A.shape[-1] * channels
+        block, steps = max(1, min(batch, _WORK_ELEMENTS // (least_steps * image))), least_steps
+        while steps < CHUNK and 2 * steps * block * image <= _WORK_ELEMENTS:
+            steps *= 2
+        self.blocks, self.times = _slices(batch, block), _slices(length, steps)
+        self._work = _work_arrays(min(steps, length) * block * image, self.dtype, u.device)
 
     def zero_state(self, block: slice) -> torch.Tensor:
         directions, _, d_state, channels = self.A.shape
         return self.A.new_zeros(directions, block.stop - block.start, d_state, channels)
 
     def work(self, which: int, state: torch.Tensor, time: slice) -> torch.Tensor:
-        """An uninitialised (steps, K, pictures, S, D) array; three of them can be held at a time."""
+        """An uninitialised (steps, K, images, S, D) array; three of them can be held at a time."""
         steps = time.stop - time.start
         return self._work[which][: steps * state.numel()].view(steps, *state.shape)
 
     def cut(self, sequence: torch.Tensor, block: slice, time: slice) -> torch.Tensor:
-        """(K, B, L, C) -> (steps, K, pictures, C) in the dtype of the state."""
+        """(K, B, L, C) -> (steps, K, images, C) in the dtype of the state."""
         return sequence[:, block, time].permute(2, 0, 1, 3).to(self.dtype)
 
-    def raw_delta(self, block: slice, time: slice) -> torch.Tensor:
-        return self.cut(self.delta, block, time) + self.delta_bias
-
-    def step_size(self, raw_delta: torch.Tensor) -> torch.Tensor:
-        return _softplus(raw_delta) if self.delta_softplus else raw_delta
+    def step_size(self, block: slice, time: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final and raw step sizes."""
+        raw = self.cut(self.delta, block, time) + self.delta_bias
+        return (_softplus(raw) if self.delta_softplus else raw), raw
 
     def recur(
         self, state: torch.Tensor, delta: torch.Tensor, u: torch.Tensor, B: torch.Tensor, time: slice
@@ -137,11 +112,6 @@ def _rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.reshape(-1, *matrix.shape[-2:])
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that inputs of a type are computed in, and that saved states have: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _sum_states(x: torch.Tensor) -> torch.Tensor:
     """(..., S, D) -> (..., D), destroying x: halves are added to each other, three times as fast as `sum` here."""
     while (states := x.shape[-2]) > 1:
@@ -152,10 +122,7 @@ def _sum_states(x: torch.Tensor) -> torch.Tensor:
 
 
 def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """(L, K, ...) in scan order -> (L, K, ...) in token order.
-
-    Reads through the inverse tables instead of scattering: nothing is written twice, every run gives the same bits.
-    """
+    """(L, K, ...) in scan order -> in token order, read through the inverse tables: every run gives the same bits."""
     if order is None:
         return sequences
     directions, length = order.shape
@@ -164,43 +131,27 @@ def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Ten
 
 
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_weight: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    save_states: bool,
-    gate: torch.Tensor | None,
+    inputs: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`; the gate is given only where no states are saved.
-
-    Returns:
-        (B, L, D) in token order and the dtype of u, and the states (K, B, chunks, S, D) at
-        the start of every chunk, for the backward pass (no chunks if `save_states` is off).
-    """
-    delta = project(delta, delta_weight)
-    # blocks of many pictures and short chunks: few, large operations, above all in the recurrence
-    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=2)
+    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    inputs = inputs.with_whole_steps()
+    u, order = inputs.u, inputs.order
+    # blocks of many images and short chunks: few, large operations, above all in the recurrence
+    scan = _Scan(inputs, least_steps=2)
     directions, batch, length, channels = u.shape
     y = u.new_empty(batch, length, channels)
-    chunks = math.ceil(length / CHUNK) if save_states else 0
-    saved = u.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=scan.dtype)
-    for block in scan.blocks():
+    saved = empty_states(u, inputs.A, scan.dtype, save=save_states)
+    for block in scan.blocks:
         state = scan.zero_state(block)
         outputs = scan.A.new_empty(length, directions, block.stop - block.start, channels)
-        for time in scan.times():
+        for time in scan.times:
             if save_states and time.start % CHUNK == 0:
                 saved[:, block, time.start // CHUNK] = state
             u_t = scan.cut(u, block, time)
-            delta_t = scan.step_size(scan.raw_delta(block, time))
-            _, states = scan.recur(state, delta_t, u_t, scan.cut(B, block, time), time)
-            readout = _rows(scan.cut(C, block, time)[..., None, :])
-            # y = C h + D u, one (1, S) x (S, D) product per step, direction and picture
+            delta_t, _ = scan.step_size(block, time)
+            _, states = scan.recur(state, delta_t, u_t, scan.cut(inputs.B, block, time), time)
+            readout = _rows(scan.cut(inputs.C, block, time)[..., None, :])
+            # y = C h + D u, one (1, S) x (S, D) product per step, direction and image
             out = _rows(outputs[time][..., None, :])
             torch.baddbmm(_rows((u_t * scan.D)[..., None, :]), readout, _rows(states), out=out)
             state = states[-1].clone()
@@ -209,38 +160,26 @@ def selective_scan(
     return y, saved
 
 
-def selective_scan_backward(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    saved: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states.
+def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states.
 
     With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
     """
-    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, least_steps=CHUNK)
+    scan = _Scan(inputs, least_steps=CHUNK)
+    u, delta, _, B, C, _, _, _, delta_softplus, order = inputs
     directions = len(u)
     grad_u, grad_delta, grad_B, grad_C = (t.new_empty(t.shape) for t in (u, delta, B, C))
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)
-    for block in scan.blocks():
+    for block in scan.blocks:
         carry = scan.zero_state(block)
-        grad_exponent = torch.zeros_like(carry)  # times delta: each picture's share of the gradient of A
+        grad_exponent = torch.zeros_like(carry)  # times delta: each image's share of the gradient of A
         grad_y = grad[block].to(scan.dtype) / directions
-        # (pictures, L, D) -> (K, pictures, L, D) in scan order
+        # (images, L, D) -> (K, images, L, D) in scan order
         grad_y = grad_y.expand(directions, -1, -1, -1) if order is None else grad_y[:, order].transpose(0, 1)
-        for chunk, time in reversed(list(enumerate(scan.times()))):
+        for chunk, time in reversed(list(enumerate(scan.times))):
             start = saved[:, block, chunk]
             u_t, B_t, C_t = (scan.cut(t, block, time) for t in (u, B, C))
-            raw_delta = scan.raw_delta(block, time)
-            delta_t = scan.step_size(raw_delta)
+            delta_t, raw_delta = scan.step_size(block, time)
             y_t = grad_y[:, :, time].permute(2, 0, 1, 3)
             decay, states = scan.recur(start, delta_t, u_t, B_t, time)
 
@@ -275,17 +214,13 @@ def selective_scan_backward(
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D[:, 0].contiguous(), grad_bias[:, 0].contiguous()
 
 
-def _gather_conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gather_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> Tensors:
     """The depthwise convolution before its SiLU, with its input, weight and bias as the convolution takes them.
 
-    The input holds every direction's sequence side by side, (B, K * D, taps - 1 + L, 1) with channels innermost
-    in memory, which is the layout that depthwise kernels are fastest in.
+    The input is (B, K * D, taps - 1 + L, 1), channels innermost in memory: depthwise kernels are fastest in it.
     """
-    directions, channels, taps = weight.shape
-    batch, length, _ = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
+    dtype = state_dtype(x.dtype)
     steps = torch.arange(length, device=x.device).expand(directions, -1) if order is None else order
     steps = F.pad(steps, (taps - 1, 0), value=length)  # the token after the last one is the zero padding
     x = F.pad(x.to(dtype), (0, 0, 0, 1)).index_select(1, steps.t().flatten())
@@ -304,26 +239,17 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 def causal_conv_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """Gradients of x, weight and bias, given that of the output (K, B, L, D); the pre-activation is recomputed."""
     directions, channels, taps = weight.shape
     before, padded, conv_weight, conv_bias = _gather_conv(x, weight, bias, order)
     grad = grad.to(before.dtype).permute(1, 2, 0, 3).reshape(*x.shape[:2], 1, directions * channels)
     grad = grad.permute(0, 3, 1, 2)
-    slope = torch.sigmoid(before)
+    slope, groups = torch.sigmoid(before), len(conv_bias)
     grad = grad * slope * (1 + before * (1 - slope))  # derivative of SiLU
+    strides = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "output_padding": [0, 0]}
     grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        padded,
-        conv_weight,
-        [len(conv_bias)],
-        stride=[1, 1],
-        padding=[0, 0],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=len(conv_bias),
-        output_mask=[True, True, True],
+        grad, padded, conv_weight, [groups], transposed=False, groups=groups, output_mask=[True] * 3, **strides
     )
     # (B, K * D, taps - 1 + L, 1) -> (L, K, B, D): every direction's gradient at every step
     grad_steps = grad_padded[:, :, taps - 1 :, 0].permute(2, 1, 0).unflatten(1, (directions, channels)).transpose(2, 3)

@@ -12,35 +12,19 @@ from typing import Any
 import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
-from arm_zoo.scan import triton
-from arm_zoo.scan.reference import aligned, inner, project
-from arm_zoo.scan.triton import (
-    CHUNK,
-    causal_conv,
-    causal_conv_backward,
-    check_length,
-    gate_backward,
-    merge,
-    sequences_for,
-    state_dtype,
-    sum_up,
-)
+from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
+from arm_zoo.scan.triton import causal_conv, causal_conv_backward, gate_backward
+from arm_zoo.scan.triton import scan as triton_scan
+from arm_zoo.scan.triton.common import check_length
+from arm_zoo.scan.triton.merge import merge, sequences_for
 
-__all__ = [
-    "CHUNK",
-    "causal_conv",
-    "causal_conv_backward",
-    "gate_backward",
-    "selective_scan",
-    "selective_scan_backward",
-    "state_dtype",
-]
+__all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_scan", "selective_scan_backward"]
 
 _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a block: one warp in the forward scan, two in the backward scan
 _STATES = (4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
-_STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, pictures and steps
+_STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, images and steps
 
 
 class _Stream:
@@ -72,9 +56,10 @@ def _kernel(device: int, pass_name: str, **macros: int) -> Any:
     return Program(code, "c++", options).compile("cubin").get_kernel(f"scan_{pass_name}")
 
 
-def _fits(d_state: int, u: torch.Tensor, *others: torch.Tensor) -> bool:
+def _fits(scan: ScanInputs, *others: torch.Tensor) -> bool:
     """Whether the CUDA kernels take these: some numbers of states, and one type."""
-    return d_state in _STATES and all(t.dtype == u.dtype for t in others) and u.numel() > 0
+    sequences = (scan.delta, scan.B, scan.C, *others)
+    return scan.A.shape[-1] in _STATES and all(t.dtype == scan.u.dtype for t in sequences) and scan.u.numel() > 0
 
 
 def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
@@ -97,44 +82,34 @@ def _projection(delta: torch.Tensor, weight: torch.Tensor | None, dtype: torch.d
     piece = next((piece for piece in (16, 8, 4) if not any(number % piece for number in numbers)), 0)
     fits = dtype != torch.float32 and delta.dtype == dtype and delta.stride(-1) == 1 and rank <= 128
     if weight is None or not fits or not piece:
-        return {"RANK": 0, "PICTURES": 1}
-    return {"RANK": rank, "PIECE": piece, "PICTURES": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
+        return {"RANK": 0, "IMAGES": 1}
+    return {"RANK": rank, "PIECE": piece, "IMAGES": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
 
 
 def _launch(
     pass_name: str,
-    sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    A: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
+    scan: ScanInputs,
     others: tuple[torch.Tensor | None, ...],
-    pictures: int,
+    images: int,
     threads: int,
     **macros: int,
 ) -> None:
-    """Start a kernel on the current stream: `sequences` are u, delta, B and C with channels or states side by side.
+    """Start a kernel on the current stream; the scan's sequences have channels or states side by side.
 
-    A block of so many threads takes so many pictures, _CHANNELS of their channels.
+    A block of so many threads takes so many images, _CHANNELS of their channels.
     """
-    u, delta, B, C = sequences
+    u, delta, A, B, C, D, delta_bias, *_ = scan
     directions, batch, length, channels = u.shape
-    kernel = _kernel(
-        u.device.index,
-        pass_name,
-        DTYPE=_DTYPES[u.dtype],
-        S=A.shape[-1],
-        CHUNK=CHUNK,
-        CHANNELS=channels,
-        HAS_BIAS=int(delta_bias is not None),
-        **macros,
-    )
+    macros |= {"DTYPE": _DTYPES[u.dtype], "S": A.shape[-1], "CHUNK": CHUNK, "CHANNELS": channels}
+    macros |= {"HAS_BIAS": int(delta_bias is not None), "SOFTPLUS": int(scan.delta_softplus)}
+    kernel = _kernel(u.device.index, pass_name, **macros)
     rates, skip = aligned(A.float().transpose(1, 2)), aligned(D.float())
     bias = None if delta_bias is None else aligned(delta_bias.float())
     tensors = (u, delta, rates, B, C, skip, bias, *others)
     Device(u.device.index).set_current()  # autograd's threads begin without one
     launch(
         _stream(u.device.index, torch.cuda.current_stream(u.device).cuda_stream),
-        _config(grid=-(-channels // _CHANNELS) * directions * -(-batch // pictures), block=threads),
+        _config(grid=-(-channels // _CHANNELS) * directions * -(-batch // images), block=threads),
         kernel,
         *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *(ctypes.c_int32(size) for size in (directions, batch, length)),
@@ -144,90 +119,40 @@ def _launch(
 
 
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_weight: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    save_states: bool,
-    gate: torch.Tensor | None,
-    kept: torch.Tensor | None = None,
+    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
-    directions, batch, length, channels = u.shape
-    d_state = A.shape[-1]
-    projection = _projection(delta, delta_weight, u.dtype)
+    directions, _, length, channels = scan.u.shape
+    projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
     if not projection["RANK"]:
-        delta, delta_weight = project(delta, delta_weight), None
-    if not _fits(d_state, u, delta, B, C):
-        inputs = (u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, order)
-        return triton.selective_scan(*inputs, save_states, gate, kept)
+        scan = scan.with_whole_steps()
+    if not _fits(scan):
+        return triton_scan.selective_scan(scan, save_states, gate, kept)
     check_length(length, channels)
-    u = _rows(u)
-    delta, weight = (_rows(delta), None) if delta_weight is None else (delta, aligned(delta_weight.to(u.dtype)))
-    B, C = inner(B), inner(C)
+    u, weight, order = _rows(scan.u), scan.delta_weight, scan.order
+    delta, weight = (_rows(scan.delta), None) if weight is None else (scan.delta, aligned(weight.to(u.dtype)))
     y, kept = sequences_for(u, order, kept)
-    chunks = -(-length // CHUNK) if save_states else 0
-    states = u.new_empty(directions, batch, chunks, d_state, channels, dtype=state_dtype(u.dtype))
+    states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
     _launch(
         "forward",
-        (u, delta, B, C),
-        A,
-        D,
-        delta_bias,
+        scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C)),
         (weight, y, states),
-        projection["PICTURES"],
-        32 * projection["PICTURES"],
+        projection["IMAGES"],
+        32 * projection["IMAGES"],
         VEC=int(_pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))),
-        SOFTPLUS=int(delta_softplus),
         SAVE=int(save_states),
         **projection,
     )
     return merge(y, order, 1 / directions, gate, kept=kept), states
 
 
-def selective_scan_backward(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    saved: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states."""
-    directions, batch, length, channels = u.shape
-    d_state = A.shape[-1]
-    if not _fits(d_state, u, delta, B, C, grad):
-        inputs = (u, delta, A, B, C, D, delta_bias, delta_softplus, order, saved)
-        return triton.selective_scan_backward(grad, *inputs)
-    u, delta = _rows(u), _rows(delta)
-    B, C = inner(B), inner(C)
-    grad = grad.contiguous()
-    grad_u, grad_delta = (t.new_empty(t.shape) for t in (u, delta))
-    blocks = -(-channels // _CHANNELS)
-    shares = A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=state_dtype(u.dtype))
-    grad_A = A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
-    grad_D, grad_bias = (grad_A.new_empty(directions, batch, channels) for _ in range(2))
-    _launch(
-        "backward",
-        (u, delta, B, C),
-        A,
-        D,
-        delta_bias,
-        (grad, order, saved, grad_u, grad_delta, shares, grad_A, grad_D, grad_bias),
-        1,
-        _CHANNELS,
-        SOFTPLUS=int(delta_softplus),
-        HAS_ORDER=int(order is not None),
-    )
-    return grad_u, grad_delta, *sum_up(grad_A, grad_D, grad_bias, shares, B, C)
+def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
+    if not _fits(scan, grad):
+        return triton_scan.selective_scan_backward(grad, scan, saved)
+    scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
+    grad, order = grad.contiguous(), scan.order
+    gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
+    others = (grad, order, saved, *gradients)
+    _launch("backward", scan, others, 1, _CHANNELS, HAS_ORDER=int(order is not None))
+    return triton_scan.sum_up(scan, gradients)

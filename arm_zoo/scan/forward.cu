@@ -1,15 +1,15 @@
 // The forward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/scan/cuda.py has the host's side.
 //
-// One warp is one program: one sequence (direction k, picture b) and 64 channels, two a lane, with the rates and states
+// One warp is one program: one sequence (direction k, image b) and 64 channels, two a lane, with the rates and states
 // of all S states in registers. B and C of a chunk of steps stand in shared memory as float32, where every lane reads
 // the same four at a time; u and delta are loaded a group of steps ahead. The exponentials of the decays bound it: one
 // special function a state and step, so softplus, which would need two more, takes one and a polynomial.
 //
 // Step sizes of low rank become whole here, a chunk at a time on the tensor cores: written and read in memory they would
-// cost more than the scan's own inputs. Warps, one a picture, then share a block and its part of the weight.
+// cost more than the scan's own inputs. Warps, one an image, then share a block and its part of the weight.
 //
 // Macros: those of common.cuh; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
-// SAVE 1 to store the states before every chunk for the backward scan; PICTURES of a block; RANK of the step sizes, 0 if
+// SAVE 1 to store the states before every chunk for the backward scan; IMAGES of a block; RANK of the step sizes, 0 if
 // they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
 
 #define GROUP 4  // steps whose inputs are in flight
@@ -85,8 +85,8 @@ __device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) 
 #define WIDTH ((RANK + 15) / 16 * 16 + 8)  // of rows in shared memory: whole tiles, and no bank conflicts
 struct Shared {
     T weight[64][WIDTH];
-    T rows[PICTURES][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
-    Pair sizes[PICTURES][CHUNK][36];
+    T rows[IMAGES][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
+    Pair sizes[IMAGES][CHUNK][36];
 };
 
 __device__ __forceinline__ void copy_async(T *shared, const T *from) {
@@ -135,21 +135,21 @@ __device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(32 * PICTURES, 16 / PICTURES) scan_forward(
+extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
     const T *__restrict__ weight, T *__restrict__ y, T *__restrict__ states, int directions, int batch, int length,
     i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
-    __shared__ __align__(16) float all_BC[PICTURES][CHUNK][2 * S];
+    __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float(*BC)[2 * S] = all_BC[warp];
     constexpr int BLOCKS = (CHANNELS + 63) / 64;
     const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
-    const int k = rest % directions;  // the directions of a picture follow each other
-    const int b = rest / directions * PICTURES + warp;
+    const int k = rest % directions;  // the directions of an image follow each other
+    const int b = rest / directions * IMAGES + warp;
 #if RANK
     __shared__ __align__(16) Shared sh;
-    for (int c = warp; c < 64; c += PICTURES) {
+    for (int c = warp; c < 64; c += IMAGES) {
         const T *row = weight + ((i64)k * CHANNELS + min(block * 64 + c, CHANNELS - 1)) * RANK;
         for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&sh.weight[c][r] = r < RANK ? two(row + r) : 0;
     }

@@ -13,12 +13,7 @@ import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from torch.nn import functional as F
 
-from arm_zoo.scan.chunked import state_dtype
-from arm_zoo.scan.reference import project
-
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
-
-CHUNK = None  # steps between saved states
+from arm_zoo.scan.layout import ScanInputs, Tensors, empty_states, state_dtype
 
 
 def _channels_first(sequences: torch.Tensor) -> torch.Tensor:
@@ -54,7 +49,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 def causal_conv_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """Gradients of x, weight and bias, given that of the output (K, B, L, D)."""
     sequences = _channels_first(_to_sequences(x, order, len(weight)))
     grad_sequences, grad_weight, grad_bias, _ = causal_conv1d_bwd_function(
@@ -64,16 +59,9 @@ def causal_conv_backward(
     return grad_x, grad_weight.view_as(weight).to(weight.dtype), grad_bias.view_as(bias).to(bias.dtype)
 
 
-def _arguments(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-) -> list[Any]:
+def _arguments(scan: ScanInputs) -> list[Any]:
     """What the extension takes between u and the switches, the gate left out."""
+    u, delta, A, B, C, D, delta_bias, *_ = scan
     B, C = (t.to(u.dtype).permute(1, 0, 3, 2).contiguous() for t in (B, C))  # (B, K, S, L)
     bias = None if delta_bias is None else delta_bias.flatten().float()
     rates, skip = A.flatten(0, 1).float(), D.flatten().float()
@@ -81,52 +69,28 @@ def _arguments(
 
 
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_weight: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    save_states: bool,
-    gate: torch.Tensor | None,
+    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and no saved states."""
-    delta = project(delta, delta_weight)
-    directions, batch, length, channels = u.shape
+    u, (directions, _, length, _) = scan.u, scan.u.shape
     if length == 1:
         raise ValueError("mamba-ssm computes sequences of one step wrongly; use set_scan_backend('auto')")
-    out, *_ = selective_scan_cuda.fwd(*_arguments(u, delta, A, B, C, D, delta_bias), delta_softplus)
-    y = _to_tokens(_channels_last(out, directions).float(), order).div(directions).to(u.dtype)
-    nothing = u.new_empty(directions, batch, 0, A.shape[-1], channels, dtype=state_dtype(u.dtype))
+    out, *_ = selective_scan_cuda.fwd(*_arguments(scan.with_whole_steps()), scan.delta_softplus)
+    y = _to_tokens(_channels_last(out, directions).float(), scan.order).div(directions).to(u.dtype)
+    nothing = empty_states(u, scan.A, state_dtype(u.dtype), save=False)
     return y if gate is None else y * F.silu(gate), nothing
 
 
-def selective_scan_backward(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    saved: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of u, delta, A, B, C, D and delta_bias, given that of the output (B, L, D)."""
-    directions = len(u)
-    arguments = _arguments(u, delta, A, B, C, D, delta_bias)
-    _, states, *_ = selective_scan_cuda.fwd(*arguments, delta_softplus)
-    grad_y = _channels_first(_to_sequences(grad / directions, order, directions))
+def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given that of the output (B, L, D)."""
+    directions, D = len(scan.u), scan.D
+    arguments = _arguments(scan)
+    _, states, *_ = selective_scan_cuda.fwd(*arguments, scan.delta_softplus)
+    grad_y = _channels_first(_to_sequences(grad / directions, scan.order, directions))
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, *_ = selective_scan_cuda.bwd(
-        *arguments, grad_y, states, None, None, delta_softplus, False
+        *arguments, grad_y, states, None, None, scan.delta_softplus, False
     )
     grad_u, grad_delta = (_channels_last(t, directions) for t in (grad_u, grad_delta))
     grad_B, grad_C = (t.permute(1, 0, 3, 2).contiguous() for t in (grad_B, grad_C))
     grad_bias = torch.zeros_like(D) if grad_bias is None else grad_bias.view_as(D)
-    return grad_u, grad_delta, grad_A.view_as(A), grad_B, grad_C, grad_D.view_as(D), grad_bias
+    return grad_u, grad_delta, grad_A.view_as(scan.A), grad_B, grad_C, grad_D.view_as(D), grad_bias

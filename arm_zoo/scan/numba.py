@@ -16,10 +16,10 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch.nn import functional as F
 
-from arm_zoo.scan.chunked import CHUNK, causal_conv, causal_conv_backward, selective_scan_backward, state_dtype
-from arm_zoo.scan.reference import inner, project
+from arm_zoo.scan.chunked import causal_conv, causal_conv_backward, selective_scan_backward
+from arm_zoo.scan.layout import CHUNK, ScanInputs, empty_states, inner
 
-__all__ = ["CHUNK", "causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward", "state_dtype"]
+__all__ = ["causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
 _BLOCK = 128  # channels whose states and rates, 16 KB for 16 states, stay in the first-level cache
 _CONTRACT = {"contract"}  # products may be fused into sums; nothing is reordered, NaN and infinity keep their meaning
@@ -74,9 +74,9 @@ def _softplus(x):
 def _scan_blocks(
     first, last, u, u_steps, delta, delta_steps, A, B, B_steps, C, C_steps, D, bias, softplus, order, y, saved
 ):  # fmt: skip
-    """Blocks first to last - 1 of (picture, channels), all directions one after the other.
+    """Blocks first to last - 1 of (image, channels), all directions one after the other.
 
-    u, delta, B and C are flat memory with the distances (directions, pictures, time) between their rows.
+    u, delta, B and C are flat memory with the distances (directions, images, time) between their rows.
     """
     directions, d_state, channels = A.shape
     length = y.shape[1]
@@ -136,25 +136,15 @@ def _copy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_weight: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-    save_states: bool,
-    gate: torch.Tensor | None,
+    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
-    delta, A, B, C, D = (t.to(u.dtype) for t in (project(delta, delta_weight), A, B, C, D))
+    u, *others = scan.with_whole_steps()[:6]
+    delta, A, B, C, D = (t.to(u.dtype) for t in others)
     directions, batch, length, channels = u.shape
+    delta_bias, order = scan.delta_bias, scan.order
     y = u.new_zeros(batch, length, channels)
-    chunks = math.ceil(length / CHUNK) if save_states else 0
-    saved = u.new_empty(directions, batch, chunks, A.shape[-1], channels)
+    saved = empty_states(u, A, u.dtype, save=save_states)
     if y.numel() == 0:
         return y, saved
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias.to(u.dtype)
@@ -165,7 +155,7 @@ def selective_scan(
         )
     arguments = (
         *_memory(u), *_memory(delta), (A.detach() * _LOG2E).transpose(1, 2).contiguous().numpy(),
-        *_memory(B), *_memory(C), _copy(D), _copy(bias), delta_softplus, _copy(steps), y.numpy(), saved.numpy(),
+        *_memory(B), *_memory(C), _copy(D), _copy(bias), scan.delta_softplus, _copy(steps), y.numpy(), saved.numpy(),
     )  # fmt: skip
     blocks = batch * math.ceil(channels / _BLOCK)
     threads = max(1, min(torch.get_num_threads(), blocks))

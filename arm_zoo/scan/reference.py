@@ -3,15 +3,13 @@
 import torch
 from torch.nn import functional as F
 
-__all__ = ["aligned", "causal_conv_reference", "inner", "project", "selective_scan_reference"]
+from arm_zoo.scan.layout import ScanInputs, state_dtype
 
 
-def causal_conv_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> torch.Tensor:
+def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """See `arm_zoo.scan.causal_conv`; every tap is one shifted product."""
     directions, length, taps = weight.shape[0], x.shape[1], weight.shape[2]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = state_dtype(x.dtype)
     x, weight, bias, in_dtype = x.to(dtype), weight.to(dtype), bias.to(dtype), x.dtype
     out = []
     for k in range(directions):
@@ -21,49 +19,14 @@ def causal_conv_reference(
     return F.silu(torch.stack(out)).to(in_dtype)
 
 
-def inner(sequence: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy, with its last axis side by side and offsets of steps that fit 32 bits."""
-    near = sequence.shape[-2] * sequence.stride(-2) < 2**31
-    return sequence if sequence.stride(-1) == 1 and near else sequence.contiguous()
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy, side by side in memory and where several numbers can be read at once."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def project(sequences: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """(K, B, L, N) times the transpose of each direction's weight (K, M, N) -> (K, B, L, M); the same without one."""
-    if weight is None:
-        return sequences
-    # one batched product over the directions; B * L rows merge without a copy
-    product = torch.bmm(sequences.flatten(1, 2), weight.to(sequences.dtype).transpose(1, 2))
-    return product.unflatten(1, sequences.shape[1:3])
-
-
-def selective_scan_reference(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    order: torch.Tensor | None,
-) -> torch.Tensor:
-    """See `arm_zoo.scan.selective_scan`, before the gate; one step of the recurrence at a time.
-
-    Returns:
-        (batch, length, channels) mean over the directions in token order, in the dtype of u.
-    """
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    in_dtype = u.dtype
-    u, delta, A, B, C, D = (t.to(dtype) for t in (u, delta, A, B, C, D))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)[:, None, None]
-    if delta_softplus:
+def selective_scan(scan: ScanInputs) -> torch.Tensor:
+    """See `arm_zoo.scan.selective_scan`, before the gate; one step of the recurrence at a time."""
+    scan = scan.with_whole_steps()
+    dtype = state_dtype(scan.u.dtype)
+    u, delta, A, B, C, D = (t.to(dtype) for t in scan[:6])
+    if scan.delta_bias is not None:
+        delta = delta + scan.delta_bias.to(dtype)[:, None, None]
+    if scan.delta_softplus:
         delta = F.softplus(delta)
     directions, batch, length, channels = u.shape
     state = u.new_zeros(directions, batch, channels, A.shape[-1])
@@ -73,7 +36,6 @@ def selective_scan_reference(
         state = decay * state + (delta[:, :, t] * u[:, :, t])[..., None] * B[:, :, t, None]
         steps.append((state * C[:, :, t, None]).sum(-1) + D[:, None] * u[:, :, t])
     y = torch.stack(steps, dim=2)  # (K, B, L, D) in scan order
-    if order is not None:
-        inverse = order.argsort(dim=1)
-        y = torch.stack([y[k, :, inverse[k]] for k in range(directions)])
-    return y.mean(0).to(in_dtype)
+    if scan.order is not None:
+        y = torch.stack([y[k, :, inverse] for k, inverse in enumerate(scan.order.argsort(dim=1))])
+    return y.mean(0).to(scan.u.dtype)

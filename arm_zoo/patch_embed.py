@@ -1,105 +1,13 @@
-"""Layers of the blocks and of the patch embedding that timm does not have in the form needed here."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Images to tokens."""
 
 import torch
 from timm.layers import lecun_normal_, resample_patch_embed, to_2tuple
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
-from arm_zoo.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer
-
-__all__ = ["PatchEmbed", "SwiGLU", "check_positive", "fill", "nearest_multiple", "run_linear", "zero_bias"]
-
-_ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
-_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-def check_positive(model: str, sizes: Mapping[str, Any]) -> None:
-    """Refuse sizes below 1, alone or in a pair; None stands for a default."""
-    for name, size in sizes.items():
-        if size is not None and min(to_2tuple(size)) < 1:
-            raise ValueError(f"{model}: {name} must be at least 1, got {size}")
-
-
-def nearest_multiple(size: int, unit: int) -> int:
-    """The multiple of `unit` nearest to `size`, at least one unit."""
-    return max(1, (2 * size + unit) // (2 * unit)) * unit
-
-
-def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
-    """Set a layer's bias, if it has one, to zero."""
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy values into a parameter of the same shape, of which this process may hold a part (FSDP2 and its like)."""
-    values = values.to(parameter.dtype)
-    if not is_plain(parameter):
-        from torch.distributed.tensor import DTensor, distribute_tensor  # takes long to import
-
-        if isinstance(parameter, DTensor):
-            values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
-    with torch.no_grad():
-        parameter.copy_(values)
-
-
-def run_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)`, where an `nn.Linear` runs as a 1x1 convolution if that is the faster code for the same sums.
-
-    In float32 on the CPU PyTorch sends matrix products to MKL, which holds back on other makers' processors, and
-    convolutions to oneDNN, which uses the widest vectors of all of them: 1.5 to 2 times faster on a Zen 5.
-    """
-    eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-    if not (_ONEDNN and eager and is_plain(x) and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()):
-        return layer(x)
-    if not is_plain_layer(layer, nn.Linear) or _has_any_global_hook():
-        return layer(x)
-    rows = x.reshape(1, -1, 1, layer.in_features).permute(0, 3, 1, 2)  # channels innermost in memory
-    rows = F.conv2d(rows, layer.weight[:, :, None, None], layer.bias)
-    return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], layer.out_features)
-
-
-class SwiGLU(nn.Module):
-    """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
-
-    def __init__(
-        self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            gate, value = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * value)
-        if is_plain(x) and x.is_cuda and is_plain_layer(self.fc1, nn.Linear) and self.fc1.bias is not None:
-            if is_plain_layer(self.fc2, nn.Linear) and self.fc2.in_features % _ALIGNMENT:
-                return self._forward_padded(x, -self.fc2.in_features % _ALIGNMENT)
-            if gates_in_kernel(x, self.fc1.weight, self.fc1.bias):
-                return self.fc2(gated_linear(x, self.fc1.weight, self.fc1.bias))
-        gate, value = run_linear(self.fc1, x).chunk(2, dim=-1)
-        return run_linear(self.fc2, F.silu(gate) * value)
-
-    def _forward_padded(self, x: torch.Tensor, missing: int) -> torch.Tensor:
-        """The same with more hidden channels, all zero.
-
-        Rows whose bytes are no multiple of 16 keep matrix products off the fast kernels: ARM-L has 2730 channels.
-        """
-        halves = (2, self.fc2.in_features)
-        weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
-        bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()
-        if gates_in_kernel(x, weight, bias):
-            hidden = gated_linear(x, weight, bias)
-        else:
-            gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-            hidden = F.silu(gate) * value
-        return F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
+from arm_zoo.fused import is_plain, is_plain_layer
+from arm_zoo.init import zero_bias
 
 
 @torch.fx.wrap  # sizes of images are not known while a model is traced
@@ -133,15 +41,8 @@ def _run_patch_conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def _check_images(
-    x: torch.Tensor,
-    channels: int,
-    size: tuple[int, int] | None,
-    patch_size: tuple[int, int],
-    patch_stride: tuple[int, int],
-    factory: str,
-) -> None:
-    """Refuse images of other channels, of another size than `size` if there is one, or not tiled by the patches."""
+def _check_images(x: torch.Tensor, channels: int, size: tuple[int, int] | None, factory: str) -> None:
+    """Refuse images of other channels, or of another size than `size` if there is one."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
             f"expected images (batch, {channels}, height, width), got {tuple(x.shape)}; "
@@ -153,15 +54,11 @@ def _check_images(
             f"expected images of {size[0]}x{size[1]}, got {x.shape[2]}x{x.shape[3]}; "
             f"for another size use {factory}(..., img_size=...){changes}"
         )
-    _grid_size((x.shape[2], x.shape[3]), patch_size, patch_stride)
 
 
 @register_notrace_module
 class PatchEmbed(nn.Module):
-    """Image to patch tokens, row by row; patches overlap where the stride is smaller than the patch.
-
-    timm's own has no stride.
-    """
+    """Image to patch tokens, row by row, overlapping where the stride, which timm's own lacks, is below the patch."""
 
     img_size: tuple[int, int]
     grid_size: tuple[int, int]
@@ -181,8 +78,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
         self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
-        self.in_chans = in_chans
-        self.strict_img_size = strict_img_size
+        self.in_chans, self.strict_img_size = in_chans, strict_img_size
         self.factory = factory  # what makes the model, for messages
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
@@ -222,17 +118,13 @@ class PatchEmbed(nn.Module):
         return max(self.patch_stride) if as_scalar else self.patch_stride
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Grid (rows, columns) of an image size.
-
-        Raises:
-            ValueError: if patch and stride do not tile the image.
-        """
+        """Grid (rows, columns) of an image size; a ValueError where patch and stride do not tile it."""
         return _grid_size(img_size, self.patch_size, self.patch_stride)
 
     def check_input(self, x: torch.Tensor) -> None:
-        """Refuse images of other channels or another size than the model is for."""
-        size = self.img_size if self.strict_img_size else None
-        _check_images(x, self.in_chans, size, self.patch_size, self.patch_stride, self.factory)
+        """Refuse images of other channels or another size than the model is for, or that patches do not tile."""
+        _check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.factory)
+        self.dynamic_feat_size((x.shape[2], x.shape[3]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, N, dim) tokens."""

@@ -1,0 +1,47 @@
+"""The feed-forward part of a block."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from arm_zoo.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
+
+_ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
+
+
+class SwiGLU(nn.Module):
+    """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
+
+    def __init__(
+        self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            gate, value = self.fc1(x).chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value)
+        if is_plain(x) and x.is_cuda and is_plain_layer(self.fc1, nn.Linear) and self.fc1.bias is not None:
+            if is_plain_layer(self.fc2, nn.Linear) and self.fc2.in_features % _ALIGNMENT:
+                return self._forward_padded(x, -self.fc2.in_features % _ALIGNMENT)
+            if gates_in_kernel(x, self.fc1.weight, self.fc1.bias):
+                return self.fc2(gated_linear(x, self.fc1.weight, self.fc1.bias))
+        gate, value = run_linear(self.fc1, x).chunk(2, dim=-1)
+        return run_linear(self.fc2, F.silu(gate) * value)
+
+    def _forward_padded(self, x: torch.Tensor, missing: int) -> torch.Tensor:
+        """The same with more hidden channels, all zero.
+
+        Rows whose bytes are no multiple of 16 keep matrix products off the fast kernels: ARM-L has 2730 channels.
+        """
+        halves = (2, self.fc2.in_features)
+        weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
+        bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()
+        if gates_in_kernel(x, weight, bias):
+            hidden = gated_linear(x, weight, bias)
+        else:
+            gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        return F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)

@@ -1,0 +1,210 @@
+"""The public operations: they check their inputs, choose the backend, and call its operators."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional as F
+
+from arm_zoo.scan import operators, reference
+from arm_zoo.scan.backends import BACKENDS, resolve_backend
+from arm_zoo.scan.layout import ScanInputs, project
+
+_SINGULAR = {"length": "step", "d_state": "state"}
+_Shaped = Mapping[str, tuple[torch.Tensor | None, tuple[int, ...]]]
+
+
+def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> None:
+    needed = next(axis for axis in axes if axis in _SINGULAR)
+    if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index(needed)] == 0:
+        raise ValueError(
+            f"{operation}: {name} must hold floating-point numbers ({', '.join(axes)}) of at least one "
+            f"{_SINGULAR[needed]}, got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+
+
+def _check(operation: str, name: str, first: torch.Tensor, others: _Shaped) -> None:
+    """Compiled kernels do not look: what is missing, or on another device, would be read from whatever lies there."""
+    for other, (tensor, shape) in others.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{operation}: {other} is {tuple(tensor.shape)}, {name} {tuple(first.shape)} needs {shape}"
+            )
+        if tensor is not None and tensor.device != first.device:
+            advice = "move one of them"
+            if tensor.is_meta:
+                advice = "load the weights, and fill tables by the model's init_non_persistent_buffers()"
+            raise ValueError(f"{operation}: {other} is on {tensor.device}, {name} on {first.device}; {advice}")
+
+
+def _table(order: torch.Tensor | None) -> torch.Tensor | None:
+    """Kernels read a table of orders as it lies in memory: direction by direction, in 64 bits."""
+    return None if order is None else order.to(torch.int64).contiguous()
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of these, or of a model that torch.jit.trace makes may."""
+    if torch.jit.is_tracing():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    if backend == "reference":
+        return reference.causal_conv(x, weight, bias, order)
+    return torch.ops.arm_zoo.causal_conv(x, weight, bias, order, backend)
+
+
+def _scan(scan: ScanInputs, z: torch.Tensor | None, backend: str) -> torch.Tensor:
+    if backend == "reference":
+        y = reference.selective_scan(scan)
+    else:
+        save_states = needs_gradient(*scan[:8])
+        # training applies the gate outside, where autograd and the compiler see it
+        inside = z is not None and z.dtype == scan.u.dtype and not (save_states or needs_gradient(z))
+        y = torch.ops.arm_zoo.selective_scan(*scan, save_states, z if inside else None, backend)[0]
+        z = None if inside else z
+    return y if z is None else (y * F.silu(z)).to(scan.u.dtype)
+
+
+@torch.jit.ignore
+def causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Depthwise causal convolution along every direction's order, then SiLU.
+
+    Args:
+        x: (batch, length, channels) tokens.
+        weight: (directions, channels, taps); the last tap multiplies the current step.
+        bias: (directions, channels).
+        order: (directions, length) table of `arm_zoo.order`, every token once in each direction, which is not checked;
+            None scans the tokens as they are stored.
+
+    Returns:
+        (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
+
+    Raises:
+        ValueError: for tensors whose shapes do not fit each other, or on several devices; as for all operations here.
+    """
+    _check_axes("causal_conv", "x", x, "batch", "length", "channels")
+    (_, length, channels), directions = x.shape, len(weight)
+    others = {
+        "weight": (weight, (directions, channels, weight.shape[-1])),
+        "bias": (bias, (directions, channels)),
+        "order": (order, (directions, length)),
+    }
+    _check("causal_conv", "x", x, others)
+    return _conv(x, weight, bias, _table(order), resolve_backend(x))
+
+
+@torch.jit.ignore
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = True,
+    order: torch.Tensor | None = None,
+    delta_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
+
+    Per direction and channel, from h = 0 and with d = softplus(delta + delta_bias):
+    h_t = exp(d_t A) h_{t-1} + d_t u_t B_t and y_t = C_t . h_t + D u_t. The gate is a factor per token, so gating the
+    mean equals the mean of gated directions. FLOP counters count the matrix products around the recurrence, not the
+    recurrence itself, which takes about 6 operations per direction, step, channel and state.
+
+    Args:
+        u: (directions, batch, length, channels) inputs in scan order.
+        delta: like u, the step size before its bias and softplus; with `delta_weight`, its last size is the rank.
+        A: (directions, channels, d_state), negative.
+        B, C: (directions, batch, length, d_state), shared by all channels.
+        D, delta_bias: (directions, channels).
+        z: (batch, length, channels) gate in token order; None leaves the output ungated.
+        delta_softplus: apply softplus to the step size.
+        order: as in `causal_conv`.
+        delta_weight: (directions, channels, rank); step sizes are delta times its transpose, not kept for backward.
+
+    Returns:
+        (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
+    """
+    _check_axes("selective_scan", "u", u, "directions", "batch", "length", "channels")
+    _check_axes("selective_scan", "A", A, "directions", "channels", "d_state")
+    (directions, batch, length, channels), d_state = u.shape, A.shape[-1]
+    rank = channels if delta_weight is None else delta_weight.shape[-1]
+    others = {
+        "delta": (delta, (directions, batch, length, rank)),
+        "A": (A, (directions, channels, d_state)),
+        "B": (B, (directions, batch, length, d_state)),
+        "C": (C, (directions, batch, length, d_state)),
+        "D": (D, (directions, channels)),
+        "z": (z, (batch, length, channels)),
+        "delta_bias": (delta_bias, (directions, channels)),
+        "order": (order, (directions, length)),
+        "delta_weight": (delta_weight, (directions, channels, rank)),
+    }
+    _check("selective_scan", "u", u, others)
+    scan = ScanInputs(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, _table(order))
+    return _scan(scan, z, resolve_backend(u))
+
+
+@torch.jit.ignore
+def mamba_inner(
+    xz: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    x_proj_weight: torch.Tensor,
+    dt_proj_weight: torch.Tensor,
+    dt_proj_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    order: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Everything between a Mamba mixer's projections in and out: convolution, x_proj, `selective_scan` and gate.
+
+    In training the GPU kernels do it as one operator, which keeps neither the convolved sequences nor whole step sizes
+    for the backward pass, adds up the two gradients of the scans' inputs inside a matrix product, and writes those of
+    tokens and gate side by side.
+
+    Args:
+        xz: (batch, length, 2 * channels) tokens, then their gates, as the projection in makes them.
+        conv_weight: (directions, channels, taps).
+        conv_bias, dt_proj_bias, D: (directions, channels).
+        x_proj_weight: (directions, rank + 2 * d_state, channels): step sizes of low rank, B and C, in this order.
+        dt_proj_weight: (directions, channels, rank).
+        A: (directions, channels, d_state), negative.
+        order: as in `causal_conv`.
+
+    Returns:
+        (batch, length, channels) in token order and the dtype of xz.
+    """
+    _check_axes("mamba_inner", "xz", xz, "batch", "length", "2 * channels")
+    (_, length, both), directions = xz.shape, len(conv_weight)
+    if both % 2:
+        raise ValueError(f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {both} in all")
+    _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
+    channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]
+    others = {
+        "conv_weight": (conv_weight, (directions, channels, conv_weight.shape[-1])),
+        "conv_bias": (conv_bias, (directions, channels)),
+        "x_proj_weight": (x_proj_weight, (directions, rank + 2 * d_state, channels)),
+        "dt_proj_weight": (dt_proj_weight, (directions, channels, rank)),
+        "dt_proj_bias": (dt_proj_bias, (directions, channels)),
+        "A": (A, (directions, channels, d_state)),
+        "D": (D, (directions, channels)),
+        "order": (order, (directions, length)),
+    }
+    _check("mamba_inner", "xz", xz, others)
+    backend, order = resolve_backend(xz), _table(order)
+    inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
+    if BACKENDS[backend].own_kernels and needs_gradient(*inputs):
+        return torch.ops.arm_zoo.mamba_inner(*inputs, order, backend)[0]
+    x, z = xz.chunk(2, dim=-1)
+    u = _conv(x, conv_weight, conv_bias, order, backend)  # (B, L, D) -> (K, B, L, D)
+    delta, B, C = operators.split(project(u, x_proj_weight), rank)
+    return _scan(ScanInputs(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order), z, backend)

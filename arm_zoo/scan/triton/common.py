@@ -1,0 +1,40 @@
+"""What several kernels use."""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK_CHANNELS = 128  # of a program of the convolution and of the merge
+_MOST_SEQUENCES = 65_535  # of one launch: the limit of a grid's second and third axis
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+def processors(x: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; the interpreter's is one."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def check_length(length: int, channels: int) -> None:
+    """Raises ValueError for sequences too long for offsets of 32 bits.
+
+    Those are not only into the sequence: the states that are saved of 64 have up to four times as many numbers, and
+    gradients of B and C lie 128 numbers a step apart.
+    """
+    if length * max(4 * channels, 128) >= 2**31:
+        raise ValueError(
+            f"the GPU kernels take sequences of less than 2**29 numbers and 2**24 steps, got {length:,} steps of "
+            f"{channels:,} channels; use set_scan_backend('torch')"
+        )
+
+
+def check_number(directions: int, batch: int) -> None:
+    if directions * batch > _MOST_SEQUENCES:
+        raise ValueError(
+            f"the GPU kernels take up to {_MOST_SEQUENCES:,} sequences at a time, got {directions * batch:,} "
+            f"({directions} directions of {batch:,} images); use smaller batches, or set_scan_backend('torch')"
+        )

@@ -1,0 +1,301 @@
+"""The scan and its backward pass.
+
+One program scans one direction of one image for a block of channels, a single warp with two channels a thread. The
+states of a channel live in registers as separate vectors over channels, so that their sum needs no exchange between
+threads, and B_t and C_t are scalars loaded once for the block. The backward scan reads the merged gradient through the
+order tables. All sums are made in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, empty_states, inner, state_dtype
+from arm_zoo.scan.triton.common import LOG2E, check_length, check_number, sigmoid
+from arm_zoo.scan.triton.merge import merge, sequences_for
+
+_GROUP = 2  # steps whose states the backward scan holds in registers
+_REGISTERS = {} if torch.version.hip else {"maxnreg": 168}  # of the backward scan; Triton for AMD has no such option
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)) to float32 rounding, also where it is tiny: log1p(y) = y p(y) for y = exp(-|x|) in 0..1.
+
+    The polynomial p is the least relative error fit of degree 9 (5e-9); a quotient would cost a special function.
+    """
+    y = tl.exp2(-tl.abs(x) * LOG2E)
+    p = -0.0032439809
+    p = p * y + 0.0198512636
+    p = p * y - 0.0569591597
+    p = p * y + 0.1060362174
+    p = p * y - 0.1530556977
+    p = p * y + 0.1967593133
+    p = p * y - 0.2495413273
+    p = p * y + 0.3332996368
+    p = p * y - 0.4999990165
+    p = p * y + 1.0
+    return tl.maximum(x, 0.0) + y * p
+
+
+@triton.jit
+def _load_step(
+    u, delta, B, C, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+):  # fmt: skip
+    """u_t and the raw step size of the block's channels, B_t and C_t; past the end those of the last step."""
+    t = tl.minimum(t, length - 1)
+    return (
+        tl.load(u + t * u_time + d, mask=channel, other=0.0),
+        tl.load(delta + t * delta_time + d, mask=channel, other=0.0),
+        tl.load(B + t * BC_time + s, mask=state_exists, other=0.0),
+        tl.load(C + t * BC_time + s, mask=state_exists, other=0.0),
+    )
+
+
+@triton.jit
+def _step_size(delta_t, offset, SOFTPLUS: tl.constexpr):
+    """Final and raw step size."""
+    raw = delta_t.to(tl.float32) + offset
+    size = raw
+    if SOFTPLUS:
+        size = _softplus(raw)
+    return size, raw
+
+
+@triton.jit
+def _advance(state, rates, B_t, u_t, size):
+    """One step of the recurrence on a (states, channels) tile."""
+    return tl.exp2(size[None, :] * rates) * state + B_t.to(tl.float32)[:, None] * (size * u_t.to(tl.float32))[None, :]
+
+
+@triton.jit
+def _scan_kernel(
+    u, delta, A, B, C, D, bias, y, states, batch, length, channels, d_state,
+    u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time, BC_direction, BC_batch, BC_time,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
+    STATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One sequence, step by step; everything that a step reads is loaded one step ahead."""
+    sequence = tl.program_id(1).to(tl.int64)  # k * batch + b
+    k, b = sequence // batch, sequence % batch
+    d, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, STATES)
+    channel, state_exists = d < channels, s < d_state
+    both = state_exists[:, None] & channel[None, :]
+    tile = s[:, None] * channels + d[None, :]
+    u += k * u_direction + b * u_batch
+    delta += k * delta_direction + b * delta_batch
+    B += k * BC_direction + b * BC_batch
+    C += k * BC_direction + b * BC_batch
+    y += sequence * length * channels
+    chunks = tl.cdiv(length, CHUNK)
+    states += sequence * chunks * d_state * channels
+    skip = tl.load(D + k * channels + d, mask=channel, other=0.0).to(tl.float32)
+    offset = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
+    rates = tl.load(A + k * d_state * channels + tile, mask=both, other=0.0) * LOG2E
+    state = tl.zeros([STATES, BLOCK_D], tl.float32)
+    u_n, delta_n, B_n, C_n = _load_step(
+        u, delta, B, C, 0, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+    )  # fmt: skip
+    for chunk in range(chunks):
+        if SAVE:
+            tl.store(states + chunk * d_state * channels + tile, state.to(states.dtype.element_ty), mask=both)
+        for t in range(chunk * CHUNK, tl.minimum(length, chunk * CHUNK + CHUNK)):
+            u_t, delta_t, B_t, C_t = u_n, delta_n, B_n, C_n
+            u_n, delta_n, B_n, C_n = _load_step(
+                u, delta, B, C, t + 1, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+            )  # fmt: skip
+            size, _raw = _step_size(delta_t, offset, SOFTPLUS)
+            state = _advance(state, rates, B_t, u_t, size)
+            y_t = tl.sum(state * C_t.to(tl.float32)[:, None], axis=0) + skip * u_t.to(tl.float32)
+            tl.store(y + t * channels + d, y_t.to(y.dtype.element_ty), mask=channel)
+
+
+@triton.jit
+def _scan_backward_kernel(
+    u, delta, A, B, C, D, bias, grad, order, states, scratch, grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias,
+    batch, length, channels, d_state,
+    u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time, BC_direction, BC_batch, BC_time,
+    HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STATES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Chunk by chunk from the end: the states before every GROUP of steps into scratch, then the steps in reverse."""
+    block, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)  # sequence = k * batch + b
+    k, b = sequence // batch, sequence % batch
+    d, s = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, STATES)
+    channel, state_exists = d < channels, s < d_state
+    both = state_exists[:, None] & channel[None, :]
+    tile = s[:, None] * channels + d[None, :]
+    u += k * u_direction + b * u_batch
+    delta += k * delta_direction + b * delta_batch
+    B += k * BC_direction + b * BC_batch
+    C += k * BC_direction + b * BC_batch
+    grad += b * length * channels
+    grad_u += sequence * length * channels
+    grad_delta += sequence * length * channels
+    chunks = tl.cdiv(length, CHUNK)
+    states += sequence * chunks * d_state * channels
+    # every block of channels has its share of the gradients of B and C: (blocks, K * batch, length, 2 * d_state)
+    grad_BC += (block * tl.num_programs(1) + sequence) * length * 2 * d_state
+    scratch += (sequence * tl.num_programs(0) + block) * (CHUNK // GROUP) * STATES * BLOCK_D
+    scratch += s[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    skip = tl.load(D + k * channels + d, mask=channel, other=0.0).to(tl.float32)
+    offset = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
+    rates = tl.load(A + k * d_state * channels + tile, mask=both, other=0.0) * LOG2E
+    carry = tl.zeros([STATES, BLOCK_D], tl.float32)
+    grad_rates = tl.zeros([STATES, BLOCK_D], tl.float32)
+    grad_skip = tl.zeros([BLOCK_D], tl.float32)
+    grad_offset = tl.zeros([BLOCK_D], tl.float32)
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        start = chunk * CHUNK
+        groups = tl.cdiv(tl.minimum(length - start, CHUNK), GROUP)
+        state = tl.load(states + chunk * d_state * channels + tile, mask=both, other=0.0).to(tl.float32)
+        tl.store(scratch, state)
+        for group in range(1, groups):
+            for i in tl.static_range(GROUP):
+                u_t, delta_t, B_t, _C = _load_step(
+                    u, delta, B, C, start + (group - 1) * GROUP + i, d, s, length, u_time, delta_time, BC_time,
+                    channel, state_exists,
+                )  # fmt: skip
+                size, _raw = _step_size(delta_t, offset, SOFTPLUS)
+                state = _advance(state, rates, B_t, u_t, size)
+            tl.store(scratch + group * STATES * BLOCK_D, state)
+        tl.debug_barrier()  # what one thread stored in scratch another may load, and store anew in the next chunk
+        for back_group in range(groups):
+            group = groups - 1 - back_group
+            t = start + group * GROUP
+            before = (tl.load(scratch + group * STATES * BLOCK_D),)
+            steps = ()
+            for i in tl.static_range(GROUP):
+                u_t, delta_t, B_t, C_t = _load_step(
+                    u, delta, B, C, t + i, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+                )  # fmt: skip
+                token = tl.minimum(t + i, length - 1)
+                if HAS_ORDER:
+                    token = tl.load(order + k * length + token)
+                y_t = tl.load(grad + token * channels + d, mask=channel & (t + i < length), other=0.0).to(tl.float32)
+                steps = steps + ((u_t, delta_t, y_t, B_t, C_t),)
+            for i in tl.static_range(GROUP - 1):
+                size, _raw = _step_size(steps[i][1], offset, SOFTPLUS)
+                before = before + (_advance(before[i], rates, steps[i][3], steps[i][0], size),)
+            for i in tl.static_range(GROUP - 1, -1, -1):
+                u_t, B_t, C_t = steps[i][0].to(tl.float32), steps[i][3].to(tl.float32), steps[i][4].to(tl.float32)
+                exists, y_t = t + i < length, steps[i][2]
+                size, raw = _step_size(steps[i][1], offset, SOFTPLUS)
+                # a step past the end has size 0 and no gradient: it leaves everything as it is and writes nothing
+                size = tl.where(exists, size, 0.0)
+                decay = tl.exp2(size[None, :] * rates)
+                decayed = decay * before[i]
+                g = carry + C_t[:, None] * y_t[None, :]  # of the state, with what later steps send to it
+                input_t = (size * u_t)[None, :]
+                after = decayed + B_t[:, None] * input_t
+                to_B, to_C = tl.sum(g * input_t, axis=1), tl.sum(after * y_t[None, :], axis=1)
+                here = grad_BC + (t + i) * 2 * d_state + s
+                tl.store(here, to_B.to(grad_BC.dtype.element_ty), mask=state_exists & exists)
+                tl.store(here + d_state, to_C.to(grad_BC.dtype.element_ty), mask=state_exists & exists)
+                from_input = tl.sum(g * B_t[:, None], axis=0)
+                exponent = g * decayed  # gradient of size * rate
+                g_size = from_input * u_t + tl.sum(exponent * rates, axis=0) / LOG2E
+                if SOFTPLUS:
+                    g_size *= sigmoid(raw)
+                g_u, here = from_input * size + y_t * skip, (t + i) * channels + d
+                tl.store(grad_u + here, g_u.to(grad_u.dtype.element_ty), mask=channel & exists)
+                tl.store(grad_delta + here, g_size.to(grad_delta.dtype.element_ty), mask=channel & exists)
+                grad_rates += exponent * size[None, :]
+                grad_skip += y_t * u_t
+                grad_offset += tl.where(exists, g_size, 0.0)
+                carry = g * decay
+        tl.debug_barrier()
+    tl.store(grad_A + sequence * d_state * channels + tile, grad_rates, mask=both)
+    tl.store(grad_D + sequence * channels + d, grad_skip, mask=channel)
+    tl.store(grad_bias + sequence * channels + d, grad_offset, mask=channel)
+
+
+def _scan_channels(states: int, tile: int) -> int:
+    """Channels of a scan program, which is one warp, for a tile of so many states times channels."""
+    return min(max(tile // states, 32), 128)
+
+
+def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and C with states side by side in memory and equal strides otherwise; copies only if they differ."""
+    B, C = inner(B), inner(C)
+    return (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
+
+
+def _parameters(scan: ScanInputs) -> tuple[torch.Tensor | None, ...]:
+    """Rates (K, S, D), skips and biases as the kernels read them."""
+    rates = scan.A.float().transpose(1, 2).contiguous()
+    return rates, scan.D.contiguous(), None if scan.delta_bias is None else scan.delta_bias.contiguous()
+
+
+def selective_scan(
+    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `arm_zoo.scan.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
+    scan = scan.with_whole_steps()
+    directions, batch, length, channels = scan.u.shape
+    check_length(length, channels)
+    check_number(directions, batch)
+    u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
+    rates, skip, bias = _parameters(scan)
+    sequences, kept = sequences_for(u, order, kept)
+    states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
+    d_state = scan.A.shape[-1]
+    padded = triton.next_power_of_2(d_state)
+    block = _scan_channels(padded, 2048)
+    _scan_kernel[triton.cdiv(channels, block), directions * batch](
+        u, delta, rates, B, C, skip, bias, sequences, states,
+        batch, length, channels, d_state, *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
+        HAS_BIAS=bias is not None, SOFTPLUS=scan.delta_softplus, SAVE=save_states,
+        STATES=padded, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
+    )  # fmt: skip
+    return merge(sequences, order, 1 / directions, gate, kept=kept), states
+
+
+def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
+    directions, batch, length, channels = scan.u.shape
+    u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
+    rates, skip, bias = _parameters(scan)
+    grad = (grad / directions).contiguous()
+    d_state = scan.A.shape[-1]
+    padded = triton.next_power_of_2(d_state)
+    block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
+    blocks, sequences = triton.cdiv(channels, block), directions * batch
+    gradients = empty_gradients(scan, blocks)
+    scratch = rates.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
+    _scan_backward_kernel[blocks, sequences](
+        u, delta, rates, B, C, skip, bias, grad, order, saved,
+        scratch, *gradients, batch, length, channels, d_state,
+        *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
+        HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=scan.delta_softplus,
+        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
+    )  # fmt: skip
+    return sum_up(scan, gradients)
+
+
+def empty_gradients(scan: ScanInputs, blocks: int) -> Tensors:
+    """What a backward scan writes: gradients of u and delta, and the parts of the others.
+
+    Those are every block's of B and C, side by side, (blocks, K, B, L, 2 S); every image's of A (K, B, S, D), and of D
+    and delta_bias (K, B, D).
+    """
+    (directions, batch, length, channels), d_state = scan.u.shape, scan.A.shape[-1]
+    grad_u, grad_delta = (t.new_empty(t.shape) for t in (scan.u, scan.delta))
+    dtype = state_dtype(scan.u.dtype, half=True)
+    grad_BC = scan.A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=dtype)
+    grad_A = scan.A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
+    return grad_u, grad_delta, grad_BC, grad_A, *(grad_A.new_empty(directions, batch, channels) for _ in range(2))
+
+
+def sum_up(scan: ScanInputs, gradients: Tensors) -> Tensors:
+    """Gradients of u, delta, A, B, C, D and delta_bias from those of `empty_gradients`, added in a fixed order."""
+    grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias = gradients
+    grad_B, grad_C = grad_BC.sum(0, dtype=torch.float32).chunk(2, dim=-1)
+    grad_B, grad_C = grad_B.to(scan.B.dtype, copy=True), grad_C.to(scan.C.dtype, copy=True)  # not views of one tensor
+    grad_A = grad_A.sum(1).transpose(1, 2).contiguous()
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1), grad_bias.sum(1)

@@ -1,0 +1,18 @@
+"""Sizes of models: checks and rounding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import to_2tuple
+
+
+def check_positive(model: str, sizes: Mapping[str, Any]) -> None:
+    """Refuse sizes below 1, alone or in a pair; None stands for a default."""
+    for name, size in sizes.items():
+        if size is not None and min(to_2tuple(size)) < 1:
+            raise ValueError(f"{model}: {name} must be at least 1, got {size}")
+
+
+def nearest_multiple(size: int, unit: int) -> int:
+    """The multiple of `unit` nearest to `size`, at least one unit."""
+    return max(1, (2 * size + unit) // (2 * unit)) * unit
