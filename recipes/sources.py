@@ -36,7 +36,7 @@ from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
 from .config import DataConfig
 from .labels import match_labels
 from .splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
-from .streams import ImageStream, stream_of
+from .streams import DatasetStream, ImageStream, TarStream
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +48,14 @@ SPLIT_SEED = 0  # fixed: a run's seed must not move images between training and 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set.
-
-    Args:
-        train: images to train on.
-        test: images to score on; None where labels are not asked for and there are none.
-        class_names: in index order; empty if labels were not asked for.
-        mean: of each channel, values in 0..1, for normalisation.
-        std: likewise.
-        held_out: the fraction of the training images that `test` was made of; None if it is a split of its own.
-    """
+    """A data set."""
 
     train: Split
-    test: Split | None
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    test: Split | None  # None where labels are not asked for and there are no images to score on
+    class_names: tuple[str, ...]  # in index order; empty if labels were not asked for
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # of each channel, values in 0..1, for normalisation
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    held_out: float | None = None
+    held_out: float | None = None  # the fraction of the training images that `test` was made of, if it was
 
     @property
     def channels(self) -> int:
@@ -128,7 +119,11 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
 
 def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int | None = None) -> Split:
     """The images of a split, with the class index of what stands in the label column."""
-    images = stream_of(split, classes) if split.in_sequence else ImageTable(split.data, split.reading(classes))
+    images: Split
+    if split.in_sequence:
+        images = (TarStream if split.located.kind == "tars" else DatasetStream)(split, classes)
+    else:
+        images = ImageTable(split.data, split.reading(classes))
     if train_size not in (None, images.size):
         if images.size is not None:
             raise SourceError(

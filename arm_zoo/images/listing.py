@@ -22,15 +22,10 @@ class SourceError(ValueError):
 
 
 class ClassFolders(NamedTuple):
-    """The images of a folder of class folders, and the visible files in these that are none.
+    """The images of a folder of class folders, and the visible files in these that are none."""
 
-    Args:
-        images: class name -> paths of its images, both in natural order.
-        others: paths of the other files.
-    """
-
-    images: dict[str, list[str]]
-    others: list[str]
+    images: dict[str, list[str]]  # class name -> paths, both in natural order
+    others: list[str]  # paths
 
 
 def is_image(path: str) -> bool:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -25,6 +26,7 @@ from filelock import FileLock
 
 from arm_zoo.files import replacing_files
 from arm_zoo.images.columns import Choices
+from arm_zoo.images.labels import counted
 from arm_zoo.images.listing import SPLIT_OF_WORD, SourceError, class_name, is_image, left_out, listed, printable
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
 
@@ -43,34 +45,23 @@ INDEX = pa.schema(
 
 
 class Index(NamedTuple):
-    """The samples of tars in stored order.
+    """The samples of tars in stored order."""
 
-    Args:
-        rows: where the image of each lies, its key and, if asked for, its label, an integer or a string.
-        by_folder: the classes are folders, and rows without an image are left out as no samples.
-        note: on these; "" if there are none.
-    """
+    rows: datasets.Dataset  # where the image of each lies, its key and, if asked for, its label: integer or string
+    by_folder: bool = False  # the classes are folders, and samples without an image are left out
+    note: str = ""  # on these
 
-    rows: datasets.Dataset
-    by_folder: bool = False
-    note: str = ""
 
-    def sizes(self, files: Sequence[str]) -> list[int]:
-        """Samples in each of the tars."""
-        counts = pc.value_counts(_field(self.rows, "path"))
-        rows = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
-        return [rows.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
+def sizes_of_shards(rows: datasets.Dataset, files: Sequence[str]) -> list[int]:
+    """Samples in each of the tars of an index."""
+    found = counted(_field(rows, "path"))
+    return [found.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
 
 
 def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed: bool, in_sequence: bool) -> Index:
-    """Read the index of the tars of one split from the cache, or make it.
+    """Read the index of the tars of one split, called `where`, from the cache, or make it.
 
-    Args:
-        files: the tars.
-        where: the split's name.
-        choices: of columns; see `Choices`.
-        labels_needed: whether there has to be a label.
-        in_sequence: whether the tars are to be read in sequence: images of compressed ones then need no copy.
+    To be read in sequence, compressed tars need no copy of their images.
 
     Raises:
         SourceError: if a tar is damaged, or its samples have no images, several, or no labels.
@@ -205,17 +196,11 @@ def _label(sample: Sample, file: str, column: str | None) -> str | None:
 def _first_sample(files: Sequence[str]) -> str:
     """What is in it, for a message."""
     for file in files:
-        for sample in read_samples(Path(file), lambda ending: ending.endswith("json")):
-            facts = {}
-            for ending, content in sample.contents.items():
-                try:
-                    facts[ending] = json.loads(content)
-                except ValueError:
-                    continue
-            names = [
-                f"{ending} ({listed(list(facts[ending]))})" if isinstance(facts.get(ending), dict) else ending
-                for ending in sample.files
-            ]
+        for sample in read_samples(Path(file), lambda ending: ending == "json"):
+            names = list(sample.files)
+            with suppress(KeyError, ValueError, AttributeError):  # no JSON, damaged, or no mapping
+                fields = listed(list(json.loads(sample.contents["json"]).keys()))
+                names[names.index("json")] = f"json ({fields})"
             return f"the first one, {printable(sample.key)!r} of {file}, has the files {listed(names)}"
     return "there are none"
 

@@ -106,17 +106,11 @@ def split_key(file: str) -> tuple[str, str]:
 
 
 class Sample(NamedTuple):
-    """Neighbouring files of a WebDataset shard that have one key.
+    """Neighbouring files of a WebDataset shard that have one key."""
 
-    Args:
-        key: as of `split_key`.
-        files: ending, in small letters -> where the file lies in the tar, uncompressed.
-        contents: the bytes of those files that were asked for.
-    """
-
-    key: str
-    files: dict[str, Member]
-    contents: dict[str, bytes]
+    key: str  # as of `split_key`
+    files: dict[str, Member]  # ending, in small letters -> where the file lies in the tar, uncompressed
+    contents: dict[str, bytes]  # of those files that were asked for
 
 
 def read_samples(
