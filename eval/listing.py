@@ -61,11 +61,7 @@ def indexed(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def listing_of(split: OpenedSplit, reading: str, notes: Sequence[str] = ()) -> Listing:
-    """A split as training opens it.
-
-    Raises:
-        SourceError: if there are labels that are no class.
-    """
+    """A split as training opens it; raises `SourceError` if there are labels that are no class."""
     labels = split.labels()
     classes = labels.indices(labels.names)
     values = [] if split.values is None else split.values.to_pylist()

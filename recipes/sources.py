@@ -17,13 +17,11 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from arm_zoo.images.columns import Choices, Columns
@@ -72,9 +70,7 @@ def tell(text: str) -> None:
 def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
     """Open what `data.source` and `data.validation` name.
 
-    Args:
-        config: names, and what the data sets do not tell themselves.
-        labels_needed: False for training without labels: every class index is then -1.
+    Without labels every class index is -1.
 
     Raises:
         SourceError: if a source is missing, empty or unclear, or if the two do not have the same classes.
@@ -195,8 +191,8 @@ def open_digits(labels_needed: bool = True) -> Source:
 
     def split(name: str, rows: NDArray[np.int64]) -> ImageTable:
         data = datasets.Dataset.from_dict(
-            {"image": [{"bytes": png(images[row]), "path": None} for row in rows], "label": digits.target[rows]},
-            features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")}),
+            {"image": list(images[rows]), "label": digits.target[rows]},
+            features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),  # PNG files
         )
         return ImageTable(data, Reading(f"digits [{name}]", Columns("image", "label"), classes, "L"))
 
@@ -207,10 +203,3 @@ def open_digits(labels_needed: bool = True) -> Source:
         mean=(float(images[train].mean() / 255),),
         std=(float(images[train].std(ddof=1) / 255),),
     )
-
-
-def png(image: NDArray[np.uint8]) -> bytes:
-    """A grey image (H, W) as a PNG file."""
-    file = BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice, takewhile
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,9 +102,7 @@ def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_
     return target
 
 
-def _batches(
-    files: Sequence[str], choices: Choices, labels_needed: bool, copied: bool
-) -> Iterator[pa.RecordBatch]:
+def _batches(files: Sequence[str], choices: Choices, labels_needed: bool, copied: bool) -> Iterator[pa.RecordBatch]:
     """The index, file by file."""
 
     def of_file(file: str) -> Iterator[pa.RecordBatch]:
@@ -149,11 +147,7 @@ def is_meant(ending: str, choices: Choices) -> bool:
 
 
 def image_of(sample: Sample, file: str, choices: Choices) -> str | None:
-    """The ending of a sample's image, None if it has none.
-
-    Raises:
-        SourceError: if it has several.
-    """
+    """The ending of a sample's image, None if it has none; raises `SourceError` if it has several."""
     found = [ending for ending in sample.files if is_meant(ending, choices)]
     if len(found) > 1:
         names = [printable(f"{sample.key}.{ending}") for ending in found]
@@ -167,11 +161,7 @@ def image_of(sample: Sample, file: str, choices: Choices) -> str | None:
 
 
 def _label(sample: Sample, file: str, column: str | None) -> str | None:
-    """The label as JSON, None if the sample has none.
-
-    Raises:
-        SourceError: if it cannot be read, or is neither an integer nor a string.
-    """
+    """The label, an integer or a string, as JSON; None if the sample has none."""
     for wanted in (column,) if column else (*TEXT_LABELS, JSON_LABEL):
         ending, _, field = wanted.rpartition(".")
         try:
@@ -245,7 +235,7 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
             f'the samples of {where} have neither a .cls nor a "label" in a .json, and do not lie in class folders; '
             f"{_first_sample(files)}. Say where the label is, as in {choices.typed('label_column', 'json.species')}"
         )
-    depth = min(_shared(folders), min(map(len, folders)) - 1)
+    depth = min(len(os.path.commonprefix(folders)), min(map(len, folders)) - 1)
     for name in {folder[depth] for folder in folders}:
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {printable(name)!r} in {where} is not UTF-8; rename it")
@@ -254,8 +244,8 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
 
 def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
     """Refuse tars that hold several splits in folders of their own, which would be mixed."""
-    folders = sorted(set(_folders(rows)))
-    depth = _shared(folders) if folders else 0
+    folders = set(_folders(rows))
+    depth = len(os.path.commonprefix(list(folders)))
     names = sorted({folder[depth] for folder in folders if len(folder) > depth})
     deeper = any(len(folder) > depth + 1 for folder in folders)
     if deeper and len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names):
@@ -269,7 +259,3 @@ def _folders(rows: datasets.Dataset) -> list[tuple[str, ...]]:
     """Names of the folders that each sample lies in."""
     return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _field(rows, "key").to_pylist()]
 
-
-def _shared(folders: Sequence[tuple[str, ...]]) -> int:
-    """How many folders, from the top on, are the same for all."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain
+from itertools import chain, filterfalse
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -29,11 +29,12 @@ from arm_zoo.images.labels import Labels, read_labels
 from arm_zoo.images.listing import (
     SourceError,
     class_folders,
+    files_below,
     images_in,
+    is_image,
     left_out,
     natural_order,
     printable,
-    sorted_out,
 )
 from arm_zoo.images.locate import Located
 from arm_zoo.images.shards import READING_THREADS, open_index
@@ -257,15 +258,12 @@ def _load_folder(
 
     `datasets` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
     silence where folders differ in depth, and copies the list of files into its cache.
-
-    Raises:
-        SourceError: if images lie outside class folders, or a class folder's name cannot be one.
     """
     below = os.path.join(folder, "")
-    others: list[str] = []
     if not labels_needed:
-        data = _table_of_paths(natural_order(sorted_out(folder, others)))
-        return data, data.features, left_out(path.removeprefix(below) for path in others)
+        files = list(files_below(folder))
+        data = _table_of_paths(natural_order(filter(is_image, files)))
+        return data, data.features, left_out(path.removeprefix(below) for path in filterfalse(is_image, files))
     classes, others = class_folders(folder)
     class_folders.cache_clear()
     loose = natural_order(images_in(folder))

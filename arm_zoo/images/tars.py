@@ -51,11 +51,7 @@ class _Header(tarfile.TarInfo):
 
 
 def read_members(path: Path) -> dict[str, Member]:
-    """Files of a tar by name.
-
-    Raises:
-        SourceError: if it is damaged.
-    """
+    """Files of a tar by name; raises `SourceError` if it is damaged."""
     with _damage_told(path):
         tar = _uncompressed(path)
         with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
@@ -86,11 +82,7 @@ def _uncompressed(path: Path) -> Path:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a tar has to be read from its start.
-
-    Raises:
-        OSError: if it cannot be opened.
-    """
+    """Whether a tar has to be read from its start; raises `OSError` if it cannot be opened."""
     try:
         tarfile.open(path, "r:").close()
     except tarfile.ReadError:
