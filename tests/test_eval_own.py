@@ -497,6 +497,12 @@ def test_training_and_custom_find_the_same(kind: str, tmp_path: Path) -> None:
         assert np.array_equal(by_place.targets, labelled.targets)
 
 
+def test_patterns_with_braces(tmp_path: Path) -> None:
+    for number in range(3):
+        shard_of(tmp_path / f"x-{number}.tar", [number])
+    assert sorted(listed(tmp_path / "x-{1..2}.tar").labels) == [1, 2]
+
+
 # Labels that cannot be right
 
 
