@@ -53,6 +53,8 @@ def _to_score(location: str) -> tuple[Located, list[str], str]:
     A file that the user names by itself is meant, whatever its split.
     """
     located = locate(location, one_split=True)
+    if located.kind == "hub":
+        raise SourceError(f"{location}: of the Hub one data set is scored at a time, without files beside it")
     chosen, *others = [split for split in SCORED if split in located.splits]
     note = ""
     if others:
