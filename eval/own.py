@@ -21,12 +21,8 @@ AS_USUAL = Choices(in_training=False)
 def open_own(locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
     """The labelled images at one location, or in several tars or parquet files.
 
-    Args:
-        locations: as in `eval.sources.open_source`.
-        choices: columns where names and types do not tell, and the largest image that is decoded.
-
-    Raises:
-        SourceError: for what is not there, not readable, unclear or without images.
+    What is not there, not readable, unclear or without images raises `SourceError`. Choices are of columns where names
+    and types do not tell, and of the largest image that is decoded.
     """
     reading = f"read as in training, up to {choices.max_pixels} pixels"
     if found := hub_id(locations):
