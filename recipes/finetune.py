@@ -41,7 +41,7 @@ from arm_zoo.loading import label_names
 from arm_zoo.table import ways_on
 
 from .console import plain_console
-from .data import Batch, EvalLoader, TrainLoader, eval_loader
+from .data import Batch, EvalLoader, TrainLoader
 from .engine import LossFunction, Metrics, Trainer
 from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
@@ -240,7 +240,7 @@ def evaluation(
     inputs: InputConfig,
 ) -> Callable[[int], Metrics]:
     """A function of the epochs done that scores the model and its moving average on the held-out pictures."""
-    loader = eval_loader(
+    loader = EvalLoader(
         source.test,
         inputs,
         EVAL_BATCH,

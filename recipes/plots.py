@@ -16,7 +16,7 @@ from torch import Tensor
 from arm_zoo import ARMPretrain
 from arm_zoo.images.tables import ImageTable
 
-from .data import Batch, eval_loader
+from .data import Batch, EvalLoader
 from .engine import Metrics
 from .errors import RunError
 from .files import replacing_files
@@ -88,7 +88,7 @@ def draw_predictions(
     if isinstance(split, ImageTable):
         batch = prepared_pictures(split, drawn_blindly(len(split), count, seed), inputs)
     else:  # a stream has no places to choose from
-        batch = next(iter(eval_loader(split, inputs, count)))
+        batch = next(iter(EvalLoader(split, inputs, count)))
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} pictures drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def drawn_blindly(length: int, count: int, seed: int) -> list[int]:
 
 def prepared_pictures(split: ImageTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
     """Pictures of a split as a model takes them."""
-    return next(iter(eval_loader(split.select(indices), inputs, len(indices))))
+    return next(iter(EvalLoader(split.select(indices), inputs, len(indices))))
 
 
 def _as_images(pictures: Tensor, source: Source) -> NDArray:

@@ -33,7 +33,7 @@ from .config import (
     limited,
     load_config,
 )
-from .data import eval_loader
+from .data import EvalLoader
 from .errors import RunError
 from .files import write_text
 from .mistakes import MISTAKES, described
@@ -122,7 +122,7 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
         SourceError: If more cannot than ``data.max_undecodable`` puts up with.
     """
     device = next(model.parameters()).device
-    loader = eval_loader(split, inputs, config.batch, workers=config.data.workers, device=device)
+    loader = EvalLoader(split, inputs, config.batch, workers=config.data.workers, device=device)
     values, classes, skipped = [], [], 0
     for batch in track(
         loader, f"features of the {purpose} pictures", total=None, transient=True, disable=not sys.stdout.isatty()

@@ -19,7 +19,6 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakSet, finalize
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arm_zoo.images.listing import SourceError
@@ -58,9 +57,8 @@ class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
 def shared(batch: BatchT) -> BatchT:
     """A batch in shared memory: torch would put it there on its way to the run, where an error loses it."""
     try:
-        for part in batch:
-            if isinstance(part, Tensor):
-                part.share_memory_()
+        for part in filter(torch.is_tensor, batch):
+            part.share_memory_()
     except RuntimeError as error:
         raise RunError(
             f"a batch does not fit into shared memory: {error}; try a smaller data.workers or max_batch_per_device, "
@@ -70,14 +68,7 @@ def shared(batch: BatchT) -> BatchT:
 
 
 class WorkerLoader(Generic[KeyT, BatchT]):
-    """torch's loader over whole batches, whose workers stay for the next pass.
-
-    Args:
-        make_batch: makes one of its keys.
-        order: the keys of each batch.
-        workers: processes that make them; 0: none but this one.
-        pin_memory: whether they go to a GPU.
-    """
+    """torch's loader over whole batches: `make_batch` makes one of its keys. Workers stay for the next pass."""
 
     def __init__(
         self,
@@ -100,13 +91,7 @@ class WorkerLoader(Generic[KeyT, BatchT]):
         finalize(self, end_workers, self._workers)
 
     def __iter__(self) -> Iterator[BatchT]:
-        """One pass.
-
-        Raises:
-            RunError: if a worker dies or fails.
-            SourceError: if what it read does not fit.
-            StopWaiting: if the process is asked to stop while it waits here.
-        """
+        """One pass; raises `RunError` if a worker dies or fails, `StopWaiting` if the process is asked to stop."""
         with self._deaths_told():
             batches = self._begin()
         while True:
@@ -144,12 +129,11 @@ class WorkerLoader(Generic[KeyT, BatchT]):
 def death(worker: BaseProcess) -> str:
     """How a worker ended."""
     code = worker.exitcode or 0
-    if code == -signal.SIGKILL:
-        return "was killed by SIGKILL; the system does so when memory runs out: try a smaller data.workers"
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    hint = "; the system does so when memory runs out: try a smaller data.workers" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}" if code < 0 else f"ended with code {code}"
 
 
-def unchanged(batch: BatchT | Exception) -> BatchT | Exception:
+def unchanged(batch: BatchT) -> BatchT:
     """Batches come whole already."""
     return batch
 

@@ -499,6 +499,12 @@ def test_training_and_custom_find_the_same(kind: str, tmp_path: Path) -> None:
         assert np.array_equal(by_place.targets, labelled.targets)
 
 
+def test_patterns_with_braces(tmp_path: Path) -> None:
+    for number in range(3):
+        shard_of(tmp_path / f"x-{number}.tar", [number])
+    assert sorted(listed(tmp_path / "x-{1..2}.tar").labels) == [1, 2]
+
+
 # Labels that cannot be right
 
 
@@ -683,3 +689,8 @@ def test_thousands_of_classes_are_matched_at_once(tmp_path: Path) -> None:
         labels.label("in1k", listing)
     assert Counted.looks - before < 20 * count
     assert labelled.targets.tolist() == list(range(count))[::-1]
+
+
+def test_one_data_set_of_the_hub_is_scored_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--sets", "custom=owner/name", f"custom={shard_of(tmp_path / 'x.tar', [0])}"]
+    assert "owner/name: of the Hub one data set is scored at a time" in refusal(capsys, *words)

@@ -102,7 +102,7 @@ def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.Captur
 
 BAD = {  # recipe, override: a part of the message
     ("pretrain", "data.source=nowhere"): "there is no 'nowhere'",
-    ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of pictures",
+    ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of images",
     ("pretrain", "model=arm_giant"): "unknown pretraining model 'arm_giant'; choose one of arm_pico",
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
@@ -403,12 +403,12 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
     for name in ("cat/2.jpg", "dog/6.jpg"):
         assert caplog.text.count(f"{name} cannot be decoded") == 1
     with pytest.raises(
-        SourceError, match=r"2 of 7 held-out pictures cannot be decoded, .* data.max_undecodable=0.28 "
+        SourceError, match=r"2 of 7 held-out images cannot be decoded, .* data.max_undecodable=0.28 "
     ):
         scores(0.28)
     for file in (tmp_path / "val").glob("*/*.jpg"):
         file.write_bytes(b"gone")
-    with pytest.raises(RunError, match="none of the 7 held-out pictures can be decoded"):
+    with pytest.raises(RunError, match="none of the 7 held-out images can be decoded"):
         scores(0.99)
 
 
