@@ -14,11 +14,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from arm_zoo.files import write_text
+
 from .checkpoint import CheckpointFolder, read_tensors
 from .config import TrainConfig, to_yaml
 from .data import Batch, TrainLoader
 from .errors import RunError
-from .files import write_text
 from .optim import learning_rate, set_learning_rate
 from .parallel import (
     for_training,

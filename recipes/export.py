@@ -11,11 +11,10 @@ from timm.data import resolve_data_config
 
 import arm_zoo
 from arm_zoo.arm import ARM
-from arm_zoo.files import save_model
+from arm_zoo.files import replacing_files, save_model
 
 from .config import TrainConfig
 from .errors import RunError
-from .files import replacing_files
 from .sources import Source
 
 InputConfig = dict[str, Any]  # timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode

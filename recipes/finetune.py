@@ -4,25 +4,16 @@ python -m recipes.finetune data.source=FOLDER
 accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.yaml key=value ...
 """
 
-# ruff: noqa: E402
-from collections.abc import Callable, Sequence
+if __name__ == "__main__":  # before the imports that take seconds, so that mistakes in the command are told at once
+    from recipes import command_line
 
-from .command_line import Command, carry_out, leave_when_interrupted, read_command, say
-from .config import FinetuneConfig, batch_plan
-from .first_run import fitted
-
-
-def command(argv: Sequence[str] | None = None) -> Command:
-    """What the words of the command line ask for."""
-    return read_command("finetune", FinetuneConfig, "Train an ARM classifier.", argv, fitted)
-
-
-if __name__ == "__main__":
-    leave_when_interrupted()
-    COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
+    command_line.main("finetune")
+    raise SystemExit
 
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,17 +26,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.files import described_by_folder, read_config, weights_in
+from arm_zoo.files import described_by_folder, read_config, weights_in, write_text
 from arm_zoo.hosted import find_weights, ways_on
 from arm_zoo.loading import label_names
 from arm_zoo.weights import CheckpointError
+from recipes import command_line
+from recipes.command_line import say
+from recipes.config import FinetuneConfig, batch_plan
 
 from .console import plain_console
 from .data import Batch, EvalLoader, eval_loader, train_loader
 from .engine import LossFunction, Metrics, Trainer
 from .errors import RunError
 from .export import InputConfig, input_config, save_classifier
-from .files import write_text
 from .optim import create_optimizer
 from .parallel import model_state, shard, whole_parameters
 from .plots import plot_run
@@ -321,10 +314,4 @@ def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:
     say("\n".join(lines))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    carry_out(command(argv), run)
-
-
-if __name__ == "__main__":
-    carry_out(COMMAND, run)
+main = partial(command_line.main, "finetune")

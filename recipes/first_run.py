@@ -8,18 +8,17 @@ thousands. What a person sets always wins. A folder is looked at without importi
 import json
 import os
 import shlex
-import sys
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from .config import ENTRY, FinetuneConfig
-from .listing import subfolders
-from .locate import SourceError, locate
-from .parsing import ConfigError
-from .splits import classes_without_images, held_out, images_by_class, none_to_hold_out, validation_fraction
+from recipes.config import ENTRY, FinetuneConfig
+from recipes.listing import subfolders
+from recipes.locate import SourceError, locate
+from recipes.parsing import ConfigError
+from recipes.splits import classes_without_images, held_out, images_by_class, none_to_hold_out, validation_fraction
 
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
@@ -46,8 +45,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> Mapping[str, Any]:
-    """Values for the keys that nobody set; a table says what they are and why.
+def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tuple[dict[str, Any], str]:
+    """Values for the keys that nobody set, and a table that says what they are and why.
 
     Args:
         config: What was set, over the defaults.
@@ -64,9 +63,9 @@ def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> Ma
     except SourceError as error:
         raise ConfigError({"data.source": f"data.source: {error}"}) from error
     choices = choose(config, given, found, going_on)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
-        print(described(config, found, choices), file=sys.stderr)
-    return {key: value for choice in choices for key, value in choice.values.items()}
+    first = os.environ.get("RANK", "0") == "0"  # of several processes the first one speaks
+    values = {key: value for choice in choices for key, value in choice.values.items()}
+    return values, described(config, found, choices) if first else ""
 
 
 def survey(config: FinetuneConfig) -> Survey:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arm_zoo import ARMPretrain
+from arm_zoo.files import replacing_files
 
 from .data import Batch, eval_loader
 from .engine import Metrics
 from .errors import RunError
-from .files import replacing_files
 from .sources import PictureTable, Source
 
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers

@@ -3,28 +3,22 @@
 accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_digits.yaml key=value ...
 """
 
-# ruff: noqa: E402
-from collections.abc import Sequence
+if __name__ == "__main__":  # before the imports that take seconds, so that mistakes in the command are told at once
+    from recipes import command_line
 
-from .command_line import Command, carry_out, leave_when_interrupted, read_command, say
-from .config import PretrainConfig, batch_plan
-
-
-def command(argv: Sequence[str] | None = None) -> Command:
-    """What the words of the command line ask for."""
-    return read_command("pretrain", PretrainConfig, "Pretrain an ARM without labels.", argv)
-
-
-if __name__ == "__main__":
-    leave_when_interrupted()
-    COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
+    command_line.main("pretrain")
+    raise SystemExit
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 import arm_zoo
+from recipes import command_line
+from recipes.command_line import say
+from recipes.config import PretrainConfig, batch_plan
 
 from .data import Batch, train_loader
 from .engine import Metrics, Trainer
@@ -111,10 +105,4 @@ def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:
     say(f"wrote {folder} and {folder.with_name(BACKBONE)}; finetune it with pretrained={folder}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    carry_out(command(argv), run)
-
-
-if __name__ == "__main__":
-    carry_out(COMMAND, run)
+main = partial(command_line.main, "pretrain")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo import CheckpointError
-from arm_zoo.files import CONFIG, weights_in
+from arm_zoo.files import CONFIG, weights_in, write_text
 
 from .config import (
     ABOVE_ZERO,
@@ -36,7 +36,6 @@ from .config import (
 )
 from .data import eval_loader
 from .errors import RunError
-from .files import write_text
 from .locate import SourceError
 from .mistakes import MISTAKES, described
 from .sources import Source, Split, open_source

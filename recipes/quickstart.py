@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_data_config
 
+from arm_zoo.files import replacing_files, write_text
+
 from .config import DataConfig, FinetuneConfig, PretrainConfig, load_config
 from .engine import Metrics
-from .files import replacing_files, write_text
 from .finetune import FinetuneResult, finetune
 from .plots import drawn_blindly, plot_curves, prepared_pictures
 from .pretrain import PretrainResult, pretrain

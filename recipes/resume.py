@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from arm_zoo.files import remove_leftovers
 from arm_zoo.images.listing import listed
 
 from .checkpoint import STATE, CheckpointFolder, check, read_state
 from .config import TrainConfig
 from .console import plain_console
 from .errors import RunError
-from .files import remove_leftovers
 from .parsing import flatten
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.

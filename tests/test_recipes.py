@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,19 +107,19 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
     ("pretrain", "output_dir=FILE/run"): "FILE is a file; allowed: a folder to write to",
-    ("pretrain", "device=gpu"): "device is 'gpu'; allowed: auto, cpu",
+    ("pretrain", "device=gpu"): "device is gpu; allowed: auto, cpu",
     ("pretrain", "global_batch=63"): "global_batch is 63; allowed: an even number",
-    ("pretrain", "global_batch=2048"): "global_batch is 2048; allowed: up to the 1437 training pictures",
+    ("pretrain", "global_batch=2048"): "global_batch is 2048; allowed: up to the 1437 training images",
     ("pretrain", "fsdp=true"): "fsdp is true, but there is one process",
     ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the pictures have 1",
-    ("pretrain", "tracker=abacus"): "tracker is 'abacus'; allowed: tensorboard, wandb, trackio, none",
+    ("pretrain", "tracker=abacus"): "tracker is abacus; allowed: tensorboard, wandb, trackio, none",
     ("pretrain", "cuda_graphs=true"): "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device",
-    ("pretrain", "compile=maybe"): "compile is 'maybe'; allowed: true or false",
-    ("pretrain", "epochs=*a"): "epochs is '*a'; allowed: a whole number",
-    ("pretrain", "betas=[0.9"): "betas is '[0.9'; allowed: a list of 2, each a number",
+    ("pretrain", "compile=maybe"): "compile is maybe; allowed: true or false",
+    ("pretrain", "epochs=*a"): "epochs is *a; allowed: a whole number, 1 or more",
+    ("pretrain", "betas=[0.9"): "betas is [0.9; allowed: a list of two numbers",
     ("pretrain", "model_args.img_size={"): "model 'arm_pico' with model_args.img_size='{'",
     ("pretrain", "model_args.img_size=abc"): "model 'arm_pico' with model_args.img_size='abc'",
-    ("pretrain", "base_lr=inf"): "base_lr is inf; allowed: above 0, and finite",
+    ("pretrain", "base_lr=inf"): "base_lr is inf; allowed: a number above 0, and finite",
     ("pretrain", "min_lr=10"): "min_lr is 10 but the peak is",
     ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
     ("finetune", "model_args.num_classes=5"): "model_args.num_classes is 5, but digits has 10 classes",
@@ -161,7 +162,7 @@ def test_failing_files_end_in_a_message(failure: str, tmp_path: Path, capsys: py
 
     with pytest.raises(SystemExit) as stopped:
         carry_out(
-            read_command("pretrain", PretrainConfig, "", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]), run
+            read_command("pretrain", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]), run
         )
     assert message in str(stopped.value.code) and str(stopped.value.code).startswith("python -m recipes.pretrain: ")
     assert "Traceback" not in capsys.readouterr().err
@@ -200,7 +201,7 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.Monkey
 
 def test_a_configuration_that_is_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"model\.safetensors is not YAML: .*; allowed: a YAML file, as in"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors: 'utf-8' codec .*; allowed: a YAML file of keys"):
         load_config(PretrainConfig, tmp_path / "model.safetensors", to_run=False)
 
 
@@ -222,19 +223,83 @@ def test_all_problems_of_a_configuration_come_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(PretrainConfig, None, ["epochs=2.5", "epoch=3", "betas=1", "warmup_epochs=-1"])
     message = str(refused.value)
-    assert "epochs is '2.5'; allowed: a whole number" in message
+    assert "epochs is 2.5; allowed: a whole number" in message
     assert "epoch (did you mean epochs?)" in message
-    assert "betas is '1'; allowed: a list of 2" in message
-    assert "warmup_epochs is -1.0; allowed: 0 or more" in message
+    assert "betas is 1; allowed: a list of two numbers" in message
+    assert "warmup_epochs is -1; allowed: a number, 0 or more" in message
     assert "model is missing" in message and "output_dir is missing" in message
+
+
+TYPED = {  # override: what it comes to; a message where it is refused
+    "base_lr=1e-3": 1e-3,
+    "base_lr=true": "a number above 0, and finite",
+    "clip_grad=null": None,
+    "seed=7.0": "a whole number, 0 or more",
+    "epochs=true": "a whole number, 1 or more",
+    "epochs=null": "a whole number, 1 or more",
+    "betas=[true, 0.9]": "a list of two numbers",
+    "betas=[0.8]": "a list of two numbers",
+    "betas=[1e-1, 0.9]": (0.1, 0.9),
+    "data.random_crop=null": None,
+    "data.random_crop=[0.9, 0.2]": "two fractions of the image's area, as in [0.2, 1.0], or null",
+    "data.validation=0.25": 0.25,
+    "data.validation=1": "a fraction of the training images above 0 and below 1",
+    "data.validation=./1": "./1",
+    "data.image_column=007": "007",
+    "data.image_column=null": None,
+    "output_dir=1e-3": "1e-3",
+    "output_dir=null": "null",
+    "output_dir=[x": "[x",
+    "output_dir=a=b: c #d": "a=b: c #d",
+    "model_args.img_size=[8, 1e1]": [8, 10.0],
+    "model_args.name=abc": "abc",
+    "output_dir=${oc.env:HOME}/x": "the value itself, as ${...} and ??? stand for nothing here",
+    "model_args.width=${seed}": "the value itself, as ${...} and ??? stand for nothing here",
+    "betas=[${seed}, 0.9]": "the value itself, as ${...} and ??? stand for nothing here",
+    "output_dir=???": "the value itself, as ${...} and ??? stand for nothing here",
+    "data.source=train-???.tar": "train-???.tar",
+}
+
+
+@pytest.mark.parametrize("override", TYPED)
+def test_values_are_of_their_type_and_text_stays_text(override: str, tmp_path: Path) -> None:
+    expected = TYPED[override]
+    key, _, text = override.partition("=")
+    try:
+        config: Any = load_config(PretrainConfig, None, [override], to_run=False)
+    except ConfigError as refused:
+        assert str(refused.problems[key]).startswith(f"{key} is {text}; allowed: {expected}")
+        return
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    assert config == expected and type(config) is type(expected)
+
+
+def test_a_file_says_the_same_as_a_command(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("base_lr: 1e-3\ndata.source: digits\ndata: {flip: 0.5, erase: 0}\nmodel_args: {depth: 1}\n")
+    config = load_config(PretrainConfig, file, ["data.flip=1"], to_run=False)
+    assert (config.base_lr, config.model_args, config.data.flip) == (1e-3, {"depth": 1}, 1.0)
+    assert config.data.source == "digits" and config.data.erase == 0.0
+    for content, told in {
+        "output_dir: 007": "output_dir is 7; allowed: a folder",  # it would become another text
+        "epochs: 1\nepochs: 2": "duplicate key",
+        "[1, 2]": "it holds a list",
+        "data: digits": "no key of PretrainConfig: data",
+        "output_dir: ${seed}": "output_dir is ${seed}; allowed: the value itself",
+    }.items():
+        file.write_text(content)
+        with pytest.raises(ConfigError) as refused:
+            load_config(PretrainConfig, file, to_run=False)
+        assert told in str(refused.value)
 
 
 def test_conflicts_between_values_are_refused() -> None:
     settings = ["model=arm_pico", "output_dir=out", "data.source=digits", "epochs=5", "warmup_epochs=5"]
     with pytest.raises(ConfigError, match="warmup_epochs is 5 but epochs is 5; allowed: fewer"):
         load_config(PretrainConfig, None, settings)
-    with pytest.raises(ConfigError, match="'nowhere', which does not exist"):
-        load_config(FinetuneConfig, None, [*settings, "epochs=9", "pretrained=nowhere"])
+    with pytest.raises(ConfigError, match="'runs/nowhere', which does not exist"):
+        load_config(FinetuneConfig, None, [*settings, "epochs=9", "pretrained=runs/nowhere"])
 
 
 def test_learning_rate_is_the_official_one(golden: Path) -> None:
