@@ -62,8 +62,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder to write files into; if the block ends well, they replace those of `folder`.
 
     Every file is whole: it is flushed to the disk before it gets its name, and the names before the block is left.
-    Files of `folder` with other names stay. If the block raises, nothing changes; an error of the system gets a note
-    that names the files and the folder.
+    Files of `folder` with other names stay. If the block raises, nothing changes.
 
     Args:
         folder: made if it is not there.
@@ -71,17 +70,12 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as beside:
-        try:
-            yield Path(beside)
-            files = sorted(Path(beside).iterdir())
-            for file in files:
-                _flush(file)
-            for file in files:
-                os.replace(file, folder / file.name)
-        except (OSError, SafetensorError) as error:  # whose words often name no file, as where the disk is full
-            names = ", ".join(sorted(file.name for file in Path(beside).iterdir())) or "files"
-            error.add_note(f"could not write {names} to {folder}")
-            raise
+        yield Path(beside)
+        files = sorted(Path(beside).iterdir())
+        for file in files:
+            _flush(file)
+        for file in files:
+            os.replace(file, folder / file.name)
     if os.name == "posix":  # elsewhere folders cannot be opened
         _flush(folder)
 

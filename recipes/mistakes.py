@@ -25,10 +25,9 @@ def told_as_mistakes(program: str) -> Iterator[None]:
 
 
 def described(error: Exception) -> str:
-    """What the error and its notes say; the place in the code too where the system's words name no file."""
-    notes = getattr(error, "__notes__", [])
-    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None and not notes
+    """The message of a mistake; where the system's words name no file, with the place in the code they come from."""
+    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
     if not nameless and not isinstance(error, SafetensorError):
-        return ": ".join([*notes, str(error)])
+        return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return ": ".join([*notes, f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"])
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

@@ -75,7 +75,7 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("data.source=FOLDER", "data.validation=1.5"): "data.validation is 1.5; allowed: a fraction of the training",
     ("data.source=FOLDER", "data.validation=nan"): "data.validation: there is no 'nan'",
     ("data.source=FOLDER", "data.validation=0"): "data.validation is 0; allowed: a fraction of the training",
-    ("--config", CONFIG, "data.source=FOLDER", "data.validation=nan", "pretrained=null"): "data.validation: there is no 'nan'",
+    ("--config", CONFIG, "data.source=FOLDER", "data.validation=2.5", "pretrained=null"): "data.validation is 2.5",
     ("data.source=FOLDER", "data.validation=nowhere"): "data.validation: there is no 'nowhere'",
     ("data.source=FOLDER", "global_batch=32"): "global_batch is 32; allowed: up to the 31 training images",
     ("data.source=FOLDER", "output_dir=FOLDER/bus/photo 0.png/x"): "is a file; allowed: a folder to write to",
