@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
+from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SPLIT_OF_WORD, class_name, is_image, listed, printable
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
 
 from .config import DataConfig
-from .files import replacing_files
 from .load import READING_THREADS, column_of
 from .locate import SourceError
 
