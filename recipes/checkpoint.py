@@ -1,38 +1,74 @@
-"""Checkpoints that survive what kills a run: whole or not there, checked before use, the newest ones kept.
+"""What a checkpoint keeps, and how it survives what kills a run: whole or not there, checked before it is used.
 
-OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds ``model.safetensors``, ``ema.safetensors`` (if there is an average),
-``optimizer.safetensors``, ``state.json`` (configuration, class names, position, figures so far) and ``manifest.json``
-(size and SHA-256 of each). There is no random state in it: order, variation, mixing and drop path are functions of the
-seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
+OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds `model.safetensors`, `ema.safetensors` (if there is an average),
+`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch, `Position`) and `manifest.json`
+(size and SHA-256 of each). There is no random state in it: order, augmentation, mixing and drop path are functions of
+the seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
 
-from arm_zoo.files import save_tensors, sha256_of
-
-from .errors import RunError
+from arm_zoo.files import flush, save_tensors, sha256_of
+from recipes.errors import RunError
+from recipes.parallel import Tensors, load_model_state, load_optimizer_state, model_state, optimizer_state
 
 STATE, MANIFEST = "state.json", "manifest.json"
+Metrics = dict[str, float]
+
+
+@dataclass
+class Position:
+    """Where a run is: all that changes beside tensors."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done in the epoch that is going on
+    loss_sum: float = 0.0  # over these steps, mean of all processes
+    seconds: float = 0.0  # trained before this process started
+    history: list[Metrics] = field(default_factory=list)  # one row per epoch done
+    undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
+
+
+def kept_tensors(model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None) -> dict[str, Tensors]:
+    """Whole tensors by file, on the main process; every process must call it."""
+    averages = {} if ema is None else {"ema": model_state(ema.module)}
+    return {"model": model_state(model), "optimizer": optimizer_state(model, optimizer), **averages}
+
+
+def restore_tensors(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None) -> None:
+    """Take over what `kept_tensors` gave.
+
+    Raises:
+        DamagedCheckpoint: If a file cannot be read.
+    """
+    try:
+        load_model_state(model, load_file(checkpoint / "model.safetensors"))
+        load_optimizer_state(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
+        if ema is not None:
+            load_model_state(ema.module, load_file(checkpoint / "ema.safetensors"))
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read: {error}") from error
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` holds."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 class DamagedCheckpoint(RunError):
     """A checkpoint whose files are not those that were written."""
-
-
-def fingerprint(file: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def check(checkpoint: Path) -> None:
@@ -50,36 +86,24 @@ def check(checkpoint: Path) -> None:
         raise DamagedCheckpoint(f"{checkpoint} is damaged: {', '.join(damaged) or STATE} is not as it was written")
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What ``state.json`` holds."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file, such as ``model``, on the CPU.
-
-    Raises:
-        DamagedCheckpoint: If it is no such file.
-    """
-    file = checkpoint / f"{name}.safetensors"
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise DamagedCheckpoint(f"{file} cannot be read: {error}") from error
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done when it was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
+@dataclass
 class CheckpointFolder:
-    """The checkpoints of one run; only the main process may use it.
+    """The checkpoints of one run; only the main process may use it."""
 
-    Args:
-        folder: Usually OUTPUT_DIR/checkpoints.
-        keep_last: How many of the newest to keep.
-        keep_every: Also keep those at the end of every so many epochs; None: none of them.
-        console: Where warnings go.
-    """
-
-    def __init__(self, folder: Path, keep_last: int, keep_every: int | None, console: Console) -> None:
-        self.folder, self.keep_last, self.keep_every, self.console = folder, keep_last, keep_every, console
+    folder: Path  # usually OUTPUT_DIR/checkpoints
+    keep_last: int  # how many of the newest to keep
+    keep_every: int | None  # also keep those at the end of every so many epochs; None: none of them
+    console: Console  # where warnings go
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -97,7 +121,7 @@ class CheckpointFolder:
             shutil.rmtree(partial)
 
     def newest_intact(self) -> Path | None:
-        """The checkpoint to go on from; damaged ones are named in a warning and set aside as ``damaged-step-...``."""
+        """The checkpoint to go on from; damaged ones are named in a warning and set aside as `damaged-step-...`."""
         self.clean()
         for checkpoint in reversed(self.all()):
             try:
@@ -110,9 +134,9 @@ class CheckpointFolder:
                 self.console.print(message, soft_wrap=True)
         return None
 
-    def set_aside(self, after_step: int = -1) -> None:
-        """Move checkpoints of more than ``after_step`` steps out of the way of a run that starts over from there."""
-        abandoned = [path for path in self.all() if int(path.name.removeprefix("step-")) > after_step]
+    def set_aside(self, after_step: int) -> None:
+        """Move checkpoints of more than `after_step` steps out of the way of a run that starts over from there."""
+        abandoned = [path for path in self.all() if step_of(path) > after_step]
         if not abandoned:
             return
         aside = free_name(self.folder.with_name(f"{self.folder.name}-before"))
@@ -121,25 +145,22 @@ class CheckpointFolder:
             checkpoint.rename(aside / checkpoint.name)
         self.console.print(f"moved {len(abandoned)} checkpoints of the earlier run to {aside}", soft_wrap=True)
 
-    def save(
-        self, step: int, steps_per_epoch: int, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
-    ) -> Path:
+    def save(self, step: int, steps_per_epoch: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
         """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept.
 
         Raises:
             RunError: If it cannot be written, as on a full disk; what was there before is still there.
         """
         final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".partial-{final.name}"
+        partial, old = (self.folder / f".{kind}-{final.name}" for kind in ("partial", "old"))
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write_files(partial, tensors, state)
-            old = self.folder / f".old-{final.name}"
             if final.exists():  # the same step, before the epoch's end was scored
                 final.rename(old)
             partial.rename(final)
-            sync(self.folder)
+            flush(self.folder)
             shutil.rmtree(old, ignore_errors=True)
             self.prune(steps_per_epoch)
         except (OSError, SafetensorError) as error:
@@ -148,18 +169,17 @@ class CheckpointFolder:
                 f"the checkpoint {final} could not be written: {error}. The last good one is "
                 f"{next(reversed(self.all()), 'none')}; make room, then start the same command again"
             ) from None
-        return final
 
     def prune(self, steps_per_epoch: int) -> None:
         """Remove all but the newest and the ones at the end of every n-th epoch."""
         for checkpoint in self.all()[: -self.keep_last]:
-            epochs, rest = divmod(int(checkpoint.name.removeprefix("step-")), steps_per_epoch)
+            epochs, rest = divmod(step_of(checkpoint), steps_per_epoch)
             if rest or self.keep_every is None or epochs % self.keep_every:
                 shutil.rmtree(checkpoint)
 
 
-def write_files(folder: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Fill a checkpoint's folder and make sure that it is on the disk."""
+def write_files(folder: Path, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
+    """Fill a checkpoint's folder and have it written to the disk."""
     for name, content in tensors.items():
         whole = {key: tensor.contiguous() for key, tensor in content.items()}
         save_tensors(whole, folder / f"{name}.safetensors", {"format": "pt"})
@@ -167,16 +187,7 @@ def write_files(folder: Path, tensors: Mapping[str, dict[str, Tensor]], state: d
     files = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
 
 
 def free_name(path: Path) -> Path:

@@ -1,16 +1,17 @@
-"""One model on many processes: gradients averaged (DDP) or everything sharded (FSDP), and its state as one process's.
+"""One model on many processes: gradients averaged (DDP) or all sharded (FSDP), one state, and collectives.
 
-accelerate's ``prepare`` is left out on purpose: it also patches ``forward`` of the bare model, which is scored,
-averaged and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes and devices are used.
+accelerate's `prepare` is left out on purpose: it also patches `forward` of the bare model, which is scored, averaged
+and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes and devices are used.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,22 +24,86 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .config import TrainConfig
-from .errors import RunError
+from recipes.config import TrainConfig
+from recipes.errors import RunError
+from recipes.signals import StopWaiting
 
 Tensors = dict[str, Tensor]
+ResultT = TypeVar("ResultT")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; the others get nothing
 FROM_WHOLE = StateDictOptions(full_state_dict=True)
 # the name that torch 2.14 deprecates for the one that torch 2.8 does not know
 NAMES = inspect.signature(DistributedDataParallel).parameters
 BUFFERS_TRAVEL = "forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers"
+ENDED, STOPPED, FAILED = range(3)  # ways out of a block, the worst one last
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+class Collectives:
+    """Lets all processes go by what any of them has or finds; every process must make the same calls.
+
+    It runs on the CPU (gloo), so that no process waits for what its GPU still has to do.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._is_main = accelerator.is_main_process
+        self._group = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self._group is None:
+            return number
+        numbers = torch.tensor(number)
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
+        return int(numbers.item())
+
+    def union(self, lines: set[str]) -> set[str]:
+        """All processes' lines."""
+        if self._group is None:
+            return lines
+        gathered: list[set[str]] = [set() for _ in range(distributed.get_world_size(self._group))]
+        distributed.all_gather_object(gathered, lines, self._group)
+        return set().union(*gathered)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise on every process if the block fails on any, so that none waits for another without end.
+
+        Nothing in the block may wait for other processes.
+
+        Raises:
+            RunError: Where the block itself did not fail.
+            StopWaiting: On all, if one was asked to stop while it waited in the block, and none failed.
+        """
+        outcome = ENDED
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # whatever it is: it is raised again
+            outcome, problem = FAILED, error
+        except StopWaiting:
+            outcome = STOPPED
+        worst = self.largest(outcome)
+        if worst == FAILED:
+            raise problem or RunError("stopped, as another process cannot go on; its message says why")
+        if worst == STOPPED:
+            raise StopWaiting
+
+    def on_main(self, action: Callable[[], ResultT]) -> ResultT:
+        """Do something on the main process; all get its result, and all end if it fails."""
+        result: list[Any] = [None]
+        with self.together():
+            if self._is_main:
+                result = [action()]
+        if self._group is not None:
+            distributed.broadcast_object_list(result, 0, self._group)
+        return result[0]
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
     """Distribute parameters over the processes (FSDP), block by block, in place.
 
     Parameters are gathered in float32 and computed with under autocast, so that what the scan needs in float32
-    (``A_log``, ``D``, biases) is what it is without sharding.
+    (`A_log`, `D`, biases) is what it is without sharding.
 
     Raises:
         RunError: If there is only one process.
@@ -46,14 +111,12 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes == 1:
         raise RunError("fsdp is true, but there is one process; start several with torchrun, or type fsdp=false")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in (*model.blocks, *getattr(model, "decoder_blocks", ())):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
+    for part in (*model.blocks, *getattr(model, "decoder_blocks", ()), model):
+        fully_shard(part, mesh=mesh)
 
 
 def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """The callable that trains ``model``: compiled if asked for, gradients averaged over the processes.
+    """The callable that trains `model`: compiled if asked for, gradients averaged over the processes.
 
     Raises:
         RunError: If CUDA graphs are asked for where they are not known to work.
@@ -68,37 +131,30 @@ def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator
     forward = torch.compile(model, mode=mode) if config.compile else model
     if accelerator.num_processes == 1 or config.fsdp:
         return forward
-    on_gpu = kind != "cpu"
     return DistributedDataParallel(
         forward,
-        device_ids=[accelerator.device] if on_gpu else None,
+        device_ids=None if kind == "cpu" else [accelerator.device],
         gradient_as_bucket_view=True,
         **{BUFFERS_TRAVEL: False},  # they are tables, equal everywhere
     )
 
 
-@contextmanager
-def gradients_reduced(wrapped: nn.Module, model: nn.Module, last: bool) -> Iterator[None]:
+def gradients_reduced(forward: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Average gradients over the processes only with the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-        yield
-    elif isinstance(wrapped, DistributedDataParallel) and not last:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+    return forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[nn.Module]:
+def whole_parameters(model: nn.Module) -> Iterator[None]:
     """Hold all parameters of a sharded model on every process, so that each can run forward passes on its own."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False)
         module.unshard()
     try:
-        yield model
+        yield
     finally:
         for module in sharded:
             module.reshard()
@@ -117,13 +173,13 @@ def load_model_state(model: nn.Module, tensors: Tensors) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> Tensors:
-    """``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``step/NAME`` of every parameter; every process must call it."""
+    """`exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter; every process must call it."""
     state = get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
     return {f"{kind}/{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, tensors: Tensors) -> None:
-    """The reverse; groups, rates and decay stay those of ``optimizer``."""
+    """The reverse; groups, rates and decay stay those of `optimizer`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensors] = {}
     for key, tensor in tensors.items():

@@ -23,21 +23,13 @@ from torch.nn import functional as F
 from arm_zoo import CheckpointError
 from arm_zoo.files import CONFIG, weights_in, write_text
 
-from .config import (
-    ABOVE_ZERO,
-    ONE_OR_MORE,
-    ZERO_OR_MORE,
-    Config,
-    ConfigError,
-    DataConfig,
-    Scalar,
-    limited,
-    load_config,
-)
+from .command_line import read_config
+from .config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from .data import eval_loader
 from .errors import RunError
 from .locate import SourceError
-from .mistakes import MISTAKES, described
+from .mistakes import told_as_mistakes
+from .parsing import limited
 from .sources import Source, Split, open_source
 from .undecodable import check_undecodable
 
@@ -54,18 +46,14 @@ class ProbeConfig(Config):
 
     data: DataConfig = field(default_factory=DataConfig)
     model: str = ""  # a timm entry, for weights that are a file; folders tell it
-    model_args: dict[str, Scalar] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
+    model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     output: str = limited("probe.json", ("a file to write to, as in output=probe.json", bool))
-    seed: int = limited(0, ZERO_OR_MORE)
+    seed: int = limited(0, WHOLE)
     device: Literal["auto", "cpu"] = "auto"
     batch: int = limited(256, ONE_OR_MORE)  # pictures per forward pass
     neighbours: int = limited(20, ONE_OR_MORE)
     temperature: float = limited(0.07, ABOVE_ZERO)
     linear_epochs: int = limited(100, ONE_OR_MORE)
-
-    def unready(self) -> dict[str, str]:
-        """Nothing but the source, which ``open_source`` looks at, has to be there."""
-        return {}
 
 
 class Features(NamedTuple):
@@ -277,14 +265,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(ProbeConfig, None, arguments.overrides)
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    try:
+    config = read_config(parser, ProbeConfig, None, arguments.overrides)
+    with told_as_mistakes(parser.prog):
         result = probe(arguments.weights, config)
-    except MISTAKES as error:
-        sys.exit(f"{parser.prog}: {described(error)}")
     print(f"k-NN ({result['neighbours']} neighbours): {result['knn_top1']:.2f}% of {result['images_test']:,} pictures")
     print(f"linear (rate {result['linear_rate']:g}): {result['linear_top1']:.2f}%; wrote {config.output}")
 

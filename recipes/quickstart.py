@@ -26,9 +26,10 @@ from arm_zoo.files import replacing_files, write_text
 
 from .config import DataConfig, FinetuneConfig, PretrainConfig, load_config
 from .engine import Metrics
-from .finetune import FinetuneResult, finetune
-from .plots import drawn_blindly, plot_curves, prepared_pictures
-from .pretrain import PretrainResult, pretrain
+from .finetune import finetune
+from .objectives import Trained
+from .plots import drawn_blindly, plot_comparison, prepared_images
+from .pretrain import pretrain
 from .sources import open_source
 
 CHECKOUT = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
     with replacing_files(output) as beside:
         for file in ("finetune/model.safetensors", "finetune/config.json", "pretrain/predictions.png"):
             shutil.copy(runs / file, beside)
-    plot_curves(
+    plot_comparison(
         output / "curves.png",
         pretrained.history,
         {"pretrained, then finetuned": finetuned.history, "from scratch": scratch},
@@ -81,13 +82,13 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
     return summary
 
 
-def run_pretraining(folder: Path, settings: Sequence[str]) -> PretrainResult:
+def run_pretraining(folder: Path, settings: Sequence[str]) -> Trained:
     """Pretrain on the digits without looking at their labels."""
     config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", [*settings, f"output_dir={folder}"])
     return pretrain(config, "1/2 pretrain, no labels")
 
 
-def run_finetuning(folder: Path, settings: Sequence[str]) -> FinetuneResult:
+def run_finetuning(folder: Path, settings: Sequence[str]) -> Trained:
     """Train on the digits with their labels, from pretrained weights."""
     config = load_config(FinetuneConfig, CONFIGS / "finetune_digits.yaml", [*settings, f"output_dir={folder}"])
     return finetune(config, "2/2 finetune")
@@ -126,7 +127,7 @@ def name_pictures(folder: Path, test: Any, class_names: Sequence[str], seed: int
     """Load the written model as any user of timm would and let it name a few held-out pictures."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     indices = drawn_blindly(len(test), PICTURES_NAMED, seed)
-    batch = prepared_pictures(test, indices, resolve_data_config(model=model))
+    batch = prepared_images(test, indices, resolve_data_config(model=model))
     with torch.inference_mode():
         probabilities, best = model(batch.pictures).softmax(dim=1).max(dim=1)
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)

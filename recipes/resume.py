@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from arm_zoo.files import remove_leftovers
 from arm_zoo.images.listing import listed
-
-from .checkpoint import STATE, CheckpointFolder, check, read_state
-from .config import TrainConfig
-from .console import plain_console
-from .errors import RunError
-from .parsing import flatten
+from recipes.checkpoint import STATE, CheckpointFolder, check, read_state, step_of
+from recipes.config import TrainConfig
+from recipes.errors import RunError
+from recipes.parallel import Collectives
+from recipes.parsing import flatten
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
 OPERATION = (
@@ -25,9 +23,9 @@ OPERATION = (
     "gradient_checkpointing", "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps",
     "checkpoint_minutes", "keep_last", "keep_every", "data.workers", "evaluate_every",
 )  # fmt: skip
-# Keys that decide which pictures of an epoch are still to come: they may change where an epoch begins, not within one.
+# Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
-# Keys without which the weights, or the pictures that are still to come, would be others.
+# Keys without which the weights, or the images that are still to come, would be others.
 IDENTITY = ("model", "model_args", "seed", "global_batch")
 VALIDATION = "data.validation"
 
@@ -40,79 +38,74 @@ class AlreadyFinished(SystemExit):
 
 
 class Start(NamedTuple):
-    """A checkpoint and what its ``state.json`` holds."""
+    """A checkpoint and what its `state.json` holds."""
 
     checkpoint: Path
     state: dict[str, Any]
 
 
 def starting_point(
-    config: TrainConfig, resume: str, accelerator: Accelerator, exported: Path, subfolders: Sequence[str] = ()
+    config: TrainConfig,
+    resume: str,
+    accelerator: Accelerator,
+    collectives: Collectives,
+    checkpoints: CheckpointFolder,
+    last_file: Path,
+    folders: Sequence[Path],
 ) -> Start | None:
     """The checkpoint to go on from, the same on every process, or None for the beginning.
 
     Args:
-        config: The run, whose checkpoints lie in OUTPUT_DIR/checkpoints.
+        config: The run.
         resume: "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder.
         accelerator: Its main process chooses.
-        exported: The file that a run writes last.
-        subfolders: Those of OUTPUT_DIR that it writes, beside the checkpoints; what a killed process was writing there
-            and in OUTPUT_DIR is removed.
+        collectives: Tell the other processes.
+        checkpoints: The run's own.
+        last_file: The file that the run writes last.
+        folders: Those that it writes to, beside the checkpoints: what a killed process was writing there is removed.
 
     Raises:
-        RunError: If the checkpoint is damaged, not one, of another run, or cannot be read.
-        AlreadyFinished: If the run has all its epochs and has written ``exported``.
+        RunError: If the checkpoint is damaged, not one, or of another run.
+        OSError: If it cannot be read.
+        AlreadyFinished: If the run has all its epochs and has written `last_file`.
     """
-    console = plain_console(quiet=not accelerator.is_main_process)
-    folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console)
-    choice: list[Any] = [None, None]  # checkpoint, problem
-    if accelerator.is_main_process:
-        try:
-            choice[0] = choose(folder, resume)
-        except (RunError, OSError) as error:  # the others wait to be told
-            choice[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(choice)
-    checkpoint, problem = choice
-    if problem is not None:
-        raise RunError(problem)
+    checkpoint = collectives.on_main(lambda: choose(checkpoints, resume))
     start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))
     if start is not None:
-        compare(config, start, console)
+        compare(config, start, checkpoints.console)
     if accelerator.is_main_process:
-        for name in (".", *subfolders):
-            remove_leftovers(Path(config.output_dir) / name)
+        for folder in folders:
+            remove_leftovers(folder)
     if start is not None:
-        if (done := start.state["position"]["epoch"]) >= config.epochs and exported.is_file():
+        if (done := start.state["position"]["epoch"]) >= config.epochs and last_file.is_file():
             epochs = "1 epoch is" if done == 1 else f"{done} epochs are"
-            console.print(
+            checkpoints.console.print(
                 f"{config.output_dir} is finished: {epochs} done. Set more epochs to go on, another "
                 "output_dir for another run, or --resume none to start over",
                 soft_wrap=True,
             )
             raise AlreadyFinished
-        console.print(f"going on from {checkpoint}", soft_wrap=True)
+        checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
     if accelerator.is_main_process:
-        # of a run with fewer epochs: this one is not finished before it writes its own
-        exported.unlink(missing_ok=True)
-    if accelerator.is_main_process and resume != "auto":
-        own = start is not None and checkpoint.resolve().parent == folder.folder.resolve()
-        folder.set_aside(after_step=int(checkpoint.name.removeprefix("step-")) if own else -1)
+        last_file.unlink(missing_ok=True)  # of a run with fewer epochs: this one has not finished yet
+        if resume != "auto":
+            own = start is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
+            checkpoints.set_aside(after_step=step_of(checkpoint) if own else -1)
     return start
 
 
-def choose(folder: CheckpointFolder, resume: str) -> Path | None:
-    """The checkpoint that ``resume`` asks for; see ``starting_point``."""
+def choose(checkpoints: CheckpointFolder, resume: str) -> Path | None:
+    """The checkpoint that `resume` asks for; see `starting_point`."""
     if resume == "auto":
-        return folder.newest_intact()
-    folder.clean()
+        return checkpoints.newest_intact()
+    checkpoints.clean()
     if resume == "none":
         return None
     chosen = Path(resume)
     if not (chosen / STATE).is_file():
         raise RunError(
             f"--resume is {resume!r}, which is no checkpoint; allowed: auto, none, or a folder such as "
-            f"{folder.folder / 'step-00000100'}"
+            f"{checkpoints.folder / 'step-00000100'}"
         )
     check(chosen)
     return chosen
@@ -124,7 +117,7 @@ def settings_of(start: Start, config: TrainConfig) -> tuple[dict[str, Any], dict
     return dict(flatten(start.state["config"])), dict(flatten(now))
 
 
-def has_the_same_pictures(start: Start, config: TrainConfig) -> bool:
+def has_the_same_images(start: Start, config: TrainConfig) -> bool:
     """Whether the run trains on what the checkpoint's did, in the same order."""
     before, now = settings_of(start, config)
     return all(before.get(key) == now.get(key) for key in ORDER)
@@ -153,7 +146,7 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
     reordered = [described[key] for key in ORDER if key in described]
     if reordered and start.state["position"]["step"] > 0:
         raise RunError(
-            f"{start.checkpoint} is in the middle of an epoch, whose other pictures would come twice or never with "
+            f"{start.checkpoint} is in the middle of an epoch, whose other images would come twice or never with "
             f"{'; '.join(reordered)}. {ways}, or a checkpoint from the end of an "
             "epoch by --resume FOLDER, where this may change"
         )
@@ -176,13 +169,12 @@ def compare_classes(start: Start, names: Sequence[str]) -> None:
     before = start.state.get("class_names", names)
     if list(before) == list(names):
         return
-    missing, new = (
-        [name for name in one if name not in set(other)] for one, other in ((before, names), (names, before))
-    )
-    if missing or new:
+    gone = [repr(name) for name in before if name not in set(names)]
+    new = [repr(name) for name in names if name not in set(before)]
+    if gone or new:
         differences = [f"{len(before)} classes before, {len(names)} now"]
-        differences += [f"no longer there: {listed(list(map(repr, missing)), 3)}"] if missing else []
-        differences += [f"new: {listed(list(map(repr, new)), 3)}"] if new else []
+        differences += [f"no longer there: {listed(gone, 3)}"] if gone else []
+        differences += [f"new: {listed(new, 3)}"] if new else []
     else:
         index = next(index for index, name in enumerate(names) if name != before[index])
         differences = [f"the same classes in another order: class {index} was {before[index]!r}, is {names[index]!r}"]

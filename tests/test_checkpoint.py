@@ -23,13 +23,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from recipes import checkpoint, command_line, data, engine
+from recipes import checkpoint, command_line, data, engine, objectives, setup
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
+from recipes.objectives import Trained
 from recipes.order import training_order
 from recipes.pretrain import pretrain
 from recipes.resume import AlreadyFinished, Start, compare, compare_classes
@@ -48,7 +49,7 @@ def settings(folder: Path, *overrides: str) -> list[str]:
     return [*TINY, f"output_dir={folder}", *overrides]
 
 
-def run(folder: Path, *overrides: str, resume: str = "auto") -> pretraining.PretrainResult:
+def run(folder: Path, *overrides: str, resume: str = "auto") -> Trained:
     config = load_config(PretrainConfig, CONFIG, settings(folder, *overrides))
     return pretrain(config, resume=resume, stop=StopRequest().listen())
 
@@ -74,13 +75,13 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[
     """Things to do in the middle of an optimizer step, by the number of the step in this process."""
     actions: dict[int, Callable[[], None]] = {}
     count = iter(range(1, 10**6))
-    original = pretraining.prediction_loss
+    original = objectives.prediction_loss
 
     def loss(model: Any, batch: Any) -> Any:
         actions.get(next(count), lambda: None)()
         return original(model, batch)
 
-    monkeypatch.setattr(pretraining, "prediction_loss", loss)
+    monkeypatch.setattr(objectives, "prediction_loss", loss)
     yield actions
 
 
@@ -244,9 +245,9 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data may take minutes to be found, and torchrun signals those that are still leaving when the first has left."""
-    opened = pretraining.open_source
+    opened = setup.open_source
     monkeypatch.setattr(
-        pretraining, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
+        setup, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
     )
     monkeypatch.setattr(command_line, "leave_processes", send(signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
@@ -383,7 +384,7 @@ def test_checkpoints_that_cannot_be_read_are_a_problem_of_all_processes(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/checkpoints")
 
     monkeypatch.setattr("recipes.resume.choose", unreadable)
-    with pytest.raises(RunError, match=r"Permission denied: 'runs/checkpoints'"):
+    with pytest.raises(PermissionError, match=r"Permission denied: 'runs/checkpoints'"):
         run(tmp_path)
 
 
@@ -407,9 +408,9 @@ def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypat
 def test_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = pretraining.prediction_loss, iter(range(1, 100))
+    original, count = objectives.prediction_loss, iter(range(1, 100))
     monkeypatch.setattr(
-        pretraining,
+        objectives,
         "prediction_loss",
         lambda model, batch: original(model, batch) * (float("nan") if next(count) == 8 else 1),
     )
