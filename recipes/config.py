@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -84,6 +84,7 @@ class DataConfig:
     max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
 
 
+@dataclass(frozen=True)
 class Config:
     """What `load_config` fills and checks: a frozen dataclass. Each method gives key -> problem."""
 
@@ -269,28 +270,26 @@ class FinetuneConfig(TrainConfig):
 
     def unready(self) -> dict[str, str]:
         """The same, and the weights to start from, unless they may be an entry's."""
-        found = super().unready()
-        if self.pretrained is not None and not (Path(self.pretrained).exists() or ENTRY.fullmatch(self.pretrained)):
-            found["pretrained"] = (
-                f"pretrained is {self.pretrained!r}, which does not exist; allowed: an entry (`python -m arm_zoo "
-                "list` shows them, and whose weights are there), a folder with model.safetensors or such a file "
-                "(`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
-            )
-        return found
+        missing_start = {} if self.pretrained is None or ENTRY.fullmatch(self.pretrained) else self._missing_start(())
+        return super().unready() | missing_start
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
         """The same, and an entry that `pretrained` names must be known."""
-        found = super().unbuildable(to_run)
-        if to_run and self.pretrained is not None and not Path(self.pretrained).exists():
-            from arm_zoo.loading import entries
+        from arm_zoo.loading import entries
 
-            if self.pretrained not in (names := entries()):
-                close = ", ".join(difflib.get_close_matches(self.pretrained, names, cutoff=0.4)) or "none"
-                found["pretrained"] = (
-                    f"pretrained is {self.pretrained!r}, which is neither a file or folder nor an entry; entries with "
-                    f"similar names: {close}; `python -m arm_zoo list` shows them all"
-                )
-        return found
+        return super().unbuildable(to_run) | (self._missing_start(entries()) if to_run else {})
+
+    def _missing_start(self, names: Collection[str]) -> dict[str, str]:
+        if self.pretrained is None or self.pretrained in names or Path(self.pretrained).exists():
+            return {}
+        similar = difflib.get_close_matches(self.pretrained, names, cutoff=0.4)
+        entry = f"an entry such as {', '.join(similar)}" if similar else "an entry"
+        problem = (
+            f"pretrained is {self.pretrained!r}, which does not exist; allowed: {entry} (`python -m arm_zoo "
+            "list` shows them, and whose weights are there), a folder with model.safetensors or such a file (`python "
+            "-m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
+        )
+        return {"pretrained": problem}
 
 
 class BatchPlan(NamedTuple):
@@ -301,12 +300,7 @@ class BatchPlan(NamedTuple):
 
 
 def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
-    """Split a global batch into equal, even parts (the two images that mixup mixes stay together).
-
-    Args:
-        global_batch: Images per optimizer step.
-        processes: Number of processes.
-        max_per_device: Images that one forward pass may have; None: all of the process.
+    """Split a global batch into equal, even parts of at most `max_per_device` images: mixup mixes pairs.
 
     Raises:
         ConfigError: If there is no such split; it names the nearest global batches that have one.
@@ -315,11 +309,9 @@ def batch_plan(global_batch: int, processes: int, max_per_device: int | None = N
     if rest or part % 2:
         unit = 2 * processes
         below = global_batch // unit * unit
-        message = (
-            f"global_batch {global_batch} does not split over {processes} processes into equal, even parts; "
-            f"allowed: a multiple of {unit}, such as {f'{below} or {below + unit}' if below else unit}"
-        )
-        raise ConfigError({"global_batch": message})
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        problem = f"global_batch {global_batch} does not split over {processes} processes into equal, even parts"
+        raise ConfigError({"global_batch": f"{problem}; allowed: a multiple of {unit}, such as {nearest}"})
     accumulation = -(-part // (max_per_device or part))
     while part % (2 * accumulation):  # ends at the latest with two images a pass
         accumulation += 1
@@ -340,8 +332,7 @@ def load_config(
         file: YAML file with the dataclass's keys; nested keys may also be written with a dot.
         overrides: Strings such as `"epochs=3"` or `"data.source=digits"`; the last one wins.
         to_run: Also check what a run needs: that nothing is missing, files exist and the output can be written.
-        fit: Gives values for keys that nobody set, and what to tell about them if all is right, from the configuration
-            so far and the keys that were set.
+        fit: Of the configuration so far and the keys that were set, gives values for others, and what to tell of them.
 
     Raises:
         ConfigError: With every unknown key, wrong type, value out of range and impossible combination at once; what is
@@ -355,31 +346,25 @@ def load_config(
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
-    config = filled(kind, values, problems)
-    told = ""
+    config, told = filled(kind, values, problems), ""
     if fit is not None:
-        fitted: Mapping[str, Any] = {}
         try:
-            if not problems:
-                fitted, told = fit(config, values.keys())
+            fitted, told = ({}, "") if problems else fit(config, values.keys())
         except ConfigError as error:
             problems = error.problems
         if problems:  # what is wrong with values that are not fitted yet would mislead
-            raise ConfigError((_of_given(config.unready(), values) if to_run else {}) | problems)
+            unready = config.unready().items() if to_run else ()
+            raise ConfigError({key: problem for key, problem in unready if key in values} | problems)
         config = filled(kind, {**fitted, **values}, problems)
     found = config.conflicts()
     if to_run:
         found = missing(config) | config.unready() | found
     if problems := found | problems or config.unbuildable(to_run):
-        of_given = {} if fit is None else _of_given(problems, values)  # what is fitted follows from these
-        raise ConfigError(of_given or problems)
+        given = {key: problems[key] for key in values if key in problems}
+        raise ConfigError(given if given and fit else problems)  # from which those of fitted values follow
     if told:
         print(told, file=sys.stderr)
     return config
-
-
-def _of_given(problems: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, str]:
-    return {key: problem for key, problem in problems.items() if key in given}
 
 
 def to_yaml(config: Config) -> str:

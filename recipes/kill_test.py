@@ -5,19 +5,19 @@ python -m recipes.kill_test --kills 20 --config recipes/configs/pretrain_digits.
 
 import argparse
 import contextlib
-import importlib
 import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-RECIPES = ("pretrain", "finetune")
+from recipes import command_line
+
 COMPARED = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")  # of the last checkpoint
 AIMED = 3  # every so many kills one waits until a checkpoint is being written
 PATIENCE = 600.0  # seconds that one process may take
@@ -28,7 +28,7 @@ class KillTest:
 
     Args:
         recipe: "pretrain" or "finetune".
-        arguments: Its command line, without ``output_dir``.
+        arguments: Its command line, without `output_dir`.
         folder: Gets one subfolder per run.
         seed: Of the moments.
     """
@@ -41,7 +41,7 @@ class KillTest:
         self._context.set_forkserver_preload([f"recipes.{recipe}", "sklearn.datasets", "sklearn.model_selection"])
 
     def run(self, kills: int) -> int:
-        """Kill ``kills`` times, over as many runs as that takes.
+        """Kill `kills` times, over as many runs as that takes.
 
         Returns:
             How many of the kills hit the writing of a checkpoint.
@@ -63,7 +63,7 @@ class KillTest:
                 if self._kill(self._start(folder), folder, delay, aimed=killed % AIMED == 0):
                     break
                 killed += 1
-                hits += any(written_now(folder))
+                hits += being_written(folder)
             self._finish(self._start(folder))
             self._compare(whole, folder)
             print(f"{killed} of {kills} kills, {hits} of them inside a checkpoint's writing; run {runs}: equal bits")
@@ -87,14 +87,14 @@ class KillTest:
     def _kill(self, process: BaseProcess, folder: Path, delay: float, aimed: bool) -> bool:
         """Send SIGKILL after a delay, or later when a checkpoint is being written; True if the run ended first."""
         process.join(delay)
-        while aimed and process.is_alive() and not any(written_now(folder)):
+        while aimed and process.is_alive() and not being_written(folder):
             time.sleep(0.0005)
-        if not process.is_alive():
+        if not process.is_alive() or process.pid is None:
             self._finish(process)
             return True
         process.kill()
         process.join()
-        with contextlib.suppress(ProcessLookupError):  # what loaded pictures for it
+        with contextlib.suppress(ProcessLookupError):  # what loaded images for it
             os.killpg(process.pid, signal.SIGKILL)
         return False
 
@@ -107,16 +107,16 @@ class KillTest:
                 raise RuntimeError(f"{found / name} has other bits than {expected / name}")
 
 
-def written_now(folder: Path) -> Iterator[Path]:
-    """Checkpoints that a run in ``folder`` is writing, or was writing when it was killed."""
-    return (folder / "checkpoints").glob(".partial-*")
+def being_written(folder: Path) -> bool:
+    """Whether a run in `folder` is writing a checkpoint, or was when it was killed."""
+    return any((folder / "checkpoints").glob(".partial-*"))
 
 
 def _train(recipe: str, arguments: list[str], log: Path) -> None:
     os.setsid()  # a process group with its workers: forked from a server, they would not notice its end
     with log.open("a") as stream:
         sys.stdout = sys.stderr = stream
-        importlib.import_module(f"recipes.{recipe}").main(arguments)
+        command_line.main(recipe, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="All further words, as in --config FILE key=value, are handed on to the recipe.",
     )
     parser.add_argument("--kills", type=int, default=20, help="how often (%(default)s)")
-    parser.add_argument("--recipe", choices=RECIPES, default="pretrain", help="(%(default)s)")
+    parser.add_argument("--recipe", choices=command_line.RECIPES, default="pretrain", help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="empty folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     arguments, command = parser.parse_known_args(argv)

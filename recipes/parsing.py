@@ -20,11 +20,7 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """Every problem of a configuration at once.
-
-    Args:
-        problems: Key -> one line that names what came and what is allowed.
-    """
+    """Every problem of a configuration at once: key -> one line that names what came and what is allowed."""
 
     def __init__(self, problems: Mapping[str, str]) -> None:
         self.problems = dict(problems)
@@ -44,13 +40,13 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         ConfigError: If it cannot be read, or holds something else.
     """
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
+        content: Any = OmegaConf.to_container(OmegaConf.load(file))
         if not isinstance(content, dict):
             raise ValueError("it holds a list")
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         allowed = "allowed: a YAML file of keys and values, as in recipes/configs"
         raise ConfigError({"--config": f"--config {file}: {error}; {allowed}"}) from error
-    return dict(flatten(cast(dict[str, Any], content)))
+    return dict(flatten(content))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -76,7 +72,7 @@ def filled(kind: type[T], values: Mapping[str, Any], problems: dict[str, str]) -
             unknown.append(f"{key} (did you mean {close[0]}?)" if close else key)
         elif "${" in str(value) or value == "???":
             problems[key] = f"{key} is {value}; allowed: the value itself, as ${{...}} and ??? stand for nothing here"
-        elif not _set(settings, key, value, setting):
+        elif not _takes(settings, key, value, setting):
             problems[key] = f"{key} is {value}; allowed: {_allowed(setting)}"
     if unknown:
         problems["unknown keys"] = f"no key of {kind.__name__}: {', '.join(unknown)}; allowed: {', '.join(known)}"
@@ -85,9 +81,9 @@ def filled(kind: type[T], values: Mapping[str, Any], problems: dict[str, str]) -
 
 def missing(config: Any) -> dict[str, str]:
     """Key -> problem of every text that a run cannot do without and that is empty."""
-    limits = ((key, setting) for key, setting in _fields(type(config)) if "limit" in setting.metadata)
-    empty = ((key, setting) for key, setting in limits if attrgetter(key)(config) == "")
-    return {key: f"{key} is missing; allowed: {_allowed(setting)}" for key, setting in empty}
+    limits = {key: setting for key, setting in _fields(type(config)) if "limit" in setting.metadata}
+    empty = [key for key in limits if attrgetter(key)(config) == ""]
+    return {key: f"{key} is missing; allowed: {_allowed(limits[key])}" for key in empty}
 
 
 def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
@@ -101,36 +97,36 @@ def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]
 
 def _allowed(setting: Field[Any]) -> str:
     """What a field takes, in words."""
-    words = {bool: "true or false", str: "text", str | None: "text"}.get(setting.type, "a number or text")
     if get_origin(setting.type) is Literal:
-        words = ", ".join(get_args(setting.type))
-    words, _ = setting.metadata.get("limit", (words, None))
+        return ", ".join(get_args(setting.type))
+    words, _ = setting.metadata.get("limit", ("true or false" if setting.type is bool else "text", None))
     return f"{words}, or null" if NoneType in get_args(setting.type) else words
 
 
-def _set(settings: DictConfig, key: str, value: Any, setting: Field[Any]) -> bool:
-    """Whether a setting takes the value: OmegaConf converts it to the field's type, then it must be in its limit."""
-    text_only = setting.type in (str, str | None)
-    if isinstance(value, str) and setting.type is not str:
-        read = _read(value)
-        value = read if read is None or not text_only else value
-    _, holds = setting.metadata.get("limit", ("", None))
+def _takes(settings: DictConfig, key: str, value: Any, setting: Field[Any]) -> bool:
+    """Set a value that is within the field's type, to which OmegaConf converts it, and limit; False if it is not."""
     try:
-        if text_only and not isinstance(value, str | None):  # it would become text: 007 "7"
-            return False
-        OmegaConf.update(settings, key, value)
-        converted = OmegaConf.select(settings, key)
-        if holds is None or converted is None or converted == "" or holds(converted):
+        before = OmegaConf.select(settings, key)
+        OmegaConf.update(settings, key, _meant(value, setting.type))
+        now = OmegaConf.select(settings, key)
+        _, holds = setting.metadata.get("limit", (None, lambda _: True))
+        if now is None or now == "" or holds(now):
             return True
-    except OmegaConfBaseException:
-        return False
-    OmegaConf.update(settings, key, setting.default)
+        OmegaConf.update(settings, key, before)
+    except (ValueError, OmegaConfBaseException):
+        pass
     return False
 
 
-def _read(text: str) -> Any:
-    """What YAML reads in a command line's text, where 1e-3 is a number."""
+def _meant(value: Any, hint: Any) -> Any:
+    """What YAML reads in a text, where 1e-3 is a number; but text stays text where the field takes text, or null."""
+    takes_text = hint in (str, str | None)
+    if takes_text and not isinstance(value, str | None):
+        raise ValueError(value)  # its text may be another: 7 for 007
+    if hint is str or not isinstance(value, str):
+        return value
     try:
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))["value"]
+        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except (YAMLError, OmegaConfBaseException):
-        return text
+        return value
+    return value if takes_text and read["value"] is not None else read["value"]

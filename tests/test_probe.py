@@ -235,7 +235,7 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--throughput", str(tmp_path / "speed.json"), "--model", "x"], "--model and --measured-gpus go with"),
         (["--throughput", str(tmp_path / "speed.json")], "no rows of pretraining; measure with --mode pretrain"),
         (["--images-per-second", "-3"], "must be above 0"),
-        (["--images-per-second", "3", "--gpus", "0"], "must be 1 or more"),
+        (["--images-per-second", "3", "--gpus", "0"], "--gpus must be above 0"),
         ([], "is required"),
     ):
         with pytest.raises(SystemExit) as stop:
