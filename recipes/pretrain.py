@@ -19,7 +19,8 @@ if __name__ == "__main__":
     leave_when_interrupted()
     COMMAND = command()  # before the imports that take seconds, so that mistakes are told at once
 
-from recipes.objectives import AUTOREGRESSIVE, BACKBONE, Trained
+from recipes.export import BACKBONE
+from recipes.objectives import AUTOREGRESSIVE, Trained
 from recipes.setup import train
 from recipes.signals import StopRequest
 
