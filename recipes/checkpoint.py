@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import Optimizer
 
 from arm_zoo.files import flush, save_tensors, sha256_of
 from recipes.errors import RunError
-from recipes.parallel import Tensors, load_model_state, load_optimizer_state, model_state, optimizer_state
+from recipes.parallel import WHOLE, Tensors, model_state
 
 STATE, MANIFEST = "state.json", "manifest.json"
 Metrics = dict[str, float]
@@ -42,24 +43,33 @@ class Position:
 
 
 def kept_tensors(model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None) -> dict[str, Tensors]:
-    """Whole tensors by file, on the main process; every process must call it."""
-    averages = {} if ema is None else {"ema": model_state(ema.module)}
-    return {"model": model_state(model), "optimizer": optimizer_state(model, optimizer), **averages}
+    """Whole tensors by file, on the main process; every process must call it.
+
+    Of the optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter.
+    """
+    state: Any = dcp_state.get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
+    by_name = {f"{kind}/{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
+    kept = {"model": model_state(model), "optimizer": by_name}
+    return kept if ema is None else {**kept, "ema": model_state(ema.module)}
 
 
 def restore_tensors(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None) -> None:
-    """Take over what `kept_tensors` gave.
-
-    Raises:
-        DamagedCheckpoint: If a file cannot be read.
-    """
+    """Take over what `kept_tensors` gave, file after file; rates and decay stay those of `optimizer`."""
+    options = dcp_state.StateDictOptions(full_state_dict=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    state: dict[str, Any] = {}
     try:
-        load_model_state(model, load_file(checkpoint / "model.safetensors"))
-        load_optimizer_state(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
-        if ema is not None:
-            load_model_state(ema.module, load_file(checkpoint / "ema.safetensors"))
+        for name, module in {"model": model, "ema": None if ema is None else ema.module}.items():
+            if module is not None:
+                weights: Any = load_file(checkpoint / f"{name}.safetensors")
+                dcp_state.set_model_state_dict(module, weights, options=options)
+        for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            kind, _, name = key.partition("/")
+            state.setdefault(name, {})[kind] = tensor
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{checkpoint} cannot be read: {error}") from error
+    dcp_state.set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -72,11 +82,7 @@ class DamagedCheckpoint(RunError):
 
 
 def check(checkpoint: Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        DamagedCheckpoint: If one is missing or other than it was written.
-    """
+    """Compare every file with the manifest, and raise `DamagedCheckpoint` if one is missing or differs."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         damaged = [name for name, written in files.items() if fingerprint(checkpoint / name) != written]
@@ -113,12 +119,10 @@ class CheckpointFolder:
         """Remove what a killed process was writing, and undo a replacement that it had begun."""
         for old in self.folder.glob(".old-*"):
             final = self.folder / old.name.removeprefix(".old-")
-            if final.exists():
-                shutil.rmtree(old)
-            else:
+            if not final.exists():
                 old.rename(final)
-        for partial in self.folder.glob(".partial-*"):
-            shutil.rmtree(partial)
+        for leftover in (*self.folder.glob(".old-*"), *self.folder.glob(".partial-*")):
+            shutil.rmtree(leftover)
 
     def newest_intact(self) -> Path | None:
         """The checkpoint to go on from; damaged ones are named in a warning and set aside as `damaged-step-...`."""
@@ -148,46 +152,36 @@ class CheckpointFolder:
     def save(self, step: int, steps_per_epoch: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
         """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept.
 
-        Raises:
-            RunError: If it cannot be written, as on a full disk; what was there before is still there.
+        If it cannot be written, as on a full disk, what was there before is still there.
         """
         final = self.folder / f"step-{step:08d}"
         partial, old = (self.folder / f".{kind}-{final.name}" for kind in ("partial", "old"))
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_files(partial, tensors, state)
+            for name, content in tensors.items():
+                content = {key: tensor.contiguous() for key, tensor in content.items()}
+                save_tensors(content, partial / f"{name}.safetensors", {"format": "pt"})
+            (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            manifest = {"files": {file.name: fingerprint(file) for file in sorted(partial.iterdir())}}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (*partial.iterdir(), partial):
+                flush(path)
             if final.exists():  # the same step, before the epoch's end was scored
                 final.rename(old)
             partial.rename(final)
             flush(self.folder)
             shutil.rmtree(old, ignore_errors=True)
-            self.prune(steps_per_epoch)
+            for checkpoint in self.all()[: -self.keep_last]:
+                epochs, rest = divmod(step_of(checkpoint), steps_per_epoch)
+                if rest or self.keep_every is None or epochs % self.keep_every:
+                    shutil.rmtree(checkpoint)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
                 f"the checkpoint {final} could not be written: {error}. The last good one is "
                 f"{next(reversed(self.all()), 'none')}; make room, then start the same command again"
             ) from None
-
-    def prune(self, steps_per_epoch: int) -> None:
-        """Remove all but the newest and the ones at the end of every n-th epoch."""
-        for checkpoint in self.all()[: -self.keep_last]:
-            epochs, rest = divmod(step_of(checkpoint), steps_per_epoch)
-            if rest or self.keep_every is None or epochs % self.keep_every:
-                shutil.rmtree(checkpoint)
-
-
-def write_files(folder: Path, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
-    """Fill a checkpoint's folder and have it written to the disk."""
-    for name, content in tensors.items():
-        whole = {key: tensor.contiguous() for key, tensor in content.items()}
-        save_tensors(whole, folder / f"{name}.safetensors", {"format": "pt"})
-    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        flush(path)
 
 
 def free_name(path: Path) -> Path:

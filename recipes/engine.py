@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,8 +21,8 @@ from recipes.errors import RunError
 from recipes.optim import learning_rate, set_learning_rate
 from recipes.parallel import Collectives, for_training, gradients_reduced
 from recipes.parsing import flatten
-from recipes.resume import Start, compare_classes, has_the_same_images
-from recipes.signals import Stopped, StopRequest, StopWaiting
+from recipes.resume import ORDER, Start, changed_settings, compare_classes
+from recipes.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
 from recipes.transforms import seed_of
 from recipes.watch import ProgressDisplay
 
@@ -36,8 +35,7 @@ NEVER = 2**62
 class Trainer:
     """One training run; `config.yaml` and `metrics.jsonl` go to `config.output_dir`."""
 
-    accelerator: Accelerator
-    collectives: Collectives
+    collectives: Collectives  # of the processes, whose accelerator holds the device
     model: nn.Module  # bare, on its device, sharded if `config.fsdp`; it is trained in place
     ema: ModelEmaV3 | None  # moving average of the weights, updated after every step
     optimizer: Optimizer
@@ -50,13 +48,13 @@ class Trainer:
     stop: StopRequest  # looked at after every step
 
     def __post_init__(self) -> None:
-        device, self._steps = self.accelerator.device, self.loader.steps_per_epoch
-        self.position = Position()
+        self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
+        self.position, device = Position(), self.accelerator.device
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
         self._grad_norm = torch.zeros((), device=device)
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
-        self._started = self._saved_at = time.monotonic()
+        self._started = time.monotonic()
 
     @property
     def steps_done(self) -> int:
@@ -68,11 +66,7 @@ class Trainer:
         return self.position.seconds + time.monotonic() - self._started
 
     def resume(self, start: Start | None) -> None:
-        """Take over what a checkpoint holds, if there is one; nothing is written.
-
-        Raises:
-            RunError: If its classes, or the number of training images, are others.
-        """
+        """Take over what a checkpoint holds, if there is one, unless its classes or images are others."""
         if start is None:
             return
         checkpoint, state = start
@@ -85,7 +79,7 @@ class Trainer:
         self.position = Position(**state["position"])
         restore_tensors(checkpoint, self.model, self.optimizer, self.ema)
         self._loss_sum.fill_(self.position.loss_sum)
-        if has_the_same_images(start, self.config):
+        if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
             self.loader.undecodable.update(self.position.undecodable)
 
     def fit(self) -> list[Metrics]:
@@ -93,8 +87,6 @@ class Trainer:
 
         Raises:
             RunError: If the loss is no longer finite or a checkpoint cannot be written.
-            OSError: If another file cannot be written.
-            SourceError: If too many images cannot be decoded.
             Stopped: After the checkpoint that SIGTERM or SIGUSR1 asked for.
         """
         self._write("config.yaml", to_yaml(self.config))
@@ -124,7 +116,6 @@ class Trainer:
         return self.ema.module if self.ema is not None and last["top1_ema"] > last["top1"] else self.model
 
     def _train_epoch(self) -> None:
-        """The rest of the pass over the data that the position is in."""
         self._forward.train()
         self._epoch_started = (time.monotonic(), self.loader.seconds_waited, self.position.step)
         for micro_batches in self._micro_batches():
@@ -137,7 +128,6 @@ class Trainer:
                 self._checkpoint(request)
 
     def _is_logged(self, step: int) -> bool:
-        """Whether loss and gradient norm are read after this step of the epoch, counted from 1."""
         return step % self.config.log_every == 0 or step == self._steps
 
     def _micro_batches(self) -> Iterator[list[Batch]]:
@@ -180,11 +170,7 @@ class Trainer:
         self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": rate})
 
     def _mean_loss(self) -> float:
-        """Mean loss of the epoch's steps so far over all processes.
-
-        Raises:
-            RunError: If the loss of some step was not finite.
-        """
+        """Of the epoch's steps so far over all processes; an error if the loss of one was not finite."""
         first_bad = int(self.accelerator.gather(self._first_bad.reshape(1)).min().item())
         total = self.accelerator.reduce(self._loss_sum, "mean").item()
         if first_bad == NEVER:
@@ -221,11 +207,7 @@ class Trainer:
         self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
 
     def _undecodable(self) -> int:
-        """How many damaged training images all processes have found since the run began with these images.
-
-        Raises:
-            SourceError: On all of them, if they are more than `data.max_undecodable` allows.
-        """
+        """How many damaged training images all processes have found; too many of them are an error on all."""
         self.loader.undecodable = self.collectives.union(self.loader.undecodable)
         self.loader.check_undecodable()
         return len(self.loader.undecodable)
@@ -238,7 +220,6 @@ class Trainer:
         return self.collectives.largest(SAVE_AND_STOP if self.stop.name is not None else SAVE if due else GO_ON)
 
     def _checkpoint(self, request: int) -> None:
-        """Write a checkpoint, unless the request is to go on, and perhaps stop."""
         if request == GO_ON:
             return
         self._mean_loss()  # raises before weights that are not finite are saved
@@ -250,7 +231,7 @@ class Trainer:
                 "the same command goes on from there",
                 soft_wrap=True,
             )
-            raise Stopped
+            raise Stopped(EXIT_CODE)
 
     def _save(self) -> None:
         total = self.accelerator.reduce(self._loss_sum, "mean").item()

@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.data import Mixup
@@ -36,7 +37,6 @@ from recipes.objectives import Objective, Trained
 from recipes.scoring import evaluation
 from recipes.setup import train
 from recipes.signals import StopRequest
-from recipes.sources import Source
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
 
@@ -48,39 +48,24 @@ def finetune(
     return train(config, CLASSIFICATION, title, resume, stop)
 
 
-def classes_of(config: FinetuneConfig, source: Source) -> tuple[str, ...]:
-    """The source's.
+def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.Module:
+    """The backbone with a head: around the pretrained encoder if `config.pretrained` names one, else fresh.
 
-    Raises:
-        RunError: If `model_args.num_classes` says otherwise.
+    A head that comes with the weights is kept whole if it is one of the same classes in the same order. Otherwise the
+    head starts anew, weight and bias, and that is said.
     """
-    classes = len(source.class_names)
+    classes = len(class_names)
     if (asked := config.model_args.get("num_classes", classes)) != classes:
         raise RunError(
             f"model_args.num_classes is {asked}, but {config.data.source} has {classes} classes; "
             f"allowed: {classes}, or leave it out"
         )
-    return source.class_names
-
-
-def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.Module:
-    """The backbone with a head: around the pretrained encoder if ``config.pretrained`` names one, else fresh.
-
-    A head that comes with the weights is kept whole if it is one of the same classes in the same order. Otherwise the
-    head starts anew, weight and bias, and that is said.
-
-    Raises:
-        RunError: If the weights do not fit the model.
-        CheckpointError: Likewise, or if an entry's weights are not hosted, or cannot be fetched or read.
-        FileNotFoundError: If there is no such file.
-    """
-    classes = len(class_names)
     if config.pretrained is None:
         return config.build(num_classes=classes)
     file, pretrained_names = starting_weights(config.pretrained)
     keywords = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
     try:
-        model = config.build(num_classes=classes, **keywords)
+        model: Any = config.build(num_classes=classes, **keywords)
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # torch's has a line for each name
         raise RunError(f"pretrained={config.pretrained} does not fit {config.model}: {reason}") from error
@@ -96,25 +81,26 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
 
 
 def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
-    """The file of weights that ``pretrained`` names, and the names of the classes of its head as far as it tells."""
+    """The file of weights that `pretrained` names, and the names of the classes of its head as far as it tells."""
     path = Path(pretrained)
     if not path.exists():
-        told = timm.create_model(pretrained, device="meta").pretrained_cfg  # whose names are never the short ones
+        told: Any = timm.create_model(pretrained, device="meta").pretrained_cfg  # whose names are never the short ones
         entry = f"{told['architecture']}.{told['tag']}"
         file = find_weights(entry)
         if file is None:
             raise CheckpointError(ways_on(entry, told["architecture"]))
-        return file, tuple(timm.get_pretrained_cfg(entry).label_names or ())
+        cfg: Any = timm.get_pretrained_cfg(entry)
+        return file, tuple(cfg.label_names or ())
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}
     return file, label_names(saved, saved.get("num_classes", 0))
 
 
 def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunction:
-    """Cross-entropy with smoothed labels, of mixed pictures if mixup or cutmix is on.
+    """Cross-entropy with smoothed labels, of mixed images if mixup or cutmix is on.
 
-    timm's batch mode mixes every picture with its mirror image in the micro-batch, which the loader deals so that it
-    is the same partner for any number of processes; share and box come from NumPy, seeded per step.
+    timm's batch mode mixes every image with the one at the mirrored place of the micro-batch, which the loader deals
+    so that it is the same for any number of processes; fraction and box come from NumPy, seeded per step.
     """
     if config.mixup == config.cutmix == 0:
         return lambda model, batch: F.cross_entropy(
@@ -132,14 +118,14 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     soft_cross_entropy = SoftTargetCrossEntropy()
 
     def mixed_loss(model: nn.Module, batch: Batch) -> Tensor:
-        pictures, targets = mix(batch.pictures, batch.classes)
-        return soft_cross_entropy(model(pictures), targets)
+        images, targets = mix(batch.pictures, batch.classes)
+        return soft_cross_entropy(model(images), targets)
 
     return mixed_loss
 
 
 CLASSIFICATION = Objective(
-    create=lambda config, source: create_classifier(config, classes_of(config, source)),
+    create=lambda config, source: create_classifier(config, source.class_names),
     loss=lambda config, source: classification_loss(config, len(source.class_names)),
     evaluation=evaluation,
     export=lambda trained: save_timm_model(

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from recipes.checkpoint import Metrics
 from recipes.config import TrainConfig
-from recipes.data import Batch
 from recipes.engine import LossFunction
-from recipes.export import InputConfig, backbone_entry, save_backbone, save_pretraining_model
+from recipes.export import BACKBONE, EXPORT, InputConfig, save_pretraining
 from recipes.plots import draw_predictions
 from recipes.sources import Source
-
-EXPORT, BACKBONE = "pretraining_model", "backbone"
 
 
 @dataclass(frozen=True)
@@ -49,24 +46,16 @@ class Objective:
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
 
 
-def prediction_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of the predicted clusters; the classes are not looked at."""
-    loss, _, _ = model(batch.pictures)
-    return loss
-
-
 def export_pretraining(trained: Trained) -> None:
     """Write the whole model, its encoder as a timm model, and what it predicts for a few images."""
-    output, seed = Path(trained.config.output_dir), trained.config.seed
-    save_pretraining_model(trained.model, output / EXPORT, trained.inputs)
-    entry = backbone_entry(trained.config, trained.model)
-    save_backbone(output / EXPORT, entry, output / BACKBONE, trained.inputs, seed)
-    draw_predictions(output / "predictions.png", trained.model, trained.source, trained.inputs, seed)
+    model, config = trained.model, trained.config
+    save_pretraining(model, config, trained.inputs)
+    draw_predictions(Path(config.output_dir) / "predictions.png", model, trained.source, trained.inputs, config.seed)
 
 
 AUTOREGRESSIVE = Objective(
     create=lambda config, source: config.build(),
-    loss=lambda config, source: prediction_loss,
+    loss=lambda config, source: lambda model, batch: model(batch.pictures)[0],  # whose forward gives the loss first
     evaluation=None,
     export=export_pretraining,
     folders=(EXPORT, BACKBONE),

@@ -17,7 +17,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     return AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=fused)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
     """Groups with `weight_decay`, but 0 for biases, 1-D parameters and `model.no_weight_decay()`, of what is trained.
 
     With `layer_decay`, the factor of the rate from one layer to the one below it, they have `lr_scale` too.

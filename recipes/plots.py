@@ -68,18 +68,15 @@ def _points(history: Sequence[Metrics], key: str) -> list[tuple[float, float]]:
 def draw_predictions(
     file: Path, model: ARMPretrain, source: Source, inputs: Mapping[str, Any], seed: int, count: int = 8
 ) -> None:
-    """Draw a few images, the clusters to predict, and the predicted ones below each other into a PNG.
+    """Draw images, validation ones if there are any, the clusters to predict, and the predicted ones into a PNG.
 
     Args:
         file: PNG to write.
         model: On the CPU.
-        source: Of the images: validation ones if there are any.
+        source: Of the images.
         inputs: How they are prepared; see `export.input_config`.
         seed: They are drawn blindly from it.
         count: How many.
-
-    Raises:
-        RunError: If none of them can be decoded.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, PictureTable):

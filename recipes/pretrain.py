@@ -14,7 +14,8 @@ from functools import partial
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import PretrainConfig
-from recipes.objectives import AUTOREGRESSIVE, BACKBONE, Trained
+from recipes.export import BACKBONE
+from recipes.objectives import AUTOREGRESSIVE, Trained
 from recipes.setup import train
 from recipes.signals import StopRequest
 

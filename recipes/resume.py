@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
 from rich.console import Console
 
 from arm_zoo.files import remove_leftovers
@@ -31,10 +30,7 @@ VALIDATION = "data.validation"
 
 
 class AlreadyFinished(SystemExit):
-    """Raised when there is nothing left to do; ends the program with 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
+    """Raised when there is nothing left to do; ends the program with its code."""
 
 
 class Start(NamedTuple):
@@ -47,18 +43,16 @@ class Start(NamedTuple):
 def starting_point(
     config: TrainConfig,
     resume: str,
-    accelerator: Accelerator,
     collectives: Collectives,
     checkpoints: CheckpointFolder,
     last_file: Path,
     folders: Sequence[Path],
 ) -> Start | None:
-    """The checkpoint to go on from, the same on every process, or None for the beginning.
+    """The checkpoint to go on from, which the main process chooses, or None for the beginning.
 
     Args:
         config: The run.
         resume: "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder.
-        accelerator: Its main process chooses.
         collectives: Tell the other processes.
         checkpoints: The run's own.
         last_file: The file that the run writes last.
@@ -66,16 +60,15 @@ def starting_point(
 
     Raises:
         RunError: If the checkpoint is damaged, not one, or of another run.
-        OSError: If it cannot be read.
         AlreadyFinished: If the run has all its epochs and has written `last_file`.
     """
     checkpoint = collectives.on_main(lambda: choose(checkpoints, resume))
     start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))
     if start is not None:
         compare(config, start, checkpoints.console)
-    if accelerator.is_main_process:
-        for folder in folders:
-            remove_leftovers(folder)
+    is_main = collectives.accelerator.is_main_process
+    for folder in folders if is_main else ():
+        remove_leftovers(folder)
     if start is not None:
         if (done := start.state["position"]["epoch"]) >= config.epochs and last_file.is_file():
             epochs = "1 epoch is" if done == 1 else f"{done} epochs are"
@@ -84,13 +77,13 @@ def starting_point(
                 "output_dir for another run, or --resume none to start over",
                 soft_wrap=True,
             )
-            raise AlreadyFinished
+            raise AlreadyFinished(0)
         checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
-    if accelerator.is_main_process:
+    if is_main:
         last_file.unlink(missing_ok=True)  # of a run with fewer epochs: this one has not finished yet
-        if resume != "auto":
-            own = start is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
-            checkpoints.set_aside(after_step=step_of(checkpoint) if own else -1)
+    if is_main and resume != "auto":
+        is_own = checkpoint is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
+        checkpoints.set_aside(after_step=step_of(checkpoint) if checkpoint and is_own else -1)
     return start
 
 
@@ -111,44 +104,34 @@ def choose(checkpoints: CheckpointFolder, resume: str) -> Path | None:
     return chosen
 
 
-def settings_of(start: Start, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The checkpoint's and the run's settings by their keys, as JSON holds them."""
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    return dict(flatten(start.state["config"])), dict(flatten(now))
-
-
-def has_the_same_images(start: Start, config: TrainConfig) -> bool:
-    """Whether the run trains on what the checkpoint's did, in the same order."""
-    before, now = settings_of(start, config)
-    return all(before.get(key) == now.get(key) for key in ORDER)
+def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ."""
+    before = dict(flatten(start.state["config"]))
+    now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
 def compare(config: TrainConfig, start: Start, console: Console) -> None:
-    """Refuse the checkpoint of another run, and name settings that have changed.
-
-    Raises:
-        RunError: With every difference that makes going on impossible.
-    """
-    before, now = settings_of(start, config)
+    """Refuse the checkpoint of another run, with every difference, and name settings that have changed."""
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
-    if ("pretrained" in before) != ("pretrained" in now):
+    if ("pretrained" in start.state["config"]) != hasattr(config, "pretrained"):
         raise RunError(f"{start.checkpoint} is of the other recipe. {ways}")
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    described = {key: f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed if key not in OPERATION}
-    impossible = [key for key in described if key.partition(".")[0] in IDENTITY]
-    if (before.get("ema_decay") is None) != (now.get("ema_decay") is None):
-        impossible.append("ema_decay")  # an average cannot begin, or be thrown away, in the middle
-    if VALIDATION in described and float in (type(before.get(VALIDATION)), type(now.get(VALIDATION))):
-        impossible.append(VALIDATION)  # images that were trained on would be scored on
+    changed = {key: pair for key, pair in changed_settings(start, config).items() if key not in OPERATION}
+    described = {key: f"{key} was {before}, is {now}" for key, (before, now) in changed.items()}
+    impossible = [described[key] for key in changed if key.partition(".")[0] in IDENTITY]
+    if None in changed.get("ema_decay", ()):
+        impossible.append(described["ema_decay"])  # an average cannot begin, or be thrown away, in the middle
+    if float in map(type, changed.get(VALIDATION, ())):
+        impossible.append(described[VALIDATION])  # images that were trained on would be scored on
     if impossible:
-        differences = "; ".join(described[key] for key in impossible)
-        raise RunError(f"{start.checkpoint} is of another run: {differences}. {ways}")
-    reordered = [described[key] for key in ORDER if key in described]
+        raise RunError(f"{start.checkpoint} is of another run: {'; '.join(impossible)}. {ways}")
+    reordered = [described[key] for key in ORDER if key in changed]
     if reordered and start.state["position"]["step"] > 0:
         raise RunError(
             f"{start.checkpoint} is in the middle of an epoch, whose other images would come twice or never with "
-            f"{'; '.join(reordered)}. {ways}, or a checkpoint from the end of an "
-            "epoch by --resume FOLDER, where this may change"
+            f"{'; '.join(reordered)}. {ways}, or a checkpoint from the end of an epoch by --resume FOLDER, where this "
+            "may change"
         )
     if described:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
@@ -157,14 +140,7 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
 def compare_classes(start: Start, names: Sequence[str]) -> None:
     """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
 
-    Checkpoints of before names were kept are not compared.
-
-    Args:
-        start: Where the run goes on.
-        names: Those of its images, in index order; none without labels.
-
-    Raises:
-        RunError: With what differs.
+    Checkpoints of before names were kept are not compared. `names` are in index order; without labels there are none.
     """
     before = start.state.get("class_names", names)
     if list(before) == list(names):

@@ -1,6 +1,7 @@
 """From a configuration and an objective to a trained model in its folder: the one way that all recipes go."""
 
 from pathlib import Path
+from typing import Any
 
 from timm.utils import ModelEmaV3
 
@@ -18,7 +19,7 @@ from recipes.plots import plot_run
 from recipes.processes import start_accelerator
 from recipes.resume import starting_point
 from recipes.signals import StopRequest
-from recipes.sources import Source, open_source
+from recipes.sources import open_source
 from recipes.watch import ProgressDisplay, peak_speed
 
 CURVES = "curves.png"  # written last: a run that has it has ended
@@ -43,9 +44,9 @@ def train(
     console = plain_console(quiet=not accelerator.is_main_process)
     checkpoints = CheckpointFolder(output / "checkpoints", config.keep_last, config.keep_every, console)
     folders = [output / name for name in objective.folders]
-    start = starting_point(config, resume, accelerator, collectives, checkpoints, output / CURVES, [output, *folders])
+    start = starting_point(config, resume, collectives, checkpoints, output / CURVES, [output, *folders])
     source = open_source(config.data, config.labels_needed)
-    model = objective.create(config, source)
+    model: Any = objective.create(config, source)
     inputs = input_config(model, config, source)
     model.set_grad_checkpointing(config.gradient_checkpointing)
     model = model.to(accelerator.device)
@@ -59,14 +60,13 @@ def train(
     peak = peak_speed(config, config.build, inputs["input_size"], accelerator)
     evaluation = objective.evaluation
     trainer = Trainer(
-        accelerator=accelerator,
         collectives=collectives,
         model=model,
         ema=ema,
         optimizer=create_optimizer(model, config),
         loader=loader,
         loss_function=objective.loss(config, source),
-        evaluate=evaluation and evaluation(config, accelerator, collectives, model, ema, source, inputs),
+        evaluate=evaluation and evaluation(config, collectives, model, ema, source, inputs),
         config=config,
         checkpoints=checkpoints,
         display=ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak),
@@ -89,7 +89,7 @@ def train(
     return trained
 
 
-def name_held_out(source: Source, folder: Path) -> None:
+def name_held_out(source: Any, folder: Path) -> None:
     """Name the training images that are validated on instead, for whoever scores or trains on from here."""
     _, names = source.test.classes_and_names()
     write_text(folder / HELD_OUT, "".join(f"{name}\n" for name in names))

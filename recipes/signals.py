@@ -11,10 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(SystemExit):
-    """Raised when a run has written its checkpoint because it was asked to stop; ends the program with 75."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+    """Raised when a run has written its checkpoint because it was asked to stop; ends the program with its code."""
 
 
 class StopWaiting(BaseException):

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -21,12 +23,8 @@ GEMM_SIZE, GEMM_RUNS = 8192, 20
 def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int]) -> int:
     """Floating-point operations of the matrix products of one image's forward and backward pass.
 
-    Counted on the meta device. The scans are no matrix products and are left out, as is what gradient checkpointing
-    does twice: what is told is the fraction of the peak that useful products reach.
-
-    Args:
-        build: Makes the model, as `build(device="meta")`.
-        shape: (channels, height, width).
+    Counted on the meta device, for a shape (channels, height, width). The scans are no matrix products and are left
+    out, as is what gradient checkpointing does twice: what is told is the fraction of the peak for useful products.
     """
     model = build(device="meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -34,22 +32,18 @@ def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int]) ->
     return 3 * counter.get_total_flops()  # backward: two products for each of the forward pass
 
 
-def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured operations per second of a large square matrix product on a GPU."""
-    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype)
-    timer = Timer("a @ b", globals={"a": a, "b": b})
-    timer.timeit(GEMM_RUNS)  # the clocks rise
-    return 2 * GEMM_SIZE**3 / timer.timeit(GEMM_RUNS).mean
-
-
 def peak_speed(
     config: TrainConfig, build: Callable[..., nn.Module], shape: tuple[int, int, int], accelerator: Accelerator
 ) -> float | None:
-    """Images per second at which the GPUs' measured matrix products are all used; None where there is no GPU."""
+    """Images per second if all GPUs did useful products as fast as a large square one; None where there is no GPU."""
     if accelerator.device.type != "cuda":
         return None
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return gemm_peak(accelerator.device, dtype) * accelerator.num_processes / image_flops(build, shape)
+    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=accelerator.device, dtype=dtype)
+    timer = Timer("a @ b", globals={"a": a, "b": b})
+    timer.timeit(GEMM_RUNS)  # the clocks rise
+    flops_per_second = 2 * GEMM_SIZE**3 / timer.timeit(GEMM_RUNS).mean
+    return flops_per_second * accelerator.num_processes / image_flops(build, shape)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -58,29 +52,19 @@ def peak_memory(device: torch.device) -> float:
     return used / 2**30
 
 
+@dataclass
 class ProgressDisplay:
-    """Progress bar, epoch lines and trackers of one run, on the main process; the others show nothing.
+    """Progress bar, epoch lines and trackers of one run, on the main process; the others show nothing."""
 
-    Args:
-        accelerator: Its trackers, if any, get the figures.
-        console: Where bar and lines go.
-        title: Stands before the bar.
-        config: Length of the run and size of a step.
-        steps_per_epoch: Optimizer steps.
-        peak: See `peak_speed`; the speed divided by it is the model FLOPs utilisation (MFU).
-    """
+    accelerator: Accelerator  # its trackers, if any, get the figures
+    console: Console
+    title: str
+    config: TrainConfig
+    steps_per_epoch: int
+    peak: float | None  # see `peak_speed`; the speed divided by it is the model FLOPs utilisation (MFU)
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        console: Console,
-        title: str,
-        config: TrainConfig,
-        steps_per_epoch: int,
-        peak: float | None,
-    ) -> None:
-        self.console, self._accelerator, self._config, self._peak = console, accelerator, config, peak
-        mfu = "" if peak is None else "  {task.fields[mfu]:.0%} of GEMM peak"
+    def __post_init__(self) -> None:
+        mfu = "" if self.peak is None else "  {task.fields[mfu]:.0%} of GEMM peak"
         figures = "loss {task.fields[loss]:.3f}  {task.fields[images_per_second]:,.0f} img/s"
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -90,12 +74,12 @@ class ProgressDisplay:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
+            console=self.console,
             speed_estimate_period=600,  # seconds
-            disable=not accelerator.is_main_process,
+            disable=not self.accelerator.is_main_process,
         )
-        fields = {"loss": math.nan, **self.speed(0.0)}
-        self._task = self.bar.add_task(title, total=config.epochs * steps_per_epoch, **fields)
+        fields: dict[str, Any] = {"loss": math.nan, **self.speed(0.0)}
+        self._task = self.bar.add_task(self.title, total=self.config.epochs * self.steps_per_epoch, **fields)
 
     def begin(self, step: int) -> None:
         """Put the bar where the run goes on."""
@@ -104,22 +88,22 @@ class ProgressDisplay:
 
     def speed(self, images_per_second: float) -> dict[str, float]:
         """The figures of speed and memory."""
-        figures = {"images_per_second": images_per_second, "memory_gib": peak_memory(self._accelerator.device)}
-        return figures if self._peak is None else figures | {"mfu": images_per_second / self._peak}
+        figures = {"images_per_second": images_per_second, "memory_gib": peak_memory(self.accelerator.device)}
+        return figures if self.peak is None else figures | {"mfu": images_per_second / self.peak}
 
-    def step(self, step: int, figures: dict[str, float]) -> None:
+    def step(self, step: int, figures: dict[str, Any]) -> None:
         """Show where the run is after `step` optimizer steps, with at least `loss`."""
         now = time.perf_counter()
-        figures = figures | self.speed((step - self._last[0]) * self._config.global_batch / (now - self._last[1]))
+        figures = figures | self.speed((step - self._last[0]) * self.config.global_batch / (now - self._last[1]))
         self._last = (step, now)
         self.bar.update(self._task, completed=step, **figures)
-        self._accelerator.log({f"step/{name}": value for name, value in figures.items()}, step=step)
+        self.accelerator.log({f"step/{name}": value for name, value in figures.items()}, step=step)
 
     def epoch(self, step: int, row: dict[str, float]) -> None:
         """Log an epoch's figures, as a line too where no bar can be drawn."""
-        self._accelerator.log({f"epoch/{name}": value for name, value in row.items()}, step=step)
+        self.accelerator.log({f"epoch/{name}": value for name, value in row.items()}, step=step)
         if not self.console.is_terminal:
             shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in row.items()}
             line = "  ".join(f"{name} {value}" for name, value in shown.items() if name != "epoch")
-            self.console.print(f"epoch {row['epoch']}/{self._config.epochs}  {line}", soft_wrap=True)
+            self.console.print(f"epoch {row['epoch']}/{self.config.epochs}  {line}", soft_wrap=True)
         self._last = (step, time.perf_counter())  # scoring is not training

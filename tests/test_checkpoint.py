@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or moved to other processes, and what they end with."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from recipes import checkpoint, command_line, data, engine, objectives, setup
+from recipes import checkpoint, command_line, data, engine, setup
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
@@ -70,18 +71,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def set_loss(monkeypatch: pytest.MonkeyPatch, loss: engine.LossFunction) -> None:
+    """Let pretraining use another loss."""
+    changed = dataclasses.replace(pretraining.AUTOREGRESSIVE, loss=lambda config, source: loss)
+    monkeypatch.setattr(pretraining, "AUTOREGRESSIVE", changed)
+
+
 @pytest.fixture
 def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[[], None]]]:
     """Things to do in the middle of an optimizer step, by the number of the step in this process."""
     actions: dict[int, Callable[[], None]] = {}
     count = iter(range(1, 10**6))
-    original = objectives.prediction_loss
+    original = pretraining.AUTOREGRESSIVE.loss(None, None)
 
     def loss(model: Any, batch: Any) -> Any:
         actions.get(next(count), lambda: None)()
         return original(model, batch)
 
-    monkeypatch.setattr(objectives, "prediction_loss", loss)
+    set_loss(monkeypatch, loss)
     yield actions
 
 
@@ -408,12 +415,9 @@ def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypat
 def test_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = objectives.prediction_loss, iter(range(1, 100))
-    monkeypatch.setattr(
-        objectives,
-        "prediction_loss",
-        lambda model, batch: original(model, batch) * (float("nan") if next(count) == 8 else 1),
-    )
+    original, count = pretraining.AUTOREGRESSIVE.loss(None, None), iter(range(1, 100))
+    factors = (float("nan") if number == 8 else 1 for number in count)
+    set_loss(monkeypatch, lambda model, batch: original(model, batch) * next(factors))
     with pytest.raises(SystemExit) as stopped:
         pretraining.main(["--config", str(CONFIG), *settings(tmp_path, "checkpoint_steps=3")])
     message = str(stopped.value.code)

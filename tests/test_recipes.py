@@ -437,7 +437,7 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
     monkeypatch.setattr(Collectives, "largest", lambda _, number: told.append(number) or number)
     monkeypatch.setattr(Cats, "forward", lambda *_: 1 / 0)
     source = open_source(config.data, labels_needed=True)
-    evaluate = evaluation(config, accelerator, Collectives(accelerator), Cats(), None, source, inputs)
+    evaluate = evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)
     with pytest.raises(ZeroDivisionError):
         evaluate(1)
     assert told == [FAILED]
@@ -465,7 +465,7 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
                   "interpolation": "bicubic", "crop_mode": "squash"}  # fmt: skip
         accelerator = start_accelerator(config)
         source = open_source(config.data, labels_needed=True)
-        return evaluation(config, accelerator, Collectives(accelerator), Cats(), None, source, inputs)(1)
+        return evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)(1)
 
     assert scores(0.3) == {"top1": pytest.approx(40), "images_scored": 5, "images_skipped": 2}
     for name in ("cat/2.jpg", "dog/6.jpg"):
