@@ -33,11 +33,11 @@ RECIPES = {
 
 
 class Command(NamedTuple):
-    """What a person asked for: the program's name, the checked configuration, and where to start."""
+    """What a person asked for."""
 
-    program: str
+    program: str  # its name
     config: TrainConfig
-    resume: str
+    resume: str  # "auto", "none" or a checkpoint's folder
 
 
 def main(recipe: str, argv: Sequence[str] | None = None) -> None:
@@ -51,11 +51,7 @@ def main(recipe: str, argv: Sequence[str] | None = None) -> None:
 
 
 def read_command(recipe: str, argv: Sequence[str] | None = None) -> Command:
-    """Parse `--config FILE --resume WHERE key=value ...`.
-
-    The program ends with code 2 and the whole list if the configuration is wrong, and with 0 after printing it if that
-    is what was asked for.
-    """
+    """Parse `--config FILE --resume WHERE key=value ...`; a wrong configuration ends the program with 2."""
     kind, does, fit = RECIPES[recipe]
     parser = argparse.ArgumentParser(
         prog=f"python -m recipes.{recipe}", description=f"{does} Run it from the top of the repository."
@@ -89,10 +85,7 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
 
 
 def carry_out(command: Command, run: Callable[[Any, str, "StopRequest"], None]) -> None:
-    """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop.
-
-    The program ends with 1 and one message if the run cannot start or go on.
-    """
+    """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
     from recipes.mistakes import told_as_mistakes
     from recipes.signals import StopRequest
     from recipes.workers import end_workers

@@ -86,7 +86,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """What `load_config` fills and checks: a frozen dataclass. Each method gives key -> problem."""
+    """What `load_config` fills and checks; each method gives key -> problem."""
 
     def conflicts(self) -> dict[str, str]:
         """Between values that are fine on their own."""
@@ -123,7 +123,7 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu"] = "auto"
     cpu_threads: int | None = limited(None, ONE_OR_MORE)  # of each process; null: torch's choice
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and scan states stay fp32
-    # Larger shares of the global batch are worked off in parts, whose gradients add up; null: all at once.
+    # Larger parts of the global batch take several forward passes, whose gradients add up; null: all at once.
     max_batch_per_device: int | None = limited(None, ("a whole number, 2 or more", lambda x: x >= 2))
     compile: bool = False
     cuda_graphs: bool = False  # with compile, on one GPU: replay a step's launches, for models so small that it waits

@@ -17,9 +17,8 @@ from typing import Any
 import yaml
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
-HEADINGS = ("model", "GPUs", "epochs", "hours", "GPU-hours", "speed")
-# Section 4.4: 300 epochs of ARM-B on 8 A5000.
-PAPER = ("ARM-B", "8 A5000", "300", "34.0", "272", "*reported by the paper*")
+HEADINGS = "| model | GPUs | epochs | hours | GPU-hours | speed |\n|---|---|---|---|---|---|"
+PAPER = "| ARM-B | 8 A5000 | 300 | 34.0 | 272 | *reported by the paper* |"  # section 4.4
 
 
 @dataclass(frozen=True)
@@ -32,22 +31,16 @@ class Measured:
     device: str = ""  # what they were, where that is known
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
-        """Time for so many epochs.
+        """Time for so many epochs of `images` on `gpus` GPUs.
 
-        Args:
-            epochs: Passes over the data.
-            gpus: GPUs to train on.
-            efficiency: Their speed divided by that of as many separate ones; not applied to the number measured.
-            images: Images per epoch.
+        `efficiency` is their speed divided by that of as many separate ones; the number measured is taken as it is.
         """
         kept = 1.0 if gpus == self.gpus else efficiency
         return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
 
 
 def from_run(folder: Path) -> Measured:
-    """The median speed of a run's epochs on the GPUs it had last.
-
-    The first one of them, which compiles and warms up, is left out if there are others.
+    """The median speed of a run's epochs on the GPUs it had last, without the first one, if possible: it warms up.
 
     Raises:
         ValueError: If the run has not measured it.
@@ -82,8 +75,7 @@ def from_throughput(file: Path) -> list[Measured]:
 
 def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterator[str]:
     """Lines of a Markdown table; the last row is the paper's."""
-    yield f"| {' | '.join(HEADINGS)} |"
-    yield f"|{'---|' * len(HEADINGS)}"
+    yield HEADINGS
     for one in measured:
         for gpus in settings.gpus:
             speed = f"{one.images_per_second:,.0f} img/s measured on {one.gpus} {one.device}".rstrip()
@@ -91,9 +83,8 @@ def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterato
                 speed += f", {settings.efficiency:.0%} scaling efficiency assumed"
             for epochs in settings.epochs:
                 hours = one.hours(epochs, gpus, settings.efficiency, settings.images)
-                row = (one.model, str(gpus), str(epochs), f"{hours:,.1f}", f"{hours * gpus:,.0f}", speed)
-                yield f"| {' | '.join(row)} |"
-    yield f"| {' | '.join(PAPER)} |"
+                yield f"| {one.model} | {gpus} | {epochs} | {hours:,.1f} | {hours * gpus:,.0f} | {speed} |"
+    yield PAPER
 
 
 def main(argv: Sequence[str] | None = None) -> None:

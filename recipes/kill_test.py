@@ -11,10 +11,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from recipes import command_line
 
@@ -24,16 +23,10 @@ PATIENCE = 600.0  # seconds that one process may take
 
 
 class KillTest:
-    """Runs of one command, in processes forked from a server that has everything imported already.
-
-    Args:
-        recipe: "pretrain" or "finetune".
-        arguments: Its command line, without `output_dir`.
-        folder: Gets one subfolder per run.
-        seed: Of the moments.
-    """
+    """Runs of one command, in processes forked from a server that has everything imported already."""
 
     def __init__(self, recipe: str, arguments: Sequence[str], folder: Path, seed: int) -> None:
+        """Take the command line without `output_dir`, a folder for the runs, and the seed of the moments."""
         self._recipe, self._arguments, self._folder = recipe, list(arguments), folder
         self._random = random.Random(seed)
         self._context = multiprocessing.get_context("forkserver")
@@ -41,16 +34,15 @@ class KillTest:
         self._context.set_forkserver_preload([f"recipes.{recipe}", "sklearn.datasets", "sklearn.model_selection"])
 
     def run(self, kills: int) -> int:
-        """Kill `kills` times, over as many runs as that takes.
-
-        Returns:
-            How many of the kills hit the writing of a checkpoint.
+        """Kill `kills` times, over as many runs as that takes; the number that hit the writing of a checkpoint.
 
         Raises:
             RuntimeError: If a process fails on its own, or a resumed run ends with other bits.
         """
         whole = self._folder / "whole"
-        self._finish(self._begin(print))  # starts the server, which must not count
+        server = self._context.Process(target=print)  # whose start must not count
+        server.start()
+        self._finish(server)
         started = time.monotonic()
         self._finish(self._start(whole))
         duration = time.monotonic() - started
@@ -70,11 +62,8 @@ class KillTest:
         return hits
 
     def _start(self, folder: Path) -> BaseProcess:
-        arguments = [*self._arguments, f"output_dir={folder}"]
-        return self._begin(_train, self._recipe, arguments, folder.with_suffix(".log"))
-
-    def _begin(self, function: Callable[..., None], *arguments: Any) -> BaseProcess:
-        process = self._context.Process(target=function, args=arguments)
+        arguments = (self._recipe, [*self._arguments, f"output_dir={folder}"], folder.with_suffix(".log"))
+        process = self._context.Process(target=_train, args=arguments)
         process.start()
         return process
 

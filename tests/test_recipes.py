@@ -22,6 +22,7 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.mixer import MambaMixer
+from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import Batch, TrainLoader
@@ -100,6 +101,14 @@ def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit, match=r"^0$"):  # nothing needs to exist yet
         finetune_command(["--config", str(FOLDER / "finetune_base.yaml"), "--print-config"])
     assert "layer_decay: 0.65" in capsys.readouterr().out
+
+
+def test_recipes_alone_lists_its_commands(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    list_commands([])
+    told = capsys.readouterr().out
+    programs = [file.stem for file in (repo / "recipes").glob("*.py") if '__name__ == "__main__"' in file.read_text()]
+    assert len(programs) > 5
+    assert all(f"python -m recipes.{name} " in told for name in programs if name != "__main__")
 
 
 BAD = {  # recipe, override: a part of the message
