@@ -82,7 +82,7 @@ class DamagedCheckpoint(RunError):
 
 
 def check(checkpoint: Path) -> None:
-    """Compare every file with the manifest, and raise `DamagedCheckpoint` if one is missing or differs."""
+    """Raise `DamagedCheckpoint` if a file is missing or differs from the manifest."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         damaged = [name for name, written in files.items() if fingerprint(checkpoint / name) != written]

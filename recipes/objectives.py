@@ -47,7 +47,6 @@ class Objective:
 
 
 def export_pretraining(trained: Trained) -> None:
-    """Write the whole model, its encoder as a timm model, and what it predicts for a few images."""
     model, config = trained.model, trained.config
     save_pretraining(model, config, trained.inputs)
     draw_predictions(Path(config.output_dir) / "predictions.png", model, trained.source, trained.inputs, config.seed)

@@ -18,7 +18,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def parameter_groups(model: Any, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
-    """Groups with `weight_decay`, but 0 for biases, 1-D parameters and `model.no_weight_decay()`, of what is trained.
+    """What is trained, in groups with `weight_decay`, but 0 for biases, 1-D parameters and `model.no_weight_decay()`.
 
     With `layer_decay`, the factor of the rate from one layer to the one below it, they have `lr_scale` too.
     """

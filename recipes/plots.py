@@ -27,11 +27,16 @@ LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
 
 def plot_run(file: Path, history: Sequence[Metrics]) -> None:
     """Draw the curves of one run: loss, learning rate, and top-1 where there is one; `history` is `metrics.jsonl`."""
-    titles = {"loss": LOSS, "lr": "learning rate", "top1": TOP1}
-    panels: dict[str, Curves] = {
-        title: {"model": (history, key), "moving average": (history, f"{key}_ema")} for key, title in titles.items()
-    }
-    plot_curves(file, panels)
+    found, lines = set().union(*history), {"model": "", "moving average": "_ema"}
+    panels = {"loss": LOSS, "lr": "learning rate", "top1": TOP1}
+    plot_curves(
+        file,
+        {
+            title: {label: (history, f"{key}{end}") for label, end in lines.items() if f"{key}{end}" in found}
+            for key, title in panels.items()
+            if key in found
+        },
+    )
 
 
 def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:
@@ -42,16 +47,12 @@ def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapp
 
 
 def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
-    """Draw curves over epochs into a PNG, a panel for each title; those without rows are left out."""
-    found = {
-        title: {label: rows for label, (history, key) in curves.items() if (rows := _points(history, key))}
-        for title, curves in panels.items()
-    }
-    found = {title: curves for title, curves in found.items() if curves}
-    figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        for colour, (label, points) in zip(COLOURS, curves.items(), strict=False):
-            axes.plot(*zip(*points, strict=True), color=colour, lw=2, label=label)
+    """Draw curves over epochs into a PNG, a panel for each title."""
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for colour, (label, (history, key)) in zip(COLOURS, curves.items(), strict=False):
+            rows = [row for row in history if key in row]
+            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=colour, lw=2, label=label)
         if len(curves) > 1:
             axes.legend()
         axes.set(title=title, xlabel="epoch")
@@ -59,10 +60,6 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, file)
-
-
-def _points(history: Sequence[Metrics], key: str) -> list[tuple[float, float]]:
-    return [(row["epoch"], row[key]) for row in history if key in row]
 
 
 def draw_predictions(

@@ -22,16 +22,15 @@ from torch.nn import functional as F
 
 from arm_zoo import CheckpointError
 from arm_zoo.files import CONFIG, weights_in, write_text
-
-from .command_line import read_config
-from .config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
-from .data import eval_loader
-from .errors import RunError
-from .locate import SourceError
-from .mistakes import told_as_mistakes
-from .parsing import limited
-from .sources import Source, Split, open_source
-from .undecodable import check_undecodable
+from recipes.command_line import read_config
+from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
+from recipes.data import eval_loader
+from recipes.errors import RunError
+from recipes.locate import SourceError
+from recipes.mistakes import told_as_mistakes
+from recipes.parsing import limited
+from recipes.sources import Source, Split, open_source
+from recipes.undecodable import check_undecodable
 
 ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -42,7 +41,7 @@ COMPARED_AT_ONCE = 256  # images whose similarities to all training images are h
 
 @dataclass(frozen=True)
 class ProbeConfig(Config):
-    """What ``python -m recipes.probe`` takes as ``key=value``."""
+    """What `python -m recipes.probe` takes as `key=value`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: str = ""  # a timm entry, for weights that are a file; folders tell it
@@ -123,12 +122,7 @@ def create_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict
 
 @torch.inference_mode()
 def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, purpose: str) -> Features:
-    """The model's pooled features of every image that can be decoded, without augmentation.
-
-    Raises:
-        RunError: If none can, or if features are not finite numbers.
-        SourceError: If more cannot than `data.max_undecodable` allows.
-    """
+    """The model's pooled features of every image that can be decoded, without augmentation."""
     device = next(model.parameters()).device
     loader = eval_loader(split, inputs, config.batch, workers=config.data.workers, device=device)
     quiet, values, classes, skipped = not sys.stdout.isatty(), [], [], 0
@@ -148,10 +142,9 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
 
 
 def knn_top1(train: Features, test: Features, neighbours: int, temperature: float) -> float:
-    """Top-1 in percent of the vote of the nearest training images.
+    """Top-1 in percent of the vote of the nearest training images by cosine similarity.
 
-    As in DINO (arXiv:2104.14294, section 4.1): by cosine similarity, each neighbour's vote being exp(similarity /
-    temperature).
+    Each neighbour's vote is exp(similarity / temperature), as in DINO (arXiv:2104.14294, section 4.1).
     """
     number = int(train.classes.max()) + 1
     reference = F.normalize(train.values, dim=1)
@@ -172,12 +165,10 @@ def linear_top1(train: Features, test: Features, epochs: int, seed: int) -> tupl
     The features are standardised with the training images' statistics.
     """
     std, mean = torch.std_mean(train.values, dim=0)
-    train, test = (Features((part.values - mean) / (std + 1e-6), part.classes) for part in (train, test))
+    train, test = (part._replace(values=(part.values - mean) / (std + 1e-6)) for part in (train, test))
     order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(seed)).to(train.classes.device)
-    held_out = max(1, round(HELD_OUT * len(order)))
-    chosen_on, kept = (
-        Features(train.values[part], train.classes[part]) for part in (order[:held_out], order[held_out:])
-    )
+    parts = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+    chosen_on, kept = (Features(train.values[part], train.classes[part]) for part in parts)
     number = int(train.classes.max()) + 1
     scores = [top1(layer, chosen_on) for layer in fit_linear(kept, number, RATES, epochs, seed)]
     rate = RATES[scores.index(max(scores))]

@@ -55,8 +55,8 @@ def train(
     if config.fsdp:
         for part in (model,) if ema is None else (model, ema.module):
             shard(part, accelerator)
-    process, device = (accelerator.process_index, accelerator.num_processes), accelerator.device
-    loader = TrainLoader(source, config, plan, model.patch_embed.img_size, *process, device)
+    process, image_size = (accelerator.process_index, accelerator.num_processes), inputs["input_size"][1:]
+    loader = TrainLoader(source, config, plan, image_size, *process, accelerator.device)
     peak = peak_speed(config, config.build, inputs["input_size"], accelerator)
     evaluation = objective.evaluation
     trainer = Trainer(

@@ -15,10 +15,7 @@ class Stopped(SystemExit):
 
 
 class StopWaiting(BaseException):
-    """Raised where a process is asked to stop while it waits for images, which may never come.
-
-    It is no `Exception`, so that nothing on its way takes it for a damaged image.
-    """
+    """Raised where a process is asked to stop while it waits for images; no `Exception`, which a damaged image is."""
 
 
 class StopRequest:
@@ -36,8 +33,8 @@ class StopRequest:
     def ignore(self) -> None:
         """Neither note nor obey them from now on: the program is at its end.
 
-        As soon as one process has left, launchers send SIGTERM to those that are still leaving. Python takes handlers
-        away before it is gone, so that one would end with the signal instead of its exit code.
+        Launchers send SIGTERM to processes that are still leaving when the first one has left. Python takes handlers
+        away before it ends, so such a process would end with the signal instead of its exit code.
         """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -82,7 +82,6 @@ class ProgressDisplay:
         self._task = self.bar.add_task(self.title, total=self.config.epochs * self.steps_per_epoch, **fields)
 
     def begin(self, step: int) -> None:
-        """Put the bar where the run goes on."""
         self.bar.update(self._task, completed=step)
         self._last = (step, time.perf_counter())
 

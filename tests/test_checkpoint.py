@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import arm_zoo
 from recipes import checkpoint, command_line, data, engine, setup
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
@@ -104,7 +105,8 @@ def folder_of(path: Path, keep_last: int = 2, keep_every: int | None = None) -> 
 
 
 def save(checkpoints: CheckpointFolder, step: int) -> Path:
-    return checkpoints.save(step, STEPS, {"model": {"weight": torch.full((3,), step)}}, {"step": step})
+    checkpoints.save(step, STEPS, {"model": {"weight": torch.full((3,), step)}}, {"step": step})
+    return checkpoints.folder / f"step-{step:08d}"
 
 
 def test_newest_and_every_nth_epoch_are_kept(tmp_path: Path) -> None:
@@ -454,6 +456,27 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Monk
     group = [one for one in servers if one.pid != process.pid and os.getpgid(one.pid) == process.pid]
     assert group and not test._kill(process, tmp_path / "run", 0, aimed=False)
     assert not psutil.wait_procs(group, timeout=10)[1]
+
+
+# ------------------------------------------------------------------------------------------------------- earlier runs
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretraining, ended after an epoch, and finetuning from it, stopped in its second one, both by commit e24c1e0."""
+    folder = shutil.copytree(Path(__file__).parent / "golden" / "run_e24c1e0", tmp_path / "runs")
+    monkeypatch.chdir(folder)
+    assert load_config(PretrainConfig, folder / "pretrain" / "config.yaml").model == "arm_pico"
+    for name, classes in (("pretrain/pretraining_model", None), ("pretrain/backbone", 0), ("finetune", 10)):
+        saved = load_file(folder / name / "model.safetensors")
+        model = arm_zoo.from_pretrained(folder / name)
+        assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+        assert getattr(model, "num_classes", None) == classes
+    result = finetuning.finetune(load_config(FinetuneConfig, folder / "finetune" / "config.yaml"))
+    # what that version got from there
+    expected = [{"loss": 2.3045879, "top1": 10.0, "top1_ema": 11.9444}, {"loss": 2.2967564, "top1": 13.3333}]
+    for row, before in zip(result.history, expected, strict=True):
+        assert {key: row[key] for key in before} == pytest.approx(before, abs=1e-4)
+    assert names(folder / "finetune") == ["step-00000010"] and result.top1 == pytest.approx(13.6111, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
