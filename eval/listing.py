@@ -1,70 +1,22 @@
-"""Labelled images as the sources give them: names, labels as they are there, and how each image is read."""
+"""Labelled images in a fixed order, ready to be scored."""
 
-import posixpath
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import Literal
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
-from timm.data import get_img_extensions
 
-from arm_zoo.images.decode import decode_image
-from arm_zoo.images.listing import IMAGE_ENDINGS, is_image, natural_order, printable
+from arm_zoo.images.columns import leaves, values_at
+from arm_zoo.images.listing import natural_order, printable
+from arm_zoo.images.tables import Encoded, ImageTable, OpenedSplit
 
-Reader = Callable[[int], IO[bytes]]
 NamedBy = Literal["folders", "declaration", "words"]
-TIMMS_ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Which files of a source are images, and how they are decoded.
-
-    Attributes:
-        name: goes into fingerprints, so that rows of another reading are not taken for finished; empty for timm's.
-        endings: of image files, in small letters.
-        is_image: whether a file is an image, by its name.
-        decode: an open image file, its name for errors, and Pillow's mode -> the image.
-    """
-
-    name: str
-    endings: Sequence[str]
-    is_image: Callable[[str], bool]
-    decode: Callable[[IO[bytes], str, str], Image.Image]
-
-    @property
-    def is_timms(self) -> bool:
-        """Whether this is how ImageNet's sets are read."""
-        return not self.name
-
-
-def _is_image_of_timm(path: str) -> bool:
-    name = posixpath.basename(path)
-    return name.lower().endswith(TIMMS_ENDINGS) and not name.startswith(".")
-
-
-def _decode_as_timm(file: IO[bytes], name: str, mode: str) -> Image.Image:
-    """To the last bit what timm.data.ImageDataset reads; Pillow's faster draft mode would change pixels."""
-    return Image.open(file).convert(mode)
-
-
-AS_TIMM = Reading("", TIMMS_ENDINGS, _is_image_of_timm, _decode_as_timm)
-
-
-@dataclass(frozen=True)
-class _DecodeAsTraining:
-    max_pixels: int
-
-    def __call__(self, file: IO[bytes], name: str, mode: str) -> Image.Image:
-        return decode_image(file.read(), name, mode, self.max_pixels)
-
-
-def as_training(max_pixels: int) -> Reading:
-    """Images up to this size as the recipes read them."""
-    name = f"read as in training, up to {max_pixels} pixels"
-    return Reading(name, IMAGE_ENDINGS, is_image, _DecodeAsTraining(max_pixels))
 
 
 @dataclass(frozen=True)
@@ -78,9 +30,10 @@ class Listing:
         class_names: names of the classes; None where labels are bare numbers.
         named_by: where the names come from: folders, a declaration (ClassLabel) whose order is the classes' own, or
             the labels themselves, words whose order means nothing.
-        read: opens the image of an index.
+        stored: the image of an index, not decoded.
         sizes: (N,) bytes of each image.
-        reading: how the files become images.
+        reading: how images are decoded where that is not timm's way; goes into fingerprints, so that rows of another
+            reading are not taken for finished.
         notes: what was left out, for the rows' marks.
     """
 
@@ -89,9 +42,9 @@ class Listing:
     labels: np.ndarray
     class_names: tuple[str, ...] | None
     named_by: NamedBy
-    read: Reader
+    stored: Callable[[int], Encoded]
     sizes: np.ndarray
-    reading: Reading
+    reading: str = ""
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -102,9 +55,15 @@ class Listing:
         return printable(self.files[index]) or f"image {index}"
 
     def decode(self, index: int, mode: str) -> Image.Image:
-        """The image of an index in Pillow's mode; whatever the decoder raises where it is damaged."""
-        with self.read(index) as file:
-            return self.reading.decode(file, self.describe(index), mode)
+        """The image of an index in Pillow's mode; whatever the decoder raises where it is damaged.
+
+        Without a reading of its own it is to the last bit what timm.data.ImageDataset reads: a plain conversion.
+        Pillow's faster draft mode would change pixels.
+        """
+        if self.reading:
+            return self.stored(index).decode(mode)[0]
+        with self.stored(index).open() as file:
+            return Image.open(file).convert(mode)
 
 
 def indexed(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -114,20 +73,54 @@ def indexed(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return class_names, np.array([index[name] for name in names], dtype=np.int64)
 
 
-def labels_of_text(location: str, texts: Sequence[str]) -> tuple[tuple[str, ...] | None, np.ndarray]:
-    """Class names and (N,) labels written as text: None and the numbers where all are numbers, else as `indexed`."""
-    if all(re.fullmatch("-?[0-9]+", text) for text in texts):
-        return None, numbers(location, [int(text) for text in texts])
-    return indexed(texts)
-
-
-def numbers(location: str, values: Sequence[int]) -> np.ndarray:
-    """(N,) labels.
+def listing_of(split: OpenedSplit, reading: str, notes: Sequence[str] = ()) -> Listing:
+    """A split as training opens it.
 
     Raises:
-        ValueError: for numbers that are too large for any class.
+        SourceError: if there are labels that are no class.
     """
+    labels = split.labels()
+    classes = labels.indices(labels.names)
+    values = [] if split.values is None else split.values.to_pylist()
+    indices = np.array([classes[value] for value in values], dtype=np.int64)
+    class_names: tuple[str, ...] | None = None if labels.numbered else labels.names
+    kind: NamedBy = "words"
+    if isinstance(leaves(split.features)[str(split.columns.label)], datasets.ClassLabel):
+        kind = "folders" if split.located.kind == "images" else "declaration"
+    elif split.by_folder:
+        kind = "folders"
+    elif not reading and all(re.fullmatch("-?[0-9]{1,18}", name) for name in labels.names):  # timm's numbers as text
+        class_names, indices = None, np.array(list(map(int, labels.names)), dtype=np.int64)[indices]
+    files, sizes = _files_and_sizes(split)
+    table = ImageTable(split.data, split.reading(classes))
+    notes = [*notes, *filter(None, [split.note])]
+    return Listing(split.located.name, files, indices, class_names, kind, table.stored, sizes, reading, tuple(notes))
+
+
+def _files_and_sizes(split: OpenedSplit) -> tuple[list[str], np.ndarray]:
+    """Path of each image inside the source, '' where it has none, and (N,) its bytes, -1 where it is not there."""
+    table = split.data.with_format("arrow")[:]
+    image = values_at(table, split.columns.image)
+    fields = image.type.names if pa.types.is_struct(image.type) else []
+    paths = pc.struct_field(image, "path").to_pylist() if "path" in fields else [None] * len(image)
+    names = [os.fsdecode(path or "") for path in paths]
+    if split.located.kind == "images":
+        [root] = split.files
+        parent = os.path.join(os.path.dirname(os.path.abspath(root)), "")
+        files = [os.path.abspath(name).removeprefix(parent).replace(os.sep, "/") for name in names]
+        return files, np.array(list(map(size_of, names)))
+    if split.columns.name is not None:
+        keys = map(os.fsdecode, values_at(table, split.columns.name).to_pylist())
+        files = [f"{os.path.basename(name)}/{key}" for name, key in zip(names, keys, strict=True)]
+        return files, pc.struct_field(image, "size").fill_null(-1).to_numpy()
+    encoded = pc.struct_field(image, "bytes") if "bytes" in fields else image
+    files = [os.path.basename(name) if os.path.isabs(name) else name for name in names]  # a cache's path tells nothing
+    return files, pc.binary_length(encoded).fill_null(-1).to_numpy()
+
+
+def size_of(file: str) -> int:
+    """In bytes; -1 where a link leads nowhere, which is an undecodable image like others."""
     try:
-        return np.array(values, dtype=np.int64)
-    except OverflowError as error:
-        raise ValueError(f"{location}: {max(values, key=abs)} is no label") from error
+        return os.stat(file).st_size
+    except OSError:
+        return -1

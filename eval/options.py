@@ -9,14 +9,14 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
+from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
 from eval import sets
-from eval.own import AS_USUAL, Choices
+from eval.own import AS_USUAL
 from eval.results import Row
 from eval.rows import Request
 from eval.scoring import DTYPES, Settings
 from eval.sets import CUSTOM, REAL, SETS
-from eval.tables import Columns
 
 SETS_HELP = (
     f"NAME of {', '.join(SETS)}, and real beside in1k; PATH a folder, tar or parquet file, a pattern or folder of "
@@ -60,7 +60,7 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--sets", nargs="+", required=True, metavar="NAME=PATH", help=SETS_HELP)
     for what in ("image", "label"):
-        add(f"--{what}-column", metavar="NAME", help=f"of custom's {what}s, in parquet files or a Hub dataset")
+        add(f"--{what}-column", metavar="NAME", help=f"of custom's {what}s, in parquet files, tars or a Hub dataset")
     add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="of an image of custom (%(default)s)")
     add(
         "--device",
@@ -101,7 +101,7 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, list[str]], bool]:
 
 
 def choices_of(args: argparse.Namespace) -> Choices:
-    return Choices(Columns(args.image_column, args.label_column), args.max_pixels)
+    return Choices(args.image_column, args.label_column, max_pixels=args.max_pixels, in_training=False)
 
 
 def open_requests(locations: dict[str, list[str]], real: bool, choices: Choices) -> list[Request]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from timm.data import ImageNetInfo
 
+from arm_zoo.images.columns import Choices
 from arm_zoo.images.listing import class_name, listed
 from eval.listing import Listing
 from eval.metrics import imagenet_wnids, real_labels, subset_indices
-from eval.own import AS_USUAL, Choices, open_own
+from eval.own import AS_USUAL, open_own
 from eval.sources import open_source
 
 WNID = re.compile(r"n\d{8}")
@@ -77,7 +78,7 @@ class LabelledSet:
         """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
         facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
         lines = ["\t".join(map(str, picture)) for picture in facts]
-        text = "\n".join([*filter(None, [self.listing.reading.name]), *lines])
+        text = "\n".join([*filter(None, [self.listing.reading]), *lines])
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
 
 

@@ -1,1 +1,25 @@
 """Training recipes: pretraining, finetuning and the quickstart; run from a checkout, not part of the wheel."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def _open_images() -> None:
+    """Let `arm_zoo.images` be imported without `arm_zoo`, which brings torch and timm and so takes seconds.
+
+    A mistake in what a person typed is to be told at once. The package stands in `sys.modules` under its own name,
+    where a later import of `arm_zoo` finds it, so that its classes exist once.
+    """
+    found = importlib.util.find_spec("arm_zoo")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("arm_zoo is not installed; type `pip install .` at the top of the checkout")
+    folder = Path(found.origin).with_name("images")
+    spec = importlib.util.spec_from_file_location(
+        "arm_zoo.images", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["arm_zoo.images"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+
+
+if "arm_zoo.images" not in sys.modules:
+    _open_images()

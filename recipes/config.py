@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 
-from recipes.locate import SourceError, locate
+from arm_zoo.images.listing import SourceError
+from arm_zoo.images.locate import locate
 from recipes.parsing import ConfigError, Limit, filled, limited, missing, read_yaml
 from recipes.splits import fewer_training_images, validation_fraction
 
@@ -57,8 +58,9 @@ BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: 
 class DataConfig:
     """Where the images come from and how those of the training are augmented (keys `data.NAME`).
 
-    `source` and `validation` are written in one syntax (`recipes.locate`). Nothing is augmented unless asked for; it
-    happens in the order random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together, erase.
+    `source` and `validation` are written in one syntax (`arm_zoo.images.locate`). Nothing is augmented unless asked
+    for; it happens in the order random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together,
+    erase.
     """
 
     source: str = limited("", SOURCE)

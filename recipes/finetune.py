@@ -104,7 +104,7 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     """
     if config.mixup == config.cutmix == 0:
         return lambda model, batch: F.cross_entropy(
-            model(batch.pictures), batch.classes, label_smoothing=config.label_smoothing
+            model(batch.images), batch.classes, label_smoothing=config.label_smoothing
         )
     mix = Mixup(
         mixup_alpha=config.mixup,
@@ -118,7 +118,7 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     soft_cross_entropy = SoftTargetCrossEntropy()
 
     def mixed_loss(model: nn.Module, batch: Batch) -> Tensor:
-        images, targets = mix(batch.pictures, batch.classes)
+        images, targets = mix(batch.images, batch.classes)
         return soft_cross_entropy(model(images), targets)
 
     return mixed_loss

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from arm_zoo.images.listing import SourceError, class_folders
+from arm_zoo.images.locate import locate
 from recipes.config import ENTRY, FinetuneConfig
-from recipes.listing import subfolders
-from recipes.locate import SourceError, locate
 from recipes.parsing import ConfigError
-from recipes.splits import classes_without_images, held_out, images_by_class, none_to_hold_out, validation_fraction
+from recipes.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
@@ -77,18 +77,19 @@ def survey(config: FinetuneConfig) -> Survey:
     """
     data = config.data
     located = None if data.source == "digits" else locate(data.source, one_split=data.validation is not None)
-    if located is None or located.kind != "pictures" or "train" not in located.splits:
+    if located is None or located.kind != "images" or "train" not in located.splits:
         return _survey_opened(config)
     [folder] = located.splits["train"]
-    images = list(images_by_class(folder, labels_needed=True))
+    class_folders.cache_clear()
+    classes = {name: len(paths) for name, paths in class_folders(folder).images.items()}  # kept until they are opened
+    images = list(classes.values())
     fraction = validation_fraction(data.validation, located.has_validation, labels_needed=True)
     if sum(images) == 0:
         raise SourceError(f"{folder!r} holds images but no class folders; allowed: FOLDER/CLASS/IMAGE")
     if len(images) == 1:
         raise SourceError(f"{folder!r} has one class folder; a classifier needs two classes: FOLDER/CLASS/IMAGE")
     if 0 in images:
-        empty = [os.path.basename(path) for path, count in zip(subfolders(folder), images, strict=True) if count == 0]
-        raise classes_without_images(data.source, empty)
+        raise classes_without_images(data.source, [name for name, count in classes.items() if count == 0])
     if fraction and max(images) == 1:
         raise none_to_hold_out(data.source)
     train = sum(count - held_out(count, fraction) if fraction else count for count in images)
@@ -96,10 +97,10 @@ def survey(config: FinetuneConfig) -> Survey:
 
 
 def _survey_opened(config: FinetuneConfig) -> Survey:
-    from .sources import PictureTable, open_source  # with the libraries that read them, which take seconds to import
+    from recipes.sources import open_source  # with the libraries that read them, which take seconds to import
 
     source = open_source(config.data, labels_needed=True)
-    size = len(source.train) if isinstance(source.train, PictureTable) else source.train.size
+    size = source.train.size
     if size is None:
         raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
     return Survey(size, len(source.class_names), source.channels == 1, source.held_out)

@@ -14,7 +14,7 @@ import torch
 
 from recipes.command_line import read_config
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, TrainConfig
-from recipes.data import train_loader
+from recipes.data import TrainLoader
 from recipes.mistakes import told_as_mistakes
 from recipes.parsing import limited
 from recipes.sources import open_source
@@ -36,7 +36,7 @@ def loader_speed(config: LoaderConfig) -> float:
     source = open_source(config.data, labels_needed=False)
     training = TrainConfig(data=config.data, seed=config.seed, global_batch=config.batch, epochs=1_000_000)
     size = (config.image_size, config.image_size)
-    loader = train_loader(source, training, BatchPlan(config.batch, 1), size, 0, 1, torch.device("cpu"))
+    loader = TrainLoader(source, training, BatchPlan(config.batch, 1), size, 0, 1, torch.device("cpu"))
     batches = (step for epoch in range(training.epochs) for step in loader.epoch(epoch))
     for _ in range(1 + 3 * config.data.workers):  # two that each has ready and one in its hands
         next(batches)

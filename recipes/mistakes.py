@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from arm_zoo import CheckpointError
+from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError
-from recipes.locate import SourceError
 from recipes.parsing import ConfigError
 
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)

@@ -54,7 +54,7 @@ def export_pretraining(trained: Trained) -> None:
 
 AUTOREGRESSIVE = Objective(
     create=lambda config, source: config.build(),
-    loss=lambda config, source: lambda model, batch: model(batch.pictures)[0],  # whose forward gives the loss first
+    loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
     evaluation=None,
     export=export_pretraining,
     folders=(EXPORT, BACKBONE),

@@ -1,8 +1,8 @@
-"""Which process gets which pictures when: a function of seed, epoch and step.
+"""Which process gets which images when: a function of seed, epoch and step.
 
-A global batch is the same for any number of processes and accumulation steps, and its pictures i and B - 1 - i always
+A global batch is the same for any number of processes and accumulation steps, and its images i and B - 1 - i always
 stand at mirrored places of one micro-batch: mixup, which mixes a micro-batch with its reverse, then mixes the same
-pictures. An incomplete last batch of an epoch is left out.
+images. An incomplete last batch of an epoch is left out.
 """
 
 import random
@@ -14,29 +14,32 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Sampler
 
+from arm_zoo.images.listing import SourceError
+from arm_zoo.images.tables import Encoded, ImageTable
+
 from .config import BatchPlan, TrainConfig, too_large_a_batch
-from .locate import SourceError
-from .sources import Encoded, PictureStream, PictureTable, Split
+from .sources import Split
+from .streams import ImageStream
 from .transforms import LANE, ORDER, seed_of, seeded_generator
 
 MOST_LANES = 16
 
 
 class Key(NamedTuple):
-    """What a worker gets told of a picture: where it stands, and for streams the picture itself."""
+    """What a worker gets told of an image: where it stands, and for streams the image itself."""
 
     epoch: int
-    index: int
+    place: int
     encoded: Encoded | None = None
 
 
 class TrainingOrder(Sampler[list[Key]]):
-    """Keys of one process's micro-batches from ``start`` = (epoch, step) to the end of training.
+    """Keys of one process's micro-batches from `start` = (epoch, step) to the end of training.
 
     Args:
-        size: Training pictures.
-        config: Seed, epochs and global batch.
-        plan: Pictures per micro-batch and micro-batches per step.
+        size: training images.
+        config: seed, epochs and global batch.
+        plan: images per micro-batch and micro-batches per step.
         process: Number of the process.
         processes: Number of all.
     """
@@ -64,14 +67,14 @@ class TrainingOrder(Sampler[list[Key]]):
 
     @abstractmethod
     def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
-        """For each step number i -> pictures i and B - 1 - i of the global batch; those of this process at least."""
+        """For each step number i -> images i and B - 1 - i of the global batch; those of this process at least."""
 
 
 class TableOrder(TrainingOrder):
-    """A new order of all pictures in every epoch."""
+    """A new order of all images in every epoch."""
 
     def __init__(
-        self, split: PictureTable, config: TrainConfig, plan: BatchPlan, process: int, processes: int
+        self, split: ImageTable, config: TrainConfig, plan: BatchPlan, process: int, processes: int
     ) -> None:
         super().__init__(len(split), config, plan, process, processes)
 
@@ -91,14 +94,14 @@ class StreamOrder(TrainingOrder):
     the lanes that its places belong to. Where the sizes of the shards are not known (on the Hub) there is one lane,
     which every process reads.
 
-    Within a lane pictures are mixed by a buffer of ``data.shuffle_buffer`` pictures over all lanes.
+    Within a lane images are mixed by a buffer of `data.shuffle_buffer` images over all lanes.
     """
 
     def __init__(
-        self, split: PictureStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int
+        self, split: ImageStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int
     ) -> None:
         if split.size is None:
-            raise SourceError("the training stream does not tell its size; type data.train_size=PICTURES")
+            raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
         super().__init__(split.size, config, plan, process, processes)
         self._split = split
         most = 1 if split.shard_sizes is None else min(MOST_LANES, split.num_shards)
@@ -128,10 +131,10 @@ class StreamOrder(TrainingOrder):
             yield Key(epoch, lane * self._length + place, encoded)
 
     def _cut(self, start: int, shards: Sequence[int]) -> Iterator[Encoded]:
-        """One lane: ``start`` is its first picture in the shards one after the other.
+        """One lane: `start` is its first image in the shards one after the other.
 
         Raises:
-            SourceError: If there are fewer pictures than the source or ``data.train_size`` says.
+            SourceError: If there are fewer images than the source or `data.train_size` says.
         """
         left = self._length
         for shard in shards:
@@ -145,20 +148,20 @@ class StreamOrder(TrainingOrder):
             if left == 0:
                 return
         raise SourceError(
-            f"the training stream ended {left} pictures before its end: {self.size} are expected "
+            f"the training stream ended {left} images before its end: {self.size} are expected "
             "(data.train_size, or what the source tells)"
         )
 
 
 def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> TrainingOrder:
     """The order of a split of either kind."""
-    if isinstance(split, PictureTable):
+    if isinstance(split, ImageTable):
         return TableOrder(split, config, plan, process, processes)
     return StreamOrder(split, config, plan, process, processes)
 
 
 def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
-    """The stream in an order that is random within about ``buffer_size`` places."""
+    """The stream in an order that is random within about `buffer_size` places."""
     buffer: list[Encoded] = []
     for encoded in stream:
         if len(buffer) < buffer_size:
@@ -172,7 +175,7 @@ def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random)
 
 
 class ScoringOrder(Sampler[list[Key]]):
-    """Keys of one process's pictures: every picture once over all processes, none twice."""
+    """Keys of one process's images: every image once over all processes, none twice."""
 
     def __init__(self, split: Split, batch_size: int, process: int, processes: int) -> None:
         self._split, self._batch_size = split, batch_size
@@ -184,6 +187,6 @@ class ScoringOrder(Sampler[list[Key]]):
             yield batch
 
     def _keys(self) -> Iterator[Key]:
-        if isinstance(self._split, PictureTable):
+        if isinstance(self._split, ImageTable):
             return (Key(0, index) for index in range(len(self._split)))
         return (Key(0, index, encoded) for index, encoded in enumerate(self._split.encoded()))

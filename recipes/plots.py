@@ -15,10 +15,11 @@ from torch import Tensor
 
 from arm_zoo import ARMPretrain
 from arm_zoo.files import replacing_files
+from arm_zoo.images.tables import ImageTable
 from recipes.checkpoint import Metrics
 from recipes.data import Batch, eval_loader
 from recipes.errors import RunError
-from recipes.sources import PictureTable, Source
+from recipes.sources import Source
 
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
 Curves = Mapping[str, tuple[Sequence[Metrics], str]]  # label -> rows of figures by epoch, and which figure to draw
@@ -76,15 +77,15 @@ def draw_predictions(
         count: How many.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
-    if isinstance(split, PictureTable):
+    if isinstance(split, ImageTable):
         batch = prepared_images(split, drawn_blindly(len(split), count, seed), inputs)
     else:  # a stream has no places to choose from
         batch = next(iter(eval_loader(split, inputs, count)))
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} images drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
-        predicted = _pixels(model.eval().reconstruct(batch.pictures), source)
-    images = _pixels(batch.pictures, source)
+        predicted = _pixels(model.eval().reconstruct(batch.images), source)
+    images = _pixels(batch.images, source)
     (count, height, width, _), (rows, columns) = images.shape, to_2tuple(model.config["cluster_size"])
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False)
@@ -117,7 +118,7 @@ def drawn_blindly(length: int, count: int, seed: int) -> list[int]:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
-def prepared_images(split: PictureTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
+def prepared_images(split: ImageTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
     """Images of a split as a model takes them."""
     return next(iter(eval_loader(split.select(indices), inputs, len(indices))))
 

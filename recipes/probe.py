@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from arm_zoo import CheckpointError
 from arm_zoo.files import CONFIG, weights_in, write_text
+from arm_zoo.images.listing import SourceError
 from recipes.command_line import read_config
 from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from recipes.data import eval_loader
 from recipes.errors import RunError
-from recipes.locate import SourceError
 from recipes.mistakes import told_as_mistakes
 from recipes.parsing import limited
 from recipes.sources import Source, Split, open_source
@@ -131,7 +131,7 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
         if len(batch.classes) == 0:
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            values.append(model(batch.pictures).float())
+            values.append(model(batch.images).float())
         classes.append(batch.classes)
     scored = sum(map(len, classes))
     check_undecodable(skipped, scored + skipped, purpose, config.data.max_undecodable)

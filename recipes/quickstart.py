@@ -30,7 +30,6 @@ from recipes.finetune import finetune
 from recipes.mistakes import told_as_mistakes
 from recipes.plots import drawn_blindly, plot_comparison, prepared_images
 from recipes.pretrain import pretrain
-from recipes.sources import Source
 
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
@@ -63,7 +62,7 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
             shutil.copy(runs / file, beside)
     histories = {"pretrained, then finetuned": finetuned.history, "from scratch": scratch}
     plot_comparison(output / "curves.png", pretrained.history, histories)
-    source = finetuned.source
+    source: Any = finetuned.source  # of which both splits are tables
     summary = {
         "finetuned_top1": finetuned.top1,
         "scratch_top1": scratch[-1]["top1"],
@@ -107,13 +106,13 @@ def training_from_scratch(folder: Path, settings: Sequence[str]) -> Iterator[lis
     history += map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
 
 
-def name_images(folder: Path, source: Source, seed: int) -> list[dict[str, Any]]:
+def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
     """Load the written model as any user of timm would and let it name a few validation images."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     indices = drawn_blindly(len(source.test), IMAGES_NAMED, seed)
     batch = prepared_images(source.test, indices, resolve_data_config(model=model))
     with torch.inference_mode():
-        probabilities, best = model(batch.pictures).softmax(dim=1).max(dim=1)
+        probabilities, best = model(batch.images).softmax(dim=1).max(dim=1)
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)
     names = source.class_names
     return [

@@ -42,7 +42,7 @@ def evaluation(
         with whole_parameters(model), half, collectives.together():
             for batch in loader:
                 if len(batch.classes) > 0:  # some could be decoded
-                    counts[0] += (model(batch.pictures).argmax(dim=1) == batch.classes).sum()
+                    counts[0] += (model(batch.images).argmax(dim=1) == batch.classes).sum()
                 counts[1] += len(batch.classes)
                 counts[2] += len(batch.undecodable)
         model.train(was_training)

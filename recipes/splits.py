@@ -3,10 +3,10 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
-from .listing import images_below, listed, subfolders
-from .locate import Located, SourceError
+from arm_zoo.images.listing import SourceError, images_below, listed, subfolders
+from arm_zoo.images.locate import Located
 
 FRACTION = 0.2  # where labels are needed, and the source has no validation split and the configuration names none
 
@@ -15,7 +15,7 @@ def validation_fraction(asked: float | str | None, has_own: bool, labels_needed:
     """The fraction of the training images to hold out, or None.
 
     Args:
-        asked: ``data.validation``.
+        asked: `data.validation`.
         has_own: Whether the source has a validation or test split.
         labels_needed: Whether the model is scored.
     """
@@ -31,7 +31,7 @@ def held_out(images: int, fraction: float) -> int:
 
 def classes_without_images(name: str, classes: Sequence[str]) -> SourceError:
     """What to raise where class folders of the training images are empty."""
-    return SourceError(f"class folders of {name} hold no picture: {listed(classes)}; fill or remove them")
+    return SourceError(f"class folders of {name} hold no image: {listed(classes)}; fill or remove them")
 
 
 def none_to_hold_out(name: str) -> SourceError:
@@ -65,21 +65,17 @@ def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: floa
 
 
 def fewer_training_images(located: Located, needed: int, fraction: float | None, labels_needed: bool) -> int | None:
-    """How many training images a folder has if they are fewer than ``needed``; None if not, or for other sources.
+    """How many training images a folder has if they are fewer than `needed`; None if not, or for other sources.
 
     It stops to count as soon as there are enough: a folder may hold a million.
     """
-    if located.kind != "pictures" or "train" not in located.splits:
+    if located.kind != "images" or "train" not in located.splits:
         return None
+    [folder] = located.splits["train"]
     total = 0
-    for images in images_by_class(located.splits["train"][0], labels_needed):
+    for place in subfolders(folder) if labels_needed else [folder]:
+        images = sum(1 for _ in images_below(place))
         total += images - (held_out(images, fraction) if fraction else 0)
         if total >= needed:
             return None
     return total
-
-
-def images_by_class(folder: str, labels_needed: bool) -> Iterator[int]:
-    """How many images lie in each class folder, in natural order; without labels, in the folder as a whole."""
-    places = subfolders(folder) if labels_needed else [folder]
-    return (sum(1 for _ in images_below(place)) for place in places)

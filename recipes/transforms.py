@@ -1,4 +1,4 @@
-"""How pictures are varied and brought to size: timm's transforms, drawing from generators seeded for each picture."""
+"""How images are augmented and brought to size: timm's transforms, drawing from generators seeded for each image."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ from torchvision.transforms import Compose, InterpolationMode, Resize
 
 from .config import DataConfig
 
-ORDER, LANE, VARIATION, ERASING = range(4)  # what a random stream is for
+ORDER, LANE, AUGMENTATION, ERASING = range(4)  # what a random stream is for
 Transform = Callable[[Image.Image], Tensor]  # to (C, H, W), uint8
 
 
@@ -54,14 +54,14 @@ def global_generators_restored() -> Iterator[None]:
         torch.set_rng_state(pytorch)
 
 
-def training_transform(config: DataConfig, image_size: tuple[int, int], mean: Sequence[float]) -> Transform:
+def training_transform(config: DataConfig, image_size: tuple[int, int], mean: tuple[float, ...]) -> Transform:
     """timm's training transform: crop, flip, RandAugment, bicubic throughout; normalising is left to the batch."""
     crop_and_flip, randaugment, to_tensor = create_transform(
         image_size,
         is_training=True,
         scale=config.random_crop,
         hflip=config.flip,
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]  # timm declares fewer kinds than it takes
         auto_augment=config.randaugment,
         interpolation="bicubic",
         mean=mean,
@@ -90,23 +90,23 @@ def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
 
 
 class Normalisation:
-    """Pictures (N, C, H, W), 8 bits or float32 in 0..1, as float32 less the mean, by the standard deviation."""
+    """Images (N, C, H, W), 8 bits or float32 in 0..1, as float32 less the mean, by the standard deviation."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self._mean, self._std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        values = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures
+    def __call__(self, images: Tensor) -> Tensor:
+        values = images.float().div_(255) if images.dtype == torch.uint8 else images
         return values.sub_(self._mean).div_(self._std)
 
 
-def warp(pictures: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
-    """Rotate, zoom and shift pictures (N, C, H, W) by draws (N, 4) from -1..1, each times its largest value."""
+def warp(images: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
+    """Rotate, zoom and shift images (N, C, H, W) by draws (N, 4) from -1..1, each times its largest value."""
     rotation, zoom, shift_x, shift_y = draws.unbind(1)
     angle = rotation * math.radians(config.max_rotation)
     scale = 1 / (1 + zoom * config.max_zoom)  # 1 over: the matrix maps output places to input places
     cos, sin = scale * angle.cos(), scale * angle.sin()
     reach = 2 * config.max_shift  # affine_grid's coordinates run from -1 to 1 over the side
     rows = [torch.stack([cos, -sin, shift_x * reach], dim=-1), torch.stack([sin, cos, shift_y * reach], dim=-1)]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures, grid, align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

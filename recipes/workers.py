@@ -15,15 +15,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from arm_zoo.images.listing import SourceError
+
 from .errors import RunError
-from .locate import SourceError
 from .signals import stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
@@ -32,42 +33,30 @@ DYING = 1.0  # seconds between a worker's last sign, such as a broken connection
 started: WeakSet[BaseProcess] = WeakSet()  # all workers of this program
 
 
-class Failure(NamedTuple):
-    """What a worker sends in place of a batch that it could not make."""
-
-    error: Exception
-
-
 class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
     """Batches whose errors do not leave a worker as exceptions: those would bring their traceback as message."""
 
     def __init__(self, make_batch: Callable[[Sequence[KeyT]], BatchT]) -> None:
         self._make_batch = make_batch
 
-    def __getitems__(self, keys: Sequence[KeyT]) -> BatchT | Failure:
+    def __getitems__(self, keys: Sequence[KeyT]) -> BatchT | Exception:
         """A batch, or in a worker what prevented it."""
         if get_worker_info() is None:
             return self._make_batch(keys)
         try:
             return shared(self._make_batch(keys))
         except (RunError, SourceError) as error:
-            return Failure(error)
+            return error
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            return Failure(
-                RunError(
-                    f"a process that decodes images failed: {type(error).__name__}: {error} ({place.filename}, line "
-                    f"{place.lineno}); data.workers=0 shows the whole traceback"
-                )
+            return RunError(
+                f"a process that decodes images failed: {type(error).__name__}: {error} ({place.filename}, line "
+                f"{place.lineno}); data.workers=0 shows the whole traceback"
             )
 
 
 def shared(batch: BatchT) -> BatchT:
-    """A batch in shared memory: torch would put it there on its way to the run, where an error loses it.
-
-    Raises:
-        RunError: If there is no room.
-    """
+    """A batch in shared memory: torch would put it there on its way to the run, where an error loses it."""
     try:
         for part in batch:
             if isinstance(part, Tensor):
@@ -84,10 +73,10 @@ class WorkerLoader(Generic[KeyT, BatchT]):
     """torch's loader over whole batches, whose workers stay for the next pass.
 
     Args:
-        make_batch: Makes one of its keys.
-        order: The keys of each batch.
-        workers: Processes that make them; 0: none but this one.
-        pin_memory: Whether they go to a GPU.
+        make_batch: makes one of its keys.
+        order: the keys of each batch.
+        workers: processes that make them; 0: none but this one.
+        pin_memory: whether they go to a GPU.
     """
 
     def __init__(
@@ -114,9 +103,9 @@ class WorkerLoader(Generic[KeyT, BatchT]):
         """One pass.
 
         Raises:
-            RunError: If a worker dies or fails.
-            SourceError: If what it read does not fit.
-            StopWaiting: If the process is asked to stop while it waits here.
+            RunError: if a worker dies or fails.
+            SourceError: if what it read does not fit.
+            StopWaiting: if the process is asked to stop while it waits here.
         """
         with self._deaths_told():
             batches = self._begin()
@@ -125,11 +114,11 @@ class WorkerLoader(Generic[KeyT, BatchT]):
                 batch = next(batches, None)
             if batch is None:
                 return
-            if isinstance(batch, Failure):
-                raise batch.error
+            if isinstance(batch, Exception):
+                raise batch
             yield batch
 
-    def _begin(self) -> Iterator[BatchT | Failure]:
+    def _begin(self) -> Iterator[BatchT | Exception]:
         """A pass of torch's loader, whose workers start with the first one."""
         before = set(multiprocessing.active_children())
         waiting = stop_ends_waiting() if self._workers else nullcontext()  # their start must not be torn apart
@@ -160,7 +149,7 @@ def death(worker: BaseProcess) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-def unchanged(batch: BatchT | Failure) -> BatchT | Failure:
+def unchanged(batch: BatchT | Exception) -> BatchT | Exception:
     """Batches come whole already."""
     return batch
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import arm_zoo
+from arm_zoo.images.tables import ImageTable
 from recipes import checkpoint, command_line, data, engine, setup
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
@@ -37,7 +38,7 @@ from recipes.order import training_order
 from recipes.pretrain import pretrain
 from recipes.resume import AlreadyFinished, Start, compare, compare_classes
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
-from recipes.sources import PictureTable, open_source
+from recipes.sources import open_source
 from tests.pictures import write_folder
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "configs" / "pretrain_digits.yaml"
@@ -212,15 +213,15 @@ def test_stopped_while_it_waits_for_images_loses_nothing(
     batch: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They may never come, as from a disk that does not answer."""
-    load, count = data.VariedPictures.batch, iter(range(1, 10**6))
+    load, count = data.AugmentedImages.batch, iter(range(1, 10**6))
 
-    def asked_to_stop(pictures: data.VariedPictures, keys: Any) -> data.Batch:
+    def asked_to_stop(pictures: data.AugmentedImages, keys: Any) -> data.Batch:
         if next(count) == batch:
             send(signal.SIGTERM)()
             pytest.fail("the run waits on")
         return load(pictures, keys)
 
-    monkeypatch.setattr(data.VariedPictures, "batch", asked_to_stop)
+    monkeypatch.setattr(data.AugmentedImages, "batch", asked_to_stop)
     with pytest.raises(Stopped):
         run(tmp_path)
     written = sorted(path.name for path in tmp_path.glob("checkpoints/*"))
@@ -558,7 +559,7 @@ def test_two_processes_stop_together_for_damaged_pictures(
     arguments = [*settings(tmp_path / "run", *colour), f"data.max_undecodable={limit}"]
     config = load_config(PretrainConfig, CONFIG, arguments)
     split = open_source(config.data, labels_needed=False).train
-    assert isinstance(split, PictureTable)
+    assert isinstance(split, ImageTable)
     own = [[key.index for key in next(iter(training_order(split, config, batch_plan(24, 2), n, 2)))] for n in range(2)]
     first = own[0][0]  # and one of the other process that does not take the first one's place
     chosen = (first, next(index for index in own[1] if (index - first) % 24 not in (1, 23)))

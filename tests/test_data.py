@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from arm_zoo.images.listing import SourceError
+from arm_zoo.images.tables import Encoded
 from recipes import loader_speed
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
-from recipes.data import Batch, TrainLoader, eval_loader, train_loader
-from recipes.locate import SourceError
+from recipes.data import Batch, TrainLoader, eval_loader
 from recipes.order import Key, mixed, training_order
-from recipes.sources import Encoded, PictureStream, Source, open_source
+from recipes.sources import Source, open_source
+from recipes.streams import ImageStream
 from recipes.transforms import posterized, training_transform, warp
 from tests.pictures import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
@@ -42,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 training pictures in two classes, 7 to score on."""
+    """26 training images in two classes, 7 to score on."""
     root = tmp_path_factory.mktemp("folder")
     write_folder(root / "train", {"cat": 14, "dog": 12})
     write_folder(root / "val", {"cat": 3, "dog": 4})
@@ -57,7 +59,7 @@ def configure(source: Path | str, *overrides: str, batch: int = 12) -> PretrainC
 def loader(config: PretrainConfig, process: int = 0, processes: int = 1, accumulation: int = 1) -> TrainLoader:
     plan = BatchPlan(config.global_batch // processes // accumulation, accumulation)
     source = open_source(config.data, labels_needed=True)
-    return train_loader(source, config, plan, (16, 16), process, processes, CPU)
+    return TrainLoader(source, config, plan, (16, 16), process, processes, CPU)
 
 
 def epoch(config: PretrainConfig, number: int, *share: int, first_step: int = 0) -> list[list[Batch]]:
@@ -66,14 +68,14 @@ def epoch(config: PretrainConfig, number: int, *share: int, first_step: int = 0)
 
 def equal(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
     pairs = zip(chain.from_iterable(first), chain.from_iterable(second), strict=True)
-    return all(torch.equal(a.pictures, b.pictures) and torch.equal(a.indices, b.indices) for a, b in pairs)
+    return all(torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices) for a, b in pairs)
 
 
 def by_index(*shares: list[list[Batch]]) -> dict[int, tuple[torch.Tensor, int]]:
     """Index -> picture and class; every index may come once."""
     found: dict[int, tuple[torch.Tensor, int]] = {}
     for batch in chain.from_iterable(chain.from_iterable(shares)):
-        for index, picture, label in zip(batch.indices.tolist(), batch.pictures, batch.classes.tolist(), strict=True):
+        for index, picture, label in zip(batch.indices.tolist(), batch.images, batch.classes.tolist(), strict=True):
             assert index not in found
             found[index] = (picture, label)
     return found
@@ -228,7 +230,7 @@ def test_streams_of_tars_with_pictures_of_several_kinds_miss_none(tmp_path: Path
     settings = ["data.streaming=true", "data.shuffle_buffer=2", f"data.validation={tmp_path / 'train-0.tar'}"]
     config = configure(tmp_path / "train-*.tar", *settings, batch=8)
     split = open_source(config.data).train
-    assert isinstance(split, PictureStream) and split.shard_sizes == [3, 1, 4] and split.size == 8
+    assert isinstance(split, ImageStream) and split.shard_sizes == [3, 1, 4] and split.size == 8
     shares = [epoch(config, 0, process, 2) for process in range(2)]
     assert len(by_index(*shares)) == 8 and not [b for step in shares[0] for b in step if b.undecodable]
     names = [[encoded.name for encoded in split.shard(2, first_row=first)] for first in (0, 3)]
@@ -288,9 +290,9 @@ def test_streams_of_unknown_or_wrong_size_are_refused(tars: Path, monkeypatch: p
     with pytest.raises(SourceError, match="global_batch is 30; allowed: up to the 14 training pictures"):
         loader(configure(tars, *STREAM, batch=30))
     as_on_the_hub(monkeypatch, tars)
-    with pytest.raises(SourceError, match=r"does not tell its size; type data.train_size=PICTURES"):
+    with pytest.raises(SourceError, match=r"does not tell its size; type data.train_size=IMAGES"):
         loader(configure("hf://some/tars", *STREAM))
-    with pytest.raises(SourceError, match=r"ended 6 pictures before its end: 20 are expected \(data.train_size"):
+    with pytest.raises(SourceError, match=r"ended 6 images before its end: 20 are expected \(data.train_size"):
         epoch(configure("hf://some/tars", *STREAM, "data.train_size=20", batch=10), 0)
 
 
@@ -330,11 +332,11 @@ def test_the_next_picture_takes_the_place_of_a_damaged_one(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_damaged_pictures_stop_the_run(tmp_path: Path, workers: int) -> None:
     root = damage(tmp_path, 4, 5, 29)
-    with pytest.raises(SourceError, match=r"of 30 training pictures cannot be decoded, .* data.max_undecodable=0.05"):
+    with pytest.raises(SourceError, match=r"of 30 training images cannot be decoded, .* data.max_undecodable=0.05"):
         epoch(configure(root, "data.max_undecodable=0.05", batch=10), 0)
     for number in range(30):
         (root / "train" / "cat" / f"{number}.jpg").write_bytes(b"")
-    with pytest.raises(SourceError, match="no picture among many in a row can be decoded") as refused:
+    with pytest.raises(SourceError, match="no image among many in a row can be decoded") as refused:
         epoch(configure(root, f"data.workers={workers}", batch=10), 0)
     assert "Traceback" not in str(refused.value)
 
@@ -365,15 +367,15 @@ def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path, caplog: pyt
     assert caplog.text.count("skipped: ") == caplog.text.count("[val], row 2 cannot be decoded") == 1
     assert "[val], row 2 cannot be decoded" in batches[1].undecodable[0]
     only_damaged = list(eval_loader(test, SCORING, 1))[2]
-    assert len(only_damaged.pictures) == len(only_damaged.classes) == 0
+    assert len(only_damaged.images) == len(only_damaged.classes) == 0
 
 
 def test_workers_can_be_started_afresh(folder: Path) -> None:
     """Where processes are not forked, as on macOS, the data set goes to the workers by pickle."""
     run = loader(configure(folder, *VARIED))
-    copy = pickle.loads(pickle.dumps(run.pictures))
+    copy = pickle.loads(pickle.dumps(run.images))
     keys = [Key(0, 3), Key(0, 20)]
-    assert torch.equal(copy.batch(keys).pictures, run.pictures.batch(keys).pictures)
+    assert torch.equal(copy.batch(keys).images, run.images.batch(keys).images)
 
 
 def test_speed_of_the_loader_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,7 +455,7 @@ def test_a_plan_that_is_no_split_of_the_global_batch_is_refused(folder: Path) ->
     source: Source = open_source(config.data)
     for plan in (BatchPlan(6, 1), BatchPlan(3, 4)):
         with pytest.raises(ValueError, match="is no global batch of 12 in pairs"):
-            train_loader(source, config, plan, (16, 16), 0, 1, CPU)
+            TrainLoader(source, config, plan, (16, 16), 0, 1, CPU)
 
 
 def test_parquet_pictures_reach_the_batches_unchanged(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from timm.models import save_for_hf
 
 import arm_zoo  # noqa: F401 - timm finds our models by it
+from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError
-from recipes.locate import SourceError
 from recipes.parallel import Collectives
 from recipes.signals import StopRequest, StopWaiting, stop_ends_waiting
 from recipes.workers import WorkerLoader, end_workers, started
@@ -260,7 +260,7 @@ def test_finetuning_ends(action: Action, code: int, message: str, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["VariedPictures", "Pictures"], ids=["training", "validation"])
+@pytest.mark.parametrize("loader", ["AugmentedImages", "Images"], ids=["training", "validation"])
 def test_error_in_a_worker_ends_the_run(loader: str, tmp_path: Path) -> None:
     with begun("finetune", settings("finetune", tmp_path), f"{LOST}data.{loader}.batch = fail") as process:
         code, printed = ending(process)
@@ -281,7 +281,7 @@ def test_error_in_a_worker_ends_the_probe(tmp_path: Path) -> None:
     model = timm.create_model("arm_pico_patch2_8", num_classes=0, embed_dim=16, depth=1, d_state=2)
     save_for_hf(model, str(tmp_path / "model"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     arguments = ["--weights", str(tmp_path / "model"), "data.source=digits", "data.workers=2", "device=cpu"]
-    with begun("probe", [*arguments, f"output={tmp_path / 'probe.json'}"], f"{LOST}data.Pictures.batch = fail") as run:
+    with begun("probe", [*arguments, f"output={tmp_path / 'probe.json'}"], f"{LOST}data.Images.batch = fail") as run:
         code, printed = ending(run)
     assert code == 1 and printed.count("KeyError: 'lost'") == 1 and "Traceback" not in printed, printed
 

@@ -18,20 +18,21 @@ import pytest
 import timm
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from datasets import Image as Images
+from datasets import Image as ImageFeature
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import ImageNetInfo, resolve_model_data_config
 
 from arm_zoo.hosted import bundled_file
+from arm_zoo.images.columns import Choices
+from arm_zoo.images.hub import split_to_score
 from arm_zoo.images.listing import IMAGE_ENDINGS
 from eval import __main__ as program
 from eval import models, results, scoring, sets
-from eval.own import AS_USUAL, Choices
-from eval.tables import Columns, _choose_split
+from eval.own import AS_USUAL
 from recipes.config import DataConfig, FinetuneConfig, load_config
-from recipes.data import Pictures
+from recipes.data import Images
 from recipes.finetune import finetune
 from recipes.order import Key
 from recipes.sources import DIGIT_NAMES, open_source
@@ -195,7 +196,7 @@ def test_pixels_equal_the_recipes_to_the_last_bit(model: str, tmp_path: Path) ->
     split = open_source(DataConfig(source=str(tmp_path))).test
     split.mode = "L" if inputs["input_size"][0] == 1 else "RGB"
     names = [Path(encoded.name).name for encoded in split.encoded(range(len(split)))]
-    pictures = Pictures(split, scoring_transform(inputs))
+    pictures = Images(split, scoring_transform(inputs))
     theirs = {name: pictures.batch([Key(0, i)]) for i, name in enumerate(names)}
     listing = listed(tmp_path / "val")
     refused = []
@@ -206,7 +207,7 @@ def test_pixels_equal_the_recipes_to_the_last_bit(model: str, tmp_path: Path) ->
             refused.append(name)
             assert batch.undecodable[0].endswith(f"{name} cannot be decoded: {image}")
         else:
-            assert np.array_equal(image, batch.pictures[0])
+            assert np.array_equal(image, batch.images[0])
     assert not theirs and {"damaged.png", "large.png"} <= set(refused)
 
 
@@ -273,8 +274,9 @@ def test_all_endings_and_whatever_lies_below_a_class(tmp_path: Path) -> None:
     assert listing.notes == ("files left out as no images (4): cat/deep/x.svg, cat/images/boxes.csv, dog/7.heic, ...",)
     tar = tar_of(tmp_path / "val.tar", {f"./{file}": jpeg() for file in [*listing.files, "val/cat/images/boxes.csv"]})
     in_tar = listed(tar)
-    assert classes_of(in_tar) == classes_of(listing)
-    assert in_tar.notes == ("files left out as no images (1): val/cat/images/boxes.csv",)
+    keys = {f"val.tar/{os.path.splitext(file)[0]}": name for file, name in classes_of(listing).items()}
+    assert classes_of(in_tar) == keys
+    assert in_tar.notes == ("files left out as no images (1): val/cat/images/boxes",)
 
 
 def test_imagenets_sets_keep_the_innermost_folder_and_timms_endings(tmp_path: Path) -> None:
@@ -290,13 +292,13 @@ def test_a_folder_of_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save(tmp_path / "three" / "x.png", as_8_bit(pixels()[:, :, 0]))
     assert classes_of(listed(tmp_path / "three")) == {"three/x.png": "three"}
     assert classes_of(listed(tar_of(tmp_path / "t.tar", {"three/x.png": b"", "three/y.png": b""}))) == {
-        "three/x.png": "three", "three/y.png": "three",
+        "t.tar/three/x": "three", "t.tar/three/y": "three",
     }  # fmt: skip
     save(tmp_path / "three" / "more" / "x.png", jpeg())
     message = refusal(capsys, "--sets", f"custom={tmp_path / 'three'}")
-    assert f"holds {tmp_path / 'three' / 'x.png'} beside class folders; each image needs a class" in message
+    assert "x.png' beside its class folders; allowed: FOLDER/CLASS/IMAGE" in message
     message = refusal(capsys, "--sets", f"custom={tar_of(tmp_path / 'x.tar', {'a/x.png': b'', 'y.png': b''})}")
-    assert "holds y.png outside of any class folder; each image needs a class" in message
+    assert "do not lie in class folders" in message
 
 
 def test_of_splits_the_one_is_scored_that_training_validates_with(
@@ -313,9 +315,11 @@ def test_of_splits_the_one_is_scored_that_training_validates_with(
         save(tmp_path / "c" / name / "x.png", jpeg())
         assert set(listed(tmp_path / "c").class_names or ()) == {path.name for path in (tmp_path / "c").iterdir()}
     save(tmp_path / "a" / "val" / "cat" / "x.png", jpeg())
-    assert "has dev and val; name the one to score" in refusal(capsys, "--sets", f"custom={tmp_path / 'a'}")
+    message = refusal(capsys, "--sets", f"custom={tmp_path / 'a'}")
+    assert "holds dev, Test, training, val: splits or classes? If these are splits, name the folder of one\n" in message
     tar = tar_of(tmp_path / "x.tar", {"all/train/cat/x.png": b"", "all/val/cat/y.png": b"", "all/val/dog/z.png": b""})
-    assert "holds the splits train, val; unpack it and name the folder" in refusal(capsys, "--sets", f"custom={tar}")
+    message = refusal(capsys, "--sets", f"custom={tar}")
+    assert "hold the folders train, val, which are splits; allowed: tars of one split" in message
 
 
 def write_table(
@@ -331,7 +335,7 @@ def write_table(
     rows = {image: [{"bytes": jpeg(n), "path": None} for n in range(len(labels))], label: list(labels)}
     features = Features({image: struct, label: feature})
     for name, values in more.items():
-        rows[name], features[name] = values, Value("string") if name != "thumb" else Images()
+        rows[name], features[name] = values, Value("string") if name != "thumb" else ImageFeature()
     Dataset.from_dict(rows, features).to_parquet(path)
     return path
 
@@ -341,9 +345,9 @@ def write_table(
     [(["train", "validation_clean", "test"], "validation_clean"), (["train", "dev"], "dev"), (["train"], "train")],
 )
 def test_of_the_hubs_splits_the_one_is_scored_that_training_validates_with(splits: list[str], chosen: str) -> None:
-    assert _choose_split(splits, "owner/name") == chosen
+    assert split_to_score(splits, "owner/name") == chosen
     with pytest.raises(ValueError, match="owner/name has the splits train, extra; name the one to score"):
-        _choose_split(["train", "extra"], "owner/name")
+        split_to_score(["train", "extra"], "owner/name")
 
 
 def test_of_files_the_validation_split_is_scored_unless_named(
@@ -361,9 +365,9 @@ def test_of_files_the_validation_split_is_scored_unless_named(
     assert sorted(both.labels) == [0, 1] and both.notes == ()
     write_table(tmp_path / "tables" / "more.parquet", [1], Value("int64"))
     message = refusal(capsys, "--sets", f"custom={tmp_path / 'tables'}")
-    assert "which split is" in message and "more.parquet of? Others beside it are of train and val" in message
+    assert "which split is" in message and "more.parquet' of? Other files of " in message
     save(tmp_path / "tables" / "cat" / "x.png", jpeg())
-    assert "tables holds images and more.parquet; name the files" in refusal(
+    assert "tables' holds parquet and images; name the files" in refusal(
         capsys, "--sets", f"custom={tmp_path / 'tables'}"
     )
 
@@ -385,38 +389,51 @@ def test_columns_of_any_name_and_kind(tmp_path: Path, capsys: pytest.CaptureFixt
     assert listed(tmp_path / "d.parquet").class_names == ("one", "two")  # as training does
     several = write_table(tmp_path / "e.parquet", ["x"], Value("string"), thumb=[None], species=["y"])
     message = refusal(capsys, "--sets", f"custom={several}")
-    assert "could be any of image, thumb; for custom, --image-column NAME says which" in message
-    chosen = listed(several, choices=Choices(Columns("image", "species")))
+    assert "could be any of image, thumb; say which with --image-column NAME" in message
+    chosen = listed(several, choices=replace(AS_USUAL, image_column="image", label_column="species"))
     assert chosen.class_names == ("y",)
-    thumbs = listed(several, choices=Choices(Columns("thumb")))
-    assert scoring.Pictures(thumbs, {"input_size": (3, 8, 8)})[0] == (0, "the row has no image")
+    thumbs = listed(several, choices=replace(AS_USUAL, image_column="thumb"))
+    assert scoring.Pictures(thumbs, {"input_size": (3, 8, 8)})[0] == (0, "there is no image in this row")
     message = refusal(capsys, "--sets", f"custom={several}", "--image-column", "image", "--label-column", "kind")
-    assert "--label-column kind: allowed is a column of" in message and "label, thumb, species" in message
+    assert "--label-column kind is no column of" in message and "allowed: label, thumb, species" in message
     for feature, values in ((Value("float32"), [1.5]), (Value("bool"), [True]), ([Value("int64")], [[1]])):
         odd = write_table(tmp_path / "f.parquet", values, feature)
         message = refusal(capsys, "--sets", f"custom={odd}")
-        assert "the column label holds" in message and "allowed: ClassLabel, whole numbers or strings" in message
+        assert "the column 'label' of " in message and "allowed: class labels, integers, strings" in message
     save(tmp_path / "folder" / "cat" / "x.png", jpeg())
     message = refusal(capsys, "--sets", f"custom={tmp_path / 'folder'}", "--image-column", "image")
-    assert "--image-column and --label-column are for parquet files and Hub data sets" in message
+    assert "--image-column and --label-column are for parquet files, tars and Hub data sets" in message
     message = refusal(capsys, "--sets", f"in1k={tmp_path / 'folder'}", "--label-column", "x")
     assert "are for --sets custom=PATH, which is not asked for" in message
 
 
 def test_tars_of_mixed_endings_and_words(tmp_path: Path) -> None:
-    files = {"0.jpg": jpeg(), "0.cls": b"cat", "1.PNG": jpeg(), "1.json": b'{"label": "dog"}', "2.tif": jpeg()}
-    files |= {"2.class": b"dog\n", "3.heic": b"", "3.cls": b"cat", "0.txt": b"a cat"}
+    files = {"0.jpg": jpeg(), "0.cls": b"cat", "0.txt": b"a cat", "1.PNG": jpeg(), "1.json": b'{"label": "dog"}'}
+    files |= {"2.tif": jpeg(), "2.class": b"dog\n", "3.heic": b"", "3.cls": b"cat"}
     listing = listed(tar_of(tmp_path / "x.tar", files))
-    assert classes_of(listing) == {"x.tar/0.jpg": "cat", "x.tar/1.PNG": "dog", "x.tar/2.tif": "dog"}
-    assert listing.notes == ("files left out as no images (2): 3.cls, 3.heic",)
+    assert classes_of(listing) == {"x.tar/0": "cat", "x.tar/1": "dog", "x.tar/2": "dog", "x.tar/3": "cat"}
+    images = scoring.Pictures(listing, {"input_size": (3, 8, 8)})
+    assert images[3] == (3, "there is no image in this row") and not isinstance(images[2][1], str)  # as in training
+    [row] = open_source(DataConfig(source=str(tmp_path), validation=str(tmp_path))).train.encoded([3])
+    assert row.data is None
 
 
-@pytest.mark.parametrize("label", [b"null", b"[1]", b"1.5", b"true", b'""'])
-def test_labels_in_json_that_are_none(label: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "label, problem",
+    [
+        (b"null", 'have neither a .cls nor a "label" in a .json'),
+        (b"[1]", "0.json.label is [1]; allowed as a label: an integer or a string"),
+        (b"1.5", "0.json.label is 1.5; allowed as a label: an integer or a string"),
+        (b"true", "0.json.label is True; allowed as a label: an integer or a string"),
+        (b'""', "are none of its classes: '' in 1 row; allowed: a name in each row"),
+    ],
+)
+def test_labels_in_json_that_are_none(
+    label: bytes, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tar = tar_of(tmp_path / "x.tar", {"0.jpg": jpeg(), "0.json": b'{"label": %b}' % label})
     for name in ("custom", "in1k"):
-        message = refusal(capsys, "--sets", f"{name}={tar}")
-        assert "0.json holds the label" in message and "allowed: a whole number or a name" in message
+        assert problem in refusal(capsys, "--sets", f"{name}={tar}")
 
 
 def write_tree(folder: Path) -> None:
@@ -497,8 +514,8 @@ def test_hidden_labels_are_refused_before_anything_runs(
         feature = ClassLabel(names=names) if kind == "declared" else Value("int64")
         place = write_table(tmp_path / "x.parquet", labels, feature)
     message = refusal(capsys, "--sets", f"{name}={place}")
-    assert "2 of 4 images have labels that cannot be right: -1 (2); allowed: 0 " in message
-    assert "-1 says that a label is hidden, as in test splits on the Hub" in message
+    assert f"2 of the 4 labels of {place} are none of its classes: -1 in 2 rows; allowed: 0 to " in message
+    assert "(-1 or none marks hidden labels on the Hub: take another split)" in message
 
 
 def test_missing_labels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -506,7 +523,8 @@ def test_missing_labels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         some = "0" if feature == Value("string") else 0
         file = write_table(tmp_path / "x.parquet", [some, None, "" if some == "0" else None], feature)
         for name in ("custom", "in1k"):
-            assert "2 of 3 rows have no label" in refusal(capsys, "--sets", f"{name}={file}")
+            message = refusal(capsys, "--sets", f"{name}={file}")
+            assert f"2 of the 3 labels of {file} are none of its classes: none in " in message
 
 
 def test_labels_beyond_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -521,7 +539,7 @@ def test_labels_beyond_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture
     features = {"image": {"_type": "Image"}, "label": {"names": ["a", "b"], "_type": "ClassLabel"}}
     table = table.set_column(1, "label", pa.array([2], pa.int64()))
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), file)
-    assert "2 (1); allowed: 0 ... 1, the source's own class names" in refusal(capsys, "--sets", f"custom={file}")
+    assert "none of its classes: 2 in 1 row; allowed: 0 to 1\n" in refusal(capsys, "--sets", f"custom={file}")
 
 
 def test_words_in_place_of_imagenets_classes_have_no_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -653,7 +671,8 @@ def test_thousands_of_classes_are_matched_at_once(tmp_path: Path) -> None:
     count = 21_841  # of ImageNet-21k
     names = [Counted(f"n{i:08}") for i in range(count)]
     rows = {"image": [{"bytes": b"", "path": None}] * count, "label": list(range(count))}
-    Dataset.from_dict(rows, Features(image=Images(), label=ClassLabel(names=names))).to_parquet(tmp_path / "x.parquet")
+    features = Features(image=ImageFeature(), label=ClassLabel(names=names))
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "x.parquet")
     listing = replace(listed(tmp_path / "x.parquet"), class_names=tuple(names))
     before = Counted.looks
     labelled = sets.label("custom", listing, names[::-1], count)

@@ -203,7 +203,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("in1k", ["val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000002.JPEG"],
          "all 2 pictures lie flat in one folder, so their classes are unknown; put ILSVRC2012_img_val.tar"),
         ("v2", ["a.jpeg", "b.jpeg"], "each class needs a folder of its own"),
-        ("in1k", ["n01440764/readme.txt"], "no pictures (.jpeg, .jpg, .png, .webp) in"),
+        ("in1k", ["n01440764/readme.txt"], "no images (.jpeg, .jpg, .png, .webp) in"),
     ],
 )  # fmt: skip
 def test_trees_that_are_refused(
@@ -333,11 +333,11 @@ def test_rows_are_appended_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, label, message",
     [
-        ("1.json", b'{"width": 3}', '1.json has no "label", only width'),
-        ("1.json", b"5", '1.json has no "label", it is 5'),
+        ("1.json", b'{"width": 3}', "has the files jpg, json (width). Say where the label is"),
+        ("1.json", b"5", "has the files jpg, json. Say where the label is"),
         ("1.json", b"{bad", "x.tar: 1.json holds no label: Expecting property name"),
         ("1.cls", b"\xff\xfe", "x.tar: 1.cls holds no label: 'utf-8' codec"),
-        ("1.cls", b"9" * 23, "x.tar: 99999999999999999999999 is no label"),
+        ("1.cls", b"9" * 23, "classes must be called 0 ... 999, as in the release of ImageNet-V2; found '99999999999"),
     ],
 )
 def test_sidecars_without_label(
@@ -368,7 +368,7 @@ def test_pipes_among_images_are_undecodable_ones(tmp_path: Path) -> None:
         listing = sets.open_set("in1k", [str(root)])
         assert len(listing) == 2
         with pytest.raises(OSError, match=r"2\.JPEG is no regular file"):
-            listing.read(1)
+            listing.decode(1, "RGB")
     finally:
         os.close(pipe)
 
@@ -395,16 +395,16 @@ def test_hub_datasets_that_are_not_to_be_had(
 
     monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
-    assert "data/val is neither a file or folder here nor a dataset the Hub gives us: no such host" in message
+    assert "no file or folder 'data/val' here, and hf://data/val did not come from the Hub: ConnectionErr" in message
     found = SimpleNamespace(config=SimpleNamespace(data_files={"train": ["x"], "extra": ["y"]}))
     monkeypatch.setattr("datasets.load_dataset_builder", lambda name, revision: found)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
     assert "data/val has the splits train, extra; name the one to score: data/val:train" in message
     message = refusal(capsys, "--sets", "in1k=data/val:test", "--show-mapping")
     assert "data/val has no split 'test', only train, extra" in message
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
-    assert "no file or folder 'data/val' here, and offline mode is on" in message
+    assert "no file or folder 'data/val' here, and the Hub is switched off (HF_HUB_OFFLINE=1)" in message
 
 
 def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

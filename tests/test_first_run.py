@@ -19,6 +19,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from arm_zoo.images.listing import SourceError
 from arm_zoo.weights import CheckpointError
 from recipes.command_line import read_command
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
@@ -27,7 +28,6 @@ from recipes.errors import RunError
 from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
 from recipes.first_run import Choice, Survey, choose, described, fitted
-from recipes.locate import SourceError
 from recipes.mistakes import MISTAKES
 from recipes.resume import Start, compare
 from recipes.sources import open_source
@@ -81,7 +81,7 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("data.source=FOLDER", "output_dir=FOLDER/bus/photo 0.png/x"): "is a file; allowed: a folder to write to",
     ("data.source=FOLDER/bus",): "holds images but no class folders; allowed: FOLDER/CLASS/IMAGE",
     ("data.source=PARENT",): "has one class folder; a classifier needs two classes",
-    ("data.source=EMPTY",): "EMPTY hold no picture: cat; fill or remove them",
+    ("data.source=EMPTY",): "EMPTY hold no image: cat; fill or remove them",
     ("data.source=SINGLE",): "no images of SINGLE can be held out for validation, as no class has two; add images,",
     ("--config", CONFIG, "data.source=FOLDER"): "pretrained is 'runs/pretrain_tiny_imagenet/pretraining_model', which",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null"): "global_batch is 512; allowed: up to the 31 ",
@@ -367,9 +367,9 @@ def test_weights_with_another_head_end_in_one_line(tmp_path: Path) -> None:
 def test_three_damaged_images_are_put_up_with_unless_a_share_is_set() -> None:
     check_undecodable(3, 30, "training", None)
     check_undecodable(10, 10_000, "training", None)
-    with pytest.raises(SourceError, match=r"4 of 30 training pictures .* than the default of 0.001, or 3 images,"):
+    with pytest.raises(SourceError, match=r"4 of 30 training images .* than the default of 0.001, or 3 images,"):
         check_undecodable(4, 30, "training", None)
-    with pytest.raises(SourceError, match=r"1 of 30 training pictures .* data.max_undecodable=0 allows"):
+    with pytest.raises(SourceError, match=r"1 of 30 training images .* data.max_undecodable=0 allows"):
         check_undecodable(1, 30, "training", 0.0)
 
 

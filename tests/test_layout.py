@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("hub", "recipes", "eval")
 PACKAGES = ("arm_zoo", *PROGRAMS)
 # Inside the library a module imports from lower ranks only, so that each can be read without those above it.
-RANKS = {"scan": 0, "images": 0, "order": 0, "files": 0, "weights": 1, "hosted": 1, "mixer": 1, "arm": 2}
+RANKS = {"scan": 0, "images": 1, "order": 0, "files": 0, "weights": 1, "hosted": 1, "mixer": 1, "arm": 2}
 RANKS |= {"pretrain": 3, "variant": 4, "loading": 5}
 # timm's own model files take helpers from these two; everything else is imported by its public name.
 TIMM_PRIVATE = ("timm.models._features.", "timm.models._input.")

@@ -10,9 +10,9 @@ import torch
 from timm.models import save_for_hf
 
 import arm_zoo
+from arm_zoo.images.listing import SourceError
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
-from recipes.locate import SourceError
 from recipes.probe import Features, ProbeConfig, knn_top1, linear_top1
 from tests.pictures import write_folder
 

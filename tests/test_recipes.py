@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
+from arm_zoo.images.listing import SourceError
 from arm_zoo.mixer import MambaMixer
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
@@ -30,7 +31,6 @@ from recipes.engine import Trainer, seed_step
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.finetune import main as finetune_command
-from recipes.locate import SourceError
 from recipes.objectives import Trained
 from recipes.optim import learning_rate, parameter_groups
 from recipes.parallel import FAILED, Collectives

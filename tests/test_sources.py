@@ -21,14 +21,17 @@ import pytest
 from datasets import ClassLabel, Value
 from PIL import Image
 
+from arm_zoo.images.braces import expand_braces
 from arm_zoo.images.decode import UndecodableImage, decode_image
-from arm_zoo.images.listing import class_folders, images_in
+from arm_zoo.images.labels import Labels
+from arm_zoo.images.listing import SourceError, class_folders, images_in
+from arm_zoo.images.locate import locate
+from arm_zoo.images.tables import ImageTable
 from arm_zoo.images.tars import read_members, read_samples
-from recipes.braces import expand_braces
 from recipes.config import DataConfig
-from recipes.labels import Labels, match_labels
-from recipes.locate import SourceError, locate
-from recipes.sources import PictureStream, PictureTable, Source, open_source
+from recipes.labels import match_labels
+from recipes.sources import Source, open_source
+from recipes.streams import ImageStream
 from tests.pictures import (
     Counted,
     chunk,
@@ -183,7 +186,7 @@ def test_decoding_leaves_no_warnings() -> None:
 
 
 def check(source: Source, train: int, test: int, names: tuple[str, ...]) -> None:
-    assert isinstance(source.train, PictureTable) and isinstance(source.test, PictureTable)
+    assert isinstance(source.train, ImageTable) and isinstance(source.test, ImageTable)
     assert (len(source.train), len(source.test), source.class_names) == (train, test, names)
     image, label, name = source.train[0]
     assert image.mode == "RGB" and image.size == (24, 16) and label == 0 and name
@@ -204,7 +207,8 @@ def test_pipes_are_no_images_and_links_to_nothing_are_undecodable_ones(tmp_path:
         ("cat/to-itself.jpg", "to-itself.jpg"),
     ):
         (folder / link).symlink_to(target)
-    classes = {name: [os.path.basename(path) for path in paths] for name, paths in class_folders(str(folder)).items()}
+    found = class_folders(str(folder)).images
+    classes = {name: [os.path.basename(path) for path in paths] for name, paths in found.items()}
     assert {name: [path for path in paths if "-" in path] for name, paths in classes.items()} == {
         "cat": ["to-itself.jpg", "to-nothing.jpg"],
         "dog": ["to-file.jpg"],
@@ -252,7 +256,7 @@ def test_pictures_without_class_folders_can_be_pretrained_on(tmp_path: Path) -> 
     for number in range(3):
         (tmp_path / f"{number}.JPEG").write_bytes(jpeg(number))
     assert len(open_named(tmp_path, labels_needed=False).train) == 3  # type: ignore[arg-type]
-    with pytest.raises(SourceError, match=r"holds pictures .* but no class folders; allowed: FOLDER/CLASS/PICTURE"):
+    with pytest.raises(SourceError, match=r"holds images .* but no class folders; allowed: FOLDER/CLASS/IMAGE"):
         open_named(tmp_path)
 
 
@@ -286,13 +290,13 @@ def test_parquet_file_glob_and_other_labels(tmp_path: Path) -> None:
     assert check_labels.class_names == ("a", "b", "c")
     assert [label for _, label, _ in check_labels.train] == [1, 0, 2, 2]
     assert [label for _, label, _ in check_labels.test] == [0, 2]  # type: ignore[union-attr]
-    with pytest.raises(SourceError, match=r"has 1 classes, the training pictures have 3 \(only there: d, in 1 row\)"):
+    with pytest.raises(SourceError, match=r"has 1 classes, the training images have 3 \(only there: d, in 1 row\)"):
         unknown = write_parquet(tmp_path / "unknown.parquet", ["d"], strings)
         open_named(first, validation=str(unknown))
     integers = write_parquet(tmp_path / "integers.parquet", [2, 0, 1])
     source = open_named(integers, validation=str(write_parquet(tmp_path / "few.parquet", [1])))
     assert source.class_names == ("0", "1", "2") and source.train[0][1] == 2  # type: ignore[index]
-    with pytest.raises(SourceError, match="has 4 classes, the training pictures have 3"):
+    with pytest.raises(SourceError, match="has 4 classes, the training images have 3"):
         open_named(integers, validation=str(write_parquet(tmp_path / "more.parquet", [3])))
     with pytest.raises(SourceError, match=r"1 of the 2 labels of .* are none .*: -1 in 1 row; allowed: 0 to 0"):
         open_named(integers, validation=str(write_parquet(tmp_path / "hidden.parquet", [-1, 0])))
@@ -308,7 +312,7 @@ def test_a_parquet_file_without_declared_columns(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"label column .* is none of kind, id; say which with data.label_column"):
         open_named(tmp_path)
     check(open_named(tmp_path, label_column="kind"), 3, 2, ("x", "y"))
-    with pytest.raises(SourceError, match=r"data.label_column is 'kid'; allowed: a column of .*: kind, id"):
+    with pytest.raises(SourceError, match=r"data.label_column=kid is no column of .*; allowed: kind, id"):
         open_named(tmp_path, label_column="kid")
 
 
@@ -391,7 +395,7 @@ def test_webdataset_tars(tmp_path: Path, as_json: bool) -> None:
     assert [label for _, label, _ in source.train] == [0, 1, 2, 2, 1]
     assert source.train.encoded([4])[0].data.read() == jpeg(4)  # type: ignore[union-attr]  # where it lies
     stream = open_named(tmp_path, streaming=True)
-    assert isinstance(stream.train, PictureStream) and stream.train.size == 5 and stream.class_names == names
+    assert isinstance(stream.train, ImageStream) and stream.train.size == 5 and stream.class_names == names
     assert [(label, image.mode) for image, label, _ in stream.train] == [(n, "RGB") for n in (0, 1, 2, 2, 1)]
     assert [name.rpartition("/")[2] for *_, name in stream.train] == [f"{number:06}" for number in range(5)]
     for streaming in (False, True):
@@ -404,7 +408,7 @@ def test_streams_of_parquet_tell_their_size_and_read_shards_in_any_order(tmp_pat
         write_parquet(tmp_path / f"train-{file}.parquet", [file % 2] * 5, NAMES, row=[file * 5 + n for n in range(5)])
     write_parquet(tmp_path / "val.parquet", [0, 1], NAMES, row=[0, 1])
     stream = open_named(tmp_path, streaming=True).train
-    assert isinstance(stream, PictureStream) and stream.size == 15
+    assert isinstance(stream, ImageStream) and stream.size == 15
 
     assert stream.num_shards == 3 and stream.shard_sizes == [5, 5, 5]
     assert [row.data for row in stream.shard(1, first_row=3)] == [jpeg(3), jpeg(4)]
@@ -415,7 +419,7 @@ def test_streams_of_parquet_tell_their_size_and_read_shards_in_any_order(tmp_pat
 
 def test_digits_are_split_once_and_in_proportion() -> None:
     source = open_named("digits")
-    assert isinstance(source.train, PictureTable) and isinstance(source.test, PictureTable)
+    assert isinstance(source.train, ImageTable) and isinstance(source.test, ImageTable)
     assert (len(source.train), len(source.test), source.channels) == (1437, 360, 1)
     images, labels, _ = zip(*[*source.train, *source.test], strict=True)
     assert {image.mode for image in images} == {"L"} and {image.size for image in images} == {(8, 8)}
@@ -424,7 +428,7 @@ def test_digits_are_split_once_and_in_proportion() -> None:
     assert source.mean[0] == pytest.approx(values[:1437].mean() / 255, rel=1e-6)
     shares = [np.bincount(part) / len(part) for part in (labels[:1437], labels[1437:])]
     assert np.abs(shares[0] - shares[1]).max() < 0.003
-    with pytest.raises(SourceError, match=r"the digits .* have their own validation pictures"):
+    with pytest.raises(SourceError, match=r"the digits .* have their own validation images"):
         open_named("digits", validation="digits")
     with pytest.raises(SourceError, match=r"the digits have 10 classes, but data.num_classes is 5"):
         open_named("digits", num_classes=5)
@@ -468,24 +472,24 @@ def test_braces_may_count_down(tmp_path: Path) -> None:
 def test_bad_sources_are_refused_in_plain_words(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)
     refused = {
-        str(tmp_path / "nowhere"): "there is no .*nowhere'; allowed: a folder of pictures in class subfolders",
-        "mnist": "there is no 'mnist'; allowed: a folder of pictures",
+        str(tmp_path / "nowhere"): "there is no .*nowhere'; allowed: a folder of images in class subfolders",
+        "mnist": "there is no 'mnist'; allowed: a folder of images",
         str(tmp_path / "*.parquet"): "no file matches .*parquet",
         str(tmp_path / "train-{0..3}.tar"): "no file matches .*train-0.tar",
         "hf://imagenet": "'hf://imagenet' is no data set on the Hub; allowed: hf://owner/name",
     }
     (tmp_path / "empty").mkdir()
-    refused[str(tmp_path / "empty")] = "empty' is empty; allowed: a folder of pictures"
+    refused[str(tmp_path / "empty")] = "empty' is empty; allowed: a folder of images"
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "notes.txt").write_text("hello")
-    refused[str(tmp_path / "odd")] = "odd' holds no pictures, parquet files or tars; allowed: a folder of pictures"
+    refused[str(tmp_path / "odd")] = "odd' holds no images, parquet files or tars; allowed: a folder of images"
     refused["./nowhere"] = "there is no './nowhere'"
     refused["recipes/nowhere"] = "there is no 'recipes/nowhere'"  # not asked of the Hub: recipes/ is a folder here
     (tmp_path / "notes.txt").write_text("hello")
     refused[str(tmp_path / "notes.txt")] = "cannot read .*notes.txt'"
     both = write_folder(tmp_path / "both", {"cat": 1})
     write_parquet(both / "train.parquet", [0])
-    refused[str(both)] = "holds parquet and pictures; name the files"
+    refused[str(both)] = "holds parquet and images; name the files"
     mixed = write_folder(tmp_path / "mixed", {"train": 1, "car": 1, "plane": 1})
     refused[str(mixed)] = "holds train beside car, plane: splits or classes?"
     unclear = tmp_path / "unclear"
@@ -494,9 +498,9 @@ def test_bad_sources_are_refused_in_plain_words(tmp_path: Path, repo: Path, monk
     refused[str(unclear)] = "which split is .*more.parquet' of?"
     hollow = write_folder(tmp_path / "hollow" / "train", {"cat": 1, "dog": 0})
     few = write_parquet(tmp_path / "few" / "few.parquet", [0, 0])
-    with pytest.raises(SourceError, match=r"has 2 pictures, but data.train_size is 3; leave it out"):
+    with pytest.raises(SourceError, match=r"has 2 images, but data.train_size is 3; leave it out"):
         open_named(few, train_size=3, validation=str(few))
-    refused[str(hollow.parent)] = r"class folders of .*hollow \[train\] hold no picture: dog; fill or remove them"
+    refused[str(hollow.parent)] = r"class folders of .*hollow \[train\] hold no image: dog; fill or remove them"
     for name, message in refused.items():
         with pytest.raises(SourceError, match=message):
             open_named(name)
@@ -505,13 +509,13 @@ def test_bad_sources_are_refused_in_plain_words(tmp_path: Path, repo: Path, monk
 def test_disagreeing_splits_and_damaged_files_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "a" / "train", {"x": 1, "y": 1})
     write_folder(tmp_path / "a" / "val", {"x": 1, "y": 1, "z": 3})
-    with pytest.raises(SourceError, match=r"has 3 classes, the training pictures have 2 \(only there: z, in 3 rows\)"):
+    with pytest.raises(SourceError, match=r"has 3 classes, the training images have 2 \(only there: z, in 3 rows\)"):
         open_named(tmp_path / "a")
     for name in ("train.parquet", "train.tar"):
         (tmp_path / name).write_bytes(b"not at all")
         with pytest.raises(SourceError, match=f"cannot read .*{name}"):
             open_named(tmp_path / name)
-    with pytest.raises(SourceError, match=r"is a folder of pictures, which needs no data.streaming"):
+    with pytest.raises(SourceError, match=r"is a folder of images, which needs no data.streaming"):
         open_named(tmp_path / "a", streaming=True)
     write_parquet(tmp_path / "b" / "val.parquet", [0])
     write_parquet(tmp_path / "b" / "test.parquet", [0])
@@ -603,7 +607,7 @@ def test_names_and_numbers_of_classes_are_matched(tmp_path: Path) -> None:
     ones = write_parquet(tmp_path / "ones.parquet", [1, 1], integers)
     assert [label for _, label, _ in open_named(from_one, validation=str(ones)).test] == [0, 0]  # type: ignore[union-attr]
     one_name = write_parquet(tmp_path / "one_name.parquet", ["dog"], strings)
-    with pytest.raises(SourceError, match=r"has 1 classes, the training pictures have 2 without names"):
+    with pytest.raises(SourceError, match=r"has 1 classes, the training images have 2 without names"):
         open_named(numbers, validation=str(one_name))
 
 
@@ -672,7 +676,7 @@ def test_cut_shards_are_not_trained_on(tmp_path: Path, streaming: bool) -> None:
 def labels_of(split: object) -> list[object]:
     """Class of each picture, the message in place of those that cannot be decoded."""
     found: list[object] = []
-    stored = split.encoded() if isinstance(split, PictureStream) else split.encoded(range(len(split)))  # type: ignore
+    stored = split.encoded() if isinstance(split, ImageStream) else split.encoded(range(len(split)))  # type: ignore
     for encoded in stored:
         try:
             found.append(encoded.decode("RGB")[1])
@@ -871,7 +875,7 @@ def test_a_class_may_lack_validation_pictures(
     with caplog.at_level(logging.WARNING):
         source = open_named(tmp_path)
     assert source.class_names == ("a", "b", "c") and labels_of(source.test) == [0, 2]  # by names: no number shifts
-    assert "[val] has no pictures for 1 of the 3 classes, which are not scored: b" in caplog.text
+    assert "[val] has no images for 1 of the 3 classes, which are not scored: b" in caplog.text
 
 
 def test_a_declared_class_without_training_pictures_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -879,7 +883,7 @@ def test_a_declared_class_without_training_pictures_is_told(tmp_path: Path, capl
         write_parquet(tmp_path / f"{split}.parquet", [0], NAMES)
     with caplog.at_level(logging.WARNING):
         assert open_named(tmp_path).class_names == ("cat", "dog")
-    assert "[train] has no pictures for 1 of its 2 classes: dog" in caplog.text
+    assert "[train] has no images for 1 of its 2 classes: dog" in caplog.text
 
 
 def write_bytes(folder: bytes, name: bytes, content: bytes) -> None:

@@ -1,22 +1,99 @@
-"""Columns of tables of images, as the library `datasets` declares them; a dot leads into a column of mappings."""
+"""Which columns of a data set hold image and class, as the library `datasets` declares them.
 
-from collections.abc import Mapping
-from typing import Any
+A dot leads into a column of mappings, as in `json.label`. `datasets` and pyarrow come with the extras train and eval.
+"""
 
-__all__ = ["LABEL_NAMES", "holds_images", "leaves", "values_at"]
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-LABEL_NAMES = (
-    "label",
-    "labels",
-    "cls",
-    "class",
-    "target",
-    "json.label",
-)  # where none is declared to hold classes
+from datasets import ClassLabel
+
+from arm_zoo.images.decode import MAX_PIXELS
+from arm_zoo.images.listing import SourceError, listed
+
+LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label", "wnid")  # where none is a ClassLabel
+STRINGS = ("string", "large_string")
+IMAGE_NAMES = ("image", "img")
 _IMAGES = ("PIL.Image.Image", "binary", "large_binary")
 
 
-def holds_images(feature: Any) -> bool:
+@dataclass(frozen=True)
+class Choices:
+    """What a user says of a source that does not tell it itself.
+
+    Args:
+        image_column: None: the only one that holds images. Of tars, the ending of the image files.
+        label_column: None: the only one that looks like a class. Of tars, an ending or a field of JSON.
+        num_classes: None: as many as the source has.
+        max_pixels: larger images are not decoded.
+        by_name: of several columns one with a usual name is meant, else the first: so ImageNet's sets are published.
+        in_training: whether choices are typed as keys of the recipes or as options of `eval`.
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    num_classes: int | None = None
+    max_pixels: int = MAX_PIXELS
+    by_name: bool = False
+    in_training: bool = True
+
+    def typed(self, key: str, value: str = "NAME") -> str:
+        """How the user types a choice, for messages."""
+        return f"data.{key}={value}" if self.in_training else f"--{key.replace('_', '-')} {value}"
+
+
+class Columns(NamedTuple):
+    """The columns of image, class and name."""
+
+    image: str
+    label: str | None
+    name: str | None = None
+
+
+def find_columns(
+    features: Mapping[str, Any] | None, choices: Choices, where: str, labels_needed: bool = True
+) -> Columns:
+    """The columns that the user chooses, or the only ones that can be meant.
+
+    Raises:
+        SourceError: if a column is missing or several could be meant.
+    """
+    if features is None:
+        raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
+    images = [name for name, feature in features.items() if _holds_images(feature)]
+    if choices.by_name:
+        images = [*(name for name in IMAGE_NAMES if name in features), *images][:1]
+    image = _choose("image_column", choices, images, list(features), where)
+    if not (_holds_images(features[image]) or getattr(features[image], "dtype", None) in STRINGS):
+        raise SourceError(
+            f"the column {image!r} of {where} holds {features[image]}; allowed: images, their bytes, or their paths"
+        )
+    if not labels_needed:
+        return Columns(image, None)
+    paths = {path: feature for path, feature in leaves(features).items() if path.partition(".")[0] != image}
+    declared = [path for path, feature in paths.items() if isinstance(feature, ClassLabel)]
+    named = [name for name in LABEL_NAMES if name in paths]
+    likely = [*named, *declared][:1] if choices.by_name else declared or named[:1]
+    return Columns(image, _choose("label_column", choices, likely, list(paths), where))
+
+
+def _choose(key: str, choices: Choices, likely: Sequence[str], columns: Sequence[str], where: str) -> str:
+    """The column that is wanted, else the only likely one."""
+    wanted: str | None = getattr(choices, key)
+    if wanted is not None:
+        if wanted not in columns:
+            raise SourceError(
+                f"{choices.typed(key, wanted)} is no column of {where}; allowed: {listed(columns, 20)}"
+            )
+        return wanted
+    if len(likely) == 1:
+        return likely[0]
+    problem = f"could be any of {listed(likely)}" if likely else f"is none of {listed(columns, 20)}"
+    raise SourceError(f"the {key.replace('_', ' ')} of {where} {problem}; say which with {choices.typed(key)}")
+
+
+def _holds_images(feature: Any) -> bool:
     """Whether a column is declared to hold images, or bytes, perhaps with a path, that may be images."""
     return "bytes" in feature if isinstance(feature, Mapping) else getattr(feature, "dtype", None) in _IMAGES
 

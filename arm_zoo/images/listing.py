@@ -4,44 +4,33 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-
-__all__ = [
-    "IMAGE_ENDINGS",
-    "SPLIT_OF_WORD",
-    "TAR_ENDINGS",
-    "class_folders",
-    "class_name",
-    "files_below",
-    "has_images",
-    "images_below",
-    "images_in",
-    "is_image",
-    "listed",
-    "natural_key",
-    "natural_order",
-    "printable",
-    "split_of",
-    "subfolders",
-]
+from typing import NamedTuple
 
 IMAGE_ENDINGS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".avif",
-    ".jp2",
-)
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2",
+)  # fmt: skip
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+_NAMED = 3  # files in a note
+
+
+class SourceError(ValueError):
+    """A source of images that is missing, empty, unclear, or does not fit its use."""
+
+
+class ClassFolders(NamedTuple):
+    """The images of a folder of class folders, and the visible files in these that are none.
+
+    Args:
+        images: class name -> paths of its images, both in natural order.
+        others: paths of the other files.
+    """
+
+    images: dict[str, list[str]]
+    others: list[str]
 
 
 def is_image(path: str) -> bool:
@@ -147,24 +136,38 @@ def has_images(folder: str) -> bool:
     return next(images_below(folder), None) is not None
 
 
-def class_folders(folder: str) -> dict[str, list[str]]:
-    """Class name -> paths of its images, both in natural order: a class is a folder inside, whatever lies below it.
+@lru_cache(maxsize=1)
+def class_folders(folder: str) -> ClassFolders:
+    """What lies in the folders of a folder, each of which is a class, whatever lies below it.
 
-    Names are those of `class_name`. Classes without images are there, with an empty list.
+    Names are those of `class_name`. Classes without images are there, with an empty list. The last answer is kept, so
+    that images counted at the start of a run need not be found again; `class_folders.cache_clear()` forgets it.
 
     Raises:
-        ValueError: if two folders have one name in that form, or if a name is no text at all.
+        SourceError: if two folders have one name in that form, or if a name is no text at all.
     """
-    classes: dict[str, list[str]] = {}
+    found = ClassFolders({}, [])
     for path in subfolders(folder):
         name = class_name(os.path.basename(path))
-        if name in classes:
-            raise ValueError(f"{folder!r} holds two class folders whose names are both written {name!r}; rename one")
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"the name of the class folder {os.fsencode(path)!r} is not UTF-8; rename the folder"
-            ) from None
-        classes[name] = natural_order(images_below(path))
-    return classes
+        if name in found.images:
+            raise SourceError(f"{folder!r} holds two class folders whose names are both written {name!r}; rename one")
+        if printable(name) != name:
+            raise SourceError(f"the name of the class folder {os.fsencode(path)!r} is not UTF-8; rename the folder")
+        found.images[name] = natural_order(sorted_out(path, found.others))
+    return found
+
+
+def sorted_out(folder: str, others: list[str]) -> Iterator[str]:
+    """Paths of all images in a folder and below it, in no order; those of other visible files go to `others`."""
+    for path in files_below(folder):
+        if is_image(path):
+            yield path
+        else:
+            others.append(path)
+
+
+def left_out(files: Iterable[str]) -> str:
+    """A note on files that are no images, which names the first of them; "" if there are none."""
+    names = sorted(map(printable, files))
+    more = ", ..." if len(names) > _NAMED else ""
+    return f"files left out as no images ({len(names)}): {', '.join(names[:_NAMED])}{more}" if names else ""

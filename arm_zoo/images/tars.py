@@ -1,34 +1,19 @@
-"""Tar files read at random places: release tarballs, compressed or not, and WebDataset shards."""
+"""Tar files read in place: release tarballs, compressed or not, and the samples of WebDataset shards."""
 
 import atexit
-import io
-import json
 import os
 import posixpath
 import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-from arm_zoo.images.listing import printable
-
-__all__ = [
-    "FromTar",
-    "Member",
-    "Sample",
-    "is_compressed",
-    "read_members",
-    "read_samples",
-    "read_shards",
-    "sidecar",
-    "split_key",
-]
-
-_UNREADABLE = (tarfile.TarError, EOFError, OSError, zlib.error)
+from arm_zoo.images.listing import SourceError, printable
 
 
 @dataclass(frozen=True)
@@ -43,14 +28,6 @@ class Member:
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
-
-
-@dataclass(frozen=True)
-class FromTar:
-    members: Sequence[Member]
-
-    def __call__(self, index: int) -> IO[bytes]:
-        return io.BytesIO(self.members[index].read())
 
 
 class _Header(tarfile.TarInfo):
@@ -77,24 +54,22 @@ def read_members(path: Path) -> dict[str, Member]:
     """Files of a tar by name.
 
     Raises:
-        ValueError: if it is damaged.
+        SourceError: if it is damaged.
     """
+    with _damage_told(path):
+        tar = _uncompressed(path)
+        with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
+            files = (info for info in archive if info.isfile())
+            return {posixpath.normpath(info.name): Member(tar, info.offset_data, info.size) for info in files}
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
     try:
-        return dict(_members(path))
-    except _UNREADABLE as error:
-        raise ValueError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    return f"cannot read the tar {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
-
-
-def _members(path: Path) -> Iterator[tuple[str, Member]]:
-    tar = _uncompressed(path)
-    with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
-        for info in archive:
-            if info.isfile():
-                yield posixpath.normpath(info.name), Member(tar, info.offset_data, info.size)
+        yield
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise SourceError(f"cannot read the tar {path}: {cause}") from error
 
 
 def _uncompressed(path: Path) -> Path:
@@ -144,7 +119,9 @@ class Sample(NamedTuple):
     contents: dict[str, bytes]
 
 
-def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> Iterator[Sample]:
+def read_samples(
+    path: Path, is_read: Callable[[str], bool], is_counted: Callable[[Sample], bool] | None = None, first: int = 0
+) -> Iterator[Sample]:
     """The samples of a WebDataset shard from number `first` on, in stored order; compressed ones, too.
 
     Folders, hidden files and names without a dot belong to no sample.
@@ -152,75 +129,30 @@ def read_samples(path: Path, is_read: Callable[[str], bool], first: int = 0) -> 
     Args:
         path: the tar.
         is_read: called with a file's ending, as in `Sample.files`; whether its bytes are wanted.
+        is_counted: called with a whole sample; whether it is one. None: all are.
         first: samples before it are passed over without being read.
 
     Raises:
-        ValueError: if the tar is damaged, or holds a file twice in one sample.
+        SourceError: if the tar is damaged, or holds a file twice in one sample.
     """
-    number, sample = -1, None
-    try:
-        with tarfile.open(path, tarinfo=_Header) as archive:
-            for info in archive:
-                archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
-                key, ending = split_key(posixpath.normpath(info.name))
-                if not (info.isfile() and posixpath.basename(key) and ending):
-                    continue
-                ending = ending.lower()
-                if sample is None or sample.key != key:
-                    if sample is not None and number >= first:
+    number, sample = 0, Sample("", {}, {})  # samples before this one
+    with _damage_told(path), tarfile.open(path, tarinfo=_Header) as archive:
+        for info in archive:
+            archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
+            key, ending = split_key(posixpath.normpath(info.name))
+            if not (info.isfile() and posixpath.basename(key) and ending):
+                continue
+            ending = ending.lower()
+            if sample.key != key:
+                if sample.files and (is_counted is None or is_counted(sample)):
+                    if number >= first:
                         yield sample
-                    number, sample = number + 1, Sample(key, {}, {})
-                if ending in sample.files:
-                    raise ValueError(f"{path} holds {printable(f'{key}.{ending}')} twice")
-                sample.files[ending] = Member(path, info.offset_data, info.size)
-                if number >= first and is_read(ending):
-                    sample.contents[ending] = archive.extractfile(info).read()  # type: ignore[union-attr]
-    except _UNREADABLE as error:
-        raise ValueError(_unreadable(path, error)) from error
-    if sample is not None and number >= first:
+                    number += 1
+                sample = Sample(key, {}, {})
+            if ending in sample.files:
+                raise SourceError(f"{path} holds {printable(f'{key}.{ending}')} twice")
+            sample.files[ending] = Member(path, info.offset_data, info.size)
+            if number >= first and is_read(ending):
+                sample.contents[ending] = archive.extractfile(info).read()  # type: ignore[union-attr]
+    if sample.files and number >= first and (is_counted is None or is_counted(sample)):
         yield sample
-
-
-def sidecar(file: str, members: Mapping[str, Member]) -> str | None:
-    """WebDataset keeps the label of KEY.jpg in KEY.cls (or .class, .json) beside it."""
-    key, _ = split_key(file)
-    return next((key + suffix for suffix in (".cls", ".class", ".json") if key + suffix in members), None)
-
-
-def read_shards(
-    shards: Mapping[Path, Mapping[str, Member]], is_meant: Callable[[str], bool]
-) -> tuple[list[str], list[str], list[Member]]:
-    """Names, labels as text, and places of the images of WebDataset shards, whose keys are unique within a shard.
-
-    Args:
-        shards: files of each tar.
-        is_meant: whether a file's name is that of an image.
-
-    Raises:
-        ValueError: if an image has no label, or one that cannot be read.
-    """
-    files, labels, places = [], [], []
-    for shard, members in sorted(shards.items()):
-        for file in sorted(filter(is_meant, members)):
-            name = sidecar(file, members)
-            if name is None:
-                raise ValueError(f"{shard}: {file} has neither a .cls nor a .json with its label beside it")
-            files.append(f"{shard.name}/{file}")
-            labels.append(_label_of(f"{shard}: {name}", members[name].read()))
-            places.append(members[file])
-    return files, labels, places
-
-
-def _label_of(name: str, contents: bytes) -> str:
-    try:
-        text = contents.decode().strip()
-        facts = json.loads(text) if name.endswith(".json") else {"label": text}
-    except ValueError as error:  # of the encoding or of JSON
-        raise ValueError(f"{name} holds no label: {error}") from error
-    if not isinstance(facts, dict) or "label" not in facts:
-        found = f"only {', '.join(sorted(facts))}" if isinstance(facts, dict) else f"it is {str(facts)[:40]}"
-        raise ValueError(f'{name} has no "label", {found}')
-    label = facts["label"]
-    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
-        raise ValueError(f"{name} holds the label {label!r}; allowed: a whole number or a name")
-    return str(label)

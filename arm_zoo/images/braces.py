@@ -7,7 +7,7 @@ _RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.(-?\d+))?")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``a{0..2}{x,y}`` -> ``a0x a0y a1x ...``; braces that hold neither a list nor a range stay as they are."""
+    """`a{0..2}{x,y}` -> `a0x a0y a1x ...`; braces that hold neither a list nor a range stay as they are."""
     opening = pattern.find("{")
     if opening < 0:
         return [pattern]
@@ -26,7 +26,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _extent(pattern: str, opening: int) -> tuple[int | None, list[int]]:
     """Places of the brace that closes this one, None if there is none, and of the commas between the two."""
-    depth, commas = 0, []
+    depth, commas = 0, list[int]()
     for place in range(opening, len(pattern)):
         depth += {"{": 1, "}": -1}.get(pattern[place], 0)
         if depth == 0:
@@ -37,7 +37,7 @@ def _extent(pattern: str, opening: int) -> tuple[int | None, list[int]]:
 
 
 def _range(text: str) -> list[str]:
-    """``8..10``, ``010..8``, ``a..e..2``: up or down, as wide as the wider end where one has leading zeros."""
+    """`8..10`, `010..8`, `a..e..2`: up or down, as wide as the wider end where one has leading zeros."""
     found = _RANGE.fullmatch(text)
     if not found or found[1].isalpha() != found[2].isalpha():
         return []

@@ -1,8 +1,10 @@
-"""WebDataset tars: an index of what they hold, by which pictures are read where they lie, or in sequence.
+"""WebDataset tars: an index of what they hold, by which images are read where they lie.
 
-A sample is a row: its picture is the file with the ending of one, its class stands in ``.cls`` or in ``.json`` beside
-it. Where no sample has either, the folders inside the tars are the classes. The index is kept in the cache of
-``datasets``; uncompressed tars are read in place, pictures of compressed ones are copied into the index.
+A sample is a row: its image is the file with the ending of one, its class stands in `.cls` or in `.json` beside it.
+Where no sample has either, the folders inside the tars are the classes. The index is kept in the cache of `datasets`;
+uncompressed tars are read in place, images of compressed ones are copied into the index.
+
+`datasets`, filelock and pyarrow come with the extras train and eval.
 """
 
 import hashlib
@@ -10,11 +12,10 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import datasets
@@ -23,13 +24,11 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from arm_zoo.files import replacing_files
-from arm_zoo.images.listing import SPLIT_OF_WORD, class_name, is_image, listed, printable
+from arm_zoo.images.columns import Choices
+from arm_zoo.images.listing import SPLIT_OF_WORD, SourceError, class_name, is_image, left_out, listed, printable
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
 
-from .config import DataConfig
-from .load import READING_THREADS, column_of
-from .locate import SourceError
-
+READING_THREADS = 16  # they wait for the disk
 TEXT_LABELS = ("cls", "class")
 JSON_LABEL = "json.label"
 FORMAT = 2  # of the index; another number makes those in the cache count no more
@@ -43,35 +42,60 @@ INDEX = pa.schema(
 )
 
 
-def open_index(files: Sequence[str], where: str, config: DataConfig, labels_needed: bool) -> datasets.Dataset:
-    """The samples of tars in stored order: where the picture of each lies, its key and, if asked for, its label.
+class Index(NamedTuple):
+    """The samples of tars in stored order.
 
     Args:
-        files: The tars of one split.
-        where: The split's name.
-        config: ``image_column`` and ``label_column`` are endings, or a field in JSON, as in ``json.species``;
-            ``streaming``: pictures of compressed tars need no copy.
-        labels_needed: Whether there has to be a label.
+        rows: where the image of each lies, its key and, if asked for, its label, an integer or a string.
+        by_folder: the classes are folders, and rows without an image are left out as no samples.
+        note: on these; "" if there are none.
+    """
+
+    rows: datasets.Dataset
+    by_folder: bool = False
+    note: str = ""
+
+    def sizes(self, files: Sequence[str]) -> list[int]:
+        """Samples in each of the tars."""
+        counts = pc.value_counts(_field(self.rows, "path"))
+        rows = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+        return [rows.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
+
+
+def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed: bool, in_sequence: bool) -> Index:
+    """Read the index of the tars of one split from the cache, or make it.
+
+    Args:
+        files: the tars.
+        where: the split's name.
+        choices: of columns; see `Choices`.
+        labels_needed: whether there has to be a label.
+        in_sequence: whether the tars are to be read in sequence: images of compressed ones then need no copy.
 
     Raises:
-        SourceError: If a tar is damaged, or its samples have no pictures, several, or no labels.
+        SourceError: if a tar is damaged, or its samples have no images, several, or no labels.
     """
-    try:
-        index = datasets.Dataset.from_file(str(_index_file(list(map(os.path.abspath, files)), config, labels_needed)))
-        if len(index) and column_of(index, "image.size").null_count == len(index):
-            wanted = f"a file with the ending {config.image_column!r}" if config.image_column else "an image file"
-            raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
-        _refuse_splits(index, where)
-        return _with_classes(index, files, where, config) if labels_needed else index.remove_columns("label")
-    except ValueError as error:
-        raise SourceError(str(error)) from error
+    places = list(map(os.path.abspath, files))
+    rows = datasets.Dataset.from_file(str(_index_file(places, choices, labels_needed, in_sequence)))
+    if len(rows) and _field(rows, "size").null_count == len(rows):
+        wanted = f"a file with the ending {choices.image_column!r}" if choices.image_column else "an image file"
+        raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
+    _refuse_splits(rows, where)
+    return _with_classes(rows, files, where, choices) if labels_needed else Index(rows.remove_columns("label"))
 
 
-def _index_file(files: Sequence[str], config: DataConfig, labels_needed: bool) -> Path:
+def _field(rows: datasets.Dataset, name: str) -> pa.Array:
+    """A column of the index, or a field of its images."""
+    table = rows.with_format("arrow")[:]
+    column = table.column(name) if name in table.column_names else pc.struct_field(table.column("image"), name)
+    return column.combine_chunks()
+
+
+def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_sequence: bool) -> Path:
     """Make the index, unless it is in the cache."""
-    copied = not config.streaming and any(is_compressed(Path(file)) for file in files)
+    copied = not in_sequence and any(is_compressed(Path(file)) for file in files)
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    settings = (config.image_column, config.label_column, labels_needed, copied)
+    settings = (choices.image_column, choices.label_column, labels_needed, copied)
     digest = hashlib.sha256(json.dumps((FORMAT, stamps, settings)).encode()).hexdigest()[:32]
     target = Path(datasets.config.HF_DATASETS_CACHE) / "webdataset_indices" / f"{digest}.arrow"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,16 +106,18 @@ def _index_file(files: Sequence[str], config: DataConfig, labels_needed: bool) -
                 pa.OSFile(str(beside / target.name), "wb") as file,
                 pa.ipc.new_stream(file, INDEX) as writer,
             ):
-                for batch in _batches(files, config, labels_needed, copied):
+                for batch in _batches(files, choices, labels_needed, copied):
                     writer.write(batch)
     return target
 
 
-def _batches(files: Sequence[str], config: DataConfig, labels_needed: bool, copied: bool) -> Iterator[pa.RecordBatch]:
+def _batches(
+    files: Sequence[str], choices: Choices, labels_needed: bool, copied: bool
+) -> Iterator[pa.RecordBatch]:
     """The index, file by file."""
 
     def of_file(file: str) -> Iterator[pa.RecordBatch]:
-        rows = _rows(file, config, labels_needed, copied and is_compressed(Path(file)))
+        rows = _rows(file, choices, labels_needed, copied and is_compressed(Path(file)))
         while some := list(islice(rows, ROWS_AT_ONCE)):
             yield pa.RecordBatch.from_pylist(some, INDEX)
 
@@ -104,15 +130,15 @@ def _batches(files: Sequence[str], config: DataConfig, labels_needed: bool, copi
                 yield from batches
 
 
-def _rows(file: str, config: DataConfig, labels_needed: bool, copied: bool) -> Iterator[dict[str, Any]]:
-    column = config.label_column
+def _rows(file: str, choices: Choices, labels_needed: bool, copied: bool) -> Iterator[dict[str, Any]]:
+    column = choices.label_column
     labels = {column, column.rpartition(".")[0]} if column else {*TEXT_LABELS, JSON_LABEL.partition(".")[0]}
 
     def is_read(ending: str) -> bool:
-        return (labels_needed and ending in labels) or (copied and _is_meant(ending, config.image_column))
+        return (labels_needed and ending in labels) or (copied and is_meant(ending, choices))
 
     for sample in read_samples(Path(file), is_read):
-        image = image_of(sample, file, config.image_column)
+        image = image_of(sample, file, choices)
         place = sample.files[image] if image else None
         yield {
             "image": {
@@ -126,23 +152,25 @@ def _rows(file: str, config: DataConfig, labels_needed: bool, copied: bool) -> I
         }
 
 
-def _is_meant(ending: str, column: str | None) -> bool:
-    return ending == column.lower() if column else is_image(f"key.{ending}")
+def is_meant(ending: str, choices: Choices) -> bool:
+    """Whether files with an ending are the images."""
+    return ending == choices.image_column.lower() if choices.image_column else is_image(f"key.{ending}")
 
 
-def image_of(sample: Sample, file: str, column: str | None) -> str | None:
-    """The ending of a sample's picture, None if it has none.
+def image_of(sample: Sample, file: str, choices: Choices) -> str | None:
+    """The ending of a sample's image, None if it has none.
 
     Raises:
-        ValueError: If it has several.
+        SourceError: if it has several.
     """
-    found = [ending for ending in sample.files if _is_meant(ending, column)]
+    found = [ending for ending in sample.files if is_meant(ending, choices)]
     if len(found) > 1:
         names = [printable(f"{sample.key}.{ending}") for ending in found]
-        raise ValueError(
+        way_out = f", or say which ending is meant, as in {choices.typed('image_column', found[0])}"
+        raise SourceError(
             f"{file}: {listed(names)} have one key, {printable(sample.key)!r}, as it ends at the first dot of a name; "
-            "allowed: one image for each key. Rename the files so that they have one dot each"
-            + ("" if "." in found[0] else f", or say which ending is meant, as in data.image_column={found[0]}")
+            f"allowed: one image for each key. Rename the files so that they have one dot each"
+            + ("" if "." in found[0] else way_out)
         )
     return found[0] if found else None
 
@@ -151,7 +179,7 @@ def _label(sample: Sample, file: str, column: str | None) -> str | None:
     """The label as JSON, None if the sample has none.
 
     Raises:
-        ValueError: If it cannot be read, or is neither an integer nor a string.
+        SourceError: if it cannot be read, or is neither an integer nor a string.
     """
     for wanted in (column,) if column else (*TEXT_LABELS, JSON_LABEL):
         ending, _, field = wanted.rpartition(".")
@@ -165,11 +193,11 @@ def _label(sample: Sample, file: str, column: str | None) -> str | None:
             else:
                 continue
         except ValueError as error:  # of the encoding, or of JSON
-            raise ValueError(f"{file}: {printable(sample.key)}.{ending or wanted} holds no label: {error}") from error
+            name = printable(f"{file}: {sample.key}.{ending or wanted}")
+            raise SourceError(f"{name} holds no label: {error}") from error
         if isinstance(label, bool) or not isinstance(label, int | str | None):
-            raise ValueError(
-                f"{file}: {printable(sample.key)}.{wanted} is {label!r}; allowed as a label: an integer or a string"
-            )
+            name = printable(f"{file}: {sample.key}.{wanted}")
+            raise SourceError(f"{name} is {label!r}; allowed as a label: an integer or a string")
         return None if label is None else json.dumps(label)
     return None
 
@@ -192,19 +220,25 @@ def _first_sample(files: Sequence[str]) -> str:
     return "there are none"
 
 
-def _with_classes(index: datasets.Dataset, files: Sequence[str], where: str, config: DataConfig) -> datasets.Dataset:
+def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choices: Choices) -> Index:
     """The index with labels as integers or as names."""
-    texts = column_of(index, "label").combine_chunks()
-    if len(index) and texts.null_count == len(index) and config.label_column is None:
-        labels = pa.array(_classes_by_folder(index, files, where), pa.string())
+    texts, sizes = _field(rows, "label"), _field(rows, "size")
+    by_folder = len(rows) > 0 and texts.null_count == len(rows) and choices.label_column is None
+    note = ""
+    if by_folder:
+        note = left_out(_field(rows, "key").filter(sizes.is_null()).to_pylist())
+        if note:
+            table = rows.with_format("arrow")[:].filter(sizes.is_valid())
+            rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)
+        labels = pa.array(_classes_by_folder(rows, files, where, choices), pa.string())
     elif texts.null_count:
-        first = index[texts.is_null().index(True).as_py()]
-        wanted = f"data.label_column={config.label_column}" if config.label_column else '.cls, or "label" in .json'
+        first = rows[texts.is_null().index(True).as_py()]
+        column = choices.label_column
+        wanted = choices.typed("label_column", column) if column else '.cls, or "label" in .json'
         apart = "; files with one key must stand side by side, as `tar --sort=name` leaves them"
         raise SourceError(
-            f"{texts.null_count} of the {len(index)} samples of {where} have no label ({wanted}), the first one is "
-            f"{printable(first['key'])!r}{apart if column_of(index, 'image.size').null_count else ''}; "
-            f"{_first_sample(files)}"
+            f"{texts.null_count} of the {len(rows)} samples of {where} have no label ({wanted}), the first one is "
+            f"{printable(first['key'])!r}{apart if sizes.null_count else ''}; {_first_sample(files)}"
         )
     else:
         coded = texts.dictionary_encode()
@@ -212,18 +246,19 @@ def _with_classes(index: datasets.Dataset, files: Sequence[str], where: str, con
         numbers = all(isinstance(value, int) and abs(value) < 2**63 for value in values)
         named = pa.array(values if numbers else list(map(str, values)), pa.int64() if numbers else pa.string())
         labels = pc.take(named, coded.indices)
-    return index.remove_columns("label").add_column(
+    rows = rows.remove_columns("label").add_column(
         "label", labels, new_fingerprint=uuid4().hex, feature=datasets.Value(str(labels.type))
     )
+    return Index(rows, by_folder, note)
 
 
-def _classes_by_folder(index: datasets.Dataset, files: Sequence[str], where: str) -> list[str]:
+def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str, choices: Choices) -> list[str]:
     """The class of each sample: the first folder of its path that is not the same for all."""
-    folders = _folders(index)
+    folders = _folders(rows)
     if not all(folders):
         raise SourceError(
             f'the samples of {where} have neither a .cls nor a "label" in a .json, and do not lie in class folders; '
-            f"{_first_sample(files)}. Say where the label is with data.label_column, as in json.species"
+            f"{_first_sample(files)}. Say where the label is, as in {choices.typed('label_column', 'json.species')}"
         )
     depth = min(_shared(folders), min(map(len, folders)) - 1)
     for name in {folder[depth] for folder in folders}:
@@ -232,9 +267,9 @@ def _classes_by_folder(index: datasets.Dataset, files: Sequence[str], where: str
     return [class_name(folder[depth]) for folder in folders]
 
 
-def _refuse_splits(index: datasets.Dataset, where: str) -> None:
+def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
     """Refuse tars that hold several splits in folders of their own, which would be mixed."""
-    folders = sorted(set(map(tuple, _folders(index))))
+    folders = sorted(set(_folders(rows)))
     depth = _shared(folders) if folders else 0
     names = sorted({folder[depth] for folder in folders if len(folder) > depth})
     deeper = any(len(folder) > depth + 1 for folder in folders)
@@ -245,49 +280,11 @@ def _refuse_splits(index: datasets.Dataset, where: str) -> None:
         )
 
 
-def _folders(index: datasets.Dataset) -> list[list[str]]:
+def _folders(rows: datasets.Dataset) -> list[tuple[str, ...]]:
     """Names of the folders that each sample lies in."""
-    return [os.fsdecode(key).split("/")[:-1] for key in column_of(index, "key").to_pylist()]
+    return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _field(rows, "key").to_pylist()]
 
 
-def _shared(folders: Sequence[Sequence[str]]) -> int:
+def _shared(folders: Sequence[tuple[str, ...]]) -> int:
     """How many folders, from the top on, are the same for all."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))))
-
-
-def shard_sizes(index: datasets.Dataset, files: Sequence[str]) -> list[int]:
-    """Samples in each of the tars."""
-    counts = pc.value_counts(column_of(index, "image.path"))
-    rows = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
-    return [rows.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
-
-
-@dataclass(frozen=True)
-class ShardRows:
-    """Samples of tars in sequence, a shard for each tar.
-
-    Args:
-        files: The tars.
-        sizes: Samples in each.
-        labels: Of all samples, as in the index; None if they were not asked for.
-        image_column: As ``data.image_column``.
-    """
-
-    files: Sequence[str]
-    sizes: Sequence[int]
-    labels: pa.ChunkedArray | None
-    image_column: str | None
-
-    @property
-    def num_shards(self) -> int:
-        """Tars."""
-        return len(self.files)
-
-    def shard(self, number: int, first_row: int) -> Iterator[tuple[Any, Any, str]]:
-        """Picture, label and name of each sample of one tar."""
-        file, start = self.files[number], sum(self.sizes[:number])
-        samples = read_samples(Path(file), lambda ending: _is_meant(ending, self.image_column), first_row)
-        for row, sample in enumerate(samples, start + first_row):
-            image = image_of(sample, file, self.image_column)
-            label = None if self.labels is None else self.labels[row].as_py()
-            yield sample.contents.get(image or ""), label, printable(f"{file}/{sample.key}")

@@ -1,0 +1,138 @@
+"""What the classes of labelled images are: their names, their order, and which labels are none of them.
+
+`datasets` and pyarrow come with the extras train and eval.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arm_zoo.images.columns import STRINGS
+from arm_zoo.images.listing import SourceError, class_name, listed, natural_order
+
+MOST_CLASSES = 1_000_000  # of labels that are integers; larger ones are something else, such as identifiers
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of one split.
+
+    Args:
+        names: in index order; numbers in writing if the classes have no names.
+        raw: what the label column holds -> the class's name.
+        rows: name -> how many images are of the class; None for streams that do not tell before they are read.
+        numbered: the classes have numbers, but no names.
+    """
+
+    names: tuple[str, ...]
+    raw: Mapping[Any, str]
+    rows: Mapping[str, int] | None
+    numbered: bool
+
+    def indices(self, names: Sequence[str]) -> Mapping[Any, int]:
+        """What the column holds -> index in `names`, for the classes that are among them."""
+        place = {name: index for index, name in enumerate(names)}
+        return {raw: place[name] for raw, name in self.raw.items() if name in place}
+
+    def renamed(self, names: Sequence[str]) -> "Labels":
+        """Numbered classes with these names, as far as they go."""
+        new = dict(zip(self.names, [*names, *self.names[len(names) :]], strict=False))
+        rows = None if self.rows is None else {new[name]: count for name, count in self.rows.items()}
+        return Labels(tuple(new.values()), {raw: new[name] for raw, name in self.raw.items()}, rows, numbered=False)
+
+    def without_images(self, names: Iterable[str]) -> list[str]:
+        """Those of the classes that have no image here, as far as that is known."""
+        return [] if self.rows is None else [name for name in names if not self.rows.get(name)]
+
+
+def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count: int | None, where: str) -> Labels:
+    """The classes of a split, from the declaration of its label column and from all that stands in it.
+
+    Args:
+        feature: the declaration.
+        values: what stands in it, a value for each row; None for a stream that tells it row by row.
+        column: its name.
+        count: the number of classes, None if that is not given.
+        where: the split's name.
+
+    Raises:
+        SourceError: if the column holds no classes, if labels are none of them, or if their number is not to be known
+            or not `count`.
+    """
+    dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+    declared = isinstance(feature, datasets.ClassLabel)
+    if not (declared or dtype in STRINGS or "int" in dtype):
+        raise SourceError(
+            f"the column {column!r} of {where} holds {feature}; allowed: class labels, integers, strings"
+        )
+    if values is None and not declared and (dtype in STRINGS or count is None):
+        raise SourceError(
+            f"the stream {where} does not tell its classes; allowed: data.num_classes=N with integer labels, a column "
+            "of ClassLabel, or no data.streaming"
+        )
+    found = None if values is None else counted(values)
+    if declared:
+        raw = {number: class_name(name) for number, name in enumerate(feature.names)}
+        _refuse_twins(raw, where)
+    elif dtype in STRINGS:
+        raw = {label: class_name(label) for label in found or () if label}
+    else:
+        most = _count_of_numbers(found or {}, where) if count is None else count
+        raw = {number: str(number) for number in range(most)}
+    rows = None if found is None else _rows_of_classes(found, raw, dtype in STRINGS, where)
+    names = natural_order(set(raw.values())) if dtype in STRINGS else raw.values()
+    if count not in (None, len(names)):
+        raise SourceError(f"{where} has {len(names)} classes, but data.num_classes is {count}")
+    return Labels(tuple(names), raw, rows, numbered=not declared and dtype not in STRINGS)
+
+
+def counted(values: pa.ChunkedArray) -> dict[Any, int]:
+    """What stands in a column -> how often."""
+    counts = pc.value_counts(values)
+    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+
+
+def _refuse_twins(raw: Mapping[int, str], where: str) -> None:
+    """Refuse declared classes of one name."""
+    numbers: dict[str, int] = {}
+    for number, name in raw.items():
+        if numbers.setdefault(name, number) != number:
+            raise SourceError(f"{where} has two classes that are called {name!r}, {numbers[name]} and {number}")
+
+
+def _count_of_numbers(found: Mapping[Any, int], where: str) -> int:
+    """The number of classes whose labels are integers: up to the largest one."""
+    count: int = max((label for label in found if label is not None), default=-1) + 1
+    if count > MOST_CLASSES:
+        raise SourceError(
+            f"{where} has the label {count - 1}; allowed: whole numbers below {MOST_CLASSES:,}. If these are no "
+            "classes, name another label column; if they are, write them as strings"
+        )
+    return count
+
+
+def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: bool, where: str) -> dict[str, int]:
+    """Class -> number of its rows; labels that are no class are refused with the number of theirs."""
+    if wrong := {label: rows for label, rows in found.items() if label not in raw}:
+        values = [f"{'none' if label is None else repr(label)} in {of_rows(rows)}" for label, rows in wrong.items()]
+        allowed = "a name in each row" if by_name else f"0 to {len(raw) - 1}" if raw else "0 and above"
+        hidden = {-1, None} & wrong.keys()
+        hint = " (-1 or none marks hidden labels on the Hub: take another split)" if hidden else ""
+        raise SourceError(
+            f"{sum(wrong.values())} of the {sum(found.values())} labels of {where} are none of its classes: "
+            f"{listed(values)}; allowed: {allowed}{hint}"
+        )
+    rows: Counter[str] = Counter()
+    for label, number in found.items():
+        rows[raw[label]] += number
+    return dict(rows)
+
+
+def of_rows(count: int) -> str:
+    """As in `1 row`."""
+    return f"{count} row{'' if count == 1 else 's'}"

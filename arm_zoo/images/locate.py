@@ -1,0 +1,162 @@
+"""What a source string means: the files of each split. Nothing is read, and nothing heavy is imported."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal
+
+from arm_zoo.images.braces import expand_braces
+from arm_zoo.images.listing import (
+    SPLIT_OF_WORD,
+    TAR_ENDINGS,
+    SourceError,
+    has_images,
+    images_in,
+    is_image,
+    natural_order,
+    split_of,
+    subfolders,
+)
+
+Kind = Literal["images", "parquet", "tars", "hub"]
+FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": TAR_ENDINGS}
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+SCORED = ("val", "test", "train")  # of a source that is named for validation, the first of these that is there
+ALLOWED = (
+    "a folder of images in class subfolders (perhaps below train/ and val/), parquet files or WebDataset tars "
+    "(a folder, file, glob or brace list), hf://owner/name, or in training digits"
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a source turned out to be.
+
+    Args:
+        name: the source as it was written.
+        kind: how it is read.
+        splits: `train`, `val` and `test`, those that there are -> files, or one folder of images; empty for the Hub.
+        note: what was taken for splits or classes, where it could be meant otherwise; else "".
+        whole: nothing says which split its only one is.
+    """
+
+    name: str
+    kind: Kind
+    splits: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
+    whole: bool = False
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a split to score on, as far as is known before a data set of the Hub is opened."""
+        return bool({"val", "test"} & self.splits.keys())
+
+
+def locate(name: str, one_split: bool = False) -> Located:
+    """Find out what a source is.
+
+    Args:
+        name: as `data.source` or `data.validation` of the recipes, or the path of a `custom` set of `eval`, says.
+        one_split: the source is named for one split, so that subfolders called like splits may be its classes.
+
+    Raises:
+        SourceError: if it is not there, empty, or could be read in two ways.
+    """
+    name = os.path.expanduser(name)  # the shell leaves the ~ of key=~/folder alone
+    if name.startswith("hf://"):
+        hub_id = name.removeprefix("hf://").removeprefix("datasets/")
+        if not HUB_ID.fullmatch(hub_id):
+            raise SourceError(f"{name!r} is no data set on the Hub; allowed: hf://owner/name")
+        return Located(hub_id, "hub")
+    if os.path.isdir(name):
+        return _located_folder(name, one_split)
+    if os.path.isfile(name):
+        return _located_files(name, [name])
+    if any(sign in name for sign in "*?[{"):
+        matches = {pattern: glob.glob(pattern, recursive=True) for pattern in expand_braces(name)}
+        missing = [pattern for pattern, files in matches.items() if not files]
+        if missing:
+            raise SourceError(f"no file matches {missing[0]!r} (source {name!r}); allowed: {ALLOWED}")
+        return _located_files(name, list(chain.from_iterable(matches.values())))
+    if HUB_ID.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):  # else it is a misspelt folder
+        return Located(name, "hub")
+    raise SourceError(f"there is no {name!r}; allowed: {ALLOWED}")
+
+
+def _located_folder(folder: str, one_split: bool) -> Located:
+    """A folder holds images, or parquet files, or tars; two kinds at once are refused."""
+    inside = list(_files_near(folder))
+    found = {kind: [file for file in inside if file.lower().endswith(endings)] for kind, endings in FILES.items()}
+    kinds = [kind for kind, files in found.items() if files] + (["images"] if has_images(folder) else [])
+    if len(kinds) > 1:
+        [ending, *_] = FILES[kinds[0]]
+        raise SourceError(f"{folder!r} holds {' and '.join(kinds)}; name the files, as in '{folder}/*{ending}'")
+    if not kinds:
+        problem = "holds no images, parquet files or tars" if any(os.scandir(folder)) else "is empty"
+        raise SourceError(f"{folder!r} {problem}; allowed: {ALLOWED}")
+    return _image_splits(folder, one_split) if kinds == ["images"] else _located_files(folder, found[kinds[0]])
+
+
+def _files_near(folder: str) -> Iterator[str]:
+    """Files in a folder and in its subfolders, those of images left out: they may hold a million."""
+    yield from (entry.path for entry in os.scandir(folder) if entry.is_file())
+    for below in subfolders(folder):
+        for entry in os.scandir(below):
+            if is_image(entry.name):
+                break
+            if entry.is_file():
+                yield entry.path
+
+
+def _located_files(name: str, files: list[str]) -> Located:
+    """Parquet files or tars, sorted into splits by the words in their names; a single split needs no word."""
+    kinds: set[Kind] = set()
+    splits: dict[str, list[str]] = {}
+    unnamed: list[str] = []
+    root = name if os.path.isdir(name) else os.path.commonpath(map(os.path.dirname, files))
+    for file in natural_order(set(files)):
+        kind = next((kind for kind, endings in FILES.items() if file.lower().endswith(endings)), None)
+        if kind is None:
+            raise SourceError(f"cannot read {file!r} (source {name!r}); allowed: {ALLOWED}")
+        kinds.add(kind)
+        split = split_of(os.path.relpath(file, root))
+        (unnamed if split is None else splits.setdefault(split, [])).append(file)
+    if len(kinds) > 1:
+        raise SourceError(f"{name!r} names parquet files and tars; allowed: one kind at a time")
+    if unnamed and splits:
+        raise SourceError(
+            f"which split is {unnamed[0]!r} of? Other files of {name!r} are of {', '.join(splits)}; allowed: file "
+            "names that all carry one of the words train, val, test, or none at all"
+        )
+    return Located(name, kinds.pop(), splits or {"train": unnamed}, whole=not splits)
+
+
+def _image_splits(folder: str, one_split: bool) -> Located:
+    """`train/`, `val/` and `test/`, or the folder as one split, whose subfolders are then its classes.
+
+    A subfolder called like a split may be a class. In a folder that is named for one split, it is one if there are
+    other classes beside it, or if the images lie in it itself and not in class folders below it.
+    """
+    inside = [os.path.basename(path) for path in subfolders(folder) if has_images(path)]
+    like_splits = [name for name in inside if name.lower() in SPLIT_OF_WORD]
+    if not like_splits:
+        return Located(folder, "images", {"train": [folder]}, whole=True)
+    others = [name for name in inside if name not in like_splits]
+    flat = all(any(images_in(os.path.join(folder, name))) for name in like_splits)
+    if one_split and (others or flat):
+        note = f"{folder!r} is named for one split, so its folders {', '.join(like_splits)} are classes"
+        return Located(folder, "images", {"train": [folder]}, note, whole=True)
+    splits = {SPLIT_OF_WORD[name.lower()]: [os.path.join(folder, name)] for name in like_splits}
+    way_out = f"if these are classes, set data.validation, and all of {folder!r} is one split"
+    if others or len(splits) < len(like_splits):
+        beside = f" beside {', '.join(others[:3])}" if others else ""
+        more = "" if one_split else f", with data.validation for the other; {way_out}"
+        raise SourceError(
+            f"{folder!r} holds {', '.join(like_splits)}{beside}: splits or classes? If these are splits, name the "
+            f"folder of one{more}"
+        )
+    taken = ", ".join(f"{os.path.basename(path)} is the {split} split" for split, [path] in splits.items())
+    return Located(folder, "images", splits, f"{folder!r}: {taken}; {way_out}" if flat else "")

@@ -1,0 +1,325 @@
+"""Labelled images of a source as a table in a fixed order, whose bytes are read by index, for training and scoring.
+
+Images stay encoded as they were until they are needed. Folders and uncompressed tars are read in place; parquet files,
+compressed tars and downloads are unpacked once into the cache of `datasets`, which comes with the extras train and
+eval.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import chain
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeAlias
+from uuid import uuid4
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from arm_zoo.images.columns import Choices, Columns, find_columns, leaves, values_at
+from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image
+from arm_zoo.images.hub import quiet_in_logs
+from arm_zoo.images.labels import Labels, read_labels
+from arm_zoo.images.listing import (
+    SourceError,
+    class_folders,
+    images_in,
+    left_out,
+    natural_order,
+    printable,
+    sorted_out,
+)
+from arm_zoo.images.locate import Located
+from arm_zoo.images.shards import READING_THREADS, open_index
+from arm_zoo.images.tars import Member
+
+Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Labelled = tuple[Image.Image, int, str]  # image, class index (-1: labels not asked for), name
+
+
+class Encoded(NamedTuple):
+    """An image as it is stored.
+
+    Args:
+        data: the file's bytes, its path, or its place in a tar; None where a row has no image.
+        label: the class index (-1: not asked for).
+        name: for messages.
+        max_pixels: larger images are not decoded.
+    """
+
+    data: bytes | str | Member | None
+    label: int
+    name: str
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> IO[bytes]:
+        """The file; raises `OSError` or `UndecodableImage` if it cannot be had."""
+        if self.data is None:
+            raise UndecodableImage(self.name, "there is no image in this row")
+        if not isinstance(self.data, str):
+            return BytesIO(self.data.read() if isinstance(self.data, Member) else self.data)
+        if not os.path.isfile(self.data) and os.path.exists(self.data):  # reading a pipe may never end
+            raise OSError(f"{printable(self.data)} is no regular file")
+        return open(self.data, "rb")
+
+    def decode(self, mode: str) -> Labelled:
+        """The image in PIL's `mode`, its class and name; raises `UndecodableImage`."""
+        try:
+            with self.open() as file:
+                data = file.read()
+        except OSError as error:
+            raise UndecodableImage(self.name, f"{type(error).__name__}: {error}") from None
+        return decode_image(data, self.name, mode, self.max_pixels), self.label, self.name
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become images.
+
+    Args:
+        name: of the split, for the names of its images.
+        columns: of image, class and name.
+        classes: what the class column holds -> class index; None: labels are not asked for.
+        mode: PIL's mode of the images, "RGB" or "L".
+        max_pixels: as in `Choices`.
+    """
+
+    name: str
+    columns: Columns
+    classes: Mapping[Any, int] | None
+    mode: str = "RGB"
+    max_pixels: int = MAX_PIXELS
+
+    def encoded(self, image: Any, raw: Any, name: str) -> Encoded:
+        """One row, not decoded: `image` is its bytes, its path, or a mapping that holds one of them."""
+        if not isinstance(image, Mapping):
+            image = {"bytes": None, "path": image} if isinstance(image, str) else {"bytes": image}
+        data, path = image["bytes"], image.get("path")
+        if image.get("offset") is not None and data is None:
+            data = Member(Path(os.fsdecode(path)), image["offset"], image["size"])
+        elif "offset" not in image and path:
+            name = printable(path) if data is None else f"{name} ({printable(path)})"
+            data = os.fsdecode(path) if data is None else data
+        label = -1
+        if self.classes is not None:
+            if raw not in self.classes:
+                raise SourceError(f"{name} has the label {raw!r}; allowed: one of the {len(self.classes)} classes")
+            label = self.classes[raw]
+        return Encoded(data, label, name, self.max_pixels)
+
+
+class ImageTable(Sequence[Labelled]):
+    """A split that can be read at random; `split[i]` is (image, class index, name)."""
+
+    def __init__(self, rows: datasets.Dataset, reading: Reading, numbers: Sequence[int] | None = None) -> None:
+        self._rows = rows.with_format("arrow")
+        self._numbers = range(len(rows)) if numbers is None else numbers  # in the whole split, to be looked up
+        self._reading = reading
+        self.mode, self.size = reading.mode, len(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.stored(index).decode(self.mode)
+
+    def stored(self, index: int) -> Encoded:
+        """One row, not decoded."""
+        return self.encoded([index])[0]
+
+    def select(self, indices: Sequence[int]) -> "ImageTable":
+        """Some images of the split, in this order."""
+        return ImageTable(self._rows.select(indices), self._reading, [self._numbers[index] for index in indices])
+
+    def classes_and_names(self) -> tuple[list[Any], list[str]]:
+        """Row by row, what stands in the label column (None: not asked for), and the image's file, key or row."""
+        table = self._rows[:]
+        columns = self._reading.columns
+        image: pa.ChunkedArray = values_at(table, columns.image)
+        key = None if columns.name is None else values_at(table, columns.name)
+        classes = [None] * len(self) if columns.label is None else values_at(table, columns.label).to_pylist()
+        if key is None and pa.types.is_struct(image.type) and pc.struct_field(image, "bytes").null_count == len(self):
+            key = pc.struct_field(image, "path")
+        if key is None:
+            return classes, [f"row {number}" for number in self._numbers]
+        names = zip(key.to_pylist(), self._numbers, strict=True)
+        return classes, [f"row {number}" if name is None else os.fsdecode(name) for name, number in names]
+
+    def encoded(self, indices: Sequence[int]) -> list[Encoded]:
+        """Some rows, not decoded."""
+        table = self._rows[list(indices)]
+        columns = [
+            [None] * len(indices) if column is None else values_at(table, column).to_pylist()
+            for column in self._reading.columns
+        ]
+        numbers = [self._numbers[index] for index in indices]
+        return [self._encoded(*row) for row in zip(*columns, numbers, strict=True)]
+
+    def _encoded(self, image: Any, raw: Any, key: bytes | None, row: int) -> Encoded:
+        name = f"{self._reading.name}, row {row}" if key is None else f"{printable(image['path'])}/{printable(key)}"
+        return self._reading.encoded(image, raw, name)
+
+
+@dataclass(frozen=True)
+class OpenedSplit:
+    """A split whose columns are known.
+
+    Args:
+        name: for messages.
+        located: the source that it is of.
+        files: of the split; of images, their folder; none of the Hub.
+        choices: what the user says of it.
+        data: rows, not declared, or a stream of them; of tars the index.
+        features: what the columns are declared to be.
+        columns: of image, class and name.
+        values: what stands in the label column, in each row; None if not asked for, or for streams of the Hub.
+        in_sequence: it is to be read as a stream.
+        by_folder: classes are the folders of tars, in which files that are no images are passed over.
+        note: on files that are left out; "" if there are none.
+    """
+
+    name: str
+    located: Located
+    files: Sequence[str]
+    choices: Choices
+    data: Data
+    features: Mapping[str, Any]
+    columns: Columns
+    values: pa.ChunkedArray | None
+    in_sequence: bool = False
+    by_folder: bool = False
+    note: str = ""
+
+    def labels(self) -> Labels:
+        """The classes that the label column holds; raises `SourceError` if it holds none."""
+        column = str(self.columns.label)
+        return read_labels(leaves(self.features)[column], self.values, column, self.choices.num_classes, self.name)
+
+    def reading(self, classes: Mapping[Any, int] | None) -> Reading:
+        """How its rows become images, with the class index of what stands in the label column."""
+        return Reading(self.name, self.columns, classes, max_pixels=self.choices.max_pixels)
+
+
+def open_split(
+    located: Located,
+    split: str,
+    choices: Choices,
+    labels_needed: bool = True,
+    in_sequence: bool = False,
+    hub: Data | None = None,
+    one_class: bool = False,
+) -> OpenedSplit:
+    """Open one split of a source.
+
+    Args:
+        located: the source.
+        split: of `located.splits`, or of the Hub; "" needs no name in messages.
+        choices: what the user says of it.
+        labels_needed: whether there have to be labels.
+        in_sequence: for a stream of it.
+        hub: the split as it came from the Hub.
+        one_class: whether images that lie in the split's folder itself are of the class that is called like it.
+
+    Raises:
+        SourceError: if it cannot be read, is empty or unclear.
+    """
+    name, files = f"{located.name} [{split}]" if split else located.name, located.splits.get(split, [])
+    note, by_folder = "", False
+    columns = Columns("image", "label" if labels_needed else None)
+    if located.kind == "tars":
+        data, by_folder, note = open_index(files, name, choices, labels_needed, in_sequence)
+        features, columns = data.features, columns._replace(name="key")
+    elif located.kind == "images":
+        [folder] = files
+        data, features, note = _load_folder(folder, labels_needed, located.note, one_class)
+    else:
+        data = _load_parquet(located, split, in_sequence) if hub is None else hub
+        features = data.features
+        columns = find_columns(features, choices, name, labels_needed)
+    values = None
+    if isinstance(data, datasets.Dataset):
+        data = _plain(data, {path if path in features else path.partition(".")[0] for path in columns if path})
+        if columns.label is not None:
+            top = columns.label if columns.label in features else columns.label.partition(".")[0]
+            values = values_at(data.select_columns([top]).with_format("arrow")[:], columns.label)
+    elif columns.label is not None and files:
+        values = _read_column(files, columns.label)
+    if len(data if isinstance(data, datasets.Dataset) else values or "streamed") == 0:
+        raise SourceError(f"{name} holds no images")
+    return OpenedSplit(name, located, files, choices, data, features, columns, values, in_sequence, by_folder, note)
+
+
+def _plain(data: datasets.Dataset, columns: Iterable[str]) -> datasets.Dataset:
+    """Some columns without their declaration, as they are stored: with it goes the decoding of images.
+
+    `datasets` copies declarations at every step, and the names of thousands of classes take longer than all else.
+    """
+    table = data.data.select(sorted(columns)).replace_schema_metadata(None)
+    return datasets.Dataset(table, indices_table=data._indices, fingerprint=uuid4().hex)
+
+
+def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
+    """One split of parquet files; unpacked into the cache of `datasets`, or as a stream."""
+    quiet_in_logs()
+    files, name = list(map(glob.escape, located.splits[split])), split or "train"
+    try:
+        return datasets.load_dataset("parquet", data_files={name: files}, split=name, streaming=in_sequence)
+    except Exception as error:  # whatever a reader makes of a damaged file
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # which `datasets` wraps in general words
+            cause = cause.__cause__
+        raise SourceError(f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}") from error
+
+
+def _read_column(files: Sequence[str], path: str) -> pa.ChunkedArray:
+    """One column of parquet files, or a field in it, without reading the others."""
+    with ThreadPool(READING_THREADS) as pool:
+        tables = pool.map(lambda file: pq.read_table(file, columns=[path], partitioning=None), files)
+    return values_at(pa.concat_tables(tables), path)
+
+
+def _load_folder(
+    folder: str, labels_needed: bool, located_note: str, one_class: bool
+) -> tuple[datasets.Dataset, Mapping[str, Any], str]:
+    """Paths and classes of a folder of images, a class for each subfolder in natural order; what columns are; a note.
+
+    `datasets` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
+    silence where folders differ in depth, and copies the list of files into its cache.
+
+    Raises:
+        SourceError: if images lie outside class folders, or a class folder's name cannot be one.
+    """
+    below = os.path.join(folder, "")
+    others: list[str] = []
+    if not labels_needed:
+        data = _table_of_paths(natural_order(sorted_out(folder, others)))
+        return data, data.features, left_out(path.removeprefix(below) for path in others)
+    classes, others = class_folders(folder)
+    class_folders.cache_clear()
+    loose = natural_order(images_in(folder))
+    if loose and one_class and not any(classes.values()):
+        classes = {os.path.basename(os.path.abspath(folder)): loose}
+    elif loose:
+        where = "beside its class folders" if classes else "but no class folders"
+        raise SourceError(
+            f"{folder!r} holds images such as {loose[0]!r} {where}; allowed: FOLDER/CLASS/IMAGE"
+            + (f" ({located_note})" if located_note else "")
+        )
+    labels = pa.array([label for label, paths in enumerate(classes.values()) for _ in paths], pa.int64())
+    data = _table_of_paths(list(chain.from_iterable(classes.values())), label=labels)
+    features = {**data.features, "label": datasets.ClassLabel(names=list(classes))}
+    return data, features, left_out(path.removeprefix(below) for path in others)
+
+
+def _table_of_paths(paths: Sequence[str], **columns: pa.Array) -> datasets.Dataset:
+    """Image files as a data set that holds their paths only: as bytes, since not every name is text."""
+    files = [pa.nulls(len(paths), pa.binary()), pa.array(map(os.fsencode, paths), pa.binary())]
+    table = pa.table({"image": pa.StructArray.from_arrays(files, names=["bytes", "path"]), **columns})
+    # A fingerprint of one's own: to find one, datasets would pickle the table.
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)
