@@ -113,7 +113,7 @@ def test_recipes_alone_lists_its_commands(repo: Path, capsys: pytest.CaptureFixt
 
 BAD = {  # recipe, override: a part of the message
     ("pretrain", "data.source=nowhere"): "there is no 'nowhere'",
-    ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of pictures",
+    ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of images",
     ("pretrain", "model=arm_giant"): "unknown pretraining model 'arm_giant'; choose one of arm_pico",
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
@@ -480,7 +480,7 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
     for name in ("cat/2.jpg", "dog/6.jpg"):
         assert caplog.text.count(f"{name} cannot be decoded") == 1
     with pytest.raises(
-        SourceError, match=r"2 of 7 validation pictures cannot be decoded, .* data.max_undecodable=0.28 "
+        SourceError, match=r"2 of 7 validation images cannot be decoded, .* data.max_undecodable=0.28 "
     ):
         scores(0.28)
     for file in (tmp_path / "val").glob("*/*.jpg"):
