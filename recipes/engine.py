@@ -50,6 +50,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
+        self._models = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
         self._grad_norm = torch.zeros((), device=device)
@@ -77,7 +78,7 @@ class Trainer:
                 "images are others; allowed: the same data.source, another output_dir, or --resume none"
             )
         self.position = Position(**state["position"])
-        restore_tensors(checkpoint, self.model, self.optimizer, self.ema)
+        restore_tensors(checkpoint, self._models, self.optimizer)
         self._loss_sum.fill_(self.position.loss_sum)
         if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
             self.loader.undecodable.update(self.position.undecodable)
@@ -244,7 +245,7 @@ class Trainer:
             "steps_per_epoch": self._steps,
             "position": dataclasses.asdict(now),
         }
-        tensors = kept_tensors(self.model, self.optimizer, self.ema)
+        tensors = kept_tensors(self._models, self.optimizer)
 
         def save() -> None:
             if not all(tensor.isfinite().all() for tensor in tensors["model"].values()):

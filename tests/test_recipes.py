@@ -477,6 +477,13 @@ def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
     assert backbone.pretrained_cfg["std"] == pytest.approx((0.376,), abs=1e-3)
 
 
+def test_pretraining_names_the_images_that_it_holds_out(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images" / "train", {"cat": 6, "dog": 6})
+    source = f"data.source={tmp_path / 'images'}"
+    pretraining(tmp_path / "run", "model_args.in_chans=3", "global_batch=8", "data.validation=0.25", source)
+    assert len((tmp_path / "run" / "validation.txt").read_text().splitlines()) == 3
+
+
 def test_exports_are_of_their_run_alone_and_for_whom_the_umask_lets(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
