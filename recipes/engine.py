@@ -88,7 +88,7 @@ class Trainer:
 
         Raises:
             RunError: If the loss is no longer finite or a checkpoint cannot be written.
-            Stopped: After the checkpoint that SIGTERM or SIGUSR1 asked for.
+            Stopped: After the checkpoint that a signal asked for.
         """
         self._write("config.yaml", to_yaml(self.config))
         project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # the former's is a folder
