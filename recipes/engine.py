@@ -18,7 +18,7 @@ from recipes.checkpoint import CheckpointFolder, Metrics, Position, kept_tensors
 from recipes.config import TrainConfig, to_yaml
 from recipes.data import Batch, TrainLoader
 from recipes.errors import RunError
-from recipes.optim import learning_rate, set_learning_rate
+from recipes.optim import learning_rate
 from recipes.parallel import Collectives, for_training, gradients_reduced
 from recipes.parsing import flatten
 from recipes.resume import ORDER, Start, changed_settings, compare_classes
@@ -142,7 +142,9 @@ class Trainer:
     def _optimizer_step(self, micro_batches: list[Batch]) -> None:
         """Forward and backward of every micro-batch, then one update; nothing here waits for the device."""
         epoch, step = self.position.epoch, self.position.step
-        set_learning_rate(self.optimizer, learning_rate(epoch + step / self._steps, self.config))
+        self._rate = learning_rate(epoch + step / self._steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate * group.get("lr_scale", 1.0)  # of the whole value, `min_lr` included
         half = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         for number, batch in enumerate(micro_batches):
             seed_step(self.config.seed, epoch, step, number, self.accelerator.process_index)
@@ -167,8 +169,7 @@ class Trainer:
         """Wait for the device, look at loss and gradient norm, and show them."""
         loss = self._mean_loss()
         norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
-        rate = self.optimizer.param_groups[-1]["lr"] / self.optimizer.param_groups[-1].get("lr_scale", 1.0)
-        self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": rate})
+        self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
 
     def _mean_loss(self) -> float:
         """Of the epoch's steps so far over all processes; an error if the loss of one was not finite."""

@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
+from arm_zoo.files import replacing_files
 from arm_zoo.mixer import MambaMixer
 from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
@@ -184,6 +185,14 @@ def test_full_disk_is_told_with_the_file(name: str, tmp_path: Path, monkeypatch:
     code = str(stopped.value.code)
     assert "No space left on device" in code and str(tmp_path) in code and name in code
     assert not list(tmp_path.rglob(".partial*"))
+
+
+def test_errors_of_the_system_that_name_no_file_get_its_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*run/notes\.txt'"):
+        with replacing_files(tmp_path / "run") as beside:
+            (beside / "notes.txt").write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
