@@ -188,10 +188,10 @@ def test_full_disk_is_told_with_the_file(name: str, tmp_path: Path, monkeypatch:
 
 
 def test_errors_of_the_system_that_name_no_file_get_its_name(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"No space left on device: '.*run/notes\.txt'"):
-        with replacing_files(tmp_path / "run") as beside:
-            (beside / "notes.txt").write_text("half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    named = pytest.raises(OSError, match=r"No space left on device: '.*run/notes\.txt'")
+    with named, replacing_files(tmp_path / "run") as beside:
+        (beside / "notes.txt").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list((tmp_path / "run").iterdir())
 
 
