@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import Optimizer
@@ -42,34 +41,30 @@ class Position:
     undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
 
 
-def kept_tensors(model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None) -> dict[str, Tensors]:
+def kept_tensors(models: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensors]:
     """Whole tensors by file, on the main process; every process must call it.
 
-    Of the optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter.
+    Of the optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter of the model.
     """
-    state: Any = dcp_state.get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
+    state: Any = dcp_state.get_optimizer_state_dict(models["model"], optimizer, options=WHOLE).get("state", {})
     by_name = {f"{kind}/{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
-    kept = {"model": model_state(model), "optimizer": by_name}
-    return kept if ema is None else {**kept, "ema": model_state(ema.module)}
+    return {**{name: model_state(model) for name, model in models.items()}, "optimizer": by_name}
 
 
-def restore_tensors(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 | None) -> None:
+def restore_tensors(checkpoint: Path, models: dict[str, nn.Module], optimizer: Optimizer) -> None:
     """Take over what `kept_tensors` gave, file after file; rates and decay stay those of `optimizer`."""
     options = dcp_state.StateDictOptions(full_state_dict=True)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, model in models.items():
+        weights: Any = load_file(checkpoint / f"{name}.safetensors")
+        dcp_state.set_model_state_dict(model, weights, options=options)
+    names = {id(parameter): name for name, parameter in models["model"].named_parameters()}
     groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     state: dict[str, Any] = {}
-    try:
-        for name, module in {"model": model, "ema": None if ema is None else ema.module}.items():
-            if module is not None:
-                weights: Any = load_file(checkpoint / f"{name}.safetensors")
-                dcp_state.set_model_state_dict(module, weights, options=options)
-        for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
-            kind, _, name = key.partition("/")
-            state.setdefault(name, {})[kind] = tensor
-    except SafetensorError as error:
-        raise DamagedCheckpoint(f"{checkpoint} cannot be read: {error}") from error
-    dcp_state.set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+        kind, _, name = key.partition("/")
+        state.setdefault(name, {})[kind] = tensor
+    whole: Any = {"state": state, "param_groups": groups}
+    dcp_state.set_optimizer_state_dict(models["model"], optimizer, whole, options=options)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

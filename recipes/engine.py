@@ -18,7 +18,7 @@ from recipes.checkpoint import CheckpointFolder, Metrics, Position, kept_tensors
 from recipes.config import TrainConfig, to_yaml
 from recipes.data import Batch, TrainLoader
 from recipes.errors import RunError
-from recipes.optim import learning_rate, set_learning_rate
+from recipes.optim import learning_rate
 from recipes.parallel import Collectives, for_training, gradients_reduced
 from recipes.parsing import flatten
 from recipes.resume import ORDER, Start, changed_settings, compare_classes
@@ -50,6 +50,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
+        self._models = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
         self._grad_norm = torch.zeros((), device=device)
@@ -77,7 +78,7 @@ class Trainer:
                 "images are others; allowed: the same data.source, another output_dir, or --resume none"
             )
         self.position = Position(**state["position"])
-        restore_tensors(checkpoint, self.model, self.optimizer, self.ema)
+        restore_tensors(checkpoint, self._models, self.optimizer)
         self._loss_sum.fill_(self.position.loss_sum)
         if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
             self.loader.undecodable.update(self.position.undecodable)
@@ -87,7 +88,7 @@ class Trainer:
 
         Raises:
             RunError: If the loss is no longer finite or a checkpoint cannot be written.
-            Stopped: After the checkpoint that SIGTERM or SIGUSR1 asked for.
+            Stopped: After the checkpoint that a signal asked for.
         """
         self._write("config.yaml", to_yaml(self.config))
         project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # the former's is a folder
@@ -141,7 +142,9 @@ class Trainer:
     def _optimizer_step(self, micro_batches: list[Batch]) -> None:
         """Forward and backward of every micro-batch, then one update; nothing here waits for the device."""
         epoch, step = self.position.epoch, self.position.step
-        set_learning_rate(self.optimizer, learning_rate(epoch + step / self._steps, self.config))
+        self._rate = learning_rate(epoch + step / self._steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate * group.get("lr_scale", 1.0)  # of the whole value, `min_lr` included
         half = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         for number, batch in enumerate(micro_batches):
             seed_step(self.config.seed, epoch, step, number, self.accelerator.process_index)
@@ -166,8 +169,7 @@ class Trainer:
         """Wait for the device, look at loss and gradient norm, and show them."""
         loss = self._mean_loss()
         norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
-        rate = self.optimizer.param_groups[-1]["lr"] / self.optimizer.param_groups[-1].get("lr_scale", 1.0)
-        self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": rate})
+        self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
 
     def _mean_loss(self) -> float:
         """Of the epoch's steps so far over all processes; an error if the loss of one was not finite."""
@@ -244,7 +246,7 @@ class Trainer:
             "steps_per_epoch": self._steps,
             "position": dataclasses.asdict(now),
         }
-        tensors = kept_tensors(self.model, self.optimizer, self.ema)
+        tensors = kept_tensors(self._models, self.optimizer)
 
         def save() -> None:
             if not all(tensor.isfinite().all() for tensor in tensors["model"].values()):

@@ -20,11 +20,7 @@ OF_THE_ENTRYS_WEIGHTS = ("tag", "license", "origin_url", "description", "notes")
 
 
 def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig:
-    """How images are prepared for scoring: the entry's way, at the model's size, with the source's statistics.
-
-    Raises:
-        RunError: If the source's images have another number of channels.
-    """
+    """How images are prepared for scoring: the entry's way, at the model's size, with the source's statistics."""
     if model.in_chans != source.channels:
         raise RunError(
             f"the model takes {model.in_chans} channels, the images have {source.channels}; "

@@ -5,7 +5,7 @@ from typing import Any
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from recipes.config import TrainConfig
 
@@ -35,9 +35,3 @@ def learning_rate(epoch: float, config: TrainConfig) -> float:
         return peak * epoch / config.warmup_epochs
     done = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
     return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Scale every group's rate by its `lr_scale`; the scale acts on the whole value, `min_lr` included."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)

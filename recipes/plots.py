@@ -68,13 +68,7 @@ def draw_predictions(
 ) -> None:
     """Draw images, validation ones if there are any, the clusters to predict, and the predicted ones into a PNG.
 
-    Args:
-        file: PNG to write.
-        model: On the CPU.
-        source: Of the images.
-        inputs: How they are prepared; see `export.input_config`.
-        seed: They are drawn blindly from it.
-        count: How many.
+    The images are drawn blindly from the seed and prepared as `export.input_config` says; the model is on the CPU.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):

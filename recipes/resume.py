@@ -55,12 +55,8 @@ def starting_point(
         resume: "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder.
         collectives: Tell the other processes.
         checkpoints: The run's own.
-        last_file: The file that the run writes last.
+        last_file: With it and all epochs done, the run is `AlreadyFinished`.
         folders: Those that it writes to, beside the checkpoints: what a killed process was writing there is removed.
-
-    Raises:
-        RunError: If the checkpoint is damaged, not one, or of another run.
-        AlreadyFinished: If the run has all its epochs and has written `last_file`.
     """
     checkpoint = collectives.on_main(lambda: choose(checkpoints, resume))
     start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))

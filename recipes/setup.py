@@ -57,7 +57,7 @@ def train(
             shard(part, accelerator)
     process, image_size = (accelerator.process_index, accelerator.num_processes), inputs["input_size"][1:]
     loader = TrainLoader(source, config, plan, image_size, *process, accelerator.device)
-    peak = peak_speed(config, config.build, inputs["input_size"], accelerator)
+    peak = peak_speed(config, inputs["input_size"], accelerator)
     evaluation = objective.evaluation
     trainer = Trainer(
         collectives=collectives,

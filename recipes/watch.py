@@ -32,9 +32,7 @@ def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int]) ->
     return 3 * counter.get_total_flops()  # backward: two products for each of the forward pass
 
 
-def peak_speed(
-    config: TrainConfig, build: Callable[..., nn.Module], shape: tuple[int, int, int], accelerator: Accelerator
-) -> float | None:
+def peak_speed(config: TrainConfig, shape: tuple[int, int, int], accelerator: Accelerator) -> float | None:
     """Images per second if all GPUs did useful products as fast as a large square one; None where there is no GPU."""
     if accelerator.device.type != "cuda":
         return None
@@ -43,7 +41,7 @@ def peak_speed(
     timer = Timer("a @ b", globals={"a": a, "b": b})
     timer.timeit(GEMM_RUNS)  # the clocks rise
     flops_per_second = 2 * GEMM_SIZE**3 / timer.timeit(GEMM_RUNS).mean
-    return flops_per_second * accelerator.num_processes / image_flops(build, shape)
+    return flops_per_second * accelerator.num_processes / image_flops(config.build, shape)
 
 
 def peak_memory(device: torch.device) -> float:

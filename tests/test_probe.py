@@ -106,7 +106,7 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
     assert (result["images_train"], result["images_test"], result["features"]) == (1437, 360, 16)
     assert 15 < float(str(result["knn_top1"])) <= 100 and 15 < float(str(result["linear_top1"])) <= 100  # chance is 10
     said = capsys.readouterr().out
-    assert f"k-NN (20 neighbours): {result['knn_top1']:.2f}% of 360 pictures" in said and "probe.json" in said
+    assert f"k-NN (20 neighbours): {result['knn_top1']:.2f}% of 360 images" in said and "probe.json" in said
     assert run(pretrained, tmp_path / "again.json") == result
     arguments = [f"model_args.{name}={value}" for name, value in TINY.items()]
     file = run(pretrained / "model.safetensors", tmp_path / "file.json", "model=arm_pico_patch2_8", *arguments)

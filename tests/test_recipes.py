@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
+from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.mixer import MambaMixer
 from recipes.__main__ import main as list_commands
@@ -194,6 +195,14 @@ def test_full_disk_is_told_with_the_file(name: str, tmp_path: Path, monkeypatch:
     code = str(stopped.value.code)
     assert "No space left on device" in code and str(tmp_path) in code and name in code
     assert not list(tmp_path.rglob(".partial*"))
+
+
+def test_errors_of_the_system_that_name_no_file_get_its_name(tmp_path: Path) -> None:
+    named = pytest.raises(OSError, match=r"No space left on device: '.*run/notes\.txt'")
+    with named, replacing_files(tmp_path / "run") as beside:
+        (beside / "notes.txt").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,6 +558,13 @@ def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
     for direction in backbone.blocks[0].mixer.A_log:
         assert torch.equal(direction, trained["blocks.0.mixer.A_log"][0])
     assert backbone.pretrained_cfg["std"] == pytest.approx((0.376,), abs=1e-3)
+
+
+def test_pretraining_names_the_images_that_it_holds_out(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images" / "train", {"cat": 6, "dog": 6})
+    source = f"data.source={tmp_path / 'images'}"
+    pretraining(tmp_path / "run", "model_args.in_chans=3", "global_batch=8", "data.validation=0.25", source)
+    assert len((tmp_path / "run" / "validation.txt").read_text().splitlines()) == 3
 
 
 def test_exports_are_of_their_run_alone_and_for_whom_the_umask_lets(tmp_path: Path) -> None:
