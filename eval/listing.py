@@ -16,36 +16,23 @@ from arm_zoo.images.columns import leaves, values_at
 from arm_zoo.images.listing import natural_order, printable
 from arm_zoo.images.tables import Encoded, ImageTable, OpenedSplit
 
+# Where names of classes come from: folders, a ClassLabel, whose order is theirs, or words, whose order means nothing.
 NamedBy = Literal["folders", "declaration", "words"]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Labelled images in an order that does not depend on how the disk lists them.
+    """Labelled images in an order that does not depend on how the disk lists them."""
 
-    Attributes:
-        location: what the user called it.
-        files: '/'-separated path of each image inside the source, '' where the source has no file names.
-        labels: (N,) indices into `class_names`, or the numbers that the source has where it names no classes.
-        class_names: names of the classes; None where labels are bare numbers.
-        named_by: where the names come from: folders, a declaration (ClassLabel) whose order is the classes' own, or
-            the labels themselves, words whose order means nothing.
-        stored: the image of an index, not decoded.
-        sizes: (N,) bytes of each image.
-        reading: how images are decoded where that is not timm's way; goes into fingerprints, so that rows of another
-            reading are not taken for finished.
-        notes: what was left out, for the rows' marks.
-    """
-
-    location: str
-    files: list[str]
-    labels: np.ndarray
-    class_names: tuple[str, ...] | None
+    location: str  # what the user called it
+    files: list[str]  # '/'-separated path of each image inside the source, '' where the source has no file names
+    labels: np.ndarray  # (N,) indices into `class_names`, or the source's numbers where it names no classes
+    class_names: tuple[str, ...] | None  # None where labels are bare numbers
     named_by: NamedBy
-    stored: Callable[[int], Encoded]
-    sizes: np.ndarray
-    reading: str = ""
-    notes: tuple[str, ...] = ()
+    stored: Callable[[int], Encoded]  # the image of an index, not decoded
+    sizes: np.ndarray  # (N,) bytes of each image
+    reading: str = ""  # where it is not timm's; in fingerprints, so that rows of another are not taken for finished
+    notes: tuple[str, ...] = ()  # what was left out, for the rows' marks
 
     def __len__(self) -> int:
         return len(self.files)
@@ -74,11 +61,7 @@ def indexed(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def listing_of(split: OpenedSplit, reading: str, notes: Sequence[str] = ()) -> Listing:
-    """A split as training opens it.
-
-    Raises:
-        SourceError: if there are labels that are no class.
-    """
+    """A split as training opens it; raises `SourceError` if there are labels that are no class."""
     labels = split.labels()
     classes = labels.indices(labels.names)
     values = [] if split.values is None else split.values.to_pylist()

@@ -43,19 +43,15 @@ CPU = torch.device("cpu")
 class Batch(NamedTuple):
     """Images of one forward pass.
 
-    Args:
-        images: (N, C, H, W), float32, normalised. Between processes they travel in 8 bits where nothing changes them
-            after the transform: a quarter of the memory, and the GPU normalises for nothing.
-        classes: (N,), class indices.
-        indices: (N,), places of the images in their split (for streams: in the epoch's order).
-        undecodable: a line for every image that could not be decoded, with its name and the reason. In training
-            another image stands in its place, in scoring it is left out.
+    Between processes they travel in 8 bits where nothing changes them after the transform: a quarter of the memory,
+    and the GPU normalises for nothing. In training another image stands in the place of one that cannot be decoded, in
+    scoring it is left out.
     """
 
-    images: Tensor
-    classes: Tensor
-    indices: Tensor
-    undecodable: list[str]
+    images: Tensor  # (N, C, H, W), float32, normalised
+    classes: Tensor  # (N,), class indices
+    indices: Tensor  # (N,), places of the images in their split (for streams: in the epoch's order)
+    undecodable: list[str]  # a line for every image that could not be decoded, with its name and the reason
 
     def ready(self, device: torch.device, normalise: Normalisation) -> "Batch":
         """The batch on a device, normalised; copies from pinned memory do not wait."""
@@ -156,12 +152,9 @@ class TrainLoader:
     The workers go on with the next epoch's images at the end of one, so that an epoch starts without waiting.
 
     Args:
-        source: its training split is read.
-        config: seed, global batch, epochs and data settings.
         plan: images per micro-batch and micro-batches per step.
         image_size: height and width of the images.
-        process: number of this process.
-        processes: number of all.
+        process: number of this process; `processes` is the number of all.
         device: where the batches go.
     """
 
@@ -211,42 +204,39 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Images to score, with a model's own evaluation transform; can be iterated again and again.
+    """Each image of a split exactly once over all processes, with a model's own evaluation transform.
 
-    What cannot be decoded is logged once; every pass counts it again in its batches.
+    It can be iterated again and again. What cannot be decoded is left out and logged once; every pass counts it again
+    in its batches.
+
+    Args:
+        split: of a source.
+        data_config: `timm.data.resolve_model_data_config(model)`, with the mean and std of the training.
+        batch_size: images per batch; the last one may be smaller.
+        process: number of this process.
+        processes: number of all.
+        workers: processes that decode; 0: none but this one.
+        device: where the batches go.
     """
 
-    def __init__(self, loader: WorkerLoader[Key, Batch], device: torch.device, normalise: Normalisation) -> None:
-        self._loader, self._device, self._normalise = loader, device, normalise
+    def __init__(
+        self,
+        split: Split,
+        data_config: Mapping[str, Any],
+        batch_size: int,
+        process: int = 0,
+        processes: int = 1,
+        workers: int = 0,
+        device: torch.device = CPU,
+    ) -> None:
+        images = Images(split, scoring_transform(data_config))
+        order = ScoringOrder(split, batch_size, process, processes)
+        self._loader = WorkerLoader(images.batch, order, workers, device.type == "cuda")
+        self._device = device
+        self._normalise = Normalisation(data_config["mean"], data_config["std"], device)
         self._named: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             name_once(batch.undecodable, self._named)
             yield batch.ready(self._device, self._normalise)
-
-
-def eval_loader(
-    split: Split,
-    data_config: Mapping[str, Any],
-    batch_size: int,
-    process_index: int = 0,
-    num_processes: int = 1,
-    workers: int = 0,
-    device: torch.device = CPU,
-) -> EvalLoader:
-    """Each image of a split exactly once over all processes; what cannot be decoded is left out and named.
-
-    Args:
-        split: of a source.
-        data_config: `timm.data.resolve_model_data_config(model)`, with the mean and std of the training.
-        batch_size: images per batch; the last one may be smaller.
-        process_index: number of this process.
-        num_processes: number of all.
-        workers: processes that decode; 0: none but this one.
-        device: where the batches go.
-    """
-    images = Images(split, scoring_transform(data_config))
-    order = ScoringOrder(split, batch_size, process_index, num_processes)
-    loader = WorkerLoader(images.batch, order, workers, device.type == "cuda")
-    return EvalLoader(loader, device, Normalisation(data_config["mean"], data_config["std"], device))

@@ -9,30 +9,19 @@ from arm_zoo.images.listing import SourceError, listed
 
 
 class Matched(NamedTuple):
-    """The classes of two splits.
+    """The classes of two splits."""
 
-    Args:
-        names: in index order.
-        train: what the training split's label column holds -> class index.
-        test: the same for the other split.
-        without_test: classes that have no image in the other split, as far as that is known.
-    """
-
-    names: tuple[str, ...]
-    train: Mapping[Any, int]
-    test: Mapping[Any, int]
-    without_test: list[str]
+    names: tuple[str, ...]  # in index order
+    train: Mapping[Any, int]  # what the training split's label column holds -> class index
+    test: Mapping[Any, int]  # the same for the other split
+    without_test: list[str]  # classes that have no image in the other split, as far as that is known
 
 
 def match_labels(train: Labels, test: Labels, where: str) -> Matched:
     """Find the classes of a validation split among those of the training split.
 
-    Names are compared. Numbers stand for the names in their order, unless all names are numbers themselves.
-
-    Args:
-        train: of the training images.
-        test: of the other split, which may lack images of some classes.
-        where: the other split's name.
+    Names are compared. Numbers stand for the names in their order, unless all names are numbers themselves. The other
+    split, called `where`, may lack images of some classes.
 
     Raises:
         SourceError: if it has classes that the training split does not have.

@@ -34,15 +34,7 @@ class Key(NamedTuple):
 
 
 class TrainingOrder(Sampler[list[Key]]):
-    """Keys of one process's micro-batches from `start` = (epoch, step) to the end of training.
-
-    Args:
-        size: training images.
-        config: seed, epochs and global batch.
-        plan: images per micro-batch and micro-batches per step.
-        process: Number of the process.
-        processes: Number of all.
-    """
+    """Keys of one process's micro-batches of `size` images, from `start` = (epoch, step) to the end of training."""
 
     def __init__(self, size: int, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
         if config.global_batch > size:
@@ -72,11 +64,6 @@ class TrainingOrder(Sampler[list[Key]]):
 
 class TableOrder(TrainingOrder):
     """A new order of all images in every epoch."""
-
-    def __init__(
-        self, split: ImageTable, config: TrainConfig, plan: BatchPlan, process: int, processes: int
-    ) -> None:
-        super().__init__(len(split), config, plan, process, processes)
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
         order = torch.randperm(self.size, generator=seeded_generator(self._config.seed, epoch, ORDER)).tolist()
@@ -156,7 +143,7 @@ class StreamOrder(TrainingOrder):
 def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> TrainingOrder:
     """The order of a split of either kind."""
     if isinstance(split, ImageTable):
-        return TableOrder(split, config, plan, process, processes)
+        return TableOrder(len(split), config, plan, process, processes)
     return StreamOrder(split, config, plan, process, processes)
 
 

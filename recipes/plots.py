@@ -17,7 +17,7 @@ from arm_zoo import ARMPretrain
 from arm_zoo.files import replacing_files
 from arm_zoo.images.tables import ImageTable
 from recipes.checkpoint import Metrics
-from recipes.data import Batch, eval_loader
+from recipes.data import Batch, EvalLoader
 from recipes.errors import RunError
 from recipes.sources import Source
 
@@ -74,7 +74,7 @@ def draw_predictions(
     if isinstance(split, ImageTable):
         batch = prepared_images(split, drawn_blindly(len(split), count, seed), inputs)
     else:  # a stream has no places to choose from
-        batch = next(iter(eval_loader(split, inputs, count)))
+        batch = next(iter(EvalLoader(split, inputs, count)))
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} images drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
@@ -114,7 +114,7 @@ def drawn_blindly(length: int, count: int, seed: int) -> list[int]:
 
 def prepared_images(split: ImageTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
     """Images of a split as a model takes them."""
-    return next(iter(eval_loader(split.select(indices), inputs, len(indices))))
+    return next(iter(EvalLoader(split.select(indices), inputs, len(indices))))
 
 
 def _save(figure: Figure, file: Path) -> None:

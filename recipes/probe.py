@@ -25,7 +25,7 @@ from arm_zoo.files import CONFIG, weights_in, write_text
 from arm_zoo.images.listing import SourceError
 from recipes.command_line import read_config
 from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
-from recipes.data import eval_loader
+from recipes.data import EvalLoader
 from recipes.errors import RunError
 from recipes.mistakes import told_as_mistakes
 from recipes.parsing import limited
@@ -124,7 +124,7 @@ def create_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict
 def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, purpose: str) -> Features:
     """The model's pooled features of every image that can be decoded, without augmentation."""
     device = next(model.parameters()).device
-    loader = eval_loader(split, inputs, config.batch, workers=config.data.workers, device=device)
+    loader = EvalLoader(split, inputs, config.batch, workers=config.data.workers, device=device)
     quiet, values, classes, skipped = not sys.stdout.isatty(), [], [], 0
     for batch in track(loader, f"features of the {purpose} images", total=None, transient=True, disable=quiet):
         skipped += len(batch.undecodable)

@@ -9,7 +9,7 @@ from torch import nn
 
 from recipes.checkpoint import Metrics
 from recipes.config import FinetuneConfig
-from recipes.data import eval_loader
+from recipes.data import EvalLoader
 from recipes.export import InputConfig
 from recipes.parallel import Collectives, whole_parameters
 from recipes.undecodable import check_undecodable
@@ -32,7 +32,7 @@ def evaluation(
     candidates = {"top1": model} if ema is None else {"top1": model, "top1_ema": ema.module}
     accelerator, device = collectives.accelerator, collectives.accelerator.device
     process = (accelerator.process_index, accelerator.num_processes)
-    loader = eval_loader(source.test, inputs, BATCH, *process, config.data.workers, device)
+    loader = EvalLoader(source.test, inputs, BATCH, *process, config.data.workers, device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
     @torch.no_grad()  # inference mode would spoil the tensors that sharded parameters are gathered into

@@ -17,13 +17,11 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from arm_zoo.images.columns import Choices, Columns
@@ -36,7 +34,7 @@ from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
 from .config import DataConfig
 from .labels import match_labels
 from .splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
-from .streams import ImageStream, stream_of
+from .streams import DatasetStream, ImageStream, TarStream
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +46,14 @@ SPLIT_SEED = 0  # fixed: a run's seed must not move images between training and 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set.
-
-    Args:
-        train: images to train on.
-        test: images to score on; None where labels are not asked for and there are none.
-        class_names: in index order; empty if labels were not asked for.
-        mean: of each channel, values in 0..1, for normalisation.
-        std: likewise.
-        held_out: the fraction of the training images that `test` was made of; None if it is a split of its own.
-    """
+    """A data set."""
 
     train: Split
-    test: Split | None
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    test: Split | None  # None where labels are not asked for and there are no images to score on
+    class_names: tuple[str, ...]  # in index order; empty if labels were not asked for
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # of each channel, values in 0..1, for normalisation
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    held_out: float | None = None
+    held_out: float | None = None  # the fraction of the training images that `test` was made of, if it was
 
     @property
     def channels(self) -> int:
@@ -81,9 +70,7 @@ def tell(text: str) -> None:
 def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
     """Open what `data.source` and `data.validation` name.
 
-    Args:
-        config: names, and what the data sets do not tell themselves.
-        labels_needed: False for training without labels: every class index is then -1.
+    Without labels every class index is -1.
 
     Raises:
         SourceError: if a source is missing, empty or unclear, or if the two do not have the same classes.
@@ -128,7 +115,11 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
 
 def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int | None = None) -> Split:
     """The images of a split, with the class index of what stands in the label column."""
-    images = stream_of(split, classes) if split.in_sequence else ImageTable(split.data, split.reading(classes))
+    images: Split
+    if split.in_sequence:
+        images = (TarStream if split.located.kind == "tars" else DatasetStream)(split, classes)
+    else:
+        images = ImageTable(split.data, split.reading(classes))
     if train_size not in (None, images.size):
         if images.size is not None:
             raise SourceError(
@@ -200,8 +191,8 @@ def open_digits(labels_needed: bool = True) -> Source:
 
     def split(name: str, rows: NDArray[np.int64]) -> ImageTable:
         data = datasets.Dataset.from_dict(
-            {"image": [{"bytes": png(images[row]), "path": None} for row in rows], "label": digits.target[rows]},
-            features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")}),
+            {"image": list(images[rows]), "label": digits.target[rows]},
+            features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),  # PNG files
         )
         return ImageTable(data, Reading(f"digits [{name}]", Columns("image", "label"), classes, "L"))
 
@@ -212,10 +203,3 @@ def open_digits(labels_needed: bool = True) -> Source:
         mean=(float(images[train].mean() / 255),),
         std=(float(images[train].std(ddof=1) / 255),),
     )
-
-
-def png(image: NDArray[np.uint8]) -> bytes:
-    """A grey image (H, W) as a PNG file."""
-    file = BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()

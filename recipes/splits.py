@@ -14,10 +14,7 @@ FRACTION = 0.2  # where labels are needed, and the source has no validation spli
 def validation_fraction(asked: float | str | None, has_own: bool, labels_needed: bool) -> float | None:
     """The fraction of the training images to hold out, or None.
 
-    Args:
-        asked: `data.validation`.
-        has_own: Whether the source has a validation or test split.
-        labels_needed: Whether the model is scored.
+    It is asked for by `data.validation`, or needed where a model is scored and the source has no split of its own.
     """
     if isinstance(asked, float):
         return asked
@@ -49,9 +46,9 @@ def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: floa
     alone, not on the run's seed, the machine or the folder's place, and images that are added later move few others.
 
     Args:
-        classes: What the label column holds, row by row.
-        names: Path or other name of each row; of equal file names within a class, the first rows are held out.
-        fraction: Above 0 and below 1.
+        classes: what the label column holds, row by row.
+        names: path or other name of each row; of equal file names within a class, the first rows are held out.
+        fraction: above 0 and below 1.
     """
     by_class: dict[Hashable, list[int]] = defaultdict(list)
     for row, label in enumerate(classes):

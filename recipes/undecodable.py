@@ -23,8 +23,7 @@ def check_undecodable(undecodable: int, images: int, purpose: str, limit: float 
 
     Args:
         undecodable: how many cannot; the log has named them.
-        images: how many there are.
-        purpose: what they are for, such as "training".
+        images: how many there are, to be used for `purpose`, such as "training".
         limit: the largest fraction that is tolerated, `data.max_undecodable`; None: 0.001, but at least 3 images, so
             that a damaged one does not stop a run on a few dozen.
 

@@ -19,7 +19,6 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakSet, finalize
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arm_zoo.images.listing import SourceError
@@ -58,9 +57,8 @@ class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
 def shared(batch: BatchT) -> BatchT:
     """A batch in shared memory: torch would put it there on its way to the run, where an error loses it."""
     try:
-        for part in batch:
-            if isinstance(part, Tensor):
-                part.share_memory_()
+        for part in filter(torch.is_tensor, batch):
+            part.share_memory_()
     except RuntimeError as error:
         raise RunError(
             f"a batch does not fit into shared memory: {error}; try a smaller data.workers or max_batch_per_device, "
@@ -144,12 +142,11 @@ class WorkerLoader(Generic[KeyT, BatchT]):
 def death(worker: BaseProcess) -> str:
     """How a worker ended."""
     code = worker.exitcode or 0
-    if code == -signal.SIGKILL:
-        return "was killed by SIGKILL; the system does so when memory runs out: try a smaller data.workers"
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    hint = "; the system does so when memory runs out: try a smaller data.workers" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}" if code < 0 else f"ended with code {code}"
 
 
-def unchanged(batch: BatchT | Exception) -> BatchT | Exception:
+def unchanged(batch: BatchT) -> BatchT:
     """Batches come whole already."""
     return batch
 

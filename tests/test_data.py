@@ -20,7 +20,7 @@ from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded
 from recipes import loader_speed
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
-from recipes.data import Batch, TrainLoader, eval_loader
+from recipes.data import Batch, EvalLoader, TrainLoader
 from recipes.order import Key, mixed, training_order
 from recipes.sources import Source, open_source
 from recipes.streams import ImageStream
@@ -157,7 +157,7 @@ def test_without_variation_training_and_scoring_see_the_same(folder: Path) -> No
     source = open_source(DataConfig(source=str(folder)))
     trained = by_index(epoch(configure(folder, batch=26), 0))
     inputs = {**SCORING, "mean": source.mean, "std": source.std}
-    scored = by_index([[batch] for batch in eval_loader(source.train, inputs, batch_size=5)])
+    scored = by_index([[batch] for batch in EvalLoader(source.train, inputs, batch_size=5)])
     assert trained.keys() == scored.keys() == set(range(26))
     assert all(torch.allclose(trained[i][0], scored[i][0]) and trained[i][1] == scored[i][1] for i in trained)
     image, label, _ = source.train[20]  # type: ignore[index]
@@ -170,7 +170,7 @@ def test_without_variation_training_and_scoring_see_the_same(folder: Path) -> No
 def test_scoring_sees_each_picture_once(folder: Path, processes: int, workers: int) -> None:
     test = open_source(DataConfig(source=str(folder))).test
     assert test is not None
-    loaders = [eval_loader(test, SCORING, 2, process, processes, workers) for process in range(processes)]
+    loaders = [EvalLoader(test, SCORING, 2, process, processes, workers) for process in range(processes)]
     for _ in range(2):  # a loader can be used again
         found = by_index(*([[batch] for batch in loader] for loader in loaders))
         assert sorted(found) == list(range(7))
@@ -215,7 +215,7 @@ def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path) 
     assert classes[0] != classes[1]
     test = open_source(config.data).test
     assert test is not None
-    shares = [[[batch] for batch in eval_loader(test, SCORING, 2, process, 2)] for process in range(2)]
+    shares = [[[batch] for batch in EvalLoader(test, SCORING, 2, process, 2)] for process in range(2)]
     assert {index: label for index, (_, label) in by_index(*shares).items()} == {n: n for n in range(5)}
 
 
@@ -360,13 +360,13 @@ def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path, caplog: pyt
     test = open_source(DataConfig(source=str(tmp_path))).test
     assert test is not None
     caplog.clear()
-    loader_to_score = eval_loader(test, SCORING, 2)
+    loader_to_score = EvalLoader(test, SCORING, 2)
     batches, again = list(loader_to_score), list(loader_to_score)
     assert [batch.indices.tolist() for batch in batches] == [[0, 1], [3], [4, 5]]
     assert [len(batch.undecodable) for batch in again] == [0, 1, 0]  # counted in every pass, named once
     assert caplog.text.count("skipped: ") == caplog.text.count("[val], row 2 cannot be decoded") == 1
     assert "[val], row 2 cannot be decoded" in batches[1].undecodable[0]
-    only_damaged = list(eval_loader(test, SCORING, 1))[2]
+    only_damaged = list(EvalLoader(test, SCORING, 1))[2]
     assert len(only_damaged.images) == len(only_damaged.classes) == 0
 
 

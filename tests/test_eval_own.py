@@ -316,7 +316,7 @@ def test_of_splits_the_one_is_scored_that_training_validates_with(
         assert set(listed(tmp_path / "c").class_names or ()) == {path.name for path in (tmp_path / "c").iterdir()}
     save(tmp_path / "a" / "val" / "cat" / "x.png", jpeg())
     message = refusal(capsys, "--sets", f"custom={tmp_path / 'a'}")
-    assert "holds dev, Test, training, val: splits or classes? If these are splits, name the folder of one\n" in message
+    assert "holds dev, Test, training, val: splits or classes? If these are splits, name the folder of one" in message
     tar = tar_of(tmp_path / "x.tar", {"all/train/cat/x.png": b"", "all/val/cat/y.png": b"", "all/val/dog/z.png": b""})
     message = refusal(capsys, "--sets", f"custom={tar}")
     assert "hold the folders train, val, which are splits; allowed: tars of one split" in message
@@ -495,6 +495,12 @@ def test_training_and_custom_find_the_same(kind: str, tmp_path: Path) -> None:
     if kind != "digits in json":  # which are names to training, whose saved model has them
         by_place = sets.label("custom", labelled.listing, (), len(source.class_names))
         assert np.array_equal(by_place.targets, labelled.targets)
+
+
+def test_patterns_with_braces(tmp_path: Path) -> None:
+    for number in range(3):
+        shard_of(tmp_path / f"x-{number}.tar", [number])
+    assert sorted(listed(tmp_path / "x-{1..2}.tar").labels) == [1, 2]
 
 
 # Labels that cannot be right

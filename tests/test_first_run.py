@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from arm_zoo.images import listing
 from arm_zoo.images.listing import SourceError
 from arm_zoo.weights import CheckpointError
 from recipes.command_line import read_command
@@ -27,7 +29,7 @@ from recipes.console import plain_console
 from recipes.errors import RunError
 from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
-from recipes.first_run import Choice, Survey, choose, described, fitted
+from recipes.first_run import Choice, Survey, choose, described, fitted, survey
 from recipes.mistakes import MISTAKES
 from recipes.resume import Start, compare
 from recipes.sources import open_source
@@ -259,6 +261,24 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
     with pytest.raises(ConfigError) as refused:
         resolved("global_batch=32", "data.validation=1.5", "epochs=2.5", "warmup_epochs=150")
     assert sorted(refused.value.problems) == ["data.validation", "epochs", "global_batch"]
+
+
+def test_images_are_listed_once_from_the_survey_to_the_opening(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, below = [], listing.files_below
+
+    def counting(folder: str) -> Iterator[str]:
+        for path in below(folder):
+            found.append(path)
+            yield path
+
+    monkeypatch.setattr(listing, "files_below", counting)
+    config = FinetuneConfig(data=DataConfig(source=images))
+    survey(config)
+    surveyed = len(found)
+    assert open_source(config.data).class_names == tuple(sorted(CLASSES))
+    assert surveyed >= 40 and len(found) - surveyed <= 4  # to see that there are images, one of each folder
+    shutil.rmtree(Path(images, "bus"))
+    assert len(open_source(config.data).class_names) == 2  # the answer is kept for one opening only
 
 
 def test_one_of_a_kind_is_told_in_the_singular(images: str) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import unicodedata
 import warnings
@@ -962,3 +963,42 @@ def test_the_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
     for limit, expected in ((90_000_000, -1), (89_000_000, "89,000,000 pixels that are allowed (max_pixels)")):
         [found] = labels_of(open_named(tmp_path / "train", labels_needed=False, max_pixels=limit).train)
         assert found == expected or str(expected) in str(found)
+
+
+@pytest.mark.parametrize("labels_needed", [True, False])
+def test_files_left_out_are_counted_and_named(
+    tmp_path: Path, labels_needed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path / "train", {"a": 1, "b": 1})
+    write_folder(tmp_path / "val", {"a": 1, "b": 1})
+    for name in ("x.heic", "notes.txt", "boxes.csv", "more.xml"):
+        (tmp_path / "train" / "a" / name).write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        open_named(tmp_path, labels_needed)
+    [told] = [record.message for record in caplog.records]
+    assert told.endswith("[train]: files left out as no images (4): a/boxes.csv, a/more.xml, a/notes.txt, ...")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_files_beside_class_folders_in_tars_are_no_samples(
+    tmp_path: Path, ending: str, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"README.md": b"", "x/a/0.jpg": jpeg(0), "x/a/boxes.csv": b"", "x/b/1.jpg": jpeg(1), "x/notes/n.txt": b""}
+    tar = write_files(tmp_path / f"some.{ending}", files)
+    with caplog.at_level(logging.WARNING):
+        source = open_named(tar, validation=str(tar), streaming=streaming)
+    assert source.class_names == ("a", "b") and labels_of(source.train) == labels_of(source.test) == [0, 1]
+    assert "files left out as no images (3): README, x/a/boxes, x/notes/n" in caplog.text
+    if streaming:
+        assert source.train.shard_sizes == [2] and [row.data for row in source.train.shard(0, 1)] == [jpeg(1)]
+
+
+def test_images_have_one_identity_with_and_without_the_models(repo: Path) -> None:
+    """`recipes` takes `arm_zoo.images` from its folder, so that torch is not imported for a refusal."""
+    program = (
+        "import sys, recipes; from arm_zoo.images.locate import SourceError as early; "
+        "assert 'arm_zoo' not in sys.modules; import arm_zoo; "
+        "from arm_zoo.images.tables import SourceError as late; assert early is late"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=repo, check=True)

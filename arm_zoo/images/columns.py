@@ -20,23 +20,14 @@ _IMAGES = ("PIL.Image.Image", "binary", "large_binary")
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user says of a source that does not tell it itself.
+    """What a user says of a source that does not tell it itself."""
 
-    Args:
-        image_column: None: the only one that holds images. Of tars, the ending of the image files.
-        label_column: None: the only one that looks like a class. Of tars, an ending or a field of JSON.
-        num_classes: None: as many as the source has.
-        max_pixels: larger images are not decoded.
-        by_name: of several columns one with a usual name is meant, else the first: so ImageNet's sets are published.
-        in_training: whether choices are typed as keys of the recipes or as options of `eval`.
-    """
-
-    image_column: str | None = None
-    label_column: str | None = None
-    num_classes: int | None = None
-    max_pixels: int = MAX_PIXELS
-    by_name: bool = False
-    in_training: bool = True
+    image_column: str | None = None  # None: the only one that holds images. Of tars, the ending of the image files
+    label_column: str | None = None  # None: the only one that looks like a class. Of tars, an ending or JSON's field
+    num_classes: int | None = None  # None: as many as the source has
+    max_pixels: int = MAX_PIXELS  # larger images are not decoded
+    by_name: bool = False  # of several columns a usual name is meant, else the first: so ImageNet's sets are published
+    in_training: bool = True  # choices are typed as keys of the recipes, not as options of `eval`
 
     def typed(self, key: str, value: str = "NAME") -> str:
         """How the user types a choice, for messages."""

@@ -20,19 +20,12 @@ MOST_CLASSES = 1_000_000  # of labels that are integers; larger ones are somethi
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of one split.
+    """The classes of one split."""
 
-    Args:
-        names: in index order; numbers in writing if the classes have no names.
-        raw: what the label column holds -> the class's name.
-        rows: name -> how many images are of the class; None for streams that do not tell before they are read.
-        numbered: the classes have numbers, but no names.
-    """
-
-    names: tuple[str, ...]
-    raw: Mapping[Any, str]
-    rows: Mapping[str, int] | None
-    numbered: bool
+    names: tuple[str, ...]  # in index order; numbers in writing if the classes have no names
+    raw: Mapping[Any, str]  # what the label column holds -> the class's name
+    rows: Mapping[str, int] | None  # name -> images of the class; None for streams that do not tell in advance
+    numbered: bool  # the classes have numbers, but no names
 
     def indices(self, names: Sequence[str]) -> Mapping[Any, int]:
         """What the column holds -> index in `names`, for the classes that are among them."""
@@ -55,9 +48,9 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
 
     Args:
         feature: the declaration.
-        values: what stands in it, a value for each row; None for a stream that tells it row by row.
+        values: what stands in it; None for a stream that tells it row by row.
         column: its name.
-        count: the number of classes, None if that is not given.
+        count: the number of classes, if that is given.
         where: the split's name.
 
     Raises:

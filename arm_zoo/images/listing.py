@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import filterfalse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +23,10 @@ class SourceError(ValueError):
 
 
 class ClassFolders(NamedTuple):
-    """The images of a folder of class folders, and the visible files in these that are none.
+    """The images of a folder of class folders, and the visible files in these that are none."""
 
-    Args:
-        images: class name -> paths of its images, both in natural order.
-        others: paths of the other files.
-    """
-
-    images: dict[str, list[str]]
-    others: list[str]
+    images: dict[str, list[str]]  # class name -> paths, both in natural order
+    others: list[str]  # paths
 
 
 def is_image(path: str) -> bool:
@@ -138,10 +134,10 @@ def has_images(folder: str) -> bool:
 
 @lru_cache(maxsize=1)
 def class_folders(folder: str) -> ClassFolders:
-    """What lies in the folders of a folder, each of which is a class, whatever lies below it.
+    """What lies in the folders of a folder, each of which is a class, also one without images, whatever lies below it.
 
-    Names are those of `class_name`. Classes without images are there, with an empty list. The last answer is kept, so
-    that images counted at the start of a run need not be found again; `class_folders.cache_clear()` forgets it.
+    Names are those of `class_name`. The last answer is kept, so that images counted at the start of a run need not be
+    found again; `class_folders.cache_clear()` forgets it.
 
     Raises:
         SourceError: if two folders have one name in that form, or if a name is no text at all.
@@ -153,17 +149,10 @@ def class_folders(folder: str) -> ClassFolders:
             raise SourceError(f"{folder!r} holds two class folders whose names are both written {name!r}; rename one")
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {os.fsencode(path)!r} is not UTF-8; rename the folder")
-        found.images[name] = natural_order(sorted_out(path, found.others))
+        files = list(files_below(path))
+        found.images[name] = natural_order(filter(is_image, files))
+        found.others.extend(filterfalse(is_image, files))
     return found
-
-
-def sorted_out(folder: str, others: list[str]) -> Iterator[str]:
-    """Paths of all images in a folder and below it, in no order; those of other visible files go to `others`."""
-    for path in files_below(folder):
-        if is_image(path):
-            yield path
-        else:
-            others.append(path)
 
 
 def left_out(files: Iterable[str]) -> str:

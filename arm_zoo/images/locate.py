@@ -33,21 +33,13 @@ ALLOWED = (
 
 @dataclass(frozen=True)
 class Located:
-    """What a source turned out to be.
+    """What a source turned out to be."""
 
-    Args:
-        name: the source as it was written.
-        kind: how it is read.
-        splits: `train`, `val` and `test`, those that there are -> files, or one folder of images; empty for the Hub.
-        note: what was taken for splits or classes, where it could be meant otherwise; else "".
-        whole: nothing says which split its only one is.
-    """
-
-    name: str
+    name: str  # as it was written
     kind: Kind
-    splits: dict[str, list[str]] = field(default_factory=dict)
-    note: str = ""
-    whole: bool = False
+    splits: dict[str, list[str]] = field(default_factory=dict)  # train, val, test -> files, or one folder of images
+    note: str = ""  # what was taken for splits or classes, where it could be meant otherwise
+    whole: bool = False  # nothing says which split its only one is
 
     @property
     def has_validation(self) -> bool:

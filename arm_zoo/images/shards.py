@@ -12,7 +12,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice, takewhile
+from contextlib import suppress
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from filelock import FileLock
 
 from arm_zoo.files import replacing_files
 from arm_zoo.images.columns import Choices
+from arm_zoo.images.labels import counted
 from arm_zoo.images.listing import SPLIT_OF_WORD, SourceError, class_name, is_image, left_out, listed, printable
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
 
@@ -43,34 +45,23 @@ INDEX = pa.schema(
 
 
 class Index(NamedTuple):
-    """The samples of tars in stored order.
+    """The samples of tars in stored order."""
 
-    Args:
-        rows: where the image of each lies, its key and, if asked for, its label, an integer or a string.
-        by_folder: the classes are folders, and rows without an image are left out as no samples.
-        note: on these; "" if there are none.
-    """
+    rows: datasets.Dataset  # where the image of each lies, its key and, if asked for, its label: integer or string
+    by_folder: bool = False  # the classes are folders, and samples without an image are left out
+    note: str = ""  # on these
 
-    rows: datasets.Dataset
-    by_folder: bool = False
-    note: str = ""
 
-    def sizes(self, files: Sequence[str]) -> list[int]:
-        """Samples in each of the tars."""
-        counts = pc.value_counts(_field(self.rows, "path"))
-        rows = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
-        return [rows.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
+def sizes_of_shards(rows: datasets.Dataset, files: Sequence[str]) -> list[int]:
+    """Samples in each of the tars of an index."""
+    found = counted(_field(rows, "path"))
+    return [found.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
 
 
 def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed: bool, in_sequence: bool) -> Index:
-    """Read the index of the tars of one split from the cache, or make it.
+    """Read the index of the tars of one split, called `where`, from the cache, or make it.
 
-    Args:
-        files: the tars.
-        where: the split's name.
-        choices: of columns; see `Choices`.
-        labels_needed: whether there has to be a label.
-        in_sequence: whether the tars are to be read in sequence: images of compressed ones then need no copy.
+    To be read in sequence, compressed tars need no copy of their images.
 
     Raises:
         SourceError: if a tar is damaged, or its samples have no images, several, or no labels.
@@ -111,9 +102,7 @@ def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_
     return target
 
 
-def _batches(
-    files: Sequence[str], choices: Choices, labels_needed: bool, copied: bool
-) -> Iterator[pa.RecordBatch]:
+def _batches(files: Sequence[str], choices: Choices, labels_needed: bool, copied: bool) -> Iterator[pa.RecordBatch]:
     """The index, file by file."""
 
     def of_file(file: str) -> Iterator[pa.RecordBatch]:
@@ -158,11 +147,7 @@ def is_meant(ending: str, choices: Choices) -> bool:
 
 
 def image_of(sample: Sample, file: str, choices: Choices) -> str | None:
-    """The ending of a sample's image, None if it has none.
-
-    Raises:
-        SourceError: if it has several.
-    """
+    """The ending of a sample's image, None if it has none; raises `SourceError` if it has several."""
     found = [ending for ending in sample.files if is_meant(ending, choices)]
     if len(found) > 1:
         names = [printable(f"{sample.key}.{ending}") for ending in found]
@@ -176,11 +161,7 @@ def image_of(sample: Sample, file: str, choices: Choices) -> str | None:
 
 
 def _label(sample: Sample, file: str, column: str | None) -> str | None:
-    """The label as JSON, None if the sample has none.
-
-    Raises:
-        SourceError: if it cannot be read, or is neither an integer nor a string.
-    """
+    """The label, an integer or a string, as JSON; None if the sample has none."""
     for wanted in (column,) if column else (*TEXT_LABELS, JSON_LABEL):
         ending, _, field = wanted.rpartition(".")
         try:
@@ -205,17 +186,11 @@ def _label(sample: Sample, file: str, column: str | None) -> str | None:
 def _first_sample(files: Sequence[str]) -> str:
     """What is in it, for a message."""
     for file in files:
-        for sample in read_samples(Path(file), lambda ending: ending.endswith("json")):
-            facts = {}
-            for ending, content in sample.contents.items():
-                try:
-                    facts[ending] = json.loads(content)
-                except ValueError:
-                    continue
-            names = [
-                f"{ending} ({listed(list(facts[ending]))})" if isinstance(facts.get(ending), dict) else ending
-                for ending in sample.files
-            ]
+        for sample in read_samples(Path(file), lambda ending: ending == "json"):
+            names = list(sample.files)
+            with suppress(KeyError, ValueError, AttributeError):  # no JSON, damaged, or no mapping
+                fields = listed(list(json.loads(sample.contents["json"]).keys()))
+                names[names.index("json")] = f"json ({fields})"
             return f"the first one, {printable(sample.key)!r} of {file}, has the files {listed(names)}"
     return "there are none"
 
@@ -260,7 +235,7 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
             f'the samples of {where} have neither a .cls nor a "label" in a .json, and do not lie in class folders; '
             f"{_first_sample(files)}. Say where the label is, as in {choices.typed('label_column', 'json.species')}"
         )
-    depth = min(_shared(folders), min(map(len, folders)) - 1)
+    depth = min(len(os.path.commonprefix(folders)), min(map(len, folders)) - 1)
     for name in {folder[depth] for folder in folders}:
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {printable(name)!r} in {where} is not UTF-8; rename it")
@@ -269,8 +244,8 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
 
 def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
     """Refuse tars that hold several splits in folders of their own, which would be mixed."""
-    folders = sorted(set(_folders(rows)))
-    depth = _shared(folders) if folders else 0
+    folders = set(_folders(rows))
+    depth = len(os.path.commonprefix(list(folders)))
     names = sorted({folder[depth] for folder in folders if len(folder) > depth})
     deeper = any(len(folder) > depth + 1 for folder in folders)
     if deeper and len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names):
@@ -284,7 +259,3 @@ def _folders(rows: datasets.Dataset) -> list[tuple[str, ...]]:
     """Names of the folders that each sample lies in."""
     return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _field(rows, "key").to_pylist()]
 
-
-def _shared(folders: Sequence[tuple[str, ...]]) -> int:
-    """How many folders, from the top on, are the same for all."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain
+from itertools import chain, filterfalse
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -29,11 +29,12 @@ from arm_zoo.images.labels import Labels, read_labels
 from arm_zoo.images.listing import (
     SourceError,
     class_folders,
+    files_below,
     images_in,
+    is_image,
     left_out,
     natural_order,
     printable,
-    sorted_out,
 )
 from arm_zoo.images.locate import Located
 from arm_zoo.images.shards import READING_THREADS, open_index
@@ -44,19 +45,12 @@ Labelled = tuple[Image.Image, int, str]  # image, class index (-1: labels not as
 
 
 class Encoded(NamedTuple):
-    """An image as it is stored.
+    """An image as it is stored."""
 
-    Args:
-        data: the file's bytes, its path, or its place in a tar; None where a row has no image.
-        label: the class index (-1: not asked for).
-        name: for messages.
-        max_pixels: larger images are not decoded.
-    """
-
-    data: bytes | str | Member | None
-    label: int
-    name: str
-    max_pixels: int = MAX_PIXELS
+    data: bytes | str | Member | None  # the file's bytes, its path, or its place in a tar; None: the row has no image
+    label: int  # class index; -1: not asked for
+    name: str  # for messages
+    max_pixels: int = MAX_PIXELS  # larger images are not decoded
 
     def open(self) -> IO[bytes]:
         """The file; raises `OSError` or `UndecodableImage` if it cannot be had."""
@@ -80,20 +74,12 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become images.
+    """How rows become images."""
 
-    Args:
-        name: of the split, for the names of its images.
-        columns: of image, class and name.
-        classes: what the class column holds -> class index; None: labels are not asked for.
-        mode: PIL's mode of the images, "RGB" or "L".
-        max_pixels: as in `Choices`.
-    """
-
-    name: str
+    name: str  # of the split, for the names of its images
     columns: Columns
-    classes: Mapping[Any, int] | None
-    mode: str = "RGB"
+    classes: Mapping[Any, int] | None  # what the label column holds -> class index; None: labels are not asked for
+    mode: str = "RGB"  # PIL's mode of the images, or "L"
     max_pixels: int = MAX_PIXELS
 
     def encoded(self, image: Any, raw: Any, name: str) -> Encoded:
@@ -168,33 +154,19 @@ class ImageTable(Sequence[Labelled]):
 
 @dataclass(frozen=True)
 class OpenedSplit:
-    """A split whose columns are known.
+    """A split whose columns are known."""
 
-    Args:
-        name: for messages.
-        located: the source that it is of.
-        files: of the split; of images, their folder; none of the Hub.
-        choices: what the user says of it.
-        data: rows, not declared, or a stream of them; of tars the index.
-        features: what the columns are declared to be.
-        columns: of image, class and name.
-        values: what stands in the label column, in each row; None if not asked for, or for streams of the Hub.
-        in_sequence: it is to be read as a stream.
-        by_folder: classes are the folders of tars, in which files that are no images are passed over.
-        note: on files that are left out; "" if there are none.
-    """
-
-    name: str
-    located: Located
-    files: Sequence[str]
+    name: str  # for messages
+    located: Located  # the source that it is of
+    files: Sequence[str]  # of images, their folder; none of the Hub
     choices: Choices
-    data: Data
-    features: Mapping[str, Any]
+    data: Data  # rows, not declared, or a stream of them; of tars the index
+    features: Mapping[str, Any]  # what the columns are declared to be
     columns: Columns
-    values: pa.ChunkedArray | None
-    in_sequence: bool = False
-    by_folder: bool = False
-    note: str = ""
+    values: pa.ChunkedArray | None  # what the label column holds, if asked for; None for streams of the Hub
+    in_sequence: bool = False  # it is to be read as a stream
+    by_folder: bool = False  # classes are the folders of tars, in which files that are no images are passed over
+    note: str = ""  # on files that are left out
 
     def labels(self) -> Labels:
         """The classes that the label column holds; raises `SourceError` if it holds none."""
@@ -215,14 +187,9 @@ def open_split(
     hub: Data | None = None,
     one_class: bool = False,
 ) -> OpenedSplit:
-    """Open one split of a source.
+    """Open one split of a source; in messages "" needs no name.
 
     Args:
-        located: the source.
-        split: of `located.splits`, or of the Hub; "" needs no name in messages.
-        choices: what the user says of it.
-        labels_needed: whether there have to be labels.
-        in_sequence: for a stream of it.
         hub: the split as it came from the Hub.
         one_class: whether images that lie in the split's folder itself are of the class that is called like it.
 
@@ -291,15 +258,12 @@ def _load_folder(
 
     `datasets` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
     silence where folders differ in depth, and copies the list of files into its cache.
-
-    Raises:
-        SourceError: if images lie outside class folders, or a class folder's name cannot be one.
     """
     below = os.path.join(folder, "")
-    others: list[str] = []
     if not labels_needed:
-        data = _table_of_paths(natural_order(sorted_out(folder, others)))
-        return data, data.features, left_out(path.removeprefix(below) for path in others)
+        files = list(files_below(folder))
+        data = _table_of_paths(natural_order(filter(is_image, files)))
+        return data, data.features, left_out(path.removeprefix(below) for path in filterfalse(is_image, files))
     classes, others = class_folders(folder)
     class_folders.cache_clear()
     loose = natural_order(images_in(folder))

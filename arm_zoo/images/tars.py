@@ -51,11 +51,7 @@ class _Header(tarfile.TarInfo):
 
 
 def read_members(path: Path) -> dict[str, Member]:
-    """Files of a tar by name.
-
-    Raises:
-        SourceError: if it is damaged.
-    """
+    """Files of a tar by name; raises `SourceError` if it is damaged."""
     with _damage_told(path):
         tar = _uncompressed(path)
         with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
@@ -86,11 +82,7 @@ def _uncompressed(path: Path) -> Path:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a tar has to be read from its start.
-
-    Raises:
-        OSError: if it cannot be opened.
-    """
+    """Whether a tar has to be read from its start; raises `OSError` if it cannot be opened."""
     try:
         tarfile.open(path, "r:").close()
     except tarfile.ReadError:
@@ -106,17 +98,11 @@ def split_key(file: str) -> tuple[str, str]:
 
 
 class Sample(NamedTuple):
-    """Neighbouring files of a WebDataset shard that have one key.
+    """Neighbouring files of a WebDataset shard that have one key."""
 
-    Args:
-        key: as of `split_key`.
-        files: ending, in small letters -> where the file lies in the tar, uncompressed.
-        contents: the bytes of those files that were asked for.
-    """
-
-    key: str
-    files: dict[str, Member]
-    contents: dict[str, bytes]
+    key: str  # as of `split_key`
+    files: dict[str, Member]  # ending, in small letters -> where the file lies in the tar, uncompressed
+    contents: dict[str, bytes]  # of those files that were asked for
 
 
 def read_samples(
