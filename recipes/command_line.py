@@ -18,17 +18,10 @@ if TYPE_CHECKING:
     from recipes.signals import StopRequest
 
 
-class Recipe(NamedTuple):
-    """What `recipes/NAME.py` takes: the dataclass to fill, what it does, what fits settings where there is no file."""
-
-    kind: type[TrainConfig]
-    does: str
-    fit: Callable[..., tuple[Mapping[str, Any], str]] | None = None
-
-
-RECIPES = {
-    "pretrain": Recipe(PretrainConfig, "Pretrain a model without labels."),
-    "finetune": Recipe(FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
+Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used where there is no --config
+RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipes/NAME.py takes, and what it does
+    "pretrain": (PretrainConfig, "Pretrain a model without labels.", None),
+    "finetune": (FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
 }
 
 
@@ -68,7 +61,7 @@ def read_command(recipe: str, argv: Sequence[str] | None = None) -> Command:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     arguments = parser.parse_intermixed_args(argv)
-    fit = None if fit is None or arguments.config is not None else partial(fit, going_on=arguments.resume == "auto")
+    fit = partial(fit, going_on=arguments.resume == "auto") if fit and arguments.config is None else None
     config = read_config(parser, kind, arguments.config, arguments.overrides, not arguments.print_config, fit)
     if arguments.print_config:
         print(to_yaml(config), end="")
