@@ -153,7 +153,7 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
     assert "has 3 channels, the model takes 1" in colour
     assert refusal("--weights", str(pretrained), "neighbors=5") == "2"
     assert "neighbors (did you mean neighbours?)" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"temperature is 0.0; allowed: above 0"):
+    with pytest.raises(ConfigError, match=r"temperature is 0; allowed: a number above 0"):
         load_config(ProbeConfig, None, ["data.source=digits", "temperature=0"])
     with pytest.raises(SourceError):
         probe.probe(pretrained, ProbeConfig(data=DataConfig(source="nowhere")))

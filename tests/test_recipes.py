@@ -494,7 +494,7 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
         scores(0.28)
     for file in (tmp_path / "val").glob("*/*.jpg"):
         file.write_bytes(b"gone")
-    with pytest.raises(RunError, match="none of the 7 validation pictures can be decoded"):
+    with pytest.raises(RunError, match="none of the 7 validation images can be decoded"):
         scores(0.99)
 
 
