@@ -537,9 +537,9 @@ def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("damaged", "limit", "messages"),
     [
-        ((0, 1), 0.05, {"2 of 24 training pictures cannot be decoded": 2}),  # none sees too many, together they do
+        ((0, 1), 0.05, {"2 of 24 training images cannot be decoded": 2}),  # none sees too many, together they do
         pytest.param(
-            *((1,), 0.0, {"1 of 24 training pictures cannot be decoded": 1, "another process cannot go on": 1}),
+            *((1,), 0.0, {"1 of 24 training images cannot be decoded": 1, "another process cannot go on": 1}),
             marks=pytest.mark.slow,
         ),
     ],
