@@ -21,12 +21,8 @@ AS_USUAL = Choices(in_training=False)
 def open_own(locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
     """The labelled images at one location, or in several tars or parquet files.
 
-    Args:
-        locations: as in `eval.sources.open_source`.
-        choices: columns where names and types do not tell, and the largest image that is decoded.
-
-    Raises:
-        SourceError: for what is not there, not readable, unclear or without images.
+    What is not there, not readable, unclear or without images raises `SourceError`. Choices are of columns where names
+    and types do not tell, and of the largest image that is decoded.
     """
     reading = f"read as in training, up to {choices.max_pixels} pixels"
     if found := hub_id(locations):
@@ -53,6 +49,8 @@ def _to_score(location: str) -> tuple[Located, list[str], str]:
     A file that the user names by itself is meant, whatever its split.
     """
     located = locate(location, one_split=True)
+    if located.kind == "hub":
+        raise SourceError(f"{location}: of the Hub one data set is scored at a time, without files beside it")
     chosen, *others = [split for split in SCORED if split in located.splits]
     note = ""
     if others:

@@ -63,7 +63,7 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
 
 def hub_id(locations: Sequence[str]) -> tuple[str, str | None, str | None] | None:
     """Id, revision and split of a data set on the Hub; None for files and folders, there or not."""
-    found = HUB_ID.fullmatch(locations[0].removeprefix("hf://"))
+    found = HUB_ID.fullmatch(locations[0].removeprefix("hf://").removeprefix("datasets/"))
     if len(locations) > 1 or found is None or os.path.exists(locations[0]):
         return None
     return found[1], found[2], found[3]

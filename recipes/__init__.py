@@ -21,5 +21,5 @@ def _open_images() -> None:
     sys.modules["arm_zoo.images"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
 
 
-if "arm_zoo.images" not in sys.modules:
+if not {"arm_zoo", "arm_zoo.images"} & sys.modules.keys():
     _open_images()

@@ -126,11 +126,7 @@ class AugmentedImages(Images):
     def _decoded(
         self, stored: Sequence[Encoded], position: int, key: Key, undecodable: list[str]
     ) -> tuple[Image.Image, int]:
-        """The image, or the next one that can be decoded: of the split, or of the batch if it is a stream.
-
-        Raises:
-            SourceError: after too many that cannot.
-        """
+        """The image, or the next one that can be decoded: of the split, or of the batch if it is a stream."""
         encoded = stored[position]
         length = len(self._split) if isinstance(self._split, ImageTable) else len(stored)
         for ahead in range(1, min(length, DAMAGED_IN_A_ROW) + 1):
@@ -183,8 +179,7 @@ class TrainLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, from `first_step` on.
 
-        Raises:
-            SourceError: if this process alone knows of more damaged images than `data.max_undecodable` allows.
+        It stops if this process alone knows of more damaged images than `data.max_undecodable` tolerates.
         """
         if self._next != (epoch, first_step):
             self._order.start = (epoch, first_step)

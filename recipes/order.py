@@ -118,11 +118,7 @@ class StreamOrder(TrainingOrder):
             yield Key(epoch, lane * self._length + place, encoded)
 
     def _cut(self, start: int, shards: Sequence[int]) -> Iterator[Encoded]:
-        """One lane: `start` is its first image in the shards one after the other.
-
-        Raises:
-            SourceError: If there are fewer images than the source or `data.train_size` says.
-        """
+        """One lane: `start` is its first image in the shards one after the other."""
         left = self._length
         for shard in shards:
             if self._split.shard_sizes is not None and start >= self._split.shard_sizes[shard]:

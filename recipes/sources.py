@@ -120,6 +120,8 @@ def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int
         images = (TarStream if split.located.kind == "tars" else DatasetStream)(split, classes)
     else:
         images = ImageTable(split.data, split.reading(classes))
+    if images.size == 0:
+        raise SourceError(f"{split.name} holds no images")
     if train_size not in (None, images.size):
         if images.size is not None:
             raise SourceError(

@@ -68,14 +68,7 @@ def shared(batch: BatchT) -> BatchT:
 
 
 class WorkerLoader(Generic[KeyT, BatchT]):
-    """torch's loader over whole batches, whose workers stay for the next pass.
-
-    Args:
-        make_batch: makes one of its keys.
-        order: the keys of each batch.
-        workers: processes that make them; 0: none but this one.
-        pin_memory: whether they go to a GPU.
-    """
+    """torch's loader over whole batches: `make_batch` makes one of its keys. Workers stay for the next pass."""
 
     def __init__(
         self,
@@ -98,13 +91,7 @@ class WorkerLoader(Generic[KeyT, BatchT]):
         finalize(self, end_workers, self._workers)
 
     def __iter__(self) -> Iterator[BatchT]:
-        """One pass.
-
-        Raises:
-            RunError: if a worker dies or fails.
-            SourceError: if what it read does not fit.
-            StopWaiting: if the process is asked to stop while it waits here.
-        """
+        """One pass; raises `RunError` if a worker dies or fails, `StopWaiting` if the process is asked to stop."""
         with self._deaths_told():
             batches = self._begin()
         while True:

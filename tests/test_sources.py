@@ -994,6 +994,15 @@ def test_files_beside_class_folders_in_tars_are_no_samples(
         assert source.train.shard_sizes == [2] and [row.data for row in source.train.shard(0, 1)] == [jpeg(1)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("labels_needed", [True, False])
+def test_tables_without_rows_are_refused(tmp_path: Path, streaming: bool, labels_needed: bool) -> None:
+    val = write_parquet(tmp_path / "val.parquet", [0], NAMES)
+    file = write_parquet(tmp_path / "train.parquet", [], NAMES)
+    with pytest.raises(SourceError, match=r"\[train\] holds no images|corresponds to no data"):
+        open_named(file, labels_needed, streaming=streaming, validation=str(val))
+
+
 def test_images_have_one_identity_with_and_without_the_models(repo: Path) -> None:
     """`recipes` takes `arm_zoo.images` from its folder, so that torch is not imported for a refusal."""
     program = (

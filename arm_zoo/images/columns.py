@@ -45,11 +45,7 @@ class Columns(NamedTuple):
 def find_columns(
     features: Mapping[str, Any] | None, choices: Choices, where: str, labels_needed: bool = True
 ) -> Columns:
-    """The columns that the user chooses, or the only ones that can be meant.
-
-    Raises:
-        SourceError: if a column is missing or several could be meant.
-    """
+    """The columns that the user chooses, or the only ones that can be meant; else raises `SourceError`."""
     if features is None:
         raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
     images = [name for name, feature in features.items() if _holds_images(feature)]

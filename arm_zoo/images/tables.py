@@ -211,14 +211,14 @@ def open_split(
         columns = find_columns(features, choices, name, labels_needed)
     values = None
     if isinstance(data, datasets.Dataset):
+        if not len(data):
+            raise SourceError(f"{name} holds no images")
         data = _plain(data, {path if path in features else path.partition(".")[0] for path in columns if path})
         if columns.label is not None:
             top = columns.label if columns.label in features else columns.label.partition(".")[0]
             values = values_at(data.select_columns([top]).with_format("arrow")[:], columns.label)
     elif columns.label is not None and files:
         values = _read_column(files, columns.label)
-    if len(data if isinstance(data, datasets.Dataset) else values or "streamed") == 0:
-        raise SourceError(f"{name} holds no images")
     return OpenedSplit(name, located, files, choices, data, features, columns, values, in_sequence, by_folder, note)
 
 
