@@ -560,7 +560,7 @@ def test_two_processes_stop_together_for_damaged_pictures(
     config = load_config(PretrainConfig, CONFIG, arguments)
     split = open_source(config.data, labels_needed=False).train
     assert isinstance(split, ImageTable)
-    own = [[key.index for key in next(iter(training_order(split, config, batch_plan(24, 2), n, 2)))] for n in range(2)]
+    own = [[key.place for key in next(iter(training_order(split, config, batch_plan(24, 2), n, 2)))] for n in range(2)]
     first = own[0][0]  # and one of the other process that does not take the first one's place
     chosen = (first, next(index for index in own[1] if (index - first) % 24 not in (1, 23)))
     for process in damaged:
