@@ -173,11 +173,11 @@ def test_damaged_pictures_are_counted_named_and_limited(
     result = run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.2")
     assert (result["images_test"], result["images_test_skipped"], result["images_train_skipped"]) == (5, 1, 0)
     assert caplog.text.count("a/1.jpg cannot be decoded") == 1
-    with pytest.raises(SystemExit, match="1 of 6 validation pictures cannot be decoded, which is more than"):
+    with pytest.raises(SystemExit, match="1 of 6 validation images cannot be decoded, which is more than"):
         run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.1")
     for file in (tmp_path / "val").glob("*/*.jpg"):
         file.write_bytes(b"gone")
-    with pytest.raises(SystemExit, match="none of the 6 validation pictures can be decoded"):
+    with pytest.raises(SystemExit, match="none of the 6 validation images can be decoded"):
         run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.99")
 
 
