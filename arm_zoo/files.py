@@ -36,21 +36,29 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        OSError: with the files' names, if they cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as beside:
-        yield Path(beside)
-        files = sorted(Path(beside).iterdir())
-        for file in files:
-            _flush(file)
+        try:
+            yield Path(beside)
+            files = sorted(Path(beside).iterdir())
+            for file in files:
+                flush(file)
+        except OSError as error:
+            if error.filename is None:  # as on a full disk
+                error.filename = str(folder / ", ".join(sorted(file.name for file in Path(beside).iterdir())))
+            raise
         for file in files:
             os.replace(file, folder / file.name)
     if os.name == "posix":  # elsewhere folders cannot be opened
-        _flush(folder)
+        flush(folder)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the system write a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

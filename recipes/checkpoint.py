@@ -1,46 +1,83 @@
-"""Checkpoints that survive what kills a run: whole or not there, checked before use, the newest ones kept.
+"""What a checkpoint keeps, and how it survives what kills a run: whole or not there, checked before it is used.
 
-OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds ``model.safetensors``, ``ema.safetensors`` (if there is an average),
-``optimizer.safetensors``, ``state.json`` (configuration, class names, position, figures so far) and ``manifest.json``
-(size and SHA-256 of each). There is no random state in it: order, variation, mixing and drop path are functions of the
-seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
+OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds `model.safetensors`, `ema.safetensors` (if there is an average),
+`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch, `Position`) and `manifest.json`
+(size and SHA-256 of each). There is no random state in it: order, augmentation, mixing and drop path are functions of
+the seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.optim import Optimizer
 
-from arm_zoo.files import save_tensors, sha256_of
-
-from .errors import RunError
+from arm_zoo.files import flush, save_tensors, sha256_of
+from recipes.errors import RunError
+from recipes.parallel import WHOLE, Tensors, model_state
 
 STATE, MANIFEST = "state.json", "manifest.json"
+Metrics = dict[str, float]
+
+
+@dataclass
+class Position:
+    """Where a run is: all that changes beside tensors."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done in the epoch that is going on
+    loss_sum: float = 0.0  # over these steps, mean of all processes
+    seconds: float = 0.0  # trained before this process started
+    history: list[Metrics] = field(default_factory=list)  # one row per epoch done
+    undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
+
+
+def kept_tensors(models: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensors]:
+    """Whole tensors by file, on the main process; every process must call it.
+
+    Of the optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter of the model.
+    """
+    state: Any = dcp_state.get_optimizer_state_dict(models["model"], optimizer, options=WHOLE).get("state", {})
+    by_name = {f"{kind}/{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
+    return {**{name: model_state(model) for name, model in models.items()}, "optimizer": by_name}
+
+
+def restore_tensors(checkpoint: Path, models: dict[str, nn.Module], optimizer: Optimizer) -> None:
+    """Take over what `kept_tensors` gave, file after file; rates and decay stay those of `optimizer`."""
+    options = dcp_state.StateDictOptions(full_state_dict=True)
+    for name, model in models.items():
+        weights: Any = load_file(checkpoint / f"{name}.safetensors")
+        dcp_state.set_model_state_dict(model, weights, options=options)
+    names = {id(parameter): name for name, parameter in models["model"].named_parameters()}
+    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    state: dict[str, Any] = {}
+    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+        kind, _, name = key.partition("/")
+        state.setdefault(name, {})[kind] = tensor
+    whole: Any = {"state": state, "param_groups": groups}
+    dcp_state.set_optimizer_state_dict(models["model"], optimizer, whole, options=options)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` holds."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 class DamagedCheckpoint(RunError):
     """A checkpoint whose files are not those that were written."""
 
 
-def fingerprint(file: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
-
-
 def check(checkpoint: Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        DamagedCheckpoint: If one is missing or other than it was written.
-    """
+    """Raise `DamagedCheckpoint` if a file is missing or differs from the manifest."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         damaged = [name for name, written in files.items() if fingerprint(checkpoint / name) != written]
@@ -50,36 +87,24 @@ def check(checkpoint: Path) -> None:
         raise DamagedCheckpoint(f"{checkpoint} is damaged: {', '.join(damaged) or STATE} is not as it was written")
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What ``state.json`` holds."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file, such as ``model``, on the CPU.
-
-    Raises:
-        DamagedCheckpoint: If it is no such file.
-    """
-    file = checkpoint / f"{name}.safetensors"
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise DamagedCheckpoint(f"{file} cannot be read: {error}") from error
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done when it was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
+@dataclass
 class CheckpointFolder:
-    """The checkpoints of one run; only the main process may use it.
+    """The checkpoints of one run; only the main process may use it."""
 
-    Args:
-        folder: Usually OUTPUT_DIR/checkpoints.
-        keep_last: How many of the newest to keep.
-        keep_every: Also keep those at the end of every so many epochs; None: none of them.
-        console: Where warnings go.
-    """
-
-    def __init__(self, folder: Path, keep_last: int, keep_every: int | None, console: Console) -> None:
-        self.folder, self.keep_last, self.keep_every, self.console = folder, keep_last, keep_every, console
+    folder: Path  # usually OUTPUT_DIR/checkpoints
+    keep_last: int  # how many of the newest to keep
+    keep_every: int | None  # also keep those at the end of every so many epochs; None: none of them
+    console: Console  # where warnings go
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -89,15 +114,13 @@ class CheckpointFolder:
         """Remove what a killed process was writing, and undo a replacement that it had begun."""
         for old in self.folder.glob(".old-*"):
             final = self.folder / old.name.removeprefix(".old-")
-            if final.exists():
-                shutil.rmtree(old)
-            else:
+            if not final.exists():
                 old.rename(final)
-        for partial in self.folder.glob(".partial-*"):
-            shutil.rmtree(partial)
+        for leftover in (*self.folder.glob(".old-*"), *self.folder.glob(".partial-*")):
+            shutil.rmtree(leftover)
 
     def newest_intact(self) -> Path | None:
-        """The checkpoint to go on from; damaged ones are named in a warning and set aside as ``damaged-step-...``."""
+        """The checkpoint to go on from; damaged ones are named in a warning and set aside as `damaged-step-...`."""
         self.clean()
         for checkpoint in reversed(self.all()):
             try:
@@ -110,9 +133,9 @@ class CheckpointFolder:
                 self.console.print(message, soft_wrap=True)
         return None
 
-    def set_aside(self, after_step: int = -1) -> None:
-        """Move checkpoints of more than ``after_step`` steps out of the way of a run that starts over from there."""
-        abandoned = [path for path in self.all() if int(path.name.removeprefix("step-")) > after_step]
+    def set_aside(self, after_step: int) -> None:
+        """Move checkpoints of more than `after_step` steps out of the way of a run that starts over from there."""
+        abandoned = [path for path in self.all() if step_of(path) > after_step]
         if not abandoned:
             return
         aside = free_name(self.folder.with_name(f"{self.folder.name}-before"))
@@ -121,62 +144,39 @@ class CheckpointFolder:
             checkpoint.rename(aside / checkpoint.name)
         self.console.print(f"moved {len(abandoned)} checkpoints of the earlier run to {aside}", soft_wrap=True)
 
-    def save(
-        self, step: int, steps_per_epoch: int, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
-    ) -> Path:
+    def save(self, step: int, steps_per_epoch: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
         """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept.
 
-        Raises:
-            RunError: If it cannot be written, as on a full disk; what was there before is still there.
+        If it cannot be written, as on a full disk, what was there before is still there.
         """
         final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".partial-{final.name}"
+        partial, old = (self.folder / f".{kind}-{final.name}" for kind in ("partial", "old"))
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_files(partial, tensors, state)
-            old = self.folder / f".old-{final.name}"
+            for name, content in tensors.items():
+                content = {key: tensor.contiguous() for key, tensor in content.items()}
+                save_tensors(content, partial / f"{name}.safetensors", {"format": "pt"})
+            (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            manifest = {"files": {file.name: fingerprint(file) for file in sorted(partial.iterdir())}}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (*partial.iterdir(), partial):
+                flush(path)
             if final.exists():  # the same step, before the epoch's end was scored
                 final.rename(old)
             partial.rename(final)
-            sync(self.folder)
+            flush(self.folder)
             shutil.rmtree(old, ignore_errors=True)
-            self.prune(steps_per_epoch)
+            for checkpoint in self.all()[: -self.keep_last]:
+                epochs, rest = divmod(step_of(checkpoint), steps_per_epoch)
+                if rest or self.keep_every is None or epochs % self.keep_every:
+                    shutil.rmtree(checkpoint)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
                 f"the checkpoint {final} could not be written: {error}. The last good one is "
                 f"{next(reversed(self.all()), 'none')}; make room, then start the same command again"
             ) from None
-        return final
-
-    def prune(self, steps_per_epoch: int) -> None:
-        """Remove all but the newest and the ones at the end of every n-th epoch."""
-        for checkpoint in self.all()[: -self.keep_last]:
-            epochs, rest = divmod(int(checkpoint.name.removeprefix("step-")), steps_per_epoch)
-            if rest or self.keep_every is None or epochs % self.keep_every:
-                shutil.rmtree(checkpoint)
-
-
-def write_files(folder: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Fill a checkpoint's folder and make sure that it is on the disk."""
-    for name, content in tensors.items():
-        whole = {key: tensor.contiguous() for key, tensor in content.items()}
-        save_tensors(whole, folder / f"{name}.safetensors", {"format": "pt"})
-    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def free_name(path: Path) -> Path:

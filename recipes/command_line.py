@@ -1,51 +1,53 @@
-"""The command line of both recipes: configuration, where to start, and mistakes told in one message.
+"""The command line of the trainings: configuration, where to start, and mistakes told in one message.
 
 Importing this module brings neither torch nor timm, so that most mistakes are told at once.
 """
 
 import argparse
-import signal
+import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from .config import Config, ConfigError, ConfigT, load_config, to_yaml
+from recipes.config import ConfigError, ConfigT, FinetuneConfig, PretrainConfig, TrainConfig, load_config, to_yaml
+from recipes.first_run import fitted
 
 if TYPE_CHECKING:
-    from .signals import StopRequest
+    from recipes.signals import StopRequest
 
-Run = Callable[[ConfigT, str, "StopRequest"], None]
-Fit = Callable[..., Mapping[str, Any]]  # of a configuration, the keys that were set, and going_on, see first_run
+
+Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used where there is no --config
+RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipes/NAME.py takes, and what it does
+    "pretrain": (PretrainConfig, "Pretrain a model without labels.", None),
+    "finetune": (FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
+}
 
 
 class Command(NamedTuple):
-    """What a person asked for: the program's name, the checked configuration, and where to start."""
+    """What a person asked for."""
 
-    program: str
-    config: Config
-    resume: str
+    program: str  # its name
+    config: TrainConfig
+    resume: str  # "auto", "none" or a checkpoint's folder
 
 
-def read_command(
-    recipe: str, kind: type[ConfigT], description: str, argv: Sequence[str] | None = None, fit: Fit | None = None
-) -> Command:
-    """Parse ``--config FILE --resume WHERE key=value ...``.
+def main(recipe: str, argv: Sequence[str] | None = None) -> None:
+    """Read the command, then import the recipe, which takes seconds, and call its `run(config, resume, stop)`."""
+    try:
+        command = read_command(recipe, argv)
+        run = importlib.import_module(f"recipes.{recipe}").run
+    except KeyboardInterrupt:
+        interrupted("interrupted before the run began")
+    carry_out(command, run)
 
-    The program ends with code 2 and the whole list if the configuration is wrong, and with 0 after printing it if that
-    is what was asked for.
 
-    Args:
-        recipe: The module's name.
-        kind: The dataclass to fill.
-        description: What it does, for ``--help``.
-        argv: The words; None: those of this process.
-        fit: Gives values for what nobody set where there is no ``--config``, see ``load_config``.
-    """
+def read_command(recipe: str, argv: Sequence[str] | None = None) -> Command:
+    """Parse `--config FILE --resume WHERE key=value ...`; a wrong configuration ends the program with 2."""
+    kind, does, fit = RECIPES[recipe]
     parser = argparse.ArgumentParser(
-        prog=f"python -m recipes.{recipe}", description=f"{description} Run it from the top of the repository."
+        prog=f"python -m recipes.{recipe}", description=f"{does} Run it from the top of the repository."
     )
     without = "" if fit is None else "; without one, settings are fitted to the images of data.source and told"
     parser.add_argument("--config", type=Path, help=f"YAML file, for example one of recipes/configs{without}")
@@ -59,58 +61,47 @@ def read_command(
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     arguments = parser.parse_intermixed_args(argv)
-    to_run = not arguments.print_config
-    try:
-        fitted = None
-        if fit is not None and arguments.config is None:
-            fitted = partial(fit, going_on=arguments.resume == "auto")
-        config = load_config(kind, arguments.config, arguments.overrides, to_run, fitted)
-    except (ConfigError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    if not to_run:
+    fit = partial(fit, going_on=arguments.resume == "auto") if fit and arguments.config is None else None
+    config = read_config(parser, kind, arguments.config, arguments.overrides, not arguments.print_config, fit)
+    if arguments.print_config:
         print(to_yaml(config), end="")
         parser.exit()
     return Command(parser.prog, config, arguments.resume)
 
 
-def leave_when_interrupted() -> None:
-    """Let Ctrl-C end this program with 130 and one line until ``carry_out`` begins: imports take seconds."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job's may be ignored
-        signal.signal(signal.SIGINT, _leave)
+def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments: Any) -> ConfigT:
+    """`load_config`, where mistakes end the program with 2."""
+    try:
+        return load_config(kind, *arguments)
+    except (ConfigError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough
-    print("interrupted before the run began", file=sys.stderr)
-    sys.exit(130)
-
-
-def carry_out(command: Command, run: Run) -> None:
-    """Call ``run(config, resume, stop)``, where ``stop`` notes what asks this process to stop.
-
-    The program ends with 1 and one message if the run cannot start or go on.
-    """
-    from .mistakes import MISTAKES, described
-    from .signals import StopRequest
-    from .workers import end_workers
+def carry_out(command: Command, run: Callable[[Any, str, "StopRequest"], None]) -> None:
+    """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
+    from recipes.mistakes import told_as_mistakes
+    from recipes.signals import StopRequest
+    from recipes.workers import end_workers
 
     stop = StopRequest().listen()
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        run(command.config, command.resume, stop)
-        leave_processes()
-    except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
-        leave_processes()
-        raise
-    except MISTAKES as error:
-        sys.exit(f"{command.program}: {described(error)}")
-    except KeyboardInterrupt:
-        print(f"{command.program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        stop.ignore()
-        end_workers()
+    with told_as_mistakes(command.program):
+        try:
+            run(command.config, command.resume, stop)
+            leave_processes()
+        except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
+            leave_processes()
+            raise
+        except KeyboardInterrupt:
+            interrupted(f"{command.program}: interrupted; the same command goes on from the last checkpoint")
+        finally:
+            stop.ignore()
+            end_workers()
+
+
+def interrupted(message: str) -> NoReturn:
+    """End the program as Ctrl-C does, with 130, and one line."""
+    print(message, file=sys.stderr)
+    sys.exit(130)
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Typed training configurations: a YAML file and ``key=value`` overrides, checked before anything is built.
+"""Typed training configurations: a YAML file and `key=value` overrides, checked before anything is built.
 
 Importing this module brings neither torch nor timm: what is wrong with keys, values and files is told at once.
 """
@@ -8,7 +8,9 @@ import difflib
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -17,139 +19,114 @@ import yaml
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.locate import locate
-
-from .files import why_not_writable
-from .parsing import ConfigError, Limit, flatten, missing, out_of_range, read_yaml, take_arguments, unknown_keys
-from .splits import fewer_training_images, validation_fraction
+from recipes.parsing import ConfigError, Limit, filled, limited, missing, read_yaml
+from recipes.splits import fewer_training_images, validation_fraction
 
 if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told without them
     from torch import nn
 
     import arm_zoo
 
-__all__ = [
-    "BatchPlan",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "FinetuneConfig",
-    "PretrainConfig",
-    "TrainConfig",
-    "batch_plan",
-    "load_config",
-    "to_yaml",
-]
-
-ENTRY = re.compile(r"arm_\w+(\.\w+)?")  # what entries of the zoo are called, with or without a tag
-Scalar = bool | int | float | str
+ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # an entry's name, with or without a tag; libraries tell which there are
 ConfigT = TypeVar("ConfigT", bound="Config")
 
-
-ONE_OR_MORE: Limit = ("1 or more", lambda x: x >= 1)
-ABOVE_ZERO: Limit = ("above 0, and finite", lambda x: 0 < x < math.inf)
-ZERO_OR_MORE: Limit = ("0 or more, and finite", lambda x: 0 <= x < math.inf)
-FRACTION_OR_NOT: Limit = (
-    "a fraction of the training images above 0 and below 1, as in 0.2, another source (a folder called 1 is written "
-    "./1), or null",
-    lambda x: not isinstance(x, float) or 0 < x < 1,
-)
-SHARE_OR_NULL: Limit = ("0 up to, not including, 1, or null", lambda x: x is None or 0 <= x < 1)
-SHARE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
-ABOVE_ZERO_OR_NULL: Limit = ("above 0, or null", lambda x: x is None or 0 < x < math.inf)
-ONE_OR_MORE_OR_NULL: Limit = ("1 or more, or null", lambda x: x is None or x >= 1)
+ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
+WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
+ABOVE_ZERO: Limit = ("a number above 0, and finite", lambda x: 0 < x < math.inf)
+ZERO_OR_MORE: Limit = ("a number, 0 or more, and finite", lambda x: 0 <= x < math.inf)
+BELOW_ONE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
 PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
-CROP_OR_NULL: Limit = (
-    "two shares of the picture's area, as in [0.2, 1.0], or null",
-    lambda x: x is None or 0 < x[0] <= x[1] <= 1,
+SOURCE: Limit = (
+    "a folder of images, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 handwritten "
+    "digits), as in data.source=digits",
+    bool,
 )
-RANDAUGMENT_OR_NULL: Limit = (
-    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1, or null",
-    lambda x: x is None or re.fullmatch(r"rand(-(m|mstd|mmax|n|inc|p|t|w)[\d.]+)*", x) is not None,
+VALIDATION: Limit = (
+    "a fraction of the training images above 0 and below 1, as in 0.2, or another source (a folder called 1 is "
+    "written ./1)",
+    lambda x: isinstance(x, str) or 0 < x < 1,
 )
-SOURCES = (
-    "a folder of pictures, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 "
-    "handwritten digits), as in data.source=digits"
+CROP: Limit = ("two fractions of the image's area, as in [0.2, 1.0]", lambda x: 0 < x[0] <= x[1] <= 1)
+RANDAUGMENT: Limit = (
+    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1",
+    lambda x: re.fullmatch(r"rand(-(m|mstd|mmax|n|inc|p|t|w)[\d.]+)*", x) is not None,
 )
-AT_LEAST_TWO_OR_NULL: Limit = ("2 or more, or null", lambda x: x is None or x >= 2)
-BETAS: Limit = ("two values of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
-
-
-def limited(default: Any, limit: Limit) -> Any:
-    """A dataclass field whose value is checked."""
-    return field(default=default, metadata={"limit": limit})
+BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from and how training pictures are varied (keys ``data.NAME``).
+    """Where the images come from and how those of the training are augmented (keys `data.NAME`).
 
-    ``source`` and ``validation`` are written in one syntax (``recipes.sources``): a folder of pictures, parquet files,
-    WebDataset tars, ``hf://owner/name``, or ``digits``. All variation is off unless asked for; it acts in the order
-    random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together, erase.
+    `source` and `validation` are written in one syntax (`arm_zoo.images.locate`). Nothing is augmented unless asked
+    for; it happens in the order random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together,
+    erase.
     """
 
-    source: str = limited("", (SOURCES, bool))
+    source: str = limited("", SOURCE)
     # Another source, or the fraction of the training images that is held out instead of being trained on; null: the
-    # validation (or test) split of ``source``, or a fifth where labels are needed and there is none.
-    validation: float | str | None = limited(None, FRACTION_OR_NOT)
+    # validation (or test) split of `source`, or a fifth where labels are needed and there is none.
+    validation: float | str | None = limited(None, VALIDATION)
     streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
-    train_size: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # training pictures, where a stream does not tell
-    shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # pictures of a stream, kept encoded, to draw from at random
-    num_classes: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # null: as many as the source has; else checked
-    image_column: str | None = None  # null: the only one that holds pictures
+    train_size: int | None = limited(None, ONE_OR_MORE)  # training images, where a stream does not tell
+    shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # images of a stream, kept encoded, to draw from at random
+    num_classes: int | None = limited(None, ONE_OR_MORE)  # null: as many as the source has; else checked
+    image_column: str | None = None  # null: the only one that holds images
     label_column: str | None = None  # null: the only one that looks like a class
-    workers: int = limited(4, ZERO_OR_MORE)  # processes that decode, for each training process; 0: none but itself
-    # Share of damaged images that is put up with, of each split; null: 0.001, but at least 3 images.
-    max_undecodable: float | None = limited(None, SHARE_OR_NULL)
-    max_pixels: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # larger images count as damaged; null: 89,478,485
-    random_crop: tuple[float, float] | None = limited(None, CROP_OR_NULL)  # share of the area; null: all, squashed
+    workers: int = limited(4, WHOLE)  # processes that decode, for each training process; 0: none but itself
+    # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
+    max_undecodable: float | None = limited(None, BELOW_ONE)
+    max_pixels: int | None = limited(None, ONE_OR_MORE)  # larger images count as corrupt; null: 89,478,485
+    random_crop: tuple[float, float] | None = limited(None, CROP)  # fraction of the area; null: all, squashed
     flip: float = limited(0.0, PROBABILITY)  # left to right
-    randaugment: str | None = limited(None, RANDAUGMENT_OR_NULL)  # in timm's words
+    randaugment: str | None = limited(None, RANDAUGMENT)
     erase: float = limited(0.0, PROBABILITY)  # one rectangle becomes noise
-    max_shift: float = limited(0.0, SHARE)  # of the picture's side
+    max_shift: float = limited(0.0, BELOW_ONE)  # of the image's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
-    max_zoom: float = limited(0.0, SHARE)  # sizes from 1 - max_zoom to 1 + max_zoom
+    max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
 
 
+@dataclass(frozen=True)
 class Config:
-    """What ``load_config`` fills and checks: a frozen dataclass."""
+    """What `load_config` fills and checks; each method gives key -> problem."""
 
     def conflicts(self) -> dict[str, str]:
-        """Problems between values that are fine on their own."""
+        """Between values that are fine on their own."""
         return {}
 
     def unready(self) -> dict[str, str]:
-        """What is not there on this machine and a run needs, beside the values that are missing."""
+        """What a run needs and this machine does not have."""
         return {}
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """What is wrong with the model, which takes seconds of imports to find out: asked when all else is right."""
+        """Of the model, which takes seconds of imports: asked when all else is right."""
         return {}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """What both phases share; a key means the same thing in every YAML file. ``load_config`` makes and checks it."""
+    """What both phases share; a key means the same in every YAML file."""
 
     model: str = limited("", ("a model name; `python -m arm_zoo list` shows them", bool))
-    model_args: dict[str, Scalar] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
+    model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = limited("", ("a folder to write to, as in output_dir=runs/first", bool))
-    seed: int = limited(0, ZERO_OR_MORE)
+    seed: int = limited(0, WHOLE)
 
     epochs: int = limited(100, ONE_OR_MORE)
-    global_batch: int = limited(1024, ONE_OR_MORE)  # pictures per optimizer step, over all processes
-    base_lr: float = limited(1.5e-4, ABOVE_ZERO)  # for 256 pictures: the peak is base_lr * global_batch / 256
+    global_batch: int = limited(1024, ONE_OR_MORE)  # images per optimizer step, over all processes
+    base_lr: float = limited(1.5e-4, ABOVE_ZERO)  # for 256 images: the peak is base_lr * global_batch / 256
     min_lr: float = limited(0.0, ZERO_OR_MORE)
     warmup_epochs: float = limited(0.0, ZERO_OR_MORE)
     weight_decay: float = limited(0.05, ZERO_OR_MORE)
     betas: tuple[float, float] = limited((0.9, 0.999), BETAS)
-    clip_grad: float | None = limited(None, ABOVE_ZERO_OR_NULL)  # L2 norm of all gradients together
+    clip_grad: float | None = limited(None, ABOVE_ZERO)  # L2 norm of all gradients together
 
     device: Literal["auto", "cpu"] = "auto"
-    cpu_threads: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # of each process; null: torch's choice
+    cpu_threads: int | None = limited(None, ONE_OR_MORE)  # of each process; null: torch's choice
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and scan states stay fp32
-    max_batch_per_device: int | None = limited(None, AT_LEAST_TWO_OR_NULL)  # accumulate gradients; null: all at once
+    # Larger parts of the global batch take several forward passes, whose gradients add up; null: all at once.
+    max_batch_per_device: int | None = limited(None, ("a whole number, 2 or more", lambda x: x >= 2))
     compile: bool = False
     cuda_graphs: bool = False  # with compile, on one GPU: replay a step's launches, for models so small that it waits
     fused_adamw: bool = True  # on CUDA; elsewhere the plain one is used
@@ -159,12 +136,21 @@ class TrainConfig(Config):
     log_every: int = limited(20, ONE_OR_MORE)  # steps between two readings of loss and gradient norm
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     checkpoint_epochs: int = limited(1, ONE_OR_MORE)  # a checkpoint at the end of every so many epochs,
-    checkpoint_steps: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # after every so many optimizer steps,
-    checkpoint_minutes: float | None = limited(10.0, ABOVE_ZERO_OR_NULL)  # and when the last one is so old
+    checkpoint_steps: int | None = limited(None, ONE_OR_MORE)  # after every so many optimizer steps,
+    checkpoint_minutes: float | None = limited(10.0, ABOVE_ZERO)  # and when the last one is so old
     keep_last: int = limited(3, ONE_OR_MORE)  # newest checkpoints kept
-    keep_every: int | None = limited(None, ONE_OR_MORE_OR_NULL)  # and those at the end of every so many epochs
+    keep_every: int | None = limited(None, ONE_OR_MORE)  # and those at the end of every so many epochs
 
     labels_needed = False  # no setting but a fact about the phase, so it bears no type
+
+    def build(self, **keywords: Any) -> "nn.Module":
+        """A new model, untrained; `keywords` win over `model_args`.
+
+        Raises:
+            ValueError: For an unknown model or sizes that do not fit each other.
+            TypeError: For an unknown keyword.
+        """
+        raise NotImplementedError
 
     def conflicts(self) -> dict[str, str]:
         """The cosine needs epochs after the warm-up and a way down, and mixup pairs."""
@@ -178,11 +164,32 @@ class TrainConfig(Config):
                 f"min_lr is {self.min_lr:g} but the peak is {peak:g} (base_lr * global_batch / 256); allowed: up to it"
             )
         if self.global_batch % 2:
-            found["global_batch"] = (
-                f"global_batch is {self.global_batch}; allowed: an even number, as pictures go in pairs"
-            )
+            found["global_batch"] = f"global_batch is {self.global_batch}; allowed: an even number, for image pairs"
         if self.cuda_graphs and not (self.compile and self.max_batch_per_device is None):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device=null"
+        return found
+
+    def unready(self) -> dict[str, str]:
+        """The images, as far as files tell without being read, the folder to write to and the tracker."""
+        found = {}
+        for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
+            if not isinstance(name, str) or name in ("", "digits"):
+                continue
+            try:
+                located = locate(name, one_split=self.data.validation is not None)
+                if key == "data.source":
+                    fraction = validation_fraction(self.data.validation, located.has_validation, self.labels_needed)
+                    fewer = fewer_training_images(located, self.global_batch, fraction, self.labels_needed)
+                    if fewer is not None:
+                        found["global_batch"] = too_large_a_batch(self.global_batch, fewer)
+            except SourceError as error:
+                found[key] = f"{key}: {error}"
+        if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
+            found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            found["tracker"] = (
+                f"tracker is {self.tracker}, which is not installed; type `pip install {self.tracker}` or tracker=none"
+            )
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
@@ -195,51 +202,23 @@ class TrainConfig(Config):
             return {"model": f"model {self.model!r}{f' with {given}' if given else ''}: {error}"}
         return {}
 
-    def build(self, **keywords: Any) -> "nn.Module":
-        """A new model, untrained.
-
-        Args:
-            keywords: Joined with ``model_args``, over which they win.
-
-        Raises:
-            ValueError: For an unknown model or sizes that do not fit each other.
-            TypeError: For an unknown keyword.
-        """
-        raise NotImplementedError
-
-    def unready(self) -> dict[str, str]:
-        """The images, the folder to write to and the tracker must be there."""
-        found = self._unready_sources()
-        if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
-            found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
-        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
-            found["tracker"] = (
-                f"tracker is {self.tracker}, which is not installed; type `pip install {self.tracker}` or tracker=none"
-            )
-        return found
-
-    def _unready_sources(self) -> dict[str, str]:
-        """What is wrong with the images, as far as files tell without being read."""
-        found = {}
-        for key in ("source", "validation"):
-            name = getattr(self.data, key)
-            if not isinstance(name, str) or name in ("", "digits"):
-                continue
-            try:
-                located = locate(name, one_split=self.data.validation is not None)
-                if key == "source":
-                    fraction = validation_fraction(self.data.validation, located.has_validation, self.labels_needed)
-                    fewer = fewer_training_images(located, self.global_batch, fraction, self.labels_needed)
-                    if fewer is not None:
-                        found["global_batch"] = too_large_a_batch(self.global_batch, fewer)
-            except SourceError as error:
-                found[f"data.{key}"] = f"data.{key}: {error}"
-        return found
-
 
 def too_large_a_batch(global_batch: int, images: int) -> str:
     """The message for a step that would see training images twice."""
-    return f"global_batch is {global_batch}; allowed: up to the {images} training pictures"
+    return f"global_batch is {global_batch}; allowed: up to the {images} training images"
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """The reason why a folder, which need not exist yet, cannot be written to; None if it can."""
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    try:
+        # asking for a file tells the truth where permission bits do not, as for root and on read-only disks
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        return f"{nearest} cannot be written to ({error.strerror})"
+    return None
 
 
 @dataclass(frozen=True)
@@ -251,7 +230,7 @@ class PretrainConfig(TrainConfig):
     warmup_epochs: float = limited(40.0, ZERO_OR_MORE)
     precision: Literal["fp32", "bf16"] = "bf16"
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
-    clip_grad: float | None = limited(3.0, ABOVE_ZERO_OR_NULL)
+    clip_grad: float | None = limited(3.0, ABOVE_ZERO)
 
     def build(self, **keywords: Any) -> "arm_zoo.ARMPretrain":
         """The pretraining model."""
@@ -268,15 +247,15 @@ class FinetuneConfig(TrainConfig):
     base_lr: float = limited(5e-4, ABOVE_ZERO)
     min_lr: float = limited(1e-6, ZERO_OR_MORE)
     warmup_epochs: float = limited(5.0, ZERO_OR_MORE)
-    pretrained: str | None = None  # a folder or file of weights, or an entry such as arm_base; null: from scratch
+    pretrained: str | None = None  # a folder or file of weights, or the name of an entry; null: from scratch
     layer_decay: float = limited(0.65, ("above 0, up to 1 (1: one rate for all layers)", lambda x: 0 < x <= 1))
-    drop_path: float = limited(0.1, SHARE)
-    label_smoothing: float = limited(0.1, SHARE)
-    mixup: float = limited(0.8, ZERO_OR_MORE)  # alpha of the Beta distribution that shares are drawn from; 0: none
+    drop_path: float = limited(0.1, BELOW_ONE)
+    label_smoothing: float = limited(0.1, BELOW_ONE)
+    mixup: float = limited(0.8, ZERO_OR_MORE)  # alpha of the Beta distribution that fractions are drawn from; 0: none
     cutmix: float = limited(1.0, ZERO_OR_MORE)
     mixup_probability: float = limited(1.0, PROBABILITY)  # that a batch is mixed at all
     mixup_switch_probability: float = limited(0.5, PROBABILITY)  # that it is by cutmix, where both are on
-    ema_decay: float | None = limited(0.99992, ("above 0 and below 1, or null", lambda x: x is None or 0 < x < 1))
+    ema_decay: float | None = limited(0.99992, ("a number above 0 and below 1", lambda x: 0 < x < 1))
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
     labels_needed = True
@@ -285,71 +264,60 @@ class FinetuneConfig(TrainConfig):
         """The backbone with a head."""
         import timm
 
-        import arm_zoo  # noqa: F401  (registers the models)
+        from arm_zoo.loading import entries
 
-        if self.model not in (names := timm.list_models("arm_*")):
+        if self.model not in (names := sorted(name for name in entries() if "." not in name)):
             raise ValueError(f"unknown; choose one of {', '.join(names)}")
         return timm.create_model(self.model, drop_path_rate=self.drop_path, **{**self.model_args, **keywords})
 
     def unready(self) -> dict[str, str]:
-        """The same, and the starting weights must exist, or be an entry's."""
-        found = super().unready()
-        if self.pretrained is not None and not Path(self.pretrained).exists() and not ENTRY.fullmatch(self.pretrained):
-            found["pretrained"] = (
-                f"pretrained is {self.pretrained!r}, which does not exist; allowed: an entry such as "
-                "arm_tiny_patch8_64 (`python -m arm_zoo list` shows them, and whose weights are there), a folder with "
-                "model.safetensors or such a file (`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), "
-                "or null"
-            )
-        return found
+        """The same, and the weights to start from, unless they may be an entry's."""
+        missing_start = {} if self.pretrained is None or ENTRY.fullmatch(self.pretrained) else self._missing_start(())
+        return super().unready() | missing_start
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """The same, and an entry that ``pretrained`` names must be known."""
-        found = super().unbuildable(to_run)
-        if to_run and self.pretrained is not None and not Path(self.pretrained).exists():
-            from timm import list_models
+        """The same, and an entry that `pretrained` names must be known."""
+        from arm_zoo.loading import entries
 
-            if self.pretrained not in (names := [*list_models("arm_*"), *list_models("arm_*", include_tags=True)]):
-                close = ", ".join(difflib.get_close_matches(self.pretrained, names, cutoff=0.4)) or "none"
-                found["pretrained"] = (
-                    f"pretrained is {self.pretrained!r}, which is neither a file or folder nor an entry; entries with "
-                    f"similar names: {close}; `python -m arm_zoo list` shows them all"
-                )
-        return found
+        return super().unbuildable(to_run) | (self._missing_start(entries()) if to_run else {})
+
+    def _missing_start(self, names: Collection[str]) -> dict[str, str]:
+        if self.pretrained is None or self.pretrained in names or Path(self.pretrained).exists():
+            return {}
+        similar = difflib.get_close_matches(self.pretrained, names, cutoff=0.4)
+        entry = f"an entry such as {', '.join(similar)}" if similar else "an entry"
+        problem = (
+            f"pretrained is {self.pretrained!r}, which does not exist; allowed: {entry} (`python -m arm_zoo "
+            "list` shows them, and whose weights are there), a folder with model.safetensors or such a file (`python "
+            "-m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
+        )
+        return {"pretrained": problem}
 
 
 class BatchPlan(NamedTuple):
-    """How one process works through its share of a global batch."""
+    """How one process works through its part of a global batch."""
 
-    per_device: int  # pictures in one forward pass
+    per_device: int  # images in one forward pass
     accumulation: int  # forward passes per optimizer step
 
 
 def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
-    """Split a global batch into equal, even parts (the two pictures that mixup mixes stay together).
-
-    Args:
-        global_batch: Pictures per optimizer step.
-        processes: Number of processes.
-        max_per_device: Pictures that one forward pass may have; None: the whole share.
+    """Split a global batch into equal, even parts of at most `max_per_device` images: mixup mixes pairs.
 
     Raises:
         ConfigError: If there is no such split; it names the nearest global batches that have one.
     """
-    share, rest = divmod(global_batch, processes)
-    if rest or share % 2:
+    part, rest = divmod(global_batch, processes)
+    if rest or part % 2:
         unit = 2 * processes
         below = global_batch // unit * unit
-        fitting = f"{below} or {below + unit}" if below else str(unit)
-        message = (
-            f"global_batch {global_batch} does not split over {processes} processes into equal, even shares; "
-            f"allowed: a multiple of {unit}, such as {fitting}"
-        )
-        raise ConfigError({"global_batch": message})
-    accumulation = -(-share // (max_per_device or share))
-    while share % (2 * accumulation):  # ends at the latest with two pictures a pass
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        problem = f"global_batch {global_batch} does not split over {processes} processes into equal, even parts"
+        raise ConfigError({"global_batch": f"{problem}; allowed: a multiple of {unit}, such as {nearest}"})
+    accumulation = -(-part // (max_per_device or part))
+    while part % (2 * accumulation):  # ends at the latest with two images a pass
         accumulation += 1
-    return BatchPlan(share // accumulation, accumulation)
+    return BatchPlan(part // accumulation, accumulation)
 
 
 def load_config(
@@ -357,69 +325,50 @@ def load_config(
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
     to_run: bool = True,
-    fit: Callable[[ConfigT, Set[str]], Mapping[str, Any]] | None = None,
+    fit: Callable[[ConfigT, Set[str]], tuple[Mapping[str, Any], str]] | None = None,
 ) -> ConfigT:
-    """Read a YAML file, lay ``key=value`` overrides over it and check the whole.
+    """Read a YAML file, lay `key=value` overrides over it and check the whole.
 
     Args:
-        kind: The dataclass to fill, for example ``PretrainConfig``.
+        kind: The dataclass to fill, for example `PretrainConfig`.
         file: YAML file with the dataclass's keys; nested keys may also be written with a dot.
-        overrides: Strings such as ``"epochs=3"`` or ``"data.source=digits"``; the last one wins.
+        overrides: Strings such as `"epochs=3"` or `"data.source=digits"`; the last one wins.
         to_run: Also check what a run needs: that nothing is missing, files exist and the output can be written.
-        fit: Gives values for keys that nobody set, from the configuration so far and the keys that were set.
+        fit: Of the configuration so far and the keys that were set, gives values for others, and what to tell of them.
 
     Raises:
         ConfigError: With every unknown key, wrong type, value out of range and impossible combination at once; what is
             wrong with the model is told when all else is right.
     """
     problems: dict[str, str] = {}
-    values = dict(flatten(read_yaml(file, problems)))
+    values = {} if file is None else read_yaml(file)
     for override in overrides:
         key, equals, text = override.partition("=")
         if equals:
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
-    given = frozenset(values)
-    config = kind(**take_arguments(kind, values, "", problems))
-    if values:  # what no field took
-        problems["unknown keys"] = unknown_keys(kind, values)
-    wrong = dict(out_of_range(config))
-    problems = wrong | problems
-    defaults = flatten(dataclasses.asdict(kind()))
-    config = _with_values(config, {key: value for key, value in defaults if key in wrong})  # for the checks below
+    config, told = filled(kind, values, problems), ""
     if fit is not None:
-        problems = (_of_given(config.unready(), given) if to_run else {}) | problems
-        if problems:  # the other values are not fitted yet: what is wrong with them would mislead
-            raise ConfigError(problems)
-        config = _with_values(config, fit(config, given))
+        try:
+            fitted, told = ({}, "") if problems else fit(config, values.keys())
+        except ConfigError as error:
+            problems = error.problems
+        if problems:  # what is wrong with values that are not fitted yet would mislead
+            unready = config.unready().items() if to_run else ()
+            raise ConfigError({key: problem for key, problem in unready if key in values} | problems)
+        config = filled(kind, {**fitted, **values}, problems)
     found = config.conflicts()
     if to_run:
-        found = dict(missing(config)) | config.unready() | found
+        found = missing(config) | config.unready() | found
     if problems := found | problems or config.unbuildable(to_run):
-        fitted_too = fit is None or not _of_given(problems, given)  # what is fitted follows from what was given
-        raise ConfigError(problems if fitted_too else _of_given(problems, given))
+        given = {key: problems[key] for key in values if key in problems}
+        raise ConfigError(given if given and fit else problems)  # from which those of fitted values follow
+    if told:
+        print(told, file=sys.stderr)
     return config
 
 
-def _of_given(problems: Mapping[str, str], given: Set[str]) -> dict[str, str]:
-    """The problems of values that somebody gave."""
-    return {key: problem for key, problem in problems.items() if key in given}
-
-
-def _with_values(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
-    """The configuration with other values of some keys, which may have one dot."""
-    nested: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        part, _, name = key.rpartition(".")
-        nested.setdefault(part, {})[name] = value
-    changed = nested.pop("", {})
-    for part, inside in nested.items():
-        changed[part] = dataclasses.replace(getattr(config, part), **inside)
-    return dataclasses.replace(config, **changed)
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration, as ``load_config`` reads it."""
-    plain = dataclasses.asdict(config)
-    return yaml.safe_dump({**plain, "betas": list(config.betas)}, sort_keys=False)
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as `load_config` reads it."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,6 +1,6 @@
-"""``python -m recipes.finetune data.source=FOLDER`` and nothing else: settings fitted to the images, and told.
+"""`python -m recipes.finetune data.source=FOLDER` and nothing else: settings fitted to the images, and told.
 
-The defaults of ``FinetuneConfig`` are the paper's, for a million images on many GPUs. Where no YAML file says what to
+The defaults of `FinetuneConfig` are the paper's, for a million images on many GPUs. Where no YAML file says what to
 do, this module chooses what nobody set so that the command succeeds for a folder of a few dozen images as well as for
 thousands. What a person sets always wins. A folder is looked at without importing torch.
 """
@@ -8,8 +8,8 @@ thousands. What a person sets always wins. A folder is looked at without importi
 import json
 import os
 import shlex
-import sys
-from collections.abc import Mapping, Set
+from collections.abc import Set
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,9 @@ import yaml
 
 from arm_zoo.images.listing import SourceError, class_folders
 from arm_zoo.images.locate import locate
-
-from .config import ENTRY, FinetuneConfig
-from .parsing import ConfigError
-from .splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
+from recipes.config import ENTRY, FinetuneConfig
+from recipes.parsing import ConfigError
+from recipes.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
@@ -43,12 +42,12 @@ class Survey(NamedTuple):
 class Choice(NamedTuple):
     """Settings that belong together, and why they are as they are."""
 
-    values: dict[str, Any]
     reason: str
+    values: dict[str, Any]
 
 
-def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> Mapping[str, Any]:
-    """Values for the keys that nobody set; a table says what they are and why.
+def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tuple[dict[str, Any], str]:
+    """Values for the keys that nobody set, and a table that says what they are and why.
 
     Args:
         config: What was set, over the defaults.
@@ -65,9 +64,9 @@ def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> Ma
     except SourceError as error:
         raise ConfigError({"data.source": f"data.source: {error}"}) from error
     choices = choose(config, given, found, going_on)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
-        print(described(config, found, choices), file=sys.stderr)
-    return {key: value for choice in choices for key, value in choice.values.items()}
+    first = os.environ.get("RANK", "0") == "0"  # of several processes the first one speaks
+    values = {key: value for choice in choices for key, value in choice.values.items()}
+    return values, described(config, found, choices) if first else ""
 
 
 def survey(config: FinetuneConfig) -> Survey:
@@ -98,7 +97,7 @@ def survey(config: FinetuneConfig) -> Survey:
 
 
 def _survey_opened(config: FinetuneConfig) -> Survey:
-    from .sources import open_source  # with the libraries that read them, which take seconds to import
+    from recipes.sources import open_source  # with the libraries that read them, which take seconds to import
 
     source = open_source(config.data, labels_needed=True)
     size = source.train.size
@@ -109,45 +108,39 @@ def _survey_opened(config: FinetuneConfig) -> Survey:
 
 def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: bool = True) -> list[Choice]:
     """The settings that nobody set, fitted to the images and to those that somebody did set."""
-    choices = [_start(config, given, found)]
-    if found.held_out is not None and config.data.validation is None:
-        reason = (
-            f"there are no validation images: of each class {found.held_out:.0%} are held out, always the same ones"
-        )
-        choices.append(Choice({"data.validation": found.held_out}, reason))
     output = Path(config.output_dir) if "output_dir" in given else _free_folder(config.data.source)
     earlier = _batch_of_run(output, config.data.source) if going_on else None
     batch = config.global_batch if "global_batch" in given else earlier or _batch(found.train)
     epochs = config.epochs if "epochs" in given else _epochs(found.train)
     if "warmup_epochs" in given:
         epochs = max(epochs, int(config.warmup_epochs) + 1)
-    few = found.train < 1000
     every = max(1, epochs // 4)
+    of_batch = f"of the run in {output}, to go on with" if earlier else f"for {_count(found.train, 'training image')}"
+    workers = 1 if found.train < 1000 else min(WORKERS, os.cpu_count() or 1)
+    choices = [_start(config, given, found)]
+    if found.held_out is not None and config.data.validation is None:
+        reason = f"there are no validation images: {found.held_out:.0%} of each class are, always the same ones"
+        choices.append(Choice(reason, {"data.validation": found.held_out}))
     choices += [
+        Choice(of_batch, {"global_batch": batch}),
+        Choice(f"{_count(found.train // batch, 'step')} each", {"epochs": epochs, "warmup_epochs": epochs / 10}),
         Choice(
-            {"global_batch": batch},
-            f"of the run in {output}, to go on with" if earlier else f"for {_count(found.train, 'training image')}",
-        ),
-        Choice({"epochs": epochs, "warmup_epochs": epochs / 10}, f"{_count(found.train // batch, 'step')} each"),
-        Choice(
-            {"base_lr": PEAK * 256 / batch, "min_lr": 0.0, "layer_decay": 0.75},
             f"a peak of {PEAK:g} at the head, less in the layers below it",
+            {"base_lr": PEAK * 256 / batch, "min_lr": 0.0, "layer_decay": 0.75},
         ),
         Choice(
-            {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "ema_decay": None},
             "against overfitting in long trainings; this one is short",
+            {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "ema_decay": None},
         ),
-        Choice({"evaluate_every": every, "checkpoint_epochs": every}, "epochs between scores and checkpoints"),
-        Choice({"precision": "fp32", "tracker": "none"}, "right on every device; curves.png shows the figures"),
-        Choice({"data.workers": 1 if few else min(WORKERS, os.cpu_count() or 1)}, "processes that decode images"),
+        Choice("epochs between scores and checkpoints", {"evaluate_every": every, "checkpoint_epochs": every}),
+        Choice("right on every device; curves.png shows the figures", {"precision": "fp32", "tracker": "none"}),
+        Choice("processes that decode images", {"data.workers": workers}),
     ]
     if not found.grey:
-        variation = {"data.random_crop": (0.5, 1.0), "data.flip": 0.5}
-        choices.append(Choice(variation, "variation; data.flip=0 where left and right matter, as in writing"))
-    choices.append(Choice({"output_dir": str(output)}, "where the results go"))
-    left = [
-        Choice({key: each.values[key] for key in each.values if key not in given}, each.reason) for each in choices
-    ]
+        reason = "augmentation; data.flip=0 where left and right matter, as in writing"
+        choices.append(Choice(reason, {"data.random_crop": (0.5, 1.0), "data.flip": 0.5}))
+    choices.append(Choice("where the results go", {"output_dir": str(output)}))
+    left = (Choice(why, {key: what[key] for key in what if key not in given}) for why, what in choices)
     return [choice for choice in left if choice.values]
 
 
@@ -155,17 +148,14 @@ def _start(config: FinetuneConfig, given: Set[str], found: Survey) -> Choice:
     """Model and starting weights."""
     bundled = GREY if found.grey else COLOUR
     if "model" in given:
-        return Choice(
-            {"pretrained": None}, f"from scratch, as model was named; pretrained={config.model} starts trained"
-        )
+        reason = f"from scratch, as model was named; pretrained={config.model} starts trained"
+        return Choice(reason, {"pretrained": None})
     if "pretrained" not in given:
-        kind = "grey" if found.grey else "colour"
-        return Choice(
-            {"model": bundled, "pretrained": bundled}, f"the trained model for {kind} images that is included"
-        )
+        reason = f"the trained model for {'grey' if found.grey else 'colour'} images that is included"
+        return Choice(reason, {"model": bundled, "pretrained": bundled})
     if config.pretrained is None:
-        return Choice({"model": bundled}, "the smallest model for such images; it starts from scratch")
-    return Choice({"model": _architecture(config.pretrained)}, "of the weights to start from")
+        return Choice("the smallest model for such images; it starts from scratch", {"model": bundled})
+    return Choice("of the weights to start from", {"model": _architecture(config.pretrained)})
 
 
 def _architecture(pretrained: str) -> str:
@@ -183,12 +173,10 @@ def _architecture(pretrained: str) -> str:
 
 
 def _batch(images: int) -> int:
-    """Three steps or more in an epoch; even shares for all processes."""
+    """Three steps or more in an epoch; even parts for all processes."""
     unit = 2 * int(os.environ.get("WORLD_SIZE", "1"))
-    batch = unit
-    while 2 * batch <= min(images // 3, max(unit, LARGEST_BATCH)):
-        batch *= 2
-    return batch
+    most = min(images // 3, max(unit, LARGEST_BATCH)) // unit
+    return unit * 2 ** max(0, most.bit_length() - 1)
 
 
 def _epochs(images: int) -> int:
@@ -197,22 +185,11 @@ def _epochs(images: int) -> int:
 
 
 def _free_folder(source: str) -> Path:
-    """``runs/NAME``, with a number where another source of this name has been trained on."""
+    """`runs/NAME`, with a number where another source of this name has been trained on."""
     parts = Path(source.removeprefix("hf://").rstrip("/")).expanduser().absolute().parts
     name = next((part for part in reversed(parts) if not set(part) & set("*?[{/")), "run")  # a pattern is no name
-    folders = (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
-    return next(folder for folder in folders if _source_of(folder) in (None, source))
-
-
-def _source_of(run: Path) -> str | None:
-    """What the run in a folder is trained on; None where there is no run."""
-    try:
-        told = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return str(told["data"]["source"])
-    except FileNotFoundError:
-        return "" if run.is_dir() and any(run.iterdir()) else None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
-        return ""  # something else: another folder is taken
+    folders = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    return next(folder for folder in folders if _source_and_batch(folder)[0] in (None, source))
 
 
 def _batch_of_run(run: Path, source: str) -> int | None:
@@ -220,22 +197,28 @@ def _batch_of_run(run: Path, source: str) -> int | None:
 
     Images may have been added since, for which another batch would be chosen, and then the run could not go on.
     """
-    if _source_of(run) != source or not any((run / "checkpoints").glob("step-*")):
-        return None
-    batch = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("global_batch")
-    return batch if isinstance(batch, int) and batch >= 1 else None
+    trained_on, batch = _source_and_batch(run)
+    return batch if trained_on == source and any((run / "checkpoints").glob("step-*")) else None
+
+
+def _source_and_batch(run: Path) -> tuple[str | None, int | None]:
+    """What the run in a folder is trained on, and its global batch; None where there is no run."""
+    try:
+        told = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return str(told["data"]["source"]), int(told["global_batch"])
+    except FileNotFoundError:
+        return "" if run.is_dir() and any(run.iterdir()) else None, None
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError):
+        return "", None  # something else: another folder is taken
 
 
 def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> str:
     """The table of what was chosen, as a person would type it."""
-    rows = [
-        (" ".join(f"{key}={shlex.quote(_text(value))}" for key, value in each.values.items()), each.reason)
-        for each in choices
-    ]
-    width = max(len(settings) for settings, _ in rows)
+    typed = [" ".join(f"{key}={shlex.quote(_text(value))}" for key, value in each.values.items()) for each in choices]
+    width = max(map(len, typed))
     images = f"{_count(found.train, 'image')} of {found.classes} classes"
     lines = [f"{config.data.source}: {images} to train on. Chosen for them:"]
-    lines += [f"  {settings:{width}}  {reason}" for settings, reason in rows]
+    lines += [f"  {settings:{width}}  {choice.reason}" for settings, choice in zip(typed, choices, strict=True)]
     return "\n".join([*lines, "Every one of these can be typed after the command to change it."])
 
 
@@ -244,8 +227,4 @@ def _count(number: int, what: str) -> str:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, tuple):
-        return f"[{','.join(map(_text, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

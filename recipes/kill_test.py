@@ -5,35 +5,28 @@ python -m recipes.kill_test --kills 20 --config recipes/configs/pretrain_digits.
 
 import argparse
 import contextlib
-import importlib
 import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-RECIPES = ("pretrain", "finetune")
+from recipes import command_line
+
 COMPARED = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")  # of the last checkpoint
 AIMED = 3  # every so many kills one waits until a checkpoint is being written
 PATIENCE = 600.0  # seconds that one process may take
 
 
 class KillTest:
-    """Runs of one command, in processes forked from a server that has everything imported already.
-
-    Args:
-        recipe: "pretrain" or "finetune".
-        arguments: Its command line, without ``output_dir``.
-        folder: Gets one subfolder per run.
-        seed: Of the moments.
-    """
+    """Runs of one command, in processes forked from a server that has everything imported already."""
 
     def __init__(self, recipe: str, arguments: Sequence[str], folder: Path, seed: int) -> None:
+        """Take the command line without `output_dir`, a folder for the runs, and the seed of the moments."""
         self._recipe, self._arguments, self._folder = recipe, list(arguments), folder
         self._random = random.Random(seed)
         self._context = multiprocessing.get_context("forkserver")
@@ -41,16 +34,15 @@ class KillTest:
         self._context.set_forkserver_preload([f"recipes.{recipe}", "sklearn.datasets", "sklearn.model_selection"])
 
     def run(self, kills: int) -> int:
-        """Kill ``kills`` times, over as many runs as that takes.
-
-        Returns:
-            How many of the kills hit the writing of a checkpoint.
+        """Kill `kills` times, over as many runs as that takes; the number that hit the writing of a checkpoint.
 
         Raises:
             RuntimeError: If a process fails on its own, or a resumed run ends with other bits.
         """
         whole = self._folder / "whole"
-        self._finish(self._begin(print))  # starts the server, which must not count
+        server = self._context.Process(target=print)  # whose start must not count
+        server.start()
+        self._finish(server)
         started = time.monotonic()
         self._finish(self._start(whole))
         duration = time.monotonic() - started
@@ -63,18 +55,15 @@ class KillTest:
                 if self._kill(self._start(folder), folder, delay, aimed=killed % AIMED == 0):
                     break
                 killed += 1
-                hits += any(written_now(folder))
+                hits += being_written(folder)
             self._finish(self._start(folder))
             self._compare(whole, folder)
             print(f"{killed} of {kills} kills, {hits} of them inside a checkpoint's writing; run {runs}: equal bits")
         return hits
 
     def _start(self, folder: Path) -> BaseProcess:
-        arguments = [*self._arguments, f"output_dir={folder}"]
-        return self._begin(_train, self._recipe, arguments, folder.with_suffix(".log"))
-
-    def _begin(self, function: Callable[..., None], *arguments: Any) -> BaseProcess:
-        process = self._context.Process(target=function, args=arguments)
+        arguments = (self._recipe, [*self._arguments, f"output_dir={folder}"], folder.with_suffix(".log"))
+        process = self._context.Process(target=_train, args=arguments)
         process.start()
         return process
 
@@ -87,14 +76,14 @@ class KillTest:
     def _kill(self, process: BaseProcess, folder: Path, delay: float, aimed: bool) -> bool:
         """Send SIGKILL after a delay, or later when a checkpoint is being written; True if the run ended first."""
         process.join(delay)
-        while aimed and process.is_alive() and not any(written_now(folder)):
+        while aimed and process.is_alive() and not being_written(folder):
             time.sleep(0.0005)
-        if not process.is_alive():
+        if not process.is_alive() or process.pid is None:
             self._finish(process)
             return True
         process.kill()
         process.join()
-        with contextlib.suppress(ProcessLookupError):  # what loaded pictures for it
+        with contextlib.suppress(ProcessLookupError):  # what loaded images for it
             os.killpg(process.pid, signal.SIGKILL)
         return False
 
@@ -107,16 +96,16 @@ class KillTest:
                 raise RuntimeError(f"{found / name} has other bits than {expected / name}")
 
 
-def written_now(folder: Path) -> Iterator[Path]:
-    """Checkpoints that a run in ``folder`` is writing, or was writing when it was killed."""
-    return (folder / "checkpoints").glob(".partial-*")
+def being_written(folder: Path) -> bool:
+    """Whether a run in `folder` is writing a checkpoint, or was when it was killed."""
+    return any((folder / "checkpoints").glob(".partial-*"))
 
 
 def _train(recipe: str, arguments: list[str], log: Path) -> None:
     os.setsid()  # a process group with its workers: forked from a server, they would not notice its end
     with log.open("a") as stream:
         sys.stdout = sys.stderr = stream
-        importlib.import_module(f"recipes.{recipe}").main(arguments)
+        command_line.main(recipe, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="All further words, as in --config FILE key=value, are handed on to the recipe.",
     )
     parser.add_argument("--kills", type=int, default=20, help="how often (%(default)s)")
-    parser.add_argument("--recipe", choices=RECIPES, default="pretrain", help="(%(default)s)")
+    parser.add_argument("--recipe", choices=command_line.RECIPES, default="pretrain", help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="empty folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     arguments, command = parser.parse_known_args(argv)

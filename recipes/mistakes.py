@@ -1,16 +1,27 @@
 """What can go wrong in a run through no fault of the code, and how it is told."""
 
+import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
 from arm_zoo import CheckpointError
 from arm_zoo.images.listing import SourceError
-
-from .config import ConfigError
-from .errors import RunError
+from recipes.errors import RunError
+from recipes.parsing import ConfigError
 
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
+
+
+@contextmanager
+def told_as_mistakes(program: str) -> Iterator[None]:
+    """Let the program end with 1 and one message where the block cannot start or go on."""
+    try:
+        yield
+    except MISTAKES as error:
+        sys.exit(f"{program}: {described(error)}")
 
 
 def described(error: Exception) -> str:

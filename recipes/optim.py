@@ -5,25 +5,22 @@ from typing import Any
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
-from .config import TrainConfig
+from recipes.config import TrainConfig
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig, layer_decay: float | None = None) -> AdamW:
-    """AdamW over the spec's groups; the rate starts at 0 and is set before every step."""
-    groups = parameter_groups(model, config.weight_decay, layer_decay)
+def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW over `parameter_groups`; the rate starts at 0 and is set before every step."""
+    groups = parameter_groups(model, config.weight_decay, getattr(config, "layer_decay", None))
     fused = config.fused_adamw and next(model.parameters()).device.type == "cuda"
     return AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=fused)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
-    """Groups with ``weight_decay`` (0 for biases, 1-D parameters and what the model names) and perhaps ``lr_scale``.
+def parameter_groups(model: Any, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+    """What is trained, in groups with `weight_decay`, but 0 for biases, 1-D parameters and `model.no_weight_decay()`.
 
-    Args:
-        model: Its ``no_weight_decay()`` names parameters without decay; frozen ones are left out.
-        weight_decay: For all other parameters.
-        layer_decay: Factor of the rate from one layer to the one below it, by the model's ``group_matcher``.
+    With `layer_decay`, the factor of the rate from one layer to the one below it, they have `lr_scale` too.
     """
     undecayed = model.no_weight_decay()
     if layer_decay is None:
@@ -32,15 +29,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
 
 
 def learning_rate(epoch: float, config: TrainConfig) -> float:
-    """Linear warm-up from 0, then half a cosine to ``min_lr``; ``epoch`` is fractional, so every step has its rate."""
+    """Linear warm-up from 0, then half a cosine to `min_lr`; `epoch` is fractional, so every step has its rate."""
     peak = config.base_lr * config.global_batch / 256
     if epoch < config.warmup_epochs:
         return peak * epoch / config.warmup_epochs
     done = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
     return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group its share; the scale acts on the whole value, ``min_lr`` included."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)

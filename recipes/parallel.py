@@ -1,63 +1,106 @@
-"""One model on many processes: gradients averaged (DDP) or everything sharded (FSDP), and its state as one process's.
+"""One model on many processes: gradients averaged (DDP) or all sharded (FSDP), one state, and collectives.
 
-accelerate's ``prepare`` is left out on purpose: it also patches ``forward`` of the bare model, which is scored,
-averaged and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes and devices are used.
+accelerate's `prepare` is left out on purpose: it also patches `forward` of the bare model, which is scored, averaged
+and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes and devices are used.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-from .config import TrainConfig
-from .errors import RunError
+from recipes.config import TrainConfig
+from recipes.errors import RunError
+from recipes.signals import StopWaiting
 
 Tensors = dict[str, Tensor]
+ResultT = TypeVar("ResultT")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; the others get nothing
-FROM_WHOLE = StateDictOptions(full_state_dict=True)
-# the name that torch 2.14 deprecates for the one that torch 2.8 does not know
-NAMES = inspect.signature(DistributedDataParallel).parameters
-BUFFERS_TRAVEL = "forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers"
+NEWER, OLDER = "forward_sync_buffers", "broadcast_buffers"  # torch 2.14 deprecates what 2.8 knows
+BUFFERS_TRAVEL = NEWER if NEWER in inspect.signature(DistributedDataParallel).parameters else OLDER
+ENDED, STOPPED, FAILED = range(3)  # ways out of a block, the worst one last
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+class Collectives:
+    """Lets all processes go by what any of them has or finds; every process must make the same calls.
+
+    It runs on the CPU (gloo), so that no process waits for what its GPU still has to do.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self._group is None:
+            return number
+        numbers = torch.tensor(number)
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
+        return int(numbers.item())
+
+    def union(self, lines: set[str]) -> set[str]:
+        """All processes' lines."""
+        if self._group is None:
+            return lines
+        gathered: list[set[str]] = [set() for _ in range(distributed.get_world_size(self._group))]
+        distributed.all_gather_object(gathered, lines, self._group)
+        return set().union(*gathered)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise on every process if the block fails, or stops waiting, on any, so that none deadlocks.
+
+        Nothing in the block may wait for other processes.
+        """
+        outcome = ENDED
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # whatever it is: it is raised again
+            outcome, problem = FAILED, error
+        except StopWaiting:
+            outcome = STOPPED
+        worst = self.largest(outcome)
+        if worst == FAILED:
+            raise problem or RunError("stopped, as another process cannot go on; its message says why")
+        if worst == STOPPED:
+            raise StopWaiting
+
+    def on_main(self, action: Callable[[], ResultT]) -> ResultT:
+        """Do something on the main process; all get its result, and all end if it fails."""
+        result: list[Any] = [None]
+        with self.together():
+            if self.accelerator.is_main_process:
+                result = [action()]
+        if self._group is not None:
+            distributed.broadcast_object_list(result, 0, self._group)
+        return result[0]
+
+
+def shard(model: Any, accelerator: Accelerator) -> None:
     """Distribute parameters over the processes (FSDP), block by block, in place.
 
     Parameters are gathered in float32 and computed with under autocast, so that what the scan needs in float32
-    (``A_log``, ``D``, biases) is what it is without sharding.
-
-    Raises:
-        RunError: If there is only one process.
+    (`A_log`, `D`, biases) is what it is without sharding.
     """
     if accelerator.num_processes == 1:
         raise RunError("fsdp is true, but there is one process; start several with torchrun, or type fsdp=false")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in (*model.blocks, *getattr(model, "decoder_blocks", ())):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
+    for part in (*model.blocks, *getattr(model, "decoder_blocks", ()), model):
+        fully_shard(part, mesh=mesh)
 
 
 def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """The callable that trains ``model``: compiled if asked for, gradients averaged over the processes.
-
-    Raises:
-        RunError: If CUDA graphs are asked for where they are not known to work.
-    """
+    """The callable that trains `model`: compiled if asked for, gradients averaged over the processes."""
     kind = accelerator.device.type
     if config.cuda_graphs and (kind != "cuda" or accelerator.num_processes > 1):
         raise RunError(
@@ -65,40 +108,29 @@ def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator
             "process on a GPU (cuda); type cuda_graphs=false"
         )
     mode = "reduce-overhead" if config.cuda_graphs else "default"
-    forward = torch.compile(model, mode=mode) if config.compile else model
+    forward: Any = torch.compile(model, mode=mode) if config.compile else model
     if accelerator.num_processes == 1 or config.fsdp:
         return forward
-    on_gpu = kind != "cpu"
-    return DistributedDataParallel(
-        forward,
-        device_ids=[accelerator.device] if on_gpu else None,
-        gradient_as_bucket_view=True,
-        **{BUFFERS_TRAVEL: False},  # they are tables, equal everywhere
-    )
+    options: dict[str, Any] = {BUFFERS_TRAVEL: False, "gradient_as_bucket_view": True}  # buffers are equal everywhere
+    return DistributedDataParallel(forward, None if kind == "cpu" else [accelerator.device], **options)
 
 
-@contextmanager
-def gradients_reduced(wrapped: nn.Module, model: nn.Module, last: bool) -> Iterator[None]:
+def gradients_reduced(forward: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Average gradients over the processes only with the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-        yield
-    elif isinstance(wrapped, DistributedDataParallel) and not last:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+    return forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[nn.Module]:
+def whole_parameters(model: nn.Module) -> Iterator[None]:
     """Hold all parameters of a sharded model on every process, so that each can run forward passes on its own."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False)
         module.unshard()
     try:
-        yield model
+        yield
     finally:
         for module in sharded:
             module.reshard()
@@ -108,26 +140,5 @@ def whole_parameters(model: nn.Module) -> Iterator[nn.Module]:
 
 def model_state(model: nn.Module) -> Tensors:
     """Names -> whole tensors on the CPU of the main process; every process must call it."""
-    return get_model_state_dict(model, options=WHOLE)
-
-
-def load_model_state(model: nn.Module, tensors: Tensors) -> None:
-    """The reverse; every process gives the whole tensors."""
-    set_model_state_dict(model, tensors, options=FROM_WHOLE)
-
-
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> Tensors:
-    """``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``step/NAME`` of every parameter; every process must call it."""
-    state = get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
-    return {f"{kind}/{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
-
-
-def load_optimizer_state(model: nn.Module, optimizer: Optimizer, tensors: Tensors) -> None:
-    """The reverse; groups, rates and decay stay those of ``optimizer``."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    state: dict[str, Tensors] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        state.setdefault(name, {})[kind] = tensor
-    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=FROM_WHOLE)
+    state: Any = get_model_state_dict(model, options=WHOLE)
+    return state

@@ -1,25 +1,26 @@
-"""From YAML and ``key=value`` to typed values: what the configurations are read with; it knows none of their keys."""
+"""From YAML and `key=value` to a typed dataclass, by OmegaConf; this module knows none of the keys.
 
-import contextlib
-import dataclasses
+Values count as they are typed: `${...}` and `???`, which OmegaConf would replace, are refused.
+"""
+
 import difflib
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
-import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-Limit = tuple[str, Callable[[Any], bool]]  # the allowed values in words and as a test
+Limit = tuple[str, Callable[[Any], bool]]  # the allowed values in words and as a test, which None need not pass
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """Every problem of a configuration at once.
-
-    Args:
-        problems: Key -> one line that names what came and what is allowed.
-    """
+    """Every problem of a configuration at once: key -> one line that names what came and what is allowed."""
 
     def __init__(self, problems: Mapping[str, str]) -> None:
         self.problems = dict(problems)
@@ -27,22 +28,25 @@ class ConfigError(ValueError):
         super().__init__("\n  - ".join([f"the configuration has {count}:", *problems.values()]))
 
 
-def read_yaml(file: str | Path | None, problems: dict[str, str]) -> Mapping[str, Any]:
-    """The mapping that a file holds; what it holds instead, or that there is no such file, is a problem."""
-    if file is None:
-        return {}
+def limited(default: Any, limit: Limit) -> Any:
+    """A dataclass field whose value is checked; a text with a limit must not be empty when a run starts."""
+    return field(default=default, metadata={"limit": limit})
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The values in a file by dotted key.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds something else.
+    """
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems["--config"] = f"--config {file}: there is no such file; allowed: a YAML file, as in recipes/configs"
-        return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems["--config"] = f"{file} is not YAML: {error}; allowed: a YAML file, as in recipes/configs"
-        return {}
-    if not isinstance(content, Mapping):
-        problems["--config"] = f"{file} holds {type(content).__name__}; allowed: a mapping of keys to values"
-        return {}
-    return content
+        content: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if not isinstance(content, dict):
+            raise ValueError("it holds a list")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        allowed = "allowed: a YAML file of keys and values, as in recipes/configs"
+        raise ConfigError({"--config": f"--config {file}: {error}; {allowed}"}) from error
+    return dict(flatten(content))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -54,117 +58,75 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def out_of_range(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Key and problem of every field outside its limit; empty text is missing, not wrong."""
-    for key, value, allowed, holds in _limits(config, prefix):
-        if value != "" and not holds(value):
-            yield key, f"{key} is {value}; allowed: {allowed}"
+def filled(kind: type[T], values: Mapping[str, Any], problems: dict[str, str]) -> T:
+    """A `kind` with these values by dotted key; those that it cannot take become problems, and are left out."""
+    known = dict(_fields(kind))
+    settings = OmegaConf.structured(kind)
+    for part in (settings, *filter(OmegaConf.is_config, settings.values())):
+        OmegaConf.set_readonly(part, False)  # as the dataclasses are frozen
+    unknown = []
+    for key, value in values.items():
+        setting = known.get(key) or known.get(f"{key.rpartition('.')[0]}.NAME")
+        if setting is None:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+            unknown.append(f"{key} (did you mean {close[0]}?)" if close else key)
+        elif "${" in str(value) or value == "???":
+            problems[key] = f"{key} is {value}; allowed: the value itself, as ${{...}} and ??? stand for nothing here"
+        elif not _takes(settings, key, value, setting):
+            problems[key] = f"{key} is {value}; allowed: {_allowed(setting)}"
+    if unknown:
+        problems["unknown keys"] = f"no key of {kind.__name__}: {', '.join(unknown)}; allowed: {', '.join(known)}"
+    return cast(T, OmegaConf.to_object(settings))
 
 
-def missing(config: Any) -> Iterator[tuple[str, str]]:
-    """Key and problem of every text that a run cannot do without and that is empty."""
-    for key, value, allowed, holds in _limits(config):
-        if value == "" and not holds(value):
-            yield key, f"{key} is missing; allowed: {allowed}"
+def missing(config: Any) -> dict[str, str]:
+    """Key -> problem of every text that a run cannot do without and that is empty."""
+    limits = {key: setting for key, setting in _fields(type(config)) if "limit" in setting.metadata}
+    empty = [key for key in limits if attrgetter(key)(config) == ""]
+    return {key: f"{key} is missing; allowed: {_allowed(limits[key])}" for key in empty}
 
 
-def _limits(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, Callable[[Any], bool]]]:
-    for item in dataclasses.fields(config):
-        key, value = prefix + item.name, getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _limits(value, f"{key}.")
-        elif "limit" in item.metadata:
-            yield key, value, *item.metadata["limit"]
-
-
-def take_arguments(kind: type[Any], values: dict[str, Any], prefix: str, problems: dict[str, str]) -> dict[str, Any]:
-    """Take the keys of the dataclass ``kind`` out of ``values``, converted; what does not convert is a problem."""
-    taken: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        key = prefix + name
-        if dataclasses.is_dataclass(hint):
-            taken[name] = hint(**take_arguments(hint, values, f"{key}.", problems))
-        elif typing.get_origin(hint) is dict:
-            found = [given for given in values if given.startswith(f"{key}.")]
-            taken[name] = {given.removeprefix(f"{key}."): _scalar(values.pop(given)) for given in found}
-        elif key in values:
-            value = values.pop(key)
-            try:
-                taken[name] = _convert(value, hint)
-            except ValueError:
-                problems[key] = f"{key} is {value!r}; allowed: {_describe(hint)}"
-    return taken
-
-
-def _scalar(value: Any) -> Any:
-    """What a command line's text means: YAML's reading, and 1e-3 a number although YAML 1.1 wants 1.0e-3."""
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    if not isinstance(parsed, str):
-        return parsed
-    try:
-        return float(parsed)
-    except ValueError:
-        return parsed
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """``value`` as ``hint``; ValueError if it is something else (True is no number, 2.5 no integer)."""
-    if hint is str and isinstance(value, str):
-        return value
-    choices = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal and value in choices:
-        return value
-    parsed = _scalar(value)
-    if isinstance(hint, types.UnionType):
-        return None if parsed is None else _convert_to_one(value, choices)
-    if typing.get_origin(hint) is tuple and isinstance(parsed, list) and len(parsed) == len(choices):
-        return tuple(_convert(entry, choice) for entry, choice in zip(parsed, choices, strict=True))
-    if hint is bool and isinstance(parsed, bool):
-        return parsed
-    if hint is float and isinstance(parsed, int | float) and not isinstance(parsed, bool):
-        return float(parsed)
-    if hint is int and isinstance(parsed, int) and not isinstance(parsed, bool):
-        return parsed
-    raise ValueError(value)
-
-
-def _convert_to_one(value: Any, choices: Iterable[Any]) -> Any:
-    """``value`` as the first of several types that it can be."""
-    for choice in choices:
-        with contextlib.suppress(ValueError):
-            return _convert(value, choice)
-    raise ValueError(value)
-
-
-def _describe(hint: Any) -> str:
-    choices = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return ", ".join(map(str, choices))
-    if isinstance(hint, types.UnionType):
-        return ", or ".join("null" if choice is types.NoneType else _describe(choice) for choice in choices)
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {len(choices)}, each {_describe(choices[0])}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
-
-
-def unknown_keys(kind: type[Any], unknown: Iterable[str]) -> str:
-    """One line that names every unknown key and the one that was probably meant."""
-    known = list(_keys(kind))
-    named = []
-    for key in unknown:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-        named.append(f"{key} (did you mean {close[0]}?)" if close else key)
-    return f"no key of {kind.__name__}: {', '.join(named)}; allowed: {', '.join(known)}"
-
-
-def _keys(kind: type[Any], prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(hint, f"{prefix}{name}.")
+def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every dotted key with its field; those of a dict are called NAME."""
+    for setting in fields(kind):
+        if is_dataclass(setting.type):
+            yield from _fields(cast(type[Any], setting.type), f"{prefix}{setting.name}.")
         else:
-            yield f"{prefix}{name}.NAME" if typing.get_origin(hint) is dict else prefix + name
+            yield f"{prefix}{setting.name}{'.NAME' if get_origin(setting.type) is dict else ''}", setting
+
+
+def _allowed(setting: Field[Any]) -> str:
+    """What a field takes, in words."""
+    if get_origin(setting.type) is Literal:
+        return ", ".join(get_args(setting.type))
+    words, _ = setting.metadata.get("limit", ("true or false" if setting.type is bool else "text", None))
+    return f"{words}, or null" if NoneType in get_args(setting.type) else words
+
+
+def _takes(settings: DictConfig, key: str, value: Any, setting: Field[Any]) -> bool:
+    """Set a value that is within the field's type, to which OmegaConf converts it, and limit; False if it is not."""
+    try:
+        before = OmegaConf.select(settings, key)
+        OmegaConf.update(settings, key, _meant(value, setting.type))
+        now = OmegaConf.select(settings, key)
+        _, holds = setting.metadata.get("limit", (None, lambda _: True))
+        if now is None or now == "" or holds(now):
+            return True
+        OmegaConf.update(settings, key, before)
+    except (ValueError, OmegaConfBaseException):
+        pass
+    return False
+
+
+def _meant(value: Any, hint: Any) -> Any:
+    """What YAML reads in a text, where 1e-3 is a number; but text stays text where the field takes text, or null."""
+    takes_text = hint in (str, str | None)
+    if takes_text and not isinstance(value, str | None):
+        raise ValueError(value)  # its text may be another: 7 for 007
+    if hint is str or not isinstance(value, str):
+        return value
+    try:
+        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+    except (YAMLError, OmegaConfBaseException):
+        return value
+    return value if takes_text and read["value"] is not None else read["value"]

@@ -18,52 +18,38 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.files import described_by_folder, read_config
+from arm_zoo.files import described_by_folder, read_config, write_text
 from arm_zoo.images.listing import SourceError
 from arm_zoo.loading import entries, load
-
-from .config import (
-    ABOVE_ZERO,
-    ONE_OR_MORE,
-    ZERO_OR_MORE,
-    Config,
-    ConfigError,
-    DataConfig,
-    Scalar,
-    limited,
-    load_config,
-)
-from .data import EvalLoader
-from .errors import RunError
-from .files import write_text
-from .mistakes import MISTAKES, described
-from .sources import Source, Split, open_source
-from .undecodable import check_undecodable
+from recipes import command_line
+from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
+from recipes.data import EvalLoader
+from recipes.errors import RunError
+from recipes.mistakes import told_as_mistakes
+from recipes.parsing import limited
+from recipes.sources import Source, Split, open_source
+from recipes.undecodable import check_undecodable
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 LINEAR_BATCH = 256
 HELD_OUT = 0.1  # of the training features, to choose the rate on
-COMPARED_AT_ONCE = 256  # pictures whose similarities to all training pictures are held in memory
+COMPARED_AT_ONCE = 256  # images whose similarities to all training images are held in memory
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Config):
-    """What ``python -m recipes.probe`` takes as ``key=value``."""
+    """What `python -m recipes.probe` takes as `key=value`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: str = ""  # a timm entry, for weights that are a file; folders tell it
-    model_args: dict[str, Scalar] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
+    model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     output: str = limited("probe.json", ("a file to write to, as in output=probe.json", bool))
-    seed: int = limited(0, ZERO_OR_MORE)
+    seed: int = limited(0, WHOLE)
     device: Literal["auto", "cpu"] = "auto"
-    batch: int = limited(256, ONE_OR_MORE)  # pictures per forward pass
+    batch: int = limited(256, ONE_OR_MORE)  # images per forward pass
     neighbours: int = limited(20, ONE_OR_MORE)
     temperature: float = limited(0.07, ABOVE_ZERO)
     linear_epochs: int = limited(100, ONE_OR_MORE)
-
-    def unready(self) -> dict[str, str]:
-        """Nothing but the source, which ``open_source`` looks at, has to be there."""
-        return {}
 
 
 class Features(NamedTuple):
@@ -115,18 +101,11 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
 
 @torch.inference_mode()
 def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, purpose: str) -> Features:
-    """The model's pooled features of every picture that can be decoded, without variation.
-
-    Raises:
-        RunError: If none can, or if features are not finite numbers.
-        SourceError: If more cannot than ``data.max_undecodable`` puts up with.
-    """
+    """The model's pooled features of every image that can be decoded, without augmentation."""
     device = next(model.parameters()).device
     loader = EvalLoader(split, inputs, config.batch, workers=config.data.workers, device=device)
-    values, classes, skipped = [], [], 0
-    for batch in track(
-        loader, f"features of the {purpose} pictures", total=None, transient=True, disable=not sys.stdout.isatty()
-    ):
+    quiet, values, classes, skipped = not sys.stdout.isatty(), [], [], 0
+    for batch in track(loader, f"features of the {purpose} images", total=None, transient=True, disable=quiet):
         skipped += len(batch.undecodable)
         if len(batch.classes) == 0:
             continue
@@ -142,10 +121,9 @@ def extract(model: nn.Module, split: Split, inputs: dict[str, Any], config: Prob
 
 
 def knn_top1(train: Features, test: Features, neighbours: int, temperature: float) -> float:
-    """Top-1 in percent of the vote of the nearest training pictures.
+    """Top-1 in percent of the vote of the nearest training images by cosine similarity.
 
-    As in DINO (arXiv:2104.14294, section 4.1): by cosine similarity, each neighbour's vote being exp(similarity /
-    temperature).
+    Each neighbour's vote is exp(similarity / temperature), as in DINO (arXiv:2104.14294, section 4.1).
     """
     number = int(train.classes.max()) + 1
     reference = F.normalize(train.values, dim=1)
@@ -153,7 +131,7 @@ def knn_top1(train: Features, test: Features, neighbours: int, temperature: floa
     for values, classes in zip(test.values.split(COMPARED_AT_ONCE), test.classes.split(COMPARED_AT_ONCE), strict=True):
         similarity = F.normalize(values, dim=1) @ reference.T
         nearest, places = similarity.topk(min(neighbours, len(reference)), dim=1)
-        # Less the nearest one's similarity, which changes no vote's share: exp would overflow at low temperatures.
+        # Less the nearest one's similarity, which changes no vote's fraction: exp would overflow at low temperatures.
         weights = ((nearest - nearest[:, :1]).double() / temperature).exp()
         votes = weights.new_zeros(len(values), number).scatter_add_(1, train.classes[places], weights)
         correct += int((votes.argmax(dim=1) == classes).sum())
@@ -161,17 +139,15 @@ def knn_top1(train: Features, test: Features, neighbours: int, temperature: floa
 
 
 def linear_top1(train: Features, test: Features, epochs: int, seed: int) -> tuple[float, float]:
-    """Top-1 in percent of a linear classifier, and its learning rate, chosen on held-out training pictures.
+    """Top-1 in percent of a linear classifier, and its learning rate, chosen on held-out training images.
 
-    The features are standardised with the training pictures' statistics.
+    The features are standardised with the training images' statistics.
     """
     std, mean = torch.std_mean(train.values, dim=0)
-    train, test = (Features((part.values - mean) / (std + 1e-6), part.classes) for part in (train, test))
+    train, test = (part._replace(values=(part.values - mean) / (std + 1e-6)) for part in (train, test))
     order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(seed)).to(train.classes.device)
-    held_out = max(1, round(HELD_OUT * len(order)))
-    kept, chosen_on = (
-        Features(train.values[part], train.classes[part]) for part in (order[held_out:], order[:held_out])
-    )
+    parts = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+    chosen_on, kept = (Features(train.values[part], train.classes[part]) for part in parts)
     number = int(train.classes.max()) + 1
     scores = [top1(layer, chosen_on) for layer in fit_linear(kept, number, RATES, epochs, seed)]
     rate = RATES[scores.index(max(scores))]
@@ -181,17 +157,16 @@ def linear_top1(train: Features, test: Features, epochs: int, seed: int) -> tupl
 
 def fit_linear(train: Features, classes: int, rates: Sequence[float], epochs: int, seed: int) -> list[nn.Linear]:
     """A classifier for each learning rate, all from zero and on the same batches: SGD, cosine decay."""
-    device, count = train.values.device, len(train.classes)
-    layers = [nn.Linear(train.values.shape[1], classes, device=device) for _ in rates]
+    layers = [nn.Linear(train.values.shape[1], classes, device=train.values.device) for _ in rates]
     for parameter in (parameter for layer in layers for parameter in layer.parameters()):
         nn.init.zeros_(parameter)
     groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(layers, rates, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    steps = epochs * -(-count // LINEAR_BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(train.classes) // LINEAR_BATCH))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for batch in torch.randperm(count, generator=generator).to(device).split(LINEAR_BATCH):
+        order = torch.randperm(len(train.classes), generator=generator).to(train.values.device)
+        for batch in order.split(LINEAR_BATCH):
             losses = [F.cross_entropy(layer(train.values[batch]), train.classes[batch]) for layer in layers]
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()  # independent of each other
@@ -202,24 +177,18 @@ def fit_linear(train: Features, classes: int, rates: Sequence[float], epochs: in
 
 @torch.inference_mode()
 def top1(layer: nn.Linear, part: Features) -> float:
-    """Share of right classes in percent."""
+    """Percentage of right classes."""
     return 100 * (layer(part.values).argmax(dim=1) == part.classes).float().mean().item()
 
 
 def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
-    """Score frozen features and write ``config.output``.
-
-    Args:
-        weights: See ``load_backbone``.
-        config: The pictures, and how to score.
-    """
+    """Score the frozen features of weights as `load_backbone` takes them, and write `config.output`."""
     source: Source = open_source(config.data, labels_needed=True)
     if source.test is None:
-        raise SourceError(f"{config.data.source!r} has no pictures to score on")
+        raise SourceError(f"{config.data.source!r} has no images to score on")
     model, inputs = load_backbone(weights, config)
     inputs = {"mean": source.mean, "std": source.std, **inputs}
-    channels = inputs["input_size"][0]
-    if channels != source.channels:
+    if (channels := inputs["input_size"][0]) != source.channels:
         raise SourceError(f"{config.data.source!r} has {source.channels} channels, the model takes {channels}")
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     model = model.eval().to("cuda" if on_gpu else "cpu")
@@ -242,7 +211,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
         "linear_epochs": config.linear_epochs,
         "seed": config.seed,
     }
-    write_text(Path(config.output), json.dumps(result, indent=2) + "\n")
+    write_text(config.output, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -257,15 +226,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(ProbeConfig, None, arguments.overrides)
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    try:
+    config = command_line.read_config(parser, ProbeConfig, None, arguments.overrides)
+    with told_as_mistakes(parser.prog):
         result = probe(arguments.weights, config)
-    except MISTAKES as error:
-        sys.exit(f"{parser.prog}: {described(error)}")
-    print(f"k-NN ({result['neighbours']} neighbours): {result['knn_top1']:.2f}% of {result['images_test']:,} pictures")
+    print(f"k-NN ({result['neighbours']} neighbours): {result['knn_top1']:.2f}% of {result['images_test']:,} images")
     print(f"linear (rate {result['linear_rate']:g}): {result['linear_top1']:.2f}%; wrote {config.output}")
 
 

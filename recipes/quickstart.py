@@ -22,46 +22,47 @@ from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_data_config
 
-from .config import DataConfig, FinetuneConfig, PretrainConfig, load_config
-from .engine import Metrics
-from .files import replacing_files, write_text
-from .finetune import FinetuneResult, finetune
-from .plots import drawn_blindly, plot_curves, prepared_pictures
-from .pretrain import PretrainResult, pretrain
-from .sources import open_source
+from arm_zoo.files import replacing_files, write_text
+from recipes.config import FinetuneConfig, PretrainConfig, load_config
+from recipes.engine import Metrics
+from recipes.errors import RunError
+from recipes.finetune import finetune
+from recipes.mistakes import told_as_mistakes
+from recipes.plots import drawn_blindly, plot_comparison, prepared_images
+from recipes.pretrain import pretrain
 
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
-PICTURES_NAMED = 3
+IMAGES_NAMED = 3
 RUNS = "quickstart_runs"  # is deleted at the start: a name that nobody's own runs have
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the three trainings, write the model, the plots and ``summary.json`` into ``output``; give the summary.
+    """Run the three trainings, write the model, the plots and `summary.json` into `output`; give the summary.
 
     Args:
-        output: Folder to write to; the files of the three runs go into its subfolder ``quickstart_runs``.
-        seed: Of initial weights, order and variation; the split into training and held-out pictures is fixed.
-        overrides: Settings of all three runs, as ``key=value``.
+        output: Folder to write to; the files of the three runs go into its subfolder `quickstart_runs`.
+        seed: Of initial weights, order and augmentation; the split into training and validation images is fixed.
+        overrides: Settings of all three runs, as `key=value`.
 
     Raises:
-        RuntimeError: If training from scratch, which runs in a process of its own, fails.
+        RunError: If training from scratch, which runs in a process of its own, fails.
     """
     runs = output / RUNS
     shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
     settings = [f"seed={seed}", *overrides]
     with training_from_scratch(runs / "scratch", settings) as scratch:
-        pretrained = run_pretraining(runs / "pretrain", settings)
-        finetuned = run_finetuning(runs / "finetune", [*settings, f"pretrained={pretrained.folder}"])
+        before, after = CONFIGS / "pretrain_digits.yaml", CONFIGS / "finetune_digits.yaml"
+        config = load_config(PretrainConfig, before, [*settings, f"output_dir={runs / 'pretrain'}"])
+        pretrained = pretrain(config, "1/2 pretrain, no labels")
+        start = [f"pretrained={pretrained.folder}", f"output_dir={runs / 'finetune'}"]
+        finetuned = finetune(load_config(FinetuneConfig, after, [*settings, *start]), "2/2 finetune")
     with replacing_files(output) as beside:
         for file in ("finetune/model.safetensors", "finetune/config.json", "pretrain/predictions.png"):
             shutil.copy(runs / file, beside)
-    plot_curves(
-        output / "curves.png",
-        pretrained.history,
-        {"pretrained, then finetuned": finetuned.history, "from scratch": scratch},
-    )
-    source = open_source(DataConfig(source="digits"), labels_needed=True)
+    histories = {"pretrained, then finetuned": finetuned.history, "from scratch": scratch}
+    plot_comparison(output / "curves.png", pretrained.history, histories)
+    source: Any = finetuned.source  # of which both splits are tables
     summary = {
         "finetuned_top1": finetuned.top1,
         "scratch_top1": scratch[-1]["top1"],
@@ -73,23 +74,11 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
         "pretrain_seconds": pretrained.history[-1]["seconds"],
         "finetune_seconds": finetuned.history[-1]["seconds"],
         "scratch_seconds": scratch[-1]["seconds"],
-        "named": name_pictures(output, source.test, source.class_names, seed),
+        "named": name_images(output, source, seed),
         "seconds": time.time() - psutil.Process().create_time(),
     }
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def run_pretraining(folder: Path, settings: Sequence[str]) -> PretrainResult:
-    """Pretrain on the digits without looking at their labels."""
-    config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", [*settings, f"output_dir={folder}"])
-    return pretrain(config, "1/2 pretrain, no labels")
-
-
-def run_finetuning(folder: Path, settings: Sequence[str]) -> FinetuneResult:
-    """Train on the digits with their labels, from pretrained weights."""
-    config = load_config(FinetuneConfig, CONFIGS / "finetune_digits.yaml", [*settings, f"output_dir={folder}"])
-    return finetune(config, "2/2 finetune")
 
 
 @contextmanager
@@ -112,44 +101,40 @@ def training_from_scratch(folder: Path, settings: Sequence[str]) -> Iterator[lis
             process.kill()
             process.wait()
     if failed:
-        raise RuntimeError(f"training from scratch failed; its log, {log.name}, ends with:\n{tail(folder)}")
+        last = "\n".join((folder / "log.txt").read_text().splitlines()[-20:])
+        raise RunError(f"training from scratch failed; its log, {log.name}, ends with:\n{last}")
     history += map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
 
 
-def tail(folder: Path, lines: int = 20) -> str:
-    """The last lines of a run's log."""
-    return "\n".join((folder / "log.txt").read_text().splitlines()[-lines:])
-
-
-def name_pictures(folder: Path, test: Any, class_names: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Load the written model as any user of timm would and let it name a few held-out pictures."""
+def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
+    """Load the written model as any user of timm would and let it name a few validation images."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    indices = drawn_blindly(len(test), PICTURES_NAMED, seed)
-    batch = prepared_pictures(test, indices, resolve_data_config(model=model))
+    indices = drawn_blindly(len(source.test), IMAGES_NAMED, seed)
+    batch = prepared_images(source.test, indices, resolve_data_config(model=model))
     with torch.inference_mode():
         probabilities, best = model(batch.images).softmax(dim=1).max(dim=1)
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)
+    names = source.class_names
     return [
-        {"picture": index, "named": class_names[named], "is": class_names[label], "probability": probability}
+        {"picture": index, "named": names[named], "is": names[label], "probability": probability}
         for index, named, label, probability in rows
     ]
 
 
-def show(summary: dict[str, Any], output: Path, console: Console) -> None:
+def show(summary: dict[str, Any], output: Path) -> None:
     """Print the result as a short table."""
-    table = Table(title=f"Handwritten digits, {summary['images_test']} held-out pictures", title_justify="left")
+    console = Console(markup=False, emoji=False)
+    table = Table(title=f"Handwritten digits, {summary['images_test']} validation images", title_justify="left")
     for heading in ("start", "labels seen", "top-1", "pretraining", "training"):
         table.add_column(heading, justify="left" if heading == "start" else "right")
     epochs = f"{summary['finetune_epochs']} epochs"
-    before = f"{summary['pretrain_seconds']:.0f} s"
-    rows = [("pretrained", before, "finetune"), ("from scratch", "-", "scratch")]
-    for start, pretraining, name in rows:
-        top1 = summary["finetuned_top1" if name == "finetune" else "scratch_top1"]
-        table.add_row(start, epochs, f"{top1:.2f}%", pretraining, f"{summary[f'{name}_seconds']:.0f} s")
+    before, after, scratch = (f"{summary[f'{run}_seconds']:.0f} s" for run in ("pretrain", "finetune", "scratch"))
+    table.add_row("pretrained", epochs, f"{summary['finetuned_top1']:.2f}%", before, after)
+    table.add_row("from scratch", epochs, f"{summary['scratch_top1']:.2f}%", "-", scratch)
     console.print(table)
     for row in summary["named"]:
         verdict = "right" if row["named"] == row["is"] else f"wrong, it is {row['is']}"
-        console.print(f'picture {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
+        console.print(f'image {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
     console.print("Training from scratch ran beside the other two, in a process of its own, one thread each.")
     console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ curves.png predictions.png summary.json")
     console.print(f'the finetuned model: timm.create_model("local-dir:{output}", pretrained=True)', soft_wrap=True)
@@ -162,11 +147,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Pretrain, finetune and score a small ARM; from the repository's top.",
     )
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write to (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and variation (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
     arguments = parser.parse_args(argv)
     # so that the end of this process, asked for by whoever started it, ends its child too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    show(quickstart(arguments.output, arguments.seed), arguments.output, Console(markup=False, emoji=False))
+    with told_as_mistakes(parser.prog):
+        show(quickstart(arguments.output, arguments.seed), arguments.output)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from arm_zoo.files import remove_leftovers
 from arm_zoo.images.listing import listed
-
-from .checkpoint import STATE, CheckpointFolder, check, read_state
-from .config import TrainConfig
-from .console import plain_console
-from .errors import RunError
-from .files import remove_leftovers
-from .parsing import flatten
+from recipes.checkpoint import STATE, CheckpointFolder, check, read_state, step_of
+from recipes.config import TrainConfig
+from recipes.errors import RunError
+from recipes.parallel import Collectives
+from recipes.parsing import flatten
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
 OPERATION = (
@@ -25,137 +22,112 @@ OPERATION = (
     "gradient_checkpointing", "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps",
     "checkpoint_minutes", "keep_last", "keep_every", "data.workers", "evaluate_every",
 )  # fmt: skip
-# Keys that decide which pictures of an epoch are still to come: they may change where an epoch begins, not within one.
+# Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
-# Keys without which the weights, or the pictures that are still to come, would be others.
+# Keys without which the weights, or the images that are still to come, would be others.
 IDENTITY = ("model", "model_args", "seed", "global_batch")
 VALIDATION = "data.validation"
 
 
 class AlreadyFinished(SystemExit):
-    """Raised when there is nothing left to do; ends the program with 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
+    """Raised when there is nothing left to do; ends the program with its code."""
 
 
 class Start(NamedTuple):
-    """A checkpoint and what its ``state.json`` holds."""
+    """A checkpoint and what its `state.json` holds."""
 
     checkpoint: Path
     state: dict[str, Any]
 
 
 def starting_point(
-    config: TrainConfig, resume: str, accelerator: Accelerator, exported: Path, subfolders: Sequence[str] = ()
+    config: TrainConfig,
+    resume: str,
+    collectives: Collectives,
+    checkpoints: CheckpointFolder,
+    last_file: Path,
+    folders: Sequence[Path],
 ) -> Start | None:
-    """The checkpoint to go on from, the same on every process, or None for the beginning.
+    """The checkpoint to go on from, which the main process chooses, or None for the beginning.
 
     Args:
-        config: The run, whose checkpoints lie in OUTPUT_DIR/checkpoints.
+        config: The run.
         resume: "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder.
-        accelerator: Its main process chooses.
-        exported: The file that a run writes last.
-        subfolders: Those of OUTPUT_DIR that it writes, beside the checkpoints; what a killed process was writing there
-            and in OUTPUT_DIR is removed.
-
-    Raises:
-        RunError: If the checkpoint is damaged, not one, of another run, or cannot be read.
-        AlreadyFinished: If the run has all its epochs and has written ``exported``.
+        collectives: Tell the other processes.
+        checkpoints: The run's own.
+        last_file: With it and all epochs done, the run is `AlreadyFinished`.
+        folders: Those that it writes to, beside the checkpoints: what a killed process was writing there is removed.
     """
-    console = plain_console(quiet=not accelerator.is_main_process)
-    folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.keep_last, config.keep_every, console)
-    choice: list[Any] = [None, None]  # checkpoint, problem
-    if accelerator.is_main_process:
-        try:
-            choice[0] = choose(folder, resume)
-        except (RunError, OSError) as error:  # the others wait to be told
-            choice[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(choice)
-    checkpoint, problem = choice
-    if problem is not None:
-        raise RunError(problem)
+    checkpoint = collectives.on_main(lambda: choose(checkpoints, resume))
     start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))
     if start is not None:
-        compare(config, start, console)
-    if accelerator.is_main_process:
-        for name in (".", *subfolders):
-            remove_leftovers(Path(config.output_dir) / name)
+        compare(config, start, checkpoints.console)
+    is_main = collectives.accelerator.is_main_process
+    for folder in folders if is_main else ():
+        remove_leftovers(folder)
     if start is not None:
-        if (done := start.state["position"]["epoch"]) >= config.epochs and exported.is_file():
+        if (done := start.state["position"]["epoch"]) >= config.epochs and last_file.is_file():
             epochs = "1 epoch is" if done == 1 else f"{done} epochs are"
-            console.print(
+            checkpoints.console.print(
                 f"{config.output_dir} is finished: {epochs} done. Set more epochs to go on, another "
                 "output_dir for another run, or --resume none to start over",
                 soft_wrap=True,
             )
-            raise AlreadyFinished
-        console.print(f"going on from {checkpoint}", soft_wrap=True)
-    if accelerator.is_main_process:
-        # of a run with fewer epochs: this one is not finished before it writes its own
-        exported.unlink(missing_ok=True)
-    if accelerator.is_main_process and resume != "auto":
-        own = start is not None and checkpoint.resolve().parent == folder.folder.resolve()
-        folder.set_aside(after_step=int(checkpoint.name.removeprefix("step-")) if own else -1)
+            raise AlreadyFinished(0)
+        checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
+    if is_main:
+        last_file.unlink(missing_ok=True)  # of a run with fewer epochs: this one has not finished yet
+    if is_main and resume != "auto":
+        is_own = checkpoint is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
+        checkpoints.set_aside(after_step=step_of(checkpoint) if checkpoint and is_own else -1)
     return start
 
 
-def choose(folder: CheckpointFolder, resume: str) -> Path | None:
-    """The checkpoint that ``resume`` asks for; see ``starting_point``."""
+def choose(checkpoints: CheckpointFolder, resume: str) -> Path | None:
+    """The checkpoint that `resume` asks for; see `starting_point`."""
     if resume == "auto":
-        return folder.newest_intact()
-    folder.clean()
+        return checkpoints.newest_intact()
+    checkpoints.clean()
     if resume == "none":
         return None
     chosen = Path(resume)
     if not (chosen / STATE).is_file():
         raise RunError(
             f"--resume is {resume!r}, which is no checkpoint; allowed: auto, none, or a folder such as "
-            f"{folder.folder / 'step-00000100'}"
+            f"{checkpoints.folder / 'step-00000100'}"
         )
     check(chosen)
     return chosen
 
 
-def settings_of(start: Start, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The checkpoint's and the run's settings by their keys, as JSON holds them."""
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    return dict(flatten(start.state["config"])), dict(flatten(now))
-
-
-def has_the_same_pictures(start: Start, config: TrainConfig) -> bool:
-    """Whether the run trains on what the checkpoint's did, in the same order."""
-    before, now = settings_of(start, config)
-    return all(before.get(key) == now.get(key) for key in ORDER)
+def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ."""
+    before = dict(flatten(start.state["config"]))
+    now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
 def compare(config: TrainConfig, start: Start, console: Console) -> None:
-    """Refuse the checkpoint of another run, and name settings that have changed.
-
-    Raises:
-        RunError: With every difference that makes going on impossible.
-    """
-    before, now = settings_of(start, config)
+    """Refuse the checkpoint of another run, with every difference, and name settings that have changed."""
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
-    if ("pretrained" in before) != ("pretrained" in now):
+    if ("pretrained" in start.state["config"]) != hasattr(config, "pretrained"):
         raise RunError(f"{start.checkpoint} is of the other recipe. {ways}")
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    described = {key: f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed if key not in OPERATION}
-    impossible = [key for key in described if key.partition(".")[0] in IDENTITY]
-    if (before.get("ema_decay") is None) != (now.get("ema_decay") is None):
-        impossible.append("ema_decay")  # an average cannot begin, or be thrown away, in the middle
-    if VALIDATION in described and float in (type(before.get(VALIDATION)), type(now.get(VALIDATION))):
-        impossible.append(VALIDATION)  # images that were trained on would be scored on
+    changed = {key: pair for key, pair in changed_settings(start, config).items() if key not in OPERATION}
+    described = {key: f"{key} was {before}, is {now}" for key, (before, now) in changed.items()}
+    impossible = [described[key] for key in changed if key.partition(".")[0] in IDENTITY]
+    if None in changed.get("ema_decay", ()):
+        impossible.append(described["ema_decay"])  # an average cannot begin, or be thrown away, in the middle
+    if float in map(type, changed.get(VALIDATION, ())):
+        impossible.append(described[VALIDATION])  # images that were trained on would be scored on
     if impossible:
-        differences = "; ".join(described[key] for key in impossible)
-        raise RunError(f"{start.checkpoint} is of another run: {differences}. {ways}")
-    reordered = [described[key] for key in ORDER if key in described]
+        raise RunError(f"{start.checkpoint} is of another run: {'; '.join(impossible)}. {ways}")
+    reordered = [described[key] for key in ORDER if key in changed]
     if reordered and start.state["position"]["step"] > 0:
         raise RunError(
-            f"{start.checkpoint} is in the middle of an epoch, whose other pictures would come twice or never with "
-            f"{'; '.join(reordered)}. {ways}, or a checkpoint from the end of an "
-            "epoch by --resume FOLDER, where this may change"
+            f"{start.checkpoint} is in the middle of an epoch, whose other images would come twice or never with "
+            f"{'; '.join(reordered)}. {ways}, or a checkpoint from the end of an epoch by --resume FOLDER, where this "
+            "may change"
         )
     if described:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
@@ -164,25 +136,17 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
 def compare_classes(start: Start, names: Sequence[str]) -> None:
     """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
 
-    Checkpoints of before names were kept are not compared.
-
-    Args:
-        start: Where the run goes on.
-        names: Those of its images, in index order; none without labels.
-
-    Raises:
-        RunError: With what differs.
+    Checkpoints of before names were kept are not compared. `names` are in index order; without labels there are none.
     """
     before = start.state.get("class_names", names)
     if list(before) == list(names):
         return
-    missing, new = (
-        [name for name in one if name not in set(other)] for one, other in ((before, names), (names, before))
-    )
-    if missing or new:
+    gone = [repr(name) for name in before if name not in set(names)]
+    new = [repr(name) for name in names if name not in set(before)]
+    if gone or new:
         differences = [f"{len(before)} classes before, {len(names)} now"]
-        differences += [f"no longer there: {listed(list(map(repr, missing)), 3)}"] if missing else []
-        differences += [f"new: {listed(list(map(repr, new)), 3)}"] if new else []
+        differences += [f"no longer there: {listed(gone, 3)}"] if gone else []
+        differences += [f"new: {listed(new, 3)}"] if new else []
     else:
         index = next(index for index, name in enumerate(names) if name != before[index])
         differences = [f"the same classes in another order: class {index} was {before[index]!r}, is {names[index]!r}"]

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or moved to other processes, and what they end with."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,14 +24,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import arm_zoo
 from arm_zoo.images.tables import ImageTable
-from recipes import checkpoint, command_line, data, engine
+from recipes import checkpoint, command_line, data, engine, setup
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
+from recipes.objectives import Trained
 from recipes.order import training_order
 from recipes.pretrain import pretrain
 from recipes.resume import AlreadyFinished, Start, compare, compare_classes
@@ -50,7 +53,7 @@ def settings(folder: Path, *overrides: str) -> list[str]:
     return [*TINY, f"output_dir={folder}", *overrides]
 
 
-def run(folder: Path, *overrides: str, resume: str = "auto") -> pretraining.PretrainResult:
+def run(folder: Path, *overrides: str, resume: str = "auto") -> Trained:
     config = load_config(PretrainConfig, CONFIG, settings(folder, *overrides))
     return pretrain(config, resume=resume, stop=StopRequest().listen())
 
@@ -71,18 +74,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def set_loss(monkeypatch: pytest.MonkeyPatch, loss: engine.LossFunction) -> None:
+    """Let pretraining use another loss."""
+    changed = dataclasses.replace(pretraining.AUTOREGRESSIVE, loss=lambda config, source: loss)
+    monkeypatch.setattr(pretraining, "AUTOREGRESSIVE", changed)
+
+
 @pytest.fixture
 def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[[], None]]]:
     """Things to do in the middle of an optimizer step, by the number of the step in this process."""
     actions: dict[int, Callable[[], None]] = {}
     count = iter(range(1, 10**6))
-    original = pretraining.prediction_loss
+    original = pretraining.AUTOREGRESSIVE.loss(None, None)
 
     def loss(model: Any, batch: Any) -> Any:
         actions.get(next(count), lambda: None)()
         return original(model, batch)
 
-    monkeypatch.setattr(pretraining, "prediction_loss", loss)
+    set_loss(monkeypatch, loss)
     yield actions
 
 
@@ -98,7 +107,8 @@ def folder_of(path: Path, keep_last: int = 2, keep_every: int | None = None) -> 
 
 
 def save(checkpoints: CheckpointFolder, step: int) -> Path:
-    return checkpoints.save(step, STEPS, {"model": {"weight": torch.full((3,), step)}}, {"step": step})
+    checkpoints.save(step, STEPS, {"model": {"weight": torch.full((3,), step)}}, {"step": step})
+    return checkpoints.folder / f"step-{step:08d}"
 
 
 def test_newest_and_every_nth_epoch_are_kept(tmp_path: Path) -> None:
@@ -246,9 +256,9 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data may take minutes to be found, and torchrun signals those that are still leaving when the first has left."""
-    opened = pretraining.open_source
+    opened = setup.open_source
     monkeypatch.setattr(
-        pretraining, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
+        setup, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
     )
     monkeypatch.setattr(command_line, "leave_processes", send(signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
@@ -385,7 +395,7 @@ def test_checkpoints_that_cannot_be_read_are_a_problem_of_all_processes(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/checkpoints")
 
     monkeypatch.setattr("recipes.resume.choose", unreadable)
-    with pytest.raises(RunError, match=r"Permission denied: 'runs/checkpoints'"):
+    with pytest.raises(PermissionError, match=r"Permission denied: 'runs/checkpoints'"):
         run(tmp_path)
 
 
@@ -409,12 +419,9 @@ def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypat
 def test_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = pretraining.prediction_loss, iter(range(1, 100))
-    monkeypatch.setattr(
-        pretraining,
-        "prediction_loss",
-        lambda model, batch: original(model, batch) * (float("nan") if next(count) == 8 else 1),
-    )
+    original, count = pretraining.AUTOREGRESSIVE.loss(None, None), iter(range(1, 100))
+    factors = (float("nan") if number == 8 else 1 for number in count)
+    set_loss(monkeypatch, lambda model, batch: original(model, batch) * next(factors))
     with pytest.raises(SystemExit) as stopped:
         pretraining.main(["--config", str(CONFIG), *settings(tmp_path, "checkpoint_steps=3")])
     message = str(stopped.value.code)
@@ -451,6 +458,27 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Monk
     group = [one for one in servers if one.pid != process.pid and os.getpgid(one.pid) == process.pid]
     assert group and not test._kill(process, tmp_path / "run", 0, aimed=False)
     assert not psutil.wait_procs(group, timeout=10)[1]
+
+
+# ------------------------------------------------------------------------------------------------------- earlier runs
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretraining, ended after an epoch, and finetuning from it, stopped in its second one, both by commit e24c1e0."""
+    folder = shutil.copytree(Path(__file__).parent / "golden" / "run_e24c1e0", tmp_path / "runs")
+    monkeypatch.chdir(folder)
+    assert load_config(PretrainConfig, folder / "pretrain" / "config.yaml").model == "arm_pico"
+    for name, classes in (("pretrain/pretraining_model", None), ("pretrain/backbone", 0), ("finetune", 10)):
+        saved = load_file(folder / name / "model.safetensors")
+        model = arm_zoo.from_pretrained(folder / name)
+        assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+        assert getattr(model, "num_classes", None) == classes
+    result = finetuning.finetune(load_config(FinetuneConfig, folder / "finetune" / "config.yaml"))
+    # what that version got from there
+    expected = [{"loss": 2.3045879, "top1": 10.0, "top1_ema": 11.9444}, {"loss": 2.2967564, "top1": 13.3333}]
+    for row, before in zip(result.history, expected, strict=True):
+        assert {key: row[key] for key in before} == pytest.approx(before, abs=1e-4)
+    assert names(folder / "finetune") == ["step-00000010"] and result.top1 == pytest.approx(13.6111, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- two processes

@@ -287,7 +287,7 @@ def test_streams_from_the_hub_give_each_picture_once(
 
 
 def test_streams_of_unknown_or_wrong_size_are_refused(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SourceError, match="global_batch is 30; allowed: up to the 14 training pictures"):
+    with pytest.raises(SourceError, match="global_batch is 30; allowed: up to the 14 training images"):
         loader(configure(tars, *STREAM, batch=30))
     as_on_the_hub(monkeypatch, tars)
     with pytest.raises(SourceError, match=r"does not tell its size; type data.train_size=IMAGES"):

@@ -22,7 +22,8 @@ from timm.models import save_for_hf
 import arm_zoo  # noqa: F401 - timm finds our models by it
 from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError
-from recipes.signals import Agreement, StopRequest, StopWaiting, stop_ends_waiting
+from recipes.parallel import Collectives
+from recipes.signals import StopRequest, StopWaiting, stop_ends_waiting
 from recipes.workers import WorkerLoader, end_workers, started
 from tests import ROOT
 
@@ -140,7 +141,7 @@ def test_workers_that_do_not_answer_are_killed_at_the_end(end: str, pinned: bool
 
 def test_being_asked_to_stop_ends_waiting_and_nothing_else() -> None:
     stop = StopRequest().listen()
-    with pytest.raises(StopWaiting), Agreement(Accelerator(cpu=True)).together(), stop_ends_waiting():
+    with pytest.raises(StopWaiting), Collectives(Accelerator(cpu=True)).together(), stop_ends_waiting():
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("did not end")
     assert stop.name == "SIGTERM"

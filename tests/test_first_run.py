@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from arm_zoo import CheckpointError
 from arm_zoo.images import listing
 from arm_zoo.images.listing import SourceError
+from recipes.command_line import read_command
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
 from recipes.console import plain_console
 from recipes.errors import RunError
-from recipes.finetune import command as finetune_settings
 from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
 from recipes.first_run import Choice, Survey, choose, described, fitted, survey
@@ -71,16 +71,15 @@ CONFIG = "recipes/configs/finetune_tiny_imagenet.yaml"
 REFUSED = {  # arguments after FOLDER's: a part of the message
     ("data.source=nowhere",): "there is no 'nowhere'",
     (): "data.source is missing",
-    ("data.source=FOLDER", "epochs=2.5"): "epochs is '2.5'; allowed: a whole number",
+    ("data.source=FOLDER", "epochs=2.5"): "epochs is 2.5; allowed: a whole number",
     ("data.source=FOLDER", "epoch=2"): "epoch (did you mean epochs?)",
     ("data.source=FOLDER", "pretrained=runs/x"): "pretrained is 'runs/x', which does not exist",
     ("data.source=FOLDER", "data.validation=1.5"): "data.validation is 1.5; allowed: a fraction of the training",
-    ("data.source=FOLDER", "data.validation=nan"): "data.validation is nan; allowed: a fraction of the training",
-    ("data.source=FOLDER", "data.validation=0"): "data.validation is 0.0; allowed: a fraction of the training",
-    ("data.source=FOLDER", "pretrained=resnet50"): "pretrained is 'resnet50', which does not exist",
-    ("--config", CONFIG, "data.source=FOLDER", "data.validation=nan", "pretrained=null"): "data.validation is nan",
+    ("data.source=FOLDER", "data.validation=nan"): "data.validation: there is no 'nan'",
+    ("data.source=FOLDER", "data.validation=0"): "data.validation is 0; allowed: a fraction of the training",
+    ("--config", CONFIG, "data.source=FOLDER", "data.validation=2.5", "pretrained=null"): "data.validation is 2.5",
     ("data.source=FOLDER", "data.validation=nowhere"): "data.validation: there is no 'nowhere'",
-    ("data.source=FOLDER", "global_batch=32"): "global_batch is 32; allowed: up to the 31 training pictures",
+    ("data.source=FOLDER", "global_batch=32"): "global_batch is 32; allowed: up to the 31 training images",
     ("data.source=FOLDER", "output_dir=FOLDER/bus/photo 0.png/x"): "is a file; allowed: a folder to write to",
     ("data.source=FOLDER/bus",): "holds images but no class folders; allowed: FOLDER/CLASS/IMAGE",
     ("data.source=PARENT",): "has one class folder; a classifier needs two classes",
@@ -89,7 +88,7 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("--config", CONFIG, "data.source=FOLDER"): "pretrained is 'runs/pretrain_tiny_imagenet/pretraining_model', which",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null"): "global_batch is 512; allowed: up to the 31 ",
     ("--config", CONFIG, "data.source=FOLDER", "pretrained=null", "epochs=2"): "warmup_epochs is 5 but epochs is 2",
-    ("--config", "nowhere.yaml", "data.source=FOLDER"): "there is no such file; allowed: a YAML file",
+    ("--config", "nowhere.yaml", "data.source=FOLDER"): "No such file or directory",
     (
         "--config",
         "recipes/configs/pretrain_base.yaml",
@@ -248,13 +247,15 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
     resolved()
     rows = [shlex.split(line) for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
     typed = [word for row in rows for word in row if "=" in word]
-    assert "output_dir=runs/user pics" in typed and "data.random_crop=[0.5,1]" in typed  # as a shell takes them
+    assert "output_dir=runs/user pics" in typed and "data.random_crop=[0.5,1.0]" in typed  # as a shell takes them
     assert resolved("warmup_epochs=30").epochs == 31
     assert resolved("pretrained=null").model == "arm_tiny_patch8_64" and resolved("pretrained=null").pretrained is None
     assert resolved("model=arm_tiny_patch4_32").pretrained is None
     assert resolved("pretrained=arm_tiny_patch4_32.arm_cifar10_ft_cifar10").model == "arm_tiny_patch4_32"
+    with pytest.raises(ConfigError, match="'resnet50', which does not exist; allowed: an entry"):
+        resolved("pretrained=resnet50")
     for model in ([], ["model=arm_tiny_patch8_64"]):
-        with pytest.raises(ConfigError, match=r"'arm_tony', which is neither .* nor an entry; .*arm_tiny") as refused:
+        with pytest.raises(ConfigError, match=r"'arm_tony', which does not exist; .* such as .*arm_tiny") as refused:
             resolved("pretrained=arm_tony", *model)
         assert list(refused.value.problems) == ["pretrained"]
     with pytest.raises(ConfigError) as refused:
@@ -283,7 +284,7 @@ def test_images_are_listed_once_from_the_survey_to_the_opening(images: str, monk
 def test_one_of_a_kind_is_told_in_the_singular(images: str) -> None:
     config, found = FinetuneConfig(data=DataConfig(source=images)), Survey(2, 2)
     assert "  1 step each\n" in described(config, found, choose(config, set(), found))
-    assert "user pics: 1 image of 2 classes" in described(config, Survey(1, 2), [Choice({"epochs": 5}, "")])
+    assert "user pics: 1 image of 2 classes" in described(config, Survey(1, 2), [Choice("", {"epochs": 5})])
 
 
 def test_a_class_may_be_called_like_a_split_where_validation_is_named(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_the_folder_of_results_is_never_another_sources(images: str, tmp_path: P
 
     assert folder(images) == folder(f"{images}/") == str(Path("runs", "user pics"))
     Path(folder(images)).mkdir(parents=True)
-    Path(folder(images), "config.yaml").write_text(yaml.safe_dump({"data": {"source": images}}))
+    Path(folder(images), "config.yaml").write_text(yaml.safe_dump({"data": {"source": images}, "global_batch": 8}))
     other = write_images(tmp_path / "other" / "user pics", {"a": 2, "b": 2})
     assert folder(images) == str(Path("runs", "user pics"))  # the same command goes on
     assert folder(str(other)) == str(Path("runs", "user pics-2"))
@@ -322,7 +323,7 @@ def test_a_run_keeps_its_batch_where_images_were_added(images: str, capsys: pyte
     told = capsys.readouterr().err
     assert finished.value.code == 0 and "is finished: 2 epochs are done" in told
     assert "global_batch=8" in told and "of the run in runs/user pics, to go on with" in told
-    over = finetune_settings([f"data.source={images}", *SMALL, *QUICK, "--resume", "none"]).config
+    over = read_command("finetune", [f"data.source={images}", *SMALL, *QUICK, "--resume", "none"]).config
     assert over.global_batch == 16
 
 

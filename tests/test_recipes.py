@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,23 +21,27 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
+from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.mixer import MambaMixer
+from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import Batch, TrainLoader
 from recipes.engine import Trainer, seed_step
 from recipes.errors import RunError
-from recipes.finetune import FinetuneResult, classification_loss, create_classifier, evaluation, finetune
+from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.finetune import main as finetune_command
+from recipes.objectives import Trained
 from recipes.optim import learning_rate, parameter_groups
-from recipes.pretrain import PretrainResult, pretrain
+from recipes.parallel import FAILED, Collectives
 from recipes.pretrain import main as pretrain_command
+from recipes.pretrain import pretrain
 from recipes.processes import start_accelerator
 from recipes.quickstart import quickstart
-from recipes.signals import FAILED, Agreement
+from recipes.scoring import evaluation
 from recipes.sources import open_source
-from recipes.watch import picture_flops
+from recipes.watch import image_flops
 from tests import ROOT
 from tests.pictures import write_folder
 
@@ -100,6 +105,14 @@ def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.Captur
     assert "layer_decay: 0.65" in capsys.readouterr().out
 
 
+def test_recipes_alone_lists_its_commands(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    list_commands([])
+    told = capsys.readouterr().out
+    programs = [file.stem for file in (repo / "recipes").glob("*.py") if '__name__ == "__main__"' in file.read_text()]
+    assert len(programs) > 5
+    assert all(f"python -m recipes.{name} " in told for name in programs if name != "__main__")
+
+
 BAD = {  # recipe, override: a part of the message
     ("pretrain", "data.source=nowhere"): "there is no 'nowhere'",
     ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of images",
@@ -107,19 +120,19 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
     ("pretrain", "output_dir=FILE/run"): "FILE is a file; allowed: a folder to write to",
-    ("pretrain", "device=gpu"): "device is 'gpu'; allowed: auto, cpu",
+    ("pretrain", "device=gpu"): "device is gpu; allowed: auto, cpu",
     ("pretrain", "global_batch=63"): "global_batch is 63; allowed: an even number",
-    ("pretrain", "global_batch=2048"): "global_batch is 2048; allowed: up to the 1437 training pictures",
+    ("pretrain", "global_batch=2048"): "global_batch is 2048; allowed: up to the 1437 training images",
     ("pretrain", "fsdp=true"): "fsdp is true, but there is one process",
-    ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the pictures have 1",
-    ("pretrain", "tracker=abacus"): "tracker is 'abacus'; allowed: tensorboard, wandb, trackio, none",
+    ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the images have 1",
+    ("pretrain", "tracker=abacus"): "tracker is abacus; allowed: tensorboard, wandb, trackio, none",
     ("pretrain", "cuda_graphs=true"): "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device",
-    ("pretrain", "compile=maybe"): "compile is 'maybe'; allowed: true or false",
-    ("pretrain", "epochs=*a"): "epochs is '*a'; allowed: a whole number",
-    ("pretrain", "betas=[0.9"): "betas is '[0.9'; allowed: a list of 2, each a number",
+    ("pretrain", "compile=maybe"): "compile is maybe; allowed: true or false",
+    ("pretrain", "epochs=*a"): "epochs is *a; allowed: a whole number, 1 or more",
+    ("pretrain", "betas=[0.9"): "betas is [0.9; allowed: a list of two numbers",
     ("pretrain", "model_args.img_size={"): "model 'arm_pico' with model_args.img_size='{'",
     ("pretrain", "model_args.img_size=abc"): "model 'arm_pico' with model_args.img_size='abc'",
-    ("pretrain", "base_lr=inf"): "base_lr is inf; allowed: above 0, and finite",
+    ("pretrain", "base_lr=inf"): "base_lr is inf; allowed: a number above 0, and finite",
     ("pretrain", "min_lr=10"): "min_lr is 10 but the peak is",
     ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
     ("finetune", "model_args.num_classes=5"): "model_args.num_classes is 5, but digits has 10 classes",
@@ -162,7 +175,7 @@ def test_failing_files_end_in_a_message(failure: str, tmp_path: Path, capsys: py
 
     with pytest.raises(SystemExit) as stopped:
         carry_out(
-            read_command("pretrain", PretrainConfig, "", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]), run
+            read_command("pretrain", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]), run
         )
     assert message in str(stopped.value.code) and str(stopped.value.code).startswith("python -m recipes.pretrain: ")
     assert "Traceback" not in capsys.readouterr().err
@@ -181,8 +194,16 @@ def test_full_disk_is_told_with_the_file(name: str, tmp_path: Path, monkeypatch:
     with pytest.raises(SystemExit) as stopped:
         pretrain_command(["--config", str(PRETRAIN), *TINY, *TINY_ENCODER, f"output_dir={tmp_path}"])
     code = str(stopped.value.code)
-    assert "could not write " in code and name in code and "No space left on device" in code and str(tmp_path) in code
+    assert "No space left on device" in code and str(tmp_path) in code and name in code
     assert not list(tmp_path.rglob(".partial*"))
+
+
+def test_errors_of_the_system_that_name_no_file_get_its_name(tmp_path: Path) -> None:
+    named = pytest.raises(OSError, match=r"No space left on device: '.*run/notes\.txt'")
+    with named, replacing_files(tmp_path / "run") as beside:
+        (beside / "notes.txt").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +222,7 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.Monkey
 
 def test_a_configuration_that_is_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"model\.safetensors is not YAML: .*; allowed: a YAML file, as in"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors: 'utf-8' codec .*; allowed: a YAML file of keys"):
         load_config(PretrainConfig, tmp_path / "model.safetensors", to_run=False)
 
 
@@ -223,19 +244,83 @@ def test_all_problems_of_a_configuration_come_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(PretrainConfig, None, ["epochs=2.5", "epoch=3", "betas=1", "warmup_epochs=-1"])
     message = str(refused.value)
-    assert "epochs is '2.5'; allowed: a whole number" in message
+    assert "epochs is 2.5; allowed: a whole number" in message
     assert "epoch (did you mean epochs?)" in message
-    assert "betas is '1'; allowed: a list of 2" in message
-    assert "warmup_epochs is -1.0; allowed: 0 or more" in message
+    assert "betas is 1; allowed: a list of two numbers" in message
+    assert "warmup_epochs is -1; allowed: a number, 0 or more" in message
     assert "model is missing" in message and "output_dir is missing" in message
+
+
+TYPED = {  # override: what it comes to; a message where it is refused
+    "base_lr=1e-3": 1e-3,
+    "base_lr=true": "a number above 0, and finite",
+    "clip_grad=null": None,
+    "seed=7.0": "a whole number, 0 or more",
+    "epochs=true": "a whole number, 1 or more",
+    "epochs=null": "a whole number, 1 or more",
+    "betas=[true, 0.9]": "a list of two numbers",
+    "betas=[0.8]": "a list of two numbers",
+    "betas=[1e-1, 0.9]": (0.1, 0.9),
+    "data.random_crop=null": None,
+    "data.random_crop=[0.9, 0.2]": "two fractions of the image's area, as in [0.2, 1.0], or null",
+    "data.validation=0.25": 0.25,
+    "data.validation=1": "a fraction of the training images above 0 and below 1",
+    "data.validation=./1": "./1",
+    "data.image_column=007": "007",
+    "data.image_column=null": None,
+    "output_dir=1e-3": "1e-3",
+    "output_dir=null": "null",
+    "output_dir=[x": "[x",
+    "output_dir=a=b: c #d": "a=b: c #d",
+    "model_args.img_size=[8, 1e1]": [8, 10.0],
+    "model_args.name=abc": "abc",
+    "output_dir=${oc.env:HOME}/x": "the value itself, as ${...} and ??? stand for nothing here",
+    "model_args.width=${seed}": "the value itself, as ${...} and ??? stand for nothing here",
+    "betas=[${seed}, 0.9]": "the value itself, as ${...} and ??? stand for nothing here",
+    "output_dir=???": "the value itself, as ${...} and ??? stand for nothing here",
+    "data.source=train-???.tar": "train-???.tar",
+}
+
+
+@pytest.mark.parametrize("override", TYPED)
+def test_values_are_of_their_type_and_text_stays_text(override: str, tmp_path: Path) -> None:
+    expected = TYPED[override]
+    key, _, text = override.partition("=")
+    try:
+        config: Any = load_config(PretrainConfig, None, [override], to_run=False)
+    except ConfigError as refused:
+        assert str(refused.problems[key]).startswith(f"{key} is {text}; allowed: {expected}")
+        return
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    assert config == expected and type(config) is type(expected)
+
+
+def test_a_file_says_the_same_as_a_command(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("base_lr: 1e-3\ndata.source: digits\ndata: {flip: 0.5, erase: 0}\nmodel_args: {depth: 1}\n")
+    config = load_config(PretrainConfig, file, ["data.flip=1"], to_run=False)
+    assert (config.base_lr, config.model_args, config.data.flip) == (1e-3, {"depth": 1}, 1.0)
+    assert config.data.source == "digits" and config.data.erase == 0.0
+    for content, told in {
+        "output_dir: 007": "output_dir is 7; allowed: a folder",  # it would become another text
+        "epochs: 1\nepochs: 2": "duplicate key",
+        "[1, 2]": "it holds a list",
+        "data: digits": "no key of PretrainConfig: data",
+        "output_dir: ${seed}": "output_dir is ${seed}; allowed: the value itself",
+    }.items():
+        file.write_text(content)
+        with pytest.raises(ConfigError) as refused:
+            load_config(PretrainConfig, file, to_run=False)
+        assert told in str(refused.value)
 
 
 def test_conflicts_between_values_are_refused() -> None:
     settings = ["model=arm_pico", "output_dir=out", "data.source=digits", "epochs=5", "warmup_epochs=5"]
     with pytest.raises(ConfigError, match="warmup_epochs is 5 but epochs is 5; allowed: fewer"):
         load_config(PretrainConfig, None, settings)
-    with pytest.raises(ConfigError, match="'nowhere', which does not exist"):
-        load_config(FinetuneConfig, None, [*settings, "epochs=9", "pretrained=nowhere"])
+    with pytest.raises(ConfigError, match="'runs/nowhere', which does not exist"):
+        load_config(FinetuneConfig, None, [*settings, "epochs=9", "pretrained=runs/nowhere"])
 
 
 def test_learning_rate_is_the_official_one(golden: Path) -> None:
@@ -368,9 +453,10 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
               "interpolation": "bicubic", "crop_mode": "squash"}  # fmt: skip
     accelerator = start_accelerator(config)
     told: list[int] = []
-    monkeypatch.setattr(Agreement, "largest", lambda _, number: told.append(number) or number)
+    monkeypatch.setattr(Collectives, "largest", lambda _, number: told.append(number) or number)
     monkeypatch.setattr(Cats, "forward", lambda *_: 1 / 0)
-    evaluate = evaluation(config, accelerator, Cats(), None, open_source(config.data, labels_needed=True), inputs)
+    source = open_source(config.data, labels_needed=True)
+    evaluate = evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)
     with pytest.raises(ZeroDivisionError):
         evaluate(1)
     assert told == [FAILED]
@@ -397,18 +483,19 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
         inputs = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0,
                   "interpolation": "bicubic", "crop_mode": "squash"}  # fmt: skip
         accelerator = start_accelerator(config)
-        return evaluation(config, accelerator, Cats(), None, open_source(config.data, labels_needed=True), inputs)(1)
+        source = open_source(config.data, labels_needed=True)
+        return evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)(1)
 
     assert scores(0.3) == {"top1": pytest.approx(40), "images_scored": 5, "images_skipped": 2}
     for name in ("cat/2.jpg", "dog/6.jpg"):
         assert caplog.text.count(f"{name} cannot be decoded") == 1
     with pytest.raises(
-        SourceError, match=r"2 of 7 held-out images cannot be decoded, .* data.max_undecodable=0.28 "
+        SourceError, match=r"2 of 7 validation images cannot be decoded, .* data.max_undecodable=0.28 "
     ):
         scores(0.28)
     for file in (tmp_path / "val").glob("*/*.jpg"):
         file.write_bytes(b"gone")
-    with pytest.raises(RunError, match="none of the 7 held-out images can be decoded"):
+    with pytest.raises(RunError, match="none of the 7 validation images can be decoded"):
         scores(0.99)
 
 
@@ -416,22 +503,22 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     def build(device: str) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 5, device=device))
 
-    assert picture_flops(build, (3, 2, 2)) == 3 * 2 * 12 * 5
+    assert image_flops(build, (3, 2, 2)) == 3 * 2 * 12 * 5
     config = load_config(PretrainConfig, PRETRAIN)
-    assert picture_flops(config.build, (1, 8, 8)) > 3 * 2 * 12 * 64 * 256 * 4  # more than its input projections
+    assert image_flops(config.build, (1, 8, 8)) > 3 * 2 * 12 * 64 * 256 * 4  # more than its input projections
     per_token = 6 * 12 + 2 * (6 * (1 + 2 * 3) + 1 * 6) + 6 * 6  # in; each direction's x and step sizes; out
-    assert picture_flops(partial(MambaMixer, 6, directions=2, d_state=3), (5, 6)) == 3 * 2 * 5 * per_token
+    assert image_flops(partial(MambaMixer, 6, directions=2, d_state=3), (5, 6)) == 3 * 2 * 5 * per_token
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def pretraining(folder: Path, *overrides: str) -> PretrainResult:
+def pretraining(folder: Path, *overrides: str) -> Trained:
     settings = [*TINY, *TINY_ENCODER, "model_args.decoder_depth=1", f"output_dir={folder}", *overrides]
     return pretrain(load_config(PretrainConfig, PRETRAIN, settings))
 
 
-def finetuning(folder: Path, pretrained: Path, *overrides: str) -> FinetuneResult:
+def finetuning(folder: Path, pretrained: Path, *overrides: str) -> Trained:
     settings = [*TINY, *TINY_ENCODER, f"pretrained={pretrained}", f"output_dir={folder}", *overrides]
     return finetune(load_config(FinetuneConfig, FINETUNE, settings))
 
@@ -472,6 +559,13 @@ def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
     for direction in backbone.blocks[0].mixer.A_log:
         assert torch.equal(direction, trained["blocks.0.mixer.A_log"][0])
     assert backbone.pretrained_cfg["std"] == pytest.approx((0.376,), abs=1e-3)
+
+
+def test_pretraining_names_the_images_that_it_holds_out(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images" / "train", {"cat": 6, "dog": 6})
+    source = f"data.source={tmp_path / 'images'}"
+    pretraining(tmp_path / "run", "model_args.in_chans=3", "global_batch=8", "data.validation=0.25", source)
+    assert len((tmp_path / "run" / "validation.txt").read_text().splitlines()) == 3
 
 
 def test_exports_are_of_their_run_alone_and_for_whom_the_umask_lets(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
             f'the samples of {where} have neither a .cls nor a "label" in a .json, and do not lie in class folders; '
             f"{_first_sample(files)}. Say where the label is, as in {choices.typed('label_column', 'json.species')}"
         )
-    depth = min(len(os.path.commonprefix(folders)), min(map(len, folders)) - 1)
+    depth = min(len(os.path.commonprefix(folders)), min(map(len, folders)) - 1)  # noqa: RUF071  # of names, not of strings
     for name in {folder[depth] for folder in folders}:
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {printable(name)!r} in {where} is not UTF-8; rename it")
@@ -245,7 +245,7 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
 def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
     """Refuse tars that hold several splits in folders of their own, which would be mixed."""
     folders = set(_folders(rows))
-    depth = len(os.path.commonprefix(list(folders)))
+    depth = len(os.path.commonprefix(list(folders)))  # noqa: RUF071
     names = sorted({folder[depth] for folder in folders if len(folder) > depth})
     deeper = any(len(folder) > depth + 1 for folder in folders)
     if deeper and len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names):

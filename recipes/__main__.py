@@ -1,0 +1,28 @@
+"""Training, from the top of a checkout. The commands, and what they do:
+
+python -m recipes.quickstart                       the whole way on small digits, in minutes on a CPU
+python -m recipes.finetune data.source=FOLDER      train a classifier on your own images, a folder for each class
+python -m recipes.pretrain --config FILE           pretrain without labels; recipes/configs has files for both
+python -m recipes.probe --weights RUN data.source=FOLDER   score frozen features: k-NN and a linear classifier
+python -m recipes.cost --run RUN                   hours of pretraining, from a measured speed
+python -m recipes.loader_speed data.source=FOLDER  images per second of the data loader alone
+python -m recipes.kill_test --config FILE          check that a run that is killed ends with the same weights
+
+`--help` after any of them lists its options. With several GPUs, `accelerate launch -m` takes the place of `python -m`.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
+    parser.print_help()
+
+
+if __name__ == "__main__":
+    main()

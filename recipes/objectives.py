@@ -1,0 +1,61 @@
+"""What sets one way to train apart from another: a record for each, which `recipes.setup` carries out.
+
+A new pretraining objective is one more record here; that of training with labels stands in `recipes.finetune`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from recipes.checkpoint import Metrics
+from recipes.config import TrainConfig
+from recipes.engine import LossFunction
+from recipes.export import BACKBONE, EXPORT, InputConfig, save_pretraining
+from recipes.plots import draw_predictions
+from recipes.sources import Source
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has ended; `folder` has its weights."""
+
+    config: TrainConfig
+    source: Source
+    inputs: InputConfig
+    model: Any  # on the CPU; only the main process has its trained weights
+    history: list[Metrics]  # one row of figures per epoch
+    folder: Path
+
+    @property
+    def top1(self) -> float:
+        """Of the weights that count, after the last epoch, in percent."""
+        return max(self.history[-1]["top1"], self.history[-1].get("top1_ema", 0.0))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The parts of a run that depend on what is trained for."""
+
+    create: Callable[[Any, Source], nn.Module]  # the model to train, for a configuration
+    loss: Callable[[Any, Source], LossFunction]
+    evaluation: Callable[..., Callable[[int], Metrics]] | None  # see `recipes.scoring.evaluation`
+    export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
+    folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
+
+
+def export_pretraining(trained: Trained) -> None:
+    model, config = trained.model, trained.config
+    save_pretraining(model, config, trained.inputs)
+    draw_predictions(Path(config.output_dir) / "predictions.png", model, trained.source, trained.inputs, config.seed)
+
+
+AUTOREGRESSIVE = Objective(
+    create=lambda config, source: config.build(),
+    loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
+    evaluation=None,
+    export=export_pretraining,
+    folders=(EXPORT, BACKBONE),
+)

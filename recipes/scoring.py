@@ -1,0 +1,61 @@
+"""Top-1 on the validation images; over all processes every image counts once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from recipes.checkpoint import Metrics
+from recipes.config import FinetuneConfig
+from recipes.data import EvalLoader
+from recipes.export import InputConfig
+from recipes.parallel import Collectives, whole_parameters
+from recipes.undecodable import check_undecodable
+
+BATCH = 256
+
+
+def evaluation(
+    config: FinetuneConfig,
+    collectives: Collectives,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    source: Any,  # with labels and validation images
+    inputs: InputConfig,
+) -> Callable[[int], Metrics]:
+    """A function of the epochs done that scores the model and its moving average on the validation images.
+
+    The models are bare: a wrapper's collective calls would hang, as processes have unequal numbers of images.
+    """
+    candidates = {"top1": model} if ema is None else {"top1": model, "top1_ema": ema.module}
+    accelerator, device = collectives.accelerator, collectives.accelerator.device
+    process = (accelerator.process_index, accelerator.num_processes)
+    loader = EvalLoader(source.test, inputs, BATCH, *process, config.data.workers, device)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    @torch.no_grad()  # inference mode would spoil the tensors that sharded parameters are gathered into
+    def count(model: nn.Module) -> list[int]:  # images that are right, scored, damaged; of all processes
+        counts, was_training = torch.zeros(3, dtype=torch.long, device=device), model.training
+        model.eval()
+        with whole_parameters(model), half, collectives.together():
+            for batch in loader:
+                if len(batch.classes) > 0:  # some could be decoded
+                    counts[0] += (model(batch.images).argmax(dim=1) == batch.classes).sum()
+                counts[1] += len(batch.classes)
+                counts[2] += len(batch.undecodable)
+        model.train(was_training)
+        return accelerator.reduce(counts, "sum").tolist()
+
+    def evaluate(epochs_done: int) -> Metrics:
+        if epochs_done % config.evaluate_every and epochs_done != config.epochs:
+            return {}
+        scores = {}
+        for name, candidate in candidates.items():
+            right, scored, damaged = count(candidate)
+            check_undecodable(damaged, scored + damaged, "validation", config.data.max_undecodable)
+            scores[name] = 100 * right / scored
+        return {**scores, "images_scored": scored, "images_skipped": damaged}
+
+    return evaluate

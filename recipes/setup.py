@@ -1,0 +1,100 @@
+"""From a configuration and an objective to a trained model in its folder: the one way that all recipes go."""
+
+from pathlib import Path
+from typing import Any
+
+from timm.utils import ModelEmaV3
+
+from arm_zoo.files import write_text
+from recipes.checkpoint import CheckpointFolder
+from recipes.config import TrainConfig, batch_plan
+from recipes.console import plain_console
+from recipes.data import TrainLoader
+from recipes.engine import Trainer
+from recipes.export import input_config
+from recipes.objectives import Objective, Trained
+from recipes.optim import create_optimizer
+from recipes.parallel import Collectives, model_state, shard
+from recipes.plots import plot_run
+from recipes.processes import start_accelerator
+from recipes.resume import starting_point
+from recipes.signals import StopRequest
+from recipes.sources import open_source
+from recipes.watch import ProgressDisplay, peak_speed
+
+CURVES = "curves.png"  # written last: a run that has it has ended
+HELD_OUT = "validation.txt"
+
+
+def train(
+    config: TrainConfig, objective: Objective, title: str, resume: str = "auto", stop: StopRequest | None = None
+) -> Trained:
+    """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
+
+    Args:
+        config: What to train, on what, for how long, and `output_dir`.
+        objective: What for.
+        title: Stands before the progress bar.
+        resume: "auto", "none" or a checkpoint's folder, as `--resume`.
+        stop: What asks this process to stop; None: nothing does.
+    """
+    accelerator = start_accelerator(config)
+    plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
+    output, collectives = Path(config.output_dir), Collectives(accelerator)
+    console = plain_console(quiet=not accelerator.is_main_process)
+    checkpoints = CheckpointFolder(output / "checkpoints", config.keep_last, config.keep_every, console)
+    folders = [output / name for name in objective.folders]
+    start = starting_point(config, resume, collectives, checkpoints, output / CURVES, [output, *folders])
+    source = open_source(config.data, config.labels_needed)
+    model: Any = objective.create(config, source)
+    inputs = input_config(model, config, source)
+    model.set_grad_checkpointing(config.gradient_checkpointing)
+    model = model.to(accelerator.device)
+    decay = getattr(config, "ema_decay", None)
+    ema = None if decay is None else ModelEmaV3(model, decay=decay)  # no warm-up of the decay
+    if config.fsdp:
+        for part in (model,) if ema is None else (model, ema.module):
+            shard(part, accelerator)
+    process, image_size = (accelerator.process_index, accelerator.num_processes), inputs["input_size"][1:]
+    loader = TrainLoader(source, config, plan, image_size, *process, accelerator.device)
+    peak = peak_speed(config, inputs["input_size"], accelerator)
+    evaluation = objective.evaluation
+    trainer = Trainer(
+        collectives=collectives,
+        model=model,
+        ema=ema,
+        optimizer=create_optimizer(model, config),
+        loader=loader,
+        loss_function=objective.loss(config, source),
+        evaluate=evaluation and evaluation(config, collectives, model, ema, source, inputs),
+        config=config,
+        checkpoints=checkpoints,
+        display=ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak),
+        stop=stop or StopRequest(),
+    )
+    trainer.resume(start)
+    if source.held_out is not None and accelerator.is_main_process:  # only of a run that goes ahead
+        name_held_out(source, output)
+    history = trainer.fit()
+    weights = model_state(trainer.winner())
+    classes = {"num_classes": len(source.class_names)} if config.labels_needed else {}
+    trained = Trained(config, source, inputs, config.build(**classes), history, folders[0])
+
+    def export() -> None:
+        trained.model.load_state_dict(weights)
+        objective.export(trained)
+        plot_run(output / CURVES, history)
+
+    collectives.on_main(export)
+    return trained
+
+
+def name_held_out(source: Any, folder: Path) -> None:
+    """Name the training images that are validated on instead, for whoever scores or trains on from here."""
+    _, names = source.test.classes_and_names()
+    write_text(folder / HELD_OUT, "".join(f"{name}\n" for name in names))
+    plain_console().print(
+        f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out for "
+        f"validation; {folder / HELD_OUT} lists them",
+        soft_wrap=True,
+    )
