@@ -49,7 +49,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
             for file in files:
                 flush(file)
         except OSError as error:
-            if error.filename is None:  # as on a full disk
+            if error.errno is not None and error.filename is None:  # as on a full disk
                 error.filename = str(folder / ", ".join(sorted(file.name for file in Path(beside).iterdir())))
             raise
         for file in files:
