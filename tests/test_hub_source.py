@@ -108,7 +108,7 @@ def read(repo: Path, home: Path, *streaming: bool, program: str = PROGRAM, **env
 def test_a_data_set_on_the_hub(hub: str, repo: Path, tmp_path: Path) -> None:
     expected = [["cat", "dog"], [0, 1, 0, 1], [0, 1]]
     stream, table = read(repo, tmp_path, True, False, HF_ENDPOINT=hub)
-    assert stream == ["ImageStream", *expected] and table == ["ImageTable", *expected]
+    assert stream == ["DatasetStream", *expected] and table == ["ImageTable", *expected]
     assert read(repo, tmp_path, False, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1") == [table]  # from the cache
 
 

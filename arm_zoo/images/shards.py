@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,7 +235,7 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
             f'the samples of {where} have neither a .cls nor a "label" in a .json, and do not lie in class folders; '
             f"{_first_sample(files)}. Say where the label is, as in {choices.typed('label_column', 'json.species')}"
         )
-    depth = min(len(os.path.commonprefix(folders)), min(map(len, folders)) - 1)  # noqa: RUF071  # of names, not of strings
+    depth = min(_shared(folders), min(map(len, folders)) - 1)
     for name in {folder[depth] for folder in folders}:
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {printable(name)!r} in {where} is not UTF-8; rename it")
@@ -245,7 +245,7 @@ def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str,
 def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
     """Refuse tars that hold several splits in folders of their own, which would be mixed."""
     folders = set(_folders(rows))
-    depth = len(os.path.commonprefix(list(folders)))  # noqa: RUF071
+    depth = _shared(folders) if folders else 0
     names = sorted({folder[depth] for folder in folders if len(folder) > depth})
     deeper = any(len(folder) > depth + 1 for folder in folders)
     if deeper and len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names):
@@ -259,3 +259,7 @@ def _folders(rows: datasets.Dataset) -> list[tuple[str, ...]]:
     """Names of the folders that each sample lies in."""
     return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _field(rows, "key").to_pylist()]
 
+
+def _shared(folders: Collection[tuple[str, ...]]) -> int:
+    """How many folders, from the top on, are the same for all."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))))
