@@ -4,5 +4,5 @@ from rich.console import Console
 
 
 def plain_console(quiet: bool = False) -> Console:
-    """A console on stderr that leaves ``[x]`` and ``:name:`` in what a person typed alone."""
+    """A console on stderr that leaves `[x]` and `:name:` in what a person typed alone."""
     return Console(stderr=True, quiet=quiet, markup=False, emoji=False)

@@ -18,11 +18,10 @@ from torch import Tensor
 from arm_zoo.images.decode import UndecodableImage
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
-
-from .config import BatchPlan, DataConfig, TrainConfig
-from .order import Key, ScoringOrder, training_order
-from .sources import Source, Split
-from .transforms import (
+from recipes.config import BatchPlan, DataConfig, TrainConfig
+from recipes.order import Key, ScoringOrder, training_order
+from recipes.sources import Source, Split
+from recipes.transforms import (
     AUGMENTATION,
     ERASING,
     Normalisation,
@@ -33,8 +32,8 @@ from .transforms import (
     training_transform,
     warp,
 )
-from .undecodable import check_undecodable, name_once
-from .workers import WorkerLoader
+from recipes.undecodable import check_undecodable, name_once
+from recipes.workers import WorkerLoader
 
 DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no images
 CPU = torch.device("cpu")

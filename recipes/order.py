@@ -16,11 +16,10 @@ from torch.utils.data import Sampler
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
-
-from .config import BatchPlan, TrainConfig, too_large_a_batch
-from .sources import Split
-from .streams import ImageStream
-from .transforms import LANE, ORDER, seed_of, seeded_generator
+from recipes.config import BatchPlan, TrainConfig, too_large_a_batch
+from recipes.sources import Split
+from recipes.streams import ImageStream
+from recipes.transforms import LANE, ORDER, seed_of, seeded_generator
 
 MOST_LANES = 16
 

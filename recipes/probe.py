@@ -66,11 +66,11 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
     Mean and standard deviation are among the latter where the weights tell those that the model was trained with.
 
     Args:
-        weights: A ``pretraining_model/``, a folder that timm's ``local-dir:`` takes, or a file of weights.
+        weights: A `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file of weights.
         config: Names the model if it is a file of timm's; files of our models tell it.
 
     Raises:
-        RunError: If the folder holds no model, nobody says which model a file is of, or ``model_args`` do not fit.
+        RunError: If the folder holds no model, nobody says which model a file is of, or `model_args` do not fit.
         CheckpointError: If the weights cannot be read, or are of another model.
     """
     if config.model and not timm.is_model(config.model):

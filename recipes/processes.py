@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from .config import TrainConfig
-from .errors import RunError
+from recipes.config import TrainConfig
+from recipes.errors import RunError
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

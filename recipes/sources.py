@@ -30,11 +30,10 @@ from arm_zoo.images.hub import load_from_hub
 from arm_zoo.images.listing import SourceError, listed
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
-
-from .config import DataConfig
-from .labels import match_labels
-from .splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
-from .streams import DatasetStream, ImageStream, TarStream
+from recipes.config import DataConfig
+from recipes.labels import match_labels
+from recipes.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
+from recipes.streams import DatasetStream, ImageStream, TarStream
 
 log = logging.getLogger(__name__)
 

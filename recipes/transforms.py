@@ -17,7 +17,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, Resize
 
-from .config import DataConfig
+from recipes.config import DataConfig
 
 ORDER, LANE, AUGMENTATION, ERASING = range(4)  # what a random stream is for
 Transform = Callable[[Image.Image], Tensor]  # to (C, H, W), uint8

@@ -4,8 +4,7 @@ import logging
 from collections.abc import Iterable
 
 from arm_zoo.images.listing import SourceError
-
-from .errors import RunError
+from recipes.errors import RunError
 
 log = logging.getLogger(__name__)
 FRACTION, IMAGES = 0.001, 3  # that are tolerated where `data.max_undecodable` says nothing: the larger of the two
