@@ -8,8 +8,8 @@ from arm_zoo.files import CheckpointError
 from arm_zoo.loading import from_pretrained
 from arm_zoo.names import to_official
 from arm_zoo.objectives import create_pretraining_model
+from arm_zoo.ops import available_backends, get_scan_backend, scan_backend, set_scan_backend
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.scan import available_backends, get_scan_backend, scan_backend, set_scan_backend
 
 __version__ = "0.1.0"
 

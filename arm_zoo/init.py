@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from arm_zoo.fused import is_plain
+from arm_zoo.ops.fused import is_plain
 
 
 def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:

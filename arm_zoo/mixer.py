@@ -7,9 +7,9 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from arm_zoo.fused import run_linear
 from arm_zoo.init import fill
-from arm_zoo.scan import mamba_inner
+from arm_zoo.ops import mamba_inner
+from arm_zoo.ops.fused import run_linear
 
 torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are not known while a model is traced
 

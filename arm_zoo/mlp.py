@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
+from arm_zoo.ops.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
 

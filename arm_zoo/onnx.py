@@ -1,10 +1,10 @@
-"""How ONNX writes the two operators of arm_zoo; `arm_zoo/scan/reference.py` defines them.
+"""How ONNX writes the two operators of arm_zoo; `arm_zoo/ops/reference.py` defines them.
 
 Importing this module tells `torch.onnx.export(..., dynamo=True)` of them. It needs the packages onnx and onnxscript.
 
 The scan of all directions is one `Scan` node with a body of seven operators, so that the graph is as large for 3025
 patches as for 16. Its axis is the first, and its body uses no value of the graph around it, which some runtimes ask
-for. As in `arm_zoo/scan/chunked.py`, channels are innermost, so that every product with a factor per state or per
+for. As in `arm_zoo/ops/cpu/chunked.py`, channels are innermost, so that every product with a factor per state or per
 channel is a pass over whole rows.
 
 Annotations here are ONNX's types, which onnxscript and torch.onnx read, not Python's.
@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import torch
 
-import arm_zoo.scan  # noqa: F401  (registers the operators)
+import arm_zoo.ops  # noqa: F401  (registers the operators)
 
 try:
     import onnxscript

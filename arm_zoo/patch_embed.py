@@ -6,8 +6,8 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.fused import is_plain, is_plain_layer
 from arm_zoo.init import zero_bias
+from arm_zoo.ops.fused import is_plain, is_plain_layer
 
 
 @torch.fx.wrap  # sizes of images are not known while a model is traced

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import arm_zoo
 from arm_zoo.loading import entries, list_entries, unknown_model
-from arm_zoo.scan import scan_backend
-from arm_zoo.scan.backends import resolve_backend
+from arm_zoo.ops import scan_backend
+from arm_zoo.ops.backends import resolve_backend
 from eval.options import positive
 from eval.results import Row, append, check_output
 from eval.scoring import DTYPES

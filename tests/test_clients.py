@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.scan import available_backends, scan_backend
+from arm_zoo.ops import available_backends, scan_backend
 
 BACKENDS = [name for name in available_backends() if name in ("reference", "torch", "numba")]  # of the CPU
 

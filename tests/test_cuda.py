@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from arm_zoo.scan.layout import ScanInputs
+from arm_zoo.ops.layout import ScanInputs
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC in this build of torch")
@@ -45,14 +45,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     core.Device = lambda index: SimpleNamespace(set_current=lambda: None, create_stream=lambda stream: stream)
     core.launch = lambda stream, config, kernel, *arguments: launches.append((kernel, len(arguments), config.block))
     monkeypatch.setitem(sys.modules, "cuda.core", core)
-    monkeypatch.delitem(sys.modules, "arm_zoo.scan.cuda", raising=False)
-    module = importlib.import_module("arm_zoo.scan.cuda")
+    monkeypatch.delitem(sys.modules, "arm_zoo.ops.cuda.launch", raising=False)
+    module = importlib.import_module("arm_zoo.ops.cuda.launch")
     monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     module.launches = launches
     yield module
-    monkeypatch.delitem(sys.modules, "arm_zoo.scan.cuda")
+    monkeypatch.delitem(sys.modules, "arm_zoo.ops.cuda.launch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

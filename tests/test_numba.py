@@ -5,8 +5,8 @@ import timm
 import torch
 
 import arm_zoo
+from arm_zoo.ops import selective_scan
 from arm_zoo.order import scan_order
-from arm_zoo.scan import selective_scan
 from tests.test_scan import largest
 
 pytest.importorskip("numba", reason="the extra `cpu` is not installed")
@@ -131,7 +131,7 @@ def test_tokens_that_are_not_there_are_refused(order: list[list[int]]) -> None:
 
 
 def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from arm_zoo.scan import backends
+    from arm_zoo.ops import backends
 
     def refuse(name: str) -> None:
         raise ImportError(f"no module named {name}")

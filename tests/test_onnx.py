@@ -136,7 +136,7 @@ def test_exports_that_cannot_end_well_say_what_to_do(
     dynamo: bool, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """timm's script, which takes TorchScript by default, and torch.onnx without our translation."""
-    monkeypatch.setattr("arm_zoo.scan.backends.sys", types.SimpleNamespace(modules={}))  # without arm_zoo.onnx
+    monkeypatch.setattr("arm_zoo.ops.backends.sys", types.SimpleNamespace(modules={}))  # without arm_zoo.onnx
     with pytest.raises(
         RuntimeError, match=r"`import arm_zoo\.onnx`.* or type `python -m hub export MODEL FILE`"
     ) as raised:
@@ -158,7 +158,7 @@ def test_exports_are_in_float32(dtype: torch.dtype, model: nn.Module, monkeypatc
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_exports_need_the_translation(backend: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arm_zoo.scan.backends.sys", types.SimpleNamespace(modules={}))  # without arm_zoo.onnx
+    monkeypatch.setattr("arm_zoo.ops.backends.sys", types.SimpleNamespace(modules={}))  # without arm_zoo.onnx
     monkeypatch.setattr("torch.onnx.is_in_onnx_export", lambda: True)
     with (
         arm_zoo.scan_backend(backend),

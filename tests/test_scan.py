@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import arm_zoo
 from arm_zoo.mixer import MambaMixer
-from arm_zoo.order import cluster_order, scan_order
-from arm_zoo.scan import (
+from arm_zoo.ops import (
     available_backends,
     backends,
     causal_conv,
@@ -32,6 +31,7 @@ from arm_zoo.scan import (
     scan_backend,
     selective_scan,
 )
+from arm_zoo.order import cluster_order, scan_order
 from tests.helpers.golden import golden_cases
 
 Tensors = dict[str, torch.Tensor]

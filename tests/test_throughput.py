@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import arm_zoo
-from arm_zoo.scan import backends
+from arm_zoo.ops import backends
 from eval import results, scan, throughput, timing
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]

@@ -12,12 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.fused import Residual
 from arm_zoo.mlp import SwiGLU
+from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
+from arm_zoo.ops.fused import Residual
+from arm_zoo.ops.layout import inner
 from arm_zoo.order import scan_order
 from arm_zoo.patch_embed import PatchEmbed
-from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
-from arm_zoo.scan.layout import inner
 from tests.test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
@@ -29,7 +29,7 @@ from tests.test_scan import MIXERS, check_mixer, largest, saved_for_backward
 from tests.test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, check_special_values
 from tests.test_triton import extreme_error, gate_errors, gated_product_error, inner_error, worst_error
 import arm_zoo
-from arm_zoo.scan import causal_conv, mamba_inner, selective_scan
+from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 """
 
@@ -265,7 +265,7 @@ def check_deferred_sums(device: str) -> None:
         size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
         images, results = torch.randn(4, channels, *size, device=device), []
         for deferred in (True, False):
-            arm_zoo.fused.adds_in_norm = lambda x, norm, deferred=deferred: deferred
+            arm_zoo.ops.fused.adds_in_norm = lambda x, norm, deferred=deferred: deferred
             torch.manual_seed(1)
             with arm_zoo.scan_backend("torch"), Recorder() as recorder:  # the fastest in Triton's interpreter
                 output = model(images)
@@ -404,7 +404,7 @@ def check_operators(device: str) -> None:
 
 def gated_product_error(batch: int, length: int, dim: int, hidden: int, dtype: torch.dtype, device: str) -> float:
     """Relative L2 error of the kernel with fc1 of a SwiGLU, SiLU and gate, against float64."""
-    from arm_zoo.scan.triton.gates import gated_product
+    from arm_zoo.ops.triton.gates import gated_product
 
     torch.manual_seed(0)
     shapes = (batch, length, dim), (2 * hidden, dim), (2 * hidden,)
@@ -419,7 +419,7 @@ def test_sequences_are_numbered_in_32_bits() -> None:
     """Those whose steps lie further apart are copied, larger ones refused."""
     near, far = (torch.empty_strided((1, 1, 3, 4), (0, 0, 2**n, 1), device="meta") for n in (29, 30))
     assert inner(near) is near and inner(far).is_contiguous()
-    from arm_zoo.scan.triton.common import check_length
+    from arm_zoo.ops.triton.common import check_length
 
     with pytest.raises(
         ValueError, match=r"less than 2\*\*29 numbers and 2\*\*24 steps, got 16,777,216 steps of 1 channels"
@@ -528,7 +528,7 @@ def test_sums_with_norms_on_the_gpu(shape: tuple[int, int, int], dtype: torch.dt
 
 @pytest.mark.gpu
 def test_deferred_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arm_zoo.fused, "adds_in_norm", None)  # so that it is there again after the test
+    monkeypatch.setattr(arm_zoo.ops.fused, "adds_in_norm", None)  # so that it is there again after the test
     check_deferred_sums("cuda")
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
-from arm_zoo.scan import operators, reference
-from arm_zoo.scan.backends import BACKENDS, resolve_backend
-from arm_zoo.scan.layout import ScanInputs, project
+from arm_zoo.ops import operators, reference
+from arm_zoo.ops.backends import BACKENDS, resolve_backend
+from arm_zoo.ops.layout import ScanInputs, project
 
 _SINGULAR = {"length": "step", "d_state": "state"}
 _Shaped = Mapping[str, tuple[torch.Tensor | None, tuple[int, ...]]]

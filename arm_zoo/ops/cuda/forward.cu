@@ -1,4 +1,4 @@
-// The forward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/scan/cuda.py has the host's side.
+// The forward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/ops/cuda/launch.py has the host's side.
 //
 // One warp is one program: one sequence (direction k, image b) and 64 channels, two a lane, with the rates and states
 // of all S states in registers. B and C of a chunk of steps stand in shared memory as float32, where every lane reads

@@ -16,8 +16,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch.nn import functional as F
 
-from arm_zoo.scan.chunked import causal_conv, causal_conv_backward, selective_scan_backward
-from arm_zoo.scan.layout import CHUNK, ScanInputs, empty_states, inner
+from arm_zoo.ops.cpu.chunked import causal_conv, causal_conv_backward, selective_scan_backward
+from arm_zoo.ops.layout import CHUNK, ScanInputs, empty_states, inner
 
 __all__ = ["causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
@@ -138,7 +138,7 @@ def _copy(tensor: torch.Tensor) -> np.ndarray:
 def selective_scan(
     scan: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     u, *others = scan.with_whole_steps()[:6]
     delta, A, B, C, D = (t.to(u.dtype) for t in others)
     directions, batch, length, channels = u.shape

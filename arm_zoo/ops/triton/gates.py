@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from arm_zoo.scan.layout import aligned, inner
-from arm_zoo.scan.triton.common import processors, sigmoid
+from arm_zoo.ops.layout import aligned, inner
+from arm_zoo.ops.triton.common import processors, sigmoid
 
 _BLOCK_ROWS, _BLOCK_CHANNELS = 16, 256  # of the gate's kernels
 _ROWS, _CHANNELS, _INNER = 128, 128, 64  # of a tile: of the result, twice as many channels of the product, of the sum

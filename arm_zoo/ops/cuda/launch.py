@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
-from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
-from arm_zoo.scan.triton import causal_conv, causal_conv_backward, gate_backward
-from arm_zoo.scan.triton import scan as triton_scan
-from arm_zoo.scan.triton.common import check_length
-from arm_zoo.scan.triton.merge import merge, sequences_for
+from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
+from arm_zoo.ops.triton import causal_conv, causal_conv_backward, gate_backward
+from arm_zoo.ops.triton import scan as triton_scan
+from arm_zoo.ops.triton.common import check_length
+from arm_zoo.ops.triton.merge import merge, sequences_for
 
 __all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_scan", "selective_scan_backward"]
 
@@ -121,7 +121,7 @@ def _launch(
 def selective_scan(
     scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
+    """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     directions, _, length, channels = scan.u.shape
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
     if not projection["RANK"]:

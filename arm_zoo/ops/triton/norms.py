@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.scan.layout import Tensors
-from arm_zoo.scan.triton.common import processors
+from arm_zoo.ops.layout import Tensors
+from arm_zoo.ops.triton.common import processors
 
 _PROGRAMS = 8  # a multiprocessor, of the backward pass: each leaves a sum of the gradients of weight and bias
 

@@ -12,7 +12,7 @@ import threading
 import torch
 from torch.nn import functional as F
 
-from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, empty_states, state_dtype
+from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, state_dtype
 
 _LOG2E = math.log2(math.e)
 
@@ -133,7 +133,7 @@ def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Ten
 def selective_scan(
     inputs: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and the saved states."""
+    """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     inputs = inputs.with_whole_steps()
     u, order = inputs.u, inputs.order
     # blocks of many images and short chunks: few, large operations, above all in the recurrence
@@ -230,7 +230,7 @@ def _gather_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, orde
 
 
 def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """See `arm_zoo.scan.causal_conv`. The result is (K, B, L, D) with (K, D) innermost in memory."""
+    """See `arm_zoo.ops.causal_conv`. The result is (K, B, L, D) with (K, D) innermost in memory."""
     directions, channels, _ = weight.shape
     out = F.silu(_gather_conv(x, weight, bias, order)[0], inplace=True).to(x.dtype)
     out = out.permute(0, 2, 3, 1).contiguous()  # (B, K * D, L, 1) -> (B, L, 1, K * D), no copy: channels are innermost

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from arm_zoo.scan.backends import BACKENDS, implementation
-from arm_zoo.scan.layout import ScanInputs, Tensors, empty_states, project, state_dtype
+from arm_zoo.ops.backends import BACKENDS, implementation
+from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, project, state_dtype
 
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
 _SCAN_INPUTS = (

@@ -10,7 +10,7 @@ CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one a
 
 
 class ScanInputs(NamedTuple):
-    """The inputs of a scan, as `arm_zoo.scan.selective_scan` describes them."""
+    """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them."""
 
     u: torch.Tensor
     delta: torch.Tensor

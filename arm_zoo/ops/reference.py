@@ -3,11 +3,11 @@
 import torch
 from torch.nn import functional as F
 
-from arm_zoo.scan.layout import ScanInputs, state_dtype
+from arm_zoo.ops.layout import ScanInputs, state_dtype
 
 
 def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """See `arm_zoo.scan.causal_conv`; every tap is one shifted product."""
+    """See `arm_zoo.ops.causal_conv`; every tap is one shifted product."""
     directions, length, taps = weight.shape[0], x.shape[1], weight.shape[2]
     dtype = state_dtype(x.dtype)
     x, weight, bias, in_dtype = x.to(dtype), weight.to(dtype), bias.to(dtype), x.dtype
@@ -20,7 +20,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 
 def selective_scan(scan: ScanInputs) -> torch.Tensor:
-    """See `arm_zoo.scan.selective_scan`, before the gate; one step of the recurrence at a time."""
+    """See `arm_zoo.ops.selective_scan`, before the gate; one step of the recurrence at a time."""
     scan = scan.with_whole_steps()
     dtype = state_dtype(scan.u.dtype)
     u, delta, A, B, C, D = (t.to(dtype) for t in scan[:6])

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.scan.layout import inner
-from arm_zoo.scan.triton.common import BLOCK_CHANNELS, sigmoid
+from arm_zoo.ops.layout import inner
+from arm_zoo.ops.triton.common import BLOCK_CHANNELS, sigmoid
 
 _BLOCK_STEPS = 1024  # of a table of orders
 _BLOCK_TIME = 16

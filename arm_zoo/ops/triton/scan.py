@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.scan.layout import CHUNK, ScanInputs, Tensors, empty_states, inner, state_dtype
-from arm_zoo.scan.triton.common import LOG2E, check_length, check_number, sigmoid
-from arm_zoo.scan.triton.merge import merge, sequences_for
+from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, inner, state_dtype
+from arm_zoo.ops.triton.common import LOG2E, check_length, check_number, sigmoid
+from arm_zoo.ops.triton.merge import merge, sequences_for
 
 _GROUP = 2  # steps whose states the backward scan holds in registers
 _REGISTERS = {} if torch.version.hip else {"maxnreg": 168}  # of the backward scan; Triton for AMD has no such option
@@ -235,7 +235,7 @@ def _parameters(scan: ScanInputs) -> tuple[torch.Tensor | None, ...]:
 def selective_scan(
     scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
+    """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     scan = scan.with_whole_steps()
     directions, batch, length, channels = scan.u.shape
     check_length(length, channels)

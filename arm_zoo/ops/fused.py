@@ -11,9 +11,9 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from arm_zoo.scan.backends import get_scan_backend, is_transformed
-from arm_zoo.scan.functional import needs_gradient
-from arm_zoo.scan.operators import register
+from arm_zoo.ops.backends import get_scan_backend, is_transformed
+from arm_zoo.ops.functional import needs_gradient
+from arm_zoo.ops.operators import register
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -57,8 +57,8 @@ def run_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _kernel(module: str, name: str) -> Callable[..., Any]:
-    """A function of `arm_zoo.scan.triton`, loaded when it is called: not every build of torch brings Triton."""
-    return lambda *inputs: getattr(importlib.import_module(f"arm_zoo.scan.triton.{module}"), name)(*inputs)
+    """A function of `arm_zoo.ops.triton`, loaded when it is called: not every build of torch brings Triton."""
+    return lambda *inputs: getattr(importlib.import_module(f"arm_zoo.ops.triton.{module}"), name)(*inputs)
 
 
 def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from torch.nn import functional as F
 
-from arm_zoo.scan.layout import ScanInputs, Tensors, empty_states, state_dtype
+from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, state_dtype
 
 
 def _channels_first(sequences: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Ten
 
 
 def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """See `arm_zoo.scan.causal_conv`."""
+    """See `arm_zoo.ops.causal_conv`."""
     sequences = _channels_first(_to_sequences(x, order, len(weight)))
     out = causal_conv1d_fwd_function(sequences, weight.flatten(0, 1), bias.flatten(), None, None, None, True)
     return _channels_last(out, len(weight))
@@ -71,7 +71,7 @@ def _arguments(scan: ScanInputs) -> list[Any]:
 def selective_scan(
     scan: ScanInputs, save_states: bool, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `arm_zoo.scan.selective_scan`: its output, gated only where no states are saved, and no saved states."""
+    """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and no saved states."""
     u, (directions, _, length, _) = scan.u, scan.u.shape
     if length == 1:
         raise ValueError("mamba-ssm computes sequences of one step wrongly; use set_scan_backend('auto')")

@@ -1,7 +1,7 @@
 """The `triton` backend: GPU kernels that Triton compiles on first use, for the scans and what lies around them."""
 
-from arm_zoo.scan.triton.conv import causal_conv, causal_conv_backward
-from arm_zoo.scan.triton.gates import gate_backward
-from arm_zoo.scan.triton.scan import selective_scan, selective_scan_backward
+from arm_zoo.ops.triton.conv import causal_conv, causal_conv_backward
+from arm_zoo.ops.triton.gates import gate_backward
+from arm_zoo.ops.triton.scan import selective_scan, selective_scan_backward
 
 __all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_scan", "selective_scan_backward"]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-_logger = logging.getLogger("arm_zoo.scan")
+_logger = logging.getLogger("arm_zoo.ops")
 
 
 class Package(NamedTuple):
@@ -84,16 +84,16 @@ _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
 BACKENDS = {
     # the plain loop
-    "reference": Backend("arm_zoo.scan.reference"),
+    "reference": Backend("arm_zoo.ops.reference"),
     # the fast path on any device
-    "torch": Backend("arm_zoo.scan.chunked", directions_inside=True),
+    "torch": Backend("arm_zoo.ops.cpu.chunked", directions_inside=True),
     # a faster forward scan on the CPU
-    "numba": Backend("arm_zoo.scan.numba", (_NUMBA,), "cpu", (torch.float32,), directions_inside=True),
+    "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), directions_inside=True),
     # GPU kernels, and the same with faster scans
-    "triton": Backend("arm_zoo.scan.triton", (_TRITON,), "cuda", _SMALL, interpreted=True, own_kernels=True),
-    "cuda": Backend("arm_zoo.scan.cuda", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), own_kernels=True),
+    "triton": Backend("arm_zoo.ops.triton", (_TRITON,), "cuda", _SMALL, interpreted=True, own_kernels=True),
+    "cuda": Backend("arm_zoo.ops.cuda.launch", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), own_kernels=True),
     # the kernels of the package mamba-ssm, for comparison
-    "mamba_ssm": Backend("arm_zoo.scan.mamba_ssm", (_CONV, _SCAN), "cuda", _SMALL, saves_states=False),
+    "mamba_ssm": Backend("arm_zoo.ops.mamba_ssm", (_CONV, _SCAN), "cuda", _SMALL, saves_states=False),
 }
 _AUTO = ("cuda", "triton", "numba")  # the best first
 _announced: set[str] = set()

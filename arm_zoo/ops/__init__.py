@@ -5,8 +5,8 @@ Sequences are stored in scan order, the order in which a direction visits the to
 (`causal_conv`) and where the directions meet again (`selective_scan`), and nowhere else.
 """
 
-from arm_zoo.scan.backends import available_backends, get_scan_backend, scan_backend, set_scan_backend
-from arm_zoo.scan.functional import causal_conv, mamba_inner, selective_scan
+from arm_zoo.ops.backends import available_backends, get_scan_backend, scan_backend, set_scan_backend
+from arm_zoo.ops.functional import causal_conv, mamba_inner, selective_scan
 
 __all__ = [
     "available_backends",

@@ -1,4 +1,4 @@
-// The backward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/scan/cuda.py has the host's side.
+// The backward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/ops/cuda/launch.py has the host's side.
 //
 // One block scans one sequence (direction k, image b) for a block of channels, one a thread, with the gradients of the
 // states, their rates and the gradients of the rates of all S states in registers. Chunk by chunk from the end, the

@@ -1,4 +1,4 @@
-// What the kernels of arm_zoo/scan/cuda.py share; this text stands before theirs when NVRTC compiles them.
+// What the kernels of arm_zoo/ops/cuda/launch.py share; this text stands before theirs when NVRTC compiles them.
 //
 // Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (4, 8 or 16); CHUNK steps between saved states (16);
 // HAS_BIAS, SOFTPLUS, and each kernel's own.

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from arm_zoo.scan.layout import Tensors, inner
-from arm_zoo.scan.triton.common import BLOCK_CHANNELS, check_length, check_number, sigmoid
-from arm_zoo.scan.triton.merge import merge
+from arm_zoo.ops.layout import Tensors, inner
+from arm_zoo.ops.triton.common import BLOCK_CHANNELS, check_length, check_number, sigmoid
+from arm_zoo.ops.triton.merge import merge
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _conv_backward_kernel(
 
 
 def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """See `arm_zoo.scan.causal_conv`."""
+    """See `arm_zoo.ops.causal_conv`."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
     check_length(length, channels)

@@ -1,0 +1,1 @@
+"""Backends for the CPU: PyTorch operations in chunks, and Numba."""

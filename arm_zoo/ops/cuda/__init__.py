@@ -1,0 +1,1 @@
+"""CUDA kernels of the scans, compiled when they are first used."""
