@@ -8,7 +8,7 @@ from timm.layers import Mlp
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.sizes import nearest_multiple
+from arm_zoo.layers.sizes import nearest_multiple
 
 HEAD_DIM = 64
 

@@ -13,14 +13,14 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.block import Block, init_block_weights, no_weight_decay_names, run_blocks
 from arm_zoo.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.files import save_model
-from arm_zoo.init import fill, reset_parameters
-from arm_zoo.order import cluster_order
-from arm_zoo.patch_embed import PatchEmbed
-from arm_zoo.sizes import check_positive, nearest_multiple
-from arm_zoo.tables import TableModel
+from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
+from arm_zoo.layers.init import fill, reset_parameters
+from arm_zoo.layers.order import cluster_order
+from arm_zoo.layers.patch_embed import PatchEmbed
+from arm_zoo.layers.sizes import check_positive, nearest_multiple
+from arm_zoo.layers.tables import TableModel
 from arm_zoo.targets import patchify, statistics, unpatchify
 
 _TAPS = 4

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import arm_zoo
-from arm_zoo.order import scan_order
+from arm_zoo.layers.order import scan_order
 from eval.options import positive
 from eval.results import Row, append, check_output
 from eval.scoring import DTYPES

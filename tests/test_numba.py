@@ -5,8 +5,8 @@ import timm
 import torch
 
 import arm_zoo
+from arm_zoo.layers.order import scan_order
 from arm_zoo.ops import selective_scan
-from arm_zoo.order import scan_order
 from tests.test_scan import largest
 
 pytest.importorskip("numba", reason="the extra `cpu` is not installed")

@@ -23,7 +23,7 @@ from torch import nn
 import arm_zoo
 from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
-from arm_zoo.mixer import MambaMixer
+from arm_zoo.layers.mixer import MambaMixer
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arm_zoo
-from arm_zoo.mixer import MambaMixer
+from arm_zoo.layers.mixer import MambaMixer
+from arm_zoo.layers.order import cluster_order, scan_order
 from arm_zoo.ops import (
     available_backends,
     backends,
@@ -31,7 +32,6 @@ from arm_zoo.ops import (
     scan_backend,
     selective_scan,
 )
-from arm_zoo.order import cluster_order, scan_order
 from tests.helpers.golden import golden_cases
 
 Tensors = dict[str, torch.Tensor]
@@ -673,7 +673,7 @@ def test_blocks_of_threads_may_overlap() -> None:
 
 AUTO = """
 import logging, torch, arm_zoo
-from arm_zoo.mixer import MambaMixer
+from arm_zoo.layers.mixer import MambaMixer
 logging.basicConfig(level=logging.INFO, format="%(name)s:%(message)s")
 mixer = MambaMixer(16, 1)
 with arm_zoo.scan_backend("reference"):

@@ -12,12 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.mlp import SwiGLU
+from arm_zoo.layers.mlp import SwiGLU
+from arm_zoo.layers.order import scan_order
+from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.fused import Residual
 from arm_zoo.ops.layout import inner
-from arm_zoo.order import scan_order
-from arm_zoo.patch_embed import PatchEmbed
 from tests.test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
 
 pytest.importorskip("triton", reason="no triton in this build of torch")

@@ -1,7 +1,7 @@
 """The selective scan of Mamba over images: K directions at once, channels last, with named backends.
 
 Sequences are stored in scan order, the order in which a direction visits the tokens. The order tables of
-`arm_zoo.order` say where a direction's step lies among the tokens; they are read where a sequence is made
+`arm_zoo.layers.order` say where a direction's step lies among the tokens; they are read where a sequence is made
 (`causal_conv`) and where the directions meet again (`selective_scan`), and nowhere else.
 """
 

@@ -8,9 +8,9 @@ from timm.layers import DropPath
 from timm.models import checkpoint
 from torch import nn
 
-from arm_zoo.init import zero_bias
-from arm_zoo.mixer import MambaMixer
-from arm_zoo.mlp import SwiGLU
+from arm_zoo.layers.init import zero_bias
+from arm_zoo.layers.mixer import MambaMixer
+from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.ops import fused
 from arm_zoo.ops.fused import Residual, is_bare, is_plain
 

@@ -7,7 +7,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from arm_zoo.init import fill
+from arm_zoo.layers.init import fill
 from arm_zoo.ops import mamba_inner
 from arm_zoo.ops.fused import run_linear
 

@@ -6,7 +6,7 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.init import zero_bias
+from arm_zoo.layers.init import zero_bias
 from arm_zoo.ops.fused import is_plain, is_plain_layer
 
 
