@@ -28,13 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.arm import ARM
 from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
-from arm_zoo.download import find_weights
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
 from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.table import TABLE, bundled_entries, training_commands
+from arm_zoo.weights.download import find_weights
+from arm_zoo.weights.table import TABLE, bundled_entries, training_commands
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
@@ -181,7 +181,7 @@ def load_classifier(source: str | None, weights: Path | None) -> Any:
 
 
 def _ways_on(entry: str) -> str:
-    """What `arm_zoo.table.ways_on` says, in terms of this command line."""
+    """What `arm_zoo.weights.table.ways_on` says, in terms of this command line."""
     return (
         f"the weights of {entry} are not hosted yet: name an official or own file (--weights FILE), train them from a "
         f"checkout ({training_commands(entry)}), or use a model that comes with the package "

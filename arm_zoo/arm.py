@@ -17,14 +17,14 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from arm_zoo.adapt import adapt_state_dict, resample_pos_embed
 from arm_zoo.builder import Backbone, entry_configs, register_family
 from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
 from arm_zoo.layers.init import reset_parameters, zero_bias
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import check_positive
-from arm_zoo.table import BUNDLED_FOLDER
+from arm_zoo.weights.adapt import adapt_state_dict, resample_pos_embed
+from arm_zoo.weights.table import BUNDLED_FOLDER
 
 __all__ = ["ARM"]
 

@@ -20,10 +20,8 @@ from timm.models import (
     split_model_name_tag,
 )
 
-from arm_zoo.adapt import adapt_state_dict
 from arm_zoo.arm import ARM
 from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
-from arm_zoo.download import download, hub_repository
 from arm_zoo.files import (
     CONFIG,
     PICKLED_WEIGHTS,
@@ -36,9 +34,11 @@ from arm_zoo.files import (
 )
 from arm_zoo.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.reading import read_checkpoint
-from arm_zoo.table import known_sha256
 from arm_zoo.variant import MAX_DEPTH, find_variant
+from arm_zoo.weights.adapt import adapt_state_dict
+from arm_zoo.weights.download import download, hub_repository
+from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.table import known_sha256
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 

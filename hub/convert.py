@@ -22,8 +22,8 @@ from arm_zoo.files import (
     weights_in,
 )
 from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.reading import Choice, is_safetensors, read_checkpoint
 from arm_zoo.variant import Variant, describe, find_variant
+from arm_zoo.weights.reading import Choice, is_safetensors, read_checkpoint
 from hub.card import write_card
 from hub.catalog import AUTHORS_CODE
 from hub.folders import CARD, GOLDEN, UsageError, check_destination, read_header
@@ -49,7 +49,7 @@ def convert(
             folder with model.safetensors or pytorch_model.bin; a config.json beside the file says what shapes cannot
             (names of classes, preprocessing, the grid where it is no square).
         out: a new folder.
-        weights: see `arm_zoo.reading.read_checkpoint`.
+        weights: see `arm_zoo.weights.reading.read_checkpoint`.
         dtype: of the tensors that are written, a key of DTYPES.
         license: of the weights, for the header, the configuration and the card; None: what an earlier conversion
             wrote into the file's header, else "unknown".

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
-from arm_zoo.download import explain
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
+from arm_zoo.weights.download import explain
 from hub.card import write_card
 from hub.catalog import RESULTS
 from hub.check import check_folder
@@ -91,7 +91,7 @@ def publish(
                 commit = _upload(api, staged, cache, repo, remote, uploads, tag, private)
             yield f"uploaded as {commit}, tagged {tag}, fetched back and compared"
             row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{tag}", "{repo}")'
-            yield f'for arm_zoo/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
+            yield f'for arm_zoo/weights/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
 
 
 @contextmanager

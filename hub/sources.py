@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from huggingface_hub import HfApi
 
-from arm_zoo.download import explain
 from arm_zoo.files import CheckpointError
-from arm_zoo.table import TABLE, training_commands
 from arm_zoo.variant import find_variant
+from arm_zoo.weights.download import explain
+from arm_zoo.weights.table import TABLE, training_commands
 from hub.catalog import AUTHORS_REPOSITORY, CATALOG, RESULTS, Entry, measured, reported, state
 
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")

@@ -26,12 +26,13 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 import arm_zoo
-from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, table, to_official
+from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, to_official
 from arm_zoo.builder import ARCHITECTURES
 from arm_zoo.files import sha256_of
 from arm_zoo.loading import architecture_of, label_names, load
-from arm_zoo.table import Weights
 from arm_zoo.variant import _sizes_of_entries
+from arm_zoo.weights import table
+from arm_zoo.weights.table import Weights
 from hub.__main__ import main as hub_command
 from recipes.sources import open_digits
 from tests import hub_server
@@ -151,8 +152,8 @@ def test_a_file_is_read_once_and_its_model_made_once(
     def counted(function: Any) -> Any:
         return lambda *args, **kwargs: calls.append(function.__name__) or function(*args, **kwargs)
 
-    reader = "arm_zoo.reading.load_file" if kind == "safetensors" else "torch.load"
-    monkeypatch.setattr(reader, counted(arm_zoo.reading.load_file if kind == "safetensors" else torch.load))
+    reader = "arm_zoo.weights.reading.load_file" if kind == "safetensors" else "torch.load"
+    monkeypatch.setattr(reader, counted(arm_zoo.weights.reading.load_file if kind == "safetensors" else torch.load))
     monkeypatch.setattr(arm_zoo.arm.ARM, "init_weights", counted(arm_zoo.arm.ARM.init_weights))
     loaded = from_pretrained(file)
     assert sorted(calls) == sorted(["load_file" if kind == "safetensors" else "load", "init_weights"])

@@ -34,7 +34,7 @@ from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
-from arm_zoo.table import bundled_file
+from arm_zoo.weights.table import bundled_file
 from tests.helpers.golden import golden_cases, in_both_sets
 from tests.test_scan import Recorder
 

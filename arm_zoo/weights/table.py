@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 ORGANISATION = "arm-zoo"
-BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Weights: read, translated to our names, adapted to a model, fetched by name."""
