@@ -26,13 +26,13 @@ from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
-from arm_zoo.arm import ARM
-from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
 from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
-from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
+from arm_zoo.models.arm import ARM
+from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.download import find_weights
 from arm_zoo.weights.table import TABLE, bundled_entries, training_commands
 

@@ -20,8 +20,6 @@ from timm.models import (
     split_model_name_tag,
 )
 
-from arm_zoo.arm import ARM
-from arm_zoo.builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.files import (
     CONFIG,
     PICKLED_WEIGHTS,
@@ -32,9 +30,11 @@ from arm_zoo.files import (
     read_config,
     weights_in,
 )
-from arm_zoo.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
-from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.variant import MAX_DEPTH, find_variant
+from arm_zoo.identify import MAX_DEPTH, find_variant
+from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
+from arm_zoo.models.arm import ARM
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.adapt import adapt_state_dict
 from arm_zoo.weights.download import download, hub_repository
 from arm_zoo.weights.reading import read_checkpoint

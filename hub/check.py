@@ -7,10 +7,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from arm_zoo.arm import ARM
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.loading import from_pretrained
-from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.models.arm import ARM
+from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.download import download
 from arm_zoo.weights.table import TABLE, repository_of
 from hub.convert import answers

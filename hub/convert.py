@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 import arm_zoo
-from arm_zoo.arm import ARM
 from arm_zoo.files import (
     CONFIG,
     WEIGHTS,
@@ -21,8 +20,9 @@ from arm_zoo.files import (
     sha256_of,
     weights_in,
 )
-from arm_zoo.pretrain import ARMPretrain
-from arm_zoo.variant import Variant, describe, find_variant
+from arm_zoo.identify import Variant, describe, find_variant
+from arm_zoo.models.arm import ARM
+from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.reading import Choice, is_safetensors, read_checkpoint
 from hub.card import write_card
 from hub.catalog import AUTHORS_CODE

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import arm_zoo
-from arm_zoo.arm import ARM
 from arm_zoo.files import replacing_files, save_tensors
+from arm_zoo.models.arm import ARM
 from hub.folders import UsageError, relative_error
 
 TOLERANCE = 1e-4  # of the largest logit, between onnxruntime and PyTorch in float32

@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import HfApi
 
 from arm_zoo.files import CheckpointError
-from arm_zoo.variant import find_variant
+from arm_zoo.identify import find_variant
 from arm_zoo.weights.download import explain
 from arm_zoo.weights.table import TABLE, training_commands
 from hub.catalog import AUTHORS_REPOSITORY, CATALOG, RESULTS, Entry, measured, reported, state

@@ -38,7 +38,7 @@ from torch import nn
 import arm_zoo
 from arm_zoo import to_official
 from arm_zoo.files import CheckpointError, sha256_of
-from arm_zoo.variant import find_variant
+from arm_zoo.identify import find_variant
 from arm_zoo.weights import table
 from arm_zoo.weights.reading import Choice, read_checkpoint
 from arm_zoo.weights.table import TABLE, training_commands

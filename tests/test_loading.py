@@ -27,10 +27,10 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, to_official
-from arm_zoo.builder import ARCHITECTURES
 from arm_zoo.files import sha256_of
+from arm_zoo.identify import _sizes_of_entries
 from arm_zoo.loading import architecture_of, label_names, load
-from arm_zoo.variant import _sizes_of_entries
+from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.weights import table
 from arm_zoo.weights.table import Weights
 from hub.__main__ import main as hub_command
@@ -111,7 +111,7 @@ def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
     sources = [folder, str(folder), f"local-dir:{folder}", folder / "model.safetensors"]
     for source in [*sources, tmp_path / "official.safetensors", str(tmp_path / "official.pth")]:
         loaded = from_pretrained(source)
-        assert isinstance(loaded, arm_zoo.arm.ARM)
+        assert isinstance(loaded, arm_zoo.models.arm.ARM)
         assert digest(loaded) == digest(model), source
     finetuned = from_pretrained(tmp_path / "official.pth", num_classes=7, drop_path_rate=0.1)
     assert finetuned.num_classes == 7 and torch.equal(finetuned.norm.weight, model.norm.weight)
@@ -154,7 +154,7 @@ def test_a_file_is_read_once_and_its_model_made_once(
 
     reader = "arm_zoo.weights.reading.load_file" if kind == "safetensors" else "torch.load"
     monkeypatch.setattr(reader, counted(arm_zoo.weights.reading.load_file if kind == "safetensors" else torch.load))
-    monkeypatch.setattr(arm_zoo.arm.ARM, "init_weights", counted(arm_zoo.arm.ARM.init_weights))
+    monkeypatch.setattr(arm_zoo.models.arm.ARM, "init_weights", counted(arm_zoo.models.arm.ARM.init_weights))
     loaded = from_pretrained(file)
     assert sorted(calls) == sorted(["load_file" if kind == "safetensors" else "load", "init_weights"])
     assert digest(loaded) == digest(model) and "state_dict" not in loaded.pretrained_cfg
@@ -264,7 +264,7 @@ def test_pretraining_models_from_everywhere(tmp_path: Path) -> None:
         assert digest(loaded) == digest(pretrained)
         assert loaded.forward_encoder(torch.zeros(1, 1, 8, 8)).shape == (1, 12, 64, 4)
         backbone = from_pretrained(source, as_backbone=True, num_classes=4)
-        assert isinstance(backbone, arm_zoo.arm.ARM) and backbone.num_classes == 4
+        assert isinstance(backbone, arm_zoo.models.arm.ARM) and backbone.num_classes == 4
         assert torch.equal(backbone.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight)
     larger = from_pretrained(tmp_path / "folder", img_size=16)  # further pretraining on larger pictures
     assert larger.config["img_size"] == 16 and torch.equal(larger.decoder_norm.bias, pretrained.decoder_norm.bias)

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo import CheckpointError, create_pretraining_model, to_official
-from arm_zoo.arm import ARM
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
+from arm_zoo.models.arm import ARM
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
 from arm_zoo.weights.table import bundled_file

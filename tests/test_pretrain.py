@@ -15,8 +15,8 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from arm_zoo import ARMPretrain, create_pretraining_model, from_official, to_official
-from arm_zoo.decoder import sincos_pos_embed
-from arm_zoo.targets import patchify
+from arm_zoo.pretraining.decoder import sincos_pos_embed
+from arm_zoo.pretraining.targets import patchify
 from tests.helpers.golden import golden_cases, in_both_sets
 
 StateDict = dict[str, torch.Tensor]

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from arm_zoo import CheckpointError, create_pretraining_model, from_official, from_pretrained, to_official
-from arm_zoo.decoder import sincos_pos_embed
 from arm_zoo.files import save_model
+from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.weights.adapt import resample_pos_embed
 from tests.helpers.golden import golden_cases, in_both_sets
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from arm_zoo.pretrain import ARMPretrain
+from arm_zoo.pretraining.autoregressive import ARMPretrain
 
 
 class Objective(NamedTuple):

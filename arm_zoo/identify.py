@@ -16,10 +16,10 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from arm_zoo.arm import ARM
-from arm_zoo.builder import ARCHITECTURES
 from arm_zoo.files import CheckpointError, StateDict
-from arm_zoo.objectives import OBJECTIVES
+from arm_zoo.models._builder import ARCHITECTURES
+from arm_zoo.models.arm import ARM
+from arm_zoo.pretraining._registry import OBJECTIVES
 from arm_zoo.weights.adapt import adapt_state_dict, refuse_foreign_head, sincos_grid
 from arm_zoo.weights.names import is_official, under_our_names
 

@@ -13,7 +13,6 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.nn import functional as F
 
-from arm_zoo.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.files import save_model
 from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
 from arm_zoo.layers.init import fill, reset_parameters
@@ -21,7 +20,8 @@ from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import check_positive, nearest_multiple
 from arm_zoo.layers.tables import TableModel
-from arm_zoo.targets import patchify, statistics, unpatchify
+from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
+from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
 
 _TAPS = 4
 

@@ -2,7 +2,7 @@
 
 Autoregressive Pretraining with Mamba in Vision, https://arxiv.org/abs/2406.07537. Image patches with one class
 token in the middle of the sequence, learned position embeddings, blocks of a Mamba mixer with four scans and a
-SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_zoo.pretrain`.
+SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_zoo.pretraining.autoregressive`.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from arm_zoo.builder import Backbone, entry_configs, register_family
 from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
 from arm_zoo.layers.init import reset_parameters, zero_bias
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import check_positive
+from arm_zoo.models._builder import Backbone, entry_configs, register_family
 from arm_zoo.weights.adapt import adapt_state_dict, resample_pos_embed
 from arm_zoo.weights.table import BUNDLED_FOLDER
 

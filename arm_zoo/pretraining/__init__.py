@@ -1,0 +1,1 @@
+"""The pretraining objectives, a file each."""
