@@ -19,8 +19,8 @@ import yaml
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.locate import locate
+from recipes.data.splits import fewer_training_images, validation_fraction
 from recipes.parsing import ConfigError, Limit, filled, limited, missing, read_yaml
-from recipes.splits import fewer_training_images, validation_fraction
 
 if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told without them
     from torch import nn

@@ -29,14 +29,14 @@ from arm_zoo.weights.table import ways_on
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
-from recipes.data import Batch
-from recipes.engine import LossFunction
+from recipes.data.loader import Batch
 from recipes.errors import RunError
-from recipes.export import save_timm_model
 from recipes.objectives import Objective, Trained
-from recipes.scoring import evaluation
-from recipes.setup import train
-from recipes.signals import StopRequest
+from recipes.training.engine import LossFunction
+from recipes.training.export import save_timm_model
+from recipes.training.scoring import evaluation
+from recipes.training.setup import train
+from recipes.training.signals import StopRequest
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
 

@@ -18,8 +18,8 @@ import yaml
 from arm_zoo.images.listing import SourceError, class_folders
 from arm_zoo.images.locate import locate
 from recipes.config import ENTRY, FinetuneConfig
+from recipes.data.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 from recipes.parsing import ConfigError
-from recipes.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 
 COLOUR, GREY = "arm_tiny_patch8_64", "arm_pico_patch2_8"  # entries whose weights come with the package
 PEAK = 5e-4  # learning rate, whatever the batch
@@ -97,7 +97,7 @@ def survey(config: FinetuneConfig) -> Survey:
 
 
 def _survey_opened(config: FinetuneConfig) -> Survey:
-    from recipes.sources import open_source  # with the libraries that read them, which take seconds to import
+    from recipes.data.sources import open_source  # with the libraries that read them, which take seconds to import
 
     source = open_source(config.data, labels_needed=True)
     size = source.train.size

@@ -14,10 +14,10 @@ import torch
 
 from recipes.command_line import read_config
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, TrainConfig
-from recipes.data import TrainLoader
+from recipes.data.loader import TrainLoader
+from recipes.data.sources import open_source
 from recipes.mistakes import told_as_mistakes
 from recipes.parsing import limited
-from recipes.sources import open_source
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What sets one way to train apart from another: a record for each, which `recipes.setup` carries out.
+"""What sets one way to train apart from another: a record for each, which `recipes.training.setup` carries out.
 
 A new pretraining objective is one more record here; that of training with labels stands in `recipes.finetune`.
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from recipes.checkpoint import Metrics
 from recipes.config import TrainConfig
-from recipes.engine import LossFunction
-from recipes.export import BACKBONE, EXPORT, InputConfig, save_pretraining
-from recipes.plots import draw_predictions
-from recipes.sources import Source
+from recipes.data.sources import Source
+from recipes.training.checkpoint import Metrics
+from recipes.training.engine import LossFunction
+from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
+from recipes.training.plots import draw_predictions
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Objective:
 
     create: Callable[[Any, Source], nn.Module]  # the model to train, for a configuration
     loss: Callable[[Any, Source], LossFunction]
-    evaluation: Callable[..., Callable[[int], Metrics]] | None  # see `recipes.scoring.evaluation`
+    evaluation: Callable[..., Callable[[int], Metrics]] | None  # see `recipes.training.scoring.evaluation`
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
 

@@ -14,10 +14,10 @@ from functools import partial
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import PretrainConfig
-from recipes.export import BACKBONE
 from recipes.objectives import AUTOREGRESSIVE, Trained
-from recipes.setup import train
-from recipes.signals import StopRequest
+from recipes.training.export import BACKBONE
+from recipes.training.setup import train
+from recipes.training.signals import StopRequest
 
 
 def pretrain(

@@ -23,12 +23,12 @@ from arm_zoo.images.listing import SourceError
 from arm_zoo.loading import entries, load
 from recipes import command_line
 from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
-from recipes.data import EvalLoader
+from recipes.data.loader import EvalLoader
+from recipes.data.sources import Source, Split, open_source
+from recipes.data.undecodable import check_undecodable
 from recipes.errors import RunError
 from recipes.mistakes import told_as_mistakes
 from recipes.parsing import limited
-from recipes.sources import Source, Split, open_source
-from recipes.undecodable import check_undecodable
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 LINEAR_BATCH = 256

@@ -26,19 +26,21 @@ from safetensors.torch import load_file
 
 import arm_zoo
 from arm_zoo.images.tables import ImageTable
-from recipes import checkpoint, command_line, data, engine, setup
+from recipes import command_line
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
-from recipes.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.data.loader import loader as data
+from recipes.data.sampling import training_order
+from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
 from recipes.objectives import Trained
-from recipes.order import training_order
 from recipes.pretrain import pretrain
-from recipes.resume import AlreadyFinished, Start, compare, compare_classes
-from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
-from recipes.sources import open_source
+from recipes.training import checkpoint, engine, setup
+from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
+from recipes.training.resume import AlreadyFinished, Start, compare, compare_classes
+from recipes.training.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from tests import ROOT
 from tests.pictures import write_folder
 
@@ -394,7 +396,7 @@ def test_checkpoints_that_cannot_be_read_are_a_problem_of_all_processes(
     def unreadable(*_: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/checkpoints")
 
-    monkeypatch.setattr("recipes.resume.choose", unreadable)
+    monkeypatch.setattr("recipes.training.resume.choose", unreadable)
     with pytest.raises(PermissionError, match=r"Permission denied: 'runs/checkpoints'"):
         run(tmp_path)
 

@@ -20,11 +20,11 @@ from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded
 from recipes import loader_speed
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
-from recipes.data import Batch, EvalLoader, TrainLoader
-from recipes.order import Key, mixed, training_order
-from recipes.sources import Source, open_source
-from recipes.streams import ImageStream
-from recipes.transforms import posterized, training_transform, warp
+from recipes.data.loader import Batch, EvalLoader, TrainLoader
+from recipes.data.sampling import Key, mixed, training_order
+from recipes.data.sources import Source, open_source
+from recipes.data.streams import ImageStream
+from recipes.data.transforms import posterized, training_transform, warp
 from tests.pictures import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")

@@ -21,10 +21,10 @@ from timm.models import save_for_hf
 
 import arm_zoo  # noqa: F401 - timm finds our models by it
 from arm_zoo.images.listing import SourceError
+from recipes.data.workers import WorkerLoader, end_workers, started
 from recipes.errors import RunError
-from recipes.parallel import Collectives
-from recipes.signals import StopRequest, StopWaiting, stop_ends_waiting
-from recipes.workers import WorkerLoader, end_workers, started
+from recipes.training.parallel import Collectives
+from recipes.training.signals import StopRequest, StopWaiting, stop_ends_waiting
 from tests import ROOT
 
 TINY = ["epochs=100000", "global_batch=256", "model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2",
@@ -187,7 +187,7 @@ def begun(
     """A program of ``recipes``, after some code, in a process group of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
     program = (
-        f"import recipes.{recipe} as recipe, recipes.data as data, recipes.engine as engine\n{code}\nrecipe.main()"
+        f"import recipes.{recipe} as recipe, recipes.data.loader as data, recipes.training.engine as engine\n{code}\nrecipe.main()"
     )
     with subprocess.Popen(
         [sys.executable, *launcher, program, *arguments],

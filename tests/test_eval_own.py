@@ -32,11 +32,11 @@ from eval import __main__ as program
 from eval import labels, models, results, scoring
 from eval.own import AS_USUAL
 from recipes.config import DataConfig, FinetuneConfig, load_config
-from recipes.data import Images
+from recipes.data.loader import Images
+from recipes.data.sampling import Key
+from recipes.data.sources import DIGIT_NAMES, open_source
+from recipes.data.transforms import scoring_transform
 from recipes.finetune import finetune
-from recipes.order import Key
-from recipes.sources import DIGIT_NAMES, open_source
-from recipes.transforms import scoring_transform
 from tests import ROOT
 from tests.pictures import Counted, encode, jpeg, pixels, png_16_bit_colour, png_header
 

@@ -26,15 +26,15 @@ from arm_zoo.images.listing import SourceError
 from recipes.command_line import read_command
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
 from recipes.console import plain_console
+from recipes.data.sources import open_source
+from recipes.data.splits import held_out, split_rows
+from recipes.data.undecodable import check_undecodable
 from recipes.errors import RunError
 from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
 from recipes.first_run import Choice, Survey, choose, described, fitted, survey
 from recipes.mistakes import MISTAKES
-from recipes.resume import Start, compare
-from recipes.sources import open_source
-from recipes.splits import held_out, split_rows
-from recipes.undecodable import check_undecodable
+from recipes.training.resume import Start, compare
 from tests.pictures import write_parquet
 
 KINDS = (("RGB", "png"), ("RGB", "jpg"), ("RGB", "webp"), ("RGBA", "png"), ("L", "png"))

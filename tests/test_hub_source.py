@@ -21,7 +21,7 @@ COMMIT = "a" * 40
 PROGRAM = """
 import json, sys
 from recipes.config import DataConfig
-from recipes.sources import open_source
+from recipes.data.sources import open_source
 for streaming in json.loads(sys.argv[1]):
     source = open_source(DataConfig(source="hf://some/pictures", streaming=streaming))
     labels = [[label for _, label, _ in split] for split in (source.train, source.test)]

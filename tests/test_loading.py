@@ -34,7 +34,7 @@ from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.weights import table
 from arm_zoo.weights.table import Weights
 from hub.__main__ import main as hub_command
-from recipes.sources import open_digits
+from recipes.data.sources import open_digits
 from tests import hub_server
 from tests.hub_server import Client, HubServer, running_hub, start_client
 

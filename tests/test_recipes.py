@@ -27,21 +27,21 @@ from arm_zoo.layers.mixer import MambaMixer
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
-from recipes.data import Batch, TrainLoader
-from recipes.engine import Trainer, seed_step
+from recipes.data.loader import Batch, TrainLoader
+from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.finetune import main as finetune_command
 from recipes.objectives import Trained
-from recipes.optim import learning_rate, parameter_groups
-from recipes.parallel import FAILED, Collectives
 from recipes.pretrain import main as pretrain_command
 from recipes.pretrain import pretrain
-from recipes.processes import start_accelerator
 from recipes.quickstart import quickstart
-from recipes.scoring import evaluation
-from recipes.sources import open_source
-from recipes.watch import image_flops
+from recipes.training.engine import Trainer, seed_step
+from recipes.training.optim import learning_rate, parameter_groups
+from recipes.training.parallel import FAILED, Collectives
+from recipes.training.processes import start_accelerator
+from recipes.training.progress import image_flops
+from recipes.training.scoring import evaluation
 from tests import ROOT
 from tests.pictures import write_folder
 

@@ -30,9 +30,9 @@ from arm_zoo.images.locate import locate
 from arm_zoo.images.tables import ImageTable
 from arm_zoo.images.tars import read_members, read_samples
 from recipes.config import DataConfig
-from recipes.labels import match_labels
-from recipes.sources import Source, open_source
-from recipes.streams import ImageStream
+from recipes.data.labels import match_labels
+from recipes.data.sources import Source, open_source
+from recipes.data.streams import ImageStream
 from tests.pictures import (
     Counted,
     chunk,

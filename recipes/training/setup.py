@@ -6,21 +6,21 @@ from typing import Any
 from timm.utils import ModelEmaV3
 
 from arm_zoo.files import write_text
-from recipes.checkpoint import CheckpointFolder
 from recipes.config import TrainConfig, batch_plan
 from recipes.console import plain_console
-from recipes.data import TrainLoader
-from recipes.engine import Trainer
-from recipes.export import input_config
+from recipes.data.loader import TrainLoader
+from recipes.data.sources import open_source
 from recipes.objectives import Objective, Trained
-from recipes.optim import create_optimizer
-from recipes.parallel import Collectives, model_state, shard
-from recipes.plots import plot_run
-from recipes.processes import start_accelerator
-from recipes.resume import starting_point
-from recipes.signals import StopRequest
-from recipes.sources import open_source
-from recipes.watch import ProgressDisplay, peak_speed
+from recipes.training.checkpoint import CheckpointFolder
+from recipes.training.engine import Trainer
+from recipes.training.export import input_config
+from recipes.training.optim import create_optimizer
+from recipes.training.parallel import Collectives, model_state, shard
+from recipes.training.plots import plot_run
+from recipes.training.processes import start_accelerator
+from recipes.training.progress import ProgressDisplay, peak_speed
+from recipes.training.resume import starting_point
+from recipes.training.signals import StopRequest
 
 CURVES = "curves.png"  # written last: a run that has it has ended
 HELD_OUT = "validation.txt"

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from arm_zoo.files import write_text
-from recipes.checkpoint import CheckpointFolder, Metrics, Position, kept_tensors, restore_tensors
 from recipes.config import TrainConfig, to_yaml
-from recipes.data import Batch, TrainLoader
+from recipes.data.loader import Batch, TrainLoader
+from recipes.data.transforms import seed_of
 from recipes.errors import RunError
-from recipes.optim import learning_rate
-from recipes.parallel import Collectives, for_training, gradients_reduced
 from recipes.parsing import flatten
-from recipes.resume import ORDER, Start, changed_settings, compare_classes
-from recipes.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
-from recipes.transforms import seed_of
-from recipes.watch import ProgressDisplay
+from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_tensors, restore_tensors
+from recipes.training.optim import learning_rate
+from recipes.training.parallel import Collectives, for_training, gradients_reduced
+from recipes.training.progress import ProgressDisplay
+from recipes.training.resume import ORDER, Start, changed_settings, compare_classes
+from recipes.training.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]  # model, batch -> scalar
 GO_ON, SAVE, SAVE_AND_STOP = range(3)

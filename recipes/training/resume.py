@@ -10,11 +10,11 @@ from rich.console import Console
 
 from arm_zoo.files import remove_leftovers
 from arm_zoo.images.listing import listed
-from recipes.checkpoint import STATE, CheckpointFolder, check, read_state, step_of
 from recipes.config import TrainConfig
 from recipes.errors import RunError
-from recipes.parallel import Collectives
 from recipes.parsing import flatten
+from recipes.training.checkpoint import STATE, CheckpointFolder, check, read_state, step_of
+from recipes.training.parallel import Collectives
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
 OPERATION = (

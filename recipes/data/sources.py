@@ -9,7 +9,7 @@
 - `hf://owner/name`, or `owner/name` where no such path exists: a data set on the Hub,
 - `digits`: scikit-learn's 1,797 handwritten digits, 8x8 grey.
 
-A stream (`data.streaming=true`) reads in sequence (`recipes.streams`), all else at random (`arm_zoo.images.tables`).
+A stream (`data.streaming=true`) reads in sequence (`recipes.data.streams`), all else at random (`arm_zoo.images.tables`).
 """
 
 import functools
@@ -31,9 +31,9 @@ from arm_zoo.images.listing import SourceError, listed
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
 from recipes.config import DataConfig
-from recipes.labels import match_labels
-from recipes.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
-from recipes.streams import DatasetStream, ImageStream, TarStream
+from recipes.data.labels import match_labels
+from recipes.data.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
+from recipes.data.streams import DatasetStream, ImageStream, TarStream
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int
 
 
 def _hold_out(images: Split, fraction: float, class_names: tuple[str, ...], name: str) -> Source:
-    """Training images as two splits; see `recipes.splits`."""
+    """Training images as two splits; see `recipes.data.splits`."""
     if isinstance(images, ImageStream):
         raise SourceError(
             f"{name} has no validation images beside it, and of a stream none can be held out; name some with "

@@ -16,10 +16,10 @@ from torch import Tensor
 from arm_zoo import ARMPretrain
 from arm_zoo.files import replacing_files
 from arm_zoo.images.tables import ImageTable
-from recipes.checkpoint import Metrics
-from recipes.data import Batch, EvalLoader
+from recipes.data.loader import Batch, EvalLoader
+from recipes.data.sources import Source
 from recipes.errors import RunError
-from recipes.sources import Source
+from recipes.training.checkpoint import Metrics
 
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
 Curves = Mapping[str, tuple[Sequence[Metrics], str]]  # label -> rows of figures by epoch, and which figure to draw

@@ -19,9 +19,9 @@ from arm_zoo.images.decode import UndecodableImage
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import BatchPlan, DataConfig, TrainConfig
-from recipes.order import Key, ScoringOrder, training_order
-from recipes.sources import Source, Split
-from recipes.transforms import (
+from recipes.data.sampling import Key, ScoringOrder, training_order
+from recipes.data.sources import Source, Split
+from recipes.data.transforms import (
     AUGMENTATION,
     ERASING,
     Normalisation,
@@ -32,8 +32,8 @@ from recipes.transforms import (
     training_transform,
     warp,
 )
-from recipes.undecodable import check_undecodable, name_once
-from recipes.workers import WorkerLoader
+from recipes.data.undecodable import check_undecodable, name_once
+from recipes.data.workers import WorkerLoader
 
 DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no images
 CPU = torch.device("cpu")

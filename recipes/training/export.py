@@ -10,8 +10,8 @@ from timm.data import resolve_data_config
 from arm_zoo import ARMPretrain
 from arm_zoo.files import WEIGHTS, save_model
 from recipes.config import TrainConfig
+from recipes.data.sources import Source
 from recipes.errors import RunError
-from recipes.sources import Source
 
 EXPORT, BACKBONE = "pretraining_model", "backbone"
 InputConfig = dict[str, Any]  # timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode

@@ -17,9 +17,9 @@ from torch.utils.data import Sampler
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import BatchPlan, TrainConfig, too_large_a_batch
-from recipes.sources import Split
-from recipes.streams import ImageStream
-from recipes.transforms import LANE, ORDER, seed_of, seeded_generator
+from recipes.data.sources import Split
+from recipes.data.streams import ImageStream
+from recipes.data.transforms import LANE, ORDER, seed_of, seeded_generator
 
 MOST_LANES = 16
 

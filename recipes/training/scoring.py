@@ -7,12 +7,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from recipes.checkpoint import Metrics
 from recipes.config import FinetuneConfig
-from recipes.data import EvalLoader
-from recipes.export import InputConfig
-from recipes.parallel import Collectives, whole_parameters
-from recipes.undecodable import check_undecodable
+from recipes.data.loader import EvalLoader
+from recipes.data.undecodable import check_undecodable
+from recipes.training.checkpoint import Metrics
+from recipes.training.export import InputConfig
+from recipes.training.parallel import Collectives, whole_parameters
 
 BATCH = 256
 

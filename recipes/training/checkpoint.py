@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from arm_zoo.files import flush, save_tensors, sha256_of
 from recipes.errors import RunError
-from recipes.parallel import WHOLE, Tensors, model_state
+from recipes.training.parallel import WHOLE, Tensors, model_state
 
 STATE, MANIFEST = "state.json", "manifest.json"
 Metrics = dict[str, float]

@@ -1,0 +1,1 @@
+"""What all recipes share between the configuration and the exported weights."""
