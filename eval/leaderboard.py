@@ -1,7 +1,7 @@
 """Makes the leaderboard from measured rows and the paper's tables: LEADERBOARD.md, README's table, leaderboard.html.
 
 Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval` and
-`python -m eval.throughput`, reported ones from eval/paper. No row mixes accuracies of the two; the chart may set a
+`python -m eval.throughput`, reported ones from eval/board/paper. No row mixes accuracies of the two; the chart may set a
 reported accuracy beside a speed that was measured of the same architecture.
 """
 
@@ -18,8 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from arm_zoo import loading
 from arm_zoo.files import write_text
-from eval.entries import PAPER_SPEED, Entry, compilation, paper_table, read_entries, read_speeds
-from eval.sets import SETS, SUBSETS
+from eval.board.entries import PAPER_SPEED, Entry, compilation, paper_table, read_entries, read_speeds
+from eval.scoring.sets import SETS, SUBSETS
 
 HERE = Path(__file__).resolve().parent  # has the templates of the files, page.md and page.html
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
@@ -134,7 +134,7 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
         "ablation": partial(ablation, paper),
     }
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader(HERE / "board"),
         autoescape=select_autoescape(),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add: Callable[..., object] = partial(parser.add_argument, type=Path)
     add("--results", default=HERE / "results.csv", metavar="FILE", help="of python -m eval (%(default)s)")
     add("--throughput", default=HERE / "throughput.csv", metavar="FILE", help="of eval.throughput (%(default)s)")
-    add("--paper", default=HERE / "paper", metavar="FOLDER", help="the paper's tables (%(default)s)")
+    add("--paper", default=HERE / "board" / "paper", metavar="FOLDER", help="the paper's tables (%(default)s)")
     add("--folder", default=HERE.parent, help="has README.md and gets the files (%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not current")
     args = parser.parse_args(argv)

@@ -16,10 +16,10 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.layers.order import scan_order
-from eval.options import positive
-from eval.results import Row, append, check_output
-from eval.scoring import DTYPES
-from eval.timing import circumstances, table, timed
+from eval.scoring.options import positive
+from eval.scoring.predict import DTYPES
+from eval.speed.timing import circumstances, table, timed
+from eval.tables import Row, append, check_output
 
 REPEATS = 20
 SIZES = ("batch_size", "grid", "directions", "channels", "states", "dtype")

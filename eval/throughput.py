@@ -22,10 +22,10 @@ import arm_zoo
 from arm_zoo.loading import entries, list_entries, unknown_model
 from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
-from eval.options import positive
-from eval.results import Row, append, check_output
-from eval.scoring import DTYPES
-from eval.timing import STEPS_PER_READING, circumstances, table, time_in_turn
+from eval.scoring.options import positive
+from eval.scoring.predict import DTYPES
+from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
+from eval.tables import Row, append, check_output
 
 MODES = ("infer", "finetune", "pretrain")
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # of which the first can be pretrained

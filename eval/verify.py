@@ -17,11 +17,11 @@ import timm
 from huggingface_hub import EvalResult, ModelCard
 from rich.console import Console
 
-from eval import models
-from eval.options import guarded, open_requests, parse_sets, scoring_parser, settings_of, start_processes
-from eval.rows import Scorer
-from eval.sets import SETS
-from eval.timing import table
+from eval.scoring.options import guarded, open_requests, parse_sets, scoring_parser, settings_of, start_processes
+from eval.scoring.predict import models
+from eval.scoring.rows import Scorer
+from eval.scoring.sets import SETS
+from eval.speed.timing import table
 
 TRAINERS_TAG = "generated_from_trainer"  # cards of transformers' Trainer have fractions of 1, all others percent
 TOP1 = {"accuracy", "acc", "top1", "top1accuracy", "acctop1", "accuracytop1", "acc1"}

@@ -69,16 +69,16 @@ def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]
 
 def set_names() -> dict[str, str]:
     """What cards call the evaluation sets."""
-    return {row["name"]: row["card_name"] or row["name"] for row in _read(EVALUATION / "sets.csv")}
+    return {row["name"]: row["card_name"] or row["name"] for row in _read(EVALUATION / "scoring" / "sets.csv")}
 
 
 def reported(name: str) -> dict[str, float]:
     """Top-1 in percent of an entry by the paper (tables 2 and 3), by set."""
-    sets = {row["paper_column"]: row["name"] for row in _read(EVALUATION / "sets.csv") if row["paper_column"]}
-    for row in _read(EVALUATION / "paper" / "table3_robustness.csv"):
+    sets = {row["paper_column"]: row["name"] for row in _read(EVALUATION / "scoring" / "sets.csv") if row["paper_column"]}
+    for row in _read(EVALUATION / "board" / "paper" / "table3_robustness.csv"):
         if row["model"] == CATALOG[name].paper_name:
             return {sets[column]: float(value) for column, value in row.items() if column in sets}
-    for row in _read(EVALUATION / "paper" / "table2_imagenet.csv"):
+    for row in _read(EVALUATION / "board" / "paper" / "table2_imagenet.csv"):
         if row["entry"] == name:
             return {"in1k": float(row["top1"])}
     return {}

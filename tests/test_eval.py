@@ -30,7 +30,10 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 
 from eval import __main__ as program
-from eval import metrics, models, results, scoring, sources, verify
+from eval import tables as results
+from eval import verify
+from eval.scoring.predict import metrics, models, sources
+from eval.scoring.predict import predict as scoring
 
 MODEL = "test_vit"
 INFO = Path(timm.data.__file__).parent / "_info"

@@ -29,8 +29,10 @@ from arm_zoo.images.hub import split_to_score
 from arm_zoo.images.listing import IMAGE_ENDINGS
 from arm_zoo.weights.table import bundled_file
 from eval import __main__ as program
-from eval import labels, models, results, scoring
-from eval.own import AS_USUAL
+from eval import tables as results
+from eval.scoring.custom import AS_USUAL
+from eval.scoring.predict import labels, models
+from eval.scoring.predict import predict as scoring
 from recipes.config import DataConfig, FinetuneConfig, load_config
 from recipes.data.loader import Images
 from recipes.data.sampling import Key
@@ -513,7 +515,7 @@ def test_patterns_with_braces(tmp_path: Path) -> None:
 def test_hidden_labels_are_refused_before_anything_runs(
     kind: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.models.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("eval.scoring.models.load", lambda *_: pytest.fail("the model was loaded"))
     labels = [-1, 0, 1, -1]
     if kind == "tar":
         place = shard_of(tmp_path / "x.tar", labels)

@@ -18,8 +18,9 @@ from scipy.stats import binomtest
 from timm.data import ImageNetInfo
 
 from eval import __main__ as program
-from eval import labels, metrics, results, sets
-from eval.options import guarded
+from eval import tables as results
+from eval.scoring.options import guarded
+from eval.scoring.predict import labels, metrics, sets
 
 WNIDS = ImageNetInfo().label_names()
 INFO = Path(timm.data.__file__).parent / "_info"

@@ -114,7 +114,7 @@ def test_a_data_set_on_the_hub(hub: str, repo: Path, tmp_path: Path) -> None:
 
 SCORED = """
 import json
-from eval.sources import open_source
+from eval.scoring.sources import open_source
 listing = open_source(["some/pictures"])
 print(json.dumps([listing.class_names, listing.labels.tolist()]))
 """

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from eval import entries, leaderboard, results
+from eval import leaderboard
+from eval import tables as results
+from eval.board import entries
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 
@@ -172,11 +174,11 @@ def test_the_repositorys_files_are_current() -> None:
 
 
 def test_papers_tables_are_whole_and_marked(repo: Path) -> None:
-    for file in (repo / "eval" / "paper").glob("*.csv"):
+    for file in (repo / "eval" / "board" / "paper").glob("*.csv"):
         rows = results.read(file, ())
         assert {row["kind"] for row in rows} == {"reported"}
         assert {row["source"] for row in rows} == {f"arXiv:2406.07537 table {file.name[5]}"}
-    by_name = {(e.model, e.img_size): e for e in entries.reported_entries(repo / "eval" / "paper")}
+    by_name = {(e.model, e.img_size): e for e in entries.reported_entries(repo / "eval" / "board" / "paper")}
     assert len(by_name) == 16
     base = by_name["ARM-B", "224"]
     assert base.top1 == {"in1k": 83.2, "real": 88.0, "v2": 72.3, "a": 31.9, "r": 48.9, "sketch": 37.2}
@@ -189,7 +191,7 @@ def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
     if not folder.is_dir():
         pytest.skip("no tables to compare with: ../shared/spec/tables is not there")
     for file in folder.glob("*.csv"):
-        theirs, ours = results.read(file, ()), results.read(repo / "eval" / "paper" / file.name, ())
+        theirs, ours = results.read(file, ()), results.read(repo / "eval" / "board" / "paper" / file.name, ())
         for row, own in zip(theirs, ours, strict=True):
             assert {key: own[key] for key in row if key != "note"} == {k: v for k, v in row.items() if k != "note"}
 
@@ -212,7 +214,7 @@ def test_measured_rows_stand_apart(made: Path) -> None:
 
 
 def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
-    files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", repo / "eval" / "paper", repo / "README.md")
+    files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", repo / "eval" / "board" / "paper", repo / "README.md")
     for text in files.values():
         assert "No ImageNet accuracy has been measured by this project yet" in text
         assert "ObjectNet" not in text  # sets that no row has a figure of have no column

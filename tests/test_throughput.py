@@ -10,7 +10,9 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.ops import backends
-from eval import results, scan, throughput, timing
+from eval import scan, throughput
+from eval import tables as results
+from eval.speed.loader import timing
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
 

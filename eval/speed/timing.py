@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from eval.models import versions
-from eval.results import Row
+from eval.scoring.models import versions
+from eval.tables import Row
 
 # Steps in a row under one reading: on a GPU they overlap with their launches, as they do in real work.
 STEPS_PER_READING = {"cpu": 1, "cuda": 10}

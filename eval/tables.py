@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from arm_zoo.files import write_text
-from eval.sets import SUBSETS
+from eval.scoring.sets import SUBSETS
 
 Row = dict[str, Any]
 

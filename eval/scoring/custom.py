@@ -12,8 +12,8 @@ from arm_zoo.images.hub import load_split_from_hub
 from arm_zoo.images.listing import SourceError, printable
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import open_split
-from eval.listing import Listing, listing_of
-from eval.sources import hub_id
+from eval.scoring.listing import Listing, listing_of
+from eval.scoring.sources import hub_id
 
 AS_USUAL = Choices(in_training=False)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval import results
-from eval.sets import SETS, SUBSETS
+from eval import tables as results
+from eval.scoring.sets import SETS, SUBSETS
 
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
 SPEED_COLUMNS = ("model", "mode", "img_size", "batch_size", "dtype", "compile", "img_per_s", "device")

@@ -14,15 +14,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from arm_zoo.images.listing import listed
-from eval import labels, models, results
-from eval.labels import LabelledSet
-from eval.listing import Listing
-from eval.metrics import NO_CLASS, score
-from eval.models import Candidate
-from eval.results import Row
-from eval.scoring import Settings, predict, record_type
-from eval.sets import CUSTOM, REAL, SETS, SUBSETS
-from eval.unfinished import Unfinished
+from eval import tables as results
+from eval.scoring.labels import LabelledSet
+from eval.scoring.listing import Listing
+from eval.scoring.metrics import NO_CLASS, score
+from eval.scoring.models import Candidate
+from eval.scoring.predict import Settings, labels, models, predict, record_type
+from eval.scoring.sets import CUSTOM, REAL, SETS, SUBSETS
+from eval.scoring.unfinished import Unfinished
+from eval.tables import Row
 
 NAMED_IN_ROW = 10  # undecodable images; stderr names them all
 

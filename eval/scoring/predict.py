@@ -17,10 +17,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from arm_zoo.images.decode import UndecodableImage
-from eval.listing import Listing
-from eval.metrics import TOP, rank
-from eval.models import Candidate
-from eval.unfinished import Unfinished
+from eval.scoring.listing import Listing
+from eval.scoring.metrics import TOP, rank
+from eval.scoring.models import Candidate
+from eval.scoring.unfinished import Unfinished
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

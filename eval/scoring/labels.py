@@ -17,11 +17,11 @@ from timm.data import ImageNetInfo
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.listing import class_name, listed
-from eval.listing import Listing
-from eval.metrics import NO_CLASS
-from eval.own import AS_USUAL, open_own
-from eval.sets import CUSTOM, NUMBERS, REAL, SETS, ImageSet
-from eval.sources import open_source
+from eval.scoring.custom import AS_USUAL, open_own
+from eval.scoring.listing import Listing
+from eval.scoring.metrics import NO_CLASS
+from eval.scoring.sets import CUSTOM, NUMBERS, REAL, SETS, ImageSet
+from eval.scoring.sources import open_source
 
 WNID = re.compile(r"n\d{8}")
 VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -102,7 +102,7 @@ def _padded(label_sets: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
-    """The images of a set, labels as they are there; see `eval.sources.open_source`, for custom `eval.own.open_own`.
+    """The images of a set, labels as they are there; see `eval.scoring.sources.open_source`, for custom `eval.scoring.custom.open_own`.
 
     Raises:
         ValueError: where there are no images, or labels that no model can be right about.

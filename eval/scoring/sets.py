@@ -20,12 +20,12 @@ class ImageSet:
         title: head of its column on the leaderboard; empty for sets that have none there.
         card_name: what our model cards call it.
         card_pattern: how other cards call it, in small letters; empty for none.
-        paper_column: of eval/paper/table3_robustness.csv; empty if the paper has no figures.
+        paper_column: of eval/board/paper/table3_robustness.csv; empty if the paper has no figures.
         images, classes: their numbers; None where any number is right.
         images_of: the set whose images it scores by other labels.
         folder: of the release, with the class folders inside.
         class_list: what the release calls its classes. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file of
-            timm's: the wnids of these indices, and images are ranked among them only. A .csv file in eval/classes:
+            timm's: the wnids of these indices, and images are ranked among them only. A .csv file in eval/scoring/classes:
             names of its own, each for one or several of the 1000 classes, which are all right for its images; images
             of other classes are left out.
         border: pixels at each side of an image that are cut off first: of ObjectNet two, as its authors' loader does.

@@ -1,8 +1,8 @@
 """ImageNet's sets: a folder tree, tars of one, WebDataset shards, parquet files, the Hub.
 
-Every source becomes a `Listing`; what the labels mean is for `eval.sets` to say. Trees and pixels are read exactly as
+Every source becomes a `Listing`; what the labels mean is for `eval.scoring.sets` to say. Trees and pixels are read exactly as
 timm reads them, which published scores are based on: timm's endings, the innermost folder as the class, a plain
-conversion of the pixels. Images of the user's own are for `eval.own`.
+conversion of the pixels. Images of the user's own are for `eval.scoring.custom`.
 """
 
 import glob
@@ -23,7 +23,7 @@ from arm_zoo.images.locate import Kind, Located
 from arm_zoo.images.shards import JSON_LABEL, TEXT_LABELS
 from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
-from eval.listing import Listing, indexed, listing_of, size_of
+from eval.scoring.listing import Listing, indexed, listing_of, size_of
 
 ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(\w+))?")

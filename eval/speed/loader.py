@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from rich.table import Table
 
-from eval.listing import Listing
-from eval.metrics import rank
-from eval.models import Candidate
-from eval.scoring import Forward, Settings, cut, load_batches
-from eval.timing import table, timed
+from eval.scoring.listing import Listing
+from eval.scoring.metrics import rank
+from eval.scoring.models import Candidate
+from eval.scoring.predict import Forward, Settings, cut, load_batches
+from eval.speed.timing import table, timed
 
 
 def measure(candidate: Candidate, listing: Listing, settings: Settings, state: PartialState) -> list[str]:

@@ -11,11 +11,10 @@ from accelerate import PartialState
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
-from eval import labels
-from eval.own import AS_USUAL
-from eval.rows import Request
-from eval.scoring import DTYPES, Settings
-from eval.sets import CUSTOM, REAL, SETS
+from eval.scoring.custom import AS_USUAL
+from eval.scoring.predict import DTYPES, Settings, labels
+from eval.scoring.rows import Request
+from eval.scoring.sets import CUSTOM, REAL, SETS
 
 NAMES = [name for name, spec in SETS.items() if not spec.images_of]
 SETS_HELP = (

@@ -1,0 +1,1 @@
+"""From sets and models to rows of scores."""

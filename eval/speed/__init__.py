@@ -1,0 +1,1 @@
+"""Timing of models, kernels and the loader."""
