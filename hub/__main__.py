@@ -11,7 +11,7 @@ from hub.check import check
 from hub.convert import DTYPES, convert
 from hub.export import FORMATS, export
 from hub.publish import publish
-from hub.sources import list_sources
+from hub.upstream import list_sources
 
 EXAMPLES = """
 start here:

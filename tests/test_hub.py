@@ -49,7 +49,7 @@ from hub.check import BUNDLED_GOLDEN
 from hub.convert import convert
 from hub.export import export
 from hub.folders import read_header
-from hub.sources import _known
+from hub.upstream import _known
 from tests.helpers.golden import golden_cases
 from tests.hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
 
@@ -1061,7 +1061,7 @@ def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: p
     results.write_text(f"set,n,top1,weights_sha256\ncustom,360,99.1667,{sha256}\ncustom,360,1,another\n")
     assert {name: row["top1"] for name, row in measured(sha256, results).items()} == {"custom": "99.1667"}
     assert measured(None, results) == {}
-    monkeypatch.setattr("hub.sources.RESULTS", results)
+    monkeypatch.setattr("hub.upstream.RESULTS", results)
     assert _known(entry, CATALOG[entry]).endswith("licence apache-2.0; measured by us: custom 99.17")
 
 
