@@ -35,8 +35,8 @@ from arm_zoo.weights import table
 from arm_zoo.weights.table import Weights
 from hub.__main__ import main as hub_command
 from recipes.data.sources import open_digits
-from tests import hub_server
-from tests.hub_server import Client, HubServer, running_hub, start_client
+from tests.helpers import hub_server
+from tests.helpers.hub_server import Client, HubServer, running_hub, start_client
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name

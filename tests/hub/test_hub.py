@@ -51,7 +51,7 @@ from hub.export import export
 from hub.folders import read_header
 from hub.upstream import _known
 from tests.helpers.golden import golden_cases
-from tests.hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
+from tests.helpers.hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
 
 PICO = "arm_pico_patch2_8"
 FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]

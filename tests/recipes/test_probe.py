@@ -15,7 +15,7 @@ from arm_zoo.images.listing import SourceError
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
 from recipes.probe import Features, ProbeConfig, knn_top1, linear_top1
-from tests.pictures import write_folder
+from tests.helpers.images import write_folder
 
 TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1, "d_state": 2}
 

@@ -7,7 +7,7 @@ import torch
 import arm_zoo
 from arm_zoo.layers.order import scan_order
 from arm_zoo.ops import selective_scan
-from tests.test_scan import largest
+from tests.arm_zoo.test_scan import largest
 
 pytest.importorskip("numba", reason="the extra `cpu` is not installed")
 

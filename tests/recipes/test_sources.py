@@ -33,7 +33,7 @@ from recipes.config import DataConfig
 from recipes.data.labels import match_labels
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
-from tests.pictures import (
+from tests.helpers.images import (
     Counted,
     chunk,
     encode,

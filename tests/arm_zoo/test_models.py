@@ -35,8 +35,8 @@ from arm_zoo.models.arm import ARM
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
 from arm_zoo.weights.table import bundled_file
+from tests.arm_zoo.test_scan import Recorder
 from tests.helpers.golden import golden_cases, in_both_sets
-from tests.test_scan import Recorder
 
 Weights = dict[str, torch.Tensor]
 

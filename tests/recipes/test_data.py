@@ -25,7 +25,7 @@ from recipes.data.sampling import Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
 from recipes.data.transforms import posterized, training_transform, warp
-from tests.pictures import encode, jpeg, pixels, write_folder, write_parquet, write_tar
+from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.randaugment=rand-m9-mstd0.5-inc1", "data.erase=0.5"]

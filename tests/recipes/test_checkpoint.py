@@ -42,7 +42,7 @@ from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, che
 from recipes.training.resume import AlreadyFinished, Start, compare, compare_classes
 from recipes.training.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from tests import ROOT
-from tests.pictures import write_folder
+from tests.helpers.images import write_folder
 
 CONFIG = ROOT / "recipes" / "configs" / "pretrain_digits.yaml"
 FINETUNE = CONFIG.with_name("finetune_digits.yaml")
@@ -467,7 +467,7 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretraining, ended after an epoch, and finetuning from it, stopped in its second one, both by commit e24c1e0."""
-    folder = shutil.copytree(Path(__file__).parent / "golden" / "run_e24c1e0", tmp_path / "runs")
+    folder = shutil.copytree(ROOT / "tests" / "golden" / "run_e24c1e0", tmp_path / "runs")
     monkeypatch.chdir(folder)
     assert load_config(PretrainConfig, folder / "pretrain" / "config.yaml").model == "arm_pico"
     for name, classes in (("pretrain/pretraining_model", None), ("pretrain/backbone", 0), ("finetune", 10)):

@@ -35,7 +35,7 @@ from recipes.finetune import main as finetune_command
 from recipes.first_run import Choice, Survey, choose, described, fitted, survey
 from recipes.mistakes import MISTAKES
 from recipes.training.resume import Start, compare
-from tests.pictures import write_parquet
+from tests.helpers.images import write_parquet
 
 KINDS = (("RGB", "png"), ("RGB", "jpg"), ("RGB", "webp"), ("RGBA", "png"), ("L", "png"))
 SMALL = ["model=arm_pico_patch2_8", "model_args.in_chans=3", "model_args.depth=1", "model_args.embed_dim=16"]

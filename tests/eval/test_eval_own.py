@@ -40,7 +40,7 @@ from recipes.data.sources import DIGIT_NAMES, open_source
 from recipes.data.transforms import scoring_transform
 from recipes.finetune import finetune
 from tests import ROOT
-from tests.pictures import Counted, encode, jpeg, pixels, png_16_bit_colour, png_header
+from tests.helpers.images import Counted, encode, jpeg, pixels, png_16_bit_colour, png_header
 
 PICO = "arm_pico_patch2_8"
 ENTRY = "arm_pico_patch2_8.arm_digits_ft_digits"

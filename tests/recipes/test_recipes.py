@@ -43,7 +43,7 @@ from recipes.training.processes import start_accelerator
 from recipes.training.progress import image_flops
 from recipes.training.scoring import evaluation
 from tests import ROOT
-from tests.pictures import write_folder
+from tests.helpers.images import write_folder
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 FOLDER = CONFIGS[0].parent

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import datasets
 import pytest
 
-from tests.pictures import write_parquet
+from tests.helpers.images import write_parquet
 
 COMMIT = "a" * 40
 PROGRAM = """
