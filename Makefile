@@ -13,7 +13,7 @@ help:  ## list the targets
 
 test: .venv/clients.stamp  ## lint, types and all tests but the slow ones
 	$(BIN)/ruff check .
-	$(BIN)/mypy arm_zoo
+	$(BIN)/mypy arm_zoo recipes eval hub
 	$(BIN)/$(PYTEST) -m "not slow"
 
 test-all: .venv/clients.stamp  ## all tests, also the slow ones, in some twelve minutes
@@ -24,7 +24,7 @@ test-oldest: | $(OLDEST)/pip  ## the tests of `make test` with the oldest versio
 	$(OLDEST)/python -m pip install --editable '.[dev]' --constraint .venv-oldest/floors.txt
 	$(OLDEST)/$(PYTEST) -m "not slow"
 
-quickstart: .venv/train.stamp  ## pretrain, finetune and score a small ARM on real pictures, in minutes on a CPU
+quickstart: .venv/train.stamp  ## pretrain, finetune and score a small ARM on real images, in minutes on a CPU
 	$(BIN)/python -m recipes.quickstart
 
 clean:  ## remove the environments, caches and what the quickstart wrote

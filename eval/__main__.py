@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import tables as results
+from eval.scoring import labels, models
 from eval.scoring.options import guarded, open_requests, scoring_parser, settings_of, start_processes
-from eval.scoring.predict import labels, models
 from eval.scoring.rows import Scorer
 from eval.scoring.sets import CUSTOM, SETS
-from eval.speed.loader import loader as speed
+from eval.speed import loader as speed
 from eval.speed.timing import table
 from eval.tables import Row
 

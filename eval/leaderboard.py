@@ -1,8 +1,8 @@
 """Makes the leaderboard from measured rows and the paper's tables: LEADERBOARD.md, README's table, leaderboard.html.
 
 Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval` and
-`python -m eval.throughput`, reported ones from eval/board/paper. No row mixes accuracies of the two; the chart may set a
-reported accuracy beside a speed that was measured of the same architecture.
+`python -m eval.throughput`, reported ones from eval/board/paper. No row mixes accuracies of the two; the chart may set
+a reported accuracy beside a speed that was measured of the same architecture.
 """
 
 import argparse

@@ -17,8 +17,8 @@ import timm
 from huggingface_hub import EvalResult, ModelCard
 from rich.console import Console
 
+from eval.scoring import models
 from eval.scoring.options import guarded, open_requests, parse_sets, scoring_parser, settings_of, start_processes
-from eval.scoring.predict import models
 from eval.scoring.rows import Scorer
 from eval.scoring.sets import SETS
 from eval.speed.timing import table

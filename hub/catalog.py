@@ -1,7 +1,7 @@
 """What is known about the weights of each entry beside where they are: the paper's name, source, licence, figures.
 
-`arm_zoo.weights.table` has what loading needs. Figures *reported* are the paper's and those *measured* are our own; both are
-read from the tables in eval/, where the evaluator and the leaderboard keep them.
+`arm_zoo.weights.table` has what loading needs. Figures *reported* are the paper's and those *measured* are our own;
+both are read from the tables in eval/, where the evaluator and the leaderboard keep them.
 """
 
 import csv
@@ -13,6 +13,7 @@ from arm_zoo.weights.table import TABLE
 from hub.folders import UsageError
 
 EVALUATION = Path(__file__).parent.parent / "eval"
+SETS = EVALUATION / "scoring" / "sets.csv"
 RESULTS = EVALUATION / "results.csv"
 
 AUTHORS_REPOSITORY = "OliverRen/ARM"  # on the Hub; which files it has is asked at run time
@@ -69,12 +70,12 @@ def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]
 
 def set_names() -> dict[str, str]:
     """What cards call the evaluation sets."""
-    return {row["name"]: row["card_name"] or row["name"] for row in _read(EVALUATION / "scoring" / "sets.csv")}
+    return {row["name"]: row["card_name"] or row["name"] for row in _read(SETS)}
 
 
 def reported(name: str) -> dict[str, float]:
     """Top-1 in percent of an entry by the paper (tables 2 and 3), by set."""
-    sets = {row["paper_column"]: row["name"] for row in _read(EVALUATION / "scoring" / "sets.csv") if row["paper_column"]}
+    sets = {row["paper_column"]: row["name"] for row in _read(SETS) if row["paper_column"]}
     for row in _read(EVALUATION / "board" / "paper" / "table3_robustness.csv"):
         if row["model"] == CATALOG[name].paper_name:
             return {sets[column]: float(value) for column, value in row.items() if column in sets}

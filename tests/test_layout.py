@@ -21,16 +21,13 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    ("files", "order", "scan/reference", "table", "tables", "targets"),
-    ("download", "images", "kernels", "names", "reading"),
-    ("adapt", "builder", "scan"),
-    ("fused",),
-    ("layers",),
-    ("decoder", "mixer"),
-    ("block",),
-    ("arm", "pretrain"),
-    ("objectives",),
-    ("variant",),
+    ("files", "ops/layout"),
+    ("images", "ops"),
+    ("layers", "pretraining/targets", "weights/names", "weights/reading", "weights/table"),
+    ("weights",),
+    ("models/_builder",),
+    ("models", "pretraining"),
+    ("identify",),
     ("loading",),
     ("__init__",),
     ("__main__", "onnx"),
@@ -135,9 +132,9 @@ def test_library_modules_import_downwards() -> None:
 
 
 def test_the_longest_path_gives_the_rank() -> None:
-    assert rank("scan") == rank("scan/ops") == rank("scan/deeper/module") == (2, "scan")
-    assert rank("scan/reference") == (0, "scan/reference")
-    assert rank("scanner") is rank("new") is None
+    assert rank("ops") == rank("ops/fused") == rank("ops/deeper/module") == (1, "ops")
+    assert rank("ops/layout") == (0, "ops/layout")
+    assert rank("operations") is rank("new") is None
 
 
 @pytest.mark.parametrize("package", PACKAGES)

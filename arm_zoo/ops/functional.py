@@ -78,7 +78,7 @@ def causal_conv(
         x: (batch, length, channels) tokens.
         weight: (directions, channels, taps); the last tap multiplies the current step.
         bias: (directions, channels).
-        order: (directions, length) table of `arm_zoo.layers.order`, every token once in each direction, which is not checked;
+        order: (directions, length) table of `arm_zoo.layers.order`, each token once a direction, which is not checked;
             None scans the tokens as they are stored.
 
     Returns:

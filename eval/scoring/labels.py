@@ -102,7 +102,7 @@ def _padded(label_sets: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
-    """The images of a set, labels as they are there; see `eval.scoring.sources.open_source`, for custom `eval.scoring.custom.open_own`.
+    """The images of a set, labels as they are there; see `open_source`, for custom `open_own`.
 
     Raises:
         ValueError: where there are no images, or labels that no model can be right about.

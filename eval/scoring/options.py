@@ -11,8 +11,9 @@ from accelerate import PartialState
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
+from eval.scoring import labels
 from eval.scoring.custom import AS_USUAL
-from eval.scoring.predict import DTYPES, Settings, labels
+from eval.scoring.predict import DTYPES, Settings
 from eval.scoring.rows import Request
 from eval.scoring.sets import CUSTOM, REAL, SETS
 

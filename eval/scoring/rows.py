@@ -15,11 +15,12 @@ from accelerate.utils import broadcast_object_list
 
 from arm_zoo.images.listing import listed
 from eval import tables as results
+from eval.scoring import labels, models
 from eval.scoring.labels import LabelledSet
 from eval.scoring.listing import Listing
 from eval.scoring.metrics import NO_CLASS, score
 from eval.scoring.models import Candidate
-from eval.scoring.predict import Settings, labels, models, predict, record_type
+from eval.scoring.predict import Settings, predict, record_type
 from eval.scoring.sets import CUSTOM, REAL, SETS, SUBSETS
 from eval.scoring.unfinished import Unfinished
 from eval.tables import Row

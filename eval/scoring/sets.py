@@ -25,8 +25,8 @@ class ImageSet:
         images_of: the set whose images it scores by other labels.
         folder: of the release, with the class folders inside.
         class_list: what the release calls its classes. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file of
-            timm's: the wnids of these indices, and images are ranked among them only. A .csv file in eval/scoring/classes:
-            names of its own, each for one or several of the 1000 classes, which are all right for its images; images
+            timm's: the wnids of these indices, and images are ranked among them only. A .csv file in classes/: names
+            of its own, each for one or several of the 1000 classes, which are all right for its images; images
             of other classes are left out.
         border: pixels at each side of an image that are cut off first: of ObjectNet two, as its authors' loader does.
         source: where it is got.

@@ -1,8 +1,8 @@
 """ImageNet's sets: a folder tree, tars of one, WebDataset shards, parquet files, the Hub.
 
-Every source becomes a `Listing`; what the labels mean is for `eval.scoring.sets` to say. Trees and pixels are read exactly as
-timm reads them, which published scores are based on: timm's endings, the innermost folder as the class, a plain
-conversion of the pixels. Images of the user's own are for `eval.scoring.custom`.
+Every source becomes a `Listing`; what the labels mean is for `eval.scoring.sets` to say. Trees and pixels are read
+exactly as timm reads them, which published scores are based on: timm's endings, the innermost folder as the class, a
+plain conversion of the pixels. Images of the user's own are for `eval.scoring.custom`.
 """
 
 import glob

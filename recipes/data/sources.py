@@ -9,7 +9,8 @@
 - `hf://owner/name`, or `owner/name` where no such path exists: a data set on the Hub,
 - `digits`: scikit-learn's 1,797 handwritten digits, 8x8 grey.
 
-A stream (`data.streaming=true`) reads in sequence (`recipes.data.streams`), all else at random (`arm_zoo.images.tables`).
+A stream (`data.streaming=true`) reads in sequence (`recipes.data.streams`), all else is read at random
+(`arm_zoo.images.tables`).
 """
 
 import functools

@@ -26,8 +26,9 @@ HEADER = """
 from pathlib import Path
 import torch
 from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_backward
-from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators, check_special_values
-from tests.arm_zoo.test_triton import extreme_error, gate_errors, gated_product_error, inner_error, worst_error
+from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators
+from tests.arm_zoo.test_triton import check_special_values, extreme_error, gate_errors
+from tests.arm_zoo.test_triton import gated_product_error, inner_error, worst_error
 import arm_zoo
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()

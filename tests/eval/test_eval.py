@@ -32,8 +32,8 @@ from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_
 from eval import __main__ as program
 from eval import tables as results
 from eval import verify
-from eval.scoring.predict import metrics, models, sources
-from eval.scoring.predict import predict as scoring
+from eval.scoring import metrics, models, sources
+from eval.scoring import predict as scoring
 
 MODEL = "test_vit"
 INFO = Path(timm.data.__file__).parent / "_info"

@@ -30,9 +30,9 @@ from arm_zoo.images.listing import IMAGE_ENDINGS
 from arm_zoo.weights.table import bundled_file
 from eval import __main__ as program
 from eval import tables as results
+from eval.scoring import labels, models
+from eval.scoring import predict as scoring
 from eval.scoring.custom import AS_USUAL
-from eval.scoring.predict import labels, models
-from eval.scoring.predict import predict as scoring
 from recipes.config import DataConfig, FinetuneConfig, load_config
 from recipes.data.loader import Images
 from recipes.data.sampling import Key

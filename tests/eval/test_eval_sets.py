@@ -19,8 +19,8 @@ from timm.data import ImageNetInfo
 
 from eval import __main__ as program
 from eval import tables as results
+from eval.scoring import labels, metrics, sets
 from eval.scoring.options import guarded
-from eval.scoring.predict import labels, metrics, sets
 
 WNIDS = ImageNetInfo().label_names()
 INFO = Path(timm.data.__file__).parent / "_info"

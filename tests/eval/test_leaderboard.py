@@ -214,7 +214,8 @@ def test_measured_rows_stand_apart(made: Path) -> None:
 
 
 def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
-    files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", repo / "eval" / "board" / "paper", repo / "README.md")
+    paper = repo / "eval" / "board" / "paper"
+    files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", paper, repo / "README.md")
     for text in files.values():
         assert "No ImageNet accuracy has been measured by this project yet" in text
         assert "ObjectNet" not in text  # sets that no row has a figure of have no column

@@ -12,7 +12,7 @@ import arm_zoo
 from arm_zoo.ops import backends
 from eval import scan, throughput
 from eval import tables as results
-from eval.speed.loader import timing
+from eval.speed import timing
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
 

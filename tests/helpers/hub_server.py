@@ -365,7 +365,8 @@ for line in sys.stdin:
     lines.clear()
     os.environ.pop("ARM_ZOO_HUB_ORG", None)
     os.environ.update(task.get("environment", {}))
-    arm_zoo.weights.table.TABLE.update({name: arm_zoo.weights.table.Weights(**row) for name, row in task.get("table", {}).items()})
+    for name, row in task.get("table", {}).items():
+        arm_zoo.weights.table.TABLE[name] = arm_zoo.weights.table.Weights(**row)
     file_download.http_get = full_disk if task.get("full") else http_get
     if task.get("nobody") and os.geteuid() == 0:
         os.seteuid(65534)

@@ -30,7 +30,7 @@ from recipes import command_line
 from recipes import finetune as finetuning
 from recipes import pretrain as pretraining
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
-from recipes.data.loader import loader as data
+from recipes.data import loader as data
 from recipes.data.sampling import training_order
 from recipes.data.sources import open_source
 from recipes.errors import RunError

@@ -187,7 +187,8 @@ def begun(
     """A program of ``recipes``, after some code, in a process group of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
     program = (
-        f"import recipes.{recipe} as recipe, recipes.data.loader as data, recipes.training.engine as engine\n{code}\nrecipe.main()"
+        f"import recipes.{recipe} as recipe, recipes.data.loader as data, recipes.training.engine as engine\n"
+        f"{code}\nrecipe.main()"
     )
     with subprocess.Popen(
         [sys.executable, *launcher, program, *arguments],
