@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from arm_zoo import loading
 from arm_zoo.files import write_text
+from eval.board.chart import speed_chart
 from eval.board.entries import PAPER_SPEED, Entry, compilation, paper_table, read_entries, read_speeds
 from eval.scoring.sets import SETS, SUBSETS
 
@@ -132,6 +133,7 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
         "shown": shown,
         "table": markdown_table,
         "ablation": partial(ablation, paper),
+        "chart": speed_chart(speeds),
     }
     environment = Environment(
         loader=FileSystemLoader(HERE / "board"),
@@ -146,6 +148,7 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
         "LEADERBOARD.md": environment.get_template("page.md").render(values),
         "README.md": text,
         "leaderboard.html": environment.get_template("page.html").render(values),
+        "eval/speed.svg": environment.get_template("chart.svg").render(values),
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from eval import leaderboard
 from eval import tables as results
-from eval.board import entries
+from eval.board import chart, entries
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 
@@ -216,6 +216,7 @@ def test_measured_rows_stand_apart(made: Path) -> None:
 def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
     paper = repo / "eval" / "board" / "paper"
     files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", paper, repo / "README.md")
+    assert "circle" not in files.pop("eval/speed.svg")
     for text in files.values():
         assert "No ImageNet accuracy has been measured by this project yet" in text
         assert "ObjectNet" not in text  # sets that no row has a figure of have no column
@@ -359,3 +360,24 @@ def test_speeds_of_several_backends_count_once() -> None:
     speeds = [("cuda", "900"), ("cuda", "700"), ("triton", "600")]
     entries.add_speeds([entry], [{**way, "scan_backend": name, "img_per_s": speed} for name, speed in speeds])
     assert entry.speeds == {"A GPU, bf16, measured": 700.0}
+
+
+def test_the_chart_compares_what_was_timed_together() -> None:
+    def row(model: str, size: int, speed: float, device: str = "B", **others: str) -> dict[str, str]:
+        facts = {"model": model, "img_size": str(size), "img_per_s": str(speed), "device": device}
+        return {**facts, "mode": "infer", "compile": "True", **others}
+
+    rows = [
+        row(chart.MODEL, 224, 1, "A"),
+        row(chart.PEER, 224, 1, "A"),
+        *(row(chart.MODEL, size, speed) for size, speed in ((512, 30.0), (128, 50.0), (256, 70.0))),
+        *(row(chart.PEER, size, speed) for size, speed in ((512, 20.0), (128, 100.0))),
+        row(chart.PEER, 256, 1.0, mode="finetune"),
+        row(chart.PEER, 256, 1.0, compile="False"),
+    ]
+    drawn = chart.speed_chart(rows)
+    assert drawn["device"] == "B"
+    assert [(point["size"], point["ratio"]) for point in drawn["points"]] == [(128, 0.5), (512, 1.5)]
+    first, last = drawn["points"]
+    assert first["x"] < last["x"] and drawn["bottom"] > first["y"] > drawn["one"] > last["y"]
+    assert chart.speed_chart([])["points"] == []
