@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from timm.layers import DropPath
 from timm.models import checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.mixer import MambaMixer
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, 8 * dim // 3, **dd) if mlp else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         if not torch.jit.is_scripting():
             return self.forward_deferred(Residual(x), order).sum()
         x = x + self.drop_path(self.mixer(self.norm1(x), order))
@@ -48,7 +48,7 @@ class Block(nn.Module):
         return x
 
     @torch.jit.ignore
-    def forward_deferred(self, tokens: Residual, order: torch.Tensor | None) -> Residual:
+    def forward_deferred(self, tokens: Residual, order: Tensor | None) -> Residual:
         """The block up to its last sum, which is left to the norm that follows it, as its own are to its norms."""
         x, y = tokens.normed(self.norm1)
         tokens = self._add(x, self.mixer(y, order))
@@ -57,7 +57,7 @@ class Block(nn.Module):
         x, y = tokens.normed(self.norm2)
         return self._add(x, self.mlp(y))
 
-    def _add(self, x: torch.Tensor, branch: torch.Tensor) -> Residual:
+    def _add(self, x: Tensor, branch: Tensor) -> Residual:
         """x plus what drop-path leaves of the branch: the factors that it draws are applied with the sum."""
         if is_plain(branch) and self.drop_path.training and is_bare(self.drop_path, DropPath):
             return Residual(x, branch, self.drop_path(branch.new_ones(branch.shape[0], 1, 1)).flatten())
@@ -65,12 +65,8 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList,
-    x: torch.Tensor,
-    order: torch.Tensor | None,
-    kept: Collection[int],
-    checkpointing: bool = False,
-) -> dict[int, torch.Tensor]:
+    blocks: nn.ModuleList, x: Tensor, order: Tensor | None, kept: Collection[int], checkpointing: bool = False
+) -> dict[int, Tensor]:
     """Run a stack of blocks on tokens (B, L, dim) and keep what those with the numbers `kept`, from 1 on, give.
 
     0 stands for the tokens themselves. `checkpointing` recomputes every block's activations in the backward pass.

@@ -1,7 +1,7 @@
 """How parameters get their first values."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arm_zoo.ops.fused import is_plain
 
@@ -12,7 +12,7 @@ def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
+def fill(parameter: Tensor, values: Tensor) -> None:
     """Copy values into a parameter of the same shape, of which this process may hold a part (FSDP2 and its like)."""
     values = values.to(parameter.dtype)
     if not is_plain(parameter):

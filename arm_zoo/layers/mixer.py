@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.models import register_notrace_module
-from torch import nn
+from torch import Tensor, nn
 
 from arm_zoo.layers.init import fill
 from arm_zoo.ops import mamba_inner
@@ -15,7 +15,7 @@ torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are
 
 
 @torch.fx.wrap
-def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
+def _decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in at least float32."""
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
@@ -82,7 +82,7 @@ class MambaMixer(nn.Module):
         """Parameters that are one-dimensional per direction, and therefore not decayed although stacked."""
         return {"conv_bias", "dt_proj_bias", "D"}
 
-    def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         """Mix tokens (batch, length, dim) along the directions of the (K, length) order table."""
         y = mamba_inner(
             self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x),

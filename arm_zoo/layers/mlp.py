@@ -1,7 +1,7 @@
 """The feed-forward part of a block."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.ops.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
@@ -19,7 +19,7 @@ class SwiGLU(nn.Module):
         self.fc1 = nn.Linear(dim, 2 * hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             gate, value = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * value)
@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
         gate, value = run_linear(self.fc1, x).chunk(2, dim=-1)
         return run_linear(self.fc2, F.silu(gate) * value)
 
-    def _forward_padded(self, x: torch.Tensor, missing: int) -> torch.Tensor:
+    def _forward_padded(self, x: Tensor, missing: int) -> Tensor:
         """The same with more hidden channels, all zero.
 
         Rows whose bytes are no multiple of 16 keep matrix products off the fast kernels: ARM-L has 2730 channels.

@@ -1,6 +1,7 @@
 """Token orders as index tables: which token a scan visits at each step (paper, section 3.2.2 and figure 4)."""
 
 import torch
+from torch import Tensor
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
@@ -11,7 +12,7 @@ def scan_order(
     directions: int = 4,
     cls_index: int | None = None,
     device: torch.device | str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Visiting orders of a `height` x `width` patch grid for the first `directions` entries of `DIRECTIONS`.
 
     Tokens are numbered in storage order: patches row by row, with one class token at `cls_index` if it is given. Every
@@ -36,7 +37,7 @@ def scan_order(
     return torch.stack([rows, rows.flip(0), columns, columns.flip(0)][:directions])
 
 
-def _insert_class_token(patch_order: torch.Tensor, cls_index: int) -> torch.Tensor:
+def _insert_class_token(patch_order: Tensor, cls_index: int) -> Tensor:
     """Renumber patches around a class token stored at `cls_index` and visit it at that same step."""
     shifted = patch_order + (patch_order >= cls_index)
     cls_token = shifted.new_full((1,), cls_index)
@@ -45,7 +46,7 @@ def _insert_class_token(patch_order: torch.Tensor, cls_index: int) -> torch.Tens
 
 def cluster_order(
     height: int, width: int, cluster_height: int, cluster_width: int, device: torch.device | str | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
 
     Every cluster is then a contiguous run of tokens: predicting the next one is a shift by one run, and causality

@@ -3,7 +3,7 @@
 import torch
 from timm.layers import lecun_normal_, resample_patch_embed, to_2tuple
 from timm.models import register_notrace_module
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.layers.init import zero_bias
@@ -25,7 +25,7 @@ def _grid_size(
     return height, width
 
 
-def _run_patch_conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _run_patch_conv(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, where the convolution that makes patches tokens runs on CUDA as one matrix product.
 
     cuDNN converts the layout of images of 3 channels twice, which costs six times as much as gathering the patches.
@@ -41,7 +41,7 @@ def _run_patch_conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def _check_images(x: torch.Tensor, channels: int, size: tuple[int, int] | None, factory: str) -> None:
+def _check_images(x: Tensor, channels: int, size: tuple[int, int] | None, factory: str) -> None:
     """Refuse images of other channels, or of another size than `size` if there is one."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
@@ -121,12 +121,12 @@ class PatchEmbed(nn.Module):
         """Grid (rows, columns) of an image size; a ValueError where patch and stride do not tile it."""
         return _grid_size(img_size, self.patch_size, self.patch_stride)
 
-    def check_input(self, x: torch.Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
         """Refuse images of other channels or another size than the model is for, or that patches do not tile."""
         _check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.factory)
         self.dynamic_feat_size((x.shape[2], x.shape[3]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, N, dim) tokens."""
         if torch.jit.is_scripting():
             x = self.proj(x)

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Self
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["TableModel"]
 
@@ -24,7 +23,7 @@ class TableModel(nn.Module):
         """Fill the tables."""
         raise NotImplementedError
 
-    def fill_table(self, name: str, table: torch.Tensor) -> None:
+    def fill_table(self, name: str, table: Tensor) -> None:
         """Fill one of the tables; one that is on the meta device is made anew, where the weights are."""
         buffer = self.get_buffer(name)
         if buffer.is_meta:
@@ -32,7 +31,7 @@ class TableModel(nn.Module):
         else:
             buffer.copy_(table)
 
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         """Every move to another device or type comes through here; what has no values cannot be moved."""
         lost = any(table.is_meta for table in self.buffers(recurse=False))
         if lost and not any(parameter.is_meta for parameter in self.parameters()):

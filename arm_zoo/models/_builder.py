@@ -51,10 +51,7 @@ SHORT_NAMES: dict[str, str] = {}  # to the long ones
 
 
 def register_family(
-    model_class: type[nn.Module],
-    table: Mapping[str, Mapping[str, Any]],
-    adapt: Adapt,
-    short_names: Mapping[str, str],
+    model_class: type[nn.Module], table: Mapping[str, Mapping[str, Any]], adapt: Adapt, short_names: Mapping[str, str]
 ) -> None:
     """Register the entry points of a family, whose module has timm's `default_cfgs`.
 

@@ -15,7 +15,7 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, get_norm_la
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
-from torch import nn
+from torch import Tensor, nn
 
 from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
 from arm_zoo.layers.init import reset_parameters, zero_bias
@@ -38,7 +38,7 @@ torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while
 @torch.fx.wrap
 @register_notrace_function
 @torch.jit.ignore
-def order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
+def order_for(height: int, width: int, device: torch.device) -> Tensor:
     return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
 
 
@@ -46,7 +46,7 @@ class ARM(Backbone):
     """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
 
     dynamic_img_size: Final[bool]
-    order: torch.Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -184,9 +184,9 @@ class ARM(Backbone):
         patch_stride = None if patch_size is None else self.patch_embed.patch_stride
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size, patch_stride=patch_stride)
 
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images -> (B, N + 1, dim) tokens with the class token at N // 2, and their order table."""
-        pos_embed: torch.Tensor = self.pos_embed
+        pos_embed: Tensor = self.pos_embed
         order = self.order
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
@@ -199,7 +199,7 @@ class ARM(Backbone):
 
     def forward_intermediates(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -207,7 +207,7 @@ class ARM(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-    ) -> list[Any] | tuple[torch.Tensor, list[Any]] | dict[str, Any]:
+    ) -> list[Any] | tuple[Tensor, list[Any]] | dict[str, Any]:
         """Features of chosen blocks, with the arguments and results of timm's models.
 
         The class token is taken out of both formats; `return_prefix_tokens` gives it beside them, (B, 1, dim).
@@ -248,7 +248,7 @@ class ARM(Backbone):
             self.reset_classifier(0, "")
         return take_indices
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, N + 1, dim) normed tokens, the class token at N // 2."""
         x, order = self._embed(x)
         if torch.jit.is_scripting():
@@ -259,7 +259,7 @@ class ARM(Backbone):
             x = run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing)[last]
         return self.norm(x)
 
-    def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """(B, N + 1, dim) tokens -> (B, dim), or the tokens themselves for ''."""
         pool_type = self.global_pool if pool_type is None else pool_type
         middle = (x.shape[1] - 1) // 2
@@ -269,18 +269,18 @@ class ARM(Backbone):
             return mean_around(x, middle)
         return x
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens -> class logits, or pooled features with `pre_logits`."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
 
 @torch.fx.wrap
 @register_notrace_function
-def mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
+def mean_around(x: Tensor, middle: int) -> Tensor:
     """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
     after = x[:, middle + 1 :].mean(dim=1)
     return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _logger = logging.getLogger("arm_zoo.ops")
@@ -191,7 +192,7 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or any(level.key() in derivatives for level in levels)
 
 
-def resolve_backend(x: torch.Tensor) -> str:
+def resolve_backend(x: Tensor) -> str:
     """The backend that a call on `x` runs on; what "auto" chose is logged once.
 
     Raises:

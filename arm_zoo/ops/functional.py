@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops import operators, reference
@@ -10,10 +11,10 @@ from arm_zoo.ops.backends import BACKENDS, resolve_backend
 from arm_zoo.ops.layout import ScanInputs, project
 
 _SINGULAR = {"length": "step", "d_state": "state"}
-_Shaped = Mapping[str, tuple[torch.Tensor | None, tuple[int, ...]]]
+_Shaped = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
 
 
-def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> None:
+def _check_axes(operation: str, name: str, tensor: Tensor, *axes: str) -> None:
     needed = next(axis for axis in axes if axis in _SINGULAR)
     if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index(needed)] == 0:
         raise ValueError(
@@ -22,7 +23,7 @@ def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> 
         )
 
 
-def _check(operation: str, name: str, first: torch.Tensor, others: _Shaped) -> None:
+def _check(operation: str, name: str, first: Tensor, others: _Shaped) -> None:
     """Compiled kernels do not look: what is missing, or on another device, would be read from whatever lies there."""
     for other, (tensor, shape) in others.items():
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -36,27 +37,25 @@ def _check(operation: str, name: str, first: torch.Tensor, others: _Shaped) -> N
             raise ValueError(f"{operation}: {other} is on {tensor.device}, {name} on {first.device}; {advice}")
 
 
-def _table(order: torch.Tensor | None) -> torch.Tensor | None:
+def _table(order: Tensor | None) -> Tensor | None:
     """Kernels read a table of orders as it lies in memory: direction by direction, in 64 bits."""
     return None if order is None else order.to(torch.int64).contiguous()
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of these, or of a model that torch.jit.trace makes may."""
     if torch.jit.is_tracing():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
-) -> torch.Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
     if backend == "reference":
         return reference.causal_conv(x, weight, bias, order)
     return torch.ops.arm_zoo.causal_conv(x, weight, bias, order, backend)
 
 
-def _scan(scan: ScanInputs, z: torch.Tensor | None, backend: str) -> torch.Tensor:
+def _scan(scan: ScanInputs, z: Tensor | None, backend: str) -> Tensor:
     if backend == "reference":
         y = reference.selective_scan(scan)
     else:
@@ -69,9 +68,7 @@ def _scan(scan: ScanInputs, z: torch.Tensor | None, backend: str) -> torch.Tenso
 
 
 @torch.jit.ignore
-def causal_conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None = None
-) -> torch.Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution along every direction's order, then SiLU.
 
     Args:
@@ -100,18 +97,18 @@ def causal_conv(
 
 @torch.jit.ignore
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    z: torch.Tensor | None = None,
-    delta_bias: torch.Tensor | None = None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
-    order: torch.Tensor | None = None,
-    delta_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
+    order: Tensor | None = None,
+    delta_weight: Tensor | None = None,
+) -> Tensor:
     """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
     Per direction and channel, from h = 0 and with d = softplus(delta + delta_bias):
@@ -155,16 +152,16 @@ def selective_scan(
 
 @torch.jit.ignore
 def mamba_inner(
-    xz: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor,
-    x_proj_weight: torch.Tensor,
-    dt_proj_weight: torch.Tensor,
-    dt_proj_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    order: torch.Tensor | None = None,
-) -> torch.Tensor:
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    order: Tensor | None = None,
+) -> Tensor:
     """Everything between a Mamba mixer's projections in and out: convolution, x_proj, `selective_scan` and gate.
 
     In training the GPU kernels do it as one operator, which keeps neither the convolved sequences nor whole step sizes

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from arm_zoo.ops.backends import BACKENDS, implementation
@@ -42,7 +43,7 @@ def register(
     which operators that end in `_backward` refuse; `flops` counts matrix products from the inputs' shapes.
     """
 
-    def run(first: torch.Tensor, *others: Any) -> Any:
+    def run(first: Tensor, *others: Any) -> Any:
         with torch.cuda.device_of(first):  # kernels start on the tensors' GPU, whichever is the current one
             return compute(first, *others)
 
@@ -73,9 +74,7 @@ def _by_backend(compute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _conv_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
-) -> torch.Tensor:
+def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
     (batch, length, _), (directions, channels, _) = x.shape, weight.shape
     if BACKENDS[backend].directions_inside:
         return x.new_empty(batch, length, directions, channels).permute(2, 0, 1, 3)
@@ -86,13 +85,13 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep all tensors that come in, and all that go out but the first, which are for the backward pass only."""
     ctx.set_materialize_grads(False)  # of those there are none
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *(() if isinstance(output, torch.Tensor) else output[1:]))
+    ctx.save_for_backward(*tensors, *(() if isinstance(output, Tensor) else output[1:]))
 
 
-def _gradient_by(backward: str) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+def _gradient_by(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """The gradient of an operator whose last inputs are the order and the backend, by another operator."""
 
-    def gradient(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         return *getattr(torch.ops.arm_zoo, backward)(grad, *ctx.saved_tensors, ctx.backend), None, None
@@ -127,13 +126,13 @@ def _scan_fake(*args: Any) -> Tensors:
     return scan.u.new_empty(scan.u.shape[1:]), _states_fake(scan.u, scan.u.shape, scan.A, save_states, backend)
 
 
-def _states_fake(like: torch.Tensor, shape: torch.Size, A: torch.Tensor, save: bool, backend: str) -> torch.Tensor:
+def _states_fake(like: Tensor, shape: torch.Size, A: Tensor, save: bool, backend: str) -> Tensor:
     row = BACKENDS[backend]
     dtype = state_dtype(like.dtype, half=row.own_kernels)
     return empty_states(like.new_empty(shape), A, dtype, save=save and row.saves_states)
 
 
-def _scan_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> Tensors:
+def _scan_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
     """The backend's gradients of u, delta, A, B, C, D and delta_bias, and that of delta_weight (empty without one).
 
     Low-rank step sizes are recomputed at full rank: cheaper than storing them.
@@ -156,13 +155,13 @@ def _differentiable(scan: ScanInputs) -> Tensors:
     return *scan[:6], scan.D if scan.delta_bias is None else scan.delta_bias
 
 
-def _scan_backward_fake(grad: torch.Tensor, *args: Any) -> Tensors:
+def _scan_backward_fake(grad: Tensor, *args: Any) -> Tensors:
     scan = ScanInputs(*args[:-2])
     weight = scan.u.new_empty(0) if scan.delta_weight is None else scan.delta_weight
     return tuple(t.new_empty(t.shape) for t in (*_differentiable(scan), weight))
 
 
-def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
     """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the products' sums over all steps.
 
     Parts of the batch make a product each, as one a direction would leave most of a GPU idle; these, which have the
@@ -181,7 +180,7 @@ def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.save_for_backward(*tensors, order, output[1])
 
 
-def _scan_gradient(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _scan_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
     *tensors, order, saved = ctx.saved_tensors
@@ -214,7 +213,7 @@ register(
 )
 
 
-def split(projected: torch.Tensor, rank: int) -> Tensors:
+def split(projected: Tensor, rank: int) -> Tensors:
     """Step sizes of low rank, B and C, which the mixer projects side by side."""
     d_state = (projected.shape[-1] - rank) // 2
     return projected.split([rank, d_state, d_state], dim=-1)
@@ -232,7 +231,7 @@ def _inner(module: ModuleType, *args: Any) -> Tensors:
     return gated, y, projected, saved
 
 
-def _inner_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> Tensors:
+def _inner_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
     """Gradients of xz, the weights, A and D; the scans' inputs are convolved anew, as their memory is worth more."""
     xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, order, y, projected, saved = args
     (x, z), grad_xz, grad_y = xz.chunk(2, dim=-1), xz.new_empty(xz.shape), y.new_empty(y.shape)
@@ -251,7 +250,7 @@ def _inner_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> Tenso
     return grad_xz, *grad_conv, grad_x_proj, grad_dt, grad_bias, grad_A, grad_D
 
 
-def _inner_fake(xz: torch.Tensor, conv_weight: torch.Tensor, *args: Any) -> Tensors:
+def _inner_fake(xz: Tensor, conv_weight: Tensor, *args: Any) -> Tensors:
     _, x_proj_weight, _, _, A, _, _, backend = args
     (batch, length, _), (directions, channels, _) = xz.shape, conv_weight.shape
     projected = xz.new_empty(directions, batch, length, x_proj_weight.shape[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.files import save_model
@@ -29,8 +29,8 @@ _TAPS = 4
 class ARMPretrain(TableModel):
     """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
-    order: torch.Tensor
-    decoder_mask: torch.Tensor
+    order: Tensor
+    decoder_mask: Tensor
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class ARMPretrain(TableModel):
         """Recompute every encoder block's activations in the backward pass."""
         self.grad_checkpointing = enable
 
-    def forward_encoder(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_encoder(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster."""
         x = self.patch_embed(images) + self.pos_embed
         x = x[:, self.order[: -self.cluster_tokens]]
@@ -148,7 +148,7 @@ class ARMPretrain(TableModel):
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
         return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
 
-    def forward_decoder(self, latent: torch.Tensor) -> torch.Tensor:
+    def forward_decoder(self, latent: Tensor) -> Tensor:
         """Latents -> predicted normalised patches (B, T, pixels) of all clusters but the first, in cluster order."""
         query = (self.query_token + self.decoder_pos_embed)[:, self.order[self.cluster_tokens :]]
         query = query.expand(latent.shape[0], -1, -1)
@@ -156,7 +156,7 @@ class ARMPretrain(TableModel):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) images -> (loss, prediction, target).
 
         The loss is the mean squared error against pixels normalised per patch (paper, table 7), in at least float32;
@@ -170,7 +170,7 @@ class ARMPretrain(TableModel):
         return F.mse_loss(prediction.to(target.dtype), target), prediction, target
 
     @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+    def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) with every cluster but the first replaced by its prediction, for looking at.
 
         The prediction is of normalised pixels, so mean and deviation of every patch are the target's own.
@@ -181,7 +181,7 @@ class ARMPretrain(TableModel):
         patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
         return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
 
-    def _predicted(self, patches: torch.Tensor) -> torch.Tensor:
+    def _predicted(self, patches: Tensor) -> Tensor:
         """Those of all clusters but the first, in cluster order."""
         return patches[:, self.order[self.cluster_tokens :]]
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import Mlp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.layers.sizes import nearest_multiple
@@ -13,7 +13,7 @@ from arm_zoo.layers.sizes import nearest_multiple
 HEAD_DIM = 64
 
 
-def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """Fixed sine-cosine position table (1, height * width, dim) in float32, rows first.
 
     The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
@@ -47,7 +47,7 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
-    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         key, value = self.kv(latent).chunk(2, dim=-1)
         q, k, v = (t.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2) for t in (self.q(query), key, value))
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
@@ -65,6 +65,6 @@ class DecoderBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, 4 * dim, **dd)
 
-    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         query = query + self.attn(self.norm_query(query), self.norm_latent(latent), mask)
         return query + self.mlp(self.norm_mlp(query))

@@ -14,6 +14,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops.cpu.chunked import causal_conv, causal_conv_backward, selective_scan_backward
@@ -123,21 +124,19 @@ def _scan_blocks(
                     y[b, token, start + d] += out[d] * share
 
 
-def _memory(sequence: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+def _memory(sequence: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """A tensor's memory from its first element on, flat, and the distances of its rows; states or channels adjoin."""
     sequence = inner(sequence.detach())
     size = sequence.untyped_storage().nbytes() // sequence.element_size() - sequence.storage_offset()
     return sequence.as_strided((size,), (1,)).numpy(), sequence.stride()[:3]
 
 
-def _copy(tensor: torch.Tensor) -> np.ndarray:
+def _copy(tensor: Tensor) -> np.ndarray:
     """A copy of a weight or a table, as sharding resizes the memory of weights, which a NumPy view would forbid."""
     return tensor.detach().clone(memory_format=torch.contiguous_format).numpy()
 
 
-def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     u, *others = scan.with_whole_steps()[:6]
     delta, A, B, C, D = (t.to(u.dtype) for t in others)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+from torch import Tensor
 
 from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
 from arm_zoo.ops.triton import causal_conv, causal_conv_backward, gate_backward
@@ -56,25 +57,25 @@ def _kernel(device: int, pass_name: str, **macros: int) -> Any:
     return Program(code, "c++", options).compile("cubin").get_kernel(f"scan_{pass_name}")
 
 
-def _fits(scan: ScanInputs, *others: torch.Tensor) -> bool:
+def _fits(scan: ScanInputs, *others: Tensor) -> bool:
     """Whether the CUDA kernels take these: some numbers of states, and one type."""
     sequences = (scan.delta, scan.B, scan.C, *others)
     return scan.A.shape[-1] in _STATES and all(t.dtype == scan.u.dtype for t in sequences) and scan.u.numel() > 0
 
 
-def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
+def _pairs_are_aligned(channels: int, *sequences: Tensor) -> bool:
     """Whether two adjacent channels can be read at once everywhere."""
     strides = [stride for sequence in sequences for stride in sequence.stride()[:-1]]
     aligned = all(sequence.data_ptr() % (2 * sequence.element_size()) == 0 for sequence in sequences)
     return aligned and not any(size % 2 for size in (channels, *strides))
 
 
-def _rows(sequences: torch.Tensor) -> torch.Tensor:
+def _rows(sequences: Tensor) -> Tensor:
     """The tensor itself if the steps of each sequence adjoin in memory, else a copy where they do."""
     return sequences if sequences.stride()[2:] == (sequences.shape[-1], 1) else sequences.contiguous()
 
 
-def _projection(delta: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> dict[str, int]:
+def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dict[str, int]:
     """The forward kernel's macros for step sizes of low rank, RANK 0 where they must be whole."""
     rank, size = delta.shape[-1], delta.element_size()
     # two lanes copy a row, in the largest pieces that keep everything aligned
@@ -87,12 +88,7 @@ def _projection(delta: torch.Tensor, weight: torch.Tensor | None, dtype: torch.d
 
 
 def _launch(
-    pass_name: str,
-    scan: ScanInputs,
-    others: tuple[torch.Tensor | None, ...],
-    images: int,
-    threads: int,
-    **macros: int,
+    pass_name: str, scan: ScanInputs, others: tuple[Tensor | None, ...], images: int, threads: int, **macros: int
 ) -> None:
     """Start a kernel on the current stream; the scan's sequences have channels or states side by side.
 
@@ -119,8 +115,8 @@ def _launch(
 
 
 def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     directions, _, length, channels = scan.u.shape
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
@@ -146,7 +142,7 @@ def selective_scan(
     return merge(y, order, 1 / directions, gate, kept=kept), states
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
     if not _fits(scan, grad):
         return triton_scan.selective_scan_backward(grad, scan, saved)

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_CHANNELS = 128  # of a program of the convolution and of the merge
@@ -14,7 +15,7 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
-def processors(x: torch.Tensor) -> int:
+def processors(x: Tensor) -> int:
     """Multiprocessors of the tensor's GPU; the interpreter's is one."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 

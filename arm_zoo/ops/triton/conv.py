@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import Tensors, inner
 from arm_zoo.ops.triton.common import BLOCK_CHANNELS, check_length, check_number, sigmoid
@@ -132,7 +133,7 @@ def _conv_backward_kernel(
         tl.store(partial + j * channels + d, sums[j], mask=channel)
 
 
-def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """See `arm_zoo.ops.causal_conv`."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
@@ -150,12 +151,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 
 def causal_conv_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    order: torch.Tensor | None,
-    out: torch.Tensor | None = None,
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, out: Tensor | None = None
 ) -> Tensors:
     """Gradients of x (in `out`, if there is one), weight and bias, given that of the output (K, B, L, D)."""
     directions, channels, taps = weight.shape

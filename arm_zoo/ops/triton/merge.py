@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import inner
 from arm_zoo.ops.triton.common import BLOCK_CHANNELS, sigmoid
@@ -50,7 +51,7 @@ def _merge_kernel(
     tl.store(out, total.to(out.dtype.element_ty), mask=mask)
 
 
-def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
+def _inverse(order: Tensor | None) -> Tensor | None:
     """(K, L) table of the step at which a direction visits a token."""
     if order is None:
         return None
@@ -61,13 +62,13 @@ def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def merge(
-    sequences: torch.Tensor,
-    order: torch.Tensor | None,
+    sequences: Tensor,
+    order: Tensor | None,
     share: float,
-    gate: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    kept: torch.Tensor | None = None,
-) -> torch.Tensor:
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
     """(K, B, L, D) in scan order -> (B, L, D) in token order: the directions' sum times `share` and SiLU(gate).
 
     In `out`, if there is one; what it is before the gate is written to `kept`.
@@ -87,9 +88,7 @@ def merge(
     return out
 
 
-def sequences_for(
-    u: torch.Tensor, order: torch.Tensor | None, kept: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def sequences_for(u: Tensor, order: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Memory (K, B, L, D) for what the scans give, and where `merge` keeps their mean: nowhere if it lies there."""
     if kept is not None and len(u) == 1 and order is None:
         return kept[None], None

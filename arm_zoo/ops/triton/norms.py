@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import Tensors
 from arm_zoo.ops.triton.common import processors
@@ -70,13 +71,7 @@ def _row(channels: int) -> dict[str, int]:
 
 
 def add_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensors:
     """x + scale * branch (B, L, D) in the type of x, its layer norm in `dtype`, and every row's moments (B, L, 2).
 
@@ -94,12 +89,12 @@ def add_norm(
 
 
 def add_norm_backward(
-    grad_total: torch.Tensor,
-    grad_normed: torch.Tensor,
-    total: torch.Tensor,
-    moments: torch.Tensor,
-    scale: torch.Tensor | None,
-    weight: torch.Tensor,
+    grad_total: Tensor,
+    grad_normed: Tensor,
+    total: Tensor,
+    moments: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
     dtype: torch.dtype,
 ) -> Tensors:
     """Gradients of x, of branch in `dtype`, of weight and of bias; `total` and `moments` are from `add_norm`."""

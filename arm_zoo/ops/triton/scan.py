@@ -9,6 +9,7 @@ order tables. All sums are made in a fixed order.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, inner, state_dtype
 from arm_zoo.ops.triton.common import LOG2E, check_length, check_number, sigmoid
@@ -220,21 +221,21 @@ def _scan_channels(states: int, tile: int) -> int:
     return min(max(tile // states, 32), 128)
 
 
-def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """B and C with states side by side in memory and equal strides otherwise; copies only if they differ."""
     B, C = inner(B), inner(C)
     return (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
 
 
-def _parameters(scan: ScanInputs) -> tuple[torch.Tensor | None, ...]:
+def _parameters(scan: ScanInputs) -> tuple[Tensor | None, ...]:
     """Rates (K, S, D), skips and biases as the kernels read them."""
     rates = scan.A.float().transpose(1, 2).contiguous()
     return rates, scan.D.contiguous(), None if scan.delta_bias is None else scan.delta_bias.contiguous()
 
 
 def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     scan = scan.with_whole_steps()
     directions, batch, length, channels = scan.u.shape
@@ -256,7 +257,7 @@ def selective_scan(
     return merge(sequences, order, 1 / directions, gate, kept=kept), states
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
     directions, batch, length, channels = scan.u.shape
     u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
