@@ -67,10 +67,7 @@ class Block(nn.Module):
 def run_blocks(
     blocks: nn.ModuleList, x: Tensor, order: Tensor | None, kept: Collection[int], checkpointing: bool = False
 ) -> dict[int, Tensor]:
-    """Run a stack of blocks on tokens (B, L, dim) and keep what those with the numbers `kept`, from 1 on, give.
-
-    0 stands for the tokens themselves. `checkpointing` recomputes every block's activations in the backward pass.
-    """
+    """What the blocks with the numbers `kept`, from 1 on, make of tokens (B, L, dim); 0 stands for the tokens."""
     results = {0: x} if 0 in kept else {}
     tokens = Residual(x)
     block: Any  # which type checkers do not know of a list of modules

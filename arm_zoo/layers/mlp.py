@@ -32,10 +32,7 @@ class SwiGLU(nn.Module):
         return run_linear(self.fc2, F.silu(gate) * value)
 
     def _forward_padded(self, x: Tensor, missing: int) -> Tensor:
-        """The same with more hidden channels, all zero.
-
-        Rows whose bytes are no multiple of 16 keep matrix products off the fast kernels: ARM-L has 2730 channels.
-        """
+        """The same with more hidden channels, all zero: ARM-L's 2730 keep matrix products off the fast kernels."""
         halves = (2, self.fc2.in_features)
         weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
         bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()

@@ -21,9 +21,6 @@ def scan_order(
 
     Returns:
         (directions, length) int64 table; entry [k, t] is the token that direction k visits at step t.
-
-    Raises:
-        ValueError: for a number of directions other than 1, 2 or 4, or a class token outside the sequence.
     """
     if directions not in (1, 2, 4):
         raise ValueError(f"directions must be 1, 2 or 4 (the first of {DIRECTIONS}), got {directions}")
@@ -50,13 +47,7 @@ def cluster_order(
     """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
 
     Every cluster is then a contiguous run of tokens: predicting the next one is a shift by one run, and causality
-    between clusters follows from the causal scan.
-
-    Returns:
-        (height * width,) int64 table of patch numbers (row by row in the image).
-
-    Raises:
-        ValueError: if the clusters do not tile the grid.
+    between clusters follows from the causal scan. The int64 table (height * width,) has numbers of patches.
     """
     if height % cluster_height or width % cluster_width:
         raise ValueError(f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid")

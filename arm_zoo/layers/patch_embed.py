@@ -26,10 +26,7 @@ def _grid_size(
 
 
 def _run_patch_conv(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, where the convolution that makes patches tokens runs on CUDA as one matrix product.
-
-    cuDNN converts the layout of images of 3 channels twice, which costs six times as much as gathering the patches.
-    """
+    """`layer(x)`, on CUDA as a matrix product: cuDNN's layouts cost six times as much as gathering the patches."""
     if not (is_plain(x) and x.is_cuda and is_plain_layer(layer, nn.Conv2d)):
         return layer(x)
     if layer.groups > 1 or layer.padding != (0, 0) or layer.dilation != (1, 1):  # a layer of somebody's own
@@ -42,7 +39,6 @@ def _run_patch_conv(layer: nn.Module, x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def _check_images(x: Tensor, channels: int, size: tuple[int, int] | None, factory: str) -> None:
-    """Refuse images of other channels, or of another size than `size` if there is one."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
             f"expected images (batch, {channels}, height, width), got {tuple(x.shape)}; "
@@ -112,10 +108,6 @@ class PatchEmbed(nn.Module):
             weight = resample_patch_embed(self.proj.weight.detach(), list(new_patch))
             self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
             self.proj.kernel_size, self.proj.stride = new_patch, new_stride
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token step."""
-        return max(self.patch_stride) if as_scalar else self.patch_stride
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Grid (rows, columns) of an image size; a ValueError where patch and stride do not tile it."""

@@ -5,22 +5,15 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-__all__ = ["TableModel"]
-
 
 class TableModel(nn.Module):
-    """A model whose buffers are tables.
-
-    Tables of a model made on the meta device, or by `to_empty`, have no values. They get them when weights are
-    initialised or loaded, or moved once there are any.
-    """
+    """A model whose buffers are tables: those lost on the meta device return when weights are there, or are moved."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_post_hook(_fill_tables)
 
     def init_non_persistent_buffers(self) -> None:
-        """Fill the tables."""
         raise NotImplementedError
 
     def fill_table(self, name: str, table: Tensor) -> None:

@@ -53,14 +53,7 @@ SHORT_NAMES: dict[str, str] = {}  # to the long ones
 def register_family(
     model_class: type[nn.Module], table: Mapping[str, Mapping[str, Any]], adapt: Adapt, short_names: Mapping[str, str]
 ) -> None:
-    """Register the entry points of a family, whose module has timm's `default_cfgs`.
-
-    Args:
-        model_class: of all its models.
-        table: arguments of the class by the model's name.
-        adapt: fits any checkpoint of the family to a model, and compares names and shapes.
-        short_names: further names of models.
-    """
+    """Register a family, whose module has timm's `default_cfgs`; `adapt` compares names and shapes of checkpoints."""
     for name, arguments in table.items():
         ARCHITECTURES[name] = Architecture(model_class, arguments, adapt)
         _register_entry_point(name, name, model_class.__module__)
@@ -145,12 +138,7 @@ def _adapt(state_dict: StateDict, model: Any, adapt: Adapt, described: str | Non
 
 
 def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:
-    """The tensors: the caller's, the package's own, or fetched from the Hub; None where timm is to look for them.
-
-    Raises:
-        FileNotFoundError: if the caller's file is not there.
-        CheckpointError: if the weights are hosted nowhere, are not those of the table, or cannot be fetched or read.
-    """
+    """The tensors: the caller's, the package's own, or fetched from the Hub; None where timm is to look for them."""
     entry = f"{name}.{cfg.tag}" if cfg.tag else name
     own = (get_pretrained_cfg(entry) if entry in TABLE else None) or PretrainedCfg()
     path = Path(cfg.file or "")

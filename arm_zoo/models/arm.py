@@ -31,7 +31,6 @@ __all__ = ["ARM"]
 GlobalPool = Literal["avg", "token", ""]
 NormLayer = str | Callable[..., nn.Module]
 
-
 torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while a model is traced
 
 
@@ -109,7 +108,7 @@ class ARM(Backbone):
         self.blocks = nn.ModuleList(
             Block(embed_dim, 4, d_state, drop_path=rates[i], norm_layer=norm, **dd) for i in range(depth)
         )
-        reduction = self.patch_embed.feat_ratio()
+        reduction = max(self.patch_embed.patch_stride)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
         ]

@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -126,8 +125,6 @@ def _from_environment() -> str:
 
 
 class _Choice:
-    """A backend and the thread that chose it: the process's own, or one for the time of a `scan_backend` block."""
-
     def __init__(self, name: str) -> None:
         self.name, self.thread = name, _thread()
 
@@ -175,30 +172,17 @@ def scan_backend(name: str) -> Iterator[None]:
         _choices.remove(choice)
 
 
-def implementation(name: str) -> ModuleType:
-    """The module that computes the operators for a backend."""
-    return importlib.import_module(BACKENDS[name].module)
-
-
 # Runs as it is while a model is traced, where transforms are at work as they are outside.
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether derivatives by torch.func, or forward-mode ones in any thread, are at work.
-
-    Custom operators have no rules for them, and would leave out tangents without a word.
-    """
+    """Whether derivatives are at work that custom operators drop without a word: torch.func's or forward-mode ones."""
     derivatives = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(level.key() in derivatives for level in levels)
 
 
 def resolve_backend(x: Tensor) -> str:
-    """The backend that a call on `x` runs on; what "auto" chose is logged once.
-
-    Raises:
-        ValueError: if the backend in force does not take such tensors, or not these derivatives.
-        RuntimeError: in an export to ONNX that lacks `arm_zoo.onnx`.
-    """
+    """The backend that a call on `x` runs on; ValueError if the one in force takes no such tensors or derivatives."""
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
     selected = get_scan_backend()

@@ -124,10 +124,7 @@ register(
 
 
 def _has_kernel(device: int, *, hopper: bool) -> bool:
-    """Whether this GPU may run Triton's kernels, or the one of them for Hopper GPUs.
-
-    Not in exported models, which may run elsewhere, for derivatives by torch.func, or where PyTorch was asked for.
-    """
+    """Whether this GPU may run Triton's kernels, or that for Hopper GPUs: not exported, transformed or refused."""
     plain = get_scan_backend() in ("reference", "torch") or is_transformed()
     return not plain and _runs_kernels(device, hopper)
 

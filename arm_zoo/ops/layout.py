@@ -32,10 +32,7 @@ class ScanInputs(NamedTuple):
 
 
 def state_dtype(dtype: torch.dtype, *, half: bool = False) -> torch.dtype:
-    """The type that inputs of a type are computed in: at least float32; with `half` bfloat16 for those of 16 bits.
-
-    Its errors are of the size of the inputs' own; float16's range is too small for sums.
-    """
+    """The type that inputs are computed in: at least float32; with `half` bfloat16 (float16's range is too small)."""
     return torch.bfloat16 if half and dtype.itemsize == 2 else torch.promote_types(dtype, torch.float32)
 
 

@@ -4,6 +4,7 @@ Custom operators are opaque to torch.compile and torch.export (no graph breaks);
 gradients are what those need to know. The last argument names the backend that computes them.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from arm_zoo.ops.backends import BACKENDS, implementation
+from arm_zoo.ops.backends import BACKENDS
 from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, project, state_dtype
 
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
@@ -69,7 +70,7 @@ def _by_backend(compute: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         *inputs, backend = args
         with torch.autocast(inputs[0].device.type, enabled=False):  # matrix products keep float32 sums
-            return compute(implementation(backend), *inputs)
+            return compute(importlib.import_module(BACKENDS[backend].module), *inputs)
 
     return run
 
@@ -82,7 +83,6 @@ def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, ba
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep all tensors that come in, and all that go out but the first, which are for the backward pass only."""
     ctx.set_materialize_grads(False)  # of those there are none
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *(() if isinstance(output, Tensor) else output[1:]))
@@ -133,13 +133,10 @@ def _states_fake(like: Tensor, shape: torch.Size, A: Tensor, save: bool, backend
 
 
 def _scan_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
-    """The backend's gradients of u, delta, A, B, C, D and delta_bias, and that of delta_weight (empty without one).
-
-    Low-rank step sizes are recomputed at full rank: cheaper than storing them.
-    """
+    """The backend's gradients of u, delta, A, B, C, D and delta_bias, and that of delta_weight (empty without one)."""
     *inputs, saved = args
     scan = ScanInputs(*inputs)
-    whole = scan.with_whole_steps()
+    whole = scan.with_whole_steps()  # low-rank step sizes are recomputed at full rank: cheaper than storing them
     grads = module.selective_scan_backward(grad, whole, saved)
     grads = tuple(t.to(like.dtype) for t, like in zip(grads, _differentiable(whole), strict=True))
     if scan.delta_weight is None:
@@ -162,13 +159,9 @@ def _scan_backward_fake(grad: Tensor, *args: Any) -> Tensors:
 
 
 def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
-    """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the products' sums over all steps.
-
-    Parts of the batch make a product each, as one a direction would leave most of a GPU idle; these, which have the
-    type of the inputs, are added in at least float32.
-    """
+    """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the products' sums over all steps, in at least float32."""
     directions, batch, length, _ = grad.shape
-    parts = math.gcd(batch, 16)
+    parts = math.gcd(batch, 16)  # of the batch: a single product a direction would leave most of a GPU idle
     grad, inputs = (t.reshape(directions * parts, batch * length // parts, t.shape[-1]) for t in (grad, inputs))
     products = torch.bmm(grad.transpose(1, 2), inputs).unflatten(0, (directions, parts))
     return products.sum(1, dtype=state_dtype(products.dtype))
@@ -190,7 +183,6 @@ def _scan_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 
 def _scan_flops(u: list[int], *shapes: Any, **_: Any) -> int:
-    """The matrix product that makes step sizes of low rank whole; the recurrence is none."""
     delta_weight = shapes[6]
     return 0 if delta_weight is None else 2 * math.prod(u) * delta_weight[-1]
 
@@ -259,7 +251,6 @@ def _inner_fake(xz: Tensor, conv_weight: Tensor, *args: Any) -> Tensors:
 
 
 def _inner_flops(xz: list[int], *shapes: Any, **_: Any) -> int:
-    """The two matrix products that make the scans' step sizes, B and C."""
     x_proj_weight, dt_proj_weight = shapes[2:4]
     return 2 * math.prod(xz[:2]) * (math.prod(x_proj_weight) + math.prod(dt_proj_weight))
 

@@ -59,17 +59,9 @@ class ARMPretrain(TableModel):
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "cluster_size": cluster_size,
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "d_state": d_state,
-            "decoder_dim": decoder_dim,
-            "decoder_depth": decoder_depth,
-        }
+        self.config = {"img_size": img_size, "patch_size": patch_size, "cluster_size": cluster_size}
+        self.config |= {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "d_state": d_state}
+        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
         check_positive("ARMPretrain", self.config)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
         self.grad_checkpointing = False
@@ -171,10 +163,7 @@ class ARMPretrain(TableModel):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) with every cluster but the first replaced by its prediction, for looking at.
-
-        The prediction is of normalised pixels, so mean and deviation of every patch are the target's own.
-        """
+        """Images (B, C, H, W) with all clusters but the first as predicted, with the targets' mean and deviation."""
         prediction = self.forward_decoder(self.forward_encoder(images))
         patches = patchify(images, self.patch_size).clone()
         mean, deviation = statistics(self._predicted(patches))

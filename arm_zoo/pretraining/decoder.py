@@ -17,9 +17,6 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | s
     """Fixed sine-cosine position table (1, height * width, dim) in float32, rows first.
 
     The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
-
-    Raises:
-        ValueError: if `dim` is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(

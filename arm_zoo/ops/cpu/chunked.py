@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, state_dtype
 
 _LOG2E = math.log2(math.e)
-
-
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
 _kept = threading.local()
 
@@ -38,13 +36,10 @@ def _softplus_slope(x: Tensor) -> Tensor:
 
 
 def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Three uninitialised arrays of at least `size` elements, (3, size); on the CPU they are kept per thread.
-
-    Memory of this size goes back to the system when it is freed, and having its pages mapped again at every call costs
-    more than the scan of a small model.
-    """
+    """Three uninitialised arrays of at least `size` elements, (3, size)."""
     if device.type != "cpu":
         return torch.empty(3, size, dtype=dtype, device=device)
+    # kept per thread: mapping freed pages again at every call costs more than the scan of a small model
     kept: dict[torch.dtype, Tensor] = _kept.__dict__.setdefault("arrays", {})
     if dtype not in kept or kept[dtype].shape[1] < size:
         with torch.inference_mode(False):  # what is made in inference mode could not be written to outside it
@@ -57,10 +52,7 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 class _Scan:
-    """The inputs of one scan, cut into blocks of images and chunks of steps on demand, and its work arrays.
-
-    Steps per chunk are a power of two from `least_steps` to `CHUNK`.
-    """
+    """The inputs of one scan, cut into blocks of images and chunks of steps on demand, and its work arrays."""
 
     def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
         u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, _ = inputs
@@ -158,10 +150,7 @@ def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -
 
 
 def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> Tensors:
-    """Gradients of u, whole delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states.
-
-    With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
-    """
+    """Gradients of u, whole delta, A, B, C, D, delta_bias; the state's is g_t = C_t grad_t + exp(d_{t+1} A) g_{t+1}."""
     scan = _Scan(inputs, least_steps=CHUNK)
     u, delta, _, B, C, _, _, _, delta_softplus, order = inputs
     directions = len(u)
@@ -212,16 +201,13 @@ def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> 
 
 
 def _gather_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensors:
-    """The depthwise convolution before its SiLU, with its input, weight and bias as the convolution takes them.
-
-    The input is (B, K * D, taps - 1 + L, 1), channels innermost in memory: depthwise kernels are fastest in it.
-    """
+    """The depthwise convolution before its SiLU, with its input (B, K * D, taps - 1 + L, 1), weight and bias."""
     (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
     dtype = state_dtype(x.dtype)
     steps = torch.arange(length, device=x.device).expand(directions, -1) if order is None else order
     steps = F.pad(steps, (taps - 1, 0), value=length)  # the token after the last one is the zero padding
     x = F.pad(x.to(dtype), (0, 0, 0, 1)).index_select(1, steps.t().flatten())
-    x = x.view(batch, taps - 1 + length, 1, directions * channels).permute(0, 3, 1, 2)
+    x = x.view(batch, taps - 1 + length, 1, directions * channels).permute(0, 3, 1, 2)  # channels innermost: faster
     weight, bias = weight.to(dtype).reshape(-1, 1, taps, 1), bias.to(dtype).flatten()
     return F.conv2d(x, weight, bias, groups=directions * channels), x, weight, bias
 

@@ -75,10 +75,7 @@ def _softplus(x):
 def _scan_blocks(
     first, last, u, u_steps, delta, delta_steps, A, B, B_steps, C, C_steps, D, bias, softplus, order, y, saved
 ):  # fmt: skip
-    """Blocks first to last - 1 of (image, channels), all directions one after the other.
-
-    u, delta, B and C are flat memory with the distances (directions, images, time) between their rows.
-    """
+    """Blocks first to last - 1 of (image, channels); u, delta, B, C are flat, with distances between (K, B, L)."""
     directions, d_state, channels = A.shape
     length = y.shape[1]
     blocks = (channels + _BLOCK - 1) // _BLOCK

@@ -90,10 +90,7 @@ def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dic
 def _launch(
     pass_name: str, scan: ScanInputs, others: tuple[Tensor | None, ...], images: int, threads: int, **macros: int
 ) -> None:
-    """Start a kernel on the current stream; the scan's sequences have channels or states side by side.
-
-    A block of so many threads takes so many images, _CHANNELS of their channels.
-    """
+    """Start a kernel on the current stream: a block of so many threads takes _CHANNELS channels of so many images."""
     u, delta, A, B, C, D, delta_bias, *_ = scan
     directions, batch, length, channels = u.shape
     macros |= {"DTYPE": _DTYPES[u.dtype], "S": A.shape[-1], "CHUNK": CHUNK, "CHANNELS": channels}

@@ -21,11 +21,7 @@ def processors(x: Tensor) -> int:
 
 
 def check_length(length: int, channels: int) -> None:
-    """Raises ValueError for sequences too long for offsets of 32 bits.
-
-    Those are not only into the sequence: the states that are saved of 64 have up to four times as many numbers, and
-    gradients of B and C lie 128 numbers a step apart.
-    """
+    """Raises ValueError for sequences too long for offsets of 32 bits, also into states and gradients of B and C."""
     if length * max(4 * channels, 128) >= 2**31:
         raise ValueError(
             f"the GPU kernels take sequences of less than 2**29 numbers and 2**24 steps, got {length:,} steps of "

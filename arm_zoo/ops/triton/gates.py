@@ -83,9 +83,7 @@ def halves_backward(grad: Tensor, halves: Tensor, bias: Tensor) -> tuple[Tensor,
 def gate_backward(
     grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor, sums: Tensor | None = None
 ) -> None:
-    """Write the gradients of gate and value (..., N), whose rows may lie in those of wider tensors, given that of
-    SiLU(gate) * value; and to `sums`, (2 N) in float32, their sums over all rows.
-    """
+    """Write the gradients of gate and value (..., N), and to `sums`, (2 N) in float32, their sums over all rows."""
     tensors = tuple(_as_rows(t) for t in (grad, gate, value))
     written = tuple(t.view(-1, t.shape[-1]) for t in (grad_gate, grad_value))
     rows, channels = tensors[0].shape
@@ -127,8 +125,8 @@ def _gated_product_kernel(
 def gated_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(gate) * value of (gate, value) = x weight^T + bias: (..., D), (2 N, D), (2 N) -> (..., N), all of one type.
 
-    Spares writing and reading what fc1 makes: almost half its product's time. One program a multiprocessor goes from
-    tile to tile; the tensor memory accelerator of Hopper GPUs moves them. Rows must have multiples of 16 bytes.
+    Spares writing what fc1 makes, almost half its product's time. Hopper's tensor memory accelerator needs rows of
+    multiples of 16 bytes.
     """
     tokens, weight = aligned(x.flatten(0, -2)), aligned(weight)
     (rows, inner), channels = tokens.shape, len(weight) // 2

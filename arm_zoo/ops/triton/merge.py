@@ -27,7 +27,6 @@ def _merge_kernel(
     DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_GATE: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the directions times `share`, every token gathering its steps, perhaps kept, then perhaps the gate."""
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -52,7 +51,6 @@ def _merge_kernel(
 
 
 def _inverse(order: Tensor | None) -> Tensor | None:
-    """(K, L) table of the step at which a direction visits a token."""
     if order is None:
         return None
     directions, length = order.shape
@@ -69,10 +67,7 @@ def merge(
     out: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """(K, B, L, D) in scan order -> (B, L, D) in token order: the directions' sum times `share` and SiLU(gate).
-
-    In `out`, if there is one; what it is before the gate is written to `kept`.
-    """
+    """(K, B, L, D) in scan order -> (B, L, D) in token order: the sum times `share`, to `kept`, and SiLU(gate)."""
     directions, batch, length, channels = sequences.shape
     if directions == 1 and order is None and gate is None and out is None and kept is None:
         return sequences[0]

@@ -73,10 +73,7 @@ def _row(channels: int) -> dict[str, int]:
 def add_norm(
     x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensors:
-    """x + scale * branch (B, L, D) in the type of x, its layer norm in `dtype`, and every row's moments (B, L, 2).
-
-    Those are the mean and one over the deviation. `scale` is (B), None for 1. All is computed in float32.
-    """
+    """x + scale (B) * branch (B, L, D), its norm in `dtype`, and every row's mean and 1 / deviation (B, L, 2)."""
     x, branch, scale = x.contiguous(), branch.contiguous(), None if scale is None else scale.contiguous()
     batch, length, channels = x.shape
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)

@@ -21,28 +21,15 @@ _REGISTERS = {} if torch.version.hip else {"maxnreg": 168}  # of the backward sc
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)) to float32 rounding, also where it is tiny: log1p(y) = y p(y) for y = exp(-|x|) in 0..1.
-
-    The polynomial p is the least relative error fit of degree 9 (5e-9); a quotient would cost a special function.
-    """
+    """log(1 + exp(x)) to float32 rounding: log1p(y) = y p(y), with p a least relative error fit of degree 9 (5e-9)."""
     y = tl.exp2(-tl.abs(x) * LOG2E)
-    p = -0.0032439809
-    p = p * y + 0.0198512636
-    p = p * y - 0.0569591597
-    p = p * y + 0.1060362174
-    p = p * y - 0.1530556977
-    p = p * y + 0.1967593133
-    p = p * y - 0.2495413273
-    p = p * y + 0.3332996368
-    p = p * y - 0.4999990165
-    p = p * y + 1.0
+    p = (((-0.0032439809 * y + 0.0198512636) * y - 0.0569591597) * y + 0.1060362174) * y - 0.1530556977
+    p = ((((p * y + 0.1967593133) * y - 0.2495413273) * y + 0.3332996368) * y - 0.4999990165) * y + 1.0
     return tl.maximum(x, 0.0) + y * p
 
 
 @triton.jit
-def _load_step(
-    u, delta, B, C, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists
-):  # fmt: skip
+def _load_step(u, delta, B, C, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists):
     """u_t and the raw step size of the block's channels, B_t and C_t; past the end those of the last step."""
     t = tl.minimum(t, length - 1)
     return (
@@ -55,7 +42,6 @@ def _load_step(
 
 @triton.jit
 def _step_size(delta_t, offset, SOFTPLUS: tl.constexpr):
-    """Final and raw step size."""
     raw = delta_t.to(tl.float32) + offset
     size = raw
     if SOFTPLUS:
@@ -280,11 +266,7 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
 
 
 def empty_gradients(scan: ScanInputs, blocks: int) -> Tensors:
-    """What a backward scan writes: gradients of u and delta, and the parts of the others.
-
-    Those are every block's of B and C, side by side, (blocks, K, B, L, 2 S); every image's of A (K, B, S, D), and of D
-    and delta_bias (K, B, D).
-    """
+    """What a backward scan writes: gradients of u and delta, every block's of B and C, every image's of the others."""
     (directions, batch, length, channels), d_state = scan.u.shape, scan.A.shape[-1]
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (scan.u, scan.delta))
     dtype = state_dtype(scan.u.dtype, half=True)
