@@ -93,13 +93,3 @@ def init_block_weights(blocks: Iterable[nn.Module]) -> None:
             zero_bias(block.mlp.fc2)
         with torch.no_grad():
             block.mixer.out_proj.weight /= len(stack) ** 0.5
-
-
-def no_weight_decay_names(blocks: Iterable[nn.Module]) -> set[str]:
-    """Names, inside a model, of what is one-dimensional per direction in the blocks and therefore not decayed."""
-    return {
-        f"blocks.{i}.mixer.{name}"
-        for i, block in enumerate(blocks)
-        if isinstance(block, Block)
-        for name in block.mixer.no_weight_decay()
-    }

@@ -22,10 +22,3 @@ def fill(parameter: Tensor, values: Tensor) -> None:
             values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
     with torch.no_grad():
         parameter.copy_(values)
-
-
-def reset_parameters(model: nn.Module) -> None:
-    """Draw the parameters of all parts anew, inner parts first: an outer one may know better."""
-    for module in reversed(list(model.modules())):
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()

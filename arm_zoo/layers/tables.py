@@ -1,17 +1,36 @@
-"""Models with tables: buffers that are computed from sizes, never saved, and filled again where they lost values."""
+"""What all models of blocks share; their buffers are tables: computed from sizes, never saved, filled when lost."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+
+from arm_zoo.files import save_model
+from arm_zoo.layers.block import Block
 
 
 class TableModel(nn.Module):
     """A model whose buffers are tables: those lost on the meta device return when weights are there, or are moved."""
 
+    blocks: nn.ModuleList
+
     def __init__(self) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         self.register_load_state_dict_post_hook(_fill_tables)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
+        for module in reversed(list(self.modules())) if needs_reset else ():  # an outer part may know better
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self.init_non_persistent_buffers()
+        self._init_own_weights()
+
+    def _init_own_weights(self) -> None:
+        raise NotImplementedError
 
     def init_non_persistent_buffers(self) -> None:
         raise NotImplementedError
@@ -30,6 +49,25 @@ class TableModel(nn.Module):
         if lost and not any(parameter.is_meta for parameter in self.parameters()):
             self.init_non_persistent_buffers()
         return super()._apply(fn, recurse)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed: what is one-dimensional per direction in the blocks."""
+        mixers = {f"blocks.{i}.mixer": block.mixer for i, block in enumerate(self.blocks) if isinstance(block, Block)}
+        return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.no_weight_decay()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def hub_config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json, both or neither, to `folder`, which timm's `local-dir:` takes."""
+        save_model(folder, self.state_dict(), self.hub_config())
 
 
 def _fill_tables(model: Any, _: Any) -> None:

@@ -22,7 +22,7 @@ from timm.models import (
 from timm.models._input import get_model_args
 from torch import nn
 
-from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, save_model, weights_in
+from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.layers.tables import TableModel
 from arm_zoo.weights.download import download, find_weights
 from arm_zoo.weights.reading import read_checkpoint
@@ -191,8 +191,3 @@ class Backbone(TableModel):
             "model_args": {key: value for key, value in get_model_args(model).items() if key != "num_classes"},
             "pretrained_cfg": cfg,
         }
-
-    @torch.jit.ignore
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json to `folder`, which timm's `local-dir:` takes."""
-        save_model(folder, self.state_dict(), self.hub_config())

@@ -17,8 +17,8 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
-from arm_zoo.layers.init import reset_parameters, zero_bias
+from arm_zoo.layers.block import Block, init_block_weights, run_blocks
+from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import check_positive
@@ -91,7 +91,6 @@ class ARM(Backbone):
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.dynamic_img_size = dynamic_img_size
-        self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(
             img_size, patch_size, patch_stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
@@ -117,13 +116,8 @@ class ARM(Backbone):
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.init_weights(needs_reset=False)
-        self.init_non_persistent_buffers()
 
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
-        if needs_reset:
-            reset_parameters(self)
-            self.init_non_persistent_buffers()
+    def _init_own_weights(self) -> None:
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
         init_block_weights(self.blocks)
@@ -141,17 +135,12 @@ class ARM(Backbone):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names without weight decay: embeddings, and what is one-dimensional per direction."""
-        return {"pos_embed", "cls_token"} | no_weight_decay_names(self.blocks)
+        return {"pos_embed", "cls_token"} | super().no_weight_decay()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise decay: embeddings, blocks, and the final norm together with the head."""
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block's activations in the backward pass."""
-        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

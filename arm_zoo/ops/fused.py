@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from arm_zoo.ops.backends import get_scan_backend, is_transformed
 from arm_zoo.ops.functional import needs_gradient
+from arm_zoo.ops.layout import Tensors
 from arm_zoo.ops.operators import register
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -72,7 +73,7 @@ def _add_norm_backward_fake(grad_total: Tensor, grad_normed: Tensor, total: Tens
     return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
 
 
-def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     (_, branch, scale, weight, *_), (total, _, moments) = inputs, output
     ctx.dtype = branch.dtype
     ctx.save_for_backward(total, moments, scale, weight)
@@ -80,8 +81,7 @@ def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.dtype)
-    grad_x, grad_branch, grad_weight, grad_bias = grads
-    return grad_x, grad_branch, None, grad_weight, grad_bias, None, None
+    return *grads[:2], None, *grads[2:], None, None
 
 
 register(

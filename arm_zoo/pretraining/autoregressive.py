@@ -5,7 +5,6 @@ encoder scans them causally; for every cluster but the first, learned queries th
 the encoder's features of the clusters before it and predict the cluster's normalised pixels.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.files import save_model
-from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
-from arm_zoo.layers.init import fill, reset_parameters
+from arm_zoo.layers.block import Block, init_block_weights, run_blocks
+from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import check_positive, nearest_multiple
@@ -64,7 +62,6 @@ class ARMPretrain(TableModel):
         self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
         check_positive("ARMPretrain", self.config)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
-        self.grad_checkpointing = False
         self.in_chans = in_chans
         self.patch_size: tuple[int, int] = to_2tuple(patch_size)
         rows, columns = to_2tuple(cluster_size)
@@ -94,13 +91,8 @@ class ARMPretrain(TableModel):
             "decoder_mask", torch.empty(tokens, tokens, dtype=torch.bool, device=device), persistent=False
         )
         self.init_weights(needs_reset=False)
-        self.init_non_persistent_buffers()
 
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
-        if needs_reset:
-            reset_parameters(self)
-            self.init_non_persistent_buffers()
+    def _init_own_weights(self) -> None:
         grid = self.patch_embed.grid_size
         for table in (self.pos_embed, self.decoder_pos_embed):
             fill(table, sincos_pos_embed(table.shape[-1], *grid, device=table.device))
@@ -119,16 +111,6 @@ class ARMPretrain(TableModel):
         cluster = torch.arange(len(self.decoder_mask), device="cpu") // self.cluster_tokens
         # query of cluster j + 1 sees the latents of clusters 0..j
         self.fill_table("decoder_mask", cluster[:, None] >= cluster)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names without weight decay: what is one-dimensional per direction."""
-        return no_weight_decay_names(self.blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every encoder block's activations in the backward pass."""
-        self.grad_checkpointing = enable
 
     def forward_encoder(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster."""
@@ -177,10 +159,6 @@ class ARMPretrain(TableModel):
     def hub_config(self) -> dict[str, Any]:
         """The content of config.json: the objective, and the arguments that make this model."""
         return {"objective": "autoregressive", "pretraining_model": self.config}
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json to `folder`, both or neither."""
-        save_model(folder, self.state_dict(), self.hub_config())
 
 
 def _check_sizes(

@@ -25,12 +25,9 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | s
         )
     # by NumPy as in the official code: its float32 power has another last bit, which is 1.4e-6 in the table
     frequencies = torch.from_numpy(1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float32) / (dim / 4.0)))
-    row, column = torch.meshgrid(
-        torch.arange(height, dtype=torch.float32, device=device),
-        torch.arange(width, dtype=torch.float32, device=device),
-        indexing="ij",
-    )
-    halves = [position.reshape(-1, 1) * frequencies.to(position.device) for position in (column, row)]
+    sides = (torch.arange(side, dtype=torch.float32, device=device) for side in (height, width))
+    row, column = torch.cartesian_prod(*sides).unbind(1)
+    halves = [position[:, None] * frequencies.to(position.device) for position in (column, row)]
     return torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1)[None]
 
 

@@ -30,11 +30,6 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.add(x.relu(), y, alpha=2)
 
 
-def _softplus_slope(x: Tensor) -> Tensor:
-    """Derivative of F.softplus, which is the identity above 20."""
-    return torch.sigmoid(x).masked_fill_(x > 20, 1.0)
-
-
 def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Three uninitialised arrays of at least `size` elements, (3, size)."""
     if device.type != "cpu":
@@ -84,7 +79,6 @@ class _Scan:
         return sequence[:, block, time].permute(2, 0, 1, 3).to(self.dtype)
 
     def step_size(self, block: slice, time: slice) -> tuple[Tensor, Tensor]:
-        """Final and raw step sizes."""
         raw = self.cut(self.delta, block, time) + self.delta_bias
         return (_softplus(raw) if self.delta_softplus else raw), raw
 
@@ -150,7 +144,7 @@ def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -
 
 
 def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> Tensors:
-    """Gradients of u, whole delta, A, B, C, D, delta_bias; the state's is g_t = C_t grad_t + exp(d_{t+1} A) g_{t+1}."""
+    """Gradients of u, whole delta, A, B, C, D, delta_bias; a state's is g_t = C_t grad_t + exp(d_{t+1} A) g_{t+1}."""
     scan = _Scan(inputs, least_steps=CHUNK)
     u, delta, _, B, C, _, _, _, delta_softplus, order = inputs
     directions = len(u)
@@ -192,7 +186,7 @@ def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> 
                 grad_exponent.addcmul_(step, size[..., None, :])
             grad_delta_t = into_state * u_t + _sum_states(exponent.mul_(scan.A))
             if delta_softplus:
-                grad_delta_t *= _softplus_slope(raw_delta)
+                grad_delta_t *= torch.sigmoid(raw_delta).masked_fill_(raw_delta > 20, 1.0)  # as F.softplus is there
             grad_delta[:, block, time] = grad_delta_t.permute(1, 2, 0, 3)
             grad_bias += grad_delta_t.sum((0, 2))[:, None]
         grad_A += grad_exponent.sum(1, keepdim=True)

@@ -111,9 +111,7 @@ def _launch(
     )
 
 
-def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     directions, _, length, channels = scan.u.shape
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)

@@ -202,65 +202,47 @@ def _scan_backward_kernel(
     tl.store(grad_bias + sequence * channels + d, grad_offset, mask=channel)
 
 
-def _scan_channels(states: int, tile: int) -> int:
-    """Channels of a scan program, which is one warp, for a tile of so many states times channels."""
-    return min(max(tile // states, 32), 128)
+def _arguments(scan: ScanInputs, tile: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, int]]:
+    """The tensors as the kernels read them, their strides, and a program's states times channels, about a tile's."""
+    u, delta, B, C = (inner(t) for t in (scan.u, scan.delta, scan.B, scan.C))
+    if B.stride() != C.stride():
+        B, C = B.contiguous(), C.contiguous()
+    rates, bias = scan.A.float().transpose(1, 2).contiguous(), scan.delta_bias
+    tensors = u, delta, rates, B, C, scan.D.contiguous(), None if bias is None else bias.contiguous()
+    states = triton.next_power_of_2(scan.A.shape[-1])
+    sizes = {"STATES": states, "CHUNK": CHUNK, "BLOCK_D": min(max(tile // states, 32), 128)}
+    return tensors, (*u.stride()[:3], *delta.stride()[:3], *B.stride()[:3]), sizes
 
 
-def _rows(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """B and C with states side by side in memory and equal strides otherwise; copies only if they differ."""
-    B, C = inner(B), inner(C)
-    return (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
-
-
-def _parameters(scan: ScanInputs) -> tuple[Tensor | None, ...]:
-    """Rates (K, S, D), skips and biases as the kernels read them."""
-    rates = scan.A.float().transpose(1, 2).contiguous()
-    return rates, scan.D.contiguous(), None if scan.delta_bias is None else scan.delta_bias.contiguous()
-
-
-def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     scan = scan.with_whole_steps()
     directions, batch, length, channels = scan.u.shape
     check_length(length, channels)
     check_number(directions, batch)
-    u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
-    rates, skip, bias = _parameters(scan)
-    sequences, kept = sequences_for(u, order, kept)
-    states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
-    d_state = scan.A.shape[-1]
-    padded = triton.next_power_of_2(d_state)
-    block = _scan_channels(padded, 2048)
-    _scan_kernel[triton.cdiv(channels, block), directions * batch](
-        u, delta, rates, B, C, skip, bias, sequences, states,
-        batch, length, channels, d_state, *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
-        HAS_BIAS=bias is not None, SOFTPLUS=scan.delta_softplus, SAVE=save_states,
-        STATES=padded, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
+    tensors, strides, sizes = _arguments(scan, 2048)
+    sequences, kept = sequences_for(scan.u, scan.order, kept)
+    states = empty_states(scan.u, scan.A, state_dtype(scan.u.dtype, half=True), save=save_states)
+    _scan_kernel[triton.cdiv(channels, sizes["BLOCK_D"]), directions * batch](
+        *tensors, sequences, states, batch, length, channels, scan.A.shape[-1], *strides,
+        HAS_BIAS=scan.delta_bias is not None, SOFTPLUS=scan.delta_softplus, SAVE=save_states, **sizes, num_warps=1,
     )  # fmt: skip
-    return merge(sequences, order, 1 / directions, gate, kept=kept), states
+    return merge(sequences, scan.order, 1 / directions, gate, kept=kept), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
     directions, batch, length, channels = scan.u.shape
-    u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
-    rates, skip, bias = _parameters(scan)
-    grad = (grad / directions).contiguous()
-    d_state = scan.A.shape[-1]
-    padded = triton.next_power_of_2(d_state)
-    block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
-    blocks, sequences = triton.cdiv(channels, block), directions * batch
+    # a small tile, and few registers: 12 warps a multiprocessor hide more latency than 8
+    tensors, strides, sizes = _arguments(scan, 512)
+    blocks, sequences = triton.cdiv(channels, sizes["BLOCK_D"]), directions * batch
     gradients = empty_gradients(scan, blocks)
-    scratch = rates.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
+    scratch = sequences * blocks * (CHUNK // _GROUP) * sizes["STATES"] * sizes["BLOCK_D"]
     _scan_backward_kernel[blocks, sequences](
-        u, delta, rates, B, C, skip, bias, grad, order, saved,
-        scratch, *gradients, batch, length, channels, d_state,
-        *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
-        HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=scan.delta_softplus,
-        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
+        *tensors, (grad / directions).contiguous(), scan.order, saved,
+        saved.new_empty(scratch, dtype=torch.float32), *gradients, batch, length, channels, scan.A.shape[-1], *strides,
+        HAS_BIAS=scan.delta_bias is not None, HAS_ORDER=scan.order is not None, SOFTPLUS=scan.delta_softplus,
+        GROUP=_GROUP, **sizes, num_warps=1, **_REGISTERS,
     )  # fmt: skip
     return sum_up(scan, gradients)
 
