@@ -1,13 +1,9 @@
 """How ONNX writes the two operators of arm_zoo; `arm_zoo/ops/reference.py` defines them.
 
 Importing this module tells `torch.onnx.export(..., dynamo=True)` of them. It needs the packages onnx and onnxscript.
-
-The scan of all directions is one `Scan` node with a body of seven operators, so that the graph is as large for 3025
-patches as for 16. Its axis is the first, and its body uses no value of the graph around it, which some runtimes ask
-for. As in `arm_zoo/ops/cpu/chunked.py`, channels are innermost, so that every product with a factor per state or per
-channel is a pass over whole rows.
-
-Annotations here are ONNX's types, which onnxscript and torch.onnx read, not Python's.
+The scan of all directions is one `Scan` node, so that the graph is as large for 3025 patches as for 16. Its axis is
+the first, and its body uses no value of the graph around it, which some runtimes ask for. Annotations here are ONNX's
+types, which onnxscript and torch.onnx read, not Python's.
 """
 
 # mypy: ignore-errors
@@ -30,8 +26,6 @@ try:
 except ImportError as error:
     needs = "arm_zoo.onnx needs onnx, and onnxscript 0.7 or newer"
     raise ImportError(f"{needs} ({error}): pip install --upgrade onnx 'onnxscript>=0.7'") from error
-
-__all__ = ["translation_table"]
 
 # Of the graph that is being built: in PyTorch float32, to which torch.onnx holds the model by these annotations.
 Value = FLOAT

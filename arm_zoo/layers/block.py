@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.layers.mlp import SwiGLU
+from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import fused
 from arm_zoo.ops.fused import Residual, is_bare, is_plain
 
@@ -27,7 +28,7 @@ class Block(nn.Module):
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         expand: float = 1.0,
         mlp: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """See `MambaMixer` for its arguments; without `mlp` the block is the mixer alone, as in Vim."""

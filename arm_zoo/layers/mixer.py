@@ -8,6 +8,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from arm_zoo.layers.init import fill
+from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import mamba_inner
 from arm_zoo.ops.fused import run_linear
 
@@ -31,7 +32,7 @@ class MambaMixer(nn.Module):
         expand: float = 1.0,  # inner width as a multiple of `dim`; ARM: 1, Vim: 2
         d_state: int = 16,
         d_conv: int = 4,  # taps of the short convolution
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -70,15 +71,9 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         """Mix tokens (batch, length, dim) along the directions of the (K, length) order table."""
+        xz = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
         y = mamba_inner(
-            self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x),
-            self.conv_weight,
-            self.conv_bias,
-            self.x_proj_weight,
-            self.dt_proj_weight,
-            self.dt_proj_bias,
-            _decay_rates(self.A_log),
-            self.D,
-            order,
-        )
+            xz, self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias,
+            _decay_rates(self.A_log), self.D, order,
+        )  # fmt: skip
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arm_zoo.layers.sizes import Device
 from arm_zoo.ops.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
@@ -12,9 +13,7 @@ _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
 class SwiGLU(nn.Module):
     """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
 
-    def __init__(
-        self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, hidden: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 2 * hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)

@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
+from arm_zoo.layers.sizes import Device
+
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 
 def scan_order(
-    height: int,
-    width: int,
-    directions: int = 4,
-    cls_index: int | None = None,
-    device: torch.device | str | None = None,
+    height: int, width: int, directions: int = 4, cls_index: int | None = None, device: Device = None
 ) -> Tensor:
     """Visiting orders of a `height` x `width` patch grid for the first `directions` entries of `DIRECTIONS`.
 
@@ -41,9 +39,7 @@ def _insert_class_token(patch_order: Tensor, cls_index: int) -> Tensor:
     return torch.cat([shifted[:cls_index], cls_token, shifted[cls_index:]])
 
 
-def cluster_order(
-    height: int, width: int, cluster_height: int, cluster_width: int, device: torch.device | str | None = None
-) -> Tensor:
+def cluster_order(height: int, width: int, cluster_height: int, cluster_width: int, device: Device = None) -> Tensor:
     """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
 
     Every cluster is then a contiguous run of tokens: predicting the next one is a shift by one run, and causality

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.layers.init import zero_bias
+from arm_zoo.layers.sizes import Device, Pair, Size
 from arm_zoo.ops.fused import is_plain, is_plain_layer
 
 
 @torch.fx.wrap  # sizes of images are not known while a model is traced
-def _grid_size(
-    img_size: tuple[int, int], patch_size: tuple[int, int], patch_stride: tuple[int, int]
-) -> tuple[int, int]:
+def _grid_size(img_size: Pair, patch_size: Pair, patch_stride: Pair) -> Pair:
     for size, patch, stride in zip(img_size, patch_size, patch_stride, strict=True):
         if size < patch or (size - patch) % stride:
             raise ValueError(
@@ -38,7 +37,7 @@ def _run_patch_conv(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def _check_images(x: Tensor, channels: int, size: tuple[int, int] | None, factory: str) -> None:
+def _check_images(x: Tensor, channels: int, size: Pair | None, factory: str) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
             f"expected images (batch, {channels}, height, width), got {tuple(x.shape)}; "
@@ -56,19 +55,19 @@ def _check_images(x: Tensor, channels: int, size: tuple[int, int] | None, factor
 class PatchEmbed(nn.Module):
     """Image to patch tokens, row by row, overlapping where the stride, which timm's own lacks, is below the patch."""
 
-    img_size: tuple[int, int]
-    grid_size: tuple[int, int]
+    img_size: Pair
+    grid_size: Pair
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        patch_stride: int | tuple[int, int] | None = None,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        patch_stride: Size | None = None,
         in_chans: int = 3,
         embed_dim: int = 768,
         strict_img_size: bool = True,
         factory: str = "create_model",
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -88,9 +87,7 @@ class PatchEmbed(nn.Module):
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image size, or the patch size by resampling the kernel (a stride equal to it follows)."""
         new_size = self.img_size if img_size is None else to_2tuple(img_size)
         new_patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
@@ -109,7 +106,7 @@ class PatchEmbed(nn.Module):
             self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
             self.proj.kernel_size, self.proj.stride = new_patch, new_stride
 
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def dynamic_feat_size(self, img_size: Pair) -> Pair:
         """Grid (rows, columns) of an image size; a ValueError where patch and stride do not tile it."""
         return _grid_size(img_size, self.patch_size, self.patch_stride)
 

@@ -172,11 +172,7 @@ class Backbone(TableModel):
 
     @torch.jit.ignore
     def hub_config(self) -> dict[str, Any]:
-        """The content of config.json, from which timm builds this model again: its Hub form.
-
-        `num_classes` is not among the model's arguments, where it would overrule the number that a caller asks for
-        and break the timm wrapper of transformers.
-        """
+        """The content of config.json, from which timm builds this model again: its Hub form."""
         model: Any = self
         cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
         named = len(cfg.get("label_names") or ()) == model.num_classes
@@ -188,6 +184,7 @@ class Backbone(TableModel):
             "num_features": model.num_features,
             **({"global_pool": model.global_pool} if model.global_pool else {}),
             **(labels if named else {}),
+            # with num_classes they would overrule a caller's, and break the timm wrapper of transformers
             "model_args": {key: value for key, value in get_model_args(model).items() if key != "num_classes"},
             "pretrained_cfg": cfg,
         }

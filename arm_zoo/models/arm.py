@@ -21,12 +21,10 @@ from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import check_positive
+from arm_zoo.layers.sizes import Device, Size, check_positive
 from arm_zoo.models._builder import Backbone, entry_configs, register_family
 from arm_zoo.weights.adapt import adapt_state_dict, resample_pos_embed
 from arm_zoo.weights.table import BUNDLED_FOLDER
-
-__all__ = ["ARM"]
 
 GlobalPool = Literal["avg", "token", ""]
 NormLayer = str | Callable[..., nn.Module]
@@ -49,9 +47,9 @@ class ARM(Backbone):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        patch_stride: int | tuple[int, int] | None = None,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        patch_stride: Size | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: GlobalPool = "avg",
@@ -63,7 +61,7 @@ class ARM(Backbone):
         drop_path_rate: float = 0.0,
         norm_layer: NormLayer | None = None,
         dynamic_img_size: bool = False,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
@@ -157,9 +155,7 @@ class ARM(Backbone):
         self.head.train(self.training)
         self._init_head()
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change image or patch size; position embeddings are resampled around the class token."""
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)

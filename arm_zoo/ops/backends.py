@@ -83,10 +83,8 @@ _SCAN = Package("selective_scan_cuda", "mamba-ssm with its CUDA extension", "pip
 _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
 BACKENDS = {
-    # the plain loop
-    "reference": Backend("arm_zoo.ops.reference"),
-    # the fast path on any device
-    "torch": Backend("arm_zoo.ops.cpu.chunked", directions_inside=True),
+    "reference": Backend("arm_zoo.ops.reference"),  # the plain loop
+    "torch": Backend("arm_zoo.ops.cpu.chunked", directions_inside=True),  # the fast path on any device
     # a faster forward scan on the CPU
     "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), directions_inside=True),
     # GPU kernels, and the same with faster scans

@@ -97,18 +97,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = 
 
 @torch.jit.ignore
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    order: Tensor | None = None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = True, order: Tensor | None = None,
     delta_weight: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
     Per direction and channel, from h = 0 and with d = softplus(delta + delta_bias):
@@ -152,21 +144,12 @@ def selective_scan(
 
 @torch.jit.ignore
 def mamba_inner(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj_weight: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    order: Tensor | None = None,
-) -> Tensor:
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor, A: Tensor, D: Tensor, order: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Everything between a Mamba mixer's projections in and out: convolution, x_proj, `selective_scan` and gate.
 
-    In training the GPU kernels do it as one operator, which keeps neither the convolved sequences nor whole step sizes
-    for the backward pass, adds up the two gradients of the scans' inputs inside a matrix product, and writes those of
-    tokens and gate side by side.
+    In training the GPU kernels do it as one operator, which recomputes convolved sequences and whole step sizes.
 
     Args:
         xz: (batch, length, 2 * channels) tokens, then their gates, as the projection in makes them.

@@ -22,6 +22,7 @@ _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, Tensor? delta_weight, "
     "bool delta_softplus, Tensor? order"
 )
+_EIGHT = f"({', '.join(['Tensor'] * 8)})"
 _INNER_INPUTS = (
     "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, "
     "Tensor dt_proj_bias, Tensor A, Tensor D, Tensor? order"
@@ -189,8 +190,7 @@ def _scan_flops(u: list[int], *shapes: Any, **_: Any) -> int:
 
 register(
     "selective_scan_backward",
-    f"(Tensor grad, {_SCAN_INPUTS}, Tensor saved, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_SCAN_INPUTS}, Tensor saved, str backend) -> {_EIGHT}",
     _by_backend(_scan_backward),
     fake=_scan_backward_fake,
 )
@@ -257,8 +257,7 @@ def _inner_flops(xz: list[int], *shapes: Any, **_: Any) -> int:
 
 register(
     "mamba_inner_backward",
-    f"(Tensor grad, {_INNER_INPUTS}, Tensor y, Tensor projected, Tensor saved, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_INNER_INPUTS}, Tensor y, Tensor projected, Tensor saved, str backend) -> {_EIGHT}",
     _by_backend(_inner_backward),
     fake=lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:8]),
     flops=lambda grad, *shapes, **_: 2 * _inner_flops(*shapes),  # what is made anew does not count

@@ -16,7 +16,7 @@ from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import check_positive, nearest_multiple
+from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple
 from arm_zoo.layers.tables import TableModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
@@ -32,16 +32,16 @@ class ARMPretrain(TableModel):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 192,
-        patch_size: int | tuple[int, int] = 16,
-        cluster_size: int | tuple[int, int] = 64,
+        img_size: Size = 192,
+        patch_size: Size = 16,
+        cluster_size: Size = 64,
         in_chans: int = 3,
         embed_dim: int = 768,
         depth: int = 12,
         d_state: int = 16,
         decoder_dim: int = 512,
         decoder_depth: int = 4,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
@@ -63,7 +63,7 @@ class ARMPretrain(TableModel):
         check_positive("ARMPretrain", self.config)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
         self.in_chans = in_chans
-        self.patch_size: tuple[int, int] = to_2tuple(patch_size)
+        self.patch_size: Pair = to_2tuple(patch_size)
         rows, columns = to_2tuple(cluster_size)
         self.cluster_grid = (rows // self.patch_size[0], columns // self.patch_size[1])
         self.cluster_tokens = self.cluster_grid[0] * self.cluster_grid[1]
@@ -161,9 +161,7 @@ class ARMPretrain(TableModel):
         return {"objective": "autoregressive", "pretraining_model": self.config}
 
 
-def _check_sizes(
-    img_size: tuple[int, int], patch_size: tuple[int, int], cluster_size: tuple[int, int], decoder_dim: int
-) -> None:
+def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_dim: int) -> None:
     for name, whole, part_name, part in (
         ("cluster_size", cluster_size, "patch_size", patch_size),
         ("img_size", img_size, "cluster_size", cluster_size),

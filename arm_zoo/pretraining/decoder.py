@@ -8,16 +8,13 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.layers.sizes import nearest_multiple
+from arm_zoo.layers.sizes import Device, nearest_multiple
 
 HEAD_DIM = 64
 
 
-def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Fixed sine-cosine position table (1, height * width, dim) in float32, rows first.
-
-    The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
-    """
+def sincos_pos_embed(dim: int, height: int, width: int, device: Device = None) -> Tensor:
+    """Fixed position table (1, height * width, dim), rows first: column's sines, cosines, then the row's."""
     if dim % 4:
         raise ValueError(
             f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}; "
@@ -34,7 +31,7 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | s
 class CrossAttention(nn.Module):
     """Queries attend to latents, in heads of 64 channels."""
 
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q = nn.Linear(dim, dim, **dd)
@@ -50,7 +47,7 @@ class CrossAttention(nn.Module):
 class DecoderBlock(nn.Module):
     """Cross-attention to the latents, then an MLP; queries never see each other."""
 
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_query = nn.LayerNorm(dim, **dd)

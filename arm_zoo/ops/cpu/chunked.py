@@ -1,9 +1,7 @@
 """The `torch` backend: convolution and selective scan in plain PyTorch, laid out for speed, on any device.
 
-The state of a step is an array (directions, images, d_state, channels), so that every product with a factor for each
-channel or state is one contiguous pass. Time is cut into chunks: decays, inputs and outputs of a chunk come from a few
-large operations; only the recurrence runs step by step, on arrays small enough for the cache. The backward pass
-recomputes the states of a chunk from the state at its start.
+A step's state is (directions, images, d_state, channels), so that products per channel or state are contiguous. Time
+is cut into chunks of a few large operations; only the recurrence runs step by step, on arrays that fit the cache.
 """
 
 import math

@@ -1,8 +1,6 @@
 """The `numba` backend: the forward scan of float32 sequences on the CPU as one compiled loop, by Numba's JIT.
 
-The `torch` backend passes over arrays of states as often as there are operations in a step; here a step of a block of
-channels is one vector loop whose states stay in the first-level cache. Everything else is the `torch` backend's, also
-the backward pass, which takes the same saved states.
+The states of a block of channels stay in the first-level cache. Everything else is the `torch` backend's.
 """
 
 import itertools

@@ -1,8 +1,4 @@
-"""The `cuda` backend: Triton's convolution and merge, with the scans in CUDA C++.
-
-NVIDIA's package cuda.core compiles `forward.cu` and `backward.cu` on first use through the NVRTC library that torch
-brings.
-"""
+"""The `cuda` backend: Triton's convolution and merge, with the scans in CUDA C++, which cuda.core compiles."""
 
 import ctypes
 import functools
@@ -124,16 +120,10 @@ def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kep
     delta, weight = (_rows(scan.delta), None) if weight is None else (scan.delta, aligned(weight.to(u.dtype)))
     y, kept = sequences_for(u, order, kept)
     states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
-    _launch(
-        "forward",
-        scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C)),
-        (weight, y, states),
-        projection["IMAGES"],
-        32 * projection["IMAGES"],
-        VEC=int(_pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))),
-        SAVE=int(save_states),
-        **projection,
-    )
+    scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
+    in_pairs = _pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))
+    projection |= {"VEC": int(in_pairs), "SAVE": int(save_states)}
+    _launch("forward", scan, (weight, y, states), projection["IMAGES"], 32 * projection["IMAGES"], **projection)
     return merge(y, order, 1 / directions, gate, kept=kept), states
 
 

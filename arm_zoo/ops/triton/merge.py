@@ -60,13 +60,9 @@ def _inverse(order: Tensor | None) -> Tensor | None:
 
 
 def merge(
-    sequences: Tensor,
-    order: Tensor | None,
-    share: float,
-    gate: Tensor | None = None,
-    out: Tensor | None = None,
-    kept: Tensor | None = None,
-) -> Tensor:
+    sequences: Tensor, order: Tensor | None, share: float,
+    gate: Tensor | None = None, out: Tensor | None = None, kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(K, B, L, D) in scan order -> (B, L, D) in token order: the sum times `share`, to `kept`, and SiLU(gate)."""
     directions, batch, length, channels = sequences.shape
     if directions == 1 and order is None and gate is None and out is None and kept is None:

@@ -86,14 +86,9 @@ def add_norm(
 
 
 def add_norm_backward(
-    grad_total: Tensor,
-    grad_normed: Tensor,
-    total: Tensor,
-    moments: Tensor,
-    scale: Tensor | None,
-    weight: Tensor,
-    dtype: torch.dtype,
-) -> Tensors:
+    grad_total: Tensor, grad_normed: Tensor, total: Tensor, moments: Tensor,
+    scale: Tensor | None, weight: Tensor, dtype: torch.dtype,
+) -> Tensors:  # fmt: skip
     """Gradients of x, of branch in `dtype`, of weight and of bias; `total` and `moments` are from `add_norm`."""
     grad_total, grad_normed, total = grad_total.contiguous(), grad_normed.contiguous(), total.contiguous()
     batch, length, channels = total.shape
