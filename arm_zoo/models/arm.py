@@ -27,7 +27,6 @@ from arm_zoo.weights.adapt import adapt_state_dict, resample_pos_embed
 from arm_zoo.weights.table import BUNDLED_FOLDER
 
 GlobalPool = Literal["avg", "token", ""]
-NormLayer = str | Callable[..., nn.Module]
 
 torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while a model is traced
 
@@ -59,7 +58,7 @@ class ARM(Backbone):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: NormLayer | None = None,
+        norm_layer: str | Callable[..., nn.Module] | None = None,
         dynamic_img_size: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -99,8 +98,7 @@ class ARM(Backbone):
         self.register_buffer("order", torch.empty(4, patches + 1, dtype=torch.long, device=device), persistent=False)
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        # Block i has the rate of linear rule's step i - 1, so blocks 0 and 1 have none and no block has the full
-        # rate: that is how the official models were trained.
+        # Block i has the linear rule's rate of i - 1, as in the official training: none has the full rate.
         rates = [0.0, *calculate_drop_path_rates(drop_path_rate, depth)]
         self.blocks = nn.ModuleList(
             Block(embed_dim, 4, d_state, drop_path=rates[i], norm_layer=norm, **dd) for i in range(depth)

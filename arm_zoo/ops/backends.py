@@ -131,8 +131,7 @@ def _thread() -> int | None:
     return None if torch.compiler.is_compiling() else threading.get_ident()  # which compiled code cannot ask for
 
 
-# The process's own choice, then those of the blocks that are open, in any thread; the last one is in force. Adding,
-# removing and reading one is a single step, between which no other thread can come.
+# The process's own choice, then those of open blocks, in any thread; the last one counts. Every change is one step.
 _choices = [_Choice(_from_environment())]
 
 
@@ -200,8 +199,7 @@ def resolve_backend(x: Tensor) -> str:
     return selected
 
 
-# Runs as it is while a model is traced: compiled models log the choice too, and know whether they are exported (within
-# a trace, some versions of torch say so of every compilation).
+# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
 @torch.compiler.assume_constant_result
 def _choose(device: str, dtype: torch.dtype) -> str:
     """The best backend for such tensors that is installed, `torch` in exports, which run anywhere."""

@@ -86,12 +86,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = 
     """
     _check_axes("causal_conv", "x", x, "batch", "length", "channels")
     (_, length, channels), directions = x.shape, len(weight)
-    others = {
-        "weight": (weight, (directions, channels, weight.shape[-1])),
-        "bias": (bias, (directions, channels)),
-        "order": (order, (directions, length)),
-    }
-    _check("causal_conv", "x", x, others)
+    kernel, steps = (directions, channels, weight.shape[-1]), (directions, length)
+    _check("causal_conv", "x", x, {"weight": (weight, kernel), "bias": (bias, kernel[:2]), "order": (order, steps)})
     return _conv(x, weight, bias, _table(order), resolve_backend(x))
 
 
@@ -126,17 +122,12 @@ def selective_scan(
     _check_axes("selective_scan", "A", A, "directions", "channels", "d_state")
     (directions, batch, length, channels), d_state = u.shape, A.shape[-1]
     rank = channels if delta_weight is None else delta_weight.shape[-1]
+    rows, states, channel = (directions, batch, length), (directions, batch, length, d_state), (directions, channels)
     others = {
-        "delta": (delta, (directions, batch, length, rank)),
-        "A": (A, (directions, channels, d_state)),
-        "B": (B, (directions, batch, length, d_state)),
-        "C": (C, (directions, batch, length, d_state)),
-        "D": (D, (directions, channels)),
-        "z": (z, (batch, length, channels)),
-        "delta_bias": (delta_bias, (directions, channels)),
-        "order": (order, (directions, length)),
-        "delta_weight": (delta_weight, (directions, channels, rank)),
-    }
+        "delta": (delta, (*rows, rank)), "A": (A, (*channel, d_state)), "B": (B, states), "C": (C, states),
+        "D": (D, channel), "z": (z, (batch, length, channels)), "delta_bias": (delta_bias, channel),
+        "order": (order, (directions, length)), "delta_weight": (delta_weight, (*channel, rank)),
+    }  # fmt: skip
     _check("selective_scan", "u", u, others)
     scan = ScanInputs(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, _table(order))
     return _scan(scan, z, resolve_backend(u))
@@ -169,16 +160,13 @@ def mamba_inner(
         raise ValueError(f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {both} in all")
     _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
     channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]
+    channel = (directions, channels)
     others = {
-        "conv_weight": (conv_weight, (directions, channels, conv_weight.shape[-1])),
-        "conv_bias": (conv_bias, (directions, channels)),
+        "conv_weight": (conv_weight, (*channel, conv_weight.shape[-1])), "conv_bias": (conv_bias, channel),
         "x_proj_weight": (x_proj_weight, (directions, rank + 2 * d_state, channels)),
-        "dt_proj_weight": (dt_proj_weight, (directions, channels, rank)),
-        "dt_proj_bias": (dt_proj_bias, (directions, channels)),
-        "A": (A, (directions, channels, d_state)),
-        "D": (D, (directions, channels)),
-        "order": (order, (directions, length)),
-    }
+        "dt_proj_weight": (dt_proj_weight, (*channel, rank)), "dt_proj_bias": (dt_proj_bias, channel),
+        "A": (A, (*channel, d_state)), "D": (D, channel), "order": (order, (directions, length)),
+    }  # fmt: skip
     _check("mamba_inner", "xz", xz, others)
     backend, order = resolve_backend(xz), _table(order)
     inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)

@@ -1,9 +1,8 @@
 """The `mamba_ssm` backend: the CUDA extensions of mamba-ssm and causal-conv1d, for comparison with the other kernels.
 
-They take (batch, channels, length), so sequences are copied into that layout and back; the directions become groups of
-channels, which one call scans. No states are saved: the backward pass scans once more. The packages take multiples of
-8 channels, their gradients differ from run to run, and what they make of sequences of one step is wrong, so that those
-are refused.
+They take (batch, channels, length), so sequences are copied; the directions become groups of channels of one call. The
+backward pass scans once more. The packages take multiples of 8 channels, their gradients differ from run to run, and
+what they make of sequences of one step is wrong, so that those are refused.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
 """The convolution, the scan and what stands between a mixer's projections, as PyTorch custom operators.
 
-Custom operators are opaque to torch.compile and torch.export (no graph breaks); their schemas, fake kernels and
-gradients are what those need to know. The last argument names the backend that computes them.
+Custom operators are opaque to torch.compile and torch.export, which read schemas, fake kernels and gradients.
 """
 
 import importlib
@@ -33,17 +32,13 @@ def register(
     name: str,
     schema: str,
     compute: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any],  # `compute` for tensors without data
     *,
-    save: Callable[..., None] | None = None,
-    gradient: Callable[..., Any] | None = None,
-    flops: Callable[..., int] | None = None,
+    save: Callable[..., None] | None = None,  # autograd's `setup_context`
+    gradient: Callable[..., Any] | None = None,  # autograd's `backward`, which operators that end in it refuse
+    flops: Callable[..., int] | None = None,  # of matrix products, from the inputs' shapes
 ) -> None:
-    """Register the custom operator `arm_zoo::name`, the first of whose inputs is a tensor.
-
-    `fake` is `compute` for tensors without data; `save` and `gradient` are autograd's `setup_context` and `backward`,
-    which operators that end in `_backward` refuse; `flops` counts matrix products from the inputs' shapes.
-    """
+    """Register the custom operator `arm_zoo::name`, the first of whose inputs is a tensor."""
 
     def run(first: Tensor, *others: Any) -> Any:
         with torch.cuda.device_of(first):  # kernels start on the tensors' GPU, whichever is the current one

@@ -1,9 +1,8 @@
 """The scan and its backward pass.
 
-One program scans one direction of one image for a block of channels, a single warp with two channels a thread. The
-states of a channel live in registers as separate vectors over channels, so that their sum needs no exchange between
-threads, and B_t and C_t are scalars loaded once for the block. The backward scan reads the merged gradient through the
-order tables. All sums are made in a fixed order.
+One program scans one direction of one image for a block of channels, a single warp with two channels a thread. States
+live in registers as separate vectors over channels, so that their sum needs no exchange between threads, and B_t and
+C_t are loaded once for the block. All sums are made in a fixed order.
 """
 
 import torch
