@@ -15,10 +15,8 @@ def scan_order(
 
     Tokens are numbered in storage order: patches row by row, with one class token at `cls_index` if it is given. Every
     direction keeps it at that position counted from its own start (row, column) or end (the reversed ones), as the
-    official code does when it takes the token out, transposes the patches and puts it back.
-
-    Returns:
-        (directions, length) int64 table; entry [k, t] is the token that direction k visits at step t.
+    official code does when it takes the token out, transposes the patches and puts it back. Entry [k, t] of the int64
+    table (directions, length) is the token that direction k visits at step t.
     """
     if directions not in (1, 2, 4):
         raise ValueError(f"directions must be 1, 2 or 4 (the first of {DIRECTIONS}), got {directions}")

@@ -61,11 +61,8 @@ class TableModel(nn.Module):
         """Recompute every block's activations in the backward pass."""
         self.grad_checkpointing = enable
 
-    def hub_config(self) -> dict[str, Any]:
-        raise NotImplementedError
-
     @torch.jit.ignore
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self: Any, folder: str | Path) -> None:
         """Write model.safetensors and config.json, both or neither, to `folder`, which timm's `local-dir:` takes."""
         save_model(folder, self.state_dict(), self.hub_config())
 

@@ -103,10 +103,8 @@ class ARM(Backbone):
         self.blocks = nn.ModuleList(
             Block(embed_dim, 4, d_state, drop_path=rates[i], norm_layer=norm, **dd) for i in range(depth)
         )
-        reduction = max(self.patch_embed.patch_stride)
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
-        ]
+        info = {"num_chs": embed_dim, "reduction": max(self.patch_embed.patch_stride)}
+        self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
         self.norm = norm(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -211,9 +209,8 @@ class ARM(Backbone):
         if output_fmt == "NCHW":
             patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
         if output_dict:
-            out = {"image_intermediates": patches}
-            if return_prefix_tokens:
-                out["image_intermediates_prefix"] = prefix
+            prefixes = {"image_intermediates_prefix": prefix} if return_prefix_tokens else {}
+            out = {"image_intermediates": patches, **prefixes}
             return out if intermediates_only else {**out, "image_features": self.norm(x)}
         intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
         return intermediates if intermediates_only else (self.norm(x), intermediates)

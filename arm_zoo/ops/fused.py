@@ -58,11 +58,6 @@ def _kernel(module: str, name: str) -> Callable[..., Any]:
     return lambda *inputs: getattr(importlib.import_module(f"arm_zoo.ops.triton.{module}"), name)(*inputs)
 
 
-def _add_norm_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    moments = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1]), moments
-
-
 def _add_norm_backward_fake(grad_total: Tensor, grad_normed: Tensor, total: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _, _, weight, dtype = args
     grads_of_norm = (weight.new_empty(weight.shape) for _ in range(2))
@@ -113,7 +108,10 @@ register(
     "(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
     _kernel("norms", "add_norm"),
-    fake=_add_norm_fake,
+    fake=lambda x, *others: (
+        *(x.new_empty(x.shape, dtype=dtype) for dtype in (x.dtype, others[-1])),
+        x.new_empty(*x.shape[:2], 2, dtype=torch.float32),
+    ),
     save=_save_add_norm,
     gradient=_add_norm_gradient,
 )
@@ -179,8 +177,7 @@ class Residual(NamedTuple):
             total = self.sum()
             return total, norm(total)
         parameters = (norm.weight, norm.bias, norm.eps)
-        total, normed, _ = torch.ops.arm_zoo.add_norm(x, branch, scale, *parameters, _dtype_of_products(x))
-        return total, normed
+        return torch.ops.arm_zoo.add_norm(x, branch, scale, *parameters, _dtype_of_products(x))[:2]
 
 
 def gates_in_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -111,11 +111,6 @@ register(
 )
 
 
-def _scan(module: ModuleType, *args: Any) -> Tensors:
-    *inputs, save_states, gate = args
-    return module.selective_scan(ScanInputs(*inputs), save_states, gate)
-
-
 def _scan_fake(*args: Any) -> Tensors:
     *inputs, save_states, _, backend = args
     scan = ScanInputs(*inputs)
@@ -192,7 +187,7 @@ register(
 register(
     "selective_scan",
     f"({_SCAN_INPUTS}, bool save_states, Tensor? gate, str backend) -> (Tensor, Tensor)",
-    _by_backend(_scan),
+    _by_backend(lambda module, *inputs: module.selective_scan(ScanInputs(*inputs[:-2]), *inputs[-2:])),
     fake=_scan_fake,
     save=_save_scan,
     gradient=_scan_gradient,

@@ -51,9 +51,6 @@ class ARMPretrain(TableModel):
             cluster_size: pixels of a cluster, the unit of prediction.
             d_state: states per channel of the scan.
             decoder_dim: width of the decoder, a multiple of 64.
-
-        Raises:
-            ValueError: for sizes that do not fit each other.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -87,9 +84,8 @@ class ARMPretrain(TableModel):
 
         tokens = patches - self.cluster_tokens
         self.register_buffer("order", torch.empty(patches, dtype=torch.long, device=device), persistent=False)
-        self.register_buffer(
-            "decoder_mask", torch.empty(tokens, tokens, dtype=torch.bool, device=device), persistent=False
-        )
+        mask = torch.empty(tokens, tokens, dtype=torch.bool, device=device)
+        self.register_buffer("decoder_mask", mask, persistent=False)
         self.init_weights(needs_reset=False)
 
     def _init_own_weights(self) -> None:

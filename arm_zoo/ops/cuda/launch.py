@@ -134,6 +134,5 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
     grad, order = grad.contiguous(), scan.order
     gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
-    others = (grad, order, saved, *gradients)
-    _launch("backward", scan, others, 1, _CHANNELS, HAS_ORDER=int(order is not None))
+    _launch("backward", scan, (grad, order, saved, *gradients), 1, _CHANNELS, HAS_ORDER=int(order is not None))
     return triton_scan.sum_up(scan, gradients)

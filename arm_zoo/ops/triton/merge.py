@@ -50,9 +50,7 @@ def _merge_kernel(
     tl.store(out, total.to(out.dtype.element_ty), mask=mask)
 
 
-def _inverse(order: Tensor | None) -> Tensor | None:
-    if order is None:
-        return None
+def _inverse(order: Tensor) -> Tensor:
     directions, length = order.shape
     inverse = torch.empty_like(order)
     _inverse_kernel[triton.cdiv(length, _BLOCK_STEPS), directions](order, inverse, length, BLOCK_T=_BLOCK_STEPS)
@@ -69,10 +67,11 @@ def merge(
         return sequences[0]
     gate = None if gate is None else inner(gate)
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
+    inverse = None if order is None else _inverse(order)
     out = sequences.new_empty(batch, length, channels) if out is None else out
     grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, BLOCK_CHANNELS), batch
     _merge_kernel[grid](
-        sequences, _inverse(order), gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2], share,
+        sequences, inverse, gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2], share,
         DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_GATE=gate is not None, KEEP=kept is not None,
         BLOCK_T=_BLOCK_TIME, BLOCK_D=BLOCK_CHANNELS,
     )  # fmt: skip
