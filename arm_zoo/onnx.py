@@ -1,9 +1,8 @@
 """How ONNX writes the two operators of arm_zoo; `arm_zoo/ops/reference.py` defines them.
 
 Importing this module tells `torch.onnx.export(..., dynamo=True)` of them. It needs the packages onnx and onnxscript.
-The scan of all directions is one `Scan` node, so that the graph is as large for 3025 patches as for 16. Its axis is
-the first, and its body uses no value of the graph around it, which some runtimes ask for. Annotations here are ONNX's
-types, which onnxscript and torch.onnx read, not Python's.
+All directions are one `Scan` node, whatever the number of patches, along the first axis and without values from the
+graph around it, which some runtimes ask for. Annotations here are ONNX's types, not Python's.
 """
 
 # mypy: ignore-errors

@@ -7,7 +7,6 @@ from arm_zoo.ops.fused import is_plain
 
 
 def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
-    """Set a layer's bias, if it has one, to zero."""
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 

@@ -155,11 +155,9 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
         return read_checkpoint(path)
     if cfg.url:
         return None
-    file: Path | None
     if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
-        file = download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
-    else:
-        file = find_weights(entry, cache_dir)
+        return read_checkpoint(download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir))
+    file = find_weights(entry, cache_dir)
     if file is None:
         raise CheckpointError(ways_on(entry, name))
     return read_checkpoint(file)

@@ -1,8 +1,7 @@
-"""ARM and MambaMLP vision backbones as timm models.
+"""ARM and MambaMLP vision backbones as timm models (https://arxiv.org/abs/2406.07537).
 
-Autoregressive Pretraining with Mamba in Vision, https://arxiv.org/abs/2406.07537. Image patches with one class
-token in the middle of the sequence, learned position embeddings, blocks of a Mamba mixer with four scans and a
-SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_zoo.pretraining.autoregressive`.
+Image patches with one class token in the middle of the sequence, learned position embeddings, blocks of a Mamba mixer
+with four scans and a SwiGLU, average pooling. `arm_zoo.pretraining.autoregressive` has the same blocks with one scan.
 """
 
 from collections.abc import Callable

@@ -31,9 +31,8 @@ def _check(operation: str, name: str, first: Tensor, others: _Shaped) -> None:
                 f"{operation}: {other} is {tuple(tensor.shape)}, {name} {tuple(first.shape)} needs {shape}"
             )
         if tensor is not None and tensor.device != first.device:
-            advice = "move one of them"
-            if tensor.is_meta:
-                advice = "load the weights, and fill tables by the model's init_non_persistent_buffers()"
+            filling = "load the weights, and fill tables by the model's init_non_persistent_buffers()"
+            advice = filling if tensor.is_meta else "move one of them"
             raise ValueError(f"{operation}: {other} is on {tensor.device}, {name} on {first.device}; {advice}")
 
 
@@ -44,9 +43,8 @@ def _table(order: Tensor | None) -> Tensor | None:
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of these, or of a model that torch.jit.trace makes may."""
-    if torch.jit.is_tracing():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return asked or torch.jit.is_tracing()
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:

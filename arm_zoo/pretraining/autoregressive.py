@@ -1,8 +1,7 @@
 """The pretraining model: the backbone's blocks with one causal scan, and a decoder that predicts the next cluster.
 
-Paper, section 3.2.2. Patches are regrouped into clusters (64x64 pixels by default), clusters in row order. The
-encoder scans them causally; for every cluster but the first, learned queries that know only their position attend to
-the encoder's features of the clusters before it and predict the cluster's normalised pixels.
+Paper, section 3.2.2. Clusters of patches (64x64 pixels by default) are scanned in row order; for all but the first,
+queries that know only their position attend to the features of those before and predict its normalised pixels.
 """
 
 from typing import Any

@@ -21,8 +21,7 @@ _kept = threading.local()
 def _softplus(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.softplus(x)
-    # F.softplus runs through a scalar log1p on the CPU, which costs as much as the whole scan. This is the same
-    # function to float32 rounding, vectorised: log1p(y) = 2 atanh(y / (2 + y)) with y = exp(-|x|) <= 1.
+    # F.softplus costs as much as the scan on the CPU; vectorised, log1p(y) = 2 atanh(y / (2 + y)) with y = exp(-|x|).
     y = x.abs().mul_(-_LOG2E).exp2_()
     y.div_(y + 2).atanh_()
     return torch.add(x.relu(), y, alpha=2)

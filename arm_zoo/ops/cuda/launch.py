@@ -25,8 +25,6 @@ _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, im
 
 
 class _Stream:
-    """A stream of torch, as cuda.core takes streams of others."""
-
     def __init__(self, handle: int) -> None:
         self.handle = handle
 
@@ -60,7 +58,6 @@ def _fits(scan: ScanInputs, *others: Tensor) -> bool:
 
 
 def _pairs_are_aligned(channels: int, *sequences: Tensor) -> bool:
-    """Whether two adjacent channels can be read at once everywhere."""
     strides = [stride for sequence in sequences for stride in sequence.stride()[:-1]]
     aligned = all(sequence.data_ptr() % (2 * sequence.element_size()) == 0 for sequence in sequences)
     return aligned and not any(size % 2 for size in (channels, *strides))

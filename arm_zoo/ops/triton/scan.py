@@ -1,8 +1,7 @@
 """The scan and its backward pass.
 
-One program scans one direction of one image for a block of channels, a single warp with two channels a thread. States
-live in registers as separate vectors over channels, so that their sum needs no exchange between threads, and B_t and
-C_t are loaded once for the block. All sums are made in a fixed order.
+One program, a single warp with two channels a thread, scans one direction of one image. States live in registers as
+separate vectors over channels, whose sum needs no exchange between threads. All sums are made in a fixed order.
 """
 
 import torch
