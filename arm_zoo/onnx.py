@@ -1,13 +1,8 @@
 """How ONNX writes the two operators of arm_zoo; `arm_zoo/ops/reference.py` defines them.
 
 Importing this module tells `torch.onnx.export(..., dynamo=True)` of them. It needs the packages onnx and onnxscript.
-
-The scan of all directions is one `Scan` node with a body of seven operators, so that the graph is as large for 3025
-patches as for 16. Its axis is the first, and its body uses no value of the graph around it, which some runtimes ask
-for. As in `arm_zoo/ops/cpu/chunked.py`, channels are innermost, so that every product with a factor per state or per
-channel is a pass over whole rows.
-
-Annotations here are ONNX's types, which onnxscript and torch.onnx read, not Python's.
+All directions are one `Scan` node, whatever the number of patches, along the first axis and without values from the
+graph around it, which some runtimes ask for. Annotations here are ONNX's types, not Python's.
 """
 
 # mypy: ignore-errors
@@ -31,16 +26,12 @@ except ImportError as error:
     needs = "arm_zoo.onnx needs onnx, and onnxscript 0.7 or newer"
     raise ImportError(f"{needs} ({error}): pip install --upgrade onnx 'onnxscript>=0.7'") from error
 
-__all__ = ["translation_table"]
-
 # Of the graph that is being built: in PyTorch float32, to which torch.onnx holds the model by these annotations.
 Value = FLOAT
 Table = INT64
 OptionalValue = Optional[FLOAT]  # noqa: UP045  (onnxscript does not read the newer form)
 OptionalTable = Optional[INT64]  # noqa: UP045
-Step = FLOAT[
-    None, None, None, None
-]  # a step of a sequence, or the state; OpenVINO needs to know that it has four axes
+Step = FLOAT[None, None, None, None]  # a step or the state; OpenVINO needs to know that there are four axes
 
 
 @script(default_opset=op)
@@ -77,7 +68,6 @@ def _softplus(x: Value) -> Value:
 
 
 def _causal_conv(x: Value, weight: Value, bias: Value, order: OptionalTable, backend: str) -> Value:
-    """A sum of shifted products."""
     taps = weight.shape[2]
     steps = op.Transpose(x, perm=[1, 0, 2])  # (B, L, D) -> (L, B, D)
     if order is None:
@@ -100,21 +90,10 @@ def _by_step(sequence: Value) -> Value:
 
 
 def _selective_scan(
-    u: Value,
-    delta: Value,
-    A: Value,
-    B: Value,
-    C: Value,
-    D: Value,
-    delta_bias: OptionalValue,
-    delta_weight: OptionalValue,
-    delta_softplus: bool,
-    order: OptionalTable,
-    save_states: bool,
-    gate: OptionalValue,
+    u: Value, delta: Value, A: Value, B: Value, C: Value, D: Value, delta_bias: OptionalValue,
+    delta_weight: OptionalValue, delta_softplus: bool, order: OptionalTable, save_states: bool, gate: OptionalValue,
     backend: str,
-) -> tuple[Value, Value]:
-    """One Scan node over the steps of all directions."""
+) -> tuple[Value, Value]:  # fmt: skip
     length = u.shape[2]
     if delta_weight is not None:  # (K, D, R) -> (K, 1, R, D)
         delta = op.MatMul(delta, op.Unsqueeze(op.Transpose(delta_weight, perm=[0, 2, 1]), _ints(1)))
@@ -123,18 +102,11 @@ def _selective_scan(
     u, delta = _by_step(u), _by_step(delta)
     rates = op.Unsqueeze(op.Transpose(A, perm=[0, 2, 1]), _ints(1))  # (K, D, S) -> (K, 1, S, D)
     directions_and_batch = op.Shape(u, start=1, end=3)
-    state = op.Expand(
-        op.Constant(value_float=0.0), op.Concat(directions_and_batch, op.Shape(rates, start=2), axis=0)
-    )  # (K, B, S, D)
-    row, column = _ints(3), _ints(4)
-    y = recurrence(
-        state,
-        rates,
-        op.Unsqueeze(delta, row),
-        op.Unsqueeze(op.Mul(delta, u), row),
-        op.Unsqueeze(_by_step(B), column),
-        op.Unsqueeze(_by_step(C), row),
-    )
+    state_shape = op.Concat(directions_and_batch, op.Shape(rates, start=2), axis=0)
+    state = op.Expand(op.Constant(value_float=0.0), state_shape)  # (K, B, S, D)
+    row = _ints(3)
+    delta_rows, into, C_rows = (op.Unsqueeze(t, row) for t in (delta, op.Mul(delta, u), _by_step(C)))
+    y = recurrence(state, rates, delta_rows, into, op.Unsqueeze(_by_step(B), _ints(4)), C_rows)
     y = op.Add(op.Squeeze(y, row), op.Mul(op.Unsqueeze(D, _ints(1)), u))  # (L, K, B, D)
     if order is not None:  # of every token its steps' rows among the L * K
         directions = order.shape[0]

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from timm.layers import DropPath
 from timm.models import checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.layers.mlp import SwiGLU
+from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import fused
 from arm_zoo.ops.fused import Residual, is_bare, is_plain
 
@@ -27,7 +28,7 @@ class Block(nn.Module):
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         expand: float = 1.0,
         mlp: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """See `MambaMixer` for its arguments; without `mlp` the block is the mixer alone, as in Vim."""
@@ -39,7 +40,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, 8 * dim // 3, **dd) if mlp else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         if not torch.jit.is_scripting():
             return self.forward_deferred(Residual(x), order).sum()
         x = x + self.drop_path(self.mixer(self.norm1(x), order))
@@ -48,7 +49,7 @@ class Block(nn.Module):
         return x
 
     @torch.jit.ignore
-    def forward_deferred(self, tokens: Residual, order: torch.Tensor | None) -> Residual:
+    def forward_deferred(self, tokens: Residual, order: Tensor | None) -> Residual:
         """The block up to its last sum, which is left to the norm that follows it, as its own are to its norms."""
         x, y = tokens.normed(self.norm1)
         tokens = self._add(x, self.mixer(y, order))
@@ -57,7 +58,7 @@ class Block(nn.Module):
         x, y = tokens.normed(self.norm2)
         return self._add(x, self.mlp(y))
 
-    def _add(self, x: torch.Tensor, branch: torch.Tensor) -> Residual:
+    def _add(self, x: Tensor, branch: Tensor) -> Residual:
         """x plus what drop-path leaves of the branch: the factors that it draws are applied with the sum."""
         if is_plain(branch) and self.drop_path.training and is_bare(self.drop_path, DropPath):
             return Residual(x, branch, self.drop_path(branch.new_ones(branch.shape[0], 1, 1)).flatten())
@@ -65,16 +66,9 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList,
-    x: torch.Tensor,
-    order: torch.Tensor | None,
-    kept: Collection[int],
-    checkpointing: bool = False,
-) -> dict[int, torch.Tensor]:
-    """Run a stack of blocks on tokens (B, L, dim) and keep what those with the numbers `kept`, from 1 on, give.
-
-    0 stands for the tokens themselves. `checkpointing` recomputes every block's activations in the backward pass.
-    """
+    blocks: nn.ModuleList, x: Tensor, order: Tensor | None, kept: Collection[int], checkpointing: bool = False
+) -> dict[int, Tensor]:
+    """What the blocks with the numbers `kept`, from 1 on, make of tokens (B, L, dim); 0 stands for the tokens."""
     results = {0: x} if 0 in kept else {}
     tokens = Residual(x)
     block: Any  # which type checkers do not know of a list of modules
@@ -100,13 +94,3 @@ def init_block_weights(blocks: Iterable[nn.Module]) -> None:
             zero_bias(block.mlp.fc2)
         with torch.no_grad():
             block.mixer.out_proj.weight /= len(stack) ** 0.5
-
-
-def no_weight_decay_names(blocks: Iterable[nn.Module]) -> set[str]:
-    """Names, inside a model, of what is one-dimensional per direction in the blocks and therefore not decayed."""
-    return {
-        f"blocks.{i}.mixer.{name}"
-        for i, block in enumerate(blocks)
-        if isinstance(block, Block)
-        for name in block.mixer.no_weight_decay()
-    }

@@ -1,18 +1,17 @@
 """How parameters get their first values."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arm_zoo.ops.fused import is_plain
 
 
 def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
-    """Set a layer's bias, if it has one, to zero."""
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
+def fill(parameter: Tensor, values: Tensor) -> None:
     """Copy values into a parameter of the same shape, of which this process may hold a part (FSDP2 and its like)."""
     values = values.to(parameter.dtype)
     if not is_plain(parameter):
@@ -22,10 +21,3 @@ def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
             values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
     with torch.no_grad():
         parameter.copy_(values)
-
-
-def reset_parameters(model: nn.Module) -> None:
-    """Draw the parameters of all parts anew, inner parts first: an outer one may know better."""
-    for module in reversed(list(model.modules())):
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()

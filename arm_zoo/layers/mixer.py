@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from timm.models import register_notrace_module
-from torch import nn
+from torch import Tensor, nn
 
 from arm_zoo.layers.init import fill
+from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import mamba_inner
 from arm_zoo.ops.fused import run_linear
 
@@ -15,36 +16,25 @@ torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are
 
 
 @torch.fx.wrap
-def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
+def _decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in at least float32."""
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
 @register_notrace_module
 class MambaMixer(nn.Module):
-    """Mamba token mixer over K = 1, 2 or 4 directions that share the projections in and out.
-
-    Everything between them is stacked over the directions: repeating a pretrained one makes a mixer of four.
-    """
+    """Mamba token mixer over K = 1, 2 or 4 directions that share projections; all between them is stacked over K."""
 
     def __init__(
         self,
         dim: int,
-        directions: int = 4,
-        expand: float = 1.0,
+        directions: int = 4,  # ARM: 1 in pretraining, 4 in finetuning; Vim: 2
+        expand: float = 1.0,  # inner width as a multiple of `dim`; ARM: 1, Vim: 2
         d_state: int = 16,
-        d_conv: int = 4,
-        device: torch.device | str | None = None,
+        d_conv: int = 4,  # taps of the short convolution
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """
-        Args:
-            dim: width of the model.
-            directions: number of scans (ARM: 1 in pretraining, 4 in finetuning; Vim: 2).
-            expand: inner width as a multiple of `dim` (ARM: 1, Vim: 2).
-            d_state: states per inner channel.
-            d_conv: taps of the short convolution.
-        """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = int(expand * dim)
@@ -62,14 +52,11 @@ class MambaMixer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise what `Linear` does not: convolution, step sizes, decays and skips.
-
-        Only the first direction starts with small step sizes, 0.001 to 0.1; the others' biases are 0, as in the
-        official code. That matters when training from scratch; finetuning copies the pretrained direction over all.
-        """
+        """Initialise what `Linear` does not: convolution, step sizes, decays and skips."""
         for weight in (self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight):
             fan_in = (self.conv_weight if weight is self.conv_bias else weight).shape[-1]
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+        # only the first direction starts with small step sizes, 0.001 to 0.1, as in the official code
         bias = torch.zeros(self.dt_proj_bias.shape, dtype=torch.float32, device=self.dt_proj_bias.device)
         step = torch.empty_like(bias[0]).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
         bias[0] = step + torch.log(-torch.expm1(-step))  # inverse softplus
@@ -82,17 +69,11 @@ class MambaMixer(nn.Module):
         """Parameters that are one-dimensional per direction, and therefore not decayed although stacked."""
         return {"conv_bias", "dt_proj_bias", "D"}
 
-    def forward(self, x: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         """Mix tokens (batch, length, dim) along the directions of the (K, length) order table."""
+        xz = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
         y = mamba_inner(
-            self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x),
-            self.conv_weight,
-            self.conv_bias,
-            self.x_proj_weight,
-            self.dt_proj_weight,
-            self.dt_proj_bias,
-            _decay_rates(self.A_log),
-            self.D,
-            order,
-        )
+            xz, self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias,
+            _decay_rates(self.A_log), self.D, order,
+        )  # fmt: skip
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)

@@ -1,9 +1,10 @@
 """The feed-forward part of a block."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arm_zoo.layers.sizes import Device
 from arm_zoo.ops.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
@@ -12,14 +13,12 @@ _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
 class SwiGLU(nn.Module):
     """fc2(SiLU(gate) * value), with gate and value the two halves of fc1 (paper, section 3.3)."""
 
-    def __init__(
-        self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, hidden: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 2 * hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             gate, value = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * value)
@@ -31,11 +30,8 @@ class SwiGLU(nn.Module):
         gate, value = run_linear(self.fc1, x).chunk(2, dim=-1)
         return run_linear(self.fc2, F.silu(gate) * value)
 
-    def _forward_padded(self, x: torch.Tensor, missing: int) -> torch.Tensor:
-        """The same with more hidden channels, all zero.
-
-        Rows whose bytes are no multiple of 16 keep matrix products off the fast kernels: ARM-L has 2730 channels.
-        """
+    def _forward_padded(self, x: Tensor, missing: int) -> Tensor:
+        """The same with more hidden channels, all zero: ARM-L's 2730 keep matrix products off the fast kernels."""
         halves = (2, self.fc2.in_features)
         weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
         bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()

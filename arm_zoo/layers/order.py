@@ -1,28 +1,22 @@
 """Token orders as index tables: which token a scan visits at each step (paper, section 3.2.2 and figure 4)."""
 
 import torch
+from torch import Tensor
+
+from arm_zoo.layers.sizes import Device
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 
 def scan_order(
-    height: int,
-    width: int,
-    directions: int = 4,
-    cls_index: int | None = None,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
+    height: int, width: int, directions: int = 4, cls_index: int | None = None, device: Device = None
+) -> Tensor:
     """Visiting orders of a `height` x `width` patch grid for the first `directions` entries of `DIRECTIONS`.
 
     Tokens are numbered in storage order: patches row by row, with one class token at `cls_index` if it is given. Every
     direction keeps it at that position counted from its own start (row, column) or end (the reversed ones), as the
-    official code does when it takes the token out, transposes the patches and puts it back.
-
-    Returns:
-        (directions, length) int64 table; entry [k, t] is the token that direction k visits at step t.
-
-    Raises:
-        ValueError: for a number of directions other than 1, 2 or 4, or a class token outside the sequence.
+    official code does when it takes the token out, transposes the patches and puts it back. Entry [k, t] of the int64
+    table (directions, length) is the token that direction k visits at step t.
     """
     if directions not in (1, 2, 4):
         raise ValueError(f"directions must be 1, 2 or 4 (the first of {DIRECTIONS}), got {directions}")
@@ -36,26 +30,18 @@ def scan_order(
     return torch.stack([rows, rows.flip(0), columns, columns.flip(0)][:directions])
 
 
-def _insert_class_token(patch_order: torch.Tensor, cls_index: int) -> torch.Tensor:
+def _insert_class_token(patch_order: Tensor, cls_index: int) -> Tensor:
     """Renumber patches around a class token stored at `cls_index` and visit it at that same step."""
     shifted = patch_order + (patch_order >= cls_index)
     cls_token = shifted.new_full((1,), cls_index)
     return torch.cat([shifted[:cls_index], cls_token, shifted[cls_index:]])
 
 
-def cluster_order(
-    height: int, width: int, cluster_height: int, cluster_width: int, device: torch.device | str | None = None
-) -> torch.Tensor:
+def cluster_order(height: int, width: int, cluster_height: int, cluster_width: int, device: Device = None) -> Tensor:
     """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
 
     Every cluster is then a contiguous run of tokens: predicting the next one is a shift by one run, and causality
-    between clusters follows from the causal scan.
-
-    Returns:
-        (height * width,) int64 table of patch numbers (row by row in the image).
-
-    Raises:
-        ValueError: if the clusters do not tile the grid.
+    between clusters follows from the causal scan. The int64 table (height * width,) has numbers of patches.
     """
     if height % cluster_height or width % cluster_width:
         raise ValueError(f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid")

@@ -3,17 +3,16 @@
 import torch
 from timm.layers import lecun_normal_, resample_patch_embed, to_2tuple
 from timm.models import register_notrace_module
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.layers.init import zero_bias
+from arm_zoo.layers.sizes import Device, Pair, Size
 from arm_zoo.ops.fused import is_plain, is_plain_layer
 
 
 @torch.fx.wrap  # sizes of images are not known while a model is traced
-def _grid_size(
-    img_size: tuple[int, int], patch_size: tuple[int, int], patch_stride: tuple[int, int]
-) -> tuple[int, int]:
+def _grid_size(img_size: Pair, patch_size: Pair, patch_stride: Pair) -> Pair:
     for size, patch, stride in zip(img_size, patch_size, patch_stride, strict=True):
         if size < patch or (size - patch) % stride:
             raise ValueError(
@@ -25,11 +24,8 @@ def _grid_size(
     return height, width
 
 
-def _run_patch_conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)`, where the convolution that makes patches tokens runs on CUDA as one matrix product.
-
-    cuDNN converts the layout of images of 3 channels twice, which costs six times as much as gathering the patches.
-    """
+def _run_patch_conv(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, on CUDA as a matrix product: cuDNN's layouts cost six times as much as gathering the patches."""
     if not (is_plain(x) and x.is_cuda and is_plain_layer(layer, nn.Conv2d)):
         return layer(x)
     if layer.groups > 1 or layer.padding != (0, 0) or layer.dilation != (1, 1):  # a layer of somebody's own
@@ -41,8 +37,7 @@ def _run_patch_conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def _check_images(x: torch.Tensor, channels: int, size: tuple[int, int] | None, factory: str) -> None:
-    """Refuse images of other channels, or of another size than `size` if there is one."""
+def _check_images(x: Tensor, channels: int, size: Pair | None, factory: str) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
             f"expected images (batch, {channels}, height, width), got {tuple(x.shape)}; "
@@ -60,19 +55,19 @@ def _check_images(x: torch.Tensor, channels: int, size: tuple[int, int] | None, 
 class PatchEmbed(nn.Module):
     """Image to patch tokens, row by row, overlapping where the stride, which timm's own lacks, is below the patch."""
 
-    img_size: tuple[int, int]
-    grid_size: tuple[int, int]
+    img_size: Pair
+    grid_size: Pair
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        patch_stride: int | tuple[int, int] | None = None,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        patch_stride: Size | None = None,
         in_chans: int = 3,
         embed_dim: int = 768,
         strict_img_size: bool = True,
         factory: str = "create_model",
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -92,9 +87,7 @@ class PatchEmbed(nn.Module):
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image size, or the patch size by resampling the kernel (a stride equal to it follows)."""
         new_size = self.img_size if img_size is None else to_2tuple(img_size)
         new_patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
@@ -113,20 +106,16 @@ class PatchEmbed(nn.Module):
             self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
             self.proj.kernel_size, self.proj.stride = new_patch, new_stride
 
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token step."""
-        return max(self.patch_stride) if as_scalar else self.patch_stride
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def dynamic_feat_size(self, img_size: Pair) -> Pair:
         """Grid (rows, columns) of an image size; a ValueError where patch and stride do not tile it."""
         return _grid_size(img_size, self.patch_size, self.patch_stride)
 
-    def check_input(self, x: torch.Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
         """Refuse images of other channels or another size than the model is for, or that patches do not tile."""
         _check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.factory)
         self.dynamic_feat_size((x.shape[2], x.shape[3]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, N, dim) tokens."""
         if torch.jit.is_scripting():
             x = self.proj(x)

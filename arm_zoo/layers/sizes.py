@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple
+
+Device = torch.device | str | None
+Pair = tuple[int, int]
+Size = int | Pair  # a square's side, or (height, width)
 
 
 def check_positive(model: str, sizes: Mapping[str, Any]) -> None:

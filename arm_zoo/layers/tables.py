@@ -1,30 +1,41 @@
-"""Models with tables: buffers that are computed from sizes, never saved, and filled again where they lost values."""
+"""What all models of blocks share; their buffers are tables: computed from sizes, never saved, filled when lost."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["TableModel"]
+from arm_zoo.files import save_model
+from arm_zoo.layers.block import Block
 
 
 class TableModel(nn.Module):
-    """A model whose buffers are tables.
+    """A model whose buffers are tables: those lost on the meta device return when weights are there, or are moved."""
 
-    Tables of a model made on the meta device, or by `to_empty`, have no values. They get them when weights are
-    initialised or loaded, or moved once there are any.
-    """
+    blocks: nn.ModuleList
 
     def __init__(self) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         self.register_load_state_dict_post_hook(_fill_tables)
 
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the tables."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
+        for module in reversed(list(self.modules())) if needs_reset else ():  # an outer part may know better
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self.init_non_persistent_buffers()
+        self._init_own_weights()
+
+    def _init_own_weights(self) -> None:
         raise NotImplementedError
 
-    def fill_table(self, name: str, table: torch.Tensor) -> None:
+    def init_non_persistent_buffers(self) -> None:
+        raise NotImplementedError
+
+    def fill_table(self, name: str, table: Tensor) -> None:
         """Fill one of the tables; one that is on the meta device is made anew, where the weights are."""
         buffer = self.get_buffer(name)
         if buffer.is_meta:
@@ -32,12 +43,28 @@ class TableModel(nn.Module):
         else:
             buffer.copy_(table)
 
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         """Every move to another device or type comes through here; what has no values cannot be moved."""
         lost = any(table.is_meta for table in self.buffers(recurse=False))
         if lost and not any(parameter.is_meta for parameter in self.parameters()):
             self.init_non_persistent_buffers()
         return super()._apply(fn, recurse)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed: what is one-dimensional per direction in the blocks."""
+        mixers = {f"blocks.{i}.mixer": block.mixer for i, block in enumerate(self.blocks) if isinstance(block, Block)}
+        return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.no_weight_decay()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def save_pretrained(self: Any, folder: str | Path) -> None:
+        """Write model.safetensors and config.json, both or neither, to `folder`, which timm's `local-dir:` takes."""
+        save_model(folder, self.state_dict(), self.hub_config())
 
 
 def _fill_tables(model: Any, _: Any) -> None:

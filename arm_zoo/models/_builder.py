@@ -22,7 +22,7 @@ from timm.models import (
 from timm.models._input import get_model_args
 from torch import nn
 
-from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, save_model, weights_in
+from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.layers.tables import TableModel
 from arm_zoo.weights.download import download, find_weights
 from arm_zoo.weights.reading import read_checkpoint
@@ -51,19 +51,9 @@ SHORT_NAMES: dict[str, str] = {}  # to the long ones
 
 
 def register_family(
-    model_class: type[nn.Module],
-    table: Mapping[str, Mapping[str, Any]],
-    adapt: Adapt,
-    short_names: Mapping[str, str],
+    model_class: type[nn.Module], table: Mapping[str, Mapping[str, Any]], adapt: Adapt, short_names: Mapping[str, str]
 ) -> None:
-    """Register the entry points of a family, whose module has timm's `default_cfgs`.
-
-    Args:
-        model_class: of all its models.
-        table: arguments of the class by the model's name.
-        adapt: fits any checkpoint of the family to a model, and compares names and shapes.
-        short_names: further names of models.
-    """
+    """Register a family, whose module has timm's `default_cfgs`; `adapt` compares names and shapes of checkpoints."""
     for name, arguments in table.items():
         ARCHITECTURES[name] = Architecture(model_class, arguments, adapt)
         _register_entry_point(name, name, model_class.__module__)
@@ -148,12 +138,7 @@ def _adapt(state_dict: StateDict, model: Any, adapt: Adapt, described: str | Non
 
 
 def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:
-    """The tensors: the caller's, the package's own, or fetched from the Hub; None where timm is to look for them.
-
-    Raises:
-        FileNotFoundError: if the caller's file is not there.
-        CheckpointError: if the weights are hosted nowhere, are not those of the table, or cannot be fetched or read.
-    """
+    """The tensors: the caller's, the package's own, or fetched from the Hub; None where timm is to look for them."""
     entry = f"{name}.{cfg.tag}" if cfg.tag else name
     own = (get_pretrained_cfg(entry) if entry in TABLE else None) or PretrainedCfg()
     path = Path(cfg.file or "")
@@ -170,11 +155,9 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
         return read_checkpoint(path)
     if cfg.url:
         return None
-    file: Path | None
     if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
-        file = download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
-    else:
-        file = find_weights(entry, cache_dir)
+        return read_checkpoint(download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir))
+    file = find_weights(entry, cache_dir)
     if file is None:
         raise CheckpointError(ways_on(entry, name))
     return read_checkpoint(file)
@@ -187,11 +170,7 @@ class Backbone(TableModel):
 
     @torch.jit.ignore
     def hub_config(self) -> dict[str, Any]:
-        """The content of config.json, from which timm builds this model again: its Hub form.
-
-        `num_classes` is not among the model's arguments, where it would overrule the number that a caller asks for
-        and break the timm wrapper of transformers.
-        """
+        """The content of config.json, from which timm builds this model again: its Hub form."""
         model: Any = self
         cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
         named = len(cfg.get("label_names") or ()) == model.num_classes
@@ -203,11 +182,7 @@ class Backbone(TableModel):
             "num_features": model.num_features,
             **({"global_pool": model.global_pool} if model.global_pool else {}),
             **(labels if named else {}),
+            # with num_classes they would overrule a caller's, and break the timm wrapper of transformers
             "model_args": {key: value for key, value in get_model_args(model).items() if key != "num_classes"},
             "pretrained_cfg": cfg,
         }
-
-    @torch.jit.ignore
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json to `folder`, which timm's `local-dir:` takes."""
-        save_model(folder, self.state_dict(), self.hub_config())

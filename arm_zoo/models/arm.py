@@ -1,8 +1,7 @@
-"""ARM and MambaMLP vision backbones as timm models.
+"""ARM and MambaMLP vision backbones as timm models (https://arxiv.org/abs/2406.07537).
 
-Autoregressive Pretraining with Mamba in Vision, https://arxiv.org/abs/2406.07537. Image patches with one class
-token in the middle of the sequence, learned position embeddings, blocks of a Mamba mixer with four scans and a
-SwiGLU, average pooling. The same blocks with one scan are the encoder of `arm_zoo.pretraining.autoregressive`.
+Image patches with one class token in the middle of the sequence, learned position embeddings, blocks of a Mamba mixer
+with four scans and a SwiGLU, average pooling. `arm_zoo.pretraining.autoregressive` has the same blocks with one scan.
 """
 
 from collections.abc import Callable
@@ -15,22 +14,18 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, get_norm_la
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
-from torch import nn
+from torch import Tensor, nn
 
-from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
-from arm_zoo.layers.init import reset_parameters, zero_bias
+from arm_zoo.layers.block import Block, init_block_weights, run_blocks
+from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import check_positive
+from arm_zoo.layers.sizes import Device, Size, check_positive
 from arm_zoo.models._builder import Backbone, entry_configs, register_family
 from arm_zoo.weights.adapt import adapt_state_dict, resample_pos_embed
 from arm_zoo.weights.table import BUNDLED_FOLDER
 
-__all__ = ["ARM"]
-
 GlobalPool = Literal["avg", "token", ""]
-NormLayer = str | Callable[..., nn.Module]
-
 
 torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while a model is traced
 
@@ -38,7 +33,7 @@ torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while
 @torch.fx.wrap
 @register_notrace_function
 @torch.jit.ignore
-def order_for(height: int, width: int, device: torch.device) -> torch.Tensor:
+def order_for(height: int, width: int, device: torch.device) -> Tensor:
     return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
 
 
@@ -46,13 +41,13 @@ class ARM(Backbone):
     """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
 
     dynamic_img_size: Final[bool]
-    order: torch.Tensor
+    order: Tensor
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        patch_stride: int | tuple[int, int] | None = None,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        patch_stride: Size | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: GlobalPool = "avg",
@@ -62,9 +57,9 @@ class ARM(Backbone):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: NormLayer | None = None,
+        norm_layer: str | Callable[..., nn.Module] | None = None,
         dynamic_img_size: bool = False,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
@@ -92,7 +87,6 @@ class ARM(Backbone):
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.dynamic_img_size = dynamic_img_size
-        self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(
             img_size, patch_size, patch_stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
@@ -103,28 +97,20 @@ class ARM(Backbone):
         self.register_buffer("order", torch.empty(4, patches + 1, dtype=torch.long, device=device), persistent=False)
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        # Block i has the rate of linear rule's step i - 1, so blocks 0 and 1 have none and no block has the full
-        # rate: that is how the official models were trained.
+        # Block i has the linear rule's rate of i - 1, as in the official training: none has the full rate.
         rates = [0.0, *calculate_drop_path_rates(drop_path_rate, depth)]
         self.blocks = nn.ModuleList(
             Block(embed_dim, 4, d_state, drop_path=rates[i], norm_layer=norm, **dd) for i in range(depth)
         )
-        reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
-        ]
+        info = {"num_chs": embed_dim, "reduction": max(self.patch_embed.patch_stride)}
+        self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
         self.norm = norm(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.init_weights(needs_reset=False)
-        self.init_non_persistent_buffers()
 
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
-        if needs_reset:
-            reset_parameters(self)
-            self.init_non_persistent_buffers()
+    def _init_own_weights(self) -> None:
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
         init_block_weights(self.blocks)
@@ -142,17 +128,12 @@ class ARM(Backbone):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names without weight decay: embeddings, and what is one-dimensional per direction."""
-        return {"pos_embed", "cls_token"} | no_weight_decay_names(self.blocks)
+        return {"pos_embed", "cls_token"} | super().no_weight_decay()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise decay: embeddings, blocks, and the final norm together with the head."""
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block's activations in the backward pass."""
-        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -169,9 +150,7 @@ class ARM(Backbone):
         self.head.train(self.training)
         self._init_head()
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change image or patch size; position embeddings are resampled around the class token."""
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
@@ -184,9 +163,9 @@ class ARM(Backbone):
         patch_stride = None if patch_size is None else self.patch_embed.patch_stride
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size, patch_stride=patch_stride)
 
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images -> (B, N + 1, dim) tokens with the class token at N // 2, and their order table."""
-        pos_embed: torch.Tensor = self.pos_embed
+        pos_embed: Tensor = self.pos_embed
         order = self.order
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
@@ -199,7 +178,7 @@ class ARM(Backbone):
 
     def forward_intermediates(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -207,7 +186,7 @@ class ARM(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-    ) -> list[Any] | tuple[torch.Tensor, list[Any]] | dict[str, Any]:
+    ) -> list[Any] | tuple[Tensor, list[Any]] | dict[str, Any]:
         """Features of chosen blocks, with the arguments and results of timm's models.
 
         The class token is taken out of both formats; `return_prefix_tokens` gives it beside them, (B, 1, dim).
@@ -229,9 +208,8 @@ class ARM(Backbone):
         if output_fmt == "NCHW":
             patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
         if output_dict:
-            out = {"image_intermediates": patches}
-            if return_prefix_tokens:
-                out["image_intermediates_prefix"] = prefix
+            prefixes = {"image_intermediates_prefix": prefix} if return_prefix_tokens else {}
+            out = {"image_intermediates": patches, **prefixes}
             return out if intermediates_only else {**out, "image_features": self.norm(x)}
         intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
         return intermediates if intermediates_only else (self.norm(x), intermediates)
@@ -248,7 +226,7 @@ class ARM(Backbone):
             self.reset_classifier(0, "")
         return take_indices
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, N + 1, dim) normed tokens, the class token at N // 2."""
         x, order = self._embed(x)
         if torch.jit.is_scripting():
@@ -259,7 +237,7 @@ class ARM(Backbone):
             x = run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing)[last]
         return self.norm(x)
 
-    def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """(B, N + 1, dim) tokens -> (B, dim), or the tokens themselves for ''."""
         pool_type = self.global_pool if pool_type is None else pool_type
         middle = (x.shape[1] - 1) // 2
@@ -269,18 +247,18 @@ class ARM(Backbone):
             return mean_around(x, middle)
         return x
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens -> class logits, or pooled features with `pre_logits`."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
 
 @torch.fx.wrap
 @register_notrace_function
-def mean_around(x: torch.Tensor, middle: int) -> torch.Tensor:
+def mean_around(x: Tensor, middle: int) -> Tensor:
     """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
     after = x[:, middle + 1 :].mean(dim=1)
     return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2

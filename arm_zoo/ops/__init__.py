@@ -1,8 +1,7 @@
 """The selective scan of Mamba over images: K directions at once, channels last, with named backends.
 
-Sequences are stored in scan order, the order in which a direction visits the tokens. The order tables of
-`arm_zoo.layers.order` say where a direction's step lies among the tokens; they are read where a sequence is made
-(`causal_conv`) and where the directions meet again (`selective_scan`), and nowhere else.
+Sequences lie in scan order. The tables of `arm_zoo.layers.order` say which token a step is; they are read where a
+sequence is made (`causal_conv`) and where the directions meet again (`selective_scan`), and nowhere else.
 """
 
 from arm_zoo.ops.backends import available_backends, get_scan_backend, scan_backend, set_scan_backend

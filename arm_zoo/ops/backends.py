@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _logger = logging.getLogger("arm_zoo.ops")
@@ -83,10 +83,8 @@ _SCAN = Package("selective_scan_cuda", "mamba-ssm with its CUDA extension", "pip
 _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
 BACKENDS = {
-    # the plain loop
-    "reference": Backend("arm_zoo.ops.reference"),
-    # the fast path on any device
-    "torch": Backend("arm_zoo.ops.cpu.chunked", directions_inside=True),
+    "reference": Backend("arm_zoo.ops.reference"),  # the plain loop
+    "torch": Backend("arm_zoo.ops.cpu.chunked", directions_inside=True),  # the fast path on any device
     # a faster forward scan on the CPU
     "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), directions_inside=True),
     # GPU kernels, and the same with faster scans
@@ -125,8 +123,6 @@ def _from_environment() -> str:
 
 
 class _Choice:
-    """A backend and the thread that chose it: the process's own, or one for the time of a `scan_backend` block."""
-
     def __init__(self, name: str) -> None:
         self.name, self.thread = name, _thread()
 
@@ -135,8 +131,7 @@ def _thread() -> int | None:
     return None if torch.compiler.is_compiling() else threading.get_ident()  # which compiled code cannot ask for
 
 
-# The process's own choice, then those of the blocks that are open, in any thread; the last one is in force. Adding,
-# removing and reading one is a single step, between which no other thread can come.
+# The process's own choice, then those of open blocks, in any thread; the last one counts. Every change is one step.
 _choices = [_Choice(_from_environment())]
 
 
@@ -174,30 +169,17 @@ def scan_backend(name: str) -> Iterator[None]:
         _choices.remove(choice)
 
 
-def implementation(name: str) -> ModuleType:
-    """The module that computes the operators for a backend."""
-    return importlib.import_module(BACKENDS[name].module)
-
-
 # Runs as it is while a model is traced, where transforms are at work as they are outside.
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether derivatives by torch.func, or forward-mode ones in any thread, are at work.
-
-    Custom operators have no rules for them, and would leave out tangents without a word.
-    """
+    """Whether derivatives are at work that custom operators drop without a word: torch.func's or forward-mode ones."""
     derivatives = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(level.key() in derivatives for level in levels)
 
 
-def resolve_backend(x: torch.Tensor) -> str:
-    """The backend that a call on `x` runs on; what "auto" chose is logged once.
-
-    Raises:
-        ValueError: if the backend in force does not take such tensors, or not these derivatives.
-        RuntimeError: in an export to ONNX that lacks `arm_zoo.onnx`.
-    """
+def resolve_backend(x: Tensor) -> str:
+    """The backend that a call on `x` runs on; ValueError if the one in force takes no such tensors or derivatives."""
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
     selected = get_scan_backend()
@@ -217,8 +199,7 @@ def resolve_backend(x: torch.Tensor) -> str:
     return selected
 
 
-# Runs as it is while a model is traced: compiled models log the choice too, and know whether they are exported (within
-# a trace, some versions of torch say so of every compilation).
+# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
 @torch.compiler.assume_constant_result
 def _choose(device: str, dtype: torch.dtype) -> str:
     """The best backend for such tensors that is installed, `torch` in exports, which run anywhere."""

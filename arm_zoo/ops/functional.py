@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops import operators, reference
@@ -10,10 +11,10 @@ from arm_zoo.ops.backends import BACKENDS, resolve_backend
 from arm_zoo.ops.layout import ScanInputs, project
 
 _SINGULAR = {"length": "step", "d_state": "state"}
-_Shaped = Mapping[str, tuple[torch.Tensor | None, tuple[int, ...]]]
+_Shaped = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
 
 
-def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> None:
+def _check_axes(operation: str, name: str, tensor: Tensor, *axes: str) -> None:
     needed = next(axis for axis in axes if axis in _SINGULAR)
     if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index(needed)] == 0:
         raise ValueError(
@@ -22,7 +23,7 @@ def _check_axes(operation: str, name: str, tensor: torch.Tensor, *axes: str) -> 
         )
 
 
-def _check(operation: str, name: str, first: torch.Tensor, others: _Shaped) -> None:
+def _check(operation: str, name: str, first: Tensor, others: _Shaped) -> None:
     """Compiled kernels do not look: what is missing, or on another device, would be read from whatever lies there."""
     for other, (tensor, shape) in others.items():
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -30,33 +31,29 @@ def _check(operation: str, name: str, first: torch.Tensor, others: _Shaped) -> N
                 f"{operation}: {other} is {tuple(tensor.shape)}, {name} {tuple(first.shape)} needs {shape}"
             )
         if tensor is not None and tensor.device != first.device:
-            advice = "move one of them"
-            if tensor.is_meta:
-                advice = "load the weights, and fill tables by the model's init_non_persistent_buffers()"
+            filling = "load the weights, and fill tables by the model's init_non_persistent_buffers()"
+            advice = filling if tensor.is_meta else "move one of them"
             raise ValueError(f"{operation}: {other} is on {tensor.device}, {name} on {first.device}; {advice}")
 
 
-def _table(order: torch.Tensor | None) -> torch.Tensor | None:
+def _table(order: Tensor | None) -> Tensor | None:
     """Kernels read a table of orders as it lies in memory: direction by direction, in 64 bits."""
     return None if order is None else order.to(torch.int64).contiguous()
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of these, or of a model that torch.jit.trace makes may."""
-    if torch.jit.is_tracing():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return asked or torch.jit.is_tracing()
 
 
-def _conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
-) -> torch.Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
     if backend == "reference":
         return reference.causal_conv(x, weight, bias, order)
     return torch.ops.arm_zoo.causal_conv(x, weight, bias, order, backend)
 
 
-def _scan(scan: ScanInputs, z: torch.Tensor | None, backend: str) -> torch.Tensor:
+def _scan(scan: ScanInputs, z: Tensor | None, backend: str) -> Tensor:
     if backend == "reference":
         y = reference.selective_scan(scan)
     else:
@@ -69,9 +66,7 @@ def _scan(scan: ScanInputs, z: torch.Tensor | None, backend: str) -> torch.Tenso
 
 
 @torch.jit.ignore
-def causal_conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None = None
-) -> torch.Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution along every direction's order, then SiLU.
 
     Args:
@@ -89,29 +84,17 @@ def causal_conv(
     """
     _check_axes("causal_conv", "x", x, "batch", "length", "channels")
     (_, length, channels), directions = x.shape, len(weight)
-    others = {
-        "weight": (weight, (directions, channels, weight.shape[-1])),
-        "bias": (bias, (directions, channels)),
-        "order": (order, (directions, length)),
-    }
-    _check("causal_conv", "x", x, others)
+    kernel, steps = (directions, channels, weight.shape[-1]), (directions, length)
+    _check("causal_conv", "x", x, {"weight": (weight, kernel), "bias": (bias, kernel[:2]), "order": (order, steps)})
     return _conv(x, weight, bias, _table(order), resolve_backend(x))
 
 
 @torch.jit.ignore
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    z: torch.Tensor | None = None,
-    delta_bias: torch.Tensor | None = None,
-    delta_softplus: bool = True,
-    order: torch.Tensor | None = None,
-    delta_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = True, order: Tensor | None = None,
+    delta_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
     Per direction and channel, from h = 0 and with d = softplus(delta + delta_bias):
@@ -137,17 +120,12 @@ def selective_scan(
     _check_axes("selective_scan", "A", A, "directions", "channels", "d_state")
     (directions, batch, length, channels), d_state = u.shape, A.shape[-1]
     rank = channels if delta_weight is None else delta_weight.shape[-1]
+    rows, states, channel = (directions, batch, length), (directions, batch, length, d_state), (directions, channels)
     others = {
-        "delta": (delta, (directions, batch, length, rank)),
-        "A": (A, (directions, channels, d_state)),
-        "B": (B, (directions, batch, length, d_state)),
-        "C": (C, (directions, batch, length, d_state)),
-        "D": (D, (directions, channels)),
-        "z": (z, (batch, length, channels)),
-        "delta_bias": (delta_bias, (directions, channels)),
-        "order": (order, (directions, length)),
-        "delta_weight": (delta_weight, (directions, channels, rank)),
-    }
+        "delta": (delta, (*rows, rank)), "A": (A, (*channel, d_state)), "B": (B, states), "C": (C, states),
+        "D": (D, channel), "z": (z, (batch, length, channels)), "delta_bias": (delta_bias, channel),
+        "order": (order, (directions, length)), "delta_weight": (delta_weight, (*channel, rank)),
+    }  # fmt: skip
     _check("selective_scan", "u", u, others)
     scan = ScanInputs(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, _table(order))
     return _scan(scan, z, resolve_backend(u))
@@ -155,21 +133,12 @@ def selective_scan(
 
 @torch.jit.ignore
 def mamba_inner(
-    xz: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor,
-    x_proj_weight: torch.Tensor,
-    dt_proj_weight: torch.Tensor,
-    dt_proj_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    order: torch.Tensor | None = None,
-) -> torch.Tensor:
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor, A: Tensor, D: Tensor, order: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Everything between a Mamba mixer's projections in and out: convolution, x_proj, `selective_scan` and gate.
 
-    In training the GPU kernels do it as one operator, which keeps neither the convolved sequences nor whole step sizes
-    for the backward pass, adds up the two gradients of the scans' inputs inside a matrix product, and writes those of
-    tokens and gate side by side.
+    In training the GPU kernels do it as one operator, which recomputes convolved sequences and whole step sizes.
 
     Args:
         xz: (batch, length, 2 * channels) tokens, then their gates, as the projection in makes them.
@@ -189,16 +158,13 @@ def mamba_inner(
         raise ValueError(f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {both} in all")
     _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
     channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]
+    channel = (directions, channels)
     others = {
-        "conv_weight": (conv_weight, (directions, channels, conv_weight.shape[-1])),
-        "conv_bias": (conv_bias, (directions, channels)),
+        "conv_weight": (conv_weight, (*channel, conv_weight.shape[-1])), "conv_bias": (conv_bias, channel),
         "x_proj_weight": (x_proj_weight, (directions, rank + 2 * d_state, channels)),
-        "dt_proj_weight": (dt_proj_weight, (directions, channels, rank)),
-        "dt_proj_bias": (dt_proj_bias, (directions, channels)),
-        "A": (A, (directions, channels, d_state)),
-        "D": (D, (directions, channels)),
-        "order": (order, (directions, length)),
-    }
+        "dt_proj_weight": (dt_proj_weight, (*channel, rank)), "dt_proj_bias": (dt_proj_bias, channel),
+        "A": (A, (*channel, d_state)), "D": (D, channel), "order": (order, (directions, length)),
+    }  # fmt: skip
     _check("mamba_inner", "xz", xz, others)
     backend, order = resolve_backend(xz), _table(order)
     inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from arm_zoo.ops.backends import get_scan_backend, is_transformed
 from arm_zoo.ops.functional import needs_gradient
+from arm_zoo.ops.layout import Tensors
 from arm_zoo.ops.operators import register
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -30,9 +31,9 @@ def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return type(layer) is kind and not changed and not any(hooks)
 
 
-def is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:
+def is_plain(tensor: Any) -> TypeGuard[Tensor]:
     """Whether this tensor holds its numbers itself: not quantised, sharded, sparse, or a symbol of torch.fx."""
-    return type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
 
 def is_plain_layer(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
@@ -40,12 +41,8 @@ def is_plain_layer(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     return is_bare(layer, kind) and all(t is None or is_plain(t) for t in (layer.weight, layer.bias))
 
 
-def run_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)`, where an `nn.Linear` runs as a 1x1 convolution if that is the faster code for the same sums.
-
-    In float32 on the CPU PyTorch sends matrix products to MKL, which holds back on other makers' processors, and
-    convolutions to oneDNN, which uses the widest vectors of all of them: 1.5 to 2 times faster on a Zen 5.
-    """
+def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`; in float32 on the CPU as a 1x1 convolution, by oneDNN: 1.5 to 2 times as fast as MKL on a Zen 5."""
     eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
     if not (_ONEDNN and eager and is_plain(x) and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()):
         return layer(x)
@@ -61,31 +58,21 @@ def _kernel(module: str, name: str) -> Callable[..., Any]:
     return lambda *inputs: getattr(importlib.import_module(f"arm_zoo.ops.triton.{module}"), name)(*inputs)
 
 
-def _add_norm_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    moments = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=args[-1]), moments
-
-
-def _add_norm_backward_fake(
-    grad_total: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, *args: Any
-) -> tuple[torch.Tensor, ...]:
+def _add_norm_backward_fake(grad_total: Tensor, grad_normed: Tensor, total: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _, _, weight, dtype = args
     grads_of_norm = (weight.new_empty(weight.shape) for _ in range(2))
     return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
 
 
-def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     (_, branch, scale, weight, *_), (total, _, moments) = inputs, output
     ctx.dtype = branch.dtype
     ctx.save_for_backward(total, moments, scale, weight)
 
 
-def _add_norm_gradient(
-    ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor, _: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
+def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.dtype)
-    grad_x, grad_branch, grad_weight, grad_bias = grads
-    return grad_x, grad_branch, None, grad_weight, grad_bias, None, None
+    return *grads[:2], None, *grads[2:], None, None
 
 
 register(
@@ -121,17 +108,17 @@ register(
     "(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
     _kernel("norms", "add_norm"),
-    fake=_add_norm_fake,
+    fake=lambda x, *others: (
+        *(x.new_empty(x.shape, dtype=dtype) for dtype in (x.dtype, others[-1])),
+        x.new_empty(*x.shape[:2], 2, dtype=torch.float32),
+    ),
     save=_save_add_norm,
     gradient=_add_norm_gradient,
 )
 
 
 def _has_kernel(device: int, *, hopper: bool) -> bool:
-    """Whether this GPU may run Triton's kernels, or the one of them for Hopper GPUs.
-
-    Not in exported models, which may run elsewhere, for derivatives by torch.func, or where PyTorch was asked for.
-    """
+    """Whether this GPU may run Triton's kernels, or that for Hopper GPUs: not exported, transformed or refused."""
     plain = get_scan_backend() in ("reference", "torch") or is_transformed()
     return not plain and _runs_kernels(device, hopper)
 
@@ -144,22 +131,22 @@ def _runs_kernels(device: int, hopper: bool) -> bool:
     return not hopper or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
 
 
-def _fit(*tensors: torch.Tensor) -> bool:
+def _fit(*tensors: Tensor) -> bool:
     """Whether the kernels take tensors of these types, all of one unless autocast brings them together."""
     autocast = torch.is_autocast_enabled("cuda")
     return all(t.dtype != torch.float64 and (autocast or t.dtype == tensors[0].dtype) for t in tensors)
 
 
-def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
+def _dtype_of_products(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
-def _are_many(x: torch.Tensor) -> bool:
+def _are_many(x: Tensor) -> bool:
     """Whether so many tokens are faster in a kernel; asked last, as it binds a compiled model to the answer."""
     return math.prod(x.shape[:-1]) >= _MANY_ROWS
 
 
-def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
+def adds_in_norm(x: Tensor, norm: nn.Module) -> bool:
     """Whether one kernel makes a residual sum like these tokens (B, L, D) and this norm of it."""
     if not (is_plain(x) and x.is_cuda and is_plain_layer(norm, nn.LayerNorm)):
         return False
@@ -172,17 +159,17 @@ def adds_in_norm(x: torch.Tensor, norm: nn.Module) -> bool:
 class Residual(NamedTuple):
     """Tokens (B, L, D) whose last sum, x + scale * branch, waits for the norm that follows: one kernel makes both."""
 
-    x: torch.Tensor
-    branch: torch.Tensor | None = None
-    scale: torch.Tensor | None = None  # (B), None for 1
+    x: Tensor
+    branch: Tensor | None = None
+    scale: Tensor | None = None  # (B), None for 1
 
-    def sum(self) -> torch.Tensor:
+    def sum(self) -> Tensor:
         """The tokens themselves."""
         if self.branch is None:
             return self.x
         return self.x + (self.branch if self.scale is None else self.branch * self.scale[:, None, None])
 
-    def normed(self, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def normed(self, norm: Any) -> tuple[Tensor, Tensor]:
         """The tokens and their norm, in the type that autocast gives a linear layer, which is what follows."""
         x, branch, scale = self
         # the sum may have another type: in float16 under autocast to bfloat16, say
@@ -190,11 +177,10 @@ class Residual(NamedTuple):
             total = self.sum()
             return total, norm(total)
         parameters = (norm.weight, norm.bias, norm.eps)
-        total, normed, _ = torch.ops.arm_zoo.add_norm(x, branch, scale, *parameters, _dtype_of_products(x))
-        return total, normed
+        return torch.ops.arm_zoo.add_norm(x, branch, scale, *parameters, _dtype_of_products(x))[:2]
 
 
-def gates_in_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def gates_in_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `gated_linear` is for these tokens and this layer."""
     if bias is None or not (x.is_cuda and _fit(x, weight, bias)):
         return False
@@ -205,7 +191,7 @@ def gates_in_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return half and whole_rows and _has_kernel(x.device.index, hopper=True) and _are_many(x)
 
 
-def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(gate) * value of (gate, value), the two halves of the linear layer with this weight and bias."""
     if needs_gradient(x, weight, bias):
         return torch.ops.arm_zoo.gate(F.linear(x, weight, bias.detach()), bias)

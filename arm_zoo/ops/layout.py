@@ -3,8 +3,9 @@
 from typing import NamedTuple, Self
 
 import torch
+from torch import Tensor
 
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Tensor, ...]
 
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 
@@ -12,16 +13,16 @@ CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one a
 class ScanInputs(NamedTuple):
     """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them."""
 
-    u: torch.Tensor
-    delta: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    C: torch.Tensor
-    D: torch.Tensor
-    delta_bias: torch.Tensor | None
-    delta_weight: torch.Tensor | None
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    delta_bias: Tensor | None
+    delta_weight: Tensor | None
     delta_softplus: bool
-    order: torch.Tensor | None
+    order: Tensor | None
 
     def with_whole_steps(self) -> Self:
         """The same scan with its step sizes as large as u."""
@@ -31,33 +32,30 @@ class ScanInputs(NamedTuple):
 
 
 def state_dtype(dtype: torch.dtype, *, half: bool = False) -> torch.dtype:
-    """The type that inputs of a type are computed in: at least float32; with `half` bfloat16 for those of 16 bits.
-
-    Its errors are of the size of the inputs' own; float16's range is too small for sums.
-    """
+    """The type that inputs are computed in: at least float32; with `half` bfloat16 (float16's range is too small)."""
     return torch.bfloat16 if half and dtype.itemsize == 2 else torch.promote_types(dtype, torch.float32)
 
 
-def empty_states(like: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, *, save: bool) -> torch.Tensor:
+def empty_states(like: Tensor, A: Tensor, dtype: torch.dtype, *, save: bool) -> Tensor:
     """Memory for the states (K, B, chunks, S, D) at the start of every chunk of a scan (K, B, L, D); or no chunks."""
     directions, batch, length, channels = like.shape
     chunks = -(-length // CHUNK) if save else 0
     return like.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=dtype)
 
 
-def inner(sequence: torch.Tensor) -> torch.Tensor:
+def inner(sequence: Tensor) -> Tensor:
     """The tensor itself, or a copy, with its last axis side by side and offsets of steps that fit 32 bits."""
     near = sequence.shape[-2] * sequence.stride(-2) < 2**31
     return sequence if sequence.stride(-1) == 1 and near else sequence.contiguous()
 
 
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy, side by side in memory and where several numbers can be read at once."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def project(sequences: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def project(sequences: Tensor, weight: Tensor) -> Tensor:
     """(K, B, L, N) times the transpose of each direction's weight (K, M, N) -> (K, B, L, M)."""
     # one batched product over the directions; B * L rows merge without a copy
     product = torch.bmm(sequences.flatten(1, 2), weight.to(sequences.dtype).transpose(1, 2))

@@ -1,9 +1,8 @@
 """The `mamba_ssm` backend: the CUDA extensions of mamba-ssm and causal-conv1d, for comparison with the other kernels.
 
-They take (batch, channels, length), so sequences are copied into that layout and back; the directions become groups of
-channels, which one call scans. No states are saved: the backward pass scans once more. The packages take multiples of
-8 channels, their gradients differ from run to run, and what they make of sequences of one step is wrong, so that those
-are refused.
+They take (batch, channels, length), so sequences are copied; the directions become groups of channels of one call. The
+backward pass scans once more. The packages take multiples of 8 channels, their gradients differ from run to run, and
+what they make of sequences of one step is wrong, so that those are refused.
 """
 
 from typing import Any
@@ -11,45 +10,44 @@ from typing import Any
 import selective_scan_cuda
 import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
+from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, state_dtype
 
 
-def _channels_first(sequences: torch.Tensor) -> torch.Tensor:
+def _channels_first(sequences: Tensor) -> Tensor:
     """(K, B, L, D) -> (B, K * D, L)."""
     return sequences.permute(1, 0, 3, 2).flatten(1, 2).contiguous()
 
 
-def _channels_last(sequences: torch.Tensor, directions: int) -> torch.Tensor:
+def _channels_last(sequences: Tensor, directions: int) -> Tensor:
     """(B, K * D, L) -> (K, B, L, D)."""
     return sequences.unflatten(1, (directions, -1)).permute(1, 0, 3, 2).contiguous()
 
 
-def _to_sequences(tokens: torch.Tensor, order: torch.Tensor | None, directions: int) -> torch.Tensor:
+def _to_sequences(tokens: Tensor, order: Tensor | None, directions: int) -> Tensor:
     """(B, L, D) in token order -> (K, B, L, D) in every direction's order."""
     if order is None:
         return tokens.expand(directions, *tokens.shape)
     return torch.stack([tokens[:, steps] for steps in order])
 
 
-def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def _to_tokens(sequences: Tensor, order: Tensor | None) -> Tensor:
     """The sum over the directions of (K, B, L, D), as (B, L, D) in token order."""
     if order is not None:
         sequences = torch.stack([s[:, steps.argsort()] for s, steps in zip(sequences, order, strict=True)])
     return sequences.sum(0)
 
 
-def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """See `arm_zoo.ops.causal_conv`."""
     sequences = _channels_first(_to_sequences(x, order, len(weight)))
     out = causal_conv1d_fwd_function(sequences, weight.flatten(0, 1), bias.flatten(), None, None, None, True)
     return _channels_last(out, len(weight))
 
 
-def causal_conv_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> Tensors:
+def causal_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensors:
     """Gradients of x, weight and bias, given that of the output (K, B, L, D)."""
     sequences = _channels_first(_to_sequences(x, order, len(weight)))
     grad_sequences, grad_weight, grad_bias, _ = causal_conv1d_bwd_function(
@@ -68,9 +66,7 @@ def _arguments(scan: ScanInputs) -> list[Any]:
     return [_channels_first(u), _channels_first(delta.to(u.dtype)), rates, B, C, skip, None, bias]
 
 
-def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and no saved states."""
     u, (directions, _, length, _) = scan.u, scan.u.shape
     if length == 1:
@@ -81,7 +77,7 @@ def selective_scan(
     return y if gate is None else y * F.silu(gate), nothing
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given that of the output (B, L, D)."""
     directions, D = len(scan.u), scan.D
     arguments = _arguments(scan)

@@ -1,18 +1,19 @@
 """The convolution, the scan and what stands between a mixer's projections, as PyTorch custom operators.
 
-Custom operators are opaque to torch.compile and torch.export (no graph breaks); their schemas, fake kernels and
-gradients are what those need to know. The last argument names the backend that computes them.
+Custom operators are opaque to torch.compile and torch.export, which read schemas, fake kernels and gradients.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from arm_zoo.ops.backends import BACKENDS, implementation
+from arm_zoo.ops.backends import BACKENDS
 from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, project, state_dtype
 
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
@@ -20,6 +21,7 @@ _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, Tensor? delta_weight, "
     "bool delta_softplus, Tensor? order"
 )
+_EIGHT = f"({', '.join(['Tensor'] * 8)})"
 _INNER_INPUTS = (
     "Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, "
     "Tensor dt_proj_bias, Tensor A, Tensor D, Tensor? order"
@@ -30,19 +32,15 @@ def register(
     name: str,
     schema: str,
     compute: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any],  # `compute` for tensors without data
     *,
-    save: Callable[..., None] | None = None,
-    gradient: Callable[..., Any] | None = None,
-    flops: Callable[..., int] | None = None,
+    save: Callable[..., None] | None = None,  # autograd's `setup_context`
+    gradient: Callable[..., Any] | None = None,  # autograd's `backward`, which operators that end in it refuse
+    flops: Callable[..., int] | None = None,  # of matrix products, from the inputs' shapes
 ) -> None:
-    """Register the custom operator `arm_zoo::name`, the first of whose inputs is a tensor.
+    """Register the custom operator `arm_zoo::name`, the first of whose inputs is a tensor."""
 
-    `fake` is `compute` for tensors without data; `save` and `gradient` are autograd's `setup_context` and `backward`,
-    which operators that end in `_backward` refuse; `flops` counts matrix products from the inputs' shapes.
-    """
-
-    def run(first: torch.Tensor, *others: Any) -> Any:
+    def run(first: Tensor, *others: Any) -> Any:
         with torch.cuda.device_of(first):  # kernels start on the tensors' GPU, whichever is the current one
             return compute(first, *others)
 
@@ -68,14 +66,12 @@ def _by_backend(compute: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         *inputs, backend = args
         with torch.autocast(inputs[0].device.type, enabled=False):  # matrix products keep float32 sums
-            return compute(implementation(backend), *inputs)
+            return compute(importlib.import_module(BACKENDS[backend].module), *inputs)
 
     return run
 
 
-def _conv_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None, backend: str
-) -> torch.Tensor:
+def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend: str) -> Tensor:
     (batch, length, _), (directions, channels, _) = x.shape, weight.shape
     if BACKENDS[backend].directions_inside:
         return x.new_empty(batch, length, directions, channels).permute(2, 0, 1, 3)
@@ -83,16 +79,15 @@ def _conv_fake(
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep all tensors that come in, and all that go out but the first, which are for the backward pass only."""
     ctx.set_materialize_grads(False)  # of those there are none
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *(() if isinstance(output, torch.Tensor) else output[1:]))
+    ctx.save_for_backward(*tensors, *(() if isinstance(output, Tensor) else output[1:]))
 
 
-def _gradient_by(backward: str) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+def _gradient_by(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """The gradient of an operator whose last inputs are the order and the backend, by another operator."""
 
-    def gradient(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         return *getattr(torch.ops.arm_zoo, backward)(grad, *ctx.saved_tensors, ctx.backend), None, None
@@ -116,31 +111,23 @@ register(
 )
 
 
-def _scan(module: ModuleType, *args: Any) -> Tensors:
-    *inputs, save_states, gate = args
-    return module.selective_scan(ScanInputs(*inputs), save_states, gate)
-
-
 def _scan_fake(*args: Any) -> Tensors:
     *inputs, save_states, _, backend = args
     scan = ScanInputs(*inputs)
     return scan.u.new_empty(scan.u.shape[1:]), _states_fake(scan.u, scan.u.shape, scan.A, save_states, backend)
 
 
-def _states_fake(like: torch.Tensor, shape: torch.Size, A: torch.Tensor, save: bool, backend: str) -> torch.Tensor:
+def _states_fake(like: Tensor, shape: torch.Size, A: Tensor, save: bool, backend: str) -> Tensor:
     row = BACKENDS[backend]
     dtype = state_dtype(like.dtype, half=row.own_kernels)
     return empty_states(like.new_empty(shape), A, dtype, save=save and row.saves_states)
 
 
-def _scan_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> Tensors:
-    """The backend's gradients of u, delta, A, B, C, D and delta_bias, and that of delta_weight (empty without one).
-
-    Low-rank step sizes are recomputed at full rank: cheaper than storing them.
-    """
+def _scan_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
+    """The backend's gradients of u, delta, A, B, C, D and delta_bias, and that of delta_weight (empty without one)."""
     *inputs, saved = args
     scan = ScanInputs(*inputs)
-    whole = scan.with_whole_steps()
+    whole = scan.with_whole_steps()  # low-rank step sizes are recomputed at full rank: cheaper than storing them
     grads = module.selective_scan_backward(grad, whole, saved)
     grads = tuple(t.to(like.dtype) for t, like in zip(grads, _differentiable(whole), strict=True))
     if scan.delta_weight is None:
@@ -156,20 +143,16 @@ def _differentiable(scan: ScanInputs) -> Tensors:
     return *scan[:6], scan.D if scan.delta_bias is None else scan.delta_bias
 
 
-def _scan_backward_fake(grad: torch.Tensor, *args: Any) -> Tensors:
+def _scan_backward_fake(grad: Tensor, *args: Any) -> Tensors:
     scan = ScanInputs(*args[:-2])
     weight = scan.u.new_empty(0) if scan.delta_weight is None else scan.delta_weight
     return tuple(t.new_empty(t.shape) for t in (*_differentiable(scan), weight))
 
 
-def _weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the products' sums over all steps.
-
-    Parts of the batch make a product each, as one a direction would leave most of a GPU idle; these, which have the
-    type of the inputs, are added in at least float32.
-    """
+def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    """(K, B, L, M) and (K, B, L, N) -> (K, M, N), the products' sums over all steps, in at least float32."""
     directions, batch, length, _ = grad.shape
-    parts = math.gcd(batch, 16)
+    parts = math.gcd(batch, 16)  # of the batch: a single product a direction would leave most of a GPU idle
     grad, inputs = (t.reshape(directions * parts, batch * length // parts, t.shape[-1]) for t in (grad, inputs))
     products = torch.bmm(grad.transpose(1, 2), inputs).unflatten(0, (directions, parts))
     return products.sum(1, dtype=state_dtype(products.dtype))
@@ -181,7 +164,7 @@ def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.save_for_backward(*tensors, order, output[1])
 
 
-def _scan_gradient(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _scan_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
     *tensors, order, saved = ctx.saved_tensors
@@ -191,22 +174,20 @@ def _scan_gradient(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) 
 
 
 def _scan_flops(u: list[int], *shapes: Any, **_: Any) -> int:
-    """The matrix product that makes step sizes of low rank whole; the recurrence is none."""
     delta_weight = shapes[6]
     return 0 if delta_weight is None else 2 * math.prod(u) * delta_weight[-1]
 
 
 register(
     "selective_scan_backward",
-    f"(Tensor grad, {_SCAN_INPUTS}, Tensor saved, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_SCAN_INPUTS}, Tensor saved, str backend) -> {_EIGHT}",
     _by_backend(_scan_backward),
     fake=_scan_backward_fake,
 )
 register(
     "selective_scan",
     f"({_SCAN_INPUTS}, bool save_states, Tensor? gate, str backend) -> (Tensor, Tensor)",
-    _by_backend(_scan),
+    _by_backend(lambda module, *inputs: module.selective_scan(ScanInputs(*inputs[:-2]), *inputs[-2:])),
     fake=_scan_fake,
     save=_save_scan,
     gradient=_scan_gradient,
@@ -214,7 +195,7 @@ register(
 )
 
 
-def split(projected: torch.Tensor, rank: int) -> Tensors:
+def split(projected: Tensor, rank: int) -> Tensors:
     """Step sizes of low rank, B and C, which the mixer projects side by side."""
     d_state = (projected.shape[-1] - rank) // 2
     return projected.split([rank, d_state, d_state], dim=-1)
@@ -232,7 +213,7 @@ def _inner(module: ModuleType, *args: Any) -> Tensors:
     return gated, y, projected, saved
 
 
-def _inner_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> Tensors:
+def _inner_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
     """Gradients of xz, the weights, A and D; the scans' inputs are convolved anew, as their memory is worth more."""
     xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, order, y, projected, saved = args
     (x, z), grad_xz, grad_y = xz.chunk(2, dim=-1), xz.new_empty(xz.shape), y.new_empty(y.shape)
@@ -251,7 +232,7 @@ def _inner_backward(module: ModuleType, grad: torch.Tensor, *args: Any) -> Tenso
     return grad_xz, *grad_conv, grad_x_proj, grad_dt, grad_bias, grad_A, grad_D
 
 
-def _inner_fake(xz: torch.Tensor, conv_weight: torch.Tensor, *args: Any) -> Tensors:
+def _inner_fake(xz: Tensor, conv_weight: Tensor, *args: Any) -> Tensors:
     _, x_proj_weight, _, _, A, _, _, backend = args
     (batch, length, _), (directions, channels, _) = xz.shape, conv_weight.shape
     projected = xz.new_empty(directions, batch, length, x_proj_weight.shape[1])
@@ -260,15 +241,13 @@ def _inner_fake(xz: torch.Tensor, conv_weight: torch.Tensor, *args: Any) -> Tens
 
 
 def _inner_flops(xz: list[int], *shapes: Any, **_: Any) -> int:
-    """The two matrix products that make the scans' step sizes, B and C."""
     x_proj_weight, dt_proj_weight = shapes[2:4]
     return 2 * math.prod(xz[:2]) * (math.prod(x_proj_weight) + math.prod(dt_proj_weight))
 
 
 register(
     "mamba_inner_backward",
-    f"(Tensor grad, {_INNER_INPUTS}, Tensor y, Tensor projected, Tensor saved, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_INNER_INPUTS}, Tensor y, Tensor projected, Tensor saved, str backend) -> {_EIGHT}",
     _by_backend(_inner_backward),
     fake=lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:8]),
     flops=lambda grad, *shapes, **_: 2 * _inner_flops(*shapes),  # what is made anew does not count

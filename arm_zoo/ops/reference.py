@@ -1,12 +1,13 @@
 """The definition of correct: the short convolution and the selective scan written as plain loops."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops.layout import ScanInputs, state_dtype
 
 
-def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """See `arm_zoo.ops.causal_conv`; every tap is one shifted product."""
     directions, length, taps = weight.shape[0], x.shape[1], weight.shape[2]
     dtype = state_dtype(x.dtype)
@@ -19,7 +20,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
     return F.silu(torch.stack(out)).to(in_dtype)
 
 
-def selective_scan(scan: ScanInputs) -> torch.Tensor:
+def selective_scan(scan: ScanInputs) -> Tensor:
     """See `arm_zoo.ops.selective_scan`, before the gate; one step of the recurrence at a time."""
     scan = scan.with_whole_steps()
     dtype = state_dtype(scan.u.dtype)

@@ -27,7 +27,7 @@ OBJECTIVES: dict[str, Objective] = {
             "arm_large": {"embed_dim": 1024, "depth": 24},
             "arm_huge": {"embed_dim": 1536, "depth": 24},
         },
-    ),
+    )
 }
 
 

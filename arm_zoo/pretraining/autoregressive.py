@@ -1,24 +1,21 @@
 """The pretraining model: the backbone's blocks with one causal scan, and a decoder that predicts the next cluster.
 
-Paper, section 3.2.2. Patches are regrouped into clusters (64x64 pixels by default), clusters in row order. The
-encoder scans them causally; for every cluster but the first, learned queries that know only their position attend to
-the encoder's features of the clusters before it and predict the cluster's normalised pixels.
+Paper, section 3.2.2. Clusters of patches (64x64 pixels by default) are scanned in row order; for all but the first,
+queries that know only their position attend to the features of those before and predict its normalised pixels.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.files import save_model
-from arm_zoo.layers.block import Block, init_block_weights, no_weight_decay_names, run_blocks
-from arm_zoo.layers.init import fill, reset_parameters
+from arm_zoo.layers.block import Block, init_block_weights, run_blocks
+from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import check_positive, nearest_multiple
+from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple
 from arm_zoo.layers.tables import TableModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
@@ -29,21 +26,21 @@ _TAPS = 4
 class ARMPretrain(TableModel):
     """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
-    order: torch.Tensor
-    decoder_mask: torch.Tensor
+    order: Tensor
+    decoder_mask: Tensor
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 192,
-        patch_size: int | tuple[int, int] = 16,
-        cluster_size: int | tuple[int, int] = 64,
+        img_size: Size = 192,
+        patch_size: Size = 16,
+        cluster_size: Size = 64,
         in_chans: int = 3,
         embed_dim: int = 768,
         depth: int = 12,
         d_state: int = 16,
         decoder_dim: int = 512,
         decoder_depth: int = 4,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
@@ -53,28 +50,16 @@ class ARMPretrain(TableModel):
             cluster_size: pixels of a cluster, the unit of prediction.
             d_state: states per channel of the scan.
             decoder_dim: width of the decoder, a multiple of 64.
-
-        Raises:
-            ValueError: for sizes that do not fit each other.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "cluster_size": cluster_size,
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "d_state": d_state,
-            "decoder_dim": decoder_dim,
-            "decoder_depth": decoder_depth,
-        }
+        self.config = {"img_size": img_size, "patch_size": patch_size, "cluster_size": cluster_size}
+        self.config |= {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "d_state": d_state}
+        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
         check_positive("ARMPretrain", self.config)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
-        self.grad_checkpointing = False
         self.in_chans = in_chans
-        self.patch_size: tuple[int, int] = to_2tuple(patch_size)
+        self.patch_size: Pair = to_2tuple(patch_size)
         rows, columns = to_2tuple(cluster_size)
         self.cluster_grid = (rows // self.patch_size[0], columns // self.patch_size[1])
         self.cluster_tokens = self.cluster_grid[0] * self.cluster_grid[1]
@@ -98,17 +83,11 @@ class ARMPretrain(TableModel):
 
         tokens = patches - self.cluster_tokens
         self.register_buffer("order", torch.empty(patches, dtype=torch.long, device=device), persistent=False)
-        self.register_buffer(
-            "decoder_mask", torch.empty(tokens, tokens, dtype=torch.bool, device=device), persistent=False
-        )
+        mask = torch.empty(tokens, tokens, dtype=torch.bool, device=device)
+        self.register_buffer("decoder_mask", mask, persistent=False)
         self.init_weights(needs_reset=False)
-        self.init_non_persistent_buffers()
 
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
-        if needs_reset:
-            reset_parameters(self)
-            self.init_non_persistent_buffers()
+    def _init_own_weights(self) -> None:
         grid = self.patch_embed.grid_size
         for table in (self.pos_embed, self.decoder_pos_embed):
             fill(table, sincos_pos_embed(table.shape[-1], *grid, device=table.device))
@@ -128,17 +107,7 @@ class ARMPretrain(TableModel):
         # query of cluster j + 1 sees the latents of clusters 0..j
         self.fill_table("decoder_mask", cluster[:, None] >= cluster)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names without weight decay: what is one-dimensional per direction."""
-        return no_weight_decay_names(self.blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every encoder block's activations in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def forward_encoder(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_encoder(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster."""
         x = self.patch_embed(images) + self.pos_embed
         x = x[:, self.order[: -self.cluster_tokens]]
@@ -148,7 +117,7 @@ class ARMPretrain(TableModel):
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
         return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
 
-    def forward_decoder(self, latent: torch.Tensor) -> torch.Tensor:
+    def forward_decoder(self, latent: Tensor) -> Tensor:
         """Latents -> predicted normalised patches (B, T, pixels) of all clusters but the first, in cluster order."""
         query = (self.query_token + self.decoder_pos_embed)[:, self.order[self.cluster_tokens :]]
         query = query.expand(latent.shape[0], -1, -1)
@@ -156,7 +125,7 @@ class ARMPretrain(TableModel):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) images -> (loss, prediction, target).
 
         The loss is the mean squared error against pixels normalised per patch (paper, table 7), in at least float32;
@@ -170,18 +139,15 @@ class ARMPretrain(TableModel):
         return F.mse_loss(prediction.to(target.dtype), target), prediction, target
 
     @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) with every cluster but the first replaced by its prediction, for looking at.
-
-        The prediction is of normalised pixels, so mean and deviation of every patch are the target's own.
-        """
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) with all clusters but the first as predicted, with the targets' mean and deviation."""
         prediction = self.forward_decoder(self.forward_encoder(images))
         patches = patchify(images, self.patch_size).clone()
         mean, deviation = statistics(self._predicted(patches))
         patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
         return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
 
-    def _predicted(self, patches: torch.Tensor) -> torch.Tensor:
+    def _predicted(self, patches: Tensor) -> Tensor:
         """Those of all clusters but the first, in cluster order."""
         return patches[:, self.order[self.cluster_tokens :]]
 
@@ -189,14 +155,8 @@ class ARMPretrain(TableModel):
         """The content of config.json: the objective, and the arguments that make this model."""
         return {"objective": "autoregressive", "pretraining_model": self.config}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json to `folder`, both or neither."""
-        save_model(folder, self.state_dict(), self.hub_config())
 
-
-def _check_sizes(
-    img_size: tuple[int, int], patch_size: tuple[int, int], cluster_size: tuple[int, int], decoder_dim: int
-) -> None:
+def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_dim: int) -> None:
     for name, whole, part_name, part in (
         ("cluster_size", cluster_size, "patch_size", patch_size),
         ("img_size", img_size, "cluster_size", cluster_size),

@@ -5,22 +5,16 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import Mlp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arm_zoo.layers.sizes import nearest_multiple
+from arm_zoo.layers.sizes import Device, nearest_multiple
 
 HEAD_DIM = 64
 
 
-def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Fixed sine-cosine position table (1, height * width, dim) in float32, rows first.
-
-    The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
-
-    Raises:
-        ValueError: if `dim` is not a multiple of 4.
-    """
+def sincos_pos_embed(dim: int, height: int, width: int, device: Device = None) -> Tensor:
+    """Fixed position table (1, height * width, dim), rows first: column's sines, cosines, then the row's."""
     if dim % 4:
         raise ValueError(
             f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}; "
@@ -28,26 +22,23 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: torch.device | s
         )
     # by NumPy as in the official code: its float32 power has another last bit, which is 1.4e-6 in the table
     frequencies = torch.from_numpy(1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float32) / (dim / 4.0)))
-    row, column = torch.meshgrid(
-        torch.arange(height, dtype=torch.float32, device=device),
-        torch.arange(width, dtype=torch.float32, device=device),
-        indexing="ij",
-    )
-    halves = [position.reshape(-1, 1) * frequencies.to(position.device) for position in (column, row)]
+    sides = (torch.arange(side, dtype=torch.float32, device=device) for side in (height, width))
+    row, column = torch.cartesian_prod(*sides).unbind(1)
+    halves = [position[:, None] * frequencies.to(position.device) for position in (column, row)]
     return torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1)[None]
 
 
 class CrossAttention(nn.Module):
     """Queries attend to latents, in heads of 64 channels."""
 
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q = nn.Linear(dim, dim, **dd)
         self.kv = nn.Linear(dim, 2 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
-    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         key, value = self.kv(latent).chunk(2, dim=-1)
         q, k, v = (t.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2) for t in (self.q(query), key, value))
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
@@ -56,7 +47,7 @@ class CrossAttention(nn.Module):
 class DecoderBlock(nn.Module):
     """Cross-attention to the latents, then an MLP; queries never see each other."""
 
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_query = nn.LayerNorm(dim, **dd)
@@ -65,6 +56,6 @@ class DecoderBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, 4 * dim, **dd)
 
-    def forward(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         query = query + self.attn(self.norm_query(query), self.norm_latent(latent), mask)
         return query + self.mlp(self.norm_mlp(query))

@@ -1,21 +1,21 @@
 """The targets of pretraining: images as patches, and patches normalised one by one."""
 
-import torch
+from torch import Tensor
 
 
-def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """(B, C, H, W) -> (B, N, pixels) patches row by row, channels fastest."""
     rows, columns = patch_size
     patches = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C, h, p, w, q)
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """(B, N, pixels) patches of a grid -> (B, C, H, W); inverse of `patchify`."""
     patches = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
     return patches.flatten(4).flatten(2, 3)
 
 
-def statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (..., 1) of every patch; the variance is the unbiased one."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -1,50 +1,38 @@
 """The `torch` backend: convolution and selective scan in plain PyTorch, laid out for speed, on any device.
 
-The state of a step is an array (directions, images, d_state, channels), so that every product with a factor for each
-channel or state is one contiguous pass. Time is cut into chunks: decays, inputs and outputs of a chunk come from a few
-large operations; only the recurrence runs step by step, on arrays small enough for the cache. The backward pass
-recomputes the states of a chunk from the state at its start.
+A step's state is (directions, images, d_state, channels), so that products per channel or state are contiguous. Time
+is cut into chunks of a few large operations; only the recurrence runs step by step, on arrays that fit the cache.
 """
 
 import math
 import threading
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, state_dtype
 
 _LOG2E = math.log2(math.e)
-
-
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
 _kept = threading.local()
 
 
-def _softplus(x: torch.Tensor) -> torch.Tensor:
+def _softplus(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.softplus(x)
-    # F.softplus runs through a scalar log1p on the CPU, which costs as much as the whole scan. This is the same
-    # function to float32 rounding, vectorised: log1p(y) = 2 atanh(y / (2 + y)) with y = exp(-|x|) <= 1.
+    # F.softplus costs as much as the scan on the CPU; vectorised, log1p(y) = 2 atanh(y / (2 + y)) with y = exp(-|x|).
     y = x.abs().mul_(-_LOG2E).exp2_()
     y.div_(y + 2).atanh_()
     return torch.add(x.relu(), y, alpha=2)
 
 
-def _softplus_slope(x: torch.Tensor) -> torch.Tensor:
-    """Derivative of F.softplus, which is the identity above 20."""
-    return torch.sigmoid(x).masked_fill_(x > 20, 1.0)
-
-
-def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Three uninitialised arrays of at least `size` elements, (3, size); on the CPU they are kept per thread.
-
-    Memory of this size goes back to the system when it is freed, and having its pages mapped again at every call costs
-    more than the scan of a small model.
-    """
+def _work_arrays(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Three uninitialised arrays of at least `size` elements, (3, size)."""
     if device.type != "cpu":
         return torch.empty(3, size, dtype=dtype, device=device)
-    kept: dict[torch.dtype, torch.Tensor] = _kept.__dict__.setdefault("arrays", {})
+    # kept per thread: mapping freed pages again at every call costs more than the scan of a small model
+    kept: dict[torch.dtype, Tensor] = _kept.__dict__.setdefault("arrays", {})
     if dtype not in kept or kept[dtype].shape[1] < size:
         with torch.inference_mode(False):  # what is made in inference mode could not be written to outside it
             kept[dtype] = torch.empty(3, size, dtype=dtype)
@@ -56,10 +44,7 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 class _Scan:
-    """The inputs of one scan, cut into blocks of images and chunks of steps on demand, and its work arrays.
-
-    Steps per chunk are a power of two from `least_steps` to `CHUNK`.
-    """
+    """The inputs of one scan, cut into blocks of images and chunks of steps on demand, and its work arrays."""
 
     def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
         u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, _ = inputs
@@ -77,27 +62,24 @@ class _Scan:
         self.blocks, self.times = _slices(batch, block), _slices(length, steps)
         self._work = _work_arrays(min(steps, length) * block * image, self.dtype, u.device)
 
-    def zero_state(self, block: slice) -> torch.Tensor:
+    def zero_state(self, block: slice) -> Tensor:
         directions, _, d_state, channels = self.A.shape
         return self.A.new_zeros(directions, block.stop - block.start, d_state, channels)
 
-    def work(self, which: int, state: torch.Tensor, time: slice) -> torch.Tensor:
+    def work(self, which: int, state: Tensor, time: slice) -> Tensor:
         """An uninitialised (steps, K, images, S, D) array; three of them can be held at a time."""
         steps = time.stop - time.start
         return self._work[which][: steps * state.numel()].view(steps, *state.shape)
 
-    def cut(self, sequence: torch.Tensor, block: slice, time: slice) -> torch.Tensor:
+    def cut(self, sequence: Tensor, block: slice, time: slice) -> Tensor:
         """(K, B, L, C) -> (steps, K, images, C) in the dtype of the state."""
         return sequence[:, block, time].permute(2, 0, 1, 3).to(self.dtype)
 
-    def step_size(self, block: slice, time: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final and raw step sizes."""
+    def step_size(self, block: slice, time: slice) -> tuple[Tensor, Tensor]:
         raw = self.cut(self.delta, block, time) + self.delta_bias
         return (_softplus(raw) if self.delta_softplus else raw), raw
 
-    def recur(
-        self, state: torch.Tensor, delta: torch.Tensor, u: torch.Tensor, B: torch.Tensor, time: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def recur(self, state: Tensor, delta: Tensor, u: Tensor, B: Tensor, time: slice) -> tuple[Tensor, Tensor]:
         """Decays and states after every step of a chunk, from the state before it; both in work arrays 0 and 1."""
         decay, states = self.work(0, state, time), self.work(1, state, time)
         torch.mul(delta[..., None, :], self.A_log2, out=decay).exp2_()
@@ -107,12 +89,12 @@ class _Scan:
         return decay, states
 
 
-def _rows(matrix: torch.Tensor) -> torch.Tensor:
+def _rows(matrix: Tensor) -> Tensor:
     """(..., n, m) -> (rows, n, m), for the batched matrix products."""
     return matrix.reshape(-1, *matrix.shape[-2:])
 
 
-def _sum_states(x: torch.Tensor) -> torch.Tensor:
+def _sum_states(x: Tensor) -> Tensor:
     """(..., S, D) -> (..., D), destroying x: halves are added to each other, three times as fast as `sum` here."""
     while (states := x.shape[-2]) > 1:
         half = states // 2
@@ -121,7 +103,7 @@ def _sum_states(x: torch.Tensor) -> torch.Tensor:
     return x[..., 0, :]
 
 
-def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def _to_tokens(sequences: Tensor, order: Tensor | None) -> Tensor:
     """(L, K, ...) in scan order -> in token order, read through the inverse tables: every run gives the same bits."""
     if order is None:
         return sequences
@@ -130,9 +112,7 @@ def _to_tokens(sequences: torch.Tensor, order: torch.Tensor | None) -> torch.Ten
     return sequences.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (length, directions))
 
 
-def selective_scan(
-    inputs: ScanInputs, save_states: bool, gate: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     inputs = inputs.with_whole_steps()
     u, order = inputs.u, inputs.order
@@ -160,11 +140,8 @@ def selective_scan(
     return y, saved
 
 
-def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch.Tensor) -> Tensors:
-    """Gradients of u, whole delta, A, B, C, D and delta_bias, given that of the output (B, L, D) and the saved states.
-
-    With h the state, a = exp(delta A) the decay and g the gradient of h: g_t = C_t grad_t + a_{t+1} g_{t+1}.
-    """
+def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> Tensors:
+    """Gradients of u, whole delta, A, B, C, D, delta_bias; a state's is g_t = C_t grad_t + exp(d_{t+1} A) g_{t+1}."""
     scan = _Scan(inputs, least_steps=CHUNK)
     u, delta, _, B, C, _, _, _, delta_softplus, order = inputs
     directions = len(u)
@@ -206,7 +183,7 @@ def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch
                 grad_exponent.addcmul_(step, size[..., None, :])
             grad_delta_t = into_state * u_t + _sum_states(exponent.mul_(scan.A))
             if delta_softplus:
-                grad_delta_t *= _softplus_slope(raw_delta)
+                grad_delta_t *= torch.sigmoid(raw_delta).masked_fill_(raw_delta > 20, 1.0)  # as F.softplus is there
             grad_delta[:, block, time] = grad_delta_t.permute(1, 2, 0, 3)
             grad_bias += grad_delta_t.sum((0, 2))[:, None]
         grad_A += grad_exponent.sum(1, keepdim=True)
@@ -214,22 +191,19 @@ def selective_scan_backward(grad: torch.Tensor, inputs: ScanInputs, saved: torch
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D[:, 0].contiguous(), grad_bias[:, 0].contiguous()
 
 
-def _gather_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> Tensors:
-    """The depthwise convolution before its SiLU, with its input, weight and bias as the convolution takes them.
-
-    The input is (B, K * D, taps - 1 + L, 1), channels innermost in memory: depthwise kernels are fastest in it.
-    """
+def _gather_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensors:
+    """The depthwise convolution before its SiLU, with its input (B, K * D, taps - 1 + L, 1), weight and bias."""
     (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
     dtype = state_dtype(x.dtype)
     steps = torch.arange(length, device=x.device).expand(directions, -1) if order is None else order
     steps = F.pad(steps, (taps - 1, 0), value=length)  # the token after the last one is the zero padding
     x = F.pad(x.to(dtype), (0, 0, 0, 1)).index_select(1, steps.t().flatten())
-    x = x.view(batch, taps - 1 + length, 1, directions * channels).permute(0, 3, 1, 2)
+    x = x.view(batch, taps - 1 + length, 1, directions * channels).permute(0, 3, 1, 2)  # channels innermost: faster
     weight, bias = weight.to(dtype).reshape(-1, 1, taps, 1), bias.to(dtype).flatten()
     return F.conv2d(x, weight, bias, groups=directions * channels), x, weight, bias
 
 
-def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """See `arm_zoo.ops.causal_conv`. The result is (K, B, L, D) with (K, D) innermost in memory."""
     directions, channels, _ = weight.shape
     out = F.silu(_gather_conv(x, weight, bias, order)[0], inplace=True).to(x.dtype)
@@ -237,9 +211,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
     return out.view(*x.shape[:2], directions, channels).permute(2, 0, 1, 3)
 
 
-def causal_conv_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None
-) -> Tensors:
+def causal_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensors:
     """Gradients of x, weight and bias, given that of the output (K, B, L, D); the pre-activation is recomputed."""
     directions, channels, taps = weight.shape
     before, padded, conv_weight, conv_bias = _gather_conv(x, weight, bias, order)

@@ -1,8 +1,6 @@
 """The `numba` backend: the forward scan of float32 sequences on the CPU as one compiled loop, by Numba's JIT.
 
-The `torch` backend passes over arrays of states as often as there are operations in a step; here a step of a block of
-channels is one vector loop whose states stay in the first-level cache. Everything else is the `torch` backend's, also
-the backward pass, which takes the same saved states.
+The states of a block of channels stay in the first-level cache. Everything else is the `torch` backend's.
 """
 
 import itertools
@@ -14,6 +12,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops.cpu.chunked import causal_conv, causal_conv_backward, selective_scan_backward
@@ -74,10 +73,7 @@ def _softplus(x):
 def _scan_blocks(
     first, last, u, u_steps, delta, delta_steps, A, B, B_steps, C, C_steps, D, bias, softplus, order, y, saved
 ):  # fmt: skip
-    """Blocks first to last - 1 of (image, channels), all directions one after the other.
-
-    u, delta, B and C are flat memory with the distances (directions, images, time) between their rows.
-    """
+    """Blocks first to last - 1 of (image, channels); u, delta, B, C are flat, with distances between (K, B, L)."""
     directions, d_state, channels = A.shape
     length = y.shape[1]
     blocks = (channels + _BLOCK - 1) // _BLOCK
@@ -123,21 +119,19 @@ def _scan_blocks(
                     y[b, token, start + d] += out[d] * share
 
 
-def _memory(sequence: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+def _memory(sequence: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """A tensor's memory from its first element on, flat, and the distances of its rows; states or channels adjoin."""
     sequence = inner(sequence.detach())
     size = sequence.untyped_storage().nbytes() // sequence.element_size() - sequence.storage_offset()
     return sequence.as_strided((size,), (1,)).numpy(), sequence.stride()[:3]
 
 
-def _copy(tensor: torch.Tensor) -> np.ndarray:
+def _copy(tensor: Tensor) -> np.ndarray:
     """A copy of a weight or a table, as sharding resizes the memory of weights, which a NumPy view would forbid."""
     return tensor.detach().clone(memory_format=torch.contiguous_format).numpy()
 
 
-def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     u, *others = scan.with_whole_steps()[:6]
     delta, A, B, C, D = (t.to(u.dtype) for t in others)

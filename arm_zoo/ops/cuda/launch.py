@@ -1,8 +1,4 @@
-"""The `cuda` backend: Triton's convolution and merge, with the scans in CUDA C++.
-
-NVIDIA's package cuda.core compiles `forward.cu` and `backward.cu` on first use through the NVRTC library that torch
-brings.
-"""
+"""The `cuda` backend: Triton's convolution and merge, with the scans in CUDA C++, which cuda.core compiles."""
 
 import ctypes
 import functools
@@ -11,6 +7,7 @@ from typing import Any
 
 import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+from torch import Tensor
 
 from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
 from arm_zoo.ops.triton import causal_conv, causal_conv_backward, gate_backward
@@ -28,8 +25,6 @@ _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, im
 
 
 class _Stream:
-    """A stream of torch, as cuda.core takes streams of others."""
-
     def __init__(self, handle: int) -> None:
         self.handle = handle
 
@@ -56,25 +51,24 @@ def _kernel(device: int, pass_name: str, **macros: int) -> Any:
     return Program(code, "c++", options).compile("cubin").get_kernel(f"scan_{pass_name}")
 
 
-def _fits(scan: ScanInputs, *others: torch.Tensor) -> bool:
+def _fits(scan: ScanInputs, *others: Tensor) -> bool:
     """Whether the CUDA kernels take these: some numbers of states, and one type."""
     sequences = (scan.delta, scan.B, scan.C, *others)
     return scan.A.shape[-1] in _STATES and all(t.dtype == scan.u.dtype for t in sequences) and scan.u.numel() > 0
 
 
-def _pairs_are_aligned(channels: int, *sequences: torch.Tensor) -> bool:
-    """Whether two adjacent channels can be read at once everywhere."""
+def _pairs_are_aligned(channels: int, *sequences: Tensor) -> bool:
     strides = [stride for sequence in sequences for stride in sequence.stride()[:-1]]
     aligned = all(sequence.data_ptr() % (2 * sequence.element_size()) == 0 for sequence in sequences)
     return aligned and not any(size % 2 for size in (channels, *strides))
 
 
-def _rows(sequences: torch.Tensor) -> torch.Tensor:
+def _rows(sequences: Tensor) -> Tensor:
     """The tensor itself if the steps of each sequence adjoin in memory, else a copy where they do."""
     return sequences if sequences.stride()[2:] == (sequences.shape[-1], 1) else sequences.contiguous()
 
 
-def _projection(delta: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> dict[str, int]:
+def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dict[str, int]:
     """The forward kernel's macros for step sizes of low rank, RANK 0 where they must be whole."""
     rank, size = delta.shape[-1], delta.element_size()
     # two lanes copy a row, in the largest pieces that keep everything aligned
@@ -87,17 +81,9 @@ def _projection(delta: torch.Tensor, weight: torch.Tensor | None, dtype: torch.d
 
 
 def _launch(
-    pass_name: str,
-    scan: ScanInputs,
-    others: tuple[torch.Tensor | None, ...],
-    images: int,
-    threads: int,
-    **macros: int,
+    pass_name: str, scan: ScanInputs, others: tuple[Tensor | None, ...], images: int, threads: int, **macros: int
 ) -> None:
-    """Start a kernel on the current stream; the scan's sequences have channels or states side by side.
-
-    A block of so many threads takes so many images, _CHANNELS of their channels.
-    """
+    """Start a kernel on the current stream: a block of so many threads takes _CHANNELS channels of so many images."""
     u, delta, A, B, C, D, delta_bias, *_ = scan
     directions, batch, length, channels = u.shape
     macros |= {"DTYPE": _DTYPES[u.dtype], "S": A.shape[-1], "CHUNK": CHUNK, "CHANNELS": channels}
@@ -118,9 +104,7 @@ def _launch(
     )
 
 
-def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     directions, _, length, channels = scan.u.shape
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
@@ -133,26 +117,19 @@ def selective_scan(
     delta, weight = (_rows(scan.delta), None) if weight is None else (scan.delta, aligned(weight.to(u.dtype)))
     y, kept = sequences_for(u, order, kept)
     states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
-    _launch(
-        "forward",
-        scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C)),
-        (weight, y, states),
-        projection["IMAGES"],
-        32 * projection["IMAGES"],
-        VEC=int(_pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))),
-        SAVE=int(save_states),
-        **projection,
-    )
+    scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
+    in_pairs = _pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))
+    projection |= {"VEC": int(in_pairs), "SAVE": int(save_states)}
+    _launch("forward", scan, (weight, y, states), projection["IMAGES"], 32 * projection["IMAGES"], **projection)
     return merge(y, order, 1 / directions, gate, kept=kept), states
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
     if not _fits(scan, grad):
         return triton_scan.selective_scan_backward(grad, scan, saved)
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
     grad, order = grad.contiguous(), scan.order
     gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
-    others = (grad, order, saved, *gradients)
-    _launch("backward", scan, others, 1, _CHANNELS, HAS_ORDER=int(order is not None))
+    _launch("backward", scan, (grad, order, saved, *gradients), 1, _CHANNELS, HAS_ORDER=int(order is not None))
     return triton_scan.sum_up(scan, gradients)

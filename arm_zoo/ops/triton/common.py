@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_CHANNELS = 128  # of a program of the convolution and of the merge
@@ -14,17 +15,13 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
-def processors(x: torch.Tensor) -> int:
+def processors(x: Tensor) -> int:
     """Multiprocessors of the tensor's GPU; the interpreter's is one."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def check_length(length: int, channels: int) -> None:
-    """Raises ValueError for sequences too long for offsets of 32 bits.
-
-    Those are not only into the sequence: the states that are saved of 64 have up to four times as many numbers, and
-    gradients of B and C lie 128 numbers a step apart.
-    """
+    """Raises ValueError for sequences too long for offsets of 32 bits, also into states and gradients of B and C."""
     if length * max(4 * channels, 128) >= 2**31:
         raise ValueError(
             f"the GPU kernels take sequences of less than 2**29 numbers and 2**24 steps, got {length:,} steps of "

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import Tensors, inner
 from arm_zoo.ops.triton.common import BLOCK_CHANNELS, check_length, check_number, sigmoid
@@ -24,10 +25,7 @@ def _load_tokens(x, order, k, first, d, length, x_time, channel, HAS_ORDER: tl.c
 
 @triton.jit
 def _image_by_image(program, batch):
-    """Direction, image and number k * batch + b of a sequence; all directions of an image follow each other.
-
-    They read the same tokens, which are then still in the L2 cache.
-    """
+    """Direction, image and k * batch + b: directions of an image in turn, as they share tokens, still in L2."""
     directions = tl.num_programs(2) // batch
     k, b = (program % directions).to(tl.int64), (program // directions).to(tl.int64)
     return k, b, k * batch + b
@@ -35,7 +33,6 @@ def _image_by_image(program, batch):
 
 @triton.jit
 def _last(rows, COUNT: tl.constexpr):
-    """The last COUNT entries of a tuple."""
     kept = ()
     for i in tl.static_range(COUNT):
         kept = kept + (rows[len(rows) - COUNT + i],)
@@ -82,11 +79,7 @@ def _conv_backward_kernel(
     g_direction, g_batch, g_time, to_direction, to_batch, to_time,
     HAS_ORDER: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One direction's gradient of x in scan order, and a segment's share of the gradients of weight and bias.
-
-    The gradient of x at a step needs the gradients before SiLU of that step and the TAPS - 1 after it, so the
-    segment is left that much later than it began.
-    """
+    """One direction's gradient of x in scan order, and a segment's share of the gradients of weight and bias."""
     k, b, sequence = _image_by_image(tl.program_id(2), batch)
     start = tl.program_id(0) * SEGMENT
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -101,6 +94,7 @@ def _conv_backward_kernel(
     gradients, sums = (), (zero, zero)
     for _ in tl.static_range(TAPS - 1):
         gradients, sums = gradients + (zero,), sums + (zero,)
+    # x at a step needs the gradients before SiLU of that step and the TAPS - 1 after it
     for t in range(start, start + SEGMENT + TAPS - 1, GROUP):
         rows = rows + _load_tokens(x, order, k, t, d, length, x_time, channel, HAS_ORDER, GROUP)
         outer = ()
@@ -132,7 +126,7 @@ def _conv_backward_kernel(
         tl.store(partial + j * channels + d, sums[j], mask=channel)
 
 
-def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """See `arm_zoo.ops.causal_conv`."""
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
@@ -150,12 +144,7 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, order
 
 
 def causal_conv_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    order: torch.Tensor | None,
-    out: torch.Tensor | None = None,
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, out: Tensor | None = None
 ) -> Tensors:
     """Gradients of x (in `out`, if there is one), weight and bias, given that of the output (K, B, L, D)."""
     directions, channels, taps = weight.shape

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from arm_zoo.ops.layout import aligned, inner
@@ -54,12 +55,12 @@ def _gate_backward_kernel(
         tl.store(sums + channels, tl.sum(value_sum, axis=0), mask=d < channels)
 
 
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+def _as_rows(tensor: Tensor) -> Tensor:
     """(..., N) -> (rows, N) with channels side by side; a copy only where strides leave no other way."""
     return inner(tensor).flatten(0, -2)
 
 
-def halves(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def halves(halves: Tensor, bias: Tensor) -> Tensor:
     """SiLU(gate) * value (..., N) of the two halves (..., 2 N), which have the bias in them; computed in float32."""
     gates, values = _as_rows(halves).chunk(2, dim=-1)
     rows, channels = values.shape
@@ -72,7 +73,7 @@ def halves(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return out.view(*halves.shape[:-1], channels)
 
 
-def halves_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def halves_backward(grad: Tensor, halves: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `halves` and of the bias, which is made with theirs."""
     grad_halves, sums = halves.new_empty(halves.shape), bias.new_empty(bias.shape, dtype=torch.float32)
     gate_backward(grad, *halves.chunk(2, dim=-1), *grad_halves.chunk(2, dim=-1), sums)
@@ -80,16 +81,9 @@ def halves_backward(grad: torch.Tensor, halves: torch.Tensor, bias: torch.Tensor
 
 
 def gate_backward(
-    grad: torch.Tensor,
-    gate: torch.Tensor,
-    value: torch.Tensor,
-    grad_gate: torch.Tensor,
-    grad_value: torch.Tensor,
-    sums: torch.Tensor | None = None,
+    grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor, sums: Tensor | None = None
 ) -> None:
-    """Write the gradients of gate and value (..., N), whose rows may lie in those of wider tensors, given that of
-    SiLU(gate) * value; and to `sums`, (2 N) in float32, their sums over all rows.
-    """
+    """Write the gradients of gate and value (..., N), and to `sums`, (2 N) in float32, their sums over all rows."""
     tensors = tuple(_as_rows(t) for t in (grad, gate, value))
     written = tuple(t.view(-1, t.shape[-1]) for t in (grad_gate, grad_value))
     rows, channels = tensors[0].shape
@@ -128,12 +122,8 @@ def _gated_product_kernel(
         out.store([row, channel], y.to(out.dtype))
 
 
-def gated_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * value of (gate, value) = x weight^T + bias: (..., D), (2 N, D), (2 N) -> (..., N), all of one type.
-
-    Spares writing and reading what fc1 makes: almost half its product's time. One program a multiprocessor goes from
-    tile to tile; the tensor memory accelerator of Hopper GPUs moves them. Rows must have multiples of 16 bytes.
-    """
+def gated_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU(gate) * value of (gate, value) = x weight^T + bias: (..., D), (2 N, D), (2 N) -> (..., N), of one type."""
     tokens, weight = aligned(x.flatten(0, -2)), aligned(weight)
     (rows, inner), channels = tokens.shape, len(weight) // 2
     out = tokens.new_empty(rows, channels)

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import inner
 from arm_zoo.ops.triton.common import BLOCK_CHANNELS, sigmoid
@@ -26,7 +27,6 @@ def _merge_kernel(
     DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_GATE: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the directions times `share`, every token gathering its steps, perhaps kept, then perhaps the gate."""
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -50,10 +50,7 @@ def _merge_kernel(
     tl.store(out, total.to(out.dtype.element_ty), mask=mask)
 
 
-def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
-    """(K, L) table of the step at which a direction visits a token."""
-    if order is None:
-        return None
+def _inverse(order: Tensor) -> Tensor:
     directions, length = order.shape
     inverse = torch.empty_like(order)
     _inverse_kernel[triton.cdiv(length, _BLOCK_STEPS), directions](order, inverse, length, BLOCK_T=_BLOCK_STEPS)
@@ -61,35 +58,27 @@ def _inverse(order: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def merge(
-    sequences: torch.Tensor,
-    order: torch.Tensor | None,
-    share: float,
-    gate: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    kept: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(K, B, L, D) in scan order -> (B, L, D) in token order: the directions' sum times `share` and SiLU(gate).
-
-    In `out`, if there is one; what it is before the gate is written to `kept`.
-    """
+    sequences: Tensor, order: Tensor | None, share: float,
+    gate: Tensor | None = None, out: Tensor | None = None, kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(K, B, L, D) in scan order -> (B, L, D) in token order: the sum times `share`, to `kept`, and SiLU(gate)."""
     directions, batch, length, channels = sequences.shape
     if directions == 1 and order is None and gate is None and out is None and kept is None:
         return sequences[0]
     gate = None if gate is None else inner(gate)
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
+    inverse = None if order is None else _inverse(order)
     out = sequences.new_empty(batch, length, channels) if out is None else out
     grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, BLOCK_CHANNELS), batch
     _merge_kernel[grid](
-        sequences, _inverse(order), gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2], share,
+        sequences, inverse, gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2], share,
         DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_GATE=gate is not None, KEEP=kept is not None,
         BLOCK_T=_BLOCK_TIME, BLOCK_D=BLOCK_CHANNELS,
     )  # fmt: skip
     return out
 
 
-def sequences_for(
-    u: torch.Tensor, order: torch.Tensor | None, kept: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def sequences_for(u: Tensor, order: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Memory (K, B, L, D) for what the scans give, and where `merge` keeps their mean: nowhere if it lies there."""
     if kept is not None and len(u) == 1 and order is None:
         return kept[None], None

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import Tensors
 from arm_zoo.ops.triton.common import processors
@@ -70,18 +71,9 @@ def _row(channels: int) -> dict[str, int]:
 
 
 def add_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensors:
-    """x + scale * branch (B, L, D) in the type of x, its layer norm in `dtype`, and every row's moments (B, L, 2).
-
-    Those are the mean and one over the deviation. `scale` is (B), None for 1. All is computed in float32.
-    """
+    """x + scale (B) * branch (B, L, D), its norm in `dtype`, and every row's mean and 1 / deviation (B, L, 2)."""
     x, branch, scale = x.contiguous(), branch.contiguous(), None if scale is None else scale.contiguous()
     batch, length, channels = x.shape
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
@@ -94,14 +86,9 @@ def add_norm(
 
 
 def add_norm_backward(
-    grad_total: torch.Tensor,
-    grad_normed: torch.Tensor,
-    total: torch.Tensor,
-    moments: torch.Tensor,
-    scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    dtype: torch.dtype,
-) -> Tensors:
+    grad_total: Tensor, grad_normed: Tensor, total: Tensor, moments: Tensor,
+    scale: Tensor | None, weight: Tensor, dtype: torch.dtype,
+) -> Tensors:  # fmt: skip
     """Gradients of x, of branch in `dtype`, of weight and of bias; `total` and `moments` are from `add_norm`."""
     grad_total, grad_normed, total = grad_total.contiguous(), grad_normed.contiguous(), total.contiguous()
     batch, length, channels = total.shape

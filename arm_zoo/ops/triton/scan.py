@@ -1,14 +1,13 @@
 """The scan and its backward pass.
 
-One program scans one direction of one image for a block of channels, a single warp with two channels a thread. The
-states of a channel live in registers as separate vectors over channels, so that their sum needs no exchange between
-threads, and B_t and C_t are scalars loaded once for the block. The backward scan reads the merged gradient through the
-order tables. All sums are made in a fixed order.
+One program, a single warp with two channels a thread, scans one direction of one image. States live in registers as
+separate vectors over channels, whose sum needs no exchange between threads. All sums are made in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, inner, state_dtype
 from arm_zoo.ops.triton.common import LOG2E, check_length, check_number, sigmoid
@@ -20,28 +19,15 @@ _REGISTERS = {} if torch.version.hip else {"maxnreg": 168}  # of the backward sc
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)) to float32 rounding, also where it is tiny: log1p(y) = y p(y) for y = exp(-|x|) in 0..1.
-
-    The polynomial p is the least relative error fit of degree 9 (5e-9); a quotient would cost a special function.
-    """
+    """log(1 + exp(x)) to float32 rounding: log1p(y) = y p(y), with p a least relative error fit of degree 9 (5e-9)."""
     y = tl.exp2(-tl.abs(x) * LOG2E)
-    p = -0.0032439809
-    p = p * y + 0.0198512636
-    p = p * y - 0.0569591597
-    p = p * y + 0.1060362174
-    p = p * y - 0.1530556977
-    p = p * y + 0.1967593133
-    p = p * y - 0.2495413273
-    p = p * y + 0.3332996368
-    p = p * y - 0.4999990165
-    p = p * y + 1.0
+    p = (((-0.0032439809 * y + 0.0198512636) * y - 0.0569591597) * y + 0.1060362174) * y - 0.1530556977
+    p = ((((p * y + 0.1967593133) * y - 0.2495413273) * y + 0.3332996368) * y - 0.4999990165) * y + 1.0
     return tl.maximum(x, 0.0) + y * p
 
 
 @triton.jit
-def _load_step(
-    u, delta, B, C, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists
-):  # fmt: skip
+def _load_step(u, delta, B, C, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists):
     """u_t and the raw step size of the block's channels, B_t and C_t; past the end those of the last step."""
     t = tl.minimum(t, length - 1)
     return (
@@ -54,7 +40,6 @@ def _load_step(
 
 @triton.jit
 def _step_size(delta_t, offset, SOFTPLUS: tl.constexpr):
-    """Final and raw step size."""
     raw = delta_t.to(tl.float32) + offset
     size = raw
     if SOFTPLUS:
@@ -215,75 +200,53 @@ def _scan_backward_kernel(
     tl.store(grad_bias + sequence * channels + d, grad_offset, mask=channel)
 
 
-def _scan_channels(states: int, tile: int) -> int:
-    """Channels of a scan program, which is one warp, for a tile of so many states times channels."""
-    return min(max(tile // states, 32), 128)
+def _arguments(scan: ScanInputs, tile: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, int]]:
+    """The tensors as the kernels read them, their strides, and a program's states times channels, about a tile's."""
+    u, delta, B, C = (inner(t) for t in (scan.u, scan.delta, scan.B, scan.C))
+    if B.stride() != C.stride():
+        B, C = B.contiguous(), C.contiguous()
+    rates, bias = scan.A.float().transpose(1, 2).contiguous(), scan.delta_bias
+    tensors = u, delta, rates, B, C, scan.D.contiguous(), None if bias is None else bias.contiguous()
+    states = triton.next_power_of_2(scan.A.shape[-1])
+    sizes = {"STATES": states, "CHUNK": CHUNK, "BLOCK_D": min(max(tile // states, 32), 128)}
+    return tensors, (*u.stride()[:3], *delta.stride()[:3], *B.stride()[:3]), sizes
 
 
-def _rows(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and C with states side by side in memory and equal strides otherwise; copies only if they differ."""
-    B, C = inner(B), inner(C)
-    return (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
-
-
-def _parameters(scan: ScanInputs) -> tuple[torch.Tensor | None, ...]:
-    """Rates (K, S, D), skips and biases as the kernels read them."""
-    rates = scan.A.float().transpose(1, 2).contiguous()
-    return rates, scan.D.contiguous(), None if scan.delta_bias is None else scan.delta_bias.contiguous()
-
-
-def selective_scan(
-    scan: ScanInputs, save_states: bool, gate: torch.Tensor | None, kept: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     scan = scan.with_whole_steps()
     directions, batch, length, channels = scan.u.shape
     check_length(length, channels)
     check_number(directions, batch)
-    u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
-    rates, skip, bias = _parameters(scan)
-    sequences, kept = sequences_for(u, order, kept)
-    states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
-    d_state = scan.A.shape[-1]
-    padded = triton.next_power_of_2(d_state)
-    block = _scan_channels(padded, 2048)
-    _scan_kernel[triton.cdiv(channels, block), directions * batch](
-        u, delta, rates, B, C, skip, bias, sequences, states,
-        batch, length, channels, d_state, *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
-        HAS_BIAS=bias is not None, SOFTPLUS=scan.delta_softplus, SAVE=save_states,
-        STATES=padded, CHUNK=CHUNK, BLOCK_D=block, num_warps=1,
+    tensors, strides, sizes = _arguments(scan, 2048)
+    sequences, kept = sequences_for(scan.u, scan.order, kept)
+    states = empty_states(scan.u, scan.A, state_dtype(scan.u.dtype, half=True), save=save_states)
+    _scan_kernel[triton.cdiv(channels, sizes["BLOCK_D"]), directions * batch](
+        *tensors, sequences, states, batch, length, channels, scan.A.shape[-1], *strides,
+        HAS_BIAS=scan.delta_bias is not None, SOFTPLUS=scan.delta_softplus, SAVE=save_states, **sizes, num_warps=1,
     )  # fmt: skip
-    return merge(sequences, order, 1 / directions, gate, kept=kept), states
+    return merge(sequences, scan.order, 1 / directions, gate, kept=kept), states
 
 
-def selective_scan_backward(grad: torch.Tensor, scan: ScanInputs, saved: torch.Tensor) -> Tensors:
+def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
     directions, batch, length, channels = scan.u.shape
-    u, delta, order, (B, C) = inner(scan.u), inner(scan.delta), scan.order, _rows(scan.B, scan.C)
-    rates, skip, bias = _parameters(scan)
-    grad = (grad / directions).contiguous()
-    d_state = scan.A.shape[-1]
-    padded = triton.next_power_of_2(d_state)
-    block = _scan_channels(padded, 512)  # small, and few registers: 12 warps a multiprocessor hide more latency than 8
-    blocks, sequences = triton.cdiv(channels, block), directions * batch
+    # a small tile, and few registers: 12 warps a multiprocessor hide more latency than 8
+    tensors, strides, sizes = _arguments(scan, 512)
+    blocks, sequences = triton.cdiv(channels, sizes["BLOCK_D"]), directions * batch
     gradients = empty_gradients(scan, blocks)
-    scratch = rates.new_empty(sequences * blocks * (CHUNK // _GROUP) * padded * block)
+    scratch = sequences * blocks * (CHUNK // _GROUP) * sizes["STATES"] * sizes["BLOCK_D"]
     _scan_backward_kernel[blocks, sequences](
-        u, delta, rates, B, C, skip, bias, grad, order, saved,
-        scratch, *gradients, batch, length, channels, d_state,
-        *u.stride()[:3], *delta.stride()[:3], *B.stride()[:3],
-        HAS_BIAS=bias is not None, HAS_ORDER=order is not None, SOFTPLUS=scan.delta_softplus,
-        STATES=padded, CHUNK=CHUNK, GROUP=_GROUP, BLOCK_D=block, num_warps=1, **_REGISTERS,
+        *tensors, (grad / directions).contiguous(), scan.order, saved,
+        saved.new_empty(scratch, dtype=torch.float32), *gradients, batch, length, channels, scan.A.shape[-1], *strides,
+        HAS_BIAS=scan.delta_bias is not None, HAS_ORDER=scan.order is not None, SOFTPLUS=scan.delta_softplus,
+        GROUP=_GROUP, **sizes, num_warps=1, **_REGISTERS,
     )  # fmt: skip
     return sum_up(scan, gradients)
 
 
 def empty_gradients(scan: ScanInputs, blocks: int) -> Tensors:
-    """What a backward scan writes: gradients of u and delta, and the parts of the others.
-
-    Those are every block's of B and C, side by side, (blocks, K, B, L, 2 S); every image's of A (K, B, S, D), and of D
-    and delta_bias (K, B, D).
-    """
+    """What a backward scan writes: gradients of u and delta, every block's of B and C, every image's of the others."""
     (directions, batch, length, channels), d_state = scan.u.shape, scan.A.shape[-1]
     grad_u, grad_delta = (t.new_empty(t.shape) for t in (scan.u, scan.delta))
     dtype = state_dtype(scan.u.dtype, half=True)
