@@ -5,8 +5,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,18 +43,8 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    with _explained(path):
-        contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
-    return _tensors(_choose(contents, weights, path), path)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Make one clear error of whatever a damaged file raises while it is read."""
     try:
-        yield
-    except CheckpointError:
-        raise
+        contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
     except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         wanted = [] if is_safetensors(path) else _refused_globals(path)
@@ -65,6 +54,7 @@ def _explained(path: Path) -> Iterator[None]:
             reason = f"it asks to run {', '.join(wanted)}"
         advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
         raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
+    return _tensors(_choose(contents, weights, path), path)
 
 
 def _read_pickle(path: Path) -> Any:
@@ -125,11 +115,9 @@ def _globals_of_pickle(path: Path) -> set[str]:
 def _advice(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(9)
-    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
-    named_safetensors = is_safetensors(path)
-    if pickled and named_safetensors:
+    if start.startswith((b"PK", b"\x80")) and is_safetensors(path):
         return "it is a pickle, not safetensors: rename it to .pth if you trust it"
-    if start[8:] == b"{" and not named_safetensors:
+    if start[8:] == b"{" and not is_safetensors(path):
         return "it looks like safetensors: rename it to .safetensors"
     return "the file is damaged, cut short or no checkpoint: fetch it again"
 

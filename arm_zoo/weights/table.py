@@ -15,20 +15,12 @@ BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
 
 @dataclass(frozen=True)
 class Weights:
-    """Where an entry's weights are.
+    """Where an entry's weights are."""
 
-    Attributes:
-        where: "bundled" (the package has them, in `arm_zoo/bundled/ENTRY.safetensors`), "hosted" (on the Hub), or
-            "planned" (there once they are published).
-        sha256: of model.safetensors, or of the bundled file.
-        revision: tag or commit of the repository to load.
-        repository: ORG/NAME on the Hub, where it is not the entry's name within our organisation.
-    """
-
-    where: Literal["bundled", "hosted", "planned"] = "planned"
-    sha256: str | None = None
-    revision: str = "main"
-    repository: str | None = None
+    where: Literal["bundled", "hosted", "planned"] = "planned"  # in the package, on the Hub, there once published
+    sha256: str | None = None  # of model.safetensors, or of the bundled file
+    revision: str = "main"  # tag or commit of the repository to load
+    repository: str | None = None  # ORG/NAME on the Hub, where it is not the entry's name within our organisation
 
 
 TABLE: dict[str, Weights] = {
