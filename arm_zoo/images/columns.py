@@ -42,9 +42,7 @@ class Columns(NamedTuple):
     name: str | None = None
 
 
-def find_columns(
-    features: Mapping[str, Any] | None, choices: Choices, where: str, labels_needed: bool = True
-) -> Columns:
+def find_columns(features: Mapping[str, Any] | None, choices: Choices, where: str, labels_needed: bool) -> Columns:
     """The columns that the user chooses, or the only ones that can be meant; else raises `SourceError`."""
     if features is None:
         raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
@@ -68,14 +66,10 @@ def find_columns(
 def _choose(key: str, choices: Choices, likely: Sequence[str], columns: Sequence[str], where: str) -> str:
     """The column that is wanted, else the only likely one."""
     wanted: str | None = getattr(choices, key)
-    if wanted is not None:
-        if wanted not in columns:
-            raise SourceError(
-                f"{choices.typed(key, wanted)} is no column of {where}; allowed: {listed(columns, 20)}"
-            )
-        return wanted
-    if len(likely) == 1:
-        return likely[0]
+    if wanted is not None and wanted not in columns:
+        raise SourceError(f"{choices.typed(key, wanted)} is no column of {where}; allowed: {listed(columns, 20)}")
+    if wanted is not None or len(likely) == 1:
+        return likely[0] if wanted is None else wanted
     problem = f"could be any of {listed(likely)}" if likely else f"is none of {listed(columns, 20)}"
     raise SourceError(f"the {key.replace('_', ' ')} of {where} {problem}; say which with {choices.typed(key)}")
 

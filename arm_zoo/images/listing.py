@@ -138,9 +138,6 @@ def class_folders(folder: str) -> ClassFolders:
 
     Names are those of `class_name`. The last answer is kept, so that images counted at the start of a run need not be
     found again; `class_folders.cache_clear()` forgets it.
-
-    Raises:
-        SourceError: if two folders have one name in that form, or if a name is no text at all.
     """
     found = ClassFolders({}, [])
     for path in subfolders(folder):

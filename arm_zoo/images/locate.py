@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Literal
 
 from arm_zoo.images.braces import expand_braces
@@ -50,12 +49,7 @@ class Located:
 def locate(name: str, one_split: bool = False) -> Located:
     """Find out what a source is.
 
-    Args:
-        name: as `data.source` or `data.validation` of the recipes, or the path of a `custom` set of `eval`, says.
-        one_split: the source is named for one split, so that subfolders called like splits may be its classes.
-
-    Raises:
-        SourceError: if it is not there, empty, or could be read in two ways.
+    `one_split` says that it is named for one split, so that subfolders called like splits may be its classes.
     """
     name = os.path.expanduser(name)  # the shell leaves the ~ of key=~/folder alone
     if name.startswith("hf://"):
@@ -68,11 +62,12 @@ def locate(name: str, one_split: bool = False) -> Located:
     if os.path.isfile(name):
         return _located_files(name, [name])
     if any(sign in name for sign in "*?[{"):
-        matches = {pattern: glob.glob(pattern, recursive=True) for pattern in expand_braces(name)}
-        missing = [pattern for pattern, files in matches.items() if not files]
-        if missing:
-            raise SourceError(f"no file matches {missing[0]!r} (source {name!r}); allowed: {ALLOWED}")
-        return _located_files(name, list(chain.from_iterable(matches.values())))
+        files: list[str] = []
+        for pattern in expand_braces(name):
+            if not (found := glob.glob(pattern, recursive=True)):
+                raise SourceError(f"no file matches {pattern!r} (source {name!r}); allowed: {ALLOWED}")
+            files += found
+        return _located_files(name, files)
     if HUB_ID.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):  # else it is a misspelt folder
         return Located(name, "hub")
     raise SourceError(f"there is no {name!r}; allowed: {ALLOWED}")
@@ -107,17 +102,16 @@ def _located_files(name: str, files: list[str]) -> Located:
     """Parquet files or tars, sorted into splits by the words in their names; a single split needs no word."""
     kinds: set[Kind] = set()
     splits: dict[str, list[str]] = {}
-    unnamed: list[str] = []
     root = name if os.path.isdir(name) else os.path.commonpath(map(os.path.dirname, files))
     for file in natural_order(set(files)):
         kind = next((kind for kind, endings in FILES.items() if file.lower().endswith(endings)), None)
         if kind is None:
             raise SourceError(f"cannot read {file!r} (source {name!r}); allowed: {ALLOWED}")
         kinds.add(kind)
-        split = split_of(os.path.relpath(file, root))
-        (unnamed if split is None else splits.setdefault(split, [])).append(file)
+        splits.setdefault(split_of(os.path.relpath(file, root)) or "", []).append(file)
     if len(kinds) > 1:
         raise SourceError(f"{name!r} names parquet files and tars; allowed: one kind at a time")
+    unnamed = splits.pop("", [])
     if unnamed and splits:
         raise SourceError(
             f"which split is {unnamed[0]!r} of? Other files of {name!r} are of {', '.join(splits)}; allowed: file "

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from arm_zoo.files import replacing_files
-from arm_zoo.images.columns import Choices
+from arm_zoo.images.columns import Choices, values_at
 from arm_zoo.images.labels import counted
 from arm_zoo.images.listing import SPLIT_OF_WORD, SourceError, class_name, is_image, left_out, listed, printable
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
@@ -54,7 +54,7 @@ class Index(NamedTuple):
 
 def sizes_of_shards(rows: datasets.Dataset, files: Sequence[str]) -> list[int]:
     """Samples in each of the tars of an index."""
-    found = counted(_field(rows, "path"))
+    found = counted(_column(rows, "image.path"))
     return [found.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
 
 
@@ -62,24 +62,19 @@ def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed
     """Read the index of the tars of one split, called `where`, from the cache, or make it.
 
     To be read in sequence, compressed tars need no copy of their images.
-
-    Raises:
-        SourceError: if a tar is damaged, or its samples have no images, several, or no labels.
     """
     places = list(map(os.path.abspath, files))
     rows = datasets.Dataset.from_file(str(_index_file(places, choices, labels_needed, in_sequence)))
-    if len(rows) and _field(rows, "size").null_count == len(rows):
+    if len(rows) and _column(rows, "image.size").null_count == len(rows):
         wanted = f"a file with the ending {choices.image_column!r}" if choices.image_column else "an image file"
         raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
     _refuse_splits(rows, where)
     return _with_classes(rows, files, where, choices) if labels_needed else Index(rows.remove_columns("label"))
 
 
-def _field(rows: datasets.Dataset, name: str) -> pa.Array:
-    """A column of the index, or a field of its images."""
-    table = rows.with_format("arrow")[:]
-    column = table.column(name) if name in table.column_names else pc.struct_field(table.column("image"), name)
-    return column.combine_chunks()
+def _column(rows: datasets.Dataset, path: str) -> pa.Array:
+    """A column of the index, or a field in it."""
+    return values_at(rows.with_format("arrow")[:], path).combine_chunks()
 
 
 def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_sequence: bool) -> Path:
@@ -111,12 +106,10 @@ def _batches(files: Sequence[str], choices: Choices, labels_needed: bool, copied
             yield pa.RecordBatch.from_pylist(some, INDEX)
 
     if copied:  # with all their bytes, so one after the other
-        for file in files:
-            yield from of_file(file)
-    else:
-        with ThreadPool(READING_THREADS) as pool:
-            for batches in pool.imap(lambda file: list(of_file(file)), files):
-                yield from batches
+        yield from chain.from_iterable(map(of_file, files))
+        return
+    with ThreadPool(READING_THREADS) as pool:
+        yield from chain.from_iterable(pool.imap(lambda file: list(of_file(file)), files))
 
 
 def _rows(file: str, choices: Choices, labels_needed: bool, copied: bool) -> Iterator[dict[str, Any]]:
@@ -197,11 +190,11 @@ def _first_sample(files: Sequence[str]) -> str:
 
 def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choices: Choices) -> Index:
     """The index with labels as integers or as names."""
-    texts, sizes = _field(rows, "label"), _field(rows, "size")
+    texts, sizes = _column(rows, "label"), _column(rows, "image.size")
     by_folder = len(rows) > 0 and texts.null_count == len(rows) and choices.label_column is None
     note = ""
     if by_folder:
-        note = left_out(_field(rows, "key").filter(sizes.is_null()).to_pylist())
+        note = left_out(_column(rows, "key").filter(sizes.is_null()).to_pylist())
         if note:
             table = rows.with_format("arrow")[:].filter(sizes.is_valid())
             rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)
@@ -219,7 +212,7 @@ def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choi
         coded = texts.dictionary_encode()
         values = [json.loads(text) for text in coded.dictionary.to_pylist()]
         numbers = all(isinstance(value, int) and abs(value) < 2**63 for value in values)
-        named = pa.array(values if numbers else list(map(str, values)), pa.int64() if numbers else pa.string())
+        named = pa.array(values if numbers else map(str, values), pa.int64() if numbers else pa.string())
         labels = pc.take(named, coded.indices)
     rows = rows.remove_columns("label").add_column(
         "label", labels, new_fingerprint=uuid4().hex, feature=datasets.Value(str(labels.type))
@@ -257,7 +250,7 @@ def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
 
 def _folders(rows: datasets.Dataset) -> list[tuple[str, ...]]:
     """Names of the folders that each sample lies in."""
-    return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _field(rows, "key").to_pylist()]
+    return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _column(rows, "key").to_pylist()]
 
 
 def _shared(folders: Collection[tuple[str, ...]]) -> int:

@@ -132,9 +132,7 @@ class ImageTable(Sequence[Labelled]):
         classes = [None] * len(self) if columns.label is None else values_at(table, columns.label).to_pylist()
         if key is None and pa.types.is_struct(image.type) and pc.struct_field(image, "bytes").null_count == len(self):
             key = pc.struct_field(image, "path")
-        if key is None:
-            return classes, [f"row {number}" for number in self._numbers]
-        names = zip(key.to_pylist(), self._numbers, strict=True)
+        names = zip([None] * len(self) if key is None else key.to_pylist(), self._numbers, strict=True)
         return classes, [f"row {number}" if name is None else os.fsdecode(name) for name, number in names]
 
     def encoded(self, indices: Sequence[int]) -> list[Encoded]:
@@ -144,12 +142,12 @@ class ImageTable(Sequence[Labelled]):
             [None] * len(indices) if column is None else values_at(table, column).to_pylist()
             for column in self._reading.columns
         ]
-        numbers = [self._numbers[index] for index in indices]
-        return [self._encoded(*row) for row in zip(*columns, numbers, strict=True)]
-
-    def _encoded(self, image: Any, raw: Any, key: bytes | None, row: int) -> Encoded:
-        name = f"{self._reading.name}, row {row}" if key is None else f"{printable(image['path'])}/{printable(key)}"
-        return self._reading.encoded(image, raw, name)
+        found = []
+        for index, image, raw, key in zip(indices, *columns, strict=True):
+            row = f"{self._reading.name}, row {self._numbers[index]}"
+            name = row if key is None else f"{printable(image['path'])}/{printable(key)}"
+            found.append(self._reading.encoded(image, raw, name))
+        return found
 
 
 @dataclass(frozen=True)
@@ -192,9 +190,6 @@ def open_split(
     Args:
         hub: the split as it came from the Hub.
         one_class: whether images that lie in the split's folder itself are of the class that is called like it.
-
-    Raises:
-        SourceError: if it cannot be read, is empty or unclear.
     """
     name, files = f"{located.name} [{split}]" if split else located.name, located.splits.get(split, [])
     note, by_folder = "", False
@@ -213,10 +208,11 @@ def open_split(
     if isinstance(data, datasets.Dataset):
         if not len(data):
             raise SourceError(f"{name} holds no images")
-        data = _plain(data, {path if path in features else path.partition(".")[0] for path in columns if path})
+        tops = {path: path if path in features else path.partition(".")[0] for path in columns if path}
+        data = _plain(data, set(tops.values()))
         if columns.label is not None:
-            top = columns.label if columns.label in features else columns.label.partition(".")[0]
-            values = values_at(data.select_columns([top]).with_format("arrow")[:], columns.label)
+            table = data.select_columns([tops[columns.label]]).with_format("arrow")[:]
+            values = values_at(table, columns.label)
     elif columns.label is not None and files:
         values = _read_column(files, columns.label)
     return OpenedSplit(name, located, files, choices, data, features, columns, values, in_sequence, by_folder, note)

@@ -113,13 +113,9 @@ def read_samples(
     Folders, hidden files and names without a dot belong to no sample.
 
     Args:
-        path: the tar.
         is_read: called with a file's ending, as in `Sample.files`; whether its bytes are wanted.
         is_counted: called with a whole sample; whether it is one. None: all are.
         first: samples before it are passed over without being read.
-
-    Raises:
-        SourceError: if the tar is damaged, or holds a file twice in one sample.
     """
     number, sample = 0, Sample("", {}, {})  # samples before this one
     with _damage_told(path), tarfile.open(path, tarinfo=_Header) as archive:
