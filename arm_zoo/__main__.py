@@ -50,14 +50,6 @@ def count_parameters(model: ARM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: ARM) -> int:
-    """Multiply-adds of the matrix products and convolutions for one image; `model` is on the meta device."""
-    image = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    return counter.get_total_flops() // 2
-
-
 def whereabouts(entry: str) -> str:
     """Whether the weights of an entry come with the package, are on the Hub, or neither."""
     if entry in TABLE and TABLE[entry].where == "bundled":
@@ -87,11 +79,13 @@ def run_info(args: argparse.Namespace) -> int:
     name = f"{cfg['architecture']}.{cfg['tag']}"
     tags = [split_model_name_tag(tagged)[1] for tagged in get_arch_pretrained_cfgs(name)]
     where = whereabouts(name)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:  # on the meta device
+        model.eval()(torch.empty(1, *cfg["input_size"], device="meta"))
     facts = {
         "tags": ", ".join([f"{tags[0]} (default)", *tags[1:]]),
         "parameters": f"{count_parameters(model):,} ({count_parameters(model) / 1e6:.1f} M)",
-        "multiply-adds": f"{count_macs(model) / 1e6:,.1f} M per image (matrix products and convolutions; FLOP "
-        "counters do not count the recurrence itself)",
+        "multiply-adds": f"{counter.get_total_flops() // 2 / 1e6:,.1f} M per image (matrix products and convolutions; "
+        "FLOP counters do not count the recurrence itself)",
         "width": model.embed_dim,
         "depth": len(model.blocks),
         "patches": f"{_by(*embed.patch_size)}, stride {_by(*embed.patch_stride)}, grid {_by(*embed.grid_size)}",

@@ -138,7 +138,12 @@ def save_model(
         storages.add(storage.data_ptr())
     with replacing_files(folder) as beside:
         save_tensors(alone, beside / WEIGHTS, {"format": "pt", **metadata})
-        _sort_metadata(beside / WEIGHTS)
+        with open(beside / WEIGHTS, "r+b") as file:  # equal weights are equal files: safetensors shuffles the facts
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -150,19 +155,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata
     try:
         save_file(dict(tensors), file, metadata=dict(metadata))
     except SafetensorError as error:  # has the system's error in its words only
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        raise
     file.chmod(mode)
-
-
-def _sort_metadata(file: Path) -> None:
-    """Give the facts in the header one order, so that equal weights are equal files: safetensors shuffles them."""
-    with open(file, "r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        opened.seek(8)
-        opened.write(text.ljust(size))

@@ -89,25 +89,23 @@ def _vim(source: StateDict, config: dict[str, Any]) -> Variant:
     raise CheckpointError("this is a Vim checkpoint (mixers without MLPs), which cannot be converted yet")
 
 
-def _sizes(source: StateDict) -> dict[str, Any]:
-    """What a backbone of ARM and a pretraining model have in common: arguments by name."""
+def _sizes(source: StateDict, kind: str) -> tuple[dict[str, Any], int]:
+    """What a backbone of ARM and a pretraining model have in common: arguments by name, and the number of patches."""
     depth = len({name.split(".")[1] for name in source if name.startswith("blocks.") and name.count(".") > 1})
     states = next(value for name, value in source.items() if name.endswith(".mixer.A_log"))
     patches, table = source["patch_embed.proj.weight"], source["pos_embed"]
     if (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
+        shapes = f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
         raise CheckpointError(
-            "this is no ARM checkpoint: A_log, patch_embed.proj.weight and pos_embed have the shapes "
-            f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
+            f"this is no ARM checkpoint: A_log, patch_embed.proj.weight and pos_embed have the shapes {shapes}"
         )
     if depth > MAX_DEPTH:
         raise CheckpointError(f"no ARM has {depth} blocks; at most {MAX_DEPTH} are taken")
-    return {
-        "embed_dim": table.shape[2],
-        "depth": depth,
-        "d_state": states.shape[2],
-        "patch_size": _one_or_two(patches.shape[2:]),
-        "in_chans": patches.shape[1],
-    }
+    count, most = table.shape[1] - (kind == "backbone"), _MAX_PATCHES[kind]  # a backbone has a class token
+    if not 1 <= count <= most:
+        raise CheckpointError(f"a {kind} with {count} patches; from 1 to {most} are taken")
+    sizes = {"embed_dim": table.shape[2], "depth": depth, "d_state": states.shape[2]}
+    return {**sizes, "patch_size": _one_or_two(patches.shape[2:]), "in_chans": patches.shape[1]}, count
 
 
 def _one_or_two(size: Any) -> int | tuple[int, int]:
@@ -116,8 +114,7 @@ def _one_or_two(size: Any) -> int | tuple[int, int]:
 
 
 def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
-    sizes, patches = _sizes(source), source["pos_embed"].shape[1] - 1
-    _check_patches(patches, "backbone")
+    sizes, patches = _sizes(source, "backbone")
     ranked = _by_likeness(sizes, patches)
     known = {key: config[key] for key in ("img_size", "patch_stride") if config.get(key) is not None}
     alike = [entry for entry in ranked if (entry["patches"], entry["patch_size"]) == (patches, sizes["patch_size"])]
@@ -135,39 +132,30 @@ def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
     return Variant(ranked[0]["name"], arguments, len(source.get("head.weight", ())))
 
 
-def _check_patches(patches: int, kind: str) -> None:
-    if not 1 <= patches <= _MAX_PATCHES[kind]:
-        raise CheckpointError(f"a {kind} with {patches} patches; from 1 to {_MAX_PATCHES[kind]} are taken")
-
-
 def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, int]:
     """Image size of a square grid without overlap."""
     side = math.isqrt(patches)
     if side * side != patches:
-        raise CheckpointError(
-            f"{patches} patches are no square grid, and nothing says how many rows they have; put the config.json "
-            "of the training beside the file"
-        )
+        problem = f"{patches} patches are no square grid, and nothing says how many rows they have"
+        raise CheckpointError(f"{problem}; put the config.json of the training beside the file")
     return _one_or_two([side * each for each in to_2tuple(patch_size)])
 
 
 def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int) -> None:
     rows, columns = grid_of(img_size, patch_size, patch_stride)
     if rows * columns != patches:
+        said = f"the config.json says img_size {img_size}, which are {rows}x{columns} patches"
         raise CheckpointError(
-            f"the config.json says img_size {img_size}, which are {rows}x{columns} patches, but the position "
-            f"embeddings are for {patches}; the two files do not belong together"
+            f"{said}, but the position embeddings are for {patches}; the two files do not belong together"
         )
 
 
 def _arm_pretraining(source: StateDict, config: dict[str, Any]) -> Variant:
-    sizes, table = _sizes(source), source["pos_embed"]
+    sizes, patches = _sizes(source, "pretraining model")
     decoder_blocks = {name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}
     if not 0 < len(decoder_blocks) <= MAX_DEPTH:
         raise CheckpointError(f"no decoder has {len(decoder_blocks)} blocks; from 1 to {MAX_DEPTH} are taken")
-    patches, patch = table.shape[1], to_2tuple(sizes["patch_size"])
-    _check_patches(patches, "pretraining model")
-    grid = sincos_grid(table)
+    patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
     mask = source.get("mask")  # which the official model saves; it leaves one cluster out
     side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
     arguments = {

@@ -193,10 +193,8 @@ class _Loader:
             model = self.from_file(path) if wanted is None else self.from_named_file(wanted, path)
             return Loaded(model, path, path.name, {})
         if weights is not None or path.suffix or "/" in source:
-            raise FileNotFoundError(
-                f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), a folder, a file or "
-                "hf-hub:ORG/NAME"
-            )
+            allowed = "an entry (`python -m arm_zoo list`), a folder, a file or hf-hub:ORG/NAME"
+            raise FileNotFoundError(f"no checkpoint at {source}; name {allowed}")
         raise unknown_model(source, known)
 
     def from_timm(self, name: str) -> Loaded:

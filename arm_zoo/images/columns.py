@@ -1,6 +1,6 @@
 """Which columns of a data set hold image and class, as the library `datasets` declares them.
 
-A dot leads into a column of mappings, as in `json.label`. `datasets` and pyarrow come with the extras train and eval.
+A dot leads into a column of mappings, as in `json.label`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,9 +51,8 @@ def find_columns(features: Mapping[str, Any] | None, choices: Choices, where: st
         images = [*(name for name in IMAGE_NAMES if name in features), *images][:1]
     image = _choose("image_column", choices, images, list(features), where)
     if not (_holds_images(features[image]) or getattr(features[image], "dtype", None) in STRINGS):
-        raise SourceError(
-            f"the column {image!r} of {where} holds {features[image]}; allowed: images, their bytes, or their paths"
-        )
+        held = f"the column {image!r} of {where} holds {features[image]}"
+        raise SourceError(f"{held}; allowed: images, their bytes, or their paths")
     if not labels_needed:
         return Columns(image, None)
     paths = {path: feature for path, feature in leaves(features).items() if path.partition(".")[0] != image}

@@ -73,19 +73,14 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """Any of Pillow's modes as `mode`, where its own conversion would clip 16 bits or uncover what is transparent."""
-    if image.mode.startswith("I"):
-        return _from_16_bit(image).convert(mode)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow also holds in 32-bit integers
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > _WHITE_16_BIT:
+            raise ValueError(f"pixels from {values.min()} to {values.max()}; allowed: up to 16 bits")
+        return Image.fromarray(np.round(values * (255 / _WHITE_16_BIT)).astype(np.uint8)).convert(mode)
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose white is unknown")
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
     return image if image.mode == mode else image.convert(mode)
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow also holds in 32-bit integers, as 8-bit grey."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > _WHITE_16_BIT:
-        raise ValueError(f"pixels from {values.min()} to {values.max()}; allowed: up to 16 bits")
-    return Image.fromarray(np.round(values * (255 / _WHITE_16_BIT)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Data sets of the Hub. The library `datasets` comes with the extras train and eval."""
+"""Data sets of the Hub."""
 
 import sys
 from collections.abc import Sequence
@@ -66,8 +66,6 @@ def _problem(name: str, error: Exception) -> str:
     """Why a data set did not come from the Hub, and what to do."""
     here = f"there is no file or folder {name!r} here, and"
     if datasets.config.HF_HUB_OFFLINE:
-        return (
-            f"{here} the Hub is switched off (HF_HUB_OFFLINE=1) while hf://{name} is not in the cache; unset "
-            "HF_HUB_OFFLINE, load it once where there is a network, or name files that are here"
-        )
+        advice = "unset HF_HUB_OFFLINE, load it once where there is a network, or name files that are here"
+        return f"{here} the Hub is switched off (HF_HUB_OFFLINE=1) while hf://{name} is not in the cache; {advice}"
     return f"{here} hf://{name} did not come from the Hub: {type(error).__name__}: {error}"

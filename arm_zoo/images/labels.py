@@ -1,9 +1,5 @@
-"""What the classes of labelled images are: their names, their order, and which labels are none of them.
+"""What the classes of labelled images are: their names, their order, and which labels are none of them."""
 
-`datasets` and pyarrow come with the extras train and eval.
-"""
-
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +47,11 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
     declared, by_name = isinstance(feature, datasets.ClassLabel), dtype in STRINGS
     if not (declared or by_name or "int" in dtype):
-        raise SourceError(
-            f"the column {column!r} of {where} holds {feature}; allowed: class labels, integers, strings"
-        )
+        allowed = "class labels, integers, strings"
+        raise SourceError(f"the column {column!r} of {where} holds {feature}; allowed: {allowed}")
     if values is None and not declared and (by_name or count is None):
-        raise SourceError(
-            f"the stream {where} does not tell its classes; allowed: data.num_classes=N with integer labels, a column "
-            "of ClassLabel, or no data.streaming"
-        )
+        allowed = "data.num_classes=N with integer labels, a column of ClassLabel, or no data.streaming"
+        raise SourceError(f"the stream {where} does not tell its classes; allowed: {allowed}")
     found = None if values is None else counted(values)
     if declared:
         raw = {number: class_name(name) for number, name in enumerate(feature.names)}
@@ -71,10 +64,9 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
     else:
         highest: int = max((label for label in found or () if label is not None), default=-1)
         if count is None and highest >= MOST_CLASSES:
-            raise SourceError(
-                f"{where} has the label {highest}; allowed: whole numbers below {MOST_CLASSES:,}. If these are no "
-                "classes, name another label column; if they are, write them as strings"
-            )
+            allowed = f"whole numbers below {MOST_CLASSES:,}"
+            hint = "If these are no classes, name another label column; if they are, write them as strings"
+            raise SourceError(f"{where} has the label {highest}; allowed: {allowed}. {hint}")
         raw = {number: str(number) for number in range(highest + 1 if count is None else count)}
     rows = None if found is None else _rows_of_classes(found, raw, by_name, where)
     names = natural_order(set(raw.values())) if by_name else raw.values()
@@ -100,10 +92,10 @@ def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: 
             f"{sum(wrong.values())} of the {sum(found.values())} labels of {where} are none of its classes: "
             f"{listed(values)}; allowed: {allowed}{hint}"
         )
-    rows: Counter[str] = Counter()
+    rows = dict.fromkeys((raw[label] for label in found), 0)
     for label, number in found.items():
         rows[raw[label]] += number
-    return dict(rows)
+    return rows
 
 
 def of_rows(count: int) -> str:

@@ -113,10 +113,9 @@ def _located_files(name: str, files: list[str]) -> Located:
         raise SourceError(f"{name!r} names parquet files and tars; allowed: one kind at a time")
     unnamed = splits.pop("", [])
     if unnamed and splits:
-        raise SourceError(
-            f"which split is {unnamed[0]!r} of? Other files of {name!r} are of {', '.join(splits)}; allowed: file "
-            "names that all carry one of the words train, val, test, or none at all"
-        )
+        question = f"which split is {unnamed[0]!r} of? Other files of {name!r} are of {', '.join(splits)}"
+        allowed = "file names that all carry one of the words train, val, test, or none at all"
+        raise SourceError(f"{question}; allowed: {allowed}")
     return Located(name, kinds.pop(), splits or {"train": unnamed}, whole=not splits)
 
 
@@ -128,21 +127,17 @@ def _image_splits(folder: str, one_split: bool) -> Located:
     """
     inside = [os.path.basename(path) for path in subfolders(folder) if has_images(path)]
     like_splits = [name for name in inside if name.lower() in SPLIT_OF_WORD]
-    if not like_splits:
-        return Located(folder, "images", {"train": [folder]}, whole=True)
     others = [name for name in inside if name not in like_splits]
     flat = all(any(images_in(os.path.join(folder, name))) for name in like_splits)
-    if one_split and (others or flat):
+    if not like_splits or (one_split and (others or flat)):
         note = f"{folder!r} is named for one split, so its folders {', '.join(like_splits)} are classes"
-        return Located(folder, "images", {"train": [folder]}, note, whole=True)
+        return Located(folder, "images", {"train": [folder]}, note if like_splits else "", whole=True)
     splits = {SPLIT_OF_WORD[name.lower()]: [os.path.join(folder, name)] for name in like_splits}
     way_out = f"if these are classes, set data.validation, and all of {folder!r} is one split"
     if others or len(splits) < len(like_splits):
         beside = f" beside {', '.join(others[:3])}" if others else ""
         more = "" if one_split else f", with data.validation for the other; {way_out}"
-        raise SourceError(
-            f"{folder!r} holds {', '.join(like_splits)}{beside}: splits or classes? If these are splits, name the "
-            f"folder of one{more}"
-        )
+        question = f"{folder!r} holds {', '.join(like_splits)}{beside}: splits or classes?"
+        raise SourceError(f"{question} If these are splits, name the folder of one{more}")
     taken = ", ".join(f"{os.path.basename(path)} is the {split} split" for split, [path] in splits.items())
     return Located(folder, "images", splits, f"{folder!r}: {taken}; {way_out}" if flat else "")

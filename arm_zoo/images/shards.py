@@ -3,8 +3,6 @@
 A sample is a row: its image is the file with the ending of one, its class stands in `.cls` or in `.json` beside it.
 Where no sample has either, the folders inside the tars are the classes. The index is kept in the cache of `datasets`;
 uncompressed tars are read in place, images of compressed ones are copied into the index.
-
-`datasets`, filelock and pyarrow come with the extras train and eval.
 """
 
 import hashlib
@@ -16,7 +14,7 @@ from contextlib import suppress
 from itertools import chain, islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import datasets
@@ -35,21 +33,11 @@ TEXT_LABELS = ("cls", "class")
 JSON_LABEL = "json.label"
 FORMAT = 2  # of the index; another number makes those in the cache count no more
 ROWS_AT_ONCE = 1000
-INDEX = pa.schema(
-    {
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.binary(), "offset": pa.int64(), "size": pa.int64()}),
-        "key": pa.binary(),
-        "label": pa.string(),  # JSON: an integer or a string
-    }
-)
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.binary(), "offset": pa.int64(), "size": pa.int64()})
+INDEX = pa.schema({"image": _IMAGE, "key": pa.binary(), "label": pa.string()})  # in JSON, an integer or a string
 
 
-class Index(NamedTuple):
-    """The samples of tars in stored order."""
-
-    rows: datasets.Dataset  # where the image of each lies, its key and, if asked for, its label: integer or string
-    by_folder: bool = False  # the classes are folders, and samples without an image are left out
-    note: str = ""  # on these
+Index = tuple[datasets.Dataset, bool, str]  # the rows; whether folders are the classes; a note on files left out
 
 
 def sizes_of_shards(rows: datasets.Dataset, files: Sequence[str]) -> list[int]:
@@ -69,7 +57,7 @@ def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed
         wanted = f"a file with the ending {choices.image_column!r}" if choices.image_column else "an image file"
         raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
     _refuse_splits(rows, where)
-    return _with_classes(rows, files, where, choices) if labels_needed else Index(rows.remove_columns("label"))
+    return _with_classes(rows, files, where, choices) if labels_needed else (rows.remove_columns("label"), False, "")
 
 
 def _column(rows: datasets.Dataset, path: str) -> pa.Array:
@@ -83,7 +71,7 @@ def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     settings = (choices.image_column, choices.label_column, labels_needed, copied)
     digest = hashlib.sha256(json.dumps((FORMAT, stamps, settings)).encode()).hexdigest()[:32]
-    target = Path(datasets.config.HF_DATASETS_CACHE) / "webdataset_indices" / f"{digest}.arrow"
+    target = Path(datasets.config.HF_DATASETS_CACHE, "webdataset_indices", f"{digest}.arrow")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the processes of a run start together
         if not target.exists():
@@ -120,18 +108,12 @@ def _rows(file: str, choices: Choices, labels_needed: bool, copied: bool) -> Ite
         return (labels_needed and ending in labels) or (copied and is_meant(ending, choices))
 
     for sample in read_samples(Path(file), is_read):
-        image = image_of(sample, file, choices)
-        place = sample.files[image] if image else None
-        yield {
-            "image": {
-                "bytes": sample.contents[image] if image and copied else None,
-                "path": os.fsencode(file),
-                "offset": place and place.offset,
-                "size": place and place.size,
-            },
-            "key": os.fsencode(sample.key),
-            "label": _label(sample, file, column) if labels_needed else None,
-        }
+        image: dict[str, Any] = {"path": os.fsencode(file)}  # what is left out is None in the index
+        if ending := image_of(sample, file, choices):
+            place = sample.files[ending]
+            image |= {"bytes": sample.contents[ending] if copied else None, "offset": place.offset, "size": place.size}
+        label = _label(sample, file, column) if labels_needed else None
+        yield {"image": image, "key": os.fsencode(sample.key), "label": label}
 
 
 def is_meant(ending: str, choices: Choices) -> bool:
@@ -147,8 +129,8 @@ def image_of(sample: Sample, file: str, choices: Choices) -> str | None:
         way_out = f", or say which ending is meant, as in {choices.typed('image_column', found[0])}"
         raise SourceError(
             f"{file}: {listed(names)} have one key, {printable(sample.key)!r}, as it ends at the first dot of a name; "
-            f"allowed: one image for each key. Rename the files so that they have one dot each"
-            + ("" if "." in found[0] else way_out)
+            "allowed: one image for each key. Rename the files so that they have one dot each"
+            f"{'' if '.' in found[0] else way_out}"
         )
     return found[0] if found else None
 
@@ -214,10 +196,9 @@ def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choi
         numbers = all(isinstance(value, int) and abs(value) < 2**63 for value in values)
         named = pa.array(values if numbers else map(str, values), pa.int64() if numbers else pa.string())
         labels = pc.take(named, coded.indices)
-    rows = rows.remove_columns("label").add_column(
-        "label", labels, new_fingerprint=uuid4().hex, feature=datasets.Value(str(labels.type))
-    )
-    return Index(rows, by_folder, note)
+    feature = datasets.Value(str(labels.type))
+    rows = rows.remove_columns("label").add_column("label", labels, new_fingerprint=uuid4().hex, feature=feature)
+    return rows, by_folder, note
 
 
 def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str, choices: Choices) -> list[str]:
@@ -242,10 +223,9 @@ def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
     names = sorted({folder[depth] for folder in folders if len(folder) > depth})
     deeper = any(len(folder) > depth + 1 for folder in folders)
     if deeper and len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names):
-        raise SourceError(
-            f"the tars of {where} hold the folders {listed(names)}, which are splits; allowed: tars of one split "
-            "each, or name the folder that they are unpacked to"
-        )
+        allowed = "tars of one split each, or name the folder that they are unpacked to"
+        found = f"the tars of {where} hold the folders {listed(names)}"
+        raise SourceError(f"{found}, which are splits; allowed: {allowed}")
 
 
 def _folders(rows: datasets.Dataset) -> list[tuple[str, ...]]:

@@ -1,14 +1,14 @@
 """Labelled images of a source as a table in a fixed order, whose bytes are read by index, for training and scoring.
 
 Images stay encoded as they were until they are needed. Folders and uncompressed tars are read in place; parquet files,
-compressed tars and downloads are unpacked once into the cache of `datasets`, which comes with the extras train and
-eval.
+compressed tars and downloads are unpacked once into the cache of `datasets`.
 """
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import chain, filterfalse
 from multiprocessing.pool import ThreadPool
@@ -138,10 +138,8 @@ class ImageTable(Sequence[Labelled]):
     def encoded(self, indices: Sequence[int]) -> list[Encoded]:
         """Some rows, not decoded."""
         table = self._rows[list(indices)]
-        columns = [
-            [None] * len(indices) if column is None else values_at(table, column).to_pylist()
-            for column in self._reading.columns
-        ]
+        nothing = [None] * len(indices)
+        columns = (values_at(table, path).to_pylist() if path else nothing for path in self._reading.columns)
         found = []
         for index, image, raw, key in zip(indices, *columns, strict=True):
             row = f"{self._reading.name}, row {self._numbers[index]}"
@@ -209,22 +207,18 @@ def open_split(
         if not len(data):
             raise SourceError(f"{name} holds no images")
         tops = {path: path if path in features else path.partition(".")[0] for path in columns if path}
-        data = _plain(data, set(tops.values()))
+        # Columns as they are stored: with their declaration goes the decoding of images. `datasets` also copies it at
+        # every step, and the names of thousands of classes take longer than all else.
+        plain = data.data.select(sorted(set(tops.values()))).replace_schema_metadata(None)
+        data = datasets.Dataset(plain, indices_table=data._indices, fingerprint=uuid4().hex)
         if columns.label is not None:
             table = data.select_columns([tops[columns.label]]).with_format("arrow")[:]
             values = values_at(table, columns.label)
     elif columns.label is not None and files:
-        values = _read_column(files, columns.label)
+        with ThreadPool(READING_THREADS) as pool:  # without reading the other columns
+            read = partial(pq.read_table, columns=[columns.label], partitioning=None)
+            values = values_at(pa.concat_tables(pool.map(read, files)), columns.label)
     return OpenedSplit(name, located, files, choices, data, features, columns, values, in_sequence, by_folder, note)
-
-
-def _plain(data: datasets.Dataset, columns: Iterable[str]) -> datasets.Dataset:
-    """Some columns without their declaration, as they are stored: with it goes the decoding of images.
-
-    `datasets` copies declarations at every step, and the names of thousands of classes take longer than all else.
-    """
-    table = data.data.select(sorted(columns)).replace_schema_metadata(None)
-    return datasets.Dataset(table, indices_table=data._indices, fingerprint=uuid4().hex)
 
 
 def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
@@ -238,13 +232,6 @@ def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
         while cause.__cause__ is not None:  # which `datasets` wraps in general words
             cause = cause.__cause__
         raise SourceError(f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}") from error
-
-
-def _read_column(files: Sequence[str], path: str) -> pa.ChunkedArray:
-    """One column of parquet files, or a field in it, without reading the others."""
-    with ThreadPool(READING_THREADS) as pool:
-        tables = pool.map(lambda file: pq.read_table(file, columns=[path], partitioning=None), files)
-    return values_at(pa.concat_tables(tables), path)
 
 
 def _load_folder(

@@ -45,9 +45,8 @@ class _Header(tarfile.TarInfo):
             is_closing = isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]  # unknown to mypy
             if is_closing or start == 0:  # Python itself refuses what does not begin as a tar
                 raise
-            raise tarfile.ReadError(
-                f"unexpected end of data after {start} bytes: expected a file or the closing zeros, found: {error}"
-            ) from error
+            found = f"expected a file or the closing zeros, found: {error}"
+            raise tarfile.ReadError(f"unexpected end of data after {start} bytes: {found}") from error
 
 
 def read_members(path: Path) -> dict[str, Member]:

@@ -175,11 +175,9 @@ def _check(source: StateDict, target: StateDict, timm_adapts: bool) -> None:
     free = ("head.",) if timm_adapts else ()
     missing = [key for key in target if key not in source and not key.startswith(free)]
     unexpected = [key for key in source if key not in target and not key.startswith(free)]
-    shapes = [
-        f"{key} {tuple(source[key].shape)} -> {tuple(target[key].shape)}"
-        for key in target
-        if key in source and not _fits(key, source[key].shape, target[key].shape, timm_adapts)
-    ]
+    pairs = {key: (source[key].shape, target[key].shape) for key in target if key in source}
+    misfits = {key: pair for key, pair in pairs.items() if not _fits(key, *pair, timm_adapts)}
+    shapes = [f"{key} {tuple(found)} -> {tuple(wanted)}" for key, (found, wanted) in misfits.items()]
     if missing or unexpected or shapes:
         raise CheckpointError(
             "the checkpoint does not fit the model (another width, depth or family?)"

@@ -82,9 +82,8 @@ def download(
     blob = _blob(path)
     if blob is not None and blob.parent.name != "blobs":
         _discard(path)
-        raise DownloadError(
-            f"{name}: {filename}: the server wants it to be kept outside the cache, as {blob}; trust it not"
-        )
+        wanted = f"the server wants it to be kept outside the cache, as {blob}"
+        raise DownloadError(f"{name}: {filename}: {wanted}; trust it not")
     if not filename.endswith(".safetensors"):
         return path
     if sha256 is None and filename == WEIGHTS:
@@ -121,9 +120,8 @@ def _verified(path: Path, sha256: str | None, advice: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {advice}") from error
     if sha256 not in (None, actual):
-        raise CheckpointError(
-            f"{path} is damaged, cut short or another file: its sha256 is {actual}, expected {sha256}; {advice}"
-        )
+        found = f"its sha256 is {actual}, expected {sha256}"
+        raise CheckpointError(f"{path} is damaged, cut short or another file: {found}; {advice}")
     return path
 
 

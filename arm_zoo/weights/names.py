@@ -75,21 +75,6 @@ def is_stacked(key: str) -> bool:
     return ".mixer." in key and key.rsplit(".", 1)[-1] in _STACKED
 
 
-def _official_to_ours(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    parts: dict[str, dict[int | None, torch.Tensor]] = {}
-    for key, value in state_dict.items():
-        ((ours, position), *_) = _translate(key, _FROM_OFFICIAL)
-        parts.setdefault(ours, {})[position] = value
-    out = {}
-    for key, by_position in parts.items():
-        tensors = [by_position[position] for position in sorted(by_position, key=lambda p: p or 0)]
-        if not is_stacked(key):
-            out[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        else:
-            out[key] = torch.stack([part.squeeze(1) if key.endswith("conv_weight") else part for part in tensors])
-    return out
-
-
 def is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """Whether the names are those of the authors' code."""
     return any(key.startswith("layers.") for key in state_dict)
@@ -99,10 +84,21 @@ def under_our_names(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     """The dict under our names, whichever it comes with; CheckpointError if parts of a tensor do not fit together."""
     if not is_official(state_dict):
         return dict(state_dict)
-    try:
-        return _official_to_ours(state_dict)
-    except (IndexError, RuntimeError) as error:
-        raise CheckpointError(f"tensors that belong together have different shapes: {error}") from error
+    parts: dict[str, dict[int | None, torch.Tensor]] = {}
+    for key, value in state_dict.items():
+        ((ours, position), *_) = _translate(key, _FROM_OFFICIAL)
+        parts.setdefault(ours, {})[position] = value
+    out = {}
+    for key, by_position in parts.items():
+        tensors = [by_position[position] for position in sorted(by_position, key=lambda p: p or 0)]
+        try:
+            if is_stacked(key):
+                out[key] = torch.stack([part.squeeze(1) if key.endswith("conv_weight") else part for part in tensors])
+            else:
+                out[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        except (IndexError, RuntimeError) as error:
+            raise CheckpointError(f"tensors that belong together have different shapes: {error}") from error
+    return out
 
 
 def to_official(model: nn.Module) -> StateDict:

@@ -60,23 +60,17 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
 def _read_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:
-        _check_archive(path)
+    if zipped:  # PyTorch would unpack it to more than it is, and not notice a flipped bit
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            if packed or sum(member.file_size for member in members) > path.stat().st_size:
+                raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse archives that unpack to more than they are, and those with a flipped bit: PyTorch looks for neither."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or sum(member.file_size for member in members) > path.stat().st_size:
-            raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def _refused_globals(path: Path) -> list[str]:

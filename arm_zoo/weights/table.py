@@ -66,10 +66,9 @@ def bundled_entries() -> list[str]:
 
 def known_sha256(repo: str, revision: str | None) -> str | None:
     """What the table has for the weights of a repository at a revision; None if it does not know them."""
-    for entry, weights in TABLE.items():
-        if weights.where == "hosted" and repo == repository_of(entry):
-            return weights.sha256 if revision in (None, weights.revision) else None
-    return None
+    hosted = {repository_of(entry): weights for entry, weights in TABLE.items() if weights.where == "hosted"}
+    weights = hosted.get(repo, Weights())
+    return weights.sha256 if revision in (None, weights.revision) else None
 
 
 _SMALL_SETS = {"arm_tiny_patch4_32": "cifar10", "arm_tiny_patch8_64": "tiny_imagenet", "arm_pico_patch2_8": "digits"}
