@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
@@ -123,7 +122,12 @@ def run_predict(args: argparse.Namespace) -> int:
     status = 0
     for path in (path for place in args.images for path in natural_order(images_below(place)) or [place]):
         try:
-            image = read_image(path, channels)
+            if os.path.isdir(path):  # as is left where one holds no images
+                endings = ", ".join(IMAGE_ENDINGS)
+                raise FileNotFoundError(f"{path}: no images in this folder; their names end in {endings}")
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{path}: no such file or folder")
+            image = decode_image(path, path, "L" if channels == 1 else "RGB")
         except (FileNotFoundError, UndecodableImage) as error:
             print(_one_line(error), file=sys.stderr)
             status = 1
@@ -134,15 +138,6 @@ def run_predict(args: argparse.Namespace) -> int:
         for probability, index in zip(*probabilities.topk(min(args.top, len(names))), strict=True):
             print(f"  {probability:6.1%}  {names[index]}")
     return status
-
-
-def read_image(path: str, channels: int) -> Image.Image:
-    """An image as training reads it, in grey for one channel and in colour for three."""
-    if os.path.isdir(path):
-        raise FileNotFoundError(f"{path}: no images in this folder; their names end in {', '.join(IMAGE_ENDINGS)}")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    return decode_image(path, path, "L" if channels == 1 else "RGB")
 
 
 def load_classifier(source: str | None, weights: Path | None) -> Any:
@@ -257,7 +252,6 @@ def create_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--model",
-        metavar="MODEL",
         help="an entry, as `list` shows it; or a model of your own: a folder with config.json, a .safetensors or .pth "
         "file, hf-hub:ORG/NAME or local-dir:FOLDER",
     )

@@ -11,25 +11,10 @@ from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, 
 
 import timm
 import torch
-from timm.models import (
-    PretrainedCfg,
-    get_arch_pretrained_cfgs,
-    get_pretrained_cfg,
-    list_models,
-    resolve_pretrained_cfg,
-    split_model_name_tag,
-)
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, split_model_name_tag
 
-from arm_zoo.files import (
-    CONFIG,
-    PICKLED_WEIGHTS,
-    WEIGHTS,
-    CheckpointError,
-    StateDict,
-    described_by_folder,
-    read_config,
-    weights_in,
-)
+from arm_zoo import files
+from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
 from arm_zoo.identify import MAX_DEPTH, find_variant
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.models.arm import ARM
@@ -147,7 +132,7 @@ def entries() -> set[str]:
 
 def list_entries() -> set[str]:
     """Names of all models that timm knows, ours among them, with and without tags."""
-    return {*list_models(), *list_models(include_tags=True)}
+    return {*timm.list_models(), *timm.list_models(include_tags=True)}
 
 
 def architecture_of(name: str) -> str:
@@ -186,7 +171,7 @@ class _Loader:
             if repository is None:
                 return self.from_timm(source)
             return self.from_hub(repository, None)._replace(source=repository)
-        if scheme == "local-dir" or path.is_dir() or (path.is_file() and described_by_folder(path)):
+        if scheme == "local-dir" or path.is_dir() or (path.is_file() and files.described_by_folder(path)):
             folder = path.parent if path.is_file() else path
             return self.from_folder(folder, wanted)._replace(source=path.resolve().name)
         if path.is_file():
@@ -219,7 +204,7 @@ class _Loader:
         name, _, at = repo.partition("@")
         revision = self.revision or at or None
         folder = download(name, CONFIG, revision, self.cache_dir, self.token).parent
-        config = read_config(folder)
+        config = files.read_config(folder)
         if self.is_timms(config):
             _check_architecture(config, wanted, repo)
             at = f"@{revision}" if revision else ""
@@ -237,13 +222,13 @@ class _Loader:
         return self.timms_too and not ours and isinstance(name, str) and timm.is_model(name)
 
     def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
-        config = read_config(folder)
+        config = files.read_config(folder)
         own, name = config.get("pretraining_model"), f"local-dir:{folder}"
         if self.is_timms(config):
             _check_architecture(config, wanted, folder)
             found = next(filter(Path.is_file, (folder / WEIGHTS, folder / PICKLED_WEIGHTS)), None)
             return self.from_timm(name)._replace(file=found, config=config)
-        file = weights_in(folder)
+        file = files.weights_in(folder)
         if own is not None and not self.as_backbone:
             objective = config.get("objective", DEFAULT_OBJECTIVE)
             if objective not in [*OBJECTIVES]:
@@ -257,10 +242,9 @@ class _Loader:
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
             return Loaded(self.from_file(file), file, "", config)
         if config.get("architecture") not in [*entries()]:
-            raise CheckpointError(
-                f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of "
-                f"arm_zoo; timm.create_model('{name}', pretrained=True) takes timm's own"
-            )
+            said = f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}"
+            advice = f"timm.create_model('{name}', pretrained=True) takes timm's own"
+            raise CheckpointError(f"{said}, which is no model of arm_zoo; {advice}")
         _check_architecture(config, wanted, folder)
         backbone_class = ARCHITECTURES[architecture_of(config["architecture"])].model_class
         _check_table(config.get("model_args", {}), get_type_hints(backbone_class.__init__), "model_args", folder)
@@ -287,7 +271,7 @@ class _Loader:
     def from_named_file(self, name: str, file: Path) -> Any:
         """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
         tensors = read_checkpoint(file)
-        cfg = resolve_pretrained_cfg(architecture_of(name))
+        cfg = timm.models.resolve_pretrained_cfg(architecture_of(name))
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)
             model.load_state_dict(tensors)
@@ -308,10 +292,8 @@ class _Loader:
         model_class = OBJECTIVES[objective].model_class
         allowed = inspect.signature(model_class).parameters
         if unknown := sorted(set(self.kwargs) - set(allowed)):
-            raise TypeError(
-                f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}; it takes "
-                f"{', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it"
-            )
+            said = f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}"
+            raise TypeError(f"{said}; it takes {', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it")
         try:
             model = model_class(**{**saved, **self.kwargs})
         except (TypeError, ValueError) as error:
@@ -379,7 +361,7 @@ def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any]
         raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
     patches, rows = model.patch_embed.num_patches, tensors["pos_embed"].shape[1:2]
     if rows and rows[0] not in (patches, patches + 1):
+        said = f"{config} describes {patches} patches, but {file.name} beside it"
         raise CheckpointError(
-            f"{config} describes {patches} patches, but {file.name} beside it has position embeddings for {rows[0]} "
-            "tokens: the two files do not belong together"
+            f"{said} has position embeddings for {rows[0]} tokens: the two files do not belong together"
         )

@@ -28,13 +28,9 @@ class UndecodableImage(ValueError):
 
 
 def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image: upright, in 8 bits per channel, transparent parts on white.
+    """Decode an image, its bytes or its path: upright, in 8 bits per channel, transparent parts on white.
 
-    Args:
-        encoded: the file's bytes, or its path.
-        name: for the error.
-        mode: "RGB", or "L" for grey.
-        max_pixels: larger images are refused before memory is taken for them.
+    `mode` is "RGB", or "L" for grey. Images that are too large are refused before memory is taken for them.
     """
     try:
         with _limited_to(max_pixels), Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded)) as file:

@@ -52,23 +52,8 @@ def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed
     To be read in sequence, compressed tars need no copy of their images.
     """
     places = list(map(os.path.abspath, files))
-    rows = datasets.Dataset.from_file(str(_index_file(places, choices, labels_needed, in_sequence)))
-    if len(rows) and _column(rows, "image.size").null_count == len(rows):
-        wanted = f"a file with the ending {choices.image_column!r}" if choices.image_column else "an image file"
-        raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
-    _refuse_splits(rows, where)
-    return _with_classes(rows, files, where, choices) if labels_needed else (rows.remove_columns("label"), False, "")
-
-
-def _column(rows: datasets.Dataset, path: str) -> pa.Array:
-    """A column of the index, or a field in it."""
-    return values_at(rows.with_format("arrow")[:], path).combine_chunks()
-
-
-def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_sequence: bool) -> Path:
-    """Make the index, unless it is in the cache."""
-    copied = not in_sequence and any(is_compressed(Path(file)) for file in files)
-    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    copied = not in_sequence and any(is_compressed(Path(file)) for file in places)
+    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in places]
     settings = (choices.image_column, choices.label_column, labels_needed, copied)
     digest = hashlib.sha256(json.dumps((FORMAT, stamps, settings)).encode()).hexdigest()[:32]
     target = Path(datasets.config.HF_DATASETS_CACHE, "webdataset_indices", f"{digest}.arrow")
@@ -80,9 +65,19 @@ def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_
                 pa.OSFile(str(beside / target.name), "wb") as file,
                 pa.ipc.new_stream(file, INDEX) as writer,
             ):
-                for batch in _batches(files, choices, labels_needed, copied):
+                for batch in _batches(places, choices, labels_needed, copied):
                     writer.write(batch)
-    return target
+    rows = datasets.Dataset.from_file(str(target))
+    if len(rows) and _column(rows, "image.size").null_count == len(rows):
+        wanted = f"a file with the ending {choices.image_column!r}" if choices.image_column else "an image file"
+        raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
+    _refuse_splits(rows, where)
+    return _with_classes(rows, files, where, choices) if labels_needed else (rows.remove_columns("label"), False, "")
+
+
+def _column(rows: datasets.Dataset, path: str) -> pa.Array:
+    """A column of the index, or a field in it."""
+    return values_at(rows.with_format("arrow")[:], path).combine_chunks()
 
 
 def _batches(files: Sequence[str], choices: Choices, labels_needed: bool, copied: bool) -> Iterator[pa.RecordBatch]:

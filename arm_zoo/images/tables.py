@@ -183,11 +183,9 @@ def open_split(
     hub: Data | None = None,
     one_class: bool = False,
 ) -> OpenedSplit:
-    """Open one split of a source; in messages "" needs no name.
+    """Open one split of a source; in messages "" needs no name. `hub` is the split as it came from the Hub.
 
-    Args:
-        hub: the split as it came from the Hub.
-        one_class: whether images that lie in the split's folder itself are of the class that is called like it.
+    With `one_class` images that lie in the split's folder itself are of the class that is called like it.
     """
     name, files = f"{located.name} [{split}]" if split else located.name, located.splits.get(split, [])
     note, by_folder = "", False
@@ -234,9 +232,7 @@ def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
         raise SourceError(f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}") from error
 
 
-def _load_folder(
-    folder: str, labels_needed: bool, located_note: str, one_class: bool
-) -> tuple[datasets.Dataset, Mapping[str, Any], str]:
+def _load_folder(folder: str, labels_needed: bool, located_note: str, one_class: bool) -> tuple[Data, Any, str]:
     """Paths and classes of a folder of images, a class for each subfolder in natural order; what columns are; a note.
 
     `datasets` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
@@ -254,10 +250,8 @@ def _load_folder(
         classes = {os.path.basename(os.path.abspath(folder)): loose}
     elif loose:
         where = "beside its class folders" if classes else "but no class folders"
-        raise SourceError(
-            f"{folder!r} holds images such as {loose[0]!r} {where}; allowed: FOLDER/CLASS/IMAGE"
-            + (f" ({located_note})" if located_note else "")
-        )
+        note = f" ({located_note})" if located_note else ""
+        raise SourceError(f"{folder!r} holds images such as {loose[0]!r} {where}; allowed: FOLDER/CLASS/IMAGE{note}")
     labels = pa.array([label for label, paths in enumerate(classes.values()) for _ in paths], pa.int64())
     data = _table_of_paths(list(chain.from_iterable(classes.values())), label=labels)
     features = {**data.features, "label": datasets.ClassLabel(names=list(classes))}

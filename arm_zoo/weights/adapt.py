@@ -29,10 +29,9 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
     nested = (state_dict.get(key) for key in ("model_ema", "model"))
     state_dict = next((each for each in nested if isinstance(each, Mapping)), state_dict)
     if not is_official(state_dict):
-        raise CheckpointError(
-            f"not an official ARM checkpoint: no key starts with 'layers.', found {_some(state_dict)}; "
-            "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
-        )
+        advice = "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
+        found = f"no key starts with 'layers.', found {_some(state_dict)}"
+        raise CheckpointError(f"not an official ARM checkpoint: {found}; {advice}")
     return adapt_state_dict(state_dict, model, timm_adapts=False)
 
 

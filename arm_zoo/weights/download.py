@@ -61,12 +61,7 @@ def download(
     Weights that the table has, at its revision or none in particular, must have its sha256. Of others none is known:
     one log line says so, and files that the Hub names by their sha256 are still compared with it.
 
-    Args:
-        repo: ORG/NAME, or ORG/NAME@REVISION.
-        sha256: that the file must have, for callers who know it.
-
-    Raises:
-        DownloadError: if it cannot be had; what to do is said, and the cause is chained.
+    `repo` is ORG/NAME or ORG/NAME@REVISION, `sha256` for callers who know what the file must have.
     """
     name, _, at = repo.partition("@")
     revision = revision or at or None
@@ -153,22 +148,17 @@ def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None
     if isinstance(error, errors.GatedRepoError):
         return f"access is gated; accept its conditions at {endpoint}/{repo}, then {_LOGIN}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"there is no such repository at {endpoint}, or it is private; check the name (the environment variable "
-            f"ARM_ZOO_HUB_ORG sets the organisation), or {_LOGIN}"
-        )
+        advice = "check the name (the environment variable ARM_ZOO_HUB_ORG sets the organisation)"
+        return f"there is no such repository at {endpoint}, or it is private; {advice}, or {_LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no such revision; {endpoint}/{repo} shows those that it has"
     if any(isinstance(part, errors.OfflineModeIsEnabled) for part in chain) or constants.HF_HUB_OFFLINE:
-        return (
-            f"offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache {cache}; load it once where there "
-            "is a network and copy the cache, or name a folder: create_model('local-dir:FOLDER', pretrained=True)"
-        )
+        folder = "name a folder: create_model('local-dir:FOLDER', pretrained=True)"
+        advice = f"load it once where there is a network and copy the cache, or {folder}"
+        return f"offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache {cache}; {advice}"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            f"the repository has no such file, so it is none that `python -m hub publish` wrote; look at "
-            f"{endpoint}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
-        )
+        advice = f"look at {endpoint}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
+        return f"the repository has no such file, so it is none that `python -m hub publish` wrote; {advice}"
     if status in (401, 403):
         return f"{endpoint} refuses access (HTTP {status}); {_LOGIN} with a token that may {right} {repo}"
     if status == 412:

@@ -35,10 +35,6 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
         path: the file. From a .pth, `argparse.Namespace` is the only object taken beside tensors and plain values.
         weights: of a training's checkpoint, the averaged weights ("ema") or the trained ones ("model"); None takes
             the averaged ones where there are any.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, of another format, needs code to be run, or lacks what `weights` asks for.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,7 +50,16 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
             reason = f"it asks to run {', '.join(wanted)}"
         advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
         raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
-    return _tensors(_choose(contents, weights, path), path)
+    state_dict = _choose(contents, weights, path)
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            found = f"{str(name)[:80]!r} is a {type(value).__name__}, not a tensor"
+            expected = "tensors by name, alone or under 'model' or 'model_ema'"
+            raise CheckpointError(f"{path} is no state dict: {found}; expected {expected}")
+        if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
+    cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
+    return cleaned
 
 
 def _read_pickle(path: Path) -> Any:
@@ -77,11 +82,10 @@ def _refused_globals(path: Path) -> list[str]:
     """Names of the functions and classes that a pickle wants and does not get; reading them runs nothing."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
     except Exception:  # not a zip archive, or a damaged one
         allowed = ("torch", "collections.OrderedDict", "argparse.Namespace")
-        wanted = {name for name in _globals_of_pickle(path) if not name.startswith(allowed)}
-    return sorted(wanted)
+        return sorted(name for name in _globals_of_pickle(path) if not name.startswith(allowed))
 
 
 def _globals_of_pickle(path: Path) -> set[str]:
@@ -129,17 +133,3 @@ def _choose(contents: Any, weights: Choice | None, path: Path) -> Mapping[str, A
     if not isinstance(chosen, Mapping):
         raise CheckpointError(f"{path} holds under {found[0]!r} no tensors by name but a {type(chosen).__name__}")
     return chosen
-
-
-def _tensors(state_dict: Mapping[Any, Any], path: Path) -> StateDict:
-    """The dict as plain tensors, none larger than its storage; of wrappers' prefixes freed."""
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{path} is no state dict: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor; "
-                "expected tensors by name, alone or under 'model' or 'model_ema'"
-            )
-        if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
-    cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
-    return cleaned
