@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,11 +39,7 @@ _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_externa
 
 
 def create(name: str) -> ARM:
-    """The model untrained, on the meta device, where it has sizes but costs neither time nor memory.
-
-    Raises:
-        ValueError: for a name that is not of this package.
-    """
+    """The model untrained, on the meta device, where it has sizes but costs neither time nor memory."""
     if name not in entries():
         raise unknown_model(name, entries())
     return cast(ARM, timm.create_model(name, device="meta"))
@@ -52,14 +47,6 @@ def create(name: str) -> ARM:
 
 def count_parameters(model: ARM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_macs(model: ARM) -> int:
-    """Multiply-adds of the matrix products and convolutions for one image; `model` is on the meta device."""
-    image = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    return counter.get_total_flops() // 2
 
 
 def whereabouts(entry: str) -> str:
@@ -71,14 +58,13 @@ def whereabouts(entry: str) -> str:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print all entries with their tags, and then the short names."""
-    rows = [("name.tag", "input", "parameters", "weights")]
-    for name in [tagged for architecture in ARCHITECTURES for tagged in get_arch_pretrained_cfgs(architecture)]:
+    names = [tagged for architecture in ARCHITECTURES for tagged in get_arch_pretrained_cfgs(architecture)]
+    width = max(map(len, names))
+    print(f"{'name.tag':{width}}  {'input':>9}  {'parameters':>10}  weights")
+    for name in names:
         model = create(name)
-        input_size = "x".join(map(str, model.pretrained_cfg["input_size"]))
-        rows.append((name, input_size, f"{count_parameters(model) / 1e6:.1f} M", whereabouts(name)))
-    width = max(len(name) for name, *_ in rows)
-    for name, input_size, parameters, where in rows:
-        print(f"{name:{width}}  {input_size:>9}  {parameters:>10}  {where}")
+        parameters = f"{count_parameters(model) / 1e6:.1f} M"
+        print(f"{name:{width}}  {_by(*model.pretrained_cfg['input_size']):>9}  {parameters:>10}  {whereabouts(name)}")
     print()
     for short, name in SHORT_NAMES.items():
         print(f"{short} is short for {name}")
@@ -92,17 +78,19 @@ def run_info(args: argparse.Namespace) -> int:
     name = f"{cfg['architecture']}.{cfg['tag']}"
     tags = [split_model_name_tag(tagged)[1] for tagged in get_arch_pretrained_cfgs(name)]
     where = whereabouts(name)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:  # on the meta device
+        model.eval()(torch.empty(1, *cfg["input_size"], device="meta"))
     facts = {
         "tags": ", ".join([f"{tags[0]} (default)", *tags[1:]]),
         "parameters": f"{count_parameters(model):,} ({count_parameters(model) / 1e6:.1f} M)",
-        "multiply-adds": f"{count_macs(model) / 1e6:,.1f} M per image (matrix products and convolutions; FLOP "
-        "counters do not count the recurrence itself)",
+        "multiply-adds": f"{counter.get_total_flops() // 2 / 1e6:,.1f} M per image (matrix products and convolutions; "
+        "FLOP counters do not count the recurrence itself)",
         "width": model.embed_dim,
         "depth": len(model.blocks),
-        "patches": f"{_by(embed.patch_size)}, stride {_by(embed.patch_stride)}, grid {_by(embed.grid_size)}",
+        "patches": f"{_by(*embed.patch_size)}, stride {_by(*embed.patch_stride)}, grid {_by(*embed.grid_size)}",
         "classes": model.num_classes or "none (encoder without head)",
         "pooling": model.global_pool,
-        "input_size": "x".join(map(str, cfg["input_size"])),
+        "input_size": _by(*cfg["input_size"]),
         **{key: cfg[key] for key in ("crop_mode", "crop_pct", "interpolation", "mean", "std", "license")},
         "paper": f"{cfg['paper_name']}, {cfg['paper_ids']}",
         "origin": cfg.get("origin_url", "this package"),
@@ -116,8 +104,8 @@ def run_info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+def _by(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
 
 
 def run_predict(args: argparse.Namespace) -> int:
@@ -134,7 +122,12 @@ def run_predict(args: argparse.Namespace) -> int:
     status = 0
     for path in (path for place in args.images for path in natural_order(images_below(place)) or [place]):
         try:
-            image = read_image(path, channels)
+            if os.path.isdir(path):  # as is left where one holds no images
+                endings = ", ".join(IMAGE_ENDINGS)
+                raise FileNotFoundError(f"{path}: no images in this folder; their names end in {endings}")
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{path}: no such file or folder")
+            image = decode_image(path, path, "L" if channels == 1 else "RGB")
         except (FileNotFoundError, UndecodableImage) as error:
             print(_one_line(error), file=sys.stderr)
             status = 1
@@ -147,46 +140,23 @@ def run_predict(args: argparse.Namespace) -> int:
     return status
 
 
-def read_image(path: str, channels: int) -> Image.Image:
-    """An image as training reads it, in grey for one channel and in colour for three.
-
-    Raises:
-        FileNotFoundError: if there is nothing at the path, or a folder, as is left where one holds no images.
-        UndecodableImage: if it cannot be decoded.
-    """
-    if os.path.isdir(path):
-        raise FileNotFoundError(f"{path}: no images in this folder; their names end in {', '.join(IMAGE_ENDINGS)}")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    return decode_image(path, path, "L" if channels == 1 else "RGB")
-
-
 def load_classifier(source: str | None, weights: Path | None) -> Any:
-    """The model that was asked for; see `arm_zoo.loading.load`, which refuses what is no model.
-
-    Raises:
-        CheckpointError: if the weights are not hosted, cannot be read, are another model's or have no head.
-    """
-    if source is None and weights is None:
+    """The model that was asked for; see `arm_zoo.loading.load`, which refuses what is no model."""
+    where = weights or source
+    if where is None:
         raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
-    if weights is None and source in entries() and find_weights(entry_of(source)) is None:
-        raise CheckpointError(_ways_on(entry_of(source)))
-    where = weights or source or ""
-    model = load(where if source is None else source, None if source is None else weights).model
+    if where in entries() and find_weights(entry := entry_of(str(where))) is None:
+        raise CheckpointError(
+            f"the weights of {entry} are not hosted yet: name an official or own file (--weights FILE), train them "
+            f"from a checkout ({training_commands(entry)}), or use a model that comes with the package "
+            f"(--model {' or '.join(bundled_entries())})"
+        )
+    model = load(source or where, weights if source else None).model
     if isinstance(model, ARMPretrain):
         raise CheckpointError(f"{where} holds a pretraining model, which has no classifier head; finetune it first")
     if not model.num_classes:
         raise CheckpointError(f"{where} has no classifier head; finetune it first")
     return model
-
-
-def _ways_on(entry: str) -> str:
-    """What `arm_zoo.weights.table.ways_on` says, in terms of this command line."""
-    return (
-        f"the weights of {entry} are not hosted yet: name an official or own file (--weights FILE), train them from a "
-        f"checkout ({training_commands(entry)}), or use a model that comes with the package "
-        f"(--model {' or '.join(bundled_entries())})"
-    )
 
 
 def class_names(model: Any) -> list[str]:
@@ -201,11 +171,11 @@ def class_names(model: Any) -> list[str]:
         return [words.get(name, name) for name in names]
     if not saved and classes == 1000:
         return cast(list[str], imagenet.label_descriptions())
-    others = f"the weights come with names of {len(saved)} classes, not of {classes}"
-    reason = others if len(saved) not in (0, classes) else "the weights do not name their classes"
+    others = f"come with names of {len(saved)} classes, not of {classes}"
+    reason = f"the weights {others if len(saved) not in (0, classes) else 'do not name their classes'}"
     advice = "label_names in a folder's config.json names them"
     print(f"{reason}: classes are shown by number, from 0; {advice}", file=sys.stderr)
-    return [str(index) for index in range(classes)]
+    return list(map(str, range(classes)))
 
 
 def run_script(args: argparse.Namespace) -> int:
@@ -213,11 +183,11 @@ def run_script(args: argparse.Namespace) -> int:
 
     What it raises and its exit code are its own. It can write the models as ONNX if the packages for that are there.
     """
-    if not args.module and (not args.script or not os.path.exists(args.script[0])):
-        return _no_script(f"no script {' '.join(args.script[:1])!r}")
     with contextlib.suppress(ImportError):
         importlib.import_module("arm_zoo.onnx")
     try:
+        if not args.module and (not args.script or not os.path.exists(args.script[0])):
+            raise FileNotFoundError(f"no script {' '.join(args.script[:1])!r}")
         if args.module:
             module, *sys.argv[1:] = args.module
             runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -229,13 +199,9 @@ def run_script(args: argparse.Namespace) -> int:
     except (ImportError, OSError) as error:
         if _is_of_program(error):
             raise
-        return _no_script(_one_line(error))
+        print(f"error: {_one_line(error)}; expected SCRIPT or -m MODULE", file=sys.stderr)
+        return 2
     return 0
-
-
-def _no_script(reason: str) -> int:
-    print(f"error: {reason}; expected SCRIPT or -m MODULE", file=sys.stderr)
-    return 2
 
 
 def _is_of_program(error: Exception) -> bool:
@@ -251,14 +217,12 @@ def _one_line(error: Exception) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def usable_device(text: str) -> torch.device:
-    """A device that this machine and this PyTorch have."""
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
@@ -278,16 +242,16 @@ def create_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_list)
 
     command = commands.add_parser("info", help="sizes, preprocessing, licence and paper of one model")
-    command.add_argument("name", metavar="NAME", help="as `list` shows it; without a tag, the default one")
     command.set_defaults(run=run_info)
+    command.add_argument("name", metavar="NAME", help="as `list` shows it; without a tag, the default one")
 
     command = commands.add_parser("predict", help="classify images")
+    command.set_defaults(run=run_predict)
     command.add_argument(
         "images", metavar="IMAGE", nargs="+", help="an image that Pillow reads, or a folder for all in and below it"
     )
     command.add_argument(
         "--model",
-        metavar="MODEL",
         help="an entry, as `list` shows it; or a model of your own: a folder with config.json, a .safetensors or .pth "
         "file, hf-hub:ORG/NAME or local-dir:FOLDER",
     )
@@ -300,18 +264,16 @@ def create_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--top", metavar="K", type=positive, default=5, help="classes to print (%(default)s)")
     command.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ... (%(default)s)")
-    command.set_defaults(run=run_predict)
 
     command = commands.add_parser(
         "run",
         help="run a program that makes timm models, such as timm's validate.py, so that it knows these models too",
         usage="%(prog)s SCRIPT [ARGUMENT ...] | -m MODULE [ARGUMENT ...]",
     )
-    command.add_argument("script", nargs=argparse.REMAINDER, help="a Python file, then what it is to get")
-    command.add_argument(
-        "-m", dest="module", nargs=argparse.REMAINDER, help="a module by name, then what it is to get"
-    )
     command.set_defaults(run=run_script)
+    rest = argparse.REMAINDER
+    command.add_argument("script", nargs=rest, help="a Python file, then what it is to get")
+    command.add_argument("-m", dest="module", nargs=rest, help="a module by name, then what it is to get")
     return parser
 
 
@@ -327,13 +289,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         sys.stdout.flush()
+        return status
     except BrokenPipeError:  # whoever read the output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
-    return status
 
 
 if __name__ == "__main__":

@@ -32,13 +32,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder to write files into; if the block ends well, they replace those of `folder`.
 
     Every file is whole: it is flushed to the disk before it gets its name, and the names before the block is left.
-    Files of `folder` with other names stay. If the block raises, nothing changes.
-
-    Args:
-        folder: made if it is not there.
-
-    Raises:
-        OSError: with the files' names, if they cannot be written.
+    Files of `folder`, which is made if it is not there, with other names stay. If the block raises, nothing changes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,26 +83,16 @@ def is_plain_tensor(value: torch.Tensor) -> bool:
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_in(folder: str | Path) -> Path:
-    """The file with the weights in a folder: model.safetensors, or pytorch_model.bin where that is all there is.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
-    files = [Path(folder) / name for name in (WEIGHTS, PICKLED_WEIGHTS)]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"neither {WEIGHTS} nor {PICKLED_WEIGHTS} in {folder}; a folder of weights holds one of the two beside "
-            f"{CONFIG}"
-        )
-    return found
+    """The file with the weights in a folder: model.safetensors, or pytorch_model.bin where that is all there is."""
+    for file in (Path(folder, WEIGHTS), Path(folder, PICKLED_WEIGHTS)):
+        if file.is_file():
+            return file
+    both = f"neither {WEIGHTS} nor {PICKLED_WEIGHTS} in {folder}"
+    raise FileNotFoundError(f"{both}; a folder of weights holds one of the two beside {CONFIG}")
 
 
 def described_by_folder(file: Path) -> bool:
@@ -118,12 +102,7 @@ def described_by_folder(file: Path) -> bool:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """What config.json in a folder of weights says.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        CheckpointError: if it is damaged.
-    """
+    """What config.json in a folder of weights says."""
     file = Path(folder) / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {folder}; a folder of weights holds {WEIGHTS} and {CONFIG}")
@@ -139,33 +118,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def save_model(
     folder: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], **metadata: str
 ) -> None:
-    """Write model.safetensors and config.json to `folder`, both or neither; see `replacing_files`.
+    """Write model.safetensors, with `metadata` in its header, and config.json, both or neither.
 
-    Args:
-        folder: made if it is not there; other files in it stay.
-        tensors: by name; no two share memory in the file.
-        config: what JSON can hold.
-        metadata: facts for the header of model.safetensors.
-
-    Raises:
-        CheckpointError: if a tensor is not plain numbers; nothing is written then.
+    Tensors that are not plain numbers are refused; no two share memory in the file.
     """
-    _check_plain(tensors)
     alone: StateDict = {}
     storages: set[int] = set()
-    for name, value in tensors.items():
-        tensor = value.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        alone[name] = tensor.clone() if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes else tensor
-        storages.add(storage.data_ptr())
-    with replacing_files(folder) as beside:
-        save_tensors(alone, beside / WEIGHTS, {"format": "pt", **metadata})
-        _sort_metadata(beside / WEIGHTS)
-        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_plain(tensors: Mapping[str, Any]) -> None:
-    """Refuse what quantised layers have in place of a weight, and what has no values here (meta, sharded)."""
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor) or not is_plain_tensor(value):
             kind = "tensor without values (device meta)" if getattr(value, "is_meta", False) else type(value).__name__
@@ -174,33 +132,30 @@ def _check_plain(tensors: Mapping[str, Any]) -> None:
                 "before it is quantised and quantise it again after loading (or write the quantised one with "
                 "torch.save(model.state_dict(), FILE)); gather the tensors of a sharded one first, with full_tensor()"
             )
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        alone[name] = tensor.clone() if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes else tensor
+        storages.add(storage.data_ptr())
+    with replacing_files(folder) as beside:
+        save_tensors(alone, beside / WEIGHTS, {"format": "pt", **metadata})
+        with open(beside / WEIGHTS, "r+b") as file:  # equal weights are equal files: safetensors shuffles the facts
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file that may be read by whom the umask lets: safetensors lets nobody else read its own.
-
-    Raises:
-        OSError: if the disk is full or cannot be written to.
-    """
+    """Write a .safetensors file that may be read by whom the umask lets: safetensors lets nobody else read its own."""
     file = Path(file)
     file.touch()
     mode = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata=dict(metadata))
     except SafetensorError as error:  # has the system's error in its words only
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        raise
     file.chmod(mode)
-
-
-def _sort_metadata(file: Path) -> None:
-    """Give the facts in the header one order, so that equal weights are equal files: safetensors shuffles them."""
-    with open(file, "r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        opened.seek(8)
-        opened.write(text.ljust(size))

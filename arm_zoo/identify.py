@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining._registry import OBJECTIVES
-from arm_zoo.weights.adapt import adapt_state_dict, refuse_foreign_head, sincos_grid
+from arm_zoo.weights.adapt import adapt_state_dict, grid_of, refuse_foreign_head, sincos_grid
 from arm_zoo.weights.names import is_official, under_our_names
 
 # What no model comes near to: a file that says more would only fill the memory.
@@ -30,22 +30,14 @@ _MAX_PATCHES = {"backbone": 2**14, "pretraining model": 2**12}  # the decoder's 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that a checkpoint fits.
+    """A model that a checkpoint fits."""
 
-    Attributes:
-        architecture: the registered entry, without a tag; of a pretraining model, that of its backbone.
-        model_args: what differs from the entry.
-        num_classes: 0 without a head.
-        pretraining: arguments of the class of `objective`, a key of `OBJECTIVES`; both None for a backbone.
-        official: whether the checkpoint has the authors' names.
-    """
-
-    architecture: str
-    model_args: dict[str, Any]
-    num_classes: int = 0
-    pretraining: dict[str, Any] | None = None
-    objective: str | None = None
-    official: bool = False
+    architecture: str  # the registered entry, without a tag; of a pretraining model, that of its backbone
+    model_args: dict[str, Any]  # what differs from the entry
+    num_classes: int = 0  # 0 without a head
+    pretraining: dict[str, Any] | None = None  # arguments of the objective's class; None for a backbone
+    objective: str | None = None  # a key of `OBJECTIVES`; None for a backbone
+    official: bool = False  # the checkpoint has the authors' names
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -55,8 +47,7 @@ class Variant:
 
     def backbone(self, **kwargs: Any) -> Any:
         """The backbone, untrained."""
-        arguments = {"num_classes": self.num_classes, **self.model_args, **kwargs}
-        return timm.create_model(self.architecture, **arguments)
+        return timm.create_model(self.architecture, **{"num_classes": self.num_classes, **self.model_args, **kwargs})
 
     def create(self, **kwargs: Any) -> Any:
         """The model, untrained: the pretraining model of a pretraining checkpoint, else the backbone."""
@@ -65,11 +56,7 @@ class Variant:
         return OBJECTIVES[self.objective].model_class(**{**self.pretraining, **kwargs})
 
     def load(self, state_dict: Mapping[str, torch.Tensor]) -> Any:
-        """The model in evaluation mode with the checkpoint's weights, compared before memory is taken for the model.
-
-        Raises:
-            CheckpointError: if names or shapes differ; the message lists both sides.
-        """
+        """The model in evaluation mode with the weights, which are compared before memory is taken for the model."""
         adapted = adapt_state_dict(state_dict, self.create(device="meta"), timm_adapts=False)
         model = self.create()
         model.load_state_dict(adapted)
@@ -77,61 +64,48 @@ class Variant:
 
 
 def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Variant:
-    """The model that a checkpoint is of.
+    """The model that a checkpoint is of, under official or our names.
 
-    Args:
-        state_dict: official or our names.
-        config: arguments that shapes cannot tell, where somebody knows them: of the backbone, or of the pretraining
-            model for its checkpoint.
-
-    Raises:
-        CheckpointError: if it is no checkpoint of ours, or of a size that none has.
+    `config` has arguments that shapes cannot tell, where somebody knows them: of the backbone, or of the pretraining
+    model for its checkpoint.
     """
     source = under_our_names(state_dict)
-    kind = next((kind for kind in KINDS if all(_has(source, name) for name in kind.keys)), None)
-    if kind is None:
+    numberless = {re.sub(r"\.\d+\.", ".*.", name) for name in source}
+    find = next((find for keys, find in _FINDERS.items() if numberless.issuperset(keys)), None)
+    if find is None:
         some = ", ".join(sorted(source)[:8]) or "nothing"
         raise CheckpointError(
             "this is no ARM checkpoint: expected patch_embed.proj.weight, pos_embed and blocks.N.mixer.A_log "
             f"(official: layers.N.mixer.A_log) in their shapes; found {some}{', ...' if len(source) > 8 else ''}"
         )
     try:
-        variant = kind.find(source, dict(config or {}))
+        variant = find(source, dict(config or {}))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"no model has these sizes: {error}") from error
     return replace(variant, official=is_official(state_dict))
-
-
-def _has(source: StateDict, key: str) -> bool:
-    """Whether a tensor has this name, in which * stands for a number."""
-    if "*" in key:
-        return any(re.fullmatch(key.replace(".", r"\.").replace("*", r"\d+"), name) for name in source)
-    return key in source
 
 
 def _vim(source: StateDict, config: dict[str, Any]) -> Variant:
     raise CheckpointError("this is a Vim checkpoint (mixers without MLPs), which cannot be converted yet")
 
 
-def _sizes(source: StateDict) -> dict[str, Any]:
-    """What a backbone of ARM and a pretraining model have in common: arguments by name."""
+def _sizes(source: StateDict, kind: str) -> tuple[dict[str, Any], int]:
+    """What a backbone of ARM and a pretraining model have in common: arguments by name, and the number of patches."""
     depth = len({name.split(".")[1] for name in source if name.startswith("blocks.") and name.count(".") > 1})
     states = next(value for name, value in source.items() if name.endswith(".mixer.A_log"))
     patches, table = source["patch_embed.proj.weight"], source["pos_embed"]
     if (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
+        shapes = f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
         raise CheckpointError(
-            "this is no ARM checkpoint: A_log, patch_embed.proj.weight and pos_embed have the shapes "
-            f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
+            f"this is no ARM checkpoint: A_log, patch_embed.proj.weight and pos_embed have the shapes {shapes}"
         )
     if depth > MAX_DEPTH:
         raise CheckpointError(f"no ARM has {depth} blocks; at most {MAX_DEPTH} are taken")
-    return {
-        "embed_dim": table.shape[2],
-        "depth": depth,
-        "d_state": states.shape[2],
-        "patch_size": _one_or_two(patches.shape[2:]),
-        "in_chans": patches.shape[1],
-    }
+    count, most = table.shape[1] - (kind == "backbone"), _MAX_PATCHES[kind]  # a backbone has a class token
+    if not 1 <= count <= most:
+        raise CheckpointError(f"a {kind} with {count} patches; from 1 to {most} are taken")
+    sizes = {"embed_dim": table.shape[2], "depth": depth, "d_state": states.shape[2]}
+    return {**sizes, "patch_size": _one_or_two(patches.shape[2:]), "in_chans": patches.shape[1]}, count
 
 
 def _one_or_two(size: Any) -> int | tuple[int, int]:
@@ -140,8 +114,7 @@ def _one_or_two(size: Any) -> int | tuple[int, int]:
 
 
 def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
-    sizes, patches = _sizes(source), source["pos_embed"].shape[1] - 1
-    _check_patches(patches, "backbone")
+    sizes, patches = _sizes(source, "backbone")
     ranked = _by_likeness(sizes, patches)
     known = {key: config[key] for key in ("img_size", "patch_stride") if config.get(key) is not None}
     alike = [entry for entry in ranked if (entry["patches"], entry["patch_size"]) == (patches, sizes["patch_size"])]
@@ -159,45 +132,30 @@ def _arm(source: StateDict, config: dict[str, Any]) -> Variant:
     return Variant(ranked[0]["name"], arguments, len(source.get("head.weight", ())))
 
 
-def _check_patches(patches: int, kind: str) -> None:
-    if not 1 <= patches <= _MAX_PATCHES[kind]:
-        raise CheckpointError(f"a {kind} with {patches} patches; from 1 to {_MAX_PATCHES[kind]} are taken")
-
-
 def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, int]:
     """Image size of a square grid without overlap."""
     side = math.isqrt(patches)
     if side * side != patches:
-        raise CheckpointError(
-            f"{patches} patches are no square grid, and nothing says how many rows they have; put the config.json "
-            "of the training beside the file"
-        )
-    height, width = to_2tuple(patch_size)
-    return _one_or_two((side * height, side * width))
-
-
-def _grid(img_size: Any, patch_size: Any, patch_stride: Any) -> list[int]:
-    sides = zip(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_stride), strict=True)
-    return [(side - patch) // stride + 1 for side, patch, stride in sides]
+        problem = f"{patches} patches are no square grid, and nothing says how many rows they have"
+        raise CheckpointError(f"{problem}; put the config.json of the training beside the file")
+    return _one_or_two([side * each for each in to_2tuple(patch_size)])
 
 
 def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int) -> None:
-    grid = _grid(img_size, patch_size, patch_stride)
-    if math.prod(grid) != patches:
+    rows, columns = grid_of(img_size, patch_size, patch_stride)
+    if rows * columns != patches:
+        said = f"the config.json says img_size {img_size}, which are {rows}x{columns} patches"
         raise CheckpointError(
-            f"the config.json says img_size {img_size}, which are {grid[0]}x{grid[1]} patches, but the position "
-            f"embeddings are for {patches}; the two files do not belong together"
+            f"{said}, but the position embeddings are for {patches}; the two files do not belong together"
         )
 
 
 def _arm_pretraining(source: StateDict, config: dict[str, Any]) -> Variant:
-    sizes, table = _sizes(source), source["pos_embed"]
+    sizes, patches = _sizes(source, "pretraining model")
     decoder_blocks = {name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}
     if not 0 < len(decoder_blocks) <= MAX_DEPTH:
         raise CheckpointError(f"no decoder has {len(decoder_blocks)} blocks; from 1 to {MAX_DEPTH} are taken")
-    patches, patch = table.shape[1], to_2tuple(sizes["patch_size"])
-    _check_patches(patches, "pretraining model")
-    grid = sincos_grid(table)
+    patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
     mask = source.get("mask")  # which the official model saves; it leaves one cluster out
     side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
     arguments = {
@@ -222,7 +180,7 @@ def _sizes_of_entries() -> dict[str, dict[str, Any]]:
             sizes = architecture.sizes(name)
             sizes["patch_stride"] = sizes["patch_stride"] or sizes["patch_size"]
             sizes["img_size"] = _one_or_two(sizes["img_size"])
-            patches = math.prod(_grid(sizes["img_size"], sizes["patch_size"], sizes["patch_stride"]))
+            patches = math.prod(grid_of(sizes["img_size"], sizes["patch_size"], sizes["patch_stride"]))
             entries[name] = {**sizes, "name": name, "patches": patches}
     return entries
 
@@ -243,27 +201,20 @@ def _different(arguments: dict[str, Any], entry: dict[str, Any]) -> dict[str, An
     return {key: value for key, value in arguments.items() if value != entry[key]}
 
 
-class Kind(NamedTuple):
-    """Models whose checkpoints all have tensors of these names (* for a number), and what reads their shapes."""
-
-    keys: tuple[str, ...]
-    find: Callable[[StateDict, dict[str, Any]], Variant]
-
-
 _ARM_KEYS = ("patch_embed.proj.weight", "pos_embed", "blocks.*.mixer.A_log", "blocks.*.mlp.fc1.weight")
-KINDS = (  # the first that fits counts
-    Kind(("blocks.*.mixer.conv1d_b.weight",), _vim),
-    Kind((*_ARM_KEYS, "query_token", "decoder_blocks.*.norm_query.weight"), _arm_pretraining),
-    Kind(_ARM_KEYS, _arm),
-    Kind(("blocks.*.mixer.A_log",), _vim),
-)
+# Names of tensors (* for a number) that all checkpoints of a kind have -> what reads their shapes; the first counts.
+_FINDERS: dict[tuple[str, ...], Callable[[StateDict, dict[str, Any]], Variant]] = {
+    ("blocks.*.mixer.conv1d_b.weight",): _vim,
+    (*_ARM_KEYS, "query_token", "decoder_blocks.*.norm_query.weight"): _arm_pretraining,
+    _ARM_KEYS: _arm,
+    ("blocks.*.mixer.A_log",): _vim,
+}
 
 
 def describe(variant: Variant, model: nn.Module) -> str:
     """One line for people: what was found."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    embed: Any = model.patch_embed
-    height, width = embed.img_size
+    height, width = cast(Any, model.patch_embed).img_size
     phase = "pretraining model" if variant.pretraining else "backbone"
     head = f", {variant.num_classes} classes" if variant.num_classes else ""
     return f"{variant.architecture} ({phase}, {count / 1e6:.1f} M parameters, {height}x{width} pixels{head})"

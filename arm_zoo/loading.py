@@ -4,32 +4,17 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import timm
 import torch
-from timm.models import (
-    PretrainedCfg,
-    get_arch_pretrained_cfgs,
-    get_pretrained_cfg,
-    list_models,
-    resolve_pretrained_cfg,
-    split_model_name_tag,
-)
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, split_model_name_tag
 
-from arm_zoo.files import (
-    CONFIG,
-    PICKLED_WEIGHTS,
-    WEIGHTS,
-    CheckpointError,
-    StateDict,
-    described_by_folder,
-    read_config,
-    weights_in,
-)
+from arm_zoo import files
+from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
 from arm_zoo.identify import MAX_DEPTH, find_variant
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.models.arm import ARM
@@ -50,19 +35,12 @@ _MAX_CLASSES = 1_000_000  # more are a damaged file, and a head for them would t
 
 
 class Loaded(NamedTuple):
-    """A model with its weights.
-
-    Attributes:
-        model: in training mode, like what `timm.create_model` gives.
-        file: that the weights were read from; None where timm does not say.
-        source: what tables call the weights: a repository, a URL, or the name of a file or folder, not where it lies.
-        config: what the config.json beside the weights says; empty where there is none.
-    """
+    """A model with its weights, in training mode, like what `timm.create_model` gives."""
 
     model: Any  # an nn.Module whose attributes type checkers do not know
-    file: Path | None
-    source: str
-    config: dict[str, Any]
+    file: Path | None  # that the weights were read from; None where timm does not say
+    source: str  # what tables call the weights: a repository, a URL, or the name of a file or folder
+    config: dict[str, Any]  # what the config.json beside the weights says; empty where there is none
 
 
 def load(
@@ -77,21 +55,13 @@ def load(
 ) -> Loaded:
     """A model of ours or of timm with its weights, never with weights drawn at random.
 
+    See `from_pretrained` for the other arguments and what is raised.
+
     Args:
         name: an entry of ours or timm's, or what names its model itself: "hf-hub:ORG/NAME@REVISION", a folder with
             config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models.
         weights: a file, a folder or "hf-hub:..." in place of the entry's own weights. A bare file's classes count, and
             of our models its channels; without a head in the file the model has none.
-        as_backbone: make a backbone also of a pretraining model, for finetuning or features.
-        revision: branch, tag or commit of the repository.
-        cache_dir: instead of the default cache of huggingface_hub.
-        token: see `huggingface_hub.hf_hub_download`.
-        kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
-
-    Raises:
-        CheckpointError: if the weights are not hosted, cannot be fetched or read, or are another model's.
-        FileNotFoundError: if there is no such file or folder.
-        ValueError: for an unknown name, and for a folder of another model than `name`.
     """
     return _Loader(as_backbone, revision, cache_dir, token, kwargs).load(name, weights)
 
@@ -111,7 +81,11 @@ def from_pretrained(
         source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
             "hf-hub:ORG/NAME@REVISION"), a folder with config.json and model.safetensors or pytorch_model.bin
             ("local-dir:FOLDER" too), or a .safetensors or .pth file of this project, the authors or timm's scripts.
-        as_backbone: see `load`; revision, cache_dir, token and kwargs likewise.
+        as_backbone: make a backbone also of a pretraining model, for finetuning or features.
+        revision: branch, tag or commit of the repository.
+        cache_dir: instead of the default cache of huggingface_hub.
+        token: see `huggingface_hub.hf_hub_download`.
+        kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
 
     Returns:
         `ARM` or `ARMPretrain`, in training mode like what timm.create_model gives; `.eval()` is the caller's.
@@ -144,9 +118,8 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     saved = cfg.get("label_names") or ()
     pairs = saved.items() if isinstance(saved, Mapping) else enumerate(saved)
     names = {str(index): str(name) for index, name in pairs}
-    indices = [str(index) for index in range(len(names))]
-    named = len(names) == num_classes and names.keys() == set(indices)
-    if not named or all(name == f"LABEL_{index}" for index, name in names.items()):
+    indices = list(map(str, range(num_classes)))
+    if names.keys() != set(indices) or all(name == f"LABEL_{index}" for index, name in names.items()):
         return ()
     return tuple(names[index] for index in indices)
 
@@ -159,7 +132,7 @@ def entries() -> set[str]:
 
 def list_entries() -> set[str]:
     """Names of all models that timm knows, ours among them, with and without tags."""
-    return {*list_models(), *list_models(include_tags=True)}
+    return {*timm.list_models(), *timm.list_models(include_tags=True)}
 
 
 def architecture_of(name: str) -> str:
@@ -177,13 +150,13 @@ def entry_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Loader:
-    """One call of `load` or `from_pretrained`: what was asked for beside the names."""
+    """What `load` or `from_pretrained` is asked for beside the names."""
 
     as_backbone: bool
     revision: str | None
     cache_dir: str | Path | None
     token: str | bool | None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any]
     timms_too: bool = True
 
     def load(self, name: str | Path, weights: str | Path | None = None) -> Loaded:
@@ -198,17 +171,15 @@ class _Loader:
             if repository is None:
                 return self.from_timm(source)
             return self.from_hub(repository, None)._replace(source=repository)
-        if scheme == "local-dir" or path.is_dir() or (path.is_file() and described_by_folder(path)):
+        if scheme == "local-dir" or path.is_dir() or (path.is_file() and files.described_by_folder(path)):
             folder = path.parent if path.is_file() else path
             return self.from_folder(folder, wanted)._replace(source=path.resolve().name)
         if path.is_file():
             model = self.from_file(path) if wanted is None else self.from_named_file(wanted, path)
             return Loaded(model, path, path.name, {})
         if weights is not None or path.suffix or "/" in source:
-            raise FileNotFoundError(
-                f"no checkpoint at {source}; name an entry (`python -m arm_zoo list`), a folder, a file or "
-                "hf-hub:ORG/NAME"
-            )
+            allowed = "an entry (`python -m arm_zoo list`), a folder, a file or hf-hub:ORG/NAME"
+            raise FileNotFoundError(f"no checkpoint at {source}; name {allowed}")
         raise unknown_model(source, known)
 
     def from_timm(self, name: str) -> Loaded:
@@ -217,15 +188,14 @@ class _Loader:
         cfg = getattr(model, "pretrained_cfg", {})
         if cfg.get("file"):
             return Loaded(model, Path(cfg["file"]), Path(cfg["file"]).resolve().name, {})
-        if cfg.get("hf_hub_id"):
+        if source := cfg.get("hf_hub_id"):
             from huggingface_hub import try_to_load_from_cache
 
-            repo, _, revision = str(cfg["hf_hub_id"]).partition("@")
+            repo, _, revision = source.partition("@")
             names = filter(None, (cfg.get("hf_hub_filename"), WEIGHTS, PICKLED_WEIGHTS))
             cached = (try_to_load_from_cache(repo, each, self.cache_dir, revision or None) for each in names)
-            found = next((Path(each) for each in cached if isinstance(each, str)), None)
-            return Loaded(model, found, str(cfg["hf_hub_id"]), {})
-        url = str(cfg.get("url") or "")
+            return Loaded(model, next((Path(each) for each in cached if isinstance(each, str)), None), source, {})
+        url = cfg.get("url") or ""
         file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
         return Loaded(model, file if file.is_file() else None, url, {})
 
@@ -233,17 +203,17 @@ class _Loader:
         """From the cache's folder with a repository's configuration and weights of one and the same commit."""
         name, _, at = repo.partition("@")
         revision = self.revision or at or None
-        file = download(name, CONFIG, revision, self.cache_dir, self.token)
-        config = read_config(file.parent)
+        folder = download(name, CONFIG, revision, self.cache_dir, self.token).parent
+        config = files.read_config(folder)
         if self.is_timms(config):
             _check_architecture(config, wanted, repo)
             at = f"@{revision}" if revision else ""
             return self.from_timm(f"hf-hub:{name}{at}")._replace(config=config)
         sha256 = known_sha256(name, revision)
-        weights = download(name, WEIGHTS, file.parent.name, self.cache_dir, self.token, sha256)
-        if weights.parent != file.parent:
-            raise CheckpointError(f"{file.parent} and {weights.parent} should be one folder of the cache; load again")
-        return self.from_folder(file.parent, wanted)
+        weights = download(name, WEIGHTS, folder.name, self.cache_dir, self.token, sha256)
+        if weights.parent != folder:
+            raise CheckpointError(f"{folder} and {weights.parent} should be one folder of the cache; load again")
+        return self.from_folder(folder, wanted)
 
     def is_timms(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is of a model of timm's own, where those are taken."""
@@ -252,18 +222,18 @@ class _Loader:
         return self.timms_too and not ours and isinstance(name, str) and timm.is_model(name)
 
     def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
-        config = read_config(folder)
+        config = files.read_config(folder)
         own, name = config.get("pretraining_model"), f"local-dir:{folder}"
         if self.is_timms(config):
             _check_architecture(config, wanted, folder)
-            found = [file for file in (folder / WEIGHTS, folder / PICKLED_WEIGHTS) if file.is_file()]
-            return self.from_timm(name)._replace(file=found[0] if found else None, config=config)
-        file = weights_in(folder)
+            found = next(filter(Path.is_file, (folder / WEIGHTS, folder / PICKLED_WEIGHTS)), None)
+            return self.from_timm(name)._replace(file=found, config=config)
+        file = files.weights_in(folder)
         if own is not None and not self.as_backbone:
             objective = config.get("objective", DEFAULT_OBJECTIVE)
             if objective not in [*OBJECTIVES]:
-                allowed = f"expected one of {', '.join(OBJECTIVES)}"
-                raise CheckpointError(f"{folder / CONFIG} names the objective {_short(objective)}; {allowed}")
+                said = f"{folder / CONFIG} names the objective {_short(objective)}"
+                raise CheckpointError(f"{said}; expected one of {', '.join(OBJECTIVES)}")
             model_class = OBJECTIVES[objective].model_class
             _check_table(own, get_type_hints(model_class.__init__), "pretraining_model", folder)
             tensors = read_checkpoint(file)
@@ -272,10 +242,9 @@ class _Loader:
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
             return Loaded(self.from_file(file), file, "", config)
         if config.get("architecture") not in [*entries()]:
-            raise CheckpointError(
-                f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}, which is no model of "
-                f"arm_zoo; timm.create_model('{name}', pretrained=True) takes timm's own"
-            )
+            said = f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}"
+            advice = f"timm.create_model('{name}', pretrained=True) takes timm's own"
+            raise CheckpointError(f"{said}, which is no model of arm_zoo; {advice}")
         _check_architecture(config, wanted, folder)
         backbone_class = ARCHITECTURES[architecture_of(config["architecture"])].model_class
         _check_table(config.get("model_args", {}), get_type_hints(backbone_class.__init__), "model_args", folder)
@@ -302,7 +271,7 @@ class _Loader:
     def from_named_file(self, name: str, file: Path) -> Any:
         """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
         tensors = read_checkpoint(file)
-        cfg = resolve_pretrained_cfg(architecture_of(name))
+        cfg = timm.models.resolve_pretrained_cfg(architecture_of(name))
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)
             model.load_state_dict(tensors)
@@ -310,27 +279,21 @@ class _Loader:
         classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
         head, stem = tensors.get(f"{classifier}.weight"), tensors.get(f"{cfg.first_conv}.weight")
         classes = 0 if head is None else len(head)
-        overlay: dict[str, Any] = {"file": str(file), "state_dict": tensors, "num_classes": classes}
-        overlay |= {"hf_hub_id": None, "url": ""}
+        overlay = {"file": str(file), "state_dict": tensors, "num_classes": classes, "hf_hub_id": None, "url": ""}
         sizes = {"num_classes": classes - (cfg.label_offset or 0) if classes else 0}
         if name in entries() and stem is not None:
             sizes["in_chans"] = stem.shape[1]
             overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
-        arguments = {**sizes, **self.kwargs}
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{**sizes, **self.kwargs})
         model.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of all tensors there
         return model
 
-    def pretraining_model(
-        self, objective: str, saved: Mapping[str, Any], file: Path, tensors: StateDict
-    ) -> ARMPretrain:
+    def pretraining_model(self, objective: str, saved: Mapping[str, Any], file: Path, tensors: StateDict) -> Any:
         model_class = OBJECTIVES[objective].model_class
         allowed = inspect.signature(model_class).parameters
         if unknown := sorted(set(self.kwargs) - set(allowed)):
-            raise TypeError(
-                f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}; it takes "
-                f"{', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it"
-            )
+            said = f"{file} is of a pretraining model: unknown keyword {', '.join(unknown)}"
+            raise TypeError(f"{said}; it takes {', '.join(sorted(allowed))}; as_backbone=True makes a backbone of it")
         try:
             model = model_class(**{**saved, **self.kwargs})
         except (TypeError, ValueError) as error:
@@ -353,12 +316,11 @@ def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) 
     if unknown:
         raise CheckpointError(f"{folder / CONFIG}: {name} has {', '.join(unknown)}; expected {', '.join(allowed)}")
     for key, value in table.items():
-        wanted = types[key].__name__ if isinstance(types[key], type) else str(types[key])
         most = MAX_DEPTH if key.endswith("depth") else _MAX_CLASSES if key == "num_classes" else None
-        if most is not None:
-            wanted = f"at most {most}"
-        if not _is_a(value, types[key]) or (most is not None and value is not None and value > most):
-            raise CheckpointError(f"{folder / CONFIG}: {name} has {key}={_short(value)}; expected {wanted}")
+        if not _is_a(value, types[key]) or (most and value and value > most):
+            expected = types[key].__name__ if isinstance(types[key], type) else str(types[key])
+            expected = f"at most {most}" if most else expected
+            raise CheckpointError(f"{folder / CONFIG}: {name} has {key}={_short(value)}; expected {expected}")
 
 
 def _short(value: Any) -> str:
@@ -383,26 +345,23 @@ def _is_a(value: Any, wanted: Any) -> bool:
     return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
 
 
-def _check_description(
-    file: Path, tensors: StateDict, build: Callable[..., Any], arguments: Mapping[str, Any]
-) -> None:
+def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Compare what config.json describes with the weights beside it before memory is taken for it.
 
     The model is built on the meta device, where it costs nothing, and without the arguments of the caller.
     """
-    config, shapes = file.parent / CONFIG, {name: value.to("meta") for name, value in tensors.items()}
+    config = file.parent / CONFIG
     try:
         model = build(**arguments, device="meta")
-        adapt_state_dict(shapes, model, timm_adapts=False)
+        adapt_state_dict({name: value.to("meta") for name, value in tensors.items()}, model, timm_adapts=False)
     except CheckpointError:
         raise
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
-    patches = model.patch_embed.num_patches
-    rows = shapes["pos_embed"].shape[1:2] if "pos_embed" in shapes else ()
+    patches, rows = model.patch_embed.num_patches, tensors["pos_embed"].shape[1:2]
     if rows and rows[0] not in (patches, patches + 1):
+        said = f"{config} describes {patches} patches, but {file.name} beside it"
         raise CheckpointError(
-            f"{config} describes {patches} patches, but {file.name} beside it has position embeddings for {rows[0]} "
-            "tokens: the two files do not belong together"
+            f"{said} has position embeddings for {rows[0]} tokens: the two files do not belong together"
         )

@@ -81,7 +81,7 @@ def survey(config: FinetuneConfig) -> Survey:
         return _survey_opened(config)
     [folder] = located.splits["train"]
     class_folders.cache_clear()
-    classes = {name: len(paths) for name, paths in class_folders(folder).images.items()}  # kept until they are opened
+    classes = {name: len(paths) for name, paths in class_folders(folder)[0].items()}  # kept until they are opened
     images = list(classes.values())
     fraction = validation_fraction(data.validation, located.has_validation, labels_needed=True)
     if sum(images) == 0:

@@ -11,29 +11,20 @@ def expand_braces(pattern: str) -> list[str]:
     opening = pattern.find("{")
     if opening < 0:
         return [pattern]
-    before, closing, commas = pattern[:opening], *_extent(pattern, opening)
-    if closing is None:
-        return [before + "{" + after for after in expand_braces(pattern[opening + 1 :])]
-    inside = pattern[opening + 1 : closing]
-    if commas:
-        ends = [opening, *commas, closing]
-        parts = [pattern[first + 1 : last] for first, last in pairwise(ends)]
-        choices = [choice for part in parts for choice in expand_braces(part)]
-    else:
-        choices = _range(inside) or ["{" + choice + "}" for choice in expand_braces(inside)]
-    return [before + choice + after for choice, after in product(choices, expand_braces(pattern[closing + 1 :]))]
-
-
-def _extent(pattern: str, opening: int) -> tuple[int | None, list[int]]:
-    """Places of the brace that closes this one, None if there is none, and of the commas between the two."""
-    depth, commas = 0, list[int]()
+    before, depth, ends = pattern[:opening], 0, [opening]  # of the parts between this brace and its closing one
     for place in range(opening, len(pattern)):
         depth += {"{": 1, "}": -1}.get(pattern[place], 0)
+        if depth == 0 or (depth == 1 and pattern[place] == ","):
+            ends.append(place)
         if depth == 0:
-            return place, commas
-        if depth == 1 and pattern[place] == ",":
-            commas.append(place)
-    return None, []
+            break
+    else:
+        return [before + "{" + after for after in expand_braces(pattern[opening + 1 :])]
+    parts = [pattern[first + 1 : last] for first, last in pairwise(ends)]
+    choices = [choice for part in parts for choice in expand_braces(part)]
+    if len(parts) == 1:
+        choices = _range(parts[0]) or ["{" + choice + "}" for choice in choices]
+    return [before + choice + after for choice, after in product(choices, expand_braces(pattern[ends[-1] + 1 :]))]
 
 
 def _range(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Which columns of a data set hold image and class, as the library `datasets` declares them.
 
-A dot leads into a column of mappings, as in `json.label`. `datasets` and pyarrow come with the extras train and eval.
+A dot leads into a column of mappings, as in `json.label`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,9 +42,7 @@ class Columns(NamedTuple):
     name: str | None = None
 
 
-def find_columns(
-    features: Mapping[str, Any] | None, choices: Choices, where: str, labels_needed: bool = True
-) -> Columns:
+def find_columns(features: Mapping[str, Any] | None, choices: Choices, where: str, labels_needed: bool) -> Columns:
     """The columns that the user chooses, or the only ones that can be meant; else raises `SourceError`."""
     if features is None:
         raise SourceError(f"{where} does not tell its columns; leave out data.streaming")
@@ -53,9 +51,8 @@ def find_columns(
         images = [*(name for name in IMAGE_NAMES if name in features), *images][:1]
     image = _choose("image_column", choices, images, list(features), where)
     if not (_holds_images(features[image]) or getattr(features[image], "dtype", None) in STRINGS):
-        raise SourceError(
-            f"the column {image!r} of {where} holds {features[image]}; allowed: images, their bytes, or their paths"
-        )
+        held = f"the column {image!r} of {where} holds {features[image]}"
+        raise SourceError(f"{held}; allowed: images, their bytes, or their paths")
     if not labels_needed:
         return Columns(image, None)
     paths = {path: feature for path, feature in leaves(features).items() if path.partition(".")[0] != image}
@@ -68,14 +65,10 @@ def find_columns(
 def _choose(key: str, choices: Choices, likely: Sequence[str], columns: Sequence[str], where: str) -> str:
     """The column that is wanted, else the only likely one."""
     wanted: str | None = getattr(choices, key)
-    if wanted is not None:
-        if wanted not in columns:
-            raise SourceError(
-                f"{choices.typed(key, wanted)} is no column of {where}; allowed: {listed(columns, 20)}"
-            )
-        return wanted
-    if len(likely) == 1:
-        return likely[0]
+    if wanted is not None and wanted not in columns:
+        raise SourceError(f"{choices.typed(key, wanted)} is no column of {where}; allowed: {listed(columns, 20)}")
+    if wanted is not None or len(likely) == 1:
+        return likely[0] if wanted is None else wanted
     problem = f"could be any of {listed(likely)}" if likely else f"is none of {listed(columns, 20)}"
     raise SourceError(f"the {key.replace('_', ' ')} of {where} {problem}; say which with {choices.typed(key)}")
 

@@ -12,19 +12,12 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["MAX_PIXELS", "UndecodableImage", "decode_image"]
-
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte in RGB
 _WHITE_16_BIT = 65535
 
 
 class UndecodableImage(ValueError):
-    """An image file that is damaged, cut off, no image at all, or larger than the limit.
-
-    Args:
-        name: the file, or the file and row that it stands in.
-        cause: what is wrong with it.
-    """
+    """An image file that is damaged, cut off, no image at all, or larger than the limit."""
 
     def __init__(self, name: str, cause: str) -> None:
         super().__init__(name, cause)  # both, so that the error can be pickled on its way out of a worker
@@ -35,16 +28,9 @@ class UndecodableImage(ValueError):
 
 
 def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image: upright, in 8 bits per channel, transparent parts on white.
+    """Decode an image, its bytes or its path: upright, in 8 bits per channel, transparent parts on white.
 
-    Args:
-        encoded: the file's bytes, or its path.
-        name: for the error.
-        mode: "RGB", or "L" for grey.
-        max_pixels: larger images are refused before memory is taken for them.
-
-    Raises:
-        UndecodableImage: whatever the decoder says, and for images that are too large.
+    `mode` is "RGB", or "L" for grey. Images that are too large are refused before memory is taken for them.
     """
     try:
         with _limited_to(max_pixels), Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded)) as file:
@@ -83,26 +69,14 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """Any of Pillow's modes as `mode`, where its own conversion would clip 16 bits or uncover what is transparent."""
-    if image.mode == mode:
-        return image if "transparency" not in image.info else _on_white(image.convert("RGBA")).convert(mode)
-    if image.mode.startswith("I"):
-        return _from_16_bit(image).convert(mode)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow also holds in 32-bit integers
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > _WHITE_16_BIT:
+            raise ValueError(f"pixels from {values.min()} to {values.max()}; allowed: up to 16 bits")
+        return Image.fromarray(np.round(values * (255 / _WHITE_16_BIT)).astype(np.uint8)).convert(mode)
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose white is unknown")
     if image.has_transparency_data:
-        return _on_white(image.convert("RGBA")).convert(mode)
-    return image.convert(mode)
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow also holds in 32-bit integers, as 8-bit grey."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > _WHITE_16_BIT:
-        raise ValueError(f"pixels from {values.min()} to {values.max()}; allowed: up to 16 bits")
-    return Image.fromarray(np.round(values * (255 / _WHITE_16_BIT)).astype(np.uint8))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGBA on a white ground."""
-    ground = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(ground, image).convert("RGB")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == mode else image.convert(mode)

@@ -1,4 +1,4 @@
-"""Data sets of the Hub. The library `datasets` comes with the extras train and eval."""
+"""Data sets of the Hub."""
 
 import sys
 from collections.abc import Sequence
@@ -23,13 +23,11 @@ def load_from_hub(name: str, in_sequence: bool) -> dict[str, datasets.Dataset | 
         raise SourceError(_problem(name, error)) from error
     splits: dict[str, datasets.Dataset | datasets.IterableDataset] = {}
     for split, data in loaded.items():
-        word = split_of(str(split))
-        if word is not None:
+        if word := split_of(str(split)):
             splits.setdefault(word, data)
     if not splits:
-        raise SourceError(
-            f"hf://{name} has the splits {', '.join(map(str, loaded))}; none is called train, val or test"
-        )
+        names = ", ".join(map(str, loaded))
+        raise SourceError(f"hf://{name} has the splits {names}; none is called train, val or test")
     return splits
 
 
@@ -58,12 +56,9 @@ def load_split_from_hub(name: str, revision: str | None, split: str | None) -> d
 
 def split_to_score(splits: Sequence[str], name: str) -> str:
     """The only split, or the first one that training would validate with."""
-    if len(splits) == 1:
-        return splits[0]
     of_word = {split_of(split): split for split in reversed(splits)}
-    for word in ("val", "test"):
-        if word in of_word:
-            return of_word[word]
+    if len(splits) == 1 or "val" in of_word or "test" in of_word:
+        return of_word.get("val") or of_word.get("test") or splits[0]
     raise SourceError(f"{name} has the splits {', '.join(splits)}; name the one to score: {name}:{splits[0]}")
 
 
@@ -71,8 +66,6 @@ def _problem(name: str, error: Exception) -> str:
     """Why a data set did not come from the Hub, and what to do."""
     here = f"there is no file or folder {name!r} here, and"
     if datasets.config.HF_HUB_OFFLINE:
-        return (
-            f"{here} the Hub is switched off (HF_HUB_OFFLINE=1) while hf://{name} is not in the cache; unset "
-            "HF_HUB_OFFLINE, load it once where there is a network, or name files that are here"
-        )
+        advice = "unset HF_HUB_OFFLINE, load it once where there is a network, or name files that are here"
+        return f"{here} the Hub is switched off (HF_HUB_OFFLINE=1) while hf://{name} is not in the cache; {advice}"
     return f"{here} hf://{name} did not come from the Hub: {type(error).__name__}: {error}"

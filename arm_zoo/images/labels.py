@@ -1,9 +1,5 @@
-"""What the classes of labelled images are: their names, their order, and which labels are none of them.
+"""What the classes of labelled images are: their names, their order, and which labels are none of them."""
 
-`datasets` and pyarrow come with the extras train and eval.
-"""
-
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,69 +40,45 @@ class Labels:
 
 
 def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count: int | None, where: str) -> Labels:
-    """The classes of a split, from the declaration of its label column and from all that stands in it.
+    """The classes of a split, called `where`, from the declaration of its label column and from all that stands in it.
 
-    Args:
-        feature: the declaration.
-        values: what stands in it; None for a stream that tells it row by row.
-        column: its name.
-        count: the number of classes, if that is given.
-        where: the split's name.
-
-    Raises:
-        SourceError: if the column holds no classes, if labels are none of them, or if their number is not to be known
-            or not `count`.
+    `values` is None for a stream that tells them row by row, `count` the number of classes, if that is given.
     """
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-    declared = isinstance(feature, datasets.ClassLabel)
-    if not (declared or dtype in STRINGS or "int" in dtype):
-        raise SourceError(
-            f"the column {column!r} of {where} holds {feature}; allowed: class labels, integers, strings"
-        )
-    if values is None and not declared and (dtype in STRINGS or count is None):
-        raise SourceError(
-            f"the stream {where} does not tell its classes; allowed: data.num_classes=N with integer labels, a column "
-            "of ClassLabel, or no data.streaming"
-        )
+    declared, by_name = isinstance(feature, datasets.ClassLabel), dtype in STRINGS
+    if not (declared or by_name or "int" in dtype):
+        allowed = "class labels, integers, strings"
+        raise SourceError(f"the column {column!r} of {where} holds {feature}; allowed: {allowed}")
+    if values is None and not declared and (by_name or count is None):
+        allowed = "data.num_classes=N with integer labels, a column of ClassLabel, or no data.streaming"
+        raise SourceError(f"the stream {where} does not tell its classes; allowed: {allowed}")
     found = None if values is None else counted(values)
     if declared:
         raw = {number: class_name(name) for number, name in enumerate(feature.names)}
-        _refuse_twins(raw, where)
-    elif dtype in STRINGS:
+        first = {name: number for number, name in reversed(raw.items())}
+        for number, name in raw.items():
+            if first[name] != number:
+                raise SourceError(f"{where} has two classes that are called {name!r}, {first[name]} and {number}")
+    elif by_name:
         raw = {label: class_name(label) for label in found or () if label}
     else:
-        most = _count_of_numbers(found or {}, where) if count is None else count
-        raw = {number: str(number) for number in range(most)}
-    rows = None if found is None else _rows_of_classes(found, raw, dtype in STRINGS, where)
-    names = natural_order(set(raw.values())) if dtype in STRINGS else raw.values()
+        highest: int = max((label for label in found or () if label is not None), default=-1)
+        if count is None and highest >= MOST_CLASSES:
+            allowed = f"whole numbers below {MOST_CLASSES:,}"
+            hint = "If these are no classes, name another label column; if they are, write them as strings"
+            raise SourceError(f"{where} has the label {highest}; allowed: {allowed}. {hint}")
+        raw = {number: str(number) for number in range(highest + 1 if count is None else count)}
+    rows = None if found is None else _rows_of_classes(found, raw, by_name, where)
+    names = natural_order(set(raw.values())) if by_name else raw.values()
     if count not in (None, len(names)):
         raise SourceError(f"{where} has {len(names)} classes, but data.num_classes is {count}")
-    return Labels(tuple(names), raw, rows, numbered=not declared and dtype not in STRINGS)
+    return Labels(tuple(names), raw, rows, numbered=not declared and not by_name)
 
 
 def counted(values: pa.ChunkedArray) -> dict[Any, int]:
     """What stands in a column -> how often."""
     counts = pc.value_counts(values)
     return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
-
-
-def _refuse_twins(raw: Mapping[int, str], where: str) -> None:
-    """Refuse declared classes of one name."""
-    numbers: dict[str, int] = {}
-    for number, name in raw.items():
-        if numbers.setdefault(name, number) != number:
-            raise SourceError(f"{where} has two classes that are called {name!r}, {numbers[name]} and {number}")
-
-
-def _count_of_numbers(found: Mapping[Any, int], where: str) -> int:
-    """The number of classes whose labels are integers: up to the largest one."""
-    count: int = max((label for label in found if label is not None), default=-1) + 1
-    if count > MOST_CLASSES:
-        raise SourceError(
-            f"{where} has the label {count - 1}; allowed: whole numbers below {MOST_CLASSES:,}. If these are no "
-            "classes, name another label column; if they are, write them as strings"
-        )
-    return count
 
 
 def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: bool, where: str) -> dict[str, int]:
@@ -120,10 +92,10 @@ def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: 
             f"{sum(wrong.values())} of the {sum(found.values())} labels of {where} are none of its classes: "
             f"{listed(values)}; allowed: {allowed}{hint}"
         )
-    rows: Counter[str] = Counter()
+    rows = dict.fromkeys((raw[label] for label in found), 0)
     for label, number in found.items():
         rows[raw[label]] += number
-    return dict(rows)
+    return rows
 
 
 def of_rows(count: int) -> str:

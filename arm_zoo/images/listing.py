@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import filterfalse
 from pathlib import Path
-from typing import NamedTuple
 
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2",
@@ -15,18 +14,10 @@ IMAGE_ENDINGS = (
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
-_NAMED = 3  # files in a note
 
 
 class SourceError(ValueError):
     """A source of images that is missing, empty, unclear, or does not fit its use."""
-
-
-class ClassFolders(NamedTuple):
-    """The images of a folder of class folders, and the visible files in these that are none."""
-
-    images: dict[str, list[str]]  # class name -> paths, both in natural order
-    others: list[str]  # paths
 
 
 def is_image(path: str) -> bool:
@@ -35,18 +26,17 @@ def is_image(path: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
-def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sorts as timm's `natural_key` (2 before 10, case ignored), and names that tie there (A, a; 1, 01) by themselves.
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sorted as by timm's `natural_key` (2 before 10, case ignored), names that tie there (A, a; 1, 01) by themselves.
 
     Without the tie-break the order would be that of the disk, another one on each machine.
     """
-    parts = re.split(r"(\d+)", name.lower())  # digits in every second place
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
+    def key(name: str) -> tuple[list[str | int], str]:
+        parts = re.split(r"(\d+)", name.lower())  # digits in every second place
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
-def natural_order(names: Iterable[str]) -> list[str]:
-    """The names sorted by `natural_key`."""
-    return sorted(names, key=natural_key)
+    return sorted(names, key=key)
 
 
 def printable(path: str | bytes) -> str:
@@ -133,30 +123,29 @@ def has_images(folder: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def class_folders(folder: str) -> ClassFolders:
-    """What lies in the folders of a folder, each of which is a class, also one without images, whatever lies below it.
+def class_folders(folder: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The images of each class, both in natural order, and the visible files beside them that are none, by path.
 
+    Every folder of `folder` is a class, also one without images, whatever lies below it.
     Names are those of `class_name`. The last answer is kept, so that images counted at the start of a run need not be
     found again; `class_folders.cache_clear()` forgets it.
-
-    Raises:
-        SourceError: if two folders have one name in that form, or if a name is no text at all.
     """
-    found = ClassFolders({}, [])
+    images: dict[str, list[str]] = {}
+    others: list[str] = []
     for path in subfolders(folder):
         name = class_name(os.path.basename(path))
-        if name in found.images:
+        if name in images:
             raise SourceError(f"{folder!r} holds two class folders whose names are both written {name!r}; rename one")
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {os.fsencode(path)!r} is not UTF-8; rename the folder")
         files = list(files_below(path))
-        found.images[name] = natural_order(filter(is_image, files))
-        found.others.extend(filterfalse(is_image, files))
-    return found
+        images[name] = natural_order(filter(is_image, files))
+        others.extend(filterfalse(is_image, files))
+    return images, others
 
 
 def left_out(files: Iterable[str]) -> str:
     """A note on files that are no images, which names the first of them; "" if there are none."""
     names = sorted(map(printable, files))
-    more = ", ..." if len(names) > _NAMED else ""
-    return f"files left out as no images ({len(names)}): {', '.join(names[:_NAMED])}{more}" if names else ""
+    more = ", ..." if len(names) > 3 else ""
+    return f"files left out as no images ({len(names)}): {', '.join(names[:3])}{more}" if names else ""

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Literal
 
 from arm_zoo.images.braces import expand_braces
@@ -50,12 +49,7 @@ class Located:
 def locate(name: str, one_split: bool = False) -> Located:
     """Find out what a source is.
 
-    Args:
-        name: as `data.source` or `data.validation` of the recipes, or the path of a `custom` set of `eval`, says.
-        one_split: the source is named for one split, so that subfolders called like splits may be its classes.
-
-    Raises:
-        SourceError: if it is not there, empty, or could be read in two ways.
+    `one_split` says that it is named for one split, so that subfolders called like splits may be its classes.
     """
     name = os.path.expanduser(name)  # the shell leaves the ~ of key=~/folder alone
     if name.startswith("hf://"):
@@ -68,11 +62,12 @@ def locate(name: str, one_split: bool = False) -> Located:
     if os.path.isfile(name):
         return _located_files(name, [name])
     if any(sign in name for sign in "*?[{"):
-        matches = {pattern: glob.glob(pattern, recursive=True) for pattern in expand_braces(name)}
-        missing = [pattern for pattern, files in matches.items() if not files]
-        if missing:
-            raise SourceError(f"no file matches {missing[0]!r} (source {name!r}); allowed: {ALLOWED}")
-        return _located_files(name, list(chain.from_iterable(matches.values())))
+        files: list[str] = []
+        for pattern in expand_braces(name):
+            if not (found := glob.glob(pattern, recursive=True)):
+                raise SourceError(f"no file matches {pattern!r} (source {name!r}); allowed: {ALLOWED}")
+            files += found
+        return _located_files(name, files)
     if HUB_ID.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):  # else it is a misspelt folder
         return Located(name, "hub")
     raise SourceError(f"there is no {name!r}; allowed: {ALLOWED}")
@@ -107,22 +102,20 @@ def _located_files(name: str, files: list[str]) -> Located:
     """Parquet files or tars, sorted into splits by the words in their names; a single split needs no word."""
     kinds: set[Kind] = set()
     splits: dict[str, list[str]] = {}
-    unnamed: list[str] = []
     root = name if os.path.isdir(name) else os.path.commonpath(map(os.path.dirname, files))
     for file in natural_order(set(files)):
         kind = next((kind for kind, endings in FILES.items() if file.lower().endswith(endings)), None)
         if kind is None:
             raise SourceError(f"cannot read {file!r} (source {name!r}); allowed: {ALLOWED}")
         kinds.add(kind)
-        split = split_of(os.path.relpath(file, root))
-        (unnamed if split is None else splits.setdefault(split, [])).append(file)
+        splits.setdefault(split_of(os.path.relpath(file, root)) or "", []).append(file)
     if len(kinds) > 1:
         raise SourceError(f"{name!r} names parquet files and tars; allowed: one kind at a time")
+    unnamed = splits.pop("", [])
     if unnamed and splits:
-        raise SourceError(
-            f"which split is {unnamed[0]!r} of? Other files of {name!r} are of {', '.join(splits)}; allowed: file "
-            "names that all carry one of the words train, val, test, or none at all"
-        )
+        question = f"which split is {unnamed[0]!r} of? Other files of {name!r} are of {', '.join(splits)}"
+        allowed = "file names that all carry one of the words train, val, test, or none at all"
+        raise SourceError(f"{question}; allowed: {allowed}")
     return Located(name, kinds.pop(), splits or {"train": unnamed}, whole=not splits)
 
 
@@ -134,21 +127,17 @@ def _image_splits(folder: str, one_split: bool) -> Located:
     """
     inside = [os.path.basename(path) for path in subfolders(folder) if has_images(path)]
     like_splits = [name for name in inside if name.lower() in SPLIT_OF_WORD]
-    if not like_splits:
-        return Located(folder, "images", {"train": [folder]}, whole=True)
     others = [name for name in inside if name not in like_splits]
     flat = all(any(images_in(os.path.join(folder, name))) for name in like_splits)
-    if one_split and (others or flat):
+    if not like_splits or (one_split and (others or flat)):
         note = f"{folder!r} is named for one split, so its folders {', '.join(like_splits)} are classes"
-        return Located(folder, "images", {"train": [folder]}, note, whole=True)
+        return Located(folder, "images", {"train": [folder]}, note if like_splits else "", whole=True)
     splits = {SPLIT_OF_WORD[name.lower()]: [os.path.join(folder, name)] for name in like_splits}
     way_out = f"if these are classes, set data.validation, and all of {folder!r} is one split"
     if others or len(splits) < len(like_splits):
         beside = f" beside {', '.join(others[:3])}" if others else ""
         more = "" if one_split else f", with data.validation for the other; {way_out}"
-        raise SourceError(
-            f"{folder!r} holds {', '.join(like_splits)}{beside}: splits or classes? If these are splits, name the "
-            f"folder of one{more}"
-        )
+        question = f"{folder!r} holds {', '.join(like_splits)}{beside}: splits or classes?"
+        raise SourceError(f"{question} If these are splits, name the folder of one{more}")
     taken = ", ".join(f"{os.path.basename(path)} is the {split} split" for split, [path] in splits.items())
     return Located(folder, "images", splits, f"{folder!r}: {taken}; {way_out}" if flat else "")

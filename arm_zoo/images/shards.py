@@ -3,8 +3,6 @@
 A sample is a row: its image is the file with the ending of one, its class stands in `.cls` or in `.json` beside it.
 Where no sample has either, the folders inside the tars are the classes. The index is kept in the cache of `datasets`;
 uncompressed tars are read in place, images of compressed ones are copied into the index.
-
-`datasets`, filelock and pyarrow come with the extras train and eval.
 """
 
 import hashlib
@@ -13,10 +11,10 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import datasets
@@ -25,7 +23,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from arm_zoo.files import replacing_files
-from arm_zoo.images.columns import Choices
+from arm_zoo.images.columns import Choices, values_at
 from arm_zoo.images.labels import counted
 from arm_zoo.images.listing import SPLIT_OF_WORD, SourceError, class_name, is_image, left_out, listed, printable
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
@@ -35,26 +33,16 @@ TEXT_LABELS = ("cls", "class")
 JSON_LABEL = "json.label"
 FORMAT = 2  # of the index; another number makes those in the cache count no more
 ROWS_AT_ONCE = 1000
-INDEX = pa.schema(
-    {
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.binary(), "offset": pa.int64(), "size": pa.int64()}),
-        "key": pa.binary(),
-        "label": pa.string(),  # JSON: an integer or a string
-    }
-)
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.binary(), "offset": pa.int64(), "size": pa.int64()})
+INDEX = pa.schema({"image": _IMAGE, "key": pa.binary(), "label": pa.string()})  # in JSON, an integer or a string
 
 
-class Index(NamedTuple):
-    """The samples of tars in stored order."""
-
-    rows: datasets.Dataset  # where the image of each lies, its key and, if asked for, its label: integer or string
-    by_folder: bool = False  # the classes are folders, and samples without an image are left out
-    note: str = ""  # on these
+Index = tuple[datasets.Dataset, bool, str]  # the rows; whether folders are the classes; a note on files left out
 
 
 def sizes_of_shards(rows: datasets.Dataset, files: Sequence[str]) -> list[int]:
     """Samples in each of the tars of an index."""
-    found = counted(_field(rows, "path"))
+    found = counted(_column(rows, "image.path"))
     return [found.get(os.fsencode(os.path.abspath(file)), 0) for file in files]
 
 
@@ -62,33 +50,13 @@ def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed
     """Read the index of the tars of one split, called `where`, from the cache, or make it.
 
     To be read in sequence, compressed tars need no copy of their images.
-
-    Raises:
-        SourceError: if a tar is damaged, or its samples have no images, several, or no labels.
     """
     places = list(map(os.path.abspath, files))
-    rows = datasets.Dataset.from_file(str(_index_file(places, choices, labels_needed, in_sequence)))
-    if len(rows) and _field(rows, "size").null_count == len(rows):
-        wanted = f"a file with the ending {choices.image_column!r}" if choices.image_column else "an image file"
-        raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
-    _refuse_splits(rows, where)
-    return _with_classes(rows, files, where, choices) if labels_needed else Index(rows.remove_columns("label"))
-
-
-def _field(rows: datasets.Dataset, name: str) -> pa.Array:
-    """A column of the index, or a field of its images."""
-    table = rows.with_format("arrow")[:]
-    column = table.column(name) if name in table.column_names else pc.struct_field(table.column("image"), name)
-    return column.combine_chunks()
-
-
-def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_sequence: bool) -> Path:
-    """Make the index, unless it is in the cache."""
-    copied = not in_sequence and any(is_compressed(Path(file)) for file in files)
-    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    copied = not in_sequence and any(is_compressed(Path(file)) for file in places)
+    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in places]
     settings = (choices.image_column, choices.label_column, labels_needed, copied)
     digest = hashlib.sha256(json.dumps((FORMAT, stamps, settings)).encode()).hexdigest()[:32]
-    target = Path(datasets.config.HF_DATASETS_CACHE) / "webdataset_indices" / f"{digest}.arrow"
+    target = Path(datasets.config.HF_DATASETS_CACHE, "webdataset_indices", f"{digest}.arrow")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the processes of a run start together
         if not target.exists():
@@ -97,9 +65,19 @@ def _index_file(files: Sequence[str], choices: Choices, labels_needed: bool, in_
                 pa.OSFile(str(beside / target.name), "wb") as file,
                 pa.ipc.new_stream(file, INDEX) as writer,
             ):
-                for batch in _batches(files, choices, labels_needed, copied):
+                for batch in _batches(places, choices, labels_needed, copied):
                     writer.write(batch)
-    return target
+    rows = datasets.Dataset.from_file(str(target))
+    if len(rows) and _column(rows, "image.size").null_count == len(rows):
+        wanted = f"a file with the ending {choices.image_column!r}" if choices.image_column else "an image file"
+        raise SourceError(f"no sample of {where} has {wanted}; {_first_sample(files)}")
+    _refuse_splits(rows, where)
+    return _with_classes(rows, files, where, choices) if labels_needed else (rows.remove_columns("label"), False, "")
+
+
+def _column(rows: datasets.Dataset, path: str) -> pa.Array:
+    """A column of the index, or a field in it."""
+    return values_at(rows.with_format("arrow")[:], path).combine_chunks()
 
 
 def _batches(files: Sequence[str], choices: Choices, labels_needed: bool, copied: bool) -> Iterator[pa.RecordBatch]:
@@ -111,12 +89,10 @@ def _batches(files: Sequence[str], choices: Choices, labels_needed: bool, copied
             yield pa.RecordBatch.from_pylist(some, INDEX)
 
     if copied:  # with all their bytes, so one after the other
-        for file in files:
-            yield from of_file(file)
-    else:
-        with ThreadPool(READING_THREADS) as pool:
-            for batches in pool.imap(lambda file: list(of_file(file)), files):
-                yield from batches
+        yield from chain.from_iterable(map(of_file, files))
+        return
+    with ThreadPool(READING_THREADS) as pool:
+        yield from chain.from_iterable(pool.imap(lambda file: list(of_file(file)), files))
 
 
 def _rows(file: str, choices: Choices, labels_needed: bool, copied: bool) -> Iterator[dict[str, Any]]:
@@ -127,18 +103,12 @@ def _rows(file: str, choices: Choices, labels_needed: bool, copied: bool) -> Ite
         return (labels_needed and ending in labels) or (copied and is_meant(ending, choices))
 
     for sample in read_samples(Path(file), is_read):
-        image = image_of(sample, file, choices)
-        place = sample.files[image] if image else None
-        yield {
-            "image": {
-                "bytes": sample.contents[image] if image and copied else None,
-                "path": os.fsencode(file),
-                "offset": place and place.offset,
-                "size": place and place.size,
-            },
-            "key": os.fsencode(sample.key),
-            "label": _label(sample, file, column) if labels_needed else None,
-        }
+        image: dict[str, Any] = {"path": os.fsencode(file)}  # what is left out is None in the index
+        if ending := image_of(sample, file, choices):
+            place = sample.files[ending]
+            image |= {"bytes": sample.contents[ending] if copied else None, "offset": place.offset, "size": place.size}
+        label = _label(sample, file, column) if labels_needed else None
+        yield {"image": image, "key": os.fsencode(sample.key), "label": label}
 
 
 def is_meant(ending: str, choices: Choices) -> bool:
@@ -154,8 +124,8 @@ def image_of(sample: Sample, file: str, choices: Choices) -> str | None:
         way_out = f", or say which ending is meant, as in {choices.typed('image_column', found[0])}"
         raise SourceError(
             f"{file}: {listed(names)} have one key, {printable(sample.key)!r}, as it ends at the first dot of a name; "
-            f"allowed: one image for each key. Rename the files so that they have one dot each"
-            + ("" if "." in found[0] else way_out)
+            "allowed: one image for each key. Rename the files so that they have one dot each"
+            f"{'' if '.' in found[0] else way_out}"
         )
     return found[0] if found else None
 
@@ -197,11 +167,11 @@ def _first_sample(files: Sequence[str]) -> str:
 
 def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choices: Choices) -> Index:
     """The index with labels as integers or as names."""
-    texts, sizes = _field(rows, "label"), _field(rows, "size")
+    texts, sizes = _column(rows, "label"), _column(rows, "image.size")
     by_folder = len(rows) > 0 and texts.null_count == len(rows) and choices.label_column is None
     note = ""
     if by_folder:
-        note = left_out(_field(rows, "key").filter(sizes.is_null()).to_pylist())
+        note = left_out(_column(rows, "key").filter(sizes.is_null()).to_pylist())
         if note:
             table = rows.with_format("arrow")[:].filter(sizes.is_valid())
             rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)
@@ -219,12 +189,11 @@ def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choi
         coded = texts.dictionary_encode()
         values = [json.loads(text) for text in coded.dictionary.to_pylist()]
         numbers = all(isinstance(value, int) and abs(value) < 2**63 for value in values)
-        named = pa.array(values if numbers else list(map(str, values)), pa.int64() if numbers else pa.string())
+        named = pa.array(values if numbers else map(str, values), pa.int64() if numbers else pa.string())
         labels = pc.take(named, coded.indices)
-    rows = rows.remove_columns("label").add_column(
-        "label", labels, new_fingerprint=uuid4().hex, feature=datasets.Value(str(labels.type))
-    )
-    return Index(rows, by_folder, note)
+    feature = datasets.Value(str(labels.type))
+    rows = rows.remove_columns("label").add_column("label", labels, new_fingerprint=uuid4().hex, feature=feature)
+    return rows, by_folder, note
 
 
 def _classes_by_folder(rows: datasets.Dataset, files: Sequence[str], where: str, choices: Choices) -> list[str]:
@@ -249,15 +218,14 @@ def _refuse_splits(rows: datasets.Dataset, where: str) -> None:
     names = sorted({folder[depth] for folder in folders if len(folder) > depth})
     deeper = any(len(folder) > depth + 1 for folder in folders)
     if deeper and len(names) > 1 and all(name.lower() in SPLIT_OF_WORD for name in names):
-        raise SourceError(
-            f"the tars of {where} hold the folders {listed(names)}, which are splits; allowed: tars of one split "
-            "each, or name the folder that they are unpacked to"
-        )
+        allowed = "tars of one split each, or name the folder that they are unpacked to"
+        found = f"the tars of {where} hold the folders {listed(names)}"
+        raise SourceError(f"{found}, which are splits; allowed: {allowed}")
 
 
 def _folders(rows: datasets.Dataset) -> list[tuple[str, ...]]:
     """Names of the folders that each sample lies in."""
-    return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _field(rows, "key").to_pylist()]
+    return [tuple(os.fsdecode(key).split("/")[:-1]) for key in _column(rows, "key").to_pylist()]
 
 
 def _shared(folders: Collection[tuple[str, ...]]) -> int:

@@ -1,14 +1,14 @@
 """Labelled images of a source as a table in a fixed order, whose bytes are read by index, for training and scoring.
 
 Images stay encoded as they were until they are needed. Folders and uncompressed tars are read in place; parquet files,
-compressed tars and downloads are unpacked once into the cache of `datasets`, which comes with the extras train and
-eval.
+compressed tars and downloads are unpacked once into the cache of `datasets`.
 """
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import chain, filterfalse
 from multiprocessing.pool import ThreadPool
@@ -132,24 +132,20 @@ class ImageTable(Sequence[Labelled]):
         classes = [None] * len(self) if columns.label is None else values_at(table, columns.label).to_pylist()
         if key is None and pa.types.is_struct(image.type) and pc.struct_field(image, "bytes").null_count == len(self):
             key = pc.struct_field(image, "path")
-        if key is None:
-            return classes, [f"row {number}" for number in self._numbers]
-        names = zip(key.to_pylist(), self._numbers, strict=True)
+        names = zip([None] * len(self) if key is None else key.to_pylist(), self._numbers, strict=True)
         return classes, [f"row {number}" if name is None else os.fsdecode(name) for name, number in names]
 
     def encoded(self, indices: Sequence[int]) -> list[Encoded]:
         """Some rows, not decoded."""
         table = self._rows[list(indices)]
-        columns = [
-            [None] * len(indices) if column is None else values_at(table, column).to_pylist()
-            for column in self._reading.columns
-        ]
-        numbers = [self._numbers[index] for index in indices]
-        return [self._encoded(*row) for row in zip(*columns, numbers, strict=True)]
-
-    def _encoded(self, image: Any, raw: Any, key: bytes | None, row: int) -> Encoded:
-        name = f"{self._reading.name}, row {row}" if key is None else f"{printable(image['path'])}/{printable(key)}"
-        return self._reading.encoded(image, raw, name)
+        nothing = [None] * len(indices)
+        columns = (values_at(table, path).to_pylist() if path else nothing for path in self._reading.columns)
+        found = []
+        for index, image, raw, key in zip(indices, *columns, strict=True):
+            row = f"{self._reading.name}, row {self._numbers[index]}"
+            name = row if key is None else f"{printable(image['path'])}/{printable(key)}"
+            found.append(self._reading.encoded(image, raw, name))
+        return found
 
 
 @dataclass(frozen=True)
@@ -187,14 +183,9 @@ def open_split(
     hub: Data | None = None,
     one_class: bool = False,
 ) -> OpenedSplit:
-    """Open one split of a source; in messages "" needs no name.
+    """Open one split of a source; in messages "" needs no name. `hub` is the split as it came from the Hub.
 
-    Args:
-        hub: the split as it came from the Hub.
-        one_class: whether images that lie in the split's folder itself are of the class that is called like it.
-
-    Raises:
-        SourceError: if it cannot be read, is empty or unclear.
+    With `one_class` images that lie in the split's folder itself are of the class that is called like it.
     """
     name, files = f"{located.name} [{split}]" if split else located.name, located.splits.get(split, [])
     note, by_folder = "", False
@@ -213,22 +204,19 @@ def open_split(
     if isinstance(data, datasets.Dataset):
         if not len(data):
             raise SourceError(f"{name} holds no images")
-        data = _plain(data, {path if path in features else path.partition(".")[0] for path in columns if path})
+        tops = {path: path if path in features else path.partition(".")[0] for path in columns if path}
+        # Columns as they are stored: with their declaration goes the decoding of images. `datasets` also copies it at
+        # every step, and the names of thousands of classes take longer than all else.
+        plain = data.data.select(sorted(set(tops.values()))).replace_schema_metadata(None)
+        data = datasets.Dataset(plain, indices_table=data._indices, fingerprint=uuid4().hex)
         if columns.label is not None:
-            top = columns.label if columns.label in features else columns.label.partition(".")[0]
-            values = values_at(data.select_columns([top]).with_format("arrow")[:], columns.label)
+            table = data.select_columns([tops[columns.label]]).with_format("arrow")[:]
+            values = values_at(table, columns.label)
     elif columns.label is not None and files:
-        values = _read_column(files, columns.label)
+        with ThreadPool(READING_THREADS) as pool:  # without reading the other columns
+            read = partial(pq.read_table, columns=[columns.label], partitioning=None)
+            values = values_at(pa.concat_tables(pool.map(read, files)), columns.label)
     return OpenedSplit(name, located, files, choices, data, features, columns, values, in_sequence, by_folder, note)
-
-
-def _plain(data: datasets.Dataset, columns: Iterable[str]) -> datasets.Dataset:
-    """Some columns without their declaration, as they are stored: with it goes the decoding of images.
-
-    `datasets` copies declarations at every step, and the names of thousands of classes take longer than all else.
-    """
-    table = data.data.select(sorted(columns)).replace_schema_metadata(None)
-    return datasets.Dataset(table, indices_table=data._indices, fingerprint=uuid4().hex)
 
 
 def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
@@ -244,16 +232,7 @@ def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
         raise SourceError(f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}") from error
 
 
-def _read_column(files: Sequence[str], path: str) -> pa.ChunkedArray:
-    """One column of parquet files, or a field in it, without reading the others."""
-    with ThreadPool(READING_THREADS) as pool:
-        tables = pool.map(lambda file: pq.read_table(file, columns=[path], partitioning=None), files)
-    return values_at(pa.concat_tables(tables), path)
-
-
-def _load_folder(
-    folder: str, labels_needed: bool, located_note: str, one_class: bool
-) -> tuple[datasets.Dataset, Mapping[str, Any], str]:
+def _load_folder(folder: str, labels_needed: bool, located_note: str, one_class: bool) -> tuple[Data, Any, str]:
     """Paths and classes of a folder of images, a class for each subfolder in natural order; what columns are; a note.
 
     `datasets` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
@@ -271,10 +250,8 @@ def _load_folder(
         classes = {os.path.basename(os.path.abspath(folder)): loose}
     elif loose:
         where = "beside its class folders" if classes else "but no class folders"
-        raise SourceError(
-            f"{folder!r} holds images such as {loose[0]!r} {where}; allowed: FOLDER/CLASS/IMAGE"
-            + (f" ({located_note})" if located_note else "")
-        )
+        note = f" ({located_note})" if located_note else ""
+        raise SourceError(f"{folder!r} holds images such as {loose[0]!r} {where}; allowed: FOLDER/CLASS/IMAGE{note}")
     labels = pa.array([label for label, paths in enumerate(classes.values()) for _ in paths], pa.int64())
     data = _table_of_paths(list(chain.from_iterable(classes.values())), label=labels)
     features = {**data.features, "label": datasets.ClassLabel(names=list(classes))}

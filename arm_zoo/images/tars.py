@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -45,9 +46,8 @@ class _Header(tarfile.TarInfo):
             is_closing = isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]  # unknown to mypy
             if is_closing or start == 0:  # Python itself refuses what does not begin as a tar
                 raise
-            raise tarfile.ReadError(
-                f"unexpected end of data after {start} bytes: expected a file or the closing zeros, found: {error}"
-            ) from error
+            found = f"expected a file or the closing zeros, found: {error}"
+            raise tarfile.ReadError(f"unexpected end of data after {start} bytes: {found}") from error
 
 
 def read_members(path: Path) -> dict[str, Member]:
@@ -113,32 +113,29 @@ def read_samples(
     Folders, hidden files and names without a dot belong to no sample.
 
     Args:
-        path: the tar.
         is_read: called with a file's ending, as in `Sample.files`; whether its bytes are wanted.
         is_counted: called with a whole sample; whether it is one. None: all are.
         first: samples before it are passed over without being read.
-
-    Raises:
-        SourceError: if the tar is damaged, or holds a file twice in one sample.
     """
-    number, sample = 0, Sample("", {}, {})  # samples before this one
-    with _damage_told(path), tarfile.open(path, tarinfo=_Header) as archive:
+    number = 0  # of samples before this one
+
+    def files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         for info in archive:
             archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
             key, ending = split_key(posixpath.normpath(info.name))
-            if not (info.isfile() and posixpath.basename(key) and ending):
-                continue
-            ending = ending.lower()
-            if sample.key != key:
-                if sample.files and (is_counted is None or is_counted(sample)):
-                    if number >= first:
-                        yield sample
-                    number += 1
-                sample = Sample(key, {}, {})
-            if ending in sample.files:
-                raise SourceError(f"{path} holds {printable(f'{key}.{ending}')} twice")
-            sample.files[ending] = Member(path, info.offset_data, info.size)
-            if number >= first and is_read(ending):
-                sample.contents[ending] = archive.extractfile(info).read()  # type: ignore[union-attr]
-    if sample.files and number >= first and (is_counted is None or is_counted(sample)):
-        yield sample
+            if info.isfile() and posixpath.basename(key) and ending:
+                yield key, ending.lower(), info
+
+    with _damage_told(path), tarfile.open(path, tarinfo=_Header) as archive:
+        for key, files_of_sample in groupby(files(archive), lambda file: file[0]):
+            sample = Sample(key, {}, {})
+            for _, ending, info in files_of_sample:
+                if ending in sample.files:
+                    raise SourceError(f"{path} holds {printable(f'{key}.{ending}')} twice")
+                sample.files[ending] = Member(path, info.offset_data, info.size)
+                if number >= first and is_read(ending):
+                    sample.contents[ending] = archive.extractfile(info).read()  # type: ignore[union-attr]
+            if is_counted is None or is_counted(sample):
+                if number >= first:
+                    yield sample
+                number += 1

@@ -26,15 +26,12 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
     Raises:
         CheckpointError: if tensors are missing, left over or of another shape; the message lists both sides.
     """
-    for key in ("model_ema", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
+    nested = (state_dict.get(key) for key in ("model_ema", "model"))
+    state_dict = next((each for each in nested if isinstance(each, Mapping)), state_dict)
     if not is_official(state_dict):
-        raise CheckpointError(
-            f"not an official ARM checkpoint: no key starts with 'layers.', found {_some(state_dict)}; "
-            "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
-        )
+        advice = "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
+        found = f"no key starts with 'layers.', found {_some(state_dict)}"
+        raise CheckpointError(f"not an official ARM checkpoint: {found}; {advice}")
     return adapt_state_dict(state_dict, model, timm_adapts=False)
 
 
@@ -44,14 +41,8 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     Repeats one direction over all, drops the pretraining decoder, fits position and patch embeddings to the
     model's grid, and checks names and shapes.
 
-    Args:
-        state_dict: tensors by name.
-        model: gives the names, shapes and grid to reach.
-        timm_adapts: let pass what timm's loader, running next, adapts: input channels and a head with another
-            number of classes.
-
-    Raises:
-        CheckpointError: see `from_official`.
+    `timm_adapts` lets pass what timm's loader, running next, adapts: input channels and a head with another number
+    of classes.
     """
     target = model.state_dict()
     source = under_our_names(state_dict)
@@ -129,18 +120,15 @@ def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, 
     patch_embed: Any = model.patch_embed
     cfg = getattr(model, "pretrained_cfg", {})
     default = get_pretrained_cfg(cfg.get("architecture", ""))
-    said = bool(arguments.get("img_size")) or (
-        default is not None and tuple(cfg.get("input_size", ())) != tuple(default.input_size)
+    said = default is not None and tuple(cfg.get("input_size", ())) != tuple(default.input_size)
+    told = grid_of(
+        arguments.get("img_size") or cfg.get("input_size", (3, 0, 0))[-2:],
+        arguments.get("patch_size") or patch_embed.patch_size,
+        arguments.get("patch_stride") or patch_embed.patch_stride,
     )
-    size = arguments.get("img_size") or cfg.get("input_size", (3, 0, 0))[-2:]
-    height, width = to_2tuple(size)
-    patch = to_2tuple(arguments.get("patch_size") or patch_embed.patch_size)
-    stride = to_2tuple(arguments.get("patch_stride") or patch_embed.patch_stride)
-    told = ((height - patch[0]) // stride[0] + 1, (width - patch[1]) // stride[1] + 1)
-    side = math.isqrt(patches)
-    own = tuple(patch_embed.grid_size)
+    side, own = math.isqrt(patches), tuple(patch_embed.grid_size)
     fitting = [grid for grid in (own, told, (side, side)) if grid[0] * grid[1] == patches]
-    if of_a_file and said:
+    if of_a_file and (said or arguments.get("img_size")):
         fitting.sort(key=lambda grid: grid != told)
     elif of_a_file and own in fitting and told in fitting and own != told:
         raise CheckpointError(
@@ -154,7 +142,13 @@ def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, 
             f"the checkpoint has position embeddings for {patches} patches, which is neither a square grid nor the "
             f"model's {own[0]}x{own[1]}; say the source size with pretrained_cfg_overlay=dict(input_size=(3, H, W))"
         )
-    rows, columns = fitting[0]
+    return fitting[0]
+
+
+def grid_of(img_size: Any, patch_size: Any, patch_stride: Any) -> tuple[int, int]:
+    """Rows and columns of the patches; every size is one number or two."""
+    sides = zip(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_stride), strict=True)
+    rows, columns = ((side - patch) // stride + 1 for side, patch, stride in sides)
     return rows, columns
 
 
@@ -180,11 +174,9 @@ def _check(source: StateDict, target: StateDict, timm_adapts: bool) -> None:
     free = ("head.",) if timm_adapts else ()
     missing = [key for key in target if key not in source and not key.startswith(free)]
     unexpected = [key for key in source if key not in target and not key.startswith(free)]
-    shapes = [
-        f"{key} {tuple(source[key].shape)} -> {tuple(target[key].shape)}"
-        for key in target
-        if key in source and not _fits(key, source[key].shape, target[key].shape, timm_adapts)
-    ]
+    pairs = {key: (source[key].shape, target[key].shape) for key in target if key in source}
+    misfits = {key: pair for key, pair in pairs.items() if not _fits(key, *pair, timm_adapts)}
+    shapes = [f"{key} {tuple(found)} -> {tuple(wanted)}" for key, (found, wanted) in misfits.items()]
     if missing or unexpected or shapes:
         raise CheckpointError(
             "the checkpoint does not fit the model (another width, depth or family?)"

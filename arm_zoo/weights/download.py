@@ -11,8 +11,8 @@ from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.weights.table import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of
 
 _logger = logging.getLogger(__name__)
-
 _TRIES = 3
+_LOGIN = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
 
 
 class DownloadError(CheckpointError):
@@ -25,15 +25,7 @@ def organisation() -> str:
 
 
 def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The file with an entry's weights, from the package or the Hub, with the table's sha256; None if it has none.
-
-    Another organisation than ours is asked for every entry of the table: its copies are its own, so the table's
-    revision and sha256 do not count for them.
-
-    Raises:
-        CheckpointError: if the file is not the one that the table means.
-        DownloadError: if it cannot be fetched.
-    """
+    """The file with an entry's weights, from the package or the Hub, with the table's sha256; None if it has none."""
     weights = TABLE.get(entry)
     if weights is not None and weights.where == "bundled":
         return _verified(bundled_file(entry), weights.sha256, "install arm-zoo anew")
@@ -44,7 +36,8 @@ def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path | None
 def hub_repository(entry: str) -> str | None:
     """ORG/NAME of an entry's weights on the Hub, of ours with @REVISION; None if they are not there.
 
-    Another organisation than ours is asked for every entry of the table but the bundled ones.
+    Another organisation than ours is asked for every entry of the table but the bundled ones: its copies are its own,
+    so the table's revision and sha256 do not count for them.
     """
     weights = TABLE.get(entry)
     if weights is None or weights.where == "bundled":
@@ -68,16 +61,7 @@ def download(
     Weights that the table has, at its revision or none in particular, must have its sha256. Of others none is known:
     one log line says so, and files that the Hub names by their sha256 are still compared with it.
 
-    Args:
-        repo: ORG/NAME, or ORG/NAME@REVISION.
-        filename: within the repository.
-        revision: branch, tag or commit.
-        cache_dir: instead of the default cache.
-        token: see `huggingface_hub.hf_hub_download`.
-        sha256: that the file must have, for callers who know it.
-
-    Raises:
-        DownloadError: if it cannot be had; what to do is said, and the cause is chained.
+    `repo` is ORG/NAME or ORG/NAME@REVISION, `sha256` for callers who know what the file must have.
     """
     name, _, at = repo.partition("@")
     revision = revision or at or None
@@ -87,12 +71,27 @@ def download(
             "Download it yourself if you trust it, and convert it: python -m hub convert FILE OUT"
         )
     try:
-        path = _fetch(name, filename, revision=revision, cache_dir=cache_dir, token=token)
+        path = Path(_fetch(name, filename, revision=revision, cache_dir=cache_dir, token=token))
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
         raise DownloadError(f"cannot fetch {filename} of {name}: {explain(error, name, cache_dir)}") from error
+    blob = _blob(path)
+    if blob is not None and blob.parent.name != "blobs":
+        _discard(path)
+        wanted = f"the server wants it to be kept outside the cache, as {blob}"
+        raise DownloadError(f"{name}: {filename}: {wanted}; trust it not")
+    if not filename.endswith(".safetensors"):
+        return path
     if sha256 is None and filename == WEIGHTS:
         sha256 = known_sha256(name, revision)
-    return _verified_download(Path(path), f"{name}: {filename}", sha256)
+    if sha256 is None:
+        _logger.warning("%s: %s is not verified: the table of arm_zoo has no sha256 for it", name, filename)
+        # the Hub names large files by their sha256, and its client keeps the name
+        sha256 = blob.name if blob is not None and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+    try:
+        return _verified(path, sha256, "it was taken out of the cache, so load again to fetch it anew")
+    except CheckpointError as error:
+        _discard(path)
+        raise DownloadError(f"{name}: {filename}: {error}") from error
 
 
 def _fetch(*args: Any, **kwargs: Any) -> str:
@@ -110,33 +109,14 @@ def _fetch(*args: Any, **kwargs: Any) -> str:
     return hf_hub_download(*args, **kwargs)
 
 
-def _verified_download(path: Path, name: str, sha256: str | None) -> Path:
-    blob = _blob(path)
-    if blob is not None and blob.parent.name != "blobs":
-        _discard(path)
-        raise DownloadError(f"{name}: the server wants it to be kept outside the cache, as {blob}; trust it not")
-    if path.suffix != ".safetensors":
-        return path
-    if sha256 is None:
-        _logger.warning("%s is not verified: the table of arm_zoo has no sha256 for it", name)
-        # the Hub names large files by their sha256, and its client keeps the name
-        sha256 = blob.name if blob is not None and re.fullmatch("[0-9a-f]{64}", blob.name) else None
-    try:
-        return _verified(path, sha256, "it was taken out of the cache, so load again to fetch it anew")
-    except CheckpointError as error:
-        _discard(path)
-        raise DownloadError(f"{name}: {error}") from error
-
-
 def _verified(path: Path, sha256: str | None, advice: str) -> Path:
     try:
         actual = sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {advice}") from error
     if sha256 not in (None, actual):
-        raise CheckpointError(
-            f"{path} is damaged, cut short or another file: its sha256 is {actual}, expected {sha256}; {advice}"
-        )
+        found = f"its sha256 is {actual}, expected {sha256}"
+        raise CheckpointError(f"{path} is damaged, cut short or another file: {found}; {advice}")
     return path
 
 
@@ -154,37 +134,31 @@ def _discard(path: Path) -> None:
             _logger.warning("cannot delete %s from the cache: delete it yourself", file)
 
 
-_LOGIN = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
-
-
 def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None, right: str = "read") -> str:
     """What happened, and what to do about it; `right` is what a token must have."""
     from huggingface_hub import constants, errors
 
     endpoint, cache = constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
     again = "try again later; the environment variable HF_ENDPOINT names a mirror"
-    chain = list(_chain(error))
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     status = next((part.response.status_code for part in chain if isinstance(part, errors.HfHubHTTPError)), None)
     disk = next((part for part in chain if isinstance(part, OSError) and part.errno), OSError())
     if isinstance(error, errors.GatedRepoError):
         return f"access is gated; accept its conditions at {endpoint}/{repo}, then {_LOGIN}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"there is no such repository at {endpoint}, or it is private; check the name (the environment variable "
-            f"ARM_ZOO_HUB_ORG sets the organisation), or {_LOGIN}"
-        )
+        advice = "check the name (the environment variable ARM_ZOO_HUB_ORG sets the organisation)"
+        return f"there is no such repository at {endpoint}, or it is private; {advice}, or {_LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no such revision; {endpoint}/{repo} shows those that it has"
     if any(isinstance(part, errors.OfflineModeIsEnabled) for part in chain) or constants.HF_HUB_OFFLINE:
-        return (
-            f"offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache {cache}; load it once where there "
-            "is a network and copy the cache, or name a folder: create_model('local-dir:FOLDER', pretrained=True)"
-        )
+        folder = "name a folder: create_model('local-dir:FOLDER', pretrained=True)"
+        advice = f"load it once where there is a network and copy the cache, or {folder}"
+        return f"offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache {cache}; {advice}"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            f"the repository has no such file, so it is none that `python -m hub publish` wrote; look at "
-            f"{endpoint}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
-        )
+        advice = f"look at {endpoint}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
+        return f"the repository has no such file, so it is none that `python -m hub publish` wrote; {advice}"
     if status in (401, 403):
         return f"{endpoint} refuses access (HTTP {status}); {_LOGIN} with a token that may {right} {repo}"
     if status == 412:
@@ -201,8 +175,3 @@ def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None
         return f"{repo!r} is no name of a repository; expected ORG/NAME"
     reason = f"{type(chain[-1]).__name__}: {chain[-1]}".splitlines()[0]
     return f"no whole answer from {endpoint} ({reason}); check the network, or {again}"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """The error and those that caused it."""
-    return [] if error is None else [error, *_chain(error.__cause__ or error.__context__)]

@@ -75,7 +75,15 @@ def is_stacked(key: str) -> bool:
     return ".mixer." in key and key.rsplit(".", 1)[-1] in _STACKED
 
 
-def _official_to_ours(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+def is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the names are those of the authors' code."""
+    return any(key.startswith("layers.") for key in state_dict)
+
+
+def under_our_names(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    """The dict under our names, whichever it comes with; CheckpointError if parts of a tensor do not fit together."""
+    if not is_official(state_dict):
+        return dict(state_dict)
     parts: dict[str, dict[int | None, torch.Tensor]] = {}
     for key, value in state_dict.items():
         ((ours, position), *_) = _translate(key, _FROM_OFFICIAL)
@@ -83,52 +91,25 @@ def _official_to_ours(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     out = {}
     for key, by_position in parts.items():
         tensors = [by_position[position] for position in sorted(by_position, key=lambda p: p or 0)]
-        if not is_stacked(key):
-            out[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        elif key.endswith("conv_weight"):
-            out[key] = torch.stack([weight.squeeze(1) for weight in tensors])
-        else:
-            out[key] = torch.stack(tensors)
+        try:
+            if is_stacked(key):
+                out[key] = torch.stack([part.squeeze(1) if key.endswith("conv_weight") else part for part in tensors])
+            else:
+                out[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        except (IndexError, RuntimeError) as error:
+            raise CheckpointError(f"tensors that belong together have different shapes: {error}") from error
     return out
-
-
-def _ours_to_official(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    out = {}
-    for key, value in state_dict.items():
-        names = [name for name, _ in _translate(key, _TO_OFFICIAL)]
-        if not is_stacked(key):
-            tensors = list(value.chunk(len(names)))
-        elif key.endswith("conv_weight"):
-            tensors = [weight.unsqueeze(1) for weight in value]
-        else:
-            tensors = list(value)
-        # clones, so that no two entries share memory, which safetensors refuses to save
-        out.update({name: tensor.clone() for name, tensor in zip(names, tensors, strict=False)})
-    return out
-
-
-def is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are those of the authors' code."""
-    return any(key.startswith("layers.") for key in state_dict)
-
-
-def under_our_names(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """The dict under our names, whichever it comes with.
-
-    Raises:
-        CheckpointError: if tensors that are one of ours do not fit together.
-    """
-    if not is_official(state_dict):
-        return dict(state_dict)
-    try:
-        return _official_to_ours(state_dict)
-    except (IndexError, RuntimeError) as error:
-        raise CheckpointError(f"tensors that belong together have different shapes: {error}") from error
 
 
 def to_official(model: nn.Module) -> StateDict:
     """State dict of a backbone or pretraining model under official names and shapes; inverse of `from_official`."""
-    out = _ours_to_official(model.state_dict())
+    out = {}
+    for key, value in model.state_dict().items():
+        names = [name for name, _ in _translate(key, _TO_OFFICIAL)]
+        value = value.unsqueeze(2) if key.endswith("conv_weight") else value
+        tensors = value if is_stacked(key) else value.chunk(len(names))
+        # clones, so that no two entries share memory, which safetensors refuses to save
+        out.update({name: tensor.clone() for name, tensor in zip(names, tensors, strict=False)})
     visible = getattr(model, "decoder_mask", None)
     if isinstance(visible, torch.Tensor):  # the official pretraining model saves its attention mask
         out["mask"] = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)

@@ -5,8 +5,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,26 +35,12 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
         path: the file. From a .pth, `argparse.Namespace` is the only object taken beside tensors and plain values.
         weights: of a training's checkpoint, the averaged weights ("ema") or the trained ones ("model"); None takes
             the averaged ones where there are any.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, of another format, needs code to be run, or lacks what `weights` asks for.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    with _explained(path):
-        contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
-    return _tensors(_choose(contents, weights, path), path)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Make one clear error of whatever a damaged file raises while it is read."""
     try:
-        yield
-    except CheckpointError:
-        raise
+        contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
     except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         wanted = [] if is_safetensors(path) else _refused_globals(path)
@@ -65,39 +50,42 @@ def _explained(path: Path) -> Iterator[None]:
             reason = f"it asks to run {', '.join(wanted)}"
         advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
         raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
+    state_dict = _choose(contents, weights, path)
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            found = f"{str(name)[:80]!r} is a {type(value).__name__}, not a tensor"
+            expected = "tensors by name, alone or under 'model' or 'model_ema'"
+            raise CheckpointError(f"{path} is no state dict: {found}; expected {expected}")
+        if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
+    cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
+    return cleaned
 
 
 def _read_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:
-        _check_archive(path)
+    if zipped:  # PyTorch would unpack it to more than it is, and not notice a flipped bit
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            if packed or sum(member.file_size for member in members) > path.stat().st_size:
+                raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse archives that unpack to more than they are, and those with a flipped bit: PyTorch looks for neither."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or sum(member.file_size for member in members) > path.stat().st_size:
-            raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def _refused_globals(path: Path) -> list[str]:
     """Names of the functions and classes that a pickle wants and does not get; reading them runs nothing."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
     except Exception:  # not a zip archive, or a damaged one
         allowed = ("torch", "collections.OrderedDict", "argparse.Namespace")
-        wanted = {name for name in _globals_of_pickle(path) if not name.startswith(allowed)}
-    return sorted(wanted)
+        return sorted(name for name in _globals_of_pickle(path) if not name.startswith(allowed))
 
 
 def _globals_of_pickle(path: Path) -> set[str]:
@@ -125,11 +113,9 @@ def _globals_of_pickle(path: Path) -> set[str]:
 def _advice(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(9)
-    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
-    named_safetensors = is_safetensors(path)
-    if pickled and named_safetensors:
+    if start.startswith((b"PK", b"\x80")) and is_safetensors(path):
         return "it is a pickle, not safetensors: rename it to .pth if you trust it"
-    if start[8:] == b"{" and not named_safetensors:
+    if start[8:] == b"{" and not is_safetensors(path):
         return "it looks like safetensors: rename it to .safetensors"
     return "the file is damaged, cut short or no checkpoint: fetch it again"
 
@@ -147,17 +133,3 @@ def _choose(contents: Any, weights: Choice | None, path: Path) -> Mapping[str, A
     if not isinstance(chosen, Mapping):
         raise CheckpointError(f"{path} holds under {found[0]!r} no tensors by name but a {type(chosen).__name__}")
     return chosen
-
-
-def _tensors(state_dict: Mapping[Any, Any], path: Path) -> StateDict:
-    """The dict as plain tensors, none larger than its storage; of wrappers' prefixes freed."""
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{path} is no state dict: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor; "
-                "expected tensors by name, alone or under 'model' or 'model_ema'"
-            )
-        if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
-    cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
-    return cleaned

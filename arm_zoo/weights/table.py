@@ -15,20 +15,12 @@ BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
 
 @dataclass(frozen=True)
 class Weights:
-    """Where an entry's weights are.
+    """Where an entry's weights are."""
 
-    Attributes:
-        where: "bundled" (the package has them, in `arm_zoo/bundled/ENTRY.safetensors`), "hosted" (on the Hub), or
-            "planned" (there once they are published).
-        sha256: of model.safetensors, or of the bundled file.
-        revision: tag or commit of the repository to load.
-        repository: ORG/NAME on the Hub, where it is not the entry's name within our organisation.
-    """
-
-    where: Literal["bundled", "hosted", "planned"] = "planned"
-    sha256: str | None = None
-    revision: str = "main"
-    repository: str | None = None
+    where: Literal["bundled", "hosted", "planned"] = "planned"  # in the package, on the Hub, there once published
+    sha256: str | None = None  # of model.safetensors, or of the bundled file
+    revision: str = "main"  # tag or commit of the repository to load
+    repository: str | None = None  # ORG/NAME on the Hub, where it is not the entry's name within our organisation
 
 
 TABLE: dict[str, Weights] = {
@@ -74,10 +66,9 @@ def bundled_entries() -> list[str]:
 
 def known_sha256(repo: str, revision: str | None) -> str | None:
     """What the table has for the weights of a repository at a revision; None if it does not know them."""
-    for entry, weights in TABLE.items():
-        if weights.where == "hosted" and repo == repository_of(entry):
-            return weights.sha256 if revision in (None, weights.revision) else None
-    return None
+    hosted = {repository_of(entry): weights for entry, weights in TABLE.items() if weights.where == "hosted"}
+    weights = hosted.get(repo, Weights())
+    return weights.sha256 if revision in (None, weights.revision) else None
 
 
 _SMALL_SETS = {"arm_tiny_patch4_32": "cifar10", "arm_tiny_patch8_64": "tiny_imagenet", "arm_pico_patch2_8": "digits"}
