@@ -46,9 +46,8 @@ def main(recipe: str, argv: Sequence[str] | None = None) -> None:
 def read_command(recipe: str, argv: Sequence[str] | None = None) -> Command:
     """Parse `--config FILE --resume WHERE key=value ...`; a wrong configuration ends the program with 2."""
     kind, does, fit = RECIPES[recipe]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m recipes.{recipe}", description=f"{does} Run it from the top of the repository."
-    )
+    does = f"{does} Run it from the top of the repository."
+    parser = argparse.ArgumentParser(prog=f"python -m recipes.{recipe}", description=does)
     without = "" if fit is None else "; without one, settings are fitted to the images of data.source and told"
     parser.add_argument("--config", type=Path, help=f"YAML file, for example one of recipes/configs{without}")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
@@ -80,7 +79,7 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
 def carry_out(command: Command, run: Callable[[Any, str, "StopRequest"], None]) -> None:
     """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
     from recipes.data.workers import end_workers
-    from recipes.mistakes import told_as_mistakes
+    from recipes.errors import told_as_mistakes
     from recipes.training.signals import StopRequest
 
     stop = StopRequest().listen()

@@ -26,8 +26,7 @@ from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from recipes.data.loader import EvalLoader
 from recipes.data.sources import Source, Split, open_source
 from recipes.data.undecodable import check_undecodable
-from recipes.errors import RunError
-from recipes.mistakes import told_as_mistakes
+from recipes.errors import RunError, told_as_mistakes
 from recipes.parsing import limited
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

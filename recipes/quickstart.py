@@ -24,9 +24,8 @@ from timm.data import resolve_data_config
 
 from arm_zoo.files import replacing_files, write_text
 from recipes.config import FinetuneConfig, PretrainConfig, load_config
-from recipes.errors import RunError
+from recipes.errors import RunError, told_as_mistakes
 from recipes.finetune import finetune
-from recipes.mistakes import told_as_mistakes
 from recipes.pretrain import pretrain
 from recipes.training.engine import Metrics
 from recipes.training.plots import drawn_blindly, plot_comparison, prepared_images

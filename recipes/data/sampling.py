@@ -8,8 +8,8 @@ images. An incomplete last batch of an epoch is left out.
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import NamedTuple
+from itertools import islice, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -19,7 +19,7 @@ from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import BatchPlan, TrainConfig, too_large_a_batch
 from recipes.data.sources import Split
 from recipes.data.streams import ImageStream
-from recipes.data.transforms import LANE, ORDER, seed_of, seeded_generator
+from recipes.data.transforms import LANE, ORDER, seed_of
 
 MOST_LANES = 16
 
@@ -65,7 +65,8 @@ class TableOrder(TrainingOrder):
     """A new order of all images in every epoch."""
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
-        order = torch.randperm(self.size, generator=seeded_generator(self._config.seed, epoch, ORDER)).tolist()
+        generator = torch.Generator().manual_seed(seed_of(self._config.seed, epoch, ORDER))
+        order = torch.randperm(self.size, generator=generator).tolist()
         batch = self._config.global_batch
         own = [number for part in self._pairs for number in part]
         for step in range(first_step, self.steps_per_epoch):
@@ -83,12 +84,10 @@ class StreamOrder(TrainingOrder):
     Within a lane images are mixed by a buffer of `data.shuffle_buffer` images over all lanes.
     """
 
-    def __init__(
-        self, split: ImageStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int
-    ) -> None:
+    def __init__(self, split: ImageStream, config: TrainConfig, *part: Any) -> None:
         if split.size is None:
             raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
-        super().__init__(split.size, config, plan, process, processes)
+        super().__init__(split.size, config, *part)
         self._split = split
         most = 1 if split.shard_sizes is None else min(MOST_LANES, split.num_shards)
         pairs = config.global_batch // 2
@@ -104,17 +103,18 @@ class StreamOrder(TrainingOrder):
         for keys in lanes.values():
             next(islice(keys, first_step * 2 * self._width, first_step * 2 * self._width), None)  # read and forgotten
         for _ in range(first_step, self.steps_per_epoch):
-            pairs = {}
-            for lane, keys in lanes.items():
-                for number in range(lane * self._width, (lane + 1) * self._width):
-                    pairs[number] = (next(keys), next(keys))
-            yield pairs
+            yield {
+                lane * self._width + number: (next(keys), next(keys))
+                for lane, keys in lanes.items()
+                for number in range(self._width)
+            }
 
     def _lane(self, lane: int, shards: Sequence[int], epoch: int) -> Iterator[Key]:
         generator = random.Random(seed_of(self._config.seed, epoch, LANE, lane))
         buffer = max(1, self._config.data.shuffle_buffer // self._lanes)
-        for place, encoded in enumerate(mixed(self._cut(lane * self._length, shards), buffer, generator)):
-            yield Key(epoch, lane * self._length + place, encoded)
+        first = lane * self._length
+        for place, encoded in enumerate(mixed(self._cut(first, shards), buffer, generator), first):
+            yield Key(epoch, place, encoded)
 
     def _cut(self, start: int, shards: Sequence[int]) -> Iterator[Encoded]:
         """One lane: `start` is its first image in the shards one after the other."""
@@ -164,11 +164,8 @@ class ScoringOrder(Sampler[list[Key]]):
         self._process, self._processes = process, processes
 
     def __iter__(self) -> Iterator[list[Key]]:
-        keys = islice(self._keys(), self._process, None, self._processes)
-        while batch := list(islice(keys, self._batch_size)):
+        split = self._split
+        stored = repeat(None, len(split)) if isinstance(split, ImageTable) else split.encoded()
+        own = islice(enumerate(stored), self._process, None, self._processes)
+        while batch := [Key(0, *image) for image in islice(own, self._batch_size)]:
             yield batch
-
-    def _keys(self) -> Iterator[Key]:
-        if isinstance(self._split, ImageTable):
-            return (Key(0, index) for index in range(len(self._split)))
-        return (Key(0, index, encoded) for index, encoded in enumerate(self._split.encoded()))

@@ -18,17 +18,9 @@ def name_once(lines: Iterable[str], named: set[str]) -> None:
 
 
 def check_undecodable(undecodable: int, images: int, purpose: str, limit: float | None) -> None:
-    """Stop if too many images cannot be decoded.
+    """Stop if none, or more than a fraction, the limit, of the images for a purpose such as "training" can be decoded.
 
-    Args:
-        undecodable: how many cannot; the log has named them.
-        images: how many there are, to be used for `purpose`, such as "training".
-        limit: the largest fraction that is tolerated, `data.max_undecodable`; None: 0.001, but at least 3 images, so
-            that a damaged one does not stop a run on a few dozen.
-
-    Raises:
-        RunError: if there is no image that can be decoded.
-        SourceError: if more than that cannot.
+    Without a limit it is 0.001, but at least 3 images, so that a damaged one does not stop a run on a few dozen.
     """
     if undecodable >= images:
         raise RunError(f"none of the {images} {purpose} images can be decoded; the log names them")

@@ -29,11 +29,10 @@ from recipes.console import plain_console
 from recipes.data.sources import open_source
 from recipes.data.splits import held_out, split_rows
 from recipes.data.undecodable import check_undecodable
-from recipes.errors import RunError
+from recipes.errors import MISTAKES, RunError
 from recipes.finetune import create_classifier, starting_weights
 from recipes.finetune import main as finetune_command
 from recipes.first_run import Choice, Survey, choose, described, fitted, survey
-from recipes.mistakes import MISTAKES
 from recipes.training.resume import Start, compare
 from tests.helpers.images import write_parquet
 
