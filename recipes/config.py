@@ -225,7 +225,6 @@ class PretrainConfig(TrainConfig):
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
 
     def build(self, **keywords: Any) -> "arm_zoo.ARMPretrain":
-        """The pretraining model."""
         import arm_zoo
 
         return arm_zoo.create_pretraining_model(self.model, **{**self.model_args, **keywords})
@@ -253,7 +252,6 @@ class FinetuneConfig(TrainConfig):
     labels_needed = True
 
     def build(self, **keywords: Any) -> "nn.Module":
-        """The backbone with a head."""
         import timm
 
         from arm_zoo.loading import entries

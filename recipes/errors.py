@@ -31,7 +31,10 @@ def told_as_mistakes(program: str) -> Iterator[None]:
 def described(error: Exception) -> str:
     """The message of a mistake; where the system's words name no file, with the place in the code they come from."""
     nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
-    if not nameless and not isinstance(error, SafetensorError):
-        return str(error)
+    return located(error) if nameless or isinstance(error, SafetensorError) else str(error)
+
+
+def located(error: Exception) -> str:
+    """An error in words, with the place in the code that it comes from."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

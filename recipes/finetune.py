@@ -63,9 +63,8 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     if config.pretrained is None:
         return config.build(num_classes=classes)
     file, pretrained_names = starting_weights(config.pretrained)
-    keywords = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
     try:
-        model: Any = config.build(num_classes=classes, **keywords)
+        model: Any = config.build(num_classes=classes, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # torch's has a line for each name
         raise RunError(f"pretrained={config.pretrained} does not fit {config.model}: {reason}") from error

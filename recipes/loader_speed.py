@@ -47,7 +47,6 @@ def loader_speed(config: LoaderConfig) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.loader_speed", description="Speed of the training loader alone. Run it from the top."
     )

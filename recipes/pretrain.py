@@ -28,7 +28,6 @@ def pretrain(
 
 
 def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:
-    """Pretrain, then say where the results are."""
     folder = pretrain(config, resume=resume, stop=stop).folder
     say(f"wrote {folder} and {folder.with_name(BACKBONE)}; finetune it with pretrained={folder}")
 

@@ -62,21 +62,13 @@ class Features(NamedTuple):
 def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any]]:
     """A model that gives pooled features, and how images are prepared for it.
 
-    Mean and standard deviation are among the latter where the weights tell those that the model was trained with.
-
-    Args:
-        weights: A `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file of weights.
-        config: Names the model if it is a file of timm's; files of our models tell it.
-
-    Raises:
-        RunError: If the folder holds no model, nobody says which model a file is of, or `model_args` do not fit.
-        CheckpointError: If the weights cannot be read, or are of another model.
+    Mean and standard deviation are among the latter where the weights tell those that the model was trained with. The
+    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file.
     """
     if config.model and not timm.is_model(config.model):
         ours = ", ".join(sorted(name for name in entries() if "." not in name))
-        raise RunError(
-            f"model is {config.model!r}, which timm does not have; allowed: {ours}, or an entry of timm's own"
-        )
+        problem = f"model is {config.model!r}, which timm does not have"
+        raise RunError(f"{problem}; allowed: {ours}, or an entry of timm's own")
     names = (config.model, weights) if config.model and weights.is_file() else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
     own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
@@ -215,14 +207,12 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.probe",
         description="k-NN and linear probe on frozen features; from the repository's top.",
     )
-    parser.add_argument(
-        "--weights", type=Path, required=True, help="pretraining_model/, backbone/, a finetuned folder, or a file"
-    )
+    kinds = "pretraining_model/, backbone/, a finetuned folder, or a file"
+    parser.add_argument("--weights", type=Path, required=True, help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)
     config = command_line.read_config(parser, ProbeConfig, None, arguments.overrides)

@@ -39,13 +39,7 @@ RUNS = "quickstart_runs"  # is deleted at the start: a name that nobody's own ru
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the three trainings, write the model, the plots and `summary.json` into `output`; give the summary.
 
-    Args:
-        output: Folder to write to; the files of the three runs go into its subfolder `quickstart_runs`.
-        seed: Of initial weights, order and augmentation; the split into training and validation images is fixed.
-        overrides: Settings of all three runs, as `key=value`.
-
-    Raises:
-        RunError: If training from scratch, which runs in a process of its own, fails.
+    The seed is of initial weights, order and augmentation; the split into training and validation images is fixed.
     """
     runs = output / RUNS
     shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
@@ -82,10 +76,9 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
 
 @contextmanager
 def training_from_scratch(folder: Path, settings: Sequence[str]) -> Iterator[list[Metrics]]:
-    """Train with the finetuning's configuration, so with its budget, beside what the block does.
+    """Train by the plain command, with the finetuning's configuration and so its budget, beside what the block does.
 
-    It is the plain command of the recipe, on the second core. The list that the block gets is filled, one row of
-    figures per epoch, when the block has ended.
+    The list that the block gets is filled, one row of figures per epoch, when the block has ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recipes.finetune", "--config", str(CONFIGS / "finetune_digits.yaml")]
@@ -121,7 +114,6 @@ def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
 
 
 def show(summary: dict[str, Any], output: Path) -> None:
-    """Print the result as a short table."""
     console = Console(markup=False, emoji=False)
     table = Table(title=f"Handwritten digits, {summary['images_test']} validation images", title_justify="left")
     for heading in ("start", "labels seen", "top-1", "pretraining", "training"):
@@ -140,7 +132,6 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.quickstart",
         description="Pretrain, finetune and score a small ARM; from the repository's top.",

@@ -144,11 +144,9 @@ def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: 
 
 def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
     """The stream in an order that is random within about `buffer_size` places."""
-    buffer: list[Encoded] = []
+    stream = iter(stream)
+    buffer = list(islice(stream, buffer_size))
     for encoded in stream:
-        if len(buffer) < buffer_size:
-            buffer.append(encoded)
-            continue
         place = generator.randrange(buffer_size)
         yield buffer[place]
         buffer[place] = encoded

@@ -24,16 +24,12 @@ def held_out(images: int, fraction: float) -> int:
 
 
 def classes_without_images(name: str, classes: Sequence[str]) -> SourceError:
-    """What to raise where class folders of the training images are empty."""
     return SourceError(f"class folders of {name} hold no image: {listed(classes)}; fill or remove them")
 
 
 def none_to_hold_out(name: str) -> SourceError:
-    """What to raise where every class has but one image."""
-    return SourceError(
-        f"no images of {name} can be held out for validation, as no class has two; add images, or name others "
-        "with data.validation=SOURCE"
-    )
+    problem = f"no images of {name} can be held out for validation, as no class has two"
+    return SourceError(f"{problem}; add images, or name others with data.validation=SOURCE")
 
 
 def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:

@@ -63,7 +63,7 @@ def loader_that(act: Callable[[], object], pinned: bool = False) -> Iterator[Num
             act()
         return Numbers(torch.tensor(keys))
 
-    return iter(WorkerLoader(make, [[0], [1], [2], [3]], workers=1, pin_memory=pinned))
+    return iter(WorkerLoader(make, [[0], [1], [2], [3]], workers=1, pin=pinned))
 
 
 def failing(error: Exception) -> Callable[[], NoReturn]:
