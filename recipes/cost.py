@@ -31,10 +31,7 @@ class Measured:
     device: str = ""  # what they were, where that is known
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
-        """Time for so many epochs of `images` on `gpus` GPUs.
-
-        `efficiency` is their speed divided by that of as many separate ones; the number measured is taken as it is.
-        """
+        """Time of so many epochs, where `efficiency` is the speed of `gpus` GPUs by that of as many separate ones."""
         kept = 1.0 if gpus == self.gpus else efficiency
         return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
 

@@ -47,10 +47,7 @@ class Choice(NamedTuple):
 
 
 def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tuple[dict[str, Any], str]:
-    """Values for the keys that nobody set, as those `given` were, and a table that says what they are and why.
-
-    If a run that the folder of results holds is to be gone on with, it is by its own batch.
-    """
+    """Values for the keys that are not `given`, and a table that says what they are and why."""
     if not config.data.source:
         raise ConfigError({"data.source": "data.source is missing; type data.source=FOLDER, with a folder per class"})
     try:
@@ -94,9 +91,9 @@ def survey(config: FinetuneConfig) -> Survey:
 def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: bool = True) -> list[Choice]:
     """The settings that nobody set, fitted to the images and to those that somebody did set."""
     output = Path(config.output_dir) if "output_dir" in given else _free_folder(config.data.source)
-    trained_on, earlier = _source_and_batch(output)
+    trained_on, earlier = _source_and_batch(output)  # a run can go on only with its batch, also if images were added
     if not going_on or trained_on != config.data.source or not any((output / "checkpoints").glob("step-*")):
-        earlier = None  # else images may have been added since, and with another batch the run could not go on
+        earlier = None
     batch = config.global_batch if "global_batch" in given else earlier or _batch(found.train)
     enough = min(MOST_EPOCHS, max(FEWEST_EPOCHS, IMAGES_SEEN // found.train))  # fewer for many images
     epochs = config.epochs if "epochs" in given else enough

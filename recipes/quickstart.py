@@ -37,10 +37,7 @@ RUNS = "quickstart_runs"  # is deleted at the start: a name that nobody's own ru
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the three trainings, write the model, the plots and `summary.json` into `output`; give the summary.
-
-    The seed is of initial weights, order and augmentation; the split into training and validation images is fixed.
-    """
+    """Run the three trainings, write the model, the plots and `summary.json` into `output`; give the summary."""
     runs = output / RUNS
     shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
     settings = [f"seed={seed}", *overrides]
@@ -132,10 +129,8 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.quickstart",
-        description="Pretrain, finetune and score a small ARM; from the repository's top.",
-    )
+    does = "Pretrain, finetune and score a small ARM; from the repository's top."
+    parser = argparse.ArgumentParser(prog="python -m recipes.quickstart", description=does)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
     arguments = parser.parse_args(argv)

@@ -13,12 +13,11 @@ def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Label
     Numbers stand for the names in their order, unless all names are numbers themselves. The validation split may lack
     images of some classes, but have no others: `SourceError`.
     """
+    counts = f"{where} has {len(test.names)} classes, the training images have {len(train.names)}"
     if train.numbered and not (test.numbered or _all_numbers(test.names)):
         if len(test.names) != len(train.names):
-            raise SourceError(
-                f"{where} has {len(test.names)} classes, the training images have {len(train.names)} without names; "
-                "allowed: as many, since names are given to numbers in their order"
-            )
+            allowed = "as many, since names are given to numbers in their order"
+            raise SourceError(f"{counts} without names; allowed: {allowed}")
         train = train.renamed(test.names)
     elif test.numbered and not (train.numbered or _all_numbers(train.names)):
         test = test.renamed(train.names)
@@ -26,10 +25,8 @@ def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Label
     unknown = [name for name in (test.names if test.rows is None else test.rows) if name not in known]
     if unknown:
         images = "" if test.rows is None else f", in {of_rows(sum(test.rows[name] for name in unknown))}"
-        raise SourceError(
-            f"{where} has {len(test.names)} classes, the training images have {len(train.names)} (only there: "
-            f"{listed(unknown)}{images}); allowed: classes of the training images"
-        )
+        only = f"only there: {listed(unknown)}{images}"
+        raise SourceError(f"{counts} ({only}); allowed: classes of the training images")
     return train, test
 
 

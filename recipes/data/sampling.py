@@ -9,10 +9,9 @@ import random
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import Sampler
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
@@ -32,7 +31,7 @@ class Key(NamedTuple):
     encoded: Encoded | None = None
 
 
-class TrainingOrder(Sampler[list[Key]]):
+class TrainingOrder:
     """Keys of one process's micro-batches of `size` images, from `start` = (epoch, step) to the end of training."""
 
     def __init__(self, size: int, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
@@ -84,10 +83,10 @@ class StreamOrder(TrainingOrder):
     Within a lane images are mixed by a buffer of `data.shuffle_buffer` images over all lanes.
     """
 
-    def __init__(self, split: ImageStream, config: TrainConfig, *part: Any) -> None:
+    def __init__(self, split: ImageStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
         if split.size is None:
             raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
-        super().__init__(split.size, config, *part)
+        super().__init__(split.size, config, plan, process, processes)
         self._split = split
         most = 1 if split.shard_sizes is None else min(MOST_LANES, split.num_shards)
         pairs = config.global_batch // 2
@@ -129,10 +128,8 @@ class StreamOrder(TrainingOrder):
             start = 0
             if left == 0:
                 return
-        raise SourceError(
-            f"the training stream ended {left} images before its end: {self.size} are expected "
-            "(data.train_size, or what the source tells)"
-        )
+        expected = f"{self.size} are expected (data.train_size, or what the source tells)"
+        raise SourceError(f"the training stream ended {left} images before its end: {expected}")
 
 
 def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> TrainingOrder:
@@ -154,7 +151,7 @@ def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random)
     yield from buffer
 
 
-class ScoringOrder(Sampler[list[Key]]):
+class ScoringOrder:
     """Keys of one process's images: every image once over all processes, none twice."""
 
     def __init__(self, split: Split, batch_size: int, process: int, processes: int) -> None:

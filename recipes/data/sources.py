@@ -95,7 +95,13 @@ def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
     images = _read(train, classes, config.train_size)
     fraction = validation_fraction(config.validation, test is not None, labels_needed)
     if fraction is not None:
-        return _hold_out(images, fraction, names, train.name)
+        if isinstance(images, ImageStream):
+            problem = f"{train.name} has no validation images beside it, and of a stream none can be held out"
+            raise SourceError(f"{problem}; name some with data.validation=SOURCE, or leave out data.streaming")
+        kept, held_out = split_rows(*images.classes_and_names(), fraction)
+        if not held_out:
+            raise none_to_hold_out(train.name)
+        return Source(images.select(kept), images.select(held_out), names, held_out=fraction)
     if test is None:
         return Source(images, None, names)
     scored = _read(test, test_classes)
@@ -117,19 +123,6 @@ def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int
         raise SourceError(f"{split.name} has {size} images, but data.train_size is {train_size}; leave it out")
     images.size = train_size if size is None else size
     return images
-
-
-def _hold_out(images: Split, fraction: float, class_names: tuple[str, ...], name: str) -> Source:
-    """Training images as two splits; see `recipes.data.splits`."""
-    if isinstance(images, ImageStream):
-        raise SourceError(
-            f"{name} has no validation images beside it, and of a stream none can be held out; name some with "
-            "data.validation=SOURCE, or leave out data.streaming"
-        )
-    kept, held_out = split_rows(*images.classes_and_names(), fraction)
-    if not held_out:
-        raise none_to_hold_out(name)
-    return Source(images.select(kept), images.select(held_out), class_names, held_out=fraction)
 
 
 def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, OpenedSplit | None]:

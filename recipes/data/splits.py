@@ -50,10 +50,7 @@ def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: floa
 
 
 def fewer_training_images(located: Located, needed: int, fraction: float | None, labels_needed: bool) -> int | None:
-    """How many training images a folder has if they are fewer than `needed`; None if not, or for other sources.
-
-    It stops to count as soon as there are enough: a folder may hold a million.
-    """
+    """How many training images a folder has if fewer than `needed`, as far as it counts; None for all else."""
     if located.kind != "images" or "train" not in located.splits:
         return None
     [folder] = located.splits["train"]

@@ -18,9 +18,9 @@ def name_once(lines: Iterable[str], named: set[str]) -> None:
 
 
 def check_undecodable(undecodable: int, images: int, purpose: str, limit: float | None) -> None:
-    """Stop if none, or more than a fraction, the limit, of the images for a purpose such as "training" can be decoded.
+    """Stop if none of the images, for a purpose such as "training", can be decoded, or if too large a fraction cannot.
 
-    Without a limit it is 0.001, but at least 3 images, so that a damaged one does not stop a run on a few dozen.
+    The limit None stands for 0.001, but at least 3 images, so that a damaged one does not stop a run on a few dozen.
     """
     if undecodable >= images:
         raise RunError(f"none of the {images} {purpose} images can be decoded; the log names them")
@@ -28,7 +28,6 @@ def check_undecodable(undecodable: int, images: int, purpose: str, limit: float 
     if undecodable > allowed:
         default = f"the default of {FRACTION:g}, or {IMAGES} images,"
         told = default if limit is None else f"data.max_undecodable={limit:g}"
-        raise SourceError(
-            f"{undecodable} of {images} {purpose} images cannot be decoded, which is more than {told} allows; the "
-            "log names them. A larger fraction, as in data.max_undecodable=0.5, tolerates more"
-        )
+        problem = f"{undecodable} of {images} {purpose} images cannot be decoded, which is more than {told} allows"
+        way_out = "A larger fraction, as in data.max_undecodable=0.5, tolerates more"
+        raise SourceError(f"{problem}; the log names them. {way_out}")

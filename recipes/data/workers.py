@@ -55,10 +55,8 @@ def shared(batch: BatchT) -> BatchT:
         for part in filter(torch.is_tensor, batch):
             part.share_memory_()
     except RuntimeError as error:
-        raise RunError(
-            f"a batch does not fit into shared memory: {error}; try a smaller data.workers or max_batch_per_device, "
-            "or give a container more shared memory (--shm-size)"
-        ) from error
+        ways = "a smaller data.workers or max_batch_per_device, or give a container more shared memory (--shm-size)"
+        raise RunError(f"a batch does not fit into shared memory: {error}; try {ways}") from error
     return batch
 
 
@@ -131,11 +129,7 @@ def leave_signals_to_parent(worker: int) -> None:
 
 @atexit.register
 def end_workers(workers: Collection[BaseProcess] = started) -> None:
-    """Kill workers whose loader is gone, or all of them at a program's end.
-
-    As they ignore SIGTERM, with which torch and Python's multiprocessing end what is left, these would wait for them
-    in vain.
-    """
+    """Kill workers whose loader is gone, or all at the end: torch and Python send SIGTERM, which they ignore."""
     alive = set(workers).intersection(multiprocessing.active_children())  # in another process's copy there are none
     with no_child_handler():
         for worker in alive:
