@@ -151,7 +151,7 @@ class TrainConfig(Config):
         """The cosine needs epochs after the warm-up and a way down, and mixup pairs."""
         found = {}
         if (warmup := self.warmup_epochs) >= self.epochs:
-            found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer than it"
+            found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
         if self.min_lr > (peak := self.base_lr * self.global_batch / 256):
             found["min_lr"] = (
                 f"min_lr is {self.min_lr:g} but the peak is {peak:g} (base_lr * global_batch / 256); allowed: up to it"

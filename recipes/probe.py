@@ -165,7 +165,6 @@ def fit_linear(train: Features, classes: int, rates: Sequence[float], epochs: in
 
 @torch.inference_mode()
 def top1(layer: nn.Linear, part: Features) -> float:
-    """Percentage of right classes."""
     return 100 * (layer(part.values).argmax(dim=1) == part.classes).float().mean().item()
 
 

@@ -90,7 +90,6 @@ class AugmentedImages(Images):
         self._erase = RandomErasing(probability=1, mode="pixel", device="cpu")
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        """Decode and augment a batch."""
         images, classes, draws, erased = [], [], [], []
         undecodable: list[str] = []
         with transforms.global_generators_restored():

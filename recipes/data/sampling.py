@@ -78,9 +78,7 @@ class StreamOrder(TrainingOrder):
 
     Every lane gives the same number of pairs to each global batch, always at the same places, so a process reads only
     the lanes that its places belong to. Where the sizes of the shards are not known (on the Hub) there is one lane,
-    which every process reads.
-
-    Within a lane images are mixed by a buffer of `data.shuffle_buffer` images over all lanes.
+    which every process reads. Lanes are mixed by buffers, of `data.shuffle_buffer` images over all lanes.
     """
 
     def __init__(self, split: ImageStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:

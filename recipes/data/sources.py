@@ -126,7 +126,6 @@ def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int
 
 
 def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, OpenedSplit | None]:
-    """The training split and, if there is one, the validation split."""
     choices = Choices(config.image_column, config.label_column, config.num_classes, config.max_pixels or MAX_PIXELS)
 
     def opened(name: str) -> OpenedSplit:

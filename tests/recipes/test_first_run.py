@@ -18,6 +18,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from arm_zoo import CheckpointError
@@ -26,7 +27,6 @@ from arm_zoo.images.listing import SourceError
 from recipes import command_line
 from recipes.command_line import read_command
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
-from recipes.console import plain_console
 from recipes.data.sources import open_source
 from recipes.data.splits import held_out, split_rows
 from recipes.data.undecodable import check_undecodable
@@ -212,9 +212,9 @@ def test_another_fraction_is_another_run(tmp_path: Path) -> None:
     before = load_config(FinetuneConfig, None, settings, to_run=False)
     now = load_config(FinetuneConfig, None, [*settings, "data.validation=0.3"], to_run=False)
     start = Start(tmp_path, {"config": asdict(before), "position": {"step": 0}})
-    compare(before, start, plain_console())
+    compare(before, start, Console(stderr=True, markup=False, emoji=False))
     with pytest.raises(RunError, match=r"is of another run: data\.validation was None, is 0.3"):
-        compare(now, start, plain_console())
+        compare(now, start, Console(stderr=True, markup=False, emoji=False))
 
 
 # --------------------------------------------------------------------------------------------------- fitted settings
