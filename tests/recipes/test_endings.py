@@ -188,7 +188,7 @@ def begun(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
     program = (
         f"import recipes.{recipe} as recipe, recipes.data.loader as data, recipes.training.engine as engine\n"
-        f"{code}\nrecipe.main()"
+        f'{code}\nfrom recipes.command_line import main\nmain("{recipe}")'
     )
     with subprocess.Popen(
         [sys.executable, *launcher, program, *arguments],
