@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from pathlib import Path
+from importlib.machinery import PathFinder
 
 
 def _open_images() -> None:
@@ -12,12 +12,9 @@ def _open_images() -> None:
     where a later import of `arm_zoo` finds it, so that its classes exist once.
     """
     found = importlib.util.find_spec("arm_zoo")
-    if found is None or found.origin is None:
+    if found is None:
         raise ModuleNotFoundError("arm_zoo is not installed; type `pip install .` at the top of the checkout")
-    folder = Path(found.origin).with_name("images")
-    spec = importlib.util.spec_from_file_location(
-        "arm_zoo.images", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    spec = PathFinder.find_spec("arm_zoo.images", found.submodule_search_locations)
     sys.modules["arm_zoo.images"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
 
 

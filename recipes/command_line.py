@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from recipes.config import ConfigError, ConfigT, FinetuneConfig, PretrainConfig, TrainConfig, load_config, to_yaml
 from recipes.first_run import fitted
@@ -25,14 +25,6 @@ RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipe
 }
 
 
-class Command(NamedTuple):
-    """What a person asked for."""
-
-    program: str  # its name
-    config: TrainConfig
-    resume: str  # "auto", "none" or a checkpoint's folder
-
-
 def main(recipe: str, argv: Sequence[str] | None = None) -> None:
     """Read the command, then import the recipe, which takes seconds, and call its `run(config, resume, stop)`."""
     try:
@@ -40,15 +32,14 @@ def main(recipe: str, argv: Sequence[str] | None = None) -> None:
         run = importlib.import_module(f"recipes.{recipe}").run
     except KeyboardInterrupt:
         interrupted("interrupted before the run began")
-    carry_out(command, run)
+    carry_out(*command, run)
 
 
-def read_command(recipe: str, argv: Sequence[str] | None = None) -> Command:
-    """Parse `--config FILE --resume WHERE key=value ...`; a wrong configuration ends the program with 2."""
+def read_command(recipe: str, argv: Sequence[str] | None = None) -> tuple[str, TrainConfig, str]:
+    """The program's name, its configuration and where to start; a wrong configuration ends the program with 2."""
     kind, does, fit = RECIPES[recipe]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m recipes.{recipe}", description=f"{does} Run it from the top of the repository."
-    )
+    does = f"{does} Run it from the top of the repository."
+    parser = argparse.ArgumentParser(prog=f"python -m recipes.{recipe}", description=does)
     without = "" if fit is None else "; without one, settings are fitted to the images of data.source and told"
     parser.add_argument("--config", type=Path, help=f"YAML file, for example one of recipes/configs{without}")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
@@ -66,7 +57,7 @@ def read_command(recipe: str, argv: Sequence[str] | None = None) -> Command:
     if arguments.print_config:
         print(to_yaml(config), end="")
         parser.exit()
-    return Command(parser.prog, config, arguments.resume)
+    return parser.prog, config, arguments.resume
 
 
 def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments: Any) -> ConfigT:
@@ -77,22 +68,22 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def carry_out(command: Command, run: Callable[[Any, str, "StopRequest"], None]) -> None:
+def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, "StopRequest"], None]) -> None:
     """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
     from recipes.data.workers import end_workers
-    from recipes.mistakes import told_as_mistakes
+    from recipes.errors import told_as_mistakes
     from recipes.training.signals import StopRequest
 
     stop = StopRequest().listen()
-    with told_as_mistakes(command.program):
+    with told_as_mistakes(program):
         try:
-            run(command.config, command.resume, stop)
+            run(config, resume, stop)
             leave_processes()
         except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
             leave_processes()
             raise
         except KeyboardInterrupt:
-            interrupted(f"{command.program}: interrupted; the same command goes on from the last checkpoint")
+            interrupted(f"{program}: interrupted; the same command goes on from the last checkpoint")
         finally:
             stop.ignore()
             end_workers()

@@ -144,21 +144,14 @@ class TrainConfig(Config):
     labels_needed = False  # no setting but a fact about the phase, so it bears no type
 
     def build(self, **keywords: Any) -> "nn.Module":
-        """A new model, untrained; `keywords` win over `model_args`.
-
-        Raises:
-            ValueError: For an unknown model or sizes that do not fit each other.
-            TypeError: For an unknown keyword.
-        """
+        """A new model, untrained; `keywords` win over `model_args`."""
         raise NotImplementedError
 
     def conflicts(self) -> dict[str, str]:
         """The cosine needs epochs after the warm-up and a way down, and mixup pairs."""
         found = {}
-        if self.warmup_epochs >= self.epochs:
-            found["warmup_epochs"] = (
-                f"warmup_epochs is {self.warmup_epochs:g} but epochs is {self.epochs}; allowed: fewer than epochs"
-            )
+        if (warmup := self.warmup_epochs) >= self.epochs:
+            found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
         if self.min_lr > (peak := self.base_lr * self.global_batch / 256):
             found["min_lr"] = (
                 f"min_lr is {self.min_lr:g} but the peak is {peak:g} (base_lr * global_batch / 256); allowed: up to it"
@@ -187,9 +180,8 @@ class TrainConfig(Config):
         if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
             found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
-            found["tracker"] = (
-                f"tracker is {self.tracker}, which is not installed; type `pip install {self.tracker}` or tracker=none"
-            )
+            ways = f"`pip install {self.tracker}` or tracker=none"
+            found["tracker"] = f"tracker is {self.tracker}, which is not installed; type {ways}"
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
@@ -233,7 +225,6 @@ class PretrainConfig(TrainConfig):
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
 
     def build(self, **keywords: Any) -> "arm_zoo.ARMPretrain":
-        """The pretraining model."""
         import arm_zoo
 
         return arm_zoo.create_pretraining_model(self.model, **{**self.model_args, **keywords})
@@ -261,7 +252,6 @@ class FinetuneConfig(TrainConfig):
     labels_needed = True
 
     def build(self, **keywords: Any) -> "nn.Module":
-        """The backbone with a head."""
         import timm
 
         from arm_zoo.loading import entries
@@ -272,8 +262,7 @@ class FinetuneConfig(TrainConfig):
 
     def unready(self) -> dict[str, str]:
         """The same, and the weights to start from, unless they may be an entry's."""
-        missing_start = {} if self.pretrained is None or ENTRY.fullmatch(self.pretrained) else self._missing_start(())
-        return super().unready() | missing_start
+        return super().unready() | ({} if ENTRY.fullmatch(self.pretrained or "") else self._missing_start(()))
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
         """The same, and an entry that `pretrained` names must be known."""
@@ -285,13 +274,12 @@ class FinetuneConfig(TrainConfig):
         if self.pretrained is None or self.pretrained in names or Path(self.pretrained).exists():
             return {}
         similar = difflib.get_close_matches(self.pretrained, names, cutoff=0.4)
-        entry = f"an entry such as {', '.join(similar)}" if similar else "an entry"
-        problem = (
-            f"pretrained is {self.pretrained!r}, which does not exist; allowed: {entry} (`python -m arm_zoo "
-            "list` shows them, and whose weights are there), a folder with model.safetensors or such a file (`python "
-            "-m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
-        )
-        return {"pretrained": problem}
+        entry = f"an entry{' such as ' if similar else ''}{', '.join(similar)}"
+        return {
+            "pretrained": f"pretrained is {self.pretrained!r}, which does not exist; allowed: {entry} (`python -m "
+            "arm_zoo list` shows them, and whose weights are there), a folder with model.safetensors or such a file "
+            "(`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
+        }
 
 
 class BatchPlan(NamedTuple):
@@ -302,14 +290,9 @@ class BatchPlan(NamedTuple):
 
 
 def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
-    """Split a global batch into equal, even parts of at most `max_per_device` images: mixup mixes pairs.
-
-    Raises:
-        ConfigError: If there is no such split; it names the nearest global batches that have one.
-    """
-    part, rest = divmod(global_batch, processes)
-    if rest or part % 2:
-        unit = 2 * processes
+    """Split a global batch into equal, even parts of at most `max_per_device` images: mixup mixes pairs."""
+    part, unit = global_batch // processes, 2 * processes
+    if global_batch % unit:
         below = global_batch // unit * unit
         nearest = f"{below} or {below + unit}" if below else str(unit)
         problem = f"global_batch {global_batch} does not split over {processes} processes into equal, even parts"
@@ -327,18 +310,11 @@ def load_config(
     to_run: bool = True,
     fit: Callable[[ConfigT, Set[str]], tuple[Mapping[str, Any], str]] | None = None,
 ) -> ConfigT:
-    """Read a YAML file, lay `key=value` overrides over it and check the whole.
+    """Read a YAML file, lay overrides such as "data.source=digits" over it (the last one wins) and check the whole.
 
-    Args:
-        kind: The dataclass to fill, for example `PretrainConfig`.
-        file: YAML file with the dataclass's keys; nested keys may also be written with a dot.
-        overrides: Strings such as `"epochs=3"` or `"data.source=digits"`; the last one wins.
-        to_run: Also check what a run needs: that nothing is missing, files exist and the output can be written.
-        fit: Of the configuration so far and the keys that were set, gives values for others, and what to tell of them.
-
-    Raises:
-        ConfigError: With every unknown key, wrong type, value out of range and impossible combination at once; what is
-            wrong with the model is told when all else is right.
+    A `ConfigError` tells all problems at once, those of the model when all else is right. With `to_run`, nothing may
+    be missing, files must exist and the output be writable. `fit` takes the configuration so far and the keys that
+    were set; it gives values for others, and what to tell of them.
     """
     problems: dict[str, str] = {}
     values = {} if file is None else read_yaml(file)

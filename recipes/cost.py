@@ -31,20 +31,13 @@ class Measured:
     device: str = ""  # what they were, where that is known
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
-        """Time for so many epochs of `images` on `gpus` GPUs.
-
-        `efficiency` is their speed divided by that of as many separate ones; the number measured is taken as it is.
-        """
+        """Time of so many epochs, where `efficiency` is the speed of `gpus` GPUs by that of as many separate ones."""
         kept = 1.0 if gpus == self.gpus else efficiency
         return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
 
 
 def from_run(folder: Path) -> Measured:
-    """The median speed of a run's epochs on the GPUs it had last, without the first one, if possible: it warms up.
-
-    Raises:
-        ValueError: If the run has not measured it.
-    """
+    """The median speed of a run's epochs on the GPUs it had last, without the first one, if possible: it warms up."""
     file = folder / "metrics.jsonl"
     allowed = "allowed: the output_dir of a pretraining run, or --images-per-second SPEED --measured-gpus N"
     if not file.exists():
@@ -60,11 +53,7 @@ def from_run(folder: Path) -> Measured:
 
 
 def from_throughput(file: Path) -> list[Measured]:
-    """The newest row of each model and device that `eval.throughput --mode pretrain --output FILE` wrote.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The newest row of each model and device that `eval.throughput --mode pretrain --output FILE` wrote."""
     text = file.read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines())) if file.suffix == ".csv" else json.loads(text)
     newest = {(row["model"], row.get("device", "")): row for row in rows if row.get("mode") == "pretrain"}
@@ -88,7 +77,6 @@ def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterato
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.cost", description="Hours and GPU-hours of pretraining, from a measured speed."
     )
@@ -109,14 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         numbers = value if isinstance(value, list) else [value]
         if any(number <= 0 for number in numbers if isinstance(number, int | float)):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
     try:
         if settings.run is not None:
             measured = [from_run(settings.run)]
         elif settings.throughput is not None:
             measured = from_throughput(settings.throughput)
-        else:
-            speed, gpus = settings.images_per_second, settings.measured_gpus or 1
-            measured = [Measured(settings.model or "model", speed, gpus)]
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print("\n".join(table(measured, settings)))

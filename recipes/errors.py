@@ -1,5 +1,40 @@
-"""What ends a run with a message instead of a traceback."""
+"""What can go wrong in a run through no fault of the code, and how it is told."""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+from arm_zoo import CheckpointError
+from arm_zoo.images.listing import SourceError
+from recipes.parsing import ConfigError
 
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message says what happened and what to type."""
+
+
+MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
+
+
+@contextmanager
+def told_as_mistakes(program: str) -> Iterator[None]:
+    """Let the program end with 1 and one message where the block cannot start or go on."""
+    try:
+        yield
+    except MISTAKES as error:
+        sys.exit(f"{program}: {described(error)}")
+
+
+def described(error: Exception) -> str:
+    """The message of a mistake; where the system's words name no file, with the place in the code they come from."""
+    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
+    return located(error) if nameless or isinstance(error, SafetensorError) else str(error)
+
+
+def located(error: Exception) -> str:
+    """An error in words, with the place in the code that it comes from."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

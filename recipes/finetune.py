@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the imports that take seconds, so that mist
 
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ import timm
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from arm_zoo.files import CheckpointError, described_by_folder, read_config, weights_in
 from arm_zoo.loading import label_names
 from arm_zoo.weights.download import find_weights
 from arm_zoo.weights.table import ways_on
-from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
 from recipes.data.loader import Batch
@@ -56,16 +53,13 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     """
     classes = len(class_names)
     if (asked := config.model_args.get("num_classes", classes)) != classes:
-        raise RunError(
-            f"model_args.num_classes is {asked}, but {config.data.source} has {classes} classes; "
-            f"allowed: {classes}, or leave it out"
-        )
+        problem = f"model_args.num_classes is {asked}, but {config.data.source} has {classes} classes"
+        raise RunError(f"{problem}; allowed: {classes}, or leave it out")
     if config.pretrained is None:
         return config.build(num_classes=classes)
     file, pretrained_names = starting_weights(config.pretrained)
-    keywords = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
     try:
-        model: Any = config.build(num_classes=classes, **keywords)
+        model: Any = config.build(num_classes=classes, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # torch's has a line for each name
         raise RunError(f"pretrained={config.pretrained} does not fit {config.model}: {reason}") from error
@@ -103,9 +97,8 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     so that it is the same for any number of processes; fraction and box come from NumPy, seeded per step.
     """
     if config.mixup == config.cutmix == 0:
-        return lambda model, batch: F.cross_entropy(
-            model(batch.images), batch.classes, label_smoothing=config.label_smoothing
-        )
+        cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        return lambda model, batch: cross_entropy(model(batch.images), batch.classes)
     mix = Mixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
@@ -139,14 +132,8 @@ def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:
     result = finetune(config, resume=resume, stop=stop)
     last, folder = result.history[-1], config.output_dir
     scored, damaged = int(last["images_scored"]), int(last["undecodable"]) + int(last["images_skipped"])
-    lines = [f"top-1 {result.top1:.2f}% of {scored} validation images; wrote {folder}"]
+    say(f"top-1 {result.top1:.2f}% of {scored} validation images; wrote {folder}")
     if damaged:
-        lines += [f"{damaged} damaged image{'s were' if damaged > 1 else ' was'} left out; the log names what and why"]
-    lines += [
-        f"  classify an image: python -m arm_zoo predict IMAGE --model {shlex.quote(folder)}",
-        f'  load it in Python: timm.create_model("local-dir:{folder}", pretrained=True), after import arm_zoo, timm',
-    ]
-    say("\n".join(lines))
-
-
-main = partial(command_line.main, "finetune")
+        say(f"{damaged} damaged image{'s were' if damaged > 1 else ' was'} left out; the log names what and why")
+    say(f"  classify an image: python -m arm_zoo predict IMAGE --model {shlex.quote(folder)}")
+    say(f'  load it in Python: timm.create_model("local-dir:{folder}", pretrained=True), after import arm_zoo, timm')

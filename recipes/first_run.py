@@ -47,16 +47,7 @@ class Choice(NamedTuple):
 
 
 def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tuple[dict[str, Any], str]:
-    """Values for the keys that nobody set, and a table that says what they are and why.
-
-    Args:
-        config: What was set, over the defaults.
-        given: The keys that were set.
-        going_on: Whether a run that the folder of results holds is to go on, which takes its own batch.
-
-    Raises:
-        ConfigError: If there is no source, or nothing in it to train a classifier on.
-    """
+    """Values for the keys that are not `given`, and a table that says what they are and why."""
     if not config.data.source:
         raise ConfigError({"data.source": "data.source is missing; type data.source=FOLDER, with a folder per class"})
     try:
@@ -70,15 +61,16 @@ def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tu
 
 
 def survey(config: FinetuneConfig) -> Survey:
-    """Count images and classes: of a folder by its names alone, of other sources by opening them.
-
-    Raises:
-        SourceError: If the source is missing, or nothing can be learned from it.
-    """
+    """Count images and classes: of a folder by its names alone, of other sources by opening them."""
     data = config.data
     located = None if data.source == "digits" else locate(data.source, one_split=data.validation is not None)
     if located is None or located.kind != "images" or "train" not in located.splits:
-        return _survey_opened(config)
+        from recipes.data.sources import open_source  # with libraries that read them, which take seconds to import
+
+        source = open_source(data)
+        if source.train.size is None:
+            raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
+        return Survey(source.train.size, len(source.class_names), source.channels == 1, source.held_out)
     [folder] = located.splits["train"]
     class_folders.cache_clear()
     classes = {name: len(paths) for name, paths in class_folders(folder)[0].items()}  # kept until they are opened
@@ -96,32 +88,27 @@ def survey(config: FinetuneConfig) -> Survey:
     return Survey(train, len(images), held_out=fraction)
 
 
-def _survey_opened(config: FinetuneConfig) -> Survey:
-    from recipes.data.sources import open_source  # with the libraries that read them, which take seconds to import
-
-    source = open_source(config.data, labels_needed=True)
-    size = source.train.size
-    if size is None:
-        raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
-    return Survey(size, len(source.class_names), source.channels == 1, source.held_out)
-
-
 def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: bool = True) -> list[Choice]:
     """The settings that nobody set, fitted to the images and to those that somebody did set."""
     output = Path(config.output_dir) if "output_dir" in given else _free_folder(config.data.source)
-    earlier = _batch_of_run(output, config.data.source) if going_on else None
+    trained_on, earlier = _source_and_batch(output)  # a run can go on only with its batch, also if images were added
+    if not going_on or trained_on != config.data.source or not any((output / "checkpoints").glob("step-*")):
+        earlier = None
     batch = config.global_batch if "global_batch" in given else earlier or _batch(found.train)
-    epochs = config.epochs if "epochs" in given else _epochs(found.train)
+    enough = min(MOST_EPOCHS, max(FEWEST_EPOCHS, IMAGES_SEEN // found.train))  # fewer for many images
+    epochs = config.epochs if "epochs" in given else enough
     if "warmup_epochs" in given:
         epochs = max(epochs, int(config.warmup_epochs) + 1)
     every = max(1, epochs // 4)
     of_batch = f"of the run in {output}, to go on with" if earlier else f"for {_count(found.train, 'training image')}"
     workers = 1 if found.train < 1000 else min(WORKERS, os.cpu_count() or 1)
-    choices = [_start(config, given, found)]
-    if found.held_out is not None and config.data.validation is None:
-        reason = f"there are no validation images: {found.held_out:.0%} of each class are, always the same ones"
-        choices.append(Choice(reason, {"data.validation": found.held_out}))
-    choices += [
+    no_validation = found.held_out is not None and config.data.validation is None
+    choices = [
+        _start(config, given, found),
+        Choice(
+            f"there are no validation images: {found.held_out or 0:.0%} of each class are, always the same ones",
+            {"data.validation": found.held_out} if no_validation else {},
+        ),
         Choice(of_batch, {"global_batch": batch}),
         Choice(f"{_count(found.train // batch, 'step')} each", {"epochs": epochs, "warmup_epochs": epochs / 10}),
         Choice(
@@ -135,11 +122,12 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
         Choice("epochs between scores and checkpoints", {"evaluate_every": every, "checkpoint_epochs": every}),
         Choice("right on every device; curves.png shows the figures", {"precision": "fp32", "tracker": "none"}),
         Choice("processes that decode images", {"data.workers": workers}),
+        Choice(
+            "augmentation; data.flip=0 where left and right matter, as in writing",
+            {} if found.grey else {"data.random_crop": (0.5, 1.0), "data.flip": 0.5},
+        ),
+        Choice("where the results go", {"output_dir": str(output)}),
     ]
-    if not found.grey:
-        reason = "augmentation; data.flip=0 where left and right matter, as in writing"
-        choices.append(Choice(reason, {"data.random_crop": (0.5, 1.0), "data.flip": 0.5}))
-    choices.append(Choice("where the results go", {"output_dir": str(output)}))
     left = (Choice(why, {key: what[key] for key in what if key not in given}) for why, what in choices)
     return [choice for choice in left if choice.values]
 
@@ -179,26 +167,12 @@ def _batch(images: int) -> int:
     return unit * 2 ** max(0, most.bit_length() - 1)
 
 
-def _epochs(images: int) -> int:
-    """Fewer for many images: the small model has seen enough by then."""
-    return max(FEWEST_EPOCHS, min(MOST_EPOCHS, IMAGES_SEEN // images))
-
-
 def _free_folder(source: str) -> Path:
     """`runs/NAME`, with a number where another source of this name has been trained on."""
     parts = Path(source.removeprefix("hf://").rstrip("/")).expanduser().absolute().parts
     name = next((part for part in reversed(parts) if not set(part) & set("*?[{/")), "run")  # a pattern is no name
     folders = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
     return next(folder for folder in folders if _source_and_batch(folder)[0] in (None, source))
-
-
-def _batch_of_run(run: Path, source: str) -> int | None:
-    """The global batch of a run that has checkpoints to go on from; None where there is none, or of another source.
-
-    Images may have been added since, for which another batch would be chosen, and then the run could not go on.
-    """
-    trained_on, batch = _source_and_batch(run)
-    return batch if trained_on == source and any((run / "checkpoints").glob("step-*")) else None
 
 
 def _source_and_batch(run: Path) -> tuple[str | None, int | None]:

@@ -34,11 +34,7 @@ class KillTest:
         self._context.set_forkserver_preload([f"recipes.{recipe}", "sklearn.datasets", "sklearn.model_selection"])
 
     def run(self, kills: int) -> int:
-        """Kill `kills` times, over as many runs as that takes; the number that hit the writing of a checkpoint.
-
-        Raises:
-            RuntimeError: If a process fails on its own, or a resumed run ends with other bits.
-        """
+        """Kill `kills` times, over as many runs as that takes; the number that hit the writing of a checkpoint."""
         whole = self._folder / "whole"
         server = self._context.Process(target=print)  # whose start must not count
         server.start()

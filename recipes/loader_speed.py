@@ -16,7 +16,7 @@ from recipes.command_line import read_config
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, TrainConfig
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
-from recipes.mistakes import told_as_mistakes
+from recipes.errors import told_as_mistakes
 from recipes.parsing import limited
 
 
@@ -47,7 +47,6 @@ def loader_speed(config: LoaderConfig) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.loader_speed", description="Speed of the training loader alone. Run it from the top."
     )

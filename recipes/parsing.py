@@ -34,11 +34,7 @@ def limited(default: Any, limit: Limit) -> Any:
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The values in a file by dotted key.
-
-    Raises:
-        ConfigError: If it cannot be read, or holds something else.
-    """
+    """The values in a file by dotted key."""
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(file))
         if not isinstance(content, dict):

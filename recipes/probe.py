@@ -24,10 +24,9 @@ from arm_zoo.loading import entries, load
 from recipes import command_line
 from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from recipes.data.loader import EvalLoader
-from recipes.data.sources import Source, Split, open_source
+from recipes.data.sources import Split, open_source
 from recipes.data.undecodable import check_undecodable
-from recipes.errors import RunError
-from recipes.mistakes import told_as_mistakes
+from recipes.errors import RunError, told_as_mistakes
 from recipes.parsing import limited
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -63,21 +62,13 @@ class Features(NamedTuple):
 def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any]]:
     """A model that gives pooled features, and how images are prepared for it.
 
-    Mean and standard deviation are among the latter where the weights tell those that the model was trained with.
-
-    Args:
-        weights: A `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file of weights.
-        config: Names the model if it is a file of timm's; files of our models tell it.
-
-    Raises:
-        RunError: If the folder holds no model, nobody says which model a file is of, or `model_args` do not fit.
-        CheckpointError: If the weights cannot be read, or are of another model.
+    Mean and standard deviation are among the latter where the weights tell those that the model was trained with. The
+    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file.
     """
     if config.model and not timm.is_model(config.model):
         ours = ", ".join(sorted(name for name in entries() if "." not in name))
-        raise RunError(
-            f"model is {config.model!r}, which timm does not have; allowed: {ours}, or an entry of timm's own"
-        )
+        problem = f"model is {config.model!r}, which timm does not have"
+        raise RunError(f"{problem}; allowed: {ours}, or an entry of timm's own")
     names = (config.model, weights) if config.model and weights.is_file() else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
     own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
@@ -139,10 +130,7 @@ def knn_top1(train: Features, test: Features, neighbours: int, temperature: floa
 
 
 def linear_top1(train: Features, test: Features, epochs: int, seed: int) -> tuple[float, float]:
-    """Top-1 in percent of a linear classifier, and its learning rate, chosen on held-out training images.
-
-    The features are standardised with the training images' statistics.
-    """
+    """Top-1 in percent of a linear classifier on standardised features; its rate is chosen on held-out ones."""
     std, mean = torch.std_mean(train.values, dim=0)
     train, test = (part._replace(values=(part.values - mean) / (std + 1e-6)) for part in (train, test))
     order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(seed)).to(train.classes.device)
@@ -177,15 +165,12 @@ def fit_linear(train: Features, classes: int, rates: Sequence[float], epochs: in
 
 @torch.inference_mode()
 def top1(layer: nn.Linear, part: Features) -> float:
-    """Percentage of right classes."""
     return 100 * (layer(part.values).argmax(dim=1) == part.classes).float().mean().item()
 
 
 def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     """Score the frozen features of weights as `load_backbone` takes them, and write `config.output`."""
-    source: Source = open_source(config.data, labels_needed=True)
-    if source.test is None:
-        raise SourceError(f"{config.data.source!r} has no images to score on")
+    source: Any = open_source(config.data)  # with images to score on, since labels are needed
     model, inputs = load_backbone(weights, config)
     inputs = {"mean": source.mean, "std": source.std, **inputs}
     if (channels := inputs["input_size"][0]) != source.channels:
@@ -216,14 +201,10 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.probe",
-        description="k-NN and linear probe on frozen features; from the repository's top.",
-    )
-    parser.add_argument(
-        "--weights", type=Path, required=True, help="pretraining_model/, backbone/, a finetuned folder, or a file"
-    )
+    does = "k-NN and linear probe on frozen features; from the repository's top."
+    parser = argparse.ArgumentParser(prog="python -m recipes.probe", description=does)
+    kinds = "pretraining_model/, backbone/, a finetuned folder, or a file"
+    parser.add_argument("--weights", type=Path, required=True, help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)
     config = command_line.read_config(parser, ProbeConfig, None, arguments.overrides)

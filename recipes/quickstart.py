@@ -24,9 +24,8 @@ from timm.data import resolve_data_config
 
 from arm_zoo.files import replacing_files, write_text
 from recipes.config import FinetuneConfig, PretrainConfig, load_config
-from recipes.errors import RunError
+from recipes.errors import RunError, told_as_mistakes
 from recipes.finetune import finetune
-from recipes.mistakes import told_as_mistakes
 from recipes.pretrain import pretrain
 from recipes.training.engine import Metrics
 from recipes.training.plots import drawn_blindly, plot_comparison, prepared_images
@@ -38,16 +37,7 @@ RUNS = "quickstart_runs"  # is deleted at the start: a name that nobody's own ru
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the three trainings, write the model, the plots and `summary.json` into `output`; give the summary.
-
-    Args:
-        output: Folder to write to; the files of the three runs go into its subfolder `quickstart_runs`.
-        seed: Of initial weights, order and augmentation; the split into training and validation images is fixed.
-        overrides: Settings of all three runs, as `key=value`.
-
-    Raises:
-        RunError: If training from scratch, which runs in a process of its own, fails.
-    """
+    """Run the three trainings, write the model, the plots and `summary.json` into `output`; give the summary."""
     runs = output / RUNS
     shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
     settings = [f"seed={seed}", *overrides]
@@ -83,10 +73,9 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
 
 @contextmanager
 def training_from_scratch(folder: Path, settings: Sequence[str]) -> Iterator[list[Metrics]]:
-    """Train with the finetuning's configuration, so with its budget, beside what the block does.
+    """Train by the plain command, with the finetuning's configuration and so its budget, beside what the block does.
 
-    It is the plain command of the recipe, on the second core. The list that the block gets is filled, one row of
-    figures per epoch, when the block has ended.
+    The list that the block gets is filled, one row of figures per epoch, when the block has ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recipes.finetune", "--config", str(CONFIGS / "finetune_digits.yaml")]
@@ -122,7 +111,6 @@ def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
 
 
 def show(summary: dict[str, Any], output: Path) -> None:
-    """Print the result as a short table."""
     console = Console(markup=False, emoji=False)
     table = Table(title=f"Handwritten digits, {summary['images_test']} validation images", title_justify="left")
     for heading in ("start", "labels seen", "top-1", "pretraining", "training"):
@@ -141,11 +129,8 @@ def show(summary: dict[str, Any], output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.quickstart",
-        description="Pretrain, finetune and score a small ARM; from the repository's top.",
-    )
+    does = "Pretrain, finetune and score a small ARM; from the repository's top."
+    parser = argparse.ArgumentParser(prog="python -m recipes.quickstart", description=does)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
     arguments = parser.parse_args(argv)

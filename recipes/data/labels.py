@@ -1,37 +1,23 @@
 """The classes of a validation split among those of the training images."""
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 from arm_zoo.images.labels import Labels, of_rows
 from arm_zoo.images.listing import SourceError, listed
 
 
-class Matched(NamedTuple):
-    """The classes of two splits."""
+def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Labels]:
+    """The classes of the training split and of a validation split, called `where`, under the same names.
 
-    names: tuple[str, ...]  # in index order
-    train: Mapping[Any, int]  # what the training split's label column holds -> class index
-    test: Mapping[Any, int]  # the same for the other split
-    without_test: list[str]  # classes that have no image in the other split, as far as that is known
-
-
-def match_labels(train: Labels, test: Labels, where: str) -> Matched:
-    """Find the classes of a validation split among those of the training split.
-
-    Names are compared. Numbers stand for the names in their order, unless all names are numbers themselves. The other
-    split, called `where`, may lack images of some classes.
-
-    Raises:
-        SourceError: if it has classes that the training split does not have.
+    Numbers stand for the names in their order, unless all names are numbers themselves. The validation split may lack
+    images of some classes, but have no others: `SourceError`.
     """
+    counts = f"{where} has {len(test.names)} classes, the training images have {len(train.names)}"
     if train.numbered and not (test.numbered or _all_numbers(test.names)):
         if len(test.names) != len(train.names):
-            raise SourceError(
-                f"{where} has {len(test.names)} classes, the training images have {len(train.names)} without names; "
-                "allowed: as many, since names are given to numbers in their order"
-            )
+            allowed = "as many, since names are given to numbers in their order"
+            raise SourceError(f"{counts} without names; allowed: {allowed}")
         train = train.renamed(test.names)
     elif test.numbered and not (train.numbered or _all_numbers(train.names)):
         test = test.renamed(train.names)
@@ -39,13 +25,9 @@ def match_labels(train: Labels, test: Labels, where: str) -> Matched:
     unknown = [name for name in (test.names if test.rows is None else test.rows) if name not in known]
     if unknown:
         images = "" if test.rows is None else f", in {of_rows(sum(test.rows[name] for name in unknown))}"
-        raise SourceError(
-            f"{where} has {len(test.names)} classes, the training images have {len(train.names)} (only there: "
-            f"{listed(unknown)}{images}); allowed: classes of the training images"
-        )
-    return Matched(
-        train.names, train.indices(train.names), test.indices(train.names), test.without_images(train.names)
-    )
+        only = f"only there: {listed(unknown)}{images}"
+        raise SourceError(f"{counts} ({only}); allowed: classes of the training images")
+    return train, test
 
 
 def _all_numbers(names: Iterable[str]) -> bool:

@@ -19,19 +19,9 @@ from arm_zoo.images.decode import UndecodableImage
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import BatchPlan, DataConfig, TrainConfig
+from recipes.data import transforms
 from recipes.data.sampling import Key, ScoringOrder, training_order
 from recipes.data.sources import Source, Split
-from recipes.data.transforms import (
-    AUGMENTATION,
-    ERASING,
-    Normalisation,
-    Transform,
-    global_generators_restored,
-    scoring_transform,
-    seed_global_generators,
-    training_transform,
-    warp,
-)
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.data.workers import WorkerLoader
 
@@ -52,7 +42,7 @@ class Batch(NamedTuple):
     indices: Tensor  # (N,), places of the images in their split (for streams: in the epoch's order)
     undecodable: list[str]  # a line for every image that could not be decoded, with its name and the reason
 
-    def ready(self, device: torch.device, normalise: Normalisation) -> "Batch":
+    def ready(self, device: torch.device, normalise: transforms.Normalisation) -> "Batch":
         """The batch on a device, normalised; copies from pinned memory do not wait."""
         images, classes = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.classes))
         return self._replace(images=normalise(images) if images.dtype == torch.uint8 else images, classes=classes)
@@ -61,7 +51,7 @@ class Batch(NamedTuple):
 class Images:
     """One split as batches of images in 8 bits."""
 
-    def __init__(self, split: Split, transform: Transform) -> None:
+    def __init__(self, split: Split, transform: transforms.Transform) -> None:
         self._split, self._transform = split, transform
 
     def batch(self, keys: Sequence[Key]) -> Batch:
@@ -92,33 +82,32 @@ class AugmentedImages(Images):
     """
 
     def __init__(self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
-        super().__init__(source.train, training_transform(config, image_size, source.mean))
-        self._normalise = Normalisation(source.mean, source.std, CPU)
+        super().__init__(source.train, transforms.training_transform(config, image_size, source.mean))
+        self._normalise = transforms.Normalisation(source.mean, source.std, CPU)
         self._seed = seed
         self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
         self._erase_probability = config.erase
         self._erase = RandomErasing(probability=1, mode="pixel", device="cpu")
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        """Decode and augment a batch."""
         images, classes, draws, erased = [], [], [], []
         undecodable: list[str] = []
-        with global_generators_restored():
+        with transforms.global_generators_restored():
             stored = self._stored(keys)
             for position, key in enumerate(keys):
                 image, label = self._decoded(stored, position, key, undecodable)
-                seed_global_generators(self._seed, key.epoch, AUGMENTATION, key.place)
+                transforms.seed_global_generators(self._seed, key.epoch, transforms.AUGMENTATION, key.place)
                 images.append(self._transform(image))
                 classes.append(label)
                 draws.append([random.uniform(-1, 1) for _ in range(4)])
                 erased.append(random.random() < self._erase_probability)
             batch = torch.stack(images)
             if self._affine is not None:
-                batch = warp(batch.float().div_(255), torch.tensor(draws), self._affine)
+                batch = transforms.warp(batch.float().div_(255), torch.tensor(draws), self._affine)
             if self._affine is not None or self._erase_probability:
                 batch = self._normalise(batch)
             for key, erasable in compress(zip(keys, batch, strict=True), erased):
-                seed_global_generators(self._seed, key.epoch, ERASING, key.place)
+                transforms.seed_global_generators(self._seed, key.epoch, transforms.ERASING, key.place)
                 self._erase(erasable)  # in place
         return Batch(batch, torch.tensor(classes), torch.tensor([key.place for key in keys]), undecodable)
 
@@ -126,18 +115,17 @@ class AugmentedImages(Images):
         self, stored: Sequence[Encoded], position: int, key: Key, undecodable: list[str]
     ) -> tuple[Image.Image, int]:
         """The image, or the next one that can be decoded: of the split, or of the batch if it is a stream."""
-        encoded = stored[position]
-        length = len(self._split) if isinstance(self._split, ImageTable) else len(stored)
-        for ahead in range(1, min(length, DAMAGED_IN_A_ROW) + 1):
+        table = self._split if isinstance(self._split, ImageTable) else None
+        for ahead in range(min(len(stored if table is None else table), DAMAGED_IN_A_ROW)):
+            if table is None or ahead == 0:
+                encoded = stored[(position + ahead) % len(stored)]
+            else:
+                encoded = table.stored((key.place + ahead) % len(table))
             try:
                 image, label, _ = encoded.decode(self._split.mode)
                 return image, label
             except UndecodableImage as error:
                 undecodable.append(str(error))
-            if isinstance(self._split, ImageTable):
-                [encoded] = self._split.encoded([(key.place + ahead) % length])
-            else:
-                encoded = stored[(position + ahead) % length]
         raise SourceError(f"no image among many in a row can be decoded; the last one: {undecodable[-1]}")
 
 
@@ -145,12 +133,6 @@ class TrainLoader:
     """This process's part of each global batch of the training images, augmented as `config.data` says.
 
     The workers go on with the next epoch's images at the end of one, so that an epoch starts without waiting.
-
-    Args:
-        plan: images per micro-batch and micro-batches per step.
-        image_size: height and width of the images.
-        process: number of this process; `processes` is the number of all.
-        device: where the batches go.
     """
 
     def __init__(
@@ -169,7 +151,7 @@ class TrainLoader:
         self.images = AugmentedImages(source, config.data, image_size, config.seed)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")
         self._plan, self._config, self._device = plan, config, device
-        self._normalise = Normalisation(source.mean, source.std, device)
+        self._normalise = transforms.Normalisation(source.mean, source.std, device)
         self._batches: Iterator[Batch] = iter(())
         self._next: tuple[int, int] | None = None
         self.undecodable: set[str] = set()  # a line for each damaged image; the trainer adds the other processes'
@@ -200,17 +182,8 @@ class TrainLoader:
 class EvalLoader:
     """Each image of a split exactly once over all processes, with a model's own evaluation transform.
 
-    It can be iterated again and again. What cannot be decoded is left out and logged once; every pass counts it again
-    in its batches.
-
-    Args:
-        split: of a source.
-        data_config: `timm.data.resolve_model_data_config(model)`, with the mean and std of the training.
-        batch_size: images per batch; the last one may be smaller.
-        process: number of this process.
-        processes: number of all.
-        workers: processes that decode; 0: none but this one.
-        device: where the batches go.
+    The transform is that of `timm.data.resolve_model_data_config(model)`, with the mean and std of the training. What
+    cannot be decoded is left out and logged once; every pass counts it again in its batches.
     """
 
     def __init__(
@@ -223,11 +196,11 @@ class EvalLoader:
         workers: int = 0,
         device: torch.device = CPU,
     ) -> None:
-        images = Images(split, scoring_transform(data_config))
+        images = Images(split, transforms.scoring_transform(data_config))
         order = ScoringOrder(split, batch_size, process, processes)
         self._loader = WorkerLoader(images.batch, order, workers, device.type == "cuda")
         self._device = device
-        self._normalise = Normalisation(data_config["mean"], data_config["std"], device)
+        self._normalise = transforms.Normalisation(data_config["mean"], data_config["std"], device)
         self._named: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:

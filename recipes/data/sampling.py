@@ -8,18 +8,17 @@ images. An incomplete last batch of an epoch is left out.
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import Sampler
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import BatchPlan, TrainConfig, too_large_a_batch
 from recipes.data.sources import Split
 from recipes.data.streams import ImageStream
-from recipes.data.transforms import LANE, ORDER, seed_of, seeded_generator
+from recipes.data.transforms import LANE, ORDER, seed_of
 
 MOST_LANES = 16
 
@@ -32,7 +31,7 @@ class Key(NamedTuple):
     encoded: Encoded | None = None
 
 
-class TrainingOrder(Sampler[list[Key]]):
+class TrainingOrder:
     """Keys of one process's micro-batches of `size` images, from `start` = (epoch, step) to the end of training."""
 
     def __init__(self, size: int, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
@@ -65,7 +64,8 @@ class TableOrder(TrainingOrder):
     """A new order of all images in every epoch."""
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
-        order = torch.randperm(self.size, generator=seeded_generator(self._config.seed, epoch, ORDER)).tolist()
+        generator = torch.Generator().manual_seed(seed_of(self._config.seed, epoch, ORDER))
+        order = torch.randperm(self.size, generator=generator).tolist()
         batch = self._config.global_batch
         own = [number for part in self._pairs for number in part]
         for step in range(first_step, self.steps_per_epoch):
@@ -78,14 +78,10 @@ class StreamOrder(TrainingOrder):
 
     Every lane gives the same number of pairs to each global batch, always at the same places, so a process reads only
     the lanes that its places belong to. Where the sizes of the shards are not known (on the Hub) there is one lane,
-    which every process reads.
-
-    Within a lane images are mixed by a buffer of `data.shuffle_buffer` images over all lanes.
+    which every process reads. Lanes are mixed by buffers, of `data.shuffle_buffer` images over all lanes.
     """
 
-    def __init__(
-        self, split: ImageStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int
-    ) -> None:
+    def __init__(self, split: ImageStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
         if split.size is None:
             raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
         super().__init__(split.size, config, plan, process, processes)
@@ -104,17 +100,18 @@ class StreamOrder(TrainingOrder):
         for keys in lanes.values():
             next(islice(keys, first_step * 2 * self._width, first_step * 2 * self._width), None)  # read and forgotten
         for _ in range(first_step, self.steps_per_epoch):
-            pairs = {}
-            for lane, keys in lanes.items():
-                for number in range(lane * self._width, (lane + 1) * self._width):
-                    pairs[number] = (next(keys), next(keys))
-            yield pairs
+            yield {
+                lane * self._width + number: (next(keys), next(keys))
+                for lane, keys in lanes.items()
+                for number in range(self._width)
+            }
 
     def _lane(self, lane: int, shards: Sequence[int], epoch: int) -> Iterator[Key]:
         generator = random.Random(seed_of(self._config.seed, epoch, LANE, lane))
         buffer = max(1, self._config.data.shuffle_buffer // self._lanes)
-        for place, encoded in enumerate(mixed(self._cut(lane * self._length, shards), buffer, generator)):
-            yield Key(epoch, lane * self._length + place, encoded)
+        first = lane * self._length
+        for place, encoded in enumerate(mixed(self._cut(first, shards), buffer, generator), first):
+            yield Key(epoch, place, encoded)
 
     def _cut(self, start: int, shards: Sequence[int]) -> Iterator[Encoded]:
         """One lane: `start` is its first image in the shards one after the other."""
@@ -129,10 +126,8 @@ class StreamOrder(TrainingOrder):
             start = 0
             if left == 0:
                 return
-        raise SourceError(
-            f"the training stream ended {left} images before its end: {self.size} are expected "
-            "(data.train_size, or what the source tells)"
-        )
+        expected = f"{self.size} are expected (data.train_size, or what the source tells)"
+        raise SourceError(f"the training stream ended {left} images before its end: {expected}")
 
 
 def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> TrainingOrder:
@@ -144,11 +139,9 @@ def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: 
 
 def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
     """The stream in an order that is random within about `buffer_size` places."""
-    buffer: list[Encoded] = []
+    stream = iter(stream)
+    buffer = list(islice(stream, buffer_size))
     for encoded in stream:
-        if len(buffer) < buffer_size:
-            buffer.append(encoded)
-            continue
         place = generator.randrange(buffer_size)
         yield buffer[place]
         buffer[place] = encoded
@@ -156,7 +149,7 @@ def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random)
     yield from buffer
 
 
-class ScoringOrder(Sampler[list[Key]]):
+class ScoringOrder:
     """Keys of one process's images: every image once over all processes, none twice."""
 
     def __init__(self, split: Split, batch_size: int, process: int, processes: int) -> None:
@@ -164,11 +157,8 @@ class ScoringOrder(Sampler[list[Key]]):
         self._process, self._processes = process, processes
 
     def __iter__(self) -> Iterator[list[Key]]:
-        keys = islice(self._keys(), self._process, None, self._processes)
-        while batch := list(islice(keys, self._batch_size)):
+        split = self._split
+        stored = repeat(None, len(split)) if isinstance(split, ImageTable) else split.encoded()
+        own = islice(enumerate(stored), self._process, None, self._processes)
+        while batch := [Key(0, *image) for image in islice(own, self._batch_size)]:
             yield batch
-
-    def _keys(self) -> Iterator[Key]:
-        if isinstance(self._split, ImageTable):
-            return (Key(0, index) for index in range(len(self._split)))
-        return (Key(0, index, encoded) for index, encoded in enumerate(self._split.encoded()))

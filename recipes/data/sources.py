@@ -68,87 +68,67 @@ def tell(text: str) -> None:
 
 
 def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
-    """Open what `data.source` and `data.validation` name.
-
-    Without labels every class index is -1.
-
-    Raises:
-        SourceError: if a source is missing, empty or unclear, or if the two do not have the same classes.
-    """
+    """Open what `data.source` and `data.validation` name; without labels every class index is -1."""
     if config.source == "digits":
         if config.validation is not None or config.streaming:
-            raise SourceError(
-                "the digits are small and have their own validation images; leave out data.validation "
-                "and data.streaming"
-            )
-        if config.num_classes not in (None, len(DIGIT_NAMES)):
-            raise SourceError(
-                f"the digits have {len(DIGIT_NAMES)} classes, but data.num_classes is {config.num_classes}"
-            )
+            own = "the digits are small and have their own validation images"
+            raise SourceError(f"{own}; leave out data.validation and data.streaming")
+        if config.num_classes not in (None, count := len(DIGIT_NAMES)):
+            raise SourceError(f"the digits have {count} classes, but data.num_classes is {config.num_classes}")
         return open_digits(labels_needed)
     train, test = _open_splits(config, labels_needed)
+    names: tuple[str, ...] = ()
+    classes = test_classes = None
+    if labels_needed:
+        labels = train.labels()
+        if empty := labels.without_images(labels.names):
+            if train.located.kind == "images":
+                raise classes_without_images(train.name, empty)
+            tell(f"{train.name} has no images for {len(empty)} of its {len(labels.names)} classes: {listed(empty)}")
+        if test is not None:
+            labels, test_labels = match_labels(labels, test.labels(), test.name)
+            test_classes = test_labels.indices(labels.names)
+            if missing := test_labels.without_images(labels.names):
+                number = f"{len(missing)} of the {len(labels.names)} classes"
+                tell(f"{test.name} has no images for {number}, which are not scored: {listed(missing)}")
+        names, classes = labels.names, labels.indices(labels.names)
+    images = _read(train, classes, config.train_size)
     fraction = validation_fraction(config.validation, test is not None, labels_needed)
-    if not labels_needed:
-        images = _read(train, None, config.train_size)
-        if fraction is None:
-            return Source(images, None if test is None else _read(test, None), ())
-        return _hold_out(images, fraction, (), train.name)
-    labels = train.labels()
-    if empty := labels.without_images(labels.names):
-        if train.located.kind == "images":
-            raise classes_without_images(train.name, empty)
-        tell(f"{train.name} has no images for {len(empty)} of its {len(labels.names)} classes: {listed(empty)}")
-    if test is None:  # so there is a fraction
-        images = _read(train, labels.indices(labels.names), config.train_size)
-        return _hold_out(images, fraction, labels.names, train.name)  # type: ignore[arg-type]
-    matched = match_labels(labels, test.labels(), test.name)
-    if missing := matched.without_test:
-        tell(
-            f"{test.name} has no images for {len(missing)} of the {len(matched.names)} classes, which are not "
-            f"scored: {listed(missing)}"
-        )
-    source = Source(_read(train, matched.train, config.train_size), _read(test, matched.test), matched.names)
-    if isinstance(source.test, ImageStream) and test.values is None:
-        next(source.test.encoded(), None)  # hidden labels are met now, not after the first epoch
-    return source
+    if fraction is not None:
+        if isinstance(images, ImageStream):
+            problem = f"{train.name} has no validation images beside it, and of a stream none can be held out"
+            raise SourceError(f"{problem}; name some with data.validation=SOURCE, or leave out data.streaming")
+        kept, held_out = split_rows(*images.classes_and_names(), fraction)
+        if not held_out:
+            raise none_to_hold_out(train.name)
+        return Source(images.select(kept), images.select(held_out), names, held_out=fraction)
+    if test is None:
+        return Source(images, None, names)
+    scored = _read(test, test_classes)
+    if labels_needed and isinstance(scored, ImageStream) and test.values is None:
+        next(scored.encoded(), None)  # hidden labels are met now, not after the first epoch
+    return Source(images, scored, names)
 
 
 def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int | None = None) -> Split:
     """The images of a split, with the class index of what stands in the label column."""
-    images: Split
-    if split.in_sequence:
-        images = (TarStream if split.located.kind == "tars" else DatasetStream)(split, classes)
+    if not split.in_sequence:
+        images: Split = ImageTable(split.data, split.reading(classes))
     else:
-        images = ImageTable(split.data, split.reading(classes))
-    if images.size == 0:
+        images = (TarStream if split.located.kind == "tars" else DatasetStream)(split, classes)
+    size = images.size
+    if size == 0:
         raise SourceError(f"{split.name} holds no images")
-    if train_size not in (None, images.size):
-        if images.size is not None:
-            raise SourceError(
-                f"{split.name} has {images.size} images, but data.train_size is {train_size}; leave it out"
-            )
-        images.size = train_size
+    if None not in (train_size, size) and train_size != size:
+        raise SourceError(f"{split.name} has {size} images, but data.train_size is {train_size}; leave it out")
+    images.size = train_size if size is None else size
     return images
 
 
-def _hold_out(images: Split, fraction: float, class_names: tuple[str, ...], name: str) -> Source:
-    """Training images as two splits; see `recipes.data.splits`."""
-    if isinstance(images, ImageStream):
-        raise SourceError(
-            f"{name} has no validation images beside it, and of a stream none can be held out; name some with "
-            "data.validation=SOURCE, or leave out data.streaming"
-        )
-    kept, held_out = split_rows(*images.classes_and_names(), fraction)
-    if not held_out:
-        raise none_to_hold_out(name)
-    return Source(images.select(kept), images.select(held_out), class_names, held_out=fraction)
-
-
 def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, OpenedSplit | None]:
-    """The training split and, if there is one, the validation split."""
     choices = Choices(config.image_column, config.label_column, config.num_classes, config.max_pixels or MAX_PIXELS)
 
-    def opened(source: Located, splits: Mapping[str, Any], name: str) -> OpenedSplit:
+    def opened(name: str) -> OpenedSplit:
         in_sequence = config.streaming and source.kind != "images"  # which can be read at random
         hub = splits[name] if source.kind == "hub" else None
         split = open_split(source, name, choices, labels_needed, in_sequence, hub)
@@ -166,16 +146,14 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
     if chosen not in splits:
         note = f" ({source.note})" if source.note else ""
         raise SourceError(f"{config.source!r} has the splits {', '.join(splits)}, but no training split{note}")
-    train = opened(source, splits, chosen)
+    train = opened(chosen)
     tell(source.note)
-    if isinstance(config.validation, float):
-        return train, None
-    if config.validation is not None:
+    scored = [name for name in SCORED if name in splits and name not in (chosen, "train")]
+    if isinstance(config.validation, str):
         source = locate(config.validation, one_split=True)
         splits = splits_of(source)
-        return train, opened(source, splits, next(name for name in SCORED if name in splits))
-    test = next((name for name in SCORED if name in splits and name != chosen and name != "train"), None)
-    return train, None if test is None else opened(source, splits, test)
+        scored = [name for name in SCORED if name in splits]
+    return train, opened(scored[0]) if scored and not isinstance(config.validation, float) else None
 
 
 @functools.cache

@@ -12,10 +12,7 @@ FRACTION = 0.2  # where labels are needed, and the source has no validation spli
 
 
 def validation_fraction(asked: float | str | None, has_own: bool, labels_needed: bool) -> float | None:
-    """The fraction of the training images to hold out, or None.
-
-    It is asked for by `data.validation`, or needed where a model is scored and the source has no split of its own.
-    """
+    """The fraction to hold out: asked for by `data.validation`, or needed to score where the source has no split."""
     if isinstance(asked, float):
         return asked
     return FRACTION if asked is None and labels_needed and not has_own else None
@@ -27,16 +24,12 @@ def held_out(images: int, fraction: float) -> int:
 
 
 def classes_without_images(name: str, classes: Sequence[str]) -> SourceError:
-    """What to raise where class folders of the training images are empty."""
     return SourceError(f"class folders of {name} hold no image: {listed(classes)}; fill or remove them")
 
 
 def none_to_hold_out(name: str) -> SourceError:
-    """What to raise where every class has but one image."""
-    return SourceError(
-        f"no images of {name} can be held out for validation, as no class has two; add images, or name others "
-        "with data.validation=SOURCE"
-    )
+    problem = f"no images of {name} can be held out for validation, as no class has two"
+    return SourceError(f"{problem}; add images, or name others with data.validation=SOURCE")
 
 
 def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
@@ -44,11 +37,7 @@ def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: floa
 
     Of each class those are held out whose file names have the smallest hashes. So the split depends on these names
     alone, not on the run's seed, the machine or the folder's place, and images that are added later move few others.
-
-    Args:
-        classes: what the label column holds, row by row.
-        names: path or other name of each row; of equal file names within a class, the first rows are held out.
-        fraction: above 0 and below 1.
+    Of equal file names within a class, the first rows are held out.
     """
     by_class: dict[Hashable, list[int]] = defaultdict(list)
     for row, label in enumerate(classes):
@@ -57,15 +46,11 @@ def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: floa
     for rows in by_class.values():
         hashes = {row: hashlib.blake2b(os.fsencode(os.path.basename(names[row]))).digest() for row in rows}
         validation.update(sorted(rows, key=lambda row: (hashes[row], row))[: held_out(len(rows), fraction)])
-    train = [row for row in range(len(classes)) if row not in validation]
-    return train, sorted(validation)
+    return [row for row in range(len(classes)) if row not in validation], sorted(validation)
 
 
 def fewer_training_images(located: Located, needed: int, fraction: float | None, labels_needed: bool) -> int | None:
-    """How many training images a folder has if they are fewer than `needed`; None if not, or for other sources.
-
-    It stops to count as soon as there are enough: a folder may hold a million.
-    """
+    """How many training images a folder has if fewer than `needed`, as far as it counts; None for all else."""
     if located.kind != "images" or "train" not in located.splits:
         return None
     [folder] = located.splits["train"]

@@ -44,11 +44,7 @@ class ImageStream:
 
 
 class DatasetStream(ImageStream):
-    """A stream of the library `datasets`, images not decoded.
-
-    Its own shuffling is not used: its order differs from one release to the next, and a run must be able to go on
-    after an upgrade.
-    """
+    """A stream of the library `datasets`, whose own shuffling is not used: it differs from one release to the next."""
 
     def __init__(self, split: OpenedSplit, classes: Mapping[Any, int] | None) -> None:
         super().__init__(split, classes)

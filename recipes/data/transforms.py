@@ -29,11 +29,6 @@ def seed_of(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seeded_generator(*key: int) -> torch.Generator:
-    """A random stream of its own for every key."""
-    return torch.Generator().manual_seed(seed_of(*key))
-
-
 def seed_global_generators(*key: int) -> None:
     """Seed those of Python, NumPy and torch (CPU), which transforms draw from."""
     number = seed_of(*key)

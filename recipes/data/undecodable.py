@@ -18,17 +18,9 @@ def name_once(lines: Iterable[str], named: set[str]) -> None:
 
 
 def check_undecodable(undecodable: int, images: int, purpose: str, limit: float | None) -> None:
-    """Stop if too many images cannot be decoded.
+    """Stop if none of the images, for a purpose such as "training", can be decoded, or if too large a fraction cannot.
 
-    Args:
-        undecodable: how many cannot; the log has named them.
-        images: how many there are, to be used for `purpose`, such as "training".
-        limit: the largest fraction that is tolerated, `data.max_undecodable`; None: 0.001, but at least 3 images, so
-            that a damaged one does not stop a run on a few dozen.
-
-    Raises:
-        RunError: if there is no image that can be decoded.
-        SourceError: if more than that cannot.
+    The limit None stands for 0.001, but at least 3 images, so that a damaged one does not stop a run on a few dozen.
     """
     if undecodable >= images:
         raise RunError(f"none of the {images} {purpose} images can be decoded; the log names them")
@@ -36,7 +28,6 @@ def check_undecodable(undecodable: int, images: int, purpose: str, limit: float 
     if undecodable > allowed:
         default = f"the default of {FRACTION:g}, or {IMAGES} images,"
         told = default if limit is None else f"data.max_undecodable={limit:g}"
-        raise SourceError(
-            f"{undecodable} of {images} {purpose} images cannot be decoded, which is more than {told} allows; the "
-            "log names them. A larger fraction, as in data.max_undecodable=0.5, tolerates more"
-        )
+        problem = f"{undecodable} of {images} {purpose} images cannot be decoded, which is more than {told} allows"
+        way_out = "A larger fraction, as in data.max_undecodable=0.5, tolerates more"
+        raise SourceError(f"{problem}; the log names them. {way_out}")

@@ -10,7 +10,6 @@ import atexit
 import multiprocessing
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import wait
@@ -22,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arm_zoo.images.listing import SourceError
-from recipes.errors import RunError
+from recipes.errors import RunError, located
 from recipes.training.signals import stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
@@ -37,7 +36,7 @@ class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
     def __init__(self, make_batch: Callable[[Sequence[KeyT]], BatchT]) -> None:
         self._make_batch = make_batch
 
-    def __getitems__(self, keys: Sequence[KeyT]) -> BatchT | Exception:
+    def __getitem__(self, keys: Sequence[KeyT]) -> BatchT | Exception:
         """A batch, or in a worker what prevented it."""
         if get_worker_info() is None:
             return self._make_batch(keys)
@@ -46,11 +45,8 @@ class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
         except (RunError, SourceError) as error:
             return error
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            return RunError(
-                f"a process that decodes images failed: {type(error).__name__}: {error} ({place.filename}, line "
-                f"{place.lineno}); data.workers=0 shows the whole traceback"
-            )
+            problem = f"a process that decodes images failed: {located(error)}"
+            return RunError(f"{problem}; data.workers=0 shows the whole traceback")
 
 
 def shared(batch: BatchT) -> BatchT:
@@ -59,10 +55,8 @@ def shared(batch: BatchT) -> BatchT:
         for part in filter(torch.is_tensor, batch):
             part.share_memory_()
     except RuntimeError as error:
-        raise RunError(
-            f"a batch does not fit into shared memory: {error}; try a smaller data.workers or max_batch_per_device, "
-            "or give a container more shared memory (--shm-size)"
-        ) from error
+        ways = "a smaller data.workers or max_batch_per_device, or give a container more shared memory (--shm-size)"
+        raise RunError(f"a batch does not fit into shared memory: {error}; try {ways}") from error
     return batch
 
 
@@ -70,19 +64,15 @@ class WorkerLoader(Generic[KeyT, BatchT]):
     """torch's loader over whole batches: `make_batch` makes one of its keys. Workers stay for the next pass."""
 
     def __init__(
-        self,
-        make_batch: Callable[[Sequence[KeyT]], BatchT],
-        order: Iterable[list[KeyT]],
-        workers: int,
-        pin_memory: bool,
+        self, make_batch: Callable[[Sequence[KeyT]], BatchT], order: Iterable[list[KeyT]], workers: int, pin: bool
     ) -> None:
         self._loader: DataLoader[Any] = DataLoader(
             InWorker(make_batch),
-            batch_sampler=order,
+            batch_size=None,  # batches come whole
+            sampler=order,
             num_workers=workers,
-            collate_fn=unchanged,
             generator=torch.Generator(),  # its own: else every pass draws from the global one
-            pin_memory=pin_memory,
+            pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_parent,
         )
@@ -126,15 +116,9 @@ class WorkerLoader(Generic[KeyT, BatchT]):
 
 
 def death(worker: BaseProcess) -> str:
-    """How a worker ended."""
     code = worker.exitcode or 0
     hint = "; the system does so when memory runs out: try a smaller data.workers" if code == -signal.SIGKILL else ""
     return f"was killed by {signal.Signals(-code).name}{hint}" if code < 0 else f"ended with code {code}"
-
-
-def unchanged(batch: BatchT) -> BatchT:
-    """Batches come whole already."""
-    return batch
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -145,11 +129,7 @@ def leave_signals_to_parent(worker: int) -> None:
 
 @atexit.register
 def end_workers(workers: Collection[BaseProcess] = started) -> None:
-    """Kill workers whose loader is gone, or all of them at a program's end.
-
-    As they ignore SIGTERM, with which torch and Python's multiprocessing end what is left, these would wait for them
-    in vain.
-    """
+    """Kill workers whose loader is gone, or all at the end: torch and Python send SIGTERM, which they ignore."""
     alive = set(workers).intersection(multiprocessing.active_children())  # in another process's copy there are none
     with no_child_handler():
         for worker in alive:

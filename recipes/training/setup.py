@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from timm.utils import ModelEmaV3
 
 from arm_zoo.files import write_text
 from recipes.config import TrainConfig, batch_plan
-from recipes.console import plain_console
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
 from recipes.objectives import Objective, Trained
@@ -41,7 +41,7 @@ def train(
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
     output, collectives = Path(config.output_dir), Collectives(accelerator)
-    console = plain_console(quiet=not accelerator.is_main_process)
+    console = Console(stderr=True, quiet=not accelerator.is_main_process, markup=False, emoji=False)
     checkpoints = CheckpointFolder(output / "checkpoints", config.keep_last, config.keep_every, console)
     folders = [output / name for name in objective.folders]
     start = starting_point(config, resume, collectives, checkpoints, output / CURVES, [output, *folders])
@@ -93,7 +93,7 @@ def name_held_out(source: Any, folder: Path) -> None:
     """Name the training images that are validated on instead, for whoever scores or trains on from here."""
     _, names = source.test.classes_and_names()
     write_text(folder / HELD_OUT, "".join(f"{name}\n" for name in names))
-    plain_console().print(
+    Console(stderr=True, markup=False, emoji=False).print(
         f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out for "
         f"validation; {folder / HELD_OUT} lists them",
         soft_wrap=True,

@@ -264,7 +264,7 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
     )
     monkeypatch.setattr(command_line, "leave_processes", send(signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
-        pretraining.main(["--config", str(CONFIG), *settings(tmp_path)])
+        command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path)])
     assert stopped.value.code == EXIT_CODE
     assert names(tmp_path) == ["step-00000001"]
     # Python takes its own handlers away before a process is gone, this one stays
@@ -274,7 +274,7 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
 def test_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = final_bits(whole)
     with pytest.raises(AlreadyFinished) as finished:
-        pretraining.main(["--config", str(CONFIG), *settings(whole)])
+        command_line.main("pretrain", ["--config", str(CONFIG), *settings(whole)])
     assert finished.value.code == 0
     assert f"{whole} is finished: 3 epochs are done" in " ".join(capsys.readouterr().err.split())
     assert final_bits(whole) == before
@@ -293,19 +293,19 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
              "global_batch=128": "global_batch was 256, is 128"}  # fmt: skip
     for override, message in other.items():
         with pytest.raises(SystemExit) as refused:
-            pretraining.main(["--config", str(CONFIG), *settings(tmp_path, override)])
+            command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path, override)])
         assert message in str(refused.value.code) and "--resume none" in str(refused.value.code)
     newest = tmp_path / "checkpoints" / before[-1]
     with pytest.raises(SystemExit) as refused:
-        finetuning.main(["--config", str(FINETUNE), f"output_dir={tmp_path}", "--resume", str(newest)])
+        command_line.main("finetune", ["--config", str(FINETUNE), f"output_dir={tmp_path}", "--resume", str(newest)])
     assert f"{newest} is of the other recipe" in str(refused.value.code)
     for where in ("nowhere", str(tmp_path)):
         with pytest.raises(SystemExit) as refused:
-            pretraining.main(["--config", str(CONFIG), *settings(tmp_path), "--resume", where])
+            command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path), "--resume", where])
         assert f"--resume is {where!r}, which is no checkpoint; allowed: auto, none" in str(refused.value.code)
     flip(newest / "optimizer.safetensors")
     with pytest.raises(SystemExit) as refused:
-        pretraining.main(["--config", str(CONFIG), *settings(tmp_path), "--resume", str(newest)])
+        command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path), "--resume", str(newest)])
     assert "is damaged: optimizer.safetensors is not as it was written" in str(refused.value.code)
     assert names(tmp_path) == before
     run(tmp_path, "base_lr=1e-3")  # the one before the damaged one, another rate
@@ -425,7 +425,7 @@ def test_loss_that_is_not_finite_stops_the_run(
     factors = (float("nan") if number == 8 else 1 for number in count)
     set_loss(monkeypatch, lambda model, batch: original(model, batch) * next(factors))
     with pytest.raises(SystemExit) as stopped:
-        pretraining.main(["--config", str(CONFIG), *settings(tmp_path, "checkpoint_steps=3")])
+        command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path, "checkpoint_steps=3")])
     message = str(stopped.value.code)
     assert "the loss of step 8 (epoch 2) is not finite" in message
     assert f"The last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000006'}. Try a smaller" in message

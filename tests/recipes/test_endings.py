@@ -63,7 +63,7 @@ def loader_that(act: Callable[[], object], pinned: bool = False) -> Iterator[Num
             act()
         return Numbers(torch.tensor(keys))
 
-    return iter(WorkerLoader(make, [[0], [1], [2], [3]], workers=1, pin_memory=pinned))
+    return iter(WorkerLoader(make, [[0], [1], [2], [3]], workers=1, pin=pinned))
 
 
 def failing(error: Exception) -> Callable[[], NoReturn]:
@@ -188,7 +188,7 @@ def begun(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
     program = (
         f"import recipes.{recipe} as recipe, recipes.data.loader as data, recipes.training.engine as engine\n"
-        f"{code}\nrecipe.main()"
+        f'{code}\nfrom recipes.command_line import main\nmain("{recipe}")'
     )
     with subprocess.Popen(
         [sys.executable, *launcher, program, *arguments],

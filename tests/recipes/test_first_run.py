@@ -18,22 +18,21 @@ import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from arm_zoo import CheckpointError
 from arm_zoo.images import listing
 from arm_zoo.images.listing import SourceError
+from recipes import command_line
 from recipes.command_line import read_command
 from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
-from recipes.console import plain_console
 from recipes.data.sources import open_source
 from recipes.data.splits import held_out, split_rows
 from recipes.data.undecodable import check_undecodable
-from recipes.errors import RunError
+from recipes.errors import MISTAKES, RunError
 from recipes.finetune import create_classifier, starting_weights
-from recipes.finetune import main as finetune_command
 from recipes.first_run import Choice, Survey, choose, described, fitted, survey
-from recipes.mistakes import MISTAKES
 from recipes.training.resume import Start, compare
 from tests.helpers.images import write_parquet
 
@@ -213,9 +212,9 @@ def test_another_fraction_is_another_run(tmp_path: Path) -> None:
     before = load_config(FinetuneConfig, None, settings, to_run=False)
     now = load_config(FinetuneConfig, None, [*settings, "data.validation=0.3"], to_run=False)
     start = Start(tmp_path, {"config": asdict(before), "position": {"step": 0}})
-    compare(before, start, plain_console())
+    compare(before, start, Console(stderr=True, markup=False, emoji=False))
     with pytest.raises(RunError, match=r"is of another run: data\.validation was None, is 0.3"):
-        compare(now, start, plain_console())
+        compare(now, start, Console(stderr=True, markup=False, emoji=False))
 
 
 # --------------------------------------------------------------------------------------------------- fitted settings
@@ -314,16 +313,16 @@ def test_the_folder_of_results_is_never_another_sources(images: str, tmp_path: P
 
 
 def test_a_run_keeps_its_batch_where_images_were_added(images: str, capsys: pytest.CaptureFixture[str]) -> None:
-    finetune_command([f"data.source={images}", *SMALL, *QUICK])
+    command_line.main("finetune", [f"data.source={images}", *SMALL, *QUICK])
     for number in range(30):
         shutil.copy(Path(images, "red-panda", "photo 0.png"), Path(images, "red-panda", f"more {number}.png"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as finished:
-        finetune_command([f"data.source={images}", *SMALL, *QUICK])
+        command_line.main("finetune", [f"data.source={images}", *SMALL, *QUICK])
     told = capsys.readouterr().err
     assert finished.value.code == 0 and "is finished: 2 epochs are done" in told
     assert "global_batch=8" in told and "of the run in runs/user pics, to go on with" in told
-    over = read_command("finetune", [f"data.source={images}", *SMALL, *QUICK, "--resume", "none"]).config
+    _, over, _ = read_command("finetune", [f"data.source={images}", *SMALL, *QUICK, "--resume", "none"])
     assert over.global_batch == 16
 
 
@@ -394,7 +393,7 @@ def test_three_damaged_images_are_put_up_with_unless_a_share_is_set() -> None:
 
 
 def test_a_persons_own_images_in_one_command(images: str, capsys: pytest.CaptureFixture[str]) -> None:
-    finetune_command([f"data.source={images}", *SMALL, *QUICK])
+    command_line.main("finetune", [f"data.source={images}", *SMALL, *QUICK])
     run = Path("runs", "user pics")
     out, err = capsys.readouterr()
     assert "top-1 " in out and "of 8 validation images; wrote runs/user pics" in out
@@ -409,30 +408,30 @@ def test_a_persons_own_images_in_one_command(images: str, capsys: pytest.Capture
     model = timm.create_model(f"local-dir:{run}", pretrained=True)
     assert model.num_classes == 3
     with pytest.raises(SystemExit) as finished:
-        finetune_command([f"data.source={images}", *SMALL, *QUICK])
+        command_line.main("finetune", [f"data.source={images}", *SMALL, *QUICK])
     assert finished.value.code == 0 and "runs/user pics is finished: 2 epochs are done" in capsys.readouterr().err
 
 
 def test_a_refused_start_leaves_the_list_of_held_out_images(images: str) -> None:
     command = [f"data.source={images}", *SMALL, *QUICK, "epochs=1", "global_batch=8", "output_dir=out"]
-    finetune_command(command)
+    command_line.main("finetune", command)
     before = Path("out", "validation.txt").read_text()
     shutil.copytree(Path(images, "gold fish"), Path(images, "goldfish"))
     with pytest.raises(SystemExit, match=r"was trained on other classes .* new: 'goldfish'"):
-        finetune_command([*command, "epochs=2"])
+        command_line.main("finetune", [*command, "epochs=2"])
     assert Path("out", "validation.txt").read_text() == before
 
 
 def test_square_brackets_are_printed_as_they_are(images: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = [f"data.source={images}", *SMALL, *QUICK, "epochs=1", "output_dir=runs/o [x] :dog: [/x]"]
-    finetune_command(command)
+    command_line.main("finetune", command)
     with pytest.raises(SystemExit):
-        finetune_command(command)
+        command_line.main("finetune", command)
     out, err = capsys.readouterr()
     assert "runs/o [x] :dog: [/x] is finished: 1 epoch is done" in err and "wrote runs/o [x] :dog: [/x]" in out
 
 
 @pytest.mark.slow
 def test_the_included_model_learns_from_forty_images(images: str, capsys: pytest.CaptureFixture[str]) -> None:
-    finetune_command([f"data.source={images}", "device=cpu", "cpu_threads=1"])
+    command_line.main("finetune", [f"data.source={images}", "device=cpu", "cpu_threads=1"])
     assert "top-1 100.00% of 8 validation images" in capsys.readouterr().out  # each class is of one colour

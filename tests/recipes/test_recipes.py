@@ -24,6 +24,7 @@ import arm_zoo
 from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
+from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
@@ -31,9 +32,7 @@ from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
-from recipes.finetune import main as finetune_command
 from recipes.objectives import Trained
-from recipes.pretrain import main as pretrain_command
 from recipes.pretrain import pretrain
 from recipes.quickstart import quickstart
 from recipes.training.engine import Trainer, seed_step
@@ -97,11 +96,11 @@ def test_shipped_configurations_are_the_papers() -> None:
 def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["epochs=7", "data.source=digits", "betas=[0.8, 0.9]", "model_args.d_state=4"]
     with pytest.raises(SystemExit, match=r"^0$"):
-        pretrain_command(["--config", str(PRETRAIN), *arguments, "--print-config"])
+        command_line.main("pretrain", ["--config", str(PRETRAIN), *arguments, "--print-config"])
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_config(PretrainConfig, tmp_path / "printed.yaml") == load_config(PretrainConfig, PRETRAIN, arguments)
     with pytest.raises(SystemExit, match=r"^0$"):  # nothing needs to exist yet
-        finetune_command(["--config", str(FOLDER / "finetune_base.yaml"), "--print-config"])
+        command_line.main("finetune", ["--config", str(FOLDER / "finetune_base.yaml"), "--print-config"])
     assert "layer_decay: 0.65" in capsys.readouterr().out
 
 
@@ -151,9 +150,9 @@ def test_bad_input_ends_in_a_message(
     value = override
     for name in ("EMPTY", "FILE"):
         value = value.replace(name, str(tmp_path / name))
-    command, file = {"pretrain": (pretrain_command, PRETRAIN), "finetune": (finetune_command, FINETUNE)}[recipe]
+    file = {"pretrain": PRETRAIN, "finetune": FINETUNE}[recipe]
     with pytest.raises(SystemExit) as refused:
-        command(["--config", str(file), f"output_dir={tmp_path / 'run'}", "tracker=none", value])
+        command_line.main(recipe, ["--config", str(file), f"output_dir={tmp_path / 'run'}", "tracker=none", value])
     printed = capsys.readouterr().err + str(refused.value.code)
     assert refused.value.code not in (None, 0) and BAD[recipe, override] in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -174,9 +173,7 @@ def test_failing_files_end_in_a_message(failure: str, tmp_path: Path, capsys: py
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        carry_out(
-            read_command("pretrain", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]), run
-        )
+        carry_out(*read_command("pretrain", ["--config", str(PRETRAIN), f"output_dir={tmp_path}"]), run)
     assert message in str(stopped.value.code) and str(stopped.value.code).startswith("python -m recipes.pretrain: ")
     assert "Traceback" not in capsys.readouterr().err
 
@@ -192,7 +189,7 @@ def test_full_disk_is_told_with_the_file(name: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(SystemExit) as stopped:
-        pretrain_command(["--config", str(PRETRAIN), *TINY, *TINY_ENCODER, f"output_dir={tmp_path}"])
+        command_line.main("pretrain", ["--config", str(PRETRAIN), *TINY, *TINY_ENCODER, f"output_dir={tmp_path}"])
     code = str(stopped.value.code)
     assert "No space left on device" in code and str(tmp_path) in code and name in code
     assert not list(tmp_path.rglob(".partial*"))
