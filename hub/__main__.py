@@ -1,7 +1,7 @@
 """Weights: convert checkpoints, publish them, check what is published, export models."""
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -23,17 +23,14 @@ start here:
 """
 
 
-def create_parser() -> argparse.ArgumentParser:
+def create_parser() -> ArgumentParser:
     """The options of a command have the names of its function's parameters."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hub",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = ArgumentParser(
+        prog="python -m hub", description=__doc__, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    def add(name: str, run: Callable[..., Iterable[str]], help: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[..., Iterable[str]], help: str) -> ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
         return command

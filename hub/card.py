@@ -25,6 +25,7 @@ OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"
 RGB = 3  # channels: all that the image processor of transformers opens
 OWN_SIZES = ("embed_dim", "depth", "d_state", "patch_size")  # with one of them a model is none of the paper's
 TEMPLATES = Path(__file__).parent / "templates"
+UNKNOWN = dict.fromkeys(("license", "dtype", "source_sha256", "library_version"), "unknown")
 SNIPPETS = {  # of each kind of model, headings in parts.md
     "classifier": ("classify", "features", "transformers"),
     "encoder": ("embed", "features", "finetune"),
@@ -33,15 +34,13 @@ SNIPPETS = {  # of each kind of model, headings in parts.md
 
 
 def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", results: Path = RESULTS) -> None:
-    """Write README.md of a converted folder.
+    """Write README.md of a folder with model.safetensors and config.json.
 
-    Args:
-        folder: with model.safetensors and config.json.
-        old: a card whose hand-written parts are kept, if it exists.
-        repo: the repository in the snippets; before there is one, ORG/NAME stands for it.
-        results: the evaluator's CSV, which may be missing.
+    What people wrote into the card `old` is kept, if it exists. The snippets name `repo`; the evaluator's CSV
+    `results` may be missing.
     """
-    config, header, sha256 = read_config(folder), read_header(folder / WEIGHTS), sha256_of(folder / WEIGHTS)
+    config, sha256 = read_config(folder), sha256_of(folder / WEIGHTS)
+    header = {**UNKNOWN, **read_header(folder / WEIGHTS)}
     rows = measured(sha256, results)
     text = _text(config, header, sha256, repo, rows)
     data = _metadata(config, header, repo, rows)
@@ -58,7 +57,7 @@ def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", re
 
 def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: dict[str, Any]) -> dict[str, Any]:
     """The card's YAML block; its model-index has measured figures only."""
-    license = header.get("license", "unknown")
+    license = header["license"]
     pretraining = "pretraining_model" in config
     colour = not pretraining and config["pretrained_cfg"]["input_size"][0] == RGB
     results = [
@@ -83,15 +82,14 @@ def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str
     architecture, cfg, arguments = config["architecture"], config["pretrained_cfg"], config["model_args"]
     own = config.get("pretraining_model", {})
     kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
-    license, dtype = header.get("license", "unknown"), header.get("dtype", "unknown")
-    official = header.get("source_names") == "official"
+    official, rounded = header.get("source_names") == "official", header["dtype"] != "fp32"
     default: Any = get_pretrained_cfg(architecture)
     standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
     entries = candidates(architecture, config["num_classes"], standard) if official else []
 
-    licence = "stated" if license != "unknown" else "authors" if official else "unknown"
+    licence = "stated" if header["license"] != "unknown" else "authors" if official else "unknown"
     training = "candidates" if entries else "official" if official else "ours"
-    limits = {"squash": cfg["crop_mode"] == "squash", kind: kind != "encoder", "rounded": dtype != "fp32", "all": True}
+    limits = {"squash": cfg["crop_mode"] == "squash", kind: kind != "encoder", "rounded": rounded, "all": True}
     channels, height, width = cfg["input_size"]
     parts = _parts()
     snippets = [name for name in SNIPPETS[kind] if name != "transformers" or channels == RGB]
@@ -107,6 +105,7 @@ def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str
     preprocessing = f"{cfg['crop_mode']}, crop {cfg['crop_pct']}, {cfg['interpolation']}"
     of_snippets = to_2tuple(own["img_size"]) if own else (height, width)
     return Template(with_parts).substitute(
+        header,
         begin=BEGIN,
         end=END,
         title=architecture if repo == "ORG/NAME" else repo.rpartition("/")[2],
@@ -115,11 +114,7 @@ def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str
         pretraining=f"| pretraining model | {', '.join(f'{k}={v}' for k, v in own.items())} |\n" if own else "",
         classes=config["num_classes"] or "none",
         input=f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
-        dtype=dtype,
         sha256=sha256,
-        source_sha256=header.get("source_sha256", "unknown"),
-        version=header.get("library_version", "unknown"),
-        license=license,
         figures=_figures(entries, rows),
         recipes="; ".join(f"{CATALOG[name].paper_name}: `{training_commands(name)}`" for name in entries),
         repo=repo,

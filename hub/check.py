@@ -14,12 +14,10 @@ from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.download import download
 from arm_zoo.weights.table import TABLE, repository_of
 from hub.convert import answers
-from hub.folders import GOLDEN, check_complete, read_header, relative_error
+from hub.folders import GOLDEN, TOLERANCE, check_complete, read_header, relative_error
 
 # of each bundled entry the golden.safetensors that a hosted one has in its repository
 BUNDLED_GOLDEN = Path(__file__).parent / "golden"
-
-TOLERANCE = 1e-4  # of the largest value: float32 on other machines
 
 
 def check(folders: Sequence[Path] = ()) -> Iterator[str]:

@@ -16,19 +16,14 @@ from torch import nn
 import arm_zoo
 from arm_zoo.files import replacing_files, save_tensors
 from arm_zoo.models.arm import ARM
-from hub.folders import UsageError, relative_error
-
-TOLERANCE = 1e-4  # of the largest logit, between onnxruntime and PyTorch in float32
+from hub.folders import TOLERANCE, UsageError, relative_error
 
 
 def export(source: str, file: Path, format: str) -> list[str]:
     """Write a model to `file`, compare what the file computes with what the model does, and say what was written.
 
-    Args:
-        source: anything that `arm_zoo.from_pretrained` takes.
-        file: replaced if it exists.
-        format: 'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict
-            (.safetensors) under the names of the authors' code.
+    'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict (.safetensors) under
+    the names of the authors' code.
 
     Raises:
         UsageError: for a pretraining model, which only 'official' takes, for a folder, or where a package is missing.

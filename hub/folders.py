@@ -11,6 +11,7 @@ from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
 FILES = (WEIGHTS, CONFIG, GOLDEN, CARD)
+TOLERANCE = 1e-4  # of the largest value: float32 on other machines and in other programs
 
 
 class UsageError(ValueError):
