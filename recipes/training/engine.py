@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,6 @@ class Trainer:
         self._models = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
-        self._grad_norm = torch.zeros((), device=device)
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
         self._started = time.monotonic()
 
@@ -84,12 +83,7 @@ class Trainer:
             self.loader.undecodable.update(self.position.undecodable)
 
     def fit(self) -> list[Metrics]:
-        """Train up to `config.epochs` and return one row of figures per epoch, as in `metrics.jsonl`.
-
-        Raises:
-            RunError: If the loss is no longer finite or a checkpoint cannot be written.
-            Stopped: After the checkpoint that a signal asked for.
-        """
+        """Train up to `config.epochs` and return one row of figures per epoch, as in `metrics.jsonl`."""
         self._write("config.yaml", to_yaml(self.config))
         project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # the former's is a folder
         settings = {key: str(value) for key, value in flatten(dataclasses.asdict(self.config))}
@@ -119,7 +113,10 @@ class Trainer:
     def _train_epoch(self) -> None:
         self._forward.train()
         self._epoch_started = (time.monotonic(), self.loader.seconds_waited, self.position.step)
-        for micro_batches in self._micro_batches():
+        steps = self.loader.epoch(self.position.epoch, self.position.step)
+        while self.position.step < self._steps:
+            with self.collectives.together():  # without images on one process, all stop
+                micro_batches = next(steps)
             self._optimizer_step(micro_batches)
             self.position.step += 1
             if self._is_logged(self.position.step):
@@ -130,14 +127,6 @@ class Trainer:
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self._steps
-
-    def _micro_batches(self) -> Iterator[list[Batch]]:
-        """Those of each step that is left in the epoch; without images on one process, all stop."""
-        steps = self.loader.epoch(self.position.epoch, self.position.step)
-        for _ in range(self.position.step, self._steps):
-            with self.collectives.together():
-                micro_batches = next(steps)
-            yield micro_batches
 
     def _optimizer_step(self, micro_batches: list[Batch]) -> None:
         """Forward and backward of every micro-batch, then one update; nothing here waits for the device."""
@@ -167,36 +156,34 @@ class Trainer:
 
     def _show_step(self) -> None:
         """Wait for the device, look at loss and gradient norm, and show them."""
-        loss = self._mean_loss()
+        loss = self._total_loss() / self.position.step
         norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
         self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
 
-    def _mean_loss(self) -> float:
-        """Of the epoch's steps so far over all processes; an error if the loss of one was not finite."""
+    def _total_loss(self) -> float:
+        """Of the epoch's steps so far, mean of all processes; an error if the loss of one was not finite."""
         first_bad = int(self.accelerator.gather(self._first_bad.reshape(1)).min().item())
-        total = self.accelerator.reduce(self._loss_sum, "mean").item()
-        if first_bad == NEVER:
-            return total / max(self.position.step, 1)
-        raise self._not_finite("loss", first_bad)
+        if first_bad != NEVER:
+            raise self._not_finite("loss", first_bad)
+        return self.accelerator.reduce(self._loss_sum, "mean").item()
 
     def _not_finite(self, what: str, step: int) -> RunError:
-        checkpoints = self.checkpoints.all()
+        last = next(reversed(self.checkpoints.all()), "none: there was no time for one")
         return RunError(
             f"the {what} of step {step} (epoch {(step - 1) // self._steps + 1}) is not finite. The last good "
-            f"checkpoint is {checkpoints[-1] if checkpoints else 'none: there was no time for one'}. Try a smaller "
-            "base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the same command with such a setting goes on "
-            "from that checkpoint, with --resume none it starts over"
+            f"checkpoint is {last}. Try a smaller base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the same "
+            "command with such a setting goes on from that checkpoint, with --resume none it starts over"
         )
 
     def _end_epoch(self) -> None:
         """Score the model, add the epoch's row of figures, and perhaps write a checkpoint."""
         position = self.position
-        row: Metrics = {"epoch": position.epoch + 1, "loss": self._mean_loss()}
+        row: Metrics = {"epoch": position.epoch + 1, "loss": self._total_loss() / self._steps}
         row |= {"lr": learning_rate(position.epoch + 1, self.config)}
         started, waited, first_step = self._epoch_started
         seconds = time.monotonic() - started  # the device has been waited for: the loss is read
         row |= {"seconds": self._seconds(), "data_wait": (self.loader.seconds_waited - waited) / seconds}
-        row |= {"undecodable": self._undecodable(), "processes": self.accelerator.num_processes}
+        row |= {"undecodable": len(self._undecodable()), "processes": self.accelerator.num_processes}
         row |= self.display.speed((position.step - first_step) * self.config.global_batch / seconds)
         if self.evaluate is not None:
             row |= self.evaluate(position.epoch + 1)
@@ -208,11 +195,11 @@ class Trainer:
         at_end = position.epoch == self.config.epochs or position.epoch % self.config.checkpoint_epochs == 0
         self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
 
-    def _undecodable(self) -> int:
-        """How many damaged training images all processes have found; too many of them are an error on all."""
+    def _undecodable(self) -> set[str]:
+        """The damaged training images that all processes have found; too many of them are an error on all."""
         self.loader.undecodable = self.collectives.union(self.loader.undecodable)
         self.loader.check_undecodable()
-        return len(self.loader.undecodable)
+        return self.loader.undecodable
 
     def _due(self) -> int:
         """Whether a checkpoint must be written now, the same on every process: the clocks and signals differ."""
@@ -224,9 +211,9 @@ class Trainer:
     def _checkpoint(self, request: int) -> None:
         if request == GO_ON:
             return
-        self._mean_loss()  # raises before weights that are not finite are saved
+        total = self._total_loss()  # raises before weights that are not finite are saved
         if self.steps_done > 0:
-            self._save()
+            self._save(total)
         if request == SAVE_AND_STOP:
             self.display.console.print(
                 f"{self.stop.name or 'another process was asked to stop'}: stopped after step {self.steps_done}; "
@@ -235,10 +222,8 @@ class Trainer:
             )
             raise Stopped(EXIT_CODE)
 
-    def _save(self) -> None:
-        total = self.accelerator.reduce(self._loss_sum, "mean").item()
-        self._undecodable()
-        found = sorted(self.loader.undecodable)
+    def _save(self, total: float) -> None:
+        found = sorted(self._undecodable())
         now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds(), undecodable=found)
         state = {
             "config": dataclasses.asdict(self.config),

@@ -26,11 +26,9 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
             f"the model takes {model.in_chans} channels, the images have {source.channels}; "
             f"allowed: model_args.in_chans={source.channels}"
         )
-    entry = config.model if config.labels_needed else backbone_entry(config, model)
-    cfg: Any = timm.get_pretrained_cfg(entry)
-    inputs = resolve_data_config(pretrained_cfg=cfg.to_dict())
-    size = (model.in_chans, *model.patch_embed.img_size)
-    return {**inputs, "input_size": size, "mean": source.mean, "std": source.std}
+    cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
+    own = {"input_size": (model.in_chans, *model.patch_embed.img_size), "mean": source.mean, "std": source.std}
+    return {**resolve_data_config(pretrained_cfg=cfg.to_dict()), **own}
 
 
 def backbone_entry(config: TrainConfig, model: Any) -> str:

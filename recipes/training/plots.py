@@ -28,16 +28,11 @@ LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
 
 def plot_run(file: Path, history: Sequence[Metrics]) -> None:
     """Draw the curves of one run: loss, learning rate, and top-1 where there is one; `history` is `metrics.jsonl`."""
-    found, lines = set().union(*history), {"model": "", "moving average": "_ema"}
-    panels = {"loss": LOSS, "lr": "learning rate", "top1": TOP1}
-    plot_curves(
-        file,
-        {
-            title: {label: (history, f"{key}{end}") for label, end in lines.items() if f"{key}{end}" in found}
-            for key, title in panels.items()
-            if key in found
-        },
-    )
+    found, panels = set().union(*history), {}
+    for key, title in {"loss": LOSS, "lr": "learning rate", "top1": TOP1}.items():
+        lines = {"model": (history, key), "moving average": (history, f"{key}_ema")}
+        panels[title] = {label: curve for label, curve in lines.items() if curve[1] in found}
+    plot_curves(file, {title: curves for title, curves in panels.items() if curves})
 
 
 def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:

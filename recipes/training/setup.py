@@ -19,10 +19,9 @@ from recipes.training.parallel import Collectives, model_state, shard
 from recipes.training.plots import plot_run
 from recipes.training.processes import start_accelerator
 from recipes.training.progress import ProgressDisplay, peak_speed
-from recipes.training.resume import starting_point
+from recipes.training.resume import CURVES, starting_point
 from recipes.training.signals import StopRequest
 
-CURVES = "curves.png"  # written last: a run that has it has ended
 HELD_OUT = "validation.txt"
 
 
@@ -31,20 +30,15 @@ def train(
 ) -> Trained:
     """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
 
-    Args:
-        config: What to train, on what, for how long, and `output_dir`.
-        objective: What for.
-        title: Stands before the progress bar.
-        resume: "auto", "none" or a checkpoint's folder, as `--resume`.
-        stop: What asks this process to stop; None: nothing does.
+    `title` stands before the progress bar; `resume` is "auto", "none" or a checkpoint's folder, as `--resume`; `stop`
+    asks this process to stop.
     """
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
     output, collectives = Path(config.output_dir), Collectives(accelerator)
     console = plain_console(quiet=not accelerator.is_main_process)
     checkpoints = CheckpointFolder(output / "checkpoints", config.keep_last, config.keep_every, console)
-    folders = [output / name for name in objective.folders]
-    start = starting_point(config, resume, collectives, checkpoints, output / CURVES, [output, *folders])
+    start = starting_point(config, resume, collectives, checkpoints, objective.folders)
     source = open_source(config.data, config.labels_needed)
     model: Any = objective.create(config, source)
     inputs = input_config(model, config, source)
@@ -78,7 +72,7 @@ def train(
     history = trainer.fit()
     weights = model_state(trainer.winner())
     classes = {"num_classes": len(source.class_names)} if config.labels_needed else {}
-    trained = Trained(config, source, inputs, config.build(**classes), history, folders[0])
+    trained = Trained(config, source, inputs, config.build(**classes), history, output / objective.folders[0])
 
     def export() -> None:
         trained.model.load_state_dict(weights)
