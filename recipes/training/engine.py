@@ -171,8 +171,8 @@ class Trainer:
         last = next(reversed(self.checkpoints.all()), "none: there was no time for one")
         return RunError(
             f"the {what} of step {step} (epoch {(step - 1) // self._steps + 1}) is not finite. The last good "
-            f"checkpoint is {last}. Try a smaller base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the same "
-            "command with such a setting goes on from that checkpoint, with --resume none it starts over"
+            f"checkpoint is {last}. Try a smaller base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the "
+            "same command with such a setting goes on from that checkpoint, with --resume none it starts over"
         )
 
     def _end_epoch(self) -> None:
