@@ -58,9 +58,7 @@ def create_parser() -> ArgumentParser:
     command.add_argument("--yes", action="store_true", help="upload")
     command.add_argument("--tag", metavar="REVISION", help="name of the revision; default: the next of v1, v2, ...")
     command.add_argument("--private", action="store_true", help="if the repository is created")
-    command.add_argument(
-        "--results", metavar="CSV", type=Path, default=RESULTS, help="of python -m eval, for the card"
-    )
+    command.add_argument("--results", metavar="CSV", type=Path, default=RESULTS, help="of python -m eval for the card")
 
     command = add("check", check, "sha256, names and golden answers of all hosted and bundled entries, or of folders")
     command.add_argument("folders", metavar="OUT", nargs="*", type=Path, help="written by convert")

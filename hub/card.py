@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 
@@ -40,10 +40,9 @@ def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", re
     `results` may be missing.
     """
     config, sha256 = read_config(folder), sha256_of(folder / WEIGHTS)
-    header = {**UNKNOWN, **read_header(folder / WEIGHTS)}
+    facts = {**UNKNOWN, **read_header(folder / WEIGHTS), "sha256": sha256, "repo": repo}
     rows = measured(sha256, results)
-    text = _text(config, header, sha256, repo, rows)
-    data = _metadata(config, header, repo, rows)
+    text, data = _text(config, facts, rows), _metadata(config, facts, rows)
     if old is not None and old.exists():
         card = ModelCard(old.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         theirs = {key: value for key, value in card.data.to_dict().items() if key not in OURS}
@@ -55,17 +54,13 @@ def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", re
     write_text(folder / CARD, f"---\n{metadata}\n---\n\n{text}")
 
 
-def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: dict[str, Any]) -> dict[str, Any]:
+def _metadata(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -> dict[str, Any]:
     """The card's YAML block; its model-index has measured figures only."""
-    license = header["license"]
+    license = facts["license"]
     pretraining = "pretraining_model" in config
     colour = not pretraining and config["pretrained_cfg"]["input_size"][0] == RGB
     results = [
-        {
-            "task": {"type": "image-classification"},
-            "dataset": {"type": name, "name": name},
-            "metrics": [{"type": "accuracy", "name": "top1", "value": float(row["top1"])}],
-        }
+        EvalResult("image-classification", name, name, "accuracy", float(row["top1"]), metric_name="top1")
         for name, row in rows.items()
     ]
     return {
@@ -73,25 +68,26 @@ def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: d
         "library_name": "arm-zoo" if pretraining else "timm",
         "pipeline_tag": "image-classification" if config["num_classes"] else "image-feature-extraction",
         "tags": ["arm-zoo", "mamba", *([] if pretraining else ["timm"]), *(["transformers"] if colour else [])],
-        **({"model-index": [{"name": repo.rpartition("/")[2], "results": results}]} if results else {}),
+        **({"model_name": facts["repo"].rpartition("/")[2], "eval_results": results} if results else {}),
     }
 
 
-def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str, rows: dict[str, Any]) -> str:
+def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -> str:
     """The template, first with the parts for this model and then with the facts, which may hold any characters."""
     architecture, cfg, arguments = config["architecture"], config["pretrained_cfg"], config["model_args"]
     own = config.get("pretraining_model", {})
     kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
-    official, rounded = header.get("source_names") == "official", header["dtype"] != "fp32"
+    official, rounded = facts.get("source_names") == "official", facts["dtype"] != "fp32"
     default: Any = get_pretrained_cfg(architecture)
     standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
     entries = candidates(architecture, config["num_classes"], standard) if official else []
 
-    licence = "stated" if header["license"] != "unknown" else "authors" if official else "unknown"
+    licence = "stated" if facts["license"] != "unknown" else "authors" if official else "unknown"
     training = "candidates" if entries else "official" if official else "ours"
     limits = {"squash": cfg["crop_mode"] == "squash", kind: kind != "encoder", "rounded": rounded, "all": True}
     channels, height, width = cfg["input_size"]
-    parts = _parts()
+    _, *pieces = re.split(r"^## (.+)\n", (TEMPLATES / "parts.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = {heading: text.strip() for heading, text in zip(pieces[::2], pieces[1::2], strict=True)}
     snippets = [name for name in SNIPPETS[kind] if name != "transformers" or channels == RGB]
     with_parts = Template((TEMPLATES / "card.md").read_text(encoding="utf-8")).safe_substitute(
         what=parts[f"what {kind}"],
@@ -105,30 +101,22 @@ def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str
     preprocessing = f"{cfg['crop_mode']}, crop {cfg['crop_pct']}, {cfg['interpolation']}"
     of_snippets = to_2tuple(own["img_size"]) if own else (height, width)
     return Template(with_parts).substitute(
-        header,
+        facts,
         begin=BEGIN,
         end=END,
-        title=architecture if repo == "ORG/NAME" else repo.rpartition("/")[2],
+        title=architecture if facts["repo"] == "ORG/NAME" else facts["repo"].rpartition("/")[2],
         architecture=architecture,
         differences=", ".join(differences) or "nothing",
         pretraining=f"| pretraining model | {', '.join(f'{k}={v}' for k, v in own.items())} |\n" if own else "",
         classes=config["num_classes"] or "none",
         input=f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
-        sha256=sha256,
         figures=_figures(entries, rows),
         recipes="; ".join(f"{CATALOG[name].paper_name}: `{training_commands(name)}`" for name in entries),
-        repo=repo,
         channels=channels,
         height=of_snippets[0],
         width=of_snippets[1],
         mode="L" if channels == 1 else "RGB",
     )
-
-
-def _parts() -> dict[str, str]:
-    """The parts of templates/parts.md by their headings."""
-    _, *pieces = re.split(r"^## (.+)\n", (TEMPLATES / "parts.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {heading: text.strip() for heading, text in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
 def _figures(entries: list[str], rows: dict[str, Any]) -> str:

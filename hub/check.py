@@ -21,11 +21,7 @@ BUNDLED_GOLDEN = Path(__file__).parent / "golden"
 
 
 def check(folders: Sequence[Path] = ()) -> Iterator[str]:
-    """Check folders, or without any all hosted and bundled entries; one line for each.
-
-    Raises:
-        CheckpointError: for the first folder that fails, or after the lines of all entries if some failed.
-    """
+    """Check folders up to the first that fails, or without any all hosted and bundled entries; one line for each."""
     for folder in folders:
         yield f"{folder}: {check_folder(folder)}"
     if folders:

@@ -36,10 +36,6 @@ def convert(
     A config.json beside the file says what shapes cannot: names of classes, preprocessing, a grid that is no square.
     What people wrote into the card of a folder that is replaced stays. The lines that come back say what was found,
     and how to load it.
-
-    Raises:
-        CheckpointError: if the file is not what it should be; FileNotFoundError if there is none.
-        UsageError: if `out` is taken.
     """
     file = files.weights_in(file) if file.is_dir() else file
     if not file.is_file():

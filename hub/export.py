@@ -24,10 +24,6 @@ def export(source: str, file: Path, format: str) -> list[str]:
 
     'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict (.safetensors) under
     the names of the authors' code.
-
-    Raises:
-        UsageError: for a pretraining model, which only 'official' takes, for a folder, or where a package is missing.
-        CheckpointError: if the file does not compute the same.
     """
     if file.is_dir():
         raise UsageError(f"{file} is a folder; name a file to write to")

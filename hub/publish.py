@@ -43,10 +43,6 @@ def publish(
 
     The card is written anew for this repository. Without `yes` nothing changes anywhere, and no network is needed:
     what is there is then not compared.
-
-    Raises:
-        CheckpointError: if the folder is not whole, the Hub refuses, or what comes back is not what was sent.
-        UsageError: if the repository's name is none, or the tag is taken.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
@@ -65,9 +61,8 @@ def publish(
         with explained(f"read {repo}", repo):
             remote = _ask(api, repo, cache, needed=yes)
         if tag in remote.tags:
-            raise UsageError(
-                f"{repo} has a revision {tag} already ({', '.join(remote.tags)}); name another with --tag"
-            )
+            there = ", ".join(remote.tags)
+            raise UsageError(f"{repo} has a revision {tag} already ({there}); name another with --tag")
         write_card(staged, old=remote.card or folder / CARD, repo=repo, results=results)
         changes = {file: _change(staged / file, remote) for file in FILES}
         uploads = [file for file, change in changes.items() if change != "same"]
@@ -123,9 +118,7 @@ def _change(file: Path, remote: Remote) -> str:
     there = remote.files.get(file.name)
     if there is None:
         return "not compared" if remote.unasked else "new"
-    same = (
-        there.lfs.sha256 == sha256_of(file) if there.lfs is not None else there.blob_id == git_hash(file.read_bytes())
-    )
+    same = git_hash(file.read_bytes()) == there.blob_id if there.lfs is None else sha256_of(file) == there.lfs.sha256
     return "same" if same else "changed"
 
 
@@ -161,7 +154,6 @@ def _upload(
     api.create_tag(repo, tag=tag, revision=commit)
     for name in FILES:
         if sha256_of(hf_hub_download(repo, name, revision=tag, cache_dir=cache)) != sha256_of(staged / name):
-            raise CheckpointError(
-                f"{name} of {repo} at {tag} (commit {commit}) is not what was sent; publish it again"
-            )
+            where = f"{repo} at {tag} (commit {commit})"
+            raise CheckpointError(f"{name} of {where} is not what was sent; publish it again")
     return commit

@@ -129,9 +129,8 @@ class CheckpointFolder:
             except DamagedCheckpoint as damage:
                 aside = free_name(self.folder / f"damaged-{checkpoint.name}")
                 checkpoint.rename(aside)
-                self.console.print(
-                    f"warning: {damage}; set aside as {aside.name}, using the one before", soft_wrap=True
-                )
+                message = f"warning: {damage}; set aside as {aside.name}, using the one before"
+                self.console.print(message, soft_wrap=True)
         return None
 
     def set_aside(self, after_step: int) -> None:
@@ -144,10 +143,7 @@ class CheckpointFolder:
             self.console.print(f"moved {len(abandoned)} checkpoints of the earlier run to {aside}", soft_wrap=True)
 
     def save(self, step: int, steps_per_epoch: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
-        """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept.
-
-        If it cannot be written, as on a full disk, what was there before is still there.
-        """
+        """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept."""
         final = self.folder / f"step-{step:08d}"
         partial, old = (self.folder / f".{kind}-{final.name}" for kind in ("partial", "old"))
         try:

@@ -54,16 +54,12 @@ class Trainer:
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
-        self._started = time.monotonic()
+        self._started = time.monotonic()  # less what earlier, interrupted processes trained
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps since the run's beginning."""
         return self.position.epoch * self._steps + self.position.step
-
-    def _seconds(self) -> float:
-        """Total training time, earlier interrupted processes included."""
-        return self.position.seconds + time.monotonic() - self._started
 
     def resume(self, start: Start | None) -> None:
         """Take over what a checkpoint holds, if there is one, unless its classes or images are others."""
@@ -77,6 +73,7 @@ class Trainer:
                 "images are others; allowed: the same data.source, another output_dir, or --resume none"
             )
         self.position = Position(**state["position"])
+        self._started -= self.position.seconds
         restore_tensors(checkpoint, self._models, self.optimizer)
         self._loss_sum.fill_(self.position.loss_sum)
         if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
@@ -103,10 +100,7 @@ class Trainer:
         return self.position.history
 
     def winner(self) -> nn.Module:
-        """The model that counts: after the last epoch, the moving average if it scored higher, else the trained one.
-
-        No earlier epoch is picked by score.
-        """
+        """The model that counts: of the last epoch, the moving average if it scored higher, else the trained one."""
         last = self.position.history[-1]
         return self.ema.module if self.ema is not None and last["top1_ema"] > last["top1"] else self.model
 
@@ -182,7 +176,10 @@ class Trainer:
         row |= {"lr": learning_rate(position.epoch + 1, self.config)}
         started, waited, first_step = self._epoch_started
         seconds = time.monotonic() - started  # the device has been waited for: the loss is read
-        row |= {"seconds": self._seconds(), "data_wait": (self.loader.seconds_waited - waited) / seconds}
+        row |= {
+            "seconds": time.monotonic() - self._started,
+            "data_wait": (self.loader.seconds_waited - waited) / seconds,
+        }
         row |= {"undecodable": len(self._undecodable()), "processes": self.accelerator.num_processes}
         row |= self.display.speed((position.step - first_step) * self.config.global_batch / seconds)
         if self.evaluate is not None:
@@ -197,7 +194,7 @@ class Trainer:
 
     def _undecodable(self) -> set[str]:
         """The damaged training images that all processes have found; too many of them are an error on all."""
-        self.loader.undecodable = self.collectives.union(self.loader.undecodable)
+        self.loader.undecodable = set().union(*self.collectives.gather(self.loader.undecodable))
         self.loader.check_undecodable()
         return self.loader.undecodable
 
@@ -224,7 +221,8 @@ class Trainer:
 
     def _save(self, total: float) -> None:
         found = sorted(self._undecodable())
-        now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds(), undecodable=found)
+        seconds = time.monotonic() - self._started
+        now = dataclasses.replace(self.position, loss_sum=total, seconds=seconds, undecodable=found)
         state = {
             "config": dataclasses.asdict(self.config),
             "class_names": self.loader.class_names,

@@ -55,12 +55,7 @@ def save_pretraining(model: ARMPretrain, config: TrainConfig, inputs: InputConfi
     save_model(whole, model.state_dict(), {**model.hub_config(), "pretrained_cfg": statistics})
     names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
     arguments: dict[str, Any] = {name: model.config[name] for name in names}
+    entry, overlay = backbone_entry(config, model), {"file": str(whole / WEIGHTS)}
     torch.manual_seed(config.seed)
-    encoder = timm.create_model(
-        backbone_entry(config, model),
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(whole / WEIGHTS)},
-        num_classes=0,
-        **arguments,
-    )
+    encoder = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments)
     save_timm_model(encoder, backbone, inputs)

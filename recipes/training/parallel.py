@@ -53,10 +53,6 @@ class Collectives:
             distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
         return int(numbers.item())
 
-    def union(self, lines: set[str]) -> set[str]:
-        """All processes' lines."""
-        return set().union(*self.gather(lines))
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Raise on every process if the block fails, or stops waiting, on any, so that none deadlocks.

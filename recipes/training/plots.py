@@ -90,9 +90,8 @@ def draw_predictions(
                 axes.add_patch(Rectangle((0, 0), columns, rows, facecolor="0.85", edgecolor="0.5", hatch="///"))
     for axes, label in zip(grid[0], batch.classes.tolist(), strict=True):
         axes.set_title(source.class_names[label] if source.class_names else "", fontsize=12)
-    figure.suptitle(
-        f"{kind.capitalize()} images: each cluster of pixels is predicted from those before it (hatched: given)"
-    )
+    explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
+    figure.suptitle(f"{kind.capitalize()} images: {explanation}")
     _save(figure, file)
 
 

@@ -52,19 +52,11 @@ def train(
     process, image_size = (accelerator.process_index, accelerator.num_processes), inputs["input_size"][1:]
     loader = TrainLoader(source, config, plan, image_size, *process, accelerator.device)
     peak = peak_speed(config, inputs["input_size"], accelerator)
-    evaluation = objective.evaluation
+    optimizer, loss = create_optimizer(model, config), objective.loss(config, source)
+    evaluate = objective.evaluation and objective.evaluation(config, collectives, model, ema, source, inputs)
+    display = ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak)
     trainer = Trainer(
-        collectives=collectives,
-        model=model,
-        ema=ema,
-        optimizer=create_optimizer(model, config),
-        loader=loader,
-        loss_function=objective.loss(config, source),
-        evaluate=evaluation and evaluation(config, collectives, model, ema, source, inputs),
-        config=config,
-        checkpoints=checkpoints,
-        display=ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak),
-        stop=stop or StopRequest(),
+        collectives, model, ema, optimizer, loader, loss, evaluate, config, checkpoints, display, stop or StopRequest()
     )
     trainer.resume(start)
     if source.held_out is not None and accelerator.is_main_process:  # only of a run that goes ahead
