@@ -84,16 +84,15 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
 
     licence = "stated" if facts["license"] != "unknown" else "authors" if official else "unknown"
     training = "candidates" if entries else "official" if official else "ours"
+    chosen = {"what": kind, "licence": licence, "training": training}
     limits = {"squash": cfg["crop_mode"] == "squash", kind: kind != "encoder", "rounded": rounded, "all": True}
     channels, height, width = cfg["input_size"]
     _, *pieces = re.split(r"^## (.+)\n", (TEMPLATES / "parts.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     parts = {heading: text.strip() for heading, text in zip(pieces[::2], pieces[1::2], strict=True)}
     snippets = [name for name in SNIPPETS[kind] if name != "transformers" or channels == RGB]
     with_parts = Template((TEMPLATES / "card.md").read_text(encoding="utf-8")).safe_substitute(
-        what=parts[f"what {kind}"],
-        licence=parts[f"licence {licence}"],
+        {name: parts[f"{name} {which}"] for name, which in chosen.items()},
         use="\n\n".join(parts[f"use {name}"] for name in snippets),
-        training=parts[f"training {training}"],
         limits="\n".join(parts[f"limits {name}"] for name, holds in limits.items() if holds),
     )
     usual = {"in_chans": default.input_size[0], "img_size": list(default.input_size[1:]), "global_pool": "avg"}

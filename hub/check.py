@@ -16,8 +16,7 @@ from arm_zoo.weights.table import TABLE, repository_of
 from hub.convert import answers
 from hub.folders import GOLDEN, TOLERANCE, check_complete, read_header, relative_error
 
-# of each bundled entry the golden.safetensors that a hosted one has in its repository
-BUNDLED_GOLDEN = Path(__file__).parent / "golden"
+BUNDLED_GOLDEN = Path(__file__).parent / "golden"  # of each bundled entry what a hosted one has in its repository
 
 
 def check(folders: Sequence[Path] = ()) -> Iterator[str]:

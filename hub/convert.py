@@ -73,10 +73,8 @@ def convert(
             shutil.rmtree(out, ignore_errors=True)
         raise
     files.remove_leftovers(out)
-    return [
-        f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}",
-        f'load it: timm.create_model("local-dir:{out}", pretrained=True)',
-    ]
+    found = f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}"
+    return [found, f'load it: timm.create_model("local-dir:{out}", pretrained=True)']
 
 
 def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -114,7 +114,9 @@ class Trainer:
             self._optimizer_step(micro_batches)
             self.position.step += 1
             if self._is_logged(self.position.step):
-                self._show_step()
+                loss = self._total_loss() / self.position.step  # waits for the device
+                norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
+                self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
             request = self._due()
             if self.position.step < self._steps or request == SAVE_AND_STOP:  # else the epoch's end follows
                 self._checkpoint(request)
@@ -133,8 +135,7 @@ class Trainer:
             seed_step(self.config.seed, epoch, step, number, self.accelerator.process_index)
             with gradients_reduced(self._forward, self.model, last=number == len(micro_batches) - 1):
                 with half:
-                    loss = self.loss_function(self._forward, batch)
-                loss = loss / len(micro_batches)
+                    loss = self.loss_function(self._forward, batch) / len(micro_batches)
                 loss.backward()
             self._loss_sum += loss.detach()
             bad_here = torch.where(loss.detach().isfinite(), NEVER, self.steps_done + 1)
@@ -147,12 +148,6 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
-
-    def _show_step(self) -> None:
-        """Wait for the device, look at loss and gradient norm, and show them."""
-        loss = self._total_loss() / self.position.step
-        norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
-        self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
 
     def _total_loss(self) -> float:
         """Of the epoch's steps so far, mean of all processes; an error if the loss of one was not finite."""
@@ -212,11 +207,9 @@ class Trainer:
         if self.steps_done > 0:
             self._save(total)
         if request == SAVE_AND_STOP:
-            self.display.console.print(
-                f"{self.stop.name or 'another process was asked to stop'}: stopped after step {self.steps_done}; "
-                "the same command goes on from there",
-                soft_wrap=True,
-            )
+            done = f"stopped after step {self.steps_done}; the same command goes on from there"
+            reason = self.stop.name or "another process was asked to stop"
+            self.display.console.print(f"{reason}: {done}", soft_wrap=True)
             raise Stopped(EXIT_CODE)
 
     def _save(self, total: float) -> None:

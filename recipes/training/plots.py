@@ -21,6 +21,7 @@ from recipes.data.sources import Source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
 
+IMAGES_DRAWN = 8
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
 Curves = Mapping[str, tuple[Sequence[Metrics], str]]  # label -> rows of figures by epoch, and which figure to draw
 LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
@@ -58,18 +59,16 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
     _save(figure, file)
 
 
-def draw_predictions(
-    file: Path, model: ARMPretrain, source: Source, inputs: Mapping[str, Any], seed: int, count: int = 8
-) -> None:
+def draw_predictions(file: Path, model: ARMPretrain, source: Source, inputs: Mapping[str, Any], seed: int) -> None:
     """Draw images, validation ones if there are any, the clusters to predict, and the predicted ones into a PNG.
 
     The images are drawn blindly from the seed and prepared as `export.input_config` says; the model is on the CPU.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
-        batch = prepared_images(split, drawn_blindly(len(split), count, seed), inputs)
+        batch = prepared_images(split, drawn_blindly(len(split), IMAGES_DRAWN, seed), inputs)
     else:  # a stream has no places to choose from
-        batch = next(iter(EvalLoader(split, inputs, count)))
+        batch = next(iter(EvalLoader(split, inputs, IMAGES_DRAWN)))
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} images drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():

@@ -50,9 +50,9 @@ def starting_point(
     the output that the run writes to: what a killed process was writing there is removed.
     """
     output = Path(config.output_dir)
-    checkpoint = collectives.on_main(lambda: choose(checkpoints, resume))
-    start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))
-    if start is not None:
+    start = None
+    if checkpoint := collectives.on_main(lambda: choose(checkpoints, resume)):
+        start = Start(checkpoint, read_state(checkpoint))
         compare(config, start, checkpoints.console)
     is_main = collectives.accelerator.is_main_process
     for folder in (".", *folders) if is_main else ():
@@ -60,11 +60,8 @@ def starting_point(
     if start is not None:
         if (done := start.state["position"]["epoch"]) >= config.epochs and (output / CURVES).is_file():
             epochs = "1 epoch is" if done == 1 else f"{done} epochs are"
-            checkpoints.console.print(
-                f"{config.output_dir} is finished: {epochs} done. Set more epochs to go on, another "
-                "output_dir for another run, or --resume none to start over",
-                soft_wrap=True,
-            )
+            advice = "Set more epochs to go on, another output_dir for another run, or --resume none to start over"
+            checkpoints.console.print(f"{config.output_dir} is finished: {epochs} done. {advice}", soft_wrap=True)
             raise AlreadyFinished(0)
         checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
     if is_main:

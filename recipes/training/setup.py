@@ -79,8 +79,5 @@ def name_held_out(source: Any, folder: Path) -> None:
     """Name the training images that are validated on instead, for whoever scores or trains on from here."""
     _, names = source.test.classes_and_names()
     write_text(folder / HELD_OUT, "".join(f"{name}\n" for name in names))
-    plain_console().print(
-        f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out for "
-        f"validation; {folder / HELD_OUT} lists them",
-        soft_wrap=True,
-    )
+    found = f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out"
+    plain_console().print(f"{found} for validation; {folder / HELD_OUT} lists them", soft_wrap=True)
