@@ -36,13 +36,8 @@ def create_parser() -> ArgumentParser:
         return command
 
     command = add("convert", convert, "a checkpoint -> a folder that anyone loads in one line")
-    command.add_argument(
-        "file",
-        metavar="FILE",
-        type=Path,
-        help=".pth, .pth.tar or .safetensors of the official code, of the recipes or of timm's train.py and "
-        "avg_checkpoints.py; or the folder of a run",
-    )
+    what = ".pth, .pth.tar or .safetensors of the official code, the recipes or timm's train.py and avg_checkpoints.py"
+    command.add_argument("file", metavar="FILE", type=Path, help=f"{what}; or the folder of a run")
     command.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     command.add_argument("--weights", choices=["ema", "model"], help="averaged or trained; default: averaged if there")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the tensors (%(default)s)")

@@ -75,16 +75,10 @@ def _write_onnx(model: ARM, file: Path) -> str:
 
         with warnings.catch_warnings(), arm_zoo.scan_backend("torch"):
             warnings.simplefilter("ignore")  # of the exporter to its own developers
+            names = {"input_names": ["pictures"], "output_names": ["logits" if model.num_classes else "features"]}
+            options: dict[str, Any] = {**names, "custom_translation_table": translation_table(), "opset_version": 18}
             program: Any = torch.onnx.export(
-                model,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=({0: "batch"},),
-                input_names=["pictures"],
-                output_names=["logits" if model.num_classes else "features"],
-                custom_translation_table=translation_table(),
-                opset_version=18,
-                verbose=False,
+                model, (images,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False, **options
             )
     except ImportError as error:  # the exporter too imports what a version of onnxscript may lack
         needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade '.[hub]'"

@@ -170,11 +170,9 @@ class Trainer:
         row: Metrics = {"epoch": position.epoch + 1, "loss": self._total_loss() / self._steps}
         row |= {"lr": learning_rate(position.epoch + 1, self.config)}
         started, waited, first_step = self._epoch_started
-        seconds = time.monotonic() - started  # the device has been waited for: the loss is read
-        row |= {
-            "seconds": time.monotonic() - self._started,
-            "data_wait": (self.loader.seconds_waited - waited) / seconds,
-        }
+        now = time.monotonic()  # the device has been waited for: the loss is read
+        seconds = now - started
+        row |= {"seconds": now - self._started, "data_wait": (self.loader.seconds_waited - waited) / seconds}
         row |= {"undecodable": len(self._undecodable()), "processes": self.accelerator.num_processes}
         row |= self.display.speed((position.step - first_step) * self.config.global_batch / seconds)
         if self.evaluate is not None:

@@ -60,7 +60,11 @@ def train(
     )
     trainer.resume(start)
     if source.held_out is not None and accelerator.is_main_process:  # only of a run that goes ahead
-        name_held_out(source, output)
+        test: Any = source.test
+        _, names = test.classes_and_names()  # for whoever scores or trains on from here
+        write_text(output / HELD_OUT, "".join(f"{name}\n" for name in names))
+        found = f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out"
+        console.print(f"{found} for validation; {output / HELD_OUT} lists them", soft_wrap=True)
     history = trainer.fit()
     weights = model_state(trainer.winner())
     classes = {"num_classes": len(source.class_names)} if config.labels_needed else {}
@@ -73,11 +77,3 @@ def train(
 
     collectives.on_main(export)
     return trained
-
-
-def name_held_out(source: Any, folder: Path) -> None:
-    """Name the training images that are validated on instead, for whoever scores or trains on from here."""
-    _, names = source.test.classes_and_names()
-    write_text(folder / HELD_OUT, "".join(f"{name}\n" for name in names))
-    found = f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out"
-    plain_console().print(f"{found} for validation; {folder / HELD_OUT} lists them", soft_wrap=True)
