@@ -60,10 +60,10 @@ def train(
     )
     trainer.resume(start)
     if source.held_out is not None and accelerator.is_main_process:  # only of a run that goes ahead
-        test: Any = source.test
-        _, names = test.classes_and_names()  # for whoever scores or trains on from here
+        tables: Any = source  # as images are held out of tables only
+        _, names = tables.test.classes_and_names()  # for whoever scores or trains on from here
         write_text(output / HELD_OUT, "".join(f"{name}\n" for name in names))
-        found = f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out"
+        found = f"{source.held_out:g} of the training images, {len(names)} beside {len(tables.train)}, are held out"
         console.print(f"{found} for validation; {output / HELD_OUT} lists them", soft_wrap=True)
     history = trainer.fit()
     weights = model_state(trainer.winner())
