@@ -1,7 +1,7 @@
 """Weights: convert checkpoints, publish them, check what is published, export models."""
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -23,29 +23,21 @@ start here:
 """
 
 
-def create_parser() -> argparse.ArgumentParser:
+def create_parser() -> ArgumentParser:
     """The options of a command have the names of its function's parameters."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hub",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = ArgumentParser(
+        prog="python -m hub", description=__doc__, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    def add(name: str, run: Callable[..., Iterable[str]], help: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[..., Iterable[str]], help: str) -> ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
         return command
 
     command = add("convert", convert, "a checkpoint -> a folder that anyone loads in one line")
-    command.add_argument(
-        "file",
-        metavar="FILE",
-        type=Path,
-        help=".pth, .pth.tar or .safetensors of the official code, of the recipes or of timm's train.py and "
-        "avg_checkpoints.py; or the folder of a run",
-    )
+    what = ".pth, .pth.tar or .safetensors of the official code, the recipes or timm's train.py and avg_checkpoints.py"
+    command.add_argument("file", metavar="FILE", type=Path, help=f"{what}; or the folder of a run")
     command.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     command.add_argument("--weights", choices=["ema", "model"], help="averaged or trained; default: averaged if there")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the tensors (%(default)s)")
@@ -61,9 +53,7 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--yes", action="store_true", help="upload")
     command.add_argument("--tag", metavar="REVISION", help="name of the revision; default: the next of v1, v2, ...")
     command.add_argument("--private", action="store_true", help="if the repository is created")
-    command.add_argument(
-        "--results", metavar="CSV", type=Path, default=RESULTS, help="of python -m eval, for the card"
-    )
+    command.add_argument("--results", metavar="CSV", type=Path, default=RESULTS, help="of python -m eval for the card")
 
     command = add("check", check, "sha256, names and golden answers of all hosted and bundled entries, or of folders")
     command.add_argument("folders", metavar="OUT", nargs="*", type=Path, help="written by convert")

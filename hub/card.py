@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 
@@ -25,6 +25,7 @@ OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"
 RGB = 3  # channels: all that the image processor of transformers opens
 OWN_SIZES = ("embed_dim", "depth", "d_state", "patch_size")  # with one of them a model is none of the paper's
 TEMPLATES = Path(__file__).parent / "templates"
+UNKNOWN = dict.fromkeys(("license", "dtype", "source_sha256", "library_version"), "unknown")
 SNIPPETS = {  # of each kind of model, headings in parts.md
     "classifier": ("classify", "features", "transformers"),
     "encoder": ("embed", "features", "finetune"),
@@ -33,18 +34,15 @@ SNIPPETS = {  # of each kind of model, headings in parts.md
 
 
 def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", results: Path = RESULTS) -> None:
-    """Write README.md of a converted folder.
+    """Write README.md of a folder with model.safetensors and config.json.
 
-    Args:
-        folder: with model.safetensors and config.json.
-        old: a card whose hand-written parts are kept, if it exists.
-        repo: the repository in the snippets; before there is one, ORG/NAME stands for it.
-        results: the evaluator's CSV, which may be missing.
+    What people wrote into the card `old` is kept, if it exists. The snippets name `repo`; the evaluator's CSV
+    `results` may be missing.
     """
-    config, header, sha256 = read_config(folder), read_header(folder / WEIGHTS), sha256_of(folder / WEIGHTS)
+    config, sha256 = read_config(folder), sha256_of(folder / WEIGHTS)
+    facts = {**UNKNOWN, **read_header(folder / WEIGHTS), "sha256": sha256, "repo": repo}
     rows = measured(sha256, results)
-    text = _text(config, header, sha256, repo, rows)
-    data = _metadata(config, header, repo, rows)
+    text, data = _text(config, facts, rows), _metadata(config, facts, rows)
     if old is not None and old.exists():
         card = ModelCard(old.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         theirs = {key: value for key, value in card.data.to_dict().items() if key not in OURS}
@@ -56,17 +54,13 @@ def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", re
     write_text(folder / CARD, f"---\n{metadata}\n---\n\n{text}")
 
 
-def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: dict[str, Any]) -> dict[str, Any]:
+def _metadata(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -> dict[str, Any]:
     """The card's YAML block; its model-index has measured figures only."""
-    license = header.get("license", "unknown")
+    license = facts["license"]
     pretraining = "pretraining_model" in config
     colour = not pretraining and config["pretrained_cfg"]["input_size"][0] == RGB
     results = [
-        {
-            "task": {"type": "image-classification"},
-            "dataset": {"type": name, "name": name},
-            "metrics": [{"type": "accuracy", "name": "top1", "value": float(row["top1"])}],
-        }
+        EvalResult("image-classification", name, name, "accuracy", float(row["top1"]), metric_name="top1")
         for name, row in rows.items()
     ]
     return {
@@ -74,32 +68,31 @@ def _metadata(config: dict[str, Any], header: dict[str, str], repo: str, rows: d
         "library_name": "arm-zoo" if pretraining else "timm",
         "pipeline_tag": "image-classification" if config["num_classes"] else "image-feature-extraction",
         "tags": ["arm-zoo", "mamba", *([] if pretraining else ["timm"]), *(["transformers"] if colour else [])],
-        **({"model-index": [{"name": repo.rpartition("/")[2], "results": results}]} if results else {}),
+        **({"model_name": facts["repo"].rpartition("/")[2], "eval_results": results} if results else {}),
     }
 
 
-def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str, rows: dict[str, Any]) -> str:
+def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -> str:
     """The template, first with the parts for this model and then with the facts, which may hold any characters."""
     architecture, cfg, arguments = config["architecture"], config["pretrained_cfg"], config["model_args"]
     own = config.get("pretraining_model", {})
     kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
-    license, dtype = header.get("license", "unknown"), header.get("dtype", "unknown")
-    official = header.get("source_names") == "official"
+    official, rounded = facts.get("source_names") == "official", facts["dtype"] != "fp32"
     default: Any = get_pretrained_cfg(architecture)
     standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
     entries = candidates(architecture, config["num_classes"], standard) if official else []
 
-    licence = "stated" if license != "unknown" else "authors" if official else "unknown"
+    licence = "stated" if facts["license"] != "unknown" else "authors" if official else "unknown"
     training = "candidates" if entries else "official" if official else "ours"
-    limits = {"squash": cfg["crop_mode"] == "squash", kind: kind != "encoder", "rounded": dtype != "fp32", "all": True}
+    chosen = {"what": kind, "licence": licence, "training": training}
+    limits = {"squash": cfg["crop_mode"] == "squash", kind: kind != "encoder", "rounded": rounded, "all": True}
     channels, height, width = cfg["input_size"]
-    parts = _parts()
+    _, *pieces = re.split(r"^## (.+)\n", (TEMPLATES / "parts.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = {heading: text.strip() for heading, text in zip(pieces[::2], pieces[1::2], strict=True)}
     snippets = [name for name in SNIPPETS[kind] if name != "transformers" or channels == RGB]
     with_parts = Template((TEMPLATES / "card.md").read_text(encoding="utf-8")).safe_substitute(
-        what=parts[f"what {kind}"],
-        licence=parts[f"licence {licence}"],
+        {name: parts[f"{name} {which}"] for name, which in chosen.items()},
         use="\n\n".join(parts[f"use {name}"] for name in snippets),
-        training=parts[f"training {training}"],
         limits="\n".join(parts[f"limits {name}"] for name, holds in limits.items() if holds),
     )
     usual = {"in_chans": default.input_size[0], "img_size": list(default.input_size[1:]), "global_pool": "avg"}
@@ -107,33 +100,22 @@ def _text(config: dict[str, Any], header: dict[str, str], sha256: str, repo: str
     preprocessing = f"{cfg['crop_mode']}, crop {cfg['crop_pct']}, {cfg['interpolation']}"
     of_snippets = to_2tuple(own["img_size"]) if own else (height, width)
     return Template(with_parts).substitute(
+        facts,
         begin=BEGIN,
         end=END,
-        title=architecture if repo == "ORG/NAME" else repo.rpartition("/")[2],
+        title=architecture if facts["repo"] == "ORG/NAME" else facts["repo"].rpartition("/")[2],
         architecture=architecture,
         differences=", ".join(differences) or "nothing",
         pretraining=f"| pretraining model | {', '.join(f'{k}={v}' for k, v in own.items())} |\n" if own else "",
         classes=config["num_classes"] or "none",
         input=f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
-        dtype=dtype,
-        sha256=sha256,
-        source_sha256=header.get("source_sha256", "unknown"),
-        version=header.get("library_version", "unknown"),
-        license=license,
         figures=_figures(entries, rows),
         recipes="; ".join(f"{CATALOG[name].paper_name}: `{training_commands(name)}`" for name in entries),
-        repo=repo,
         channels=channels,
         height=of_snippets[0],
         width=of_snippets[1],
         mode="L" if channels == 1 else "RGB",
     )
-
-
-def _parts() -> dict[str, str]:
-    """The parts of templates/parts.md by their headings."""
-    _, *pieces = re.split(r"^## (.+)\n", (TEMPLATES / "parts.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {heading: text.strip() for heading, text in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
 def _figures(entries: list[str], rows: dict[str, Any]) -> str:

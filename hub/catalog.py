@@ -52,9 +52,7 @@ CATALOG: dict[str, Entry] = {
 
 def state(name: str) -> Literal["hosted", "to convert", "ours"]:
     """Whether an entry's weights are there, wait for conversion, or come from our own training."""
-    if TABLE[name].where == "hosted":
-        return "hosted"
-    return "to convert" if CATALOG[name].source else "ours"
+    return "hosted" if TABLE[name].where == "hosted" else "to convert" if CATALOG[name].source else "ours"
 
 
 def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]:

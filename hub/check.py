@@ -14,20 +14,13 @@ from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.download import download
 from arm_zoo.weights.table import TABLE, repository_of
 from hub.convert import answers
-from hub.folders import GOLDEN, check_complete, read_header, relative_error
+from hub.folders import GOLDEN, TOLERANCE, check_complete, read_header, relative_error
 
-# of each bundled entry the golden.safetensors that a hosted one has in its repository
-BUNDLED_GOLDEN = Path(__file__).parent / "golden"
-
-TOLERANCE = 1e-4  # of the largest value: float32 on other machines
+BUNDLED_GOLDEN = Path(__file__).parent / "golden"  # of each bundled entry what a hosted one has in its repository
 
 
 def check(folders: Sequence[Path] = ()) -> Iterator[str]:
-    """Check folders, or without any all hosted and bundled entries; one line for each.
-
-    Raises:
-        CheckpointError: for the first folder that fails, or after the lines of all entries if some failed.
-    """
+    """Check folders up to the first that fails, or without any all hosted and bundled entries; one line for each."""
     for folder in folders:
         yield f"{folder}: {check_folder(folder)}"
     if folders:

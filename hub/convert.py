@@ -8,18 +8,8 @@ from typing import Any
 import torch
 
 import arm_zoo
-from arm_zoo.files import (
-    CONFIG,
-    WEIGHTS,
-    CheckpointError,
-    read_config,
-    remove_leftovers,
-    replacing_files,
-    save_model,
-    save_tensors,
-    sha256_of,
-    weights_in,
-)
+from arm_zoo import files
+from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.identify import Variant, describe, find_variant
 from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining.autoregressive import ARMPretrain
@@ -29,8 +19,7 @@ from hub.catalog import AUTHORS_CODE
 from hub.folders import CARD, GOLDEN, UsageError, check_destination, read_header
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# images up to this size are evaluated on their middle, larger ones whole (the official evaluation)
-CROPPED_UP_TO = 224
+CROPPED_UP_TO = 224  # pixels: up to this size images are evaluated on their middle (the official evaluation)
 Test = tuple[Callable[[Any], bool], str]
 
 
@@ -44,32 +33,18 @@ def convert(
 ) -> list[str]:
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
-    Args:
-        file: .pth, .pth.tar or .safetensors (official code, recipes, timm's train.py and avg_checkpoints.py), or a
-            folder with model.safetensors or pytorch_model.bin; a config.json beside the file says what shapes cannot
-            (names of classes, preprocessing, the grid where it is no square).
-        out: a new folder.
-        weights: see `arm_zoo.weights.reading.read_checkpoint`.
-        dtype: of the tensors that are written, a key of DTYPES.
-        license: of the weights, for the header, the configuration and the card; None: what an earlier conversion
-            wrote into the file's header, else "unknown".
-        overwrite: replace a folder that a conversion wrote; what people wrote into its card stays.
-
-    Returns:
-        Lines for people: what was found, and how to load it.
-
-    Raises:
-        CheckpointError: if the file is not what it should be; FileNotFoundError if there is none.
-        UsageError: if `out` is taken.
+    A config.json beside the file says what shapes cannot: names of classes, preprocessing, a grid that is no square.
+    What people wrote into the card of a folder that is replaced stays. The lines that come back say what was found,
+    and how to load it.
     """
-    file = weights_in(file) if file.is_dir() else file
+    file = files.weights_in(file) if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {file}; name a .pth, a .safetensors or the folder of a run")
     check_destination(out, overwrite)
     if out.exists() and file.resolve().parent == out.resolve():
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")
     state_dict = read_checkpoint(file, weights)
-    config = read_config(file.parent) if (file.parent / CONFIG).exists() else {}
+    config = files.read_config(file.parent) if (file.parent / CONFIG).exists() else {}
     before = read_header(file) if is_safetensors(file) else {}
     variant = find_variant(state_dict, _arguments(config))
     model = variant.load(_rounded(state_dict, DTYPES[dtype]))
@@ -88,20 +63,18 @@ def convert(
     tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
     new = not out.exists()
     try:
-        with replacing_files(out) as folder:
-            save_model(folder, tensors, hub_config, **facts)
+        with files.replacing_files(out) as folder:
+            files.save_model(folder, tensors, hub_config, **facts)
             golden = {"input": image, **answers(model, image)}
-            save_tensors(golden, folder / GOLDEN, {"model_sha256": sha256_of(folder / WEIGHTS)})
+            files.save_tensors(golden, folder / GOLDEN, {"model_sha256": sha256_of(folder / WEIGHTS)})
             write_card(folder, old=out / CARD)
     except BaseException:
         if new:
             shutil.rmtree(out, ignore_errors=True)
         raise
-    remove_leftovers(out)
-    return [
-        f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}",
-        f'load it: timm.create_model("local-dir:{out}", pretrained=True)',
-    ]
+    files.remove_leftovers(out)
+    found = f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}"
+    return [found, f'load it: timm.create_model("local-dir:{out}", pretrained=True)']
 
 
 def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -16,23 +16,14 @@ from torch import nn
 import arm_zoo
 from arm_zoo.files import replacing_files, save_tensors
 from arm_zoo.models.arm import ARM
-from hub.folders import UsageError, relative_error
-
-TOLERANCE = 1e-4  # of the largest logit, between onnxruntime and PyTorch in float32
+from hub.folders import TOLERANCE, UsageError, relative_error
 
 
 def export(source: str, file: Path, format: str) -> list[str]:
     """Write a model to `file`, compare what the file computes with what the model does, and say what was written.
 
-    Args:
-        source: anything that `arm_zoo.from_pretrained` takes.
-        file: replaced if it exists.
-        format: 'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict
-            (.safetensors) under the names of the authors' code.
-
-    Raises:
-        UsageError: for a pretraining model, which only 'official' takes, for a folder, or where a package is missing.
-        CheckpointError: if the file does not compute the same.
+    'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict (.safetensors) under
+    the names of the authors' code.
     """
     if file.is_dir():
         raise UsageError(f"{file} is a folder; name a file to write to")
@@ -84,16 +75,10 @@ def _write_onnx(model: ARM, file: Path) -> str:
 
         with warnings.catch_warnings(), arm_zoo.scan_backend("torch"):
             warnings.simplefilter("ignore")  # of the exporter to its own developers
+            names = {"input_names": ["pictures"], "output_names": ["logits" if model.num_classes else "features"]}
+            options: dict[str, Any] = {**names, "custom_translation_table": translation_table(), "opset_version": 18}
             program: Any = torch.onnx.export(
-                model,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=({0: "batch"},),
-                input_names=["pictures"],
-                output_names=["logits" if model.num_classes else "features"],
-                custom_translation_table=translation_table(),
-                opset_version=18,
-                verbose=False,
+                model, (images,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False, **options
             )
     except ImportError as error:  # the exporter too imports what a version of onnxscript may lack
         needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade '.[hub]'"

@@ -11,6 +11,7 @@ from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
 FILES = (WEIGHTS, CONFIG, GOLDEN, CARD)
+TOLERANCE = 1e-4  # of the largest value: float32 on other machines and in other programs
 
 
 class UsageError(ValueError):
@@ -21,12 +22,10 @@ def check_complete(folder: Path, names: Sequence[str] = FILES) -> None:
     """Raise UsageError unless the folder has these files of a conversion."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}; write it: python -m hub convert FILE {folder}")
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = ", ".join(name for name in names if not (folder / name).is_file())
     if missing:
         source = folder if (folder / WEIGHTS).is_file() else "FILE"  # such as the folder of a run
-        raise UsageError(
-            f"{folder} lacks {', '.join(missing)}; write a new folder: python -m hub convert {source} OUT"
-        )
+        raise UsageError(f"{folder} lacks {missing}; write a new folder: python -m hub convert {source} OUT")
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:

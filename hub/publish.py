@@ -29,9 +29,8 @@ MOST_DIFF_LINES = 60
 class Remote:
     """What is on the Hub, at its newest commit."""
 
-    exists: bool | None  # None if the Hub could not be asked; `unasked` says why
-    unasked: str = ""
-    commit: str | None = None
+    unasked: str = ""  # why the Hub could not be asked
+    commit: str | None = None  # None: there is no such repository
     files: dict[str, RepoSibling] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)  # of each the commit
     card: Path | None = None  # a copy of it
@@ -42,17 +41,8 @@ def publish(
 ) -> Iterator[str]:
     """Show what would be uploaded, and with `yes` upload it, tag it and fetch it back; gives lines for people.
 
-    Args:
-        folder: written by `python -m hub convert`; its card is written anew for this repository.
-        repo: ORG/NAME.
-        yes: upload. Without, nothing changes anywhere, and no network is needed: what is there is then not compared.
-        tag: revision to name the upload; by default the next of v1, v2, ...
-        private: of a repository that is created.
-        results: the evaluator's CSV, for the card's measured figures.
-
-    Raises:
-        CheckpointError: if the folder is not whole, the Hub refuses, or what comes back is not what was sent.
-        UsageError: if the repository's name is none, or the tag is taken.
+    The card is written anew for this repository. Without `yes` nothing changes anywhere, and no network is needed:
+    what is there is then not compared.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
@@ -68,7 +58,7 @@ def publish(
         staged.mkdir()
         for file in FILES:
             shutil.copyfile(folder / file, staged / file)
-        with _explained(f"read {repo}", repo):
+        with explained(f"read {repo}", repo):
             remote = _ask(api, repo, cache, needed=yes)
         if tag in remote.tags:
             there = ", ".join(remote.tags)
@@ -87,7 +77,7 @@ def publish(
             yield "dry run, nothing was uploaded; --yes uploads"
         else:
             tag = tag or next_tag
-            with _explained(f"publish {repo}", repo, right="write"):
+            with explained(f"publish {repo}", repo, right="write"):
                 commit = _upload(api, staged, cache, repo, remote, uploads, tag, private)
             yield f"uploaded as {commit}, tagged {tag}, fetched back and compared"
             row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{tag}", "{repo}")'
@@ -95,7 +85,7 @@ def publish(
 
 
 @contextmanager
-def _explained(doing: str, repo: str, right: str = "read") -> Iterator[None]:
+def explained(doing: str, repo: str, right: str = "read") -> Iterator[None]:
     """Make one clear error of whatever happens on the way to the Hub."""
     try:
         yield
@@ -111,34 +101,30 @@ def _ask(api: HfApi, repo: str, cache: Path, needed: bool) -> Remote:
         info = api.model_info(repo, files_metadata=True)
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
     except RepositoryNotFoundError:
-        return Remote(exists=False)
+        return Remote()
     except HfHubHTTPError:  # an answer
         raise
     except Exception as error:  # the network's errors have no common parent
         if needed:
             raise
-        return Remote(None, "offline mode is on (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else explain(error, repo))
+        return Remote("offline mode is on (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else explain(error, repo))
     files = {file.rfilename: file for file in info.siblings or []}
     card = hf_hub_download(repo, CARD, revision=info.sha, cache_dir=cache) if CARD in files else None
-    return Remote(True, "", info.sha, files, tags, Path(card) if card else None)
+    return Remote("", info.sha, files, tags, Path(card) if card else None)
 
 
 def _change(file: Path, remote: Remote) -> str:
     """The Hub names large files by their sha256, others as Git does."""
-    if remote.exists is None:
-        return "not compared"
     there = remote.files.get(file.name)
     if there is None:
-        return "new"
-    if there.lfs is not None:
-        return "same" if there.lfs.sha256 == sha256_of(file) else "changed"
-    return "same" if there.blob_id == git_hash(file.read_bytes()) else "changed"
+        return "not compared" if remote.unasked else "new"
+    same = git_hash(file.read_bytes()) == there.blob_id if there.lfs is None else sha256_of(file) == there.lfs.sha256
+    return "same" if same else "changed"
 
 
 def _plan(staged: Path, repo: str, remote: Remote, changes: dict[str, str], tag: str) -> Iterator[str]:
-    """What an upload would do, in lines for people."""
-    state = {True: "exists", False: "would be created", None: "could not be asked for"}[remote.exists]
-    yield f"{repo} ({state}), tag {'the next of v1, v2, ...' if remote.exists is None else tag}"
+    state = "could not be asked for" if remote.unasked else "exists" if remote.commit else "would be created"
+    yield f"{repo} ({state}), tag {'the next of v1, v2, ...' if remote.unasked else tag}"
     for file, change in changes.items():
         yield f"  {file:20} {(staged / file).stat().st_size:>15,} bytes  {change}"
     for name in sorted(set(remote.files) - set(FILES)):
@@ -157,18 +143,16 @@ def _upload(
     api: HfApi, staged: Path, cache: Path, repo: str, remote: Remote, uploads: list[str], tag: str, private: bool
 ) -> str:
     """One commit on top of the one that was compared with, and its tag, which may be all that is missing; verified."""
-    if not remote.exists:
-        api.create_repo(repo, private=private)
     commit = remote.commit
+    if commit is None:
+        api.create_repo(repo, private=private)
     if uploads or commit is None:
         operations = [CommitOperationAdd(name, staged / name) for name in uploads]
         message = f"Publish {tag} with arm-zoo"
-        commit = api.create_commit(repo, operations, commit_message=message, parent_commit=remote.commit).oid
+        commit = api.create_commit(repo, operations, commit_message=message, parent_commit=commit).oid
     api.create_tag(repo, tag=tag, revision=commit)
     for name in FILES:
-        fetched = hf_hub_download(repo, name, revision=tag, cache_dir=cache)
-        if sha256_of(fetched) != sha256_of(staged / name):
-            raise CheckpointError(
-                f"{name} of {repo} at {tag} (commit {commit}) is not what was sent; publish it again"
-            )
+        if sha256_of(hf_hub_download(repo, name, revision=tag, cache_dir=cache)) != sha256_of(staged / name):
+            where = f"{repo} at {tag} (commit {commit})"
+            raise CheckpointError(f"{name} of {where} is not what was sent; publish it again")
     return commit

@@ -5,26 +5,19 @@ from collections.abc import Iterator
 import torch
 from huggingface_hub import HfApi
 
-from arm_zoo.files import CheckpointError
 from arm_zoo.identify import find_variant
-from arm_zoo.weights.download import explain
 from arm_zoo.weights.table import TABLE, training_commands
 from hub.catalog import AUTHORS_REPOSITORY, CATALOG, RESULTS, Entry, measured, reported, state
+from hub.publish import explained
 
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
-    """Lines for people: the repository's files with what each is, then the entries of the catalogue.
-
-    Raises:
-        CheckpointError: if the Hub cannot be asked.
-    """
+    """Lines for people: the repository's files with what each is, then the entries of the catalogue."""
     api = HfApi(library_name="arm-zoo")
-    try:
+    with explained(f"list {repo}", repo):
         info = api.model_info(repo, files_metadata=True)
-    except Exception as error:  # the client's and the network's errors have no common parent
-        raise CheckpointError(f"cannot list {repo}: {explain(error, repo)}") from error
     files = info.siblings or []
     yield f"{repo} at {info.sha}: {len(files)} files"
     for file in files:
@@ -38,8 +31,8 @@ def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
 def _known(name: str, entry: Entry) -> str:
     """Origin, licence and figures; the paper's and ours apart."""
     ours = {key: float(row["top1"]) for key, row in measured(TABLE[name].sha256, RESULTS).items()}
-    parts = [entry.paper_name or "not in the paper", f"from {entry.source or training_commands(name)}"]
-    parts.append(f"licence {entry.license}")
+    origin = f"from {entry.source or training_commands(name)}"
+    parts = [entry.paper_name or "not in the paper", origin, f"licence {entry.license}"]
     for kind, figures in (("reported by the paper", reported(name)), ("measured by us", ours)):
         if figures:
             parts.append(f"{kind}: {', '.join(f'{key} {top1:.2f}' for key, top1 in figures.items())}")

@@ -135,28 +135,23 @@ class CheckpointFolder:
 
     def set_aside(self, after_step: int) -> None:
         """Move checkpoints of more than `after_step` steps out of the way of a run that starts over from there."""
-        abandoned = [path for path in self.all() if step_of(path) > after_step]
-        if not abandoned:
-            return
-        aside = free_name(self.folder.with_name(f"{self.folder.name}-before"))
-        aside.mkdir()
-        for checkpoint in abandoned:
-            checkpoint.rename(aside / checkpoint.name)
-        self.console.print(f"moved {len(abandoned)} checkpoints of the earlier run to {aside}", soft_wrap=True)
+        if abandoned := [path for path in self.all() if step_of(path) > after_step]:
+            aside = free_name(self.folder.with_name(f"{self.folder.name}-before"))
+            aside.mkdir()
+            for checkpoint in abandoned:
+                checkpoint.rename(aside / checkpoint.name)
+            self.console.print(f"moved {len(abandoned)} checkpoints of the earlier run to {aside}", soft_wrap=True)
 
     def save(self, step: int, steps_per_epoch: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
-        """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept.
-
-        If it cannot be written, as on a full disk, what was there before is still there.
-        """
+        """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept."""
         final = self.folder / f"step-{step:08d}"
         partial, old = (self.folder / f".{kind}-{final.name}" for kind in ("partial", "old"))
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             for name, content in tensors.items():
-                content = {key: tensor.contiguous() for key, tensor in content.items()}
-                save_tensors(content, partial / f"{name}.safetensors", {"format": "pt"})
+                whole = {key: tensor.contiguous() for key, tensor in content.items()}
+                save_tensors(whole, partial / f"{name}.safetensors", {"format": "pt"})
             (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             manifest = {"files": {file.name: fingerprint(file) for file in sorted(partial.iterdir())}}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,18 +53,13 @@ class Trainer:
         self._models = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
-        self._grad_norm = torch.zeros((), device=device)
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
-        self._started = time.monotonic()
+        self._started = time.monotonic()  # less what earlier, interrupted processes trained
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps since the run's beginning."""
         return self.position.epoch * self._steps + self.position.step
-
-    def _seconds(self) -> float:
-        """Total training time, earlier interrupted processes included."""
-        return self.position.seconds + time.monotonic() - self._started
 
     def resume(self, start: Start | None) -> None:
         """Take over what a checkpoint holds, if there is one, unless its classes or images are others."""
@@ -78,18 +73,14 @@ class Trainer:
                 "images are others; allowed: the same data.source, another output_dir, or --resume none"
             )
         self.position = Position(**state["position"])
+        self._started -= self.position.seconds
         restore_tensors(checkpoint, self._models, self.optimizer)
         self._loss_sum.fill_(self.position.loss_sum)
         if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
             self.loader.undecodable.update(self.position.undecodable)
 
     def fit(self) -> list[Metrics]:
-        """Train up to `config.epochs` and return one row of figures per epoch, as in `metrics.jsonl`.
-
-        Raises:
-            RunError: If the loss is no longer finite or a checkpoint cannot be written.
-            Stopped: After the checkpoint that a signal asked for.
-        """
+        """Train up to `config.epochs` and return one row of figures per epoch, as in `metrics.jsonl`."""
         self._write("config.yaml", to_yaml(self.config))
         project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # the former's is a folder
         settings = {key: str(value) for key, value in flatten(dataclasses.asdict(self.config))}
@@ -109,35 +100,29 @@ class Trainer:
         return self.position.history
 
     def winner(self) -> nn.Module:
-        """The model that counts: after the last epoch, the moving average if it scored higher, else the trained one.
-
-        No earlier epoch is picked by score.
-        """
+        """The model that counts: of the last epoch, the moving average if it scored higher, else the trained one."""
         last = self.position.history[-1]
         return self.ema.module if self.ema is not None and last["top1_ema"] > last["top1"] else self.model
 
     def _train_epoch(self) -> None:
         self._forward.train()
         self._epoch_started = (time.monotonic(), self.loader.seconds_waited, self.position.step)
-        for micro_batches in self._micro_batches():
+        steps = self.loader.epoch(self.position.epoch, self.position.step)
+        while self.position.step < self._steps:
+            with self.collectives.together():  # without images on one process, all stop
+                micro_batches = next(steps)
             self._optimizer_step(micro_batches)
             self.position.step += 1
             if self._is_logged(self.position.step):
-                self._show_step()
+                loss = self._total_loss() / self.position.step  # waits for the device
+                norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
+                self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
             request = self._due()
             if self.position.step < self._steps or request == SAVE_AND_STOP:  # else the epoch's end follows
                 self._checkpoint(request)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self._steps
-
-    def _micro_batches(self) -> Iterator[list[Batch]]:
-        """Those of each step that is left in the epoch; without images on one process, all stop."""
-        steps = self.loader.epoch(self.position.epoch, self.position.step)
-        for _ in range(self.position.step, self._steps):
-            with self.collectives.together():
-                micro_batches = next(steps)
-            yield micro_batches
 
     def _optimizer_step(self, micro_batches: list[Batch]) -> None:
         """Forward and backward of every micro-batch, then one update; nothing here waits for the device."""
@@ -150,8 +135,7 @@ class Trainer:
             seed_step(self.config.seed, epoch, step, number, self.accelerator.process_index)
             with gradients_reduced(self._forward, self.model, last=number == len(micro_batches) - 1):
                 with half:
-                    loss = self.loss_function(self._forward, batch)
-                loss = loss / len(micro_batches)
+                    loss = self.loss_function(self._forward, batch) / len(micro_batches)
                 loss.backward()
             self._loss_sum += loss.detach()
             bad_here = torch.where(loss.detach().isfinite(), NEVER, self.steps_done + 1)
@@ -165,38 +149,31 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model)
 
-    def _show_step(self) -> None:
-        """Wait for the device, look at loss and gradient norm, and show them."""
-        loss = self._mean_loss()
-        norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
-        self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
-
-    def _mean_loss(self) -> float:
-        """Of the epoch's steps so far over all processes; an error if the loss of one was not finite."""
+    def _total_loss(self) -> float:
+        """Of the epoch's steps so far, mean of all processes; an error if the loss of one was not finite."""
         first_bad = int(self.accelerator.gather(self._first_bad.reshape(1)).min().item())
-        total = self.accelerator.reduce(self._loss_sum, "mean").item()
-        if first_bad == NEVER:
-            return total / max(self.position.step, 1)
-        raise self._not_finite("loss", first_bad)
+        if first_bad != NEVER:
+            raise self._not_finite("loss", first_bad)
+        return self.accelerator.reduce(self._loss_sum, "mean").item()
 
     def _not_finite(self, what: str, step: int) -> RunError:
-        checkpoints = self.checkpoints.all()
+        last = next(reversed(self.checkpoints.all()), "none: there was no time for one")
         return RunError(
             f"the {what} of step {step} (epoch {(step - 1) // self._steps + 1}) is not finite. The last good "
-            f"checkpoint is {checkpoints[-1] if checkpoints else 'none: there was no time for one'}. Try a smaller "
-            "base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the same command with such a setting goes on "
-            "from that checkpoint, with --resume none it starts over"
+            f"checkpoint is {last}. Try a smaller base_lr, more warmup_epochs, clip_grad=1 or precision=fp32: the "
+            "same command with such a setting goes on from that checkpoint, with --resume none it starts over"
         )
 
     def _end_epoch(self) -> None:
         """Score the model, add the epoch's row of figures, and perhaps write a checkpoint."""
         position = self.position
-        row: Metrics = {"epoch": position.epoch + 1, "loss": self._mean_loss()}
+        row: Metrics = {"epoch": position.epoch + 1, "loss": self._total_loss() / self._steps}
         row |= {"lr": learning_rate(position.epoch + 1, self.config)}
         started, waited, first_step = self._epoch_started
-        seconds = time.monotonic() - started  # the device has been waited for: the loss is read
-        row |= {"seconds": self._seconds(), "data_wait": (self.loader.seconds_waited - waited) / seconds}
-        row |= {"undecodable": self._undecodable(), "processes": self.accelerator.num_processes}
+        now = time.monotonic()  # the device has been waited for: the loss is read
+        seconds = now - started
+        row |= {"seconds": now - self._started, "data_wait": (self.loader.seconds_waited - waited) / seconds}
+        row |= {"undecodable": len(self._undecodable()), "processes": self.accelerator.num_processes}
         row |= self.display.speed((position.step - first_step) * self.config.global_batch / seconds)
         if self.evaluate is not None:
             row |= self.evaluate(position.epoch + 1)
@@ -208,11 +185,11 @@ class Trainer:
         at_end = position.epoch == self.config.epochs or position.epoch % self.config.checkpoint_epochs == 0
         self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
 
-    def _undecodable(self) -> int:
-        """How many damaged training images all processes have found; too many of them are an error on all."""
-        self.loader.undecodable = self.collectives.union(self.loader.undecodable)
+    def _undecodable(self) -> set[str]:
+        """The damaged training images that all processes have found; too many of them are an error on all."""
+        self.loader.undecodable = set().union(*self.collectives.gather(self.loader.undecodable))
         self.loader.check_undecodable()
-        return len(self.loader.undecodable)
+        return self.loader.undecodable
 
     def _due(self) -> int:
         """Whether a checkpoint must be written now, the same on every process: the clocks and signals differ."""
@@ -224,22 +201,19 @@ class Trainer:
     def _checkpoint(self, request: int) -> None:
         if request == GO_ON:
             return
-        self._mean_loss()  # raises before weights that are not finite are saved
+        total = self._total_loss()  # raises before weights that are not finite are saved
         if self.steps_done > 0:
-            self._save()
+            self._save(total)
         if request == SAVE_AND_STOP:
-            self.display.console.print(
-                f"{self.stop.name or 'another process was asked to stop'}: stopped after step {self.steps_done}; "
-                "the same command goes on from there",
-                soft_wrap=True,
-            )
+            done = f"stopped after step {self.steps_done}; the same command goes on from there"
+            reason = self.stop.name or "another process was asked to stop"
+            self.display.console.print(f"{reason}: {done}", soft_wrap=True)
             raise Stopped(EXIT_CODE)
 
-    def _save(self) -> None:
-        total = self.accelerator.reduce(self._loss_sum, "mean").item()
-        self._undecodable()
-        found = sorted(self.loader.undecodable)
-        now = dataclasses.replace(self.position, loss_sum=total, seconds=self._seconds(), undecodable=found)
+    def _save(self, total: float) -> None:
+        found = sorted(self._undecodable())
+        seconds = time.monotonic() - self._started
+        now = dataclasses.replace(self.position, loss_sum=total, seconds=seconds, undecodable=found)
         state = {
             "config": dataclasses.asdict(self.config),
             "class_names": self.loader.class_names,

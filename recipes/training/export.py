@@ -26,11 +26,9 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
             f"the model takes {model.in_chans} channels, the images have {source.channels}; "
             f"allowed: model_args.in_chans={source.channels}"
         )
-    entry = config.model if config.labels_needed else backbone_entry(config, model)
-    cfg: Any = timm.get_pretrained_cfg(entry)
-    inputs = resolve_data_config(pretrained_cfg=cfg.to_dict())
-    size = (model.in_chans, *model.patch_embed.img_size)
-    return {**inputs, "input_size": size, "mean": source.mean, "std": source.std}
+    cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
+    own = {"input_size": (model.in_chans, *model.patch_embed.img_size), "mean": source.mean, "std": source.std}
+    return {**resolve_data_config(pretrained_cfg=cfg.to_dict()), **own}
 
 
 def backbone_entry(config: TrainConfig, model: Any) -> str:
@@ -57,12 +55,7 @@ def save_pretraining(model: ARMPretrain, config: TrainConfig, inputs: InputConfi
     save_model(whole, model.state_dict(), {**model.hub_config(), "pretrained_cfg": statistics})
     names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
     arguments: dict[str, Any] = {name: model.config[name] for name in names}
+    entry, overlay = backbone_entry(config, model), {"file": str(whole / WEIGHTS)}
     torch.manual_seed(config.seed)
-    encoder = timm.create_model(
-        backbone_entry(config, model),
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(whole / WEIGHTS)},
-        num_classes=0,
-        **arguments,
-    )
+    encoder = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments)
     save_timm_model(encoder, backbone, inputs)

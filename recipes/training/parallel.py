@@ -39,21 +39,19 @@ class Collectives:
         self.accelerator = accelerator
         self._group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
+    def gather(self, value: ResultT) -> list[ResultT]:
+        """All processes' values, in their order."""
+        values = [value] * self.accelerator.num_processes
+        if self._group is not None:
+            distributed.all_gather_object(values, value, self._group)
+        return values
+
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
-        if self._group is None:
-            return number
         numbers = torch.tensor(number)
-        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
+        if self._group is not None:
+            distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
         return int(numbers.item())
-
-    def union(self, lines: set[str]) -> set[str]:
-        """All processes' lines."""
-        if self._group is None:
-            return lines
-        gathered: list[set[str]] = [set() for _ in range(distributed.get_world_size(self._group))]
-        distributed.all_gather_object(gathered, lines, self._group)
-        return set().union(*gathered)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -61,8 +59,7 @@ class Collectives:
 
         Nothing in the block may wait for other processes.
         """
-        outcome = ENDED
-        problem: Exception | None = None
+        outcome, problem = ENDED, None
         try:
             yield
         except Exception as error:  # whatever it is: it is raised again
@@ -77,13 +74,11 @@ class Collectives:
 
     def on_main(self, action: Callable[[], ResultT]) -> ResultT:
         """Do something on the main process; all get its result, and all end if it fails."""
-        result: list[Any] = [None]
+        result: Any = None
         with self.together():
             if self.accelerator.is_main_process:
-                result = [action()]
-        if self._group is not None:
-            distributed.broadcast_object_list(result, 0, self._group)
-        return result[0]
+                result = action()
+        return self.gather(result)[0]
 
 
 def shard(model: Any, accelerator: Accelerator) -> None:

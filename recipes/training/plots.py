@@ -21,6 +21,7 @@ from recipes.data.sources import Source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
 
+IMAGES_DRAWN = 8
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
 Curves = Mapping[str, tuple[Sequence[Metrics], str]]  # label -> rows of figures by epoch, and which figure to draw
 LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
@@ -28,16 +29,11 @@ LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
 
 def plot_run(file: Path, history: Sequence[Metrics]) -> None:
     """Draw the curves of one run: loss, learning rate, and top-1 where there is one; `history` is `metrics.jsonl`."""
-    found, lines = set().union(*history), {"model": "", "moving average": "_ema"}
-    panels = {"loss": LOSS, "lr": "learning rate", "top1": TOP1}
-    plot_curves(
-        file,
-        {
-            title: {label: (history, f"{key}{end}") for label, end in lines.items() if f"{key}{end}" in found}
-            for key, title in panels.items()
-            if key in found
-        },
-    )
+    found, panels = set().union(*history), {}
+    for key, title in {"loss": LOSS, "lr": "learning rate", "top1": TOP1}.items():
+        lines = {"model": (history, key), "moving average": (history, f"{key}_ema")}
+        panels[title] = {label: curve for label, curve in lines.items() if curve[1] in found}
+    plot_curves(file, {title: curves for title, curves in panels.items() if curves})
 
 
 def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:
@@ -63,18 +59,16 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
     _save(figure, file)
 
 
-def draw_predictions(
-    file: Path, model: ARMPretrain, source: Source, inputs: Mapping[str, Any], seed: int, count: int = 8
-) -> None:
+def draw_predictions(file: Path, model: ARMPretrain, source: Source, inputs: Mapping[str, Any], seed: int) -> None:
     """Draw images, validation ones if there are any, the clusters to predict, and the predicted ones into a PNG.
 
     The images are drawn blindly from the seed and prepared as `export.input_config` says; the model is on the CPU.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
-        batch = prepared_images(split, drawn_blindly(len(split), count, seed), inputs)
+        batch = prepared_images(split, drawn_blindly(len(split), IMAGES_DRAWN, seed), inputs)
     else:  # a stream has no places to choose from
-        batch = next(iter(EvalLoader(split, inputs, count)))
+        batch = next(iter(EvalLoader(split, inputs, IMAGES_DRAWN)))
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} images drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
@@ -95,9 +89,8 @@ def draw_predictions(
                 axes.add_patch(Rectangle((0, 0), columns, rows, facecolor="0.85", edgecolor="0.5", hatch="///"))
     for axes, label in zip(grid[0], batch.classes.tolist(), strict=True):
         axes.set_title(source.class_names[label] if source.class_names else "", fontsize=12)
-    figure.suptitle(
-        f"{kind.capitalize()} images: each cluster of pixels is predicted from those before it (hatched: given)"
-    )
+    explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
+    figure.suptitle(f"{kind.capitalize()} images: {explanation}")
     _save(figure, file)
 
 

@@ -11,11 +11,7 @@ from recipes.errors import RunError
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Seed everything and find device and processes, which the launcher decides.
-
-    Raises:
-        RunError: If the environment speaks of several processes but this would be a run on its own.
-    """
+    """Seed everything and find device and processes, which the launcher decides."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     advice = (
         f"WORLD_SIZE is {asked} in the environment, but each process would train alone. Start them with `torchrun "

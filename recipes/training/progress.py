@@ -44,12 +44,6 @@ def peak_speed(config: TrainConfig, shape: tuple[int, int, int], accelerator: Ac
     return flops_per_second * accelerator.num_processes / image_flops(config.build, shape)
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most that tensors took on a GPU, what the process takes now on a CPU."""
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    return used / 2**30
-
-
 @dataclass
 class ProgressDisplay:
     """Progress bar, epoch lines and trackers of one run, on the main process; the others show nothing."""
@@ -64,18 +58,11 @@ class ProgressDisplay:
     def __post_init__(self) -> None:
         mfu = "" if self.peak is None else "  {task.fields[mfu]:.0%} of GEMM peak"
         figures = "loss {task.fields[loss]:.3f}  {task.fields[images_per_second]:,.0f} img/s"
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn(f"{figures}{mfu}  {{task.fields[memory_gib]:.1f}} GiB"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            speed_estimate_period=600,  # seconds
-            disable=not self.accelerator.is_main_process,
-        )
+        text = TextColumn(f"{figures}{mfu}  {{task.fields[memory_gib]:.1f}} GiB")
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), text)
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        hidden = not self.accelerator.is_main_process
+        self.bar = Progress(*columns, *times, console=self.console, speed_estimate_period=600, disable=hidden)
         fields: dict[str, Any] = {"loss": math.nan, **self.speed(0.0)}
         self._task = self.bar.add_task(self.title, total=self.config.epochs * self.steps_per_epoch, **fields)
 
@@ -84,8 +71,10 @@ class ProgressDisplay:
         self._last = (step, time.perf_counter())
 
     def speed(self, images_per_second: float) -> dict[str, float]:
-        """The figures of speed and memory."""
-        figures = {"images_per_second": images_per_second, "memory_gib": peak_memory(self.accelerator.device)}
+        """Speed, and memory: the most that tensors took on a GPU, what the process takes now on a CPU."""
+        device = self.accelerator.device
+        used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+        figures = {"images_per_second": images_per_second, "memory_gib": used / 2**30}
         return figures if self.peak is None else figures | {"mfu": images_per_second / self.peak}
 
     def step(self, step: int, figures: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_siz
 # Keys without which the weights, or the images that are still to come, would be others.
 IDENTITY = ("model", "model_args", "seed", "global_batch")
 VALIDATION = "data.validation"
+CURVES = "curves.png"  # written last: a run that has it has ended
 
 
 class AlreadyFinished(SystemExit):
@@ -41,42 +42,30 @@ class Start(NamedTuple):
 
 
 def starting_point(
-    config: TrainConfig,
-    resume: str,
-    collectives: Collectives,
-    checkpoints: CheckpointFolder,
-    last_file: Path,
-    folders: Sequence[Path],
+    config: TrainConfig, resume: str, collectives: Collectives, checkpoints: CheckpointFolder, folders: Sequence[str]
 ) -> Start | None:
     """The checkpoint to go on from, which the main process chooses, or None for the beginning.
 
-    Args:
-        config: The run.
-        resume: "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder.
-        collectives: Tell the other processes.
-        checkpoints: The run's own.
-        last_file: With it and all epochs done, the run is `AlreadyFinished`.
-        folders: Those that it writes to, beside the checkpoints: what a killed process was writing there is removed.
+    `resume` is "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder. `folders` are those of
+    the output that the run writes to: what a killed process was writing there is removed.
     """
-    checkpoint = collectives.on_main(lambda: choose(checkpoints, resume))
-    start = None if checkpoint is None else Start(checkpoint, read_state(checkpoint))
-    if start is not None:
+    output = Path(config.output_dir)
+    start = None
+    if checkpoint := collectives.on_main(lambda: choose(checkpoints, resume)):
+        start = Start(checkpoint, read_state(checkpoint))
         compare(config, start, checkpoints.console)
     is_main = collectives.accelerator.is_main_process
-    for folder in folders if is_main else ():
-        remove_leftovers(folder)
+    for folder in (".", *folders) if is_main else ():
+        remove_leftovers(output / folder)
     if start is not None:
-        if (done := start.state["position"]["epoch"]) >= config.epochs and last_file.is_file():
+        if (done := start.state["position"]["epoch"]) >= config.epochs and (output / CURVES).is_file():
             epochs = "1 epoch is" if done == 1 else f"{done} epochs are"
-            checkpoints.console.print(
-                f"{config.output_dir} is finished: {epochs} done. Set more epochs to go on, another "
-                "output_dir for another run, or --resume none to start over",
-                soft_wrap=True,
-            )
+            advice = "Set more epochs to go on, another output_dir for another run, or --resume none to start over"
+            checkpoints.console.print(f"{config.output_dir} is finished: {epochs} done. {advice}", soft_wrap=True)
             raise AlreadyFinished(0)
         checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
     if is_main:
-        last_file.unlink(missing_ok=True)  # of a run with fewer epochs: this one has not finished yet
+        (output / CURVES).unlink(missing_ok=True)  # of a run with fewer epochs: this one has not finished yet
     if is_main and resume != "auto":
         is_own = checkpoint is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
         checkpoints.set_aside(after_step=step_of(checkpoint) if checkpoint and is_own else -1)
@@ -144,9 +133,9 @@ def compare_classes(start: Start, names: Sequence[str]) -> None:
     gone = [repr(name) for name in before if name not in set(names)]
     new = [repr(name) for name in names if name not in set(before)]
     if gone or new:
-        differences = [f"{len(before)} classes before, {len(names)} now"]
-        differences += [f"no longer there: {listed(gone, 3)}"] if gone else []
-        differences += [f"new: {listed(new, 3)}"] if new else []
+        found = {"no longer there": gone, "new": new}
+        differences = [f"{what}: {listed(classes, 3)}" for what, classes in found.items() if classes]
+        differences.insert(0, f"{len(before)} classes before, {len(names)} now")
     else:
         index = next(index for index, name in enumerate(names) if name != before[index])
         differences = [f"the same classes in another order: class {index} was {before[index]!r}, is {names[index]!r}"]

@@ -19,10 +19,9 @@ from recipes.training.parallel import Collectives, model_state, shard
 from recipes.training.plots import plot_run
 from recipes.training.processes import start_accelerator
 from recipes.training.progress import ProgressDisplay, peak_speed
-from recipes.training.resume import starting_point
+from recipes.training.resume import CURVES, starting_point
 from recipes.training.signals import StopRequest
 
-CURVES = "curves.png"  # written last: a run that has it has ended
 HELD_OUT = "validation.txt"
 
 
@@ -31,20 +30,15 @@ def train(
 ) -> Trained:
     """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
 
-    Args:
-        config: What to train, on what, for how long, and `output_dir`.
-        objective: What for.
-        title: Stands before the progress bar.
-        resume: "auto", "none" or a checkpoint's folder, as `--resume`.
-        stop: What asks this process to stop; None: nothing does.
+    `title` stands before the progress bar; `resume` is "auto", "none" or a checkpoint's folder, as `--resume`; `stop`
+    asks this process to stop.
     """
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
     output, collectives = Path(config.output_dir), Collectives(accelerator)
     console = Console(stderr=True, quiet=not accelerator.is_main_process, markup=False, emoji=False)
     checkpoints = CheckpointFolder(output / "checkpoints", config.keep_last, config.keep_every, console)
-    folders = [output / name for name in objective.folders]
-    start = starting_point(config, resume, collectives, checkpoints, output / CURVES, [output, *folders])
+    start = starting_point(config, resume, collectives, checkpoints, objective.folders)
     source = open_source(config.data, config.labels_needed)
     model: Any = objective.create(config, source)
     inputs = input_config(model, config, source)
@@ -58,27 +52,23 @@ def train(
     process, image_size = (accelerator.process_index, accelerator.num_processes), inputs["input_size"][1:]
     loader = TrainLoader(source, config, plan, image_size, *process, accelerator.device)
     peak = peak_speed(config, inputs["input_size"], accelerator)
-    evaluation = objective.evaluation
+    optimizer, loss = create_optimizer(model, config), objective.loss(config, source)
+    evaluate = objective.evaluation and objective.evaluation(config, collectives, model, ema, source, inputs)
+    display = ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak)
     trainer = Trainer(
-        collectives=collectives,
-        model=model,
-        ema=ema,
-        optimizer=create_optimizer(model, config),
-        loader=loader,
-        loss_function=objective.loss(config, source),
-        evaluate=evaluation and evaluation(config, collectives, model, ema, source, inputs),
-        config=config,
-        checkpoints=checkpoints,
-        display=ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak),
-        stop=stop or StopRequest(),
+        collectives, model, ema, optimizer, loader, loss, evaluate, config, checkpoints, display, stop or StopRequest()
     )
     trainer.resume(start)
     if source.held_out is not None and accelerator.is_main_process:  # only of a run that goes ahead
-        name_held_out(source, output)
+        tables: Any = source  # as images are held out of tables only
+        _, names = tables.test.classes_and_names()  # for whoever scores or trains on from here
+        write_text(output / HELD_OUT, "".join(f"{name}\n" for name in names))
+        found = f"{source.held_out:g} of the training images, {len(names)} beside {len(tables.train)}, are held out"
+        console.print(f"{found} for validation; {output / HELD_OUT} lists them", soft_wrap=True)
     history = trainer.fit()
     weights = model_state(trainer.winner())
     classes = {"num_classes": len(source.class_names)} if config.labels_needed else {}
-    trained = Trained(config, source, inputs, config.build(**classes), history, folders[0])
+    trained = Trained(config, source, inputs, config.build(**classes), history, output / objective.folders[0])
 
     def export() -> None:
         trained.model.load_state_dict(weights)
@@ -87,14 +77,3 @@ def train(
 
     collectives.on_main(export)
     return trained
-
-
-def name_held_out(source: Any, folder: Path) -> None:
-    """Name the training images that are validated on instead, for whoever scores or trains on from here."""
-    _, names = source.test.classes_and_names()
-    write_text(folder / HELD_OUT, "".join(f"{name}\n" for name in names))
-    Console(stderr=True, markup=False, emoji=False).print(
-        f"{source.held_out:g} of the training images, {len(names)} beside {len(source.train)}, are held out for "
-        f"validation; {folder / HELD_OUT} lists them",
-        soft_wrap=True,
-    )
