@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import datasets
@@ -33,6 +33,8 @@ class Listing:
     sizes: np.ndarray  # (N,) bytes of each image
     reading: str = ""  # where it is not timm's; in fingerprints, so that rows of another are not taken for finished
     notes: tuple[str, ...] = ()  # what was left out, for the rows' marks
+    places: np.ndarray | None = None  # (N,) what `stored` calls each image, None where it is the index
+    border: int = 0  # pixels at each side that are cut off
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,10 +49,17 @@ class Listing:
         Without a reading of its own it is to the last bit what timm.data.ImageDataset reads: a plain conversion.
         Pillow's faster draft mode would change pixels.
         """
+        encoded, border = self.stored(index if self.places is None else int(self.places[index])), self.border
         if self.reading:
-            return self.stored(index).decode(mode)[0]
-        with self.stored(index).open() as file:
-            return Image.open(file).convert(mode)
+            return encoded.decode(mode)[0]
+        with encoded.open() as file:
+            image = Image.open(file).convert(mode)
+        return image.crop((border, border, image.width - border, image.height - border)) if border else image
+
+    def select(self, places: np.ndarray) -> "Listing":
+        """Some images, in this order, of a listing that is whole."""
+        files = [self.files[i] for i in places]
+        return replace(self, files=files, labels=self.labels[places], sizes=self.sizes[places], places=places)
 
 
 def indexed(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:

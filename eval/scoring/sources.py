@@ -29,6 +29,7 @@ ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(\w+))?")
 SPLITS = ("validation", "val", "test")  # of a folder of parquet files, the first of these that is there is scored
 BY_NAME = Choices(by_name=True, in_training=False)
+ONE_KIND = "{}: expected one folder, or tar files only, or parquet files only"
 
 
 def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listing:
@@ -53,10 +54,14 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
         paths = _files_of_folder(paths[0]) or paths
     if len(paths) == 1 and paths[0].is_dir():
         return _open_folder(location, paths[0], folders)
-    kind = _kind(location, paths)
-    tars = {path: read_members(path) for path in paths} if kind == "tars" else {}
-    if tars and not any(map(_are_samples, tars.values())):
-        return _open_tree(location, tars, folders)
+    kind: Kind = "parquet"
+    if not all(path.suffix.lower() == ".parquet" for path in paths):
+        if not all(path.is_file() and tarfile.is_tarfile(path) for path in paths):
+            raise SourceError(ONE_KIND.format(location))
+        kind = "tars"
+        tars = {path: read_members(path) for path in paths}
+        if not any(map(_are_samples, tars.values())):
+            return _open_tree(location, _joined(location, tars), folders)
     located = Located(location, kind, {"": list(map(str, paths))})
     return listing_of(open_split(located, "", BY_NAME), "")
 
@@ -69,25 +74,12 @@ def hub_id(locations: Sequence[str]) -> tuple[str, str | None, str | None] | Non
     return found[1], found[2], found[3]
 
 
-def _kind(location: str, paths: Sequence[Path]) -> Kind:
-    if all(path.suffix.lower() == ".parquet" for path in paths):
-        return "parquet"
-    if all(path.is_file() and tarfile.is_tarfile(path) for path in paths):
-        return "tars"
-    raise SourceError(f"{location}: expected one folder, or tar files only, or parquet files only")
-
-
 def _files_of_folder(folder: Path) -> list[Path]:
     """Tars or parquet files of a folder that holds the set as such; empty for a tree of images."""
     tars = sorted(path for path in folder.iterdir() if path.name.endswith(TAR_ENDINGS))
-    if tars:
-        return tars
     files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    for split in SPLITS:
-        of_split = [path for path in files if re.split(r"[-.]", path.name)[0] == split]
-        if of_split:
-            return of_split
-    return files
+    of_splits = ([path for path in files if re.split(r"[-.]", path.name)[0] == split] for split in SPLITS)
+    return tars or next(filter(None, of_splits), files)
 
 
 def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
@@ -95,11 +87,10 @@ def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
         if (root / folder).is_dir():
             root = root / folder
     walk = os.walk(root, followlinks=True)
-    paths = [Path(parent, name).relative_to(root).as_posix() for parent, _, names in walk for name in names]
-    files = _images_below(paths, folders)
+    paths = [Path(parent, name) for parent, _, names in walk for name in names]
+    tree = {path.relative_to(root).as_posix(): str(path) for path in paths}
     own = Path(os.path.abspath(root)).name  # a single class folder is known by it
-    places = [str(root / file) for file in files]
-    return _by_folder(location, [f"{own}/{file}" for file in files], places, list(map(size_of, places)))
+    return _open_tree(location, tree, folders, above=f"{own}/")
 
 
 def _are_samples(members: Collection[str]) -> bool:
@@ -109,16 +100,14 @@ def _are_samples(members: Collection[str]) -> bool:
     return any(f"{key}.{ending}" in members for key in keys for ending in endings)
 
 
-def _open_tree(location: str, tars: Mapping[Path, Mapping[str, Member]], folders: Sequence[str]) -> Listing:
-    """The images of a tree that several tars share."""
+def _joined(location: str, tars: Mapping[Path, Mapping[str, Member]]) -> dict[str, Member]:
+    """The tree that several tars share."""
     tree: dict[str, Member] = {}
     for tar, members in tars.items():
         if twice := tree.keys() & members.keys():
             raise SourceError(f"{location}: {min(twice)} is there twice, the second time in {tar}")
         tree |= members
-    files = _images_below(tree, folders)
-    places = [tree[file] for file in files]
-    return _by_folder(location, files, places, [place.size for place in places])
+    return tree
 
 
 def _images_below(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
@@ -131,10 +120,12 @@ def _images_below(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
     return images
 
 
-def _by_folder(location: str, files: list[str], places: Sequence[str | Member], sizes: Sequence[int]) -> Listing:
-    """A listing of a tree whose innermost folders are the classes."""
-    if not files:
+def _open_tree(location: str, tree: Mapping[str, str | Member], folders: Sequence[str], above: str = "") -> Listing:
+    """The images of a tree, path -> place, whose innermost folders are the classes."""
+    places = {f"{above}{file}": tree[file] for file in _images_below(tree, folders)}
+    if not places:
         raise SourceError(f"no images ({', '.join(ENDINGS)}) in {location}")
-    class_names, labels = indexed([posixpath.basename(posixpath.dirname(file)) for file in files])
-    stored = [Encoded(place, -1, printable(file)) for place, file in zip(places, files, strict=True)]
-    return Listing(location, files, labels, class_names, "folders", stored.__getitem__, np.array(sizes))
+    class_names, labels = indexed([posixpath.basename(posixpath.dirname(file)) for file in places])
+    sizes = [place.size if isinstance(place, Member) else size_of(place) for place in places.values()]
+    stored = [Encoded(place, -1, printable(file)) for file, place in places.items()]
+    return Listing(location, list(places), labels, class_names, "folders", stored.__getitem__, np.array(sizes))
