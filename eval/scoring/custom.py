@@ -1,19 +1,15 @@
-"""Images of the user's own, `--sets custom=...`: found and decoded by the code that the recipes validate with.
-
-A run's validation top-1 and the row of `custom` on the same images therefore agree.
-"""
+"""Images of the user's own, `--sets custom=...`: found and decoded as in training, so that top-1 agrees with it."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from arm_zoo.images.columns import Choices
-from arm_zoo.images.hub import load_split_from_hub
 from arm_zoo.images.listing import SourceError, printable
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import open_split
 from eval.scoring.listing import Listing, listing_of
-from eval.scoring.sources import ONE_KIND, hub_id
+from eval.scoring.sources import ONE_KIND, open_hub
 
 AS_USUAL = Choices(in_training=False)
 
@@ -21,9 +17,8 @@ AS_USUAL = Choices(in_training=False)
 def open_own(locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
     """The labelled images at one location, or in several tars or parquet files; raises `SourceError` if unclear."""
     reading = f"read as in training, up to {choices.max_pixels} pixels"
-    if found := hub_id(locations):
-        located = Located(locations[0], "hub")
-        return listing_of(open_split(located, "", choices, hub=load_split_from_hub(*found)), reading)
+    if listing := open_hub(locations, choices, reading):
+        return listing
     parts = [_to_score(location) for location in locations]
     kinds = {located.kind for located, _, _ in parts}
     name = printable(" ".join(locations))
@@ -39,10 +34,7 @@ def open_own(locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
 
 
 def _to_score(location: str) -> tuple[Located, list[str], str]:
-    """What a location is, its files to score, and a note if others are left out.
-
-    A file that the user names by itself is meant, whatever its split.
-    """
+    """What a location is, its files to score, and a note if others are left out; a file named by itself is meant."""
     located = locate(location, one_split=True)
     if located.kind == "hub":
         raise SourceError(f"{location}: of the Hub one data set is scored at a time, without files beside it")

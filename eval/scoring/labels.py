@@ -1,6 +1,5 @@
 """What the labels of a set mean: from what a source calls its classes to class indices of the model."""
 
-import csv
 import hashlib
 import json
 import pkgutil
@@ -16,6 +15,7 @@ from timm.data import ImageNetInfo
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.listing import class_name, listed
+from eval import tables
 from eval.scoring.custom import AS_USUAL, open_own
 from eval.scoring.listing import Listing
 from eval.scoring.metrics import NO_CLASS
@@ -45,8 +45,8 @@ def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
     if file == "numbers":
         return {str(i): (i,) for i in range(len(wnids))}
     if file.endswith(".csv"):
-        with (Path(__file__).parent / "classes" / file).open(newline="", encoding="utf-8") as lines:
-            return {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in csv.DictReader(lines)}
+        rows = tables.read(Path(__file__).parent / "classes" / file, ("class", "wnids"))
+        return {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in rows}
     indices = map(int, _timms_list(file).split()) if file else range(len(wnids))
     return {wnids[i]: (i,) for i in indices}
 
@@ -77,7 +77,12 @@ class LabelledSet:
         label_sets = {self.name: [groups.get(target, (target,)) for target in self.targets.tolist()]}
         if real:
             label_sets[REAL] = real_label_sets(self.listing)
-        return {name: _padded(sets) for name, sets in label_sets.items()}
+        answers = {}
+        for name, sets in label_sets.items():
+            answers[name] = np.full((len(sets), max([1, *map(len, sets)])), NO_CLASS)
+            for row, right in zip(answers[name], sets, strict=True):
+                row[: len(right)] = right
+        return answers
 
     def fingerprint(self) -> str:
         """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
@@ -87,39 +92,24 @@ class LabelledSet:
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
 
 
-def _padded(label_sets: Sequence[Sequence[int]]) -> np.ndarray:
-    out = np.full((len(label_sets), max([1, *map(len, label_sets)])), NO_CLASS)
-    for row, labels in zip(out, label_sets, strict=True):
-        row[: len(labels)] = labels
-    return out
-
-
 def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
     """The images of a set, labels as they are there; see `open_source`, for custom `open_own`.
 
     Without images of unlisted classes where the set's own names are listed, but with all if none is, to be refused.
-
-    Raises:
-        ValueError: where there are no images, or labels that no model can be right about.
     """
     spec = SETS[name]
     try:
         listing = open_own(locations, choices) if name == CUSTOM else open_source(locations, [spec.folder])
-        _refuse_another_release(name, listing)
+        others = [other for other in SETS.values() if name not in (CUSTOM, other.name)]
+        for other in others:  # the releases of ImageNet-V2, for one, have the same classes and numbers of images
+            folder, where = other.folder, listing.location
+            if folder.startswith("imagenet") and any(f"/{folder}/" in f"/{file}" for file in listing.files):
+                raise ValueError(f"{where} has images of {folder}; that is the set {other.name}={where}")
     except ValueError as error:
         raise ValueError(f"--sets {name}: {error}") from error
     is_known = [spec.has_own_names and known in class_list(name) for known in listing.class_names or ()]
     places = np.flatnonzero(np.isin(listing.labels, np.flatnonzero(is_known)))
     return replace(listing.select(places) if len(places) else listing, border=spec.border)
-
-
-def _refuse_another_release(name: str, listing: Listing) -> None:
-    """The releases of ImageNet-V2, for one, have the same classes and numbers of images."""
-    for other, spec in SETS.items():
-        is_another = name not in (CUSTOM, other) and spec.folder.startswith("imagenet")
-        if is_another and any(f"/{spec.folder}/" in f"/{file}" for file in listing.files):
-            where = listing.location
-            raise ValueError(f"{where} has images of {spec.folder}; that is the set {other}={where}")
 
 
 def _refuse_labels(listing: Listing, classes: int, what: str) -> None:
@@ -135,11 +125,7 @@ def _refuse_labels(listing: Listing, classes: int, what: str) -> None:
 
 
 def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
-    """Class indices for the images of a set; for a custom set those of a model with these classes.
-
-    Raises:
-        ValueError: where labels are outside the set's label space, or could mean two things.
-    """
+    """Class indices for the images of a set, of custom those of a model with these classes; ValueError if unclear."""
     try:
         if name == CUSTOM:
             targets = _custom_targets(listing, label_names, num_classes)
@@ -179,10 +165,9 @@ def _targets_of_names(spec: ImageSet, listing: Listing, names: Sequence[str]) ->
     if numbered:
         allowed = {str(i): (i,) for i in range(1000)}
     if wrong := [name for name in used if name not in allowed]:
-        raise ValueError(
-            f"{len(wrong)} of {len(used)} classes are not among the {len(allowed)} classes of {spec.card_name}: "
-            f"{_some(wrong)}; each class needs a folder or label named as in the release: {_some(list(allowed), 2)}"
-        )
+        what = f"classes are not among the {len(allowed)} classes of {spec.card_name}: {_some(wrong)}"
+        needed = f"each class needs a folder or label named as in the release: {_some(list(allowed), 2)}"
+        raise ValueError(f"{len(wrong)} of {len(used)} {what}; {needed}")
     targets = np.array([allowed.get(name, (NO_CLASS,))[0] for name in names])[listing.labels]
     return _targets_of_numbers(spec, targets) if numbered else targets
 
@@ -200,10 +185,8 @@ def _targets_of_numbers(spec: ImageSet, numbers: np.ndarray) -> np.ndarray:
     if used[-1] >= len(indices):
         return numbers
     if len(used) < len(indices) and not foreign:
-        raise ValueError(
-            f"the labels {_some(used.tolist())} could be class indices 0 ... 999 or positions 0 ... 199; "
-            "name the classes by wnid, as class folders or as names of a ClassLabel"
-        )
+        either = f"the labels {_some(used.tolist())} could be class indices 0 ... 999 or positions 0 ... 199"
+        raise ValueError(f"{either}; name the classes by wnid, as class folders or as names of a ClassLabel")
     return indices[numbers]
 
 
@@ -215,10 +198,8 @@ def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: i
         return listing.labels
     if names is not None and not label_names:
         if len(names) != num_classes:
-            raise ValueError(
-                f"the set has {len(names)} classes and the model {num_classes} without names: which is which is "
-                "unknown; give the weights as a folder whose config.json has label_names"
-            )
+            unknown = f"the set has {len(names)} classes and the model {num_classes} without names: which is which is"
+            raise ValueError(f"{unknown} unknown; give the weights as a folder whose config.json has label_names")
         return listing.labels
     indices: dict[str, list[int]] = {}
     for i, name in enumerate(label_names):
@@ -226,11 +207,9 @@ def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: i
     values, places, counts = np.unique(listing.labels, return_inverse=True, return_counts=True)
     used = [str(value) if names is None else names[value] for value in values]
     found = [indices.get(class_name(name), []) for name in used]
-    if unknown := [i for i, meant in enumerate(found) if not meant]:
-        raise ValueError(
-            f"the model has no classes {_some([used[i] for i in unknown])}, which {counts[unknown].sum()} of "
-            f"{len(listing)} images are of; it has {_some(label_names)}"
-        )
+    if foreign := [i for i, meant in enumerate(found) if not meant]:
+        what = f"{_some([used[i] for i in foreign])}, which {counts[foreign].sum()} of {len(listing)} images are of"
+        raise ValueError(f"the model has no classes {what}; it has {_some(label_names)}")
     for name, meant in zip(used, found, strict=True):
         if len(meant) > 1:
             raise ValueError(

@@ -1,8 +1,7 @@
 """ImageNet's sets: a folder tree, tars of one, WebDataset shards, parquet files, the Hub.
 
-Every source becomes a `Listing`; what the labels mean is for `eval.scoring.sets` to say. Trees and pixels are read
-exactly as timm reads them, which published scores are based on: timm's endings, the innermost folder as the class, a
-plain conversion of the pixels. Images of the user's own are for `eval.scoring.custom`.
+Trees and pixels are read exactly as timm reads them, which published scores are based on: timm's endings, the
+innermost folder as the class, a plain conversion of the pixels. Images of the user's own are for `custom`.
 """
 
 import glob
@@ -18,12 +17,12 @@ from timm.data import get_img_extensions
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.hub import load_split_from_hub
-from arm_zoo.images.listing import TAR_ENDINGS, SourceError, printable
+from arm_zoo.images.listing import TAR_ENDINGS, SourceError, natural_order, printable
 from arm_zoo.images.locate import Kind, Located
 from arm_zoo.images.shards import JSON_LABEL, TEXT_LABELS
 from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
-from eval.scoring.listing import Listing, indexed, listing_of, size_of
+from eval.scoring.listing import Listing, listing_of, size_of
 
 ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(\w+))?")
@@ -33,18 +32,14 @@ ONE_KIND = "{}: expected one folder, or tar files only, or parquet files only"
 
 
 def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listing:
-    """The images at one location, or in several tars or parquet files of one set.
+    """The images at one location, or in several tars or parquet files of one set; raises `SourceError` if none are.
 
-    Args:
-        locations: folders, files, patterns such as 'val-*.tar', or one Hub id 'OWNER/NAME[@REVISION][:SPLIT]'.
-        folders: names of the folder in which the set's release keeps its class folders; looked for below the location.
-
-    Raises:
-        SourceError: for what is not there, not readable or has no images.
+    Locations are folders, files, patterns such as 'val-*.tar', or one Hub id 'OWNER/NAME[@REVISION][:SPLIT]'. Below
+    them the folder is looked for in which the set's release keeps its class folders.
     """
     location = printable(" ".join(locations))
-    if found := hub_id(locations):
-        return listing_of(open_split(Located(location, "hub"), "", BY_NAME, hub=load_split_from_hub(*found)), "")
+    if listing := open_hub(locations, BY_NAME, ""):
+        return listing
     patterns = [os.path.expanduser(item) for item in locations]  # not all shells do it after NAME=
     paths = [Path(path) for item in patterns for path in sorted(glob.glob(item)) or [item]]
     if missing := [path for path in paths if not path.exists()]:
@@ -61,17 +56,23 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
         kind = "tars"
         tars = {path: read_members(path) for path in paths}
         if not any(map(_are_samples, tars.values())):
-            return _open_tree(location, _joined(location, tars), folders)
+            tree: dict[str, Member] = {}
+            for tar, members in tars.items():
+                if twice := tree.keys() & members.keys():
+                    raise SourceError(f"{location}: {min(twice)} is there twice, the second time in {tar}")
+                tree |= members
+            return _open_tree(location, tree, folders)
     located = Located(location, kind, {"": list(map(str, paths))})
     return listing_of(open_split(located, "", BY_NAME), "")
 
 
-def hub_id(locations: Sequence[str]) -> tuple[str, str | None, str | None] | None:
-    """Id, revision and split of a data set on the Hub; None for files and folders, there or not."""
+def open_hub(locations: Sequence[str], choices: Choices, reading: str) -> Listing | None:
+    """The images of one data set on the Hub; None for files and folders, there or not."""
     found = HUB_ID.fullmatch(locations[0].removeprefix("hf://").removeprefix("datasets/"))
     if len(locations) > 1 or found is None or os.path.exists(locations[0]):
         return None
-    return found[1], found[2], found[3]
+    split = load_split_from_hub(found[1], found[2], found[3])
+    return listing_of(open_split(Located(locations[0], "hub"), "", choices, hub=split), reading)
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
@@ -100,16 +101,6 @@ def _are_samples(members: Collection[str]) -> bool:
     return any(f"{key}.{ending}" in members for key in keys for ending in endings)
 
 
-def _joined(location: str, tars: Mapping[Path, Mapping[str, Member]]) -> dict[str, Member]:
-    """The tree that several tars share."""
-    tree: dict[str, Member] = {}
-    for tar, members in tars.items():
-        if twice := tree.keys() & members.keys():
-            raise SourceError(f"{location}: {min(twice)} is there twice, the second time in {tar}")
-        tree |= members
-    return tree
-
-
 def _images_below(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
     """The images, in order, that lie in the first of the folders that any lies in; all where none does."""
     names = ((path, posixpath.basename(path)) for path in paths)
@@ -125,7 +116,9 @@ def _open_tree(location: str, tree: Mapping[str, str | Member], folders: Sequenc
     places = {f"{above}{file}": tree[file] for file in _images_below(tree, folders)}
     if not places:
         raise SourceError(f"no images ({', '.join(ENDINGS)}) in {location}")
-    class_names, labels = indexed([posixpath.basename(posixpath.dirname(file)) for file in places])
+    names = [posixpath.basename(posixpath.dirname(file)) for file in places]
+    index = {name: i for i, name in enumerate(natural_order(set(names)))}
+    labels = np.array([index[name] for name in names], dtype=np.int64)
     sizes = [place.size if isinstance(place, Member) else size_of(place) for place in places.values()]
     stored = [Encoded(place, -1, printable(file)) for file, place in places.items()]
-    return Listing(location, list(places), labels, class_names, "folders", stored.__getitem__, np.array(sizes))
+    return Listing(location, list(places), labels, tuple(index), "folders", stored.__getitem__, np.array(sizes))
