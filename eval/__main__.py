@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eval import tables as results
+from eval import tables
 from eval.scoring import labels, models
 from eval.scoring.options import guarded, open_requests, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer
@@ -33,19 +33,13 @@ The sets, and where they are got:
 """
 
 
-def overview() -> str:
-    """What `python -m eval` says without arguments."""
-    sets = (f"  {name:16}{spec.card_name or 'images of your own':28}{spec.source}" for name, spec in SETS.items())
-    return OVERVIEW + "\n".join(map(str.rstrip, sets))
-
-
 def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people; the CSV has more."""
     lines = []
     for row in rows:
         names = ("top1", "top1_low", "top1_high", "top5", f"clean200_{row['set']}_top1", "ece")
-        texts = [str(row.get(name) or "nan") for name in names]
-        top1, low, high, *others = ("-" if text == "nan" else f"{float(text):.2f}" for text in texts)
+        texts = (f"{float(row.get(name) or 'nan'):.2f}" for name in names)
+        top1, low, high, *others = (text.replace("nan", "-") for text in texts)
         name = f"{row['set']} *" if row["warnings"] else row["set"]
         lines.append([row["model"], name, str(row["n"]), top1, f"{low} - {high}", *others, row["img_per_s"]])
     caption = "* not the canonical set: see the column warnings" if any(row["warnings"] for row in rows) else None
@@ -73,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     models.check(args.models, weights)
     if args.output.suffix != ".csv" or not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output must be a .csv file in a folder that exists, got {str(args.output)!r}")
-    results.read(args.output)
+    tables.read(args.output)
     requests, state = open_requests(args), start_processes(args.device)
     if args.show_mapping and state.is_main_process:
         for request in requests:
@@ -99,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if not words:
-        print(overview())
+        sets = (f"  {name:16}{spec.card_name or 'images of your own':28}{spec.source}" for name, spec in SETS.items())
+        print(OVERVIEW + "\n".join(map(str.rstrip, sets)))
         return 0
     return guarded(run, make_parser().parse_args(words))
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
@@ -26,17 +25,7 @@ HERE = Path(__file__).resolve().parent  # has the templates of the files, page.m
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 TITLES = {name: spec.title for name, spec in SETS.items() if spec.title}  # of the columns of sets
 TEXT_COLUMNS = ("figures", "mode", "notes", "note", "device", "direction", "target", "paradigm")
-SPEEDS: dict[str, Callable[[Mapping[str, str]], str]] = {  # title -> what a row of measured speeds has there
-    "model": itemgetter("model"),
-    "mode": itemgetter("mode"),
-    "size": itemgetter("img_size"),
-    "batch": itemgetter("batch_size"),
-    "dtype": itemgetter("dtype"),
-    "compiled": compilation,
-    "scans": lambda row: row.get("scan_backend") or "-",
-    "images/s": lambda row: shown(float(row["img_per_s"]), 1),
-    "device": itemgetter("device"),
-}
+SPEED_TITLES = ("model", "mode", "size", "batch", "dtype", "compiled", "scans", "images/s", "device")
 
 Figure = tuple[float | None, int]  # and its digits: the paper's own of what it reports
 
@@ -47,12 +36,12 @@ def shown(value: float | None, digits: int) -> str:
 
 def board(entries: Sequence[Entry]) -> list[dict[str, Figure]]:
     """For each entry, title -> figure; sets that no entry has a figure of are left out."""
-    sets = {name: title for name, title in TITLES.items() if any(name in entry.top1 for entry in entries)}
+    sets = [name for name in TITLES if any(name in entry.top1 for entry in entries)]
     clean = [name for name in SUBSETS if any(name in entry.clean for entry in entries)]
     return [
         {
             "params (M)": (entry.params_m, 1 if entry.measured else 0),
-            **{title: (entry.top1.get(name), 2 if entry.measured else 1) for name, title in sets.items()},
+            **{TITLES[name]: (entry.top1.get(name), 2 if entry.measured else 1) for name in sets},
             **{f"clean {name.upper()}": (entry.clean.get(name), 2) for name in clean},
             "A5000 img/s": (entry.speeds.get(PAPER_SPEED), 0),
         }
@@ -94,9 +83,15 @@ def readme_table(entries: Sequence[Entry]) -> str:
     return f"{state_of(entries)}\n\n{markdown_table(rows)}"
 
 
+def speed_row(row: Mapping[str, str]) -> dict[str, str]:
+    """Of the table of speeds in Markdown."""
+    ran = [compilation(row), row.get("scan_backend") or "-", shown(float(row["img_per_s"]), 1)]
+    texts = [row[name] for name in ("model", "mode", "img_size", "batch_size", "dtype")]
+    return dict(zip(SPEED_TITLES, [*texts, *ran, row["device"]], strict=True))
+
+
 def state_of(entries: Sequence[Entry]) -> str:
-    count = len({entry.model for entry in entries if entry.measured})
-    if count:
+    if count := len({entry.model for entry in entries if entry.measured}):
         return f"Measured by this project: {count} {'model' if count == 1 else 'models'}."
     return (
         "No ImageNet accuracy has been measured by this project yet: every accuracy here is *reported by the paper*."
@@ -109,11 +104,7 @@ def ablation(paper: Path, name: str) -> list[dict[str, str]]:
 
 
 def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[str, str]:
-    """File name at the root -> its text.
-
-    Raises:
-        ValueError: if README has not the markers once each, in order.
-    """
+    """File name at the root -> its text; raises ValueError if README has not the markers once each, in order."""
     speeds = read_speeds(throughput)
     entries = read_entries(measured, speeds, paper)
     table = readme_table(entries)
@@ -125,8 +116,8 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
         "entries": entries,
         "figures": figures,
         "accuracies": accuracy_rows(entries),
-        "speeds": [{title: text(row) for title, text in SPEEDS.items()} for row in speeds],
-        "speed_titles": list(SPEEDS),
+        "speeds": list(map(speed_row, speeds)),
+        "speed_titles": SPEED_TITLES,
         "state": state_of(entries),
         "titles": TITLES,
         "data": {"entries": list(map(asdict, entries)), "sets": {n: t for n, t in TITLES.items() if t in figures[0]}},

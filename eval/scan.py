@@ -30,10 +30,7 @@ COLUMNS = (
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of one call on the GPU, its caches cleared before each reading.
-
-    All calls are queued before any is waited for, so that the GPU does not wait for their launches.
-    """
+    """Median time of one call on the GPU, caches cleared first; all are queued before any is waited for."""
     flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
     readings = []
     for _ in range(REPEATS + 3):
@@ -73,29 +70,23 @@ def measure(backend: str, args: argparse.Namespace) -> list[Row]:
     """One row a kernel: milliseconds, bytes it cannot do without, and exponentials of the decays."""
     conv, scan = draw(args)
     ops = torch.ops.arm_zoo
-    u, gate = scan[0], torch.randn_like(conv[0])
-    y, saved = ops.selective_scan(*scan, True, None, backend)
-    gradient, gradient_u = torch.randn_like(y), torch.randn_like(u)
+    u, gate, decays = scan[0], torch.randn_like(conv[0]), scan[0].numel() * args.states
+    conv_backward = partial(ops.causal_conv_backward, torch.randn_like(u), *conv)
+    forward = partial(ops.selective_scan, *scan)
+    y, saved = forward(True, None, backend)
+    backward = partial(ops.selective_scan_backward, torch.randn_like(y), *scan)
     sequence, token, states = u.nbytes, y.nbytes, saved.nbytes
-    calls = {
-        "convolution": (partial(ops.causal_conv, *conv, backend), token + sequence),
-        "convolution, backward": (partial(ops.causal_conv_backward, gradient_u, *conv, backend), 2 * token + sequence),
-        "scan, merge and gate": (partial(ops.selective_scan, *scan, False, gate, backend), sequence + 2 * token),
-        "scan and merge, saving states": (
-            partial(ops.selective_scan, *scan, True, None, backend),
-            sequence + token + states,
-        ),
-        "scan, backward": (
-            partial(ops.selective_scan_backward, gradient, *scan, saved, backend),
-            3 * sequence + token + states,
-        ),
-    }
-    rows = []
-    for name, (call, size) in calls.items():
-        exponentials = u.numel() * args.states if name.startswith("scan") else 0
-        row = {"backend": backend, "kernel": name, "bytes": size, "exponentials": exponentials}
-        rows.append(row | {"ms": milliseconds(call)})
-    return rows
+    calls = [
+        ("convolution", partial(ops.causal_conv, *conv, backend), token + sequence, 0),
+        ("convolution, backward", partial(conv_backward, backend), 2 * token + sequence, 0),
+        ("scan, merge and gate", partial(forward, False, gate, backend), sequence + 2 * token, decays),
+        ("scan and merge, saving states", partial(forward, True, None, backend), sequence + token + states, decays),
+        ("scan, backward", partial(backward, saved, backend), 3 * sequence + token + states, decays),
+    ]
+    return [
+        {"backend": backend, "kernel": name, "bytes": size, "exponentials": exponentials, "ms": milliseconds(call)}
+        for name, call, size, exponentials in calls
+    ]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -117,35 +108,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check_output(args.output, COLUMNS)
-    except ValueError as error:
-        parser.error(str(error))
-    if not torch.cuda.is_available():
-        parser.error("it times GPU kernels, and torch finds no CUDA device here")
-    available = [name for name in arm_zoo.available_backends() if name in ("triton", "cuda", "mamba_ssm")]
-    if unknown := set(args.backends or ()) - set(available):
-        parser.error(f"--backends {' '.join(sorted(unknown))}: available here are {', '.join(available)}")
-    rate = copy_rate()
-    shared = vars(args) | circumstances("cuda") | {"copy_bytes_per_s": rate}
-    try:
+        if not torch.cuda.is_available():
+            raise ValueError("it times GPU kernels, and torch finds no CUDA device here")
+        available = [name for name in arm_zoo.available_backends() if name in ("triton", "cuda", "mamba_ssm")]
+        if unknown := set(args.backends or ()) - set(available):
+            raise ValueError(f"--backends {' '.join(sorted(unknown))}: available here are {', '.join(available)}")
+        rate = copy_rate()
+        shared = vars(args) | circumstances("cuda") | {"copy_bytes_per_s": rate}
         rows = [row | shared for backend in args.backends or available for row in measure(backend, args)]
     except ValueError as error:  # sizes that a backend does not take
         parser.error(str(error))
+    lines = []
+    for row in rows:
+        per_second = f"{row['exponentials'] / row['ms'] / 1e6:,.0f}" if row["exponentials"] else ""
+        bandwidth, floor = f"{row['bytes'] / row['ms'] / 1e9:.2f}", f"{1e3 * row['bytes'] / rate:.3f}"
+        lines.append([row["backend"], row["kernel"], f"{row['ms']:.3f}", bandwidth, floor, per_second])
     title = "batch {batch_size}, grid {grid}, {directions} directions, {channels} channels, {states} states, {dtype}"
-    shown = table(
-        title.format(**shared),
-        ["backend", "kernel"],
-        ["ms", "TB/s", "floor by bytes, ms", "G exponentials/s"],
-        [
-            [
-                *(row["backend"], row["kernel"], f"{row['ms']:.3f}"),
-                *(f"{row['bytes'] / row['ms'] / 1e9:.2f}", f"{1e3 * row['bytes'] / rate:.3f}"),
-                f"{row['exponentials'] / row['ms'] / 1e6:,.0f}" if row["exponentials"] else "",
-            ]
-            for row in rows
-        ],
-        caption=f"{shared['device']}, torch {shared['torch']}; a copy moves {rate / 1e12:.2f} TB/s",
-    )
-    Console().print(shown)
+    figures = ["ms", "TB/s", "floor by bytes, ms", "G exponentials/s"]
+    caption = f"{shared['device']}, torch {shared['torch']}; a copy moves {rate / 1e12:.2f} TB/s"
+    Console().print(table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
     if args.output is not None:
         append(args.output, rows, COLUMNS)
 

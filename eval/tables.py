@@ -35,8 +35,7 @@ def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """All rows of a .csv file as text, or of a .json file; none where the file is empty or does not exist.
 
-    Raises:
-        ValueError: if the file is no table, or lacks any of the columns; it may have more.
+    ValueError if the file is no table, or lacks any of the columns; it may have more.
     """
     text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""  # Excel begins with a byte order mark
     try:
@@ -59,10 +58,7 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
 def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Add rows to a table, or begin it: the file is replaced whole, under a lock that other runs wait for.
 
-    Columns that people have added stay.
-
-    Returns:
-        The new rows as they were written: those of A and R with what the table knows of their clean images.
+    Columns that people have added stay. Returns the new rows as they were written, see `with_clean_columns`.
     """
     with FileLock(path.with_name(f".{path.name}.lock")):
         old = read(path, columns)
@@ -96,9 +92,8 @@ def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
     """
     same = (*WAY, "limit")
     clean = {key(row, same): row for row in rows if row.get("set") == "in1k"}
-    out = []
-    for row in rows:
-        if row.get("set") in SUBSETS and (found := clean.get(key(row, same))):
-            row = row | {c: found.get(c, "") for c in COLUMNS if c.startswith(f"clean200_{row['set']}_")}
-        out.append(row)
-    return out
+    known = [clean.get(key(row, same)) if row.get("set") in SUBSETS else None for row in rows]
+    return [
+        row | {c: found.get(c, "") for c in COLUMNS if found and c.startswith(f"clean200_{row['set']}_")}
+        for row, found in zip(rows, known, strict=True)
+    ]

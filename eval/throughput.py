@@ -27,7 +27,6 @@ from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
 from eval.tables import Row, append, check_output
 
-MODES = ("infer", "finetune", "pretrain")
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # of which the first can be pretrained
 PRETRAINED = re.compile(r"[a-z]+_[a-z]+(_patch16_\d+(\..*)?)?")  # a size, alone or with patches of 16 pixels
 NUM_CLASSES = 1000
@@ -63,10 +62,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def resolved(backend: str, args: argparse.Namespace) -> str:
-    """What scans run on with a backend: itself, or what "auto" takes.
-
-    Raises ValueError for an unknown name, and for one that does not take the device or the type.
-    """
+    """What scans run on with a backend: itself, or what "auto" takes; ValueError where device or type do not fit."""
     with scan_backend(backend):
         return resolve_backend(torch.empty(0, device=args.device, dtype=DTYPES[args.dtype]))
 
@@ -114,10 +110,9 @@ def training_step(model: nn.Module, images: torch.Tensor, args: argparse.Namespa
 
 
 def prepare(model: nn.Module, img_size: int, backend: str, args: argparse.Namespace) -> tuple[Step, float | None]:
-    """Moves a model to its device and runs its first, slow steps.
+    """A step of a model on its device, after the first, slow ones, and its peak memory in MiB.
 
-    Returns:
-        A step, and its peak memory in MiB: None on the CPU, and with CUDA graphs, whose memory torch does not count.
+    That is None on the CPU, and with CUDA graphs, whose memory torch does not count.
     """
     cuda = args.device == "cuda"
     others = torch.cuda.memory_allocated() if cuda else 0
@@ -139,18 +134,13 @@ def prepare(model: nn.Module, img_size: int, backend: str, args: argparse.Namesp
 
 def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
     """Seconds per step and speed of each model; a ratio above 1 is slower than the last model, the peer."""
-    peer = readings[-1]
-    return [
-        {
-            "median_s": median(times),
-            "min_s": min(times),
-            "max_s": max(times),
-            "img_per_s": batch_size / median(times),
-            "ratio": median(times) / median(peer),
-            "pairwise_ratio": median(own / other for own, other in zip(times, peer, strict=True)),
-        }
-        for times in readings
-    ]
+    rows = []
+    for times in readings:
+        row = {"median_s": median(times), "min_s": min(times), "max_s": max(times)}
+        pairs = zip(times, readings[-1], strict=True)
+        ratios = {"ratio": median(times) / median(readings[-1]), "pairwise_ratio": median(a / b for a, b in pairs)}
+        rows.append({**row, "img_per_s": batch_size / row["median_s"], **ratios})
+    return rows
 
 
 def label(row: Row) -> str:
@@ -160,31 +150,23 @@ def label(row: Row) -> str:
 
 def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people: times in milliseconds; title and caption say what all have in common."""
-    figures: dict[str, Callable[[Row], str]] = {
-        "ms/step": lambda row: f"{1e3 * row['median_s']:.1f}",
-        "min - max": lambda row: f"{1e3 * row['min_s']:.1f} - {1e3 * row['max_s']:.1f}",
-        "img/s": lambda row: f"{row['img_per_s']:,.1f}",
-        "ratio": lambda row: f"{row['ratio']:.3f}",
-        "pairwise": lambda row: f"{row['pairwise_ratio']:.3f}",
-    }
-    if rows[0]["peak_mib"] is not None:
-        figures["peak MiB"] = lambda row: f"{row['peak_mib']:,.0f}"
+    figures = ["ms/step", "min - max", "img/s", "ratio", "pairwise", "peak MiB"]
+    lines = []
+    for row in rows:
+        middle, low, high = (f"{1e3 * row[name]:.1f}" for name in ("median_s", "min_s", "max_s"))
+        ratios = (f"{row[name]:.3f}" for name in ("ratio", "pairwise_ratio"))
+        memory = [] if row["peak_mib"] is None else [f"{row['peak_mib']:,.0f}"]
+        lines.append([label(row), middle, f"{low} - {high}", f"{row['img_per_s']:,.1f}", *ratios, *memory])
     title = "{mode}, batch {batch_size}, {dtype}, autocast {autocast}, compile {compile}, CUDA graphs {cuda_graphs}"
     caption = "{device}, {threads} threads, torch {torch}, timm {timm}; {repeats} readings in turn; ratio: time over "
-    return table(
-        title.format(**rows[0]),
-        ["model"],
-        list(figures),
-        [[label(row), *(show(row) for show in figures.values())] for row in rows],
-        caption=caption.format(**rows[0]) + f"that of {rows[-1]['model']}",
-    )
+    shown = caption.format(**rows[0]) + f"that of {rows[-1]['model']}"
+    return table(title.format(**rows[0]), ["model"], figures[: len(lines[0]) - 1], lines, shown)
 
 
 def profile(step: Step, device: str) -> list[tuple[str, float, float]]:
     """Kernels of one step on a GPU, operations on the CPU: name, calls and milliseconds of each, longest first."""
-    activity, spent = torch.profiler.ProfilerActivity.CPU, "self_cpu_time_total"
-    if device == "cuda":
-        activity, spent = torch.profiler.ProfilerActivity.CUDA, "self_device_time_total"
+    activity = getattr(torch.profiler.ProfilerActivity, device.upper())
+    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     count = STEPS_PER_READING[device]
     with torch.profiler.profile(activities=[activity]) as recorded:
         for _ in range(count):
@@ -198,19 +180,21 @@ def profile(step: Step, device: str) -> list[tuple[str, float, float]]:
 def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: int) -> Table:
     """The longest entries of a profile, with their fractions of all; names are cut, as kernels' may be endless."""
     total = sum(milliseconds for *_, milliseconds in times)
-    return table(
-        f"{name}: {total:.2f} ms a step in all",
-        ["kernel or operation"],
-        ["calls", "ms", "fraction"],
-        [[f"{key:.100}", f"{calls:g}", f"{ms:.3f}", f"{ms / total:.1%}"] for key, calls, ms in times[:longest]],
-    )
+    lines = [[f"{key:.100}", f"{calls:g}", f"{ms:.3f}", f"{ms / total:.1%}"] for key, calls, ms in times[:longest]]
+    title = f"{name}: {total:.2f} ms a step in all"
+    return table(title, ["kernel or operation"], ["calls", "ms", "fraction"], lines)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", help="timm names, ours or not; the last one is the peer of the ratios")
-    add("--mode", choices=MODES, default="infer", help="training modes include the AdamW step")
+    add(
+        "--mode",
+        choices=("infer", "finetune", "pretrain"),
+        default="infer",
+        help="training modes include the AdamW step",
+    )
     add("--batch-size", type=positive, default=8)
     add("--img-size", type=positive, help=f"pixels; default: each model's own, {PRETRAIN_IMG_SIZE} for pretrain")
     add("--device", choices=list(STEPS_PER_READING), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -232,11 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.models = args.models or DEFAULT_MODELS[: 1 if args.mode == "pretrain" else None]
     try:
         check(args)
-        built = [
-            (name, *build(name, args), backend)
-            for name in args.models
-            for backend in (args.scan_backend if name in entries() else args.scan_backend[:1])
-        ]
+        backends = {name: args.scan_backend[: None if name in entries() else 1] for name in args.models}
+        built = [(name, *build(name, args), backend) for name in args.models for backend in backends[name]]
     except ValueError as error:
         parser.error(str(error))
     args.autocast |= args.dtype != "fp32" and args.mode != "infer"  # training keeps fp32 weights

@@ -39,11 +39,7 @@ def set_of(result: EvalResult) -> str | None:
 
 
 def read_card(model: str, weights: str | None, card: Path | None) -> tuple[str, dict[str, float]]:
-    """Where the card is, and its top-1 in percent by set; other metrics and sets are passed over.
-
-    Raises:
-        ValueError: if there is no card, or it has no figures.
-    """
+    """Where the card is, and its top-1 in percent by set, without other metrics and sets; ValueError for none."""
     source = str(card) if card else _card_beside(model, weights)
     if card is not None and not card.is_file():
         raise ValueError(f"there is no card {card}; name a README.md with --card FILE")
@@ -53,9 +49,8 @@ def read_card(model: str, weights: str | None, card: Path | None) -> tuple[str, 
         # figures do not tell whether they are fractions: 0.83 may be either
         scale = 100 if TRAINERS_TAG in (data.get("tags") or ()) else 1
         for result in data.eval_results or []:
-            metric, title = (
-                re.sub(r"[^a-z0-9]", "", (text or "").lower()) for text in (result.metric_type, result.metric_name)
-            )
+            texts = (result.metric_type, result.metric_name)
+            metric, title = (re.sub(r"[^a-z0-9]", "", (text or "").lower()) for text in texts)
             name = set_of(result)
             if name is not None and metric in TOP1 and "5" not in title:
                 figures.setdefault(name, float(result.metric_value) * scale)
@@ -101,9 +96,8 @@ def run(args: argparse.Namespace) -> int:
     asked = parse_sets(args.sets)
     source, figures = read_card(args.model, args.weights, args.card)
     if missing := [name for name in asked if name not in figures]:
-        raise ValueError(
-            f"the card {source} has no top-1 for {', '.join(missing)}, only for {', '.join(figures)}; leave them out"
-        )
+        there = f"only for {', '.join(figures)}"
+        raise ValueError(f"the card {source} has no top-1 for {', '.join(missing)}, {there}; leave them out")
     requests, state = open_requests(args), start_processes(args.device)
     candidate = models.load(args.model, args.weights, args.train_size)
     with tempfile.TemporaryDirectory() as folder:

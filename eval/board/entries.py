@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval import tables as results
+from eval import tables
 from eval.scoring.sets import SETS, SUBSETS
 
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
@@ -33,36 +33,28 @@ class Entry:
 
 
 def paper_table(paper: Path, name: str) -> list[dict[str, str]]:
-    """Rows of one of the paper's tables."""
-    return results.read((paper / f"{name}.csv").resolve(strict=True), ())
+    return tables.read((paper / f"{name}.csv").resolve(strict=True), ())
 
 
 def reported_entries(paper: Path) -> list[Entry]:
     """Tables 2 and 3 of the paper, joined by model at 224 pixels."""
     entries = []
     for row in paper_table(paper, "table2_imagenet"):
+        entry = Entry(row["model"], row["kind"], row["img_size"], float(row["params_m"]), row["source"], row["entry"])
         speed = row["throughput_a5000_img_s"]
-        entries.append(
-            Entry(
-                model=row["model"],
-                kind=row["kind"],
-                img_size=row["img_size"],
-                params_m=float(row["params_m"]),
-                source=row["source"],
-                architecture=row["entry"],
-                top1={"in1k": float(row["top1"])} if row["top1"] else {},
-                speeds={PAPER_SPEED: float(speed)} if speed else {},
-                notes=[row["note"]] if row["note"] else [],
-            )
-        )
+        entry.top1 = {"in1k": float(row["top1"])} if row["top1"] else {}
+        entry.speeds = {PAPER_SPEED: float(speed)} if speed else {}
+        entry.notes = [row["note"]] if row["note"] else []
+        entries.append(entry)
     at_224 = {entry.model: entry for entry in entries if entry.img_size == "224"}
     for row in paper_table(paper, "table3_robustness"):
-        entry = at_224.get(row["model"])
-        if entry is None:
-            entry = Entry(row["model"], row["kind"], "224", None, "")
+        if row["model"] in at_224:
+            entry = at_224[row["model"]]
+            entry.source += ", table 3"
+        else:
+            entry = Entry(row["model"], row["kind"], "224", None, row["source"])
             entries.append(entry)
         entry.top1 |= {name: float(row[spec.paper_column]) for name, spec in SETS.items() if spec.paper_column}
-        entry.source = f"{entry.source}, table 3" if entry.source else row["source"]
     return entries
 
 
@@ -78,21 +70,12 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
             continue
         crop = f"crop {row['crop_pct']} {row['crop_mode']}, {row['interpolation']}, {row['dtype']}"
         height, _, width = row["img_size"].partition("x")
-        entry = entries.setdefault(
-            results.key(row, results.WAY),
-            Entry(
-                model=row["model"],
-                kind="measured",
-                img_size=height if height == width else row["img_size"],
-                params_m=float(row["params_m"]),
-                source=f"{row['weights']} ({row['weights_sha256'][:8] or 'no checksum'}), {crop}",
-                architecture=row["model"],
-                dtype=row["dtype"],
-            ),
-        )
+        size = height if height == width else row["img_size"]
+        source = f"{row['weights']} ({row['weights_sha256'][:8] or 'no checksum'}), {crop}"
+        new = Entry(row["model"], "measured", size, float(row["params_m"]), source, row["model"], row["dtype"])
+        entry = entries.setdefault(tables.key(row, tables.WAY), new)
         entry.top1[name] = float(row["top1"])
-        clean = {subset: row[f"clean200_{subset}_top1"] for subset in SUBSETS}
-        entry.clean |= {subset: float(top1) for subset, top1 in clean.items() if top1}
+        entry.clean |= {subset: float(top1) for subset in SUBSETS if (top1 := row[f"clean200_{subset}_top1"])}
         # a newer row of the set has its own say
         entry.notes = [note for note in entry.notes if not note.startswith(f"{name}: ")]
         if row["warnings"]:
@@ -102,7 +85,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
 
 def read_speeds(path: Path) -> list[dict[str, str]]:
     """Rows of `python -m eval.throughput`, of a CSV or JSON file, as text."""
-    rows = results.read(path, SPEED_COLUMNS)
+    rows = tables.read(path, SPEED_COLUMNS)
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
@@ -133,6 +116,6 @@ def add_speeds(entries: Iterable[Entry], speeds: Sequence[Mapping[str, str]]) ->
 
 def read_entries(measured: Path, speeds: Sequence[Mapping[str, str]], paper: Path) -> list[Entry]:
     """All entries with their speeds, the most accurate on in1k first."""
-    entries = [*measured_entries(results.read(measured)), *reported_entries(paper)]
+    entries = [*measured_entries(tables.read(measured)), *reported_entries(paper)]
     add_speeds(entries, speeds)
     return sorted(entries, key=lambda entry: -entry.top1.get("in1k", -1))

@@ -1,53 +1,40 @@
-"""Images of the user's own, `--sets custom=...`: found and decoded by the code that the recipes validate with.
-
-A run's validation top-1 and the row of `custom` on the same images therefore agree.
-"""
+"""Images of the user's own, `--sets custom=...`: found and decoded as in training, so that top-1 agrees with it."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from arm_zoo.images.columns import Choices
-from arm_zoo.images.hub import load_split_from_hub
 from arm_zoo.images.listing import SourceError, printable
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import open_split
 from eval.scoring.listing import Listing, listing_of
-from eval.scoring.sources import hub_id
+from eval.scoring.sources import ONE_KIND, open_hub
 
 AS_USUAL = Choices(in_training=False)
 
 
 def open_own(locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
-    """The labelled images at one location, or in several tars or parquet files.
-
-    What is not there, not readable, unclear or without images raises `SourceError`. Choices are of columns where names
-    and types do not tell, and of the largest image that is decoded.
-    """
+    """The labelled images at one location, or in several tars or parquet files; raises `SourceError` if unclear."""
     reading = f"read as in training, up to {choices.max_pixels} pixels"
-    if found := hub_id(locations):
-        located = Located(locations[0], "hub")
-        return listing_of(open_split(located, "", choices, hub=load_split_from_hub(*found)), reading)
+    if listing := open_hub(locations, choices, reading):
+        return listing
     parts = [_to_score(location) for location in locations]
     kinds = {located.kind for located, _, _ in parts}
     name = printable(" ".join(locations))
     if len(kinds) > 1 or (len(parts) > 1 and "images" in kinds):
-        raise SourceError(f"{name}: expected one folder, or tar files only, or parquet files only")
+        raise SourceError(ONE_KIND.format(name))
     if "images" in kinds and (choices.image_column or choices.label_column):
         raise SourceError(
-            f"--image-column and --label-column are for parquet files, tars and Hub data sets; {name} is none"
+            f"--image-column and --label-column are for parquet files, tars and Hub data sets; not {name}"
         )
-    files = [file for _, files, _ in parts for file in files]
-    located = replace(parts[0][0], name=name, splits={"": files})
+    located = replace(parts[0][0], name=name, splits={"": [file for _, files, _ in parts for file in files]})
     split = open_split(located, "", choices, one_class=True)
     return listing_of(split, reading, [note for _, _, note in parts if note])
 
 
 def _to_score(location: str) -> tuple[Located, list[str], str]:
-    """What a location is, its files to score, and a note if others are left out.
-
-    A file that the user names by itself is meant, whatever its split.
-    """
+    """What a location is, its files to score, and a note if others are left out; a file named by itself is meant."""
     located = locate(location, one_split=True)
     if located.kind == "hub":
         raise SourceError(f"{location}: of the Hub one data set is scored at a time, without files beside it")

@@ -1,26 +1,25 @@
 """What the labels of a set mean: from what a source calls its classes to class indices of the model."""
 
-import csv
 import hashlib
 import json
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import timm.data
-from PIL import Image
 from timm.data import ImageNetInfo
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.listing import class_name, listed
+from eval import tables
 from eval.scoring.custom import AS_USUAL, open_own
 from eval.scoring.listing import Listing
 from eval.scoring.metrics import NO_CLASS
-from eval.scoring.sets import CUSTOM, NUMBERS, REAL, SETS, ImageSet
+from eval.scoring.sets import CUSTOM, REAL, SETS, ImageSet
 from eval.scoring.sources import open_source
 
 WNID = re.compile(r"n\d{8}")
@@ -43,11 +42,11 @@ def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
     """
     file = SETS[name].class_list
     wnids = ImageNetInfo().label_names()
-    if file == NUMBERS:
+    if file == "numbers":
         return {str(i): (i,) for i in range(len(wnids))}
     if file.endswith(".csv"):
-        with (Path(__file__).parent / "classes" / file).open(newline="", encoding="utf-8") as lines:
-            return {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in csv.DictReader(lines)}
+        rows = tables.read(Path(__file__).parent / "classes" / file, ("class", "wnids"))
+        return {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in rows}
     indices = map(int, _timms_list(file).split()) if file else range(len(wnids))
     return {wnids[i]: (i,) for i in indices}
 
@@ -65,18 +64,12 @@ def real_labels() -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A set ready to be scored.
-
-    Attributes:
-        listing: its N images.
-        targets: (N,) class indices of the model; the first where several classes are right.
-        warnings: what is not canonical about it.
-    """
+    """A set ready to be scored."""
 
     name: str
-    listing: Listing
-    targets: np.ndarray
-    warnings: tuple[str, ...]
+    listing: Listing  # its N images
+    targets: np.ndarray  # (N,) class indices of the model; the first where several classes are right
+    warnings: tuple[str, ...]  # what is not canonical about it
 
     def answers(self, real: bool) -> dict[str, np.ndarray]:
         """By row, ReaL's if asked: (N, K) classes that are right for each image, NO_CLASS where there are fewer."""
@@ -84,95 +77,55 @@ class LabelledSet:
         label_sets = {self.name: [groups.get(target, (target,)) for target in self.targets.tolist()]}
         if real:
             label_sets[REAL] = real_label_sets(self.listing)
-        return {name: _padded(sets) for name, sets in label_sets.items()}
+        answers = {}
+        for name, sets in label_sets.items():
+            answers[name] = np.full((len(sets), max([1, *map(len, sets)])), NO_CLASS)
+            for row, right in zip(answers[name], sets, strict=True):
+                row[: len(right)] = right
+        return answers
 
     def fingerprint(self) -> str:
         """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
+        reading = [self.listing.reading] if self.listing.reading else []
         facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
-        lines = ["\t".join(map(str, image)) for image in facts]
-        text = "\n".join([*filter(None, [self.listing.reading]), *lines])
+        text = "\n".join([*reading, *("\t".join(map(str, image)) for image in facts)])
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
-
-
-def _padded(label_sets: Sequence[Sequence[int]]) -> np.ndarray:
-    out = np.full((len(label_sets), max(map(len, label_sets), default=1)), NO_CLASS)
-    for row, labels in zip(out, label_sets, strict=True):
-        row[: len(labels)] = labels
-    return out
 
 
 def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
     """The images of a set, labels as they are there; see `open_source`, for custom `open_own`.
 
-    Raises:
-        ValueError: where there are no images, or labels that no model can be right about.
+    Without images of unlisted classes where the set's own names are listed, but with all if none is, to be refused.
     """
     spec = SETS[name]
     try:
         listing = open_own(locations, choices) if name == CUSTOM else open_source(locations, [spec.folder])
-        _refuse_another_release(name, listing)
-        names = listing.class_names
-        _refuse_labels(listing, None if names is None else len(names), "the source's own class names")
+        others = [other for other in SETS.values() if name not in (CUSTOM, other.name)]
+        for other in others:  # the releases of ImageNet-V2, for one, have the same classes and numbers of images
+            folder, where = other.folder, listing.location
+            if folder.startswith("imagenet") and any(f"/{folder}/" in f"/{file}" for file in listing.files):
+                raise ValueError(f"{where} has images of {folder}; that is the set {other.name}={where}")
     except ValueError as error:
         raise ValueError(f"--sets {name}: {error}") from error
-    return _inner_part(spec, listing) if spec.border or spec.class_list.endswith(".csv") else listing
+    is_known = [spec.has_own_names and known in class_list(name) for known in listing.class_names or ()]
+    places = np.flatnonzero(np.isin(listing.labels, np.flatnonzero(is_known)))
+    return replace(listing.select(places) if len(places) else listing, border=spec.border)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InnerPart(Listing):
-    """Some images of a listing, without their borders."""
-
-    whole: Listing
-    places: np.ndarray
-    border: int
-
-    def decode(self, index: int, mode: str) -> Image.Image:
-        image, border = self.whole.decode(int(self.places[index]), mode), self.border
-        return image.crop((border, border, image.width - border, image.height - border))
-
-
-def _inner_part(spec: ImageSet, listing: Listing) -> Listing:
-    """Without borders, and without images of unlisted classes; with all of them if none is listed, to be refused."""
-    names, places = listing.class_names or (), np.arange(len(listing))
-    if spec.class_list.endswith(".csv"):
-        is_listed = np.isin(listing.labels, [i for i, name in enumerate(names) if name in class_list(spec.name)])
-        places = places[is_listed] if is_listed.any() else places
-    fields = vars(listing) | {"labels": listing.labels[places], "sizes": listing.sizes[places]}
-    fields["files"] = [listing.files[i] for i in places]
-    return InnerPart(**fields, whole=listing, places=places, border=spec.border)
-
-
-def _refuse_another_release(name: str, listing: Listing) -> None:
-    """The releases of ImageNet-V2, for one, have the same classes and numbers of images."""
-    for other, spec in SETS.items():
-        is_another = name not in (CUSTOM, other) and spec.folder.startswith("imagenet")
-        if is_another and any(f"/{spec.folder}/" in f"/{file}" for file in listing.files):
-            where = listing.location
-            raise ValueError(f"{where} has images of {spec.folder}; that is the set {other}={where}")
-
-
-def _refuse_labels(listing: Listing, classes: int | None, what: str) -> None:
-    """Labels below 0, or beyond the classes where their number is known, are named with the numbers of images.
-
-    They must not get any further: as an index of Python's, -1 is the last class.
-    """
-    outside = (listing.labels < 0) | (listing.labels >= (np.inf if classes is None else classes))
+def _refuse_labels(listing: Listing, classes: int, what: str) -> None:
+    """Labels below 0 must not get any further, either: as an index of Python's, -1 is the last class."""
+    outside = (listing.labels < 0) | (listing.labels >= classes)
     if not outside.any():
         return
     values, counts = np.unique(listing.labels[outside], return_counts=True)
     shown = listed([f"{value} ({count})" for value, count in zip(values, counts, strict=True)])
-    allowed = "0 or more" if classes is None else f"0 ... {classes - 1}, {what}"
     hidden = "; -1 says that a label is hidden, as in test splits on the Hub" if -1 in values else ""
     wrong = f"{outside.sum()} of {len(listing)} images have labels that cannot be right: {shown}"
-    raise ValueError(f"{wrong}; allowed: {allowed}{hidden}")
+    raise ValueError(f"{wrong}; allowed: 0 ... {classes - 1}, {what}{hidden}")
 
 
 def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
-    """Class indices for the images of a set; for a custom set those of a model with these classes.
-
-    Raises:
-        ValueError: where labels are outside the set's label space, or could mean two things.
-    """
+    """Class indices for the images of a set, of custom those of a model with these classes; ValueError if unclear."""
     try:
         if name == CUSTOM:
             targets = _custom_targets(listing, label_names, num_classes)
@@ -184,10 +137,10 @@ def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_clas
     except ValueError as error:
         raise ValueError(f"--sets {name}={listing.location}: {error}") from error
     found = np.unique(targets)
-    lacking = np.setdiff1d(np.arange(num_classes), found).tolist() if name == CUSTOM else []
     counts = (("images", len(targets), SETS[name].images), ("classes", len(found), SETS[name].classes))
     warnings = [f"{count} {what} instead of {right}" for what, count, right in counts if right not in (None, count)]
-    if lacking:
+    lacking = np.setdiff1d(np.arange(num_classes), found).tolist()
+    if name == CUSTOM and lacking:
         names = _some([label_names[i] if label_names else i for i in lacking])
         warnings.append(f"{len(lacking)} of the model's {num_classes} classes have no images: {names}")
     return LabelledSet(name, listing, targets, (*warnings, *listing.notes))
@@ -201,42 +154,39 @@ def _targets_of_names(spec: ImageSet, listing: Listing, names: Sequence[str]) ->
     """Folders or ClassLabel names -> class indices."""
     used = sorted({names[i] for i in np.unique(listing.labels)})
     allowed = class_list(spec.name)
-    described = not any(WNID.fullmatch(name) or name.isdecimal() for name in names)
-    if listing.named_by == "declaration" and len(names) == 1000 and described:
+    coded = any(WNID.fullmatch(name) or name.isdecimal() for name in names)
+    if listing.named_by == "declaration" and len(names) == 1000 and not coded:
         return listing.labels  # descriptions of all the classes: their positions are the indices
     is_tree = listing.named_by == "folders"
     if is_tree and len(used) == 1 and used[0] not in allowed and not WNID.fullmatch(used[0]):
         how = SORT_VAL if VAL_FILE.search(listing.files[0]) else "each class needs a folder of its own"
         raise ValueError(f"all {len(listing)} images lie flat in one folder, so their classes are unknown; {how}")
-    numbered = not is_tree and not spec.class_list.endswith(".csv") and all(name.isdecimal() for name in used)
+    numbered = not is_tree and not spec.has_own_names and all(name.isdecimal() for name in used)
     if numbered:
         allowed = {str(i): (i,) for i in range(1000)}
     if wrong := [name for name in used if name not in allowed]:
-        raise ValueError(
-            f"{len(wrong)} of {len(used)} classes are not among the {len(allowed)} classes of {spec.card_name}: "
-            f"{_some(wrong)}; each class needs a folder or label named as in the release: {_some(list(allowed), 2)}"
-        )
+        what = f"classes are not among the {len(allowed)} classes of {spec.card_name}: {_some(wrong)}"
+        needed = f"each class needs a folder or label named as in the release: {_some(list(allowed), 2)}"
+        raise ValueError(f"{len(wrong)} of {len(used)} {what}; {needed}")
     targets = np.array([allowed.get(name, (NO_CLASS,))[0] for name in names])[listing.labels]
     return _targets_of_numbers(spec, targets) if numbered else targets
 
 
 def _targets_of_numbers(spec: ImageSet, numbers: np.ndarray) -> np.ndarray:
     """Bare numbers -> class indices: those of the 1000, or positions among the set's 200 where that is certain."""
-    if spec.class_list.endswith(".csv"):
+    if spec.has_own_names:
         raise ValueError(f"numbers do not tell the classes of {spec.card_name}; name them as the release does")
     if not spec.is_subset:
         return numbers
     used, indices = np.unique(numbers), np.array(candidates(spec.name))
     foreign = np.setdiff1d(used, indices).tolist()
+    if used[-1] >= len(indices) and foreign:
+        raise ValueError(f"labels {_some(foreign)} are not among the 200 class indices of {spec.card_name}")
     if used[-1] >= len(indices):
-        if foreign:
-            raise ValueError(f"labels {_some(foreign)} are not among the 200 class indices of {spec.card_name}")
         return numbers
     if len(used) < len(indices) and not foreign:
-        raise ValueError(
-            f"the labels {_some(used.tolist())} could be class indices 0 ... 999 or positions 0 ... 199; "
-            "name the classes by wnid, as class folders or as names of a ClassLabel"
-        )
+        either = f"the labels {_some(used.tolist())} could be class indices 0 ... 999 or positions 0 ... 199"
+        raise ValueError(f"{either}; name the classes by wnid, as class folders or as names of a ClassLabel")
     return indices[numbers]
 
 
@@ -248,10 +198,8 @@ def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: i
         return listing.labels
     if names is not None and not label_names:
         if len(names) != num_classes:
-            raise ValueError(
-                f"the set has {len(names)} classes and the model {num_classes} without names: which is which is "
-                "unknown; give the weights as a folder whose config.json has label_names"
-            )
+            unknown = f"the set has {len(names)} classes and the model {num_classes} without names: which is which is"
+            raise ValueError(f"{unknown} unknown; give the weights as a folder whose config.json has label_names")
         return listing.labels
     indices: dict[str, list[int]] = {}
     for i, name in enumerate(label_names):
@@ -259,11 +207,9 @@ def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: i
     values, places, counts = np.unique(listing.labels, return_inverse=True, return_counts=True)
     used = [str(value) if names is None else names[value] for value in values]
     found = [indices.get(class_name(name), []) for name in used]
-    if unknown := [i for i, meant in enumerate(found) if not meant]:
-        raise ValueError(
-            f"the model has no classes {_some([used[i] for i in unknown])}, which {counts[unknown].sum()} of "
-            f"{len(listing)} images are of; it has {_some(label_names)}"
-        )
+    if foreign := [i for i, meant in enumerate(found) if not meant]:
+        what = f"{_some([used[i] for i in foreign])}, which {counts[foreign].sum()} of {len(listing)} images are of"
+        raise ValueError(f"the model has no classes {what}; it has {_some(label_names)}")
     for name, meant in zip(used, found, strict=True):
         if len(meant) > 1:
             raise ValueError(
@@ -275,11 +221,7 @@ def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: i
 
 
 def real_label_sets(listing: Listing) -> list[tuple[int, ...]]:
-    """The ReaL labels of in1k's images, by file name.
-
-    Raises:
-        ValueError: if any image has not the name of a validation image, ILSVRC2012_val_00000001 ... 00050000.
-    """
+    """The ReaL labels of in1k's images, by file name; raises `ValueError` where one has no such name."""
     found = [VAL_FILE.search(file.rpartition("/")[2]) for file in listing.files]
     numbers = [int(match[1]) if match else 0 for match in found]
     if wrong := [listing.describe(i) for i, n in enumerate(numbers) if not 1 <= n <= 50_000]:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import datasets
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from arm_zoo.images.columns import leaves, values_at
-from arm_zoo.images.listing import natural_order, printable
+from arm_zoo.images.listing import printable
 from arm_zoo.images.tables import Encoded, ImageTable, OpenedSplit
 
 # Where names of classes come from: folders, a ClassLabel, whose order is theirs, or words, whose order means nothing.
@@ -33,6 +33,8 @@ class Listing:
     sizes: np.ndarray  # (N,) bytes of each image
     reading: str = ""  # where it is not timm's; in fingerprints, so that rows of another are not taken for finished
     notes: tuple[str, ...] = ()  # what was left out, for the rows' marks
+    places: np.ndarray | None = None  # (N,) what `stored` calls each image, None where it is the index
+    border: int = 0  # pixels at each side that are cut off
 
     def __len__(self) -> int:
         return len(self.files)
@@ -44,20 +46,19 @@ class Listing:
     def decode(self, index: int, mode: str) -> Image.Image:
         """The image of an index in Pillow's mode; whatever the decoder raises where it is damaged.
 
-        Without a reading of its own it is to the last bit what timm.data.ImageDataset reads: a plain conversion.
-        Pillow's faster draft mode would change pixels.
+        Without a reading of its own it is what timm.data.ImageDataset reads; Pillow's draft mode would change pixels.
         """
+        encoded, border = self.stored(index if self.places is None else int(self.places[index])), self.border
         if self.reading:
-            return self.stored(index).decode(mode)[0]
-        with self.stored(index).open() as file:
-            return Image.open(file).convert(mode)
+            return encoded.decode(mode)[0]
+        with encoded.open() as file:
+            image = Image.open(file).convert(mode)
+        return image.crop((border, border, image.width - border, image.height - border)) if border else image
 
-
-def indexed(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Each different name once, in natural order, and (N,) indices of the names among them."""
-    class_names = tuple(natural_order(set(names)))
-    index = {name: i for i, name in enumerate(class_names)}
-    return class_names, np.array([index[name] for name in names], dtype=np.int64)
+    def select(self, places: np.ndarray) -> "Listing":
+        """Some images, in this order, of a listing that is whole."""
+        files = [self.files[i] for i in places]
+        return replace(self, files=files, labels=self.labels[places], sizes=self.sizes[places], places=places)
 
 
 def listing_of(split: OpenedSplit, reading: str, notes: Sequence[str] = ()) -> Listing:

@@ -33,12 +33,7 @@ def rank(logits: torch.Tensor, subset: Sequence[int] | None = None) -> tuple[np.
 
 
 def score(classes: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """The figures of a row, in percent: n, top1, top5, Wilson's 95% interval of top-1 and calibration error.
-
-    Args:
-        classes, confidence: of N images, from `rank`.
-        right: (N, K) classes that are right for each, NO_CLASS where there are fewer.
-    """
+    """Figures in percent of N images from `rank`, by their (N, K) right classes, NO_CLASS where there are fewer."""
     hits = (classes[:, :, None] == right[:, None, :]).any(axis=2)
     n, correct = len(hits), int(hits[:, 0].sum())
     top1, top5 = (100 * int(count) / n if n else math.nan for count in (correct, hits.any(axis=1).sum()))

@@ -41,10 +41,8 @@ def parse_weights(entries: Sequence[str], models: Sequence[str]) -> dict[str, st
     for entry in entries:
         model, separator, weights = entry.partition("=")
         if not separator or model not in models or not weights or model in out:
-            raise ValueError(
-                f"--weights {entry}: with several models each is MODEL=FILE, once for a model, MODEL one of "
-                f"{', '.join(models)}"
-            )
+            each = f"each is MODEL=FILE, once for a model, MODEL one of {', '.join(models)}"
+            raise ValueError(f"--weights {entry}: with several models {each}")
         out[model] = weights
     return out
 
@@ -59,10 +57,8 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
         elif name not in known:
             raise unknown_model(name, known)
         elif name not in weights and not is_model_pretrained(name):
-            raise ValueError(
-                f"the weights of {name} are not hosted yet: give them with --weights FILE (.safetensors or .pth), "
-                "a folder with config.json, or hf-hub:OWNER/NAME"
-            )
+            allowed = "--weights FILE (.safetensors or .pth), a folder with config.json, or hf-hub:OWNER/NAME"
+            raise ValueError(f"the weights of {name} are not hosted yet: give them with {allowed}")
         elif name in weights and not weights[name].startswith(SOURCES) and not Path(weights[name]).exists():
             raise ValueError(f"--weights: no file or folder {weights[name]!r}")
     if len(set(models)) < len(models):
@@ -72,13 +68,8 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
 def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     """The model in evaluation mode on the CPU, and its preprocessing by the rule of timm's validation script.
 
-    Args:
-        name: in timm's registry, or a source of its own such as 'hf-hub:OWNER/NAME'.
-        weights: a file, a folder, a source such as 'hf-hub:OWNER/NAME', or None for the hosted ones.
-        train_size: leave the test size and crop of the model's configuration out.
-
-    Raises:
-        ValueError: if the weights are not to be had, damaged, another model's or without a classifier.
+    Weights are a file, a folder, a source such as 'hf-hub:OWNER/NAME', which a name may be too, or None for the hosted
+    ones; ValueError if they are not to be had, damaged, another model's or without a classifier.
     """
     try:
         model, file, source, _ = arm_zoo.loading.load(name, weights)
@@ -95,15 +86,9 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         num_classes = model(torch.zeros(1, *config["input_size"])).shape[1]
     if not num_classes:
         raise ValueError(f"{name} with {source} has no classifier head: finetune it first")
-    return Candidate(
-        name=name,
-        model=model.eval(),
-        data_config=config,
-        num_classes=num_classes,
-        label_names=label_names(getattr(model, "pretrained_cfg", {}), num_classes),
-        weights=source,
-        weights_sha256=_sha256_of_tensors(model) if file is None else sha256_of(file),
-    )
+    names = label_names(getattr(model, "pretrained_cfg", {}), num_classes)
+    checksum = _sha256_of_tensors(model) if file is None else sha256_of(file)
+    return Candidate(name, model.eval(), config, num_classes, names, source, checksum)
 
 
 def _sha256_of_tensors(model: nn.Module) -> str:
@@ -117,9 +102,4 @@ def _sha256_of_tensors(model: nn.Module) -> str:
 
 def versions() -> dict[str, str]:
     """Of the packages that decide the numbers."""
-    return {
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "pillow": PIL.__version__,
-        "arm_zoo": arm_zoo.__version__,
-    }
+    return {package.__name__.lower(): package.__version__ for package in (torch, timm, PIL, arm_zoo)}

@@ -91,17 +91,14 @@ def open_requests(args: argparse.Namespace) -> list[Request]:
     locations = parse_sets(args.sets)
     choices = Choices(args.image_column, args.label_column, max_pixels=args.max_pixels, in_training=False)
     if choices != AS_USUAL and CUSTOM not in locations:
-        raise ValueError(
-            f"--image-column, --label-column and --max-pixels are for --sets {CUSTOM}=PATH, which is not asked for"
-        )
-    requests = [
-        Request(name, labels.open_set(name, locations[name], choices), name == "in1k" and REAL in locations)
-        for name in NAMES
-        if name in locations
-    ]
-    for request in requests:
-        if request.name != CUSTOM:
-            labels.label(request.name, request.listing).answers(request.real)
+        such = "--image-column, --label-column and --max-pixels"
+        raise ValueError(f"{such} are for --sets {CUSTOM}=PATH, which is not asked for")
+    requests = []
+    for name in [name for name in NAMES if name in locations]:
+        request = Request(name, labels.open_set(name, locations[name], choices), name == "in1k" and REAL in locations)
+        if name != CUSTOM:
+            labels.label(name, request.listing).answers(request.real)
+        requests.append(request)
     return requests
 
 
@@ -110,10 +107,8 @@ def start_processes(device: torch.device) -> PartialState:
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched but {state.num_processes} would take part on --device {device}; "
-            "launch them with torchrun or accelerate, on cpu or cuda"
-        )
+        part = f"{launched} processes were launched but {state.num_processes} would take part on --device {device}"
+        raise ValueError(f"{part}; launch them with torchrun or accelerate, on cpu or cuda")
     if launched == 1 and state.device.type == device.type:
         state.device = device
     return state

@@ -24,7 +24,7 @@ from eval.scoring.unfinished import Unfinished
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Heads = Sequence[Sequence[int] | None]
+Heads = Sequence[Sequence[int] | None]  # class subsets to rank, None for all classes
 Batch = tuple[list[int], torch.Tensor | None, dict[int, str]]
 
 
@@ -39,19 +39,12 @@ class Settings:
 
 
 class Images(Dataset[tuple[int, torch.Tensor | str]]):
-    """Images as the model takes them but for normalisation, in 8 bits; the reason instead where one is damaged.
-
-    ImageNet's sets are decoded as timm.data.ImageDataset does, custom ones as in training; resize and crop are the
-    model's own, which the recipes validate with too.
-    """
+    """Images as the model takes them but for normalisation, in 8 bits; the reason instead where one is damaged."""
 
     def __init__(self, listing: Listing, data_config: dict[str, Any]) -> None:
         self.listing = listing
         self.mode = "RGB" if data_config["input_size"][0] == 3 else "L"
         self.transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
-
-    def __len__(self) -> int:
-        return len(self.listing)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
         try:
@@ -74,13 +67,10 @@ def load_batches(
     listing: Listing, data_config: dict[str, Any], batches: Sequence[list[int]], workers: int, pin: bool
 ) -> Iterable[Batch]:
     """The images of each batch, in order."""
+    images, processes = Images(listing, data_config), min(workers, len(batches))
+    ahead = 4 if processes else None
     return DataLoader(
-        Images(listing, data_config),
-        batch_sampler=batches,
-        num_workers=min(workers, len(batches)),
-        collate_fn=collate,
-        pin_memory=pin,
-        prefetch_factor=4 if workers and batches else None,
+        images, batch_sampler=batches, num_workers=processes, collate_fn=collate, pin_memory=pin, prefetch_factor=ahead
     )
 
 
@@ -91,20 +81,15 @@ class Forward:
         if dtype == "fp32":  # else NVIDIA GPUs round the factors of convolutions to TF32
             torch.backends.cudnn.allow_tf32 = False
             torch.set_float32_matmul_precision("highest")
-        self.model = candidate.model.to(device)
-        self.device = device
-        self.dtype = DTYPES[dtype]
-        self.mean, self.std = (
-            torch.tensor([255 * x for x in candidate.data_config[name]], device=device).view(1, -1, 1, 1)
-            for name in ("mean", "std")
-        )
+        self.model, self.device, self.dtype = candidate.model.to(device), device, DTYPES[dtype]
+        scales = ([255 * x for x in candidate.data_config[name]] for name in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(scale, device=device).view(1, -1, 1, 1) for scale in scales)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         normalised = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits: torch.Tensor = self.model(normalised)
-        return logits
+            return self.model(normalised)
 
 
 def record_type(heads: Heads) -> np.dtype:
@@ -132,15 +117,9 @@ def predict(
     """Run the model over the images, divided among the processes; every process gets all predictions.
 
     Batches are cut from the one order of the listing and then dealt out, so that each has the same images
-    whatever the number of processes, and so do its logits.
+    whatever the number of processes, and so do its logits. Kept are records of an earlier run that died.
 
-    Args:
-        heads: class subsets to rank, None for all classes.
-        kept: records of an earlier run that died, of whole batches or parts of them.
-
-    Returns:
-        Records of all images in their order, of each undecodable one the reason, how many were computed now, and
-        seconds that it took.
+    Returns records of all images in order, reasons of undecodable ones, how many were computed now, and the seconds.
     """
     batches = cut(len(listing), settings)
     done = set(kept["index"].tolist())
@@ -175,10 +154,9 @@ def _records(batch: Batch, forward: Forward, heads: Heads) -> np.ndarray:
     records = np.zeros(len(indices) + len(bad), record_type(heads))
     records["index"] = [*indices, *bad]
     records["undecodable"][len(indices) :] = 1
+    good = records[: len(indices)]
     if images is not None:
         logits = forward(images)
         for h, subset in enumerate(heads):
-            classes, confidence = rank(logits, subset)
-            records["classes"][: len(indices), h] = classes
-            records["confidence"][: len(indices), h] = confidence
+            good["classes"][:, h], good["confidence"][:, h] = rank(logits, subset)
     return records

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from arm_zoo.images.listing import listed
-from eval import tables as results
+from eval import tables
 from eval.scoring import labels, models
 from eval.scoring.labels import LabelledSet
 from eval.scoring.listing import Listing
@@ -40,32 +39,26 @@ class Request:
 def label(request: Request, candidate: Candidate) -> LabelledSet:
     """The set with class indices of the model; ValueError if the model has other classes than the set."""
     if request.name != CUSTOM and candidate.num_classes != 1000:
-        raise ValueError(
-            f"{candidate.name} has {candidate.num_classes} classes, {request.name} is for models of ImageNet's 1000; "
-            f"score it on images of its own classes: --sets {CUSTOM}=PATH"
+        wrong = (
+            f"{candidate.name} has {candidate.num_classes} classes, {request.name} is for models of ImageNet's 1000"
         )
+        raise ValueError(f"{wrong}; score it on images of its own classes: --sets {CUSTOM}=PATH")
     return labels.label(request.name, request.listing, candidate.label_names, candidate.num_classes)
 
 
 def base_row(candidate: Candidate, labelled: LabelledSet, settings: Settings) -> Row:
     """What is known before scoring."""
-    config = candidate.data_config
-    images = len(labelled.listing)
+    config, images = candidate.data_config, len(labelled.listing)
+    weights = {"weights": candidate.weights, "weights_sha256": candidate.weights_sha256}
+    counts = {"images": images, "classes": len(np.unique(labelled.targets)), "batch_size": settings.batch_size}
     return {
-        "model": candidate.name,
-        "set": labelled.name,
+        **{"model": candidate.name, "set": labelled.name, "dtype": settings.dtype, **weights, **counts},
         "params_m": f"{sum(parameter.numel() for parameter in candidate.model.parameters()) / 1e6:.1f}",
-        "images": images,
-        "classes": len(np.unique(labelled.targets)),
         "limit": settings.limit if settings.limit is not None and settings.limit < images else "",
         "img_size": "x".join(map(str, config["input_size"][1:])),
         **{name: config[name] for name in ("crop_pct", "crop_mode", "interpolation")},
         **{name: " ".join(map(str, config[name])) for name in ("mean", "std")},
-        "dtype": settings.dtype,
-        "weights": candidate.weights,
-        "weights_sha256": candidate.weights_sha256,
         "listing_sha256": labelled.fingerprint(),
-        "batch_size": settings.batch_size,
         **models.versions(),
     }
 
@@ -113,10 +106,6 @@ class Scorer:
         self.output, self.settings, self.state = output, settings, state
         self.resume, self.recompute = resume, recompute
 
-    def from_main(self, value: Any) -> Any:
-        """What the main process has, for every process: only it reads and writes the table."""
-        return broadcast_object_list([value])[0]
-
     def say(self, row: Row, text: str, kind: str = "") -> None:
         if self.state.is_main_process:
             print(f"{kind}{row['model']}, {row['set']}: {text}", file=sys.stderr)
@@ -125,15 +114,16 @@ class Scorer:
         """The row of each set, computed now or found in the table; stderr says which, and the row's warnings."""
         known = {}
         if self.state.is_main_process and not self.recompute:
-            known = {results.key(row): row for row in results.read(self.output)}
+            known = {tables.key(row): row for row in tables.read(self.output)}
         for request, labelled in [(request, label(request, candidate)) for request in requests]:
             row = base_row(candidate, labelled, self.settings)
             wanted = [{**row, "set": name} for name in (request.name, *([REAL] if request.real else ()))]
-            found = self.from_main([known.get(results.key(row)) for row in wanted])
+            # only the main process reads and writes the table
+            found: list[Row | None] = broadcast_object_list([known.get(tables.key(row)) for row in wanted])
             computed = [] if all(found) else self.score(candidate, request, labelled, row)
             fresh = [new for new, old in zip(computed, found, strict=False) if not old]
             if fresh and self.state.is_main_process:
-                fresh = results.append(self.output, fresh)
+                fresh = tables.append(self.output, fresh)
             for old in found:
                 row = old or fresh.pop(0)
                 if old:
@@ -143,45 +133,29 @@ class Scorer:
                 yield row
 
     def score(self, candidate: Candidate, request: Request, labelled: LabelledSet, row: Row) -> list[Row]:
-        """The rows of one pass over the set.
-
-        Raises:
-            ValueError: if none of its images can be decoded.
-        """
+        """The rows of one pass over the set; raises ValueError if none of its images can be decoded."""
         # in1k's images are ranked among the classes of A and R, too
         heads = [labels.candidates(name) for name in (request.name, *(SUBSETS if request.name == "in1k" else ()))]
-        row = {**row, "device": device_name(self.state.device), "processes": self.state.num_processes}
+        device = self.state.device
+        cpu = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+        row = {**row, "device": name, "processes": self.state.num_processes}
         # what the row says of a pass holds for all of it
         way = [str(row[column]) for column in ("batch_size", "device", *models.versions())]
-        unfinished = Unfinished(self.output, results.key(row), way, record_type(heads))
-        kept = None
-        if self.state.is_main_process:
-            kept, said = unfinished.begin(self.resume)
-            if said:
-                self.say(row, said)
-        kept = self.from_main(kept)
-        records, undecodable, computed, seconds = predict(
-            candidate, request.listing, heads, self.settings, self.state, unfinished, kept
-        )
+        unfinished = Unfinished(self.output, tables.key(row), way, record_type(heads))
+        kept, said = unfinished.begin(self.resume) if self.state.is_main_process else (None, "")
+        if said:
+            self.say(row, said)
+        [kept] = broadcast_object_list([kept])
+        found = predict(candidate, request.listing, heads, self.settings, self.state, unfinished, kept)
+        records, undecodable, computed, seconds = found
         if self.state.is_main_process:
             unfinished.end()
             for index, reason in undecodable.items():
                 print(f"undecodable: {request.listing.describe(index)}: {reason}", file=sys.stderr)
         if len(undecodable) == len(records):
-            raise ValueError(
-                f"{row['model']}, {row['set']}: none of the {len(records)} images of {request.listing.location} that "
-                "were read could be decoded, so there is nothing to score"
-            )
-        row |= {
-            "undecodable": len(undecodable),
-            "seconds": f"{seconds:.1f}",
-            "img_per_s": f"{computed / seconds:.1f}",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+            images = f"none of the {len(records)} images of {request.listing.location} that were read"
+            raise ValueError(f"{row['model']}, {row['set']}: {images} could be decoded, so there is nothing to score")
+        row |= {"undecodable": len(undecodable), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        row |= {"seconds": f"{seconds:.1f}", "img_per_s": f"{computed / seconds:.1f}"}
         return make_rows(labelled, request.real, records, list(undecodable), row)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -8,47 +8,41 @@ from typing import Any
 FILE = Path(__file__).parent / "sets.csv"
 REAL = "real"  # the images of in1k by other labels
 CUSTOM = "custom"  # images of the user's own
-NUMBERS = "numbers"
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """A row of sets.csv.
 
-    Attributes:
-        name: in `--sets` and in the rows of results.
-        title: head of its column on the leaderboard; empty for sets that have none there.
-        card_name: what our model cards call it.
-        card_pattern: how other cards call it, in small letters; empty for none.
-        paper_column: of eval/board/paper/table3_robustness.csv; empty if the paper has no figures.
-        images, classes: their numbers; None where any number is right.
-        images_of: the set whose images it scores by other labels.
-        folder: of the release, with the class folders inside.
-        class_list: what the release calls its classes. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file of
-            timm's: the wnids of these indices, and images are ranked among them only. A .csv file in classes/: names
-            of its own, each for one or several of the 1000 classes, which are all right for its images; images
-            of other classes are left out.
-        border: pixels at each side of an image that are cut off first: of ObjectNet two, as its authors' loader does.
-        source: where it is got.
+    Its list of classes is what the release calls them. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file of
+    timm's: the wnids of these indices, and images are ranked among them only. A .csv file in classes/: names of its
+    own, each for one or several of the 1000 classes, which are all right for its images; others' are left out.
     """
 
-    name: str
-    title: str
-    card_name: str
-    card_pattern: str
-    paper_column: str
-    images: int | None
+    name: str  # in `--sets` and in the rows of results
+    title: str  # head of its column on the leaderboard; empty for sets that have none there
+    card_name: str  # what our model cards call it
+    card_pattern: str  # how other cards call it, in small letters; empty for none
+    paper_column: str  # of eval/board/paper/table3_robustness.csv; empty if the paper has no figures
+    images: int | None  # None where any number is right, as below
     classes: int | None
-    images_of: str
-    folder: str
+    images_of: str  # the set whose images it scores by other labels
+    folder: str  # of the release, with the class folders inside
     class_list: str
-    border: int
-    source: str
+    border: (
+        int  # pixels at each side of an image that are cut off first: of ObjectNet two, as its authors' loader does
+    )
+    source: str  # where it is got
 
     @property
     def is_subset(self) -> bool:
         """Whether it has some of the 1000 classes, and images are ranked among these only."""
         return self.class_list.endswith(".txt")
+
+    @property
+    def has_own_names(self) -> bool:
+        """Whether its release has other classes than ImageNet-1k."""
+        return self.class_list.endswith(".csv")
 
 
 def _record(row: dict[str, Any]) -> ImageSet:

@@ -1,8 +1,7 @@
 """ImageNet's sets: a folder tree, tars of one, WebDataset shards, parquet files, the Hub.
 
-Every source becomes a `Listing`; what the labels mean is for `eval.scoring.sets` to say. Trees and pixels are read
-exactly as timm reads them, which published scores are based on: timm's endings, the innermost folder as the class, a
-plain conversion of the pixels. Images of the user's own are for `eval.scoring.custom`.
+Trees and pixels are read exactly as timm reads them, which published scores are based on: timm's endings, the
+innermost folder as the class, a plain conversion of the pixels. Images of the user's own are for `custom`.
 """
 
 import glob
@@ -18,32 +17,29 @@ from timm.data import get_img_extensions
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.hub import load_split_from_hub
-from arm_zoo.images.listing import TAR_ENDINGS, SourceError, printable
+from arm_zoo.images.listing import TAR_ENDINGS, SourceError, natural_order, printable
 from arm_zoo.images.locate import Kind, Located
 from arm_zoo.images.shards import JSON_LABEL, TEXT_LABELS
 from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
-from eval.scoring.listing import Listing, indexed, listing_of, size_of
+from eval.scoring.listing import Listing, listing_of, size_of
 
 ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(\w+))?")
 SPLITS = ("validation", "val", "test")  # of a folder of parquet files, the first of these that is there is scored
 BY_NAME = Choices(by_name=True, in_training=False)
+ONE_KIND = "{}: expected one folder, or tar files only, or parquet files only"
 
 
 def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listing:
-    """The images at one location, or in several tars or parquet files of one set.
+    """The images at one location, or in several tars or parquet files of one set; raises `SourceError` if none are.
 
-    Args:
-        locations: folders, files, patterns such as 'val-*.tar', or one Hub id 'OWNER/NAME[@REVISION][:SPLIT]'.
-        folders: names of the folder in which the set's release keeps its class folders; looked for below the location.
-
-    Raises:
-        SourceError: for what is not there, not readable or has no images.
+    Locations are folders, files, patterns such as 'val-*.tar', or one Hub id 'OWNER/NAME[@REVISION][:SPLIT]'. Below
+    them the folder is looked for in which the set's release keeps its class folders.
     """
     location = printable(" ".join(locations))
-    if found := hub_id(locations):
-        return listing_of(open_split(Located(location, "hub"), "", BY_NAME, hub=load_split_from_hub(*found)), "")
+    if listing := open_hub(locations, BY_NAME, ""):
+        return listing
     patterns = [os.path.expanduser(item) for item in locations]  # not all shells do it after NAME=
     paths = [Path(path) for item in patterns for path in sorted(glob.glob(item)) or [item]]
     if missing := [path for path in paths if not path.exists()]:
@@ -53,41 +49,38 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
         paths = _files_of_folder(paths[0]) or paths
     if len(paths) == 1 and paths[0].is_dir():
         return _open_folder(location, paths[0], folders)
-    kind = _kind(location, paths)
-    tars = {path: read_members(path) for path in paths} if kind == "tars" else {}
-    if tars and not any(map(_are_samples, tars.values())):
-        return _open_tree(location, tars, folders)
+    kind: Kind = "parquet"
+    if not all(path.suffix.lower() == ".parquet" for path in paths):
+        if not all(path.is_file() and tarfile.is_tarfile(path) for path in paths):
+            raise SourceError(ONE_KIND.format(location))
+        kind = "tars"
+        tars = {path: read_members(path) for path in paths}
+        if not any(map(_are_samples, tars.values())):
+            tree: dict[str, Member] = {}
+            for tar, members in tars.items():
+                if twice := tree.keys() & members.keys():
+                    raise SourceError(f"{location}: {min(twice)} is there twice, the second time in {tar}")
+                tree |= members
+            return _open_tree(location, tree, folders)
     located = Located(location, kind, {"": list(map(str, paths))})
     return listing_of(open_split(located, "", BY_NAME), "")
 
 
-def hub_id(locations: Sequence[str]) -> tuple[str, str | None, str | None] | None:
-    """Id, revision and split of a data set on the Hub; None for files and folders, there or not."""
+def open_hub(locations: Sequence[str], choices: Choices, reading: str) -> Listing | None:
+    """The images of one data set on the Hub; None for files and folders, there or not."""
     found = HUB_ID.fullmatch(locations[0].removeprefix("hf://").removeprefix("datasets/"))
     if len(locations) > 1 or found is None or os.path.exists(locations[0]):
         return None
-    return found[1], found[2], found[3]
-
-
-def _kind(location: str, paths: Sequence[Path]) -> Kind:
-    if all(path.suffix.lower() == ".parquet" for path in paths):
-        return "parquet"
-    if all(path.is_file() and tarfile.is_tarfile(path) for path in paths):
-        return "tars"
-    raise SourceError(f"{location}: expected one folder, or tar files only, or parquet files only")
+    split = load_split_from_hub(found[1], found[2], found[3])
+    return listing_of(open_split(Located(locations[0], "hub"), "", choices, hub=split), reading)
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
     """Tars or parquet files of a folder that holds the set as such; empty for a tree of images."""
     tars = sorted(path for path in folder.iterdir() if path.name.endswith(TAR_ENDINGS))
-    if tars:
-        return tars
     files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    for split in SPLITS:
-        of_split = [path for path in files if re.split(r"[-.]", path.name)[0] == split]
-        if of_split:
-            return of_split
-    return files
+    of_splits = ([path for path in files if re.split(r"[-.]", path.name)[0] == split] for split in SPLITS)
+    return tars or next(filter(None, of_splits), files)
 
 
 def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
@@ -95,11 +88,10 @@ def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
         if (root / folder).is_dir():
             root = root / folder
     walk = os.walk(root, followlinks=True)
-    paths = [Path(parent, name).relative_to(root).as_posix() for parent, _, names in walk for name in names]
-    files = _images_below(paths, folders)
+    paths = [Path(parent, name) for parent, _, names in walk for name in names]
+    tree = {path.relative_to(root).as_posix(): str(path) for path in paths}
     own = Path(os.path.abspath(root)).name  # a single class folder is known by it
-    places = [str(root / file) for file in files]
-    return _by_folder(location, [f"{own}/{file}" for file in files], places, list(map(size_of, places)))
+    return _open_tree(location, tree, folders, above=f"{own}/")
 
 
 def _are_samples(members: Collection[str]) -> bool:
@@ -107,18 +99,6 @@ def _are_samples(members: Collection[str]) -> bool:
     endings = (*TEXT_LABELS, JSON_LABEL.partition(".")[0])
     keys = (split_key(file)[0] for file in _images_below(members, ()))
     return any(f"{key}.{ending}" in members for key in keys for ending in endings)
-
-
-def _open_tree(location: str, tars: Mapping[Path, Mapping[str, Member]], folders: Sequence[str]) -> Listing:
-    """The images of a tree that several tars share."""
-    tree: dict[str, Member] = {}
-    for tar, members in tars.items():
-        if twice := tree.keys() & members.keys():
-            raise SourceError(f"{location}: {min(twice)} is there twice, the second time in {tar}")
-        tree |= members
-    files = _images_below(tree, folders)
-    places = [tree[file] for file in files]
-    return _by_folder(location, files, places, [place.size for place in places])
 
 
 def _images_below(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
@@ -131,10 +111,14 @@ def _images_below(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
     return images
 
 
-def _by_folder(location: str, files: list[str], places: Sequence[str | Member], sizes: Sequence[int]) -> Listing:
-    """A listing of a tree whose innermost folders are the classes."""
-    if not files:
+def _open_tree(location: str, tree: Mapping[str, str | Member], folders: Sequence[str], above: str = "") -> Listing:
+    """The images of a tree, path -> place, whose innermost folders are the classes."""
+    places = {f"{above}{file}": tree[file] for file in _images_below(tree, folders)}
+    if not places:
         raise SourceError(f"no images ({', '.join(ENDINGS)}) in {location}")
-    class_names, labels = indexed([posixpath.basename(posixpath.dirname(file)) for file in files])
-    stored = [Encoded(place, -1, printable(file)) for place, file in zip(places, files, strict=True)]
-    return Listing(location, files, labels, class_names, "folders", stored.__getitem__, np.array(sizes))
+    names = [posixpath.basename(posixpath.dirname(file)) for file in places]
+    index = {name: i for i, name in enumerate(natural_order(set(names)))}
+    labels = np.array([index[name] for name in names], dtype=np.int64)
+    sizes = [place.size if isinstance(place, Member) else size_of(place) for place in places.values()]
+    stored = [Encoded(place, -1, printable(file)) for file, place in places.items()]
+    return Listing(location, list(places), labels, tuple(index), "folders", stored.__getitem__, np.array(sizes))

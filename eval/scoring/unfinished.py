@@ -8,26 +8,16 @@ import numpy as np
 
 
 class Unfinished:
-    """Each process appends records of one fixed size to its own file; a record cut short by the kill is left out.
-
-    Args:
-        output: the table that the rows will be in.
-        row: what the row measures.
-        way: what else must be the same for the rest of a pass to fit its beginning.
-        record: a prediction's dtype.
-    """
+    """Each process appends records of one fixed size to its own file; a record cut short by the kill is left out."""
 
     def __init__(self, output: Path, row: Sequence[str], way: Sequence[str], record: np.dtype) -> None:
+        """By what the row of the table measures, and what else must be the same for the rest of a pass to fit."""
         self._folder = Path(f"{output}.partial")
         self._row, rest = (hashlib.sha256("\t".join(part).encode()).hexdigest()[:16] for part in (row, way))
-        self._name = f"{self._row}-{rest}"
-        self._record = record
+        self._name, self._record = f"{self._row}-{rest}", record
 
     def begin(self, resume: bool) -> tuple[np.ndarray, str]:
-        """Whole records of a run that died, each image once, none unless they are resumed; and what to tell of it.
-
-        What cannot be used any more is deleted.
-        """
+        """Whole records of a run that died, each image once, if it is resumed, and what to tell; others are gone."""
         records, said = [np.zeros(0, self._record)], ""
         for file in sorted(self._folder.glob(f"{self._row}-*")):
             if file.name.startswith(f"{self._name}."):
@@ -52,7 +42,6 @@ class Unfinished:
             file.write(records.tobytes())
 
     def end(self) -> None:
-        """Delete what was kept."""
         for file in self._folder.glob(f"{self._name}.*"):
             file.unlink()
         if self._folder.is_dir() and not any(self._folder.iterdir()):

@@ -13,16 +13,13 @@ from eval.speed.timing import table, timed
 
 
 def measure(candidate: Candidate, listing: Listing, settings: Settings, state: PartialState) -> list[str]:
-    """A row of the table, from three passes over the images; the model alone sees one batch in memory again and again.
-
-    Starting the loader's processes is part of the time.
-    """
+    """A row of the table, from three passes over the images; starting the loader's processes is part of the time."""
     batches = cut(len(listing), settings)
-    pin = state.device.type == "cuda"
+    pin, config = state.device.type == "cuda", candidate.data_config
     forward = Forward(candidate, state.device, settings.dtype)
     example = None
     with timed(state.device) as loader:
-        for _, images, _ in load_batches(listing, candidate.data_config, batches, settings.workers, pin):
+        for _, images, _ in load_batches(listing, config, batches, settings.workers, pin):
             example = images if example is None else example
     if example is None:
         raise ValueError(f"no image of {listing.location} can be decoded")
@@ -32,7 +29,7 @@ def measure(candidate: Candidate, listing: Listing, settings: Settings, state: P
         for batch in batches:
             rank(forward(example[: len(batch)]))
     with timed(state.device) as both:
-        for _, images, _ in load_batches(listing, candidate.data_config, batches, settings.workers, pin):
+        for _, images, _ in load_batches(listing, config, batches, settings.workers, pin):
             if images is not None:
                 rank(forward(images))
     count = sum(map(len, batches))

@@ -21,11 +21,7 @@ STEPS_PER_READING = {"cpu": 1, "cuda": 10}
 
 @contextmanager
 def timed(device: str | torch.device) -> Iterator[Callable[[], float]]:
-    """Time a block with the kernels that it launches; it does not wait for them.
-
-    Yields:
-        A function that gives the seconds after the block, and waits for the GPU to have done its work.
-    """
+    """Time a block with the kernels that it launches; yields what waits for them after it, and gives the seconds."""
     if torch.device(device).type == "cuda":
         stream = torch.cuda.current_stream(device)
         first = stream.record_event(torch.cuda.Event(enable_timing=True))

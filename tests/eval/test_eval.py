@@ -30,8 +30,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 
 from eval import __main__ as program
-from eval import tables as results
-from eval import verify
+from eval import tables, verify
 from eval.scoring import metrics, models, sources
 from eval.scoring import predict as scoring
 
@@ -184,7 +183,7 @@ def run(world: World, output: Path, *words: str, weights: Path | None = None) ->
     """Rows after a run in this process."""
     options = ["--models", MODEL, "--weights", str(weights or world.weights), "--device", "cpu", "--workers", "0"]
     assert program.main([*options, "--output", str(output), *words]) == 0
-    return results.read(output)
+    return tables.read(output)
 
 
 def counts_of(row: dict[str, str]) -> tuple[int, int, int]:
@@ -235,7 +234,7 @@ def test_any_number_of_processes_counts_the_same(processes: int, world: World, t
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    rows = results.read(output)
+    rows = tables.read(output)
     check(rows, world)
     assert {row["processes"] for row in rows} == {str(processes)}
     assert result.stderr.count("warning: test_vit, in1k:") == 1
@@ -454,7 +453,7 @@ def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch
     monkeypatch.setattr(scoring.Forward, "__call__", dying)
     with pytest.raises(Killed):
         run(world, output, *words)
-    assert [row["set"] for row in results.read(output)] == ["in1k", "real"]
+    assert [row["set"] for row in tables.read(output)] == ["in1k", "real"]
     [partial] = (tmp_path / "results.csv.partial").glob("*.0")
     partial.write_bytes(partial.read_bytes()[:-7])
     calls.clear()
@@ -561,7 +560,7 @@ def test_clean_columns_come_in_any_order_of_runs(
     output = tmp_path / "results.csv"
     for name in order:
         run(world, output, "--sets", f"{name}={world.planted[name].path}", *resume)
-    rows = {row["set"]: row for row in results.read(output)}
+    rows = {row["set"]: row for row in tables.read(output)}
     assert len(rows) == 3
     for name in ("a", "r"):
         n, top1, top5 = (float(rows[name][f"clean200_{name}_{what}"]) for what in ("n", "top1", "top5"))
@@ -573,7 +572,7 @@ def test_clean_columns_are_of_the_same_measurement(world: World, tmp_path: Path)
     output = tmp_path / "results.csv"
     run(world, output, "--sets", f"a={world.planted['a'].path}")
     run(world, output, "--sets", f"in1k={world.planted['in1k'].path}", "--dtype", "bf16")
-    assert results.read(output)[0]["clean200_a_n"] == ""
+    assert tables.read(output)[0]["clean200_a_n"] == ""
 
 
 def test_limit_spreads_over_the_set_and_marks_the_row(world: World, tmp_path: Path) -> None:
@@ -616,7 +615,7 @@ def test_custom_pictures_go_by_the_models_own_names(tmp_path: Path) -> None:
     output = tmp_path / "results.csv"
     options = ["--models", MODEL, "--weights", str(save), "--device", "cpu", "--workers", "0"]
     assert program.main([*options, "--sets", f"custom={tmp_path / 'pictures'}", "--output", str(output)]) == 0
-    [row] = results.read(output)
+    [row] = tables.read(output)
     assert counts_of(row)[:2] == (8, sum(answers))
     assert float(row["top5"]) == 100  # of four classes
     assert row["warnings"] == ""

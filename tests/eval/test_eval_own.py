@@ -29,7 +29,7 @@ from arm_zoo.images.hub import split_to_score
 from arm_zoo.images.listing import IMAGE_ENDINGS
 from arm_zoo.weights.table import bundled_file
 from eval import __main__ as program
-from eval import tables as results
+from eval import tables
 from eval.scoring import labels, models
 from eval.scoring import predict as scoring
 from eval.scoring.custom import AS_USUAL
@@ -66,7 +66,7 @@ def run(output: Path, *words: str, models: Sequence[str] = (PICO,)) -> list[dict
     """Rows after a run."""
     options = ["--models", *models, "--device", "cpu", "--workers", "0", "--output", str(output)]
     assert program.main([*options, *words]) == 0
-    return results.read(output)
+    return tables.read(output)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from timm.data import ImageNetInfo
 
 from eval import __main__ as program
-from eval import tables as results
+from eval import tables
 from eval.scoring import labels, metrics, sets
 from eval.scoring.options import guarded
 
@@ -354,29 +354,29 @@ def test_output_is_checked_before_anything_is_scored(tmp_path: Path, capsys: pyt
 
 def test_columns_of_other_people_stay(tmp_path: Path) -> None:
     output = tmp_path / "results.csv"
-    results.append(output, [{"model": "first"}])
+    tables.append(output, [{"model": "first"}])
     head, row = output.read_text().splitlines()
     output.write_text(f"{head},comment\n{row},keep me\n")
-    results.append(output, [{"model": "second"}])
-    assert [(row["model"], row["comment"]) for row in results.read(output)] == [("first", "keep me"), ("second", "")]
+    tables.append(output, [{"model": "second"}])
+    assert [(row["model"], row["comment"]) for row in tables.read(output)] == [("first", "keep me"), ("second", "")]
 
 
 def test_columns_of_older_versions_have_their_new_names(tmp_path: Path) -> None:
     output = tmp_path / "results.csv"
-    results.append(output, [{"model": "first", "warnings": "odd", "images": 7}])
+    tables.append(output, [{"model": "first", "warnings": "odd", "images": 7}])
     head, *rows = output.read_text().splitlines()
     old = head.replace("warnings", "marks").replace("images", "pictures")
     output.write_text("\n".join(["\ufeff" + old, "", *rows]))  # as Excel writes it, with an empty line
-    results.append(output, [{"model": "second"}])
+    tables.append(output, [{"model": "second"}])
     assert output.read_text().startswith(head + "\n")
-    assert [(row["warnings"], row["images"]) for row in results.read(output)] == [("odd", "7"), ("", "")]
+    assert [(row["warnings"], row["images"]) for row in tables.read(output)] == [("odd", "7"), ("", "")]
 
 
 def test_rows_are_appended_whole(tmp_path: Path) -> None:
     output = tmp_path / "results.csv"
     for i in range(3):
-        results.append(output, [{"model": f'm{i}, "quoted"', "set": "in1k", "n": i}])
-    assert [row["model"] for row in results.read(output)] == [f'm{i}, "quoted"' for i in range(3)]
+        tables.append(output, [{"model": f'm{i}, "quoted"', "set": "in1k", "n": i}])
+    assert [row["model"] for row in tables.read(output)] == [f'm{i}, "quoted"' for i in range(3)]
     before = output.read_bytes()
 
     class Broken:
@@ -384,7 +384,7 @@ def test_rows_are_appended_whole(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        results.append(output, [{"model": Broken()}])
+        tables.append(output, [{"model": Broken()}])
     assert output.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["results.csv"]
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from eval import leaderboard
-from eval import tables as results
+from eval import leaderboard, tables
 from eval.board import chart, entries
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
@@ -120,7 +119,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 def measured_row(**values: Any) -> dict[str, Any]:
-    row = dict.fromkeys(results.COLUMNS, "")
+    row = dict.fromkeys(tables.COLUMNS, "")
     row |= {"model": "arm_base_patch16_224", "set": "in1k", "n": 50_000, "top1": "83.1234", "top5": "96.0000"}
     row |= {"top1_low": "82.7900", "top1_high": "83.4500", "weights": "w.safetensors", "weights_sha256": "ab" * 32}
     row |= {"img_size": "224x224", "crop_pct": 0.875, "crop_mode": "squash", "interpolation": "bicubic"}
@@ -141,7 +140,7 @@ def made(tmp_path: Path, repo: Path) -> Path:
         measured_row(model="columnless", set="v2-top-images"),
         measured_row(model="<script>alert(1)</script>", top1="50.0000", weights_sha256="cd" * 32),
     ]
-    results.append(tmp_path / "results.csv", rows)
+    tables.append(tmp_path / "results.csv", rows)
     with (tmp_path / "throughput.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, entries.SPEED_COLUMNS)
         writer.writeheader()
@@ -175,7 +174,7 @@ def test_the_repositorys_files_are_current() -> None:
 
 def test_papers_tables_are_whole_and_marked(repo: Path) -> None:
     for file in (repo / "eval" / "board" / "paper").glob("*.csv"):
-        rows = results.read(file, ())
+        rows = tables.read(file, ())
         assert {row["kind"] for row in rows} == {"reported"}
         assert {row["source"] for row in rows} == {f"arXiv:2406.07537 table {file.name[5]}"}
     by_name = {(e.model, e.img_size): e for e in entries.reported_entries(repo / "eval" / "board" / "paper")}
@@ -191,7 +190,7 @@ def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
     if not folder.is_dir():
         pytest.skip("no tables to compare with: ../shared/spec/tables is not there")
     for file in folder.glob("*.csv"):
-        theirs, ours = results.read(file, ()), results.read(repo / "eval" / "board" / "paper" / file.name, ())
+        theirs, ours = tables.read(file, ()), tables.read(repo / "eval" / "board" / "paper" / file.name, ())
         for row, own in zip(theirs, ours, strict=True):
             assert {key: own[key] for key in row if key != "note"} == {k: v for k, v in row.items() if k != "note"}
 

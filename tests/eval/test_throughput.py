@@ -10,8 +10,7 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.ops import backends
-from eval import scan, throughput
-from eval import tables as results
+from eval import scan, tables, throughput
 from eval.speed import timing
 
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
@@ -162,7 +161,7 @@ def test_output_of_something_else_is_left_alone(
     file = tmp_path / name
     file.write_text(text)
     if message is None:
-        results.check_output(file, throughput.COLUMNS)
+        tables.check_output(file, throughput.COLUMNS)
     else:
         assert message in refusal(capsys, "--output", str(file), "--device", "cpu")
     assert file.read_text() == text
@@ -173,9 +172,9 @@ def test_rows_are_added(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"speed.{suffix}"
     for batch_size in ("1", "2"):
         throughput.main(["--models", "test_vit", *TINY, "--batch-size", batch_size, "--output", str(file)])
-        results.check_output(file, throughput.COLUMNS)  # which takes what it wrote itself
+        tables.check_output(file, throughput.COLUMNS)  # which takes what it wrote itself
     if suffix == "csv":
-        rows: list[results.Row] = list(csv.DictReader(file.read_text().splitlines()))
+        rows: list[tables.Row] = list(csv.DictReader(file.read_text().splitlines()))
     else:
         rows = json.loads(file.read_text())
     assert [str(row["batch_size"]) for row in rows] == ["1", "2"]
