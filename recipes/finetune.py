@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that mist
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from arm_zoo.files import CheckpointError, described_by_folder, read_config, wei
 from arm_zoo.loading import label_names
 from arm_zoo.weights.download import find_weights
 from arm_zoo.weights.table import ways_on
+from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
 from recipes.data.loader import Batch
@@ -137,3 +139,6 @@ def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:
         say(f"{damaged} damaged image{'s were' if damaged > 1 else ' was'} left out; the log names what and why")
     say(f"  classify an image: python -m arm_zoo predict IMAGE --model {shlex.quote(folder)}")
     say(f'  load it in Python: timm.create_model("local-dir:{folder}", pretrained=True), after import arm_zoo, timm')
+
+
+main = partial(command_line.main, "finetune")

@@ -9,6 +9,9 @@ if __name__ == "__main__":  # before the imports that take seconds, so that mist
     command_line.main("pretrain")
     raise SystemExit
 
+from functools import partial
+
+from recipes import command_line
 from recipes.command_line import say
 from recipes.config import PretrainConfig
 from recipes.objectives import AUTOREGRESSIVE, Trained
@@ -27,3 +30,6 @@ def pretrain(
 def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:
     folder = pretrain(config, resume=resume, stop=stop).folder
     say(f"wrote {folder} and {folder.with_name(BACKBONE)}; finetune it with pretrained={folder}")
+
+
+main = partial(command_line.main, "pretrain")
