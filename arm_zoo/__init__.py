@@ -9,7 +9,7 @@ from arm_zoo.pretraining._registry import create_pretraining_model
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.adapt import from_official
 from arm_zoo.weights.download import DownloadError
-from arm_zoo.weights.names import to_official
+from arm_zoo.weights.tensor_names import to_official
 
 __version__ = "0.1.0"
 

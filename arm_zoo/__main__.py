@@ -33,7 +33,7 @@ from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.download import find_weights
-from arm_zoo.weights.table import TABLE, bundled_entries, training_commands
+from arm_zoo.weights.hosted import TABLE, bundled_entries, training_commands
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 

@@ -21,7 +21,7 @@ from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining._registry import OBJECTIVES
 from arm_zoo.weights.adapt import adapt_state_dict, grid_of, refuse_foreign_head, sincos_grid
-from arm_zoo.weights.names import is_official, under_our_names
+from arm_zoo.weights.tensor_names import is_official, under_our_names
 
 # What no model comes near to: a file that says more would only fill the memory.
 MAX_DEPTH = 512

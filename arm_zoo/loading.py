@@ -22,8 +22,8 @@ from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.adapt import adapt_state_dict
 from arm_zoo.weights.download import download, hub_repository
+from arm_zoo.weights.hosted import known_sha256
 from arm_zoo.weights.reading import read_checkpoint
-from arm_zoo.weights.table import known_sha256
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 

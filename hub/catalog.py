@@ -1,6 +1,6 @@
 """What is known about the weights of each entry beside where they are: the paper's name, source, licence, figures.
 
-`arm_zoo.weights.table` has what loading needs. Figures *reported* are the paper's and those *measured* are our own;
+`arm_zoo.weights.hosted` has what loading needs. Figures *reported* are the paper's and those *measured* are our own;
 both are read from the tables in eval/, where the evaluator and the leaderboard keep them.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from arm_zoo.weights.table import TABLE
+from arm_zoo.weights.hosted import TABLE
 from hub.folders import UsageError
 
 EVALUATION = Path(__file__).parent.parent / "eval"

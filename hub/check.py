@@ -12,7 +12,7 @@ from arm_zoo.loading import from_pretrained
 from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights.download import download
-from arm_zoo.weights.table import TABLE, repository_of
+from arm_zoo.weights.hosted import TABLE, repository_of
 from hub.convert import answers
 from hub.folders import GOLDEN, TOLERANCE, check_complete, read_header, relative_error
 
@@ -31,7 +31,7 @@ def check(folders: Sequence[Path] = ()) -> Iterator[str]:
             continue
         try:
             if weights.sha256 is None:
-                raise CheckpointError("arm_zoo/weights/table.py has no sha256 of it")
+                raise CheckpointError("arm_zoo/weights/hosted.py has no sha256 of it")
             if weights.where == "bundled":
                 golden_file = BUNDLED_GOLDEN / f"{entry}.safetensors"
                 yield f"{entry}: ok, bundled, {_meet(golden_file, from_pretrained(entry), weights.sha256)}"

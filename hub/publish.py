@@ -81,7 +81,7 @@ def publish(
                 commit = _upload(api, staged, cache, repo, remote, uploads, tag, private)
             yield f"uploaded as {commit}, tagged {tag}, fetched back and compared"
             row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{tag}", "{repo}")'
-            yield f'for arm_zoo/weights/table.py: "{read_config(staged)["architecture"]}.TAG": {row}'
+            yield f'for arm_zoo/weights/hosted.py: "{read_config(staged)["architecture"]}.TAG": {row}'
 
 
 @contextmanager

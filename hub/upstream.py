@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import HfApi
 
 from arm_zoo.identify import find_variant
-from arm_zoo.weights.table import TABLE, training_commands
+from arm_zoo.weights.hosted import TABLE, training_commands
 from hub.catalog import AUTHORS_REPOSITORY, CATALOG, RESULTS, Entry, measured, reported, state
 from hub.publish import explained
 

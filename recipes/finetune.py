@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from arm_zoo.files import CheckpointError, described_by_folder, read_config, weights_in
 from arm_zoo.loading import label_names
 from arm_zoo.weights.download import find_weights
-from arm_zoo.weights.table import ways_on
+from arm_zoo.weights.hosted import ways_on
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig

@@ -23,7 +23,7 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 RANKS = (
     ("files", "ops/layout"),
     ("images", "ops"),
-    ("layers", "pretraining/targets", "weights/names", "weights/reading", "weights/table"),
+    ("layers", "pretraining/targets", "weights/hosted", "weights/reading", "weights/tensor_names"),
     ("weights",),
     ("models/_builder",),
     ("models", "pretraining"),

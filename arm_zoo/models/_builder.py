@@ -25,8 +25,8 @@ from torch import nn
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.layers.tables import TableModel
 from arm_zoo.weights.download import download, find_weights
+from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, ways_on
 from arm_zoo.weights.reading import read_checkpoint
-from arm_zoo.weights.table import TABLE, bundled_file, repository_of, ways_on
 
 Adapt = Callable[[StateDict, Any], StateDict]  # a checkpoint and a model -> the state dict for it
 

@@ -23,7 +23,7 @@ from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Size, check_positive
 from arm_zoo.models._builder import Backbone, entry_configs, register_family
 from arm_zoo.weights.adapt import adapt_state_dict, resample_pos_embed
-from arm_zoo.weights.table import BUNDLED_FOLDER
+from arm_zoo.weights.hosted import BUNDLED_FOLDER
 
 GlobalPool = Literal["avg", "token", ""]
 

@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from arm_zoo.files import CheckpointError, StateDict
-from arm_zoo.weights.names import is_official, is_stacked, under_our_names
+from arm_zoo.weights.tensor_names import is_official, is_stacked, under_our_names
 
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:

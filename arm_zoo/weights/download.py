@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.weights.table import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of
+from arm_zoo.weights.hosted import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of
 
 _logger = logging.getLogger(__name__)
 _TRIES = 3

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import arm_zoo
 from arm_zoo.__main__ import main
-from arm_zoo.weights.names import to_official
+from arm_zoo.weights.tensor_names import to_official
 
 TINY, PICO = "arm_tiny_patch16_224", "arm_pico_patch2_8"
 SMALL: dict[str, Any] = {"depth": 2, "img_size": 32}

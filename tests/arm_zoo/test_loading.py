@@ -31,8 +31,8 @@ from arm_zoo.files import sha256_of
 from arm_zoo.identify import _sizes_of_entries
 from arm_zoo.loading import architecture_of, label_names, load
 from arm_zoo.models._builder import ARCHITECTURES
-from arm_zoo.weights import table
-from arm_zoo.weights.table import Weights
+from arm_zoo.weights import hosted as table
+from arm_zoo.weights.hosted import Weights
 from hub.__main__ import main as hub_command
 from recipes.data.sources import open_digits
 from tests.helpers import hub_server

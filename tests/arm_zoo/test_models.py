@@ -34,7 +34,7 @@ from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.models.arm import ARM
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
-from arm_zoo.weights.table import bundled_file
+from arm_zoo.weights.hosted import bundled_file
 from tests.arm_zoo.test_scan import Recorder
 from tests.helpers.golden import golden_cases, in_both_sets
 

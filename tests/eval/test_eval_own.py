@@ -27,7 +27,7 @@ from timm.data import ImageNetInfo, resolve_model_data_config
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.hub import split_to_score
 from arm_zoo.images.listing import IMAGE_ENDINGS
-from arm_zoo.weights.table import bundled_file
+from arm_zoo.weights.hosted import bundled_file
 from eval import __main__ as program
 from eval import tables
 from eval.scoring import labels, models

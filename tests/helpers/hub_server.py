@@ -366,7 +366,7 @@ for line in sys.stdin:
     os.environ.pop("ARM_ZOO_HUB_ORG", None)
     os.environ.update(task.get("environment", {}))
     for name, row in task.get("table", {}).items():
-        arm_zoo.weights.table.TABLE[name] = arm_zoo.weights.table.Weights(**row)
+        arm_zoo.weights.hosted.TABLE[name] = arm_zoo.weights.hosted.Weights(**row)
     file_download.http_get = full_disk if task.get("full") else http_get
     if task.get("nobody") and os.geteuid() == 0:
         os.seteuid(65534)

@@ -39,9 +39,9 @@ import arm_zoo
 from arm_zoo import to_official
 from arm_zoo.files import CheckpointError, sha256_of
 from arm_zoo.identify import find_variant
-from arm_zoo.weights import table
+from arm_zoo.weights import hosted as table
+from arm_zoo.weights.hosted import TABLE, training_commands
 from arm_zoo.weights.reading import Choice, read_checkpoint
-from arm_zoo.weights.table import TABLE, training_commands
 from hub.__main__ import main
 from hub.card import BEGIN, END, write_card
 from hub.catalog import CATALOG, candidates, measured, reported, state
