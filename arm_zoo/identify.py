@@ -20,7 +20,7 @@ from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining._registry import OBJECTIVES
-from arm_zoo.weights.adapt import adapt_state_dict, grid_of, refuse_foreign_head, sincos_grid
+from arm_zoo.weights.adapt import grid_of, refuse_foreign_head, sincos_grid
 from arm_zoo.weights.tensor_names import is_official, under_our_names
 
 # What no model comes near to: a file that says more would only fill the memory.
@@ -57,7 +57,8 @@ class Variant:
 
     def load(self, state_dict: Mapping[str, torch.Tensor]) -> Any:
         """The model in evaluation mode with the weights, which are compared before memory is taken for the model."""
-        adapted = adapt_state_dict(state_dict, self.create(device="meta"), timm_adapts=False)
+        row = ARCHITECTURES[self.architecture] if self.objective is None else OBJECTIVES[self.objective]
+        adapted = row.adapt(dict(state_dict), self.create(device="meta"), False)
         model = self.create()
         model.load_state_dict(adapted)
         return model.eval()

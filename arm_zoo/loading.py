@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import timm
 import torch
@@ -16,11 +16,8 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 from arm_zoo import files
 from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
 from arm_zoo.identify import MAX_DEPTH, find_variant
-from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
-from arm_zoo.models.arm import ARM
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
-from arm_zoo.pretraining.autoregressive import ARMPretrain
-from arm_zoo.weights.adapt import adapt_state_dict
+from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Adapt, Backbone
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
 from arm_zoo.weights.download import download, hub_repository
 from arm_zoo.weights.hosted import known_sha256
 from arm_zoo.weights.reading import read_checkpoint
@@ -74,7 +71,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     **kwargs: Any,
-) -> ARM | ARMPretrain:
+) -> Backbone | PretrainingModel:
     """A model of ours with its weights: a backbone, or the pretraining model where the weights are of one.
 
     Args:
@@ -88,7 +85,7 @@ def from_pretrained(
         kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
 
     Returns:
-        `ARM` or `ARMPretrain`, in training mode like what timm.create_model gives; `.eval()` is the caller's.
+        The model, in training mode like what timm.create_model gives; `.eval()` is the caller's.
 
     Raises:
         CheckpointError: if the weights are not hosted, cannot be fetched or read, or are another model's.
@@ -99,7 +96,8 @@ def from_pretrained(
     if is_repository and not str(source).endswith((".safetensors", ".pth")):
         source = f"hf-hub:{source}"
     loader = _Loader(as_backbone, revision, cache_dir, token, kwargs, timms_too=False)
-    return cast(ARM | ARMPretrain, loader.load(source).model)
+    model: Backbone | PretrainingModel = loader.load(source).model
+    return model
 
 
 def unknown_model(name: str, known: Collection[str]) -> ValueError:
@@ -234,10 +232,10 @@ class _Loader:
             if objective not in [*OBJECTIVES]:
                 said = f"{folder / CONFIG} names the objective {_short(objective)}"
                 raise CheckpointError(f"{said}; expected one of {', '.join(OBJECTIVES)}")
-            model_class = OBJECTIVES[objective].model_class
+            model_class, adapt = OBJECTIVES[objective].model_class, OBJECTIVES[objective].adapt
             _check_table(own, get_type_hints(model_class.__init__), "pretraining_model", folder)
             tensors = read_checkpoint(file)
-            _check_description(file, tensors, model_class, own)
+            _check_description(file, tensors, adapt, model_class, own)
             return Loaded(self.pretraining_model(objective, own, file, tensors), file, "", config)
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
             return Loaded(self.from_file(file), file, "", config)
@@ -246,13 +244,14 @@ class _Loader:
             advice = f"timm.create_model('{name}', pretrained=True) takes timm's own"
             raise CheckpointError(f"{said}, which is no model of arm_zoo; {advice}")
         _check_architecture(config, wanted, folder)
-        backbone_class = ARCHITECTURES[architecture_of(config["architecture"])].model_class
-        _check_table(config.get("model_args", {}), get_type_hints(backbone_class.__init__), "model_args", folder)
+        architecture = ARCHITECTURES[architecture_of(config["architecture"])]
+        types = get_type_hints(architecture.model_class.__init__)
+        _check_table(config.get("model_args", {}), types, "model_args", folder)
         _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
         above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
         _check_table(above, _PRETRAINED_CFG, "its first level", folder)
         tensors = read_checkpoint(file)
-        _check_description(file, tensors, timm.create_model, {"model_name": name})
+        _check_description(file, tensors, architecture.adapt, timm.create_model, {"model_name": name})
         overlay = {**(self.kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": tensors}
         arguments = {**self.kwargs, "pretrained_cfg_overlay": overlay}
         return Loaded(timm.create_model(name, pretrained=True, **arguments), file, "", config)
@@ -298,7 +297,7 @@ class _Loader:
             model = model_class(**{**saved, **self.kwargs})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
-        model.load_state_dict(adapt_state_dict(tensors, model))
+        model.load_state_dict(OBJECTIVES[objective].adapt(tensors, model, True))
         return model
 
 
@@ -345,7 +344,9 @@ def _is_a(value: Any, wanted: Any) -> bool:
     return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
 
 
-def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def _check_description(
+    file: Path, tensors: StateDict, adapt: Adapt, build: Callable[..., Any], arguments: dict[str, Any]
+) -> None:
     """Compare what config.json describes with the weights beside it before memory is taken for it.
 
     The model is built on the meta device, where it costs nothing, and without the arguments of the caller.
@@ -353,13 +354,14 @@ def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any]
     config = file.parent / CONFIG
     try:
         model = build(**arguments, device="meta")
-        adapt_state_dict({name: value.to("meta") for name, value in tensors.items()}, model, timm_adapts=False)
+        adapt({name: value.to("meta") for name, value in tensors.items()}, model, False)
     except CheckpointError:
         raise
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
-    patches, rows = model.patch_embed.num_patches, tensors["pos_embed"].shape[1:2]
+    patches = model.patch_embed.num_patches
+    rows = tensors["pos_embed"].shape[1:2] if "pos_embed" in tensors else ()
     if rows and rows[0] not in (patches, patches + 1):
         said = f"{config} describes {patches} patches, but {file.name} beside it"
         raise CheckpointError(

@@ -28,14 +28,15 @@ from arm_zoo.weights.download import download, find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, ways_on
 from arm_zoo.weights.reading import read_checkpoint
 
-Adapt = Callable[[StateDict, Any], StateDict]  # a checkpoint and a model -> the state dict for it
+# a checkpoint, a model, and whether timm's loader runs next -> the state dict for the model
+Adapt = Callable[[StateDict, Any, bool], StateDict]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A registered model: its class, the arguments that make it, and what fits a checkpoint to such a model."""
 
-    model_class: type[nn.Module]
+    model_class: "type[Backbone]"
     arguments: Mapping[str, Any]
     adapt: Adapt
 
@@ -51,7 +52,7 @@ SHORT_NAMES: dict[str, str] = {}  # to the long ones
 
 
 def register_family(
-    model_class: type[nn.Module], table: Mapping[str, Mapping[str, Any]], adapt: Adapt, short_names: Mapping[str, str]
+    model_class: "type[Backbone]", table: Mapping[str, Mapping[str, Any]], adapt: Adapt, short_names: Mapping[str, str]
 ) -> None:
     """Register a family, whose module has timm's `default_cfgs`; `adapt` compares names and shapes of checkpoints."""
     for name, arguments in table.items():
@@ -126,7 +127,7 @@ def _adapt(state_dict: StateDict, model: Any, adapt: Adapt, described: str | Non
     head = cfg["classifier"]
     if f"{head}.weight" not in state_dict:  # the model keeps its own, which a strict loader wants to see
         own = {f"{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
-        return own | adapt(state_dict, model)
+        return own | adapt(state_dict, model, True)
     classes = len(state_dict[f"{head}.weight"])
     if described is not None and cfg["num_classes"] == model.num_classes != classes:
         raise CheckpointError(
@@ -134,7 +135,7 @@ def _adapt(state_dict: StateDict, model: Any, adapt: Adapt, described: str | Non
             "the two files do not belong together; num_classes=... makes a head of your own"
         )
     cfg["num_classes"] = classes
-    return adapt(state_dict, model)
+    return adapt(state_dict, model, True)
 
 
 def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:

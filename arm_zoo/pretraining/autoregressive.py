@@ -16,14 +16,15 @@ from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple
-from arm_zoo.layers.tables import TableModel
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
+from arm_zoo.weights.adapt import adapt_state_dict
 
 _TAPS = 4
 
 
-class ARMPretrain(TableModel):
+class ARMPretrain(PretrainingModel):
     """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
     order: Tensor
@@ -151,9 +152,10 @@ class ARMPretrain(TableModel):
         """Those of all clusters but the first, in cluster order."""
         return patches[:, self.order[self.cluster_tokens :]]
 
-    def hub_config(self) -> dict[str, Any]:
-        """The content of config.json: the objective, and the arguments that make this model."""
-        return {"objective": "autoregressive", "pretraining_model": self.config}
+    def answers(self, images: Tensor) -> dict[str, Tensor]:
+        """The decoder's latents, and the predictions."""
+        features = self.forward_encoder(images)
+        return {"features": features, "prediction": self.forward_decoder(features)}
 
 
 def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_dim: int) -> None:
@@ -171,3 +173,18 @@ def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_d
             f"decoder_dim must be a multiple of {HEAD_DIM} (the size of a head), got {decoder_dim}; "
             f"for example {nearest_multiple(decoder_dim, HEAD_DIM)}"
         )
+
+
+_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
+OBJECTIVES["autoregressive"] = Objective(
+    ARMPretrain,
+    {
+        "arm_pico": _PICO,
+        "arm_tiny": {"embed_dim": 192, "depth": 12},
+        "arm_small": {"embed_dim": 384, "depth": 12},
+        "arm_base": {"embed_dim": 768, "depth": 12},
+        "arm_large": {"embed_dim": 1024, "depth": 24},
+        "arm_huge": {"embed_dim": 1536, "depth": 24},
+    },
+    adapt_state_dict,
+)
