@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 from arm_zoo import files
 from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
 from arm_zoo.identify import MAX_DEPTH, find_variant
-from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Adapt, Backbone
+from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
 from arm_zoo.weights.download import download, hub_repository
 from arm_zoo.weights.hosted import known_sha256
@@ -232,10 +232,10 @@ class _Loader:
             if objective not in [*OBJECTIVES]:
                 said = f"{folder / CONFIG} names the objective {_short(objective)}"
                 raise CheckpointError(f"{said}; expected one of {', '.join(OBJECTIVES)}")
-            model_class, adapt = OBJECTIVES[objective].model_class, OBJECTIVES[objective].adapt
+            model_class = OBJECTIVES[objective].model_class
             _check_table(own, get_type_hints(model_class.__init__), "pretraining_model", folder)
             tensors = read_checkpoint(file)
-            _check_description(file, tensors, adapt, model_class, own)
+            _check_description(file, tensors, model_class, own)
             return Loaded(self.pretraining_model(objective, own, file, tensors), file, "", config)
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
             return Loaded(self.from_file(file), file, "", config)
@@ -244,14 +244,13 @@ class _Loader:
             advice = f"timm.create_model('{name}', pretrained=True) takes timm's own"
             raise CheckpointError(f"{said}, which is no model of arm_zoo; {advice}")
         _check_architecture(config, wanted, folder)
-        architecture = ARCHITECTURES[architecture_of(config["architecture"])]
-        types = get_type_hints(architecture.model_class.__init__)
-        _check_table(config.get("model_args", {}), types, "model_args", folder)
+        backbone_class = ARCHITECTURES[architecture_of(config["architecture"])].model_class
+        _check_table(config.get("model_args", {}), get_type_hints(backbone_class.__init__), "model_args", folder)
         _check_table(config.get("pretrained_cfg"), _PRETRAINED_CFG, "pretrained_cfg", folder)
         above = {key: config[key] for key in ("num_classes", *_NAMES_OF_CLASSES) if key in config}
         _check_table(above, _PRETRAINED_CFG, "its first level", folder)
         tensors = read_checkpoint(file)
-        _check_description(file, tensors, architecture.adapt, timm.create_model, {"model_name": name})
+        _check_description(file, tensors, timm.create_model, {"model_name": name})
         overlay = {**(self.kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": tensors}
         arguments = {**self.kwargs, "pretrained_cfg_overlay": overlay}
         return Loaded(timm.create_model(name, pretrained=True, **arguments), file, "", config)
@@ -297,7 +296,7 @@ class _Loader:
             model = model_class(**{**saved, **self.kwargs})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
-        model.load_state_dict(OBJECTIVES[objective].adapt(tensors, model, True))
+        model.load_state_dict(model.adapt(tensors, model))
         return model
 
 
@@ -344,9 +343,7 @@ def _is_a(value: Any, wanted: Any) -> bool:
     return wanted is Any or (isinstance(wanted, type) and type(value) is wanted)
 
 
-def _check_description(
-    file: Path, tensors: StateDict, adapt: Adapt, build: Callable[..., Any], arguments: dict[str, Any]
-) -> None:
+def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Compare what config.json describes with the weights beside it before memory is taken for it.
 
     The model is built on the meta device, where it costs nothing, and without the arguments of the caller.
@@ -354,7 +351,7 @@ def _check_description(
     config = file.parent / CONFIG
     try:
         model = build(**arguments, device="meta")
-        adapt({name: value.to("meta") for name, value in tensors.items()}, model, False)
+        model.adapt({name: value.to("meta") for name, value in tensors.items()}, model, timm_adapts=False)
     except CheckpointError:
         raise
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts

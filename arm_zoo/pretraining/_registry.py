@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from arm_zoo.layers.tables import TableModel
-from arm_zoo.models._builder import Adapt
+from arm_zoo.models._builder import Backbone
+from arm_zoo.weights.adapt import ZooModel
 
 
-class PretrainingModel(TableModel):
+class PretrainingModel(ZooModel):
     """A model of any objective; its image, patch size and channels have the names that backbones give them."""
 
+    backbone: type[Backbone]  # the class of what is pretrained
     config: dict[str, Any]  # the arguments that make it
 
     def hub_config(self) -> dict[str, Any]:
@@ -26,11 +27,10 @@ class PretrainingModel(TableModel):
 
 
 class Objective(NamedTuple):
-    """A way of pretraining: the class of its models, their arguments by name, and what fits checkpoints to them."""
+    """A way of pretraining: the class of its models, and their arguments by name."""
 
     model_class: type[PretrainingModel]
     sizes: Mapping[str, Mapping[str, int]]
-    adapt: Adapt
 
 
 DEFAULT_OBJECTIVE = "autoregressive"  # also of a config.json that names none, as all did once
@@ -51,7 +51,7 @@ def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **ov
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    model_class, sizes, *_ = OBJECTIVES[objective]
+    model_class, sizes = OBJECTIVES[objective]
     if name not in sizes:
         raise ValueError(f"unknown pretraining model {name!r}; choose one of {', '.join(sizes)}")
     keywords = inspect.signature(model_class).parameters

@@ -4,6 +4,7 @@ Paper, section 3.2.2. Clusters of patches (64x64 pixels by default) are scanned 
 queries that know only their position attend to the features of those before and predict its normalised pixels.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arm_zoo.files import StateDict
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple
+from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
+from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
-from arm_zoo.weights.adapt import adapt_state_dict
+from arm_zoo.weights.adapt import sincos_grid
 
 _TAPS = 4
 
@@ -27,6 +30,9 @@ _TAPS = 4
 class ARMPretrain(PretrainingModel):
     """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
+    backbone = ARM
+    official_names = ARM.official_names
+    keys = (*ARM.keys, "query_token", "decoder_blocks.*.norm_query.weight")
     order: Tensor
     decoder_mask: Tensor
 
@@ -148,6 +154,23 @@ class ARMPretrain(PretrainingModel):
         patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
         return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
 
+    @staticmethod
+    def read_shapes(source: StateDict) -> tuple[dict[str, Any], int]:
+        sizes, patches = ARM.read_shapes(source)
+        del sizes["num_classes"]
+        patches += 1  # for a backbone, one is the class token
+        patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
+        mask = source.get("mask")  # which the official model saves; it leaves one cluster out
+        side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
+        arguments = {
+            **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
+            "cluster_size": one_or_two((side * patch[0], side * patch[1])),
+            **sizes,
+            "decoder_dim": source["query_token"].shape[-1],
+            "decoder_depth": len({name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}),
+        }
+        return arguments, patches
+
     def _predicted(self, patches: Tensor) -> Tensor:
         """Those of all clusters but the first, in cluster order."""
         return patches[:, self.order[self.cluster_tokens :]]
@@ -186,5 +209,4 @@ OBJECTIVES["autoregressive"] = Objective(
         "arm_large": {"embed_dim": 1024, "depth": 24},
         "arm_huge": {"embed_dim": 1536, "depth": 24},
     },
-    adapt_state_dict,
 )
