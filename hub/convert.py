@@ -14,7 +14,6 @@ from arm_zoo.identify import Variant, describe, find_variant
 from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.reading import Choice, is_safetensors, read_checkpoint
 from hub.card import write_card
-from hub.catalog import AUTHORS_CODE
 from hub.folders import CARD, GOLDEN, UsageError, check_destination, read_header
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -160,7 +159,7 @@ def _hub_config(model: Any, variant: Variant, preprocessing: dict[str, Any], fac
         cfg.pop(key, None)
     cfg |= {"license": facts["license"], **preprocessing}
     if facts["source_names"] == "official":
-        cfg["origin_url"] = AUTHORS_CODE
+        cfg["origin_url"] = backbone.official_names.origin_url
     if variant.official:
         cfg["crop_pct"] = 0.875 if max(backbone.patch_embed.img_size) <= CROPPED_UP_TO else 1.0
     if len(cfg["mean"]) not in (1, backbone.in_chans) or len(cfg["std"]) not in (1, backbone.in_chans):

@@ -59,7 +59,8 @@ OFFICIAL_NAMES = OfficialNames(
         ("ar_pred.", "decoder_pred.", None),
         ("ar_token", "query_token", None),
         ("dec_pos_embed", "decoder_pos_embed", None),
-    ]
+    ],
+    "https://github.com/OliverRensu/ARM",
 )
 
 
@@ -331,7 +332,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "unknown",
         "paper_ids": "arXiv:2406.07537",
         "paper_name": "Autoregressive Pretraining with Mamba in Vision",
-        "origin_url": "https://github.com/OliverRensu/ARM",
+        "origin_url": OFFICIAL_NAMES.origin_url,
         **kwargs,
     }
 

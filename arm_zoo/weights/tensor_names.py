@@ -6,7 +6,7 @@ Ours differ from the official ones in that the directions' parameters are stacke
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -25,8 +25,9 @@ _STACKED = {  # ours: official with {} for the direction
     "A_log": "A{}_log",
     "D": "D{}",
 }
-# Of the mixer, in all families: (official, ours, position inside our tensor).
-MIXER_NAMES: list[tuple[str, str, int | None]] = [
+Row = tuple[str, str, int | None]  # official, ours, position inside our tensor
+# Of the mixer, in all families.
+MIXER_NAMES: list[Row] = [
     (f"layers.{{}}.mixer.{official.format(suffix)}", f"blocks.{{}}.mixer.{ours}", k)
     for ours, official in _STACKED.items()
     for k, suffix in enumerate(_DIRECTION_SUFFIXES)
@@ -34,15 +35,14 @@ MIXER_NAMES: list[tuple[str, str, int | None]] = [
 
 
 class OfficialNames:
-    """A table of names, in rows of (official, ours, position inside our tensor).
+    """A table of names, row by row.
 
-    {} is a number, a name that ends in a dot stands for all below it, and the first row that matches counts. Names
-    with the prefix, which ours never have, tell that all are the authors'.
+    {} is a number, a name that ends in a dot stands for all below it, and the first row that matches counts. A name
+    with the prefix, which none of ours has, tells that all are those of the code at `origin_url`.
     """
 
-    def __init__(self, rows: Iterable[tuple[str, str, int | None]] = (), prefix: str = "layers.") -> None:
-        rows = list(rows)
-        self.prefix = prefix
+    def __init__(self, rows: Sequence[Row] = (), origin_url: str | None = None, prefix: str = "layers.") -> None:
+        self.origin_url, self.prefix = origin_url, prefix
         self.from_official = [(_pattern(official), ours, position) for official, ours, position in rows]
         self.to_official = [(_pattern(ours), official, position) for official, ours, position in rows]
 
