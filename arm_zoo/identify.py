@@ -70,20 +70,17 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
     model for its checkpoint.
     """
     backbones = dict.fromkeys(architecture.model_class for architecture in ARCHITECTURES.values())
-    classes: dict[Any, str | None] = {
-        **{row.model_class: name for name, row in OBJECTIVES.items()},
-        **dict.fromkeys(backbones),
-    }
+    classes: dict[Any, str | None] = {**dict.fromkeys(backbones)}
+    classes |= {row.model_class: name for name, row in OBJECTIVES.items()}
     found = [each for each in classes if each.official_names.covers(each.keys, state_dict)]
     if not found and any(name.endswith(".mixer.A_log") for name in state_dict):
         raise CheckpointError("this is a Vim checkpoint (mixers without MLPs), which cannot be converted yet")
     if not found:
         some = ", ".join(sorted(state_dict)[:8]) or "nothing"
-        raise CheckpointError(
-            f"this is no {' or '.join(each.__name__ for each in backbones)} checkpoint: expected "
-            f"{', or '.join(', '.join(each.keys) for each in backbones)} (or the authors' names for them) in their "
-            f"shapes; found {some}{', ...' if len(state_dict) > 8 else ''}"
-        )
+        wanted = " or ".join(each.__name__ for each in backbones)
+        keys = ", or ".join(", ".join(each.keys) for each in backbones)
+        some = f"found {some}{', ...' if len(state_dict) > 8 else ''}"
+        raise CheckpointError(f"this is no {wanted} checkpoint: expected {keys} (or the authors' names); {some}")
     model_class = max(found, key=lambda each: len(each.keys))
     names, known = model_class.official_names, {k: value for k, value in (config or {}).items() if value is not None}
     try:

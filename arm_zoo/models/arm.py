@@ -385,6 +385,7 @@ default_cfgs = entry_configs(
 _TINY, _SMALL = {"embed_dim": 192, "depth": 12}, {"embed_dim": 384, "depth": 12}  # ours, with the widths of DeiT
 _BASE, _LARGE = {"embed_dim": 768, "depth": 12}, {"embed_dim": 1024, "depth": 24}  # the paper's, tables 1 and 2
 _HUGE = {"embed_dim": 1536, "depth": 24}
+SIZES = {"tiny": _TINY, "small": _SMALL, "base": _BASE, "large": _LARGE, "huge": _HUGE}
 register_family(
     ARM,
     {

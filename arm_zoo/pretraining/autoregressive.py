@@ -18,7 +18,7 @@ from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
-from arm_zoo.models.arm import ARM
+from arm_zoo.models.arm import ARM, SIZES
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
@@ -200,13 +200,5 @@ def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_d
 
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
 OBJECTIVES["autoregressive"] = Objective(
-    ARMPretrain,
-    {
-        "arm_pico": _PICO,
-        "arm_tiny": {"embed_dim": 192, "depth": 12},
-        "arm_small": {"embed_dim": 384, "depth": 12},
-        "arm_base": {"embed_dim": 768, "depth": 12},
-        "arm_large": {"embed_dim": 1024, "depth": 24},
-        "arm_huge": {"embed_dim": 1536, "depth": 24},
-    },
+    ARMPretrain, {"arm_pico": _PICO, **{f"arm_{name}": size for name, size in SIZES.items()}}
 )

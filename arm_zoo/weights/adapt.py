@@ -11,7 +11,7 @@ from torch import nn
 
 from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.layers.tables import TableModel
-from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, names_for, under_our_names
+from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_names
 
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -29,7 +29,8 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
     """
     nested = (state_dict.get(key) for key in ("model_ema", "model"))
     state_dict = next((each for each in nested if isinstance(each, Mapping)), state_dict)
-    if not (names := names_for(model)).are_in(state_dict):
+    names: OfficialNames = getattr(model, "official_names", OfficialNames())
+    if not names.are_in(state_dict):
         advice = "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
         found = f"no key starts with {names.prefix!r}, found {_some(state_dict)}"
         raise CheckpointError(f"not an official checkpoint of {type(model).__name__}: {found}; {advice}")
@@ -47,7 +48,7 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     of classes.
     """
     target = model.state_dict()
-    source = under_our_names(state_dict, names_for(model))
+    source = under_our_names(state_dict, getattr(model, "official_names", OfficialNames()))
     source.pop("mask", None)
     if "cls_token" in target:
         source = _adapt_to_backbone(source, target, model, timm_adapts)

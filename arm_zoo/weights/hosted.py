@@ -21,25 +21,19 @@ class Weights:
     sha256: str | None = None  # of model.safetensors, or of the bundled file
     revision: str = "main"  # tag or commit of the repository to load
     repository: str | None = None  # ORG/NAME on the Hub, where it is not the entry's name within our organisation
-    configs: tuple[str, ...] = ()  # of `recipes/configs`, that train them one after the other
+    configs: tuple[str, ...] = ()  # of `recipes/configs`, that train them; of bundled ones those named as their set
 
 
 TABLE: dict[str, Weights] = {
     # small ones of our own, in fp16: recipes/RESULTS.md
     "arm_pico_patch2_8.arm_digits_ft_digits": Weights(
-        "bundled",
-        "ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4",
-        configs=("pretrain_digits", "finetune_digits"),
+        "bundled", "ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4"
     ),
     "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Weights(
-        "bundled",
-        "25d469f0755eaf57fad300d6a9a7f2f7736f6879e7f267d41b69b0c0ed4ce712",
-        configs=("pretrain_cifar10", "finetune_cifar10"),
+        "bundled", "25d469f0755eaf57fad300d6a9a7f2f7736f6879e7f267d41b69b0c0ed4ce712"
     ),
     "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
-        "bundled",
-        "d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2",
-        configs=("pretrain_tiny_imagenet", "finetune_tiny_imagenet"),
+        "bundled", "d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2"
     ),
     "arm_base_patch16_224.arm_in1k_ft_in1k": Weights(configs=("pretrain_base", "finetune_base")),
     "arm_base_patch16_224.arm_in1k": Weights(configs=("pretrain_base",)),
@@ -81,11 +75,13 @@ def known_sha256(repo: str, revision: str | None) -> str | None:
 def training_commands(entry: str) -> str:
     """How the weights of an entry are trained, from a checkout."""
     architecture, _, tag = entry.partition(".")
-    configs = TABLE.get(entry, Weights()).configs
+    weights, trained_on = TABLE.get(entry, Weights()), tag.rpartition("_ft_")[2]
+    bundled = [f"pretrain_{trained_on}", f"finetune_{trained_on}"] if weights.where == "bundled" else []
     commands = ", then ".join(
         f"accelerate launch -m recipes.{'pretrain' if path.startswith('pretrain') else 'finetune'} "
         f"--config recipes/configs/{path} data.source=PATH"
-        for path in [f"{name}.yaml" for name in configs] or [f"supervised_base.yaml model={architecture}"]
+        for path in [f"{name}.yaml" for name in weights.configs or bundled]
+        or [f"supervised_base.yaml model={architecture}"]
     )
     if tag == "in1k" and f"{architecture}.arm_in1k_ft_in1k" in TABLE:
         return f"{commands} (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import cast
 
 import torch
 from torch import nn
@@ -74,11 +73,6 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + ("" if name.endswith(".") else "$"))
 
 
-def names_for(model: nn.Module) -> OfficialNames:
-    """The table that the model's class brings."""
-    return cast(OfficialNames, getattr(model, "official_names", None) or OfficialNames())
-
-
 def is_stacked(key: str) -> bool:
     return ".mixer." in key and key.rsplit(".", 1)[-1] in _STACKED
 
@@ -106,7 +100,7 @@ def under_our_names(state_dict: Mapping[str, torch.Tensor], names: OfficialNames
 
 def to_official(model: nn.Module) -> StateDict:
     """State dict of a backbone or pretraining model under official names and shapes; inverse of `from_official`."""
-    out, table = {}, names_for(model)
+    out, table = {}, getattr(model, "official_names", OfficialNames())
     for key, value in model.state_dict().items():
         names = [name for name, _ in table.translate(key, to_official=True)]
         value = value.unsqueeze(2) if key.endswith("conv_weight") else value
