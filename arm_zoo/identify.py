@@ -86,10 +86,8 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
     try:
         arguments, patches = model_class.read_shapes(under_our_names(state_dict, names))
         _check_limits(arguments, patches, issubclass(model_class, PretrainingModel))
-        if issubclass(model_class, PretrainingModel):
-            variant = _pretraining(model_class, arguments, patches, known)
-        else:
-            variant = _backbone(model_class, arguments, patches, known)
+        find = _pretraining if issubclass(model_class, PretrainingModel) else _backbone
+        variant = find(model_class, arguments, patches, known)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"no model has these sizes: {error}") from error
     return replace(variant, objective=classes[model_class], official=names.are_in(state_dict))
@@ -129,9 +127,8 @@ def _backbone(model_class: Any, arguments: dict[str, Any], patches: int | None, 
         if "img_size" not in geometry:
             geometry["img_size"] = _side(patches, geometry["patch_stride"])
         _check_grid(geometry["img_size"], patch, geometry["patch_stride"], patches)
-    different = _different({**arguments, **geometry}, ranked[0])
-    different |= {"global_pool": "token"} if known.get("global_pool") == "token" else {}
-    return Variant(ranked[0]["name"], different, classes)
+    token = {"global_pool": "token"} if known.get("global_pool") == "token" else {}
+    return Variant(ranked[0]["name"], _different({**arguments, **geometry}, ranked[0]) | token, classes)
 
 
 def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, int]:

@@ -90,11 +90,7 @@ def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict
 
 @torch.inference_mode()
 def answers(model: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model makes of an image (1, C, H, W), for golden.safetensors and whoever compares with it.
-
-    Keys: of a backbone `features` (1, dim), pooled, and `logits` (1, classes) if it has a head; of a pretraining
-    model what its class says.
-    """
+    """What a model makes of an image (1, C, H, W), for golden.safetensors: of a backbone `features` and `logits`."""
     with arm_zoo.scan_backend("torch"):
         if isinstance(model, PretrainingModel):
             results = model.answers(image)
