@@ -2,7 +2,6 @@
 
 from arm_zoo.files import CheckpointError
 from arm_zoo.loading import from_pretrained
-from arm_zoo.models import arm as arm
 from arm_zoo.models.arm import ARM
 from arm_zoo.ops import available_backends, get_scan_backend, scan_backend, set_scan_backend
 from arm_zoo.pretraining._registry import create_pretraining_model

@@ -30,22 +30,21 @@ from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
 from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
-from arm_zoo.models.arm import ARM
-from arm_zoo.pretraining.autoregressive import ARMPretrain
+from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.download import find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_entries, training_commands
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
 
-def create(name: str) -> ARM:
+def create(name: str) -> Any:
     """The model untrained, on the meta device, where it has sizes but costs neither time nor memory."""
     if name not in entries():
         raise unknown_model(name, entries())
-    return cast(ARM, timm.create_model(name, device="meta"))
+    return timm.create_model(name, device="meta")
 
 
-def count_parameters(model: ARM) -> int:
+def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -152,7 +151,7 @@ def load_classifier(source: str | None, weights: Path | None) -> Any:
             f"(--model {' or '.join(bundled_entries())})"
         )
     model = load(source or where, weights if source else None).model
-    if isinstance(model, ARMPretrain):
+    if isinstance(model, PretrainingModel):
         raise CheckpointError(f"{where} holds a pretraining model, which has no classifier head; finetune it first")
     if not model.num_classes:
         raise CheckpointError(f"{where} has no classifier head; finetune it first")

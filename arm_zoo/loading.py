@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import timm
 import torch
@@ -16,11 +16,8 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 from arm_zoo import files
 from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
 from arm_zoo.identify import MAX_DEPTH, find_variant
-from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
-from arm_zoo.models.arm import ARM
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
-from arm_zoo.pretraining.autoregressive import ARMPretrain
-from arm_zoo.weights.adapt import adapt_state_dict
+from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
 from arm_zoo.weights.download import download, hub_repository
 from arm_zoo.weights.hosted import known_sha256
 from arm_zoo.weights.reading import read_checkpoint
@@ -74,7 +71,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     **kwargs: Any,
-) -> ARM | ARMPretrain:
+) -> Backbone | PretrainingModel:
     """A model of ours with its weights: a backbone, or the pretraining model where the weights are of one.
 
     Args:
@@ -88,7 +85,7 @@ def from_pretrained(
         kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
 
     Returns:
-        `ARM` or `ARMPretrain`, in training mode like what timm.create_model gives; `.eval()` is the caller's.
+        The model, in training mode like what timm.create_model gives; `.eval()` is the caller's.
 
     Raises:
         CheckpointError: if the weights are not hosted, cannot be fetched or read, or are another model's.
@@ -99,7 +96,8 @@ def from_pretrained(
     if is_repository and not str(source).endswith((".safetensors", ".pth")):
         source = f"hf-hub:{source}"
     loader = _Loader(as_backbone, revision, cache_dir, token, kwargs, timms_too=False)
-    return cast(ARM | ARMPretrain, loader.load(source).model)
+    model: Backbone | PretrainingModel = loader.load(source).model
+    return model
 
 
 def unknown_model(name: str, known: Collection[str]) -> ValueError:
@@ -298,7 +296,7 @@ class _Loader:
             model = model_class(**{**saved, **self.kwargs})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
-        model.load_state_dict(adapt_state_dict(tensors, model))
+        model.load_state_dict(model.adapt(tensors, model))
         return model
 
 
@@ -353,13 +351,14 @@ def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any]
     config = file.parent / CONFIG
     try:
         model = build(**arguments, device="meta")
-        adapt_state_dict({name: value.to("meta") for name, value in tensors.items()}, model, timm_adapts=False)
+        model.adapt({name: value.to("meta") for name, value in tensors.items()}, model, timm_adapts=False)
     except CheckpointError:
         raise
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
-    patches, rows = model.patch_embed.num_patches, tensors["pos_embed"].shape[1:2]
+    patches = model.patch_embed.num_patches
+    rows = tensors["pos_embed"].shape[1:2] if "pos_embed" in tensors else ()
     if rows and rows[0] not in (patches, patches + 1):
         said = f"{config} describes {patches} patches, but {file.name} beside it"
         raise CheckpointError(

@@ -5,9 +5,8 @@ both are read from the tables in eval/, where the evaluator and the leaderboard 
 """
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from arm_zoo.weights.hosted import TABLE
 from hub.folders import UsageError
@@ -17,36 +16,31 @@ SETS = EVALUATION / "scoring" / "sets.csv"
 RESULTS = EVALUATION / "results.csv"
 
 AUTHORS_REPOSITORY = "OliverRen/ARM"  # on the Hub; which files it has is asked at run time
-AUTHORS_CODE = "https://github.com/OliverRensu/ARM"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Weights of one entry."""
 
-    paper_name: str | None  # what the paper calls the model; None if it is not in the paper
-    source: str | None = AUTHORS_REPOSITORY  # where the authors' file is; None for weights of our own training
-    license: str = "unknown"
+    paper_name: str | None = None  # what the paper calls the model; None if it is not in the paper
+    source: str | None = None  # where the authors' file is; None for weights of our own training
 
-
-_OURS = Entry(None, source=None, license="apache-2.0")
 
 CATALOG: dict[str, Entry] = {
-    "arm_pico_patch2_8.arm_digits_ft_digits": _OURS,
-    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": _OURS,
-    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": _OURS,
-    "arm_base_patch16_224.arm_in1k_ft_in1k": Entry("ARM-B"),
-    "arm_base_patch16_224.arm_in1k": Entry("ARM-B, pretrained"),
-    "arm_base_patch16_224.in1k": Entry("MambaMLP-B", source=None),
-    "arm_base_patch16_384.arm_in1k_ft_in1k": Entry("ARM-B at 384 pixels"),
-    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Entry("ARM-B at 448 pixels, stride 8"),
-    "arm_large_patch16_224.arm_in1k_ft_in1k": Entry("ARM-L"),
-    "arm_large_patch16_224.arm_in1k": Entry("ARM-L, pretrained"),
-    "arm_large_patch16_224.in1k": Entry("MambaMLP-L", source=None),
-    "arm_large_patch16_384.arm_in1k_ft_in1k": Entry("ARM-L at 384 pixels"),
-    "arm_huge_patch16_224.arm_in1k_ft_in1k": Entry("ARM-H"),
-    "arm_huge_patch16_224.arm_in1k": Entry("ARM-H, pretrained"),
-    "arm_huge_patch16_384.arm_in1k_ft_in1k": Entry("ARM-H at 384 pixels"),
+    "arm_pico_patch2_8.arm_digits_ft_digits": Entry(),
+    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Entry(),
+    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Entry(),
+    "arm_base_patch16_224.arm_in1k_ft_in1k": Entry("ARM-B", AUTHORS_REPOSITORY),
+    "arm_base_patch16_224.arm_in1k": Entry("ARM-B, pretrained", AUTHORS_REPOSITORY),
+    "arm_base_patch16_224.in1k": Entry("MambaMLP-B"),
+    "arm_base_patch16_384.arm_in1k_ft_in1k": Entry("ARM-B at 384 pixels", AUTHORS_REPOSITORY),
+    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Entry("ARM-B at 448 pixels, stride 8", AUTHORS_REPOSITORY),
+    "arm_large_patch16_224.arm_in1k_ft_in1k": Entry("ARM-L", AUTHORS_REPOSITORY),
+    "arm_large_patch16_224.arm_in1k": Entry("ARM-L, pretrained", AUTHORS_REPOSITORY),
+    "arm_large_patch16_224.in1k": Entry("MambaMLP-L"),
+    "arm_large_patch16_384.arm_in1k_ft_in1k": Entry("ARM-L at 384 pixels", AUTHORS_REPOSITORY),
+    "arm_huge_patch16_224.arm_in1k_ft_in1k": Entry("ARM-H", AUTHORS_REPOSITORY),
+    "arm_huge_patch16_224.arm_in1k": Entry("ARM-H, pretrained", AUTHORS_REPOSITORY),
+    "arm_huge_patch16_384.arm_in1k_ft_in1k": Entry("ARM-H at 384 pixels", AUTHORS_REPOSITORY),
 }
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.loading import from_pretrained
-from arm_zoo.models.arm import ARM
-from arm_zoo.pretraining.autoregressive import ARMPretrain
+from arm_zoo.models._builder import Backbone
+from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.download import download
 from arm_zoo.weights.hosted import TABLE, repository_of
 from hub.convert import answers
@@ -52,7 +52,7 @@ def check_folder(folder: Path) -> str:
     return _meet(folder / GOLDEN, from_pretrained(folder), sha256_of(folder / WEIGHTS))
 
 
-def _meet(golden_file: Path, model: ARM | ARMPretrain, sha256: str) -> str:
+def _meet(golden_file: Path, model: Backbone | PretrainingModel, sha256: str) -> str:
     """Compare a model's answers with the golden ones, which are those of the weights with this sha256."""
     of = read_header(golden_file).get("model_sha256")
     if of != sha256:
@@ -73,7 +73,7 @@ def check_hosted(entry: str) -> str:
     files = [download(repo, name, revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
     model = from_pretrained(entry)
     by_name = timm.create_model(entry, pretrained=True, num_classes=getattr(model, "num_classes", 0))
-    if isinstance(model, ARM):
+    if isinstance(model, Backbone):
         for name, value in model.state_dict().items():
             if not torch.equal(value, by_name.state_dict()[name]):
                 raise CheckpointError(f"{entry}: timm.create_model and arm_zoo.from_pretrained differ in {name}")

@@ -11,11 +11,9 @@ import arm_zoo
 from arm_zoo import files
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.identify import Variant, describe, find_variant
-from arm_zoo.models.arm import ARM
-from arm_zoo.pretraining.autoregressive import ARMPretrain
+from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.reading import Choice, is_safetensors, read_checkpoint
 from hub.card import write_card
-from hub.catalog import AUTHORS_CODE
 from hub.folders import CARD, GOLDEN, UsageError, check_destination, read_header
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -91,19 +89,15 @@ def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict
 
 
 @torch.inference_mode()
-def answers(model: ARM | ARMPretrain, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model makes of an image (1, C, H, W), for golden.safetensors and whoever compares with it.
-
-    Keys: of a backbone `features` (1, dim), pooled, and `logits` (1, classes) if it has a head; of a pretraining
-    model `features`, the decoder's latents, and `prediction`.
-    """
+def answers(model: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model makes of an image (1, C, H, W), for golden.safetensors: of a backbone `features` and `logits`."""
     with arm_zoo.scan_backend("torch"):
-        if isinstance(model, ARMPretrain):
-            features = model.forward_encoder(image)
-            results = {"features": features, "prediction": model.forward_decoder(features)}
+        if isinstance(model, PretrainingModel):
+            results = model.answers(image)
         else:
             features = model.forward_head(model.forward_features(image), pre_logits=True)
-            results = {"features": features} | ({"logits": model.head(features)} if model.num_classes else {})
+            head = model.get_classifier()
+            results = {"features": features} | ({"logits": head(features)} if model.num_classes else {})
     return {name: value.contiguous().clone() for name, value in results.items()}
 
 
@@ -153,9 +147,7 @@ def _checked(config: Mapping[str, Any], key: str, tests: dict[str, Test]) -> dic
     return found
 
 
-def _hub_config(
-    model: ARM | ARMPretrain, variant: Variant, preprocessing: dict[str, Any], facts: dict[str, str]
-) -> dict[str, Any]:
+def _hub_config(model: Any, variant: Variant, preprocessing: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
     """config.json in timm's Hub form; of a pretraining model that of its backbone, and its own arguments beside."""
     backbone = variant.backbone(device="meta")
     cfg = backbone.pretrained_cfg
@@ -163,7 +155,7 @@ def _hub_config(
         cfg.pop(key, None)
     cfg |= {"license": facts["license"], **preprocessing}
     if facts["source_names"] == "official":
-        cfg["origin_url"] = AUTHORS_CODE
+        cfg["origin_url"] = backbone.official_names.origin_url
     if variant.official:
         cfg["crop_pct"] = 0.875 if max(backbone.patch_embed.img_size) <= CROPPED_UP_TO else 1.0
     if len(cfg["mean"]) not in (1, backbone.in_chans) or len(cfg["std"]) not in (1, backbone.in_chans):
@@ -172,4 +164,4 @@ def _hub_config(
             "with the pretrained_cfg of the training beside model.safetensors"
         )
     config = backbone.hub_config()
-    return config if isinstance(model, ARM) else {**config, **model.hub_config()}
+    return {**config, **model.hub_config()} if isinstance(model, PretrainingModel) else config

@@ -15,7 +15,7 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.files import replacing_files, save_tensors
-from arm_zoo.models.arm import ARM
+from arm_zoo.models._builder import Backbone
 from hub.folders import TOLERANCE, UsageError, relative_error
 
 
@@ -28,14 +28,14 @@ def export(source: str, file: Path, format: str) -> list[str]:
     if file.is_dir():
         raise UsageError(f"{file} is a folder; name a file to write to")
     model = arm_zoo.from_pretrained(source).eval().requires_grad_(False)
-    if format != "official" and not isinstance(model, ARM):
+    if format != "official" and not isinstance(model, Backbone):
         raise UsageError(f"{source} is a pretraining model; onnx and pt2 are for backbones: finetune it first")
     with replacing_files(file.parent) as beside:
         said = FORMATS[format](model, beside / file.name)
     return [f"wrote {file}: {said}"]
 
 
-def _images(model: ARM) -> torch.Tensor:
+def _images(model: Any) -> torch.Tensor:
     """Two images, so that no number of images is taken for the only one."""
     size = (2, model.in_chans, *model.patch_embed.img_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def _write_official(model: nn.Module, file: Path) -> str:
     return f"{len(tensors)} tensors under the names of the authors' code"
 
 
-def _write_pt2(model: ARM, file: Path) -> str:
+def _write_pt2(model: Any, file: Path) -> str:
     images = _images(model)
     with arm_zoo.scan_backend("torch"):
         batch = torch.export.Dim("batch", min=1, max=4096)
@@ -66,7 +66,7 @@ def _write_pt2(model: ARM, file: Path) -> str:
     return f"{said}; load it with torch.export.load after `import arm_zoo`"
 
 
-def _write_onnx(model: ARM, file: Path) -> str:
+def _write_onnx(model: Any, file: Path) -> str:
     images = _images(model)
     try:
         import onnxruntime

@@ -1,9 +1,11 @@
 """What the authors' repository on the Hub holds, asked at run time, and what is known about every entry."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from timm.models import get_pretrained_cfg
 
 from arm_zoo.identify import find_variant
 from arm_zoo.weights.hosted import TABLE, training_commands
@@ -31,8 +33,9 @@ def list_sources(repo: str = AUTHORS_REPOSITORY) -> Iterator[str]:
 def _known(name: str, entry: Entry) -> str:
     """Origin, licence and figures; the paper's and ours apart."""
     ours = {key: float(row["top1"]) for key, row in measured(TABLE[name].sha256, RESULTS).items()}
+    cfg: Any = get_pretrained_cfg(name)
     origin = f"from {entry.source or training_commands(name)}"
-    parts = [entry.paper_name or "not in the paper", origin, f"licence {entry.license}"]
+    parts = [entry.paper_name or "not in the paper", origin, f"licence {cfg.license}"]
     for kind, figures in (("reported by the paper", reported(name)), ("measured by us", ours)):
         if figures:
             parts.append(f"{kind}: {', '.join(f'{key} {top1:.2f}' for key, top1 in figures.items())}")

@@ -18,6 +18,12 @@ def check_positive(model: str, sizes: Mapping[str, Any]) -> None:
             raise ValueError(f"{model}: {name} must be at least 1, got {size}")
 
 
+def one_or_two(size: Any) -> int | Pair:
+    """A pair as one number where both are the same."""
+    height, width = map(int, size)
+    return height if height == width else (height, width)
+
+
 def nearest_multiple(size: int, unit: int) -> int:
     """The multiple of `unit` nearest to `size`, at least one unit."""
     return max(1, (2 * size + unit) // (2 * unit)) * unit

@@ -1,1 +1,3 @@
-"""The families of backbones, a file each."""
+"""The families of backbones, a file each; one that is imported here is registered."""
+
+from arm_zoo.models import arm as arm

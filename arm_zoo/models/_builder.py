@@ -3,10 +3,10 @@
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import (
@@ -23,21 +23,18 @@ from timm.models._input import get_model_args
 from torch import nn
 
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
-from arm_zoo.layers.tables import TableModel
+from arm_zoo.weights.adapt import ZooModel
 from arm_zoo.weights.download import download, find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, ways_on
 from arm_zoo.weights.reading import read_checkpoint
 
-Adapt = Callable[[StateDict, Any], StateDict]  # a checkpoint and a model -> the state dict for it
-
 
 @dataclass(frozen=True)
 class Architecture:
-    """A registered model: its class, the arguments that make it, and what fits a checkpoint to such a model."""
+    """A registered model: its class, and the arguments that make it."""
 
-    model_class: type[nn.Module]
+    model_class: "type[Backbone]"
     arguments: Mapping[str, Any]
-    adapt: Adapt
 
     def sizes(self, name: str) -> dict[str, Any]:
         """All arguments with their values: of the class, of the configuration, of the table."""
@@ -51,15 +48,13 @@ SHORT_NAMES: dict[str, str] = {}  # to the long ones
 
 
 def register_family(
-    model_class: type[nn.Module], table: Mapping[str, Mapping[str, Any]], adapt: Adapt, short_names: Mapping[str, str]
+    model_class: "type[Backbone]", table: Mapping[str, Mapping[str, Any]], short_names: Mapping[str, str]
 ) -> None:
-    """Register a family, whose module has timm's `default_cfgs`; `adapt` compares names and shapes of checkpoints."""
-    for name, arguments in table.items():
-        ARCHITECTURES[name] = Architecture(model_class, arguments, adapt)
-        _register_entry_point(name, name, model_class.__module__)
-    for short, name in short_names.items():
-        SHORT_NAMES[short] = name
-        _register_entry_point(short, name, model_class.__module__)
+    """Register models by the arguments that make them; the module of the class has timm's `default_cfgs`."""
+    ARCHITECTURES.update((name, Architecture(model_class, arguments)) for name, arguments in table.items())
+    SHORT_NAMES.update(short_names)
+    for name, architecture in {**dict(zip(table, table, strict=True)), **short_names}.items():
+        _register_entry_point(name, architecture, model_class.__module__)
 
 
 def _register_entry_point(name: str, architecture: str, module: str) -> None:
@@ -107,7 +102,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
     def adapt(state_dict: StateDict, model: Any) -> StateDict:
         model.pretrained_cfg.pop("state_dict", None)
-        return _adapt(state_dict if tensors is None else tensors, model, architecture.adapt, described)
+        return _adapt(state_dict if tensors is None else tensors, model, described)
 
     return build_model_with_cfg(
         model_class,
@@ -120,13 +115,13 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     )
 
 
-def _adapt(state_dict: StateDict, model: Any, adapt: Adapt, described: str | None) -> StateDict:
+def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDict:
     """A checkpoint for a model with a head for as many classes as timm, which drops or keeps it, is told here."""
     cfg = model.pretrained_cfg
     head = cfg["classifier"]
     if f"{head}.weight" not in state_dict:  # the model keeps its own, which a strict loader wants to see
         own = {f"{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
-        return own | adapt(state_dict, model)
+        return own | model.adapt(state_dict, model)
     classes = len(state_dict[f"{head}.weight"])
     if described is not None and cfg["num_classes"] == model.num_classes != classes:
         raise CheckpointError(
@@ -134,7 +129,7 @@ def _adapt(state_dict: StateDict, model: Any, adapt: Adapt, described: str | Non
             "the two files do not belong together; num_classes=... makes a head of your own"
         )
     cfg["num_classes"] = classes
-    return adapt(state_dict, model)
+    return cast(StateDict, model.adapt(state_dict, model))
 
 
 def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:
@@ -163,7 +158,7 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
     return read_checkpoint(file)
 
 
-class Backbone(TableModel):
+class Backbone(ZooModel):
     """A model of any family that is saved in timm's Hub form."""
 
     pretrained_cfg: dict[str, Any]  # set by timm

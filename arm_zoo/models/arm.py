@@ -16,14 +16,16 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import Device, Size, check_positive
+from arm_zoo.layers.sizes import Device, Size, check_positive, one_or_two
 from arm_zoo.models._builder import Backbone, entry_configs, register_family
-from arm_zoo.weights.adapt import adapt_state_dict, resample_pos_embed
+from arm_zoo.weights.adapt import refuse_foreign_head, resample_pos_embed
 from arm_zoo.weights.hosted import BUNDLED_FOLDER
+from arm_zoo.weights.tensor_names import MIXER_NAMES, OfficialNames
 
 GlobalPool = Literal["avg", "token", ""]
 
@@ -37,9 +39,36 @@ def order_for(height: int, width: int, device: torch.device) -> Tensor:
     return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
 
 
+# Of the backbone, and of its pretraining model, whose checkpoints become backbones too.
+OFFICIAL_NAMES = OfficialNames(
+    [
+        *MIXER_NAMES,
+        ("layers.{}.mlp.w1.", "blocks.{}.mlp.fc1.", 0),
+        ("layers.{}.mlp.w2.", "blocks.{}.mlp.fc1.", 1),
+        ("layers.{}.mlp.w3.", "blocks.{}.mlp.fc2.", None),
+        ("layers.{}.", "blocks.{}.", None),
+        ("norm_f.", "norm.", None),
+        *((f"norm_{i + 1}.", f"skip_norms.{i}.", None) for i in range(4)),
+        ("enc2dec.", "encoder_to_decoder.", None),
+        ("dec_block.{}.attn2.", "decoder_blocks.{}.attn.", None),
+        ("dec_block.{}.norm2_1.", "decoder_blocks.{}.norm_query.", None),
+        ("dec_block.{}.norm2_2.", "decoder_blocks.{}.norm_latent.", None),
+        ("dec_block.{}.norm2.", "decoder_blocks.{}.norm_mlp.", None),
+        ("dec_block.{}.", "decoder_blocks.{}.", None),
+        ("ar_norm.", "decoder_norm.", None),
+        ("ar_pred.", "decoder_pred.", None),
+        ("ar_token", "query_token", None),
+        ("dec_pos_embed", "decoder_pos_embed", None),
+    ],
+    "https://github.com/OliverRensu/ARM",
+)
+
+
 class ARM(Backbone):
     """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
 
+    official_names = OFFICIAL_NAMES
+    keys = ("patch_embed.proj.weight", "pos_embed", "blocks.*.mixer.A_log", "blocks.*.mlp.fc1.weight")
     dynamic_img_size: Final[bool]
     order: Tensor
 
@@ -255,6 +284,23 @@ class ARM(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @staticmethod
+    def read_shapes(source: StateDict) -> tuple[dict[str, Any], int]:
+        """Arguments of a model that a checkpoint fits, and the number of its patches."""
+        depth = len({name.split(".")[1] for name in source if name.startswith("blocks.") and name.count(".") > 1})
+        states = next(value for name, value in source.items() if name.endswith(".mixer.A_log"))
+        patches, table = source["patch_embed.proj.weight"], source["pos_embed"]
+        if (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
+            shapes = f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
+            raise CheckpointError(
+                f"this is no ARM checkpoint: A_log, patch_embed.proj.weight and pos_embed have the shapes {shapes}"
+            )
+        refuse_foreign_head(source)
+        sizes: dict[str, Any] = {"embed_dim": table.shape[2], "depth": depth, "d_state": states.shape[2]}
+        sizes |= {"patch_size": one_or_two(patches.shape[2:]), "in_chans": patches.shape[1]}
+        sizes["num_classes"] = len(source.get("head.weight", ()))
+        return sizes, table.shape[1] - 1
+
 
 @torch.fx.wrap
 @register_notrace_function
@@ -286,7 +332,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "unknown",
         "paper_ids": "arXiv:2406.07537",
         "paper_name": "Autoregressive Pretraining with Mamba in Vision",
-        "origin_url": "https://github.com/OliverRensu/ARM",
+        "origin_url": OFFICIAL_NAMES.origin_url,
         **kwargs,
     }
 
@@ -339,6 +385,7 @@ default_cfgs = entry_configs(
 _TINY, _SMALL = {"embed_dim": 192, "depth": 12}, {"embed_dim": 384, "depth": 12}  # ours, with the widths of DeiT
 _BASE, _LARGE = {"embed_dim": 768, "depth": 12}, {"embed_dim": 1024, "depth": 24}  # the paper's, tables 1 and 2
 _HUGE = {"embed_dim": 1536, "depth": 24}
+SIZES = {"tiny": _TINY, "small": _SMALL, "base": _BASE, "large": _LARGE, "huge": _HUGE}
 register_family(
     ARM,
     {
@@ -356,6 +403,5 @@ register_family(
         "arm_huge_patch16_224": _HUGE,
         "arm_huge_patch16_384": _HUGE,
     },
-    adapt_state_dict,
     short_names={f"arm_{size}": f"arm_{size}_patch16_224" for size in ("base", "large", "huge")},
 )

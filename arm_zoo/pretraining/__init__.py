@@ -1,1 +1,3 @@
-"""The pretraining objectives, a file each."""
+"""The pretraining objectives, a file each; one that is imported here is registered."""
+
+from arm_zoo.pretraining import autoregressive as autoregressive

@@ -1,37 +1,43 @@
-"""The pretraining objectives: one row each, with its class and the sizes of its models."""
+"""The pretraining objectives: what they share, and a row each, which the objective's own file writes."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from arm_zoo.pretraining.autoregressive import ARMPretrain
+from torch import Tensor
+
+from arm_zoo.models._builder import Backbone
+from arm_zoo.weights.adapt import ZooModel
+
+
+class PretrainingModel(ZooModel):
+    """A model of any objective; its image, patch size and channels have the names that backbones give them."""
+
+    backbone: type[Backbone]  # the class of what is pretrained
+    config: dict[str, Any]  # the arguments that make it
+
+    def hub_config(self) -> dict[str, Any]:
+        """The content of config.json: the objective, and the arguments that make this model."""
+        objective = next(name for name, row in OBJECTIVES.items() if row.model_class is type(self))
+        return {"objective": objective, "pretraining_model": self.config}
+
+    def answers(self, images: Tensor) -> dict[str, Tensor]:
+        """What is computed of images, without anything random, by name: the golden answers of converted weights."""
+        raise NotImplementedError
 
 
 class Objective(NamedTuple):
     """A way of pretraining: the class of its models, and their arguments by name."""
 
-    model_class: type[ARMPretrain]
+    model_class: type[PretrainingModel]
     sizes: Mapping[str, Mapping[str, int]]
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
 DEFAULT_OBJECTIVE = "autoregressive"  # also of a config.json that names none, as all did once
-OBJECTIVES: dict[str, Objective] = {
-    "autoregressive": Objective(
-        ARMPretrain,
-        {
-            "arm_pico": _PICO,
-            "arm_tiny": {"embed_dim": 192, "depth": 12},
-            "arm_small": {"embed_dim": 384, "depth": 12},
-            "arm_base": {"embed_dim": 768, "depth": 12},
-            "arm_large": {"embed_dim": 1024, "depth": 24},
-            "arm_huge": {"embed_dim": 1536, "depth": 24},
-        },
-    )
-}
+OBJECTIVES: dict[str, Objective] = {}
 
 
-def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **overrides: Any) -> ARMPretrain:
+def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **overrides: Any) -> Any:
     """The pretraining model of a size, e.g. `create_pretraining_model("arm_base", img_size=224, cluster_size=32)`.
 
     Args:

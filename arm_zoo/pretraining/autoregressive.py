@@ -4,6 +4,7 @@ Paper, section 3.2.2. Clusters of patches (64x64 pixels by default) are scanned 
 queries that know only their position attend to the features of those before and predict its normalised pixels.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,21 +12,27 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arm_zoo.files import StateDict
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import cluster_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple
-from arm_zoo.layers.tables import TableModel
+from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
+from arm_zoo.models.arm import ARM, SIZES
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
+from arm_zoo.weights.adapt import sincos_grid
 
 _TAPS = 4
 
 
-class ARMPretrain(TableModel):
+class ARMPretrain(PretrainingModel):
     """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
+    backbone = ARM
+    official_names = ARM.official_names
+    keys = (*ARM.keys, "query_token", "decoder_blocks.*.norm_query.weight")
     order: Tensor
     decoder_mask: Tensor
 
@@ -147,13 +154,31 @@ class ARMPretrain(TableModel):
         patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
         return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
 
+    @staticmethod
+    def read_shapes(source: StateDict) -> tuple[dict[str, Any], int]:
+        sizes, patches = ARM.read_shapes(source)
+        del sizes["num_classes"]
+        patches += 1  # for a backbone, one is the class token
+        patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
+        mask = source.get("mask")  # which the official model saves; it leaves one cluster out
+        side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
+        arguments = {
+            **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
+            "cluster_size": one_or_two((side * patch[0], side * patch[1])),
+            **sizes,
+            "decoder_dim": source["query_token"].shape[-1],
+            "decoder_depth": len({name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}),
+        }
+        return arguments, patches
+
     def _predicted(self, patches: Tensor) -> Tensor:
         """Those of all clusters but the first, in cluster order."""
         return patches[:, self.order[self.cluster_tokens :]]
 
-    def hub_config(self) -> dict[str, Any]:
-        """The content of config.json: the objective, and the arguments that make this model."""
-        return {"objective": "autoregressive", "pretraining_model": self.config}
+    def answers(self, images: Tensor) -> dict[str, Tensor]:
+        """The decoder's latents, and the predictions."""
+        features = self.forward_encoder(images)
+        return {"features": features, "prediction": self.forward_decoder(features)}
 
 
 def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_dim: int) -> None:
@@ -171,3 +196,9 @@ def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_d
             f"decoder_dim must be a multiple of {HEAD_DIM} (the size of a head), got {decoder_dim}; "
             f"for example {nearest_multiple(decoder_dim, HEAD_DIM)}"
         )
+
+
+_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
+OBJECTIVES["autoregressive"] = Objective(
+    ARMPretrain, {"arm_pico": _PICO, **{f"arm_{name}": size for name, size in SIZES.items()}}
+)

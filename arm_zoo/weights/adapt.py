@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
@@ -10,7 +10,8 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from arm_zoo.files import CheckpointError, StateDict
-from arm_zoo.weights.tensor_names import is_official, is_stacked, under_our_names
+from arm_zoo.layers.tables import TableModel
+from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_names
 
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -28,11 +29,13 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
     """
     nested = (state_dict.get(key) for key in ("model_ema", "model"))
     state_dict = next((each for each in nested if isinstance(each, Mapping)), state_dict)
-    if not is_official(state_dict):
+    names: OfficialNames = getattr(model, "official_names", OfficialNames())
+    if not names.are_in(state_dict):
         advice = "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
-        found = f"no key starts with 'layers.', found {_some(state_dict)}"
-        raise CheckpointError(f"not an official ARM checkpoint: {found}; {advice}")
-    return adapt_state_dict(state_dict, model, timm_adapts=False)
+        found = f"no key starts with {names.prefix!r}, found {_some(state_dict)}"
+        raise CheckpointError(f"not an official checkpoint of {type(model).__name__}: {found}; {advice}")
+    adapt: Any = getattr(model, "adapt", adapt_state_dict)
+    return cast(StateDict, adapt(state_dict, model, timm_adapts=False))
 
 
 def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, timm_adapts: bool = True) -> StateDict:
@@ -45,7 +48,7 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     of classes.
     """
     target = model.state_dict()
-    source = under_our_names(state_dict)
+    source = under_our_names(state_dict, getattr(model, "official_names", OfficialNames()))
     source.pop("mask", None)
     if "cls_token" in target:
         source = _adapt_to_backbone(source, target, model, timm_adapts)
@@ -55,6 +58,19 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
                 source[key] = target[key]
     _check(source, target, timm_adapts)
     return source
+
+
+class ZooModel(TableModel):
+    """A backbone or a pretraining model; its class says what is known of its checkpoints."""
+
+    official_names = OfficialNames()
+    keys: tuple[str, ...] = ()  # our names of tensors, * for a number, that all have
+    adapt = staticmethod(adapt_state_dict)  # with the arguments and the result of that function
+
+    @staticmethod
+    def read_shapes(source: StateDict) -> tuple[dict[str, Any], int | None]:
+        """Arguments that make the model, from tensors under our names, and the number of patches if that is told."""
+        raise NotImplementedError
 
 
 def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, timm_adapts: bool) -> StateDict:

@@ -21,6 +21,7 @@ class Weights:
     sha256: str | None = None  # of model.safetensors, or of the bundled file
     revision: str = "main"  # tag or commit of the repository to load
     repository: str | None = None  # ORG/NAME on the Hub, where it is not the entry's name within our organisation
+    configs: tuple[str, ...] = ()  # of `recipes/configs`, that train them; of bundled ones those named as their set
 
 
 TABLE: dict[str, Weights] = {
@@ -34,18 +35,18 @@ TABLE: dict[str, Weights] = {
     "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
         "bundled", "d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2"
     ),
-    "arm_base_patch16_224.arm_in1k_ft_in1k": Weights(),
-    "arm_base_patch16_224.arm_in1k": Weights(),
-    "arm_base_patch16_224.in1k": Weights(),
-    "arm_base_patch16_384.arm_in1k_ft_in1k": Weights(),
-    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Weights(),
-    "arm_large_patch16_224.arm_in1k_ft_in1k": Weights(),
-    "arm_large_patch16_224.arm_in1k": Weights(),
-    "arm_large_patch16_224.in1k": Weights(),
-    "arm_large_patch16_384.arm_in1k_ft_in1k": Weights(),
-    "arm_huge_patch16_224.arm_in1k_ft_in1k": Weights(),
-    "arm_huge_patch16_224.arm_in1k": Weights(),
-    "arm_huge_patch16_384.arm_in1k_ft_in1k": Weights(),
+    "arm_base_patch16_224.arm_in1k_ft_in1k": Weights(configs=("pretrain_base", "finetune_base")),
+    "arm_base_patch16_224.arm_in1k": Weights(configs=("pretrain_base",)),
+    "arm_base_patch16_224.in1k": Weights(configs=("supervised_base",)),
+    "arm_base_patch16_384.arm_in1k_ft_in1k": Weights(configs=("pretrain_base", "finetune_base_384")),
+    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Weights(configs=("pretrain_base", "finetune_base_stride8_448")),
+    "arm_large_patch16_224.arm_in1k_ft_in1k": Weights(configs=("pretrain_large", "finetune_large")),
+    "arm_large_patch16_224.arm_in1k": Weights(configs=("pretrain_large",)),
+    "arm_large_patch16_224.in1k": Weights(configs=("supervised_large",)),
+    "arm_large_patch16_384.arm_in1k_ft_in1k": Weights(configs=("pretrain_large", "finetune_large_384")),
+    "arm_huge_patch16_224.arm_in1k_ft_in1k": Weights(configs=("pretrain_huge", "finetune_huge")),
+    "arm_huge_patch16_224.arm_in1k": Weights(configs=("pretrain_huge",)),
+    "arm_huge_patch16_384.arm_in1k_ft_in1k": Weights(configs=("pretrain_huge", "finetune_huge_384")),
 }
 
 
@@ -71,28 +72,20 @@ def known_sha256(repo: str, revision: str | None) -> str | None:
     return weights.sha256 if revision in (None, weights.revision) else None
 
 
-_SMALL_SETS = {"arm_tiny_patch4_32": "cifar10", "arm_tiny_patch8_64": "tiny_imagenet", "arm_pico_patch2_8": "digits"}
-
-
 def training_commands(entry: str) -> str:
-    """How the weights of an entry are trained, from a checkout; its name and tag tell."""
+    """How the weights of an entry are trained, from a checkout."""
     architecture, _, tag = entry.partition(".")
-    size, resolution = architecture.split("_")[1], architecture.rpartition("_")[2]
-    own_config = size in ("base", "large", "huge")
-    config = _SMALL_SETS.get(architecture, size if own_config else "base")
-
-    def command(recipe: str, name: str, model: str) -> str:
-        override = "" if own_config or architecture in _SMALL_SETS else f" model={model}"
-        return f"accelerate launch -m recipes.{recipe} --config recipes/configs/{name}.yaml{override} data.source=PATH"
-
-    pretrain = command("pretrain", f"pretrain_{config}", f"arm_{size}")
-    if tag == "arm_in1k":
-        return pretrain
-    if tag == "in1k":
-        supervised = command("finetune", f"supervised_{config}", architecture)
-        return f"{supervised} (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
-    suffix = {"384": "_384", "448": "_stride8_448"}.get(resolution, "")
-    return f"{pretrain}, then {command('finetune', f'finetune_{config}{suffix}', architecture)}"
+    weights, trained_on = TABLE.get(entry, Weights()), tag.rpartition("_ft_")[2]
+    bundled = [f"pretrain_{trained_on}", f"finetune_{trained_on}"] if weights.where == "bundled" else []
+    commands = ", then ".join(
+        f"accelerate launch -m recipes.{'pretrain' if path.startswith('pretrain') else 'finetune'} "
+        f"--config recipes/configs/{path} data.source=PATH"
+        for path in [f"{name}.yaml" for name in weights.configs or bundled]
+        or [f"supervised_base.yaml model={architecture}"]
+    )
+    if tag == "in1k" and f"{architecture}.arm_in1k_ft_in1k" in TABLE:
+        return f"{commands} (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
+    return commands
 
 
 def ways_on(entry: str, architecture: str) -> str:

@@ -1,4 +1,4 @@
-"""Names of tensors: the authors' to ours and back.
+"""Names of tensors: the authors' to ours and back, by the table of a family or an objective.
 
 Ours differ from the official ones in that the directions' parameters are stacked on a leading axis (`A_log`,
 `A_b_log`, ... -> `A_log[0]`, `A_log[1]`, ...) and that the two input matrices of SwiGLU are one.
@@ -6,7 +6,8 @@ Ours differ from the official ones in that the directions' parameters are stacke
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -23,70 +24,66 @@ _STACKED = {  # ours: official with {} for the direction
     "A_log": "A{}_log",
     "D": "D{}",
 }
-# (official, ours, position inside our tensor); {} is a number, a name that ends in a dot stands for all below it, the
-# first row that matches counts
-_NAMES: list[tuple[str, str, int | None]] = [
-    *(
-        (f"layers.{{}}.mixer.{official.format(suffix)}", f"blocks.{{}}.mixer.{ours}", k)
-        for ours, official in _STACKED.items()
-        for k, suffix in enumerate(_DIRECTION_SUFFIXES)
-    ),
-    ("layers.{}.mlp.w1.", "blocks.{}.mlp.fc1.", 0),
-    ("layers.{}.mlp.w2.", "blocks.{}.mlp.fc1.", 1),
-    ("layers.{}.mlp.w3.", "blocks.{}.mlp.fc2.", None),
-    ("layers.{}.", "blocks.{}.", None),
-    ("norm_f.", "norm.", None),
-    *((f"norm_{i + 1}.", f"skip_norms.{i}.", None) for i in range(4)),
-    ("enc2dec.", "encoder_to_decoder.", None),
-    ("dec_block.{}.attn2.", "decoder_blocks.{}.attn.", None),
-    ("dec_block.{}.norm2_1.", "decoder_blocks.{}.norm_query.", None),
-    ("dec_block.{}.norm2_2.", "decoder_blocks.{}.norm_latent.", None),
-    ("dec_block.{}.norm2.", "decoder_blocks.{}.norm_mlp.", None),
-    ("dec_block.{}.", "decoder_blocks.{}.", None),
-    ("ar_norm.", "decoder_norm.", None),
-    ("ar_pred.", "decoder_pred.", None),
-    ("ar_token", "query_token", None),
-    ("dec_pos_embed", "decoder_pos_embed", None),
+Row = tuple[str, str, int | None]  # official, ours, position inside our tensor
+# Of the mixer, in all families.
+MIXER_NAMES: list[Row] = [
+    (f"layers.{{}}.mixer.{official.format(suffix)}", f"blocks.{{}}.mixer.{ours}", k)
+    for ours, official in _STACKED.items()
+    for k, suffix in enumerate(_DIRECTION_SUFFIXES)
 ]
+
+
+class OfficialNames:
+    """A table of names, row by row.
+
+    {} is a number, a name that ends in a dot stands for all below it, and the first row that matches counts. A name
+    with the prefix, which none of ours has, tells that all are those of the code at `origin_url`.
+    """
+
+    def __init__(self, rows: Sequence[Row] = (), origin_url: str | None = None, prefix: str = "layers.") -> None:
+        self.origin_url, self.prefix = origin_url, prefix
+        self.from_official = [(_pattern(official), ours, position) for official, ours, position in rows]
+        self.to_official = [(_pattern(ours), official, position) for official, ours, position in rows]
+
+    def are_in(self, state_dict: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the names are those of the authors' code."""
+        return any(key.startswith(self.prefix) for key in state_dict)
+
+    def covers(self, keys: Iterable[str], state_dict: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a state dict, under either names, has all these; * is a number."""
+        official = self.are_in(state_dict)
+        ours = (self.translate(key)[0][0] if official else key for key in state_dict)
+        return {re.sub(r"\.\d+\.", ".*.", key) for key in ours}.issuperset(keys)
+
+    @lru_cache(4096)  # noqa: B019 (the tables stay)
+    def translate(self, key: str, to_official: bool = False) -> list[tuple[str, int | None]]:
+        """All names of a tensor on the other side, with their positions; its own if the table does not know it."""
+        found: list[tuple[str, int | None]] = []
+        for pattern, name, position in self.to_official if to_official else self.from_official:
+            match = pattern.match(key)
+            if match is None or (found and position is None):
+                continue
+            found.append((name.format(*match.groups()) + key[match.end() :], position))
+            if position is None:
+                break
+        return found or [(key, None)]
 
 
 def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + ("" if name.endswith(".") else "$"))
 
 
-_FROM_OFFICIAL = [(_pattern(official), ours, position) for official, ours, position in _NAMES]
-_TO_OFFICIAL = [(_pattern(ours), official, position) for official, ours, position in _NAMES]
-
-
-def _translate(key: str, table: list[tuple[re.Pattern[str], str, int | None]]) -> list[tuple[str, int | None]]:
-    """All names that `key` has on the other side, with their positions; itself if the table does not know it."""
-    found: list[tuple[str, int | None]] = []
-    for pattern, name, position in table:
-        match = pattern.match(key)
-        if match is None or (found and position is None):
-            continue
-        found.append((name.format(*match.groups()) + key[match.end() :], position))
-        if position is None:
-            break
-    return found or [(key, None)]
-
-
 def is_stacked(key: str) -> bool:
     return ".mixer." in key and key.rsplit(".", 1)[-1] in _STACKED
 
 
-def is_official(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are those of the authors' code."""
-    return any(key.startswith("layers.") for key in state_dict)
-
-
-def under_our_names(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+def under_our_names(state_dict: Mapping[str, torch.Tensor], names: OfficialNames) -> StateDict:
     """The dict under our names, whichever it comes with; CheckpointError if parts of a tensor do not fit together."""
-    if not is_official(state_dict):
+    if not names.are_in(state_dict):
         return dict(state_dict)
     parts: dict[str, dict[int | None, torch.Tensor]] = {}
     for key, value in state_dict.items():
-        ((ours, position), *_) = _translate(key, _FROM_OFFICIAL)
+        ((ours, position), *_) = names.translate(key)
         parts.setdefault(ours, {})[position] = value
     out = {}
     for key, by_position in parts.items():
@@ -103,9 +100,9 @@ def under_our_names(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
 
 def to_official(model: nn.Module) -> StateDict:
     """State dict of a backbone or pretraining model under official names and shapes; inverse of `from_official`."""
-    out = {}
+    out, table = {}, getattr(model, "official_names", OfficialNames())
     for key, value in model.state_dict().items():
-        names = [name for name, _ in _translate(key, _TO_OFFICIAL)]
+        names = [name for name, _ in table.translate(key, to_official=True)]
         value = value.unsqueeze(2) if key.endswith("conv_weight") else value
         tensors = value if is_stacked(key) else value.chunk(len(names))
         # clones, so that no two entries share memory, which safetensors refuses to save

@@ -16,6 +16,7 @@ from torch import nn
 import arm_zoo
 from arm_zoo.files import sha256_of
 from arm_zoo.loading import label_names, list_entries, unknown_model
+from arm_zoo.pretraining._registry import PretrainingModel
 
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -78,7 +79,7 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     except Exception as error:  # from files, timm and the Hub come classes of all sorts
         lines = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load {name} with {weights or 'its hosted weights'}: {lines}") from error
-    if isinstance(model, arm_zoo.ARMPretrain):
+    if isinstance(model, PretrainingModel):
         raise ValueError(f"{name} with {source} is a pretraining model, which has no classifier: finetune it first")
     config = resolve_data_config({}, model=model, use_test_size=not train_size)
     num_classes = getattr(model, "num_classes", None)

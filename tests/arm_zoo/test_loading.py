@@ -26,7 +26,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 import arm_zoo
-from arm_zoo import ARMPretrain, CheckpointError, from_pretrained, to_official
+from arm_zoo import ARM, ARMPretrain, CheckpointError, from_pretrained, to_official
 from arm_zoo.files import sha256_of
 from arm_zoo.identify import _sizes_of_entries
 from arm_zoo.loading import architecture_of, label_names, load
@@ -162,12 +162,13 @@ def test_a_file_is_read_once_and_its_model_made_once(
 
 def test_the_table_of_sizes_is_that_of_the_models() -> None:
     """Checkpoints are told by it, and no model is built to learn its sizes."""
+    patches = {entry["name"]: entry["patches"] for entry in _sizes_of_entries(ARM)}
     for name, architecture in ARCHITECTURES.items():
         sizes, built = architecture.sizes(name), timm.create_model(name, device="meta")
         embed = built.patch_embed
         assert (embed.img_size, embed.grid_size[0] * embed.grid_size[1]) == (
             tuple(sizes["img_size"]),
-            _sizes_of_entries()[name]["patches"],
+            patches[name],
         )
         found = (built.embed_dim, len(built.blocks), built.blocks[0].mixer.d_state, built.in_chans)
         assert found == tuple(sizes[key] for key in ("embed_dim", "depth", "d_state", "in_chans")), name

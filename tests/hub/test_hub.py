@@ -820,7 +820,7 @@ def test_the_catalogue_and_the_table_agree() -> None:
     assert set(CATALOG) == set(TABLE)
     for name, weights in TABLE.items():
         if weights.where == "bundled":
-            assert (state(name), CATALOG[name].license) == ("ours", "apache-2.0"), name
+            assert (state(name), timm.models.get_pretrained_cfg(name).license) == ("ours", "apache-2.0"), name
             trained_on = name.rpartition("_ft_")[2]
             assert f"finetune_{trained_on}.yaml" in training_commands(name) and not reported(name)
 

@@ -1,0 +1,136 @@
+"""A family and an objective join: one file each, which here are classes of a test, and one row."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import is_model
+from torch import Tensor, nn
+
+import arm_zoo
+from arm_zoo import CheckpointError, from_official, from_pretrained, to_official
+from arm_zoo.identify import find_variant
+from arm_zoo.models._builder import ARCHITECTURES, Backbone, entry_configs, register_family
+from arm_zoo.models.arm import ARM
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective
+from arm_zoo.pretraining.autoregressive import ARMPretrain
+from arm_zoo.weights.hosted import training_commands
+from arm_zoo.weights.tensor_names import MIXER_NAMES, OfficialNames
+from hub.check import check_folder
+from hub.convert import convert
+
+NAME = "toy_pico_patch2_8"
+SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "d_state": 4}
+
+
+class Toy(ARM):
+    """ARM with a second norm at its end, under other official names."""
+
+    official_names = OfficialNames(
+        [*MIXER_NAMES, ("layers.{}.norm.", "blocks.{}.norm1.", None), ("layers.{}.", "blocks.{}.", None)],
+        "https://example.org/toy",
+    )
+    keys = (*ARM.keys, "last.weight")
+
+    @wraps(ARM.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.last = nn.LayerNorm(self.embed_dim, device=kwargs.get("device"))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.last(super().forward_features(x))
+
+
+class ToyPretrain(ARMPretrain):
+    """Pretraining with one more tensor."""
+
+    backbone = Toy
+    official_names = Toy.official_names
+    keys = (*ARMPretrain.keys, "temperature")
+
+    @wraps(ARMPretrain.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.temperature = nn.Parameter(torch.ones((), device=kwargs.get("device")))
+
+
+cfg = {"num_classes": 10, "input_size": (1, 8, 8), "pool_size": None, "fixed_input_size": True, "crop_pct": 1.0}
+cfg |= {"mean": (0.5,), "std": (0.5,), "first_conv": "patch_embed.proj", "classifier": "head", "license": "mit"}
+cfg |= {"interpolation": "bicubic", "crop_mode": "center", "paper_ids": "none", "paper_name": "none"}
+default_cfgs = entry_configs({f"{NAME}.untrained": cfg})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def family() -> Iterator[None]:
+    register_family(Toy, {NAME: {key: SIZES[key] for key in ("patch_size", "embed_dim", "depth", "d_state")}}, {})
+    yield
+    del ARCHITECTURES[NAME]  # timm forgets none
+
+
+@pytest.fixture
+def objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Objective(ToyPretrain, {"toy_pico": {**SIZES, "cluster_size": 4, "decoder_dim": 64, "decoder_depth": 1}})
+    monkeypatch.setitem(OBJECTIVES, "toy", row)
+
+
+def outputs(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model.eval()(torch.arange(64.0).view(1, 1, 8, 8) / 64)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_family_joins_by_a_row(official: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(NAME)
+    tensors = to_official(model) if official else model.state_dict()
+    assert official == ("layers.0.norm.weight" in tensors) == ("layers.0.mixer.A_b_log" in tensors)
+    variant = find_variant(tensors)
+    assert (variant.architecture, variant.num_classes, variant.official) == (NAME, 10, official)
+    assert not variant.model_args and variant.pretraining is None
+    if official:
+        assert from_official(tensors, model).keys() == model.state_dict().keys()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "folder").mkdir()
+    model.save_pretrained(tmp_path / "folder")
+    said, _ = convert(tmp_path / "model.safetensors", tmp_path / "out")
+    assert said.startswith(f"{NAME} (backbone") and check_folder(tmp_path / "out").startswith("golden")
+    for source in (tmp_path / "model.safetensors", tmp_path / "folder", tmp_path / "out"):
+        loaded = from_pretrained(source)
+        assert isinstance(loaded, Toy) and torch.equal(outputs(loaded), outputs(model)), source
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"].get("origin_url") == ("https://example.org/toy" if official else None)
+
+
+def test_another_family_is_none_of_ours(tmp_path: Path) -> None:
+    assert find_variant(timm.create_model("arm_pico_patch2_8").state_dict()).architecture == "arm_pico_patch2_8"
+    with pytest.raises(CheckpointError, match=re.escape("this is no ARM or Toy checkpoint: expected")):
+        find_variant({"weight": torch.ones(1)})
+    assert f"supervised_base.yaml model={NAME}" in training_commands(f"{NAME}.untrained")
+
+
+def test_families_are_imported_where_one_looks() -> None:
+    assert is_model("arm_pico_patch2_8") and NAME in ARCHITECTURES and issubclass(Toy, Backbone)
+
+
+@pytest.mark.usefixtures("objective")
+def test_an_objective_joins_by_a_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = arm_zoo.create_pretraining_model("toy_pico", "toy")
+    variant = find_variant(model.state_dict(), {"cluster_size": 4})
+    assert (variant.architecture, variant.objective) == (NAME, "toy")
+    assert variant.pretraining == model.config
+    model.save_pretrained(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"] == "toy"
+    convert(tmp_path / "run", tmp_path / "out")
+    assert check_folder(tmp_path / "out").startswith("golden features and prediction met")
+    for source in (tmp_path / "run", tmp_path / "out"):
+        loaded = from_pretrained(source)
+        assert type(loaded) is ToyPretrain
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
