@@ -13,6 +13,7 @@ from torch import nn
 from recipes.config import TrainConfig
 from recipes.data.sources import Source
 from recipes.training.checkpoint import Metrics
+from recipes.training.ema import FIGURES, winner
 from recipes.training.engine import LossFunction
 from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
 from recipes.training.plots import draw_predictions
@@ -32,7 +33,7 @@ class Trained:
     @property
     def top1(self) -> float:
         """Of the weights that count, after the last epoch, in percent."""
-        return max(self.history[-1]["top1"], self.history[-1].get("top1_ema", 0.0))
+        return self.history[-1][FIGURES[winner(self.history[-1])]]
 
 
 @dataclass(frozen=True)

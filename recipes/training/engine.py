@@ -1,4 +1,4 @@
-"""The training loop: steps, figures, checkpoints, stopping, going on, which weights count. It knows no model."""
+"""The training loop: steps, figures, checkpoints, stopping, going on. It knows no model."""
 
 import dataclasses
 import json
@@ -20,6 +20,7 @@ from recipes.data.transforms import seed_of
 from recipes.errors import RunError
 from recipes.parsing import flatten
 from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_tensors, restore_tensors
+from recipes.training.ema import candidates
 from recipes.training.optim import learning_rate
 from recipes.training.parallel import Collectives, for_training, gradients_reduced
 from recipes.training.progress import ProgressDisplay
@@ -50,7 +51,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
-        self._models = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+        self._models = candidates(self.model, self.ema)
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
@@ -98,11 +99,6 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         return self.position.history
-
-    def winner(self) -> nn.Module:
-        """The model that counts: of the last epoch, the moving average if it scored higher, else the trained one."""
-        last = self.position.history[-1]
-        return self.ema.module if self.ema is not None and last["top1_ema"] > last["top1"] else self.model
 
     def _train_epoch(self) -> None:
         self._forward.train()

@@ -20,6 +20,7 @@ from recipes.data.loader import Batch, EvalLoader
 from recipes.data.sources import Source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
+from recipes.training.ema import FIGURES
 
 IMAGES_DRAWN = 8
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
@@ -29,11 +30,10 @@ LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
 
 def plot_run(file: Path, history: Sequence[Metrics]) -> None:
     """Draw the curves of one run: loss, learning rate, and top-1 where there is one; `history` is `metrics.jsonl`."""
-    found, panels = set().union(*history), {}
-    for key, title in {"loss": LOSS, "lr": "learning rate", "top1": TOP1}.items():
-        lines = {"model": (history, key), "moving average": (history, f"{key}_ema")}
-        panels[title] = {label: curve for label, curve in lines.items() if curve[1] in found}
-    plot_curves(file, {title: curves for title, curves in panels.items() if curves})
+    scores = zip(("model", "moving average"), FIGURES.values(), strict=True)
+    found = {label: (history, key) for label, key in scores if any(key in row for row in history)}
+    panels: dict[str, Curves] = {LOSS: {"": (history, "loss")}, "learning rate": {"": (history, "lr")}}
+    plot_curves(file, panels | ({TOP1: found} if found else {}))
 
 
 def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:

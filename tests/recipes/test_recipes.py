@@ -35,6 +35,7 @@ from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.objectives import Trained
 from recipes.pretrain import pretrain
 from recipes.quickstart import quickstart
+from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.optim import learning_rate, parameter_groups
 from recipes.training.parallel import FAILED, Collectives
@@ -371,6 +372,12 @@ def test_moving_average_by_hand() -> None:
     assert state["num_batches_tracked"].item() == 4
 
 
+def test_the_average_wins_only_if_it_scored_higher() -> None:
+    rows = {(50.0, 51.0): "ema", (51.0, 50.0): "model", (50.0, 50.0): "model"}
+    assert {scores: winner(dict(zip(("top1", "top1_ema"), scores, strict=True))) for scores in rows} == rows
+    assert winner({"loss": 1.0}) == winner({"top1": 0.0}) == "model"  # without labels, and without an average
+
+
 def test_a_classifier_of_the_same_classes_keeps_its_head(tmp_path: Path) -> None:
     """As many classes are not enough: they are the same by their names. A new head is new as a whole."""
     saved = timm.create_model("arm_pico_patch2_8", pretrained=True)
@@ -453,7 +460,7 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
     monkeypatch.setattr(Collectives, "largest", lambda _, number: told.append(number) or number)
     monkeypatch.setattr(Cats, "forward", lambda *_: 1 / 0)
     source = open_source(config.data, labels_needed=True)
-    evaluate = evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)
+    evaluate = evaluation(config, Collectives(accelerator), {"model": Cats()}, source, inputs)
     with pytest.raises(ZeroDivisionError):
         evaluate(1)
     assert told == [FAILED]
@@ -481,7 +488,7 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
                   "interpolation": "bicubic", "crop_mode": "squash"}  # fmt: skip
         accelerator = start_accelerator(config)
         source = open_source(config.data, labels_needed=True)
-        return evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)(1)
+        return evaluation(config, Collectives(accelerator), {"model": Cats()}, source, inputs)(1)
 
     assert scores(0.3) == {"top1": pytest.approx(40), "images_scored": 5, "images_skipped": 2}
     for name in ("cat/2.jpg", "dog/6.jpg"):
