@@ -122,6 +122,15 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
 
 
+def compare_steps(start: Start, steps_per_epoch: int) -> None:
+    """Refuse a checkpoint of another number of training images."""
+    if (before := start.state["steps_per_epoch"]) != steps_per_epoch:
+        raise RunError(
+            f"{start.checkpoint} has {before} steps per epoch, this run {steps_per_epoch}: the training images are "
+            "others; allowed: the same data.source, another output_dir, or --resume none"
+        )
+
+
 def compare_classes(start: Start, names: Sequence[str]) -> None:
     """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
 
