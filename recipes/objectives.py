@@ -1,6 +1,7 @@
 """What sets one way to train apart from another: a record for each, which `recipes.training.setup` carries out.
 
-A new pretraining objective is one more record here; that of training with labels stands in `recipes.finetune`.
+A new pretraining objective is one more row of `OBJECTIVES`, under the name that its models have in
+`arm_zoo.pretraining`; the record of training with labels stands in `recipes.finetune`.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import nn
 
 from recipes.config import TrainConfig
@@ -47,16 +49,19 @@ class Objective:
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
 
 
-def export_pretraining(trained: Trained) -> None:
-    model, config = trained.model, trained.config
-    save_pretraining(model, config, trained.inputs)
-    draw_predictions(Path(config.output_dir) / "predictions.png", model, trained.source, trained.inputs, config.seed)
+def export_autoregressive(trained: Trained) -> None:
+    model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
+    save_pretraining(model, config, inputs)
+    file, cluster = Path(config.output_dir) / "predictions.png", to_2tuple(model.config["cluster_size"])
+    explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
+    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
 
 
 AUTOREGRESSIVE = Objective(
     create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
     evaluation=None,
-    export=export_pretraining,
+    export=export_autoregressive,
     folders=(EXPORT, BACKBONE),
 )
+OBJECTIVES = {"autoregressive": AUTOREGRESSIVE}  # of pretraining

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that mist
 
 from recipes.command_line import say
 from recipes.config import PretrainConfig
-from recipes.objectives import AUTOREGRESSIVE, Trained
+from recipes.objectives import OBJECTIVES, Trained
 from recipes.training.export import BACKBONE
 from recipes.training.setup import train
 from recipes.training.signals import StopRequest
@@ -21,7 +21,7 @@ def pretrain(
     config: PretrainConfig, title: str = "pretrain", resume: str = "auto", stop: StopRequest | None = None
 ) -> Trained:
     """Train without labels; `pretraining_model/`, `backbone/` and predictions are written. See `train`."""
-    return train(config, AUTOREGRESSIVE, title, resume, stop)
+    return train(config, OBJECTIVES[config.objective], title, resume, stop)
 
 
 def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:

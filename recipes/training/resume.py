@@ -10,6 +10,7 @@ from rich.console import Console
 
 from arm_zoo.files import remove_leftovers
 from arm_zoo.images.listing import listed
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.parsing import flatten
@@ -25,7 +26,8 @@ OPERATION = (
 # Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
 # Keys without which the weights, or the images that are still to come, would be others.
-IDENTITY = ("model", "model_args", "seed", "global_batch")
+IDENTITY = ("model", "model_args", "objective", "seed", "global_batch")
+LATER = {"objective": DEFAULT_OBJECTIVE}  # keys that checkpoints of before lack, and what those did
 VALIDATION = "data.validation"
 CURVES = "curves.png"  # written last: a run that has it has ended
 
@@ -93,7 +95,7 @@ def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, 
     """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ."""
     before = dict(flatten(start.state["config"]))
     now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
-    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    pairs = {key: (before.get(key, LATER.get(key)), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 

@@ -24,6 +24,8 @@ import arm_zoo
 from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
+from arm_zoo.pretraining._registry import OBJECTIVES as MODELS
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
@@ -32,11 +34,12 @@ from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
-from recipes.objectives import Trained
+from recipes.objectives import OBJECTIVES, Trained
 from recipes.pretrain import pretrain
 from recipes.quickstart import quickstart
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
+from recipes.training.export import save_pretraining
 from recipes.training.optim import learning_rate, parameter_groups
 from recipes.training.parallel import FAILED, Collectives
 from recipes.training.processes import start_accelerator
@@ -118,6 +121,8 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of images",
     ("pretrain", "model=arm_giant"): "unknown pretraining model 'arm_giant'; choose one of arm_pico",
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
+    ("pretrain", "objective=contrastive"): "unknown objective 'contrastive'; choose one of autoregressive",
+    ("pretrain", "model_args.objective=autoregressive"): "multiple values for argument 'objective'",
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
     ("pretrain", "output_dir=FILE/run"): "FILE is a file; allowed: a folder to write to",
     ("pretrain", "device=gpu"): "device is gpu; allowed: auto, cpu",
@@ -563,6 +568,55 @@ def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
     for direction in backbone.blocks[0].mixer.A_log:
         assert torch.equal(direction, trained["blocks.0.mixer.A_log"][0])
     assert backbone.pretrained_cfg["std"] == pytest.approx((0.376,), abs=1e-3)
+
+
+class Doubled(arm_zoo.ARMPretrain):
+    """An objective of its own, whose models take no size of clusters and give nothing but twice the loss."""
+
+    def __init__(
+        self,
+        img_size: int = 8,
+        patch_size: int = 2,
+        in_chans: int = 1,
+        embed_dim: int = 16,
+        depth: int = 1,
+        d_state: int = 2,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(img_size, patch_size, 4, in_chans, embed_dim, depth, d_state, 64, 1, device)
+        self.config = {name: self.config[name] for name in ("img_size", "patch_size", "in_chans", "embed_dim")}
+        self.config |= {"depth": depth, "d_state": d_state}
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return 2 * super().forward(images)[0]
+
+    def hub_config(self) -> dict[str, Any]:
+        return {"objective": "doubled", "pretraining_model": self.config}
+
+
+def test_another_objective_is_trained_by_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and OBJECTIVES.keys() == MODELS.keys()
+    row = MODELS[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
+    monkeypatch.setitem(MODELS, "doubled", row)
+    record = dataclasses.replace(
+        OBJECTIVES[DEFAULT_OBJECTIVE],
+        loss=lambda config, source: lambda model, batch: model(batch.images),
+        export=lambda trained: save_pretraining(trained.model, trained.config, trained.inputs),
+    )
+    monkeypatch.setitem(OBJECTIVES, "doubled", record)
+    settings = [*TINY, "global_batch=718", "model=arm_pico", "data.source=digits", "data.workers=0"]
+    settings += [f"output_dir={tmp_path}"]
+    result = pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
+    assert isinstance(result.model, Doubled) and (tmp_path / "checkpoints" / "step-00000002").is_dir()
+    assert "objective: doubled" in (tmp_path / "config.yaml").read_text()
+    assert not (tmp_path / "predictions.png").exists()  # it says nothing about clusters
+    loaded = arm_zoo.from_pretrained(result.folder)
+    assert isinstance(loaded, Doubled) and loaded(torch.rand(2, 1, 8, 8)) > 0
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True)
+    first, second = (model.state_dict()["blocks.0.mixer.A_log"][0] for model in (backbone, loaded))
+    assert torch.equal(first, second)
+    with pytest.raises(RunError, match="objective was doubled, is autoregressive"):
+        pretrain(load_config(PretrainConfig, None, settings))
 
 
 def test_pretraining_names_the_images_that_it_holds_out(tmp_path: Path) -> None:
