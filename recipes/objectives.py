@@ -44,8 +44,8 @@ class Objective:
 
     create: Callable[[Any, Source], nn.Module]  # the model to train, for a configuration
     loss: Callable[[Any, Source], LossFunction]
-    evaluation: Callable[..., Callable[[int], Metrics]] | None  # see `recipes.training.scoring.evaluation`
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
+    evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
 
 
@@ -60,7 +60,6 @@ def export_autoregressive(trained: Trained) -> None:
 AUTOREGRESSIVE = Objective(
     create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
-    evaluation=None,
     export=export_autoregressive,
     folders=(EXPORT, BACKBONE),
 )

@@ -141,11 +141,10 @@ def compare_classes(start: Start, names: Sequence[str]) -> None:
     before = start.state.get("class_names", names)
     if list(before) == list(names):
         return
-    gone = [repr(name) for name in before if name not in set(names)]
-    new = [repr(name) for name in names if name not in set(before)]
-    if gone or new:
-        found = {"no longer there": gone, "new": new}
-        differences = [f"{what}: {listed(classes, 3)}" for what, classes in found.items() if classes]
+    gone, new = ([repr(name) for name in a if name not in set(b)] for a, b in ((before, names), (names, before)))
+    found = {"no longer there": gone, "new": new}
+    differences = [f"{what}: {listed(classes, 3)}" for what, classes in found.items() if classes]
+    if differences:
         differences.insert(0, f"{len(before)} classes before, {len(names)} now")
     else:
         index = next(index for index, name in enumerate(names) if name != before[index])

@@ -18,13 +18,9 @@ BATCH = 256
 
 
 def evaluation(
-    config: FinetuneConfig,
-    collectives: Collectives,
-    models: Mapping[str, nn.Module],  # see `recipes.training.ema.candidates`
-    source: Any,  # with labels and validation images
-    inputs: InputConfig,
+    config: FinetuneConfig, collectives: Collectives, models: Mapping[str, nn.Module], source: Any, inputs: InputConfig
 ) -> Callable[[int], Metrics]:
-    """A function of the epochs done that scores models, the trained one and its average, on the validation images.
+    """A function of the epochs done that scores models, as `ema.candidates` names them, on the validation images.
 
     The models are bare: a wrapper's collective calls would hang, as processes have unequal numbers of images.
     """

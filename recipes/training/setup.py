@@ -15,9 +15,8 @@ from recipes.training.ema import candidates, moving_average, winner
 from recipes.training.engine import Trainer
 from recipes.training.export import input_config
 from recipes.training.optim import create_optimizer
-from recipes.training.parallel import Collectives, model_state, shard
+from recipes.training.parallel import Collectives, model_state, shard, start_accelerator
 from recipes.training.plots import plot_run
-from recipes.training.processes import start_accelerator
 from recipes.training.progress import ProgressDisplay, peak_speed
 from recipes.training.resume import CURVES, starting_point
 from recipes.training.signals import StopRequest

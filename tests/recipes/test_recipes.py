@@ -41,8 +41,7 @@ from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import save_pretraining
 from recipes.training.optim import learning_rate, parameter_groups
-from recipes.training.parallel import FAILED, Collectives
-from recipes.training.processes import start_accelerator
+from recipes.training.parallel import FAILED, Collectives, start_accelerator
 from recipes.training.progress import image_flops
 from recipes.training.scoring import evaluation
 from tests import ROOT
