@@ -25,8 +25,6 @@ from recipes.parsing import ConfigError, Limit, filled, limited, missing, read_y
 if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told without them
     from torch import nn
 
-    import arm_zoo
-
 ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # an entry's name, with or without a tag; libraries tell which there are
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -223,11 +221,12 @@ class PretrainConfig(TrainConfig):
     precision: Literal["fp32", "bf16"] = "bf16"
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
+    objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.OBJECTIVES`
 
-    def build(self, **keywords: Any) -> "arm_zoo.ARMPretrain":
+    def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo
 
-        return arm_zoo.create_pretraining_model(self.model, **{**self.model_args, **keywords})
+        return arm_zoo.create_pretraining_model(self.model, self.objective, **{**self.model_args, **keywords})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What sets one way to train apart from another: a record for each, which `recipes.training.setup` carries out.
 
-A new pretraining objective is one more record here; that of training with labels stands in `recipes.finetune`.
+A new pretraining objective is one more row of `OBJECTIVES`, under the name that its models have in
+`arm_zoo.pretraining`; the record of training with labels stands in `recipes.finetune`.
 """
 
 from collections.abc import Callable
@@ -8,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import nn
 
 from recipes.config import TrainConfig
 from recipes.data.sources import Source
 from recipes.training.checkpoint import Metrics
+from recipes.training.ema import FIGURES, winner
 from recipes.training.engine import LossFunction
 from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
 from recipes.training.plots import draw_predictions
@@ -32,7 +35,7 @@ class Trained:
     @property
     def top1(self) -> float:
         """Of the weights that count, after the last epoch, in percent."""
-        return max(self.history[-1]["top1"], self.history[-1].get("top1_ema", 0.0))
+        return self.history[-1][FIGURES[winner(self.history[-1])]]
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,23 @@ class Objective:
 
     create: Callable[[Any, Source], nn.Module]  # the model to train, for a configuration
     loss: Callable[[Any, Source], LossFunction]
-    evaluation: Callable[..., Callable[[int], Metrics]] | None  # see `recipes.training.scoring.evaluation`
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
+    evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
 
 
-def export_pretraining(trained: Trained) -> None:
-    model, config = trained.model, trained.config
-    save_pretraining(model, config, trained.inputs)
-    draw_predictions(Path(config.output_dir) / "predictions.png", model, trained.source, trained.inputs, config.seed)
+def export_autoregressive(trained: Trained) -> None:
+    model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
+    save_pretraining(model, config, inputs)
+    file, cluster = Path(config.output_dir) / "predictions.png", to_2tuple(model.config["cluster_size"])
+    explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
+    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
 
 
 AUTOREGRESSIVE = Objective(
     create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
-    evaluation=None,
-    export=export_pretraining,
+    export=export_autoregressive,
     folders=(EXPORT, BACKBONE),
 )
+OBJECTIVES = {"autoregressive": AUTOREGRESSIVE}  # of pretraining

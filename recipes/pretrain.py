@@ -14,7 +14,7 @@ from functools import partial
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import PretrainConfig
-from recipes.objectives import AUTOREGRESSIVE, Trained
+from recipes.objectives import OBJECTIVES, Trained
 from recipes.training.export import BACKBONE
 from recipes.training.setup import train
 from recipes.training.signals import StopRequest
@@ -24,7 +24,7 @@ def pretrain(
     config: PretrainConfig, title: str = "pretrain", resume: str = "auto", stop: StopRequest | None = None
 ) -> Trained:
     """Train without labels; `pretraining_model/`, `backbone/` and predictions are written. See `train`."""
-    return train(config, AUTOREGRESSIVE, title, resume, stop)
+    return train(config, OBJECTIVES[config.objective], title, resume, stop)
 
 
 def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:

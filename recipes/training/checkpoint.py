@@ -9,20 +9,23 @@ the seed, the epoch and the step, so the position says it all. Nothing in it dep
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import Optimizer
 
 from arm_zoo.files import flush, save_tensors, sha256_of
+from recipes.config import TrainConfig
 from recipes.errors import RunError
+from recipes.training.ema import candidates
 from recipes.training.parallel import WHOLE, Tensors, model_state
 
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -41,30 +44,37 @@ class Position:
     undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
 
 
-def kept_tensors(models: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensors]:
+def kept_state(config: TrainConfig, class_names: Sequence[str], steps: int, now: Position) -> dict[str, Any]:
+    """The content of `state.json`; so many steps are an epoch."""
+    return {"config": asdict(config), "class_names": class_names, "steps_per_epoch": steps, "position": asdict(now)}
+
+
+def kept_tensors(model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer) -> dict[str, Tensors]:
     """Whole tensors by file, on the main process; every process must call it.
 
     Of the optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter of the model.
     """
-    state: Any = dcp_state.get_optimizer_state_dict(models["model"], optimizer, options=WHOLE).get("state", {})
+    state: Any = dcp_state.get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
     by_name = {f"{kind}/{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
-    return {**{name: model_state(model) for name, model in models.items()}, "optimizer": by_name}
+    return {**{name: model_state(each) for name, each in candidates(model, ema).items()}, "optimizer": by_name}
 
 
-def restore_tensors(checkpoint: Path, models: dict[str, nn.Module], optimizer: Optimizer) -> None:
+def restore(
+    checkpoint: Path, state: Mapping[str, Any], model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer
+) -> Position:
     """Take over what `kept_tensors` gave, file after file; rates and decay stay those of `optimizer`."""
     options = dcp_state.StateDictOptions(full_state_dict=True)
-    for name, model in models.items():
+    for name, each in candidates(model, ema).items():
         weights: Any = load_file(checkpoint / f"{name}.safetensors")
-        dcp_state.set_model_state_dict(model, weights, options=options)
-    names = {id(parameter): name for name, parameter in models["model"].named_parameters()}
+        dcp_state.set_model_state_dict(each, weights, options=options)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-    state: dict[str, Any] = {}
+    whole: Any = {"state": {}, "param_groups": groups}
     for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
         kind, _, name = key.partition("/")
-        state.setdefault(name, {})[kind] = tensor
-    whole: Any = {"state": state, "param_groups": groups}
-    dcp_state.set_optimizer_state_dict(models["model"], optimizer, whole, options=options)
+        whole["state"].setdefault(name, {})[kind] = tensor
+    dcp_state.set_optimizer_state_dict(model, optimizer, whole, options=options)
+    return Position(**state["position"])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The training loop: steps, figures, checkpoints, stopping, going on, which weights count. It knows no model."""
+"""The training loop: steps, figures, checkpoints, stopping, going on. It knows no model."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ from recipes.data.loader import Batch, TrainLoader
 from recipes.data.transforms import seed_of
 from recipes.errors import RunError
 from recipes.parsing import flatten
-from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_tensors, restore_tensors
+from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_state, kept_tensors, restore
 from recipes.training.optim import learning_rate
 from recipes.training.parallel import Collectives, for_training, gradients_reduced
 from recipes.training.progress import ProgressDisplay
-from recipes.training.resume import ORDER, Start, changed_settings, compare_classes
+from recipes.training.resume import ORDER, Start, changed_settings, compare_classes, compare_steps
 from recipes.training.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]  # model, batch -> scalar
@@ -50,7 +50,6 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
-        self._models = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
@@ -65,16 +64,10 @@ class Trainer:
         """Take over what a checkpoint holds, if there is one, unless its classes or images are others."""
         if start is None:
             return
-        checkpoint, state = start
         compare_classes(start, self.loader.class_names)
-        if state["steps_per_epoch"] != self._steps:
-            raise RunError(
-                f"{checkpoint} has {state['steps_per_epoch']} steps per epoch, this run {self._steps}: the training "
-                "images are others; allowed: the same data.source, another output_dir, or --resume none"
-            )
-        self.position = Position(**state["position"])
+        compare_steps(start, self._steps)
+        self.position = restore(*start, self.model, self.ema, self.optimizer)
         self._started -= self.position.seconds
-        restore_tensors(checkpoint, self._models, self.optimizer)
         self._loss_sum.fill_(self.position.loss_sum)
         if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
             self.loader.undecodable.update(self.position.undecodable)
@@ -98,11 +91,6 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         return self.position.history
-
-    def winner(self) -> nn.Module:
-        """The model that counts: of the last epoch, the moving average if it scored higher, else the trained one."""
-        last = self.position.history[-1]
-        return self.ema.module if self.ema is not None and last["top1_ema"] > last["top1"] else self.model
 
     def _train_epoch(self) -> None:
         self._forward.train()
@@ -214,13 +202,8 @@ class Trainer:
         found = sorted(self._undecodable())
         seconds = time.monotonic() - self._started
         now = dataclasses.replace(self.position, loss_sum=total, seconds=seconds, undecodable=found)
-        state = {
-            "config": dataclasses.asdict(self.config),
-            "class_names": self.loader.class_names,
-            "steps_per_epoch": self._steps,
-            "position": dataclasses.asdict(now),
-        }
-        tensors = kept_tensors(self._models, self.optimizer)
+        state = kept_state(self.config, self.loader.class_names, self._steps, now)
+        tensors = kept_tensors(self.model, self.ema, self.optimizer)
 
         def save() -> None:
             if not all(tensor.isfinite().all() for tensor in tensors["model"].values()):

@@ -1,5 +1,6 @@
 """What a run leaves behind: folders with `model.safetensors` and `config.json`."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
-from arm_zoo import ARMPretrain
 from arm_zoo.files import WEIGHTS, save_model
+from arm_zoo.models._builder import ARCHITECTURES
 from recipes.config import TrainConfig
 from recipes.data.sources import Source
 from recipes.errors import RunError
@@ -45,17 +46,17 @@ def save_timm_model(model: Any, folder: Path, inputs: InputConfig, **labels: lis
     save_model(folder, model.state_dict(), {**config, **labels, "pretrained_cfg": cfg | inputs})
 
 
-def save_pretraining(model: ARMPretrain, config: TrainConfig, inputs: InputConfig) -> None:
-    """Write `pretraining_model/`, encoder and decoder, and `backbone/`, its encoder as a timm model without head.
+def save_pretraining(model: Any, config: TrainConfig, inputs: InputConfig) -> None:
+    """Write `pretraining_model/`, of any objective, and `backbone/`, its encoder as a timm model without head.
 
     The class token of the backbone is new, as pretraining has none: drawn from `config.seed`.
     """
     whole, backbone = (Path(config.output_dir) / name for name in (EXPORT, BACKBONE))
     statistics = {key: inputs[key] for key in ("input_size", "mean", "std")}
     save_model(whole, model.state_dict(), {**model.hub_config(), "pretrained_cfg": statistics})
-    names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "d_state")
-    arguments: dict[str, Any] = {name: model.config[name] for name in names}
     entry, overlay = backbone_entry(config, model), {"file": str(whole / WEIGHTS)}
+    taken = inspect.signature(ARCHITECTURES[entry].model_class).parameters
+    arguments: dict[str, Any] = {name: value for name, value in model.config.items() if name in taken}
     torch.manual_seed(config.seed)
     encoder = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments)
     save_timm_model(encoder, backbone, inputs)

@@ -1,16 +1,18 @@
-"""One model on many processes: gradients averaged (DDP) or all sharded (FSDP), one state, and collectives.
+"""One model on many processes: their start, gradients averaged (DDP) or all sharded (FSDP), state and collectives.
 
 accelerate's `prepare` is left out on purpose: it also patches `forward` of the bare model, which is scored, averaged
 and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes and devices are used.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +29,26 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main 
 NEWER, OLDER = "forward_sync_buffers", "broadcast_buffers"  # torch 2.14 deprecates what 2.8 knows
 BUFFERS_TRAVEL = NEWER if NEWER in inspect.signature(DistributedDataParallel).parameters else OLDER
 ENDED, STOPPED, FAILED = range(3)  # ways out of a block, the worst one last
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """Seed everything and find device and processes, which the launcher decides."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    advice = (
+        f"WORLD_SIZE is {asked} in the environment, but each process would train alone. Start them with `torchrun "
+        f"--nproc_per_node {asked} -m recipes.pretrain ...` (with device=cpu where there is no GPU for each), "
+        "or unset WORLD_SIZE to train with one process"
+    )
+    if asked > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # what a launcher sets
+        raise RunError(advice)
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    set_seed(config.seed)
+    tracker = None if config.tracker == "none" else config.tracker
+    accelerator = Accelerator(cpu=config.device == "cpu", log_with=tracker, project_dir=config.output_dir)
+    if accelerator.num_processes == 1 < asked:
+        raise RunError(advice)
+    return accelerator
 
 
 class Collectives:

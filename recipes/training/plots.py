@@ -1,4 +1,4 @@
-"""The two figures of a run: its curves, and what the pretraining model predicts."""
+"""The two figures of a run: its curves, and what a pretraining model predicts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from timm.layers import to_2tuple
 from torch import Tensor
 
-from arm_zoo import ARMPretrain
 from arm_zoo.files import replacing_files
 from arm_zoo.images.tables import ImageTable
 from recipes.data.loader import Batch, EvalLoader
 from recipes.data.sources import Source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
+from recipes.training.ema import FIGURES
 
 IMAGES_DRAWN = 8
 COLOURS = ("#0b6fa4", "#d1495b", "#66a182", "#edae49")  # distinct also for colour-blind readers
@@ -29,11 +28,10 @@ LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
 
 def plot_run(file: Path, history: Sequence[Metrics]) -> None:
     """Draw the curves of one run: loss, learning rate, and top-1 where there is one; `history` is `metrics.jsonl`."""
-    found, panels = set().union(*history), {}
-    for key, title in {"loss": LOSS, "lr": "learning rate", "top1": TOP1}.items():
-        lines = {"model": (history, key), "moving average": (history, f"{key}_ema")}
-        panels[title] = {label: curve for label, curve in lines.items() if curve[1] in found}
-    plot_curves(file, {title: curves for title, curves in panels.items() if curves})
+    scores = zip(("model", "moving average"), FIGURES.values(), strict=True)
+    found = {label: (history, key) for label, key in scores if any(key in row for row in history)}
+    panels: dict[str, Curves] = {LOSS: {"": (history, "loss")}, "learning rate": {"": (history, "lr")}}
+    plot_curves(file, panels | ({TOP1: found} if found else {}))
 
 
 def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:
@@ -59,10 +57,13 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
     _save(figure, file)
 
 
-def draw_predictions(file: Path, model: ARMPretrain, source: Source, inputs: Mapping[str, Any], seed: int) -> None:
-    """Draw images, validation ones if there are any, the clusters to predict, and the predicted ones into a PNG.
+def draw_predictions(
+    file: Path, model: Any, source: Source, inputs: Mapping[str, Any], seed: int, unit: tuple[int, int], said: str
+) -> None:
+    """Draw images, validation ones if there are any, as targets, whose first unit is given, and as predicted.
 
-    The images are drawn blindly from the seed and prepared as `export.input_config` says; the model is on the CPU.
+    The images are drawn blindly from the seed and prepared as `export.input_config` says; the model, whose
+    `reconstruct` predicts, is on the CPU. A unit has so many rows and columns of pixels; `said` explains the figure.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
@@ -74,7 +75,7 @@ def draw_predictions(file: Path, model: ARMPretrain, source: Source, inputs: Map
     with torch.inference_mode():
         predicted = _pixels(model.eval().reconstruct(batch.images), source)
     images = _pixels(batch.images, source)
-    (count, height, width, _), (rows, columns) = images.shape, to_2tuple(model.config["cluster_size"])
+    (count, height, width, _), (rows, columns) = images.shape, unit
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False)
     rows_shown = {"image": images, "target": images, "predicted": predicted}
@@ -89,8 +90,7 @@ def draw_predictions(file: Path, model: ARMPretrain, source: Source, inputs: Map
                 axes.add_patch(Rectangle((0, 0), columns, rows, facecolor="0.85", edgecolor="0.5", hatch="///"))
     for axes, label in zip(grid[0], batch.classes.tolist(), strict=True):
         axes.set_title(source.class_names[label] if source.class_names else "", fontsize=12)
-    explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
-    figure.suptitle(f"{kind.capitalize()} images: {explanation}")
+    figure.suptitle(f"{kind.capitalize()} images: {said}")
     _save(figure, file)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from arm_zoo.files import remove_leftovers
 from arm_zoo.images.listing import listed
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.parsing import flatten
@@ -25,7 +26,8 @@ OPERATION = (
 # Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
 # Keys without which the weights, or the images that are still to come, would be others.
-IDENTITY = ("model", "model_args", "seed", "global_batch")
+IDENTITY = ("model", "model_args", "objective", "seed", "global_batch")
+LATER = {"objective": DEFAULT_OBJECTIVE}  # keys that checkpoints of before lack, and what those did
 VALIDATION = "data.validation"
 CURVES = "curves.png"  # written last: a run that has it has ended
 
@@ -93,7 +95,7 @@ def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, 
     """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ."""
     before = dict(flatten(start.state["config"]))
     now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
-    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    pairs = {key: (before.get(key, LATER.get(key)), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
@@ -122,6 +124,15 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
         console.print(f"warning: going on with other settings: {'; '.join(described.values())}", soft_wrap=True)
 
 
+def compare_steps(start: Start, steps_per_epoch: int) -> None:
+    """Refuse a checkpoint of another number of training images."""
+    if (before := start.state["steps_per_epoch"]) != steps_per_epoch:
+        raise RunError(
+            f"{start.checkpoint} has {before} steps per epoch, this run {steps_per_epoch}: the training images are "
+            "others; allowed: the same data.source, another output_dir, or --resume none"
+        )
+
+
 def compare_classes(start: Start, names: Sequence[str]) -> None:
     """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
 
@@ -130,11 +141,10 @@ def compare_classes(start: Start, names: Sequence[str]) -> None:
     before = start.state.get("class_names", names)
     if list(before) == list(names):
         return
-    gone = [repr(name) for name in before if name not in set(names)]
-    new = [repr(name) for name in names if name not in set(before)]
-    if gone or new:
-        found = {"no longer there": gone, "new": new}
-        differences = [f"{what}: {listed(classes, 3)}" for what, classes in found.items() if classes]
+    gone, new = ([repr(name) for name in a if name not in set(b)] for a, b in ((before, names), (names, before)))
+    found = {"no longer there": gone, "new": new}
+    differences = [f"{what}: {listed(classes, 3)}" for what, classes in found.items() if classes]
+    if differences:
         differences.insert(0, f"{len(before)} classes before, {len(names)} now")
     else:
         index = next(index for index, name in enumerate(names) if name != before[index])

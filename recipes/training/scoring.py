@@ -1,16 +1,16 @@
 """Top-1 on the validation images; over all processes every image counts once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from recipes.config import FinetuneConfig
 from recipes.data.loader import EvalLoader
 from recipes.data.undecodable import check_undecodable
 from recipes.training.checkpoint import Metrics
+from recipes.training.ema import FIGURES
 from recipes.training.export import InputConfig
 from recipes.training.parallel import Collectives, whole_parameters
 
@@ -18,18 +18,12 @@ BATCH = 256
 
 
 def evaluation(
-    config: FinetuneConfig,
-    collectives: Collectives,
-    model: nn.Module,
-    ema: ModelEmaV3 | None,
-    source: Any,  # with labels and validation images
-    inputs: InputConfig,
+    config: FinetuneConfig, collectives: Collectives, models: Mapping[str, nn.Module], source: Any, inputs: InputConfig
 ) -> Callable[[int], Metrics]:
-    """A function of the epochs done that scores the model and its moving average on the validation images.
+    """A function of the epochs done that scores models, as `ema.candidates` names them, on the validation images.
 
     The models are bare: a wrapper's collective calls would hang, as processes have unequal numbers of images.
     """
-    candidates = {"top1": model} if ema is None else {"top1": model, "top1_ema": ema.module}
     accelerator, device = collectives.accelerator, collectives.accelerator.device
     process = (accelerator.process_index, accelerator.num_processes)
     loader = EvalLoader(source.test, inputs, BATCH, *process, config.data.workers, device)
@@ -52,10 +46,10 @@ def evaluation(
         if epochs_done % config.evaluate_every and epochs_done != config.epochs:
             return {}
         scores = {}
-        for name, candidate in candidates.items():
-            right, scored, damaged = count(candidate)
+        for name, model in models.items():
+            right, scored, damaged = count(model)
             check_undecodable(damaged, scored + damaged, "validation", config.data.max_undecodable)
-            scores[name] = 100 * right / scored
+            scores[FIGURES[name]] = 100 * right / scored
         return {**scores, "images_scored": scored, "images_skipped": damaged}
 
     return evaluate

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from timm.utils import ModelEmaV3
 
 from arm_zoo.files import write_text
 from recipes.config import TrainConfig, batch_plan
@@ -12,12 +11,12 @@ from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
 from recipes.objectives import Objective, Trained
 from recipes.training.checkpoint import CheckpointFolder
+from recipes.training.ema import candidates, moving_average, winner
 from recipes.training.engine import Trainer
 from recipes.training.export import input_config
 from recipes.training.optim import create_optimizer
-from recipes.training.parallel import Collectives, model_state, shard
+from recipes.training.parallel import Collectives, model_state, shard, start_accelerator
 from recipes.training.plots import plot_run
-from recipes.training.processes import start_accelerator
 from recipes.training.progress import ProgressDisplay, peak_speed
 from recipes.training.resume import CURVES, starting_point
 from recipes.training.signals import StopRequest
@@ -44,16 +43,15 @@ def train(
     inputs = input_config(model, config, source)
     model.set_grad_checkpointing(config.gradient_checkpointing)
     model = model.to(accelerator.device)
-    decay = getattr(config, "ema_decay", None)
-    ema = None if decay is None else ModelEmaV3(model, decay=decay)  # no warm-up of the decay
-    if config.fsdp:
-        for part in (model,) if ema is None else (model, ema.module):
-            shard(part, accelerator)
+    ema = moving_average(model, config)
+    models = candidates(model, ema)
+    for part in models.values() if config.fsdp else ():
+        shard(part, accelerator)
     process, image_size = (accelerator.process_index, accelerator.num_processes), inputs["input_size"][1:]
     loader = TrainLoader(source, config, plan, image_size, *process, accelerator.device)
     peak = peak_speed(config, inputs["input_size"], accelerator)
     optimizer, loss = create_optimizer(model, config), objective.loss(config, source)
-    evaluate = objective.evaluation and objective.evaluation(config, collectives, model, ema, source, inputs)
+    evaluate = objective.evaluation and objective.evaluation(config, collectives, models, source, inputs)
     display = ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak)
     trainer = Trainer(
         collectives, model, ema, optimizer, loader, loss, evaluate, config, checkpoints, display, stop or StopRequest()
@@ -66,7 +64,7 @@ def train(
         found = f"{source.held_out:g} of the training images, {len(names)} beside {len(tables.train)}, are held out"
         console.print(f"{found} for validation; {output / HELD_OUT} lists them", soft_wrap=True)
     history = trainer.fit()
-    weights = model_state(trainer.winner())
+    weights = model_state(models[winner(history[-1])])
     classes = {"num_classes": len(source.class_names)} if config.labels_needed else {}
     trained = Trained(config, source, inputs, config.build(**classes), history, output / objective.folders[0])
 

@@ -28,18 +28,17 @@ import arm_zoo
 from arm_zoo.images.tables import ImageTable
 from recipes import command_line
 from recipes import finetune as finetuning
-from recipes import pretrain as pretraining
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import loader as data
 from recipes.data.sampling import training_order
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
-from recipes.objectives import Trained
+from recipes.objectives import AUTOREGRESSIVE, OBJECTIVES, Trained
 from recipes.pretrain import pretrain
 from recipes.training import checkpoint, engine, setup
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
-from recipes.training.resume import AlreadyFinished, Start, compare, compare_classes
+from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes
 from recipes.training.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -78,8 +77,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def set_loss(monkeypatch: pytest.MonkeyPatch, loss: engine.LossFunction) -> None:
     """Let pretraining use another loss."""
-    changed = dataclasses.replace(pretraining.AUTOREGRESSIVE, loss=lambda config, source: loss)
-    monkeypatch.setattr(pretraining, "AUTOREGRESSIVE", changed)
+    changed = dataclasses.replace(AUTOREGRESSIVE, loss=lambda config, source: loss)
+    monkeypatch.setitem(OBJECTIVES, "autoregressive", changed)
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[
     """Things to do in the middle of an optimizer step, by the number of the step in this process."""
     actions: dict[int, Callable[[], None]] = {}
     count = iter(range(1, 10**6))
-    original = pretraining.AUTOREGRESSIVE.loss(None, None)
+    original = AUTOREGRESSIVE.loss(None, None)
 
     def loss(model: Any, batch: Any) -> Any:
         actions.get(next(count), lambda: None)()
@@ -314,6 +313,16 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
     assert "warning: going on with other settings: base_lr was 0.004, is 0.001" in printed
 
 
+def test_a_checkpoint_that_names_no_objective_is_of_the_first_one(whole: Path) -> None:
+    checkpoint = whole / "checkpoints" / names(whole)[-1]
+    before = Start(checkpoint, read_state(checkpoint))
+    assert before.state["config"].pop("objective") == "autoregressive"
+    config = load_config(PretrainConfig, CONFIG, settings(whole))
+    assert changed_settings(before, config) == {}
+    with pytest.raises(RunError, match="objective was autoregressive, is another"):
+        compare(dataclasses.replace(config, objective="another"), before, Console(stderr=True))
+
+
 def test_going_on_with_other_classes_is_refused(tmp_path: Path) -> None:
     images = tmp_path / "images"
     for split in ("train", "val"):
@@ -421,7 +430,7 @@ def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypat
 def test_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = pretraining.AUTOREGRESSIVE.loss(None, None), iter(range(1, 100))
+    original, count = AUTOREGRESSIVE.loss(None, None), iter(range(1, 100))
     factors = (float("nan") if number == 8 else 1 for number in count)
     set_loss(monkeypatch, lambda model, batch: original(model, batch) * next(factors))
     with pytest.raises(SystemExit) as stopped:

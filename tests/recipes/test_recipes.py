@@ -24,6 +24,8 @@ import arm_zoo
 from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
+from arm_zoo.pretraining._registry import OBJECTIVES as MODELS
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
@@ -32,13 +34,14 @@ from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
-from recipes.objectives import Trained
+from recipes.objectives import OBJECTIVES, Trained
 from recipes.pretrain import pretrain
 from recipes.quickstart import quickstart
+from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
+from recipes.training.export import save_pretraining
 from recipes.training.optim import learning_rate, parameter_groups
-from recipes.training.parallel import FAILED, Collectives
-from recipes.training.processes import start_accelerator
+from recipes.training.parallel import FAILED, Collectives, start_accelerator
 from recipes.training.progress import image_flops
 from recipes.training.scoring import evaluation
 from tests import ROOT
@@ -117,6 +120,8 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of images",
     ("pretrain", "model=arm_giant"): "unknown pretraining model 'arm_giant'; choose one of arm_pico",
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
+    ("pretrain", "objective=contrastive"): "unknown objective 'contrastive'; choose one of autoregressive",
+    ("pretrain", "model_args.objective=autoregressive"): "multiple values for argument 'objective'",
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
     ("pretrain", "output_dir=FILE/run"): "FILE is a file; allowed: a folder to write to",
     ("pretrain", "device=gpu"): "device is gpu; allowed: auto, cpu",
@@ -371,6 +376,12 @@ def test_moving_average_by_hand() -> None:
     assert state["num_batches_tracked"].item() == 4
 
 
+def test_the_average_wins_only_if_it_scored_higher() -> None:
+    rows = {(50.0, 51.0): "ema", (51.0, 50.0): "model", (50.0, 50.0): "model"}
+    assert {scores: winner(dict(zip(("top1", "top1_ema"), scores, strict=True))) for scores in rows} == rows
+    assert winner({"loss": 1.0}) == winner({"top1": 0.0}) == "model"  # without labels, and without an average
+
+
 def test_a_classifier_of_the_same_classes_keeps_its_head(tmp_path: Path) -> None:
     """As many classes are not enough: they are the same by their names. A new head is new as a whole."""
     saved = timm.create_model("arm_pico_patch2_8", pretrained=True)
@@ -453,7 +464,7 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
     monkeypatch.setattr(Collectives, "largest", lambda _, number: told.append(number) or number)
     monkeypatch.setattr(Cats, "forward", lambda *_: 1 / 0)
     source = open_source(config.data, labels_needed=True)
-    evaluate = evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)
+    evaluate = evaluation(config, Collectives(accelerator), {"model": Cats()}, source, inputs)
     with pytest.raises(ZeroDivisionError):
         evaluate(1)
     assert told == [FAILED]
@@ -481,7 +492,7 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
                   "interpolation": "bicubic", "crop_mode": "squash"}  # fmt: skip
         accelerator = start_accelerator(config)
         source = open_source(config.data, labels_needed=True)
-        return evaluation(config, Collectives(accelerator), Cats(), None, source, inputs)(1)
+        return evaluation(config, Collectives(accelerator), {"model": Cats()}, source, inputs)(1)
 
     assert scores(0.3) == {"top1": pytest.approx(40), "images_scored": 5, "images_skipped": 2}
     for name in ("cat/2.jpg", "dog/6.jpg"):
@@ -556,6 +567,55 @@ def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
     for direction in backbone.blocks[0].mixer.A_log:
         assert torch.equal(direction, trained["blocks.0.mixer.A_log"][0])
     assert backbone.pretrained_cfg["std"] == pytest.approx((0.376,), abs=1e-3)
+
+
+class Doubled(arm_zoo.ARMPretrain):
+    """An objective of its own, whose models take no size of clusters and give nothing but twice the loss."""
+
+    def __init__(
+        self,
+        img_size: int = 8,
+        patch_size: int = 2,
+        in_chans: int = 1,
+        embed_dim: int = 16,
+        depth: int = 1,
+        d_state: int = 2,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(img_size, patch_size, 4, in_chans, embed_dim, depth, d_state, 64, 1, device)
+        self.config = {name: self.config[name] for name in ("img_size", "patch_size", "in_chans", "embed_dim")}
+        self.config |= {"depth": depth, "d_state": d_state}
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return 2 * super().forward(images)[0]
+
+    def hub_config(self) -> dict[str, Any]:
+        return {"objective": "doubled", "pretraining_model": self.config}
+
+
+def test_another_objective_is_trained_by_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and OBJECTIVES.keys() == MODELS.keys()
+    row = MODELS[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
+    monkeypatch.setitem(MODELS, "doubled", row)
+    record = dataclasses.replace(
+        OBJECTIVES[DEFAULT_OBJECTIVE],
+        loss=lambda config, source: lambda model, batch: model(batch.images),
+        export=lambda trained: save_pretraining(trained.model, trained.config, trained.inputs),
+    )
+    monkeypatch.setitem(OBJECTIVES, "doubled", record)
+    settings = [*TINY, "global_batch=718", "model=arm_pico", "data.source=digits", "data.workers=0"]
+    settings += [f"output_dir={tmp_path}"]
+    result = pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
+    assert isinstance(result.model, Doubled) and (tmp_path / "checkpoints" / "step-00000002").is_dir()
+    assert "objective: doubled" in (tmp_path / "config.yaml").read_text()
+    assert not (tmp_path / "predictions.png").exists()  # it says nothing about clusters
+    loaded = arm_zoo.from_pretrained(result.folder)
+    assert isinstance(loaded, Doubled) and loaded(torch.rand(2, 1, 8, 8)) > 0
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True)
+    first, second = (model.state_dict()["blocks.0.mixer.A_log"][0] for model in (backbone, loaded))
+    assert torch.equal(first, second)
+    with pytest.raises(RunError, match="objective was doubled, is autoregressive"):
+        pretrain(load_config(PretrainConfig, None, settings))
 
 
 def test_pretraining_names_the_images_that_it_holds_out(tmp_path: Path) -> None:
