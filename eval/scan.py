@@ -16,6 +16,7 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.layers.order import scan_order
+from arm_zoo.models.arm import DIRECTIONS
 from eval.scoring.options import positive
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import circumstances, table, timed
@@ -51,7 +52,7 @@ def copy_rate() -> float:
 def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
     """Inputs of convolution and scan as a model has them: tokens, step sizes, B and C are parts of projections."""
     K, B, D, S = args.directions, args.batch_size, args.channels, args.states
-    order = scan_order(args.grid, args.grid, K, args.grid**2 // 2 if K == 4 else None, device="cuda")
+    order = scan_order(args.grid, args.grid, DIRECTIONS[:K], args.grid**2 // 2 if K == 4 else None, device="cuda")
     L, dtype = order.shape[1], DTYPES[args.dtype]
 
     def randn(*shape: int) -> torch.Tensor:
