@@ -30,6 +30,7 @@ from arm_zoo.ops import (
     backends,
     causal_conv,
     functional,
+    fused,
     get_scan_backend,
     mamba_inner,
     scan_backend,
@@ -620,6 +621,36 @@ def test_backends_say_which_calls_they_take(name: str, device: str, dtype: torch
     reason = backends.BACKENDS[name].why_not_for(device, dtype)
     assert (reason is None) == taken
     assert taken or reason.endswith(f", got {dtype} on {device}; use 'auto' or 'torch'")
+
+
+def test_a_new_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = backends.Backend("arm_zoo.ops.cpu.chunked", device="cpu", dtypes=(torch.float64,), directions_inside=True)
+    monkeypatch.setitem(backends.BACKENDS, "toy", row)
+    backends._why_not.cache_clear()
+    inputs = CASES[next(iter(CASES))].scan_inputs()
+    assert "toy" in available_backends() and backends._choose("cpu", torch.float64) == "torch"
+    with scan_backend("toy"):
+        y = selective_scan(**inputs)
+        with pytest.raises(ValueError, match=r"'toy' takes float64 on the CPU, got torch\.float32 on cpu"):
+            backends.resolve_backend(torch.empty(1))
+    with scan_backend("torch"):
+        assert y.equal(selective_scan(**inputs))
+    monkeypatch.setitem(backends.BACKENDS, "toy", row._replace(auto=1, plain=True))
+    assert backends._choose("cpu", torch.float64) == "toy"
+    monkeypatch.setitem(backends.BACKENDS, "better", row._replace(auto=2))
+    assert backends._choose("cpu", torch.float64) == "better"
+    monkeypatch.setitem(backends.BACKENDS, "elsewhere", row._replace(device="xpu", auto=3))
+    with pytest.raises(ValueError, match="'elsewhere' cannot run here: it needs a XPU device; on the CPU use 'torch'"):
+        arm_zoo.set_scan_backend("elsewhere")
+
+
+@pytest.mark.parametrize("name, taken", [("auto", True), ("numba", True), ("torch", False), ("reference", False)])
+def test_kernels_around_the_scans_go_with_all_but_plain_backends(
+    name: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_runs_kernels", lambda *_: True)
+    monkeypatch.setattr(backends._choices[-1], "name", name)
+    assert fused._has_kernel(0, hopper=False) == taken
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
