@@ -87,7 +87,7 @@ def make_rows(
         among = np.isin(labelled.targets, labels.candidates(subset) or ())
         clean = figures(records, head, np.where(among, labelled.targets, NO_CLASS)[:, None])
         known = clean if clean["n"] else {"n": 0, "top1": "", "top5": ""}
-        rows[0] |= {f"clean200_{subset}_{name}": known[name] for name in ("n", "top1", "top5")}
+        rows[0] |= {SETS[subset].clean + name: known[name] for name in ("n", "top1", "top5")}
     return rows
 
 
@@ -134,7 +134,7 @@ class Scorer:
 
     def score(self, candidate: Candidate, request: Request, labelled: LabelledSet, row: Row) -> list[Row]:
         """The rows of one pass over the set; raises ValueError if none of its images can be decoded."""
-        # in1k's images are ranked among the classes of A and R, too
+        # in1k's images are ranked among the subsets' classes, too
         heads = [labels.candidates(name) for name in (request.name, *(SUBSETS if request.name == "in1k" else ()))]
         device = self.state.device
         cpu = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
