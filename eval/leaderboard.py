@@ -83,13 +83,9 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
         "chart": speed_chart(speeds),
     }
     environment = Environment(
-        loader=FileSystemLoader(HERE / "board"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        loader=FileSystemLoader(HERE / "board"), autoescape=select_autoescape(), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the page shows sets in the order of sets.csv
     return {
         "LEADERBOARD.md": environment.get_template("page.md").render(values),

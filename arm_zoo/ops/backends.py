@@ -27,18 +27,15 @@ class Package(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """What a backend needs, which calls it takes, how it works, and its module, which gets checked inputs and has
-
+    """What a backend needs, which calls it takes, how it works; and its module, which gets checked inputs and has:
     causal_conv(x, weight, bias, order) -> u: (B, L, D) -> (K, B, L, D), as `arm_zoo.ops` says; order (K, L) or None
     causal_conv_backward(grad, x, weight, bias, order) -> gradients of x, weight, bias, from that of u
     selective_scan(scan, save_states, gate) -> y (B, L, D) of `ScanInputs`, also with steps of low rank, times
         SiLU(gate) (B, L, D) if that is not None; and `empty_states`, to be filled if save_states
-    selective_scan_backward(grad, scan, saved) -> gradients of u, delta, A, B, C, D, delta_bias, from that of y, of
-        whole steps
-
-    and for own_kernels also these, whose last arguments are memory for results: gate_backward(grad, z, y, grad_z,
-    grad_y), selective_scan(..., y without gate), causal_conv_backward(..., grad_x). Of `reference`, which autograd
-    derives, only causal_conv and selective_scan(scan) -> y are called.
+    selective_scan_backward(grad, scan, saved) -> gradients of u, whole delta, A, B, C, D, delta_bias, from that of y
+    With own_kernels also these, whose last inputs are memory for results: gate_backward(grad, z, y, grad_z, grad_y),
+    selective_scan(..., y without gate), causal_conv_backward(..., grad_x). `reference` has only the first without
+    gradient and selective_scan(scan) -> y, which autograd derives.
     """
 
     module: str
@@ -53,11 +50,6 @@ class Backend(NamedTuple):
     directions_inside: bool = False  # convolved sequences have steps before directions in memory
     own_kernels: bool = False  # GPU kernels that train through one operator, and save states of 16-bit sequences in 16
 
-    @property
-    def place(self) -> str:
-        """The device in messages: "the CPU", "CUDA"."""
-        return "the CPU" if self.device == "cpu" else str(self.device).upper()
-
     def why_not_here(self) -> str | None:
         """Why the backend cannot run here, with what to do about it; None if it can."""
         for module, package, install, uses in self.packages:
@@ -70,8 +62,8 @@ class Backend(NamedTuple):
                 return f"it needs a newer version of the package {package}: {upgrade}"
         there = self.device is None or torch.get_device_module(self.device).is_available()
         if not (there or (self.interpreted and _interpreting())):
-            slowly = "TRITON_INTERPRET=1 to test 'triton' slowly"
-            return f"it needs a {self.place} device; on the CPU use 'torch', or {slowly}"
+            advice = "on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
+            return f"it needs a {str(self.device).upper()} device; {advice}"
         least = self.compute_capability
         if least is not None and (torch.version.hip or torch.cuda.get_device_capability() < least):
             return f"it needs an NVIDIA GPU of compute capability {least[0]}.{least[1]} or newer; use 'triton'"
@@ -83,7 +75,8 @@ class Backend(NamedTuple):
         if fits and (not self.dtypes or dtype in self.dtypes):
             return None
         types = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-        return f"takes {types} on {self.place}, got {dtype} on {device}; use 'auto' or 'torch'"
+        place = "the CPU" if self.device == "cpu" else str(self.device).upper()
+        return f"takes {types} on {place}, got {dtype} on {device}; use 'auto' or 'torch'"
 
 
 def _interpreting() -> bool:

@@ -46,13 +46,8 @@ def accuracy_rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
 
 
 SPEEDS: Mapping[str, Callable[[Mapping[str, str]], str]] = {  # title -> text, of a row of `python -m eval.throughput`
-    "model": itemgetter("model"),
-    "mode": itemgetter("mode"),
-    "size": itemgetter("img_size"),
-    "batch": itemgetter("batch_size"),
-    "dtype": itemgetter("dtype"),
-    "compiled": compilation,
+    "model": itemgetter("model"), "mode": itemgetter("mode"), "size": itemgetter("img_size"),
+    "batch": itemgetter("batch_size"), "dtype": itemgetter("dtype"), "compiled": compilation,
     "scans": lambda row: row.get("scan_backend") or "-",
-    "images/s": lambda row: shown(float(row["img_per_s"]), 1),
-    "device": itemgetter("device"),
-}
+    "images/s": lambda row: shown(float(row["img_per_s"]), 1), "device": itemgetter("device"),
+}  # fmt: skip

@@ -39,9 +39,8 @@ class Request:
 def label(request: Request, candidate: Candidate) -> LabelledSet:
     """The set with class indices of the model; ValueError if the model has other classes than the set."""
     if request.name != CUSTOM and candidate.num_classes != 1000:
-        wrong = (
-            f"{candidate.name} has {candidate.num_classes} classes, {request.name} is for models of ImageNet's 1000"
-        )
+        own = f"{candidate.name} has {candidate.num_classes} classes"
+        wrong = f"{own}, {request.name} is for models of ImageNet's 1000"
         raise ValueError(f"{wrong}; score it on images of its own classes: --sets {CUSTOM}=PATH")
     return labels.label(request.name, request.listing, candidate.label_names, candidate.num_classes)
 

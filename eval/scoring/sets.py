@@ -30,9 +30,7 @@ class ImageSet:
     images_of: str  # the set whose images it scores by other labels
     folder: str  # of the release, with the class folders inside
     class_list: str
-    border: (
-        int  # pixels at each side of an image that are cut off first: of ObjectNet two, as its authors' loader does
-    )
+    border: int  # pixels at each side of an image that are cut off first: of ObjectNet two, as its authors do
     source: str  # where it is got
 
     @property
