@@ -25,21 +25,18 @@ def scan_order(
     when it takes the token out, transposes the patches and puts it back. Entry [k, t] of the int64 table
     (directions, length) is the token that direction k visits at step t.
     """
-    patches = height * width
-    if unknown := [name for name in names if name.removesuffix("_reversed") not in ORDERS]:
+    patches, bases = height * width, [name.removesuffix("_reversed") for name in names]
+    if unknown := [name for name, base in zip(names, bases, strict=True) if base not in ORDERS]:
         raise ValueError(f"no scan order {unknown[0]!r}; there are {', '.join(ORDERS)}, and each with '_reversed'")
     if cls_index is not None and not 0 <= cls_index <= patches:
         raise ValueError(f"cls_index must lie in 0..{patches} for a {height}x{width} grid, got {cls_index}")
     tokens = torch.arange(patches, device=device)
     if cls_index is not None:
         tokens, cls_token = tokens + (tokens >= cls_index), tokens.new_full((1,), cls_index)
-    table = []
-    for name in names:
-        order = ORDERS[name.removesuffix("_reversed")](tokens.reshape(height, width))
-        if cls_index is not None:
-            order = torch.cat([order[:cls_index], cls_token, order[cls_index:]])
-        table.append(order.flip(0) if name.endswith("_reversed") else order)
-    return torch.stack(table)
+    orders = {base: ORDERS[base](tokens.view(height, width)) for base in dict.fromkeys(bases)}
+    if cls_index is not None:
+        orders = {base: torch.cat([way[:cls_index], cls_token, way[cls_index:]]) for base, way in orders.items()}
+    return torch.stack([orders[b] if b == name else orders[b].flip(0) for name, b in zip(names, bases, strict=True)])
 
 
 def cluster_order(height: int, width: int, cluster_height: int, cluster_width: int, device: Device = None) -> Tensor:
