@@ -17,7 +17,7 @@ from eval import tables
 from eval.scoring import labels, models
 from eval.scoring.options import guarded, open_requests, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer
-from eval.scoring.sets import CUSTOM, SETS
+from eval.scoring.sets import CUSTOM, SETS, SUBSETS
 from eval.speed import loader as speed
 from eval.speed.timing import table
 from eval.tables import Row
@@ -37,13 +37,14 @@ def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people; the CSV has more."""
     lines = []
     for row in rows:
-        names = ("top1", "top1_low", "top1_high", "top5", f"clean200_{row['set']}_top1", "ece")
+        names = ("top1", "top1_low", "top1_high", "top5", f"{SETS[row['set']].clean}top1", "ece")
         texts = (f"{float(row.get(name) or 'nan'):.2f}" for name in names)
         top1, low, high, *others = (text.replace("nan", "-") for text in texts)
         name = f"{row['set']} *" if row["warnings"] else row["set"]
         lines.append([row["model"], name, str(row["n"]), top1, f"{low} - {high}", *others, row["img_per_s"]])
     caption = "* not the canonical set: see the column warnings" if any(row["warnings"] for row in rows) else None
-    return table("", ["model", "set"], ["n", "top-1", "95%", "top-5", "clean 200", "ECE", "img/s"], lines, caption)
+    clean = f"clean {'/'.join(dict.fromkeys(str(SETS[name].classes) for name in SUBSETS))}"
+    return table("", ["model", "set"], ["n", "top-1", "95%", "top-5", clean, "ECE", "img/s"], lines, caption)
 
 
 def make_parser() -> argparse.ArgumentParser:

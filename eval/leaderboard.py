@@ -18,35 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from arm_zoo import loading
 from arm_zoo.files import write_text
 from eval.board.chart import speed_chart
-from eval.board.entries import PAPER_SPEED, Entry, compilation, paper_table, read_entries, read_speeds
-from eval.scoring.sets import SETS, SUBSETS
+from eval.board.columns import SPEEDS, TEXT_COLUMNS, TITLES, accuracy_rows, board, shown
+from eval.board.entries import Entry, paper_table, read_entries, read_speeds
 
 HERE = Path(__file__).resolve().parent  # has the templates of the files, page.md and page.html
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
-TITLES = {name: spec.title for name, spec in SETS.items() if spec.title}  # of the columns of sets
-TEXT_COLUMNS = ("figures", "mode", "notes", "note", "device", "direction", "target", "paradigm")
-SPEED_TITLES = ("model", "mode", "size", "batch", "dtype", "compiled", "scans", "images/s", "device")
-
-Figure = tuple[float | None, int]  # and its digits: the paper's own of what it reports
-
-
-def shown(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def board(entries: Sequence[Entry]) -> list[dict[str, Figure]]:
-    """For each entry, title -> figure; sets that no entry has a figure of are left out."""
-    sets = [name for name in TITLES if any(name in entry.top1 for entry in entries)]
-    clean = [name for name in SUBSETS if any(name in entry.clean for entry in entries)]
-    return [
-        {
-            "params (M)": (entry.params_m, 1 if entry.measured else 0),
-            **{TITLES[name]: (entry.top1.get(name), 2 if entry.measured else 1) for name in sets},
-            **{f"clean {name.upper()}": (entry.clean.get(name), 2) for name in clean},
-            "A5000 img/s": (entry.speeds.get(PAPER_SPEED), 0),
-        }
-        for entry in entries
-    ]
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -55,20 +31,6 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     rule = ["---" if title in (titles[0], *TEXT_COLUMNS) else "---:" for title in titles]
     lines = [titles, rule, *(row.values() for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def accuracy_rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """Of the table of accuracies in Markdown."""
-    return [
-        {
-            "model": entry.model,
-            "figures": f"**{entry.kind}**" if entry.measured else f"*{entry.kind}*",
-            "size": entry.img_size,
-            **{title: shown(*figure) for title, figure in figures.items()},
-            "notes": "; ".join([entry.source, *entry.notes] if entry.measured else entry.notes),
-        }
-        for entry, figures in zip(entries, board(entries), strict=True)
-    ]
 
 
 def readme_table(entries: Sequence[Entry]) -> str:
@@ -81,13 +43,6 @@ def readme_table(entries: Sequence[Entry]) -> str:
             of_sets = {title: shown(*figures[title]) for title in TITLES.values() if title in figures}
             rows.append({"entry": f"`{entry.architecture}`", "figures": kind, "size": entry.img_size, **of_sets})
     return f"{state_of(entries)}\n\n{markdown_table(rows)}"
-
-
-def speed_row(row: Mapping[str, str]) -> dict[str, str]:
-    """Of the table of speeds in Markdown."""
-    ran = [compilation(row), row.get("scan_backend") or "-", shown(float(row["img_per_s"]), 1)]
-    texts = [row[name] for name in ("model", "mode", "img_size", "batch_size", "dtype")]
-    return dict(zip(SPEED_TITLES, [*texts, *ran, row["device"]], strict=True))
 
 
 def state_of(entries: Sequence[Entry]) -> str:
@@ -116,8 +71,9 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
         "entries": entries,
         "figures": figures,
         "accuracies": accuracy_rows(entries),
-        "speeds": list(map(speed_row, speeds)),
-        "speed_titles": SPEED_TITLES,
+        "speeds": [{title: text(row) for title, text in SPEEDS.items()} for row in speeds],
+        "speed_titles": SPEEDS,
+        "text_columns": TEXT_COLUMNS,
         "state": state_of(entries),
         "titles": TITLES,
         "data": {"entries": list(map(asdict, entries)), "sets": {n: t for n, t in TITLES.items() if t in figures[0]}},
@@ -127,13 +83,9 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
         "chart": speed_chart(speeds),
     }
     environment = Environment(
-        loader=FileSystemLoader(HERE / "board"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        loader=FileSystemLoader(HERE / "board"), autoescape=select_autoescape(), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the page shows sets in the order of sets.csv
     return {
         "LEADERBOARD.md": environment.get_template("page.md").render(values),

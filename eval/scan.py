@@ -16,11 +16,14 @@ from rich.console import Console
 
 import arm_zoo
 from arm_zoo.layers.order import scan_order
+from arm_zoo.models.arm import DIRECTIONS
+from arm_zoo.ops.backends import BACKENDS
 from eval.scoring.options import positive
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import circumstances, table, timed
 from eval.tables import Row, append, check_output
 
+DEVICE = "cuda"  # of the backends that are timed
 REPEATS = 20
 SIZES = ("batch_size", "grid", "directions", "channels", "states", "dtype")
 COLUMNS = (
@@ -31,11 +34,11 @@ COLUMNS = (
 
 def milliseconds(call: Callable[[], Any]) -> float:
     """Median time of one call on the GPU, caches cleared first; all are queued before any is waited for."""
-    flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
+    flush = torch.empty(512 << 20, dtype=torch.int8, device=DEVICE)
     readings = []
     for _ in range(REPEATS + 3):
         flush.zero_()
-        with timed("cuda") as seconds:
+        with timed(DEVICE) as seconds:
             call()
         readings.append(seconds)
     return 1000 * median(seconds() for seconds in readings[3:])
@@ -43,7 +46,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 def copy_rate() -> float:
     """Bytes a second, read plus written, of a copy on the device."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     return 2e3 * source.numel() / milliseconds(lambda: target.copy_(source))
 
@@ -51,17 +54,17 @@ def copy_rate() -> float:
 def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
     """Inputs of convolution and scan as a model has them: tokens, step sizes, B and C are parts of projections."""
     K, B, D, S = args.directions, args.batch_size, args.channels, args.states
-    order = scan_order(args.grid, args.grid, K, args.grid**2 // 2 if K == 4 else None, device="cuda")
+    order = scan_order(args.grid, args.grid, DIRECTIONS[:K], args.grid**2 // 2 if K == 4 else None, device=DEVICE)
     L, dtype = order.shape[1], DTYPES[args.dtype]
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=dtype)
+        return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
     conv = [randn(B, L, 2 * D)[..., :D], randn(K, D, 4), randn(K, D), order]
-    rates = -torch.arange(1.0, S + 1, device="cuda").repeat(K, D, 1)
+    rates = -torch.arange(1.0, S + 1, device=DEVICE).repeat(K, D, 1)
     rank = math.ceil(D / 16)
     delta, into, out = randn(K, B, L, rank + 2 * S).split([rank, S, S], dim=-1)
-    skip, bias = torch.randn(K, D, device="cuda"), torch.randn(K, D, device="cuda") - 3
+    skip, bias = torch.randn(K, D, device=DEVICE), torch.randn(K, D, device=DEVICE) - 3
     weight = randn(K, D, rank) / math.sqrt(rank)
     return conv, [randn(K, B, L, D), delta, rates, into, out, skip, bias, weight, True, order]
 
@@ -92,7 +95,7 @@ def measure(backend: str, args: argparse.Namespace) -> list[Row]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.scan", description=__doc__)
     add = parser.add_argument
-    add("--backends", nargs="+", metavar="NAME", help="default: all that run here but the plain ones")
+    add("--backends", nargs="+", metavar="NAME", help="default: all for GPUs that run here")
     add("--batch-size", type=positive, default=128)
     add("--grid", type=positive, default=14, help="patches a side; four directions have a class token too")
     add("--directions", type=int, choices=(1, 2, 4), default=4)
@@ -110,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output(args.output, COLUMNS)
         if not torch.cuda.is_available():
             raise ValueError("it times GPU kernels, and torch finds no CUDA device here")
-        available = [name for name in arm_zoo.available_backends() if name in ("triton", "cuda", "mamba_ssm")]
+        available = [name for name in arm_zoo.available_backends() if BACKENDS[name].device == DEVICE]
         if unknown := set(args.backends or ()) - set(available):
             raise ValueError(f"--backends {' '.join(sorted(unknown))}: available here are {', '.join(available)}")
         rate = copy_rate()
-        shared = vars(args) | circumstances("cuda") | {"copy_bytes_per_s": rate}
+        shared = vars(args) | circumstances(DEVICE) | {"copy_bytes_per_s": rate}
         rows = [row | shared for backend in args.backends or available for row in measure(backend, args)]
     except ValueError as error:  # sizes that a backend does not take
         parser.error(str(error))

@@ -10,16 +10,17 @@ from typing import Any
 from filelock import FileLock
 
 from arm_zoo.files import write_text
-from eval.scoring.sets import SUBSETS
+from eval.scoring.sets import SETS, SUBSETS
 
 Row = dict[str, Any]
 
 # Scores that are equal in these are the same measurement: of the same model, on the same images, seen alike.
 WAY = ("model", "weights_sha256", "img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype")
 KEY = (*WAY, "set", "listing_sha256", "limit")
+CLEAN = tuple(SETS[name].clean + figure for name in SUBSETS for figure in ("n", "top1", "top5"))
 COLUMNS = (
     *("model", "set", "n", "top1", "top5", "top1_low", "top1_high", "ece"),
-    *("clean200_a_n", "clean200_a_top1", "clean200_a_top5", "clean200_r_n", "clean200_r_top1", "clean200_r_top5"),
+    *CLEAN,
     *("warnings", "params_m", "images", "classes", "undecodable", "limit"),
     *("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype"),
     *("weights", "weights_sha256", "listing_sha256"),
@@ -35,7 +36,7 @@ def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """All rows of a .csv file as text, or of a .json file; none where the file is empty or does not exist.
 
-    ValueError if the file is no table, or lacks any of the columns; it may have more.
+    ValueError if the file is no table, or lacks any of the columns but those of CLEAN; it may have more.
     """
     text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""  # Excel begins with a byte order mark
     try:
@@ -46,10 +47,11 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
             rows = [dict(zip(head, line, strict=True)) for line in lines]
         if not isinstance(rows, list):
             raise TypeError("a table is a list of rows")
-        rows = [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
+        newer = {column: "" for column in columns if column in CLEAN}  # perhaps of a set that came after the file
+        rows = [newer | {RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error):
         raise ValueError(f"{path} is there and holds no table; name another file") from None
-    there = {RENAMED.get(name, name) for name in head}.intersection(*rows)
+    there = {RENAMED.get(name, name) for name in head}.union(newer).intersection(*rows)
     if missing := [column for column in columns if column not in there]:
         raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")
     return rows
@@ -86,7 +88,7 @@ def check_output(path: Path | None, columns: Sequence[str]) -> None:
 
 
 def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
-    """The rows, those of A and R with what in1k's newest row of the same measurement says of their 200 classes.
+    """The rows, those of subsets with what in1k's newest row of the same measurement says of their classes.
 
     Whichever of the sets was scored first, and in whichever run: later rows complete earlier ones.
     """
@@ -94,6 +96,6 @@ def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
     clean = {key(row, same): row for row in rows if row.get("set") == "in1k"}
     known = [clean.get(key(row, same)) if row.get("set") in SUBSETS else None for row in rows]
     return [
-        row | {c: found.get(c, "") for c in COLUMNS if found and c.startswith(f"clean200_{row['set']}_")}
+        row | {c: found.get(c, "") for c in CLEAN if found and c.startswith(SETS[row["set"]].clean)}
         for row, found in zip(rows, known, strict=True)
     ]

@@ -189,12 +189,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", help="timm names, ours or not; the last one is the peer of the ratios")
-    add(
-        "--mode",
-        choices=("infer", "finetune", "pretrain"),
-        default="infer",
-        help="training modes include the AdamW step",
-    )
+    modes = ("infer", "finetune", "pretrain")
+    add("--mode", choices=modes, default=modes[0], help="training modes include the AdamW step")
     add("--batch-size", type=positive, default=8)
     add("--img-size", type=positive, help=f"pixels; default: each model's own, {PRETRAIN_IMG_SIZE} for pretrain")
     add("--device", choices=list(STEPS_PER_READING), default="cuda" if torch.cuda.is_available() else "cpu")

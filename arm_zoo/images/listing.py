@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import filterfalse
 from pathlib import Path
 
+# Each also needs a decoder: what decode_image of images/decode.py opens.
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2",
 )  # fmt: skip

@@ -1,40 +1,42 @@
 """Token orders as index tables: which token a scan visits at each step (paper, section 3.2.2 and figure 4)."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from arm_zoo.layers.sizes import Device
 
-DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
+# From the numbers of patches where they lie, (height, width), to these in the order of the visit. A new order is one
+# more row; with `_reversed` behind its name it is the way back.
+ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row": lambda grid: grid.flatten(),
+    "column": lambda grid: grid.t().flatten(),
+}
 
 
 def scan_order(
-    height: int, width: int, directions: int = 4, cls_index: int | None = None, device: Device = None
+    height: int, width: int, names: Sequence[str], cls_index: int | None = None, device: Device = None
 ) -> Tensor:
-    """Visiting orders of a `height` x `width` patch grid for the first `directions` entries of `DIRECTIONS`.
+    """Visiting orders of a `height` x `width` patch grid, one direction for each name: `row`, `row_reversed`, ...
 
     Tokens are numbered in storage order: patches row by row, with one class token at `cls_index` if it is given. Every
-    direction keeps it at that position counted from its own start (row, column) or end (the reversed ones), as the
-    official code does when it takes the token out, transposes the patches and puts it back. Entry [k, t] of the int64
-    table (directions, length) is the token that direction k visits at step t.
+    direction keeps it at that position counted from its own start or, if reversed, its end, as the official code does
+    when it takes the token out, transposes the patches and puts it back. Entry [k, t] of the int64 table
+    (directions, length) is the token that direction k visits at step t.
     """
-    if directions not in (1, 2, 4):
-        raise ValueError(f"directions must be 1, 2 or 4 (the first of {DIRECTIONS}), got {directions}")
-    patches = height * width
+    patches, bases = height * width, [name.removesuffix("_reversed") for name in names]
+    if unknown := [name for name, base in zip(names, bases, strict=True) if base not in ORDERS]:
+        raise ValueError(f"no scan order {unknown[0]!r}; there are {', '.join(ORDERS)}, and each with '_reversed'")
     if cls_index is not None and not 0 <= cls_index <= patches:
         raise ValueError(f"cls_index must lie in 0..{patches} for a {height}x{width} grid, got {cls_index}")
-    rows = torch.arange(patches, device=device)
-    columns = rows.reshape(height, width).t().flatten()
+    tokens = torch.arange(patches, device=device)
     if cls_index is not None:
-        rows, columns = (_insert_class_token(order, cls_index) for order in (rows, columns))
-    return torch.stack([rows, rows.flip(0), columns, columns.flip(0)][:directions])
-
-
-def _insert_class_token(patch_order: Tensor, cls_index: int) -> Tensor:
-    """Renumber patches around a class token stored at `cls_index` and visit it at that same step."""
-    shifted = patch_order + (patch_order >= cls_index)
-    cls_token = shifted.new_full((1,), cls_index)
-    return torch.cat([shifted[:cls_index], cls_token, shifted[cls_index:]])
+        tokens, cls_token = tokens + (tokens >= cls_index), tokens.new_full((1,), cls_index)
+    orders = {base: ORDERS[base](tokens.view(height, width)) for base in dict.fromkeys(bases)}
+    if cls_index is not None:
+        orders = {base: torch.cat([way[:cls_index], cls_token, way[cls_index:]]) for base, way in orders.items()}
+    return torch.stack([orders[b] if b == name else orders[b].flip(0) for name, b in zip(names, bases, strict=True)])
 
 
 def cluster_order(height: int, width: int, cluster_height: int, cluster_width: int, device: Device = None) -> Tensor:

@@ -28,6 +28,7 @@ from arm_zoo.weights.hosted import BUNDLED_FOLDER
 from arm_zoo.weights.tensor_names import MIXER_NAMES, OfficialNames
 
 GlobalPool = Literal["avg", "token", ""]
+DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")  # of the scans (paper, section 3.3)
 
 torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while a model is traced
 
@@ -36,7 +37,7 @@ torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while
 @register_notrace_function
 @torch.jit.ignore
 def order_for(height: int, width: int, device: torch.device) -> Tensor:
-    return scan_order(height, width, 4, cls_index=height * width // 2, device=device)
+    return scan_order(height, width, DIRECTIONS, cls_index=height * width // 2, device=device)
 
 
 # Of the backbone, and of its pretraining model, whose checkpoints become backbones too.
@@ -65,7 +66,7 @@ OFFICIAL_NAMES = OfficialNames(
 
 
 class ARM(Backbone):
-    """Vision backbone of Mamba mixers with four scans: rows, columns and both reversed (paper, section 3.3)."""
+    """Vision backbone of Mamba mixers with a scan for each of DIRECTIONS."""
 
     official_names = OFFICIAL_NAMES
     keys = ("patch_embed.proj.weight", "pos_embed", "blocks.*.mixer.A_log", "blocks.*.mlp.fc1.weight")
@@ -123,13 +124,14 @@ class ARM(Backbone):
         patches = self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, embed_dim, **dd))
-        self.register_buffer("order", torch.empty(4, patches + 1, dtype=torch.long, device=device), persistent=False)
+        order = torch.empty(len(DIRECTIONS), patches + 1, dtype=torch.long, device=device)
+        self.register_buffer("order", order, persistent=False)
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         # Block i has the linear rule's rate of i - 1, as in the official training: none has the full rate.
         rates = [0.0, *calculate_drop_path_rates(drop_path_rate, depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, 4, d_state, drop_path=rates[i], norm_layer=norm, **dd) for i in range(depth)
+            Block(embed_dim, len(DIRECTIONS), d_state, drop_path=rates[i], norm_layer=norm, **dd) for i in range(depth)
         )
         info = {"num_chs": embed_dim, "reduction": max(self.patch_embed.patch_stride)}
         self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]

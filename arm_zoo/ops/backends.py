@@ -27,13 +27,24 @@ class Package(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """What a backend needs, which calls it takes, and how it works."""
+    """What a backend needs, which calls it takes, how it works; and its module, which gets checked inputs and has:
+    causal_conv(x, weight, bias, order) -> u: (B, L, D) -> (K, B, L, D), as `arm_zoo.ops` says; order (K, L) or None
+    causal_conv_backward(grad, x, weight, bias, order) -> gradients of x, weight, bias, from that of u
+    selective_scan(scan, save_states, gate) -> y (B, L, D) of `ScanInputs`, also with steps of low rank, times
+        SiLU(gate) (B, L, D) if that is not None; and `empty_states`, to be filled if save_states
+    selective_scan_backward(grad, scan, saved) -> gradients of u, whole delta, A, B, C, D, delta_bias, from that of y
+    With own_kernels also these, whose last inputs are memory for results: gate_backward(grad, z, y, grad_z, grad_y),
+    selective_scan(..., y without gate), causal_conv_backward(..., grad_x). `reference` has only the first without
+    gradient and selective_scan(scan) -> y, which autograd derives.
+    """
 
     module: str
     packages: tuple[Package, ...] = ()
     device: str | None = None  # the type of device that it runs on; None for any
     dtypes: tuple[torch.dtype, ...] = ()  # of the sequences; none for any
     compute_capability: tuple[int, int] | None = None  # the least, of NVIDIA GPUs; None for any GPU
+    auto: int = 0  # its place in the choice of "auto", which takes the highest that fits and runs; 0: never
+    plain: bool = False  # what lies around the scans is PyTorch's, too, where other backends take Triton's kernels
     interpreted: bool = False  # runs on the CPU, too, with TRITON_INTERPRET=1
     saves_states: bool = True  # for the backward pass; else that scans again
     directions_inside: bool = False  # convolved sequences have steps before directions in memory
@@ -49,8 +60,10 @@ class Backend(NamedTuple):
             if any(not hasattr(found, name) for name in uses):
                 upgrade = install.replace("install", "install --upgrade", 1)
                 return f"it needs a newer version of the package {package}: {upgrade}"
-        if self.device == "cuda" and not (torch.cuda.is_available() or (self.interpreted and _interpreting())):
-            return "it needs a CUDA device; on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
+        there = self.device is None or torch.get_device_module(self.device).is_available()
+        if not (there or (self.interpreted and _interpreting())):
+            advice = "on the CPU use 'torch', or TRITON_INTERPRET=1 to test 'triton' slowly"
+            return f"it needs a {str(self.device).upper()} device; {advice}"
         least = self.compute_capability
         if least is not None and (torch.version.hip or torch.cuda.get_device_capability() < least):
             return f"it needs an NVIDIA GPU of compute capability {least[0]}.{least[1]} or newer; use 'triton'"
@@ -62,7 +75,7 @@ class Backend(NamedTuple):
         if fits and (not self.dtypes or dtype in self.dtypes):
             return None
         types = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-        place = "the CPU" if self.device == "cpu" else "CUDA"
+        place = "the CPU" if self.device == "cpu" else str(self.device).upper()
         return f"takes {types} on {place}, got {dtype} on {device}; use 'auto' or 'torch'"
 
 
@@ -83,17 +96,16 @@ _SCAN = Package("selective_scan_cuda", "mamba-ssm with its CUDA extension", "pip
 _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
 BACKENDS = {
-    "reference": Backend("arm_zoo.ops.reference"),  # the plain loop
-    "torch": Backend("arm_zoo.ops.cpu.chunked", directions_inside=True),  # the fast path on any device
+    "reference": Backend("arm_zoo.ops.reference", plain=True),  # the plain loop
+    "torch": Backend("arm_zoo.ops.cpu.chunked", plain=True, directions_inside=True),  # the fast path on any device
     # a faster forward scan on the CPU
-    "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), directions_inside=True),
+    "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), auto=1, directions_inside=True),
     # GPU kernels, and the same with faster scans
-    "triton": Backend("arm_zoo.ops.triton", (_TRITON,), "cuda", _SMALL, interpreted=True, own_kernels=True),
-    "cuda": Backend("arm_zoo.ops.cuda.launch", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), own_kernels=True),
+    "triton": Backend("arm_zoo.ops.triton", (_TRITON,), "cuda", _SMALL, auto=1, interpreted=True, own_kernels=True),
+    "cuda": Backend("arm_zoo.ops.cuda.launch", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), 2, own_kernels=True),
     # the kernels of the package mamba-ssm, for comparison
     "mamba_ssm": Backend("arm_zoo.ops.mamba_ssm", (_CONV, _SCAN), "cuda", _SMALL, saves_states=False),
 }
-_AUTO = ("cuda", "triton", "numba")  # the best first
 _announced: set[str] = set()
 
 
@@ -206,7 +218,8 @@ def _choose(device: str, dtype: torch.dtype) -> str:
     _check_onnx_export(dtype)
     if torch.compiler.is_exporting():
         return "torch"
-    fitting = (name for name in _AUTO if BACKENDS[name].device == device and dtype in BACKENDS[name].dtypes)
+    fitting = [name for name, row in BACKENDS.items() if row.auto and row.device == device and dtype in row.dtypes]
+    fitting.sort(key=lambda name: -BACKENDS[name].auto)
     name = next((name for name in fitting if _why_not(name) is None), "torch")
     if name not in _announced:
         _announced.add(name)

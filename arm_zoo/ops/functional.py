@@ -27,9 +27,7 @@ def _check(operation: str, name: str, first: Tensor, others: _Shaped) -> None:
     """Compiled kernels do not look: what is missing, or on another device, would be read from whatever lies there."""
     for other, (tensor, shape) in others.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{operation}: {other} is {tuple(tensor.shape)}, {name} {tuple(first.shape)} needs {shape}"
-            )
+            raise ValueError(f"{operation}: {other} is {(*tensor.shape,)}, {name} {(*first.shape,)} needs {shape}")
         if tensor is not None and tensor.device != first.device:
             filling = "load the weights, and fill tables by the model's init_non_persistent_buffers()"
             advice = filling if tensor.is_meta else "move one of them"

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from arm_zoo.ops.backends import get_scan_backend, is_transformed
+from arm_zoo.ops.backends import BACKENDS, get_scan_backend, is_transformed
 from arm_zoo.ops.functional import needs_gradient
 from arm_zoo.ops.layout import Tensors
 from arm_zoo.ops.operators import register
@@ -119,8 +119,8 @@ register(
 
 def _has_kernel(device: int, *, hopper: bool) -> bool:
     """Whether this GPU may run Triton's kernels, or that for Hopper GPUs: not exported, transformed or refused."""
-    plain = get_scan_backend() in ("reference", "torch") or is_transformed()
-    return not plain and _runs_kernels(device, hopper)
+    plain = (name := get_scan_backend()) in BACKENDS and BACKENDS[name].plain
+    return not (plain or is_transformed()) and _runs_kernels(device, hopper)
 
 
 # Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.

@@ -25,6 +25,7 @@ from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
 from arm_zoo.weights.adapt import sincos_grid
 
 _TAPS = 4
+_DIRECTIONS = 1  # of scans, over tokens as `cluster_order` lays them
 
 
 class ARMPretrain(PretrainingModel):
@@ -76,7 +77,7 @@ class ARMPretrain(PretrainingModel):
         )
         patches = self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim, **dd), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, 1, d_state, **dd) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(embed_dim, _DIRECTIONS, d_state, **dd) for _ in range(depth))
         # blocks (counted from 1) whose outputs the decoder sees: depth / 2, 2 / 3, 5 / 6 and depth, rounded
         self.taps = tuple((depth * sixths + 3) // 6 for sixths in (3, 4, 5, 6))
         self.skip_norms = nn.ModuleList(nn.LayerNorm(embed_dim, **dd) for _ in range(_TAPS))

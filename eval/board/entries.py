@@ -23,7 +23,7 @@ class Entry:
     architecture: str = ""
     dtype: str = ""  # of measured ones
     top1: dict[str, float] = field(default_factory=dict)
-    clean: dict[str, float] = field(default_factory=dict)  # clean images of the 200 classes of a and r
+    clean: dict[str, float] = field(default_factory=dict)  # by subset, of clean images of its classes
     speeds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -75,7 +75,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
         new = Entry(row["model"], "measured", size, float(row["params_m"]), source, row["model"], row["dtype"])
         entry = entries.setdefault(tables.key(row, tables.WAY), new)
         entry.top1[name] = float(row["top1"])
-        entry.clean |= {subset: float(top1) for subset in SUBSETS if (top1 := row[f"clean200_{subset}_top1"])}
+        entry.clean |= {subset: float(top1) for subset in SUBSETS if (top1 := row[f"{SETS[subset].clean}top1"])}
         # a newer row of the set has its own say
         entry.notes = [note for note in entry.notes if not note.startswith(f"{name}: ")]
         if row["warnings"]:

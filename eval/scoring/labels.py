@@ -22,6 +22,7 @@ from eval.scoring.metrics import NO_CLASS
 from eval.scoring.sets import CUSTOM, REAL, SETS, ImageSet
 from eval.scoring.sources import open_source
 
+CLASSES = Path(__file__).parent / "classes"
 WNID = re.compile(r"n\d{8}")
 VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
 SORT_VAL = (
@@ -30,7 +31,9 @@ SORT_VAL = (
 )
 
 
-def _timms_list(file: str) -> str:
+def _list(file: str) -> str:
+    if (own := CLASSES / file).exists():
+        return own.read_text(encoding="utf-8")
     return (pkgutil.get_data(timm.data.__name__, f"_info/{file}") or b"").decode()
 
 
@@ -45,9 +48,12 @@ def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
     if file == "numbers":
         return {str(i): (i,) for i in range(len(wnids))}
     if file.endswith(".csv"):
-        rows = tables.read(Path(__file__).parent / "classes" / file, ("class", "wnids"))
-        return {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in rows}
-    indices = map(int, _timms_list(file).split()) if file else range(len(wnids))
+        rows = tables.read(CLASSES / file, ("class", "wnids"))
+        groups = {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in rows}
+        if len({indices[0] for indices in groups.values()}) < len(set(groups.values())):  # images are told apart by it
+            raise ValueError(f"classes/{file}: classes that differ have the same first wnid; put another one first")
+        return groups
+    indices = map(int, _list(file).split()) if file else range(len(wnids))
     return {wnids[i]: (i,) for i in indices}
 
 
@@ -59,7 +65,7 @@ def candidates(name: str) -> Sequence[int] | None:
 @cache
 def real_labels() -> tuple[tuple[int, ...], ...]:
     """Right classes of ILSVRC2012_val_00000001 ... 00050000, from timm's list; 3,163 of them have none."""
-    return tuple(map(tuple, json.loads(_timms_list("imagenet_real_labels.json"))))
+    return tuple(map(tuple, json.loads(_list("imagenet_real_labels.json"))))
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ def _targets_of_names(spec: ImageSet, listing: Listing, names: Sequence[str]) ->
 
 
 def _targets_of_numbers(spec: ImageSet, numbers: np.ndarray) -> np.ndarray:
-    """Bare numbers -> class indices: those of the 1000, or positions among the set's 200 where that is certain."""
+    """Bare numbers -> class indices: those of the 1000, or positions among a subset's where that is certain."""
     if spec.has_own_names:
         raise ValueError(f"numbers do not tell the classes of {spec.card_name}; name them as the release does")
     if not spec.is_subset:
@@ -181,12 +187,12 @@ def _targets_of_numbers(spec: ImageSet, numbers: np.ndarray) -> np.ndarray:
     used, indices = np.unique(numbers), np.array(candidates(spec.name))
     foreign = np.setdiff1d(used, indices).tolist()
     if used[-1] >= len(indices) and foreign:
-        raise ValueError(f"labels {_some(foreign)} are not among the 200 class indices of {spec.card_name}")
+        raise ValueError(f"labels {_some(foreign)} are not among the {len(indices)} class indices of {spec.card_name}")
     if used[-1] >= len(indices):
         return numbers
     if len(used) < len(indices) and not foreign:
-        either = f"the labels {_some(used.tolist())} could be class indices 0 ... 999 or positions 0 ... 199"
-        raise ValueError(f"{either}; name the classes by wnid, as class folders or as names of a ClassLabel")
+        either = f"{_some(used.tolist())} could be class indices 0 ... 999 or positions 0 ... {len(indices) - 1}"
+        raise ValueError(f"labels {either}; name the classes by wnid, as class folders or as names of a ClassLabel")
     return indices[numbers]
 
 

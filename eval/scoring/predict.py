@@ -106,14 +106,9 @@ def cut(count: int, settings: Settings) -> list[list[int]]:
 
 
 def predict(
-    candidate: Candidate,
-    listing: Listing,
-    heads: Heads,
-    settings: Settings,
-    state: PartialState,
-    unfinished: Unfinished,
-    kept: np.ndarray,
-) -> tuple[np.ndarray, dict[int, str], int, float]:
+    candidate: Candidate, listing: Listing, heads: Heads, settings: Settings, state: PartialState,
+    unfinished: Unfinished, kept: np.ndarray,
+) -> tuple[np.ndarray, dict[int, str], int, float]:  # fmt: skip
     """Run the model over the images, divided among the processes; every process gets all predictions.
 
     Batches are cut from the one order of the listing and then dealt out, so that each has the same images

@@ -39,9 +39,8 @@ class Request:
 def label(request: Request, candidate: Candidate) -> LabelledSet:
     """The set with class indices of the model; ValueError if the model has other classes than the set."""
     if request.name != CUSTOM and candidate.num_classes != 1000:
-        wrong = (
-            f"{candidate.name} has {candidate.num_classes} classes, {request.name} is for models of ImageNet's 1000"
-        )
+        own = f"{candidate.name} has {candidate.num_classes} classes"
+        wrong = f"{own}, {request.name} is for models of ImageNet's 1000"
         raise ValueError(f"{wrong}; score it on images of its own classes: --sets {CUSTOM}=PATH")
     return labels.label(request.name, request.listing, candidate.label_names, candidate.num_classes)
 
@@ -87,7 +86,7 @@ def make_rows(
         among = np.isin(labelled.targets, labels.candidates(subset) or ())
         clean = figures(records, head, np.where(among, labelled.targets, NO_CLASS)[:, None])
         known = clean if clean["n"] else {"n": 0, "top1": "", "top5": ""}
-        rows[0] |= {f"clean200_{subset}_{name}": known[name] for name in ("n", "top1", "top5")}
+        rows[0] |= {SETS[subset].clean + name: known[name] for name in ("n", "top1", "top5")}
     return rows
 
 
@@ -134,7 +133,7 @@ class Scorer:
 
     def score(self, candidate: Candidate, request: Request, labelled: LabelledSet, row: Row) -> list[Row]:
         """The rows of one pass over the set; raises ValueError if none of its images can be decoded."""
-        # in1k's images are ranked among the classes of A and R, too
+        # in1k's images are ranked among the subsets' classes, too
         heads = [labels.candidates(name) for name in (request.name, *(SUBSETS if request.name == "in1k" else ()))]
         device = self.state.device
         cpu = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

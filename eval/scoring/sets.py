@@ -14,9 +14,10 @@ CUSTOM = "custom"  # images of the user's own
 class ImageSet:
     """A row of sets.csv.
 
-    Its list of classes is what the release calls them. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file of
-    timm's: the wnids of these indices, and images are ranked among them only. A .csv file in classes/: names of its
-    own, each for one or several of the 1000 classes, which are all right for its images; others' are left out.
+    Its list of classes is what the release calls them. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file in
+    classes/ or of timm's: the wnids of these indices, and images are ranked among them only. A .csv file in classes/:
+    names of its own, each for one or several of the 1000 classes, which are all right for its images; others' are left
+    out.
     """
 
     name: str  # in `--sets` and in the rows of results
@@ -29,15 +30,18 @@ class ImageSet:
     images_of: str  # the set whose images it scores by other labels
     folder: str  # of the release, with the class folders inside
     class_list: str
-    border: (
-        int  # pixels at each side of an image that are cut off first: of ObjectNet two, as its authors' loader does
-    )
+    border: int  # pixels at each side of an image that are cut off first: of ObjectNet two, as its authors do
     source: str  # where it is got
 
     @property
     def is_subset(self) -> bool:
         """Whether it has some of the 1000 classes, and images are ranked among these only."""
         return self.class_list.endswith(".txt")
+
+    @property
+    def clean(self) -> str:
+        """How the columns begin that tell of in1k's images of the set's classes."""
+        return f"clean{self.classes}_{self.name}_"
 
     @property
     def has_own_names(self) -> bool:

@@ -24,7 +24,8 @@ from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
 from eval.scoring.listing import Listing, listing_of, size_of
 
-ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
+# Published scores depend on timm's reading; new formats go into IMAGE_ENDINGS of arm_zoo/images/listing.py.
+TIMM_ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(\w+))?")
 SPLITS = ("validation", "val", "test")  # of a folder of parquet files, the first of these that is there is scored
 BY_NAME = Choices(by_name=True, in_training=False)
@@ -104,7 +105,7 @@ def _are_samples(members: Collection[str]) -> bool:
 def _images_below(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
     """The images, in order, that lie in the first of the folders that any lies in; all where none does."""
     names = ((path, posixpath.basename(path)) for path in paths)
-    images = sorted(path for path, name in names if name.lower().endswith(ENDINGS) and not name.startswith("."))
+    images = sorted(path for path, name in names if name.lower().endswith(TIMM_ENDINGS) and not name.startswith("."))
     for folder in folders:
         if inside := [path for path in images if f"/{folder}/" in f"/{path}"]:
             return inside
@@ -115,7 +116,7 @@ def _open_tree(location: str, tree: Mapping[str, str | Member], folders: Sequenc
     """The images of a tree, path -> place, whose innermost folders are the classes."""
     places = {f"{above}{file}": tree[file] for file in _images_below(tree, folders)}
     if not places:
-        raise SourceError(f"no images ({', '.join(ENDINGS)}) in {location}")
+        raise SourceError(f"no images ({', '.join(TIMM_ENDINGS)}) in {location}")
     names = [posixpath.basename(posixpath.dirname(file)) for file in places]
     index = {name: i for i, name in enumerate(natural_order(set(names)))}
     labels = np.array([index[name] for name in names], dtype=np.int64)

@@ -31,7 +31,7 @@ from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.models.arm import ARM
+from arm_zoo.models.arm import ARM, DIRECTIONS
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
 from arm_zoo.weights.hosted import bundled_file
@@ -370,7 +370,7 @@ def test_class_token_sits_in_the_middle() -> None:
     embedded, order = model._embed(images(model))
     assert embedded[:, 15 // 2].eq(3.0).all()
     assert embedded.eq(3.0).all(-1).sum(1).tolist() == [1, 1]
-    assert order.equal(scan_order(3, 5, 4, cls_index=7))
+    assert order.equal(scan_order(3, 5, DIRECTIONS, cls_index=7))
 
 
 # ------------------------------------------------------------------------------------- sizes that no stored tensor has
@@ -722,7 +722,7 @@ def test_blocks_may_be_mixers_alone(scripted: bool) -> None:
     init_block_weights(blocks)
     assert {name.split(".")[1] for name, _ in blocks.named_parameters()} == {"norm1", "mixer"}
     assert blocks[0].mixer.in_proj.weight.shape == (4 * 16, 16)
-    x, order = torch.randn(2, 6, 16), scan_order(2, 3, 2)
+    x, order = torch.randn(2, 6, 16), scan_order(2, 3, DIRECTIONS[:2])
     expected = x
     for block in blocks:
         expected = expected + block.mixer(block.norm1(expected), order)

@@ -20,13 +20,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arm_zoo
+from arm_zoo.layers import order
 from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.layers.order import cluster_order, scan_order
+from arm_zoo.models import arm
+from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops import (
     available_backends,
     backends,
     causal_conv,
     functional,
+    fused,
     get_scan_backend,
     mamba_inner,
     scan_backend,
@@ -50,15 +54,15 @@ Tensors = dict[str, torch.Tensor]
 )
 def test_orders_of_a_2x3_grid(cls_index: int | None, row: list[int], column: list[int]) -> None:
     expected = [row, row[::-1], column, column[::-1]]
-    assert scan_order(2, 3, 4, cls_index).tolist() == expected
-    assert scan_order(2, 3, 2, cls_index).tolist() == expected[:2]
-    assert scan_order(2, 3, 1, cls_index).tolist() == expected[:1]
+    assert scan_order(2, 3, DIRECTIONS, cls_index).tolist() == expected
+    assert scan_order(2, 3, DIRECTIONS[:2], cls_index).tolist() == expected[:2]
+    assert scan_order(2, 3, DIRECTIONS[:1], cls_index).tolist() == expected[:1]
 
 
 @pytest.mark.parametrize("height, width, column", [(3, 1, [0, 1, 2, 3]), (3, 2, [0, 2, 5, 3, 1, 4, 6])])
 def test_column_order_of_tall_grids(height: int, width: int, column: list[int]) -> None:
     cls_index = height * width // 2
-    assert scan_order(height, width, 4, cls_index)[2].tolist() == column
+    assert scan_order(height, width, DIRECTIONS, cls_index)[2].tolist() == column
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (4, 1), (3, 5), (6, 2), (5, 5)])
@@ -66,7 +70,7 @@ def test_column_order_of_tall_grids(height: int, width: int, column: list[int]) 
 def test_every_direction_visits_every_token_once(height: int, width: int, where: str) -> None:
     patches = height * width
     cls_index = {"absent": None, "start": 0, "middle": patches // 2, "end": patches}[where]
-    order = scan_order(height, width, 4, cls_index)
+    order = scan_order(height, width, DIRECTIONS, cls_index)
     tokens = torch.arange(patches + (cls_index is not None))
     assert order.sort(dim=1).values.equal(tokens.expand(4, -1))
     if cls_index is not None:  # counted from the direction's own start, or from its own end
@@ -83,7 +87,20 @@ def test_column_order_equals_the_official_one_with_its_wrong_class_token(side: i
     others = torch.cat([tokens[:taken_out], tokens[taken_out + 1 :]])
     others = others.reshape(side, side).t().flatten()
     official = torch.cat([others[:taken_out], tokens[taken_out, None], others[taken_out:]])
-    assert scan_order(side, side, 4, cls_index=patches // 2)[2].equal(official)
+    assert scan_order(side, side, DIRECTIONS, cls_index=patches // 2)[2].equal(official)
+
+
+def test_a_new_order_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snake(grid: torch.Tensor) -> torch.Tensor:
+        return torch.cat([row.flip(0) if i % 2 else row for i, row in enumerate(grid)])
+
+    monkeypatch.setitem(order.ORDERS, "snake", snake)
+    assert scan_order(2, 3, ["snake", "snake_reversed"]).tolist() == [[0, 1, 2, 5, 4, 3], [3, 4, 5, 2, 1, 0]]
+    assert scan_order(2, 3, ["snake", "row"], 3).tolist() == [[0, 1, 2, 3, 6, 5, 4], [0, 1, 2, 3, 4, 5, 6]]
+    monkeypatch.setattr(arm, "DIRECTIONS", ("snake", "snake_reversed", "column"))
+    model = timm.create_model("arm_pico_patch2_8")
+    assert model.order.shape == (3, 17) and len(model.blocks[0].mixer.D) == 3
+    assert model(torch.randn(1, 1, 8, 8)).isfinite().all()
 
 
 def test_cluster_order_is_the_official_one(golden: Path) -> None:
@@ -103,9 +120,12 @@ def test_cluster_order_of_other_shapes() -> None:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: scan_order(2, 3, 3), r"directions must be 1, 2 or 4 .*got 3"),
-        (lambda: scan_order(2, 3, 4, 7), r"cls_index must lie in 0\.\.6 for a 2x3 grid, got 7"),
-        (lambda: scan_order(2, 3, 4, -1), r"cls_index must lie in 0\.\.6 for a 2x3 grid, got -1"),
+        (
+            lambda: scan_order(2, 3, ["row", "rows"]),
+            r"no scan order 'rows'; there are row, column, and each with '_reversed'",
+        ),
+        (lambda: scan_order(2, 3, DIRECTIONS, 7), r"cls_index must lie in 0\.\.6 for a 2x3 grid, got 7"),
+        (lambda: scan_order(2, 3, DIRECTIONS, -1), r"cls_index must lie in 0\.\.6 for a 2x3 grid, got -1"),
         (lambda: cluster_order(6, 6, 4, 3), r"clusters of 4x3 patches do not tile a 6x6 grid"),
     ],
 )
@@ -139,7 +159,8 @@ class Case(NamedTuple):
         return self.height * self.width + (self.cls_index is not None)
 
     def order(self) -> torch.Tensor | None:
-        return scan_order(self.height, self.width, self.directions, self.cls_index) if self.ordered else None
+        names = DIRECTIONS[: self.directions]
+        return scan_order(self.height, self.width, names, self.cls_index) if self.ordered else None
 
     def scan_inputs(self) -> Tensors:
         K, B, L, D, S = self.directions, self.batch, self.length, self.channels, self.d_state
@@ -444,8 +465,8 @@ def stack_directions(official: Tensors, directions: int) -> Tensors:
 MIXERS = [  # folder, width, directions, expansion, order
     ("mixer_arm_plain", 64, 1, 1, None),
     ("mixer_arm_plain_short", 48, 1, 1, None),  # three tokens, fewer than the convolution has taps
-    ("mixer_arm_v3_even", 64, 4, 1, scan_order(4, 4, 4, cls_index=8)),
-    ("mixer_vim_v2_div", 48, 2, 2, scan_order(1, 13, 2)),
+    ("mixer_arm_v3_even", 64, 4, 1, scan_order(4, 4, DIRECTIONS, cls_index=8)),
+    ("mixer_vim_v2_div", 48, 2, 2, scan_order(1, 13, DIRECTIONS[:2])),
 ]
 Mixer = tuple[str, int, int, int, torch.Tensor | None]
 
@@ -602,13 +623,43 @@ def test_backends_say_which_calls_they_take(name: str, device: str, dtype: torch
     assert taken or reason.endswith(f", got {dtype} on {device}; use 'auto' or 'torch'")
 
 
+def test_a_new_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = backends.Backend("arm_zoo.ops.cpu.chunked", device="cpu", dtypes=(torch.float64,), directions_inside=True)
+    monkeypatch.setitem(backends.BACKENDS, "toy", row)
+    backends._why_not.cache_clear()
+    inputs = CASES[next(iter(CASES))].scan_inputs()
+    assert "toy" in available_backends() and backends._choose("cpu", torch.float64) == "torch"
+    with scan_backend("toy"):
+        y = selective_scan(**inputs)
+        with pytest.raises(ValueError, match=r"'toy' takes float64 on the CPU, got torch\.float32 on cpu"):
+            backends.resolve_backend(torch.empty(1))
+    with scan_backend("torch"):
+        assert y.equal(selective_scan(**inputs))
+    monkeypatch.setitem(backends.BACKENDS, "toy", row._replace(auto=1, plain=True))
+    assert backends._choose("cpu", torch.float64) == "toy"
+    monkeypatch.setitem(backends.BACKENDS, "better", row._replace(auto=2))
+    assert backends._choose("cpu", torch.float64) == "better"
+    monkeypatch.setitem(backends.BACKENDS, "elsewhere", row._replace(device="xpu", auto=3))
+    with pytest.raises(ValueError, match="'elsewhere' cannot run here: it needs a XPU device; on the CPU use 'torch'"):
+        arm_zoo.set_scan_backend("elsewhere")
+
+
+@pytest.mark.parametrize("name, taken", [("auto", True), ("numba", True), ("torch", False), ("reference", False)])
+def test_kernels_around_the_scans_go_with_all_but_plain_backends(
+    name: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_runs_kernels", lambda *_: True)
+    monkeypatch.setattr(backends._choices[-1], "name", name)
+    assert fused._has_kernel(0, hopper=False) == taken
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_mixer_chooses_its_backend_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.Tensor] = []
     resolve = functional.resolve_backend
     monkeypatch.setattr(functional, "resolve_backend", lambda x: asked.append(x) or resolve(x))
     with scan_backend(backend):
-        MambaMixer(8, 2)(torch.randn(1, 6, 8), scan_order(2, 3, 2))
+        MambaMixer(8, 2)(torch.randn(1, 6, 8), scan_order(2, 3, DIRECTIONS[:2]))
     assert len(asked) == 1
 
 
@@ -673,6 +724,7 @@ def test_blocks_of_threads_may_overlap() -> None:
 
 AUTO = """
 import logging, torch, arm_zoo
+from arm_zoo.layers import order
 from arm_zoo.layers.mixer import MambaMixer
 logging.basicConfig(level=logging.INFO, format="%(name)s:%(message)s")
 mixer = MambaMixer(16, 1)
@@ -736,7 +788,7 @@ def test_operators_pass_opcheck(case: Case) -> None:
 
 def test_transforms_of_torch_func_take_the_reference() -> None:
     """Operators would drop tangents without a word."""
-    mixer, order = MambaMixer(16, 2), scan_order(2, 3, 2)
+    mixer, order = MambaMixer(16, 2), scan_order(2, 3, DIRECTIONS[:2])
     x, tangent = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
 
     def scalar(x: torch.Tensor) -> torch.Tensor:
@@ -861,7 +913,7 @@ class Mean(nn.Module):
 
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 def test_mixer_compiles_whole(precision: str) -> None:
-    module, order = Mean(), scan_order(3, 5, 4, cls_index=7)
+    module, order = Mean(), scan_order(3, 5, DIRECTIONS, cls_index=7)
     x = torch.randn(2, 16, 24, requires_grad=True)
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
     results = []

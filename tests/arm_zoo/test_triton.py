@@ -15,6 +15,7 @@ import arm_zoo
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
+from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.fused import Residual
 from arm_zoo.ops.layout import inner
@@ -143,7 +144,7 @@ def worst_error(
     With a rank, step sizes of low rank and B and C are parts of wider rows, as in the mixer.
     """
     torch.manual_seed(0)
-    order = scan_order(height, width, directions, cls_index, device=device)
+    order = scan_order(height, width, DIRECTIONS[:directions], cls_index, device=device)
     batch, length = 2, order.shape[1]
 
     def draw(*shape: int) -> torch.Tensor:
@@ -187,7 +188,7 @@ def inner_error(
 ) -> float:
     """Largest relative L2 error of `mamba_inner` in training, its output and gradients, against float64."""
     torch.manual_seed(0)
-    rank, order = 6, scan_order(3, 2, directions, 3, device=device) if directions > 1 else None
+    rank, order = 6, scan_order(3, 2, DIRECTIONS[:directions], 3, device=device) if directions > 1 else None
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device)
@@ -337,7 +338,7 @@ def check_special_values(device: str, kernels: str) -> None:
 def check_same_bits(device: str, kernels: str) -> None:
     """Of scan, convolution, mixer, gate and sum with norm, and of all gradients, twice."""
     torch.manual_seed(0)
-    order = scan_order(3, 2, 4, 3, device=device)
+    order = scan_order(3, 2, DIRECTIONS, 3, device=device)
     shapes = [(2, 7, 24), (4, 12, 4), (4, 12), (4, 14, 12), (4, 12, 6), (4, 12), (4, 12, 4), (4, 12)]
     for dtype in (torch.float32, torch.bfloat16):
         xz, *weights = (torch.randn(shape, device=device) for shape in shapes)
@@ -379,7 +380,8 @@ def check_operators(device: str) -> None:
         trained,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
-    order, shapes = scan_order(2, 3, 2, 3, device=device), [(2, 7, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3)]
+    order = scan_order(2, 3, DIRECTIONS[:2], 3, device=device)
+    shapes = [(2, 7, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3)]
     drawn = [torch.randn(shape, device=device) for shape in (*shapes, (2, 6), (2, 6, 4), (2, 6))]
     drawn[6] = -drawn[6].exp()
     leaves = [t.requires_grad_() for t in drawn]

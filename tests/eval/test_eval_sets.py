@@ -3,6 +3,8 @@
 import argparse
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from eval import __main__ as program
 from eval import tables
 from eval.scoring import labels, metrics, sets
 from eval.scoring.options import guarded
+from tests import ROOT
 
 WNIDS = ImageNetInfo().label_names()
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -162,6 +165,50 @@ def test_objectnets_list_is_of_classes_of_imagenet() -> None:
     assert names["alarm_clock"] == ["analog clock", "digital clock"]
     assert names["t-shirt"] == ["jersey, T-shirt, tee shirt"]
     assert names["wheel"] == ["car wheel", "paddlewheel, paddle wheel"]
+
+
+def test_classes_of_a_list_are_told_apart_by_their_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "CLASSES", tmp_path)
+    first, second, third = WNIDS[:3]
+    (tmp_path / "objectnet.csv").write_text(f"class,wnids\ncup,{first} {second}\nmug,{first} {third}\n")
+    labels.class_list.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"classes/objectnet\.csv: classes that differ have the same first wnid"):
+            labels.class_list("objectnet")
+        (tmp_path / "objectnet.csv").write_text(f"class,wnids\ncup,{first} {second}\nmug,{third} {first}\n")
+        assert labels.class_list("objectnet") == {"cup": (0, 1), "mug": (2, 0)}
+    finally:
+        labels.class_list.cache_clear()
+
+
+def test_a_new_subset_is_a_row_and_a_list(tmp_path: Path) -> None:
+    """In a process of its own, which reads a table with one row more; a table of results without it is read, too."""
+    old = tmp_path / "old.csv"
+    tables.append(old, [{"model": "m", "set": "in1k"}])
+    code = f"""
+import dataclasses
+from pathlib import Path
+from eval.scoring import sets
+
+sets.SETS["tiny"] = dataclasses.replace(sets.SETS["a"], name="tiny", title="Tiny", classes=3, class_list="tiny.txt")
+sets.SUBSETS += ("tiny",)
+from eval import tables
+from eval.board import columns, entries
+from eval.scoring import labels
+
+labels.CLASSES = Path({str(tmp_path)!r})
+assert labels.candidates("tiny") == [4, 7, 9], labels.candidates("tiny")
+assert tables.COLUMNS[14:17] == ("clean3_tiny_n", "clean3_tiny_top1", "clean3_tiny_top5"), tables.COLUMNS
+[row] = tables.read(Path({str(old)!r}))
+assert row["clean3_tiny_top1"] == "" and row["model"] == "m"
+row |= {{"set": "tiny", "limit": "", "n": "3", "top1": "50", "weights_sha256": "", "params_m": "1"}}
+[entry] = entries.measured_entries([row | {{"clean3_tiny_top1": "75"}}])
+[figures] = columns.board([entry])
+assert figures["Tiny"] == (50, 2) and figures["clean TINY"] == (75, 2), figures
+"""
+    (tmp_path / "tiny.txt").write_text("4\n7\n9\n")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_objectnet_leaves_out_classes_that_imagenet_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
