@@ -20,7 +20,7 @@ class DownloadError(CheckpointError):
 
 
 def organisation() -> str:
-    """The Hub organisation of the entries; the environment variable ARM_ZOO_HUB_ORG changes it, whenever it is set."""
+    """The entries' Hub organisation; the environment variable ARM_ZOO_HUB_ORG overrides it and is read at every call."""
     return os.environ.get("ARM_ZOO_HUB_ORG") or ORGANISATION
 
 
@@ -75,10 +75,11 @@ def download(
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
         raise DownloadError(f"cannot fetch {filename} of {name}: {explain(error, name, cache_dir)}") from error
     blob = _blob(path)
-    if blob is not None and blob.parent.name != "blobs":
-        _discard(path)
-        wanted = f"the server wants it to be kept outside the cache, as {blob}"
-        raise DownloadError(f"{name}: {filename}: {wanted}; trust it not")
+    blobs = os.path.normpath(path.parents[len(Path(filename).parts) + 1] / "blobs")
+    if blob is not None and str(blob.parent) != blobs:
+        path.unlink()  # the link alone: what it points to may be any file of the user
+        refused = f"refused: the server asked to store the file outside the cache, at {blob}"
+        raise DownloadError(f"{name}: {filename}: {refused}")
     if not filename.endswith(".safetensors"):
         return path
     if sha256 is None and filename == WEIGHTS:
@@ -127,7 +128,9 @@ def _blob(path: Path) -> Path | None:
 
 def _discard(path: Path) -> None:
     """Take a file out of the cache, where that may be written to; otherwise the next load fails alike."""
-    for file in {path.resolve(), _blob(path) or path, path}:
+    blob, stored = _blob(path) or path, path.resolve()
+    in_shared_store = stored.is_relative_to((blob.parents[2] / "blobs").resolve())
+    for file in {path, blob, stored if in_shared_store else path}:
         try:
             file.unlink(missing_ok=True)
         except OSError:

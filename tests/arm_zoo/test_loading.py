@@ -719,20 +719,26 @@ def test_hostile_names(hub: HubServer, client: Client, files: dict[str, bytes], 
     assert not [path for path in tmp_path.rglob("outside*") if cache not in path.parents]
 
 
-@pytest.mark.parametrize("header", ["ETag", "X_Repo_Commit"])
-def test_hostile_servers(header: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
-    """The names under which a server asks its files to be kept stay inside the cache too."""
+@pytest.mark.parametrize(("header", "place"), [("ETag", "own"), ("ETag", "blobs/own"), ("X_Repo_Commit", "own")])
+def test_hostile_servers(
+    header: str, place: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A server that asks its file to be kept outside the cache is refused, and what lies there is left alone."""
     cache = tmp_path / "deep" / "deeper" / "cache"
+    own = tmp_path / "deep" / place
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("a file of the user")
 
     def fault(request: hub_server.Handler, name: str) -> bool:
-        names = {"ETag": '"0"', "X_Repo_Commit": "0" * 40, header: "../../../../outside"}
+        names = {"ETag": '"0"', "X_Repo_Commit": "0" * 40, header: f"../../../../{place}"}
         request.answer(200, files["config.json"], **names)
         return True
 
     hub.add("ada/hostile", files, fault)
     reply = client.load("arm_zoo", "ada/hostile", cache_dir=cache)
     assert reply["error"] == "DownloadError"
-    outside = {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents) and path.is_file()}
+    assert own.read_text() == "a file of the user"
+    outside = {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents) and path.is_file()} - {own}
     assert all(path.stat().st_size == 0 for path in outside)  # the Hub's client leaves an empty lock
 
 
