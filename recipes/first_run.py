@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from arm_zoo.images.listing import SourceError, class_folders
+from arm_zoo.images.listing import SourceError, class_folders, plural
 from arm_zoo.images.locate import locate
 from recipes.config import ENTRY, FinetuneConfig
 from recipes.data.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
@@ -72,8 +72,7 @@ def survey(config: FinetuneConfig) -> Survey:
             raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
         return Survey(source.train.size, len(source.class_names), source.channels == 1, source.held_out)
     [folder] = located.splits["train"]
-    class_folders.cache_clear()
-    classes = {name: len(paths) for name, paths in class_folders(folder)[0].items()}  # kept until they are opened
+    classes = {name: len(paths) for name, paths in class_folders(folder)[0].items()}
     images = list(classes.values())
     fraction = validation_fraction(data.validation, located.has_validation, labels_needed=True)
     if sum(images) == 0:
@@ -100,7 +99,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
     if "warmup_epochs" in given:
         epochs = max(epochs, int(config.warmup_epochs) + 1)
     every = max(1, epochs // 4)
-    of_batch = f"of the run in {output}, to go on with" if earlier else f"for {_count(found.train, 'training image')}"
+    of_batch = f"of the run in {output}, to go on with" if earlier else f"for {plural(found.train, 'training image')}"
     workers = 1 if found.train < 1000 else min(WORKERS, os.cpu_count() or 1)
     no_validation = found.held_out is not None and config.data.validation is None
     choices = [
@@ -110,7 +109,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
             {"data.validation": found.held_out} if no_validation else {},
         ),
         Choice(of_batch, {"global_batch": batch}),
-        Choice(f"{_count(found.train // batch, 'step')} each", {"epochs": epochs, "warmup_epochs": epochs / 10}),
+        Choice(f"{plural(found.train // batch, 'step')} each", {"epochs": epochs, "warmup_epochs": epochs / 10}),
         Choice(
             f"a peak of {PEAK:g} at the head, less in the layers below it",
             {"base_lr": PEAK * 256 / batch, "min_lr": 0.0, "layer_decay": 0.75},
@@ -190,14 +189,10 @@ def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> s
     """The table of what was chosen, as a person would type it."""
     typed = [" ".join(f"{key}={shlex.quote(_text(value))}" for key, value in each.values.items()) for each in choices]
     width = max(map(len, typed))
-    images = f"{_count(found.train, 'image')} of {found.classes} classes"
+    images = f"{plural(found.train, 'image')} of {found.classes} classes"
     lines = [f"{config.data.source}: {images} to train on. Chosen for them:"]
     lines += [f"  {settings:{width}}  {choice.reason}" for settings, choice in zip(typed, choices, strict=True)]
     return "\n".join([*lines, "Every one of these can be typed after the command to change it."])
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _text(value: Any) -> str:
