@@ -598,12 +598,12 @@ def test_refusals_say_what_to_install(
         return ModuleType(module)  # with nothing in it, as an old version
 
     monkeypatch.setattr(backends.importlib, "import_module", load)
-    backends._why_not.cache_clear()
+    backends.why_not.cache_clear()
     try:
         with pytest.raises(ValueError, match=f"scan backend '{name}' cannot run here: {message}"):
             arm_zoo.set_scan_backend(name)
     finally:
-        backends._why_not.cache_clear()
+        backends.why_not.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -626,7 +626,7 @@ def test_backends_say_which_calls_they_take(name: str, device: str, dtype: torch
 def test_a_new_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     row = backends.Backend("arm_zoo.ops.cpu.chunked", device="cpu", dtypes=(torch.float64,), directions_inside=True)
     monkeypatch.setitem(backends.BACKENDS, "toy", row)
-    backends._why_not.cache_clear()
+    backends.why_not.cache_clear()
     inputs = CASES[next(iter(CASES))].scan_inputs()
     assert "toy" in available_backends() and backends._choose("cpu", torch.float64) == "torch"
     with scan_backend("toy"):
@@ -648,9 +648,11 @@ def test_a_new_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_around_the_scans_go_with_all_but_plain_backends(
     name: str, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_runs_kernels", lambda *_: True)
+    monkeypatch.setattr(fused, "why_not", lambda name: None)
     monkeypatch.setattr(backends._choices[-1], "name", name)
     assert fused._has_kernel(0, hopper=False) == taken
+    monkeypatch.setattr(fused, "why_not", lambda name: "it is there, but `import triton` fails")
+    assert not fused._has_kernel(0, hopper=False)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
