@@ -23,11 +23,15 @@ class ZooModel(nn.Module):
     official_names = OfficialNames()
     keys: tuple[str, ...] = ()  # our names of tensors, * for a number, that all checkpoints have
     adapt = staticmethod(adapt_state_dict)  # with the arguments and the result of that function
+    parts_to_shard: tuple[str, ...] = ("blocks",)  # lists of modules, each of which FSDP shards by itself
     blocks: nn.ModuleList
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
-        """Arguments that make the model, from tensors under our names, and the number of patches if that is told."""
+        """Arguments that make the model, and the number of patches without a class token, None if nothing tells it.
+
+        `source` has tensors under our names. Raises ValueError for shapes that no model has.
+        """
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -82,7 +86,7 @@ class ZooModel(nn.Module):
 
     @torch.jit.ignore
     def save_pretrained(self: Any, folder: str | Path) -> None:
-        """Write model.safetensors and config.json, both or neither, to `folder`, which timm's `local-dir:` takes."""
+        """Write model.safetensors and config.json, each whole, to `folder`, which timm's `local-dir:` takes."""
         save_model(folder, self.state_dict(), self.hub_config())
 
 

@@ -16,13 +16,14 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 from arm_zoo import files
 from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
 from arm_zoo.identify import MAX_DEPTH, find_variant
+from arm_zoo.images.locate import HUB_ID
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
 from arm_zoo.weights.download import download, hub_repository
 from arm_zoo.weights.hosted import known_sha256
 from arm_zoo.weights.reading import read_checkpoint
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_REPOSITORY = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
 
 # What a config.json may say, by the types of timm and of the models. Not where weights are: they lie beside it.
 _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "device", "dtype", "return"}
@@ -40,16 +41,7 @@ class Loaded(NamedTuple):
     config: dict[str, Any]  # what the config.json beside the weights says; empty where there is none
 
 
-def load(
-    name: str | Path,
-    weights: str | Path | None = None,
-    *,
-    as_backbone: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    **kwargs: Any,
-) -> Loaded:
+def load(name: str | Path, weights: str | Path | None = None, *, as_backbone: bool = False, **kwargs: Any) -> Loaded:
     """A model of ours or of timm with its weights, never with weights drawn at random.
 
     See `from_pretrained` for the other arguments and what is raised.
@@ -60,7 +52,7 @@ def load(
         weights: a file, a folder or "hf-hub:..." in place of the entry's own weights. A bare file's classes count, and
             of our models its channels; without a head in the file the model has none.
     """
-    return _Loader(as_backbone, revision, cache_dir, token, kwargs).load(name, weights)
+    return _Loader(as_backbone, kwargs).load(name, weights)
 
 
 def from_pretrained(
@@ -93,9 +85,9 @@ def from_pretrained(
         ValueError: if `source` is nothing of the above.
     """
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) and not Path(source).exists()
-    if is_repository and not str(source).endswith((".safetensors", ".pth")):
+    if is_repository and not str(source).endswith((".safetensors", ".pth", ".pt", ".bin", ".tar")):
         source = f"hf-hub:{source}"
-    loader = _Loader(as_backbone, revision, cache_dir, token, kwargs, timms_too=False)
+    loader = _Loader(as_backbone, kwargs, revision, cache_dir, token, timms_too=False)
     model: Backbone | PretrainingModel = loader.load(source).model
     return model
 
@@ -151,13 +143,14 @@ class _Loader:
     """What `load` or `from_pretrained` is asked for beside the names."""
 
     as_backbone: bool
-    revision: str | None
-    cache_dir: str | Path | None
-    token: str | bool | None
     kwargs: dict[str, Any]
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
     timms_too: bool = True
 
     def load(self, name: str | Path, weights: str | Path | None = None) -> Loaded:
+        """By what the source is: a repository, an entry, a folder or a file; see `arm_zoo.loading.load`."""
         source, wanted = (str(name), None) if weights is None else (str(weights), str(name))
         scheme, _, rest = source.partition(":")
         path = Path(rest if scheme == "local-dir" else source)
@@ -220,6 +213,7 @@ class _Loader:
         return self.timms_too and not ours and isinstance(name, str) and timm.is_model(name)
 
     def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
+        """What config.json describes, with the weights beside it; CheckpointError if the two do not fit together."""
         config = files.read_config(folder)
         own, name = config.get("pretraining_model"), f"local-dir:{folder}"
         if self.is_timms(config):
@@ -287,6 +281,7 @@ class _Loader:
         return model
 
     def pretraining_model(self, objective: str, saved: Mapping[str, Any], file: Path, tensors: StateDict) -> Any:
+        """The objective's model, by the arguments saved with it and the caller's in their place."""
         model_class = OBJECTIVES[objective].model_class
         allowed = inspect.signature(model_class).parameters
         if unknown := sorted(set(self.kwargs) - set(allowed)):

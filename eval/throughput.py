@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import arm_zoo
+from arm_zoo.command_line import positive
 from arm_zoo.loading import entries, list_entries, unknown_model
 from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
-from eval.scoring.options import positive
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
 from eval.tables import Row, append, check_output

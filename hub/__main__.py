@@ -5,6 +5,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from arm_zoo.command_line import one_line
 from arm_zoo.files import CheckpointError
 from hub.catalog import AUTHORS_REPOSITORY, RESULTS
 from hub.check import check
@@ -77,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in run(**options):
             print(line)
     except (CheckpointError, OSError, ValueError) as error:
-        lines = (str(error) or type(error).__name__).splitlines()
-        print(f"error: {'; '.join(line.strip() for line in lines)}".replace(":; ", ": "), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -21,10 +21,9 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from arm_zoo.files import CheckpointError, described_by_folder, read_config, weights_in
-from arm_zoo.loading import label_names
+from arm_zoo.files import described_by_folder, read_config, weights_in
+from arm_zoo.loading import entry_of, label_names
 from arm_zoo.weights.download import find_weights
-from arm_zoo.weights.hosted import ways_on
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
@@ -80,13 +79,9 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
     """The file of weights that `pretrained` names, and the names of the classes of its head as far as it tells."""
     path = Path(pretrained)
     if not path.exists():
-        told: Any = timm.create_model(pretrained, device="meta").pretrained_cfg  # whose names are never the short ones
-        entry = f"{told['architecture']}.{told['tag']}"
-        file = find_weights(entry)
-        if file is None:
-            raise CheckpointError(ways_on(entry, told["architecture"]))
+        entry = entry_of(pretrained)
         cfg: Any = timm.get_pretrained_cfg(entry)
-        return file, tuple(cfg.label_names or ())
+        return find_weights(entry), tuple(cfg.label_names or ())
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}
     return file, label_names(saved, saved.get("num_classes", 0))

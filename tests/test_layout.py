@@ -21,7 +21,7 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    ("files", "ops/layout"),
+    ("command_line", "files", "ops/layout"),
     ("images", "ops"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/reading", "weights/tensor_names"),
     ("weights",),
@@ -96,7 +96,7 @@ def test_library_reaches_the_hub_only_on_demand() -> None:
 
 
 def rank(module: str) -> tuple[int, str] | None:
-    """Line of RANKS and the path there that leads to a module, itself a path such as scan/ops; None without a rank."""
+    """Line of RANKS and the path there that leads to a module, as a path such as ops/fused; None without a rank."""
     found = [(i, path) for i, paths in enumerate(RANKS) for path in paths if f"{module}/".startswith(f"{path}/")]
     return max(found, key=lambda entry: len(entry[1]), default=None)
 

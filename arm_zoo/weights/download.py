@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.weights.hosted import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of
+from arm_zoo.weights.hosted import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of, ways_on
 
 _logger = logging.getLogger(__name__)
 _TRIES = 3
@@ -20,17 +20,19 @@ class DownloadError(CheckpointError):
 
 
 def organisation() -> str:
-    """The entries' Hub organisation; the environment variable ARM_ZOO_HUB_ORG overrides it and is read at every call."""
+    """The entries' Hub organisation; the environment variable ARM_ZOO_HUB_ORG, read at every call, overrides it."""
     return os.environ.get("ARM_ZOO_HUB_ORG") or ORGANISATION
 
 
-def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The file with an entry's weights, from the package or the Hub, with the table's sha256; None if it has none."""
+def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path:
+    """The file with an entry's weights, from the package or the Hub; CheckpointError if it has none or other ones."""
     weights = TABLE.get(entry)
     if weights is not None and weights.where == "bundled":
         return _verified(bundled_file(entry), weights.sha256, "install arm-zoo anew")
     repository = hub_repository(entry)
-    return None if repository is None else download(repository, cache_dir=cache_dir)
+    if repository is None:
+        raise CheckpointError(ways_on(entry))
+    return download(repository, cache_dir=cache_dir)
 
 
 def hub_repository(entry: str) -> str | None:

@@ -112,7 +112,7 @@ def shard(model: Any, accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         raise RunError("fsdp is true, but there is one process; start several with torchrun, or type fsdp=false")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for part in (*model.blocks, *getattr(model, "decoder_blocks", ()), model):
+    for part in (*(part for name in model.parts_to_shard for part in getattr(model, name)), model):
         fully_shard(part, mesh=mesh)
 
 
