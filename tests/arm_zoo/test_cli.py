@@ -604,6 +604,7 @@ def test_channels_that_no_picture_has(picture: Path, tmp_path: Path, capsys: pyt
         (["--top", "0"], "expected a whole number of at least 1, got '0'"),
         (["--top", "many"], "expected a whole number of at least 1, got 'many'"),
         (["--device", "gameboy"], "no device 'gameboy' here"),
+        (["--device", "meta"], "device 'meta' holds no numbers; expected cpu, cuda"),
     ],
 )
 def test_options_are_checked(options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,14 @@ def test_another_family_is_none_of_ours(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape("this is no ARM or Toy checkpoint: expected")):
         find_variant({"weight": torch.ones(1)})
     assert f"supervised_base.yaml model={NAME}" in training_commands(f"{NAME}.untrained")
+
+
+def test_a_second_table_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = timm.create_model(NAME, d_state=2).state_dict()
+    assert find_variant(tensors).architecture == NAME
+    row = replace(ARCHITECTURES[NAME], arguments={**ARCHITECTURES[NAME].arguments, "d_state": 2})
+    monkeypatch.setitem(ARCHITECTURES, "arm_pico_patch2_8", row)  # under a name that has a configuration
+    assert find_variant(tensors).architecture == "arm_pico_patch2_8"
 
 
 def test_families_are_imported_where_one_looks() -> None:

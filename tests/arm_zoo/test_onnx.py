@@ -52,6 +52,13 @@ def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder / "model.onnx", int(found[1])
 
 
+def test_an_old_onnxscript_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxscript.__version__", "0.6.9")
+    monkeypatch.delitem(sys.modules, "arm_zoo.onnx", raising=False)
+    with pytest.raises(ImportError, match=r"onnxscript 0\.7 or newer \(onnxscript is 0\.6\.9\)"):
+        importlib.import_module("arm_zoo.onnx")
+
+
 def images_of(model: nn.Module, batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, generator=generator)

@@ -132,6 +132,12 @@ def test_mistakes_are_told_before_torch_is_imported(
     assert imported == []
 
 
+def test_the_images_package_is_run_where_it_is_imported_alone(repo: Path) -> None:
+    code = "import recipes, sys; assert 'torch' not in sys.modules; print(sys.modules['arm_zoo.images'].__doc__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True)
+    assert done.stdout.startswith("Images in files:"), done.stderr
+
+
 @pytest.mark.parametrize("recipe", ["finetune", "pretrain"])
 def test_ctrl_c_during_the_imports_ends_in_one_line(recipe: str, images: str, repo: Path) -> None:
     fake = Path("imports", "timm")  # the first of the imports that take seconds

@@ -1,5 +1,6 @@
 """Sources of pictures: every layout, every kind of file, and a clear refusal of what cannot be meant."""
 
+import errno
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ import sys
 import tarfile
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -228,6 +229,21 @@ def test_links_that_lead_back_do_not_multiply_images(tmp_path: Path) -> None:
         (folder / link).symlink_to(target)
     (elsewhere / "back").symlink_to(folder / "fox")
     check(open_named(folder, validation=0.5), 3, 3, ("cat", "dog", "fox"))
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = write_folder(tmp_path / "pics", {"cat": 2, "dog": 2}) / "dog"
+    scandir = os.scandir
+
+    def refusing(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for labels_needed in (True, False):
+        with pytest.raises(SourceError, match=r"cannot list the folder .*dog.: Permission denied; allow yourself"):
+            open_named(tmp_path / "pics", labels_needed)
 
 
 def test_folder_with_train_and_val(tmp_path: Path) -> None:
@@ -711,6 +727,16 @@ def test_tars_with_pictures_of_several_kinds_and_words_as_classes(
             found = labels_of(split)
             assert f"0.{ending}/0004 cannot be decoded: there is no image in this row" in str(found[4])
             assert found[:4] + found[5:] == expected[:4] + expected[5:]
+
+
+def test_what_a_killed_indexing_left_is_removed(tmp_path: Path) -> None:
+    write_files(tmp_path / "train.tar", {f"{name}/0.jpg": jpeg() for name in ("cat", "dog")})
+    open_named(tmp_path, labels_needed=False)
+    [index] = Path(datasets.config.HF_DATASETS_CACHE, "webdataset_indices").glob("*/index.arrow")
+    index.unlink()
+    (index.parent / ".partial-a1b2c3d4").mkdir()
+    open_named(tmp_path, labels_needed=False)
+    assert {path.name for path in index.parent.iterdir()} <= {"index.arrow", "index.arrow.lock"}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
