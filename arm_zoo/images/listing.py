@@ -126,8 +126,7 @@ def images_below(folder: str) -> Iterator[str]:
 def class_folders(folder: str) -> tuple[dict[str, list[str]], list[str]]:
     """The images of each class, both in natural order, and the visible files beside them that are none, by path.
 
-    Every folder of `folder` is a class, also one without images, whatever lies below it.
-    Names are those of `class_name`.
+    Every folder of `folder` is a class, also one without images, whatever lies below it; its name is `class_name`'s.
     """
     images: dict[str, list[str]] = {}
     others: list[str] = []

@@ -12,8 +12,6 @@ from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import mamba_inner
 from arm_zoo.ops.fused import run_linear
 
-_TAPS = 4  # of the short convolution
-
 torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are not known while a model is traced
 
 
@@ -42,7 +40,7 @@ class MambaMixer(nn.Module):
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16)  # from the model's width, not the inner one
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv_weight = nn.Parameter(torch.empty(directions, inner, _TAPS, **dd))
+        self.conv_weight = nn.Parameter(torch.empty(directions, inner, 4, **dd))  # 4 taps of the convolution
         self.conv_bias = nn.Parameter(torch.empty(directions, inner, **dd))
         self.x_proj_weight = nn.Parameter(torch.empty(directions, self.dt_rank + 2 * d_state, inner, **dd))
         self.dt_proj_weight = nn.Parameter(torch.empty(directions, inner, self.dt_rank, **dd))

@@ -60,6 +60,11 @@ def bundled_file(entry: str) -> Path:
     return BUNDLED_FOLDER / f"{entry}.safetensors"
 
 
+def bundled_entries() -> list[str]:
+    """The entries whose weights come with the package."""
+    return [entry for entry, weights in TABLE.items() if weights.where == "bundled"]
+
+
 def known_sha256(repo: str, revision: str | None) -> str | None:
     """What the table has for the weights of a repository at a revision; None if it does not know them."""
     hosted = {repository_of(entry): weights for entry, weights in TABLE.items() if weights.where == "hosted"}
@@ -85,13 +90,11 @@ def training_commands(entry: str) -> str:
 
 def ways_on(entry: str) -> str:
     """What a person can do where weights are not hosted."""
-    bundled = next(entry for entry, weights in TABLE.items() if weights.where == "bundled")
     return (
         f"the weights of {entry} are not hosted yet. Ways on:\n"
         "  an official .pth or a file of your own: python -m arm_zoo predict ... --weights FILE, or in Python "
         f"create_model({entry.partition('.')[0]!r}, pretrained=True, pretrained_cfg_overlay=dict(file=PATH)); "
         "python -m hub convert FILE OUT, from a checkout, makes a folder of it that all programs take\n"
         f"  train it yourself, from a checkout: {training_commands(entry)}\n"
-        f"  a small model that comes with the package: {bundled}\n"
-        "  start untrained: pretrained=False"
+        f"  a small model that comes with the package: {bundled_entries()[0]}; or start untrained: pretrained=False"
     )
