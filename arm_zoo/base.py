@@ -28,10 +28,7 @@ class ZooModel(nn.Module):
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
-        """Arguments that make the model, and the number of patches without a class token, None if nothing tells it.
-
-        `source` has tensors under our names. Raises ValueError for shapes that no model has.
-        """
+        """From tensors under our names, the model's arguments, and its patches if told; ValueError for odd shapes."""
         raise NotImplementedError
 
     def __init__(self) -> None:

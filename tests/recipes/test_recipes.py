@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.objectives import OBJECTIVES, Trained
 from recipes.pretrain import pretrain
 from recipes.quickstart import quickstart
+from recipes.training import parallel
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import save_pretraining
@@ -687,6 +689,15 @@ def test_step_never_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     mixed = ["mixup=0.8", "cutmix=1", "ema_decay=0.5", "clip_grad=1", "precision=bf16", "max_batch_per_device=64"]
     settings = [*TINY, *TINY_ENCODER, *mixed, "device=auto", f"output_dir={tmp_path}"]
     assert len(finetune(load_config(FinetuneConfig, FINETUNE, settings)).history) == 1
+
+
+def test_blocks_of_encoder_and_decoder_are_sharded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[Any] = []
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(parallel, "fully_shard", lambda part, mesh: parts.append(part))
+    model: Any = arm_zoo.create_pretraining_model("arm_pico")
+    parallel.shard(model, SimpleNamespace(num_processes=2, device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert parts == [*model.blocks, *model.decoder_blocks, model]
 
 
 def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
