@@ -71,11 +71,11 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
 def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, "StopRequest"], None]) -> None:
     """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
     from recipes.data.workers import end_workers
-    from recipes.errors import told_as_mistakes
+    from recipes.errors import reporting_mistakes
     from recipes.training.signals import StopRequest
 
     stop = StopRequest().listen()
-    with told_as_mistakes(program):
+    with reporting_mistakes(program):
         try:
             run(config, resume, stop)
             leave_processes()

@@ -26,7 +26,7 @@ from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from recipes.data.loader import EvalLoader
 from recipes.data.sources import Split, open_source
 from recipes.data.undecodable import check_undecodable
-from recipes.errors import RunError, told_as_mistakes
+from recipes.errors import RunError, reporting_mistakes
 from recipes.parsing import limited
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -52,7 +52,7 @@ class ProbeConfig(Config):
 
 
 class Features(NamedTuple):
-    """Features of one split, (N, D), float32, the class indices, (N,), and how many pictures could not be decoded."""
+    """Features of one split, (N, D), float32, the class indices, (N,), and how many images could not be decoded."""
 
     values: Tensor
     classes: Tensor
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)
     config = command_line.read_config(parser, ProbeConfig, None, arguments.overrides)
-    with told_as_mistakes(parser.prog):
+    with reporting_mistakes(parser.prog):
         result = probe(arguments.weights, config)
     print(f"k-NN ({result['neighbours']} neighbours): {result['knn_top1']:.2f}% of {result['images_test']:,} images")
     print(f"linear (rate {result['linear_rate']:g}): {result['linear_top1']:.2f}%; wrote {config.output}")

@@ -96,7 +96,7 @@ def test_library_reaches_the_hub_only_on_demand() -> None:
 
 
 def rank(module: str) -> tuple[int, str] | None:
-    """Line of RANKS and the path there that leads to a module, itself a path such as scan/ops; None without a rank."""
+    """Line of RANKS and the path there that leads to a module, a path such as ops/fused; None without a rank."""
     found = [(i, path) for i, paths in enumerate(RANKS) for path in paths if f"{module}/".startswith(f"{path}/")]
     return max(found, key=lambda entry: len(entry[1]), default=None)
 

@@ -1,4 +1,4 @@
-"""What the command lines that score share: options, processes, and messages for what the user can mend."""
+"""What the command lines that score share: options, processes, and how mistakes of the user are reported."""
 
 import argparse
 import os

@@ -140,7 +140,7 @@ def end_workers(workers: Collection[BaseProcess] = started) -> None:
 
 @contextmanager
 def no_child_handler() -> Iterator[None]:
-    """In the block no handler for dead processes is at work, and after it the one of before: torch's raises."""
+    """Suspend the SIGCHLD handler during the block: torch's raises at whatever line is running."""
     if threading.current_thread() is not threading.main_thread():  # which alone has handlers
         yield
         return

@@ -1,4 +1,4 @@
-"""The training loop: steps, figures, checkpoints, stopping, going on. It knows no model."""
+"""The training loop: steps, figures, checkpoints, stopping, resuming. It knows no model."""
 
 import dataclasses
 import json
