@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.weights.hosted import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of
+from arm_zoo.weights.hosted import ORGANISATION, TABLE, bundled_entries, bundled_file, known_sha256, repository_of
 
 _logger = logging.getLogger(__name__)
 _TRIES = 3
@@ -45,6 +45,11 @@ def hub_repository(entry: str) -> str | None:
     if organisation() != ORGANISATION:
         return f"{organisation()}/{entry}"
     return f"{repository_of(entry)}@{weights.revision}" if weights.where == "hosted" else None
+
+
+def place_of_weights(entry: str) -> str | None:
+    """Where `pretrained=True` finds an entry's weights: "bundled", the `hub_repository`, or None for nowhere."""
+    return "bundled" if entry in bundled_entries() else hub_repository(entry)
 
 
 def download(

@@ -520,6 +520,19 @@ def test_the_maps_of_the_clients_document(repo: Path) -> None:
 # mistakes
 
 
+def test_weights_of_another_organisation_are_hosted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARM_ZOO_HUB_ORG", "group")
+    assert main(["list"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("arm_")]
+    places = {row[0]: row[-1] for row in rows}
+    assert places["arm_base_patch16_224.arm_in1k_ft_in1k"] == "hosted"
+    assert places["arm_pico_patch2_8.arm_digits_ft_digits"] == "bundled"
+    assert main(["info", "arm_tiny_patch16_224"]) == 0  # the table does not have it
+    assert "not hosted" in capsys.readouterr().out
+
+
 def test_weights_that_are_not_hosted(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = mistake(capsys, "predict", picture, "--model", "arm_base_patch16_224")
     assert "the weights of arm_base_patch16_224.arm_in1k_ft_in1k are not hosted yet" in message
