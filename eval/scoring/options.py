@@ -114,12 +114,13 @@ def start_processes(device: torch.device) -> PartialState:
     return state
 
 
-def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code of a run. What the user can mend is one line on stderr, by one process."""
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, stopped: str = "stopped") -> int:
+    """The exit code of a run. Mistakes of the user, and `stopped` on Ctrl-C, are reported in one line on stderr."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
@@ -127,7 +128,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         print(f"error: the GPU's memory is full, use a smaller --batch-size: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; python -m eval --resume goes on from here", file=sys.stderr)
+        if speaks:
+            print(stopped, file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():

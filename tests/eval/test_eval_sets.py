@@ -372,6 +372,9 @@ def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the weights of arm_base_patch16_224 are not hosted yet: give them with --weights FILE" in refused(
         "--models", "arm_base_patch16_224"
     )
+    timm.models.save_for_hf(timm.create_model("test_vit", in_chans=4), tmp_path / "four")
+    message = refused("--models", f"local-dir:{tmp_path / 'four'}")
+    assert "takes images of 4 channels; allowed: models of 1 or 3" in message
     assert "no file or folder 'gone.pth'" in refused("--models", "test_vit", "--weights", "gone.pth")
     assert "with several models each is MODEL=FILE" in refused(
         "--models", "test_vit", "test_vit2", "--weights", str(file)
@@ -483,8 +486,14 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupted(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    assert guarded(interrupted, argparse.Namespace()) == 130
+    monkeypatch.setattr(program, "run", interrupted)
+    assert program.main(["--sets", "in1k=x"]) == 130
     assert capsys.readouterr().err == "stopped; python -m eval --resume goes on from here\n"
+    assert guarded(interrupted, argparse.Namespace()) == 130  # as of eval.verify, which keeps nothing to go on with
+    assert capsys.readouterr().err == "stopped\n"
+    monkeypatch.setenv("RANK", "1")
+    assert guarded(interrupted, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_devices_without_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -511,6 +520,16 @@ def test_hub_datasets_that_are_not_to_be_had(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = refusal(capsys, "--sets", "in1k=data/val", "--show-mapping")
     assert "no file or folder 'data/val' here, and the Hub is switched off (HF_HUB_OFFLINE=1)" in message
+
+
+@pytest.mark.parametrize("named, chosen", [("train valid", 1), ("train test", 1), ("train dev test", 1), ("a b", 2)])
+def test_of_a_folder_of_parquet_files_the_validation_split_is_scored(named: str, chosen: int, tmp_path: Path) -> None:
+    for number, word in enumerate(named.split()):
+        rows = [{"image": {"bytes": picture(), "path": None}, "label": number}]
+        file = tmp_path / "data" / f"{word}-0.parquet"
+        file.parent.mkdir(exist_ok=True)
+        Dataset.from_list(rows, Features(image=Image(), label=Value("int64"))).to_parquet(file)
+    assert label("in1k", tmp_path).targets.tolist() == ([1] if chosen == 1 else [0, 1])
 
 
 def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
