@@ -40,7 +40,7 @@ class ProbeConfig(Config):
     """What `python -m recipes.probe` takes as `key=value`."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: str = ""  # a timm entry, for weights that are a file; folders tell it
+    model: str = ""  # a timm entry, for a bare file of weights; folders tell theirs, which must be it
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     output: str = limited("probe.json", ("a file to write to, as in output=probe.json", bool))
     seed: int = limited(0, WHOLE)
@@ -69,7 +69,7 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
         ours = ", ".join(sorted(name for name in entries() if "." not in name))
         problem = f"model is {config.model!r}, which timm does not have"
         raise RunError(f"{problem}; allowed: {ours}, or an entry of timm's own")
-    names = (config.model, weights) if config.model and weights.is_file() else (weights, None)
+    names = (config.model, weights) if config.model else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
     own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
     torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
