@@ -105,7 +105,7 @@ def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)
     names = source.class_names
     return [
-        {"picture": index, "named": names[named], "is": names[label], "probability": probability}
+        {"image": index, "named": names[named], "is": names[label], "probability": probability}
         for index, named, label, probability in rows
     ]
 
@@ -122,7 +122,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
     console.print(table)
     for row in summary["named"]:
         verdict = "right" if row["named"] == row["is"] else f"wrong, it is {row['is']}"
-        console.print(f'image {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
+        console.print(f'image {row["image"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
     console.print("Training from scratch ran beside the other two, in a process of its own, one thread each.")
     console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ curves.png predictions.png summary.json")
     console.print(f'the finetuned model: timm.create_model("local-dir:{output}", pretrained=True)', soft_wrap=True)
