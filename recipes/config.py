@@ -221,7 +221,7 @@ class PretrainConfig(TrainConfig):
     precision: Literal["fp32", "bf16"] = "bf16"
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
-    objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.OBJECTIVES`
+    objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.TRAINING`
 
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo

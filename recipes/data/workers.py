@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError, located
-from recipes.training.signals import stop_ends_waiting
+from recipes.signals import stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
 BatchT = TypeVar("BatchT", bound=tuple[Any, ...])  # of tensors and other values

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recipes.config import TrainConfig
 from recipes.errors import RunError
-from recipes.training.signals import StopWaiting
+from recipes.signals import StopWaiting
 
 Tensors = dict[str, Tensor]
 ResultT = TypeVar("ResultT")

@@ -136,8 +136,7 @@ def compare_steps(start: Start, steps_per_epoch: int) -> None:
 def compare_classes(start: Start, names: Sequence[str]) -> None:
     """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
 
-    Older checkpoints, which have no class names, are not compared. `names` are in index order,
-    and empty without labels.
+    Older checkpoints, which have no class names, are not compared. `names` are in index order, none without labels.
     """
     before = start.state.get("class_names", names)
     if list(before) == list(names):

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import arm_zoo
 from arm_zoo.images.tables import ImageTable
-from recipes import command_line
+from recipes import command_line, kill_test
 from recipes import finetune as finetuning
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import loader as data
@@ -34,12 +34,12 @@ from recipes.data.sampling import training_order
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
-from recipes.objectives import AUTOREGRESSIVE, OBJECTIVES, Trained
+from recipes.objectives import AUTOREGRESSIVE, TRAINING, Trained
 from recipes.pretrain import pretrain
+from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from recipes.training import checkpoint, engine, setup
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes
-from recipes.training.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from tests import ROOT
 from tests.helpers.images import write_folder
 
@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def set_loss(monkeypatch: pytest.MonkeyPatch, loss: engine.LossFunction) -> None:
     """Let pretraining use another loss."""
     changed = dataclasses.replace(AUTOREGRESSIVE, loss=lambda config, source: loss)
-    monkeypatch.setitem(OBJECTIVES, "autoregressive", changed)
+    monkeypatch.setitem(TRAINING, "autoregressive", changed)
 
 
 @pytest.fixture
@@ -177,6 +177,24 @@ def test_full_disk_loses_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     check(good)
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = folder_of(tmp_path, keep_last=1)
+    old, remove = save(checkpoints, 1), shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if path == old:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        remove(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        check(save(checkpoints, 2))
+    assert f"warning: cannot remove the old {old}: [Errno {errno.EBUSY}]" in capsys.readouterr().err
+    assert save(checkpoints, 3) in checkpoints.all() and not old.exists()  # tried again
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -469,6 +487,29 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Monk
     group = [one for one in servers if one.pid != process.pid and os.getpgid(one.pid) == process.pid]
     assert group and not test._kill(process, tmp_path / "run", 0, aimed=False)
     assert not psutil.wait_procs(group, timeout=10)[1]
+
+
+def test_a_run_that_fails_leaves_no_process(tmp_path: Path) -> None:
+    test = KillTest("pretrain", [], tmp_path, seed=0)
+    process = test._context.Process(target=fail_beside_a_worker, args=(tmp_path / "worker",))
+    process.start()
+    with pytest.raises(RuntimeError, match="ended with 3; see the logs"):
+        test._finish(process)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "worker").read_text())).wait(timeout=10)
+
+
+def fail_beside_a_worker(file: Path) -> None:
+    """End with 3, as a run with a process group of its own whose worker sleeps on."""
+    os.setsid()
+    file.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    os._exit(3)
+
+
+def test_kills_are_counted_from_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kill_test.main(["--kills", "0", "--output", str(tmp_path / "runs")])
+    assert "--kills is 0; allowed: a whole number, 1 or more" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- earlier runs

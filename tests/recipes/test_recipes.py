@@ -24,8 +24,7 @@ import arm_zoo
 from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
-from arm_zoo.pretraining._registry import OBJECTIVES as MODELS
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
@@ -34,7 +33,7 @@ from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
-from recipes.objectives import OBJECTIVES, Trained
+from recipes.objectives import TRAINING, Trained
 from recipes.pretrain import pretrain
 from recipes.quickstart import quickstart
 from recipes.training.ema import winner
@@ -594,17 +593,19 @@ class Doubled(arm_zoo.ARMPretrain):
 
 
 def test_another_objective_is_trained_by_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and OBJECTIVES.keys() == MODELS.keys()
-    row = MODELS[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
-    monkeypatch.setitem(MODELS, "doubled", row)
+    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and TRAINING.keys() == OBJECTIVES.keys()
+    row = OBJECTIVES[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
+    monkeypatch.setitem(OBJECTIVES, "doubled", row)
+    settings = [*TINY, "global_batch=718", "model=arm_pico", "data.source=digits", "data.workers=0"]
+    settings += [f"output_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match="objective is 'doubled'; allowed: autoregressive"):
+        pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
     record = dataclasses.replace(
-        OBJECTIVES[DEFAULT_OBJECTIVE],
+        TRAINING[DEFAULT_OBJECTIVE],
         loss=lambda config, source: lambda model, batch: model(batch.images),
         export=lambda trained: save_pretraining(trained.model, trained.config, trained.inputs),
     )
-    monkeypatch.setitem(OBJECTIVES, "doubled", record)
-    settings = [*TINY, "global_batch=718", "model=arm_pico", "data.source=digits", "data.workers=0"]
-    settings += [f"output_dir={tmp_path}"]
+    monkeypatch.setitem(TRAINING, "doubled", record)
     result = pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
     assert isinstance(result.model, Doubled) and (tmp_path / "checkpoints" / "step-00000002").is_dir()
     assert "objective: doubled" in (tmp_path / "config.yaml").read_text()

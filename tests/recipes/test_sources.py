@@ -830,7 +830,7 @@ def test_order_does_not_depend_on_the_disk_or_on_rows(tmp_path: Path, monkeypatc
     assert classes == {source.class_names}
 
 
-def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path) -> None:
+def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for fold in ("a", "b"):
         write_folder(tmp_path / fold, {"valid": 1, "invalid": 1})
         write_folder(tmp_path / "splits" / fold, {"train": 2, "dev": 2})
@@ -840,6 +840,8 @@ def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path) -> No
         source = open_named(folds[0], validation=str(folds[1]))
         assert source.class_names == names and len(source.train) == len(source.test)  # type: ignore[arg-type]
         assert set(labels_of(source.test)) == set(range(len(names)))
+    for fold in folds:  # of the source and of data.validation
+        assert f"{str(fold)!r} is named for one split, so its folders Train are classes" in caplog.text
 
 
 def test_splits_stay_splits_with_another_source_for_validation(tmp_path: Path) -> None:
