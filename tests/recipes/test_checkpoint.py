@@ -200,7 +200,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_stopped_twice_in_an_epoch_sees_every_picture_once_and_ends_with_equal_bits(
+def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bits(
     whole: Path, tmp_path: Path, before_step: dict[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[int]]] = []  # epoch, indices of a step
@@ -235,11 +235,11 @@ def test_stopped_while_it_waits_for_images_loses_nothing(
     """They may never come, as from a disk that does not answer."""
     load, count = data.AugmentedImages.batch, iter(range(1, 10**6))
 
-    def asked_to_stop(pictures: data.AugmentedImages, keys: Any) -> data.Batch:
+    def asked_to_stop(images: data.AugmentedImages, keys: Any) -> data.Batch:
         if next(count) == batch:
             send(signal.SIGTERM)()
             pytest.fail("the run waits on")
-        return load(pictures, keys)
+        return load(images, keys)
 
     monkeypatch.setattr(data.AugmentedImages, "batch", asked_to_stop)
     with pytest.raises(Stopped):
@@ -250,14 +250,14 @@ def test_stopped_while_it_waits_for_images_loses_nothing(
     assert final_bits(tmp_path) == final_bits(whole)
 
 
-def test_damaged_pictures_of_before_are_counted_after_a_resume(
+def test_damaged_images_of_before_are_counted_after_a_resume(
     tmp_path: Path, before_step: dict[int, Callable[[], None]]
 ) -> None:
-    pictures = write_folder(tmp_path / "pictures" / "train", {"cat": 24}).parent
-    damaged = pictures / "train" / "cat" / "5.jpg"
+    images = write_folder(tmp_path / "images" / "train", {"cat": 24}).parent
+    damaged = images / "train" / "cat" / "5.jpg"
     good = damaged.read_bytes()
     damaged.write_bytes(b"gone")
-    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={pictures}"]
+    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={images}"]
     before_step.update({2: send(signal.SIGTERM)})
     with pytest.raises(Stopped):
         run(tmp_path / "run", *colour, "data.max_undecodable=0.1")
@@ -265,7 +265,7 @@ def test_damaged_pictures_of_before_are_counted_after_a_resume(
     run(tmp_path / "run", *colour, "data.max_undecodable=0.1")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["undecodable"] for row in rows] == [1] * EPOCHS
-    moved = shutil.copytree(pictures, tmp_path / "moved")  # other pictures: what the first ones were does not count
+    moved = shutil.copytree(images, tmp_path / "moved")  # other images: what the first ones were does not count
     run(tmp_path / "run", *colour[:-1], f"data.source={moved}", "data.max_undecodable=0", f"epochs={EPOCHS + 1}")
     last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["undecodable"] == 0
@@ -374,7 +374,7 @@ def test_classes_are_compared_by_name_and_place() -> None:
         compare_classes(start, ("a", "A"))
 
 
-def test_order_of_pictures_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_of_images_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = ["data.shuffle_buffer=8", "data.streaming=true"]
     newest = max((whole / "checkpoints").glob("step-*"))
     between = Start(newest, read_state(newest))
@@ -476,7 +476,7 @@ def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypat
 
 
 def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that load its pictures neither."""
+    """Those that load its images neither."""
     monkeypatch.setenv("ARM_ZOO_SCAN", "torch")
     test = KillTest("pretrain", ["--config", str(CONFIG), *TINY, "epochs=100", "data.workers=1"], tmp_path, seed=0)
     process = test._start(tmp_path / "run")
@@ -598,7 +598,7 @@ def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -
     ],
     ids=["shared", "one"],
 )
-def test_two_processes_stop_together_for_damaged_pictures(
+def test_two_processes_stop_together_for_damaged_images(
     damaged: tuple[int, ...],
     limit: float,
     messages: dict[str, int],
@@ -607,8 +607,8 @@ def test_two_processes_stop_together_for_damaged_pictures(
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    pictures = write_folder(tmp_path / "pictures" / "train", {"cat": 24}).parent
-    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={pictures}"]
+    images = write_folder(tmp_path / "images" / "train", {"cat": 24}).parent
+    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={images}"]
     arguments = [*settings(tmp_path / "run", *colour), f"data.max_undecodable={limit}"]
     config = load_config(PretrainConfig, CONFIG, arguments)
     split = open_source(config.data, labels_needed=False).train

@@ -57,7 +57,7 @@ def test_features_that_are_not_numbers_are_no_score(pretrained: Path, tmp_path: 
         run(tmp_path / "backbone", tmp_path / "probe.json")
 
 
-def test_a_class_without_training_pictures_is_never_predicted() -> None:
+def test_a_class_without_training_images_is_never_predicted() -> None:
     train = Features(at(0, 90), torch.tensor([0, 1]))
     assert knn_top1(train, Features(at(5, 85, 40), torch.tensor([0, 1, 2])), 1, 0.07) == pytest.approx(200 / 3)
 
@@ -163,7 +163,7 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
         probe.probe(pretrained, ProbeConfig(data=DataConfig(source="nowhere")))
 
 
-def test_damaged_pictures_are_counted_named_and_limited(
+def test_damaged_images_are_counted_named_and_limited(
     pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "train", {"a": 6, "b": 6})

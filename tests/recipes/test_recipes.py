@@ -399,7 +399,7 @@ def mixing(*overrides: str) -> FinetuneConfig:
 
 
 def test_mixup_by_hand() -> None:
-    pictures, classes = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), torch.tensor([3, 5])
+    images, classes = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), torch.tensor([3, 5])
     logits = torch.linspace(0, 1, 10).repeat(2, 1)
     seen = []
 
@@ -408,7 +408,7 @@ def test_mixup_by_hand() -> None:
         return logits
 
     seed_step(0, 1, 2, 0, 0)
-    loss = classification_loss(mixing(), 10)(model, Batch(pictures, classes, torch.arange(2), []))
+    loss = classification_loss(mixing(), 10)(model, Batch(images, classes, torch.arange(2), []))
     seed_step(0, 1, 2, micro_batch=3, process=7)  # the draws are the same in all parts of a global batch
     np.random.rand()  # against the probability 1 of mixing at all
     share = np.random.beta(0.8, 0.8)
@@ -443,10 +443,10 @@ def test_mixing_is_the_same_for_any_number_of_processes_and_parts(overrides: tup
 
 
 class Cats(nn.Module):
-    """Says class 0 of every picture."""
+    """Says class 0 of every image."""
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([1.0, 0.0]).repeat(len(pictures), 1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0]).repeat(len(images), 1)
 
 
 def test_a_failure_while_scoring_is_told_to_the_other_processes(
@@ -469,7 +469,7 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
     assert told == [FAILED]
 
 
-def test_damaged_held_out_pictures_are_counted_named_and_limited(
+def test_damaged_held_out_images_are_counted_named_and_limited(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
@@ -543,9 +543,9 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
     assert {"loss", "lr", "seconds", "data_wait", "images_per_second", "memory_gib", "undecodable"} <= last.keys()
     assert (last["processes"], last["images_scored"], last["images_skipped"]) == (1, 360, 0)
     model = timm.create_model(f"local-dir:{tmp_path / 'finetune'}", pretrained=True).eval()
-    pictures = torch.rand(2, 1, 8, 8)
+    images = torch.rand(2, 1, 8, 8)
     with torch.inference_mode():
-        assert torch.equal(model(pictures), result.model.eval()(pictures)) and model.num_classes == 10
+        assert torch.equal(model(images), result.model.eval()(images)) and model.num_classes == 10
     config = json.loads((tmp_path / "finetune" / "config.json").read_text())
     assert "num_classes" not in config["model_args"] and config["label_names"][3] == "three"
     assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
