@@ -31,7 +31,7 @@ from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
 from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
-from arm_zoo.weights.download import find_weights, place_of_weights
+from arm_zoo.weights.download import find_weights, whereabouts
 from arm_zoo.weights.hosted import bundled_entries, training_commands
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
@@ -46,11 +46,6 @@ def create(name: str) -> Any:
 
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def whereabouts(entry: str) -> str:
-    """Whether the weights of an entry come with the package, are on the Hub, or neither."""
-    return {"bundled": "bundled", None: "not hosted"}.get(place_of_weights(entry), "hosted")
 
 
 def run_list(args: argparse.Namespace) -> int:

@@ -54,8 +54,8 @@ def check(args: argparse.Namespace) -> None:
         if name not in known:
             raise unknown_model(name, known)
         if args.mode == "pretrain" and not is_pretrained_alike(name):
-            such = f"whose patches are those of a pretraining model, such as {DEFAULT_MODELS[0]}"
-            raise ValueError(f"--mode pretrain is for entries {such}; got {name!r}")
+            such = f"with the patches of {name}; name an entry such as {DEFAULT_MODELS[0]}"
+            raise ValueError(f"--mode pretrain: there is no pretraining model {such}")
     for backend in args.scan_backend:
         resolved(backend, args)
     check_output(args.output, COLUMNS)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 from rich.progress import track
 from timm.data import resolve_model_data_config
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from arm_zoo.files import described_by_folder, read_config, write_text
 from arm_zoo.images.listing import SourceError
-from arm_zoo.loading import entries, load
+from arm_zoo.loading import list_entries, load, unknown_model
 from recipes import command_line
 from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from recipes.data.loader import EvalLoader
@@ -65,10 +64,8 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
     Mean and standard deviation are among the latter where the weights tell those that the model was trained with. The
     weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file.
     """
-    if config.model and not timm.is_model(config.model):
-        ours = ", ".join(sorted(name for name in entries() if "." not in name))
-        problem = f"model is {config.model!r}, which timm does not have"
-        raise RunError(f"{problem}; allowed: {ours}, or an entry of timm's own")
+    if config.model and config.model not in (known := list_entries()):
+        raise RunError(str(unknown_model(config.model, known)))
     names = (config.model, weights) if config.model else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
     own = read_config(folder).get("pretraining_model") if folder.is_dir() else None

@@ -47,9 +47,9 @@ def hub_repository(entry: str) -> str | None:
     return f"{repository_of(entry)}@{weights.revision}" if weights.where == "hosted" else None
 
 
-def place_of_weights(entry: str) -> str | None:
-    """Where `pretrained=True` finds an entry's weights: "bundled", the `hub_repository`, or None for nowhere."""
-    return "bundled" if entry in bundled_entries() else hub_repository(entry)
+def whereabouts(entry: str) -> str:
+    """Where `pretrained=True` finds an entry's weights: "bundled" (package), "hosted" (Hub) or "not hosted"."""
+    return "bundled" if entry in bundled_entries() else "hosted" if hub_repository(entry) else "not hosted"
 
 
 def download(

@@ -17,7 +17,7 @@ import arm_zoo
 from arm_zoo.files import sha256_of
 from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknown_model
 from arm_zoo.pretraining._registry import PretrainingModel
-from arm_zoo.weights.download import place_of_weights
+from arm_zoo.weights.download import whereabouts
 
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -53,7 +53,7 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
     """Raises ValueError for names and files that are not there, before anything is loaded."""
     known, ours = list_entries(), entries()
     for name in models:
-        hosted = place_of_weights(entry_of(name)) if name in ours else is_model_pretrained(name)
+        hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
         if name.startswith(SOURCES):
             if name in weights:
                 raise ValueError(f"{name} names its weights itself; leave out --weights {weights[name]}")

@@ -104,7 +104,7 @@ def test_entries_with_the_patches_of_a_pretraining_model_can_be_timed(name: str)
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "arm_tiny_patch8_64", "arm_base_patch16_stride8_448"])
 def test_pretraining_is_for_our_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = " ".join(refusal(capsys, "--mode", "pretrain", "--models", name).split())
-    assert f"whose patches are those of a pretraining model, such as arm_base_patch16_224; got '{name}'" in message
+    assert f"no pretraining model with the patches of {name}; name an entry such as arm_base_patch16_224" in message
 
 
 @pytest.mark.parametrize("asked, taken", [("torch", "torch"), ("reference", "reference"), ("auto", None)])
