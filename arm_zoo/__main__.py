@@ -22,7 +22,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
-from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.command_line import one_line, positive, usable_device
@@ -32,7 +32,7 @@ from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
 from arm_zoo.loading import entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
-from arm_zoo.weights.hosted import TABLE
+from arm_zoo.weights.download import whereabouts
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
@@ -46,13 +46,6 @@ def create(name: str) -> Any:
 
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def whereabouts(entry: str) -> str:
-    """Whether the weights of an entry come with the package, are on the Hub, or neither."""
-    if entry in TABLE and TABLE[entry].where == "bundled":
-        return "bundled"
-    return "hosted" if is_model_pretrained(entry) else "not hosted"
 
 
 def run_list(args: argparse.Namespace) -> int:

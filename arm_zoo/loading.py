@@ -232,7 +232,8 @@ class _Loader:
             _check_description(file, tensors, model_class, own)
             return Loaded(self.pretraining_model(objective, own, file, tensors), file, "", config)
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
-            return Loaded(self.from_file(file), file, "", config)
+            model = self.from_file(file) if wanted is None else self.from_named_file(wanted, file)
+            return Loaded(model, file, "", config)
         if config.get("architecture") not in [*entries()]:
             said = f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}"
             advice = f"timm.create_model('{name}', pretrained=True) takes timm's own"

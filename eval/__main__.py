@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = (f"  {name:16}{spec.card_name or 'images of your own':28}{spec.source}" for name, spec in SETS.items())
         print(OVERVIEW + "\n".join(map(str.rstrip, sets)))
         return 0
-    return guarded(run, make_parser().parse_args(words))
+    return guarded(run, make_parser().parse_args(words), "stopped; python -m eval --resume goes on from here")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def create_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. What a person can mend is one line on stderr."""
+    """Run a command; the exit code. Mistakes of the user are reported in one line on stderr."""
     parser = create_parser()
     options = vars(parser.parse_args(argv))
     if not options:

@@ -139,14 +139,14 @@ class TrainConfig(Config):
     keep_last: int = limited(3, ONE_OR_MORE)  # newest checkpoints kept
     keep_every: int | None = limited(None, ONE_OR_MORE)  # and those at the end of every so many epochs
 
-    labels_needed = False  # no setting but a fact about the phase, so it bears no type
+    labels_needed = False  # a constant of the phase, not a setting: without an annotation dataclasses ignore it
 
     def build(self, **keywords: Any) -> "nn.Module":
         """A new model, untrained; `keywords` win over `model_args`."""
         raise NotImplementedError
 
     def conflicts(self) -> dict[str, str]:
-        """The cosine needs epochs after the warm-up and a way down, and mixup pairs."""
+        """Conflicts of the schedule, the batch size and CUDA graphs."""
         found = {}
         if (warmup := self.warmup_epochs) >= self.epochs:
             found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
@@ -221,7 +221,7 @@ class PretrainConfig(TrainConfig):
     precision: Literal["fp32", "bf16"] = "bf16"
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
-    objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.OBJECTIVES`
+    objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.TRAINING`
 
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo

@@ -29,12 +29,12 @@ from recipes.command_line import say
 from recipes.config import FinetuneConfig
 from recipes.data.loader import Batch
 from recipes.errors import RunError
-from recipes.objectives import Objective, Trained
+from recipes.objectives import Trained, TrainingObjective
+from recipes.signals import StopRequest
 from recipes.training.engine import LossFunction
 from recipes.training.export import save_timm_model
 from recipes.training.scoring import evaluation
 from recipes.training.setup import train
-from recipes.training.signals import StopRequest
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
 
@@ -114,7 +114,7 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     return mixed_loss
 
 
-CLASSIFICATION = Objective(
+CLASSIFICATION = TrainingObjective(
     create=lambda config, source: create_classifier(config, source.class_names),
     loss=lambda config, source: classification_loss(config, len(source.class_names)),
     evaluation=evaluation,

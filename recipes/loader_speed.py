@@ -16,7 +16,7 @@ from recipes.command_line import read_config
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, TrainConfig
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
-from recipes.errors import told_as_mistakes
+from recipes.errors import reporting_mistakes
 from recipes.parsing import limited
 
 
@@ -47,12 +47,11 @@ def loader_speed(config: LoaderConfig) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.loader_speed", description="Speed of the training loader alone. Run it from the top."
-    )
+    does = "Speed of the training loader alone. Run it from the repository's root."
+    parser = argparse.ArgumentParser(prog="python -m recipes.loader_speed", description=does)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., image_size=224, ...")
     config = read_config(parser, LoaderConfig, None, parser.parse_args(argv).overrides)
-    with told_as_mistakes(parser.prog):
+    with reporting_mistakes(parser.prog):
         speed = loader_speed(config)
     processes = config.data.workers or 1
     print(f"{speed:,.0f} img/s at {config.image_size} px: {processes} x {speed / processes:,.0f}")

@@ -24,7 +24,7 @@ from timm.data import resolve_data_config
 
 from arm_zoo.files import replacing_files, write_text
 from recipes.config import FinetuneConfig, PretrainConfig, load_config
-from recipes.errors import RunError, told_as_mistakes
+from recipes.errors import RunError, reporting_mistakes
 from recipes.finetune import finetune
 from recipes.pretrain import pretrain
 from recipes.training.engine import Metrics
@@ -33,7 +33,7 @@ from recipes.training.plots import drawn_blindly, plot_comparison, prepared_imag
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
 IMAGES_NAMED = 3
-RUNS = "quickstart_runs"  # is deleted at the start: a name that nobody's own runs have
+RUNS = "quickstart_runs"  # deleted at the start, hence a name that no user would choose
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)
     names = source.class_names
     return [
-        {"picture": index, "named": names[named], "is": names[label], "probability": probability}
+        {"image": index, "named": names[named], "is": names[label], "probability": probability}
         for index, named, label, probability in rows
     ]
 
@@ -122,7 +122,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
     console.print(table)
     for row in summary["named"]:
         verdict = "right" if row["named"] == row["is"] else f"wrong, it is {row['is']}"
-        console.print(f'image {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
+        console.print(f'image {row["image"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
     console.print("Training from scratch ran beside the other two, in a process of its own, one thread each.")
     console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ curves.png predictions.png summary.json")
     console.print(f'the finetuned model: timm.create_model("local-dir:{output}", pretrained=True)', soft_wrap=True)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     # so that the end of this process, asked for by whoever started it, ends its child too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with told_as_mistakes(parser.prog):
+    with reporting_mistakes(parser.prog):
         show(quickstart(arguments.output, arguments.seed), arguments.output)
 
 

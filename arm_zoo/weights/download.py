@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.weights.hosted import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of, ways_on
+from arm_zoo.weights.hosted import (
+    ORGANISATION,
+    TABLE,
+    bundled_entries,
+    bundled_file,
+    known_sha256,
+    repository_of,
+    ways_on,
+)
 
 _logger = logging.getLogger(__name__)
 _TRIES = 3
@@ -47,6 +55,11 @@ def hub_repository(entry: str) -> str | None:
     if organisation() != ORGANISATION:
         return f"{organisation()}/{entry}"
     return f"{repository_of(entry)}@{weights.revision}" if weights.where == "hosted" else None
+
+
+def whereabouts(entry: str) -> str:
+    """Where `pretrained=True` finds an entry's weights: "bundled" (package), "hosted" (Hub) or "not hosted"."""
+    return "bundled" if entry in bundled_entries() else "hosted" if hub_repository(entry) else "not hosted"
 
 
 def download(

@@ -1,4 +1,4 @@
-"""What the command lines that score share: options, processes, and messages for what the user can mend."""
+"""What the command lines that score share: options, processes, and how mistakes of the user are reported."""
 
 import argparse
 import os
@@ -99,12 +99,13 @@ def start_processes(device: torch.device) -> PartialState:
     return state
 
 
-def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code of a run. What the user can mend is one line on stderr, by one process."""
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, stopped: str = "stopped") -> int:
+    """The exit code of a run. Mistakes of the user, and `stopped` on Ctrl-C, are reported in one line on stderr."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks:
             print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
@@ -112,7 +113,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         print(f"error: the GPU's memory is full, use a smaller --batch-size: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; python -m eval --resume goes on from here", file=sys.stderr)
+        if speaks:
+            print(stopped, file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():

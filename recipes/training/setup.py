@@ -9,7 +9,8 @@ from arm_zoo.files import write_text
 from recipes.config import TrainConfig, batch_plan
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
-from recipes.objectives import Objective, Trained
+from recipes.objectives import Trained, TrainingObjective
+from recipes.signals import StopRequest
 from recipes.training.checkpoint import CheckpointFolder
 from recipes.training.ema import candidates, moving_average, winner
 from recipes.training.engine import Trainer
@@ -19,13 +20,12 @@ from recipes.training.parallel import Collectives, model_state, shard, start_acc
 from recipes.training.plots import plot_run
 from recipes.training.progress import ProgressDisplay, peak_speed
 from recipes.training.resume import CURVES, starting_point
-from recipes.training.signals import StopRequest
 
 HELD_OUT = "validation.txt"
 
 
 def train(
-    config: TrainConfig, objective: Objective, title: str, resume: str = "auto", stop: StopRequest | None = None
+    config: TrainConfig, objective: TrainingObjective, title: str, resume: str, stop: StopRequest | None
 ) -> Trained:
     """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
 

@@ -267,7 +267,7 @@ def test_pretraining_models_from_everywhere(tmp_path: Path) -> None:
         backbone = from_pretrained(source, as_backbone=True, num_classes=4)
         assert isinstance(backbone, arm_zoo.models.arm.ARM) and backbone.num_classes == 4
         assert torch.equal(backbone.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight)
-    larger = from_pretrained(tmp_path / "folder", img_size=16)  # further pretraining on larger pictures
+    larger = from_pretrained(tmp_path / "folder", img_size=16)  # further pretraining on larger images
     assert larger.config["img_size"] == 16 and torch.equal(larger.decoder_norm.bias, pretrained.decoder_norm.bias)
     with pytest.raises(TypeError, match=r"unknown keyword num_classes.*as_backbone=True"):
         from_pretrained(tmp_path / "folder", num_classes=4)
@@ -437,22 +437,23 @@ def test_a_url_of_the_caller_counts_before_bundled_weights(tmp_path: Path, monke
 
 def test_every_bundled_entry_loads() -> None:
     """Those that the package has: registered, there, and what their line says."""
-    for entry, weights in table.TABLE.items():
-        if weights.where == "bundled":
-            assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
-            assert table.bundled_file(entry).stat().st_size <= 15e6
-            assert entry in timm.list_pretrained()
+    bundled = [entry for entry, weights in table.TABLE.items() if weights.where == "bundled"]
+    assert len(bundled) == 3 == len(list(table.BUNDLED_FOLDER.glob("*.safetensors")))
+    for entry in bundled:
+        assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
+        assert table.bundled_file(entry).stat().st_size <= 15e6
+        assert entry in timm.list_pretrained()
 
 
 def test_the_bundled_digits_classifier_reads_digits() -> None:
-    """As its users run it, on the held-out pictures of the recipes: the figure of recipes/RESULTS.md."""
+    """As its users run it, on the held-out images of the recipes: the figure of recipes/RESULTS.md."""
     model = timm.create_model(PICO, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     digits = open_digits().test
     assert digits is not None and len(digits) == 360
-    pictures, labels = zip(*((transform(digits[i][0]), digits[i][1]) for i in range(360)), strict=True)
+    images, labels = zip(*((transform(digits[i][0]), digits[i][1]) for i in range(360)), strict=True)
     with torch.inference_mode():
-        answers = model(torch.stack(pictures)).argmax(dim=1)
+        answers = model(torch.stack(images)).argmax(dim=1)
     assert answers.eq(torch.tensor(labels)).sum() == 357
 
 

@@ -152,7 +152,7 @@ def test_weights_are_described(name: str) -> None:
 
 
 @pytest.mark.parametrize("name, resized", [("arm_base_patch16_224", 256), ("arm_base_patch16_384", 384)])
-def test_evaluation_squashes_the_picture(name: str, resized: int) -> None:
+def test_evaluation_squashes_the_image(name: str, resized: int) -> None:
     config = timm.data.resolve_model_data_config(timm.create_model(name, device="meta"))
     transform = timm.data.create_transform(**config)
     size = config["input_size"][-1]
@@ -299,7 +299,7 @@ def test_sizes_below_one(sizes: dict[str, Any]) -> None:
         timm.create_model("arm_tiny_patch16_224", **sizes)
 
 
-def test_intermediates_of_a_wrong_picture() -> None:
+def test_intermediates_of_a_wrong_image() -> None:
     with pytest.raises(ValueError, match="expected images"):
         tiny().forward_intermediates(torch.zeros(3, 32, 32))
 

@@ -110,7 +110,7 @@ def test_the_reference_evaluator(model: nn.Module, exported: tuple[Path, int]) -
     from onnx.reference import ReferenceEvaluator
 
     evaluator = ReferenceEvaluator(str(exported[0]))
-    check(model, lambda images: evaluator.run(None, {"pictures": images})[0], 2)
+    check(model, lambda images: evaluator.run(None, {"images": images})[0], 2)
 
 
 def test_openvino(model: nn.Module, exported: tuple[Path, int]) -> None:

@@ -215,7 +215,7 @@ CASES = {
     "low-rank": Case(4, 3, 6, cls_index=9, channels=10, d_state=3, rank=4),
     "low-rank-without-bias": Case(1, 1, 2, channels=3, biased=False, gated=False, softplus=False, rank=1),
 }
-# More pictures, channels and states than one pass of the fast path takes, so that it has to divide the work.
+# More images, channels and states than one pass of the fast path takes, so that it has to divide the work.
 DIVIDED = Case(4, 3, 6, channels=190, batch=46)
 
 

@@ -365,7 +365,7 @@ def test_our_pretraining_export_starts_a_backbone(img_size: int | tuple[int, int
     assert backbone.eval()(torch.rand(1, 3, *backbone.patch_embed.img_size)).isfinite().all()
 
 
-def test_pretraining_checkpoint_of_another_picture_size(golden: Path) -> None:
+def test_pretraining_checkpoint_of_another_image_size(golden: Path) -> None:
     """The tables are computed, so a pretraining model keeps its own; the rest loads strictly."""
     model = pretraining(golden, "arm_pretrain_d12", img_size=(128, 256))
     official = load_file(golden / "arm_pretrain_d12" / "state_dict.safetensors")

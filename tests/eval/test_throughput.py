@@ -96,10 +96,15 @@ def test_unknown_model_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> 
     assert "unknown model 'arm_base_patch16_242'; did you mean arm_base_patch16_224" in message
 
 
+@pytest.mark.parametrize("name", ["arm_base", "arm_tiny_patch16_224", "arm_base_patch16_384.arm_in1k_ft_in1k"])
+def test_entries_with_the_patches_of_a_pretraining_model_can_be_timed(name: str) -> None:
+    assert throughput.is_pretrained_alike(name)
+
+
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "arm_tiny_patch8_64", "arm_base_patch16_stride8_448"])
 def test_pretraining_is_for_our_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = " ".join(refusal(capsys, "--mode", "pretrain", "--models", name).split())
-    assert f"ARM models with patches of 16 pixels, such as arm_base_patch16_224; got '{name}'" in message
+    assert f"no pretraining model with the patches of {name}; name an entry such as arm_base_patch16_224" in message
 
 
 @pytest.mark.parametrize("asked, taken", [("torch", "torch"), ("reference", "reference"), ("auto", None)])

@@ -25,8 +25,7 @@ import arm_zoo
 from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
-from arm_zoo.pretraining._registry import OBJECTIVES as MODELS
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
@@ -35,7 +34,7 @@ from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
-from recipes.objectives import OBJECTIVES, Trained
+from recipes.objectives import TRAINING, Trained
 from recipes.pretrain import pretrain
 from recipes.quickstart import quickstart
 from recipes.training import parallel
@@ -402,7 +401,7 @@ def mixing(*overrides: str) -> FinetuneConfig:
 
 
 def test_mixup_by_hand() -> None:
-    pictures, classes = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), torch.tensor([3, 5])
+    images, classes = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), torch.tensor([3, 5])
     logits = torch.linspace(0, 1, 10).repeat(2, 1)
     seen = []
 
@@ -411,7 +410,7 @@ def test_mixup_by_hand() -> None:
         return logits
 
     seed_step(0, 1, 2, 0, 0)
-    loss = classification_loss(mixing(), 10)(model, Batch(pictures, classes, torch.arange(2), []))
+    loss = classification_loss(mixing(), 10)(model, Batch(images, classes, torch.arange(2), []))
     seed_step(0, 1, 2, micro_batch=3, process=7)  # the draws are the same in all parts of a global batch
     np.random.rand()  # against the probability 1 of mixing at all
     share = np.random.beta(0.8, 0.8)
@@ -446,10 +445,10 @@ def test_mixing_is_the_same_for_any_number_of_processes_and_parts(overrides: tup
 
 
 class Cats(nn.Module):
-    """Says class 0 of every picture."""
+    """Says class 0 of every image."""
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([1.0, 0.0]).repeat(len(pictures), 1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0]).repeat(len(images), 1)
 
 
 def test_a_failure_while_scoring_is_told_to_the_other_processes(
@@ -472,7 +471,7 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
     assert told == [FAILED]
 
 
-def test_damaged_held_out_pictures_are_counted_named_and_limited(
+def test_damaged_held_out_images_are_counted_named_and_limited(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
@@ -546,9 +545,9 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
     assert {"loss", "lr", "seconds", "data_wait", "images_per_second", "memory_gib", "undecodable"} <= last.keys()
     assert (last["processes"], last["images_scored"], last["images_skipped"]) == (1, 360, 0)
     model = timm.create_model(f"local-dir:{tmp_path / 'finetune'}", pretrained=True).eval()
-    pictures = torch.rand(2, 1, 8, 8)
+    images = torch.rand(2, 1, 8, 8)
     with torch.inference_mode():
-        assert torch.equal(model(pictures), result.model.eval()(pictures)) and model.num_classes == 10
+        assert torch.equal(model(images), result.model.eval()(images)) and model.num_classes == 10
     config = json.loads((tmp_path / "finetune" / "config.json").read_text())
     assert "num_classes" not in config["model_args"] and config["label_names"][3] == "three"
     assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
@@ -596,17 +595,19 @@ class Doubled(arm_zoo.ARMPretrain):
 
 
 def test_another_objective_is_trained_by_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and OBJECTIVES.keys() == MODELS.keys()
-    row = MODELS[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
-    monkeypatch.setitem(MODELS, "doubled", row)
+    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and TRAINING.keys() == OBJECTIVES.keys()
+    row = OBJECTIVES[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
+    monkeypatch.setitem(OBJECTIVES, "doubled", row)
+    settings = [*TINY, "global_batch=718", "model=arm_pico", "data.source=digits", "data.workers=0"]
+    settings += [f"output_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match="objective is 'doubled'; allowed: autoregressive"):
+        pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
     record = dataclasses.replace(
-        OBJECTIVES[DEFAULT_OBJECTIVE],
+        TRAINING[DEFAULT_OBJECTIVE],
         loss=lambda config, source: lambda model, batch: model(batch.images),
         export=lambda trained: save_pretraining(trained.model, trained.config, trained.inputs),
     )
-    monkeypatch.setitem(OBJECTIVES, "doubled", record)
-    settings = [*TINY, "global_batch=718", "model=arm_pico", "data.source=digits", "data.workers=0"]
-    settings += [f"output_dir={tmp_path}"]
+    monkeypatch.setitem(TRAINING, "doubled", record)
     result = pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
     assert isinstance(result.model, Doubled) and (tmp_path / "checkpoints" / "step-00000002").is_dir()
     assert "objective: doubled" in (tmp_path / "config.yaml").read_text()
