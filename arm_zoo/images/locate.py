@@ -14,7 +14,6 @@ from arm_zoo.images.listing import (
     SourceError,
     has_images,
     images_in,
-    is_image,
     natural_order,
     split_of,
     subfolders,
@@ -88,14 +87,9 @@ def _located_folder(folder: str, one_split: bool) -> Located:
 
 
 def _files_near(folder: str) -> Iterator[str]:
-    """Files in a folder and in its subfolders, those of images left out: they may hold a million."""
-    yield from (entry.path for entry in os.scandir(folder) if entry.is_file())
-    for below in subfolders(folder):
-        for entry in os.scandir(below):
-            if is_image(entry.name):
-                break
-            if entry.is_file():
-                yield entry.path
+    """Visible files in a folder and in its subfolders, those of images left out: they may hold a million."""
+    for place in (folder, *(path for path in subfolders(folder) if not any(images_in(path)))):
+        yield from (entry.path for entry in os.scandir(place) if entry.is_file() and not entry.name.startswith("."))
 
 
 def _located_files(name: str, files: list[str]) -> Located:
