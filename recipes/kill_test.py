@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="empty folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     arguments, command = parser.parse_known_args(argv)
+    command_line.read_command(arguments.recipe, [*command, f"output_dir={arguments.output}"])  # ends where it is wrong
     arguments.output.mkdir(parents=True, exist_ok=True)
     if any(arguments.output.iterdir()):
         parser.error(f"--output {arguments.output} is not empty; delete it or name another folder")
