@@ -59,7 +59,9 @@ def test_table_shows_milliseconds_and_speed() -> None:
 def test_run_writes_csv(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "speed.csv"
     throughput.main(["--models", "arm_tiny_patch16_224", "test_vit", "--mode", mode, "--output", str(file), *TINY])
-    assert "arm_tiny_patch16_224" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "arm_tiny_patch16_224" in printed.out
+    assert printed.err.startswith(f"timing arm_tiny_patch16_224, test_vit: {mode}, batch 1, cpu\n")
     with file.open(newline="") as text:
         ours, peer = csv.DictReader(text)
     assert (ours["model"], ours["mode"], ours["img_size"]) == ("arm_tiny_patch16_224", mode, "32")
