@@ -155,18 +155,19 @@ def test_output_is_checked_before_anything_is_timed(
         ("speed.json", "{}", "is there and holds no table"),
         ("speed.csv", f"{','.join(throughput.COLUMNS)}\n{'1,' * len(throughput.COLUMNS)}1\n", "holds no table"),
         ("speed.csv", f"\ufeff\n{','.join(throughput.COLUMNS)}\n", None),  # as Excel writes it, with an empty line
+        ("speed.csv", "model\udce9\n", "speed.csv is there and holds no table in UTF-8"),  # é in Latin-1
     ],
 )
 def test_output_of_something_else_is_left_alone(
     name: str, text: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / name
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     if message is None:
         tables.check_output(file, throughput.COLUMNS)
     else:
         assert message in refusal(capsys, "--output", str(file), "--device", "cpu")
-    assert file.read_text() == text
+    assert file.read_text(errors="surrogateescape") == text
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
