@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,7 +73,9 @@ def locate(name: str, one_split: bool = False) -> Located:
 
 def _located_folder(folder: str, one_split: bool) -> Located:
     """A folder holds images, or parquet files, or tars; two kinds at once are refused."""
-    inside = list(_files_near(folder))
+    places = (folder, *(path for path in subfolders(folder) if not any(images_in(path))))  # images may be a million
+    near = [entry for place in places for entry in os.scandir(place) if entry.is_file()]
+    inside = [file.path for file in near if not file.name.startswith(".")]
     found = {kind: [file for file in inside if file.lower().endswith(endings)] for kind, endings in FILES.items()}
     kinds = [kind for kind, files in found.items() if files] + (["images"] if has_images(folder) else [])
     if len(kinds) > 1:
@@ -84,12 +85,6 @@ def _located_folder(folder: str, one_split: bool) -> Located:
         problem = "holds no images, parquet files or tars" if any(os.scandir(folder)) else "is empty"
         raise SourceError(f"{folder!r} {problem}; allowed: {ALLOWED}")
     return _image_splits(folder, one_split) if kinds == ["images"] else _located_files(folder, found[kinds[0]])
-
-
-def _files_near(folder: str) -> Iterator[str]:
-    """Visible files in a folder and in its subfolders, those of images left out: they may hold a million."""
-    for place in (folder, *(path for path in subfolders(folder) if not any(images_in(path)))):
-        yield from (entry.path for entry in os.scandir(place) if entry.is_file() and not entry.name.startswith("."))
 
 
 def _located_files(name: str, files: list[str]) -> Located:
