@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arm_zoo.command_line import one_line, positive, usable_device
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
-from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
+from arm_zoo.images.listing import IMAGE_ENDINGS, files_below, is_image, left_out, natural_order
 from arm_zoo.loading import entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
@@ -112,8 +112,10 @@ def run_predict(args: argparse.Namespace) -> int:
     transform = create_transform(**data_config)
     names = class_names(model)
     status = 0
-    folders = {place: natural_order(images_below(place)) for place in args.images if os.path.isdir(place)}
-    for path in (path for place in args.images for path in folders.get(place) or [place]):
+    found = [(place, list(files_below(place)) if os.path.isdir(place) else []) for place in args.images]
+    if note := left_out(path for _, files in found for path in files if not is_image(path)):
+        print(note, file=sys.stderr)
+    for path in (path for place, files in found for path in natural_order(filter(is_image, files)) or [place]):
         try:
             if os.path.isdir(path):  # as is left where one holds no images
                 endings = ", ".join(IMAGE_ENDINGS)

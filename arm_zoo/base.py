@@ -48,7 +48,7 @@ class ZooModel(nn.Module):
         raise NotImplementedError
 
     def init_non_persistent_buffers(self) -> None:
-        raise NotImplementedError
+        """Fill the tables; a family or an objective without any need not say so."""
 
     def fill_table(self, name: str, table: Tensor) -> None:
         """Fill one of the tables; one that is on the meta device is made anew, where the weights are."""

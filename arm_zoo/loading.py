@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class _Loader:
         """By what the source is: a repository, an entry, a folder or a file; see `arm_zoo.loading.load`."""
         source, wanted = (str(name), None) if weights is None else (str(weights), str(name))
         scheme, _, rest = source.partition(":")
-        path = Path(rest if scheme == "local-dir" else source)
+        path = Path(os.path.expanduser(rest if scheme == "local-dir" else source))
         if scheme in ("hf-hub", "hf_hub"):
             return self.from_hub(rest, wanted)._replace(source=source)
         known = list_entries() if self.timms_too else entries()
@@ -168,7 +169,8 @@ class _Loader:
         if path.is_file():
             model = self.from_file(path) if wanted is None else self.from_named_file(wanted, path)
             return Loaded(model, path, path.name, {})
-        if weights is not None or path.suffix or "/" in source:
+        is_tag = architecture_of(source) in known and path.suffix not in (".safetensors", ".pth")
+        if weights is not None or "/" in source or (path.suffix and not is_tag):
             allowed = "an entry (`python -m arm_zoo list`), a folder, a file or hf-hub:ORG/NAME"
             raise FileNotFoundError(f"no checkpoint at {source}; name {allowed}")
         raise unknown_model(source, known)

@@ -38,8 +38,8 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
 
     ValueError if the file is no table, or lacks any of the columns but those of CLEAN; it may have more.
     """
-    text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""  # Excel begins with a byte order mark
-    try:
+    try:  # Excel begins with a byte order mark
+        text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
         if path.suffix == ".json":
             head, rows = columns, json.loads(text or "[]")
         else:
@@ -50,7 +50,7 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
         newer = {column: "" for column in columns if column in CLEAN}  # perhaps of a set that came after the file
         rows = [newer | {RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error):
-        raise ValueError(f"{path} is there and holds no table; name another file") from None
+        raise ValueError(f"{path} is there and holds no table in UTF-8; name another file") from None
     there = {RENAMED.get(name, name) for name in head}.union(newer).intersection(*rows)
     if missing := [column for column in columns if column not in there]:
         raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")

@@ -5,6 +5,7 @@ Run from the repository root, for example `python -m eval.throughput --device cp
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -223,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.models = args.models or DEFAULT_MODELS[: 1 if args.mode == "pretrain" else None]
     try:
         check(args)
+        print(f"timing {', '.join(args.models)}: {args.mode}, batch {args.batch_size}, {args.device}", file=sys.stderr)
         backends = {name: args.scan_backend[: None if name in entries() else 1] for name in args.models}
         built = [(name, *build(name, args), backend) for name in args.models for backend in backends[name]]
     except ValueError as error:

@@ -323,6 +323,9 @@ def load_config(
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
+    for key in ("output_dir", "pretrained"):  # sources are expanded where they are located
+        if str(values.get(key)).startswith("~/"):
+            values[key] = str(Path(values[key]).expanduser())
     config, told = filled(kind, values, problems), ""
     if fit is not None:
         try:

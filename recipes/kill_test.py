@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, command = parser.parse_known_args(argv)
     if arguments.kills < 1:
         parser.error(f"--kills is {arguments.kills}; allowed: a whole number, 1 or more")
+    command_line.read_command(arguments.recipe, [*command, f"output_dir={arguments.output}"])  # ends where it is wrong
     arguments.output.mkdir(parents=True, exist_ok=True)
     if any(arguments.output.iterdir()):
         parser.error(f"--output {arguments.output} is not empty; delete it or name another folder")

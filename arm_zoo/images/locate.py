@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +14,6 @@ from arm_zoo.images.listing import (
     entries_of,
     images_below,
     images_in,
-    is_image,
     natural_order,
     split_of,
     subfolders,
@@ -76,7 +74,8 @@ def locate(name: str, one_split: bool = False) -> Located:
 
 def _located_folder(folder: str, one_split: bool) -> Located:
     """A folder holds images, or parquet files, or tars; two kinds at once are refused."""
-    inside = list(_files_near(folder))
+    places = (folder, *(path for path in subfolders(folder) if not any(images_in(path))))  # images may be a million
+    inside = [entry.path for place in places for entry in entries_of(place) if entry.is_file()]
     found = {kind: [file for file in inside if file.lower().endswith(endings)] for kind, endings in FILES.items()}
     kinds = [kind for kind, files in found.items() if files] + (["images"] if any(images_below(folder)) else [])
     if len(kinds) > 1:
@@ -86,17 +85,6 @@ def _located_folder(folder: str, one_split: bool) -> Located:
         problem = "holds no images, parquet files or tars" if any(entries_of(folder)) else "is empty"
         raise SourceError(f"{folder!r} {problem}; allowed: {ALLOWED}")
     return _image_splits(folder, one_split) if kinds == ["images"] else _located_files(folder, found[kinds[0]])
-
-
-def _files_near(folder: str) -> Iterator[str]:
-    """Files in a folder and in its subfolders, those of images left out: they may hold a million."""
-    yield from (entry.path for entry in entries_of(folder) if entry.is_file())
-    for below in subfolders(folder):
-        for entry in entries_of(below):
-            if is_image(entry.name):
-                break
-            if entry.is_file():
-                yield entry.path
 
 
 def _located_files(name: str, files: list[str]) -> Located:

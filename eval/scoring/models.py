@@ -106,5 +106,6 @@ def _sha256_of_tensors(model: nn.Module) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide the numbers."""
-    return {package.__name__.lower(): package.__version__ for package in (torch, timm, PIL, arm_zoo)}
+    """Of the packages that decide the numbers, under the names of their columns."""
+    packages = {"torch": torch, "timm": timm, "pillow": PIL, "arm_zoo": arm_zoo}
+    return {name: package.__version__ for name, package in packages.items()}

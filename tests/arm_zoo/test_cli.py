@@ -378,7 +378,8 @@ def test_folders_of_images(digits_folder: Path, tmp_path: Path, capsys: pytest.C
     captured = capsys.readouterr()
     paths = [line for line in captured.out.splitlines() if not line.startswith(" ")]
     assert paths == [str(images / name) for name in ("2.png", "10.png", "b/1.PNG")] + [str(alone)]
-    [line] = captured.err.splitlines()
+    note, line = captured.err.splitlines()
+    assert note == f"files left out as no images (2): {images / 'b/desktop.ini'}, {images / 'notes.txt'}"
     assert line.startswith(f"{tmp_path / 'empty'}: no images in this folder; their names end in .jpg, ")
 
 

@@ -5,6 +5,7 @@ sockets sees to it that it asks nobody else.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -286,11 +287,30 @@ def test_save_and_load_again(model: nn.Module, tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True, num_classes=2).num_classes == 2
 
 
+def test_a_pruned_model_is_saved_with_its_depth(model: nn.Module, tmp_path: Path) -> None:
+    pruned = copy.deepcopy(model)
+    pruned.prune_intermediate_layers([1])
+    pruned.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert len(loaded.blocks) == 2 and digest(loaded) == digest(pruned)
+
+
+def test_the_home_folder_may_be_written_short(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_pretrained(tmp_path / "saved")
+    for source in ("~/saved", "local-dir:~/saved", "~/saved/model.safetensors"):
+        assert digest(from_pretrained(source)) == digest(model), source
+
+
 @pytest.mark.parametrize(
     "source, error, message",
     [
         ("arm_base_patch16_242", ValueError, "did you mean arm_base_patch16_224"),
         ("resnet50", ValueError, "`python -m arm_zoo list` shows the entries"),
+        ("arm_tiny_patch4_32.nope", ValueError, "did you mean arm_tiny_patch4_32, "),
+        ("arm_tiny_patch4_32.pth", FileNotFoundError, r"no checkpoint at arm_tiny_patch4_32\.pth"),
         ("no/such/folder/here", FileNotFoundError, "no checkpoint at no/such/folder/here"),
         ("none.pth", FileNotFoundError, r"no checkpoint at none\.pth"),
         ("out/pytorch_model.bin", FileNotFoundError, r"no checkpoint at out/pytorch_model\.bin"),

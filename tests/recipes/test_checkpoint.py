@@ -475,6 +475,15 @@ def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypat
     assert hits >= 1  # the first is aimed at a checkpoint's writing
 
 
+def test_a_command_that_no_run_takes_is_refused_before_any_is_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        kill_test.main(["--output", str(tmp_path / "runs")])
+    assert refused.value.code == 2 and "model is missing" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that load its images neither."""
     monkeypatch.setenv("ARM_ZOO_SCAN", "torch")

@@ -854,6 +854,29 @@ def test_order_does_not_depend_on_the_disk_or_on_rows(tmp_path: Path, monkeypatc
     assert classes == {source.class_names}
 
 
+@pytest.mark.parametrize("turn", [list, reversed])
+def test_tables_among_images_are_left_out_in_any_order_of_the_disk(
+    tmp_path: Path,
+    turn: Callable[..., Iterable["os.DirEntry[str]"]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, held_out = write_folder(tmp_path / "a", {"cat": 1, "dog": 1}), write_folder(tmp_path / "b", {"cat": 1})
+    for name in ("cat/a.parquet", "dog/z.tar", ".x.parquet", "._y.tar"):  # macOS hides such files beside others
+        (folder / name).write_bytes(b"")
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: Listed(turn(sorted(scandir(path), key=str))))
+    with caplog.at_level(logging.WARNING):
+        assert open_named(folder, validation=str(held_out)).class_names == ("cat", "dog")
+    assert "files left out as no images (2): cat/a.parquet, dog/z.tar" in caplog.text
+
+
+def test_hidden_tables_are_no_part_of_a_folder(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1], NAMES)
+    (tmp_path / "._train.parquet").write_bytes(b"resources")
+    assert locate(str(tmp_path)).splits == {"train": [str(tmp_path / "train.parquet")]}
+
+
 def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for fold in ("a", "b"):
         write_folder(tmp_path / fold, {"valid": 1, "invalid": 1})
