@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import errno
 import importlib.util
+import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -42,7 +45,7 @@ from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import save_pretraining
 from recipes.training.optim import learning_rate, parameter_groups
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
-from recipes.training.progress import image_flops
+from recipes.training.progress import ProgressDisplay, image_flops
 from recipes.training.scoring import evaluation
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -505,6 +508,24 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
         file.write_bytes(b"gone")
     with pytest.raises(RunError, match="none of the 7 validation images can be decoded"):
         scores(0.99)
+
+
+@pytest.mark.parametrize("peak", [None, 1000.0])
+def test_the_bar_shows_no_figures_before_the_first_reading(peak: float | None) -> None:
+    console = Console(file=io.StringIO(), width=160, force_terminal=True)
+    config = FinetuneConfig(epochs=2, global_batch=100, device="cpu", tracker="none")
+    display = ProgressDisplay(start_accelerator(config), console, "train", config, 5, peak)
+
+    def shown() -> str:
+        with console.capture() as capture:
+            console.print(display.bar.get_renderable())
+        return capture.get()
+
+    display.begin(0)
+    assert "loss -" in shown() and "nan" not in shown() and "img/s" not in shown()
+    display.step(1, {"loss": 2.5})
+    assert re.search(r"loss 2.500  [\d,]+ img/s.* GiB", shown())
+    assert ("% of GEMM peak" in shown()) == (peak is not None)
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:
