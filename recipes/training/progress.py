@@ -60,8 +60,7 @@ class ProgressDisplay:
         times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
         hidden = not self.accelerator.is_main_process
         self.bar = Progress(*columns, *times, console=self.console, speed_estimate_period=600, disable=hidden)
-        total = self.config.epochs * self.steps_per_epoch
-        self._task = self.bar.add_task(self.title, total=total, reading="loss -")
+        self._task = self.bar.add_task(self.title, total=self.config.epochs * self.steps_per_epoch, reading="loss -")
 
     def begin(self, step: int) -> None:
         self.bar.update(self._task, completed=step)

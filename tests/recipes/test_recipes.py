@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,14 +34,14 @@ from arm_zoo.pretraining._registry import OBJECTIVES as MODELS
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
-from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import CORES, ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.objectives import OBJECTIVES, Trained
 from recipes.pretrain import pretrain
-from recipes.quickstart import quickstart
+from recipes.quickstart import quickstart, show
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import save_pretraining
@@ -73,8 +75,17 @@ def test_shipped_configurations_load_and_their_models_can_be_built(file: Path) -
     model = config.build(device="meta")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert config.output_dir == f"runs/{file.stem}"
+    assert config.data.workers <= CORES  # torch warns of more
     if "digits" in file.name:
         assert load_config(kind(file), file, ["epochs=3"]).epochs == 3  # sound from three epochs up
+
+
+@pytest.mark.parametrize(("processes", "workers"), [("1", min(12, CORES)), (str(CORES), 1), (str(10 * CORES), 1)])
+def test_training_processes_of_a_machine_share_its_cores(processes: str, workers: int) -> None:
+    code = "from recipes.config import DataConfig; print(DataConfig().workers)"
+    environment = os.environ | {"LOCAL_WORLD_SIZE": processes}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert int(told.stdout) == workers
 
 
 def test_shipped_configurations_are_the_papers() -> None:
@@ -710,7 +721,7 @@ def test_step_never_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(finetune(load_config(FinetuneConfig, FINETUNE, settings)).history) == 1
 
 
-def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
+def test_quickstart_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
         (tmp_path / runs / "first").mkdir(parents=True)
     summary = quickstart(tmp_path, seed=0, overrides=[*TINY, *TINY_ENCODER])
@@ -718,7 +729,9 @@ def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
     assert {"finetuned_top1", "scratch_top1", "seconds", "images_test"} <= summary.keys()
     assert summary["images_test"] == 360 and 0 <= summary["finetuned_top1"] <= 100
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    show(summary, tmp_path)
+    assert "apart is noise" in (said := capsys.readouterr().out) and "import arm_zoo, timm; timm.create_model(" in said
     for name in ("curves.png", "predictions.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert len(summary["named"]) == 3
+    assert [row.keys() for row in summary["examples"]] == [{"image", "predicted", "label", "probability"}] * 3
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 10
