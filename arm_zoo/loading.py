@@ -158,7 +158,7 @@ class _Loader:
         if scheme in ("hf-hub", "hf_hub"):
             return self.from_hub(rest, wanted)._replace(source=source)
         known = list_entries() if self.timms_too else entries()
-        if weights is None and name in known:
+        if weights is None and source in known and (isinstance(name, str) or not path.exists()):
             repository = hub_repository(entry_of(source)) if source in entries() else None
             if repository is None:
                 return self.from_timm(source)

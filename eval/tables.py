@@ -13,6 +13,7 @@ from arm_zoo.files import write_text
 from eval.scoring.sets import SETS, SUBSETS
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results.csv"  # what the leaderboard reads and hub's cards
 
 # Scores that are equal in these are the same measurement: of the same model, on the same images, seen alike.
 WAY = ("model", "weights_sha256", "img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype")

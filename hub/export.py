@@ -81,7 +81,7 @@ def _write_onnx(model: Any, file: Path) -> str:
                 model, (images,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False, **options
             )
     except ImportError as error:  # the exporter too imports what a version of onnxscript may lack
-        needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade '.[hub]'"
+        needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade -e '.[hub]'"
         raise UsageError(f"{needs} ({error})") from error
     program.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

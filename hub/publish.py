@@ -124,7 +124,7 @@ def _change(file: Path, remote: Remote) -> str:
 
 
 def _plan(staged: Path, repo: str, remote: Remote, changes: dict[str, str], tag: str) -> Iterator[str]:
-    state = "could not be asked for" if remote.unasked else "exists" if remote.commit else "would be created"
+    state = "could not be reached" if remote.unasked else "exists" if remote.commit else "would be created"
     yield f"{repo} ({state}), tag {'the next of v1, v2, ...' if remote.unasked else tag}"
     for file, change in changes.items():
         yield f"  {file:20} {(staged / file).stat().st_size:>15,} bytes  {change}"

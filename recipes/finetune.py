@@ -68,7 +68,7 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
         say(f"the head of {config.pretrained} is kept: it is one of the same {classes} classes")
         return model
     if pretrained_names:
-        say(f"the head of {config.pretrained} is left out, and a new one trained: it is one of other classes")
+        say(f"the head of {config.pretrained} is left out, and a new one trained: it was trained on other classes")
     head = model.get_classifier()
     nn.init.trunc_normal_(head.weight, std=PRETRAINED_HEAD_STD)
     nn.init.zeros_(head.bias)

@@ -26,7 +26,6 @@ PEAK = 5e-4  # learning rate, whatever the batch
 LARGEST_BATCH = 64
 FEWEST_EPOCHS, MOST_EPOCHS = 5, 10
 IMAGES_SEEN = 4000  # over all epochs, between these two
-WORKERS = 4
 RUNS = Path("runs")
 
 
@@ -100,7 +99,6 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
         epochs = max(epochs, int(config.warmup_epochs) + 1)
     every = max(1, epochs // 4)
     of_batch = f"of the run in {output}, to go on with" if earlier else f"for {plural(found.train, 'training image')}"
-    workers = 1 if found.train < 1000 else min(WORKERS, os.cpu_count() or 1)
     no_validation = found.held_out is not None and config.data.validation is None
     choices = [
         _start(config, given, found),
@@ -120,7 +118,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
         ),
         Choice("epochs between scores and checkpoints", {"evaluate_every": every, "checkpoint_epochs": every}),
         Choice("right on every device; curves.png shows the figures", {"precision": "fp32", "tracker": "none"}),
-        Choice("processes that decode images", {"data.workers": workers}),
+        Choice("processes that decode images", {"data.workers": 1 if found.train < 1000 else config.data.workers}),
         Choice(
             "augmentation; data.flip=0 where left and right matter, as in writing",
             {} if found.grey else {"data.random_crop": (0.5, 1.0), "data.flip": 0.5},
@@ -192,7 +190,7 @@ def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> s
     images = f"{plural(found.train, 'image')} of {found.classes} classes"
     lines = [f"{config.data.source}: {images} to train on. Chosen for them:"]
     lines += [f"  {settings:{width}}  {choice.reason}" for settings, choice in zip(typed, choices, strict=True)]
-    return "\n".join([*lines, "Every one of these can be typed after the command to change it."])
+    return "\n".join([*lines, "Add any of these as key=value to change it."])
 
 
 def _text(value: Any) -> str:

@@ -62,7 +62,7 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
     """A model that gives pooled features, and how images are prepared for it.
 
     Mean and standard deviation are among the latter where the weights tell those that the model was trained with. The
-    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file.
+    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or "hf-hub:ORG/NAME".
     """
     if config.model and config.model not in (known := list_entries()):
         raise RunError(str(unknown_model(config.model, known)))
@@ -80,9 +80,9 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
             "with values as it takes them"
         ) from error
     inputs = resolve_model_data_config(model)
-    if own:
+    if own := said.get("pretraining_model"):
         inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
-    if own or not said:
+    if own or (weights.exists() and not said):  # an entry's own configuration tells them
         del inputs["mean"], inputs["std"]
     return model, inputs
 
@@ -200,7 +200,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     does = "k-NN and linear probe on frozen features; from the repository's top."
     parser = argparse.ArgumentParser(prog="python -m recipes.probe", description=does)
-    kinds = "pretraining_model/, backbone/, a finetuned folder, or a file"
+    kinds = "pretraining_model/, backbone/, a finetuned folder, a file, an entry's name, or hf-hub:ORG/NAME"
     parser.add_argument("--weights", type=Path, required=True, help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)

@@ -120,6 +120,16 @@ def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
     assert from_pretrained(folder, img_size=16).patch_embed.img_size == (16, 16)
 
 
+def test_a_path_that_does_not_exist_may_name_an_entry(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As programs hand it on that take names and files by one option."""
+    monkeypatch.chdir(tmp_path)
+    assert digest(from_pretrained(Path(PICO))) == digest(from_pretrained(PICO))
+    model.save_pretrained(PICO)
+    assert digest(from_pretrained(Path(PICO))) == digest(model)
+
+
 def test_a_model_for_use_says_where_its_weights_are(model: nn.Module, tmp_path: Path) -> None:
     """Of ours and of timm, by entry, folder and file; a file without a head makes a model without one."""
     model.save_pretrained(tmp_path / "folder")

@@ -197,6 +197,6 @@ def test_what_is_missing_is_said(
         monkeypatch.setitem(sys.modules, missing, None)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.onnx")]) == 1
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "pip install --upgrade '.[hub]'" in error and "onnxscript" in error
+    assert len(error.splitlines()) == 1 and "pip install --upgrade -e '.[hub]'" in error and "onnxscript" in error
     assert ("0.5.7" in error) == (missing == "an old onnxscript")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -240,7 +240,9 @@ def test_the_record_of_sets_is_whole(capsys: pytest.CaptureFixture[str]) -> None
     assert sets.SUBSETS == ("a", "r")
     assert program.main([]) == 0
     shown = capsys.readouterr().out
-    assert "python -m eval.verify" in shown and all(f"  {name} " in shown for name in sets.SETS)
+    for command in ("eval", "eval.verify", "eval.throughput", "eval.scan", "eval.leaderboard"):
+        assert f"python -m {command} " in shown
+    assert all(f"  {name} " in shown for name in sets.SETS)
 
 
 def test_real_labels_go_by_file_name(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from eval import __main__ as program
 from eval import leaderboard, tables
 from eval.board import chart, entries
+from hub import catalog
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 
@@ -230,6 +232,13 @@ def test_page_loads_nothing_and_escapes(made: Path) -> None:
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert not re.search(r"""(src|href)=["'](?!https://arxiv)|@import|url\(|fetch\(|import\(""", text)
+
+
+def test_scoring_writes_what_the_leaderboard_and_the_cards_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(leaderboard, "make", lambda results, *others: read.append(results) or {})
+    assert leaderboard.main([]) == 0
+    assert read == [program.make_parser().get_default("output")] == [catalog.RESULTS]
 
 
 def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -923,7 +923,7 @@ def test_publishing_is_shown_without_a_network(
     monkeypatch.setattr("hub.publish.HF_HUB_OFFLINE", offline)
     assert main(["publish", str(classifier), "--repo", "ada/new"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "ada/new (could not be asked for), tag the next of v1, v2, ..."
+    assert lines[1] == "ada/new (could not be reached), tag the next of v1, v2, ..."
     for name in FILES:
         [line] = [line for line in lines if line.startswith(f"  {name} ")]
         assert re.search(r" [1-9][\d,]* bytes  not compared$", line)

@@ -382,6 +382,8 @@ def test_speed_of_the_loader_is_printed(folder: Path, capsys: pytest.CaptureFixt
     settings = [f"data.source={folder}", "data.workers=0", "image_size=16", "batch=4", "batches=2"]
     loader_speed.main(settings)
     assert re.fullmatch(r"[\d,]+ img/s at 16 px: 1 x [\d,]+\n", capsys.readouterr().out)
+    loader_speed.main([*settings, "batch=256"])  # more than there are: all of them are a batch
+    assert "img/s at 16 px" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="there is no 'nowhere'"):
         loader_speed.main(["data.source=nowhere"])
     with pytest.raises(SystemExit):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import arm_zoo
+from arm_zoo import loading
 from arm_zoo.images.listing import SourceError
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
@@ -96,7 +97,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(weights: Path, output: Path, *overrides: str) -> dict[str, object]:
+def run(weights: Path | str, output: Path, *overrides: str) -> dict[str, object]:
     settings = ["data.source=digits", "data.workers=0", "linear_epochs=5", "device=cpu", f"output={output}"]
     probe.main(["--weights", str(weights), *settings, *overrides])
     return json.loads(output.read_text())
@@ -122,6 +123,27 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
     message = refusal("--weights", str(tmp_path / "backbone"), *digits)
     assert "are of arm_pico_patch2_8, not of arm_base_patch16_224" in message
     assert "with model='arm_base_patch16_224'" in refusal("--weights", str(pretrained), *digits)
+
+
+def test_probing_an_entry_by_name(tmp_path: Path) -> None:
+    """Prepared as the entry's configuration says, whose mean and deviation are not those of the 1,437 digits."""
+    result = run("arm_pico_patch2_8", tmp_path / "probe.json")
+    assert result["weights"] == "arm_pico_patch2_8" and float(str(result["knn_top1"])) > 97
+    _, inputs = probe.load_backbone(Path("arm_pico_patch2_8"), ProbeConfig(data=DataConfig(source="digits")))
+    assert inputs["mean"] == timm.get_pretrained_cfg("arm_pico_patch2_8").mean
+
+
+def test_probing_a_repository(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        loading._Loader, "from_hub", lambda self, repo, wanted: self.from_folder(folders[repo], wanted)
+    )
+    folders = {"ada/digits@v1": pretrained}
+    config = ProbeConfig(data=DataConfig(source="digits"))
+    (model, inputs), (local, same) = (
+        probe.load_backbone(name, config) for name in (Path("hf-hub:ada/digits@v1"), pretrained)
+    )
+    assert inputs == same and "mean" not in inputs
+    assert all(torch.equal(value, local.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def refusal(*argv: str) -> str:

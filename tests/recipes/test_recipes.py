@@ -4,8 +4,12 @@ import csv
 import dataclasses
 import errno
 import importlib.util
+import io
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -29,7 +34,7 @@ from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
-from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import CORES, ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
@@ -37,14 +42,14 @@ from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.objectives import TRAINING, Trained
 from recipes.parsing import filled
 from recipes.pretrain import pretrain
-from recipes.quickstart import quickstart
+from recipes.quickstart import quickstart, show
 from recipes.training import parallel
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import save_pretraining
 from recipes.training.optim import learning_rate, parameter_groups
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
-from recipes.training.progress import image_flops
+from recipes.training.progress import ProgressDisplay, image_flops
 from recipes.training.scoring import evaluation
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -72,8 +77,17 @@ def test_shipped_configurations_load_and_their_models_can_be_built(file: Path) -
     model = config.build(device="meta")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert config.output_dir == f"runs/{file.stem}"
+    assert config.data.workers <= CORES  # torch warns of more
     if "digits" in file.name:
         assert load_config(kind(file), file, ["epochs=3"]).epochs == 3  # sound from three epochs up
+
+
+@pytest.mark.parametrize(("processes", "workers"), [("1", min(12, CORES)), (str(CORES), 1), (str(10 * CORES), 1)])
+def test_training_processes_of_a_machine_share_its_cores(processes: str, workers: int) -> None:
+    code = "from recipes.config import DataConfig; print(DataConfig().workers)"
+    environment = os.environ | {"LOCAL_WORLD_SIZE": processes}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert int(told.stdout) == workers
 
 
 def test_shipped_configurations_are_the_papers() -> None:
@@ -519,6 +533,24 @@ def test_damaged_held_out_images_are_counted_named_and_limited(
         scores(0.99)
 
 
+@pytest.mark.parametrize("peak", [None, 1000.0])
+def test_the_bar_shows_no_figures_before_the_first_reading(peak: float | None) -> None:
+    console = Console(file=io.StringIO(), width=160, force_terminal=True)
+    config = FinetuneConfig(epochs=2, global_batch=100, device="cpu", tracker="none")
+    display = ProgressDisplay(start_accelerator(config), console, "train", config, 5, peak)
+
+    def shown() -> str:
+        with console.capture() as capture:
+            console.print(display.bar.get_renderable())
+        return capture.get()
+
+    display.begin(0)
+    assert "loss -" in shown() and "nan" not in shown() and "img/s" not in shown()
+    display.step(1, {"loss": 2.5})
+    assert re.search(r"loss 2.500  [\d,]+ img/s.* GiB", shown())
+    assert ("% of GEMM peak" in shown()) == (peak is not None)
+
+
 def test_flops_are_those_of_the_matrix_products() -> None:
     def build(device: str) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 5, device=device))
@@ -717,7 +749,7 @@ def test_blocks_of_encoder_and_decoder_are_sharded_one_by_one(monkeypatch: pytes
     assert parts == [*model.blocks, *model.decoder_blocks, model]
 
 
-def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
+def test_quickstart_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
         (tmp_path / runs / "first").mkdir(parents=True)
     summary = quickstart(tmp_path, seed=0, overrides=[*TINY, *TINY_ENCODER])
@@ -725,7 +757,9 @@ def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
     assert {"finetuned_top1", "scratch_top1", "seconds", "images_test"} <= summary.keys()
     assert summary["images_test"] == 360 and 0 <= summary["finetuned_top1"] <= 100
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    show(summary, tmp_path)
+    assert "apart is noise" in (said := capsys.readouterr().out) and "import arm_zoo, timm; timm.create_model(" in said
     for name in ("curves.png", "predictions.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert len(summary["named"]) == 3
+    assert [row.keys() for row in summary["examples"]] == [{"image", "predicted", "label", "probability"}] * 3
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 10
