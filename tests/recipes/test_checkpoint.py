@@ -21,6 +21,7 @@ import datasets
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -279,7 +280,7 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
     monkeypatch.setattr(
         setup, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
     )
-    monkeypatch.setattr(command_line, "leave_processes", send(signal.SIGTERM))
+    monkeypatch.setattr(PartialState, "destroy_process_group", staticmethod(send(signal.SIGTERM)))
     with pytest.raises(SystemExit) as stopped:
         command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path)])
     assert stopped.value.code == EXIT_CODE
