@@ -36,8 +36,7 @@ def plot_run(file: Path, history: Sequence[Metrics]) -> None:
 
 def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:
     """Draw the loss of a pretraining and, for each named supervised run, top-1 over its epochs."""
-    ends = {name: [row["top1"] for row in history if "top1" in row][-1] for name, history in supervised.items()}
-    curves = {f"{name}: {ends[name]:.1f}% at the end": (history, "top1") for name, history in supervised.items()}
+    curves = {f"{name}: {rows[-1]['top1']:.1f}% at the end": (rows, "top1") for name, rows in supervised.items()}
     plot_curves(file, {f"Pretraining, without labels: {LOSS}": {"": (pretraining, "loss")}, TOP1: curves})
 
 
@@ -67,7 +66,7 @@ def draw_predictions(
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
-        batch = prepared_images(split, drawn_blindly(len(split), IMAGES_DRAWN, seed), inputs)
+        _, batch = drawn_blindly(split, IMAGES_DRAWN, seed, inputs)
     else:  # a stream has no places to choose from
         batch = next(iter(EvalLoader(split, inputs, IMAGES_DRAWN)))
     if len(batch.classes) == 0:
@@ -100,14 +99,10 @@ def _pixels(images: Tensor, source: Source) -> NDArray[Any]:
     return (images * std + mean).movedim(1, -1).clamp(0, 1).numpy()
 
 
-def drawn_blindly(length: int, count: int, seed: int) -> list[int]:
-    """Indices of a few images."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-
-
-def prepared_images(split: ImageTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
-    """Images of a split as a model takes them."""
-    return next(iter(EvalLoader(split.select(indices), inputs, len(indices))))
+def drawn_blindly(split: ImageTable, count: int, seed: int, inputs: Mapping[str, Any]) -> tuple[list[int], Batch]:
+    """The indices of a few images of a split, and these images as a model takes them."""
+    indices = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return indices, next(iter(EvalLoader(split.select(indices), inputs, count)))
 
 
 def _save(figure: Figure, file: Path) -> None:
