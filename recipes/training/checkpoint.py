@@ -77,11 +77,6 @@ def restore(
     return Position(**state["position"])
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` holds."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-
-
 class DamagedCheckpoint(RunError):
     """A checkpoint whose files are not those that were written."""
 
