@@ -16,8 +16,10 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     the factor of the rate from one layer to the one below it, they have `lr_scale` too.
     """
     fused = config.fused_adamw and next(model.parameters()).device.type == "cuda"
-    decay = {"weight_decay": config.weight_decay, "layer_decay": getattr(config, "layer_decay", None)}
-    return create_optimizer_v2(model, "adamw", lr=0.0, **decay, betas=config.betas, eps=1e-8, fused=fused)
+    decay = getattr(config, "layer_decay", None)
+    return create_optimizer_v2(
+        model, "adamw", lr=0.0, weight_decay=config.weight_decay, layer_decay=decay, betas=config.betas, fused=fused
+    )
 
 
 def learning_rate(epoch: float, config: TrainConfig) -> float:
