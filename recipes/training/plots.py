@@ -76,13 +76,12 @@ def draw_predictions(
     images = _pixels(batch.images, source)
     (count, height, width, _), (rows, columns) = images.shape, unit
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
-    grid = figure.subplots(3, count, squeeze=False)
+    grid = figure.subplots(3, count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     rows_shown = {"image": images, "target": images, "predicted": predicted}
     for axes_row, (label, shown) in zip(grid, rows_shown.items(), strict=True):
         axes_row[0].set_ylabel(label, fontsize=12)
         for axes, image in zip(axes_row, shown, strict=True):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-            axes.set(xticks=[], yticks=[])
             axes.hlines(range(rows, height, rows), 0, width, color=COLOURS[3], lw=1)
             axes.vlines(range(columns, width, columns), 0, height, color=COLOURS[3], lw=1)
             if label != "image":
