@@ -35,8 +35,6 @@ FORMAT = 2  # of the index; raise it when the format changes: older cached indic
 ROWS_AT_ONCE = 1000
 _IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.binary(), "offset": pa.int64(), "size": pa.int64()})
 INDEX = pa.schema({"image": _IMAGE, "key": pa.binary(), "label": pa.string()})  # in JSON, an integer or a string
-
-
 Index = tuple[datasets.Dataset, bool, str]  # the rows; whether folders are the classes; a note on files left out
 
 
@@ -172,8 +170,7 @@ def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choi
     by_folder = len(rows) > 0 and texts.null_count == len(rows) and choices.label_column is None
     note = ""
     if by_folder:
-        note = left_out(_column(rows, "key").filter(sizes.is_null()).to_pylist())
-        if note:
+        if note := left_out(_column(rows, "key").filter(sizes.is_null()).to_pylist()):
             table = rows.with_format("arrow")[:].filter(sizes.is_valid())
             rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)
         labels = pa.array(_classes_by_folder(rows, files, where, choices), pa.string())
