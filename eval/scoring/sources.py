@@ -17,8 +17,8 @@ from timm.data import get_img_extensions
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.hub import load_split_from_hub
-from arm_zoo.images.listing import TAR_ENDINGS, SourceError, natural_order, printable, split_of
-from arm_zoo.images.locate import HUB_ID, SCORED, Kind, Located
+from arm_zoo.images.listing import SourceError, natural_order, printable
+from arm_zoo.images.locate import HUB_ID, SCORED, TAR_ENDINGS, Kind, Located, split_of
 from arm_zoo.images.shards import JSON_LABEL, TEXT_LABELS
 from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
