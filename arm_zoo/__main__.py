@@ -31,7 +31,7 @@ from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
 from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
-from arm_zoo.weights.download import find_weights
+from arm_zoo.weights.find import find_weights, is_upstream
 from arm_zoo.weights.hosted import TABLE, bundled_entries, training_commands
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
@@ -49,9 +49,11 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def whereabouts(entry: str) -> str:
-    """Whether the weights of an entry come with the package, are on the Hub, or neither."""
+    """Whether the weights of an entry come with the package, are on the Hub, at their authors', or nowhere."""
     if entry in TABLE and TABLE[entry].where == "bundled":
         return "bundled"
+    if is_upstream(entry):
+        return "upstream"
     return "hosted" if is_model_pretrained(entry) else "not hosted"
 
 

@@ -18,9 +18,11 @@ from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, Sta
 from arm_zoo.identify import MAX_DEPTH, find_variant
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
-from arm_zoo.weights.download import download, hub_repository
+from arm_zoo.weights.download import download
+from arm_zoo.weights.find import hub_repository, is_upstream
 from arm_zoo.weights.hosted import known_sha256
 from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.upstream import fetch_address, fetch_upstream, read_record
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -56,9 +58,10 @@ def load(
 
     Args:
         name: an entry of ours or timm's, or what names its model itself: "hf-hub:ORG/NAME@REVISION", a folder with
-            config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models.
-        weights: a file, a folder or "hf-hub:..." in place of the entry's own weights. A bare file's classes count, and
-            of our models its channels; without a head in the file the model has none.
+            config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models, which may be one of
+            a repository of the Hub ("hf://ORG/NAME/FILE").
+        weights: a file, a folder, "hf-hub:..." or "hf://..." in place of the entry's own weights. The classes of a bare
+            file count, and of our models its channels; without a head in the file the model has none.
     """
     return _Loader(as_backbone, revision, cache_dir, token, kwargs).load(name, weights)
 
@@ -77,7 +80,8 @@ def from_pretrained(
     Args:
         source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
             "hf-hub:ORG/NAME@REVISION"), a folder with config.json and model.safetensors or pytorch_model.bin
-            ("local-dir:FOLDER" too), or a .safetensors or .pth file of this project, the authors or timm's scripts.
+            ("local-dir:FOLDER" too), a .safetensors or .pth file of this project, the authors or timm's scripts, or
+            such a file of a repository of the Hub ("hf://ORG/NAME/FILE").
         as_backbone: make a backbone also of a pretraining model, for finetuning or features.
         revision: branch, tag or commit of the repository.
         cache_dir: instead of the default cache of huggingface_hub.
@@ -163,9 +167,16 @@ class _Loader:
         path = Path(rest if scheme == "local-dir" else source)
         if scheme in ("hf-hub", "hf_hub"):
             return self.from_hub(rest, wanted)._replace(source=source)
+        if scheme == "hf":
+            file = fetch_address(source, self.cache_dir, self.token)
+            model = self.from_file(file) if wanted is None else self.from_named_file(wanted, file)
+            return Loaded(model, file, source, {})
         known = list_entries() if self.timms_too else entries()
         if weights is None and name in known:
-            repository = hub_repository(entry_of(source)) if source in entries() else None
+            entry = entry_of(source) if source in entries() else ""
+            if is_upstream(entry):
+                return self.from_upstream(source, entry)
+            repository = hub_repository(entry)
             if repository is None:
                 return self.from_timm(source)
             return self.from_hub(repository, None)._replace(source=repository)
@@ -176,9 +187,19 @@ class _Loader:
             model = self.from_file(path) if wanted is None else self.from_named_file(wanted, path)
             return Loaded(model, path, path.name, {})
         if weights is not None or path.suffix or "/" in source:
-            allowed = "an entry (`python -m arm_zoo list`), a folder, a file or hf-hub:ORG/NAME"
+            allowed = "an entry (`python -m arm_zoo list`), a folder, a file, hf-hub:ORG/NAME or hf://ORG/NAME/FILE"
             raise FileNotFoundError(f"no checkpoint at {source}; name {allowed}")
         raise unknown_model(source, known)
+
+    def from_upstream(self, name: str, entry: str) -> Loaded:
+        """From the authors' file: the pretraining model where it is of one, unless a backbone is asked for."""
+        file = fetch_upstream(entry, self.cache_dir, self.token)
+        cfg: Any = get_pretrained_cfg(entry)
+        if cfg.num_classes == 0 and not self.as_backbone:
+            model = self.from_file(file)
+        else:
+            model = timm.create_model(name, pretrained=True, cache_dir=self.cache_dir, **self.kwargs)
+        return Loaded(model, file, read_record(file)["source"], {})
 
     def from_timm(self, name: str) -> Loaded:
         """By `timm.create_model`, and which file that read, where a cache still has it."""

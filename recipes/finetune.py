@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from arm_zoo.files import CheckpointError, described_by_folder, read_config, weights_in
 from arm_zoo.loading import label_names
-from arm_zoo.weights.download import find_weights
+from arm_zoo.weights.find import find_weights
 from arm_zoo.weights.hosted import ways_on
 from recipes import command_line
 from recipes.command_line import say

@@ -22,8 +22,8 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
     ("files", "ops/layout"),
-    ("images", "ops"),
-    ("layers", "pretraining/targets", "weights/hosted", "weights/reading", "weights/tensor_names"),
+    ("images", "ops", "weights/reading", "weights/releases"),
+    ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),
     ("weights",),
     ("models/_builder",),
     ("models",),

@@ -24,9 +24,11 @@ from torch import nn
 
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.weights.adapt import ZooModel
-from arm_zoo.weights.download import download, find_weights
-from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, ways_on
+from arm_zoo.weights.download import download
+from arm_zoo.weights.find import find_weights
+from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, upstream_is_on, ways_on
 from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.releases import release_url
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ def _place(entry: str) -> dict[str, str]:
         return {"file": str(bundled_file(entry))}
     if weights is not None and weights.where == "hosted":
         return {"hf_hub_id": f"{repository_of(entry)}@{weights.revision}"}
+    if weights is not None and weights.where == "upstream" and upstream_is_on():
+        if weights.host == "hub":
+            return {"hf_hub_id": repository_of(entry)}
+        return {"url": release_url(repository_of(entry), weights.revision, str(weights.file))}
     return {}
 
 
@@ -148,7 +154,7 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
         if path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}, a folder: create_model('local-dir:{path}', ...)")
         return read_checkpoint(path)
-    if cfg.url:
+    if cfg.url and cfg.url != own.url:
         return None
     if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
         return read_checkpoint(download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir))

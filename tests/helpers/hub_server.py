@@ -20,8 +20,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
+RELEASE = re.compile(r"/([\w.-]+/[\w.-]+)/releases/download/([^/]+)/([^/]+)")
+STORE = re.compile(r"/store/([\w.-]+/[\w.-]+)/([^/]+)/([^/]+)")  # where releases redirect to
+LARGE = (".safetensors", ".pth")  # the Hub keeps such files apart and names them by their sha256
 RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+))?)?(?:/.*)?")
 VERSION = int(version("huggingface_hub").partition(".")[0])
@@ -83,6 +86,9 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path == "/api/whoami-v2":
             return self.answer_json({"name": "ada", "type": "user", "orgs": []})
+        if release := RELEASE.fullmatch(path) or STORE.fullmatch(path):
+            self._release(*release.groups(), redirect=path.startswith("/store/") is False)
+            return None
         resolve, api = RESOLVE.fullmatch(path), API.fullmatch(path)
         match = resolve or api
         repository = self.server.repositories.get(match[1]) if match else None
@@ -104,19 +110,33 @@ class Handler(BaseHTTPRequestHandler):
         if name not in files:
             self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
-        self.send_file(commit, files[name], large=name.endswith(".safetensors"))
+        self.send_file(commit, files[name], large=name.endswith(LARGE))
+
+    def _release(self, repository: str, tag: str, name: str, redirect: bool) -> None:
+        """A release's file: GitHub sends to the store, which sends the file."""
+        files, fault = self.server.releases.get((repository, tag), ({}, None))
+        if fault is not None and fault(self, name):
+            return
+        if name not in files:
+            self.answer(404)
+        elif redirect:
+            self.answer(302, Location=f"{self.server.endpoint}/store/{repository}/{quote(tag, safe='')}/{name}?sig=1")
+        else:
+            self.send_file("0" * 40, files[name], large=False)
 
     def send_file(self, commit: str, contents: bytes, large: bool, **headers: str) -> None:
         """A file as the Hub sends it: large ones are named by their sha256, others by Git's hash."""
         sha = hashlib.sha256(contents).hexdigest()
         etag = f'"{sha if large else git_hash(contents)}"'
         linked = {"X-Linked-Etag": etag, "X-Linked-Size": str(len(contents))} if large else {}
-        first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        begin = int(first[1]) if first else 0
+        first = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        begin, end = (
+            (int(first[1]), min(int(first[2] or len(contents)), len(contents) - 1)) if first else (0, len(contents))
+        )
         if first:
-            headers["Content-Range"] = f"bytes {begin}-{len(contents) - 1}/{len(contents)}"
+            headers["Content-Range"] = f"bytes {begin}-{end}/{len(contents)}"
         headers = {"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes", **linked, **headers}
-        self.answer(206 if first else 200, contents[begin:], **headers)
+        self.answer(206 if first else 200, contents[begin : end + 1], **headers)
 
     def _describe(self, name: str, repository: Repository, what: str | None, revision: str) -> None:
         if what == "refs":
@@ -147,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
     @staticmethod
     def _entry(path: str, contents: bytes) -> dict[str, Any]:
         entry = {"type": "file", "path": path, "size": len(contents), "oid": git_hash(contents)}
-        if path.endswith(".safetensors"):
+        if path.endswith(LARGE):
             sha = hashlib.sha256(contents).hexdigest()
             return {**entry, "lfs": {"oid": sha, "size": len(contents), "pointerSize": 130}}
         return entry
@@ -200,13 +220,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubServer(ThreadingHTTPServer):
-    """The stand-in: repositories by name, and the requests that came."""
+    """The stand-in: repositories by name, GitHub's releases by repository and tag, and the requests that came."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
+        self.releases: dict[tuple[str, str], tuple[dict[str, bytes], Fault | None]] = {}
         self.requests: list[str] = []
 
     @property
@@ -220,6 +241,9 @@ class HubServer(ThreadingHTTPServer):
         repository = self.repositories[name] = Repository(fault=fault)
         repository.commit(files)
         return repository
+
+    def release(self, name: str, tag: str, files: dict[str, bytes], fault: Fault | None = None) -> None:
+        self.releases[name, tag] = (files, fault)
 
 
 @contextmanager
@@ -251,7 +275,7 @@ def silent(seconds: float) -> Fault:
     """The weights do not come for a while."""
 
     def fault(request: Handler, name: str) -> bool:
-        if request.command == "HEAD" or not name.endswith(".safetensors"):
+        if request.command == "HEAD" or not name.endswith(LARGE):
             return False
         time.sleep(seconds)
         return False
@@ -264,10 +288,12 @@ def cuts_off(contents: bytes, times: int) -> Fault:
     left = [times]
 
     def fault(request: Handler, name: str) -> bool:
-        if request.command == "HEAD" or not name.endswith(".safetensors") or not left[0]:
+        if request.command == "HEAD" or not name.endswith(LARGE) or not left[0]:
             return False
-        left[0] -= 1
         first = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or "")
+        if RELEASE.fullmatch(unquote(urlsplit(request.path).path)) or ("Range" in request.headers and not first):
+            return False  # a redirect, or a look into the file
+        left[0] -= 1
         rest = contents[int(first[1]) if first else 0 :]
         request.send_response(206 if first else 200)
         request.send_header("Content-Length", str(len(rest)))
@@ -284,7 +310,7 @@ def sends_other_contents(contents: bytes) -> Fault:
     """The weights' headers are right, what follows is not."""
 
     def fault(request: Handler, name: str) -> bool:
-        if request.command == "HEAD" or not name.endswith(".safetensors"):
+        if request.command == "HEAD" or not name.endswith(LARGE):
             return False
         request.answer(200, contents)
         return True
