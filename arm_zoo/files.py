@@ -27,6 +27,10 @@ class CheckpointError(RuntimeError):
     """Weights that cannot be had or read, or whose tensors are not those of the model."""
 
 
+class DownloadError(CheckpointError):
+    """Weights that could not be fetched; `__cause__` is what the client met, if it was not we who refused them."""
+
+
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder to write files into; if the block ends well, they replace those of `folder`.

@@ -60,8 +60,8 @@ def load(
         name: an entry of ours or timm's, or what names its model itself: "hf-hub:ORG/NAME@REVISION", a folder with
             config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models, which may be one of
             a repository of the Hub ("hf://ORG/NAME/FILE").
-        weights: a file, a folder, "hf-hub:..." or "hf://..." in place of the entry's own weights. The classes of a bare
-            file count, and of our models its channels; without a head in the file the model has none.
+        weights: a file, a folder, "hf-hub:..." or "hf://..." in place of the entry's own weights. The classes of a
+            bare file count, and of our models its channels; without a head in the file the model has none.
     """
     return _Loader(as_backbone, revision, cache_dir, token, kwargs).load(name, weights)
 

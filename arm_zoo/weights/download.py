@@ -9,16 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
+from arm_zoo.files import WEIGHTS, CheckpointError, DownloadError, sha256_of
 from arm_zoo.weights.hosted import known_sha256
 
 _logger = logging.getLogger(__name__)
 _TRIES = 3
 _LOGIN = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
-
-
-class DownloadError(CheckpointError):
-    """Weights that could not be fetched; `__cause__` is what the client met, if it was not we who refused them."""
 
 
 def download(

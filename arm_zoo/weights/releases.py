@@ -7,6 +7,7 @@ client this uses; it sends no token.
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from fsspec.spec import AbstractBufferedFile
 
-from arm_zoo.files import CheckpointError
+from arm_zoo.files import DownloadError
 
 _logger = logging.getLogger(__name__)
 _ENDPOINT = "https://github.com"
@@ -66,9 +67,9 @@ def download_release(url: str, target: Path, most_bytes: int) -> None:
                     told = (_whole_size(response), response.headers.get("ETag"))
                     first = first or told
                     if told != first:
-                        raise CheckpointError(f"{url} changed while it was fetched; load again")
+                        raise DownloadError(f"{url} changed while it was fetched; load again")
                     if first[0] > most_bytes:
-                        raise CheckpointError(f"{url} has {first[0]:,} bytes; at most {most_bytes:,} are fetched")
+                        raise DownloadError(f"{url} has {first[0]:,} bytes; at most {most_bytes:,} are fetched")
                     bar.total = first[0]
                     for chunk in response.iter_raw():
                         bar.update(file.write(chunk))
@@ -82,13 +83,14 @@ def _say_or_raise(error: Exception, give_up: bool = False) -> None:
     if give_up or type(error).__name__ not in _BROKEN_OFF:
         raise error
     _logger.info("the connection broke off (%s), trying again", error)
+    time.sleep(1)
 
 
 def _read_range(url: str, start: int, end: int) -> bytes:
     with _answer(url, start, end) as response:
         contents = b"".join(response.iter_raw())
     if len(contents) != end - start:
-        raise CheckpointError(f"{url}: {len(contents)} bytes came where {end - start} were asked for")
+        raise DownloadError(f"{url}: {len(contents)} bytes came where {end - start} were asked for")
     return contents
 
 
@@ -96,7 +98,7 @@ def _whole_size(response: Any) -> int:
     """Size of the file that an answer has a part of."""
     told = response.headers.get("Content-Range", "").rpartition("/")[2]
     if not told.isdecimal():
-        raise CheckpointError(f"{response.url.host} sends no part of a file (HTTP {response.status_code})")
+        raise DownloadError(f"{response.url.host} sends no part of a file (HTTP {response.status_code})")
     return int(told)
 
 
@@ -118,7 +120,7 @@ def _answer(url: str, start: int, end: int | None = None) -> Iterator[Any]:
                 yield response
                 return
             url = _allowed(urljoin(url, response.headers["Location"]))
-    raise CheckpointError(f"{endpoint()} redirects without end; {_MOST_REDIRECTS} redirects are followed")
+    raise DownloadError(f"{endpoint()} redirects without end; {_MOST_REDIRECTS} redirects are followed")
 
 
 def _allowed(url: str) -> str:
@@ -126,7 +128,7 @@ def _allowed(url: str) -> str:
     own, wanted = urlsplit(endpoint()), urlsplit(url)
     if wanted[:2] != own[:2] and (wanted.scheme, wanted.netloc) not in [("https", store) for store in _STORES]:
         where = f"{wanted.scheme}://{wanted.netloc}"
-        raise CheckpointError(
+        raise DownloadError(
             f"refused: {own.netloc} redirects to {where}; allowed are {own.scheme}://{own.netloc} and "
             f"{', '.join(_STORES)} over https (ARM_ZOO_GITHUB_ENDPOINT names a mirror)"
         )

@@ -17,13 +17,14 @@ from typing import Any, BinaryIO
 from arm_zoo.files import (
     WEIGHTS,
     CheckpointError,
+    DownloadError,
     in_own_memory,
     remove_leftovers,
     replacing_files,
     save_tensors,
     sha256_of,
 )
-from arm_zoo.weights.download import DownloadError, discard, explained, fetch_from_hub, verified
+from arm_zoo.weights.download import discard, explained, fetch_from_hub, verified
 from arm_zoo.weights.hosted import ARM_REPOSITORY, TABLE, Weights
 from arm_zoo.weights.reading import Contents, read_checkpoint, read_contents
 from arm_zoo.weights.releases import ReleaseFile, download_release, endpoint, release_url

@@ -129,14 +129,13 @@ class Handler(BaseHTTPRequestHandler):
         sha = hashlib.sha256(contents).hexdigest()
         etag = f'"{sha if large else git_hash(contents)}"'
         linked = {"X-Linked-Etag": etag, "X-Linked-Size": str(len(contents))} if large else {}
-        first = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        begin, end = (
-            (int(first[1]), min(int(first[2] or len(contents)), len(contents) - 1)) if first else (0, len(contents))
-        )
-        if first:
-            headers["Content-Range"] = f"bytes {begin}-{end}/{len(contents)}"
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        begin, end = 0, len(contents)
+        if span:
+            begin, end = int(span[1]), min(int(span[2]) + 1 if span[2] else end, end)
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(contents)}"
         headers = {"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes", **linked, **headers}
-        self.answer(206 if first else 200, contents[begin : end + 1], **headers)
+        self.answer(206 if span else 200, contents[begin:end], **headers)
 
     def _describe(self, name: str, repository: Repository, what: str | None, revision: str) -> None:
         if what == "refs":
@@ -294,8 +293,12 @@ def cuts_off(contents: bytes, times: int) -> Fault:
         if RELEASE.fullmatch(unquote(urlsplit(request.path).path)) or ("Range" in request.headers and not first):
             return False  # a redirect, or a look into the file
         left[0] -= 1
-        rest = contents[int(first[1]) if first else 0 :]
+        begin = int(first[1]) if first else 0
+        rest = contents[begin:]
         request.send_response(206 if first else 200)
+        request.send_header("ETag", f'"{git_hash(contents)}"')
+        if first:
+            request.send_header("Content-Range", f"bytes {begin}-{len(contents) - 1}/{len(contents)}")
         request.send_header("Content-Length", str(len(rest)))
         request.end_headers()
         request.wfile.write(rest[: len(rest) // 2])
@@ -314,6 +317,25 @@ def sends_other_contents(contents: bytes) -> Fault:
             return False
         request.answer(200, contents)
         return True
+
+    return fault
+
+
+def redirects_to(location: str) -> Fault:
+    """The file is said to be somewhere else."""
+
+    def fault(request: Handler, name: str) -> bool:
+        request.answer(302, Location=location)
+        return True
+
+    return fault
+
+
+def wants_token(token: str) -> Fault:
+    """Nothing is sent to others than those who know it."""
+
+    def fault(request: Handler, name: str) -> bool:
+        return request.headers.get("Authorization") != f"Bearer {token}" and request.refuse(401, "")
 
     return fault
 
@@ -354,6 +376,10 @@ def full_disk(url, temp_file, **kwargs):
     temp_file.write(b"half of")
     raise OSError(28, "No space left on device")
 
+class FullFile(io.FileIO):
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
 def describe(model):
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -389,11 +415,14 @@ CALLS = {
 for line in sys.stdin:
     task = json.loads(line)
     lines.clear()
-    os.environ.pop("ARM_ZOO_HUB_ORG", None)
+    for name in ("ARM_ZOO_HUB_ORG", "ARM_ZOO_ARM_FILE", "ARM_ZOO_UPSTREAM", "ARM_ZOO_KEEP_PICKLES"):
+        os.environ.pop(name, None)
     os.environ.update(task.get("environment", {}))
     for name, row in task.get("table", {}).items():
-        arm_zoo.weights.hosted.TABLE[name] = arm_zoo.weights.hosted.Weights(**row)
+        shapes = {key: tuple(shape) for key, shape in row.pop("shapes", {}).items()}
+        arm_zoo.weights.hosted.TABLE[name] = arm_zoo.weights.hosted.Weights(**row, shapes=shapes)
     file_download.http_get = full_disk if task.get("full") else http_get
+    arm_zoo.weights.releases.open = (lambda path, mode: FullFile(path, "w")) if task.get("full") else open
     if task.get("nobody") and os.geteuid() == 0:
         os.seteuid(65534)
     try:
@@ -441,11 +470,14 @@ class Client:
 
 
 def start_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> Client:
-    names = ("HF_TOKEN", "HF_HUB_OFFLINE", "ARM_ZOO_HUB_ORG")
-    inherited = {key: value for key, value in os.environ.items() if key not in names and "proxy" not in key.lower()}
+    names = ("HF_TOKEN", "HF_HUB_OFFLINE", "ARM_ZOO_")
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(names) and "proxy" not in key.lower()
+    }
     environment = {
         **inherited,
         "HF_ENDPOINT": hub.endpoint,
+        "ARM_ZOO_GITHUB_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
         "OMP_NUM_THREADS": "1",
         **environment,
