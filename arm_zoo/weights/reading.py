@@ -90,8 +90,10 @@ def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> C
         if metered.failure is not None:
             raise metered.failure from None  # not of the file but of the way to it
         raise _unreadable(metered, path, error) from error
+    if is_safetensors(path):
+        return Contents(clean_state_dict(contents), [], {}, metered.bytes_read)
     tensors = {key: value.to("meta") for key, value in _state_dict(contents, weights, path).items()}
-    beside = [] if is_safetensors(path) else [str(key) for key in contents if _is_beside(key, contents[key])]
+    beside = [str(key) for key in contents if _is_beside(key, contents[key])]
     saved = contents.get("args", contents.get("config")) if beside else None
     arguments = vars(saved) if isinstance(saved, argparse.Namespace) else saved
     return Contents(tensors, beside, arguments if isinstance(arguments, dict) else {}, metered.bytes_read)

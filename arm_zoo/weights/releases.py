@@ -46,6 +46,7 @@ class ReleaseFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no 
         super().__init__(None, url, block_size=2**16, cache_type="blockcache", size=size)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)  # the last block is not a whole one
         for _ in range(_TRIES - 1):
             try:
                 return _read_range(self.path, start, end)

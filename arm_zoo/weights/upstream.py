@@ -123,7 +123,10 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def list_files(weights: Weights, token: Token = None) -> list[RemoteFile]:
-    """The checkpoints at an upstream place; of a release, whose files nobody lists, the one that the table names."""
+    """The checkpoints at an upstream place; of a release, whose files nobody lists, the one that the table names.
+
+    Names that would do something to a terminal are left out.
+    """
     from huggingface_hub import HfApi
 
     repository, on_github = str(weights.repository), weights.host == "github"
@@ -136,7 +139,7 @@ def list_files(weights: Weights, token: Token = None) -> list[RemoteFile]:
             repository, file.rfilename, str(info.sha), on_github, file.size, file.lfs.sha256 if file.lfs else None
         )
         for file in info.siblings or []
-        if file.rfilename.endswith(CHECKPOINTS)
+        if file.rfilename.endswith(CHECKPOINTS) and file.rfilename.isprintable()
     ]
 
 
@@ -202,7 +205,7 @@ def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weight
 
 def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:
     """The safetensors of an entry or address in the cache, compared with its sha256; None if there is none for it."""
-    file = _folder(name, cache_dir) / WEIGHTS
+    file = cache_folder(name, cache_dir) / WEIGHTS
     record, named = read_record(file), _named_files(weights)
     asked = {"repository": weights.repository, "revision": weights.revision, "choice": weights.choice}
     if not file.is_file() or {key: record.get(key) for key in asked} != asked:
@@ -210,7 +213,8 @@ def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> 
     return verified(file, record.get("converted_sha256"), name) if record.get("file") in named or not named else None
 
 
-def _folder(name: str, cache_dir: str | Path | None) -> Path:
+def cache_folder(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The folder for what an entry's or address's weights become; made if it is not there."""
     from huggingface_hub import cached_assets_path
 
     assets = None if cache_dir is None else Path(cache_dir) / "assets"
@@ -226,7 +230,7 @@ def _fetch(name: str, weights: Weights, cache_dir: str | Path | None, token: Tok
     with explained(f"fetch the weights of {name} from {repository}", repository, cache_dir, github=github):
         if (file := cached(name, weights, cache_dir)) is not None:
             return file
-        folder = _folder(name, cache_dir)
+        folder = cache_folder(name, cache_dir)
         with WeakFileLock(folder / ".lock"):
             if (file := cached(name, weights, cache_dir)) is not None:
                 return file

@@ -368,7 +368,7 @@ def test_without_a_command_the_help_leads_on(capsys: pytest.CaptureFixture[str])
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: python -m hub ") and len(printed.splitlines()) < 30
-    for command in ("convert", "publish", "check", "export", "sources"):
+    for command in ("convert", "publish", "check", "export", "sources", "doctor"):
         assert f"\n    {command} " in printed
     assert "\n  python -m hub convert checkpoint.pth OUT " in printed
 
@@ -1063,24 +1063,6 @@ def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: p
     assert measured(None, results) == {}
     monkeypatch.setattr("hub.upstream.RESULTS", results)
     assert _known(entry, CATALOG[entry]).endswith("licence apache-2.0; measured by us: custom 99.17")
-
-
-def test_sources(server: HubServer, client: Client, tmp_path: Path) -> None:
-    """Names come from the Hub as they are, hostile ones too; safetensors tell their model by their header."""
-    save_file(to_official(small()), tmp_path / "official.safetensors")
-    files = {"official.safetensors": (tmp_path / "official.safetensors").read_bytes(), "arm_huge.pth": b"PK"}
-    server.add("OliverRen/ARM", {**files, "broken.safetensors": b"no", "\x1b[31m../../red.txt": b""})
-    reply = client.load("hub", "sources")
-    assert reply["code"] == 0, reply
-    assert re.search(r"'official\.safetensors' .* arm_tiny_patch16_224, backbone, 5 classes", reply["out"])
-    assert re.search(r"'arm_huge\.pth' .* a pickle: what model it is of shows when", reply["out"])
-    assert re.search(r"'broken\.safetensors' .* cannot be told", reply["out"])
-    assert "\x1b" not in reply["out"]
-    assert re.search(r"arm_large_patch16_224\.arm_in1k_ft_in1k +to convert +ARM-L; from OliverRen/ARM; ", reply["out"])
-    assert re.search(r"arm_large_patch16_224\.in1k +ours +MambaMLP-L.*; reported by the paper: in1k 81", reply["out"])
-    assert re.search(r"arm_pico_patch2_8\S+ +ours +not in the paper; .*; licence apache-2\.0", reply["out"])
-    reply = client.load("hub", "sources", "--repo", "ada/none")
-    assert reply["code"] == 1 and "cannot list ada/none: there is no such repository" in reply["err"]
 
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
