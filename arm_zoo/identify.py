@@ -73,8 +73,6 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
     classes: dict[Any, str | None] = {**dict.fromkeys(backbones)}
     classes |= {row.model_class: name for name, row in OBJECTIVES.items()}
     found = [each for each in classes if each.official_names.covers(each.keys, state_dict)]
-    if not found and any(name.endswith(".mixer.A_log") for name in state_dict):
-        raise CheckpointError("this is a Vim checkpoint (mixers without MLPs), which cannot be converted yet")
     if not found:
         some = ", ".join(sorted(state_dict)[:8]) or "nothing"
         wanted = " or ".join(each.__name__ for each in backbones)

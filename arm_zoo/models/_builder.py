@@ -22,8 +22,8 @@ from timm.models import (
 from timm.models._input import get_model_args
 from torch import nn
 
+from arm_zoo.base import ZooModel
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
-from arm_zoo.weights.adapt import ZooModel
 from arm_zoo.weights.download import download
 from arm_zoo.weights.find import find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, upstream_is_on, ways_on
@@ -167,6 +167,8 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
 class Backbone(ZooModel):
     """A model of any family that is saved in timm's Hub form."""
 
+    pretraining_keys: frozenset[str] = frozenset()  # those that only the pretraining models of this class have
+    untrained = ("cls_token", "norm.", "head.")  # how names of tensors start that pretraining does not train
     pretrained_cfg: dict[str, Any]  # set by timm
 
     @torch.jit.ignore

@@ -38,6 +38,7 @@ class Toy(ARM):
         "https://example.org/toy",
     )
     keys = (*ARM.keys, "last.weight")
+    untrained = (*ARM.untrained, "last.")
 
     @wraps(ARM.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -128,6 +129,10 @@ def test_an_objective_joins_by_a_row(tmp_path: Path) -> None:
     assert variant.pretraining == model.config
     model.save_pretrained(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"] == "toy"
+    assert "temperature" in Toy.pretraining_keys and "temperature" not in ARM.pretraining_keys
+    backbone = timm.create_model(NAME)
+    adapted = backbone.adapt({**model.state_dict(), "extra.weight": torch.ones(1)}, backbone, timm_adapts=False)
+    assert adapted["blocks.1.mixer.D"].equal(model.blocks[1].mixer.D.expand(4, -1))
     convert(tmp_path / "run", tmp_path / "out")
     assert check_folder(tmp_path / "out").startswith("golden features and prediction met")
     for source in (tmp_path / "run", tmp_path / "out"):
