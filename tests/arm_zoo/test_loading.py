@@ -294,7 +294,7 @@ def test_save_and_load_again(model: nn.Module, tmp_path: Path) -> None:
         ("no/such/folder/here", FileNotFoundError, "no checkpoint at no/such/folder/here"),
         ("none.pth", FileNotFoundError, r"no checkpoint at none\.pth"),
         ("local-dir:nowhere", FileNotFoundError, r"no config\.json in nowhere"),
-        ("arm_large", CheckpointError, "are not hosted yet"),
+        ("arm_large_patch16_224.in1k", CheckpointError, "are not hosted yet"),
     ],
 )
 def test_sources_that_are_none(source: str, error: type[Exception], message: str) -> None:
@@ -404,7 +404,7 @@ def test_bundled_weights(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest
             assert torch.equal(loaded.state_dict()[name], value.to(dtype).float()), name
     assert timm.create_model(entry, pretrained=True, num_classes=0).num_classes == 0
     with pytest.raises(CheckpointError, match=f"a small model that comes with the package: .*{PICO}"):
-        timm.create_model("arm_base", pretrained=True)
+        timm.create_model("arm_base_patch16_224.in1k", pretrained=True)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"is damaged, cut short or another file.*install arm-zoo anew"):
         timm.create_model(architecture, pretrained=True)
@@ -456,11 +456,14 @@ def _input_size(entry: str) -> tuple[int, int, int]:
     return timm.models.get_pretrained_cfg(entry).input_size
 
 
-def test_not_hosted_and_three_ways_on() -> None:
+def test_no_weights_and_three_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARM_ZOO_UPSTREAM", "0")
     with pytest.raises(CheckpointError) as error:
         timm.create_model("arm_large", pretrained=True)
     message = str(error.value)
-    assert message.startswith("the weights of arm_large_patch16_224.arm_in1k_ft_in1k are not hosted yet. Ways on:\n")
+    first, *_ = message.splitlines()
+    assert first.startswith("the weights of arm_large_patch16_224.arm_in1k_ft_in1k are only at their authors' (Oliver")
+    assert first.endswith("ARM_ZOO_UPSTREAM=0 turns fetching from there off. Ways on:")
     assert "python -m hub convert FILE OUT" in message
     configs = re.findall(r"accelerate launch -m (recipes\.\w+) --config (\S+)", message)
     assert configs == [
@@ -481,7 +484,7 @@ def test_training_commands_name_configurations_that_are_there(repo: Path) -> Non
 def test_the_table_names_registered_entries() -> None:
     for entry, weights in table.TABLE.items():
         assert timm.is_model(entry), entry
-        assert weights.where == "planned" or len(weights.sha256 or "") == 64, entry
+        assert weights.where in ("planned", "upstream") or len(weights.sha256 or "") == 64, entry
 
 
 # from the Hub
@@ -545,8 +548,9 @@ def test_another_organisation(hub: HubServer, client: Client, entry_files: dict[
     assert client.load("arm_zoo", ENTRY, **lab)["digest"] == reply["digest"]
     message = client.refused("timm", "arm_huge", pretrained=True, **lab)
     assert "cannot fetch model.safetensors of lab/arm_huge_patch16_224.arm_in1k_ft_in1k" in message
-    reply = client.load("timm", "arm_base", pretrained=True, cache_dir=tmp_path)
-    assert "are not hosted yet" in reply["message"]
+    row = {"where": "upstream", "repository": "OliverRen/ARM"}
+    reply = client.load("timm", "arm_base", pretrained=True, cache_dir=tmp_path, table={ENTRY: row})
+    assert "from OliverRen/ARM: there is no such repository" in reply["message"]
 
 
 # what goes wrong

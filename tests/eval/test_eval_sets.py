@@ -369,8 +369,8 @@ def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     assert "nothing to score: name models with --models" in refused()
     assert "unknown model 'test_vita'; did you mean test_vit" in refused("--models", "test_vita")
-    assert "the weights of arm_base_patch16_224 are not hosted yet: give them with --weights FILE" in refused(
-        "--models", "arm_base_patch16_224"
+    assert "the weights of arm_base_patch16_224.in1k are not hosted yet: give them with --weights FILE" in refused(
+        "--models", "arm_base_patch16_224.in1k"
     )
     assert "no file or folder 'gone.pth'" in refused("--models", "test_vit", "--weights", "gone.pth")
     assert "with several models each is MODEL=FILE" in refused(
