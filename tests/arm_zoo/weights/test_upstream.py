@@ -4,6 +4,7 @@ The real client of the Hub runs in a process of its own against a stand-in for t
 sockets sees to it that it asks nobody else. The files have the authors' layout at a small width.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -18,11 +19,13 @@ from typing import Any
 
 import pytest
 import timm
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
 import arm_zoo
 from arm_zoo import CheckpointError, DownloadError, to_official
+from arm_zoo.files import sha256_of
 from arm_zoo.weights import upstream
 from arm_zoo.weights.hosted import TABLE, Weights
 from arm_zoo.weights.reading import Contents
@@ -516,6 +519,28 @@ def test_timm_lists_what_can_be_fetched(value: str, listed: bool, repo: Path) ->
     upstream = {name for name, row in TABLE.items() if row.where == "upstream" and name.startswith("arm_")}
     assert len(upstream) == 10 and (upstream <= set(names.split())) == listed
     assert "arm_base_patch16_224.in1k" not in names.split() and "arm_pico_patch2_8.arm_digits_ft_digits" in names
+
+
+def test_eval_scores_what_was_fetched(hub: HubServer, repo: Path, tmp_path: Path) -> None:
+    """By the entry's name alone; the row of results names the file that was read."""
+    entry = "arm_pico_patch2_8.arm_digits_ft_digits"
+    hub.release(VMAMBA, TAG, {FILE: official_bytes(finetuned(entry, embed_dim=64, depth=4))})
+    for number, name in enumerate(timm.get_pretrained_cfg(entry).label_names):
+        (tmp_path / "digits" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 25 * number).save(tmp_path / "digits" / name / "0.png")
+    code = (
+        "import sys\nfrom arm_zoo.weights.hosted import TABLE, Weights\nfrom eval.__main__ import main\n"
+        f"TABLE[{entry!r}] = Weights(**{ON_GITHUB!r})\nsys.exit(main(sys.argv[1:]))"
+    )
+    words = ["--models", entry, "--sets", f"custom={tmp_path / 'digits'}", "--output", str(tmp_path / "results.csv")]
+    environment = {**os.environ, "ARM_ZOO_GITHUB_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code, *words], cwd=repo, env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "results.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    [weights] = tmp_path.rglob("model.safetensors")
+    assert (row["n"], row["set"], row["weights_sha256"]) == ("10", "custom", sha256_of(weights)), row
+    assert row["weights"] == f"{hub.endpoint}/{VMAMBA}/releases/download/%23v2cls/{FILE}", row
 
 
 def test_entries_without_a_source_refuse_at_once() -> None:
