@@ -20,7 +20,7 @@ from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
 from arm_zoo.weights.download import download
 from arm_zoo.weights.find import hub_repository, is_upstream
-from arm_zoo.weights.hosted import known_sha256
+from arm_zoo.weights.hosted import TABLE, known_sha256
 from arm_zoo.weights.reading import read_checkpoint
 from arm_zoo.weights.upstream import fetch_address, fetch_upstream, read_record
 
@@ -168,7 +168,7 @@ class _Loader:
         if scheme in ("hf-hub", "hf_hub"):
             return self.from_hub(rest, wanted)._replace(source=source)
         if scheme == "hf":
-            file = fetch_address(source, self.cache_dir, self.token)
+            file = fetch_address(source, self.revision, self.cache_dir, self.token)
             model = self.from_file(file) if wanted is None else self.from_named_file(wanted, file)
             return Loaded(model, file, source, {})
         known = list_entries() if self.timms_too else entries()
@@ -193,6 +193,9 @@ class _Loader:
 
     def from_upstream(self, name: str, entry: str) -> Loaded:
         """From the authors' file: the pretraining model where it is of one, unless a backbone is asked for."""
+        if self.revision is not None:
+            address = f"hf://{TABLE[entry].repository}@{self.revision}/FILE"
+            raise ValueError(f"{name} is fetched at the table's revision; if another has a file, name it as {address}")
         file = fetch_upstream(entry, self.cache_dir, self.token)
         cfg: Any = get_pretrained_cfg(entry)
         if cfg.num_classes == 0 and not self.as_backbone:

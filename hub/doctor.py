@@ -71,7 +71,7 @@ class _Visit:
             yield "a file with the sha256 of the table", self.find_the_file
             return
         yield "upstream on; other settings only where they are meant", self.read_the_settings
-        yield "a folder that can be written to, with more space than the file has bytes", self.open_the_cache
+        yield "a folder that can be written to, or that has the weights", self.open_the_cache
         yield f"{repr(weights.file) if weights.file else 'checkpoints'} at {weights.revision!r}", self.list_the_files
         shapes = ", ".join(f"{name} {shape}" for name, shape in weights.shapes.items())
         yield f"one file {'with ' + shapes if shapes else 'as the table names it'}", self.look_into_them

@@ -101,15 +101,18 @@ def fetch_upstream(entry: str, cache_dir: str | Path | None = None, token: Token
     return _fetch(entry, TABLE[entry], cache_dir, token)
 
 
-def fetch_address(address: str, cache_dir: str | Path | None = None, token: Token = None) -> Path:
+def fetch_address(
+    address: str, revision: str | None = None, cache_dir: str | Path | None = None, token: Token = None
+) -> Path:
     """The safetensors with the weights of a file named hf://ORG/NAME/FILE or hf://ORG/NAME@REVISION/FILE."""
     match = _ADDRESS.fullmatch(address)
     if match is None or not match[3].endswith(CHECKPOINTS):
         expected = f"hf://ORG/NAME[@REVISION]/FILE, where FILE ends in {', '.join(CHECKPOINTS)}"
         raise DownloadError(f"{address!r} names no checkpoint; expected {expected}")
-    repository, revision, file = match.groups()
+    repository, at, file = match.groups()
     licenses = {row.repository: row.license for row in TABLE.values() if row.where == "upstream"}
-    weights = Weights("upstream", None, revision or "main", repository, file=file, license=licenses.get(repository))
+    revision = revision or at or "main"
+    weights = Weights("upstream", None, revision, repository, file=file, license=licenses.get(repository))
     return _fetch(f"{repository}@{weights.revision}/{file}", weights, cache_dir, token)
 
 
