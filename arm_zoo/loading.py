@@ -194,8 +194,8 @@ class _Loader:
     def from_upstream(self, name: str, entry: str) -> Loaded:
         """From the authors' file: the pretraining model where it is of one, unless a backbone is asked for."""
         if self.revision is not None:
-            address = f"hf://{TABLE[entry].repository}@{self.revision}/FILE"
-            raise ValueError(f"{name} is fetched at the table's revision; if another has a file, name it as {address}")
+            said = f"{name} is fetched from its authors at the revision {TABLE[entry].revision!r}"
+            raise ValueError(f"{said}; a file of another is named by its address, hf://ORG/NAME@REVISION/FILE")
         file = fetch_upstream(entry, self.cache_dir, self.token)
         cfg: Any = get_pretrained_cfg(entry)
         if cfg.num_classes == 0 and not self.as_backbone:
