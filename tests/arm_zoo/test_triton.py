@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
+from arm_zoo.layers.block import Block, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
@@ -27,7 +29,8 @@ HEADER = """
 from pathlib import Path
 import torch
 from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_backward
-from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators
+from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_operators
+from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums
 from tests.arm_zoo.test_triton import check_special_values, extreme_error, gate_errors
 from tests.arm_zoo.test_triton import gated_product_error, inner_error, worst_error
 import arm_zoo
@@ -64,11 +67,14 @@ for shape in ((3, 130, 20), (1, 600), (1, 1, 2)):
     errors = gate_errors(shape, torch.float32, "cpu")
     assert largest(errors) < 1e-6, (shape, errors)
 assert largest(gate_errors((200, 80), torch.bfloat16, "cpu")) < 5e-3
-for shape, scaled in (((3, 7, 20), True), ((1, 1, 64), False), ((2, 5, 130), False)):
-    errors = add_norm_errors(shape, torch.float32, "cpu", scaled)
-    assert largest(errors) < 1e-6, (shape, errors)
-assert largest(add_norm_errors((2, 9, 40), torch.bfloat16, "cpu", True)) < 5e-3
+for centred in (True, False):
+    for shape, scaled in (((3, 7, 20), True), ((1, 1, 64), False), ((2, 5, 130), False)):
+        errors = add_norm_errors(shape, torch.float32, "cpu", scaled, centred)
+        assert largest(errors) < 1e-6, (shape, centred, errors)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert largest(add_norm_errors((2, 9, 40), dtype, "cpu", True, centred)) < 5e-3
 check_deferred_sums("cpu")
+check_deferred_root_mean_squares("cpu")
 for shape in ((2, 130, 64, 72), (1, 3, 96, 264), (1, 1, 200, 136)):
     error = gated_product_error(*shape, torch.float32, "cpu")
     assert error < 1e-6, (shape, error)
@@ -225,23 +231,27 @@ def gate_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
 
 
-def add_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype, device: str, scaled: bool) -> list[float]:
-    """Relative L2 errors of sum, norm and all gradients against float64, with tokens in float32."""
+def add_norm_errors(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, scaled: bool, centred: bool
+) -> list[float]:
+    """Relative L2 errors of sum, layer norm or RMSNorm and all gradients against float64, with tokens in float32."""
     torch.manual_seed(0)
     batch, _, dim = shape
     x, grad_total = (torch.randn(shape, device=device) for _ in range(2))
     branch, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    weight, bias = (torch.randn(dim, device=device) for _ in range(2))
+    parameters = torch.randn(2 if centred else 1, dim, device=device).unbind()
     scale = torch.rand(batch, device=device).to(dtype) if scaled else None
     results = []
     for exact in (False, True):
-        leaves = [t.detach().to(torch.float64 if exact else t.dtype) for t in (x, branch, weight, bias)]
+        leaves = [t.detach().to(torch.float64 if exact else t.dtype) for t in (x, branch, *parameters)]
         own = [t.requires_grad_() for t in leaves]
         if exact:
             total = own[0] + own[1] * (1 if scale is None else scale.double()[:, None, None])
-            normed = torch.nn.functional.layer_norm(total, (dim,), *own[2:], eps=1e-3)
+            norm = torch.nn.functional.layer_norm if centred else torch.nn.functional.rms_norm
+            normed = norm(total, (dim,), *own[2:], eps=1e-3)
         else:
-            total, normed, _ = torch.ops.arm_zoo.add_norm(own[0], own[1], scale, *own[2:], 1e-3, dtype)
+            own_bias = own[3] if centred else None
+            total, normed, _ = torch.ops.arm_zoo.add_norm(own[0], own[1], scale, own[2], own_bias, 1e-3, dtype)
         cotangents = [grad_total.to(total.dtype), grad.to(normed.dtype)]
         results.append([total, normed, *torch.autograd.grad([total, normed], own, cotangents)])
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
@@ -253,6 +263,27 @@ def test_sums_of_other_types_than_the_tokens() -> None:
     total, normed = Residual(x, branch, torch.tensor([1.0, 0.5])).normed(norm)
     assert torch.equal(total, x + branch * torch.tensor([1.0, 0.5])[:, None, None])
     assert torch.equal(normed, norm(total))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of hooked norms
+def test_residuals_in_float32_leave_rms_norms_in_the_type_of_weights(
+    weights: torch.dtype, autocast: bool, hooked: bool
+) -> None:
+    """Or of autocast, and are normed before they are rounded; for the kernel's own rounding see `add_norm_errors`."""
+    norm = torch.nn.RMSNorm(8, eps=1e-5, dtype=weights)
+    torch.nn.init.normal_(norm.weight)
+    if hooked:
+        norm.register_forward_hook(lambda *_: None)
+    residual = torch.promote_types(weights, torch.float32)
+    x, branch = 300 * torch.randn(2, 3, 8, dtype=residual), torch.randn(2, 3, 8).to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        total, normed = Residual(x, branch, torch.tensor([2.0, 0.5], dtype=weights)).normed(norm)
+    assert torch.equal(total, x + branch.to(residual) * torch.tensor([2.0, 0.5])[:, None, None])
+    defined = total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.to(residual)
+    torch.testing.assert_close(normed, defined.to(torch.bfloat16 if autocast else weights))
 
 
 def check_deferred_sums(device: str) -> None:
@@ -277,6 +308,27 @@ def check_deferred_sums(device: str) -> None:
             results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
         for actual, expected in zip(*results, strict=True):
             assert (actual - expected).norm() <= 1e-5 * expected.norm(), (actual, expected)
+
+
+def check_deferred_root_mean_squares(device: str) -> None:
+    """The same of a stack as Vim's: mixers alone, RMSNorm, and the residual in float32 also between 16-bit blocks."""
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        torch.manual_seed(0)
+        norm = partial(torch.nn.RMSNorm, eps=1e-5)
+        stack = [Block(24, 2, 2, drop_path=0.5, norm_layer=norm, expand=2, mlp=False) for _ in range(3)]
+        blocks = torch.nn.ModuleList(stack).to(device, dtype)
+        order = scan_order(2, 3, DIRECTIONS[:2], 3, device=device)
+        tokens, results = torch.randn(4, 7, 24, device=device, requires_grad=True), []
+        for deferred in (True, False):
+            arm_zoo.ops.fused.adds_in_norm = lambda x, norm, deferred=deferred: deferred
+            torch.manual_seed(1)
+            with arm_zoo.scan_backend("torch"), Recorder() as recorder:
+                output = run_blocks(blocks, tokens, order, {3})[3]
+            assert recorder.counts["arm_zoo::add_norm"] == 2 * deferred and output.dtype == torch.float32
+            results.append([output, *torch.autograd.grad(output.square().sum(), [tokens, *blocks.parameters()])])
+        for actual, expected in zip(*results, strict=True):
+            assert actual.dtype == expected.dtype
+            assert (actual - expected).norm() <= limit * expected.norm(), (dtype, actual, expected)
 
 
 def scan_inputs(value: float | None = None, device: str = "cuda") -> list[torch.Tensor]:
@@ -366,8 +418,9 @@ def check_operators(device: str) -> None:
     torch.library.opcheck(torch.ops.arm_zoo.gate.default, (halves, bias))
     tokens, branch, weight = (torch.randn(*shape, device=device) for shape in ((2, 5, 12), (2, 5, 12), (12,)))
     norm_inputs = [t.requires_grad_() for t in (tokens, branch, weight, weight.clone())]
-    inputs = (*norm_inputs[:2], torch.rand(2, device=device), *norm_inputs[2:], 1e-5, torch.float32)
-    torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
+    for bias in (norm_inputs[3], None):
+        inputs = (*norm_inputs[:2], torch.rand(2, device=device), norm_inputs[2], bias, 1e-5, torch.float32)
+        torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
     sequences = scan_inputs(device=device)
     arguments = (None, None, True, None)  # without bias, weight and order
     gated = (*sequences, *arguments, False, sequences[0][0], "triton")
@@ -522,17 +575,21 @@ def test_gate_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 67, 130), (33, 197, 768), (9, 577, 1280)])
-def test_sums_with_norms_on_the_gpu(shape: tuple[int, int, int], dtype: torch.dtype, scaled: bool) -> None:
-    assert largest(add_norm_errors(shape, dtype, "cuda", scaled)) < {torch.float32: 1e-5}.get(dtype, 5e-3)
+def test_sums_with_norms_on_the_gpu(
+    shape: tuple[int, int, int], dtype: torch.dtype, scaled: bool, centred: bool
+) -> None:
+    assert largest(add_norm_errors(shape, dtype, "cuda", scaled, centred)) < {torch.float32: 1e-5}.get(dtype, 5e-3)
 
 
 @pytest.mark.gpu
 def test_deferred_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arm_zoo.ops.fused, "adds_in_norm", None)  # so that it is there again after the test
     check_deferred_sums("cuda")
+    check_deferred_root_mean_squares("cuda")
 
 
 @pytest.mark.gpu
