@@ -68,7 +68,7 @@ def test_kernels_compile(
     A, D = torch.empty(4, channels, d_state), torch.empty(4, channels)
     weight = torch.empty(4, channels, rank) if rank else None
     order = torch.arange(5).expand(4, -1)
-    scan = ScanInputs(u, delta, A, B, C, D, D if biased else None, weight, True, order)
+    scan = ScanInputs(u, delta, A, B, C, D, D if biased else None, weight, True, order, True)
     for save_states in (False, True):
         _, saved = cuda.selective_scan(scan, save_states, None)
     cuda.selective_scan_backward(u[0], scan._replace(delta=torch.empty_like(u)), saved)

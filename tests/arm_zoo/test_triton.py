@@ -46,6 +46,10 @@ for case in CASES:
 for dtype in (torch.bfloat16, torch.float16):
     error = worst_error(*CASES[1], dtype, "cpu", rank=4)
     assert error < 1e-2, (dtype, error)
+for case, dtype in (((4, 2, 3, None, 33, 1), torch.float32), (CASES[1], torch.float32), (CASES[0], torch.bfloat16)):
+    for rank in (0, 4):
+        error = worst_error(*case, dtype, "cpu", rank=rank, shared=True)
+        assert error < {torch.float32: 1e-5}.get(dtype, 1e-2), (case, dtype, rank, error)
 for case in ((1, 1, 65, None, 1, 2), (2, 2, 3, 4, 40, 16), (1, 2, 2, None, 33, 64)):
     error = worst_error(*case, torch.float32, "cpu")
     assert error < 1e-5, (case, error)
@@ -138,16 +142,24 @@ assert torch.allclose(*map(torch.tensor, losses), rtol=1e-5), losses
 """,
 }
 # directions, height, width, class token's index, channels, d_state
+SHARED = [
+    (4, 7, 7, None, 66, 1),
+    (4, 24, 24, 288, 64, 1),
+    (4, 6, 3, None, 33, 1),
+    (4, 5, 9, None, 72, 16),
+    (2, 1, 3, 1, 64, 2),
+]
 CASES = [(1, 1, 1, None, 6, 1), (4, 3, 2, 3, 70, 3), (2, 2, 9, 0, 5, 4), (4, 4, 5, 10, 33, 2)]
 
 
 def worst_error(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int,
-    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0,
+    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0, shared: bool = False,
 ) -> float:  # fmt: skip
     """Largest relative L2 error of outputs and gradients of both operations, against the reference in float64.
 
-    With a rank, step sizes of low rank and B and C are parts of wider rows, as in the mixer.
+    With a rank, step sizes of low rank and B and C are parts of wider rows, as in the mixer; shared, all directions
+    read one u, everything is in token order, and the directions are added up, as in VMamba.
     """
     torch.manual_seed(0)
     order = scan_order(height, width, DIRECTIONS[:directions], cls_index, device=device)
@@ -161,21 +173,24 @@ def worst_error(
     u, delta = (draw(directions, batch, length, channels).to(dtype) for _ in range(2))
     into, out = (draw(directions, batch, length, d_state).to(dtype) for _ in range(2))
     weight = [draw(directions, channels, rank) / math.sqrt(rank)] if rank else []
+    u = u[0] if shared else u
     if rank:
-        rows = draw(directions, batch, length, rank + 2 * d_state).to(dtype)
+        rows = draw(batch, length, directions, rank + 2 * d_state).to(dtype).permute(2, 0, 1, 3)
         delta, into, out = rows.split([rank, d_state, d_state], dim=-1)
     gate, tokens = (draw(batch, length, channels).to(dtype) for _ in range(2))
     taps = draw(directions, channels, 4)
     grad_y, grad_v = draw(batch, length, channels).to(dtype), draw(directions, batch, length, channels).to(dtype)
 
+    scan = partial(selective_scan, mean=not shared)
+
     def everything(backend: str, convert: torch.dtype | None) -> list[torch.Tensor]:
         leaves = [u, delta if rank else delta - 1, rates, into, out, skip, gate, bias, tokens, taps, *weight]
         leaves = [t.detach().to(convert or t.dtype).requires_grad_() for t in leaves]
         with arm_zoo.scan_backend(backend):
-            y = selective_scan(*leaves[:8], True, order, *leaves[10:])
+            y = scan(*leaves[:8], True, order, *leaves[10:])
             v = causal_conv(leaves[8], leaves[9], leaves[5], order)
             with torch.no_grad():  # inference gates inside the kernels
-                gated = selective_scan(*leaves[:8], True, order, *leaves[10:])
+                gated = scan(*leaves[:8], True, order, *leaves[10:])
         torch.autograd.backward([y, v], [grad_y.to(y.dtype), grad_v.to(v.dtype)])
         return [y, gated, v, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
@@ -422,7 +437,7 @@ def check_operators(device: str) -> None:
         inputs = (*norm_inputs[:2], torch.rand(2, device=device), norm_inputs[2], bias, 1e-5, torch.float32)
         torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
     sequences = scan_inputs(device=device)
-    arguments = (None, None, True, None)  # without bias, weight and order
+    arguments = (None, None, True, None, True)  # without bias, weight and order, and for the mean
     gated = (*sequences, *arguments, False, sequences[0][0], "triton")
     torch.library.opcheck(
         torch.ops.arm_zoo.selective_scan.default, gated, test_utils=("test_schema", "test_faketensor")
@@ -527,6 +542,17 @@ def test_kernels_on_the_gpu(
     _, height, width, cls_index, channels, _ = case
     skip_what_mamba_ssm_lacks(kernels, channels, height * width + (cls_index is not None))
     assert worst_error(*case, dtype, "cuda", kernels) < LIMITS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("rank", [0, 4, 6, 16, 64])
+@pytest.mark.parametrize("case", [*SHARED, CASES[1]])
+def test_sums_of_directions_that_share_tokens(
+    case: tuple[int, int, int, int | None, int, int], rank: int, dtype: torch.dtype, kernels: str
+) -> None:
+    skip_what_mamba_ssm_lacks(kernels, case[4], case[1] * case[2])
+    assert worst_error(*case, dtype, "cuda", kernels, rank, shared=True) < LIMITS[dtype]
 
 
 @pytest.mark.gpu

@@ -57,10 +57,10 @@ def _add_norm_backward_kernel(
         weight_sum += outer * y
         bias_sum += outer
         g = outer * w
-        to_norm = g - y * (tl.sum(g * y) / channels)
+        along = tl.sum(g * y) / channels
         if CENTRED:
-            to_norm -= tl.sum(g) / channels
-        through += inverse * to_norm
+            g -= tl.sum(g) / channels
+        through += inverse * (g - y * along)
         tl.store(grad_x + here, through.to(grad_x.dtype.element_ty), mask=channel)
         if HAS_SCALE:
             through *= tl.load(scale + row // length).to(tl.float32)
