@@ -110,7 +110,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_cfg=cfg,
         pretrained_filter_fn=adapt,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": kwargs.pop("out_indices", model_class.feature_maps), "feature_cls": "getter"},
         **{**architecture.arguments, **kwargs},
     )
 
@@ -161,6 +161,7 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
 class Backbone(ZooModel):
     """A model of any family that is saved in timm's Hub form."""
 
+    feature_maps = 3  # of the last ones, that `features_only` gives unless it is told which
     pretrained_cfg: dict[str, Any]  # set by timm
 
     @torch.jit.ignore
