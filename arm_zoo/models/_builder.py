@@ -165,13 +165,18 @@ class Backbone(ZooModel):
     pretrained_cfg: dict[str, Any]  # set by timm
 
     @torch.jit.ignore
+    def geometry(self) -> dict[str, str]:
+        """What people want to know of the layers: their width, depth and patches."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
     def hub_config(self) -> dict[str, Any]:
         """The content of config.json, from which timm builds this model again: its Hub form."""
         model: Any = self
         cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
         named = len(cfg.get("label_names") or ()) == model.num_classes
         labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
-        cfg |= {"num_classes": model.num_classes, "input_size": (model.in_chans, *model.patch_embed.img_size)}
+        cfg |= {"num_classes": model.num_classes, "input_size": model.input_size()}
         return {
             "architecture": cfg.pop("architecture"),
             "num_classes": model.num_classes,

@@ -4,7 +4,8 @@ Four stages of blocks over maps of tokens, channels last: a mixer that scans the
 Nothing depends on the size of the images.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -139,7 +140,7 @@ class VMamba(Backbone):
 
     official_names = OFFICIAL_NAMES
     feature_maps = 4
-    keys = ("patch_embed.conv1.weight", "stages.*.blocks.*.ss2d.A_log", "stages.*.blocks.*.mlp.fc1.weight")
+    keys = ("patch_embed.conv1.weight", "patch_embed.conv2.weight", "stages.*.blocks.*.ss2d.in_proj.weight")
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class VMamba(Backbone):
         self.num_features = self.head_hidden_size = widths[-1]
 
         self.patch_embed = Stem(in_chans, embed_dim, norm, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, width in enumerate(widths):
             downsample = nn.Identity() if i == 0 else Downsample(widths[i - 1], width, norm, **dd)
@@ -195,6 +196,41 @@ class VMamba(Backbone):
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.init_weights(needs_reset=False)
+
+    @staticmethod
+    def adapt(state_dict: Mapping[str, Tensor], model: nn.Module, timm_adapts: bool = True) -> StateDict:
+        """See `adapt_state_dict`; linear layers may come as convolutions over one pixel, as in the official code."""
+        flat = {name: value.flatten(1) if value.shape[2:] == (1, 1) else value for name, value in state_dict.items()}
+        return adapt_state_dict(flat, model, timm_adapts)
+
+    @staticmethod
+    def read_shapes(source: StateDict) -> tuple[dict[str, Any], None]:
+        """Arguments of a model that a checkpoint fits."""
+        stem, patches = source["patch_embed.conv1.weight"], source["patch_embed.conv2.weight"]
+        in_proj = next(value for name, value in source.items() if name.endswith(".ss2d.in_proj.weight"))
+        if (stem.ndim, patches.ndim) != (4, 4) or in_proj.ndim < 2 or in_proj.shape[1] == 0:
+            shapes = f"{tuple(stem.shape)}, {tuple(patches.shape)} and {tuple(in_proj.shape)}"
+            raise CheckpointError(
+                f"this is no VMamba checkpoint: the convolutions of patch_embed and in_proj have the shapes {shapes}"
+            )
+        refuse_foreign_head(source)
+        blocks = {tuple(name.split(".")[1:4:2]) for name in source if ".blocks." in name}  # (stage, block)
+        sizes = {"embed_dim": len(patches), "depths": tuple(Counter(stage for stage, _ in sorted(blocks)).values())}
+        sizes |= {"expand": in_proj.shape[0] / in_proj.shape[1], "in_chans": stem.shape[1]}
+        return {**sizes, "num_classes": len(source.get("head.weight", ()))}, None
+
+    @torch.jit.ignore
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images of its configuration; the model takes any height and width."""
+        return self.in_chans, *self.pretrained_cfg["input_size"][1:]
+
+    @torch.jit.ignore
+    def geometry(self) -> dict[str, str]:
+        """What people want to know of the layers: widths and depths of the stages, and their strides."""
+        width, stride = (", ".join(str(info[key]) for info in self.feature_info) for key in ("num_chs", "reduction"))
+        stages: Any = self.stages
+        depth = ", ".join(str(len(stage.blocks)) for stage in stages)
+        return {"width": width, "depth": depth, "patches": f"maps of stride {stride}, of any image size"}
 
     def _init_own_weights(self) -> None:
         for layer in self.modules():
@@ -220,6 +256,7 @@ class VMamba(Backbone):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block's activations in the backward pass."""
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
