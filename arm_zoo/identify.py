@@ -15,11 +15,12 @@ import timm
 import torch
 from timm.layers import to_2tuple
 
+from arm_zoo.base import ZooModel
 from arm_zoo.files import CheckpointError
 from arm_zoo.layers.sizes import one_or_two
 from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.pretraining._registry import OBJECTIVES, PretrainingModel
-from arm_zoo.weights.adapt import ZooModel, grid_of
+from arm_zoo.weights.adapt import grid_of
 from arm_zoo.weights.tensor_names import under_our_names
 
 # What no model comes near to: a file that says more would only fill the memory.
@@ -72,8 +73,6 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
     classes: dict[Any, str | None] = {**dict.fromkeys(backbones)}
     classes |= {row.model_class: name for name, row in OBJECTIVES.items()}
     found = [each for each in classes if each.official_names.covers(each.keys, state_dict)]
-    if not found and any(name.endswith(".mixer.A_log") for name in state_dict):
-        raise CheckpointError("this is a Vim checkpoint (mixers without MLPs), which cannot be converted yet")
     if not found:
         some = ", ".join(sorted(state_dict)[:8]) or "nothing"
         wanted = " or ".join(each.__name__ for each in backbones)

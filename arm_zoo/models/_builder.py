@@ -22,8 +22,8 @@ from timm.models import (
 from timm.models._input import get_model_args
 from torch import nn
 
+from arm_zoo.base import ZooModel
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
-from arm_zoo.weights.adapt import ZooModel
 from arm_zoo.weights.download import download, find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, ways_on
 from arm_zoo.weights.reading import read_checkpoint
@@ -162,6 +162,8 @@ class Backbone(ZooModel):
     """A model of any family that is saved in timm's Hub form."""
 
     feature_maps = 3  # of the last ones, that `features_only` gives unless it is told which
+    pretraining_keys: frozenset[str] = frozenset()  # those that only the pretraining models of this class have
+    untrained = ("cls_token", "norm.", "head.")  # how names of tensors start that pretraining does not train
     pretrained_cfg: dict[str, Any]  # set by timm
 
     @torch.jit.ignore

@@ -203,8 +203,8 @@ class VMamba(Backbone):
         flat = {name: value.flatten(1) if value.shape[2:] == (1, 1) else value for name, value in state_dict.items()}
         return adapt_state_dict(flat, model, timm_adapts)
 
-    @staticmethod
-    def read_shapes(source: StateDict) -> tuple[dict[str, Any], None]:
+    @classmethod
+    def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], None]:
         """Arguments of a model that a checkpoint fits."""
         stem, patches = source["patch_embed.conv1.weight"], source["patch_embed.conv2.weight"]
         in_proj = next(value for name, value in source.items() if name.endswith(".ss2d.in_proj.weight"))

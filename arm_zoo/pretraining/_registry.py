@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from arm_zoo.base import ZooModel
 from arm_zoo.models._builder import Backbone
-from arm_zoo.weights.adapt import ZooModel
 
 
 class PretrainingModel(ZooModel):
@@ -15,6 +15,10 @@ class PretrainingModel(ZooModel):
 
     backbone: type[Backbone]  # the class of what is pretrained
     config: dict[str, Any]  # the arguments that make it
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.backbone.pretraining_keys |= set(cls.keys) - set(cls.backbone.keys)
 
     def hub_config(self) -> dict[str, Any]:
         """The content of config.json: the objective, and the arguments that make this model."""

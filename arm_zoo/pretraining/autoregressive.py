@@ -33,7 +33,7 @@ class ARMPretrain(PretrainingModel):
 
     backbone = ARM
     official_names = ARM.official_names
-    keys = (*ARM.keys, "query_token", "decoder_blocks.*.norm_query.weight")
+    keys = (*ARM.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
     order: Tensor
     decoder_mask: Tensor
 
@@ -155,9 +155,15 @@ class ARMPretrain(PretrainingModel):
         patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
         return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
 
-    @staticmethod
-    def read_shapes(source: StateDict) -> tuple[dict[str, Any], int]:
-        sizes, patches = ARM.read_shapes(source)
+    @torch.jit.ignore
+    def official_extras(self) -> StateDict:
+        """The decoder's mask as numbers that attention adds."""
+        visible = self.decoder_mask
+        return {"mask": torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)}
+
+    @classmethod
+    def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
+        sizes, patches = cls.backbone.read_shapes(source)
         del sizes["num_classes"]
         patches += 1  # for a backbone, one is the class token
         patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])

@@ -10,7 +10,6 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from arm_zoo.files import CheckpointError, StateDict
-from arm_zoo.layers.tables import TableModel
 from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_names
 
 
@@ -49,7 +48,8 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     """
     target = model.state_dict()
     source = under_our_names(state_dict, getattr(model, "official_names", OfficialNames()))
-    source.pop("mask", None)
+    for key in getattr(model, "official_extras", dict)():
+        source.pop(key, None)
     if "cls_token" in target:
         source = _adapt_to_backbone(source, target, model, timm_adapts)
     else:
@@ -60,42 +60,22 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     return source
 
 
-class ZooModel(TableModel):
-    """A backbone or a pretraining model; its class says what is known of its checkpoints."""
-
-    official_names = OfficialNames()
-    keys: tuple[str, ...] = ()  # our names of tensors, * for a number, that all have
-    adapt = staticmethod(adapt_state_dict)  # with the arguments and the result of that function
-
-    @torch.jit.ignore
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the model is made for."""
-        model: Any = self
-        return model.in_chans, *model.patch_embed.img_size
-
-    @staticmethod
-    def read_shapes(source: StateDict) -> tuple[dict[str, Any], int | None]:
-        """Arguments that make the model, from tensors under our names, and the number of patches if that is told."""
-        raise NotImplementedError
-
-
-def _adapt_to_backbone(source: StateDict, target: StateDict, model: nn.Module, timm_adapts: bool) -> StateDict:
+def _adapt_to_backbone(source: StateDict, target: StateDict, model: Any, timm_adapts: bool) -> StateDict:
     if "pos_embed" not in source:
         return source  # not of the family: the check that follows says what is missing
     if not any(map(_is_foreign_head, target)):  # a head of the user's own is what the model says
         if any(key.startswith("head.") for key in target):
             refuse_foreign_head(source)
         source = {key: value for key, value in source.items() if not _is_foreign_head(key)}
-    if "encoder_to_decoder.weight" in source:
+    if any(OfficialNames().covers([key], source) for key in model.pretraining_keys):
         kept = {key: value for key, value in source.items() if key in target}
-        fresh = {key: value for key, value in target.items() if key.startswith(("cls_token", "norm.", "head."))}
+        fresh = {key: value for key, value in target.items() if key.startswith(model.untrained)}
         patches = source["pos_embed"]
         grid = sincos_grid(patches) or _source_grid(model, patches.shape[1], timm_adapts)
         source = {**fresh, **kept, "pos_embed": _join(patches, patches.new_zeros(1, 1, patches.shape[-1]))}
     else:
         grid = _source_grid(model, source["pos_embed"].shape[1] - 1, timm_adapts)
-    patch_embed: Any = model.patch_embed
-    source["pos_embed"] = resample_pos_embed(source["pos_embed"], grid, patch_embed.grid_size)
+    source["pos_embed"] = resample_pos_embed(source["pos_embed"], grid, model.patch_embed.grid_size)
     for key, value in source.items():
         if key not in target:
             continue

@@ -4,10 +4,10 @@ Ours differ from the official ones in that the directions' parameters are stacke
 `A_b_log`, ... -> `A_log[0]`, `A_log[1]`, ...) and that the two input matrices of SwiGLU are one.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,7 +107,5 @@ def to_official(model: nn.Module) -> StateDict:
         tensors = value if is_stacked(key) else value.chunk(len(names))
         # clones, so that no two entries share memory, which safetensors refuses to save
         out.update({name: tensor.clone() for name, tensor in zip(names, tensors, strict=False)})
-    visible = getattr(model, "decoder_mask", None)
-    if isinstance(visible, torch.Tensor):  # the official pretraining model saves its attention mask
-        out["mask"] = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)
-    return out
+    extras: Any = getattr(model, "official_extras", dict)
+    return {**out, **extras()}

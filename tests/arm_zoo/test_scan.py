@@ -97,7 +97,7 @@ def test_a_new_order_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(order.ORDERS, "snake", snake)
     assert scan_order(2, 3, ["snake", "snake_reversed"]).tolist() == [[0, 1, 2, 5, 4, 3], [3, 4, 5, 2, 1, 0]]
     assert scan_order(2, 3, ["snake", "row"], 3).tolist() == [[0, 1, 2, 3, 6, 5, 4], [0, 1, 2, 3, 4, 5, 6]]
-    monkeypatch.setattr(arm, "DIRECTIONS", ("snake", "snake_reversed", "column"))
+    monkeypatch.setattr(arm.ARM, "directions", ["snake", "snake_reversed", "column"])
     model = timm.create_model("arm_pico_patch2_8")
     assert model.order.shape == (3, 17) and len(model.blocks[0].mixer.D) == 3
     assert model(torch.randn(1, 1, 8, 8)).isfinite().all()

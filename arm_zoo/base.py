@@ -1,4 +1,4 @@
-"""What all models of blocks share; their buffers are tables: computed from sizes, never saved, filled when lost."""
+"""What backbones and pretraining models share: initialisation, tables, and what is known of their checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +7,28 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from arm_zoo.files import save_model
+from arm_zoo.files import StateDict, save_model
 from arm_zoo.layers.block import Block
+from arm_zoo.weights.adapt import adapt_state_dict
+from arm_zoo.weights.tensor_names import OfficialNames
 
 
-class TableModel(nn.Module):
-    """A model whose buffers are tables: those lost on the meta device return when weights are there, or are moved."""
+class ZooModel(nn.Module):
+    """A backbone or a pretraining model of any family.
 
+    Its buffers are tables, computed from sizes and never saved: those lost on the meta device return when weights are
+    loaded, or are moved.
+    """
+
+    official_names = OfficialNames()
+    keys: tuple[str, ...] = ()  # our names of tensors, * for a number, that all checkpoints have
+    adapt = staticmethod(adapt_state_dict)  # with the arguments and the result of that function
     blocks: nn.ModuleList
+
+    @classmethod
+    def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
+        """Arguments that make the model, from tensors under our names, and the number of patches if that is told."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +69,16 @@ class TableModel(nn.Module):
         """Names of parameters that are not decayed: what is one-dimensional per direction in the blocks."""
         mixers = {f"blocks.{i}.mixer": block.mixer for i, block in enumerate(self.blocks) if isinstance(block, Block)}
         return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.no_weight_decay()}
+
+    @torch.jit.ignore
+    def input_size(self: Any) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model is made for."""
+        return self.in_chans, *self.patch_embed.img_size
+
+    @torch.jit.ignore
+    def official_extras(self) -> StateDict:
+        """What the authors' code saves besides parameters, computed, under its names."""
+        return {}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
