@@ -21,6 +21,7 @@ from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, Pretrai
 from arm_zoo.weights.download import download, hub_repository
 from arm_zoo.weights.hosted import known_sha256
 from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.tensor_names import under_our_names
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -269,6 +270,8 @@ class _Loader:
     def from_named_file(self, name: str, file: Path) -> Any:
         """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
         tensors = read_checkpoint(file)
+        if name in entries():
+            tensors = under_our_names(tensors, ARCHITECTURES[architecture_of(name)].model_class.official_names)
         cfg = timm.models.resolve_pretrained_cfg(architecture_of(name))
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)

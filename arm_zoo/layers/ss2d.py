@@ -30,11 +30,6 @@ def order_for(x: Tensor) -> Tensor:
     return scan_order(x.shape[1], x.shape[2], DIRECTIONS, device=x.device)
 
 
-def run_conv(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of a map (B, H, W, C), which stays channels-last in memory."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 @register_notrace_module
 class SS2D(nn.Module):
     """Depth-wise 3x3 convolution, then one scan with one state in each direction, summed; no gate."""
@@ -74,20 +69,19 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mix a map (B, H, W, dim) along the directions of the (K, H * W) order table."""
         u = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
-        u = F.silu(run_conv(self.conv2d, u)).flatten(1, 2)
+        u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)  # channels last in memory
         y = self.out_norm(self.scan(u, order).unflatten(1, x.shape[1:3]))
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)
 
     def scan(self, u: Tensor, order: Tensor) -> Tensor:
         """The sum of all directions' scans of tokens (B, L, inner), which is their mean times their number."""
-        directions = len(order)
+        directions = self.x_proj_weight.shape[0]
         weight = self.x_proj_weight.flatten(0, 1)  # one product for all directions, before they have their orders
         projected = F.linear(u, weight).unflatten(-1, (directions, -1))
         projected = projected[:, order, torch.arange(directions, device=u.device)[:, None]].transpose(0, 1)
         delta, B, C = projected.split([self.dt_rank, 1, 1], dim=-1)
         A, D = decay_rates(self.A_log).unflatten(0, (directions, -1)), self.D.unflatten(0, (directions, -1))
-        y = selective_scan(
-            u[:, order].transpose(0, 1), delta, A, B, C, D,
-            delta_bias=self.dt_proj_bias, order=order, delta_weight=self.dt_proj_weight,
-        )  # fmt: skip
-        return y * directions
+        u = u[:, order].transpose(0, 1)
+        # every argument, which TorchScript wants, and no gate
+        mean = selective_scan(u, delta, A, B, C, D, None, self.dt_proj_bias, True, order, self.dt_proj_weight)
+        return mean * directions

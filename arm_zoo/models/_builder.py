@@ -27,6 +27,7 @@ from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.weights.download import download, find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, ways_on
 from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.tensor_names import under_our_names
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDic
     """A checkpoint for a model with a head for as many classes as timm, which drops or keeps it, is told here."""
     cfg = model.pretrained_cfg
     head = cfg["classifier"]
+    state_dict = under_our_names(state_dict, model.official_names)
     if f"{head}.weight" not in state_dict:  # the model keeps its own, which a strict loader wants to see
         own = {f"{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
         return own | model.adapt(state_dict, model)

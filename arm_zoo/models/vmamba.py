@@ -22,13 +22,15 @@ from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.mlp import Mlp
 from arm_zoo.layers.patch_embed import check_images
 from arm_zoo.layers.sizes import Device, check_positive
-from arm_zoo.layers.ss2d import SS2D, order_for, run_conv
+from arm_zoo.layers.ss2d import SS2D, order_for
 from arm_zoo.models._builder import Backbone, entry_configs, register_family
 from arm_zoo.weights.adapt import adapt_state_dict, refuse_foreign_head
 from arm_zoo.weights.tensor_names import OfficialNames
 
 GlobalPool = Literal["avg", ""]
 _MLP_RATIO = 4
+
+torch.fx.wrap("check_images")  # sizes are not known while a model is traced
 
 _BLOCK = "layers.{}.blocks.{}.", "stages.{}.blocks.{}."
 OFFICIAL_NAMES = OfficialNames(
@@ -71,9 +73,9 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             check_images(x, self.in_chans, None, "create_model")
-        x = run_conv(self.conv1, x.permute(0, 2, 3, 1).contiguous())
-        x = run_conv(self.conv2, F.gelu(self.norm1(x)))
-        return self.norm2(x)
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = F.gelu(self.norm1(x)).permute(0, 3, 1, 2)
+        return self.norm2(self.conv2(x).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
@@ -87,7 +89,7 @@ class Downsample(nn.Module):
         self.norm = norm_layer(width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(run_conv(self.conv, x))
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class VMambaBlock(nn.Module):
@@ -172,7 +174,9 @@ class VMamba(Backbone):
         _check_global_pool(global_pool)
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"VMamba: depths must be four numbers of blocks, each at least 1, got {depths}")
-        check_positive("VMamba", {"in_chans": in_chans, "embed_dim": embed_dim})
+        check_positive("VMamba", {"in_chans": in_chans, "embed_dim // 2": embed_dim // 2})
+        if int(expand * embed_dim) < 1:
+            raise ValueError(f"VMamba: expand must leave the scans a channel of {embed_dim} at least, got {expand}")
         norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
         self.num_classes = num_classes
         self.in_chans = in_chans
