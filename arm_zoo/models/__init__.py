@@ -2,3 +2,4 @@
 
 from arm_zoo.models import arm as arm
 from arm_zoo.models import vim as vim
+from arm_zoo.models import vmamba as vmamba

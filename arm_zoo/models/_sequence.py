@@ -144,6 +144,14 @@ class SequenceBackbone(Backbone):
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     @torch.jit.ignore
+    def geometry(self) -> dict[str, str]:
+        """What people want to know of the layers: their width, depth and patches."""
+        embed = self.patch_embed
+        patch, stride, grid = ("x".join(map(str, s)) for s in (embed.patch_size, embed.patch_stride, embed.grid_size))
+        patches = f"{patch}, stride {stride}, grid {grid}"
+        return {"width": str(self.embed_dim), "depth": str(len(self.blocks)), "patches": patches}
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
