@@ -22,6 +22,7 @@ from arm_zoo.weights.download import download
 from arm_zoo.weights.find import hub_repository, is_upstream
 from arm_zoo.weights.hosted import TABLE, known_sha256
 from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.tensor_names import under_our_names
 from arm_zoo.weights.upstream import fetch_address, fetch_upstream, read_record
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -293,6 +294,8 @@ class _Loader:
     def from_named_file(self, name: str, file: Path) -> Any:
         """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
         tensors = read_checkpoint(file)
+        if name in entries():
+            tensors = under_our_names(tensors, ARCHITECTURES[architecture_of(name)].model_class.official_names)
         cfg = timm.models.resolve_pretrained_cfg(architecture_of(name))
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)
@@ -338,8 +341,8 @@ def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) 
     if unknown:
         raise CheckpointError(f"{folder / CONFIG}: {name} has {', '.join(unknown)}; expected {', '.join(allowed)}")
     for key, value in table.items():
-        most = MAX_DEPTH if key.endswith("depth") else _MAX_CLASSES if key == "num_classes" else None
-        if not _is_a(value, types[key]) or (most and value and value > most):
+        most = _MAX_CLASSES if key == "num_classes" else MAX_DEPTH if key.endswith(("depth", "depths")) else None
+        if not _is_a(value, types[key]) or (most and value and (sum(value) if key == "depths" else value) > most):
             expected = types[key].__name__ if isinstance(types[key], type) else str(types[key])
             expected = f"at most {most}" if most else expected
             raise CheckpointError(f"{folder / CONFIG}: {name} has {key}={_short(value)}; expected {expected}")
@@ -381,9 +384,8 @@ def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any]
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
-    patches = model.patch_embed.num_patches
     rows = tensors["pos_embed"].shape[1:2] if "pos_embed" in tensors else ()
-    if rows and rows[0] not in (patches, patches + 1):
+    if rows and rows[0] - (patches := model.patch_embed.num_patches) not in (0, 1):
         said = f"{config} describes {patches} patches, but {file.name} beside it"
         raise CheckpointError(
             f"{said} has position embeddings for {rows[0]} tokens: the two files do not belong together"

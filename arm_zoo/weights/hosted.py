@@ -72,6 +72,9 @@ TABLE: dict[str, Weights] = {
     "arm_huge_patch16_224.arm_in1k_ft_in1k": _arm(1536, 14**2, "pretrain_huge", "finetune_huge"),
     "arm_huge_patch16_224.arm_in1k": _arm_pretrained(1536, "pretrain_huge"),
     "arm_huge_patch16_384.arm_in1k_ft_in1k": _arm(1536, 24**2, "pretrain_huge", "finetune_huge_384"),
+    "vmamba_tiny_s1l8.in1k": Weights(configs=("supervised_vmamba_tiny",)),
+    "vmamba_small_s2l15.in1k": Weights(configs=("supervised_vmamba_small",)),
+    "vmamba_base_s2l15.in1k": Weights(configs=("supervised_vmamba_base",)),
 }
 
 

@@ -112,7 +112,8 @@ def shard(model: Any, accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         raise RunError("fsdp is true, but there is one process; start several with torchrun, or type fsdp=false")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for part in (*model.blocks, *getattr(model, "decoder_blocks", ()), model):
+    blocks = [block for stage in getattr(model, "stages", (model,)) for block in stage.blocks]
+    for part in (*blocks, *getattr(model, "decoder_blocks", ()), model):
         fully_shard(part, mesh=mesh)
 
 
