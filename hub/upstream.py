@@ -43,7 +43,7 @@ def _known(name: str, entry: Entry) -> str:
     """Origin, licence and figures; the paper's and ours apart."""
     ours = {key: float(row["top1"]) for key, row in measured(TABLE[name].sha256, RESULTS).items()}
     cfg: Any = get_pretrained_cfg(name)
-    parts = [entry.paper_name or "not in the paper", f"from {origin(name)}", f"licence {cfg.license}"]
+    parts = [entry.paper_name or "none of the paper's", f"from {origin(name)}", f"licence {cfg.license}"]
     for kind, figures in (("reported by the paper", reported(name)), ("measured by us", ours)):
         if figures:
             parts.append(f"{kind}: {', '.join(f'{key} {top1:.2f}' for key, top1 in figures.items())}")

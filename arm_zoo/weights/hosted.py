@@ -8,7 +8,7 @@ its authors is fetched, whose sha256 the row has only if somebody has seen the f
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +49,19 @@ def _arm_pretrained(width: int, config: str) -> Weights:
     return Weights("upstream", repository=ARM_REPOSITORY, shapes=shapes, configs=(config,))
 
 
+# Of both the authors evaluate what lies where a training has the trained weights.
+_VIM = Weights("upstream", choice="model", license="apache-2.0")
+_VMAMBA = replace(_VIM, host="github", repository="MzeroMiko/VMamba", revision="#v2cls", license="mit")
+
+
+def _vim(size: str, file: str, config: str) -> Weights:
+    return replace(_VIM, repository=f"hustvl/Vim-{size}-midclstok", file=file, configs=(config,))
+
+
+def _vmamba(file: str, config: str) -> Weights:
+    return replace(_VMAMBA, file=file, configs=(config,))
+
+
 TABLE: dict[str, Weights] = {
     # small ones of our own, in fp16: recipes/RESULTS.md
     "arm_pico_patch2_8.arm_digits_ft_digits": Weights(
@@ -72,9 +85,18 @@ TABLE: dict[str, Weights] = {
     "arm_huge_patch16_224.arm_in1k_ft_in1k": _arm(1536, 14**2, "pretrain_huge", "finetune_huge"),
     "arm_huge_patch16_224.arm_in1k": _arm_pretrained(1536, "pretrain_huge"),
     "arm_huge_patch16_384.arm_in1k_ft_in1k": _arm(1536, 24**2, "pretrain_huge", "finetune_huge_384"),
-    "vmamba_tiny_s1l8.in1k": Weights(configs=("supervised_vmamba_tiny",)),
-    "vmamba_small_s2l15.in1k": Weights(configs=("supervised_vmamba_small",)),
-    "vmamba_base_s2l15.in1k": Weights(configs=("supervised_vmamba_base",)),
+    "vim_tiny_patch16_224.in1k": _vim("tiny", "vim_t_midclstok_76p1acc.pth", "supervised_vim_tiny"),
+    "vim_tiny_patch16_stride8_224.in1k_ft": _vim(
+        "tiny", "vim_t_midclstok_ft_78p3acc.pth", "finetune_vim_tiny_stride8"
+    ),
+    "vim_small_patch16_224.in1k": _vim("small", "vim_s_midclstok_80p5acc.pth", "supervised_vim_small"),
+    "vim_small_patch16_stride8_224.in1k_ft": _vim(
+        "small", "vim_s_midclstok_ft_81p6acc.pth", "finetune_vim_small_stride8"
+    ),
+    "vim_base_patch16_224.in1k": _vim("base", "vim_b_midclstok_81p9acc.pth", "supervised_vim_base"),
+    "vmamba_tiny_s1l8.in1k": _vmamba("vssm1_tiny_0230s_ckpt_epoch_264.pth", "supervised_vmamba_tiny"),
+    "vmamba_small_s2l15.in1k": _vmamba("vssm_small_0229_ckpt_epoch_222.pth", "supervised_vmamba_small"),
+    "vmamba_base_s2l15.in1k": _vmamba("vssm_base_0229_ckpt_epoch_237.pth", "supervised_vmamba_base"),
 }
 
 

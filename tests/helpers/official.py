@@ -19,8 +19,8 @@ NARROW: dict[str, Any] = {"embed_dim": 32, "depth": 2}  # sizes at which an entr
 
 
 def finetuned(entry: str, **sizes: Any) -> nn.Module:
-    """An entry's model in small, every tensor of it random, so that none can be mistaken for another."""
-    model = timm.create_model(entry, **{**NARROW, **sizes})
+    """An entry's model, of NARROW sizes or others, every tensor random, so that none can be mistaken for another."""
+    model = timm.create_model(entry, **(NARROW | sizes if "depths" not in sizes else sizes))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model

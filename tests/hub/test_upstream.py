@@ -73,7 +73,7 @@ def test_sources(server: HubServer, client: Client, model: nn.Module, tmp_path: 
     assert spans and all(re.fullmatch(r"\d+-\d+", span) for span in spans)  # none is fetched whole
     assert re.search(rf"arm_large_patch16_224\.arm_in1k_ft_in1k +upstream +ARM-L; from {ARM}, a file ", reply["out"])
     assert re.search(r"arm_large_patch16_224\.in1k +ours +MambaMLP-L.*; reported by the paper: in1k 81", reply["out"])
-    assert re.search(r"arm_pico_patch2_8\S+ +ours +not in the paper; .*; licence apache-2\.0", reply["out"])
+    assert re.search(r"arm_pico_patch2_8\S+ +ours +none of the paper's; .*; licence apache-2\.0", reply["out"])
     reply = client.load("hub", "sources", "--repo", "ada/none")
     assert reply["code"] == 1 and "cannot list ada/none: there is no such repository" in reply["err"]
 

@@ -524,6 +524,29 @@ def test_timm_lists_what_can_be_fetched(repo: Path) -> None:
     assert upstream and upstream <= set(timm.list_pretrained()) and set(result.stdout.split()) == bundled
 
 
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("vim_tiny_patch16_224.in1k", NARROW),
+        ("vim_small_patch16_stride8_224.in1k_ft", NARROW),
+        ("vmamba_base_s2l15.in1k", {"embed_dim": 16, "depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_peers_load_by_name(name: str, sizes: dict[str, Any], hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """As the table names their files; VMamba's come with settings of yacs, and the averaged weights do not count."""
+    row, small = TABLE[name], finetuned(name, **sizes)
+    contents = official_bytes(small, config=CfgNode(A=1), model_ema=to_official(finetuned(name, **sizes)))
+    if row.host == "github":
+        hub.release(str(row.repository), row.revision, {str(row.file): contents})
+    else:
+        hub.add(str(row.repository), {str(row.file): contents, "other.pth": b""})
+    reply = client.load("timm", name, pretrained=True, cache_dir=tmp_path, **sizes)
+    assert reply.get("digest") == digest(small), reply
+    [record] = [json.loads(path.read_text()) for path in tmp_path.rglob("source.json")]
+    assert record["license"] == timm.get_pretrained_cfg(name).license and kept(tmp_path) == ["model.safetensors"]
+    assert not [line for line in reply["log"] if "licence" in line]
+
+
 def test_eval_scores_what_was_fetched(hub: HubServer, repo: Path, tmp_path: Path) -> None:
     """By the entry's name alone; the row of results names the file that was read."""
     entry = "arm_pico_patch2_8.arm_digits_ft_digits"
