@@ -148,28 +148,31 @@ def list_files(weights: Weights, token: Token = None) -> list[RemoteFile]:
 
 def choose(entry: str, weights: Weights, token: Token = None) -> RemoteFile:
     """The file with the weights of an entry; looks into all files if the table does not name it."""
-    files = list_files(weights, token)
-    named = _named_files(weights)
-    if missing := named - {file.name for file in files}:
-        there = ", ".join(repr(file.name) for file in files) or "no checkpoints"
-        said = f"{weights.repository} at {weights.revision} has no file {', '.join(map(repr, sorted(missing)))}"
-        raise DownloadError(f"{said}; it has {there}")
-    files = [file for file in files if file.name in named or not named]
+    files = _named(list_files(weights, token), weights)
     if weights.file is not None:
         return files[0]
     found = {file: look(file, weights, token) for file in files}
     fitting = [file for file, contents in found.items() if fits(contents, weights)]
     if len(fitting) == 1:
         return fitting[0]
-    lines = [f"  {tell(file, found[file], weights)}" for file in fitting or files]
     expected = ", ".join(f"{name} {shape}" for name, shape in weights.shapes.items())
-    some = fitting[0].name if fitting else "FILE"
+    count, some = (f"{len(fitting)} files fit", fitting[0].name) if fitting else ("no file fits", "FILE")
+    lines = [f"  {tell(file, found[file], weights)}" for file in fitting or files]
     name_one = f"name one: ARM_ZOO_ARM_FILE={some}, or arm_zoo.from_pretrained('hf://{weights.repository}/{some}')"
-    count = f"{len(fitting)} files fit" if fitting else "no file fits"
     raise DownloadError("\n".join([f"{weights.repository}: {count} {entry} ({expected}):", *lines, name_one]))
 
 
-def _named_files(weights: Weights) -> set[str]:
+def _named(files: list[RemoteFile], weights: Weights) -> list[RemoteFile]:
+    """Those of the files that the table or the environment names, all if neither does."""
+    names = _names(weights)
+    if missing := names - {file.name for file in files}:
+        there = ", ".join(repr(file.name) for file in files) or "no checkpoints"
+        said = f"{weights.repository} at {weights.revision} has no file {', '.join(map(repr, sorted(missing)))}"
+        raise DownloadError(f"{said}; it has {there}")
+    return [file for file in files if file.name in names or not names]
+
+
+def _names(weights: Weights) -> set[str]:
     """Names of files to choose from: the table's, or those, by commas, in ARM_ZOO_ARM_FILE; empty means all."""
     if weights.file is not None:
         return {weights.file}
@@ -187,10 +190,10 @@ def look(file: RemoteFile, weights: Weights, token: Token = None) -> Contents | 
 
 def fits(contents: Contents | CheckpointError, weights: Weights) -> bool:
     """Whether a file has the shapes that the table expects."""
-    return isinstance(contents, Contents) and contents_shapes(contents, weights.shapes) == dict(weights.shapes)
+    return isinstance(contents, Contents) and _shapes(contents, weights.shapes) == dict(weights.shapes)
 
 
-def contents_shapes(contents: Contents, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def _shapes(contents: Contents, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of those of the tensors that are there."""
     return {name: tuple(contents.tensors[name].shape) for name in names if name in contents.tensors}
 
@@ -200,7 +203,7 @@ def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weight
     size = "" if file.size is None else f" ({file.size:,} bytes)"
     if isinstance(contents, CheckpointError):
         return f"{file.name!r}{size}: {contents}"
-    shapes = contents_shapes(contents, weights.shapes)
+    shapes = _shapes(contents, weights.shapes)
     found = [f"{name} {shapes[name]}" if name in shapes else f"no {name}" for name in weights.shapes]
     beside = [f"beside {', '.join(contents.beside)}"] if contents.beside else []
     return f"{file.name!r}{size}: {'; '.join([', '.join(found), *beside])}"
@@ -209,7 +212,7 @@ def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weight
 def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:
     """The safetensors of an entry or address in the cache, compared with its sha256; None if there is none for it."""
     file = cache_folder(name, cache_dir) / WEIGHTS
-    record, named = read_record(file), _named_files(weights)
+    record, named = read_record(file), _names(weights)
     asked = {"repository": weights.repository, "revision": weights.revision, "choice": weights.choice}
     if not file.is_file() or {key: record.get(key) for key in asked} != asked:
         return None
