@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +35,8 @@ from arm_zoo.weights.hosted import Weights
 from hub.__main__ import main as hub_command
 from recipes.data.sources import open_digits
 from tests.helpers import hub_server
-from tests.helpers.hub_server import Client, HubServer, running_hub, start_client
+from tests.helpers.hub_server import Client, HubServer, digest, running_client, running_hub
+from tests.helpers.official import RunsCode
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name
@@ -52,18 +52,14 @@ def hub() -> Iterator[HubServer]:
 def client(hub: HubServer, repo: Path) -> Iterator[Client]:
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)  # one test loads as another user
-        client = start_client(hub, repo, Path(home))
-        with client.process:
+        with running_client(hub, repo, Path(home)) as client:
             yield client
-            client.process.kill()
 
 
 @pytest.fixture(scope="module")
 def offline(hub: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = start_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1")
-    with client.process:
+    with running_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1") as client:
         yield client
-        client.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +86,6 @@ def entry_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     torch.manual_seed(2)
     timm.create_model(ENTRY, **TINY_BASE).save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def digest(model: nn.Module) -> str:
-    """As the client computes it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # folders and files
@@ -757,16 +745,6 @@ def test_wrong_weights(hub: HubServer, client: Client, files: dict[str, bytes], 
     assert "cannot read" in client.refused("arm_zoo", "ada/html", cache_dir=tmp_path / "cache")
     hub.add("ada/garbage", {**files, "model.safetensors": b"<!doctype html>"})
     assert "cannot read the checkpoint" in client.refused("arm_zoo", "ada/garbage", cache_dir=tmp_path / "cache")
-
-
-class RunsCode:
-    """A pickle of this makes a folder when it is read by pickle's own rules."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.folder,)
 
 
 def test_pickles_are_not_fetched(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:

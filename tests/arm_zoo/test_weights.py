@@ -4,7 +4,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from arm_zoo.files import save_model
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.weights.adapt import resample_pos_embed
 from tests.helpers.golden import golden_cases, in_both_sets
+from tests.helpers.official import RunsCode
 
 StateDict = dict[str, torch.Tensor]
 
@@ -689,16 +689,6 @@ def test_pickle_named_safetensors(zipped: bool, saved: tuple[nn.Module, Path]) -
 def test_safetensors_named_pickle(saved: tuple[nn.Module, Path]) -> None:
     file = saved[1].rename(saved[1].with_suffix(".pth"))
     assert refused(file).endswith("; it looks like safetensors: rename it to .safetensors")
-
-
-class RunsCode:
-    """A pickle of this makes a folder when it is read by pickle's own rules."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.folder,)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from torch import nn
+
 RELEASE = re.compile(r"/([\w.-]+/[\w.-]+)/releases/download/([^/]+)/([^/]+)")
 STORE = re.compile(r"/store/([\w.-]+/[\w.-]+)/([^/]+)/([^/]+)")  # where releases redirect to
 LARGE = (".safetensors", ".pth")  # the Hub keeps such files apart and names them by their sha256
@@ -469,7 +471,16 @@ class Client:
         return message
 
 
-def start_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> Client:
+def digest(model: nn.Module) -> str:
+    """Of all its parameters, as the client's `describe` computes it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def running_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> Iterator[Client]:
     names = ("HF_TOKEN", "HF_HUB_OFFLINE", "ARM_ZOO_")
     inherited = {
         key: value for key, value in os.environ.items() if not key.startswith(names) and "proxy" not in key.lower()
@@ -485,4 +496,6 @@ def start_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> 
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DISABLE_TELEMETRY": "1"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     command = [sys.executable, "-c", CLIENT]
-    return Client(subprocess.Popen(command, cwd=repo, env=environment, text=True, **pipes))
+    with subprocess.Popen(command, cwd=repo, env=environment, text=True, **pipes) as process:
+        yield Client(process)
+        process.kill()

@@ -1,10 +1,12 @@
-"""Small checkpoints of the layout that the authors' programs write: weights among the state of a training."""
+"""Small checkpoints of the layout that the authors' programs write, and what a hostile one would hold."""
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -49,6 +51,16 @@ def official_bytes(model: nn.Module, **others: Any) -> bytes:
     with _yacs():
         torch.save(state, buffer)
     return buffer.getvalue()
+
+
+class RunsCode:
+    """A pickle of this makes a folder when it is read by pickle's own rules."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.folder,)
 
 
 class CfgNode(dict[str, Any]):

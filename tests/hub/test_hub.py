@@ -51,7 +51,8 @@ from hub.export import export
 from hub.folders import read_header
 from hub.upstream import _known
 from tests.helpers.golden import golden_cases
-from tests.helpers.hub_server import Client, HubServer, running_hub, sends_other_contents, start_client
+from tests.helpers.hub_server import Client, HubServer, running_client, running_hub, sends_other_contents
+from tests.helpers.official import RunsCode
 
 PICO = "arm_pico_patch2_8"
 FILES = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
@@ -525,16 +526,6 @@ def test_other_architectures(golden: Path, tmp_path: Path, capsys: pytest.Captur
     assert "Vim checkpoint" in mistake(capsys, "convert", vim, tmp_path / "out")
 
 
-class RunsCode:
-    """A pickle of this makes a folder when it is read by pickle's own rules."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.folder,)
-
-
 @pytest.mark.parametrize("form", ["zip", "old", "protocol 4"])
 def test_pickles_that_want_more_are_refused_by_name(
     form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -872,10 +863,8 @@ def server() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def client(server: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = start_client(server, repo, tmp_path_factory.mktemp("home"), HF_TOKEN="hf_ada")
-    with client.process:
+    with running_client(server, repo, tmp_path_factory.mktemp("home"), HF_TOKEN="hf_ada") as client:
         yield client
-        client.process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hub.__main__ import main
 from hub.catalog import CATALOG
 from hub.folders import read_header
 from hub.upstream import origin
-from tests.helpers.hub_server import Client, HubServer, running_hub, start_client
+from tests.helpers.hub_server import Client, HubServer, running_client, running_hub
 from tests.helpers.official import NARROW, finetuned, official_bytes, pretrained
 
 ENTRY = "arm_base_patch16_224.arm_in1k_ft_in1k"
@@ -32,10 +32,8 @@ def server() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def client(server: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = start_client(server, repo, tmp_path_factory.mktemp("home"), HF_TOKEN="hf_ada")
-    with client.process:
+    with running_client(server, repo, tmp_path_factory.mktemp("home"), HF_TOKEN="hf_ada") as client:
         yield client
-        client.process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from arm_zoo import CheckpointError, to_official
 from arm_zoo.weights import reading
 from arm_zoo.weights.reading import Choice, read_checkpoint, read_contents
-from tests.helpers.official import CfgNode, finetuned, official_bytes
+from tests.helpers.official import CfgNode, RunsCode, finetuned, official_bytes
 
 ENTRY = "arm_base_patch16_224"
 
@@ -63,16 +62,6 @@ def test_settings_of_yacs_are_a_dict(model: nn.Module, tmp_path: Path) -> None:
     assert read_contents(io.BytesIO(official_bytes(model, args=CfgNode(A=1))), "x.pth").arguments == {"A": 1}
     (tmp_path / "x.pth").write_bytes(contents)
     assert read_checkpoint(tmp_path / "x.pth").keys() == to_official(model).keys()
-
-
-class RunsCode:
-    """A pickle of this makes a folder when it is read by pickle's own rules."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.folder,)
 
 
 def packed(contents: bytes) -> bytes:

@@ -31,8 +31,8 @@ from arm_zoo.weights.hosted import TABLE, Weights
 from arm_zoo.weights.reading import Contents
 from arm_zoo.weights.upstream import RemoteFile
 from tests.helpers import hub_server
-from tests.helpers.hub_server import VERSION, Client, HubServer, running_hub, start_client
-from tests.helpers.official import NARROW, CfgNode, finetuned, official_bytes, pretrained
+from tests.helpers.hub_server import VERSION, Client, HubServer, digest, running_client, running_hub
+from tests.helpers.official import NARROW, CfgNode, RunsCode, finetuned, official_bytes, pretrained
 
 ENTRY = "arm_base_patch16_224.arm_in1k_ft_in1k"
 ARM = "OliverRen/ARM"
@@ -53,26 +53,20 @@ def hub() -> Iterator[HubServer]:
 def client(hub: HubServer, repo: Path) -> Iterator[Client]:
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)  # one test loads as another user
-        client = start_client(hub, repo, Path(home))
-        with client.process:
+        with running_client(hub, repo, Path(home)) as client:
             yield client
-            client.process.kill()
 
 
 @pytest.fixture(scope="module")
 def second(hub: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = start_client(hub, repo, tmp_path_factory.mktemp("home"))
-    with client.process:
+    with running_client(hub, repo, tmp_path_factory.mktemp("home")) as client:
         yield client
-        client.process.kill()
 
 
 @pytest.fixture(scope="module")
 def offline(hub: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = start_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1")
-    with client.process:
+    with running_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1") as client:
         yield client
-        client.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +87,6 @@ def repository(contents: bytes) -> dict[str, bytes]:
     larger = official_bytes(finetuned(ENTRY, img_size=384))
     files = {"b_ft.pth": contents, "l_ft.pth": wider, "b_ft_384.pth": larger, "b_pt.pth": official_bytes(pretrained())}
     return {**files, "README.md": b"ARM", "broken.pth": b"PK\x03\x04", "logs/train.txt": b"0"}
-
-
-def digest(model: nn.Module) -> str:
-    """As the client computes it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def whole(requests: list[str]) -> list[str]:
@@ -192,16 +178,6 @@ def test_if_no_file_fits_all_are_told(
     assert not kept(tmp_path) and not (tmp_path / "trap").exists()
     hub.add(ARM, {})
     assert "no file fits" in client.load("timm", ENTRY, cache_dir=tmp_path / "cache", **TIMM)["message"]
-
-
-class RunsCode:
-    """A pickle of this makes a folder when it is read by pickle's own rules."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.folder,)
 
 
 def test_pretrained_weights(hub: HubServer, client: Client, repository: dict[str, bytes], tmp_path: Path) -> None:
