@@ -214,9 +214,10 @@ def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> 
     file = cache_folder(name, cache_dir) / WEIGHTS
     record, named = read_record(file), _names(weights)
     asked = {"repository": weights.repository, "revision": weights.revision, "choice": weights.choice}
-    if not file.is_file() or {key: record.get(key) for key in asked} != asked:
+    same = {key: record.get(key) for key in asked} == asked and weights.sha256 in (None, record.get("sha256"))
+    if not file.is_file() or not same or (named and record.get("file") not in named):
         return None
-    return verified(file, record.get("converted_sha256"), name) if record.get("file") in named or not named else None
+    return verified(file, record.get("converted_sha256"), name)
 
 
 def cache_folder(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -249,19 +250,15 @@ def _convert(source: RemoteFile, weights: Weights, folder: Path, cache_dir: str 
     """Fetch a file and write what it holds into a folder of the cache, all or nothing."""
     if (source.size or 0) > _MOST_BYTES:
         raise DownloadError(f"{source.address} has {source.size:,} bytes; at most {_MOST_BYTES:,} are fetched")
-    if weights.license is None:
+    license = weights.license or "unknown"
+    if license == "unknown":
         advice = "ask their authors before you pass them on"
         _logger.warning("%s: no licence is stated for these weights; %s", source.address, advice)
     with replacing_files(folder) as beside, source.fetched(beside, cache_dir, token) as file:
-        sha256 = sha256_of(file)
-        for known in filter(None, (weights.sha256, source.sha256)):
-            verified(file, known, source.address)
-        if not (weights.sha256 or source.sha256):
-            _logger.warning("%s is not verified: nobody states its sha256, which is %s", source.address, sha256)
-        license = weights.license or "unknown"
-        facts = {"source": source.address, "source_sha256": sha256, "license": license}
+        sha256 = _compared(file, source, weights)
         tensors = in_own_memory(read_checkpoint(file, weights.choice))
-        save_tensors(tensors, beside / WEIGHTS, {"format": "pt", **facts})
+        facts = {"format": "pt", "source": source.address, "source_sha256": sha256, "license": license}
+        save_tensors(tensors, beside / WEIGHTS, facts)
         record = {
             "source": source.address,
             "repository": weights.repository,
@@ -274,3 +271,14 @@ def _convert(source: RemoteFile, weights: Weights, folder: Path, cache_dir: str 
             "converted_sha256": sha256_of(beside / WEIGHTS),
         }
         (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _compared(file: Path, source: RemoteFile, weights: Weights) -> str:
+    """The sha256 of a fetched file, which is that of the table and of the Hub; if neither has one, that is said."""
+    known = [sha256 for sha256 in (weights.sha256, source.sha256) if sha256]
+    for sha256 in known:
+        verified(file, sha256, source.address)
+    actual = sha256_of(file)
+    if not known:
+        _logger.warning("%s is not verified: nobody states its sha256, which is %s", source.address, actual)
+    return actual
