@@ -143,10 +143,7 @@ def test_entries_are_the_authors_ones(name: str, golden: Path) -> None:
 def expected_distribution(name: str, shape: list[int]) -> Distribution | float:
     """vmamba.md, section 6."""
     patterns: list[tuple[str, Distribution | float]] = [
-        (
-            r"(patch_embed\.0|patch_embed\.5|downsample\.1)\.weight|conv2d\.weight",
-            uniform(math.prod(shape[1:]) ** -0.5),
-        ),
+        (r"(patch_embed\.[05]|downsample\.1|conv2d)\.weight", uniform(math.prod(shape[1:]) ** -0.5)),
         (r"patch_embed\.0\.bias", uniform(27**-0.5)),
         (r"(patch_embed\.5|downsample\.1)\.bias", uniform((9 * shape[0] / 2) ** -0.5)),
         (r"(in_proj|out_proj|fc1|fc2|head)\.weight", normal(0.02)),
@@ -172,7 +169,8 @@ def test_model_starts_as_the_official_one(golden: Path) -> None:
             continue
         found = [float(value.mean()), float(value.std()), float(value.min()), float(value.max())]
         theirs = [official[key] for key in ("mean", "std", "min", "max")]
-        assert not expected.complaints(value.numel(), *theirs), f"the rule for {name} is wrong"
+        # theirs is cut off at -2, which torch draws by mistake once in some millions of numbers
+        assert set(expected.complaints(value.numel(), *theirs)) <= ({"min"} if theirs[2] == -2 else set()), name
         assert not expected.complaints(value.numel(), *found), name
 
 
@@ -339,14 +337,20 @@ def test_torchscript_and_fx_take_any_size() -> None:
     assert torch.jit.trace(model, x)(x).equal(model(x))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_in_one_piece_for_any_size(backend: str) -> None:
-    model = tiny(depths=(1, 1, 1, 1)).train()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+def test_compiled_in_one_piece_for_any_size() -> None:
+    model = tiny(depths=(1, 1, 1, 1))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for x in (images(), images(33, 70)):
         assert close(compiled(x), model(x))
-    compiled(x).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_training() -> None:
+    model, x = tiny(depths=(1, 1, 1, 1)).train(), images()
+    compiled = torch.compile(model, fullgraph=True)
+    assert close(compiled(x), model(x))
+    expected, actual = gradients(model, x), gradients(compiled, x)
+    assert all(close(actual[f"_orig_mod.{name}"], value, 1e-4) for name, value in expected.items())
 
 
 def test_copies_pickles_and_models_from_nothing() -> None:
