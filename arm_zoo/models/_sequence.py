@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from timm.layers import calculate_drop_path_rates, get_device_dtype, get_norm_layer
@@ -42,8 +42,9 @@ class SequenceBackbone(Backbone):
     directions: list[str]  # names for `scan_order`
     block: Mapping[str, Any] = MappingProxyType({})  # arguments of `Block` that all sizes share
     float32_residual = False  # whether tokens stay in float32 between blocks of a lower type
-    default_norm: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-5)
-    dynamic_img_size: Final[bool]
+    default_norm: Callable[..., nn.Module] = staticmethod(partial(nn.LayerNorm, eps=1e-5))
+    dynamic_img_size: bool
+    __constants__ = ("directions", "dynamic_img_size", "float32_residual")  # for TorchScript
     order: Tensor
 
     def __init__(
