@@ -394,7 +394,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"embed_dim": 1}, ValueError, r"embed_dim // 2 must be at least 1, got 0"),
     ({"expand": 0.0}, ValueError, r"expand must leave the scans a channel of 12 at least, got 0.0"),
     ({"global_pool": "max"}, ValueError, r"global_pool must be 'avg' or '' \(no pooling\), got 'max'"),
-    ({"img_size": 64}, TypeError, r"unknown keyword img_size; the model takes depths"),
+    ({"img_size": (64, 0)}, ValueError, r"img_size must be at least 1, got \(64, 0\)"),
+    ({"d_state": 16}, TypeError, r"unknown keyword d_state; the model takes depths"),
 ]
 
 
@@ -447,14 +448,16 @@ def test_whole_sizes_are_told_by_their_shapes() -> None:
 
 
 def test_saved_folders_take_other_heads_and_channels(tmp_path: Path) -> None:
-    model, x = tiny(), images()
+    model, x = tiny(img_size=(64, 48)), images()
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_args"]["depths"] == [1, 1, 2, 1] and config["num_features"] == 96
+    assert model.hub_config()["pretrained_cfg"]["input_size"] == model.input_size() == (3, 64, 48)
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, in_chans=1).eval()
     assert other(x[:, :1]).shape == (2, 3)
     same: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert same(x).equal(model(x))
+    assert same(x).equal(model(x)) and same.input_size() == (3, 64, 48)
+    assert timm.data.resolve_model_data_config(same)["input_size"] == (3, 64, 48)
     config["model_args"]["depths"] = [2, 2, 10**9, 2]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"depths=.*expected at most 512"):
@@ -490,8 +493,7 @@ def test_too_many_blocks_are_refused() -> None:
 
 @pytest.mark.parametrize("ending, format", [("pt2", "pt2"), ("safetensors", "official")])
 def test_exports(ending: str, format: str, tmp_path: Path) -> None:
-    model = tiny(num_classes=3)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 40, 40)}
+    model = tiny(num_classes=3, img_size=40)
     model.save_pretrained(tmp_path / "folder")
     assert export(str(tmp_path / "folder"), tmp_path / f"file.{ending}", format)
     if format == "official":
