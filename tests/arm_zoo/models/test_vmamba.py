@@ -457,7 +457,6 @@ def test_saved_folders_take_other_heads_and_channels(tmp_path: Path) -> None:
     assert other(x[:, :1]).shape == (2, 3)
     same: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert same(x).equal(model(x)) and same.input_size() == (3, 64, 48)
-    assert timm.data.resolve_model_data_config(same)["input_size"] == (3, 64, 48)
     config["model_args"]["depths"] = [2, 2, 10**9, 2]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"depths=.*expected at most 512"):
