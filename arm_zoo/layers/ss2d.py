@@ -76,9 +76,9 @@ class SS2D(nn.Module):
     def scan(self, u: Tensor, order: Tensor) -> Tensor:
         """The sum of all directions' scans of tokens (B, L, inner)."""
         directions = self.x_proj_weight.shape[0]
-        weight = self.x_proj_weight.flatten(0, 1)  # one product for all directions, before they have their orders
-        projected = F.linear(u, weight).unflatten(-1, (directions, -1)).permute(2, 0, 1, 3)
+        projected = F.linear(u, self.x_proj_weight.flatten(0, 1))  # of tokens, so one product for all directions
+        projected = projected.unflatten(-1, (directions, -1)).permute(2, 0, 1, 3)  # (K, B, L, rank + 2)
         delta, B, C = projected.split([self.dt_rank, 1, 1], dim=-1)
         A, D = decay_rates(self.A_log).unflatten(0, (directions, -1)), self.D.unflatten(0, (directions, -1))
-        # every argument, which TorchScript wants: no gate, and the sum
+        # every argument, which TorchScript wants: no gate, and the directions' sum
         return selective_scan(u, delta, A, B, C, D, None, self.dt_proj_bias, True, order, self.dt_proj_weight, False)

@@ -7,13 +7,14 @@ Nothing depends on the size of the images.
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_layer
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
+from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.mlp import Mlp
 from arm_zoo.layers.patch_embed import check_images
-from arm_zoo.layers.sizes import Device, check_positive
+from arm_zoo.layers.sizes import Device, Size, check_positive
 from arm_zoo.layers.ss2d import SS2D, order_for
 from arm_zoo.models._builder import Backbone, entry_configs, register_family
 from arm_zoo.weights.adapt import adapt_state_dict, refuse_foreign_head
@@ -146,6 +147,7 @@ class VMamba(Backbone):
 
     def __init__(
         self,
+        img_size: Size | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: GlobalPool = "avg",
@@ -160,6 +162,7 @@ class VMamba(Backbone):
     ) -> None:
         """
         Args:
+            img_size: pixels of the images that the model is meant for, which timm records; it takes any.
             num_classes: 0 leaves the head out.
             global_pool: 'avg' or '' (the whole map).
             embed_dim: width of the first stage, which doubles from stage to stage.
@@ -174,7 +177,7 @@ class VMamba(Backbone):
         _check_global_pool(global_pool)
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"VMamba: depths must be four numbers of blocks, each at least 1, got {depths}")
-        check_positive("VMamba", {"in_chans": in_chans, "embed_dim // 2": embed_dim // 2})
+        check_positive("VMamba", {"img_size": img_size, "in_chans": in_chans, "embed_dim // 2": embed_dim // 2})
         if int(expand * embed_dim) < 1:
             raise ValueError(f"VMamba: expand must leave the scans a channel of {embed_dim} at least, got {expand}")
         norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
@@ -225,8 +228,8 @@ class VMamba(Backbone):
 
     @torch.jit.ignore
     def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images of its configuration; the model takes any height and width."""
-        return self.in_chans, *self.pretrained_cfg["input_size"][1:]
+        """Channels, height and width of the images that the model is meant for; it takes any height and width."""
+        return cast(tuple[int, int, int], get_model_input_config(self)["input_size"])
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:

@@ -126,7 +126,7 @@ def test_a_model_for_use_says_where_its_weights_are(model: nn.Module, tmp_path: 
         load("arm_base", tmp_path / "folder")
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
     assert load("test_vit", tmp_path / "vit.safetensors").model.num_classes == 0
-    with pytest.raises(CheckpointError, match="this is no ARM checkpoint"):
+    with pytest.raises(CheckpointError, match=r"this is no ARM or .*checkpoint"):
         load(tmp_path / "vit.safetensors")
 
 
@@ -151,8 +151,8 @@ def test_a_file_is_read_once_and_its_model_made_once(
 def test_the_table_of_sizes_is_that_of_the_models() -> None:
     """Checkpoints are told by it, and no model is built to learn its sizes."""
     patches = {entry["name"]: entry["patches"] for entry in _sizes_of_entries(ARM)}
-    for name, architecture in ARCHITECTURES.items():
-        sizes, built = architecture.sizes(name), timm.create_model(name, device="meta")
+    for name in patches:
+        sizes, built = ARCHITECTURES[name].sizes(name), timm.create_model(name, device="meta")
         embed = built.patch_embed
         assert (embed.img_size, embed.grid_size[0] * embed.grid_size[1]) == (
             tuple(sizes["img_size"]),

@@ -47,7 +47,7 @@ def test_lengths(length: int) -> None:
 
 @pytest.mark.parametrize(
     "directions, height, width, cls_index, channels, d_state",
-    [(4, 3, 5, 7, 130, 16), (2, 7, 2, 0, 128, 1), (1, 1, 9, None, 257, 3), (4, 6, 4, None, 33, 17)],
+    [(4, 3, 5, 7, 130, 16), (2, 7, 2, 0, 128, 1), (1, 1, 9, None, 600, 3), (4, 6, 4, None, 33, 17)],
 )
 def test_grids_and_widths(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int

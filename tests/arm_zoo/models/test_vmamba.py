@@ -143,10 +143,7 @@ def test_entries_are_the_authors_ones(name: str, golden: Path) -> None:
 def expected_distribution(name: str, shape: list[int]) -> Distribution | float:
     """vmamba.md, section 6."""
     patterns: list[tuple[str, Distribution | float]] = [
-        (
-            r"(patch_embed\.0|patch_embed\.5|downsample\.1)\.weight|conv2d\.weight",
-            uniform(math.prod(shape[1:]) ** -0.5),
-        ),
+        (r"(patch_embed\.[05]|downsample\.1|conv2d)\.weight", uniform(math.prod(shape[1:]) ** -0.5)),
         (r"patch_embed\.0\.bias", uniform(27**-0.5)),
         (r"(patch_embed\.5|downsample\.1)\.bias", uniform((9 * shape[0] / 2) ** -0.5)),
         (r"(in_proj|out_proj|fc1|fc2|head)\.weight", normal(0.02)),
@@ -172,7 +169,8 @@ def test_model_starts_as_the_official_one(golden: Path) -> None:
             continue
         found = [float(value.mean()), float(value.std()), float(value.min()), float(value.max())]
         theirs = [official[key] for key in ("mean", "std", "min", "max")]
-        assert not expected.complaints(value.numel(), *theirs), f"the rule for {name} is wrong"
+        # theirs is cut off at -2, which torch draws by mistake once in some millions of numbers
+        assert set(expected.complaints(value.numel(), *theirs)) <= ({"min"} if theirs[2] == -2 else set()), name
         assert not expected.complaints(value.numel(), *found), name
 
 
@@ -339,14 +337,20 @@ def test_torchscript_and_fx_take_any_size() -> None:
     assert torch.jit.trace(model, x)(x).equal(model(x))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_in_one_piece_for_any_size(backend: str) -> None:
-    model = tiny(depths=(1, 1, 1, 1)).train()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+def test_compiled_in_one_piece_for_any_size() -> None:
+    model = tiny(depths=(1, 1, 1, 1))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for x in (images(), images(33, 70)):
         assert close(compiled(x), model(x))
-    compiled(x).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_training() -> None:
+    model, x = tiny(depths=(1, 1, 1, 1)).train(), images()
+    compiled = torch.compile(model, fullgraph=True)
+    assert close(compiled(x), model(x))
+    expected, actual = gradients(model, x), gradients(compiled, x)
+    assert all(close(actual[f"_orig_mod.{name}"], value, 1e-4) for name, value in expected.items())
 
 
 def test_copies_pickles_and_models_from_nothing() -> None:
@@ -390,7 +394,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"embed_dim": 1}, ValueError, r"embed_dim // 2 must be at least 1, got 0"),
     ({"expand": 0.0}, ValueError, r"expand must leave the scans a channel of 12 at least, got 0.0"),
     ({"global_pool": "max"}, ValueError, r"global_pool must be 'avg' or '' \(no pooling\), got 'max'"),
-    ({"img_size": 64}, TypeError, r"unknown keyword img_size; the model takes depths"),
+    ({"img_size": (64, 0)}, ValueError, r"img_size must be at least 1, got \(64, 0\)"),
+    ({"d_state": 16}, TypeError, r"unknown keyword d_state; the model takes depths"),
 ]
 
 
@@ -443,14 +448,15 @@ def test_whole_sizes_are_told_by_their_shapes() -> None:
 
 
 def test_saved_folders_take_other_heads_and_channels(tmp_path: Path) -> None:
-    model, x = tiny(), images()
+    model, x = tiny(img_size=(64, 48)), images()
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_args"]["depths"] == [1, 1, 2, 1] and config["num_features"] == 96
+    assert model.hub_config()["pretrained_cfg"]["input_size"] == model.input_size() == (3, 64, 48)
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, in_chans=1).eval()
     assert other(x[:, :1]).shape == (2, 3)
     same: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert same(x).equal(model(x))
+    assert same(x).equal(model(x)) and same.input_size() == (3, 64, 48)
     config["model_args"]["depths"] = [2, 2, 10**9, 2]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"depths=.*expected at most 512"):
@@ -486,8 +492,7 @@ def test_too_many_blocks_are_refused() -> None:
 
 @pytest.mark.parametrize("ending, format", [("pt2", "pt2"), ("safetensors", "official")])
 def test_exports(ending: str, format: str, tmp_path: Path) -> None:
-    model = tiny(num_classes=3)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 40, 40)}
+    model = tiny(num_classes=3, img_size=40)
     model.save_pretrained(tmp_path / "folder")
     assert export(str(tmp_path / "folder"), tmp_path / f"file.{ending}", format)
     if format == "official":
