@@ -83,7 +83,7 @@ class _Visit:
     def read_the_table(self) -> str:
         weights = self.weights
         if weights.where == "planned":
-            raise CheckpointError(ways_on(self.entry, self.entry.partition(".")[0]))
+            raise CheckpointError(ways_on(self.entry))
         place = f"{weights.repository} on {'GitHub' if self.github else 'the Hub'}, {weights.revision!r}"
         return f"{weights.where}{f', {place}, licence {weights.license}' if weights.where == 'upstream' else ''}"
 

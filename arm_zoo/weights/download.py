@@ -57,10 +57,11 @@ def fetch_from_hub(
     with explained(f"fetch {filename} of {repo}", repo, cache_dir):
         path = Path(_fetch(repo, filename, revision=revision, cache_dir=cache_dir, token=token))
     blob = _blob(path)
-    if blob is not None and blob.parent.name != "blobs":
-        discard(path)
-        wanted = f"the server asked to store the file outside the cache, at {blob}"
-        raise DownloadError(f"{repo}: {filename}: refused: {wanted}")
+    blobs = os.path.normpath(path.parents[len(Path(filename).parts) + 1] / "blobs")
+    if blob is not None and str(blob.parent) != blobs:
+        path.unlink()  # the link alone: what it points to may be any file of the user
+        refused = f"refused: the server asked to store the file outside the cache, at {blob}"
+        raise DownloadError(f"{repo}: {filename}: {refused}")
     return path
 
 
@@ -110,7 +111,9 @@ def _blob(path: Path) -> Path | None:
 
 def discard(path: Path) -> None:
     """Take a file out of the cache, where that may be written to; otherwise the next load fails alike."""
-    for file in {path.resolve(), _blob(path) or path, path}:
+    blob, stored = _blob(path) or path, path.resolve()
+    in_shared_store = stored.is_relative_to((blob.parents[2] / "blobs").resolve())
+    for file in {path, blob, stored if in_shared_store else path}:
         try:
             file.unlink(missing_ok=True)
         except OSError:
