@@ -38,7 +38,7 @@ RANKS = (
 PACKAGE_RANKS = {  # the same of the other packages
     "arm_zoo": RANKS,
     "hub": (
-        ("folders",),
+        ("doctor", "folders"),
         ("catalog", "export"),
         ("card",),
         ("convert",),
