@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arm_zoo.command_line import one_line, positive, usable_device
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
-from arm_zoo.images.listing import IMAGE_ENDINGS, files_below, is_image, left_out, natural_order
+from arm_zoo.images.listing import IMAGE_ENDINGS, contents, left_out
 from arm_zoo.loading import entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
@@ -110,10 +110,10 @@ def run_predict(args: argparse.Namespace) -> int:
     transform = create_transform(**data_config)
     names = class_names(model)
     status = 0
-    found = [(place, list(files_below(place)) if os.path.isdir(place) else []) for place in args.images]
-    if note := left_out(path for _, files in found for path in files if not is_image(path)):
+    found = [(place, *(contents(place) if os.path.isdir(place) else ([], []))) for place in args.images]
+    if note := left_out(path for _, _, others in found for path in others):
         print(note, file=sys.stderr)
-    for path in (path for place, files in found for path in natural_order(filter(is_image, files)) or [place]):
+    for path in (path for place, images, _ in found for path in images or [place]):
         try:
             if os.path.isdir(path):  # as is left where one holds no images
                 endings = ", ".join(IMAGE_ENDINGS)
@@ -240,9 +240,8 @@ def create_parser() -> argparse.ArgumentParser:
         usage="%(prog)s SCRIPT [ARGUMENT ...] | -m MODULE [ARGUMENT ...]",
     )
     command.set_defaults(run=run_script)
-    rest = argparse.REMAINDER
-    command.add_argument("script", nargs=rest, help="a Python file and its arguments")
-    command.add_argument("-m", dest="module", nargs=rest, help="a module by name and its arguments")
+    command.add_argument("script", nargs=argparse.REMAINDER, help="a Python file and its arguments")
+    command.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module by name and its arguments")
     return parser
 
 

@@ -93,9 +93,7 @@ def from_pretrained(
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) and not Path(source).exists()
     if is_repository and not str(source).endswith((".safetensors", ".pth", ".pt", ".bin", ".tar")):
         source = f"hf-hub:{source}"
-    loader = _Loader(as_backbone, kwargs, revision, cache_dir, token, timms_too=False)
-    model: Backbone | PretrainingModel = loader.load(source).model
-    return model
+    return _Loader(as_backbone, kwargs, revision, cache_dir, token, timms_too=False).load(source).model
 
 
 def unknown_model(name: str, known: Collection[str]) -> ValueError:
@@ -384,7 +382,5 @@ def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any]
         raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
     rows = tensors["pos_embed"].shape[1:2] if "pos_embed" in tensors else ()
     if rows and rows[0] - (patches := model.patch_embed.num_patches) not in (0, 1):
-        said = f"{config} describes {patches} patches, but {file.name} beside it"
-        raise CheckpointError(
-            f"{said} has position embeddings for {rows[0]} tokens: the two files do not belong together"
-        )
+        said = f"{config} describes {patches} patches, but {file.name} beside it has position embeddings"
+        raise CheckpointError(f"{said} for {rows[0]} tokens: the two files do not belong together")

@@ -90,8 +90,7 @@ def measured(sha256: str | None, results: Path) -> dict[str, dict[str, str]]:
         return {}
     with results.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = {"set", "n", "top1", "weights_sha256"} - set(reader.fieldnames or ())
-        if missing:
+        if missing := {"set", "n", "top1", "weights_sha256"} - set(reader.fieldnames or ()):
             raise UsageError(f"{results} lacks the columns {', '.join(sorted(missing))} of `python -m eval`")
         return {row["set"]: row for row in reader if row["weights_sha256"] == sha256 and not row.get("limit")}
 

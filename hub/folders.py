@@ -23,8 +23,7 @@ def check_complete(folder: Path, names: Sequence[str] = FILES) -> None:
     """Raise UsageError unless the folder has these files of a conversion."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}; write it: python -m hub convert FILE {folder}")
-    missing = ", ".join(name for name in names if not (folder / name).is_file())
-    if missing:
+    if missing := ", ".join(name for name in names if not (folder / name).is_file()):
         source = folder if (folder / WEIGHTS).is_file() else "FILE"  # such as the folder of a run
         raise UsageError(f"{folder} lacks {missing}; write a new folder: python -m hub convert {source} OUT")
 
@@ -36,8 +35,7 @@ def check_destination(folder: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder to write to")
     there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".partial-"))  # of a killed one
-    foreign = [name for name in there if name not in FILES]
-    if foreign:
+    if foreign := [name for name in there if name not in FILES]:
         raise UsageError(f"{folder} holds other files ({', '.join(foreign[:4])}); name a new folder")
     if there and not overwrite:
         raise UsageError(f"{folder} has a model already; name a new folder, or replace it with --overwrite")

@@ -70,6 +70,8 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
 
 def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, "StopRequest"], None]) -> None:
     """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
+    from accelerate import PartialState
+
     from recipes.data.workers import end_workers
     from recipes.errors import reporting_mistakes
     from recipes.signals import StopRequest
@@ -78,9 +80,9 @@ def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any
     with reporting_mistakes(program):
         try:
             run(config, resume, stop)
-            leave_processes()
+            PartialState().destroy_process_group()
         except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
-            leave_processes()
+            PartialState().destroy_process_group()
             raise
         except KeyboardInterrupt:
             interrupted(f"{program}: interrupted; the same command goes on from the last checkpoint")
@@ -101,11 +103,3 @@ def say(text: str) -> None:
 
     if PartialState().is_main_process:
         print(text)
-
-
-def leave_processes() -> None:
-    """End the connection to the other processes, if there are any."""
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -118,14 +118,14 @@ class TrainConfig(Config):
     global_batch: int = limited(1024, ONE_OR_MORE)  # images per optimizer step, over all processes
     base_lr: float = limited(1.5e-4, ABOVE_ZERO)  # for 256 images: the peak is base_lr * global_batch / 256
     min_lr: float = limited(0.0, ZERO_OR_MORE)
-    warmup_epochs: float = limited(0.0, ZERO_OR_MORE)
+    warmup_epochs: float = limited(5.0, ZERO_OR_MORE)
     weight_decay: float = limited(0.05, ZERO_OR_MORE)
     betas: tuple[float, float] = limited((0.9, 0.999), BETAS)
     clip_grad: float | None = limited(None, ABOVE_ZERO)  # L2 norm of all gradients together
 
     device: Literal["auto", "cpu"] = "auto"
     cpu_threads: int | None = limited(None, ONE_OR_MORE)  # of each process; null: torch's choice
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters, optimizer and scan states stay fp32
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, optimizer and scan states stay fp32
     # Larger parts of the global batch take several forward passes, whose gradients add up; null: all at once.
     max_batch_per_device: int | None = limited(None, ("a whole number, 2 or more", lambda x: x >= 2))
     compile: bool = False
@@ -221,7 +221,6 @@ class PretrainConfig(TrainConfig):
     epochs: int = limited(1600, ONE_OR_MORE)
     global_batch: int = limited(2048, ONE_OR_MORE)
     warmup_epochs: float = limited(40.0, ZERO_OR_MORE)
-    precision: Literal["fp32", "bf16"] = "bf16"
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
     objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.TRAINING`
@@ -236,10 +235,8 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """Supervised training, from a pretrained encoder or from scratch; the defaults are the paper's ARM-B."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
     base_lr: float = limited(5e-4, ABOVE_ZERO)
     min_lr: float = limited(1e-6, ZERO_OR_MORE)
-    warmup_epochs: float = limited(5.0, ZERO_OR_MORE)
     pretrained: str | None = None  # a folder or file of weights, or the name of an entry; null: from scratch
     layer_decay: float = limited(0.65, ("above 0, up to 1 (1: one rate for all layers)", lambda x: 0 < x <= 1))
     drop_path: float = limited(0.1, BELOW_ONE)

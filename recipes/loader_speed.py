@@ -10,11 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from recipes.command_line import read_config
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, TrainConfig
-from recipes.data.loader import TrainLoader
+from recipes.data.loader import CPU, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import reporting_mistakes
 from recipes.parsing import limited
@@ -37,7 +35,7 @@ def loader_speed(config: LoaderConfig) -> float:
     batch = min(config.batch, max(2, (source.train.size or config.batch) // 2 * 2))  # of few images, all of them
     training = TrainConfig(data=config.data, seed=config.seed, global_batch=batch, epochs=1_000_000)
     size = (config.image_size, config.image_size)
-    loader = TrainLoader(source, training, BatchPlan(batch, 1), size, 0, 1, torch.device("cpu"))
+    loader = TrainLoader(source, training, BatchPlan(batch, 1), size, 0, 1, CPU)
     batches = (step for epoch in range(training.epochs) for step in loader.epoch(epoch))
     for _ in range(1 + 3 * config.data.workers):  # two that each has ready and one in its hands
         next(batches)

@@ -172,8 +172,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     inputs = {"mean": source.mean, "std": source.std, **inputs}
     if (channels := inputs["input_size"][0]) != source.channels:
         raise SourceError(f"{config.data.source!r} has {source.channels} channels, the model takes {channels}")
-    on_gpu = config.device == "auto" and torch.cuda.is_available()
-    model = model.eval().to("cuda" if on_gpu else "cpu")
+    model = model.eval().to("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
     train = extract(model, source.train, inputs, config, "training")
     test = extract(model, source.test, inputs, config, "validation")
     linear, rate = linear_top1(train, test, config.linear_epochs, config.seed)

@@ -28,7 +28,7 @@ from recipes.errors import RunError, reporting_mistakes
 from recipes.finetune import finetune
 from recipes.pretrain import pretrain
 from recipes.training.engine import Metrics
-from recipes.training.plots import drawn_blindly, plot_comparison, prepared_images
+from recipes.training.plots import drawn_blindly, plot_comparison
 
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
@@ -98,8 +98,7 @@ def training_from_scratch(folder: Path, settings: Sequence[str]) -> Iterator[lis
 def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
     """Load the written model as any user of timm would and let it name a few validation images."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    indices = drawn_blindly(len(source.test), IMAGES_NAMED, seed)
-    batch = prepared_images(source.test, indices, resolve_data_config(model=model))
+    indices, batch = drawn_blindly(source.test, IMAGES_NAMED, seed, resolve_data_config(model=model))
     with torch.inference_mode():
         probabilities, best = model(batch.images).softmax(dim=1).max(dim=1)
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)

@@ -70,6 +70,7 @@ def _choose(key: str, choices: Choices, likely: Sequence[str], columns: Sequence
     if wanted is not None or len(likely) == 1:
         return likely[0] if wanted is None else wanted
     problem = f"could be any of {listed(likely)}" if likely else f"is none of {listed(columns, 20)}"
+    problem = problem if columns else "is missing"
     raise SourceError(f"the {key.replace('_', ' ')} of {where} {problem}; say which with {choices.typed(key)}")
 
 

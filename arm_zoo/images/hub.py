@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import datasets
 
-from arm_zoo.images.listing import SourceError, split_of
-from arm_zoo.images.locate import SCORED
+from arm_zoo.images.listing import SourceError
+from arm_zoo.images.locate import SCORED, split_of
 
 
 def quiet_in_logs() -> None:

@@ -77,8 +77,7 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
 
 def counted(values: pa.ChunkedArray) -> dict[Any, int]:
     """What stands in a column -> how often."""
-    counts = pc.value_counts(values)
-    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+    return {found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()}
 
 
 def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: bool, where: str) -> dict[str, int]:

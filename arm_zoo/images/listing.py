@@ -11,9 +11,6 @@ from pathlib import Path
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2",
 )  # fmt: skip
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
-SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 
 
 class SourceError(ValueError):
@@ -42,12 +39,6 @@ def natural_order(names: Iterable[str]) -> list[str]:
 def printable(path: str | bytes) -> str:
     """A path for messages and tables, which take text only: bytes that are not UTF-8 are written as in `caf\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def split_of(path: str) -> str | None:
-    """The split whose word stands last in a relative path: train of `data/train-00000-of-00002.parquet`."""
-    words = [word for word in re.split(r"[^a-z]+", path.lower()) if word in SPLIT_OF_WORD]
-    return SPLIT_OF_WORD[words[-1]] if words else None
 
 
 def listed(names: Sequence[object], most: int = 5) -> str:
@@ -123,6 +114,12 @@ def images_below(folder: str) -> Iterator[str]:
     return filter(is_image, files_below(folder))
 
 
+def contents(folder: str) -> tuple[list[str], list[str]]:
+    """Paths of the visible files in a folder and below it: the images, in natural order, and those that are none."""
+    files = list(files_below(folder))
+    return natural_order(filter(is_image, files)), list(filterfalse(is_image, files))
+
+
 def class_folders(folder: str) -> tuple[dict[str, list[str]], list[str]]:
     """The images of each class, both in natural order, and the visible files beside them that are none, by path.
 
@@ -136,9 +133,8 @@ def class_folders(folder: str) -> tuple[dict[str, list[str]], list[str]]:
             raise SourceError(f"{folder!r} holds two class folders whose names are both written {name!r}; rename one")
         if printable(name) != name:
             raise SourceError(f"the name of the class folder {os.fsencode(path)!r} is not UTF-8; rename the folder")
-        files = list(files_below(path))
-        images[name] = natural_order(filter(is_image, files))
-        others.extend(filterfalse(is_image, files))
+        images[name], beside = contents(path)
+        others.extend(beside)
     return images, others
 
 

@@ -7,19 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from arm_zoo.images.braces import expand_braces
-from arm_zoo.images.listing import (
-    SPLIT_OF_WORD,
-    TAR_ENDINGS,
-    SourceError,
-    entries_of,
-    images_below,
-    images_in,
-    natural_order,
-    split_of,
-    subfolders,
-)
+from arm_zoo.images.listing import SourceError, entries_of, images_below, images_in, natural_order, subfolders
 
 Kind = Literal["images", "parquet", "tars", "hub"]
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": TAR_ENDINGS}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # ORG/NAME of models and of data sets
 SCORED = ("val", "test", "train")  # of a source that is named for validation, the first of these that is there
@@ -43,6 +36,12 @@ class Located:
     def has_validation(self) -> bool:
         """Whether there is a split to score on, as far as is known before a data set of the Hub is opened."""
         return bool({"val", "test"} & self.splits.keys())
+
+
+def split_of(path: str) -> str | None:
+    """The split whose word stands last in a relative path: train of `data/train-00000-of-00002.parquet`."""
+    words = [word for word in re.split(r"[^a-z]+", path.lower()) if word in SPLIT_OF_WORD]
+    return SPLIT_OF_WORD[words[-1]] if words else None
 
 
 def locate(name: str, one_split: bool = False) -> Located:

@@ -25,7 +25,8 @@ from filelock import FileLock
 from arm_zoo.files import remove_leftovers, replacing_files
 from arm_zoo.images.columns import Choices, values_at
 from arm_zoo.images.labels import counted
-from arm_zoo.images.listing import SPLIT_OF_WORD, SourceError, class_name, is_image, left_out, listed, printable
+from arm_zoo.images.listing import SourceError, class_name, is_image, left_out, listed, printable
+from arm_zoo.images.locate import SPLIT_OF_WORD
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
 
 READING_THREADS = 16  # they wait for the disk
@@ -35,8 +36,6 @@ FORMAT = 2  # of the index; raise it when the format changes: older cached indic
 ROWS_AT_ONCE = 1000
 _IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.binary(), "offset": pa.int64(), "size": pa.int64()})
 INDEX = pa.schema({"image": _IMAGE, "key": pa.binary(), "label": pa.string()})  # in JSON, an integer or a string
-
-
 Index = tuple[datasets.Dataset, bool, str]  # the rows; whether folders are the classes; a note on files left out
 
 
@@ -172,8 +171,7 @@ def _with_classes(rows: datasets.Dataset, files: Sequence[str], where: str, choi
     by_folder = len(rows) > 0 and texts.null_count == len(rows) and choices.label_column is None
     note = ""
     if by_folder:
-        note = left_out(_column(rows, "key").filter(sizes.is_null()).to_pylist())
-        if note:
+        if note := left_out(_column(rows, "key").filter(sizes.is_null()).to_pylist()):
             table = rows.with_format("arrow")[:].filter(sizes.is_valid())
             rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)
         labels = pa.array(_classes_by_folder(rows, files, where, choices), pa.string())

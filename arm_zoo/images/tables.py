@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from itertools import chain, filterfalse
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -26,16 +26,7 @@ from arm_zoo.images.columns import Choices, Columns, find_columns, leaves, value
 from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image
 from arm_zoo.images.hub import quiet_in_logs
 from arm_zoo.images.labels import Labels, read_labels
-from arm_zoo.images.listing import (
-    SourceError,
-    class_folders,
-    files_below,
-    images_in,
-    is_image,
-    left_out,
-    natural_order,
-    printable,
-)
+from arm_zoo.images.listing import SourceError, class_folders, contents, images_in, left_out, natural_order, printable
 from arm_zoo.images.locate import Located
 from arm_zoo.images.shards import READING_THREADS, open_index
 from arm_zoo.images.tars import Member
@@ -240,9 +231,9 @@ def _load_folder(folder: str, labels_needed: bool, located_note: str, one_class:
     """
     below = os.path.join(folder, "")
     if not labels_needed:
-        files = list(files_below(folder))
-        data = _table_of_paths(natural_order(filter(is_image, files)))
-        return data, data.features, left_out(path.removeprefix(below) for path in filterfalse(is_image, files))
+        images, others = contents(folder)
+        data = _table_of_paths(images)
+        return data, data.features, left_out(path.removeprefix(below) for path in others)
     classes, others = class_folders(folder)
     loose = natural_order(images_in(folder))
     if loose and one_class and not any(classes.values()):

@@ -38,24 +38,21 @@ def paper_table(paper: Path, name: str) -> list[dict[str, str]]:
 
 def reported_entries(paper: Path) -> list[Entry]:
     """Tables 2 and 3 of the paper, joined by model at 224 pixels."""
-    entries = []
+    entries: dict[tuple[str, str], Entry] = {}  # by model and size
     for row in paper_table(paper, "table2_imagenet"):
         entry = Entry(row["model"], row["kind"], row["img_size"], float(row["params_m"]), row["source"], row["entry"])
         speed = row["throughput_a5000_img_s"]
         entry.top1 = {"in1k": float(row["top1"])} if row["top1"] else {}
         entry.speeds = {PAPER_SPEED: float(speed)} if speed else {}
         entry.notes = [row["note"]] if row["note"] else []
-        entries.append(entry)
-    at_224 = {entry.model: entry for entry in entries if entry.img_size == "224"}
+        entries[entry.model, entry.img_size] = entry
     for row in paper_table(paper, "table3_robustness"):
-        if row["model"] in at_224:
-            entry = at_224[row["model"]]
+        new = Entry(row["model"], row["kind"], "224", None, row["source"])
+        entry = entries.setdefault((new.model, new.img_size), new)
+        if entry is not new:
             entry.source += ", table 3"
-        else:
-            entry = Entry(row["model"], row["kind"], "224", None, row["source"])
-            entries.append(entry)
         entry.top1 |= {name: float(row[spec.paper_column]) for name, spec in SETS.items() if spec.paper_column}
-    return entries
+    return list(entries.values())
 
 
 def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:

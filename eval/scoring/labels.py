@@ -105,7 +105,7 @@ def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -
     """
     spec = SETS[name]
     try:
-        listing = open_own(locations, choices) if name == CUSTOM else open_source(locations, [spec.folder])
+        listing = open_own(locations, choices) if name == CUSTOM else open_source(locations, spec.folder)
         others = [other for other in SETS.values() if name not in (CUSTOM, other.name)]
         for other in others:  # the releases of ImageNet-V2, for one, have the same classes and numbers of images
             folder, where = other.folder, listing.location

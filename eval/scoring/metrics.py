@@ -19,14 +19,12 @@ def rank(logits: torch.Tensor, subset: Sequence[int] | None = None) -> tuple[np.
     batch size or device changes a tie. Fewer than five classes leave -1 at the end; a row of -1 is an image whose
     logits are not numbers.
     """
-    candidates = logits.float()
-    if subset is not None:
-        candidates = candidates[:, torch.as_tensor(subset, device=logits.device)]
+    indices = np.arange(logits.shape[1]) if subset is None else np.asarray(subset)
+    candidates = logits.float()[:, torch.as_tensor(indices, device=logits.device)]
     confidence = candidates.softmax(dim=1).amax(dim=1).cpu().numpy()
     order = candidates.argsort(dim=1, descending=True, stable=True)[:, :TOP].cpu().numpy()
-    classes = order if subset is None else np.asarray(subset)[order]
     out = np.full((len(logits), TOP), -1, dtype=np.int32)
-    out[:, : classes.shape[1]] = classes
+    out[:, : order.shape[1]] = indices[order]
     broken = logits.isnan().any(dim=1).cpu().numpy()
     out[broken], confidence[broken] = -1, 0
     return out, confidence

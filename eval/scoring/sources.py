@@ -17,8 +17,8 @@ from timm.data import get_img_extensions
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.hub import load_split_from_hub
-from arm_zoo.images.listing import TAR_ENDINGS, SourceError, natural_order, printable, split_of
-from arm_zoo.images.locate import HUB_ID, SCORED, Kind, Located
+from arm_zoo.images.listing import SourceError, natural_order, printable
+from arm_zoo.images.locate import HUB_ID, SCORED, TAR_ENDINGS, Kind, Located, split_of
 from arm_zoo.images.shards import JSON_LABEL, TEXT_LABELS
 from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
@@ -31,7 +31,7 @@ BY_NAME = Choices(by_name=True, in_training=False)
 ONE_KIND = "{}: expected one folder, or tar files only, or parquet files only"
 
 
-def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listing:
+def open_source(locations: Sequence[str], folder: str = "") -> Listing:
     """The images at one location, or in several tars or parquet files of one set; raises `SourceError` if none are.
 
     Locations are folders, files, patterns such as 'val-*.tar', or one Hub id 'OWNER/NAME[@REVISION][:SPLIT]'. Below
@@ -45,10 +45,10 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
     if missing := [path for path in paths if not path.exists()]:
         raise SourceError(f"no file or folder {str(missing[0])!r}, and it is no Hub dataset id (OWNER/NAME) either")
     # where a release was unpacked, or sorted, beside its tars, the folder counts
-    if len(paths) == 1 and paths[0].is_dir() and not any((paths[0] / folder).is_dir() for folder in folders):
+    if len(paths) == 1 and paths[0].is_dir() and not (folder and (paths[0] / folder).is_dir()):
         paths = _files_of_folder(paths[0]) or paths
     if len(paths) == 1 and paths[0].is_dir():
-        return _open_folder(location, paths[0], folders)
+        return _open_folder(location, paths[0], folder)
     kind: Kind = "parquet"
     if not all(path.suffix.lower() == ".parquet" for path in paths):
         if not all(path.is_file() and tarfile.is_tarfile(path) for path in paths):
@@ -61,7 +61,7 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
                 if twice := tree.keys() & members.keys():
                     raise SourceError(f"{location}: {min(twice)} is there twice, the second time in {tar}")
                 tree |= members
-            return _open_tree(location, tree, folders)
+            return _open_tree(location, tree, folder)
     located = Located(location, kind, {"": list(map(str, paths))})
     return listing_of(open_split(located, "", BY_NAME), "")
 
@@ -83,37 +83,31 @@ def _files_of_folder(folder: Path) -> list[Path]:
     return tars or next(filter(None, of_splits), files)
 
 
-def _open_folder(location: str, root: Path, folders: Sequence[str]) -> Listing:
-    for folder in folders:
-        if (root / folder).is_dir():
-            root = root / folder
-    walk = os.walk(root, followlinks=True)
-    paths = [Path(parent, name) for parent, _, names in walk for name in names]
+def _open_folder(location: str, root: Path, folder: str) -> Listing:
+    root = root / folder if (root / folder).is_dir() else root
+    paths = [Path(parent, name) for parent, _, names in os.walk(root, followlinks=True) for name in names]
     tree = {path.relative_to(root).as_posix(): str(path) for path in paths}
     own = Path(os.path.abspath(root)).name  # a single class folder is known by it
-    return _open_tree(location, tree, folders, above=f"{own}/")
+    return _open_tree(location, tree, folder, above=f"{own}/")
 
 
 def _are_samples(members: Collection[str]) -> bool:
     """Whether files of a tar are those of WebDataset, whose images have files with labels beside them."""
     endings = (*TEXT_LABELS, JSON_LABEL.partition(".")[0])
-    keys = (split_key(file)[0] for file in _images_below(members, ()))
+    keys = (split_key(file)[0] for file in _images_below(members))
     return any(f"{key}.{ending}" in members for key in keys for ending in endings)
 
 
-def _images_below(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
-    """The images, in order, that lie in the first of the folders that any lies in; all where none does."""
+def _images_below(paths: Iterable[str], folder: str = "") -> list[str]:
+    """The images, in order, that lie in a folder of this name; all where none does."""
     names = ((path, posixpath.basename(path)) for path in paths)
     images = sorted(path for path, name in names if name.lower().endswith(TIMM_ENDINGS) and not name.startswith("."))
-    for folder in folders:
-        if inside := [path for path in images if f"/{folder}/" in f"/{path}"]:
-            return inside
-    return images
+    return [path for path in images if folder in path.split("/")[:-1]] or images
 
 
-def _open_tree(location: str, tree: Mapping[str, str | Member], folders: Sequence[str], above: str = "") -> Listing:
+def _open_tree(location: str, tree: Mapping[str, str | Member], folder: str, above: str = "") -> Listing:
     """The images of a tree, path -> place, whose innermost folders are the classes."""
-    places = {f"{above}{file}": tree[file] for file in _images_below(tree, folders)}
+    places = {f"{above}{file}": tree[file] for file in _images_below(tree, folder)}
     if not places:
         raise SourceError(f"no images ({', '.join(TIMM_ENDINGS)}) in {location}")
     names = [posixpath.basename(posixpath.dirname(file)) for file in places]

@@ -56,11 +56,8 @@ def time_in_turn(steps: Sequence[Callable[[], object]], device: str, repeats: in
 def circumstances(device: str) -> Row:
     """The machine and the versions that a row of speeds names."""
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        **versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    return {"device": name, **versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def table(

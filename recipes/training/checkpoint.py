@@ -9,8 +9,8 @@ the seed, the epoch and the step, so the position says it all. Nothing in it dep
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import Optimizer
 
 from arm_zoo.files import flush, save_tensors, sha256_of
-from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.training.ema import candidates
 from recipes.training.parallel import WHOLE, Tensors, model_state
@@ -42,11 +41,6 @@ class Position:
     seconds: float = 0.0  # trained before this process started
     history: list[Metrics] = field(default_factory=list)  # one row per epoch done
     undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
-
-
-def kept_state(config: TrainConfig, class_names: Sequence[str], steps: int, now: Position) -> dict[str, Any]:
-    """The content of `state.json`; so many steps are an epoch."""
-    return {"config": asdict(config), "class_names": class_names, "steps_per_epoch": steps, "position": asdict(now)}
 
 
 def kept_tensors(model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer) -> dict[str, Tensors]:
@@ -75,11 +69,6 @@ def restore(
         whole["state"].setdefault(name, {})[kind] = tensor
     dcp_state.set_optimizer_state_dict(model, optimizer, whole, options=options)
     return Position(**state["position"])
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` holds."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 class DamagedCheckpoint(RunError):

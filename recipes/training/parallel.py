@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -157,5 +157,4 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 def model_state(model: nn.Module) -> Tensors:
     """Names -> whole tensors on the CPU of the main process; every process must call it."""
-    state: Any = get_model_state_dict(model, options=WHOLE)
-    return state
+    return cast(Tensors, get_model_state_dict(model, options=WHOLE))

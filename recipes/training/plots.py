@@ -36,8 +36,7 @@ def plot_run(file: Path, history: Sequence[Metrics]) -> None:
 
 def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:
     """Draw the loss of a pretraining and, for each named supervised run, top-1 over its epochs."""
-    ends = {name: [row["top1"] for row in history if "top1" in row][-1] for name, history in supervised.items()}
-    curves = {f"{name}: {ends[name]:.1f}% at the end": (history, "top1") for name, history in supervised.items()}
+    curves = {f"{name}: {rows[-1]['top1']:.1f}% at the end": (rows, "top1") for name, rows in supervised.items()}
     plot_curves(file, {f"Pretraining, without labels: {LOSS}": {"": (pretraining, "loss")}, TOP1: curves})
 
 
@@ -67,7 +66,7 @@ def draw_predictions(
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
-        batch = prepared_images(split, drawn_blindly(len(split), IMAGES_DRAWN, seed), inputs)
+        _, batch = drawn_blindly(split, IMAGES_DRAWN, seed, inputs)
     else:  # a stream has no places to choose from
         batch = next(iter(EvalLoader(split, inputs, IMAGES_DRAWN)))
     if len(batch.classes) == 0:
@@ -77,13 +76,12 @@ def draw_predictions(
     images = _pixels(batch.images, source)
     (count, height, width, _), (rows, columns) = images.shape, unit
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
-    grid = figure.subplots(3, count, squeeze=False)
+    grid = figure.subplots(3, count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     rows_shown = {"image": images, "target": images, "predicted": predicted}
     for axes_row, (label, shown) in zip(grid, rows_shown.items(), strict=True):
         axes_row[0].set_ylabel(label, fontsize=12)
         for axes, image in zip(axes_row, shown, strict=True):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-            axes.set(xticks=[], yticks=[])
             axes.hlines(range(rows, height, rows), 0, width, color=COLOURS[3], lw=1)
             axes.vlines(range(columns, width, columns), 0, height, color=COLOURS[3], lw=1)
             if label != "image":
@@ -100,14 +98,10 @@ def _pixels(images: Tensor, source: Source) -> NDArray[Any]:
     return (images * std + mean).movedim(1, -1).clamp(0, 1).numpy()
 
 
-def drawn_blindly(length: int, count: int, seed: int) -> list[int]:
-    """Indices of a few images."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-
-
-def prepared_images(split: ImageTable, indices: list[int], inputs: Mapping[str, Any]) -> Batch:
-    """Images of a split as a model takes them."""
-    return next(iter(EvalLoader(split.select(indices), inputs, len(indices))))
+def drawn_blindly(split: ImageTable, count: int, seed: int, inputs: Mapping[str, Any]) -> tuple[list[int], Batch]:
+    """The indices of a few images of a split, and these images as a model takes them."""
+    indices = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return indices, next(iter(EvalLoader(split.select(indices), inputs, count)))
 
 
 def _save(figure: Figure, file: Path) -> None:

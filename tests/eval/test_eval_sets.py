@@ -543,4 +543,4 @@ def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     Dataset.from_list([{"image": {"bytes": image_bytes(), "path": None}}], Features(image=Image())).to_parquet(file)
     capsys.readouterr()
     message = refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")
-    assert f"the label column of {file} is none of ;" in message
+    assert f"the label column of {file} is missing;" in message

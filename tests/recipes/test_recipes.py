@@ -47,7 +47,7 @@ from recipes.training import parallel
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import save_pretraining
-from recipes.training.optim import learning_rate, parameter_groups
+from recipes.training.optim import create_optimizer, learning_rate
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
 from recipes.training.progress import ProgressDisplay, image_flops
 from recipes.training.scoring import evaluation
@@ -373,7 +373,8 @@ def test_learning_rate_is_the_official_one(golden: Path) -> None:
 
 def test_parameter_groups_leave_frozen_and_one_dimensional_parameters_undecayed() -> None:
     model = arm_zoo.create_pretraining_model("arm_pico", embed_dim=16, depth=1, decoder_dim=64, decoder_depth=1)
-    decay = {id(p): group["weight_decay"] for group in parameter_groups(model, 0.05) for p in group["params"]}
+    groups = create_optimizer(model, PretrainConfig(weight_decay=0.05)).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     mixer = model.blocks[0].mixer
     assert id(model.pos_embed) not in decay and id(model.decoder_pos_embed) not in decay
     assert decay[id(mixer.A_log)] == decay[id(mixer.conv_weight)] == decay[id(model.query_token)] == 0.05
@@ -384,7 +385,7 @@ def test_parameter_groups_leave_frozen_and_one_dimensional_parameters_undecayed(
 def test_layer_decay_by_hand() -> None:
     model = timm.create_model("arm_pico_patch2_8", embed_dim=16, depth=2)
     found = {}
-    for group in parameter_groups(model, 0.05, layer_decay=0.5):
+    for group in create_optimizer(model, FinetuneConfig(weight_decay=0.05, layer_decay=0.5)).param_groups:
         found |= {id(parameter): (group["lr_scale"], group["weight_decay"]) for parameter in group["params"]}
     scales = {"patch_embed": 0.125, "cls_token": 0.125, "pos_embed": 0.125, "blocks.0": 0.25, "blocks.1": 0.5}
     undecayed = ("bias", "cls_token", "pos_embed", "mixer.D", "norm", "conv_bias")
