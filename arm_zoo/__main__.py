@@ -32,7 +32,7 @@ from arm_zoo.images.listing import IMAGE_ENDINGS, contents, left_out
 from arm_zoo.loading import entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
-from arm_zoo.weights.download import whereabouts
+from arm_zoo.weights.find import whereabouts
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
@@ -66,7 +66,7 @@ def run_list(args: argparse.Namespace) -> int:
 def run_info(args: argparse.Namespace) -> int:
     """Print what is known about one entry, and how to load it."""
     model = create(args.name)
-    cfg, embed = model.pretrained_cfg, model.patch_embed
+    cfg = model.pretrained_cfg
     name = f"{cfg['architecture']}.{cfg['tag']}"
     tags = [split_model_name_tag(tagged)[1] for tagged in get_arch_pretrained_cfgs(name)]
     where = whereabouts(name)
@@ -77,9 +77,7 @@ def run_info(args: argparse.Namespace) -> int:
         "parameters": f"{count_parameters(model):,} ({count_parameters(model) / 1e6:.1f} M)",
         "multiply-adds": f"{counter.get_total_flops() // 2 / 1e6:,.1f} M per image (matrix products and convolutions; "
         "FLOP counters do not count the recurrence itself)",
-        "width": model.embed_dim,
-        "depth": len(model.blocks),
-        "patches": f"{_by(*embed.patch_size)}, stride {_by(*embed.patch_stride)}, grid {_by(*embed.grid_size)}",
+        **model.geometry(),
         "classes": model.num_classes or "none (encoder without head)",
         "pooling": model.global_pool,
         "input_size": _by(*cfg["input_size"]),

@@ -72,6 +72,11 @@ class ZooModel(nn.Module):
         return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.no_weight_decay()}
 
     @torch.jit.ignore
+    def input_size(self: Any) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model is made for."""
+        return self.in_chans, *self.patch_embed.img_size
+
+    @torch.jit.ignore
     def official_extras(self) -> StateDict:
         """What the authors' code saves besides parameters, computed, under its names."""
         return {}

@@ -27,6 +27,10 @@ class CheckpointError(RuntimeError):
     """Weights that cannot be had or read, or whose tensors are not those of the model."""
 
 
+class DownloadError(CheckpointError):
+    """Weights that could not be fetched; `__cause__` is what the client met, if it was not we who refused them."""
+
+
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder to write files into; if the block ends well, they replace those of `folder`.
@@ -123,8 +127,6 @@ def save_model(
 
     Tensors that are not plain numbers are refused; no two share memory in the file.
     """
-    alone: StateDict = {}
-    storages: set[int] = set()
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor) or not is_plain_tensor(value):
             kind = "tensor without values (device meta)" if getattr(value, "is_meta", False) else type(value).__name__
@@ -133,12 +135,8 @@ def save_model(
                 "before it is quantised and quantise it again after loading (or write the quantised one with "
                 "torch.save(model.state_dict(), FILE)); gather the tensors of a sharded one first, with full_tensor()"
             )
-        tensor = value.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        alone[name] = tensor.clone() if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes else tensor
-        storages.add(storage.data_ptr())
     with replacing_files(folder) as beside:
-        save_tensors(alone, beside / WEIGHTS, {"format": "pt", **metadata})
+        save_tensors(in_own_memory(tensors), beside / WEIGHTS, {"format": "pt", **metadata})
         # sort the metadata, whose order safetensors randomises, so that equal weights give equal files
         with open(beside / WEIGHTS, "r+b") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -147,6 +145,18 @@ def save_model(
             file.seek(8)
             file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def in_own_memory(tensors: Mapping[str, torch.Tensor]) -> StateDict:
+    """The tensors on the CPU, none of which shares memory with another or with numbers that are not its own."""
+    alone: StateDict = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        alone[name] = tensor.clone() if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes else tensor
+        storages.add(storage.data_ptr())
+    return alone
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata: Mapping[str, str]) -> None:

@@ -8,13 +8,13 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 from timm.layers import to_2tuple
-from torch import nn
 
+from arm_zoo.base import ZooModel
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.listing import listed
 from arm_zoo.layers.sizes import one_or_two
@@ -93,7 +93,8 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
 def _check_limits(arguments: dict[str, Any], patches: int | None, pretraining: bool) -> None:
     kind, most = ("pretraining model", 2**12) if pretraining else ("backbone", 2**14)  # a mask is the square of it
     for key, value in arguments.items():
-        if key.endswith("depth") and not 1 <= value <= MAX_DEPTH:
+        blocks = sum(value) if key == "depths" else value
+        if key.endswith(("depth", "depths")) and not 1 <= blocks <= MAX_DEPTH:
             raise CheckpointError(f"a {kind} with {key} {value}; from 1 to {MAX_DEPTH} are taken")
     if patches is not None and not 1 <= patches <= most:
         raise CheckpointError(f"a {kind} with {patches} patches; from 1 to {most} are taken")
@@ -177,10 +178,10 @@ def _different(arguments: dict[str, Any], entry: dict[str, Any]) -> dict[str, An
     return {key: value for key, value in arguments.items() if value != entry[key]}
 
 
-def describe(variant: Variant, model: nn.Module) -> str:
+def describe(variant: Variant, model: ZooModel) -> str:
     """One line for people: what was found."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    height, width = cast(Any, model.patch_embed).img_size
+    _, height, width = model.input_size()
     phase = "pretraining model" if variant.pretraining else "backbone"
     head = f", {variant.num_classes} classes" if variant.num_classes else ""
     return f"{variant.architecture} ({phase}, {count / 1e6:.1f} M parameters, {height}x{width} pixels{head})"

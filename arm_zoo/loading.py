@@ -20,9 +20,12 @@ from arm_zoo.identify import MAX_DEPTH, find_variant
 from arm_zoo.images.locate import HUB_ID
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
-from arm_zoo.weights.download import download, hub_repository
-from arm_zoo.weights.hosted import known_sha256
+from arm_zoo.weights.download import download
+from arm_zoo.weights.find import hub_repository, is_upstream
+from arm_zoo.weights.hosted import TABLE, known_sha256
 from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.tensor_names import under_our_names
+from arm_zoo.weights.upstream import fetch_address, fetch_upstream, read_record
 
 _REPOSITORY = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
 
@@ -49,9 +52,10 @@ def load(name: str | Path, weights: str | Path | None = None, *, as_backbone: bo
 
     Args:
         name: an entry of ours or timm's, or what names its model itself: "hf-hub:ORG/NAME@REVISION", a folder with
-            config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models.
-        weights: a file, a folder or "hf-hub:..." in place of the entry's own weights. A bare file's classes count, and
-            of our models its channels; without a head in the file the model has none.
+            config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models, which may be one of
+            a repository of the Hub ("hf://ORG/NAME/FILE").
+        weights: a file, a folder, "hf-hub:..." or "hf://..." in place of the entry's own weights. The classes of a
+            bare file count, and of our models its channels; without a head in the file the model has none.
     """
     return _Loader(as_backbone, kwargs).load(name, weights)
 
@@ -70,7 +74,8 @@ def from_pretrained(
     Args:
         source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
             "hf-hub:ORG/NAME@REVISION"), a folder with config.json and model.safetensors or pytorch_model.bin
-            ("local-dir:FOLDER" too), or a .safetensors or .pth file of this project, the authors or timm's scripts.
+            ("local-dir:FOLDER" too), a .safetensors or .pth file of this project, the authors or timm's scripts, or
+            such a file of a repository of the Hub ("hf://ORG/NAME/FILE").
         as_backbone: make a backbone also of a pretraining model, for finetuning or features.
         revision: branch, tag or commit of the repository.
         cache_dir: instead of the default cache of huggingface_hub.
@@ -155,9 +160,16 @@ class _Loader:
         path = Path(os.path.expanduser(rest if scheme == "local-dir" else source))
         if scheme in ("hf-hub", "hf_hub"):
             return self.from_hub(rest, wanted)._replace(source=source)
+        if scheme == "hf":
+            file = fetch_address(source, self.revision, self.cache_dir, self.token)
+            model = self.from_file(file) if wanted is None else self.from_named_file(wanted, file)
+            return Loaded(model, file, source, {})
         known = list_entries() if self.timms_too else entries()
         if weights is None and source in known and (isinstance(name, str) or not path.exists()):
-            repository = hub_repository(entry_of(source)) if source in entries() else None
+            entry = entry_of(source) if source in entries() else ""
+            if is_upstream(entry):
+                return self.from_upstream(source, entry)
+            repository = hub_repository(entry)
             if repository is None:
                 return self.from_timm(source)
             return self.from_hub(repository, None)._replace(source=repository)
@@ -169,9 +181,22 @@ class _Loader:
             return Loaded(model, path, path.name, {})
         is_tag = architecture_of(source) in known and path.suffix not in (".safetensors", ".pth")
         if weights is not None or "/" in source or (path.suffix and not is_tag):
-            allowed = "an entry (`python -m arm_zoo list`), a folder, a file or hf-hub:ORG/NAME"
+            allowed = "an entry (`python -m arm_zoo list`), a folder, a file, hf-hub:ORG/NAME or hf://ORG/NAME/FILE"
             raise FileNotFoundError(f"no checkpoint at {source}; name {allowed}")
         raise unknown_model(source, known)
+
+    def from_upstream(self, name: str, entry: str) -> Loaded:
+        """From the authors' file: the pretraining model where it is of one, unless a backbone is asked for."""
+        if self.revision is not None:
+            said = f"{name} is fetched from its authors at the revision {TABLE[entry].revision!r}"
+            raise ValueError(f"{said}; a file of another is named by its address, hf://ORG/NAME@REVISION/FILE")
+        file = fetch_upstream(entry, self.cache_dir, self.token)
+        cfg: Any = get_pretrained_cfg(entry)
+        if cfg.num_classes == 0 and not self.as_backbone:
+            model = self.from_file(file)
+        else:
+            model = timm.create_model(name, pretrained=True, cache_dir=self.cache_dir, **self.kwargs)
+        return Loaded(model, file, read_record(file)["source"], {})
 
     def from_timm(self, name: str) -> Loaded:
         """By `timm.create_model`, and which file that read, where a cache still has it."""
@@ -264,6 +289,8 @@ class _Loader:
     def from_named_file(self, name: str, file: Path) -> Any:
         """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
         tensors = read_checkpoint(file)
+        if name in entries():
+            tensors = under_our_names(tensors, ARCHITECTURES[architecture_of(name)].model_class.official_names)
         cfg = timm.models.resolve_pretrained_cfg(architecture_of(name))
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)
@@ -310,8 +337,8 @@ def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) 
     if unknown:
         raise CheckpointError(f"{folder / CONFIG}: {name} has {', '.join(unknown)}; expected {', '.join(allowed)}")
     for key, value in table.items():
-        most = MAX_DEPTH if key.endswith("depth") else _MAX_CLASSES if key == "num_classes" else None
-        if not _is_a(value, types[key]) or (most and value and value > most):
+        most = _MAX_CLASSES if key == "num_classes" else MAX_DEPTH if key.endswith(("depth", "depths")) else None
+        if not _is_a(value, types[key]) or (most and value and (sum(value) if key == "depths" else value) > most):
             expected = types[key].__name__ if isinstance(types[key], type) else str(types[key])
             expected = f"at most {most}" if most else expected
             raise CheckpointError(f"{folder / CONFIG}: {name} has {key}={_short(value)}; expected {expected}")
@@ -353,8 +380,7 @@ def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any]
     except Exception as error:  # from damaged configurations timm and PyTorch raise all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"the model of {config} cannot be built: {reason}; write or fetch it again") from error
-    patches = model.patch_embed.num_patches
     rows = tensors["pos_embed"].shape[1:2] if "pos_embed" in tensors else ()
-    if rows and rows[0] not in (patches, patches + 1):
+    if rows and rows[0] - (patches := model.patch_embed.num_patches) not in (0, 1):
         said = f"{config} describes {patches} patches, but {file.name} beside it has position embeddings"
         raise CheckpointError(f"{said} for {rows[0]} tokens: the two files do not belong together")

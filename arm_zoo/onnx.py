@@ -89,12 +89,22 @@ def _by_step(sequence: Value) -> Value:
     return op.Transpose(sequence, perm=[2, 0, 1, 3])
 
 
+def _taken(sequence: Value, order: Table) -> Value:
+    """(K, B, L, N) in token order -> in scan order."""
+    tables = [op.Gather(order, op.Constant(value_int=k), axis=0) for k in range(order.shape[0])]
+    rows = [op.Gather(op.Gather(sequence, _ints(k), axis=0), steps, axis=2) for k, steps in enumerate(tables)]
+    return op.Concat(*rows, axis=0)
+
+
 def _selective_scan(
     u: Value, delta: Value, A: Value, B: Value, C: Value, D: Value, delta_bias: OptionalValue,
-    delta_weight: OptionalValue, delta_softplus: bool, order: OptionalTable, save_states: bool, gate: OptionalValue,
-    backend: str,
+    delta_weight: OptionalValue, delta_softplus: bool, order: OptionalTable, mean: bool, save_states: bool,
+    gate: OptionalValue, backend: str,
 ) -> tuple[Value, Value]:  # fmt: skip
-    length = u.shape[2]
+    length = u.shape[-2]
+    if len(u.shape) == 3:  # all sequences are in token order, and the directions share u
+        u = op.Expand(op.Unsqueeze(u, _ints(0)), op.Concat(op.Shape(A, end=1), op.Shape(u), axis=0))
+        u, delta, B, C = (sequence if order is None else _taken(sequence, order) for sequence in (u, delta, B, C))
     if delta_weight is not None:  # (K, D, R) -> (K, 1, R, D)
         delta = op.MatMul(delta, op.Unsqueeze(op.Transpose(delta_weight, perm=[0, 2, 1]), _ints(1)))
     delta = delta if delta_bias is None else op.Add(delta, op.Unsqueeze(delta_bias, _ints(1, 2)))
@@ -116,7 +126,8 @@ def _selective_scan(
         first = op.Unsqueeze(op.Range(constants[0], constants[3], constants[2]), _ints(1))
         rows = op.Transpose(op.Add(op.Mul(inverse, constants[3]), first), perm=[1, 0])
         y = op.Gather(op.Reshape(y, op.Concat(_ints(-1), op.Shape(y, start=2), axis=0)), rows, axis=0)
-    y = op.Transpose(op.ReduceMean(y, _ints(1), keepdims=0), perm=[1, 0, 2])  # (B, L, D)
+    y = (op.ReduceMean if mean else op.ReduceSum)(y, _ints(1), keepdims=0)
+    y = op.Transpose(y, perm=[1, 0, 2])  # (B, L, D)
     no_states = op.ConstantOfShape(op.Concat(directions_and_batch, _ints(0), op.Shape(rates, start=2), axis=0))
     return y if gate is None else op.Mul(y, _silu(gate)), no_states  # which only a backward pass would read
 

@@ -66,7 +66,7 @@ def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
     delta, into, out = randn(K, B, L, rank + 2 * S).split([rank, S, S], dim=-1)
     skip, bias = torch.randn(K, D, device=DEVICE), torch.randn(K, D, device=DEVICE) - 3
     weight = randn(K, D, rank) / math.sqrt(rank)
-    return conv, [randn(K, B, L, D), delta, rates, into, out, skip, bias, weight, True, order]
+    return conv, [randn(K, B, L, D), delta, rates, into, out, skip, bias, weight, True, order, True]
 
 
 def measure(backend: str, args: argparse.Namespace) -> list[Row]:

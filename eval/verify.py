@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard
 from rich.console import Console
 
 from arm_zoo.loading import entries, entry_of
-from arm_zoo.weights.download import hub_repository
+from arm_zoo.weights.find import hub_repository
 from eval.scoring import models
 from eval.scoring.options import guarded, open_requests, parse_sets, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from arm_zoo.command_line import one_line
 from arm_zoo.files import CheckpointError
-from hub.catalog import AUTHORS_REPOSITORY, RESULTS
+from arm_zoo.weights.hosted import ARM_REPOSITORY
+from hub.catalog import RESULTS
 from hub.check import check
 from hub.convert import DTYPES, convert
+from hub.doctor import doctor
 from hub.export import FORMATS, export
 from hub.publish import publish
 from hub.upstream import list_sources
@@ -18,6 +20,7 @@ EXAMPLES = """
 start here:
   python -m hub convert checkpoint.pth OUT            a folder that timm.create_model("local-dir:OUT") loads
   python -m hub check OUT                             load it and compare its golden answers
+  python -m hub doctor arm_large                      why pretrained=True fails, if it does
   python -m hub publish OUT --repo ORG/NAME           show what an upload to the Hub would change
   python -m hub export OUT model.onnx                 a program for onnxruntime
   python -m hub COMMAND --help                        the options of a command
@@ -45,8 +48,12 @@ def create_parser() -> ArgumentParser:
     command.add_argument("--license", metavar="ID", help="of the weights (what the file's header says, else unknown)")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that a conversion wrote")
 
-    command = add("sources", list_sources, "the files of the authors' repository, and the state of every entry")
-    command.add_argument("--repo", default=AUTHORS_REPOSITORY, metavar="ORG/NAME", help="(%(default)s)")
+    command = add("sources", list_sources, "what the authors' files on the Hub are, and the state of every entry")
+    command.add_argument("--repo", default=ARM_REPOSITORY, metavar="ORG/NAME", help="(%(default)s)")
+
+    command = add("doctor", doctor, "each step on the way to an entry's weights: what it got, and what it expected")
+    command.add_argument("entry", metavar="ENTRY", help="as `python -m arm_zoo list` shows it")
+    command.add_argument("--fetch", action="store_true", help="fetch the weights too, and load them")
 
     command = add("publish", publish, "show what an upload to the Hub would change; --yes uploads")
     command.add_argument("folder", metavar="OUT", type=Path, help="written by convert")
@@ -54,6 +61,7 @@ def create_parser() -> ArgumentParser:
     command.add_argument("--yes", action="store_true", help="upload")
     command.add_argument("--tag", metavar="REVISION", help="name of the revision; default: the next of v1, v2, ...")
     command.add_argument("--private", action="store_true", help="if the repository is created")
+    command.add_argument("--license", metavar="ID", help="of the weights, where their authors state none in public")
     command.add_argument("--results", metavar="CSV", type=Path, default=RESULTS, help="of python -m eval for the card")
 
     command = add("check", check, "sha256, names and golden answers of all hosted and bundled entries, or of folders")

@@ -1,4 +1,4 @@
-"""What is known about the weights of each entry beside where they are: the paper's name, source, licence, figures.
+"""What is known about the weights of each entry beside where they are: the paper's name and figures.
 
 `arm_zoo.weights.hosted` has what loading needs. Figures *reported* are the paper's and those *measured* are our own;
 both are read from the tables in eval/, where the evaluator and the leaderboard keep them.
@@ -15,38 +15,45 @@ EVALUATION = Path(__file__).parent.parent / "eval"
 SETS = EVALUATION / "scoring" / "sets.csv"
 RESULTS = EVALUATION / "results.csv"
 
-AUTHORS_REPOSITORY = "OliverRen/ARM"  # on the Hub; which files it has is asked at run time
-
 
 class Entry(NamedTuple):
     """Weights of one entry."""
 
-    paper_name: str | None = None  # what the paper calls the model; None if it is not in the paper
-    source: str | None = None  # where the authors' file is; None for weights of our own training
+    paper_name: str | None = None  # what the paper calls the model; None if it is none of the paper's own
 
 
 CATALOG: dict[str, Entry] = {
     "arm_pico_patch2_8.arm_digits_ft_digits": Entry(),
     "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Entry(),
     "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Entry(),
-    "arm_base_patch16_224.arm_in1k_ft_in1k": Entry("ARM-B", AUTHORS_REPOSITORY),
-    "arm_base_patch16_224.arm_in1k": Entry("ARM-B, pretrained", AUTHORS_REPOSITORY),
+    "arm_base_patch16_224.arm_in1k_ft_in1k": Entry("ARM-B"),
+    "arm_base_patch16_224.arm_in1k": Entry("ARM-B, pretrained"),
     "arm_base_patch16_224.in1k": Entry("MambaMLP-B"),
-    "arm_base_patch16_384.arm_in1k_ft_in1k": Entry("ARM-B at 384 pixels", AUTHORS_REPOSITORY),
-    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Entry("ARM-B at 448 pixels, stride 8", AUTHORS_REPOSITORY),
-    "arm_large_patch16_224.arm_in1k_ft_in1k": Entry("ARM-L", AUTHORS_REPOSITORY),
-    "arm_large_patch16_224.arm_in1k": Entry("ARM-L, pretrained", AUTHORS_REPOSITORY),
+    "arm_base_patch16_384.arm_in1k_ft_in1k": Entry("ARM-B at 384 pixels"),
+    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Entry("ARM-B at 448 pixels, stride 8"),
+    "arm_large_patch16_224.arm_in1k_ft_in1k": Entry("ARM-L"),
+    "arm_large_patch16_224.arm_in1k": Entry("ARM-L, pretrained"),
     "arm_large_patch16_224.in1k": Entry("MambaMLP-L"),
-    "arm_large_patch16_384.arm_in1k_ft_in1k": Entry("ARM-L at 384 pixels", AUTHORS_REPOSITORY),
-    "arm_huge_patch16_224.arm_in1k_ft_in1k": Entry("ARM-H", AUTHORS_REPOSITORY),
-    "arm_huge_patch16_224.arm_in1k": Entry("ARM-H, pretrained", AUTHORS_REPOSITORY),
-    "arm_huge_patch16_384.arm_in1k_ft_in1k": Entry("ARM-H at 384 pixels", AUTHORS_REPOSITORY),
+    "arm_large_patch16_384.arm_in1k_ft_in1k": Entry("ARM-L at 384 pixels"),
+    "arm_huge_patch16_224.arm_in1k_ft_in1k": Entry("ARM-H"),
+    "arm_huge_patch16_224.arm_in1k": Entry("ARM-H, pretrained"),
+    "arm_huge_patch16_384.arm_in1k_ft_in1k": Entry("ARM-H at 384 pixels"),
+    # peers: what the paper reports of theirs is not of these files, Vim-B's 81.2 beside 81.9 in the file's name
+    "vim_tiny_patch16_224.in1k": Entry(),
+    "vim_tiny_patch16_stride8_224.in1k_ft": Entry(),
+    "vim_small_patch16_224.in1k": Entry(),
+    "vim_small_patch16_stride8_224.in1k_ft": Entry(),
+    "vim_base_patch16_224.in1k": Entry(),
+    "vmamba_tiny_s1l8.in1k": Entry(),
+    "vmamba_small_s2l15.in1k": Entry(),
+    "vmamba_base_s2l15.in1k": Entry(),
 }
 
 
-def state(name: str) -> Literal["hosted", "to convert", "ours"]:
-    """Whether an entry's weights are there, wait for conversion, or come from our own training."""
-    return "hosted" if TABLE[name].where == "hosted" else "to convert" if CATALOG[name].source else "ours"
+def state(name: str) -> Literal["hosted", "upstream", "ours"]:
+    """Whether an entry's weights are in our organisation, at their authors', or come from our own training."""
+    where = TABLE[name].where
+    return where if where in ("hosted", "upstream") else "ours"
 
 
 def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]:

@@ -57,7 +57,7 @@ def convert(
     }
     hub_config = _hub_config(model, variant, _checked(config, "pretrained_cfg", _PREPROCESSING), facts)
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, model.in_chans, *model.patch_embed.img_size, generator=generator)
+    image = torch.randn(1, *model.input_size(), generator=generator)
     tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
     new = not out.exists()
     try:
@@ -157,7 +157,7 @@ def _hub_config(model: Any, variant: Variant, preprocessing: dict[str, Any], fac
     if facts["source_names"] == "official":
         cfg["origin_url"] = backbone.official_names.origin_url
     if variant.official:
-        cfg["crop_pct"] = 0.875 if max(backbone.patch_embed.img_size) <= CROPPED_UP_TO else 1.0
+        cfg["crop_pct"] = 0.875 if max(backbone.input_size()[1:]) <= CROPPED_UP_TO else 1.0
     if len(cfg["mean"]) not in (1, backbone.in_chans) or len(cfg["std"]) not in (1, backbone.in_chans):
         raise CheckpointError(
             f"mean {cfg['mean']} and std {cfg['std']} are not for {backbone.in_chans} channels; put a config.json "

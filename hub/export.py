@@ -37,8 +37,7 @@ def export(source: str, file: Path, format: str) -> list[str]:
 
 def _images(model: Any) -> torch.Tensor:
     """Two images, so that no number of images is taken for the only one."""
-    size = (2, model.in_chans, *model.patch_embed.img_size)
-    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, *model.input_size(), generator=torch.Generator().manual_seed(0))
 
 
 def _compare(actual: torch.Tensor, expected: torch.Tensor) -> str:

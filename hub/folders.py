@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError
+from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_config, save_model, save_tensors, sha256_of
 
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
@@ -47,6 +48,15 @@ def read_header(file: Path) -> dict[str, str]:
             return dict(opened.metadata() or {})
     except Exception as error:  # safetensors' own errors, OSError
         raise CheckpointError(f"cannot read {file}: {error}; convert it anew or fetch it again") from error
+
+
+def set_license(folder: Path, license: str) -> None:
+    """State a licence in the header of a folder's weights and in its config.json; the golden answers stay theirs."""
+    config, header = read_config(folder), read_header(folder / WEIGHTS)
+    config["pretrained_cfg"]["license"] = license
+    save_model(folder, load_file(folder / WEIGHTS), config, **{**header, "license": license})
+    golden = {**read_header(folder / GOLDEN), "model_sha256": sha256_of(folder / WEIGHTS)}
+    save_tensors(load_file(folder / GOLDEN), folder / GOLDEN, golden)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

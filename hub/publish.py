@@ -5,7 +5,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from huggingface_hub.utils.sha import git_hash
 
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
 from arm_zoo.images.locate import HUB_ID
-from arm_zoo.weights.download import explain
+from arm_zoo.weights.download import explain, explained
 from hub.card import write_card
 from hub.catalog import RESULTS
 from hub.check import check_folder
-from hub.folders import CARD, FILES, UsageError, check_complete, read_header
+from hub.folders import CARD, FILES, UsageError, check_complete, read_header, set_license
 
 MOST_DIFF_LINES = 60
 
@@ -38,12 +37,19 @@ class Remote:
 
 
 def publish(
-    folder: Path, repo: str, yes: bool = False, tag: str | None = None, private: bool = False, results: Path = RESULTS
+    folder: Path,
+    repo: str,
+    yes: bool = False,
+    tag: str | None = None,
+    private: bool = False,
+    license: str | None = None,
+    results: Path = RESULTS,
 ) -> Iterator[str]:
     """Show what would be uploaded, and with `yes` upload it, tag it and fetch it back; gives lines for people.
 
     The card is written anew for this repository. Without `yes` nothing changes anywhere, and no network is needed:
-    what is there is then not compared.
+    what is there is then not compared. Weights of others who state no licence are uploaded with a `license` only,
+    under which the publisher knows that they may be passed on.
     """
     if not HUB_ID.fullmatch(repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
@@ -59,6 +65,12 @@ def publish(
         staged.mkdir()
         for file in FILES:
             shutil.copyfile(folder / file, staged / file)
+        if license:
+            set_license(staged, license)
+        header = read_header(staged / WEIGHTS)
+        if yes and header.get("source_names") == "official" and header.get("license", "unknown") == "unknown":
+            said = f"the weights in {folder} are of authors who state no licence for them"
+            raise UsageError(f"{said}; ask them, then state with --license ID what they allow")
         with explained(f"read {repo}", repo):
             remote = _ask(api, repo, cache, needed=yes)
         if tag in remote.tags:
@@ -83,17 +95,6 @@ def publish(
             yield f"uploaded as {commit}, tagged {tag}, fetched back and compared"
             row = f'Weights("hosted", "{sha256_of(staged / WEIGHTS)}", "{tag}", "{repo}")'
             yield f'for arm_zoo/weights/hosted.py: "{read_config(staged)["architecture"]}.TAG": {row}'
-
-
-@contextmanager
-def explained(doing: str, repo: str, right: str = "read") -> Iterator[None]:
-    """Make one clear error of whatever happens on the way to the Hub."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # the client's, the network's and the file system's errors have no common parent
-        raise CheckpointError(f"cannot {doing}: {explain(error, repo, right=right)}") from error
 
 
 def _ask(api: HfApi, repo: str, cache: Path, needed: bool) -> Remote:
@@ -137,7 +138,7 @@ def _plan(staged: Path, repo: str, remote: Remote, changes: dict[str, str], tag:
         if len(difference) > MOST_DIFF_LINES:
             yield f"  ... {len(difference) - MOST_DIFF_LINES} lines more"
     if read_header(staged / WEIGHTS).get("license", "unknown") == "unknown":
-        yield "licence of the weights: unknown; ask their authors before redistributing (convert --license ID)"
+        yield "licence of the weights: unknown; ask their authors before redistributing (--license ID states one)"
 
 
 def _upload(

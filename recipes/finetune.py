@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from arm_zoo.files import described_by_folder, read_config, weights_in
 from arm_zoo.loading import entry_of, label_names
-from arm_zoo.weights.download import find_weights
+from arm_zoo.weights.find import find_weights
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig

@@ -22,8 +22,8 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
     ("command_line", "files", "ops/layout"),
-    ("images", "ops"),
-    ("layers", "pretraining/targets", "weights/hosted", "weights/reading", "weights/tensor_names"),
+    ("images", "ops", "weights/reading", "weights/releases"),
+    ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),
     ("weights",),
     ("base",),
     ("models/_builder",),
@@ -38,7 +38,7 @@ RANKS = (
 PACKAGE_RANKS = {  # the same of the other packages
     "arm_zoo": RANKS,
     "hub": (
-        ("folders",),
+        ("doctor", "folders"),
         ("catalog", "export"),
         ("card",),
         ("convert",),

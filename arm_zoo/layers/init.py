@@ -1,8 +1,12 @@
 """How parameters get their first values."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from arm_zoo.layers.sizes import Device
 from arm_zoo.ops.fused import is_plain
 
 
@@ -21,3 +25,10 @@ def fill(parameter: Tensor, values: Tensor) -> None:
             values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
     with torch.no_grad():
         parameter.copy_(values)
+
+
+def step_bias(shape: Sequence[int], device: Device = None) -> Tensor:
+    """Inverse softplus, in float32, of step sizes between 0.001 and 0.1 whose logarithms are uniform, as in Mamba."""
+    step = torch.empty(*shape, dtype=torch.float32, device=device).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    step.clamp_(min=1e-4)
+    return step + torch.log(-torch.expm1(-step))

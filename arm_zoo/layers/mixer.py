@@ -7,7 +7,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from arm_zoo.layers.init import fill
+from arm_zoo.layers.init import fill, step_bias
 from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import mamba_inner
 from arm_zoo.ops.fused import run_linear
@@ -16,7 +16,7 @@ torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are
 
 
 @torch.fx.wrap
-def _decay_rates(A_log: Tensor) -> Tensor:
+def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in at least float32."""
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
@@ -57,8 +57,7 @@ class MambaMixer(nn.Module):
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
         # only the first direction starts with small step sizes, 0.001 to 0.1, as in the official code
         bias = torch.zeros(self.dt_proj_bias.shape, dtype=torch.float32, device=self.dt_proj_bias.device)
-        step = torch.empty_like(bias[0]).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
-        bias[0] = step + torch.log(-torch.expm1(-step))  # inverse softplus
+        bias[0] = step_bias(bias[0].shape, bias.device)
         fill(self.dt_proj_bias, bias)
         states = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
         fill(self.A_log, states.log().expand(self.A_log.shape))
@@ -73,6 +72,6 @@ class MambaMixer(nn.Module):
         xz = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
         y = mamba_inner(
             xz, self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias,
-            _decay_rates(self.A_log), self.D, order,
+            decay_rates(self.A_log), self.D, order,
         )  # fmt: skip
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)

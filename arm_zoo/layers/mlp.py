@@ -1,4 +1,4 @@
-"""The feed-forward part of a block."""
+"""The feed-forward parts of blocks."""
 
 import torch
 from torch import Tensor, nn
@@ -41,3 +41,17 @@ class SwiGLU(nn.Module):
             gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
             hidden = F.silu(gate) * value
         return F.linear(hidden, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))), with the exact GELU."""
+
+    def __init__(self, dim: int, hidden: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.fc2(F.gelu(self.fc1(x)))
+        return run_linear(self.fc2, F.gelu(run_linear(self.fc1, x)))

@@ -37,7 +37,7 @@ def _run_patch_conv(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def _check_images(x: Tensor, channels: int, size: Pair | None, factory: str) -> None:
+def check_images(x: Tensor, channels: int, size: Pair | None, factory: str) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
             f"expected images (batch, {channels}, height, width), got {tuple(x.shape)}; "
@@ -112,7 +112,7 @@ class PatchEmbed(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Refuse images of other channels or another size than the model is for, or that patches do not tile."""
-        _check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.factory)
+        check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.factory)
         self.dynamic_feat_size((x.shape[2], x.shape[3]))
 
     def forward(self, x: Tensor) -> Tensor:

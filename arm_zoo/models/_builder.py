@@ -24,9 +24,12 @@ from torch import nn
 
 from arm_zoo.base import ZooModel
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
-from arm_zoo.weights.download import download, find_weights
-from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of
+from arm_zoo.weights.download import download
+from arm_zoo.weights.find import find_weights
+from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, upstream_is_on
 from arm_zoo.weights.reading import read_checkpoint
+from arm_zoo.weights.releases import release_url
+from arm_zoo.weights.tensor_names import under_our_names
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ def _place(entry: str) -> dict[str, str]:
         return {"file": str(bundled_file(entry))}
     if weights is not None and weights.where == "hosted":
         return {"hf_hub_id": f"{repository_of(entry)}@{weights.revision}"}
+    if weights is not None and weights.where == "upstream" and upstream_is_on():
+        if weights.host == "hub":
+            return {"hf_hub_id": repository_of(entry)}
+        return {"url": release_url(repository_of(entry), weights.revision, str(weights.file))}
     return {}
 
 
@@ -110,7 +117,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_cfg=cfg,
         pretrained_filter_fn=adapt,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": kwargs.pop("out_indices", model_class.feature_maps), "feature_cls": "getter"},
         **{**architecture.arguments, **kwargs},
     )
 
@@ -119,6 +126,7 @@ def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDic
     """A checkpoint for a model with a head for as many classes as timm, which drops or keeps it, is told here."""
     cfg = model.pretrained_cfg
     head = cfg["classifier"]
+    state_dict = under_our_names(state_dict, model.official_names)
     if f"{head}.weight" not in state_dict:  # the model keeps its own, which a strict loader wants to see
         own = {f"{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
         return own | model.adapt(state_dict, model)
@@ -148,7 +156,7 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
         if path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}, a folder: create_model('local-dir:{path}', ...)")
         return read_checkpoint(path)
-    if cfg.url:
+    if cfg.url and cfg.url != own.url:
         return None
     if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
         return read_checkpoint(download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir))
@@ -158,9 +166,15 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
 class Backbone(ZooModel):
     """A model of any family that is saved in timm's Hub form."""
 
+    feature_maps = 3  # of the last ones, that `features_only` gives unless it is told which
     pretraining_keys: frozenset[str] = frozenset()  # those that only the pretraining models of this class have
     untrained = ("cls_token", "norm.", "head.")  # how names of tensors start that pretraining does not train
     pretrained_cfg: dict[str, Any]  # set by timm
+
+    @torch.jit.ignore
+    def geometry(self) -> dict[str, str]:
+        """What people want to know of the layers: their width, depth and patches."""
+        raise NotImplementedError
 
     @torch.jit.ignore
     def hub_config(self) -> dict[str, Any]:
@@ -169,7 +183,7 @@ class Backbone(ZooModel):
         cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
         named = len(cfg.get("label_names") or ()) == model.num_classes
         labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
-        cfg |= {"num_classes": model.num_classes, "input_size": (model.in_chans, *model.patch_embed.img_size)}
+        cfg |= {"num_classes": model.num_classes, "input_size": model.input_size()}
         return {
             "architecture": cfg.pop("architecture"),
             "num_classes": model.num_classes,

@@ -19,6 +19,7 @@ from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Size, check_positive, one_or_two
 from arm_zoo.models._builder import Backbone
+from arm_zoo.ops.fused import run_norm
 from arm_zoo.weights.adapt import refuse_foreign_head, resample_pos_embed
 
 GlobalPool = Literal["avg", "token", ""]
@@ -144,6 +145,14 @@ class SequenceBackbone(Backbone):
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     @torch.jit.ignore
+    def geometry(self) -> dict[str, str]:
+        """What people want to know of the layers: their width, depth and patches."""
+        embed = self.patch_embed
+        patch, stride, grid = ("x".join(map(str, s)) for s in (embed.patch_size, embed.patch_stride, embed.grid_size))
+        patches = f"{patch}, stride {stride}, grid {grid}"
+        return {"width": str(self.embed_dim), "depth": str(len(self.blocks)), "patches": patches}
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -210,7 +219,7 @@ class SequenceBackbone(Backbone):
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = checkpoint(block, x, order) if self.grad_checkpointing else block(x, order)
             if i in take_indices:
-                taken.append(self.norm(x) if norm else x)
+                taken.append(run_norm(self.norm, x) if norm else x)
         middle = (order.shape[1] - 1) // 2
         prefix = [y[:, middle : middle + 1] for y in taken]
         patches = [torch.cat([y[:, :middle], y[:, middle + 1 :]], dim=1) for y in taken]
@@ -219,9 +228,9 @@ class SequenceBackbone(Backbone):
         if output_dict:
             prefixes = {"image_intermediates_prefix": prefix} if return_prefix_tokens else {}
             out = {"image_intermediates": patches, **prefixes}
-            return out if intermediates_only else {**out, "image_features": self.norm(x)}
+            return out if intermediates_only else {**out, "image_features": run_norm(self.norm, x)}
         intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (run_norm(self.norm, x), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -244,6 +253,7 @@ class SequenceBackbone(Backbone):
         else:
             last = len(self.blocks)
             x = run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing)[last]
+            return run_norm(self.norm, x)
         return self.norm(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:

@@ -48,6 +48,7 @@ class Backend(NamedTuple):
     interpreted: bool = False  # runs on the CPU, too, with TRITON_INTERPRET=1
     saves_states: bool = True  # for the backward pass; else that scans again
     directions_inside: bool = False  # convolved sequences have steps before directions in memory
+    token_order: bool = True  # takes sequences in token order where they lie; else they are copied in scan order
     own_kernels: bool = False  # GPU kernels that train through one operator, and save states of 16-bit sequences in 16
 
     def why_not_here(self) -> str | None:
@@ -96,7 +97,7 @@ _SCAN = Package("selective_scan_cuda", "mamba-ssm with its CUDA extension", "pip
 _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
 BACKENDS = {
-    "reference": Backend("arm_zoo.ops.reference", plain=True),  # the plain loop
+    "reference": Backend("arm_zoo.ops.reference", plain=True, token_order=False),  # the plain loop
     "torch": Backend("arm_zoo.ops.cpu.chunked", plain=True, directions_inside=True),  # the fast path on any device
     # a faster forward scan on the CPU
     "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), auto=1, directions_inside=True),
@@ -104,7 +105,9 @@ BACKENDS = {
     "triton": Backend("arm_zoo.ops.triton", (_TRITON,), "cuda", _SMALL, auto=1, interpreted=True, own_kernels=True),
     "cuda": Backend("arm_zoo.ops.cuda.launch", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), 2, own_kernels=True),
     # the kernels of the package mamba-ssm, for comparison
-    "mamba_ssm": Backend("arm_zoo.ops.mamba_ssm", (_CONV, _SCAN), "cuda", _SMALL, saves_states=False),
+    "mamba_ssm": Backend(
+        "arm_zoo.ops.mamba_ssm", (_CONV, _SCAN), "cuda", _SMALL, saves_states=False, token_order=False
+    ),
 }
 _announced: set[str] = set()
 

@@ -52,6 +52,8 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend
 
 
 def _scan(scan: ScanInputs, z: Tensor | None, backend: str) -> Tensor:
+    if not BACKENDS[backend].token_order:
+        scan = scan.in_scan_order()
     if backend == "reference":
         y = reference.selective_scan(scan)
     else:
@@ -91,7 +93,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = 
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None = None,
     delta_bias: Tensor | None = None, delta_softplus: bool = True, order: Tensor | None = None,
-    delta_weight: Tensor | None = None,
+    delta_weight: Tensor | None = None, mean: bool = True,
 ) -> Tensor:  # fmt: skip
     """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
@@ -101,8 +103,10 @@ def selective_scan(
     recurrence itself, which takes about 6 operations per direction, step, channel and state.
 
     Args:
-        u: (directions, batch, length, channels) inputs in scan order.
-        delta: like u, the step size before its bias and softplus; with `delta_weight`, its last size is the rank.
+        u: (directions, batch, length, channels) inputs in scan order; or (batch, length, channels), the same for all
+            directions, in token order, and so are then delta, B and C, of which kernels take the rows by `order`.
+        delta: (directions, batch, length, channels), the step size before its bias and softplus; with `delta_weight`,
+            its last size is the rank.
         A: (directions, channels, d_state), negative.
         B, C: (directions, batch, length, d_state), shared by all channels.
         D, delta_bias: (directions, channels).
@@ -110,13 +114,16 @@ def selective_scan(
         delta_softplus: apply softplus to the step size.
         order: as in `causal_conv`.
         delta_weight: (directions, channels, rank); step sizes are delta times its transpose, not kept for backward.
+        mean: the mean of the directions, as in ARM and Vim; False for their sum, as in VMamba.
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
     """
-    _check_axes("selective_scan", "u", u, "directions", "batch", "length", "channels")
+    shared = u.ndim == 3
+    _check_axes("selective_scan", "u", u, *(() if shared else ("directions",)), "batch", "length", "channels")
     _check_axes("selective_scan", "A", A, "directions", "channels", "d_state")
-    (directions, batch, length, channels), d_state = u.shape, A.shape[-1]
+    directions, batch, length, channels = (len(A), *u.shape) if shared else u.shape
+    d_state = A.shape[-1]
     rank = channels if delta_weight is None else delta_weight.shape[-1]
     rows, states, channel = (directions, batch, length), (directions, batch, length, d_state), (directions, channels)
     others = {
@@ -125,7 +132,7 @@ def selective_scan(
         "order": (order, (directions, length)), "delta_weight": (delta_weight, (*channel, rank)),
     }  # fmt: skip
     _check("selective_scan", "u", u, others)
-    scan = ScanInputs(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, _table(order))
+    scan = ScanInputs(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, _table(order), mean)
     return _scan(scan, z, resolve_backend(u))
 
 
@@ -171,4 +178,4 @@ def mamba_inner(
     x, z = xz.chunk(2, dim=-1)
     u = _conv(x, conv_weight, conv_bias, order, backend)  # (B, L, D) -> (K, B, L, D)
     delta, B, C = operators.split(project(u, x_proj_weight), rank)
-    return _scan(ScanInputs(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order), z, backend)
+    return _scan(ScanInputs(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, mean=True), z, backend)

@@ -37,7 +37,7 @@ def is_plain(tensor: Any) -> TypeGuard[Tensor]:
 
 def is_plain_layer(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Whether other code may do in the layer's stead what its class does with its weight and bias."""
-    return is_bare(layer, kind) and all(t is None or is_plain(t) for t in (layer.weight, layer.bias))
+    return is_bare(layer, kind) and all(t is None or is_plain(t) for t in (layer.weight, getattr(layer, "bias", None)))
 
 
 def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -52,26 +52,45 @@ def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], layer.out_features)
 
 
+def run_norm(layer: Any, x: Tensor) -> Tensor:
+    """`layer(x)`; what an RMSNorm makes of a residual kept in float32 has the type of its weight, or autocast's.
+
+    It is computed in the type of x. PyTorch would leave it there, for a linear layer that may have other weights.
+    """
+    if not (isinstance(layer, nn.RMSNorm) and is_plain(x)) or layer.weight is None:
+        return layer(x)
+    plain = is_plain_layer(layer, nn.RMSNorm)  # one type throughout, or PyTorch warns and does not take its kernel
+    y = F.rms_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.eps) if plain else layer(x)
+    return y.to(_dtype_of_products(layer.weight))
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def _kernel(module: str, name: str) -> Callable[..., Any]:
     """A function of `arm_zoo.ops.triton`, loaded when it is called: not every build of torch brings Triton."""
     return lambda *inputs: getattr(importlib.import_module(f"arm_zoo.ops.triton.{module}"), name)(*inputs)
 
 
 def _add_norm_backward_fake(grad_total: Tensor, grad_normed: Tensor, total: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    _, _, weight, dtype = args
+    _, _, weight, _, dtype = args
     grads_of_norm = (weight.new_empty(weight.shape) for _ in range(2))
     return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
 
 
 def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    (_, branch, scale, weight, *_), (total, _, moments) = inputs, output
+    (_, branch, scale, weight, bias, *_), (total, _, moments) = inputs, output
     ctx.dtype = branch.dtype
-    ctx.save_for_backward(total, moments, scale, weight)
+    ctx.save_for_backward(total, moments, scale, weight, bias)
 
 
 def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors, ctx.dtype)
-    return *grads[:2], None, *grads[2:], None, None
+    saved = ctx.saved_tensors
+    *grads, grad_bias = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *saved, ctx.dtype)
+    return *grads[:2], None, grads[2], None if saved[-1] is None else grad_bias, None, None
 
 
 register(
@@ -98,13 +117,13 @@ register(
 register(
     "add_norm_backward",
     "(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor moments, Tensor? scale, Tensor weight, "
-    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _kernel("norms", "add_norm_backward"),
     fake=_add_norm_backward_fake,
 )
 register(
     "add_norm",
-    "(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+    "(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
     _kernel("norms", "add_norm"),
     fake=lambda x, *others: (
@@ -136,10 +155,6 @@ def _fit(*tensors: Tensor) -> bool:
     return all(t.dtype != torch.float64 and (autocast or t.dtype == tensors[0].dtype) for t in tensors)
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-
-
 def _are_many(x: Tensor) -> bool:
     """Whether so many tokens are faster in a kernel; asked last, as it binds a compiled model to the answer."""
     return math.prod(x.shape[:-1]) >= _MANY_ROWS
@@ -147,11 +162,14 @@ def _are_many(x: Tensor) -> bool:
 
 def adds_in_norm(x: Tensor, norm: nn.Module) -> bool:
     """Whether one kernel makes a residual sum like these tokens (B, L, D) and this norm of it."""
-    if not (is_plain(x) and x.is_cuda and is_plain_layer(norm, nn.LayerNorm)):
+    if not (is_plain(x) and x.is_cuda and (is_plain_layer(norm, nn.LayerNorm) or is_plain_layer(norm, nn.RMSNorm))):
         return False
-    if norm.normalized_shape != x.shape[-1:] or norm.weight is None:
+    if norm.normalized_shape != x.shape[-1:] or norm.weight is None or norm.eps is None:
         return False
-    fits = norm.bias is not None and _fit(x, norm.weight, norm.bias)
+    if isinstance(norm, nn.RMSNorm):  # a sum kept in float32 goes with weights of any type
+        fits = _fit(norm.weight if x.dtype == torch.float32 else x, norm.weight)
+    else:
+        fits = norm.bias is not None and _fit(x, norm.weight, norm.bias)
     return fits and _has_kernel(x.device.index, hopper=False) and _are_many(x)
 
 
@@ -174,9 +192,10 @@ class Residual(NamedTuple):
         # the sum may have another type: in float16 under autocast to bfloat16, say
         if branch is None or not adds_in_norm(x, norm) or torch.promote_types(x.dtype, branch.dtype) != x.dtype:
             total = self.sum()
-            return total, norm(total)
-        parameters = (norm.weight, norm.bias, norm.eps)
-        return torch.ops.arm_zoo.add_norm(x, branch, scale, *parameters, _dtype_of_products(x))[:2]
+            return total, run_norm(norm, total)
+        bias = None if isinstance(norm, nn.RMSNorm) else norm.bias
+        dtype = _dtype_of_products(norm.weight)
+        return torch.ops.arm_zoo.add_norm(x, branch, scale, norm.weight, bias, norm.eps, dtype)[:2]
 
 
 def gates_in_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

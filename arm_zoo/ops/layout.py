@@ -11,7 +11,7 @@ CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one a
 
 
 class ScanInputs(NamedTuple):
-    """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them."""
+    """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them; u of three axes is in token order."""
 
     u: Tensor
     delta: Tensor
@@ -23,6 +23,37 @@ class ScanInputs(NamedTuple):
     delta_weight: Tensor | None
     delta_softplus: bool
     order: Tensor | None
+    mean: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """(directions, batch, length, channels)."""
+        return torch.Size((len(self.A), *self.u.shape[-3:]))
+
+    @property
+    def share(self) -> float:
+        """What every direction's output is multiplied by before they are added up."""
+        return 1 / len(self.A) if self.mean else 1.0
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The table that says which row of u, delta, B and C a step reads; None if they are in scan order."""
+        return self.order if self.u.ndim == 3 else None
+
+    @property
+    def order_of_outputs(self) -> Tensor | None:
+        """The table by which the outputs of kernels, which lie as their inputs do, become tokens; None if they are."""
+        return self.order if self.u.ndim == 4 else None
+
+    def in_scan_order(self) -> Self:
+        """The same scan with a u of every direction, and all sequences in scan order."""
+        if self.u.ndim == 4:
+            return self
+        sequences = [self.u.expand(self.shape), self.delta, self.B, self.C]
+        if self.order is not None:
+            sequences = [torch.stack([s[k, :, steps] for k, steps in enumerate(self.order)]) for s in sequences]
+        u, delta, B, C = sequences
+        return self._replace(u=u, delta=delta, B=B, C=C)
 
     def with_whole_steps(self) -> Self:
         """The same scan with its step sizes as large as u."""
@@ -37,10 +68,10 @@ def state_dtype(dtype: torch.dtype, *, half: bool = False) -> torch.dtype:
 
 
 def empty_states(like: Tensor, A: Tensor, dtype: torch.dtype, *, save: bool) -> Tensor:
-    """Memory for the states (K, B, chunks, S, D) at the start of every chunk of a scan (K, B, L, D); or no chunks."""
-    directions, batch, length, channels = like.shape
+    """Memory, like u (..., B, L, D), for the states (K, B, chunks, S, D) at the start of every chunk; or no chunks."""
+    batch, length, channels = like.shape[-3:]
     chunks = -(-length // CHUNK) if save else 0
-    return like.new_empty(directions, batch, chunks, A.shape[-1], channels, dtype=dtype)
+    return like.new_empty(len(A), batch, chunks, A.shape[-1], channels, dtype=dtype)
 
 
 def inner(sequence: Tensor) -> Tensor:

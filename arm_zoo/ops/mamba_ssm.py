@@ -72,7 +72,7 @@ def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None) -> 
     if length == 1:
         raise ValueError("mamba-ssm computes sequences of one step wrongly; use set_scan_backend('auto')")
     out, *_ = selective_scan_cuda.fwd(*_arguments(scan.with_whole_steps()), scan.delta_softplus)
-    y = _to_tokens(_channels_last(out, directions).float(), scan.order).div(directions).to(u.dtype)
+    y = _to_tokens(_channels_last(out, directions).float(), scan.order).mul(scan.share).to(u.dtype)
     nothing = empty_states(u, scan.A, state_dtype(u.dtype), save=False)
     return y if gate is None else y * F.silu(gate), nothing
 
@@ -82,7 +82,7 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     directions, D = len(scan.u), scan.D
     arguments = _arguments(scan)
     _, states, *_ = selective_scan_cuda.fwd(*arguments, scan.delta_softplus)
-    grad_y = _channels_first(_to_sequences(grad / directions, scan.order, directions))
+    grad_y = _channels_first(_to_sequences(grad * scan.share, scan.order, directions))
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, *_ = selective_scan_cuda.bwd(
         *arguments, grad_y, states, None, None, scan.delta_softplus, False
     )

@@ -19,7 +19,7 @@ from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, project, state
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
 _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, Tensor? delta_weight, "
-    "bool delta_softplus, Tensor? order"
+    "bool delta_softplus, Tensor? order, bool mean"
 )
 _EIGHT = f"({', '.join(['Tensor'] * 8)})"
 _INNER_INPUTS = (
@@ -114,13 +114,14 @@ register(
 def _scan_fake(*args: Any) -> Tensors:
     *inputs, save_states, _, backend = args
     scan = ScanInputs(*inputs)
-    return scan.u.new_empty(scan.u.shape[1:]), _states_fake(scan.u, scan.u.shape, scan.A, save_states, backend)
+    y = scan.u.new_empty(scan.shape[1:])
+    return y, _states_fake(y, scan.A, save_states, backend)
 
 
-def _states_fake(like: Tensor, shape: torch.Size, A: Tensor, save: bool, backend: str) -> Tensor:
+def _states_fake(like: Tensor, A: Tensor, save: bool, backend: str) -> Tensor:
     row = BACKENDS[backend]
     dtype = state_dtype(like.dtype, half=row.own_kernels)
-    return empty_states(like.new_empty(shape), A, dtype, save=save and row.saves_states)
+    return empty_states(like, A, dtype, save=save and row.saves_states)
 
 
 def _scan_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
@@ -160,7 +161,7 @@ def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
 
 def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.set_materialize_grads(False)
-    *tensors, ctx.delta_softplus, order, _, _, ctx.backend = inputs
+    *tensors, ctx.delta_softplus, order, ctx.mean, _, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, order, output[1])
 
 
@@ -168,14 +169,16 @@ def _scan_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
     *tensors, order, saved = ctx.saved_tensors
-    grads = torch.ops.arm_zoo.selective_scan_backward(grad, *tensors, ctx.delta_softplus, order, saved, ctx.backend)
+    grads = torch.ops.arm_zoo.selective_scan_backward(
+        grad, *tensors, ctx.delta_softplus, order, ctx.mean, saved, ctx.backend
+    )
     given = (grad if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=True))
-    return *given, *[None] * 5
+    return *given, *[None] * 6
 
 
-def _scan_flops(u: list[int], *shapes: Any, **_: Any) -> int:
-    delta_weight = shapes[6]
-    return 0 if delta_weight is None else 2 * math.prod(u) * delta_weight[-1]
+def _scan_flops(u: list[int], delta: list[int], *shapes: Any, **_: Any) -> int:
+    delta_weight = shapes[5]
+    return 0 if delta_weight is None else 2 * math.prod(delta) * u[-1]
 
 
 register(
@@ -208,7 +211,8 @@ def _inner(module: ModuleType, *args: Any) -> Tensors:
     u = module.causal_conv(x, conv_weight, conv_bias, order)
     projected = project(u, x_proj_weight)
     delta, B, C = split(projected, dt_proj_weight.shape[-1])
-    scan, y = ScanInputs(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order), x.new_empty(x.shape)
+    scan = ScanInputs(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, mean=True)
+    y = x.new_empty(x.shape)
     gated, saved = module.selective_scan(scan, True, z, y)
     return gated, y, projected, saved
 
@@ -222,7 +226,7 @@ def _inner_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
     u = module.causal_conv(x, conv_weight, conv_bias, order)
     delta, B, C = split(projected, dt_proj_weight.shape[-1])
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_dt = _scan_backward(
-        module, grad_y, u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, saved
+        module, grad_y, u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, True, saved
     )
     grad_projected = torch.cat([grad_delta, grad_B, grad_C], dim=-1)
     rows = grad_u.flatten(1, 2)
@@ -236,8 +240,8 @@ def _inner_fake(xz: Tensor, conv_weight: Tensor, *args: Any) -> Tensors:
     _, x_proj_weight, _, _, A, _, _, backend = args
     (batch, length, _), (directions, channels, _) = xz.shape, conv_weight.shape
     projected = xz.new_empty(directions, batch, length, x_proj_weight.shape[1])
-    states = _states_fake(xz, torch.Size((directions, batch, length, channels)), A, True, backend)
-    return *(xz.new_empty(batch, length, channels) for _ in range(2)), projected, states
+    gated, y = (xz.new_empty(batch, length, channels) for _ in range(2))
+    return gated, y, projected, _states_fake(y, A, True, backend)
 
 
 def _inner_flops(xz: list[int], *shapes: Any, **_: Any) -> int:

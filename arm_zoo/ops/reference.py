@@ -39,4 +39,4 @@ def selective_scan(scan: ScanInputs) -> Tensor:
     y = torch.stack(steps, dim=2)  # (K, B, L, D) in scan order
     if scan.order is not None:
         y = torch.stack([y[k, :, inverse] for k, inverse in enumerate(scan.order.argsort(dim=1))])
-    return y.mean(0).to(scan.u.dtype)
+    return (y.mean(0) if scan.mean else y.sum(0)).to(scan.u.dtype)

@@ -57,7 +57,7 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
         for key in ("pos_embed", "decoder_pos_embed"):  # fixed sine-cosine tables: those of the model's own grid
             if key in source and source[key].shape != target[key].shape:
                 source[key] = target[key]
-    _check(source, target, timm_adapts)
+    _check(source, target, getattr(model, "pretrained_cfg", {}).get("first_conv") if timm_adapts else None)
     return source
 
 
@@ -174,12 +174,13 @@ def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_g
     return _join(table[:, 1:], table[:, :1])
 
 
-def _check(source: StateDict, target: StateDict, timm_adapts: bool) -> None:
-    free = ("head.",) if timm_adapts else ()
+def _check(source: StateDict, target: StateDict, first_conv: str | None) -> None:
+    """Compare names and shapes, but not channels of images and the head where `first_conv`, for timm, adapts them."""
+    free = ("head.",) if first_conv else ()
     missing = [key for key in target if key not in source and not key.startswith(free)]
     unexpected = [key for key in source if key not in target and not key.startswith(free)]
     pairs = {key: (source[key].shape, target[key].shape) for key in target if key in source}
-    misfits = {key: pair for key, pair in pairs.items() if not _fits(key, *pair, timm_adapts)}
+    misfits = {key: pair for key, pair in pairs.items() if not _fits(key, *pair, first_conv)}
     shapes = [f"{key} {tuple(found)} -> {tuple(wanted)}" for key, (found, wanted) in misfits.items()]
     if missing or unexpected or shapes:
         raise CheckpointError(
@@ -190,9 +191,9 @@ def _check(source: StateDict, target: StateDict, timm_adapts: bool) -> None:
         )
 
 
-def _fits(key: str, source: torch.Size, target: torch.Size, timm_adapts: bool) -> bool:
-    if timm_adapts and key == "patch_embed.proj.weight":
+def _fits(key: str, source: torch.Size, target: torch.Size, first_conv: str | None) -> bool:
+    if key == f"{first_conv}.weight":
         source, target = source[:1] + source[2:], target[:1] + target[2:]
-    if timm_adapts and key.startswith("head."):
+    if first_conv and key.startswith("head."):
         source, target = source[1:], target[1:]
     return source == target

@@ -1,65 +1,20 @@
-"""Weights fetched from the Hub, or found in the package, and compared with their sha256 before they are used."""
+"""Weights fetched from the Hub, compared with their sha256 before they are used, and what to do if that fails."""
 
 import errno
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.weights.hosted import (
-    ORGANISATION,
-    TABLE,
-    bundled_entries,
-    bundled_file,
-    known_sha256,
-    repository_of,
-    ways_on,
-)
+from arm_zoo.files import WEIGHTS, CheckpointError, DownloadError, sha256_of
+from arm_zoo.weights.hosted import known_sha256
 
 _logger = logging.getLogger(__name__)
 _TRIES = 3
 _LOGIN = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
-
-
-class DownloadError(CheckpointError):
-    """Weights that could not be fetched from the Hub; `__cause__` is what the Hub's client met."""
-
-
-def organisation() -> str:
-    """The entries' Hub organisation; the environment variable ARM_ZOO_HUB_ORG, read at every call, overrides it."""
-    return os.environ.get("ARM_ZOO_HUB_ORG") or ORGANISATION
-
-
-def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path:
-    """The file with an entry's weights, from the package or the Hub; CheckpointError if it has none or other ones."""
-    weights = TABLE.get(entry)
-    if weights is not None and weights.where == "bundled":
-        return _verified(bundled_file(entry), weights.sha256, "install arm-zoo anew")
-    repository = hub_repository(entry)
-    if repository is None:
-        raise CheckpointError(ways_on(entry))
-    return download(repository, cache_dir=cache_dir)
-
-
-def hub_repository(entry: str) -> str | None:
-    """ORG/NAME of an entry's weights on the Hub, of ours with @REVISION; None if they are not there.
-
-    Another organisation than ours is asked for every entry of the table but the bundled ones: its copies are its own,
-    so the table's revision and sha256 do not count for them.
-    """
-    weights = TABLE.get(entry)
-    if weights is None or weights.where == "bundled":
-        return None
-    if organisation() != ORGANISATION:
-        return f"{organisation()}/{entry}"
-    return f"{repository_of(entry)}@{weights.revision}" if weights.where == "hosted" else None
-
-
-def whereabouts(entry: str) -> str:
-    """Where `pretrained=True` finds an entry's weights: "bundled" (package), "hosted" (Hub) or "not hosted"."""
-    return "bundled" if entry in bundled_entries() else "hosted" if hub_repository(entry) else "not hosted"
 
 
 def download(
@@ -85,29 +40,41 @@ def download(
             f"{name}: {filename!r} is not fetched: only .safetensors and .json files are, since pickles can run code. "
             "Download it yourself if you trust it, and convert it: python -m hub convert FILE OUT"
         )
-    try:
-        path = Path(_fetch(name, filename, revision=revision, cache_dir=cache_dir, token=token))
-    except Exception as error:  # the client's, the network's and the file system's errors have no common parent
-        raise DownloadError(f"cannot fetch {filename} of {name}: {explain(error, name, cache_dir)}") from error
-    blob = _blob(path)
-    blobs = os.path.normpath(path.parents[len(Path(filename).parts) + 1] / "blobs")
-    if blob is not None and str(blob.parent) != blobs:
-        path.unlink()  # the link alone: what it points to may be any file of the user
-        refused = f"refused: the server asked to store the file outside the cache, at {blob}"
-        raise DownloadError(f"{name}: {filename}: {refused}")
+    path = fetch_from_hub(name, filename, revision, cache_dir, token)
     if not filename.endswith(".safetensors"):
         return path
     if sha256 is None and filename == WEIGHTS:
         sha256 = known_sha256(name, revision)
     if sha256 is None:
         _logger.warning("%s: %s is not verified: the table of arm_zoo has no sha256 for it", name, filename)
-        # the Hub names large files by their sha256, and its client keeps the name
-        sha256 = blob.name if blob is not None and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+    return verified(path, sha256, f"{name}: {filename}")
+
+
+def fetch_from_hub(
+    repo: str, filename: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None
+) -> Path:
+    """A file of a repository in the cache, not yet compared with anything."""
+    with explained(f"fetch {filename} of {repo}", repo, cache_dir):
+        path = Path(_fetch(repo, filename, revision=revision, cache_dir=cache_dir, token=token))
+    blob = _blob(path)
+    blobs = os.path.normpath(path.parents[len(Path(filename).parts) + 1] / "blobs")
+    if blob is not None and str(blob.parent) != blobs:
+        path.unlink()  # the link alone: what it points to may be any file of the user
+        refused = f"refused: the server asked to store the file outside the cache, at {blob}"
+        raise DownloadError(f"{repo}: {filename}: {refused}")
+    return path
+
+
+def verified(path: Path, sha256: str | None, said: str) -> Path:
+    """A file of a cache, if it has this sha256 and, where the Hub names it by one, that; else it is taken out."""
+    blob = _blob(path)
+    # the Hub names large files by their sha256, and its client keeps the name
+    named = blob.name if blob is not None and re.fullmatch("[0-9a-f]{64}", blob.name) else None
     try:
-        return _verified(path, sha256, "it was taken out of the cache, so load again to fetch it anew")
+        return check_sha256(path, sha256 or named, "it was taken out of the cache, so load again to fetch it anew")
     except CheckpointError as error:
-        _discard(path)
-        raise DownloadError(f"{name}: {filename}: {error}") from error
+        discard(path)
+        raise DownloadError(f"{said}: {error}") from error
 
 
 def _fetch(*args: Any, **kwargs: Any) -> str:
@@ -125,7 +92,8 @@ def _fetch(*args: Any, **kwargs: Any) -> str:
     return hf_hub_download(*args, **kwargs)
 
 
-def _verified(path: Path, sha256: str | None, advice: str) -> Path:
+def check_sha256(path: Path, sha256: str | None, advice: str) -> Path:
+    """The file, if it can be read and has this sha256 or None is known; else CheckpointError with the advice."""
     try:
         actual = sha256_of(path)
     except OSError as error:
@@ -141,7 +109,7 @@ def _blob(path: Path) -> Path | None:
     return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else None
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Take a file out of the cache, where that may be written to; otherwise the next load fails alike."""
     blob, stored = _blob(path) or path, path.resolve()
     in_shared_store = stored.is_relative_to((blob.parents[2] / "blobs").resolve())
@@ -152,16 +120,34 @@ def _discard(path: Path) -> None:
             _logger.warning("cannot delete %s from the cache: delete it yourself", file)
 
 
-def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None, right: str = "read") -> str:
-    """What happened, and what to do about it; `right` is what a token must have."""
+@contextmanager
+def explained(doing: str, repo: str, cache_dir: str | Path | None = None, **known: str) -> Iterator[None]:
+    """Make one clear error of whatever happens on the way; `known` are further arguments of `explain`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # the client's, the network's and the file system's errors have no common parent
+        raise DownloadError(f"cannot {doing}: {explain(error, repo, cache_dir, **known)}") from error
+
+
+def explain(
+    error: BaseException, repo: str, cache_dir: str | Path | None = None, right: str = "read", github: str = ""
+) -> str:
+    """What happened, and what to do about it.
+
+    `right` is what a token must have; `github` is the address that was asked where that is not the Hub's.
+    """
     from huggingface_hub import constants, errors
 
-    endpoint, cache = constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
-    again = "try again later; the environment variable HF_ENDPOINT names a mirror"
+    endpoint, cache = github or constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
+    mirror = "ARM_ZOO_GITHUB_ENDPOINT" if github else "HF_ENDPOINT"
+    again = f"try again later; the environment variable {mirror} names a mirror"
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    status = next((part.response.status_code for part in chain if isinstance(part, errors.HfHubHTTPError)), None)
+    answers = (getattr(part, "response", None) for part in chain)
+    status = next((answer.status_code for answer in answers if answer is not None), None)
     disk = next((part for part in chain if isinstance(part, OSError) and part.errno), OSError())
     if isinstance(error, errors.GatedRepoError):
         return f"access is gated; accept its conditions at {endpoint}/{repo}, then {_LOGIN}"
@@ -177,6 +163,8 @@ def explain(error: BaseException, repo: str, cache_dir: str | Path | None = None
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         advice = f"look at {endpoint}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
         return f"the repository has no such file, so it is none that `python -m hub publish` wrote; {advice}"
+    if status == 404:
+        return f"{endpoint} has no such file (HTTP 404): it was moved or renamed, or the mirror lacks it"
     if status in (401, 403):
         return f"{endpoint} refuses access (HTTP {status}); {_LOGIN} with a token that may {right} {repo}"
     if status == 412:

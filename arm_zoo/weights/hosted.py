@@ -1,15 +1,21 @@
 """Where the weights of the entries are, and the commands that train those that are not hosted.
 
-No weights are hosted yet. An entry is hosted from the commit on whose row says so, with the revision and the sha256
-that `python -m hub publish` prints; it is bundled when its file lies in `arm_zoo/bundled/`, its row says so, and the
-golden answers that `python -m hub convert` wrote with it lie in `hub/golden/`.
+No weights are hosted by us yet. An entry is hosted from the commit on whose row says so, with the revision and the
+sha256 that `python -m hub publish` prints. It is bundled when its file lies in `arm_zoo/bundled/`, its row says so,
+and the golden answers that `python -m hub convert` wrote with it lie in `hub/golden/`. It is upstream if the file of
+its authors is fetched, whose sha256 the row has only if somebody has seen the file.
 """
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from arm_zoo.weights.reading import Choice
+
 ORGANISATION = "arm-zoo"
+ARM_REPOSITORY = "OliverRen/ARM"  # on the Hub; which files it has is asked at run time
 BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
 
 
@@ -17,11 +23,43 @@ BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
 class Weights:
     """Where an entry's weights are."""
 
-    where: Literal["bundled", "hosted", "planned"] = "planned"  # planned: on the Hub once it is published
-    sha256: str | None = None  # of model.safetensors, or of the bundled file
-    revision: str = "main"  # tag or commit of the repository to load
-    repository: str | None = None  # ORG/NAME on the Hub, where it is not the entry's name within our organisation
+    # in the package, in our organisation on the Hub, where their authors put them, or nowhere until they are published
+    where: Literal["bundled", "hosted", "upstream", "planned"] = "planned"
+    sha256: str | None = None  # of model.safetensors, of the bundled file, or of the authors' file; None: not known
+    revision: str = "main"  # branch, tag or commit of the repository to load; the tag of a release
+    repository: str | None = None  # ORG/NAME, where it is not the entry's name within our organisation
     configs: tuple[str, ...] = ()  # of `recipes/configs`, that train them; of bundled ones those named as their set
+    # of upstream ones
+    host: Literal["hub", "github"] = "hub"  # a repository of the Hub, or a release on GitHub
+    file: str | None = None  # its name there; None: no public text has it, so it is found by `shapes`
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of some tensors, by the authors' names
+    choice: Choice | None = None  # averaged or trained weights, whichever the authors report on; None as `Choice` says
+    license: str | None = None  # SPDX identifier of what the authors state; None if they state nothing
+
+
+def _arm(width: int, patches: int, *configs: str) -> Weights:
+    """A finetuned ARM: its size is told by the width, its image size by the patches."""
+    shapes = {"pos_embed": (1, patches + 1, width), "head.weight": (1000, width)}
+    return Weights("upstream", repository=ARM_REPOSITORY, shapes=shapes, configs=configs)
+
+
+def _arm_pretrained(width: int, config: str) -> Weights:
+    """A pretrained ARM, the only kind with a projection to the decoder, which is 512 wide."""
+    shapes = {"enc2dec.weight": (512 * 4, width * 4)}
+    return Weights("upstream", repository=ARM_REPOSITORY, shapes=shapes, configs=(config,))
+
+
+# Of both the authors evaluate what lies where a training has the trained weights.
+_VIM = Weights("upstream", choice="model", license="apache-2.0")
+_VMAMBA = replace(_VIM, host="github", repository="MzeroMiko/VMamba", revision="#v2cls", license="mit")
+
+
+def _vim(size: str, file: str, config: str) -> Weights:
+    return replace(_VIM, repository=f"hustvl/Vim-{size}-midclstok", file=file, configs=(config,))
+
+
+def _vmamba(file: str, config: str) -> Weights:
+    return replace(_VMAMBA, file=file, configs=(config,))
 
 
 TABLE: dict[str, Weights] = {
@@ -35,18 +73,30 @@ TABLE: dict[str, Weights] = {
     "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
         "bundled", "d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2"
     ),
-    "arm_base_patch16_224.arm_in1k_ft_in1k": Weights(configs=("pretrain_base", "finetune_base")),
-    "arm_base_patch16_224.arm_in1k": Weights(configs=("pretrain_base",)),
+    "arm_base_patch16_224.arm_in1k_ft_in1k": _arm(768, 14**2, "pretrain_base", "finetune_base"),
+    "arm_base_patch16_224.arm_in1k": _arm_pretrained(768, "pretrain_base"),
     "arm_base_patch16_224.in1k": Weights(configs=("supervised_base",)),
-    "arm_base_patch16_384.arm_in1k_ft_in1k": Weights(configs=("pretrain_base", "finetune_base_384")),
-    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Weights(configs=("pretrain_base", "finetune_base_stride8_448")),
-    "arm_large_patch16_224.arm_in1k_ft_in1k": Weights(configs=("pretrain_large", "finetune_large")),
-    "arm_large_patch16_224.arm_in1k": Weights(configs=("pretrain_large",)),
+    "arm_base_patch16_384.arm_in1k_ft_in1k": _arm(768, 24**2, "pretrain_base", "finetune_base_384"),
+    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": _arm(768, 55**2, "pretrain_base", "finetune_base_stride8_448"),
+    "arm_large_patch16_224.arm_in1k_ft_in1k": _arm(1024, 14**2, "pretrain_large", "finetune_large"),
+    "arm_large_patch16_224.arm_in1k": _arm_pretrained(1024, "pretrain_large"),
     "arm_large_patch16_224.in1k": Weights(configs=("supervised_large",)),
-    "arm_large_patch16_384.arm_in1k_ft_in1k": Weights(configs=("pretrain_large", "finetune_large_384")),
-    "arm_huge_patch16_224.arm_in1k_ft_in1k": Weights(configs=("pretrain_huge", "finetune_huge")),
-    "arm_huge_patch16_224.arm_in1k": Weights(configs=("pretrain_huge",)),
-    "arm_huge_patch16_384.arm_in1k_ft_in1k": Weights(configs=("pretrain_huge", "finetune_huge_384")),
+    "arm_large_patch16_384.arm_in1k_ft_in1k": _arm(1024, 24**2, "pretrain_large", "finetune_large_384"),
+    "arm_huge_patch16_224.arm_in1k_ft_in1k": _arm(1536, 14**2, "pretrain_huge", "finetune_huge"),
+    "arm_huge_patch16_224.arm_in1k": _arm_pretrained(1536, "pretrain_huge"),
+    "arm_huge_patch16_384.arm_in1k_ft_in1k": _arm(1536, 24**2, "pretrain_huge", "finetune_huge_384"),
+    "vim_tiny_patch16_224.in1k": _vim("tiny", "vim_t_midclstok_76p1acc.pth", "supervised_vim_tiny"),
+    "vim_tiny_patch16_stride8_224.in1k_ft": _vim(
+        "tiny", "vim_t_midclstok_ft_78p3acc.pth", "finetune_vim_tiny_stride8"
+    ),
+    "vim_small_patch16_224.in1k": _vim("small", "vim_s_midclstok_80p5acc.pth", "supervised_vim_small"),
+    "vim_small_patch16_stride8_224.in1k_ft": _vim(
+        "small", "vim_s_midclstok_ft_81p6acc.pth", "finetune_vim_small_stride8"
+    ),
+    "vim_base_patch16_224.in1k": _vim("base", "vim_b_midclstok_81p9acc.pth", "supervised_vim_base"),
+    "vmamba_tiny_s1l8.in1k": _vmamba("vssm1_tiny_0230s_ckpt_epoch_264.pth", "supervised_vmamba_tiny"),
+    "vmamba_small_s2l15.in1k": _vmamba("vssm_small_0229_ckpt_epoch_222.pth", "supervised_vmamba_small"),
+    "vmamba_base_s2l15.in1k": _vmamba("vssm_base_0229_ckpt_epoch_237.pth", "supervised_vmamba_base"),
 }
 
 
@@ -88,10 +138,17 @@ def training_commands(entry: str) -> str:
     return commands
 
 
+def upstream_is_on() -> bool:
+    """Whether files are fetched from authors; the environment variable ARM_ZOO_UPSTREAM=0 turns it off."""
+    return os.environ.get("ARM_ZOO_UPSTREAM") != "0"
+
+
 def ways_on(entry: str) -> str:
-    """What a person can do where weights are not hosted."""
+    """What a person can do where weights are not to be had by name."""
+    weights = TABLE.get(entry, Weights())
+    off = f"only at their authors' ({weights.repository}), and ARM_ZOO_UPSTREAM=0 turns fetching from there off"
     return (
-        f"the weights of {entry} are not hosted yet. Ways on:\n"
+        f"the weights of {entry} are {off if weights.where == 'upstream' else 'not hosted yet'}. Ways on:\n"
         "  an official .pth or a file of your own: python -m arm_zoo predict ... --weights FILE, or in Python "
         f"create_model({entry.partition('.')[0]!r}, pretrained=True, pretrained_cfg_overlay=dict(file=PATH)); "
         "python -m hub convert FILE OUT, from a checkout, makes a folder of it that all programs take\n"

@@ -1,13 +1,16 @@
 """Checkpoints read without running anything in them, whatever program wrote them."""
 
 import argparse
+import json
+import os
 import pickle
 import pickletools
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -23,6 +26,32 @@ _PLACES: dict[Choice, tuple[str, ...]] = {  # where checkpoints of a training ke
 }
 
 
+_MOST_READ = 2**28  # bytes of a file that is only looked at: far more than its header or its directory and pickle
+
+
+class _ConfigNode:
+    """Stands in for yacs' `CfgNode`, with which VMamba's checkpoints keep their settings.
+
+    What comes of one is an `OrderedDict`, the only kind of dict that torch's reader lets have attributes too.
+    """
+
+    def __new__(cls) -> Any:
+        return OrderedDict()
+
+
+# What a pickle may name beside tensors and plain values; nothing of it does anything when it is made.
+_HARMLESS: list[Any] = [argparse.Namespace, (_ConfigNode, "yacs.config.CfgNode")]
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds, told without its numbers."""
+
+    tensors: StateDict  # the weights, on the meta device
+    beside: list[str]  # names of what else lies there, such as "optimizer"
+    arguments: dict[str, Any]  # of the program that trained them, where it saved those
+    bytes_read: int  # to learn this
+
+
 def is_safetensors(path: str | Path) -> bool:
     """By its name; every other file is taken for a pickle."""
     return Path(path).suffix.lower() == ".safetensors"
@@ -32,78 +61,167 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     """Tensors by name in a .safetensors file or a .pth; no code in it is run, and no more read than the file holds.
 
     Args:
-        path: the file. From a .pth, `argparse.Namespace` is the only object taken beside tensors and plain values.
+        path: the file. From a .pth, `argparse.Namespace` and the settings of yacs, which become a dict, are the only
+            objects taken beside tensors and plain values.
         weights: of a training's checkpoint, the averaged weights ("ema") or the trained ones ("model"); None takes
             the averaged ones where there are any.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        contents = load_file(path) if is_safetensors(path) else _read_pickle(path)
-    except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
-        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        wanted = [] if is_safetensors(path) else _refused_globals(path)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "no pickle that torch reads"  # torch's own words advise to load it unsafely
-        if wanted:
-            reason = f"it asks to run {', '.join(wanted)}"
-        advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
-        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
+    with open(path, "rb") as file:
+        try:
+            contents = load_file(path) if is_safetensors(path) else _read_pickle(file, path)
+        except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
+            raise _unreadable(file, path, error) from error
     return weights_of(contents, weights, path)
 
 
-def _read_pickle(path: Path) -> Any:
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
+def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> Contents:
+    """What a file holds, from a .safetensors' header, or a .pth's directory and pickle, without its numbers.
+
+    `file` may be far away: it is read in a few places only. A .pth of before torch 1.6 is refused, since it is one
+    pickle with all the numbers in it. `weights` as for `read_checkpoint`.
+    """
+    path, metered = Path(name), _Metered(file, name)
+    try:
+        contents = _read_header(metered) if is_safetensors(path) else _read_pickle_alone(metered)
+    except Exception as error:  # as above
+        if metered.failure is not None:
+            raise metered.failure from None  # not of the file but of the way to it
+        raise _unreadable(metered, path, error) from error
+    if is_safetensors(path):
+        return Contents(clean_state_dict(contents), [], {}, metered.bytes_read)
+    tensors = {key: value.to("meta") for key, value in weights_of(contents, weights, path).items()}
+    beside = [str(key) for key in contents if _is_beside(key, contents[key])]
+    saved = contents.get("args", contents.get("config")) if beside else None
+    arguments = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    return Contents(tensors, beside, arguments if isinstance(arguments, dict) else {}, metered.bytes_read)
+
+
+class _Metered:
+    """A file that counts the bytes that are read, gives `_MOST_READ` at most, and keeps the error of a failed read."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name, self.bytes_read = file, name, 0
+        self.seek, self.tell = file.seek, file.tell
+        self.failure: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = size if size >= 0 else _size(self) - self.tell()
+        self.bytes_read += wanted
+        try:
+            if self.bytes_read > _MOST_READ:
+                raise CheckpointError(f"{self._name}: its header or directory is larger than {_MOST_READ:,} bytes")
+            return self._file.read(wanted)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _size(file: Any) -> int:
+    before = file.tell()
+    size: int = file.seek(0, os.SEEK_END)
+    file.seek(before)
+    return size
+
+
+def _read_header(file: Any) -> StateDict:
+    """Tensors without values from the start of a .safetensors file: eight bytes of length, then JSON."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
+
+
+def _is_beside(key: Any, value: Any) -> bool:
+    """Whether an entry of a training's checkpoint is something else than weights."""
+    return not isinstance(value, torch.Tensor) and all(key not in places for places in _PLACES.values())
+
+
+def _unreadable(file: Any, path: Path, error: Exception) -> CheckpointError:
+    """One clear error for whatever a damaged or hostile file led to."""
+    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+    wanted = [] if is_safetensors(path) else _refused_globals(file)
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "no pickle that torch reads"  # torch's own words advise to load it unsafely
+    if wanted:
+        reason = f"it asks to run {', '.join(wanted)}"
+    advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(file, path)
+    return CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}")
+
+
+def _read_pickle_alone(file: Any) -> Any:
+    """A .pth without reading its numbers: its tensors have the right shapes and any values."""
+    with zipfile.ZipFile(file) as archive:
+        _check_archive(archive, _size(file))
+    file.seek(0)
+    with torch.serialization.skip_data():
+        return _load(file)
+
+
+def _read_pickle(file: BinaryIO, path: Path) -> Any:
+    zipped = file.read(4) == b"PK\x03\x04"
     if zipped:  # PyTorch would unpack it to more than it is, and not notice a flipped bit
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            if packed or sum(member.file_size for member in members) > path.stat().st_size:
-                raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
+        with zipfile.ZipFile(file) as archive:
+            _check_archive(archive, path.stat().st_size)
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    return _load(path, mmap=zipped)
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse an archive of `size` bytes that is larger once it is unpacked."""
+    members = archive.infolist()
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > size:
+        raise zipfile.BadZipFile("its parts are compressed, which PyTorch never does, or overlap")
+
+
+def _load(file: Any, mmap: bool = False) -> Any:
+    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _refused_globals(path: Path) -> list[str]:
+def _refused_globals(file: Any) -> list[str]:
     """Names of the functions and classes that a pickle wants and does not get; reading them runs nothing."""
+    file.seek(0)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+        with torch.serialization.safe_globals(_HARMLESS):
+            return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
     except Exception:  # not a zip archive, or a damaged one
-        allowed = ("torch", "collections.OrderedDict", "argparse.Namespace")
-        return sorted(name for name in _globals_of_pickle(path) if not name.startswith(allowed))
+        allowed = ("torch", "collections.OrderedDict", "argparse.Namespace", "yacs.config.CfgNode")
+        return sorted(name for name in _globals_of_pickle(file) if not name.startswith(allowed))
 
 
-def _globals_of_pickle(path: Path) -> set[str]:
+def _globals_of_pickle(file: Any) -> set[str]:
     """Names in a file without archive, which is a row of pickles with data behind."""
+    file.seek(0)
     found: set[str] = set()
     strings, memo = ["", ""], [""]  # the two pushed last; those that later parts of the pickle refer to by number
-    with open(path, "rb") as file:
-        try:
-            while True:
-                for code, argument, _ in pickletools.genops(file):
-                    if code.name == "GLOBAL":
-                        found.add(str(argument).replace(" ", "."))
-                    elif code.name == "STACK_GLOBAL":
-                        found.add(".".join(strings))
-                    elif code.name == "MEMOIZE":
-                        memo.append(strings[1])
-                    elif code.name in ("BINGET", "LONG_BINGET"):
-                        strings = [strings[1], dict(enumerate(memo)).get(int(argument or 0) + 1, "")]
-                    elif isinstance(argument, str):
-                        strings = [strings[1], argument]
-        except Exception:  # the data, or damage: pickletools raises all sorts
-            return found
+    try:
+        while True:
+            for code, argument, _ in pickletools.genops(file):
+                if code.name == "GLOBAL":
+                    found.add(str(argument).replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    found.add(".".join(strings))
+                elif code.name == "MEMOIZE":
+                    memo.append(strings[1])
+                elif code.name in ("BINGET", "LONG_BINGET"):
+                    strings = [strings[1], dict(enumerate(memo)).get(int(argument or 0) + 1, "")]
+                elif isinstance(argument, str):
+                    strings = [strings[1], argument]
+    except Exception:  # the data, or damage: pickletools raises all sorts
+        return found
 
 
-def _advice(path: Path) -> str:
-    with open(path, "rb") as file:
-        start = file.read(9)
+def _advice(file: Any, path: Path) -> str:
+    file.seek(0)
+    start = file.read(9)
     if start.startswith((b"PK", b"\x80")) and is_safetensors(path):
         return "it is a pickle, not safetensors: rename it to .pth if you trust it"
     if start[8:] == b"{" and not is_safetensors(path):

@@ -17,7 +17,7 @@ import arm_zoo
 from arm_zoo.files import sha256_of
 from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknown_model
 from arm_zoo.pretraining._registry import PretrainingModel
-from arm_zoo.weights.download import whereabouts
+from arm_zoo.weights.find import whereabouts
 
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 

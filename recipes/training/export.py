@@ -28,7 +28,7 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
             f"allowed: model_args.in_chans={source.channels}"
         )
     cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
-    own = {"input_size": (model.in_chans, *model.patch_embed.img_size), "mean": source.mean, "std": source.std}
+    own = {"input_size": model.input_size(), "mean": source.mean, "std": source.std}
     return {**resolve_data_config(pretrained_cfg=cfg.to_dict()), **own}
 
 

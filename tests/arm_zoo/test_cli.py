@@ -92,7 +92,8 @@ def test_list_has_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
     tagged = {name for name in timm.list_models("arm_*", include_tags=True) if "." in name}
     assert tagged <= table.keys()
     base = table["arm_base_patch16_224.arm_in1k_ft_in1k"].split()
-    assert base == ["3x224x224", "85.0", "M", "not", "hosted"]
+    assert base == ["3x224x224", "85.0", "M", "upstream"]
+    assert table["arm_base_patch16_224.in1k"].split()[-2:] == ["not", "hosted"]
     assert table["arm_huge_patch16_384.arm_in1k_ft_in1k"].split()[:2] == ["3x384x384", "663.3"]
     assert table["arm_base_patch16_224.arm_in1k"].split()[1] == "84.3"  # the encoder has no head
     assert "arm_large is short for arm_large_patch16_224" in lines
@@ -121,8 +122,11 @@ def test_info_tells_what_the_entry_is(capsys: pytest.CaptureFixture[str]) -> Non
     assert (facts["input_size"], facts["crop_mode"], facts["crop_pct"]) == ("3x448x448", "squash", "1.0")
     assert (facts["interpolation"], facts["mean"]) == ("bicubic", "(0.485, 0.456, 0.406)")
     assert (facts["std"], facts["license"]) == ("(0.229, 0.224, 0.225)", "unknown")
-    assert "2406.07537" in facts["paper"] and facts["weights"].startswith("not hosted")
-    assert "pretrained_cfg_overlay=dict(file=PATH)" in out
+    assert "2406.07537" in facts["paper"] and facts["weights"] == "upstream"
+    assert "pretrained=True)" in out
+    assert main(["info", "arm_base_patch16_224.in1k"]) == 0
+    out = capsys.readouterr().out
+    assert "not hosted; load a .safetensors" in out and "pretrained_cfg_overlay=dict(file=PATH)" in out
 
 
 def test_info_counts_multiply_adds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,11 +544,11 @@ def test_weights_of_another_organisation_are_hosted(
 
 
 def test_weights_that_are_not_hosted(image_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = mistake(capsys, "predict", image_file, "--model", "arm_base_patch16_224")
-    assert "the weights of arm_base_patch16_224.arm_in1k_ft_in1k are not hosted yet" in message
+    message = mistake(capsys, "predict", image_file, "--model", "arm_base_patch16_224.in1k")
+    assert "the weights of arm_base_patch16_224.in1k are not hosted yet" in message
     ways = (
         "predict ... --weights FILE",
-        "recipes/configs/finetune_base.yaml",
+        "recipes/configs/supervised_base.yaml",
         f"package: {PICO}.arm_digits_ft_digits",
     )
     assert all(message.count(way) == 1 for way in ways), message

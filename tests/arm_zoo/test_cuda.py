@@ -57,23 +57,33 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "d_state, channels, rank, biased", [(16, 768, 48, True), (8, 33, 0, False), (4, 64, 96, True)]
+    "d_state, channels, rank, biased, shared",
+    [
+        (16, 768, 48, True, False),
+        (8, 33, 0, False, False),
+        (4, 64, 96, True, True),
+        (2, 33, 0, True, False),
+        (1, 256, 8, True, True),
+        (1, 70, 0, False, False),
+    ],
 )
 def test_kernels_compile(
-    d_state: int, channels: int, rank: int, biased: bool, dtype: torch.dtype, cuda: ModuleType
+    d_state: int, channels: int, rank: int, biased: bool, shared: bool, dtype: torch.dtype, cuda: ModuleType
 ) -> None:
-    u = torch.empty(4, 1, 5, channels, dtype=dtype)
+    u = torch.empty(*(() if shared else (4,)), 1, 5, channels, dtype=dtype)
     rows = torch.empty(4, 1, 5, (rank or channels) + 2 * d_state, dtype=dtype)
     delta, B, C = rows.split([rank or channels, d_state, d_state], dim=-1)
     A, D = torch.empty(4, channels, d_state), torch.empty(4, channels)
     weight = torch.empty(4, channels, rank) if rank else None
     order = torch.arange(5).expand(4, -1)
-    scan = ScanInputs(u, delta, A, B, C, D, D if biased else None, weight, True, order)
+    scan = ScanInputs(u, delta, A, B, C, D, D if biased else None, weight, True, order, not shared)
     for save_states in (False, True):
         _, saved = cuda.selective_scan(scan, save_states, None)
-    cuda.selective_scan_backward(u[0], scan._replace(delta=torch.empty_like(u)), saved)
+    whole = u.expand(scan.shape)
+    grads = cuda.selective_scan_backward(whole[0], scan._replace(delta=whole), saved)
+    assert [grad.shape for grad in grads[:2]] == [u.shape, scan.shape]
     assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
-    images = {0: 1, 48: 4, 96: 2}[rank if dtype != torch.float32 else 0]
+    images = {0: 1, 8: 4, 48: 4, 96: 2}[rank if dtype != torch.float32 else 0]
     assert [block for *_, block in cuda.launches] == [32 * images, 32 * images, 64]
 
 

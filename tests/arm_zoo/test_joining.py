@@ -1,7 +1,6 @@
 """A family and an objective join: one file each, which here are classes of a test, and one row."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import wraps
@@ -113,7 +112,7 @@ def test_a_family_joins_by_a_row(official: bool, tmp_path: Path) -> None:
 
 def test_another_family_is_none_of_ours(tmp_path: Path) -> None:
     assert find_variant(timm.create_model("arm_pico_patch2_8").state_dict()).architecture == "arm_pico_patch2_8"
-    with pytest.raises(CheckpointError, match=re.escape("this is no ARM or Toy checkpoint: expected")):
+    with pytest.raises(CheckpointError, match=r"this is no ARM or .*Toy checkpoint: expected"):
         find_variant({"weight": torch.ones(1)})
     assert f"supervised_base.yaml model={NAME}" in training_commands(f"{NAME}.untrained")
 

@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +36,8 @@ from arm_zoo.weights.hosted import Weights
 from hub.__main__ import main as hub_command
 from recipes.data.sources import open_digits
 from tests.helpers import hub_server
-from tests.helpers.hub_server import Client, HubServer, running_hub, start_client
+from tests.helpers.hub_server import Client, HubServer, digest, running_client, running_hub
+from tests.helpers.official import RunsCode
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name
@@ -53,18 +53,14 @@ def hub() -> Iterator[HubServer]:
 def client(hub: HubServer, repo: Path) -> Iterator[Client]:
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)  # one test loads as another user
-        client = start_client(hub, repo, Path(home))
-        with client.process:
+        with running_client(hub, repo, Path(home)) as client:
             yield client
-            client.process.kill()
 
 
 @pytest.fixture(scope="module")
 def offline(hub: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = start_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1")
-    with client.process:
+    with running_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1") as client:
         yield client
-        client.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +87,6 @@ def entry_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     torch.manual_seed(2)
     timm.create_model(ENTRY, **TINY_BASE).save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def digest(model: nn.Module) -> str:
-    """As the client computes it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # folders and files
@@ -149,7 +137,7 @@ def test_a_model_for_use_says_where_its_weights_are(model: nn.Module, tmp_path: 
         load("arm_base", tmp_path / "folder")
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
     assert load("test_vit", tmp_path / "vit.safetensors").model.num_classes == 0
-    with pytest.raises(CheckpointError, match="this is no ARM checkpoint"):
+    with pytest.raises(CheckpointError, match=r"this is no ARM or .*checkpoint"):
         load(tmp_path / "vit.safetensors")
 
 
@@ -174,8 +162,8 @@ def test_a_file_is_read_once_and_its_model_made_once(
 def test_the_table_of_sizes_is_that_of_the_models() -> None:
     """Checkpoints are told by it, and no model is built to learn its sizes."""
     patches = {entry["name"]: entry["patches"] for entry in _sizes_of_entries(ARM)}
-    for name, architecture in ARCHITECTURES.items():
-        sizes, built = architecture.sizes(name), timm.create_model(name, device="meta")
+    for name in patches:
+        sizes, built = ARCHITECTURES[name].sizes(name), timm.create_model(name, device="meta")
         embed = built.patch_embed
         assert (embed.img_size, embed.grid_size[0] * embed.grid_size[1]) == (
             tuple(sizes["img_size"]),
@@ -328,7 +316,7 @@ def test_the_home_folder_may_be_written_short(
         ("out/last.pth.tar", FileNotFoundError, r"no checkpoint at out/last\.pth\.tar"),
         ("../out", FileNotFoundError, r"no checkpoint at \.\./out"),
         ("local-dir:nowhere", FileNotFoundError, r"no config\.json in nowhere"),
-        ("arm_large", CheckpointError, "are not hosted yet"),
+        ("arm_large_patch16_224.in1k", CheckpointError, "are not hosted yet"),
     ],
 )
 def test_sources_that_are_none(source: str, error: type[Exception], message: str) -> None:
@@ -438,7 +426,7 @@ def test_bundled_weights(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest
             assert torch.equal(loaded.state_dict()[name], value.to(dtype).float()), name
     assert timm.create_model(entry, pretrained=True, num_classes=0).num_classes == 0
     with pytest.raises(CheckpointError, match=f"a small model that comes with the package: .*{PICO}"):
-        timm.create_model("arm_base", pretrained=True)
+        timm.create_model("arm_base_patch16_224.in1k", pretrained=True)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"is damaged, cut short or another file.*install arm-zoo anew"):
         timm.create_model(architecture, pretrained=True)
@@ -491,11 +479,14 @@ def _input_size(entry: str) -> tuple[int, int, int]:
     return timm.models.get_pretrained_cfg(entry).input_size
 
 
-def test_not_hosted_and_three_ways_on() -> None:
+def test_no_weights_and_three_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARM_ZOO_UPSTREAM", "0")
     with pytest.raises(CheckpointError) as error:
         timm.create_model("arm_large", pretrained=True)
     message = str(error.value)
-    assert message.startswith("the weights of arm_large_patch16_224.arm_in1k_ft_in1k are not hosted yet. Ways on:\n")
+    first, *_ = message.splitlines()
+    assert first.startswith("the weights of arm_large_patch16_224.arm_in1k_ft_in1k are only at their authors' (Oliver")
+    assert first.endswith("ARM_ZOO_UPSTREAM=0 turns fetching from there off. Ways on:")
     assert "python -m hub convert FILE OUT" in message
     configs = re.findall(r"accelerate launch -m (recipes\.\w+) --config (\S+)", message)
     assert configs == [
@@ -516,7 +507,7 @@ def test_training_commands_name_configurations_that_are_there(repo: Path) -> Non
 def test_the_table_names_registered_entries() -> None:
     for entry, weights in table.TABLE.items():
         assert timm.is_model(entry), entry
-        assert weights.where == "planned" or len(weights.sha256 or "") == 64, entry
+        assert weights.where in ("planned", "upstream") or len(weights.sha256 or "") == 64, entry
 
 
 # from the Hub
@@ -580,8 +571,9 @@ def test_another_organisation(hub: HubServer, client: Client, entry_files: dict[
     assert client.load("arm_zoo", ENTRY, **lab)["digest"] == reply["digest"]
     message = client.refused("timm", "arm_huge", pretrained=True, **lab)
     assert "cannot fetch model.safetensors of lab/arm_huge_patch16_224.arm_in1k_ft_in1k" in message
-    reply = client.load("timm", "arm_base", pretrained=True, cache_dir=tmp_path)
-    assert "are not hosted yet" in reply["message"]
+    row = {"where": "upstream", "repository": "OliverRen/ARM"}
+    reply = client.load("timm", "arm_base", pretrained=True, cache_dir=tmp_path, table={ENTRY: row})
+    assert "from OliverRen/ARM: there is no such repository" in reply["message"]
 
 
 # what goes wrong
@@ -794,16 +786,6 @@ def test_wrong_weights(hub: HubServer, client: Client, files: dict[str, bytes], 
     assert "cannot read" in client.refused("arm_zoo", "ada/html", cache_dir=tmp_path / "cache")
     hub.add("ada/garbage", {**files, "model.safetensors": b"<!doctype html>"})
     assert "cannot read the checkpoint" in client.refused("arm_zoo", "ada/garbage", cache_dir=tmp_path / "cache")
-
-
-class RunsCode:
-    """A pickle of this makes a folder when it is read by pickle's own rules."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.folder,)
 
 
 def test_pickles_are_not_fetched(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:

@@ -23,11 +23,13 @@ def inputs(directions: int, length: int, channels: int, d_state: int, batch: int
     return [u, delta, rates, B, C, skip, torch.randn(batch, length, channels), bias]
 
 
-def results(backend: str, tensors: list[torch.Tensor], order: torch.Tensor | None = None) -> list[torch.Tensor]:
+def results(
+    backend: str, tensors: list[torch.Tensor], order: torch.Tensor | None = None, mean: bool = True
+) -> list[torch.Tensor]:
     """The output and the gradients of all inputs."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     with arm_zoo.scan_backend(backend):
-        y = selective_scan(*leaves, order=order)
+        y = selective_scan(*leaves, order=order, mean=mean)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 
@@ -45,13 +47,23 @@ def test_lengths(length: int) -> None:
 
 @pytest.mark.parametrize(
     "directions, height, width, cls_index, channels, d_state",
-    [(4, 3, 5, 7, 130, 16), (2, 7, 2, 0, 128, 1), (1, 1, 9, None, 257, 3), (4, 6, 4, None, 33, 17)],
+    [(4, 3, 5, 7, 130, 16), (2, 7, 2, 0, 128, 1), (1, 1, 9, None, 600, 3), (4, 6, 4, None, 33, 17)],
 )
 def test_grids_and_widths(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int
 ) -> None:
     order = scan_order(height, width, DIRECTIONS[:directions], cls_index)
     assert worst_error(inputs(directions, order.shape[1], channels, d_state), order) < 2e-6
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_directions_that_share_tokens(ordered: bool) -> None:
+    """Everything is in token order, and they are added up, as in VMamba."""
+    u, *others = inputs(4, 35, 130, 1)
+    order = scan_order(5, 7, DIRECTIONS) if ordered else None
+    exact = results("reference", [t.double() for t in (u[0], *others)], order, mean=False)
+    for ours, theirs in zip(results("numba", [u[0], *others], order, mean=False), exact, strict=True):
+        assert ours.shape == theirs.shape and (ours - theirs).norm() < 2e-6 * theirs.norm()
 
 
 @pytest.mark.parametrize("raw_delta", [-20.0, -13.8, 0.0, 50.0])

@@ -17,6 +17,7 @@ from timm.utils.onnx import onnx_export
 from torch import nn
 
 import arm_zoo
+from arm_zoo.layers.order import scan_order
 from hub.__main__ import main
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -89,6 +90,34 @@ def test_onnxruntime(model: nn.Module, exported: tuple[Path, int]) -> None:
     assert nodes < 120 and sum(node.op_type == "Scan" for node in graph.node) == 1
     for value in (*graph.input, *graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+class SharedScan(nn.Module):
+    """Four directions of step sizes of low rank, all in token order, added up, as in VMamba."""
+
+    def __init__(self, order: torch.Tensor | None) -> None:
+        super().__init__()
+        self.order, shapes = order, [(4, 6, 1), (4, 6), (4, 6), (4, 6, 2)]
+        self.A, self.D, self.bias, self.weight = (-torch.rand(shape) for shape in shapes)
+
+    def forward(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        delta, B, C = rows.unflatten(-1, (4, -1)).permute(2, 0, 1, 3).split([2, 1, 1], dim=-1)
+        settings = {"order": self.order, "delta_weight": self.weight, "mean": False}
+        return arm_zoo.ops.selective_scan(u, delta, self.A, B, C, self.D, delta_bias=self.bias, **settings)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_directions_that_share_tokens(tmp_path: Path, ordered: bool) -> None:
+    importlib.import_module("arm_zoo.onnx")
+    order = scan_order(2, 3, ["row", "column", "row_reversed", "column_reversed"]) if ordered else None
+    module = SharedScan(order).eval()
+    inputs = torch.randn(2, 6, 6), torch.randn(2, 6, 16)
+    file = tmp_path / "scan.onnx"
+    torch.onnx.export(module, inputs, file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    [actual] = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    torch.testing.assert_close(torch.as_tensor(actual), module(*inputs))
 
 
 def test_scans_are_such_as_others_run_them(exported: tuple[Path, int]) -> None:

@@ -153,6 +153,8 @@ class Case(NamedTuple):
     softplus: bool = True
     taps: int = 4
     rank: int = 0  # of the step sizes; 0: they are whole
+    mean: bool = True
+    shared: bool = False  # one u for all directions, and everything in token order
 
     @property
     def length(self) -> int:
@@ -167,7 +169,7 @@ class Case(NamedTuple):
         sequence = torch.randn(K, B, L, D, dtype=torch.float64)
         delta = torch.randn_like(sequence) - 1 if self.softplus else torch.rand_like(sequence) * 0.5
         inputs = {
-            "u": sequence,
+            "u": sequence[0] if self.shared else sequence,
             "delta": delta,
             "A": -torch.arange(1, S + 1) * torch.rand(K, D, 1, dtype=torch.float64),
             "B": torch.randn(K, B, L, S, dtype=torch.float64),
@@ -192,7 +194,7 @@ class Case(NamedTuple):
         }
 
     def scan(self, **inputs: torch.Tensor) -> torch.Tensor:
-        return selective_scan(**inputs, delta_softplus=self.softplus, order=self.order())
+        return selective_scan(**inputs, delta_softplus=self.softplus, order=self.order(), mean=self.mean)
 
     def conv(self, **inputs: torch.Tensor) -> torch.Tensor:
         return causal_conv(**inputs, order=self.order())
@@ -214,9 +216,14 @@ CASES = {
     "unordered": Case(2, 3, 11, ordered=False, channels=9, d_state=5, taps=1),
     "low-rank": Case(4, 3, 6, cls_index=9, channels=10, d_state=3, rank=4),
     "low-rank-without-bias": Case(1, 1, 2, channels=3, biased=False, gated=False, softplus=False, rank=1),
+    "sum": Case(4, 3, 5, channels=6, d_state=2, gated=False, mean=False),
+    "shared": Case(4, 5, 7, channels=6, d_state=1, gated=False, mean=False, rank=2, shared=True),
+    "shared-whole": Case(2, 3, 7, cls_index=4, channels=9, d_state=3, batch=3, biased=False, shared=True),
+    "shared-unordered": Case(3, 1, 5, channels=4, d_state=2, mean=False, ordered=False, shared=True),
 }
 # More images, channels and states than one pass of the fast path takes, so that it has to divide the work.
 DIVIDED = Case(4, 3, 6, channels=190, batch=46)
+DIVIDED_SHARED = Case(4, 7, 7, channels=260, batch=70, d_state=1, gated=False, mean=False, rank=2, shared=True)
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -273,7 +280,8 @@ def test_equals_reference_in_float32(case: Case) -> None:
 
 
 def test_equals_reference_when_the_work_is_divided() -> None:
-    compare(DIVIDED.scan, as_type(DIVIDED.scan_inputs(), torch.float32), 1e-5, 1e-4)
+    for case in (DIVIDED, DIVIDED_SHARED):
+        compare(case.scan, as_type(case.scan_inputs(), torch.float32), 1e-5, 1e-4)
     compare(DIVIDED.conv, as_type(DIVIDED.conv_inputs(), torch.float32), 1e-5, 1e-4)
 
 
@@ -283,7 +291,7 @@ def as_type(inputs: Tensors, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", ["kept in float32", "rounded too"])
-@pytest.mark.parametrize("name", ["length3", "length65", "class-token-last", "odd-grid", "low-rank"])
+@pytest.mark.parametrize("name", ["length3", "length65", "class-token-last", "odd-grid", "low-rank", "shared"])
 def test_half_precision_inputs(name: str, dtype: torch.dtype, parameters: str) -> None:
     case = CASES[name]
     keep = ("A", "D", "delta_bias", "delta_weight", "weight", "bias") if parameters == "kept in float32" else ()
@@ -345,8 +353,9 @@ def test_autocast_stays_outside(dtype: torch.dtype, backend: str) -> None:
         Case(4, 2, 2, cls_index=2, channels=2, d_state=2, batch=1, softplus=False),
         Case(4, 1, 3, channels=2, d_state=3, batch=1, biased=False, taps=2),
         Case(2, 1, 3, channels=3, d_state=1, batch=1, rank=2),
+        Case(4, 2, 2, channels=3, d_state=1, batch=2, gated=False, mean=False, rank=2, shared=True),
     ],
-    ids=["one", "two", "four", "four-without-bias", "low-rank"],
+    ids=["one", "two", "four", "four-without-bias", "low-rank", "shared"],
 )
 def test_gradcheck(case: Case) -> None:
     for function, inputs in ((case.scan, case.scan_inputs()), (case.conv, case.conv_inputs())):
@@ -770,7 +779,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "case", [CASES["length65"], LONG, CASES["low-rank"], CASES["unordered"]._replace(biased=False)]
+    "case", [CASES["length65"], LONG, CASES["low-rank"], CASES["unordered"]._replace(biased=False), CASES["shared"]]
 )
 def test_operators_pass_opcheck(case: Case) -> None:
     scan_inputs, conv_inputs = as_type(case.scan_inputs(), torch.float32), as_type(case.conv_inputs(), torch.float32)
@@ -831,7 +840,7 @@ def test_what_does_not_fit_a_convolution_is_refused(wrong: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.zeros(2, 3, 4, 5, dtype=torch.long), torch.zeros(3, 4, 5), torch.zeros(2, 3, 0, 5)]
+    "tensor", [torch.zeros(2, 3, 4, 5, dtype=torch.long), torch.zeros(4, 5), torch.zeros(2, 3, 0, 5)]
 )
 def test_sequences_are_floating_point_with_all_axes_and_a_step(tensor: torch.Tensor) -> None:
     with pytest.raises(
@@ -842,6 +851,10 @@ def test_sequences_are_floating_point_with_all_axes_and_a_step(tensor: torch.Ten
         mamba_inner(tensor[0], *[torch.zeros(1)] * 7)
     with pytest.raises(ValueError, match=r"A must hold .* of at least one state, got torch.float32 \(1, 4, 0\)"):
         selective_scan(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), torch.zeros(1, 4, 0), *[torch.zeros(1)] * 3)
+    with pytest.raises(ValueError, match=r"floating-point numbers \(batch, length, channels\) of at least one step"):
+        selective_scan(torch.zeros(2, 0, 4), *[torch.zeros(1)] * 5)
+    with pytest.raises(ValueError, match=r"delta is \(1, 2, 3, 4\), u \(2, 3, 4\) needs \(5, 2, 3, 4\)"):
+        selective_scan(torch.zeros(2, 3, 4), torch.zeros(1, 2, 3, 4), torch.zeros(5, 4, 1), *[torch.zeros(1)] * 3)
     with pytest.raises(ValueError, match="side by side, got 7 in all"):
         mamba_inner(torch.zeros(2, 3, 7), *[torch.zeros(1)] * 7)
 

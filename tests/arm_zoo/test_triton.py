@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
+from arm_zoo.layers.block import Block, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
@@ -27,7 +29,8 @@ HEADER = """
 from pathlib import Path
 import torch
 from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_backward
-from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_deferred_sums, check_operators
+from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_operators
+from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums
 from tests.arm_zoo.test_triton import check_special_values, extreme_error, gate_errors
 from tests.arm_zoo.test_triton import gated_product_error, inner_error, worst_error
 import arm_zoo
@@ -43,6 +46,10 @@ for case in CASES:
 for dtype in (torch.bfloat16, torch.float16):
     error = worst_error(*CASES[1], dtype, "cpu", rank=4)
     assert error < 1e-2, (dtype, error)
+for case, dtype in (((4, 2, 3, None, 33, 1), torch.float32), (CASES[1], torch.float32), (CASES[0], torch.bfloat16)):
+    for rank in (0, 4):
+        error = worst_error(*case, dtype, "cpu", rank=rank, shared=True)
+        assert error < {torch.float32: 1e-5}.get(dtype, 1e-2), (case, dtype, rank, error)
 for case in ((1, 1, 65, None, 1, 2), (2, 2, 3, 4, 40, 16), (1, 2, 2, None, 33, 64)):
     error = worst_error(*case, torch.float32, "cpu")
     assert error < 1e-5, (case, error)
@@ -60,11 +67,14 @@ for shape in ((3, 130, 20), (1, 600), (1, 1, 2)):
     errors = gate_errors(shape, torch.float32, "cpu")
     assert largest(errors) < 1e-6, (shape, errors)
 assert largest(gate_errors((200, 80), torch.bfloat16, "cpu")) < 5e-3
-for shape, scaled in (((3, 7, 20), True), ((1, 1, 64), False), ((2, 5, 130), False)):
-    errors = add_norm_errors(shape, torch.float32, "cpu", scaled)
-    assert largest(errors) < 1e-6, (shape, errors)
-assert largest(add_norm_errors((2, 9, 40), torch.bfloat16, "cpu", True)) < 5e-3
+for centred in (True, False):
+    for shape, scaled in (((3, 7, 20), True), ((1, 1, 64), False), ((2, 5, 130), False)):
+        errors = add_norm_errors(shape, torch.float32, "cpu", scaled, centred)
+        assert largest(errors) < 1e-6, (shape, centred, errors)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert largest(add_norm_errors((2, 9, 40), dtype, "cpu", True, centred)) < 5e-3
 check_deferred_sums("cpu")
+check_deferred_root_mean_squares("cpu")
 for shape in ((2, 130, 64, 72), (1, 3, 96, 264), (1, 1, 200, 136)):
     error = gated_product_error(*shape, torch.float32, "cpu")
     assert error < 1e-6, (shape, error)
@@ -130,16 +140,24 @@ assert torch.allclose(*map(torch.tensor, losses), rtol=1e-5), losses
 """,
 }
 # directions, height, width, class token's index, channels, d_state
+SHARED = [
+    (4, 7, 7, None, 66, 1),
+    (4, 24, 24, 288, 64, 1),
+    (4, 6, 3, None, 33, 1),
+    (4, 5, 9, None, 72, 16),
+    (2, 1, 3, 1, 64, 2),
+]
 CASES = [(1, 1, 1, None, 6, 1), (4, 3, 2, 3, 70, 3), (2, 2, 9, 0, 5, 4), (4, 4, 5, 10, 33, 2)]
 
 
 def worst_error(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int,
-    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0,
+    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0, shared: bool = False,
 ) -> float:  # fmt: skip
     """Largest relative L2 error of outputs and gradients of both operations, against the reference in float64.
 
-    With a rank, step sizes of low rank and B and C are parts of wider rows, as in the mixer.
+    With a rank, step sizes of low rank and B and C are parts of wider rows, as in the mixer; shared, all directions
+    read one u, everything is in token order, and the directions are added up, as in VMamba.
     """
     torch.manual_seed(0)
     order = scan_order(height, width, DIRECTIONS[:directions], cls_index, device=device)
@@ -153,21 +171,24 @@ def worst_error(
     u, delta = (draw(directions, batch, length, channels).to(dtype) for _ in range(2))
     into, out = (draw(directions, batch, length, d_state).to(dtype) for _ in range(2))
     weight = [draw(directions, channels, rank) / math.sqrt(rank)] if rank else []
+    u = u[0] if shared else u
     if rank:
-        rows = draw(directions, batch, length, rank + 2 * d_state).to(dtype)
+        rows = draw(batch, length, directions, rank + 2 * d_state).to(dtype).permute(2, 0, 1, 3)
         delta, into, out = rows.split([rank, d_state, d_state], dim=-1)
     gate, tokens = (draw(batch, length, channels).to(dtype) for _ in range(2))
     taps = draw(directions, channels, 4)
     grad_y, grad_v = draw(batch, length, channels).to(dtype), draw(directions, batch, length, channels).to(dtype)
 
+    scan = partial(selective_scan, mean=not shared)
+
     def everything(backend: str, convert: torch.dtype | None) -> list[torch.Tensor]:
         leaves = [u, delta if rank else delta - 1, rates, into, out, skip, gate, bias, tokens, taps, *weight]
         leaves = [t.detach().to(convert or t.dtype).requires_grad_() for t in leaves]
         with arm_zoo.scan_backend(backend):
-            y = selective_scan(*leaves[:8], True, order, *leaves[10:])
+            y = scan(*leaves[:8], True, order, *leaves[10:])
             v = causal_conv(leaves[8], leaves[9], leaves[5], order)
             with torch.no_grad():  # inference gates inside the kernels
-                gated = selective_scan(*leaves[:8], True, order, *leaves[10:])
+                gated = scan(*leaves[:8], True, order, *leaves[10:])
         torch.autograd.backward([y, v], [grad_y.to(y.dtype), grad_v.to(v.dtype)])
         return [y, gated, v, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
@@ -223,23 +244,27 @@ def gate_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
 
 
-def add_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype, device: str, scaled: bool) -> list[float]:
-    """Relative L2 errors of sum, norm and all gradients against float64, with tokens in float32."""
+def add_norm_errors(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, scaled: bool, centred: bool
+) -> list[float]:
+    """Relative L2 errors of sum, layer norm or RMSNorm and all gradients against float64, with tokens in float32."""
     torch.manual_seed(0)
     batch, _, dim = shape
     x, grad_total = (torch.randn(shape, device=device) for _ in range(2))
     branch, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    weight, bias = (torch.randn(dim, device=device) for _ in range(2))
+    parameters = torch.randn(2 if centred else 1, dim, device=device).unbind()
     scale = torch.rand(batch, device=device).to(dtype) if scaled else None
     results = []
     for exact in (False, True):
-        leaves = [t.detach().to(torch.float64 if exact else t.dtype) for t in (x, branch, weight, bias)]
+        leaves = [t.detach().to(torch.float64 if exact else t.dtype) for t in (x, branch, *parameters)]
         own = [t.requires_grad_() for t in leaves]
         if exact:
             total = own[0] + own[1] * (1 if scale is None else scale.double()[:, None, None])
-            normed = torch.nn.functional.layer_norm(total, (dim,), *own[2:], eps=1e-3)
+            norm = torch.nn.functional.layer_norm if centred else torch.nn.functional.rms_norm
+            normed = norm(total, (dim,), *own[2:], eps=1e-3)
         else:
-            total, normed, _ = torch.ops.arm_zoo.add_norm(own[0], own[1], scale, *own[2:], 1e-3, dtype)
+            own_bias = own[3] if centred else None
+            total, normed, _ = torch.ops.arm_zoo.add_norm(own[0], own[1], scale, own[2], own_bias, 1e-3, dtype)
         cotangents = [grad_total.to(total.dtype), grad.to(normed.dtype)]
         results.append([total, normed, *torch.autograd.grad([total, normed], own, cotangents)])
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
@@ -251,6 +276,27 @@ def test_sums_of_other_types_than_the_tokens() -> None:
     total, normed = Residual(x, branch, torch.tensor([1.0, 0.5])).normed(norm)
     assert torch.equal(total, x + branch * torch.tensor([1.0, 0.5])[:, None, None])
     assert torch.equal(normed, norm(total))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of hooked norms
+def test_residuals_in_float32_leave_rms_norms_in_the_type_of_weights(
+    weights: torch.dtype, autocast: bool, hooked: bool
+) -> None:
+    """Or of autocast, and are normed before they are rounded; for the kernel's own rounding see `add_norm_errors`."""
+    norm = torch.nn.RMSNorm(8, eps=1e-5, dtype=weights)
+    torch.nn.init.normal_(norm.weight)
+    if hooked:
+        norm.register_forward_hook(lambda *_: None)
+    residual = torch.promote_types(weights, torch.float32)
+    x, branch = 300 * torch.randn(2, 3, 8, dtype=residual), torch.randn(2, 3, 8).to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        total, normed = Residual(x, branch, torch.tensor([2.0, 0.5], dtype=weights)).normed(norm)
+    assert torch.equal(total, x + branch.to(residual) * torch.tensor([2.0, 0.5])[:, None, None])
+    defined = total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.to(residual)
+    torch.testing.assert_close(normed, defined.to(torch.bfloat16 if autocast else weights))
 
 
 def check_deferred_sums(device: str) -> None:
@@ -275,6 +321,27 @@ def check_deferred_sums(device: str) -> None:
             results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
         for actual, expected in zip(*results, strict=True):
             assert (actual - expected).norm() <= 1e-5 * expected.norm(), (actual, expected)
+
+
+def check_deferred_root_mean_squares(device: str) -> None:
+    """The same of a stack as Vim's: mixers alone, RMSNorm, and the residual in float32 also between 16-bit blocks."""
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        torch.manual_seed(0)
+        norm = partial(torch.nn.RMSNorm, eps=1e-5)
+        stack = [Block(24, 2, 2, drop_path=0.5, norm_layer=norm, expand=2, mlp=False) for _ in range(3)]
+        blocks = torch.nn.ModuleList(stack).to(device, dtype)
+        order = scan_order(2, 3, DIRECTIONS[:2], 3, device=device)
+        tokens, results = torch.randn(4, 7, 24, device=device, requires_grad=True), []
+        for deferred in (True, False):
+            arm_zoo.ops.fused.adds_in_norm = lambda x, norm, deferred=deferred: deferred
+            torch.manual_seed(1)
+            with arm_zoo.scan_backend("torch"), Recorder() as recorder:
+                output = run_blocks(blocks, tokens, order, {3})[3]
+            assert recorder.counts["arm_zoo::add_norm"] == 2 * deferred and output.dtype == torch.float32
+            results.append([output, *torch.autograd.grad(output.square().sum(), [tokens, *blocks.parameters()])])
+        for actual, expected in zip(*results, strict=True):
+            assert actual.dtype == expected.dtype
+            assert (actual - expected).norm() <= limit * expected.norm(), (dtype, actual, expected)
 
 
 def scan_inputs(value: float | None = None, device: str = "cuda") -> list[torch.Tensor]:
@@ -364,10 +431,11 @@ def check_operators(device: str) -> None:
     torch.library.opcheck(torch.ops.arm_zoo.gate.default, (halves, bias))
     tokens, branch, weight = (torch.randn(*shape, device=device) for shape in ((2, 5, 12), (2, 5, 12), (12,)))
     norm_inputs = [t.requires_grad_() for t in (tokens, branch, weight, weight.clone())]
-    inputs = (*norm_inputs[:2], torch.rand(2, device=device), *norm_inputs[2:], 1e-5, torch.float32)
-    torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
+    for bias in (norm_inputs[3], None):
+        inputs = (*norm_inputs[:2], torch.rand(2, device=device), norm_inputs[2], bias, 1e-5, torch.float32)
+        torch.library.opcheck(torch.ops.arm_zoo.add_norm.default, inputs)
     sequences = scan_inputs(device=device)
-    arguments = (None, None, True, None)  # without bias, weight and order
+    arguments = (None, None, True, None, True)  # without bias, weight and order, and for the mean
     gated = (*sequences, *arguments, False, sequences[0][0], "triton")
     torch.library.opcheck(
         torch.ops.arm_zoo.selective_scan.default, gated, test_utils=("test_schema", "test_faketensor")
@@ -488,6 +556,17 @@ def test_kernels_on_the_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("rank", [0, 4, 6, 16, 64])
+@pytest.mark.parametrize("case", [*SHARED, CASES[1]])
+def test_sums_of_directions_that_share_tokens(
+    case: tuple[int, int, int, int | None, int, int], rank: int, dtype: torch.dtype, kernels: str
+) -> None:
+    skip_what_mamba_ssm_lacks(kernels, case[4], case[1] * case[2])
+    assert worst_error(*case, dtype, "cuda", kernels, rank, shared=True) < LIMITS[dtype]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 197, 577, 3026])
 def test_lengths_on_the_gpu(length: int, kernels: str) -> None:
     skip_what_mamba_ssm_lacks(kernels, 24, length)
@@ -533,17 +612,21 @@ def test_gate_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 67, 130), (33, 197, 768), (9, 577, 1280)])
-def test_sums_with_norms_on_the_gpu(shape: tuple[int, int, int], dtype: torch.dtype, scaled: bool) -> None:
-    assert largest(add_norm_errors(shape, dtype, "cuda", scaled)) < {torch.float32: 1e-5}.get(dtype, 5e-3)
+def test_sums_with_norms_on_the_gpu(
+    shape: tuple[int, int, int], dtype: torch.dtype, scaled: bool, centred: bool
+) -> None:
+    assert largest(add_norm_errors(shape, dtype, "cuda", scaled, centred)) < {torch.float32: 1e-5}.get(dtype, 5e-3)
 
 
 @pytest.mark.gpu
 def test_deferred_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arm_zoo.ops.fused, "adds_in_norm", None)  # so that it is there again after the test
     check_deferred_sums("cuda")
+    check_deferred_root_mean_squares("cuda")
 
 
 @pytest.mark.gpu

@@ -371,8 +371,8 @@ def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     assert "nothing to score: name models with --models" in refused()
     assert "unknown model 'test_vita'; did you mean test_vit" in refused("--models", "test_vita")
-    assert "the weights of arm_base_patch16_224 are not hosted yet: give them with --weights FILE" in refused(
-        "--models", "arm_base_patch16_224"
+    assert "the weights of arm_base_patch16_224.in1k are not hosted yet: give them with --weights FILE" in refused(
+        "--models", "arm_base_patch16_224.in1k"
     )
     timm.models.save_for_hf(timm.create_model("test_vit", in_chans=4), tmp_path / "four")
     message = refused("--models", f"local-dir:{tmp_path / 'four'}")

@@ -13,6 +13,7 @@ Tensors = dict[str, torch.Tensor]
 CASES: dict[str, list[str]] = {  # with the files that are taken as they are
     "arm_pretrain_train_steps": ["state_dict.safetensors"],
     "arm_surgery_d12": ["missing_init.safetensors"],
+    "mixer_vmamba": ["inputs.safetensors", "param_grads.safetensors", "state_dict.safetensors"],
     "mixer_arm_plain_short": [
         "inputs.safetensors",
         "meta.json",
@@ -26,6 +27,7 @@ CASES: dict[str, list[str]] = {  # with the files that are taken as they are
 }
 HIDDEN = ("hidden_00", "hidden_01", "hidden_06", "hidden_12")
 OUTPUTS = ("logits", "features", "logits_cls", "features_cls", "normed", *HIDDEN)
+OF_A_MIXER = ("output", "merged", "grad_input")
 PATCH = 4  # pixels that are left of the patches of 16 in the surgery, which copies their weights as they are
 
 
@@ -40,6 +42,9 @@ def cut(whole: Path, small: Path) -> None:
     edit_tensors(case, "inputs", whole, small, lambda t: {name: value[:1] for name, value in t.items()})
     edit_tensors(case, "outputs_f64", whole, small, lambda t: {name: t[name][:1] for name in OUTPUTS})
     edit_meta(case, whole, small, {"batch": 1})
+
+    case = "mixer_vmamba"
+    edit_tensors(case, "outputs_f64", whole, small, lambda t: {name: t[name] for name in OF_A_MIXER})
 
     case = "arm_pretrain_train_steps"  # the first step
     edit_tensors(case, "inputs", whole, small, lambda t: {"images_0": t["images_0"]})

@@ -20,8 +20,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
+from torch import nn
+
+RELEASE = re.compile(r"/([\w.-]+/[\w.-]+)/releases/download/([^/]+)/([^/]+)")
+STORE = re.compile(r"/store/([\w.-]+/[\w.-]+)/([^/]+)/([^/]+)")  # where releases redirect to
+LARGE = (".safetensors", ".pth")  # the Hub keeps such files apart and names them by their sha256
 RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+))?)?(?:/.*)?")
 VERSION = int(version("huggingface_hub").partition(".")[0])
@@ -83,6 +88,9 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path == "/api/whoami-v2":
             return self.answer_json({"name": "ada", "type": "user", "orgs": []})
+        if release := RELEASE.fullmatch(path) or STORE.fullmatch(path):
+            self._release(*release.groups(), redirect=path.startswith("/store/") is False)
+            return None
         resolve, api = RESOLVE.fullmatch(path), API.fullmatch(path)
         match = resolve or api
         repository = self.server.repositories.get(match[1]) if match else None
@@ -104,19 +112,32 @@ class Handler(BaseHTTPRequestHandler):
         if name not in files:
             self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
-        self.send_file(commit, files[name], large=name.endswith(".safetensors"))
+        self.send_file(commit, files[name], large=name.endswith(LARGE))
+
+    def _release(self, repository: str, tag: str, name: str, redirect: bool) -> None:
+        """A release's file: GitHub sends to the store, which sends the file."""
+        files, fault = self.server.releases.get((repository, tag), ({}, None))
+        if fault is not None and fault(self, name):
+            return
+        if name not in files:
+            self.answer(404)
+        elif redirect:
+            self.answer(302, Location=f"{self.server.endpoint}/store/{repository}/{quote(tag, safe='')}/{name}?sig=1")
+        else:
+            self.send_file("0" * 40, files[name], large=False)
 
     def send_file(self, commit: str, contents: bytes, large: bool, **headers: str) -> None:
         """A file as the Hub sends it: large ones are named by their sha256, others by Git's hash."""
         sha = hashlib.sha256(contents).hexdigest()
         etag = f'"{sha if large else git_hash(contents)}"'
         linked = {"X-Linked-Etag": etag, "X-Linked-Size": str(len(contents))} if large else {}
-        first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        begin = int(first[1]) if first else 0
-        if first:
-            headers["Content-Range"] = f"bytes {begin}-{len(contents) - 1}/{len(contents)}"
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        begin, end = 0, len(contents)
+        if span:
+            begin, end = int(span[1]), min(int(span[2]) + 1 if span[2] else end, end)
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(contents)}"
         headers = {"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes", **linked, **headers}
-        self.answer(206 if first else 200, contents[begin:], **headers)
+        self.answer(206 if span else 200, contents[begin:end], **headers)
 
     def _describe(self, name: str, repository: Repository, what: str | None, revision: str) -> None:
         if what == "refs":
@@ -147,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
     @staticmethod
     def _entry(path: str, contents: bytes) -> dict[str, Any]:
         entry = {"type": "file", "path": path, "size": len(contents), "oid": git_hash(contents)}
-        if path.endswith(".safetensors"):
+        if path.endswith(LARGE):
             sha = hashlib.sha256(contents).hexdigest()
             return {**entry, "lfs": {"oid": sha, "size": len(contents), "pointerSize": 130}}
         return entry
@@ -200,13 +221,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubServer(ThreadingHTTPServer):
-    """The stand-in: repositories by name, and the requests that came."""
+    """The stand-in: repositories by name, GitHub's releases by repository and tag, and the requests that came."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
+        self.releases: dict[tuple[str, str], tuple[dict[str, bytes], Fault | None]] = {}
         self.requests: list[str] = []
 
     @property
@@ -220,6 +242,9 @@ class HubServer(ThreadingHTTPServer):
         repository = self.repositories[name] = Repository(fault=fault)
         repository.commit(files)
         return repository
+
+    def release(self, name: str, tag: str, files: dict[str, bytes], fault: Fault | None = None) -> None:
+        self.releases[name, tag] = (files, fault)
 
 
 @contextmanager
@@ -251,7 +276,7 @@ def silent(seconds: float) -> Fault:
     """The weights do not come for a while."""
 
     def fault(request: Handler, name: str) -> bool:
-        if request.command == "HEAD" or not name.endswith(".safetensors"):
+        if request.command == "HEAD" or not name.endswith(LARGE):
             return False
         time.sleep(seconds)
         return False
@@ -264,12 +289,18 @@ def cuts_off(contents: bytes, times: int) -> Fault:
     left = [times]
 
     def fault(request: Handler, name: str) -> bool:
-        if request.command == "HEAD" or not name.endswith(".safetensors") or not left[0]:
+        if request.command == "HEAD" or not name.endswith(LARGE) or not left[0]:
             return False
-        left[0] -= 1
         first = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or "")
-        rest = contents[int(first[1]) if first else 0 :]
+        if RELEASE.fullmatch(unquote(urlsplit(request.path).path)) or ("Range" in request.headers and not first):
+            return False  # a redirect, or a look into the file
+        left[0] -= 1
+        begin = int(first[1]) if first else 0
+        rest = contents[begin:]
         request.send_response(206 if first else 200)
+        request.send_header("ETag", f'"{git_hash(contents)}"')
+        if first:
+            request.send_header("Content-Range", f"bytes {begin}-{len(contents) - 1}/{len(contents)}")
         request.send_header("Content-Length", str(len(rest)))
         request.end_headers()
         request.wfile.write(rest[: len(rest) // 2])
@@ -284,10 +315,29 @@ def sends_other_contents(contents: bytes) -> Fault:
     """The weights' headers are right, what follows is not."""
 
     def fault(request: Handler, name: str) -> bool:
-        if request.command == "HEAD" or not name.endswith(".safetensors"):
+        if request.command == "HEAD" or not name.endswith(LARGE):
             return False
         request.answer(200, contents)
         return True
+
+    return fault
+
+
+def redirects_to(location: str) -> Fault:
+    """The file is said to be somewhere else."""
+
+    def fault(request: Handler, name: str) -> bool:
+        request.answer(302, Location=location)
+        return True
+
+    return fault
+
+
+def wants_token(token: str) -> Fault:
+    """Nothing is sent to others than those who know it."""
+
+    def fault(request: Handler, name: str) -> bool:
+        return request.headers.get("Authorization") != f"Bearer {token}" and request.refuse(401, "")
 
     return fault
 
@@ -328,6 +378,10 @@ def full_disk(url, temp_file, **kwargs):
     temp_file.write(b"half of")
     raise OSError(28, "No space left on device")
 
+class FullFile(io.FileIO):
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
 def describe(model):
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -363,11 +417,14 @@ CALLS = {
 for line in sys.stdin:
     task = json.loads(line)
     lines.clear()
-    os.environ.pop("ARM_ZOO_HUB_ORG", None)
+    for name in ("ARM_ZOO_HUB_ORG", "ARM_ZOO_ARM_FILE", "ARM_ZOO_UPSTREAM", "ARM_ZOO_KEEP_PICKLES"):
+        os.environ.pop(name, None)
     os.environ.update(task.get("environment", {}))
     for name, row in task.get("table", {}).items():
-        arm_zoo.weights.hosted.TABLE[name] = arm_zoo.weights.hosted.Weights(**row)
+        shapes = {key: tuple(shape) for key, shape in row.pop("shapes", {}).items()}
+        arm_zoo.weights.hosted.TABLE[name] = arm_zoo.weights.hosted.Weights(**row, shapes=shapes)
     file_download.http_get = full_disk if task.get("full") else http_get
+    arm_zoo.weights.releases.open = (lambda path, mode: FullFile(path, "w")) if task.get("full") else open
     if task.get("nobody") and os.geteuid() == 0:
         os.seteuid(65534)
     try:
@@ -414,12 +471,24 @@ class Client:
         return message
 
 
-def start_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> Client:
-    names = ("HF_TOKEN", "HF_HUB_OFFLINE", "ARM_ZOO_HUB_ORG")
-    inherited = {key: value for key, value in os.environ.items() if key not in names and "proxy" not in key.lower()}
+def digest(model: nn.Module) -> str:
+    """Of all its parameters, as the client's `describe` computes it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def running_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> Iterator[Client]:
+    names = ("HF_TOKEN", "HF_HUB_OFFLINE", "ARM_ZOO_")
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(names) and "proxy" not in key.lower()
+    }
     environment = {
         **inherited,
         "HF_ENDPOINT": hub.endpoint,
+        "ARM_ZOO_GITHUB_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
         "OMP_NUM_THREADS": "1",
         **environment,
@@ -427,4 +496,6 @@ def start_client(hub: HubServer, repo: Path, home: Path, **environment: str) -> 
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DISABLE_TELEMETRY": "1"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     command = [sys.executable, "-c", CLIENT]
-    return Client(subprocess.Popen(command, cwd=repo, env=environment, text=True, **pipes))
+    with subprocess.Popen(command, cwd=repo, env=environment, text=True, **pipes) as process:
+        yield Client(process)
+        process.kill()

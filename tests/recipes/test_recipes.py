@@ -110,6 +110,14 @@ def test_shipped_configurations_are_the_papers() -> None:
             assert learning_rate(5, tuned) == pytest.approx(2e-3) and tuned.data.erase == 0.25
     supervised = load_config(FinetuneConfig, FOLDER / "supervised_large.yaml", to_run=False)
     assert learning_rate(5, supervised) == pytest.approx(1e-3) and supervised.ema_decay == 0.99996
+    vim = {"tiny": (1024, 0.1, 0.0), "small": (512, 0.05, 0.05), "base": (1024, 0.1, 0.1)}
+    for size, settings in vim.items():  # the scripts of hustvl/Vim; the base size is ours
+        config = load_config(FinetuneConfig, FOLDER / f"supervised_vim_{size}.yaml", to_run=False)
+        assert (config.global_batch, config.weight_decay, config.drop_path) == settings
+        assert learning_rate(5, config) == pytest.approx(1e-3)
+    for size in ("tiny", "small"):
+        config = load_config(FinetuneConfig, FOLDER / f"finetune_vim_{size}_stride8.yaml", to_run=False)
+        assert learning_rate(5, config) == learning_rate(29.9, config) == pytest.approx(1e-5)
 
 
 def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,8 +47,9 @@ class _Scan:
     """The inputs of one scan, cut into blocks of images and chunks of steps on demand, and its work arrays."""
 
     def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
-        u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, _ = inputs
-        directions, batch, length, channels = u.shape
+        u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, *_ = inputs
+        directions, batch, length, channels = inputs.shape
+        self.rows = inputs.rows
         self.dtype = state_dtype(u.dtype)
         self.A = A.to(self.dtype).transpose(1, 2)[:, None].contiguous()  # (K, D, S) -> (K, 1, S, D)
         self.A_log2 = self.A * _LOG2E  # exp2 takes a third of the time of exp on the CPU
@@ -71,9 +72,19 @@ class _Scan:
         steps = time.stop - time.start
         return self._work[which][: steps * state.numel()].view(steps, *state.shape)
 
+    def _at(self, block: slice, time: slice) -> tuple[slice | Tensor, ...]:
+        """The index of a chunk's rows (K, steps, images, C) in sequences (K, L, B, C)."""
+        if self.rows is None:
+            return slice(None), time, block
+        return torch.arange(len(self.rows), device=self.rows.device)[:, None], self.rows[:, time], block
+
     def cut(self, sequence: Tensor, block: slice, time: slice) -> Tensor:
         """(K, B, L, C) -> (steps, K, images, C) in the dtype of the state."""
-        return sequence[:, block, time].permute(2, 0, 1, 3).to(self.dtype)
+        return sequence.transpose(1, 2)[self._at(block, time)].transpose(0, 1).to(self.dtype)
+
+    def put(self, sequence: Tensor, block: slice, time: slice, part: Tensor) -> None:
+        """The reverse of `cut`."""
+        sequence.transpose(1, 2)[self._at(block, time)] = part.transpose(0, 1).to(sequence.dtype)
 
     def step_size(self, block: slice, time: slice) -> tuple[Tensor, Tensor]:
         raw = self.cut(self.delta, block, time) + self.delta_bias
@@ -115,7 +126,7 @@ def _to_tokens(sequences: Tensor, order: Tensor | None) -> Tensor:
 def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     inputs = inputs.with_whole_steps()
-    u, order = inputs.u, inputs.order
+    u, order = inputs.u.expand(inputs.shape), inputs.order
     # blocks of many images and short chunks: few, large operations, above all in the recurrence
     scan = _Scan(inputs, least_steps=2)
     directions, batch, length, channels = u.shape
@@ -135,7 +146,8 @@ def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -
             out = _rows(outputs[time][..., None, :])
             torch.baddbmm(_rows((u_t * scan.D)[..., None, :]), readout, _rows(states), out=out)
             state = states[-1].clone()
-        merged = _to_tokens(outputs, order).mean(1).transpose(0, 1)
+        tokens = _to_tokens(outputs, order)
+        merged = (tokens.mean(1) if inputs.mean else tokens.sum(1)).transpose(0, 1)
         y[block] = merged if gate is None else merged * F.silu(gate[block])
     return y, saved
 
@@ -143,14 +155,14 @@ def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -
 def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D, delta_bias; a state's is g_t = C_t grad_t + exp(d_{t+1} A) g_{t+1}."""
     scan = _Scan(inputs, least_steps=CHUNK)
-    u, delta, _, B, C, _, _, _, delta_softplus, order = inputs
-    directions = len(u)
+    u, delta, _, B, C, _, _, _, delta_softplus, order, _ = inputs
+    directions, u = len(inputs.A), u.expand(inputs.shape)
     grad_u, grad_delta, grad_B, grad_C = (t.new_empty(t.shape) for t in (u, delta, B, C))
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)
     for block in scan.blocks:
         carry = scan.zero_state(block)
         grad_exponent = torch.zeros_like(carry)  # times delta: each image's share of the gradient of A
-        grad_y = grad[block].to(scan.dtype) / directions
+        grad_y = grad[block].to(scan.dtype) * inputs.share
         # (images, L, D) -> (K, images, L, D) in scan order
         grad_y = grad_y.expand(directions, -1, -1, -1) if order is None else grad_y[:, order].transpose(0, 1)
         for chunk, time in reversed(list(enumerate(scan.times))):
@@ -167,11 +179,11 @@ def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> 
                 grad_states[t - 1].addcmul_(decay[t], grad_states[t])
 
             columns = y_t[..., None]
-            grad_C[:, block, time] = torch.bmm(_rows(states), _rows(columns)).view(C_t.shape).permute(1, 2, 0, 3)
+            scan.put(grad_C, block, time, torch.bmm(_rows(states), _rows(columns)).view(C_t.shape))
             columns = (delta_t * u_t)[..., None]
-            grad_B[:, block, time] = torch.bmm(_rows(grad_states), _rows(columns)).view(B_t.shape).permute(1, 2, 0, 3)
+            scan.put(grad_B, block, time, torch.bmm(_rows(grad_states), _rows(columns)).view(B_t.shape))
             into_state = torch.bmm(_rows(B_t[..., None, :]), _rows(grad_states)).view(u_t.shape)  # sum over S of B g
-            grad_u[:, block, time] = (into_state * delta_t + y_t * scan.D).permute(1, 2, 0, 3)
+            scan.put(grad_u, block, time, into_state * delta_t + y_t * scan.D)
             grad_D += (y_t * u_t).sum((0, 2))[:, None]
 
             # of delta A: g_t a_t h_{t-1}
@@ -184,10 +196,11 @@ def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> 
             grad_delta_t = into_state * u_t + _sum_states(exponent.mul_(scan.A))
             if delta_softplus:
                 grad_delta_t *= torch.sigmoid(raw_delta).masked_fill_(raw_delta > 20, 1.0)  # as F.softplus is there
-            grad_delta[:, block, time] = grad_delta_t.permute(1, 2, 0, 3)
+            scan.put(grad_delta, block, time, grad_delta_t)
             grad_bias += grad_delta_t.sum((0, 2))[:, None]
         grad_A += grad_exponent.sum(1, keepdim=True)
     grad_A = grad_A[:, 0].transpose(1, 2).contiguous()
+    grad_u = grad_u if inputs.u.ndim == 4 else grad_u.sum(0)
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D[:, 0].contiguous(), grad_bias[:, 0].contiguous()
 
 

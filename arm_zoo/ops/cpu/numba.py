@@ -20,7 +20,8 @@ from arm_zoo.ops.layout import CHUNK, ScanInputs, empty_states, inner
 
 __all__ = ["causal_conv", "causal_conv_backward", "selective_scan", "selective_scan_backward"]
 
-_BLOCK = 128  # channels whose states and rates, 16 KB for 16 states, stay in the first-level cache
+_LEAST, _MOST = 128, 512  # channels of a block: of few states more, as short loops cost more than what they do
+_STATES = 2048  # of a block, which with their rates, 16 KB, stay in the first-level cache
 _CONTRACT = {"contract"}  # products may be fused into sums; nothing is reordered, NaN and infinity keep their meaning
 
 # numbers in float32, or Numba would compute in float64
@@ -71,21 +72,26 @@ def _softplus(x):
 
 @njit(nogil=True, fastmath=_CONTRACT, error_model="numpy")
 def _scan_blocks(
-    first, last, u, u_steps, delta, delta_steps, A, B, B_steps, C, C_steps, D, bias, softplus, order, y, saved
+    first, last, width, u, u_steps, delta, delta_steps, A, B, B_steps, C, C_steps, D, bias, softplus, rows, order,
+    share, y, saved,
 ):  # fmt: skip
-    """Blocks first to last - 1 of (image, channels); u, delta, B, C are flat, with distances between (K, B, L)."""
+    """Blocks first to last - 1 of (image, channels); u, delta, B, C are flat, with distances between (K, B, L).
+
+    Step t of direction k reads their row rows[k, t], and writes that of the token order[k, t].
+    """
     directions, d_state, channels = A.shape
     length = y.shape[1]
-    blocks = (channels + _BLOCK - 1) // _BLOCK
-    share = _ONE / np.float32(directions)
-    state, rates = np.empty((d_state, _BLOCK), np.float32), np.empty((d_state, _BLOCK), np.float32)
-    poison = np.empty(_BLOCK, np.float32)  # NaN where a rate is NaN, which _exp2 does not pass on, else 0
-    size, into, out = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    blocks = (channels + width - 1) // width
+    state, rates = np.empty((d_state, width), np.float32), np.empty((d_state, width), np.float32)
+    poison = np.empty(width, np.float32)  # NaN where a rate is NaN, which _exp2 does not pass on, else 0
+    offset, skip = np.empty(width, np.float32), np.empty(width, np.float32)
+    size, into, out = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
     for block in range(first, last):
-        b, start = block // blocks, block % blocks * _BLOCK
-        count = min(_BLOCK, channels - start)
+        b, start = block // blocks, block % blocks * width
+        count = min(width, channels - start)
         for k in range(directions):
             poison[:] = _ZERO
+            offset[:count], skip[:count] = bias[k, start : start + count], D[k, start : start + count]
             for s in range(d_state):
                 for d in range(count):
                     state[s, d] = _ZERO
@@ -96,27 +102,28 @@ def _scan_blocks(
                     for s in range(d_state):
                         for d in range(count):
                             saved[k, b, t // CHUNK, s, start + d] = state[s, d]
-                u_row = k * u_steps[0] + b * u_steps[1] + t * u_steps[2] + start
-                delta_row = k * delta_steps[0] + b * delta_steps[1] + t * delta_steps[2] + start
+                row = rows[k, t]
+                u_row = k * u_steps[0] + b * u_steps[1] + row * u_steps[2] + start
+                delta_row = k * delta_steps[0] + b * delta_steps[1] + row * delta_steps[2] + start
                 for d in range(count):
-                    size[d] = delta[delta_row + d] + bias[k, start + d]
+                    size[d] = delta[delta_row + d] + offset[d]
                 if softplus:
                     for d in range(count):
                         size[d] = _softplus(size[d])
                 for d in range(count):
                     into[d] = size[d] * u[u_row + d]
-                    out[d] = D[k, start + d] * u[u_row + d] + poison[d]
-                B_row = k * B_steps[0] + b * B_steps[1] + t * B_steps[2]
-                C_row = k * C_steps[0] + b * C_steps[1] + t * C_steps[2]
+                    out[d] = skip[d] * u[u_row + d] + poison[d]
+                B_row = k * B_steps[0] + b * B_steps[1] + row * B_steps[2]
+                C_row = k * C_steps[0] + b * C_steps[1] + row * C_steps[2]
                 for s in range(d_state):
                     B_t, C_t = B[B_row + s], C[C_row + s]
                     for d in range(count):
                         new = _exp2(size[d] * rates[s, d]) * state[s, d] + into[d] * B_t
                         state[s, d] = new
                         out[d] += new * C_t
-                token = order[k, t]
+                token = y[b, order[k, t], start : start + count]
                 for d in range(count):
-                    y[b, token, start + d] += out[d] * share
+                    token[d] += out[d] * share
 
 
 def _memory(sequence: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -135,26 +142,30 @@ def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None) -> 
     """See `arm_zoo.ops.selective_scan`: its output, gated only where no states are saved, and the saved states."""
     u, *others = scan.with_whole_steps()[:6]
     delta, A, B, C, D = (t.to(u.dtype) for t in others)
-    directions, batch, length, channels = u.shape
+    directions, batch, length, channels = scan.shape
     delta_bias, order = scan.delta_bias, scan.order
     y = u.new_zeros(batch, length, channels)
     saved = empty_states(u, A, u.dtype, save=save_states)
     if y.numel() == 0:
         return y, saved
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias.to(u.dtype)
-    steps = torch.arange(length).expand(directions, -1) if order is None else order
+    steps = torch.arange(length).expand(directions, -1)
     if order is not None and (order.min() < 0 or order.max() >= length):  # code would write outside the output
         raise IndexError(
             f"selective_scan: order must number {length} tokens from 0 on, got {order.min()} to {order.max()}"
         )
     arguments = (
-        *_memory(u), *_memory(delta), (A.detach() * _LOG2E).transpose(1, 2).contiguous().numpy(),
-        *_memory(B), *_memory(C), _copy(D), _copy(bias), scan.delta_softplus, _copy(steps), y.numpy(), saved.numpy(),
+        *_memory(u.expand(scan.shape)), *_memory(delta), (A.detach() * _LOG2E).transpose(1, 2).contiguous().numpy(),
+        *_memory(B), *_memory(C), _copy(D), _copy(bias), scan.delta_softplus,
+        *(_copy(steps if table is None else table) for table in (scan.rows, order)), np.float32(scan.share),
+        y.numpy(), saved.numpy(),
     )  # fmt: skip
-    blocks = batch * math.ceil(channels / _BLOCK)
-    threads = max(1, min(torch.get_num_threads(), blocks))
+    threads = torch.get_num_threads()
+    width = _LEAST if batch < threads else min(max(_STATES // A.shape[-1], _LEAST), _MOST)
+    blocks = batch * math.ceil(channels / width)
+    threads = min(threads, blocks)
     bounds = [blocks * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(_scan_blocks, *part, *arguments) for part in itertools.pairwise(bounds)]:
+        for done in [pool.submit(_scan_blocks, *part, width, *arguments) for part in itertools.pairwise(bounds)]:
             done.result()
     return y if gate is None else y * F.silu(gate), saved

@@ -7,11 +7,11 @@
 // shares are one operand of a matrix product, zeros and ones that choose the column are the other.
 //
 // One channel a thread instead of two halves its registers: 12 warps instead of 8 (10 for float32) fit a multiprocessor and hide
-// each other's waiting. Two warps share a block, so that B and C, and the sums over channels, are handled once for both.
+// each other's waiting; of a single state 24. Two warps share a block, so that B and C, and the sums over channels, are handled once for both.
 //
 // Step sizes are whole here: delta_t, which the forward kernel needs for those of low rank, is always CHANNELS.
 //
-// Macros: those of common.cuh, and HAS_ORDER.
+// Macros: those of common.cuh, and MEAN 1 where the output is the directions' mean, else their sum.
 
 #define LN2 0.6931471805599453f
 
@@ -31,7 +31,8 @@ __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch
 // float4 between rows of the sums over channels, and between the warps' sums: neither side of the exchange then has
 // bank conflicts
 #define ROW 36
-#define SUMS ((S / 2 - 1) * ROW + 32 + (S < 8 ? 4 : 0))
+#define QUADS ((S + 3) / 4)  // of the states
+#define SUMS ((2 * QUADS - 1) * ROW + 32 + (S < 8 ? 4 : 0))
 
 __device__ __forceinline__ void mma(float4 &c, const float *a, const float2 b) {
     // a[] are 4 values of every lane; each is summed over the 4 lanes that share lane / 4, into c of lane % 4 = column
@@ -68,15 +69,6 @@ __device__ __forceinline__ float slope_in(Step v) { return __uint_as_float(v & 0
 __device__ __forceinline__ float u_in(Step v) { return to_float((T)v); }
 #endif
 
-__device__ __forceinline__ int token_at(const i64 *order, int k, int step, int length) {
-    step = min(step, length - 1);
-#if HAS_ORDER
-    return (int)order[(i64)k * length + step];
-#else
-    return step;
-#endif
-}
-
 struct Shared {
     float state[CHUNK / GROUP][S][THREADS];  // before every group
     float size[CHUNK][THREADS];
@@ -85,7 +77,7 @@ struct Shared {
     float4 sums[WARPS][SUMS];
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, S == 1 ? 12 : 6) scan_backward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, const T *__restrict__ grad,
     const i64 *__restrict__ order, const T *__restrict__ saved, T *__restrict__ grad_u, T *__restrict__ grad_delta,
@@ -129,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
     HOLD(grad_delta);
     HOLD(grad_BC);
     HOLD(saved);
-    const float share = ok ? 1.0f / directions : 0.f;  // of one direction in the output, which is their mean
+    const float share = ok ? (MEAN ? 1.0f / directions : 1.0f) : 0.f;  // of one direction in the output
     float grad_skip = 0.f, grad_offset = 0.f;
     float2 pick[4];  // B operands that sum the values of a lane over lane % 4 into columns 2i and 2i + 1
 #pragma unroll
@@ -143,19 +135,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
         // everything that the chunk reads is asked for at once: the waits overlap
         const int token = next_token;
         if (chunk > 0) next_token = token_at(order, k, start - CHUNK + lane % CHUNK, length);
-        constexpr int PARTS = THREADS / (2 * S), EACH = CHUNK / PARTS;
-        const int row = thread % (2 * S), first = thread / (2 * S) * EACH;
+        constexpr int PARTS = THREADS / (2 * S), EACH = (CHUNK + PARTS - 1) / PARTS;
+        const int row = thread % (2 * S), first = thread / (2 * S) * EACH;  // of one state half the threads have none
         T raw_BC[EACH], raw_delta[CHUNK], raw_u[CHUNK], raw_h[S], next_y[GROUP];
 #pragma unroll
         for (int j = 0; j < CHUNK; ++j) {
-            raw_delta[j] = j < steps ? delta[(start + j) * CHANNELS] : T(0);
-            raw_u[j] = j < steps ? u[(start + j) * CHANNELS] : T(0);
+            const int t = row_of(start + j, token);
+            raw_delta[j] = j < steps ? delta[t * CHANNELS] : T(0);
+            raw_u[j] = j < steps ? u[t * CHANNELS] : T(0);
         }
 #pragma unroll
         for (int s = 0; s < S; ++s) raw_h[s] = saved[((i64)chunk * S + s) * CHANNELS];
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
-            const int t = min(start + first + j, length - 1);
+            const int t = row_of(min(start + first + j, length - 1), token);
             raw_BC[j] = row < S ? B[t * B_t + row] : C[t * C_t + row - S];
         }
 #pragma unroll
@@ -165,7 +158,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
         }
         __syncthreads();
 #pragma unroll
-        for (int j = 0; j < EACH; ++j) sh.BC[row][first + j] = to_float(raw_BC[j]);
+        for (int j = 0; j < EACH; ++j)
+            if (EACH * PARTS == CHUNK || first + j < CHUNK) sh.BC[row][first + j] = to_float(raw_BC[j]);
 #pragma unroll
         for (int j = 0; j < CHUNK; ++j) {
             const float x = to_float(raw_delta[j]) + offset;
@@ -179,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
             sh.step[j][thread] = pack_step(slope, raw_u[j]);
         }
         if (chunk > 0 && lane < CHUNK) {  // the next (earlier) chunk into the L2 cache
-            const int t = start - CHUNK + lane;
+            const int t = TOKENS ? next_token : start - CHUNK + lane;
             prefetch(u + t * CHANNELS - lane);
             prefetch(delta + t * CHANNELS - lane);
             if (warp == 0) prefetch(B + t * B_t);
@@ -228,10 +222,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
             for (int j = 0; j < GROUP; ++j)
                 next_y[j] = grad[__shfl_sync(0xffffffffu, token, before_g + j) * CHANNELS];
 #pragma unroll
-            for (int quad = 0; quad < S / 4; ++quad) {
+            for (int quad = 0; quad < QUADS; ++quad) {
                 float4 sum_B = make_float4(0.f, 0.f, 0.f, 0.f), sum_C = sum_B;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
+                for (int i = 0; i < QUAD; ++i) {
                     const int s = quad * 4 + i;
                     const float4 vB = *(const float4 *)&sh.BC[s][g * GROUP];
                     const float4 vC = *(const float4 *)&sh.BC[S + s][g * GROUP];
@@ -260,24 +254,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                     lane_sum(sum_C, part_C, pick[i]);
                 }
                 sh.sums[warp][quad * ROW + lane] = sum_B;
-                sh.sums[warp][(S / 4 + quad) * ROW + lane] = sum_C;
+                sh.sums[warp][(QUADS + quad) * ROW + lane] = sum_C;
             }
-            T *row_grad_u = grad_u + t0 * CHANNELS, *row_grad_delta = grad_delta + t0 * CHANNELS;
+            int rows[GROUP];
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
+                rows[j] = row_of(t0 + j, token);
                 const float to_u = fmaf(from_input[j], size[j], y[j] * skip), x = u_in(step[j]);
                 const float to_delta = fmaf(from_input[j], x, from_rate[j] * LN2) * slope_in(step[j]);
                 grad_skip = fmaf(y[j], x, grad_skip);
                 grad_offset += to_delta;  // zero for steps past the end, as y and the size are
                 if (ok && j < steps - g * GROUP) {
-                    row_grad_u[j * CHANNELS] = from_float(to_u);
-                    row_grad_delta[j * CHANNELS] = from_float(to_delta);
+                    grad_u[rows[j] * CHANNELS] = from_float(to_u);
+                    grad_delta[rows[j] * CHANNELS] = from_float(to_delta);
                 }
             }
             __syncthreads();
             if (lane < 2 * S) {  // a warp does some of the rows of B and C, a lane the sums that one of the warps left
                 const int row = warp * (2 * S / WARPS) + lane / WARPS, part = lane % WARPS;
-                const float4 *of_warp = sh.sums[part] + row / 4 * ROW + row % 4;
+                const float4 *of_warp = sh.sums[part] + (row / S * QUADS + row % S / 4) * ROW + row % S % 4;
                 float4 sum = of_warp[0];
 #pragma unroll
                 for (int i = 1; i < 8; ++i) {
@@ -296,10 +291,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) scan_backward(
                     sum.w += __shfl_xor_sync(lanes, sum.w, i);
                 }
                 const float values[GROUP] = {sum.x, sum.y, sum.z, sum.w};
-                T *out = grad_BC + t0 * (2 * S) + row;
+                T *out = grad_BC + row;
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j)
-                    if (j % WARPS == part && j < steps - g * GROUP) out[j * 2 * S] = to_state(values[j]);
+                    if (j % WARPS == part && j < steps - g * GROUP) out[rows[j] * 2 * S] = to_state(values[j]);
             }
             __syncthreads();
         }

@@ -1,10 +1,15 @@
 // What the kernels of arm_zoo/ops/cuda/launch.py share; this text stands before theirs when NVRTC compiles them.
 //
-// Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (4, 8 or 16); CHUNK steps between saved states (16);
-// HAS_BIAS, SOFTPLUS, and each kernel's own.
+// Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (1, 2, 4, 8 or 16); CHUNK steps between saved states (16);
+// HAS_BIAS, SOFTPLUS, HAS_ORDER; TOKENS 1 where the rows of all sequences are tokens, which the order says the steps of,
+// else they are steps; and each kernel's own.
 
 #define LOG2E 1.4426950408889634f
+#define QUAD (S < 4 ? S : 4)  // states, or their B or C, that are read at once
 typedef long long i64;
+struct __align__(4 * QUAD) Quad {
+    float at[QUAD];
+};
 
 #if DTYPE == 0
 typedef float T;
@@ -47,6 +52,22 @@ __device__ __forceinline__ T from_float(float v) {
     return r;
 #else
     return to_state(v);
+#endif
+}
+__device__ __forceinline__ int token_at(const i64 *order, int k, int step, int length) {
+    step = min(step, length - 1);
+#if HAS_ORDER
+    return (int)order[(i64)k * length + step];
+#else
+    return step;
+#endif
+}
+// the row of a step in memory; lane i of 16 (and i + 16) has the token of the i-th step of the step's chunk
+__device__ __forceinline__ int row_of(int step, int token) {
+#if TOKENS
+    return __shfl_sync(0xffffffffu, token, step & (CHUNK - 1));
+#else
+    return step;
 #endif
 }
 // keeps a pointer to global memory in registers: an access is then it plus a constant, not a sum made anew of its parts

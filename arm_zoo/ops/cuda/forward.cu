@@ -12,7 +12,7 @@
 // SAVE 1 to store the states before every chunk for the backward scan; IMAGES of a block; RANK of the step sizes, 0 if
 // they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
 
-#define GROUP 4  // steps whose inputs are in flight
+#define GROUP (S >= 4 ? 4 : DTYPE == 0 ? 8 : CHUNK)  // steps whose inputs are in flight: as many as registers allow
 
 #if DTYPE == 0
 typedef float2 Pair;
@@ -94,11 +94,10 @@ __device__ __forceinline__ void copy_async(T *shared, const T *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(PIECE) : "memory");
 }
 // two lanes copy a row
-__device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *delta, int start, int length, int delta_t, int lane) {
+__device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *row, int lane) {
     const int first = lane % 2 * (RANK / 2);
-    const T *from = delta + (i64)min(start + lane / 2, length - 1) * delta_t + first;
 #pragma unroll
-    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][first + i], from + i);
+    for (int i = first; i < first + RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][i], row + i);
 }
 __device__ __forceinline__ void arrived() {
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -138,7 +137,7 @@ __device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH
 extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
-    const T *__restrict__ weight, T *__restrict__ y, T *__restrict__ states, int directions, int batch, int length,
+    const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states, int directions, int batch, int length,
     i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -167,8 +166,10 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #endif
     u += k * u_k + b * u_b;
     delta += k * delta_k + b * delta_b;
-    const T *row_BC = lane < S ? B + k * B_k + b * B_b + lane : C + k * C_k + b * C_b + (lane - S);
-    const int time_BC = lane < S ? B_t : C_t;
+    constexpr int AT_ONCE = 32 / (2 * S);  // steps whose B and C the lanes load together
+    const int row = lane % (2 * S), first_BC = lane / (2 * S);
+    const T *row_BC = row < S ? B + k * B_k + b * B_b + row : C + k * C_k + b * C_b + (row - S);
+    const int time_BC = row < S ? B_t : C_t;
     y += sequence * length * CHANNELS;
     states += sequence * ((length + CHUNK - 1) / CHUNK) * S * CHANNELS;
 
@@ -185,18 +186,22 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #if HAS_BIAS
     offset = load_float2(bias + (i64)k * CHANNELS, d0, d1);
 #endif
+    // of this chunk, of the next and of the one after it
+    int token = token_at(order, k, lane % CHUNK, length), next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
     Pair next_u[GROUP];
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j) next_u[j] = load_pair(u + min(j, length - 1) * CHANNELS, d0, d1);
+    for (int j = 0; j < GROUP; ++j) next_u[j] = load_pair(u + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
 #if RANK
-    fetch(sh.rows[warp][0], delta, 0, length, delta_t, lane);
+    fetch(sh.rows[warp][0], delta + (i64)row_of(min(lane / 2, length - 1), token) * delta_t, lane);
 #else
     Pair next_delta[GROUP];
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j) next_delta[j] = load_pair(delta + min(j, length - 1) * CHANNELS, d0, d1);
+    for (int j = 0; j < GROUP; ++j)
+        next_delta[j] = load_pair(delta + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
 #endif
 #pragma unroll 1
     for (int start = 0; start < length; start += CHUNK) {
+        const int later_token = token_at(order, k, start + 2 * CHUNK + lane % CHUNK, length);
 #if SAVE
 #pragma unroll
         for (int s = 0; s < S; ++s) store_pair(states + s * CHANNELS, d, ok0, ok1, pack_states(h[s].x, h[s].y));
@@ -206,12 +211,16 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #if RANK
         arrived();
         const int now = start / CHUNK % 2;
-        if (start + CHUNK < length) fetch(sh.rows[warp][1 - now], delta, start + CHUNK, length, delta_t, lane);
+        if (start + CHUNK < length) {
+            const int step = min(start + CHUNK + lane / 2, length - 1);
+            fetch(sh.rows[warp][1 - now], delta + (i64)row_of(step, next_token) * delta_t, lane);
+        }
         project(sh.sizes[warp], sh.rows[warp][now], sh.weight, lane);
 #endif
-        if (lane < 2 * S) {
 #pragma unroll
-            for (int j = 0; j < CHUNK; ++j) BC[j][lane] = to_float(row_BC[min(start + j, length - 1) * time_BC]);
+        for (int j = 0; j < CHUNK; j += AT_ONCE) {
+            const int t = row_of(min(start + j + first_BC, length - 1), token);
+            BC[j + first_BC][row] = to_float(row_BC[t * time_BC]);
         }
         __syncwarp();
 #pragma unroll 1
@@ -228,7 +237,8 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
             }
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
-                const int t = min(first + GROUP + j, length - 1);
+                const int step = min(first + GROUP + j, length - 1);
+                const int t = row_of(step, step < start + CHUNK ? token : next_token);
                 next_u[j] = load_pair(u + t * CHANNELS, d0, d1);
 #if !RANK
                 next_delta[j] = load_pair(delta + t * CHANNELS, d0, d1);
@@ -248,22 +258,23 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #endif
                 const float2 input = make_float2(size.x * x.x, size.y * x.y);
                 float2 sum = make_float2(skip.x * x.x, skip.y * x.y);
-                const float *row = BC[first - start + j];
+                const float *BC_t = BC[first - start + j];
 #pragma unroll
-                for (int quad = 0; quad < S / 4; ++quad) {
-                    const float4 vB = *(const float4 *)&row[4 * quad], vC = *(const float4 *)&row[S + 4 * quad];
-                    const float Bs[4] = {vB.x, vB.y, vB.z, vB.w}, Cs[4] = {vC.x, vC.y, vC.z, vC.w};
+                for (int quad = 0; quad < S; quad += QUAD) {
+                    const Quad Bs = *(const Quad *)&BC_t[quad], Cs = *(const Quad *)&BC_t[S + quad];
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int s = 4 * quad + i;
-                        h[s].x = fmaf(exp2_fast(size.x * rate[s].x), h[s].x, input.x * Bs[i]);
-                        h[s].y = fmaf(exp2_fast(size.y * rate[s].y), h[s].y, input.y * Bs[i]);
-                        sum.x = fmaf(h[s].x, Cs[i], sum.x);
-                        sum.y = fmaf(h[s].y, Cs[i], sum.y);
+                    for (int i = 0; i < QUAD; ++i) {
+                        const int s = quad + i;
+                        h[s].x = fmaf(exp2_fast(size.x * rate[s].x), h[s].x, input.x * Bs.at[i]);
+                        h[s].y = fmaf(exp2_fast(size.y * rate[s].y), h[s].y, input.y * Bs.at[i]);
+                        sum.x = fmaf(h[s].x, Cs.at[i], sum.x);
+                        sum.y = fmaf(h[s].y, Cs.at[i], sum.y);
                     }
                 }
-                store_pair(y + (first + j) * CHANNELS, d, ok0, ok1, pack(sum.x, sum.y));
+                store_pair(y + row_of(first + j, token) * CHANNELS, d, ok0, ok1, pack(sum.x, sum.y));
             }
         }
+        token = next_token;
+        next_token = later_token;
     }
 }

@@ -20,7 +20,7 @@ __all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_sc
 _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a block: one warp in the forward scan, two in the backward scan
-_STATES = (4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
+_STATES = (1, 2, 4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
 _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, images and steps
 
 
@@ -65,7 +65,7 @@ def _pairs_are_aligned(channels: int, *sequences: Tensor) -> bool:
 
 def _rows(sequences: Tensor) -> Tensor:
     """The tensor itself if the steps of each sequence adjoin in memory, else a copy where they do."""
-    return sequences if sequences.stride()[2:] == (sequences.shape[-1], 1) else sequences.contiguous()
+    return sequences if sequences.stride()[-2:] == (sequences.shape[-1], 1) else sequences.contiguous()
 
 
 def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dict[str, int]:
@@ -85,7 +85,9 @@ def _launch(
 ) -> None:
     """Start a kernel on the current stream: a block of so many threads takes _CHANNELS channels of so many images."""
     u, delta, A, B, C, D, delta_bias, *_ = scan
-    directions, batch, length, channels = u.shape
+    u = u.expand(scan.shape)
+    directions, batch, length, channels = scan.shape
+    macros |= {"HAS_ORDER": int(scan.order is not None), "TOKENS": int(scan.rows is not None)}
     macros |= {"DTYPE": _DTYPES[u.dtype], "S": A.shape[-1], "CHUNK": CHUNK, "CHANNELS": channels}
     macros |= {"HAS_BIAS": int(delta_bias is not None), "SOFTPLUS": int(scan.delta_softplus)}
     kernel = _kernel(u.device.index, pass_name, **macros)
@@ -106,22 +108,23 @@ def _launch(
 
 def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
-    directions, _, length, channels = scan.u.shape
+    length, channels = scan.shape[2:]
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
     if not projection["RANK"]:
         scan = scan.with_whole_steps()
     if not _fits(scan):
         return triton_scan.selective_scan(scan, save_states, gate, kept)
     check_length(length, channels)
-    u, weight, order = _rows(scan.u), scan.delta_weight, scan.order
+    u, weight = _rows(scan.u), scan.delta_weight
     delta, weight = (_rows(scan.delta), None) if weight is None else (scan.delta, aligned(weight.to(u.dtype)))
-    y, kept = sequences_for(u, order, kept)
+    y, kept = sequences_for(scan, kept)
     states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
     scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
     in_pairs = _pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))
     projection |= {"VEC": int(in_pairs), "SAVE": int(save_states)}
-    _launch("forward", scan, (weight, y, states), projection["IMAGES"], 32 * projection["IMAGES"], **projection)
-    return merge(y, order, 1 / directions, gate, kept=kept), states
+    others = weight, scan.order, y, states
+    _launch("forward", scan, others, projection["IMAGES"], 32 * projection["IMAGES"], **projection)
+    return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
@@ -129,7 +132,7 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     if not _fits(scan, grad):
         return triton_scan.selective_scan_backward(grad, scan, saved)
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
-    grad, order = grad.contiguous(), scan.order
     gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
-    _launch("backward", scan, (grad, order, saved, *gradients), 1, _CHANNELS, HAS_ORDER=int(order is not None))
+    others = grad.contiguous(), scan.order, saved, *gradients
+    _launch("backward", scan, others, 1, _CHANNELS, MEAN=int(scan.mean))
     return triton_scan.sum_up(scan, gradients)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arm_zoo.ops.layout import inner
+from arm_zoo.ops.layout import ScanInputs, inner
 from arm_zoo.ops.triton.common import BLOCK_CHANNELS, sigmoid
 
 _BLOCK_STEPS = 1024  # of a table of orders
@@ -78,8 +78,8 @@ def merge(
     return out
 
 
-def sequences_for(u: Tensor, order: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Memory (K, B, L, D) for what the scans give, and where `merge` keeps their mean: nowhere if it lies there."""
-    if kept is not None and len(u) == 1 and order is None:
+def sequences_for(scan: ScanInputs, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Memory (K, B, L, D) for what the scans give, and where `merge` keeps their sum: nowhere if it lies there."""
+    if kept is not None and len(scan.A) == 1 and scan.order_of_outputs is None:
         return kept[None], None
-    return u.new_empty(u.shape), kept
+    return scan.u.new_empty(scan.shape), kept

@@ -1,4 +1,4 @@
-"""Residual sum and layer norm in one pass."""
+"""Residual sum and its norm in one pass: layer norm, or RMSNorm where there is no bias."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ _PROGRAMS = 8  # a multiprocessor, of the backward pass: each leaves a sum of th
 @triton.jit
 def _add_norm_kernel(
     x, branch, scale, weight, bias, total, normed, moments, length, channels, eps,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     here, channel = row * channels + d, d < channels
@@ -24,20 +24,23 @@ def _add_norm_kernel(
     # the norm is of the sum as it is kept
     kept = (tl.load(x + here, mask=channel, other=0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + here, kept, mask=channel)
-    mean = tl.sum(kept.to(tl.float32)) / channels
-    centred = tl.where(channel, kept.to(tl.float32) - mean, 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred) / channels + eps)
+    rest, mean = kept.to(tl.float32), 0.0
+    if CENTRED:
+        mean = tl.sum(rest) / channels
+        rest = tl.where(channel, rest - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(rest * rest) / channels + eps)
     tl.store(moments + 2 * row, mean)
     tl.store(moments + 2 * row + 1, inverse)
-    w = tl.load(weight + d, mask=channel, other=0.0).to(tl.float32)
-    y = centred * inverse * w + tl.load(bias + d, mask=channel, other=0.0).to(tl.float32)
+    y = rest * inverse * tl.load(weight + d, mask=channel, other=0.0).to(tl.float32)
+    if CENTRED:
+        y += tl.load(bias + d, mask=channel, other=0.0).to(tl.float32)
     tl.store(normed + here, y.to(normed.dtype.element_ty), mask=channel)
 
 
 @triton.jit
 def _add_norm_backward_kernel(
     grad_total, grad_normed, total, moments, scale, weight, grad_x, grad_branch, partial, rows, length, channels,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows in turn with the other programs, and the sums of their shares in the gradients of weight and bias."""
     d = tl.arange(0, BLOCK)
@@ -54,7 +57,10 @@ def _add_norm_backward_kernel(
         weight_sum += outer * y
         bias_sum += outer
         g = outer * w
-        through += inverse * (g - tl.sum(g) / channels - y * (tl.sum(g * y) / channels))
+        along = tl.sum(g * y) / channels
+        if CENTRED:
+            g -= tl.sum(g) / channels
+        through += inverse * (g - y * along)
         tl.store(grad_x + here, through.to(grad_x.dtype.element_ty), mask=channel)
         if HAS_SCALE:
             through *= tl.load(scale + row // length).to(tl.float32)
@@ -71,25 +77,30 @@ def _row(channels: int) -> dict[str, int]:
 
 
 def add_norm(
-    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> Tensors:
-    """x + scale (B) * branch (B, L, D), its norm in `dtype`, and every row's mean and 1 / deviation (B, L, 2)."""
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor | None,
+    eps: float, dtype: torch.dtype,
+) -> Tensors:  # fmt: skip
+    """x + scale (B) * branch (B, L, D), its norm in `dtype`, and every row's mean and 1 / deviation (B, L, 2).
+
+    Without a bias it is RMSNorm: the mean counts as 0.
+    """
     x, branch, scale = x.contiguous(), branch.contiguous(), None if scale is None else scale.contiguous()
     batch, length, channels = x.shape
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
     moments = x.new_empty(batch, length, 2, dtype=torch.float32)
     _add_norm_kernel[(batch * length,)](
-        x, branch, scale, weight.contiguous(), bias.contiguous(), total, normed, moments, length, channels, eps,
-        HAS_SCALE=scale is not None, **_row(channels),
+        x, branch, scale, weight.contiguous(), None if bias is None else bias.contiguous(),
+        total, normed, moments, length, channels, eps,
+        HAS_SCALE=scale is not None, CENTRED=bias is not None, **_row(channels),
     )  # fmt: skip
     return total, normed, moments
 
 
 def add_norm_backward(
     grad_total: Tensor, grad_normed: Tensor, total: Tensor, moments: Tensor,
-    scale: Tensor | None, weight: Tensor, dtype: torch.dtype,
+    scale: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensors:  # fmt: skip
-    """Gradients of x, of branch in `dtype`, of weight and of bias; `total` and `moments` are from `add_norm`."""
+    """Gradients of x, of branch in `dtype`, of weight and of bias (also if there is none); see `add_norm`."""
     grad_total, grad_normed, total = grad_total.contiguous(), grad_normed.contiguous(), total.contiguous()
     batch, length, channels = total.shape
     grad_x, grad_branch = total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype)
@@ -98,7 +109,7 @@ def add_norm_backward(
     _add_norm_backward_kernel[(programs,)](
         grad_total, grad_normed, total, moments, None if scale is None else scale.contiguous(), weight.contiguous(),
         grad_x, grad_branch, partial, batch * length, length, channels,
-        HAS_SCALE=scale is not None, **_row(channels),
+        HAS_SCALE=scale is not None, CENTRED=bias is not None, **_row(channels),
     )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0)
     return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(weight.dtype, copy=True)

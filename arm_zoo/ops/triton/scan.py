@@ -27,14 +27,22 @@ def _softplus(x):
 
 
 @triton.jit
-def _load_step(u, delta, B, C, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists):
-    """u_t and the raw step size of the block's channels, B_t and C_t; past the end those of the last step."""
-    t = tl.minimum(t, length - 1)
+def _load_step(
+    u, delta, B, C, order, t, d, s, length, u_time, delta_time, BC_time, channel, state_exists, TOKENS: tl.constexpr
+):
+    """The step's row in memory, and of it u_t and the raw step size of the block's channels, B_t and C_t.
+
+    Past the end those of the last step. TOKENS: the rows are tokens, which this direction visits in this order.
+    """
+    row = tl.minimum(t, length - 1)
+    if TOKENS:
+        row = tl.load(order + row).to(tl.int32)
     return (
-        tl.load(u + t * u_time + d, mask=channel, other=0.0),
-        tl.load(delta + t * delta_time + d, mask=channel, other=0.0),
-        tl.load(B + t * BC_time + s, mask=state_exists, other=0.0),
-        tl.load(C + t * BC_time + s, mask=state_exists, other=0.0),
+        row,
+        tl.load(u + row * u_time + d, mask=channel, other=0.0),
+        tl.load(delta + row * delta_time + d, mask=channel, other=0.0),
+        tl.load(B + row * BC_time + s, mask=state_exists, other=0.0),
+        tl.load(C + row * BC_time + s, mask=state_exists, other=0.0),
     )
 
 
@@ -55,9 +63,9 @@ def _advance(state, rates, B_t, u_t, size):
 
 @triton.jit
 def _scan_kernel(
-    u, delta, A, B, C, D, bias, y, states, batch, length, channels, d_state,
+    u, delta, A, B, C, D, bias, order, y, states, batch, length, channels, d_state,
     u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time, BC_direction, BC_batch, BC_time,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
     STATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One sequence, step by step; everything that a step reads is loaded one step ahead."""
@@ -71,6 +79,8 @@ def _scan_kernel(
     delta += k * delta_direction + b * delta_batch
     B += k * BC_direction + b * BC_batch
     C += k * BC_direction + b * BC_batch
+    if TOKENS:
+        order += k * length
     y += sequence * length * channels
     chunks = tl.cdiv(length, CHUNK)
     states += sequence * chunks * d_state * channels
@@ -80,21 +90,21 @@ def _scan_kernel(
         offset += tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
     rates = tl.load(A + k * d_state * channels + tile, mask=both, other=0.0) * LOG2E
     state = tl.zeros([STATES, BLOCK_D], tl.float32)
-    u_n, delta_n, B_n, C_n = _load_step(
-        u, delta, B, C, 0, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+    row_n, u_n, delta_n, B_n, C_n = _load_step(
+        u, delta, B, C, order, 0, d, s, length, u_time, delta_time, BC_time, channel, state_exists, TOKENS
     )  # fmt: skip
     for chunk in range(chunks):
         if SAVE:
             tl.store(states + chunk * d_state * channels + tile, state.to(states.dtype.element_ty), mask=both)
         for t in range(chunk * CHUNK, tl.minimum(length, chunk * CHUNK + CHUNK)):
-            u_t, delta_t, B_t, C_t = u_n, delta_n, B_n, C_n
-            u_n, delta_n, B_n, C_n = _load_step(
-                u, delta, B, C, t + 1, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+            row, u_t, delta_t, B_t, C_t = row_n, u_n, delta_n, B_n, C_n
+            row_n, u_n, delta_n, B_n, C_n = _load_step(
+                u, delta, B, C, order, t + 1, d, s, length, u_time, delta_time, BC_time, channel, state_exists, TOKENS
             )  # fmt: skip
             size, _raw = _step_size(delta_t, offset, SOFTPLUS)
             state = _advance(state, rates, B_t, u_t, size)
             y_t = tl.sum(state * C_t.to(tl.float32)[:, None], axis=0) + skip * u_t.to(tl.float32)
-            tl.store(y + t * channels + d, y_t.to(y.dtype.element_ty), mask=channel)
+            tl.store(y + row * channels + d, y_t.to(y.dtype.element_ty), mask=channel)
 
 
 @triton.jit
@@ -102,7 +112,7 @@ def _scan_backward_kernel(
     u, delta, A, B, C, D, bias, grad, order, states, scratch, grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias,
     batch, length, channels, d_state,
     u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time, BC_direction, BC_batch, BC_time,
-    HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, TOKENS: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Chunk by chunk from the end: the states before every GROUP of steps into scratch, then the steps in reverse."""
@@ -116,6 +126,8 @@ def _scan_backward_kernel(
     delta += k * delta_direction + b * delta_batch
     B += k * BC_direction + b * BC_batch
     C += k * BC_direction + b * BC_batch
+    if HAS_ORDER:
+        order += k * length
     grad += b * length * channels
     grad_u += sequence * length * channels
     grad_delta += sequence * length * channels
@@ -142,9 +154,9 @@ def _scan_backward_kernel(
         tl.store(scratch, state)
         for group in range(1, groups):
             for i in tl.static_range(GROUP):
-                u_t, delta_t, B_t, _C = _load_step(
-                    u, delta, B, C, start + (group - 1) * GROUP + i, d, s, length, u_time, delta_time, BC_time,
-                    channel, state_exists,
+                _row, u_t, delta_t, B_t, _C = _load_step(
+                    u, delta, B, C, order, start + (group - 1) * GROUP + i, d, s, length, u_time, delta_time, BC_time,
+                    channel, state_exists, TOKENS,
                 )  # fmt: skip
                 size, _raw = _step_size(delta_t, offset, SOFTPLUS)
                 state = _advance(state, rates, B_t, u_t, size)
@@ -156,20 +168,23 @@ def _scan_backward_kernel(
             before = (tl.load(scratch + group * STATES * BLOCK_D),)
             steps = ()
             for i in tl.static_range(GROUP):
-                u_t, delta_t, B_t, C_t = _load_step(
-                    u, delta, B, C, t + i, d, s, length, u_time, delta_time, BC_time, channel, state_exists
+                row, u_t, delta_t, B_t, C_t = _load_step(
+                    u, delta, B, C, order, t + i, d, s, length, u_time, delta_time, BC_time, channel, state_exists,
+                    TOKENS,
                 )  # fmt: skip
-                token = tl.minimum(t + i, length - 1)
-                if HAS_ORDER:
-                    token = tl.load(order + k * length + token)
+                token = row
+                if HAS_ORDER and not TOKENS:
+                    token = tl.load(order + row)
                 y_t = tl.load(grad + token * channels + d, mask=channel & (t + i < length), other=0.0).to(tl.float32)
-                steps = steps + ((u_t, delta_t, y_t, B_t, C_t),)
+                steps = steps + ((u_t, delta_t, y_t, B_t, C_t, row),)
             for i in tl.static_range(GROUP - 1):
                 size, _raw = _step_size(steps[i][1], offset, SOFTPLUS)
                 before = before + (_advance(before[i], rates, steps[i][3], steps[i][0], size),)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 u_t, B_t, C_t = steps[i][0].to(tl.float32), steps[i][3].to(tl.float32), steps[i][4].to(tl.float32)
-                exists, y_t = t + i < length, steps[i][2]
+                exists, y_t, row = t + i < length, steps[i][2], t + i
+                if TOKENS:
+                    row = steps[i][5]
                 size, raw = _step_size(steps[i][1], offset, SOFTPLUS)
                 # a step past the end has size 0 and no gradient: it leaves everything as it is and writes nothing
                 size = tl.where(exists, size, 0.0)
@@ -179,7 +194,7 @@ def _scan_backward_kernel(
                 input_t = (size * u_t)[None, :]
                 after = decayed + B_t[:, None] * input_t
                 to_B, to_C = tl.sum(g * input_t, axis=1), tl.sum(after * y_t[None, :], axis=1)
-                here = grad_BC + (t + i) * 2 * d_state + s
+                here = grad_BC + row * 2 * d_state + s
                 tl.store(here, to_B.to(grad_BC.dtype.element_ty), mask=state_exists & exists)
                 tl.store(here + d_state, to_C.to(grad_BC.dtype.element_ty), mask=state_exists & exists)
                 from_input = tl.sum(g * B_t[:, None], axis=0)
@@ -187,7 +202,7 @@ def _scan_backward_kernel(
                 g_size = from_input * u_t + tl.sum(exponent * rates, axis=0) / LOG2E
                 if SOFTPLUS:
                     g_size *= sigmoid(raw)
-                g_u, here = from_input * size + y_t * skip, (t + i) * channels + d
+                g_u, here = from_input * size + y_t * skip, row * channels + d
                 tl.store(grad_u + here, g_u.to(grad_u.dtype.element_ty), mask=channel & exists)
                 tl.store(grad_delta + here, g_size.to(grad_delta.dtype.element_ty), mask=channel & exists)
                 grad_rates += exponent * size[None, :]
@@ -203,6 +218,7 @@ def _scan_backward_kernel(
 def _arguments(scan: ScanInputs, tile: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, int]]:
     """The tensors as the kernels read them, their strides, and a program's states times channels, about a tile's."""
     u, delta, B, C = (inner(t) for t in (scan.u, scan.delta, scan.B, scan.C))
+    u = u.expand(scan.shape)
     if B.stride() != C.stride():
         B, C = B.contiguous(), C.contiguous()
     rates, bias = scan.A.float().transpose(1, 2).contiguous(), scan.delta_bias
@@ -215,40 +231,41 @@ def _arguments(scan: ScanInputs, tile: int) -> tuple[tuple[Tensor | None, ...], 
 def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     scan = scan.with_whole_steps()
-    directions, batch, length, channels = scan.u.shape
+    directions, batch, length, channels = scan.shape
     check_length(length, channels)
     check_number(directions, batch)
     tensors, strides, sizes = _arguments(scan, 2048)
-    sequences, kept = sequences_for(scan.u, scan.order, kept)
+    sequences, kept = sequences_for(scan, kept)
     states = empty_states(scan.u, scan.A, state_dtype(scan.u.dtype, half=True), save=save_states)
     _scan_kernel[triton.cdiv(channels, sizes["BLOCK_D"]), directions * batch](
-        *tensors, sequences, states, batch, length, channels, scan.A.shape[-1], *strides,
-        HAS_BIAS=scan.delta_bias is not None, SOFTPLUS=scan.delta_softplus, SAVE=save_states, **sizes, num_warps=1,
+        *tensors, scan.rows, sequences, states, batch, length, channels, scan.A.shape[-1], *strides,
+        HAS_BIAS=scan.delta_bias is not None, TOKENS=scan.rows is not None, SOFTPLUS=scan.delta_softplus,
+        SAVE=save_states, **sizes, num_warps=1,
     )  # fmt: skip
-    return merge(sequences, scan.order, 1 / directions, gate, kept=kept), states
+    return merge(sequences, scan.order_of_outputs, scan.share, gate, kept=kept), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
-    directions, batch, length, channels = scan.u.shape
+    directions, batch, length, channels = scan.shape
     # a small tile, and few registers: 12 warps a multiprocessor hide more latency than 8
     tensors, strides, sizes = _arguments(scan, 512)
     blocks, sequences = triton.cdiv(channels, sizes["BLOCK_D"]), directions * batch
     gradients = empty_gradients(scan, blocks)
     scratch = sequences * blocks * (CHUNK // _GROUP) * sizes["STATES"] * sizes["BLOCK_D"]
     _scan_backward_kernel[blocks, sequences](
-        *tensors, (grad / directions).contiguous(), scan.order, saved,
+        *tensors, (grad * scan.share).contiguous(), scan.order, saved,
         saved.new_empty(scratch, dtype=torch.float32), *gradients, batch, length, channels, scan.A.shape[-1], *strides,
-        HAS_BIAS=scan.delta_bias is not None, HAS_ORDER=scan.order is not None, SOFTPLUS=scan.delta_softplus,
-        GROUP=_GROUP, **sizes, num_warps=1, **_REGISTERS,
+        HAS_BIAS=scan.delta_bias is not None, HAS_ORDER=scan.order is not None, TOKENS=scan.rows is not None,
+        SOFTPLUS=scan.delta_softplus, GROUP=_GROUP, **sizes, num_warps=1, **_REGISTERS,
     )  # fmt: skip
     return sum_up(scan, gradients)
 
 
 def empty_gradients(scan: ScanInputs, blocks: int) -> Tensors:
     """What a backward scan writes: gradients of u and delta, every block's of B and C, every image's of the others."""
-    (directions, batch, length, channels), d_state = scan.u.shape, scan.A.shape[-1]
-    grad_u, grad_delta = (t.new_empty(t.shape) for t in (scan.u, scan.delta))
+    (directions, batch, length, channels), d_state = scan.shape, scan.A.shape[-1]
+    grad_u, grad_delta = (t.new_empty(scan.shape) for t in (scan.u, scan.delta))
     dtype = state_dtype(scan.u.dtype, half=True)
     grad_BC = scan.A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=dtype)
     grad_A = scan.A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
@@ -261,4 +278,5 @@ def sum_up(scan: ScanInputs, gradients: Tensors) -> Tensors:
     grad_B, grad_C = grad_BC.sum(0, dtype=torch.float32).chunk(2, dim=-1)
     grad_B, grad_C = grad_B.to(scan.B.dtype, copy=True), grad_C.to(scan.C.dtype, copy=True)  # not views of one tensor
     grad_A = grad_A.sum(1).transpose(1, 2).contiguous()
+    grad_u = grad_u if scan.u.ndim == 4 else grad_u.sum(0)
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1), grad_bias.sum(1)

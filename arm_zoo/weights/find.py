@@ -1,0 +1,63 @@
+"""Where the weights of an entry are to be had now, and the file with them."""
+
+import os
+from pathlib import Path
+
+from arm_zoo.files import CheckpointError
+from arm_zoo.weights.download import check_sha256, download
+from arm_zoo.weights.hosted import (
+    ORGANISATION,
+    TABLE,
+    Weights,
+    bundled_entries,
+    bundled_file,
+    repository_of,
+    upstream_is_on,
+    ways_on,
+)
+from arm_zoo.weights.upstream import fetch_upstream
+
+
+def organisation() -> str:
+    """The entries' Hub organisation; the environment variable ARM_ZOO_HUB_ORG, read at every call, overrides it."""
+    return os.environ.get("ARM_ZOO_HUB_ORG") or ORGANISATION
+
+
+def find_weights(entry: str, cache_dir: str | Path | None = None, token: str | bool | None = None) -> Path:
+    """The file with an entry's weights: the package's, ours on the Hub, or its authors'; CheckpointError if none."""
+    weights = TABLE.get(entry)
+    if weights is not None and weights.where == "bundled":
+        return check_sha256(bundled_file(entry), weights.sha256, "install arm-zoo anew")
+    repository = hub_repository(entry)
+    if repository is not None:
+        return download(repository, cache_dir=cache_dir, token=token)
+    if is_upstream(entry):
+        return fetch_upstream(entry, cache_dir, token)
+    raise CheckpointError(ways_on(entry))
+
+
+def is_upstream(entry: str) -> bool:
+    """Whether the weights of an entry are fetched from its authors."""
+    weights = TABLE.get(entry, Weights())
+    return weights.where == "upstream" and upstream_is_on() and organisation() == ORGANISATION
+
+
+def hub_repository(entry: str) -> str | None:
+    """ORG/NAME of an entry's weights on the Hub, of ours with @REVISION; None if they are not there.
+
+    Another organisation than ours is asked for every entry of the table but the bundled ones: its copies are its own,
+    so the table's revision and sha256 do not count for them.
+    """
+    weights = TABLE.get(entry)
+    if weights is None or weights.where == "bundled":
+        return None
+    if organisation() != ORGANISATION:
+        return f"{organisation()}/{entry}"
+    return f"{repository_of(entry)}@{weights.revision}" if weights.where == "hosted" else None
+
+
+def whereabouts(entry: str) -> str:
+    """Where `pretrained=True` finds an entry's weights: "bundled", "hosted" (Hub), "upstream" or "not hosted"."""
+    if entry in bundled_entries() or is_upstream(entry):
+        return TABLE[entry].where
+    return "hosted" if hub_repository(entry) else "not hosted"

@@ -1,0 +1,284 @@
+"""Weights from where their authors published them: told apart without a download, fetched once, kept as safetensors.
+
+Beside the safetensors in the cache lies `source.json`, with the address, the revision, the sha256 and the licence of
+the file that they were read from. What is in the cache is used without asking anybody.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from arm_zoo.files import (
+    WEIGHTS,
+    CheckpointError,
+    DownloadError,
+    in_own_memory,
+    remove_leftovers,
+    replacing_files,
+    save_tensors,
+    sha256_of,
+)
+from arm_zoo.weights.download import discard, explained, fetch_from_hub, verified
+from arm_zoo.weights.hosted import ARM_REPOSITORY, TABLE, Weights
+from arm_zoo.weights.reading import Contents, read_checkpoint, read_contents
+from arm_zoo.weights.releases import ReleaseFile, download_release, endpoint, release_url
+
+_logger = logging.getLogger(__name__)
+CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files that may hold weights
+RECORD = "source.json"
+_MOST_BYTES = 2**35  # of a file; the largest ARM with the state of its training has about a third
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+)")
+_BLOCK = 2**16  # bytes of a request where a file is read in part
+Token = str | bool | None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository on the Hub, or of a release on GitHub."""
+
+    repository: str
+    name: str
+    revision: str  # the commit, or the tag of the release
+    on_github: bool
+    size: int | None = None  # bytes; None where nobody was asked
+    sha256: str | None = None  # that the Hub names it by
+
+    @property
+    def address(self) -> str:
+        """What a person finds it by."""
+        if self.on_github:
+            return release_url(self.repository, self.revision, self.name)
+        return f"hf://{self.repository}@{self.revision}/{self.name}"
+
+    def contents(self, weights: Weights, token: Token = None) -> Contents:
+        """What it holds, from a few reads of its header or its directory."""
+        with self._opened(token) as file:
+            return read_contents(file, self.name, weights.choice)
+
+    @contextmanager
+    def _opened(self, token: Token) -> Iterator[BinaryIO]:
+        from huggingface_hub import HfFileSystem
+
+        if self.on_github:
+            file: Any = ReleaseFile(self.address)
+        else:
+            system = HfFileSystem(token=token)
+            file = system.open(self.address, block_size=_BLOCK, cache_type="blockcache")
+        with file:
+            yield file
+
+    @contextmanager
+    def fetched(self, folder: Path, cache_dir: str | Path | None, token: Token) -> Iterator[Path]:
+        """The whole file, in the Hub's cache or from GitHub in `folder`, removed afterwards unless it is to stay.
+
+        The environment variable ARM_ZOO_KEEP_PICKLES=1 lets it stay; so does what was in the Hub's cache before.
+        """
+        from huggingface_hub import try_to_load_from_cache
+
+        keep = os.environ.get("ARM_ZOO_KEEP_PICKLES") == "1"
+        if self.on_github:
+            file = folder / self.name
+            download_release(self.address, file, _MOST_BYTES)
+        else:
+            known = try_to_load_from_cache(self.repository, self.name, cache_dir, self.revision)
+            keep = keep or isinstance(known, str)
+            file = fetch_from_hub(self.repository, self.name, self.revision, cache_dir, token)
+        try:
+            yield file
+        finally:
+            if not keep:
+                discard(file)
+
+
+def fetch_upstream(entry: str, cache_dir: str | Path | None = None, token: Token = None) -> Path:
+    """The safetensors with the weights of an entry that its authors published, from the cache or from them."""
+    return _fetch(entry, TABLE[entry], cache_dir, token)
+
+
+def fetch_address(
+    address: str, revision: str | None = None, cache_dir: str | Path | None = None, token: Token = None
+) -> Path:
+    """The safetensors with the weights of a file named hf://ORG/NAME/FILE or hf://ORG/NAME@REVISION/FILE."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not match[3].endswith(CHECKPOINTS):
+        expected = f"hf://ORG/NAME[@REVISION]/FILE, where FILE ends in {', '.join(CHECKPOINTS)}"
+        raise DownloadError(f"{address!r} names no checkpoint; expected {expected}")
+    repository, at, file = match.groups()
+    licenses = {row.repository: row.license for row in TABLE.values() if row.where == "upstream"}
+    revision = revision or at or "main"
+    weights = Weights("upstream", None, revision, repository, file=file, license=licenses.get(repository))
+    return _fetch(f"{repository}@{weights.revision}/{file}", weights, cache_dir, token)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What `source.json` beside a file of the cache says; empty if there is none that can be read."""
+    try:
+        record = json.loads((file.parent / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def list_files(weights: Weights, token: Token = None) -> list[RemoteFile]:
+    """The checkpoints at an upstream place; of a release, whose files nobody lists, the one that the table names.
+
+    Names that would do something to a terminal are left out.
+    """
+    from huggingface_hub import HfApi
+
+    repository, on_github = str(weights.repository), weights.host == "github"
+    if on_github:
+        return [RemoteFile(repository, str(weights.file), weights.revision, on_github)]
+    api = HfApi(library_name="arm-zoo", token=token)
+    info = api.model_info(repository, revision=weights.revision, files_metadata=True)
+    return [
+        RemoteFile(
+            repository, file.rfilename, str(info.sha), on_github, file.size, file.lfs.sha256 if file.lfs else None
+        )
+        for file in info.siblings or []
+        if file.rfilename.endswith(CHECKPOINTS) and file.rfilename.isprintable()
+    ]
+
+
+def choose(entry: str, weights: Weights, token: Token = None) -> RemoteFile:
+    """The file with the weights of an entry; looks into all files if the table does not name it."""
+    files = _named(list_files(weights, token), weights)
+    if weights.file is not None:
+        return files[0]
+    found = {file: look(file, weights, token) for file in files}
+    fitting = [file for file, contents in found.items() if fits(contents, weights)]
+    if len(fitting) == 1:
+        return fitting[0]
+    expected = ", ".join(f"{name} {shape}" for name, shape in weights.shapes.items())
+    count, some = (f"{len(fitting)} files fit", fitting[0].name) if fitting else ("no file fits", "FILE")
+    lines = [f"  {tell(file, found[file], weights)}" for file in fitting or files]
+    name_one = f"name one: ARM_ZOO_ARM_FILE={some}, or arm_zoo.from_pretrained('hf://{weights.repository}/{some}')"
+    raise DownloadError("\n".join([f"{weights.repository}: {count} {entry} ({expected}):", *lines, name_one]))
+
+
+def _named(files: list[RemoteFile], weights: Weights) -> list[RemoteFile]:
+    """Those of the files that the table or the environment names, all if neither does."""
+    names = _names(weights)
+    if missing := names - {file.name for file in files}:
+        there = ", ".join(repr(file.name) for file in files) or "no checkpoints"
+        said = f"{weights.repository} at {weights.revision} has no file {', '.join(map(repr, sorted(missing)))}"
+        raise DownloadError(f"{said}; it has {there}")
+    return [file for file in files if file.name in names or not names]
+
+
+def _names(weights: Weights) -> set[str]:
+    """Names of files to choose from: the table's, or those, by commas, in ARM_ZOO_ARM_FILE; empty means all."""
+    if weights.file is not None:
+        return {weights.file}
+    said = os.environ.get("ARM_ZOO_ARM_FILE", "") if weights.repository == ARM_REPOSITORY else ""
+    return {name.strip() for name in said.split(",") if name.strip()}
+
+
+def look(file: RemoteFile, weights: Weights, token: Token = None) -> Contents | CheckpointError:
+    """What a file holds, or why that cannot be told, which must not hide the other files."""
+    try:
+        return file.contents(weights, token)
+    except CheckpointError as error:
+        return error
+
+
+def fits(contents: Contents | CheckpointError, weights: Weights) -> bool:
+    """Whether a file has the shapes that the table expects."""
+    return isinstance(contents, Contents) and _shapes(contents, weights.shapes) == dict(weights.shapes)
+
+
+def _shapes(contents: Contents, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of those of the tensors that are there."""
+    return {name: tuple(contents.tensors[name].shape) for name in names if name in contents.tensors}
+
+
+def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weights) -> str:
+    """One line about a file for people."""
+    size = "" if file.size is None else f" ({file.size:,} bytes)"
+    if isinstance(contents, CheckpointError):
+        return f"{file.name!r}{size}: {contents}"
+    shapes = _shapes(contents, weights.shapes)
+    found = [f"{name} {shapes[name]}" if name in shapes else f"no {name}" for name in weights.shapes]
+    beside = [f"beside {', '.join(contents.beside)}"] if contents.beside else []
+    return f"{file.name!r}{size}: {'; '.join([', '.join(found), *beside])}"
+
+
+def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:
+    """The safetensors of an entry or address in the cache, compared with its sha256; None if there is none for it."""
+    file = cache_folder(name, cache_dir) / WEIGHTS
+    record, named = read_record(file), _names(weights)
+    asked = {"repository": weights.repository, "revision": weights.revision, "choice": weights.choice}
+    same = {key: record.get(key) for key in asked} == asked and weights.sha256 in (None, record.get("sha256"))
+    if not file.is_file() or not same or (named and record.get("file") not in named):
+        return None
+    return verified(file, record.get("converted_sha256"), name)
+
+
+def cache_folder(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The folder for what an entry's or address's weights become; made if it is not there."""
+    from huggingface_hub import cached_assets_path
+
+    assets = None if cache_dir is None else Path(cache_dir) / "assets"
+    return cached_assets_path("arm-zoo", "upstream", re.sub(r"[^\w.-]", "--", name), assets_dir=assets)
+
+
+def _fetch(name: str, weights: Weights, cache_dir: str | Path | None, token: Token) -> Path:
+    """The safetensors in the cache; where they are not, one process fetches them and the others wait."""
+    from huggingface_hub.utils import WeakFileLock
+
+    repository = str(weights.repository)
+    github = endpoint() if weights.host == "github" else ""
+    with explained(f"fetch the weights of {name} from {repository}", repository, cache_dir, github=github):
+        if (file := cached(name, weights, cache_dir)) is not None:
+            return file
+        folder = cache_folder(name, cache_dir)
+        with WeakFileLock(folder / ".lock"):
+            if (file := cached(name, weights, cache_dir)) is not None:
+                return file
+            remove_leftovers(folder)
+            _convert(choose(name, weights, token), weights, folder, cache_dir, token)
+        return folder / WEIGHTS
+
+
+def _convert(source: RemoteFile, weights: Weights, folder: Path, cache_dir: str | Path | None, token: Token) -> None:
+    """Fetch a file and write what it holds into a folder of the cache, all or nothing."""
+    if (source.size or 0) > _MOST_BYTES:
+        raise DownloadError(f"{source.address} has {source.size:,} bytes; at most {_MOST_BYTES:,} are fetched")
+    license = weights.license or "unknown"
+    if license == "unknown":
+        advice = "ask their authors before you pass them on"
+        _logger.warning("%s: no licence is stated for these weights; %s", source.address, advice)
+    with replacing_files(folder) as beside, source.fetched(beside, cache_dir, token) as file:
+        sha256 = _compared(file, source, weights)
+        tensors = in_own_memory(read_checkpoint(file, weights.choice))
+        facts = {"format": "pt", "source": source.address, "source_sha256": sha256, "license": license}
+        save_tensors(tensors, beside / WEIGHTS, facts)
+        record = {
+            "source": source.address,
+            "repository": weights.repository,
+            "file": source.name,
+            "revision": weights.revision,
+            "commit": source.revision,
+            "sha256": sha256,
+            "license": license,
+            "choice": weights.choice,
+            "converted_sha256": sha256_of(beside / WEIGHTS),
+        }
+        (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _compared(file: Path, source: RemoteFile, weights: Weights) -> str:
+    """The sha256 of a fetched file, which is that of the table and of the Hub; if neither has one, that is said."""
+    known = [sha256 for sha256 in (weights.sha256, source.sha256) if sha256]
+    for sha256 in known:
+        verified(file, sha256, source.address)
+    actual = sha256_of(file)
+    if not known:
+        _logger.warning("%s is not verified: nobody states its sha256, which is %s", source.address, actual)
+    return actual

@@ -1,0 +1,138 @@
+"""Each step on the way to the weights that authors published, with what it got and what it expected."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import constants, get_token
+
+from arm_zoo.files import CheckpointError
+from arm_zoo.loading import entries, entry_of, unknown_model
+from arm_zoo.weights.download import explained
+from arm_zoo.weights.find import find_weights, organisation
+from arm_zoo.weights.hosted import TABLE, Weights, upstream_is_on, ways_on
+from arm_zoo.weights.reading import Contents
+from arm_zoo.weights.releases import endpoint
+from arm_zoo.weights.upstream import (
+    cache_folder,
+    cached,
+    choose,
+    fetch_upstream,
+    list_files,
+    read_record,
+    tell,
+)
+
+
+def doctor(entry: str, fetch: bool = False) -> Iterator[str]:
+    """Go the way of `pretrained=True` up to the download, with `fetch` to its end; lines for people.
+
+    Raises CheckpointError at the first step that fails, after its line.
+    """
+    if entry not in entries():
+        raise unknown_model(entry, entries())
+    visit = _Visit(entry_of(entry))
+    for expected, step in visit.steps(fetch):
+        name = step.__name__.strip("_").replace("_", " ")
+        try:
+            with explained(name, str(visit.weights.repository), github=visit.github):
+                got = step()
+        except (CheckpointError, OSError) as error:
+            yield f"FAILED  {name}: {error}\n        expected {expected}"
+            raise CheckpointError(f"{visit.entry}: the step '{name}' failed") from error
+        yield f"ok      {name}: {got}\n        expected {expected}"
+
+
+@dataclass
+class _Visit:
+    """What the steps have found so far."""
+
+    entry: str
+    contents: Contents = field(init=False)
+
+    @property
+    def weights(self) -> Weights:
+        return TABLE.get(self.entry, Weights())
+
+    @property
+    def github(self) -> str:
+        """GitHub's address, if that is where the weights are."""
+        return endpoint() if self.weights.host == "github" else ""
+
+    def steps(self, fetch: bool) -> Iterator[tuple[str, Callable[[], str]]]:
+        """What each expects, and the step."""
+        weights = self.weights
+        yield "a row whose weights are bundled, hosted or upstream", self.read_the_table
+        if weights.where != "upstream":
+            yield "a file with the sha256 of the table", self.find_the_file
+            return
+        yield "upstream on; other settings only where they are meant", self.read_the_settings
+        yield "a folder that can be written to, or that has the weights", self.open_the_cache
+        yield f"{repr(weights.file) if weights.file else 'checkpoints'} at {weights.revision!r}", self.list_the_files
+        shapes = ", ".join(f"{name} {shape}" for name, shape in weights.shapes.items())
+        yield f"one file {'with ' + shapes if shapes else 'as the table names it'}", self.look_into_them
+        yield f"the names and shapes of {self.entry}", self.fit_the_model
+        if fetch:
+            yield f"sha256 {weights.sha256 or 'not known beforehand'}", self.fetch_the_file
+            yield "finite answers", self.load_the_model
+
+    def read_the_table(self) -> str:
+        weights = self.weights
+        if weights.where == "planned":
+            raise CheckpointError(ways_on(self.entry))
+        place = f"{weights.repository} on {'GitHub' if self.github else 'the Hub'}, {weights.revision!r}"
+        return f"{weights.where}{f', {place}, licence {weights.license}' if weights.where == 'upstream' else ''}"
+
+    def find_the_file(self) -> str:
+        return f"{find_weights(self.entry)}"
+
+    def read_the_settings(self) -> str:
+        if not upstream_is_on():
+            raise CheckpointError("ARM_ZOO_UPSTREAM=0 turns fetching from authors off")
+        names = ("ARM_ZOO_ARM_FILE", "ARM_ZOO_HUB_ORG", "ARM_ZOO_KEEP_PICKLES", "HF_HUB_DISABLE_XET", "HTTPS_PROXY")
+        settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+        token = "a token" if get_token() else "no token"
+        offline = "offline" if constants.HF_HUB_OFFLINE else "online"
+        others = f"organisation {organisation()}"
+        return ", ".join([self.github or constants.ENDPOINT, offline, token, others, *settings])
+
+    def open_the_cache(self) -> str:
+        folder = cache_folder(self.entry)
+        free = f"{shutil.disk_usage(folder).free:,} bytes free"
+        there = cached(self.entry, self.weights)
+        source = f"has the weights of {read_record(there)['source']}" if there else "has no copy yet"
+        if not there and not os.access(folder, os.W_OK):
+            raise CheckpointError(f"{folder} cannot be written to; set HF_HOME to a folder of yours")
+        return f"{folder}, {free}, {source}"
+
+    def list_the_files(self) -> str:
+        files = list_files(self.weights)
+        return "; ".join(f"{file.address} ({file.size or '?'} bytes, sha256 {file.sha256})" for file in files)
+
+    def look_into_them(self) -> str:
+        chosen = choose(self.entry, self.weights)
+        self.contents = chosen.contents(self.weights)
+        read = f"{self.contents.bytes_read:,} bytes read, {len(self.contents.tensors)} tensors"
+        return f"{tell(chosen, self.contents, self.weights)} ({read})"
+
+    def fit_the_model(self) -> str:
+        model: Any = timm.create_model(self.entry, device="meta")
+        model.adapt(self.contents.tensors, model)
+        return f"{len(model.state_dict())} tensors of the model are there"
+
+    def fetch_the_file(self) -> str:
+        file = fetch_upstream(self.entry)
+        record = read_record(file)
+        return f"{record['source']}, sha256 {record['sha256']}, as {file}"
+
+    @torch.inference_mode()
+    def load_the_model(self) -> str:
+        model: Any = timm.create_model(self.entry, pretrained=True).eval()
+        answers = model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+        if not answers.isfinite().all():
+            raise CheckpointError("the model's answers are not finite")
+        return f"answers of shape {tuple(answers.shape)}, finite"
