@@ -520,7 +520,7 @@ def test_unmatched_keys_are_listed_on_both_sides(tmp_path: Path, capsys: pytest.
 def test_other_architectures(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), tmp_path / "vit.safetensors")
     message = mistake(capsys, "convert", tmp_path / "vit.safetensors", tmp_path / "out")
-    assert "this is no ARM checkpoint" in message and "found blocks.0.attn.proj.bias" in message
+    assert "this is no ARM" in message and "found blocks.0.attn.proj.bias" in message
     vim = golden / "vim_small_img64" / "state_dict.safetensors"
     assert "Vim checkpoint" in mistake(capsys, "convert", vim, tmp_path / "out")
 
@@ -587,7 +587,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
         ({"w": torch.zeros(1).expand(10**12)}, "larger than its data in the file"),
         ({"w": torch.empty(10**12, device="meta")}, "no plain dense tensor"),
         ({"w": torch.eye(3).to_sparse()}, "no plain dense tensor"),
-        (OrderedDict(), "this is no ARM checkpoint: .* found nothing"),
+        (OrderedDict(), "this is no ARM .*checkpoint: .* found nothing"),
     ],
 )
 def test_files_that_are_no_checkpoints(contents: Any, reason: str, tmp_path: Path) -> None:
