@@ -1,4 +1,4 @@
-"""The models at the command line: list them, describe one, classify images with one, show them to other programs.
+"""The models at the command line: list and describe them, classify images, run other programs with them registered.
 
 python -m arm_zoo list
 python -m arm_zoo info arm_base_patch16_224
@@ -22,17 +22,17 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
-from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
+from arm_zoo.command_line import one_line, positive, usable_device
 from arm_zoo.files import CheckpointError
 from arm_zoo.images.decode import UndecodableImage, decode_image
-from arm_zoo.images.listing import IMAGE_ENDINGS, images_below, natural_order
-from arm_zoo.loading import entries, entry_of, label_names, load, unknown_model
+from arm_zoo.images.listing import IMAGE_ENDINGS, files_below, is_image, left_out, natural_order
+from arm_zoo.loading import entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
-from arm_zoo.weights.download import find_weights
-from arm_zoo.weights.hosted import TABLE, bundled_entries, training_commands
+from arm_zoo.weights.download import whereabouts
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
@@ -46,13 +46,6 @@ def create(name: str) -> Any:
 
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def whereabouts(entry: str) -> str:
-    """Whether the weights of an entry come with the package, are on the Hub, or neither."""
-    if entry in TABLE and TABLE[entry].where == "bundled":
-        return "bundled"
-    return "hosted" if is_model_pretrained(entry) else "not hosted"
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -117,7 +110,10 @@ def run_predict(args: argparse.Namespace) -> int:
     transform = create_transform(**data_config)
     names = class_names(model)
     status = 0
-    for path in (path for place in args.images for path in natural_order(images_below(place)) or [place]):
+    found = [(place, list(files_below(place)) if os.path.isdir(place) else []) for place in args.images]
+    if note := left_out(path for _, files in found for path in files if not is_image(path)):
+        print(note, file=sys.stderr)
+    for path in (path for place, files in found for path in natural_order(filter(is_image, files)) or [place]):
         try:
             if os.path.isdir(path):  # as is left where one holds no images
                 endings = ", ".join(IMAGE_ENDINGS)
@@ -126,7 +122,7 @@ def run_predict(args: argparse.Namespace) -> int:
                 raise FileNotFoundError(f"{path}: no such file or folder")
             image = decode_image(path, path, "L" if channels == 1 else "RGB")
         except (FileNotFoundError, UndecodableImage) as error:
-            print(_one_line(error), file=sys.stderr)
+            print(one_line(error), file=sys.stderr)
             status = 1
             continue
         with torch.inference_mode():
@@ -142,12 +138,6 @@ def load_classifier(source: str | None, weights: Path | None) -> Any:
     where = weights or source
     if where is None:
         raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
-    if where in entries() and find_weights(entry := entry_of(str(where))) is None:
-        raise CheckpointError(
-            f"the weights of {entry} are not hosted yet: name an official or own file (--weights FILE), train them "
-            f"from a checkout ({training_commands(entry)}), or use a model that comes with the package "
-            f"(--model {' or '.join(bundled_entries())})"
-        )
     model = load(source or where, weights if source else None).model
     if isinstance(model, PretrainingModel):
         raise CheckpointError(f"{where} holds a pretraining model, which has no classifier head; finetune it first")
@@ -196,7 +186,7 @@ def run_script(args: argparse.Namespace) -> int:
     except (ImportError, OSError) as error:
         if _is_of_program(error):
             raise
-        print(f"error: {_one_line(error)}; expected SCRIPT or -m MODULE", file=sys.stderr)
+        print(f"error: {one_line(error)}; expected SCRIPT or -m MODULE", file=sys.stderr)
         return 2
     return 0
 
@@ -208,24 +198,6 @@ def _is_of_program(error: Exception) -> bool:
     return any(module.partition(".")[0] not in _SEARCH for module in modules)
 
 
-def _one_line(error: Exception) -> str:
-    lines = (str(error) or type(error).__name__).splitlines()
-    return "; ".join(line.strip() for line in lines).replace(":; ", ": ")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def usable_device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from error
-
-
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m arm_zoo",
@@ -235,7 +207,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    command = commands.add_parser("list", help="all models with tags, input size, parameters, and who has weights")
+    command = commands.add_parser("list", help="all models: tags, input size, parameters, and where their weights are")
     command.set_defaults(run=run_list)
 
     command = commands.add_parser("info", help="sizes, preprocessing, licence and paper of one model")
@@ -269,13 +241,13 @@ def create_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=run_script)
     rest = argparse.REMAINDER
-    command.add_argument("script", nargs=rest, help="a Python file, then what it is to get")
-    command.add_argument("-m", dest="module", nargs=rest, help="a module by name, then what it is to get")
+    command.add_argument("script", nargs=rest, help="a Python file and its arguments")
+    command.add_argument("-m", dest="module", nargs=rest, help="a module by name and its arguments")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. What the user can mend is one line on stderr."""
+    """Run a command; the exit code. Mistakes of the user are reported in one line on stderr."""
     parser = create_parser()
     args = parser.parse_args(argv)
     if "run" not in args:
@@ -291,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 
 

@@ -23,11 +23,12 @@ class ZooModel(nn.Module):
     official_names = OfficialNames()
     keys: tuple[str, ...] = ()  # our names of tensors, * for a number, that all checkpoints have
     adapt = staticmethod(adapt_state_dict)  # with the arguments and the result of that function
+    parts_to_shard: tuple[str, ...] = ("blocks",)  # lists of modules, each of which FSDP shards by itself
     blocks: nn.ModuleList
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
-        """Arguments that make the model, from tensors under our names, and the number of patches if that is told."""
+        """From tensors under our names, the model's arguments, and its patches if told; ValueError for odd shapes."""
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class ZooModel(nn.Module):
         raise NotImplementedError
 
     def init_non_persistent_buffers(self) -> None:
-        raise NotImplementedError
+        """Fill the tables; a family or an objective without any need not say so."""
 
     def fill_table(self, name: str, table: Tensor) -> None:
         """Fill one of the tables; one that is on the meta device is made anew, where the weights are."""
@@ -87,7 +88,7 @@ class ZooModel(nn.Module):
 
     @torch.jit.ignore
     def save_pretrained(self: Any, folder: str | Path) -> None:
-        """Write model.safetensors and config.json, both or neither, to `folder`, which timm's `local-dir:` takes."""
+        """Write model.safetensors and config.json, each whole, to `folder`, which timm's `local-dir:` takes."""
         save_model(folder, self.state_dict(), self.hub_config())
 
 

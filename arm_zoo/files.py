@@ -1,4 +1,4 @@
-"""Files of weights: whole or not at all, with the sha256 and the config.json that belong to them."""
+"""Reading weight files and writing them atomically, with their sha256 and config.json."""
 
 import hashlib
 import json
@@ -32,7 +32,8 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder to write files into; if the block ends well, they replace those of `folder`.
 
     Every file is whole: it is flushed to the disk before it gets its name, and the names before the block is left.
-    Files of `folder`, which is made if it is not there, with other names stay. If the block raises, nothing changes.
+    Files of `folder`, which is made if it is not there, with other names stay. If the block raises, nothing changes;
+    the set is not atomic: who is killed between two names leaves new files beside old ones.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def save_model(
     folder: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], **metadata: str
 ) -> None:
-    """Write model.safetensors, with `metadata` in its header, and config.json, both or neither.
+    """Write model.safetensors, with `metadata` in its header, and config.json, each whole; see `replacing_files`.
 
     Tensors that are not plain numbers are refused; no two share memory in the file.
     """
@@ -138,7 +139,8 @@ def save_model(
         storages.add(storage.data_ptr())
     with replacing_files(folder) as beside:
         save_tensors(alone, beside / WEIGHTS, {"format": "pt", **metadata})
-        with open(beside / WEIGHTS, "r+b") as file:  # equal weights are equal files: safetensors shuffles the facts
+        # sort the metadata, whose order safetensors randomises, so that equal weights give equal files
+        with open(beside / WEIGHTS, "r+b") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
             header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -148,7 +150,7 @@ def save_model(
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file that may be read by whom the umask lets: safetensors lets nobody else read its own."""
+    """Write a .safetensors file with the umask's permissions; `save_file` alone lets only its owner read it."""
     file = Path(file)
     file.touch()
     mode = file.stat().st_mode

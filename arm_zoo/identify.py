@@ -8,7 +8,6 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import timm
@@ -17,13 +16,14 @@ from timm.layers import to_2tuple
 
 from arm_zoo.base import ZooModel
 from arm_zoo.files import CheckpointError
+from arm_zoo.images.listing import listed
 from arm_zoo.layers.sizes import one_or_two
 from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.pretraining._registry import OBJECTIVES, PretrainingModel
 from arm_zoo.weights.adapt import grid_of
 from arm_zoo.weights.tensor_names import under_our_names
 
-# What no model comes near to: a file that says more would only fill the memory.
+# Far above any real model: a damaged file that claims more would exhaust the memory.
 MAX_DEPTH = 512
 
 
@@ -74,10 +74,9 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
     classes |= {row.model_class: name for name, row in OBJECTIVES.items()}
     found = [each for each in classes if each.official_names.covers(each.keys, state_dict)]
     if not found:
-        some = ", ".join(sorted(state_dict)[:8]) or "nothing"
         wanted = " or ".join(each.__name__ for each in backbones)
         keys = ", or ".join(", ".join(each.keys) for each in backbones)
-        some = f"found {some}{', ...' if len(state_dict) > 8 else ''}"
+        some = f"found {listed(sorted(state_dict), 8)}"
         raise CheckpointError(f"this is no {wanted} checkpoint: expected {keys} (or the authors' names); {some}")
     model_class = max(found, key=lambda each: len(each.keys))
     names, known = model_class.official_names, {k: value for k, value in (config or {}).items() if value is not None}
@@ -148,7 +147,6 @@ def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int)
         )
 
 
-@cache
 def _sizes_of_entries(model_class: Any) -> list[dict[str, Any]]:
     """Of a family's entries the arguments with their values, the name and, where they have patches, how many."""
     entries = []

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 from arm_zoo import files
 from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
 from arm_zoo.identify import MAX_DEPTH, find_variant
+from arm_zoo.images.locate import HUB_ID
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES, PretrainingModel
 from arm_zoo.weights.download import download, hub_repository
@@ -23,7 +25,7 @@ from arm_zoo.weights.hosted import known_sha256
 from arm_zoo.weights.reading import read_checkpoint
 from arm_zoo.weights.tensor_names import under_our_names
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_REPOSITORY = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
 
 # What a config.json may say, by the types of timm and of the models. Not where weights are: they lie beside it.
 _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "device", "dtype", "return"}
@@ -41,16 +43,7 @@ class Loaded(NamedTuple):
     config: dict[str, Any]  # what the config.json beside the weights says; empty where there is none
 
 
-def load(
-    name: str | Path,
-    weights: str | Path | None = None,
-    *,
-    as_backbone: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    **kwargs: Any,
-) -> Loaded:
+def load(name: str | Path, weights: str | Path | None = None, *, as_backbone: bool = False, **kwargs: Any) -> Loaded:
     """A model of ours or of timm with its weights, never with weights drawn at random.
 
     See `from_pretrained` for the other arguments and what is raised.
@@ -61,7 +54,7 @@ def load(
         weights: a file, a folder or "hf-hub:..." in place of the entry's own weights. A bare file's classes count, and
             of our models its channels; without a head in the file the model has none.
     """
-    return _Loader(as_backbone, revision, cache_dir, token, kwargs).load(name, weights)
+    return _Loader(as_backbone, kwargs).load(name, weights)
 
 
 def from_pretrained(
@@ -94,9 +87,9 @@ def from_pretrained(
         ValueError: if `source` is nothing of the above.
     """
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) and not Path(source).exists()
-    if is_repository and not str(source).endswith((".safetensors", ".pth")):
+    if is_repository and not str(source).endswith((".safetensors", ".pth", ".pt", ".bin", ".tar")):
         source = f"hf-hub:{source}"
-    loader = _Loader(as_backbone, revision, cache_dir, token, kwargs, timms_too=False)
+    loader = _Loader(as_backbone, kwargs, revision, cache_dir, token, timms_too=False)
     model: Backbone | PretrainingModel = loader.load(source).model
     return model
 
@@ -152,20 +145,21 @@ class _Loader:
     """What `load` or `from_pretrained` is asked for beside the names."""
 
     as_backbone: bool
-    revision: str | None
-    cache_dir: str | Path | None
-    token: str | bool | None
     kwargs: dict[str, Any]
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
     timms_too: bool = True
 
     def load(self, name: str | Path, weights: str | Path | None = None) -> Loaded:
+        """By what the source is: a repository, an entry, a folder or a file; see `arm_zoo.loading.load`."""
         source, wanted = (str(name), None) if weights is None else (str(weights), str(name))
         scheme, _, rest = source.partition(":")
-        path = Path(rest if scheme == "local-dir" else source)
+        path = Path(os.path.expanduser(rest if scheme == "local-dir" else source))
         if scheme in ("hf-hub", "hf_hub"):
             return self.from_hub(rest, wanted)._replace(source=source)
         known = list_entries() if self.timms_too else entries()
-        if weights is None and name in known:
+        if weights is None and source in known and (isinstance(name, str) or not path.exists()):
             repository = hub_repository(entry_of(source)) if source in entries() else None
             if repository is None:
                 return self.from_timm(source)
@@ -176,7 +170,8 @@ class _Loader:
         if path.is_file():
             model = self.from_file(path) if wanted is None else self.from_named_file(wanted, path)
             return Loaded(model, path, path.name, {})
-        if weights is not None or path.suffix or "/" in source:
+        is_tag = architecture_of(source) in known and path.suffix not in (".safetensors", ".pth")
+        if weights is not None or "/" in source or (path.suffix and not is_tag):
             allowed = "an entry (`python -m arm_zoo list`), a folder, a file or hf-hub:ORG/NAME"
             raise FileNotFoundError(f"no checkpoint at {source}; name {allowed}")
         raise unknown_model(source, known)
@@ -221,6 +216,7 @@ class _Loader:
         return self.timms_too and not ours and isinstance(name, str) and timm.is_model(name)
 
     def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
+        """What config.json describes, with the weights beside it; CheckpointError if the two do not fit together."""
         config = files.read_config(folder)
         own, name = config.get("pretraining_model"), f"local-dir:{folder}"
         if self.is_timms(config):
@@ -239,7 +235,8 @@ class _Loader:
             _check_description(file, tensors, model_class, own)
             return Loaded(self.pretraining_model(objective, own, file, tensors), file, "", config)
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
-            return Loaded(self.from_file(file), file, "", config)
+            model = self.from_file(file) if wanted is None else self.from_named_file(wanted, file)
+            return Loaded(model, file, "", config)
         if config.get("architecture") not in [*entries()]:
             said = f"{folder / CONFIG} is of {config.get('architecture', 'no timm model')!r}"
             advice = f"timm.create_model('{name}', pretrained=True) takes timm's own"
@@ -290,6 +287,7 @@ class _Loader:
         return model
 
     def pretraining_model(self, objective: str, saved: Mapping[str, Any], file: Path, tensors: StateDict) -> Any:
+        """The objective's model, by the arguments saved with it and the caller's in their place."""
         model_class = OBJECTIVES[objective].model_class
         allowed = inspect.signature(model_class).parameters
         if unknown := sorted(set(self.kwargs) - set(allowed)):

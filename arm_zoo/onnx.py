@@ -20,7 +20,7 @@ try:
     from onnxscript import opset18 as op
     from onnxscript.function_libs.torch_lib.registration import torch_op
 
-    if tuple(map(int, onnxscript.__version__.split(".")[:2])) < (0, 6):
+    if tuple(map(int, onnxscript.__version__.split(".")[:2])) < (0, 7):
         raise ImportError(f"onnxscript is {onnxscript.__version__}")
 except ImportError as error:
     needs = "arm_zoo.onnx needs onnx, and onnxscript 0.7 or newer"

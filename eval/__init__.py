@@ -1,1 +1,1 @@
-"""Measuring models: throughput."""
+"""Measuring models: accuracy, speed and the leaderboard; runs from a checkout."""

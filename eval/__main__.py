@@ -27,6 +27,7 @@ OVERVIEW = """Score models and time them:
 python -m eval --models MODEL --weights FILE --sets in1k=PATH     top-1, top-5, calibration; --help shows all options
 python -m eval.verify MODEL --weights FOLDER --sets in1k=PATH     compare a fresh score with a model's card
 python -m eval.throughput                                         images per second of inference and training
+python -m eval.scan                                               the scan's kernels one by one, on a GPU
 python -m eval.leaderboard                                        LEADERBOARD.md and its page, from the results
 
 The sets, and where they are got:
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--models", nargs="+", default=[], metavar="NAME", help="timm names, ours or not; hf-hub: and local-dir: too")
     where = "file, folder or hf-hub:OWNER/NAME; MODEL=FILE for several models; without: the hosted weights"
     add("--weights", nargs="+", default=[], metavar="FILE", help=where)
-    add("--output", type=Path, default=Path("results.csv"), metavar="FILE", help="CSV that rows are appended to")
+    add("--output", type=Path, default=tables.RESULTS, metavar="FILE", help="CSV that gets the rows (%(default)s)")
     add("--resume", action="store_true", help="go on within the set at which a run died, by OUTPUT.partial")
     add("--recompute", action="store_true", help="score again what the CSV has already, and append it anew")
     add("--speed", action="store_true", help="score nothing: time the loader alone, the model alone, and both")
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     scorer = Scorer(args.output, settings, state, args.resume, args.recompute)
     rows = [row for candidate in candidates for row in scorer.rows(candidate, requests)]
     if rows and state.is_main_process:
-        console.print(as_table(rows))
+        console.print(as_table(rows), f"in full: {args.output}")
     return 0
 
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = (f"  {name:16}{spec.card_name or 'images of your own':28}{spec.source}" for name, spec in SETS.items())
         print(OVERVIEW + "\n".join(map(str.rstrip, sets)))
         return 0
-    return guarded(run, make_parser().parse_args(words))
+    return guarded(run, make_parser().parse_args(words), "stopped; python -m eval --resume goes on from here")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from arm_zoo.files import write_text
 from eval.board.chart import speed_chart
 from eval.board.columns import SPEEDS, TEXT_COLUMNS, TITLES, accuracy_rows, board, shown
 from eval.board.entries import Entry, paper_table, read_entries, read_speeds
+from eval.tables import RESULTS
 
 HERE = Path(__file__).resolve().parent  # has the templates of the files, page.md and page.html
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m eval.leaderboard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add: Callable[..., object] = partial(parser.add_argument, type=Path)
-    add("--results", default=HERE / "results.csv", metavar="FILE", help="of python -m eval (%(default)s)")
+    add("--results", default=RESULTS, metavar="FILE", help="of python -m eval (%(default)s)")
     add("--throughput", default=HERE / "throughput.csv", metavar="FILE", help="of eval.throughput (%(default)s)")
     add("--paper", default=HERE / "board" / "paper", metavar="FOLDER", help="the paper's tables (%(default)s)")
     add("--folder", default=HERE.parent, help="has README.md and gets the files (%(default)s)")

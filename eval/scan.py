@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 
 import arm_zoo
+from arm_zoo.command_line import positive
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops.backends import BACKENDS
-from eval.scoring.options import positive
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import circumstances, table, timed
 from eval.tables import Row, append, check_output

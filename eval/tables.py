@@ -13,6 +13,7 @@ from arm_zoo.files import write_text
 from eval.scoring.sets import SETS, SUBSETS
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results.csv"  # what the leaderboard reads and hub's cards
 
 # Scores that are equal in these are the same measurement: of the same model, on the same images, seen alike.
 WAY = ("model", "weights_sha256", "img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype")
@@ -38,8 +39,8 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
 
     ValueError if the file is no table, or lacks any of the columns but those of CLEAN; it may have more.
     """
-    text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""  # Excel begins with a byte order mark
-    try:
+    try:  # Excel begins with a byte order mark
+        text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
         if path.suffix == ".json":
             head, rows = columns, json.loads(text or "[]")
         else:
@@ -50,7 +51,7 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
         newer = {column: "" for column in columns if column in CLEAN}  # perhaps of a set that came after the file
         rows = [newer | {RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error):
-        raise ValueError(f"{path} is there and holds no table; name another file") from None
+        raise ValueError(f"{path} is there and holds no table in UTF-8; name another file") from None
     there = {RENAMED.get(name, name) for name in head}.union(newer).intersection(*rows)
     if missing := [column for column in columns if column not in there]:
         raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")

@@ -5,10 +5,11 @@ Run from the repository root, for example `python -m eval.throughput --device cp
 
 import argparse
 import contextlib
-import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import timm
 import torch
@@ -19,16 +20,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import arm_zoo
+from arm_zoo.command_line import positive
 from arm_zoo.loading import entries, list_entries, unknown_model
 from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
-from eval.scoring.options import positive
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
 from eval.tables import Row, append, check_output
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # of which the first can be pretrained
-PRETRAINED = re.compile(r"[a-z]+_[a-z]+(_patch16_\d+(\..*)?)?")  # a size, alone or with patches of 16 pixels
 NUM_CLASSES = 1000
 PRETRAIN_IMG_SIZE = 192
 WARM_UP_STEPS = 3
@@ -53,12 +54,21 @@ def check(args: argparse.Namespace) -> None:
     for name in args.models:
         if name not in known:
             raise unknown_model(name, known)
-        if args.mode == "pretrain" and not (name in entries() and PRETRAINED.fullmatch(name)):
-            such = f"with patches of 16 pixels, such as {DEFAULT_MODELS[0]}"
-            raise ValueError(f"--mode pretrain is for ARM models {such}; got {name!r}")
+        if args.mode == "pretrain" and not is_pretrained_alike(name):
+            such = f"with the patches of {name}; name an entry such as {DEFAULT_MODELS[0]}"
+            raise ValueError(f"--mode pretrain: there is no pretraining model {such}")
     for backend in args.scan_backend:
         resolved(backend, args)
     check_output(args.output, COLUMNS)
+
+
+def is_pretrained_alike(name: str) -> bool:
+    """Whether a pretraining model has the sizes of an entry, and its patches, which do not overlap."""
+    size = name.partition("_patch")[0]
+    if name not in entries() or size not in OBJECTIVES[DEFAULT_OBJECTIVE].sizes:
+        return False
+    entry: Any = timm.create_model(name, device="meta")
+    return entry.patch_embed.patch_stride == arm_zoo.create_pretraining_model(size, device="meta").patch_size
 
 
 def resolved(backend: str, args: argparse.Namespace) -> str:
@@ -80,6 +90,7 @@ def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, int]:
 
 
 def inference_step(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> Step:
+    """A forward pass of images (batch, channels, height, width); without --autocast in weights cast to --dtype."""
     dtype = DTYPES[args.dtype]
     if not args.autocast:
         model, images = model.to(dtype), images.to(dtype)
@@ -93,6 +104,7 @@ def inference_step(model: nn.Module, images: torch.Tensor, args: argparse.Namesp
 
 
 def training_step(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> Step:
+    """Loss, backward pass and AdamW step of images (batch, channels, height, width), with labels at random."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=args.device == "cuda")
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
     labels = torch.randint(NUM_CLASSES, (len(images),), device=images.device)
@@ -212,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.models = args.models or DEFAULT_MODELS[: 1 if args.mode == "pretrain" else None]
     try:
         check(args)
+        print(f"timing {', '.join(args.models)}: {args.mode}, batch {args.batch_size}, {args.device}", file=sys.stderr)
         backends = {name: args.scan_backend[: None if name in entries() else 1] for name in args.models}
         built = [(name, *build(name, args), backend) for name in args.models for backend in backends[name]]
     except ValueError as error:

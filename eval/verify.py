@@ -17,6 +17,8 @@ import timm
 from huggingface_hub import EvalResult, ModelCard
 from rich.console import Console
 
+from arm_zoo.loading import entries, entry_of
+from arm_zoo.weights.download import hub_repository
 from eval.scoring import models
 from eval.scoring.options import guarded, open_requests, parse_sets, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer
@@ -69,9 +71,10 @@ def _card_beside(model: str, weights: str | None) -> str:
         return rest.partition("@")[0]
     if weights is None and kind != "local-dir":
         cfg = timm.models.get_pretrained_cfg(model)
-        if cfg is None or not cfg.hf_hub_id:
+        repository = hub_repository(entry_of(model)) if model in entries() else cfg and cfg.hf_hub_id
+        if not repository:
             raise ValueError(f"{model} has no card on the Hub; name one with --card FILE")
-        return str(cfg.hf_hub_id).partition("@")[0]
+        return str(repository).partition("@")[0]
     path = Path(rest if kind == "local-dir" else place)
     readme = (path if path.is_dir() else path.parent) / "README.md"
     if not readme.is_file():

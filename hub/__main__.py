@@ -5,6 +5,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from arm_zoo.command_line import one_line
 from arm_zoo.files import CheckpointError
 from hub.catalog import AUTHORS_REPOSITORY, RESULTS
 from hub.check import check
@@ -66,7 +67,7 @@ def create_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. What a person can mend is one line on stderr."""
+    """Run a command; the exit code. Mistakes of the user are reported in one line on stderr."""
     parser = create_parser()
     options = vars(parser.parse_args(argv))
     if not options:
@@ -77,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in run(**options):
             print(line)
     except (CheckpointError, OSError, ValueError) as error:
-        lines = (str(error) or type(error).__name__).splitlines()
-        print(f"error: {'; '.join(line.strip() for line in lines)}".replace(":; ", ": "), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -63,8 +63,8 @@ def _meet(golden_file: Path, model: Backbone | PretrainingModel, sha256: str) ->
         raise CheckpointError(f"{golden_file} holds {', '.join(golden)}; the model gives {', '.join(actual)}")
     worst = max(relative_error(actual[name], expected) for name, expected in golden.items())
     if not worst <= TOLERANCE:
-        raise CheckpointError(f"{golden_file}: the golden answers are missed by {worst:.1e}, relative")
-    return f"golden {' and '.join(golden)} met to {worst:.1e}, relative"
+        raise CheckpointError(f"{golden_file}: the answers differ from the golden ones by {worst:.1e} (relative)")
+    return f"golden {' and '.join(golden)} match to {worst:.1e}, relative"
 
 
 def check_hosted(entry: str) -> str:

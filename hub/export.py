@@ -74,17 +74,17 @@ def _write_onnx(model: Any, file: Path) -> str:
 
         with warnings.catch_warnings(), arm_zoo.scan_backend("torch"):
             warnings.simplefilter("ignore")  # of the exporter to its own developers
-            names = {"input_names": ["pictures"], "output_names": ["logits" if model.num_classes else "features"]}
+            names = {"input_names": ["images"], "output_names": ["logits" if model.num_classes else "features"]}
             options: dict[str, Any] = {**names, "custom_translation_table": translation_table(), "opset_version": 18}
             program: Any = torch.onnx.export(
                 model, (images,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False, **options
             )
     except ImportError as error:  # the exporter too imports what a version of onnxscript may lack
-        needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade '.[hub]'"
+        needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade -e '.[hub]'"
         raise UsageError(f"{needs} ({error})") from error
     program.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {"pictures": images[:1].numpy()})
+    (output,) = session.run(None, {"images": images[:1].numpy()})
     return f"{len(program.model.graph)} nodes, {_compare(torch.from_numpy(output), model(images[:1]))}"
 
 

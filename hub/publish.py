@@ -16,6 +16,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
 from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
+from arm_zoo.images.locate import HUB_ID
 from arm_zoo.weights.download import explain
 from hub.card import write_card
 from hub.catalog import RESULTS
@@ -44,7 +45,7 @@ def publish(
     The card is written anew for this repository. Without `yes` nothing changes anywhere, and no network is needed:
     what is there is then not compared.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not HUB_ID.fullmatch(repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
     if yes and HF_HUB_OFFLINE:
         raise UsageError("offline mode is on (HF_HUB_OFFLINE); publish where there is a network, with it unset")
@@ -123,7 +124,7 @@ def _change(file: Path, remote: Remote) -> str:
 
 
 def _plan(staged: Path, repo: str, remote: Remote, changes: dict[str, str], tag: str) -> Iterator[str]:
-    state = "could not be asked for" if remote.unasked else "exists" if remote.commit else "would be created"
+    state = "could not be reached" if remote.unasked else "exists" if remote.commit else "would be created"
     yield f"{repo} ({state}), tag {'the next of v1, v2, ...' if remote.unasked else tag}"
     for file, change in changes.items():
         yield f"  {file:20} {(staged / file).stat().st_size:>15,} bytes  {change}"

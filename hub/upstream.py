@@ -47,7 +47,7 @@ def _what(api: HfApi, repo: str, name: str) -> str:
     if not name.endswith(CHECKPOINTS):
         return ""
     if not name.endswith(".safetensors"):
-        return "a pickle: what model it is of shows when it was downloaded and converted"
+        return "a pickle: download and convert it to see which model it is"
     try:
         tensors = api.parse_safetensors_file_metadata(repo, name).tensors
         variant = find_variant({key: torch.empty(info.shape, device="meta") for key, info in tensors.items()})

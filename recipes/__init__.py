@@ -15,7 +15,8 @@ def _open_images() -> None:
     if found is None:
         raise ModuleNotFoundError("arm_zoo is not installed; type `pip install .` at the top of the checkout")
     spec = PathFinder.find_spec("arm_zoo.images", found.submodule_search_locations)
-    sys.modules["arm_zoo.images"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    module = sys.modules["arm_zoo.images"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
 
 
 if not {"arm_zoo", "arm_zoo.images"} & sys.modules.keys():

@@ -15,7 +15,7 @@ from recipes.config import ConfigError, ConfigT, FinetuneConfig, PretrainConfig,
 from recipes.first_run import fitted
 
 if TYPE_CHECKING:
-    from recipes.training.signals import StopRequest
+    from recipes.signals import StopRequest
 
 
 Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used where there is no --config
@@ -71,11 +71,11 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
 def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, "StopRequest"], None]) -> None:
     """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
     from recipes.data.workers import end_workers
-    from recipes.errors import told_as_mistakes
-    from recipes.training.signals import StopRequest
+    from recipes.errors import reporting_mistakes
+    from recipes.signals import StopRequest
 
     stop = StopRequest().listen()
-    with told_as_mistakes(program):
+    with reporting_mistakes(program):
         try:
             run(config, resume, stop)
             leave_processes()

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import os
 import re
 import sys
 import tempfile
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told 
 
 ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # an entry's name, with or without a tag; libraries tell which there are
 ConfigT = TypeVar("ConfigT", bound="Config")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
 WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
@@ -71,7 +73,8 @@ class DataConfig:
     num_classes: int | None = limited(None, ONE_OR_MORE)  # null: as many as the source has; else checked
     image_column: str | None = None  # null: the only one that holds images
     label_column: str | None = None  # null: the only one that looks like a class
-    workers: int = limited(4, WHOLE)  # processes that decode, for each training process; 0: none but itself
+    # Processes that decode, for each training process; 0: none but itself. As many as it has cores, at most 12.
+    workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
     # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
     max_undecodable: float | None = limited(None, BELOW_ONE)
     max_pixels: int | None = limited(None, ONE_OR_MORE)  # larger images count as corrupt; null: 89,478,485
@@ -139,14 +142,14 @@ class TrainConfig(Config):
     keep_last: int = limited(3, ONE_OR_MORE)  # newest checkpoints kept
     keep_every: int | None = limited(None, ONE_OR_MORE)  # and those at the end of every so many epochs
 
-    labels_needed = False  # no setting but a fact about the phase, so it bears no type
+    labels_needed = False  # a constant of the phase, not a setting: without an annotation dataclasses ignore it
 
     def build(self, **keywords: Any) -> "nn.Module":
         """A new model, untrained; `keywords` win over `model_args`."""
         raise NotImplementedError
 
     def conflicts(self) -> dict[str, str]:
-        """The cosine needs epochs after the warm-up and a way down, and mixup pairs."""
+        """Conflicts of the schedule, the batch size and CUDA graphs."""
         found = {}
         if (warmup := self.warmup_epochs) >= self.epochs:
             found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
@@ -221,7 +224,7 @@ class PretrainConfig(TrainConfig):
     precision: Literal["fp32", "bf16"] = "bf16"
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
-    objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.OBJECTIVES`
+    objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.TRAINING`
 
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo
@@ -276,7 +279,7 @@ class FinetuneConfig(TrainConfig):
         entry = f"an entry{' such as ' if similar else ''}{', '.join(similar)}"
         return {
             "pretrained": f"pretrained is {self.pretrained!r}, which does not exist; allowed: {entry} (`python -m "
-            "arm_zoo list` shows them, and whose weights are there), a folder with model.safetensors or such a file "
+            "arm_zoo list` shows them, and which have weights), a folder with model.safetensors or such a file "
             "(`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
         }
 
@@ -323,6 +326,9 @@ def load_config(
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
+    for key in ("output_dir", "pretrained"):  # sources are expanded where they are located
+        if str(values.get(key)).startswith("~/"):
+            values[key] = str(Path(values[key]).expanduser())
     config, told = filled(kind, values, problems), ""
     if fit is not None:
         try:

@@ -98,11 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if any(number <= 0 for number in numbers if isinstance(number, int | float)):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
+    damaged = f"{settings.run or settings.throughput} is damaged, or of something else than a run or eval.throughput"
     try:
         if settings.run is not None:
             measured = [from_run(settings.run)]
         elif settings.throughput is not None:
             measured = from_throughput(settings.throughput)
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        parser.exit(2, f"{parser.prog}: {damaged}: {type(error).__name__}: {' '.join(str(error).split())}\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print("\n".join(table(measured, settings)))

@@ -1,4 +1,4 @@
-"""What can go wrong in a run through no fault of the code, and how it is told."""
+"""Errors that a user causes or can fix, and how they are reported."""
 
 import sys
 import traceback
@@ -20,7 +20,7 @@ MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, Safete
 
 
 @contextmanager
-def told_as_mistakes(program: str) -> Iterator[None]:
+def reporting_mistakes(program: str) -> Iterator[None]:
     """Let the program end with 1 and one message where the block cannot start or go on."""
     try:
         yield

@@ -21,21 +21,20 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from arm_zoo.files import CheckpointError, described_by_folder, read_config, weights_in
-from arm_zoo.loading import label_names
+from arm_zoo.files import described_by_folder, read_config, weights_in
+from arm_zoo.loading import entry_of, label_names
 from arm_zoo.weights.download import find_weights
-from arm_zoo.weights.hosted import ways_on
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
 from recipes.data.loader import Batch
 from recipes.errors import RunError
-from recipes.objectives import Objective, Trained
+from recipes.objectives import Trained, TrainingObjective
+from recipes.signals import StopRequest
 from recipes.training.engine import LossFunction
 from recipes.training.export import save_timm_model
 from recipes.training.scoring import evaluation
 from recipes.training.setup import train
-from recipes.training.signals import StopRequest
 
 PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
 
@@ -69,7 +68,7 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
         say(f"the head of {config.pretrained} is kept: it is one of the same {classes} classes")
         return model
     if pretrained_names:
-        say(f"the head of {config.pretrained} is left out, and a new one trained: it is one of other classes")
+        say(f"the head of {config.pretrained} is left out, and a new one trained: it was trained on other classes")
     head = model.get_classifier()
     nn.init.trunc_normal_(head.weight, std=PRETRAINED_HEAD_STD)
     nn.init.zeros_(head.bias)
@@ -80,13 +79,9 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
     """The file of weights that `pretrained` names, and the names of the classes of its head as far as it tells."""
     path = Path(pretrained)
     if not path.exists():
-        told: Any = timm.create_model(pretrained, device="meta").pretrained_cfg  # whose names are never the short ones
-        entry = f"{told['architecture']}.{told['tag']}"
-        file = find_weights(entry)
-        if file is None:
-            raise CheckpointError(ways_on(entry, told["architecture"]))
+        entry = entry_of(pretrained)
         cfg: Any = timm.get_pretrained_cfg(entry)
-        return file, tuple(cfg.label_names or ())
+        return find_weights(entry), tuple(cfg.label_names or ())
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}
     return file, label_names(saved, saved.get("num_classes", 0))
@@ -119,7 +114,7 @@ def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunctio
     return mixed_loss
 
 
-CLASSIFICATION = Objective(
+CLASSIFICATION = TrainingObjective(
     create=lambda config, source: create_classifier(config, source.class_names),
     loss=lambda config, source: classification_loss(config, len(source.class_names)),
     evaluation=evaluation,

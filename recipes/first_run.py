@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from arm_zoo.images.listing import SourceError, class_folders
+from arm_zoo.images.listing import SourceError, class_folders, plural
 from arm_zoo.images.locate import locate
 from recipes.config import ENTRY, FinetuneConfig
 from recipes.data.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
@@ -26,7 +26,6 @@ PEAK = 5e-4  # learning rate, whatever the batch
 LARGEST_BATCH = 64
 FEWEST_EPOCHS, MOST_EPOCHS = 5, 10
 IMAGES_SEEN = 4000  # over all epochs, between these two
-WORKERS = 4
 RUNS = Path("runs")
 
 
@@ -72,8 +71,7 @@ def survey(config: FinetuneConfig) -> Survey:
             raise SourceError("the training stream does not tell its size; type data.train_size=IMAGES")
         return Survey(source.train.size, len(source.class_names), source.channels == 1, source.held_out)
     [folder] = located.splits["train"]
-    class_folders.cache_clear()
-    classes = {name: len(paths) for name, paths in class_folders(folder)[0].items()}  # kept until they are opened
+    classes = {name: len(paths) for name, paths in class_folders(folder)[0].items()}
     images = list(classes.values())
     fraction = validation_fraction(data.validation, located.has_validation, labels_needed=True)
     if sum(images) == 0:
@@ -100,8 +98,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
     if "warmup_epochs" in given:
         epochs = max(epochs, int(config.warmup_epochs) + 1)
     every = max(1, epochs // 4)
-    of_batch = f"of the run in {output}, to go on with" if earlier else f"for {_count(found.train, 'training image')}"
-    workers = 1 if found.train < 1000 else min(WORKERS, os.cpu_count() or 1)
+    of_batch = f"of the run in {output}, to go on with" if earlier else f"for {plural(found.train, 'training image')}"
     no_validation = found.held_out is not None and config.data.validation is None
     choices = [
         _start(config, given, found),
@@ -110,7 +107,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
             {"data.validation": found.held_out} if no_validation else {},
         ),
         Choice(of_batch, {"global_batch": batch}),
-        Choice(f"{_count(found.train // batch, 'step')} each", {"epochs": epochs, "warmup_epochs": epochs / 10}),
+        Choice(f"{plural(found.train // batch, 'step')} each", {"epochs": epochs, "warmup_epochs": epochs / 10}),
         Choice(
             f"a peak of {PEAK:g} at the head, less in the layers below it",
             {"base_lr": PEAK * 256 / batch, "min_lr": 0.0, "layer_decay": 0.75},
@@ -121,7 +118,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
         ),
         Choice("epochs between scores and checkpoints", {"evaluate_every": every, "checkpoint_epochs": every}),
         Choice("right on every device; curves.png shows the figures", {"precision": "fp32", "tracker": "none"}),
-        Choice("processes that decode images", {"data.workers": workers}),
+        Choice("processes that decode images", {"data.workers": 1 if found.train < 1000 else config.data.workers}),
         Choice(
             "augmentation; data.flip=0 where left and right matter, as in writing",
             {} if found.grey else {"data.random_crop": (0.5, 1.0), "data.flip": 0.5},
@@ -190,14 +187,10 @@ def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> s
     """The table of what was chosen, as a person would type it."""
     typed = [" ".join(f"{key}={shlex.quote(_text(value))}" for key, value in each.values.items()) for each in choices]
     width = max(map(len, typed))
-    images = f"{_count(found.train, 'image')} of {found.classes} classes"
+    images = f"{plural(found.train, 'image')} of {found.classes} classes"
     lines = [f"{config.data.source}: {images} to train on. Chosen for them:"]
     lines += [f"  {settings:{width}}  {choice.reason}" for settings, choice in zip(typed, choices, strict=True)]
-    return "\n".join([*lines, "Every one of these can be typed after the command to change it."])
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return "\n".join([*lines, "Add any of these as key=value to change it."])
 
 
 def _text(value: Any) -> str:

@@ -64,22 +64,19 @@ class KillTest:
 
     def _finish(self, process: BaseProcess) -> None:
         process.join(PATIENCE)
-        if process.exitcode != 0:
-            process.kill()
-            raise RuntimeError(f"a process of {self._folder} ended with {process.exitcode}; see the logs in there")
+        if (code := process.exitcode) != 0:
+            end(process)
+            raise RuntimeError(f"a process of {self._folder} ended with {code}; see the logs in there")
 
     def _kill(self, process: BaseProcess, folder: Path, delay: float, aimed: bool) -> bool:
         """Send SIGKILL after a delay, or later when a checkpoint is being written; True if the run ended first."""
         process.join(delay)
         while aimed and process.is_alive() and not being_written(folder):
             time.sleep(0.0005)
-        if not process.is_alive() or process.pid is None:
+        if not process.is_alive():
             self._finish(process)
             return True
-        process.kill()
-        process.join()
-        with contextlib.suppress(ProcessLookupError):  # what loaded images for it
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         return False
 
     def _compare(self, whole: Path, other: Path) -> None:
@@ -89,6 +86,14 @@ class KillTest:
         for file in expected.glob("*.safetensors"):
             if file.read_bytes() != (found / file.name).read_bytes():
                 raise RuntimeError(f"{found / file.name} has other bits than {file}")
+
+
+def end(process: BaseProcess) -> None:
+    """Kill a run, and the workers that load images for it, which may outlive it."""
+    process.kill()
+    process.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # None only before its start
 
 
 def being_written(folder: Path) -> bool:
@@ -116,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="empty folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     arguments, command = parser.parse_known_args(argv)
+    if arguments.kills < 1:
+        parser.error(f"--kills is {arguments.kills}; allowed: a whole number, 1 or more")
+    command_line.read_command(arguments.recipe, [*command, f"output_dir={arguments.output}"])  # ends where it is wrong
     arguments.output.mkdir(parents=True, exist_ok=True)
     if any(arguments.output.iterdir()):
         parser.error(f"--output {arguments.output} is not empty; delete it or name another folder")

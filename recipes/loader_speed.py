@@ -16,7 +16,7 @@ from recipes.command_line import read_config
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, TrainConfig
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
-from recipes.errors import told_as_mistakes
+from recipes.errors import reporting_mistakes
 from recipes.parsing import limited
 
 
@@ -34,25 +34,25 @@ class LoaderConfig(Config):
 def loader_speed(config: LoaderConfig) -> float:
     """Images per second of one process with `data.workers` workers; nothing else runs."""
     source = open_source(config.data, labels_needed=False)
-    training = TrainConfig(data=config.data, seed=config.seed, global_batch=config.batch, epochs=1_000_000)
+    batch = min(config.batch, max(2, (source.train.size or config.batch) // 2 * 2))  # of few images, all of them
+    training = TrainConfig(data=config.data, seed=config.seed, global_batch=batch, epochs=1_000_000)
     size = (config.image_size, config.image_size)
-    loader = TrainLoader(source, training, BatchPlan(config.batch, 1), size, 0, 1, torch.device("cpu"))
+    loader = TrainLoader(source, training, BatchPlan(batch, 1), size, 0, 1, torch.device("cpu"))
     batches = (step for epoch in range(training.epochs) for step in loader.epoch(epoch))
     for _ in range(1 + 3 * config.data.workers):  # two that each has ready and one in its hands
         next(batches)
     started = time.perf_counter()
     for _ in range(config.batches):
         next(batches)
-    return config.batches * config.batch / (time.perf_counter() - started)
+    return config.batches * batch / (time.perf_counter() - started)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.loader_speed", description="Speed of the training loader alone. Run it from the top."
-    )
+    does = "Speed of the training loader alone. Run it from the repository's root."
+    parser = argparse.ArgumentParser(prog="python -m recipes.loader_speed", description=does)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., image_size=224, ...")
     config = read_config(parser, LoaderConfig, None, parser.parse_args(argv).overrides)
-    with told_as_mistakes(parser.prog):
+    with reporting_mistakes(parser.prog):
         speed = loader_speed(config)
     processes = config.data.workers or 1
     print(f"{speed:,.0f} img/s at {config.image_size} px: {processes} x {speed / processes:,.0f}")

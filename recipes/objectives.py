@@ -1,6 +1,6 @@
 """What sets one way to train apart from another: a record for each, which `recipes.training.setup` carries out.
 
-A new pretraining objective is one more row of `OBJECTIVES`, under the name that its models have in
+A new pretraining objective is one more row of `TRAINING`, under the name that its models have in
 `arm_zoo.pretraining`; the record of training with labels stands in `recipes.finetune`.
 """
 
@@ -39,7 +39,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Objective:
+class TrainingObjective:
     """The parts of a run that depend on what is trained for."""
 
     create: Callable[[Any, Source], nn.Module]  # the model to train, for a configuration
@@ -50,6 +50,7 @@ class Objective:
 
 
 def export_autoregressive(trained: Trained) -> None:
+    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets."""
     model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
     save_pretraining(model, config, inputs)
     file, cluster = Path(config.output_dir) / "predictions.png", to_2tuple(model.config["cluster_size"])
@@ -57,10 +58,10 @@ def export_autoregressive(trained: Trained) -> None:
     draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
 
 
-AUTOREGRESSIVE = Objective(
+AUTOREGRESSIVE = TrainingObjective(
     create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
     export=export_autoregressive,
     folders=(EXPORT, BACKBONE),
 )
-OBJECTIVES = {"autoregressive": AUTOREGRESSIVE}  # of pretraining
+TRAINING = {"autoregressive": AUTOREGRESSIVE}  # the objectives of pretraining

@@ -5,6 +5,7 @@ Values count as they are typed: `${...}` and `???`, which OmegaConf would replac
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import Field, field, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -63,6 +64,8 @@ def filled(kind: type[T], values: Mapping[str, Any], problems: dict[str, str]) -
     unknown = []
     for key, value in values.items():
         setting = known.get(key) or known.get(f"{key.rpartition('.')[0]}.NAME")
+        if value is None and any(name.startswith(f"{key}.") for name in known):
+            continue  # a line such as `data:` with nothing below it
         if setting is None:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
             unknown.append(f"{key} (did you mean {close[0]}?)" if close else key)
@@ -102,7 +105,7 @@ def _allowed(setting: Field[Any]) -> str:
 def _takes(settings: DictConfig, key: str, value: Any, setting: Field[Any]) -> bool:
     """Set a value that is within the field's type, to which OmegaConf converts it, and limit; False if it is not."""
     try:
-        before = OmegaConf.select(settings, key)
+        before = deepcopy(OmegaConf.select(settings, key))  # a list is changed in place
         OmegaConf.update(settings, key, _meant(value, setting.type))
         now = OmegaConf.select(settings, key)
         _, holds = setting.metadata.get("limit", (None, lambda _: True))

@@ -13,18 +13,20 @@ from functools import partial
 
 from recipes import command_line
 from recipes.command_line import say
-from recipes.config import PretrainConfig
-from recipes.objectives import OBJECTIVES, Trained
+from recipes.config import ConfigError, PretrainConfig
+from recipes.objectives import TRAINING, Trained
+from recipes.signals import StopRequest
 from recipes.training.export import BACKBONE
 from recipes.training.setup import train
-from recipes.training.signals import StopRequest
 
 
 def pretrain(
     config: PretrainConfig, title: str = "pretrain", resume: str = "auto", stop: StopRequest | None = None
 ) -> Trained:
     """Train without labels; `pretraining_model/`, `backbone/` and predictions are written. See `train`."""
-    return train(config, OBJECTIVES[config.objective], title, resume, stop)
+    if config.objective not in TRAINING:
+        raise ConfigError({"objective": f"objective is {config.objective!r}; allowed: {', '.join(TRAINING)}"})
+    return train(config, TRAINING[config.objective], title, resume, stop)
 
 
 def run(config: PretrainConfig, resume: str, stop: StopRequest) -> None:

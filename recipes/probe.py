@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 from rich.progress import track
 from timm.data import resolve_model_data_config
@@ -20,13 +19,13 @@ from torch.nn import functional as F
 
 from arm_zoo.files import described_by_folder, read_config, write_text
 from arm_zoo.images.listing import SourceError
-from arm_zoo.loading import entries, load
+from arm_zoo.loading import list_entries, load, unknown_model
 from recipes import command_line
 from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
 from recipes.data.loader import EvalLoader
 from recipes.data.sources import Split, open_source
 from recipes.data.undecodable import check_undecodable
-from recipes.errors import RunError, told_as_mistakes
+from recipes.errors import RunError, reporting_mistakes
 from recipes.parsing import limited
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -40,7 +39,7 @@ class ProbeConfig(Config):
     """What `python -m recipes.probe` takes as `key=value`."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: str = ""  # a timm entry, for weights that are a file; folders tell it
+    model: str = ""  # a timm entry, for a bare file of weights; folders tell theirs, which must be it
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     output: str = limited("probe.json", ("a file to write to, as in output=probe.json", bool))
     seed: int = limited(0, WHOLE)
@@ -52,7 +51,7 @@ class ProbeConfig(Config):
 
 
 class Features(NamedTuple):
-    """Features of one split, (N, D), float32, the class indices, (N,), and how many pictures could not be decoded."""
+    """Features of one split, (N, D), float32, the class indices, (N,), and how many images could not be decoded."""
 
     values: Tensor
     classes: Tensor
@@ -63,13 +62,11 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
     """A model that gives pooled features, and how images are prepared for it.
 
     Mean and standard deviation are among the latter where the weights tell those that the model was trained with. The
-    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, or a file.
+    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or "hf-hub:ORG/NAME".
     """
-    if config.model and not timm.is_model(config.model):
-        ours = ", ".join(sorted(name for name in entries() if "." not in name))
-        problem = f"model is {config.model!r}, which timm does not have"
-        raise RunError(f"{problem}; allowed: {ours}, or an entry of timm's own")
-    names = (config.model, weights) if config.model and weights.is_file() else (weights, None)
+    if config.model and config.model not in (known := list_entries()):
+        raise RunError(str(unknown_model(config.model, known)))
+    names = (config.model, weights) if config.model else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
     own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
     torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
@@ -83,9 +80,9 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
             "with values as it takes them"
         ) from error
     inputs = resolve_model_data_config(model)
-    if own:
+    if own := said.get("pretraining_model"):
         inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
-    if own or not said:
+    if own or (weights.exists() and not said):  # an entry's own configuration tells them
         del inputs["mean"], inputs["std"]
     return model, inputs
 
@@ -203,12 +200,12 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     does = "k-NN and linear probe on frozen features; from the repository's top."
     parser = argparse.ArgumentParser(prog="python -m recipes.probe", description=does)
-    kinds = "pretraining_model/, backbone/, a finetuned folder, or a file"
+    kinds = "pretraining_model/, backbone/, a finetuned folder, a file, an entry's name, or hf-hub:ORG/NAME"
     parser.add_argument("--weights", type=Path, required=True, help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)
     config = command_line.read_config(parser, ProbeConfig, None, arguments.overrides)
-    with told_as_mistakes(parser.prog):
+    with reporting_mistakes(parser.prog):
         result = probe(arguments.weights, config)
     print(f"k-NN ({result['neighbours']} neighbours): {result['knn_top1']:.2f}% of {result['images_test']:,} images")
     print(f"linear (rate {result['linear_rate']:g}): {result['linear_top1']:.2f}%; wrote {config.output}")

@@ -24,7 +24,7 @@ from timm.data import resolve_data_config
 
 from arm_zoo.files import replacing_files, write_text
 from recipes.config import FinetuneConfig, PretrainConfig, load_config
-from recipes.errors import RunError, told_as_mistakes
+from recipes.errors import RunError, reporting_mistakes
 from recipes.finetune import finetune
 from recipes.pretrain import pretrain
 from recipes.training.engine import Metrics
@@ -33,7 +33,7 @@ from recipes.training.plots import drawn_blindly, plot_comparison, prepared_imag
 CHECKOUT = Path(__file__).parent.parent
 CONFIGS = CHECKOUT / "recipes" / "configs"
 IMAGES_NAMED = 3
-RUNS = "quickstart_runs"  # is deleted at the start: a name that nobody's own runs have
+RUNS = "quickstart_runs"  # deleted at the start, hence a name that no user would choose
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
         "pretrain_seconds": pretrained.history[-1]["seconds"],
         "finetune_seconds": finetuned.history[-1]["seconds"],
         "scratch_seconds": scratch[-1]["seconds"],
-        "named": name_images(output, source, seed),
+        "examples": name_images(output, source, seed),
         "seconds": time.time() - psutil.Process().create_time(),
     }
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -105,27 +105,28 @@ def name_images(folder: Path, source: Any, seed: int) -> list[dict[str, Any]]:
     rows = zip(indices, best.tolist(), batch.classes.tolist(), probabilities.tolist(), strict=True)
     names = source.class_names
     return [
-        {"picture": index, "named": names[named], "is": names[label], "probability": probability}
-        for index, named, label, probability in rows
+        {"image": index, "predicted": names[predicted], "label": names[label], "probability": probability}
+        for index, predicted, label, probability in rows
     ]
 
 
 def show(summary: dict[str, Any], output: Path) -> None:
     console = Console(markup=False, emoji=False)
     table = Table(title=f"Handwritten digits, {summary['images_test']} validation images", title_justify="left")
-    for heading in ("start", "labels seen", "top-1", "pretraining", "training"):
+    for heading in ("start", "supervised epochs", "top-1", "pretraining", "training"):
         table.add_column(heading, justify="left" if heading == "start" else "right")
-    epochs = f"{summary['finetune_epochs']} epochs"
+    epochs = str(summary["finetune_epochs"])
     before, after, scratch = (f"{summary[f'{run}_seconds']:.0f} s" for run in ("pretrain", "finetune", "scratch"))
     table.add_row("pretrained", epochs, f"{summary['finetuned_top1']:.2f}%", before, after)
     table.add_row("from scratch", epochs, f"{summary['scratch_top1']:.2f}%", "-", scratch)
-    console.print(table)
-    for row in summary["named"]:
-        verdict = "right" if row["named"] == row["is"] else f"wrong, it is {row['is']}"
-        console.print(f'image {row["picture"]}: "{row["named"]}" ({row["probability"]:.0%}), {verdict}')
-    console.print("Training from scratch ran beside the other two, in a process of its own, one thread each.")
+    console.print(table, "Less than a point apart is noise: on so few images either may end ahead.", sep="\n")
+    for row in summary["examples"]:
+        verdict = "right" if row["predicted"] == row["label"] else f"wrong, it is {row['label']}"
+        console.print(f'image {row["image"]}: "{row["predicted"]}" ({row["probability"]:.0%}), {verdict}')
+    console.print("Training from scratch ran at the same time as pretraining and finetuning, one thread each.")
     console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ curves.png predictions.png summary.json")
-    console.print(f'the finetuned model: timm.create_model("local-dir:{output}", pretrained=True)', soft_wrap=True)
+    load = f'import arm_zoo, timm; timm.create_model("local-dir:{output}", pretrained=True)'
+    console.print(f"load the finetuned model: {load}", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     # so that the end of this process, asked for by whoever started it, ends its child too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with told_as_mistakes(parser.prog):
+    with reporting_mistakes(parser.prog):
         show(quickstart(arguments.output, arguments.seed), arguments.output)
 
 

@@ -21,7 +21,7 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    ("files", "ops/layout"),
+    ("command_line", "files", "ops/layout"),
     ("images", "ops"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/reading", "weights/tensor_names"),
     ("weights",),
@@ -35,6 +35,38 @@ RANKS = (
     ("__init__",),
     ("__main__", "onnx"),
 )
+PACKAGE_RANKS = {  # the same of the other packages
+    "arm_zoo": RANKS,
+    "hub": (
+        ("folders",),
+        ("catalog", "export"),
+        ("card",),
+        ("convert",),
+        ("check",),
+        ("publish",),
+        ("upstream",),
+        ("__init__", "__main__"),
+    ),
+    "recipes": (
+        ("data/splits", "parsing", "signals"),
+        ("config", "errors"),
+        ("data",),
+        ("first_run", "training"),
+        ("command_line", "objectives"),
+        ("training/setup",),
+        ("cost", "finetune", "kill_test", "loader_speed", "pretrain", "probe"),
+        ("quickstart",),
+        ("__init__", "__main__"),
+    ),
+    "eval": (
+        ("scoring/sets",),
+        ("tables",),
+        ("scoring",),
+        ("board", "speed"),
+        ("leaderboard", "scan", "throughput", "verify"),
+        ("__init__", "__main__"),
+    ),
+}
 # timm's own model files take helpers from these two; everything else is imported by its public name.
 TIMM_PRIVATE = ("timm.models._features.", "timm.models._input.")
 
@@ -95,15 +127,16 @@ def test_library_reaches_the_hub_only_on_demand() -> None:
         assert "huggingface_hub" not in tops, file
 
 
-def rank(module: str) -> tuple[int, str] | None:
-    """Line of RANKS and the path there that leads to a module, itself a path such as scan/ops; None without a rank."""
-    found = [(i, path) for i, paths in enumerate(RANKS) for path in paths if f"{module}/".startswith(f"{path}/")]
+def rank(module: str, package: str = "arm_zoo") -> tuple[int, str] | None:
+    """Line of the ranks and the path there that leads to a module, a path such as ops/fused; None without a rank."""
+    ranks = PACKAGE_RANKS[package]
+    found = [(i, path) for i, paths in enumerate(ranks) for path in paths if f"{module}/".startswith(f"{path}/")]
     return max(found, key=lambda entry: len(entry[1]), default=None)
 
 
-def library_imports() -> dict[str, set[str]]:
-    """Modules of the library, as paths without ending -> the modules of the library that they import."""
-    modules = {file: file.removesuffix(".py").removesuffix("/__init__") for file in imports_by_file("arm_zoo")}
+def own_imports(package: str) -> dict[str, set[str]]:
+    """Modules of a package, as paths without ending -> the modules of the package that they import."""
+    modules = {file: file.removesuffix(".py").removesuffix("/__init__") for file in imports_by_file(package)}
 
     def module_of(name: str) -> str:
         """A dotted name is that of a module, or of something within one."""
@@ -112,25 +145,27 @@ def library_imports() -> dict[str, set[str]]:
         return next((path for path in paths if path in modules.values()), "__init__")
 
     return {
-        modules[file]: {module_of(name) for name in names if name.partition(".")[0] == "arm_zoo"}
-        for file, names in imports_by_file("arm_zoo").items()
+        modules[file]: {module_of(name) for name in names if name.partition(".")[0] == package}
+        for file, names in imports_by_file(package).items()
     }
 
 
-def test_every_module_of_the_library_has_a_rank() -> None:
-    modules = library_imports().keys()
-    assert [module for module in modules if rank(module) is None] == []
-    used = {rank(module) for module in modules}
-    assert [entry for i, paths in enumerate(RANKS) for path in paths if (entry := (i, path)) not in used] == []
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_has_a_rank(package: str) -> None:
+    modules, ranks = own_imports(package).keys(), PACKAGE_RANKS[package]
+    assert [module for module in modules if rank(module, package) is None] == []
+    used = {rank(module, package) for module in modules}
+    assert [entry for i, paths in enumerate(ranks) for path in paths if (entry := (i, path)) not in used] == []
 
 
-def test_library_modules_import_downwards() -> None:
-    imports = library_imports()
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_import_downwards(package: str) -> None:
+    imports = own_imports(package)
     for module, others in imports.items():
         for other in others:
-            own, below = rank(module), rank(other)
+            own, below = rank(module, package), rank(other, package)
             assert own is not None and below is not None, (module, other)
-            assert below[0] < own[0] or below == own, f"{module} imports {other}"
+            assert below[0] < own[0] or below == own, f"{package}: {module} imports {other}"
     TopologicalSorter(imports).prepare()  # raises if modules of one folder import each other
 
 
@@ -204,7 +239,12 @@ def test_every_test_asserts_something() -> None:
 def test_no_paths_of_one_machine() -> None:
     folders = "|".join(("home", "root", "work", "tmp", "mnt", "Users"))
     absolute = re.compile(rf"(?<![\w./-])/(?:{folders})\b")
-    texts = [path for package in (*PACKAGES, "tests", ".ci") for path in (ROOT / package).rglob("*") if path.is_file()]
+    texts = [
+        path
+        for package in (*PACKAGES, "tests", ".ci", "findings")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file()
+    ]
     texts += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml") or path.name == "Makefile"]
     for path in texts:
         if "__pycache__" not in path.parts:

@@ -26,7 +26,7 @@ class Choices:
     label_column: str | None = None  # None: the only one that looks like a class. Of tars, an ending or JSON's field
     num_classes: int | None = None  # None: as many as the source has
     max_pixels: int = MAX_PIXELS  # larger images are not decoded
-    by_name: bool = False  # of several columns a usual name is meant, else the first: so ImageNet's sets are published
+    by_name: bool = False  # with several candidates, prefer the usual names, then the first, as ImageNet's sets do
     in_training: bool = True  # choices are typed as keys of the recipes, not as options of `eval`
 
     def typed(self, key: str, value: str = "NAME") -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import datasets
 
 from arm_zoo.images.listing import SourceError, split_of
+from arm_zoo.images.locate import SCORED
 
 
 def quiet_in_logs() -> None:
@@ -57,8 +58,9 @@ def load_split_from_hub(name: str, revision: str | None, split: str | None) -> d
 def split_to_score(splits: Sequence[str], name: str) -> str:
     """The only split, or the first one that training would validate with."""
     of_word = {split_of(split): split for split in reversed(splits)}
-    if len(splits) == 1 or "val" in of_word or "test" in of_word:
-        return of_word.get("val") or of_word.get("test") or splits[0]
+    scored = [of_word[word] for word in SCORED if word in of_word and word != "train"]
+    if scored or len(splits) == 1:
+        return [*scored, *splits][0]
     raise SourceError(f"{name} has the splits {', '.join(splits)}; name the one to score: {name}:{splits[0]}")
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arm_zoo.images.columns import STRINGS
-from arm_zoo.images.listing import SourceError, class_name, listed, natural_order
+from arm_zoo.images.listing import SourceError, class_name, listed, natural_order, plural
 
 MOST_CLASSES = 1_000_000  # of labels that are integers; larger ones are something else, such as identifiers
 
@@ -40,7 +40,7 @@ class Labels:
 
 
 def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count: int | None, where: str) -> Labels:
-    """The classes of a split, called `where`, from the declaration of its label column and from all that stands in it.
+    """The classes of a split, called `where`, from the declaration of its label column and from its values.
 
     `values` is None for a stream that tells them row by row, `count` the number of classes, if that is given.
     """
@@ -84,7 +84,8 @@ def counted(values: pa.ChunkedArray) -> dict[Any, int]:
 def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: bool, where: str) -> dict[str, int]:
     """Class -> number of its rows; labels that are no class are refused with the number of theirs."""
     if wrong := {label: rows for label, rows in found.items() if label not in raw}:
-        values = [f"{'none' if label is None else repr(label)} in {of_rows(rows)}" for label, rows in wrong.items()]
+        shown = {"none" if label is None else repr(label): plural(rows, "row") for label, rows in wrong.items()}
+        values = [f"{label} in {rows}" for label, rows in shown.items()]
         allowed = "a name in each row" if by_name else f"0 to {len(raw) - 1}" if raw else "0 and above"
         hidden = {-1, None} & wrong.keys()
         hint = " (-1 or none marks hidden labels on the Hub: take another split)" if hidden else ""
@@ -96,8 +97,3 @@ def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: 
     for label, number in found.items():
         rows[raw[label]] += number
     return rows
-
-
-def of_rows(count: int) -> str:
-    """As in `1 row`."""
-    return f"{count} row{'' if count == 1 else 's'}"

@@ -4,7 +4,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import filterfalse
 from pathlib import Path
 
@@ -52,9 +51,14 @@ def split_of(path: str) -> str | None:
 
 
 def listed(names: Sequence[object], most: int = 5) -> str:
-    """The names, or the first of them and how many more there are."""
+    """The names, or the first of them and how many more there are; "none" without any."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    return ", ".join(map(str, names[:most])) + more or "none"
+
+
+def plural(count: int, what: str) -> str:
+    """A number of things, as in `1 row` and `2 rows`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def class_name(name: str) -> str:
@@ -62,9 +66,19 @@ def class_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def entries_of(folder: str) -> Iterator[os.DirEntry[str]]:
+    """What is visible directly in a folder, in no order; raises `SourceError` if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        said = f"cannot list the folder {printable(folder)!r}: {error.strerror}"
+        raise SourceError(f"{said}; allow yourself to read it, or move it elsewhere") from error
+
+
 def subfolders(folder: str) -> list[str]:
     """Paths of the visible folders inside, in natural order; links to a folder that they lie in are left out."""
-    names = [entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith(".")]
+    names = [entry.name for entry in entries_of(folder) if _is_folder(entry)]
     return [path for name in natural_order(names) if not _leads_back(path := os.path.join(folder, name))]
 
 
@@ -84,29 +98,20 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _leads_back(path: str) -> bool:
-    """Whether a folder is a link to one that it lies in, by which all images there would be found again and again."""
+    """Whether a folder is a link to one of its own ancestors, which would list the same images without end."""
     return os.path.islink(path) and any(os.path.samefile(path, above) for above in Path(os.path.abspath(path)).parents)
 
 
 def images_in(folder: str) -> Iterator[str]:
     """Paths of the images directly in a folder, in no order."""
-    return (entry.path for entry in os.scandir(folder) if is_image(entry.name) and _is_file(entry))
+    return (entry.path for entry in entries_of(folder) if is_image(entry.name) and _is_file(entry))
 
 
 def files_below(folder: str) -> Iterator[str]:
-    """Paths of all visible files in a folder and below it, in no order, without hidden folders and links upwards.
-
-    What cannot be listed, as a folder without permission, has none.
-    """
+    """Paths of all visible files in a folder and below it, in no order, without hidden folders and links upwards."""
     folders = [folder]
     while folders:
-        try:
-            entries = os.scandir(folders.pop())
-        except OSError:
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
+        for entry in entries_of(folders.pop()):
             if _is_file(entry):
                 yield entry.path
             elif _is_folder(entry) and not _leads_back(entry.path):
@@ -118,18 +123,10 @@ def images_below(folder: str) -> Iterator[str]:
     return filter(is_image, files_below(folder))
 
 
-def has_images(folder: str) -> bool:
-    """Whether there is an image in a folder or below it."""
-    return next(images_below(folder), None) is not None
-
-
-@lru_cache(maxsize=1)
 def class_folders(folder: str) -> tuple[dict[str, list[str]], list[str]]:
     """The images of each class, both in natural order, and the visible files beside them that are none, by path.
 
-    Every folder of `folder` is a class, also one without images, whatever lies below it.
-    Names are those of `class_name`. The last answer is kept, so that images counted at the start of a run need not be
-    found again; `class_folders.cache_clear()` forgets it.
+    Every folder of `folder` is a class, also one without images, whatever lies below it; its name is `class_name`'s.
     """
     images: dict[str, list[str]] = {}
     others: list[str] = []
@@ -148,5 +145,4 @@ def class_folders(folder: str) -> tuple[dict[str, list[str]], list[str]]:
 def left_out(files: Iterable[str]) -> str:
     """A note on files that are no images, which names the first of them; "" if there are none."""
     names = sorted(map(printable, files))
-    more = ", ..." if len(names) > 3 else ""
-    return f"files left out as no images ({len(names)}): {', '.join(names[:3])}{more}" if names else ""
+    return f"files left out as no images ({len(names)}): {listed(names, 3)}" if names else ""

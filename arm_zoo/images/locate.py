@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,9 +11,9 @@ from arm_zoo.images.listing import (
     SPLIT_OF_WORD,
     TAR_ENDINGS,
     SourceError,
-    has_images,
+    entries_of,
+    images_below,
     images_in,
-    is_image,
     natural_order,
     split_of,
     subfolders,
@@ -22,7 +21,7 @@ from arm_zoo.images.listing import (
 
 Kind = Literal["images", "parquet", "tars", "hub"]
 FILES: dict[Kind, tuple[str, ...]] = {"parquet": (".parquet",), "tars": TAR_ENDINGS}
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # ORG/NAME of models and of data sets
 SCORED = ("val", "test", "train")  # of a source that is named for validation, the first of these that is there
 ALLOWED = (
     "a folder of images in class subfolders (perhaps below train/ and val/), parquet files or WebDataset tars "
@@ -75,27 +74,17 @@ def locate(name: str, one_split: bool = False) -> Located:
 
 def _located_folder(folder: str, one_split: bool) -> Located:
     """A folder holds images, or parquet files, or tars; two kinds at once are refused."""
-    inside = list(_files_near(folder))
+    places = (folder, *(path for path in subfolders(folder) if not any(images_in(path))))  # images may be a million
+    inside = [entry.path for place in places for entry in entries_of(place) if entry.is_file()]
     found = {kind: [file for file in inside if file.lower().endswith(endings)] for kind, endings in FILES.items()}
-    kinds = [kind for kind, files in found.items() if files] + (["images"] if has_images(folder) else [])
+    kinds = [kind for kind, files in found.items() if files] + (["images"] if any(images_below(folder)) else [])
     if len(kinds) > 1:
         [ending, *_] = FILES[kinds[0]]
         raise SourceError(f"{folder!r} holds {' and '.join(kinds)}; name the files, as in '{folder}/*{ending}'")
     if not kinds:
-        problem = "holds no images, parquet files or tars" if any(os.scandir(folder)) else "is empty"
+        problem = "holds no images, parquet files or tars" if any(entries_of(folder)) else "is empty"
         raise SourceError(f"{folder!r} {problem}; allowed: {ALLOWED}")
     return _image_splits(folder, one_split) if kinds == ["images"] else _located_files(folder, found[kinds[0]])
-
-
-def _files_near(folder: str) -> Iterator[str]:
-    """Files in a folder and in its subfolders, those of images left out: they may hold a million."""
-    yield from (entry.path for entry in os.scandir(folder) if entry.is_file())
-    for below in subfolders(folder):
-        for entry in os.scandir(below):
-            if is_image(entry.name):
-                break
-            if entry.is_file():
-                yield entry.path
 
 
 def _located_files(name: str, files: list[str]) -> Located:
@@ -125,7 +114,7 @@ def _image_splits(folder: str, one_split: bool) -> Located:
     A subfolder called like a split may be a class. In a folder that is named for one split, it is one if there are
     other classes beside it, or if the images lie in it itself and not in class folders below it.
     """
-    inside = [os.path.basename(path) for path in subfolders(folder) if has_images(path)]
+    inside = [os.path.basename(path) for path in subfolders(folder) if any(images_below(path))]
     like_splits = [name for name in inside if name.lower() in SPLIT_OF_WORD]
     others = [name for name in inside if name not in like_splits]
     flat = all(any(images_in(os.path.join(folder, name))) for name in like_splits)

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from arm_zoo.files import replacing_files
+from arm_zoo.files import remove_leftovers, replacing_files
 from arm_zoo.images.columns import Choices, values_at
 from arm_zoo.images.labels import counted
 from arm_zoo.images.listing import SPLIT_OF_WORD, SourceError, class_name, is_image, left_out, listed, printable
@@ -31,7 +31,7 @@ from arm_zoo.images.tars import Sample, is_compressed, read_samples
 READING_THREADS = 16  # they wait for the disk
 TEXT_LABELS = ("cls", "class")
 JSON_LABEL = "json.label"
-FORMAT = 2  # of the index; another number makes those in the cache count no more
+FORMAT = 2  # of the index; raise it when the format changes: older cached indices are then ignored
 ROWS_AT_ONCE = 1000
 _IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.binary(), "offset": pa.int64(), "size": pa.int64()})
 INDEX = pa.schema({"image": _IMAGE, "key": pa.binary(), "label": pa.string()})  # in JSON, an integer or a string
@@ -56,10 +56,11 @@ def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in places]
     settings = (choices.image_column, choices.label_column, labels_needed, copied)
     digest = hashlib.sha256(json.dumps((FORMAT, stamps, settings)).encode()).hexdigest()[:32]
-    target = Path(datasets.config.HF_DATASETS_CACHE, "webdataset_indices", f"{digest}.arrow")
+    target = Path(datasets.config.HF_DATASETS_CACHE, "webdataset_indices", digest, "index.arrow")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the processes of a run start together
         if not target.exists():
+            remove_leftovers(target.parent)
             with (
                 replacing_files(target.parent) as beside,
                 pa.OSFile(str(beside / target.name), "wb") as file,

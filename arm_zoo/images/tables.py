@@ -183,7 +183,7 @@ def open_split(
     hub: Data | None = None,
     one_class: bool = False,
 ) -> OpenedSplit:
-    """Open one split of a source; in messages "" needs no name. `hub` is the split as it came from the Hub.
+    """Open one split of a source, "" where the source has a single split; `hub` is the split as it came from the Hub.
 
     With `one_class` images that lie in the split's folder itself are of the class that is called like it.
     """
@@ -244,7 +244,6 @@ def _load_folder(folder: str, labels_needed: bool, located_note: str, one_class:
         data = _table_of_paths(natural_order(filter(is_image, files)))
         return data, data.features, left_out(path.removeprefix(below) for path in filterfalse(is_image, files))
     classes, others = class_folders(folder)
-    class_folders.cache_clear()
     loose = natural_order(images_in(folder))
     if loose and one_class and not any(classes.values()):
         classes = {os.path.basename(os.path.abspath(folder)): loose}

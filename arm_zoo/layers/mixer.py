@@ -31,7 +31,6 @@ class MambaMixer(nn.Module):
         directions: int = 4,  # ARM: 1 in pretraining, 4 in finetuning; Vim: 2
         expand: float = 1.0,  # inner width as a multiple of `dim`; ARM: 1, Vim: 2
         d_state: int = 16,
-        d_conv: int = 4,  # taps of the short convolution
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -41,7 +40,7 @@ class MambaMixer(nn.Module):
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16)  # from the model's width, not the inner one
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv_weight = nn.Parameter(torch.empty(directions, inner, d_conv, **dd))
+        self.conv_weight = nn.Parameter(torch.empty(directions, inner, 4, **dd))  # 4 taps of the convolution
         self.conv_bias = nn.Parameter(torch.empty(directions, inner, **dd))
         self.x_proj_weight = nn.Parameter(torch.empty(directions, self.dt_rank + 2 * d_state, inner, **dd))
         self.dt_proj_weight = nn.Parameter(torch.empty(directions, inner, self.dt_rank, **dd))

@@ -25,7 +25,7 @@ from torch import nn
 from arm_zoo.base import ZooModel
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.weights.download import download, find_weights
-from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, ways_on
+from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of
 from arm_zoo.weights.reading import read_checkpoint
 from arm_zoo.weights.tensor_names import under_our_names
 
@@ -68,7 +68,7 @@ def _register_entry_point(name: str, architecture: str, module: str) -> None:
 
 
 def entry_configs(cfgs: Mapping[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
-    """timm's `default_cfgs`, with the place of the weights, by which `timm.list_pretrained()` knows who has some."""
+    """timm's `default_cfgs`, plus where the weights are, which `timm.list_pretrained()` reads."""
     return dict(generate_default_cfgs({entry: {**cfg, **_place(entry)} for entry, cfg in cfgs.items()}))
 
 
@@ -96,7 +96,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         cfg = dataclasses.replace(cfg, label_names=overlay.get("label_names"))
     tensors = _read_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else None
     described = cfg.file if cfg.source == "local-dir" else None
-    if tensors is not None:  # timm, which copies configurations with all that they hold, gets a stand-in
+    if tensors is not None:  # timm deep-copies the configuration, so it gets a stand-in for the tensors
         cfg = dataclasses.replace(cfg, state_dict={"read": True}, source=None)
     elif cfg.url and described is None:  # timm would take the file of a bundled entry before it
         cfg = dataclasses.replace(cfg, file=None)
@@ -154,10 +154,7 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
         return None
     if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
         return read_checkpoint(download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir))
-    file = find_weights(entry, cache_dir)
-    if file is None:
-        raise CheckpointError(ways_on(entry, name))
-    return read_checkpoint(file)
+    return read_checkpoint(find_weights(entry, cache_dir))
 
 
 class Backbone(ZooModel):

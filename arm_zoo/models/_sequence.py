@@ -9,7 +9,7 @@ import torch
 from timm.layers import calculate_drop_path_rates, get_device_dtype, get_norm_layer
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from arm_zoo.files import CheckpointError, StateDict
@@ -237,8 +237,8 @@ class SequenceBackbone(Backbone):
         """Drop the blocks after the last one asked for; returns the indices that remain."""
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
+        update_model_args(self, depth=len(self.blocks))  # for whoever saves it
+        self.norm = nn.Identity() if prune_norm else self.norm
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices

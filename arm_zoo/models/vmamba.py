@@ -142,6 +142,7 @@ class VMamba(Backbone):
     """Hierarchical vision backbone whose mixer, `SS2D`, scans maps of tokens row by row and column by column."""
 
     official_names = OFFICIAL_NAMES
+    parts_to_shard = ("stages",)
     feature_maps = 4
     keys = ("patch_embed.conv1.weight", "patch_embed.conv2.weight", "stages.*.blocks.*.ss2d.in_proj.weight")
 

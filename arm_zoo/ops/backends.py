@@ -27,7 +27,7 @@ class Package(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """What a backend needs, which calls it takes, how it works; and its module, which gets checked inputs and has:
+    """Requirements, accepted calls and traits of a backend. Its module gets checked inputs and defines:
     causal_conv(x, weight, bias, order) -> u: (B, L, D) -> (K, B, L, D), as `arm_zoo.ops` says; order (K, L) or None
     causal_conv_backward(grad, x, weight, bias, order) -> gradients of x, weight, bias, from that of u
     selective_scan(scan, save_states, gate) -> y (B, L, D) of `ScanInputs`, also with steps of low rank, times
@@ -44,7 +44,7 @@ class Backend(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = ()  # of the sequences; none for any
     compute_capability: tuple[int, int] | None = None  # the least, of NVIDIA GPUs; None for any GPU
     auto: int = 0  # its place in the choice of "auto", which takes the highest that fits and runs; 0: never
-    plain: bool = False  # what lies around the scans is PyTorch's, too, where other backends take Triton's kernels
+    plain: bool = False  # gates and norms run in PyTorch too; with other backends Triton kernels do them
     interpreted: bool = False  # runs on the CPU, too, with TRITON_INTERPRET=1
     saves_states: bool = True  # for the backward pass; else that scans again
     directions_inside: bool = False  # convolved sequences have steps before directions in memory
@@ -113,19 +113,20 @@ _announced: set[str] = set()
 
 
 @functools.cache
-def _why_not(name: str) -> str | None:
+def why_not(name: str) -> str | None:
+    """Why a backend cannot run here; None if it can."""
     return BACKENDS[name].why_not_here()
 
 
 def available_backends() -> list[str]:
     """Names of the backends that run here."""
-    return [name for name in BACKENDS if _why_not(name) is None]
+    return [name for name in BACKENDS if why_not(name) is None]
 
 
 def _check(name: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {available_backends()}")
-    if name != "auto" and (reason := _why_not(name)) is not None:
+    if name != "auto" and (reason := why_not(name)) is not None:
         raise ValueError(f"scan backend {name!r} cannot run here: {reason}")
     return name
 
@@ -223,7 +224,7 @@ def _choose(device: str, dtype: torch.dtype) -> str:
         return "torch"
     fitting = [name for name, row in BACKENDS.items() if row.auto and row.device == device and dtype in row.dtypes]
     fitting.sort(key=lambda name: -BACKENDS[name].auto)
-    name = next((name for name in fitting if _why_not(name) is None), "torch")
+    name = next((name for name in fitting if why_not(name) is None), "torch")
     if name not in _announced:
         _announced.add(name)
         _logger.info("scan backend: auto chose %r (available: %s)", name, ", ".join(available_backends()))

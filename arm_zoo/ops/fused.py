@@ -1,6 +1,6 @@
 """Custom operators for the fused gate, SwiGLU and residual + norm kernels, and when they are used."""
 
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard, TypeVar
@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from arm_zoo.ops.backends import BACKENDS, get_scan_backend, is_transformed
+from arm_zoo.ops.backends import BACKENDS, get_scan_backend, is_transformed, why_not
 from arm_zoo.ops.functional import needs_gradient
 from arm_zoo.ops.layout import Tensors
 from arm_zoo.ops.operators import register
@@ -21,14 +21,13 @@ Layer = TypeVar("Layer", bound=nn.Module)
 _MANY_ROWS = 4096  # from so many tokens on the kernels are faster than PyTorch's own
 _HALVES = (torch.bfloat16, torch.float16)
 _ONEDNN = torch.backends.mkldnn.is_available()
-_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the layer does what its class does and no more: not wrapped, replaced, patched or hooked."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     changed = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
-    return type(layer) is kind and not changed and not any(hooks)
+    return type(layer) is kind and not changed and not any(hooks) and not _has_any_global_hook()
 
 
 def is_plain(tensor: Any) -> TypeGuard[Tensor]:
@@ -46,7 +45,7 @@ def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
     eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
     if not (_ONEDNN and eager and is_plain(x) and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()):
         return layer(x)
-    if not is_plain_layer(layer, nn.Linear) or _has_any_global_hook():
+    if not is_plain_layer(layer, nn.Linear):
         return layer(x)
     rows = x.reshape(1, -1, 1, layer.in_features).permute(0, 3, 1, 2)  # channels innermost in memory
     rows = F.conv2d(rows, layer.weight[:, :, None, None], layer.bias)
@@ -145,7 +144,7 @@ def _has_kernel(device: int, *, hopper: bool) -> bool:
 # Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
 @torch.compiler.assume_constant_result
 def _runs_kernels(device: int, hopper: bool) -> bool:
-    if torch.compiler.is_exporting() or not _TRITON:
+    if torch.compiler.is_exporting() or why_not("triton") is not None:
         return False
     return not hopper or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
 

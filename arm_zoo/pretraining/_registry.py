@@ -57,7 +57,9 @@ def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **ov
         raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     model_class, sizes = OBJECTIVES[objective]
     if name not in sizes:
-        raise ValueError(f"unknown pretraining model {name!r}; choose one of {', '.join(sizes)}")
+        backbone_size = name.partition("_patch")[0]
+        advice = f"did you mean {backbone_size}?" if backbone_size in sizes else f"choose one of {', '.join(sizes)}"
+        raise ValueError(f"unknown pretraining model {name!r}; {advice}")
     keywords = inspect.signature(model_class).parameters
     if unknown := sorted(set(overrides) - set(keywords)):
         raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(keywords))}")

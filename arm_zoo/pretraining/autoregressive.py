@@ -34,6 +34,7 @@ class ARMPretrain(PretrainingModel):
     backbone = ARM
     official_names = ARM.official_names
     keys = (*ARM.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
+    parts_to_shard = ("blocks", "decoder_blocks")
     order: Tensor
     decoder_mask: Tensor
 
@@ -163,6 +164,7 @@ class ARMPretrain(PretrainingModel):
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
+        """As `ZooModel.read_shapes`; the cluster size is read from the official mask, else it is 4x4 patches."""
         sizes, patches = cls.backbone.read_shapes(source)
         del sizes["num_classes"]
         patches += 1  # for a backbone, one is the class token

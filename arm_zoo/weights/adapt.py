@@ -10,6 +10,8 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from arm_zoo.files import CheckpointError, StateDict
+from arm_zoo.images.listing import listed
+from arm_zoo.weights.reading import weights_of
 from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_names
 
 
@@ -17,7 +19,7 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
     """Official checkpoint -> a dict that loads strictly into `model` (a backbone or a pretraining model).
 
     Args:
-        state_dict: official names, as saved or nested under "model_ema" or "model" (the first that is there). A
+        state_dict: official names, alone or in a training's checkpoint (its averaged weights if it has any). A
             pretraining checkpoint becomes a four-scan backbone as in the official finetuning: every direction gets
             a copy of the pretrained one, position embeddings are resampled around a zero row for the class token, and
             what pretraining does not have (class token, final norm, head) keeps the values that `model` has now.
@@ -26,12 +28,11 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
     Raises:
         CheckpointError: if tensors are missing, left over or of another shape; the message lists both sides.
     """
-    nested = (state_dict.get(key) for key in ("model_ema", "model"))
-    state_dict = next((each for each in nested if isinstance(each, Mapping)), state_dict)
+    state_dict = weights_of(state_dict)
     names: OfficialNames = getattr(model, "official_names", OfficialNames())
     if not names.are_in(state_dict):
         advice = "weights of this project load with timm.create_model(..., pretrained_cfg_overlay=dict(file=...))"
-        found = f"no key starts with {names.prefix!r}, found {_some(state_dict)}"
+        found = f"no key starts with {names.prefix!r}, found {listed([*state_dict], 8)}"
         raise CheckpointError(f"not an official checkpoint of {type(model).__name__}: {found}; {advice}")
     adapt: Any = getattr(model, "adapt", adapt_state_dict)
     return cast(StateDict, adapt(state_dict, model, timm_adapts=False))
@@ -94,7 +95,7 @@ def refuse_foreign_head(source: Mapping[str, torch.Tensor]) -> None:
     """Raise CheckpointError for a head that is more than one linear layer."""
     if foreign := list(filter(_is_foreign_head, source)):
         raise CheckpointError(
-            f"the checkpoint's head is not one linear layer but holds {_some(foreign)}, as that of a linear probe "
+            f"the checkpoint's head is not one linear layer but holds {listed(foreign, 8)}, as that of a linear probe "
             "with batch norm does; its encoder loads with timm.create_model(NAME, pretrained=True, num_classes=0, "
             "pretrained_cfg_overlay=dict(file=FILE)), and save_pretrained(FOLDER) keeps that for finetuning"
         )
@@ -113,10 +114,11 @@ def sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
     return (len(row) // width, width) if matches else None
 
 
-def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, int]:
-    """Patch grid of a checkpoint: what a file's configuration or the caller says, else the model's own, else square.
+def _source_grid(model: nn.Module, patches: int, timm_adapts: bool) -> tuple[int, int]:
+    """Patch grid of a checkpoint: what its configuration or the caller says, else the model's own, else square.
 
-    Where only the entry's default says otherwise than the model, the file is refused: neither is sure to be right.
+    Only where timm loads the checkpoint (`timm_adapts`) does the model's configuration describe it. Where only the
+    entry's default says otherwise than the model, the file is refused: neither is sure to be right.
     """
     arguments = getattr(model, "pretrained_model_args", {})
     patch_embed: Any = model.patch_embed
@@ -130,9 +132,9 @@ def _source_grid(model: nn.Module, patches: int, of_a_file: bool) -> tuple[int, 
     )
     side, own = math.isqrt(patches), tuple(patch_embed.grid_size)
     fitting = [grid for grid in (own, told, (side, side)) if grid[0] * grid[1] == patches]
-    if of_a_file and (said or arguments.get("img_size")):
+    if timm_adapts and (said or arguments.get("img_size")):
         fitting.sort(key=lambda grid: grid != told)
-    elif of_a_file and own in fitting and told in fitting and own != told:
+    elif timm_adapts and own in fitting and told in fitting and own != told:
         raise CheckpointError(
             f"the checkpoint has position embeddings for {patches} patches: the model's {own[0]}x{own[1]}, or "
             f"{told[0]}x{told[1]} as its configuration says? For the first, say the source size with "
@@ -183,9 +185,9 @@ def _check(source: StateDict, target: StateDict, first_conv: str | None) -> None
     if missing or unexpected or shapes:
         raise CheckpointError(
             "the checkpoint does not fit the model (another width, depth or family?)"
-            f"\n  only in the model ({len(missing)}): {_some(missing)}"
-            f"\n  only in the checkpoint ({len(unexpected)}): {_some(unexpected)}"
-            f"\n  other shapes, checkpoint -> model ({len(shapes)}): {_some(shapes)}"
+            f"\n  only in the model ({len(missing)}): {listed(missing, 8)}"
+            f"\n  only in the checkpoint ({len(unexpected)}): {listed(unexpected, 8)}"
+            f"\n  other shapes, checkpoint -> model ({len(shapes)}): {listed(shapes, 8)}"
         )
 
 
@@ -195,8 +197,3 @@ def _fits(key: str, source: torch.Size, target: torch.Size, first_conv: str | No
     if first_conv and key.startswith("head."):
         source, target = source[1:], target[1:]
     return source == target
-
-
-def _some(names: Any, limit: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "none"

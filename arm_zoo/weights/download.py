@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, sha256_of
-from arm_zoo.weights.hosted import ORGANISATION, TABLE, bundled_file, known_sha256, repository_of
+from arm_zoo.weights.hosted import (
+    ORGANISATION,
+    TABLE,
+    bundled_entries,
+    bundled_file,
+    known_sha256,
+    repository_of,
+    ways_on,
+)
 
 _logger = logging.getLogger(__name__)
 _TRIES = 3
@@ -20,17 +28,19 @@ class DownloadError(CheckpointError):
 
 
 def organisation() -> str:
-    """The Hub organisation of the entries; the environment variable ARM_ZOO_HUB_ORG changes it, whenever it is set."""
+    """The entries' Hub organisation; the environment variable ARM_ZOO_HUB_ORG, read at every call, overrides it."""
     return os.environ.get("ARM_ZOO_HUB_ORG") or ORGANISATION
 
 
-def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The file with an entry's weights, from the package or the Hub, with the table's sha256; None if it has none."""
+def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path:
+    """The file with an entry's weights, from the package or the Hub; CheckpointError if it has none or other ones."""
     weights = TABLE.get(entry)
     if weights is not None and weights.where == "bundled":
         return _verified(bundled_file(entry), weights.sha256, "install arm-zoo anew")
     repository = hub_repository(entry)
-    return None if repository is None else download(repository, cache_dir=cache_dir)
+    if repository is None:
+        raise CheckpointError(ways_on(entry))
+    return download(repository, cache_dir=cache_dir)
 
 
 def hub_repository(entry: str) -> str | None:
@@ -45,6 +55,11 @@ def hub_repository(entry: str) -> str | None:
     if organisation() != ORGANISATION:
         return f"{organisation()}/{entry}"
     return f"{repository_of(entry)}@{weights.revision}" if weights.where == "hosted" else None
+
+
+def whereabouts(entry: str) -> str:
+    """Where `pretrained=True` finds an entry's weights: "bundled" (package), "hosted" (Hub) or "not hosted"."""
+    return "bundled" if entry in bundled_entries() else "hosted" if hub_repository(entry) else "not hosted"
 
 
 def download(
@@ -75,10 +90,11 @@ def download(
     except Exception as error:  # the client's, the network's and the file system's errors have no common parent
         raise DownloadError(f"cannot fetch {filename} of {name}: {explain(error, name, cache_dir)}") from error
     blob = _blob(path)
-    if blob is not None and blob.parent.name != "blobs":
-        _discard(path)
-        wanted = f"the server wants it to be kept outside the cache, as {blob}"
-        raise DownloadError(f"{name}: {filename}: {wanted}; trust it not")
+    blobs = os.path.normpath(path.parents[len(Path(filename).parts) + 1] / "blobs")
+    if blob is not None and str(blob.parent) != blobs:
+        path.unlink()  # the link alone: what it points to may be any file of the user
+        refused = f"refused: the server asked to store the file outside the cache, at {blob}"
+        raise DownloadError(f"{name}: {filename}: {refused}")
     if not filename.endswith(".safetensors"):
         return path
     if sha256 is None and filename == WEIGHTS:
@@ -127,7 +143,9 @@ def _blob(path: Path) -> Path | None:
 
 def _discard(path: Path) -> None:
     """Take a file out of the cache, where that may be written to; otherwise the next load fails alike."""
-    for file in {path.resolve(), _blob(path) or path, path}:
+    blob, stored = _blob(path) or path, path.resolve()
+    in_shared_store = stored.is_relative_to((blob.parents[2] / "blobs").resolve())
+    for file in {path, blob, stored if in_shared_store else path}:
         try:
             file.unlink(missing_ok=True)
         except OSError:

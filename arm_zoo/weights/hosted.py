@@ -1,4 +1,4 @@
-"""Where the weights of the entries are, and how they are trained where they are nowhere.
+"""Where the weights of the entries are, and the commands that train those that are not hosted.
 
 No weights are hosted yet. An entry is hosted from the commit on whose row says so, with the revision and the sha256
 that `python -m hub publish` prints; it is bundled when its file lies in `arm_zoo/bundled/`, its row says so, and the
@@ -17,7 +17,7 @@ BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
 class Weights:
     """Where an entry's weights are."""
 
-    where: Literal["bundled", "hosted", "planned"] = "planned"  # in the package, on the Hub, there once published
+    where: Literal["bundled", "hosted", "planned"] = "planned"  # planned: on the Hub once it is published
     sha256: str | None = None  # of model.safetensors, or of the bundled file
     revision: str = "main"  # tag or commit of the repository to load
     repository: str | None = None  # ORG/NAME on the Hub, where it is not the entry's name within our organisation
@@ -91,14 +91,13 @@ def training_commands(entry: str) -> str:
     return commands
 
 
-def ways_on(entry: str, architecture: str) -> str:
+def ways_on(entry: str) -> str:
     """What a person can do where weights are not hosted."""
     return (
         f"the weights of {entry} are not hosted yet. Ways on:\n"
-        "  an official .pth: python -m hub convert FILE OUT, from a checkout, then create_model('local-dir:OUT', "
-        f"pretrained=True); or as it is, also .safetensors: create_model({architecture!r}, pretrained=True, "
-        "pretrained_cfg_overlay=dict(file=PATH))\n"
+        "  an official .pth or a file of your own: python -m arm_zoo predict ... --weights FILE, or in Python "
+        f"create_model({entry.partition('.')[0]!r}, pretrained=True, pretrained_cfg_overlay=dict(file=PATH)); "
+        "python -m hub convert FILE OUT, from a checkout, makes a folder of it that all programs take\n"
         f"  train it yourself, from a checkout: {training_commands(entry)}\n"
-        f"  a small model that comes with the package: create_model({bundled_entries()[0]!r}, pretrained=True)\n"
-        "  start untrained: pretrained=False"
+        f"  a small model that comes with the package: {bundled_entries()[0]}; or start untrained: pretrained=False"
     )

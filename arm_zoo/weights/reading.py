@@ -50,16 +50,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
             reason = f"it asks to run {', '.join(wanted)}"
         advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(path)
         raise CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}") from error
-    state_dict = _choose(contents, weights, path)
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            found = f"{str(name)[:80]!r} is a {type(value).__name__}, not a tensor"
-            expected = "tensors by name, alone or under 'model' or 'model_ema'"
-            raise CheckpointError(f"{path} is no state dict: {found}; expected {expected}")
-        if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
-    cleaned: StateDict = clean_state_dict({name: value.detach() for name, value in state_dict.items()})
-    return cleaned
+    return weights_of(contents, weights, path)
 
 
 def _read_pickle(path: Path) -> Any:
@@ -120,8 +111,11 @@ def _advice(path: Path) -> str:
     return "the file is damaged, cut short or no checkpoint: fetch it again"
 
 
-def _choose(contents: Any, weights: Choice | None, path: Path) -> Mapping[str, Any]:
-    """The entry with the weights, where a checkpoint also holds a training's state; else all of it."""
+def weights_of(contents: Any, weights: Choice | None = None, path: object = "the checkpoint") -> StateDict:
+    """The tensors by name of a checkpoint, alone or beside a training's state, without the prefixes of wrappers.
+
+    `weights` as of `read_checkpoint`, `path` for messages; CheckpointError for what is no state dict of plain tensors.
+    """
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path} holds no tensors by name but a {type(contents).__name__}")
     places = {choice: [name for name in names if contents.get(name) is not None] for choice, names in _PLACES.items()}
@@ -132,4 +126,11 @@ def _choose(contents: Any, weights: Choice | None, path: Path) -> Mapping[str, A
     chosen = contents[found[0]] if found else contents
     if not isinstance(chosen, Mapping):
         raise CheckpointError(f"{path} holds under {found[0]!r} no tensors by name but a {type(chosen).__name__}")
-    return chosen
+    for name, value in chosen.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            wrong = f"{str(name)[:80]!r} is a {type(value).__name__}, not a tensor"
+            expected = "tensors by name, alone or under 'model' or 'model_ema'"
+            raise CheckpointError(f"{path} is no state dict: {wrong}; expected {expected}")
+        if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
+    return clean_state_dict({name: value.detach() for name, value in chosen.items()})

@@ -32,7 +32,7 @@ class Listing:
     stored: Callable[[int], Encoded]  # the image of an index, not decoded
     sizes: np.ndarray  # (N,) bytes of each image
     reading: str = ""  # where it is not timm's; in fingerprints, so that rows of another are not taken for finished
-    notes: tuple[str, ...] = ()  # what was left out, for the rows' marks
+    notes: tuple[str, ...] = ()  # what was left out, for the rows' warnings
     places: np.ndarray | None = None  # (N,) what `stored` calls each image, None where it is the index
     border: int = 0  # pixels at each side that are cut off
 

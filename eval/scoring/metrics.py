@@ -8,7 +8,7 @@ import torch
 
 TOP = 5
 NO_CLASS = -2  # in arrays of right classes, where an image has fewer than others
-CALIBRATION_BINS = 15
+BINS = 15  # of the calibration error
 WILSON_Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
 
 
@@ -42,21 +42,21 @@ def score(classes: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> dic
     return {"n": n, "top1": top1, "top5": top5, "top1_low": low, "top1_high": high, "ece": ece}
 
 
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Mean distance, in points, of confidence from accuracy over bins of equal width, by images in the bin."""
     if not len(confidence):
         return math.nan
     # bins are open below and closed above, as in Guo et al. 2017
-    places = np.clip(np.ceil(confidence.astype(np.float64) * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(places, weights=confidence.astype(np.float64) - correct.astype(np.float64), minlength=bins)
+    places = np.clip(np.ceil(confidence.astype(np.float64) * BINS).astype(int) - 1, 0, BINS - 1)
+    gaps = np.bincount(places, weights=confidence.astype(np.float64) - correct.astype(np.float64), minlength=BINS)
     return float(100 * np.abs(gaps).sum() / len(confidence))
 
 
-def wilson(correct: int, n: int, z: float = WILSON_Z) -> tuple[float, float]:
+def wilson(correct: int, n: int) -> tuple[float, float]:
     """Wilson's score interval of a proportion, in percent."""
     if n == 0:
         return math.nan, math.nan
-    fraction, square = correct / n, z * z / n
+    fraction, square = correct / n, WILSON_Z**2 / n
     centre = (fraction + square / 2) / (1 + square)
-    half = z * math.sqrt(fraction * (1 - fraction) / n + square / n / 4) / (1 + square)
+    half = WILSON_Z * math.sqrt(fraction * (1 - fraction) / n + square / n / 4) / (1 + square)
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)

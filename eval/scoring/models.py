@@ -15,8 +15,9 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.files import sha256_of
-from arm_zoo.loading import label_names, list_entries, unknown_model
+from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknown_model
 from arm_zoo.pretraining._registry import PretrainingModel
+from arm_zoo.weights.download import whereabouts
 
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -50,14 +51,15 @@ def parse_weights(entries: Sequence[str], models: Sequence[str]) -> dict[str, st
 
 def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
     """Raises ValueError for names and files that are not there, before anything is loaded."""
-    known = list_entries()
+    known, ours = list_entries(), entries()
     for name in models:
+        hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
         if name.startswith(SOURCES):
             if name in weights:
                 raise ValueError(f"{name} names its weights itself; leave out --weights {weights[name]}")
         elif name not in known:
             raise unknown_model(name, known)
-        elif name not in weights and not is_model_pretrained(name):
+        elif name not in weights and not hosted:
             allowed = "--weights FILE (.safetensors or .pth), a folder with config.json, or hf-hub:OWNER/NAME"
             raise ValueError(f"the weights of {name} are not hosted yet: give them with {allowed}")
         elif name in weights and not weights[name].startswith(SOURCES) and not Path(weights[name]).exists():
@@ -82,6 +84,8 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     if isinstance(model, PretrainingModel):
         raise ValueError(f"{name} with {source} is a pretraining model, which has no classifier: finetune it first")
     config = resolve_data_config({}, model=model, use_test_size=not train_size)
+    if (channels := config["input_size"][0]) not in (1, 3):
+        raise ValueError(f"{name} takes images of {channels} channels; allowed: models of 1 or 3, as images have")
     num_classes = getattr(model, "num_classes", None)
     if num_classes is None:  # not one of timm's, which all say
         num_classes = model(torch.zeros(1, *config["input_size"])).shape[1]
@@ -102,5 +106,6 @@ def _sha256_of_tensors(model: nn.Module) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide the numbers."""
-    return {package.__name__.lower(): package.__version__ for package in (torch, timm, PIL, arm_zoo)}
+    """Of the packages that decide the numbers, under the names of their columns."""
+    packages = {"torch": torch, "timm": timm, "pillow": PIL, "arm_zoo": arm_zoo}
+    return {name: package.__version__ for name, package in packages.items()}

@@ -1,4 +1,4 @@
-"""What the command lines that score share: options, processes, and messages for what the user can mend."""
+"""What the command lines that score share: options, processes, and how mistakes of the user are reported."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
+from arm_zoo.command_line import one_line, positive, usable_device
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
 from eval.scoring import labels
@@ -25,24 +26,8 @@ SETS_HELP = (
 PATIENCE = timedelta(hours=12)  # how long a process waits for slower ones
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def whole(text: str) -> int:
     return 0 if text == "0" else positive(text)
-
-
-def usable_device(text: str) -> torch.device:
-    try:
-        device = torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise argparse.ArgumentTypeError("device 'meta' holds no numbers; expected cpu, cuda, ...")
-    return device
 
 
 def scoring_parser(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -114,20 +99,22 @@ def start_processes(device: torch.device) -> PartialState:
     return state
 
 
-def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code of a run. What the user can mend is one line on stderr, by one process."""
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, stopped: str = "stopped") -> int:
+    """The exit code of a run. Mistakes of the user, and `stopped` on Ctrl-C, are reported in one line on stderr."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if speaks:
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         print(f"error: the GPU's memory is full, use a smaller --batch-size: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; python -m eval --resume goes on from here", file=sys.stderr)
+        if speaks:
+            print(stopped, file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():

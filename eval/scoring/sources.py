@@ -17,8 +17,8 @@ from timm.data import get_img_extensions
 
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.hub import load_split_from_hub
-from arm_zoo.images.listing import TAR_ENDINGS, SourceError, natural_order, printable
-from arm_zoo.images.locate import Kind, Located
+from arm_zoo.images.listing import TAR_ENDINGS, SourceError, natural_order, printable, split_of
+from arm_zoo.images.locate import HUB_ID, SCORED, Kind, Located
 from arm_zoo.images.shards import JSON_LABEL, TEXT_LABELS
 from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
@@ -26,8 +26,7 @@ from eval.scoring.listing import Listing, listing_of, size_of
 
 # Published scores depend on timm's reading; new formats go into IMAGE_ENDINGS of arm_zoo/images/listing.py.
 TIMM_ENDINGS = tuple(sorted({*get_img_extensions(as_set=True), ".webp"}))
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(\w+))?")
-SPLITS = ("validation", "val", "test")  # of a folder of parquet files, the first of these that is there is scored
+HUB_SPLIT = re.compile(rf"({HUB_ID.pattern})(?:@([\w./-]+))?(?::(\w+))?")
 BY_NAME = Choices(by_name=True, in_training=False)
 ONE_KIND = "{}: expected one folder, or tar files only, or parquet files only"
 
@@ -69,7 +68,7 @@ def open_source(locations: Sequence[str], folders: Sequence[str] = ()) -> Listin
 
 def open_hub(locations: Sequence[str], choices: Choices, reading: str) -> Listing | None:
     """The images of one data set on the Hub; None for files and folders, there or not."""
-    found = HUB_ID.fullmatch(locations[0].removeprefix("hf://").removeprefix("datasets/"))
+    found = HUB_SPLIT.fullmatch(locations[0].removeprefix("hf://").removeprefix("datasets/"))
     if len(locations) > 1 or found is None or os.path.exists(locations[0]):
         return None
     split = load_split_from_hub(found[1], found[2], found[3])
@@ -80,7 +79,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     """Tars or parquet files of a folder that holds the set as such; empty for a tree of images."""
     tars = sorted(path for path in folder.iterdir() if path.name.endswith(TAR_ENDINGS))
     files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    of_splits = ([path for path in files if re.split(r"[-.]", path.name)[0] == split] for split in SPLITS)
+    of_splits = ([path for path in files if split_of(path.name) == split] for split in SCORED)
     return tars or next(filter(None, of_splits), files)
 
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from arm_zoo.images.labels import Labels, of_rows
-from arm_zoo.images.listing import SourceError, listed
+from arm_zoo.images.labels import Labels
+from arm_zoo.images.listing import SourceError, listed, plural
 
 
 def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Labels]:
@@ -24,7 +24,7 @@ def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Label
     known = set(train.names)
     unknown = [name for name in (test.names if test.rows is None else test.rows) if name not in known]
     if unknown:
-        images = "" if test.rows is None else f", in {of_rows(sum(test.rows[name] for name in unknown))}"
+        images = "" if test.rows is None else f", in {plural(sum(test.rows[name] for name in unknown), 'row')}"
         only = f"only there: {listed(unknown)}{images}"
         raise SourceError(f"{counts} ({only}); allowed: classes of the training images")
     return train, test

@@ -6,7 +6,7 @@ images. An incomplete last batch of an epoch is left out.
 """
 
 import random
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Key(NamedTuple):
     encoded: Encoded | None = None
 
 
-class TrainingOrder:
+class TrainingOrder(ABC):
     """Keys of one process's micro-batches of `size` images, from `start` = (epoch, step) to the end of training."""
 
     def __init__(self, size: int, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:

@@ -128,7 +128,7 @@ def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int
 def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, OpenedSplit | None]:
     choices = Choices(config.image_column, config.label_column, config.num_classes, config.max_pixels or MAX_PIXELS)
 
-    def opened(name: str) -> OpenedSplit:
+    def opened(source: Located, splits: Mapping[str, Any], name: str) -> OpenedSplit:
         in_sequence = config.streaming and source.kind != "images"  # which can be read at random
         hub = splits[name] if source.kind == "hub" else None
         split = open_split(source, name, choices, labels_needed, in_sequence, hub)
@@ -146,14 +146,15 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
     if chosen not in splits:
         note = f" ({source.note})" if source.note else ""
         raise SourceError(f"{config.source!r} has the splits {', '.join(splits)}, but no training split{note}")
-    train = opened(chosen)
+    train = opened(source, splits, chosen)
     tell(source.note)
     scored = [name for name in SCORED if name in splits and name not in (chosen, "train")]
     if isinstance(config.validation, str):
         source = locate(config.validation, one_split=True)
+        tell(source.note)
         splits = splits_of(source)
         scored = [name for name in SCORED if name in splits]
-    return train, opened(scored[0]) if scored and not isinstance(config.validation, float) else None
+    return train, opened(source, splits, scored[0]) if scored and not isinstance(config.validation, float) else None
 
 
 @functools.cache

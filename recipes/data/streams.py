@@ -1,6 +1,6 @@
 """Splits that are read in sequence, shard by shard: parquet files, tars, and data sets of the Hub."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
@@ -16,7 +16,7 @@ from arm_zoo.images.tables import Encoded, Labelled, OpenedSplit
 from arm_zoo.images.tars import Sample, read_samples
 
 
-class ImageStream:
+class ImageStream(ABC):
     """A split that was opened to be read in sequence; iterating gives (image, class index, name) in stored order."""
 
     size: int | None  # images in it, None if nobody tells

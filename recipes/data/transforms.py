@@ -85,7 +85,7 @@ def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
 
 
 class Normalisation:
-    """Images (N, C, H, W), 8 bits or float32 in 0..1, as float32 less the mean, by the standard deviation."""
+    """Images (N, C, H, W), 8 bits or float32 in 0..1 (changed in place), as float32 of mean 0 and deviation 1."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self._mean, self._std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))

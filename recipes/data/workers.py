@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError, located
-from recipes.training.signals import stop_ends_waiting
+from recipes.signals import stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
 BatchT = TypeVar("BatchT", bound=tuple[Any, ...])  # of tensors and other values
@@ -140,7 +140,7 @@ def end_workers(workers: Collection[BaseProcess] = started) -> None:
 
 @contextmanager
 def no_child_handler() -> Iterator[None]:
-    """In the block no handler for dead processes is at work, and after it the one of before: torch's raises."""
+    """Suspend the SIGCHLD handler during the block: torch's raises at whatever line is running."""
     if threading.current_thread() is not threading.main_thread():  # which alone has handlers
         yield
         return

@@ -172,16 +172,19 @@ class CheckpointFolder:
             partial.rename(final)
             flush(self.folder)
             shutil.rmtree(old, ignore_errors=True)
-            for checkpoint in self.all()[: -self.keep_last]:
-                epochs, rest = divmod(step_of(checkpoint), steps_per_epoch)
-                if rest or self.keep_every is None or epochs % self.keep_every:
-                    shutil.rmtree(checkpoint)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
                 f"the checkpoint {final} could not be written: {error}. The last good one is "
                 f"{next(reversed(self.all()), 'none')}; make room, then start the same command again"
             ) from None
+        for checkpoint in self.all()[: -self.keep_last]:
+            epochs, rest = divmod(step_of(checkpoint), steps_per_epoch)
+            if rest or self.keep_every is None or epochs % self.keep_every:
+                try:
+                    shutil.rmtree(checkpoint)
+                except OSError as error:
+                    self.console.print(f"warning: cannot remove the old {checkpoint}: {error}", soft_wrap=True)
 
 
 def free_name(path: Path) -> Path:

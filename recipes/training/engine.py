@@ -1,4 +1,4 @@
-"""The training loop: steps, figures, checkpoints, stopping, going on. It knows no model."""
+"""The training loop: steps, figures, checkpoints, stopping, resuming. It knows no model."""
 
 import dataclasses
 import json
@@ -19,12 +19,12 @@ from recipes.data.loader import Batch, TrainLoader
 from recipes.data.transforms import seed_of
 from recipes.errors import RunError
 from recipes.parsing import flatten
+from recipes.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
 from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_state, kept_tensors, restore
 from recipes.training.optim import learning_rate
 from recipes.training.parallel import Collectives, for_training, gradients_reduced
 from recipes.training.progress import ProgressDisplay
 from recipes.training.resume import ORDER, Start, changed_settings, compare_classes, compare_steps
-from recipes.training.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]  # model, batch -> scalar
 GO_ON, SAVE, SAVE_AND_STOP = range(3)

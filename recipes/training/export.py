@@ -34,7 +34,7 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
 
 def backbone_entry(config: TrainConfig, model: Any) -> str:
     """The timm entry of a pretraining model: that of its patch and image size, else one of its width and depth."""
-    exact = f"{config.model}_patch{model.patch_size[0]}_{model.patch_embed.img_size[0]}"
+    exact = f"{config.model}_patch{model.patch_embed.patch_size[0]}_{model.patch_embed.img_size[0]}"
     entries = [exact, f"{config.model}_patch16_224", *timm.list_models(f"{config.model}_patch*")]
     return next(entry for entry in entries if timm.is_model(entry))
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recipes.config import TrainConfig
 from recipes.errors import RunError
-from recipes.training.signals import StopWaiting
+from recipes.signals import StopWaiting
 
 Tensors = dict[str, Tensor]
 ResultT = TypeVar("ResultT")
@@ -52,9 +52,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 class Collectives:
-    """Lets all processes go by what any of them has or finds; every process must make the same calls.
+    """Collectives by which all processes act on what any one of them found; all must make the same calls in order.
 
-    It runs on the CPU (gloo), so that no process waits for what its GPU still has to do.
+    They run on the CPU (gloo), so that no process waits for what its GPU still has to do.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -112,8 +112,7 @@ def shard(model: Any, accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         raise RunError("fsdp is true, but there is one process; start several with torchrun, or type fsdp=false")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    blocks = [block for stage in getattr(model, "stages", (model,)) for block in stage.blocks]
-    for part in (*blocks, *getattr(model, "decoder_blocks", ()), model):
+    for part in (*(part for name in model.parts_to_shard for part in getattr(model, name)), model):
         fully_shard(part, mesh=mesh)
 
 

@@ -1,6 +1,5 @@
 """Progress of a run: bar, epoch lines, figures for trackers, and the fraction of the GPUs' speed that is reached."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,15 +55,12 @@ class ProgressDisplay:
     peak: float | None  # see `peak_speed`; the speed divided by it is the model FLOPs utilisation (MFU)
 
     def __post_init__(self) -> None:
-        mfu = "" if self.peak is None else "  {task.fields[mfu]:.0%} of GEMM peak"
-        figures = "loss {task.fields[loss]:.3f}  {task.fields[images_per_second]:,.0f} img/s"
-        text = TextColumn(f"{figures}{mfu}  {{task.fields[memory_gib]:.1f}} GiB")
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), text)
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        title = TextColumn("{task.description}", markup=False)
+        columns = (title, BarColumn(), TaskProgressColumn(), "{task.fields[reading]}")
+        times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
         hidden = not self.accelerator.is_main_process
         self.bar = Progress(*columns, *times, console=self.console, speed_estimate_period=600, disable=hidden)
-        fields: dict[str, Any] = {"loss": math.nan, **self.speed(0.0)}
-        self._task = self.bar.add_task(self.title, total=self.config.epochs * self.steps_per_epoch, **fields)
+        self._task = self.bar.add_task(self.title, total=self.config.epochs * self.steps_per_epoch, reading="loss -")
 
     def begin(self, step: int) -> None:
         self.bar.update(self._task, completed=step)
@@ -82,7 +78,9 @@ class ProgressDisplay:
         now = time.perf_counter()
         figures = figures | self.speed((step - self._last[0]) * self.config.global_batch / (now - self._last[1]))
         self._last = (step, now)
-        self.bar.update(self._task, completed=step, **figures)
+        mfu = f"  {figures['mfu']:.0%} of GEMM peak" if "mfu" in figures else ""
+        speed = f"{figures['images_per_second']:,.0f} img/s{mfu}  {figures['memory_gib']:.1f} GiB"
+        self.bar.update(self._task, completed=step, reading=f"loss {figures['loss']:.3f}  {speed}")
         self.accelerator.log({f"step/{name}": value for name, value in figures.items()}, step=step)
 
     def epoch(self, step: int, row: dict[str, float]) -> None:

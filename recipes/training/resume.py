@@ -27,7 +27,7 @@ OPERATION = (
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
 # Keys without which the weights, or the images that are still to come, would be others.
 IDENTITY = ("model", "model_args", "objective", "seed", "global_batch")
-LATER = {"objective": DEFAULT_OBJECTIVE}  # keys that checkpoints of before lack, and what those did
+LATER = {"objective": DEFAULT_OBJECTIVE}  # defaults of keys that older checkpoints lack
 VALIDATION = "data.validation"
 CURVES = "curves.png"  # written last: a run that has it has ended
 
@@ -103,7 +103,7 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
     """Refuse the checkpoint of another run, with every difference, and name settings that have changed."""
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
     if ("pretrained" in start.state["config"]) != hasattr(config, "pretrained"):
-        raise RunError(f"{start.checkpoint} is of the other recipe. {ways}")
+        raise RunError(f"{start.checkpoint} was written by the other recipe (pretrain or finetune). {ways}")
     changed = {key: pair for key, pair in changed_settings(start, config).items() if key not in OPERATION}
     described = {key: f"{key} was {before}, is {now}" for key, (before, now) in changed.items()}
     impossible = [described[key] for key in changed if key.partition(".")[0] in IDENTITY]
@@ -136,7 +136,7 @@ def compare_steps(start: Start, steps_per_epoch: int) -> None:
 def compare_classes(start: Start, names: Sequence[str]) -> None:
     """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
 
-    Checkpoints of before names were kept are not compared. `names` are in index order; without labels there are none.
+    Older checkpoints, which have no class names, are not compared. `names` are in index order, none without labels.
     """
     before = start.state.get("class_names", names)
     if list(before) == list(names):

@@ -9,7 +9,8 @@ from arm_zoo.files import write_text
 from recipes.config import TrainConfig, batch_plan
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
-from recipes.objectives import Objective, Trained
+from recipes.objectives import Trained, TrainingObjective
+from recipes.signals import StopRequest
 from recipes.training.checkpoint import CheckpointFolder
 from recipes.training.ema import candidates, moving_average, winner
 from recipes.training.engine import Trainer
@@ -19,13 +20,12 @@ from recipes.training.parallel import Collectives, model_state, shard, start_acc
 from recipes.training.plots import plot_run
 from recipes.training.progress import ProgressDisplay, peak_speed
 from recipes.training.resume import CURVES, starting_point
-from recipes.training.signals import StopRequest
 
 HELD_OUT = "validation.txt"
 
 
 def train(
-    config: TrainConfig, objective: Objective, title: str, resume: str = "auto", stop: StopRequest | None = None
+    config: TrainConfig, objective: TrainingObjective, title: str, resume: str, stop: StopRequest | None
 ) -> Trained:
     """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
 
@@ -61,8 +61,8 @@ def train(
         tables: Any = source  # as images are held out of tables only
         _, names = tables.test.classes_and_names()  # for whoever scores or trains on from here
         write_text(output / HELD_OUT, "".join(f"{name}\n" for name in names))
-        found = f"{source.held_out:g} of the training images, {len(names)} beside {len(tables.train)}, are held out"
-        console.print(f"{found} for validation; {output / HELD_OUT} lists them", soft_wrap=True)
+        found = f"{100 * source.held_out:g}% of the images ({len(names)} of {len(names) + len(tables.train)})"
+        console.print(f"{found} are held out for validation; {output / HELD_OUT} lists them", soft_wrap=True)
     history = trainer.fit()
     weights = model_state(models[winner(history[-1])])
     classes = {"num_classes": len(source.class_names)} if config.labels_needed else {}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import arm_zoo
 from arm_zoo import CheckpointError, from_official, from_pretrained, to_official
+from arm_zoo.base import ZooModel
 from arm_zoo.identify import find_variant
 from arm_zoo.models._builder import ARCHITECTURES, Backbone, entry_configs, register_family
 from arm_zoo.models.arm import ARM
@@ -113,6 +115,25 @@ def test_another_family_is_none_of_ours(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"this is no ARM or .*Toy checkpoint: expected"):
         find_variant({"weight": torch.ones(1)})
     assert f"supervised_base.yaml model={NAME}" in training_commands(f"{NAME}.untrained")
+
+
+def test_a_second_table_of_a_family_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = timm.create_model(NAME, d_state=2).state_dict()
+    assert find_variant(tensors).architecture == NAME
+    row = replace(ARCHITECTURES[NAME], arguments={**ARCHITECTURES[NAME].arguments, "d_state": 2})
+    monkeypatch.setitem(ARCHITECTURES, "arm_pico_patch2_8", row)  # under a name that has a configuration
+    assert find_variant(tensors).architecture == "arm_pico_patch2_8"
+
+
+def test_a_model_without_tables_loads() -> None:
+    class Plain(ZooModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    saved, model = Plain().state_dict(), Plain()
+    model.load_state_dict(saved)
+    assert torch.equal(model.head.weight, saved["head.weight"])
 
 
 def test_families_are_imported_where_one_looks() -> None:

@@ -5,6 +5,7 @@ sockets sees to it that it asks nobody else.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -117,6 +118,16 @@ def test_backbones_from_everywhere(model: nn.Module, tmp_path: Path) -> None:
     assert finetuned.num_classes == 7 and torch.equal(finetuned.norm.weight, model.norm.weight)
     assert from_pretrained(folder, num_classes=7).num_classes == 7
     assert from_pretrained(folder, img_size=16).patch_embed.img_size == (16, 16)
+
+
+def test_a_path_that_does_not_exist_may_name_an_entry(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As programs hand it on that take names and files by one option."""
+    monkeypatch.chdir(tmp_path)
+    assert digest(from_pretrained(Path(PICO))) == digest(from_pretrained(PICO))
+    model.save_pretrained(PICO)
+    assert digest(from_pretrained(Path(PICO))) == digest(model)
 
 
 def test_a_model_for_use_says_where_its_weights_are(model: nn.Module, tmp_path: Path) -> None:
@@ -267,7 +278,7 @@ def test_pretraining_models_from_everywhere(tmp_path: Path) -> None:
         backbone = from_pretrained(source, as_backbone=True, num_classes=4)
         assert isinstance(backbone, arm_zoo.models.arm.ARM) and backbone.num_classes == 4
         assert torch.equal(backbone.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight)
-    larger = from_pretrained(tmp_path / "folder", img_size=16)  # further pretraining on larger pictures
+    larger = from_pretrained(tmp_path / "folder", img_size=16)  # further pretraining on larger images
     assert larger.config["img_size"] == 16 and torch.equal(larger.decoder_norm.bias, pretrained.decoder_norm.bias)
     with pytest.raises(TypeError, match=r"unknown keyword num_classes.*as_backbone=True"):
         from_pretrained(tmp_path / "folder", num_classes=4)
@@ -286,13 +297,36 @@ def test_save_and_load_again(model: nn.Module, tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True, num_classes=2).num_classes == 2
 
 
+def test_a_pruned_model_is_saved_with_its_depth(model: nn.Module, tmp_path: Path) -> None:
+    pruned = copy.deepcopy(model)
+    pruned.prune_intermediate_layers([1])
+    pruned.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert len(loaded.blocks) == 2 and digest(loaded) == digest(pruned)
+
+
+def test_the_home_folder_may_be_written_short(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_pretrained(tmp_path / "saved")
+    for source in ("~/saved", "local-dir:~/saved", "~/saved/model.safetensors"):
+        assert digest(from_pretrained(source)) == digest(model), source
+
+
 @pytest.mark.parametrize(
     "source, error, message",
     [
         ("arm_base_patch16_242", ValueError, "did you mean arm_base_patch16_224"),
         ("resnet50", ValueError, "`python -m arm_zoo list` shows the entries"),
+        ("arm_tiny_patch4_32.nope", ValueError, "did you mean arm_tiny_patch4_32, "),
+        ("arm_tiny_patch4_32.pth", FileNotFoundError, r"no checkpoint at arm_tiny_patch4_32\.pth"),
         ("no/such/folder/here", FileNotFoundError, "no checkpoint at no/such/folder/here"),
         ("none.pth", FileNotFoundError, r"no checkpoint at none\.pth"),
+        ("out/pytorch_model.bin", FileNotFoundError, r"no checkpoint at out/pytorch_model\.bin"),
+        ("out/model.pt", FileNotFoundError, r"no checkpoint at out/model\.pt"),
+        ("out/last.pth.tar", FileNotFoundError, r"no checkpoint at out/last\.pth\.tar"),
+        ("../out", FileNotFoundError, r"no checkpoint at \.\./out"),
         ("local-dir:nowhere", FileNotFoundError, r"no config\.json in nowhere"),
         ("arm_large", CheckpointError, "are not hosted yet"),
     ],
@@ -433,22 +467,23 @@ def test_a_url_of_the_caller_counts_before_bundled_weights(tmp_path: Path, monke
 
 def test_every_bundled_entry_loads() -> None:
     """Those that the package has: registered, there, and what their line says."""
-    for entry, weights in table.TABLE.items():
-        if weights.where == "bundled":
-            assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
-            assert table.bundled_file(entry).stat().st_size <= 15e6
-            assert entry in timm.list_pretrained()
+    bundled = [entry for entry, weights in table.TABLE.items() if weights.where == "bundled"]
+    assert len(bundled) == 3 == len(list(table.BUNDLED_FOLDER.glob("*.safetensors")))
+    for entry in bundled:
+        assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
+        assert table.bundled_file(entry).stat().st_size <= 15e6
+        assert entry in timm.list_pretrained()
 
 
 def test_the_bundled_digits_classifier_reads_digits() -> None:
-    """As its users run it, on the held-out pictures of the recipes: the figure of recipes/RESULTS.md."""
+    """As its users run it, on the held-out images of the recipes: the figure of recipes/RESULTS.md."""
     model = timm.create_model(PICO, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     digits = open_digits().test
     assert digits is not None and len(digits) == 360
-    pictures, labels = zip(*((transform(digits[i][0]), digits[i][1]) for i in range(360)), strict=True)
+    images, labels = zip(*((transform(digits[i][0]), digits[i][1]) for i in range(360)), strict=True)
     with torch.inference_mode():
-        answers = model(torch.stack(pictures)).argmax(dim=1)
+        answers = model(torch.stack(images)).argmax(dim=1)
     assert answers.eq(torch.tensor(labels)).sum() == 357
 
 
@@ -719,20 +754,26 @@ def test_hostile_names(hub: HubServer, client: Client, files: dict[str, bytes], 
     assert not [path for path in tmp_path.rglob("outside*") if cache not in path.parents]
 
 
-@pytest.mark.parametrize("header", ["ETag", "X_Repo_Commit"])
-def test_hostile_servers(header: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
-    """The names under which a server asks its files to be kept stay inside the cache too."""
+@pytest.mark.parametrize(("header", "place"), [("ETag", "own"), ("ETag", "blobs/own"), ("X_Repo_Commit", "own")])
+def test_hostile_servers(
+    header: str, place: str, hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A server that asks its file to be kept outside the cache is refused, and what lies there is left alone."""
     cache = tmp_path / "deep" / "deeper" / "cache"
+    own = tmp_path / "deep" / place
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("a file of the user")
 
     def fault(request: hub_server.Handler, name: str) -> bool:
-        names = {"ETag": '"0"', "X_Repo_Commit": "0" * 40, header: "../../../../outside"}
+        names = {"ETag": '"0"', "X_Repo_Commit": "0" * 40, header: f"../../../../{place}"}
         request.answer(200, files["config.json"], **names)
         return True
 
     hub.add("ada/hostile", files, fault)
     reply = client.load("arm_zoo", "ada/hostile", cache_dir=cache)
     assert reply["error"] == "DownloadError"
-    outside = {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents) and path.is_file()}
+    assert own.read_text() == "a file of the user"
+    outside = {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents) and path.is_file()} - {own}
     assert all(path.stat().st_size == 0 for path in outside)  # the Hub's client leaves an empty lock
 
 

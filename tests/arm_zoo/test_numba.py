@@ -150,14 +150,14 @@ def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.Monk
         raise ImportError(f"no module named {name}")
 
     monkeypatch.setattr(backends.importlib, "import_module", refuse)
-    backends._why_not.cache_clear()
+    backends.why_not.cache_clear()
     try:
         with pytest.raises(
             ValueError, match=r"it needs the package numba \(no module named numba\): pip install 'arm-zoo\[cpu\]'"
         ):
             arm_zoo.set_scan_backend("numba")
     finally:
-        backends._why_not.cache_clear()
+        backends.why_not.cache_clear()
 
 
 def test_a_compiled_model_takes_it() -> None:

@@ -53,6 +53,13 @@ def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder / "model.onnx", int(found[1])
 
 
+def test_an_old_onnxscript_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxscript.__version__", "0.6.9")
+    monkeypatch.delitem(sys.modules, "arm_zoo.onnx", raising=False)
+    with pytest.raises(ImportError, match=r"onnxscript 0\.7 or newer \(onnxscript is 0\.6\.9\)"):
+        importlib.import_module("arm_zoo.onnx")
+
+
 def images_of(model: nn.Module, batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, generator=generator)
@@ -132,7 +139,7 @@ def test_the_reference_evaluator(model: nn.Module, exported: tuple[Path, int]) -
     from onnx.reference import ReferenceEvaluator
 
     evaluator = ReferenceEvaluator(str(exported[0]))
-    check(model, lambda images: evaluator.run(None, {"pictures": images})[0], 2)
+    check(model, lambda images: evaluator.run(None, {"images": images})[0], 2)
 
 
 def test_openvino(model: nn.Module, exported: tuple[Path, int]) -> None:
@@ -219,6 +226,6 @@ def test_what_is_missing_is_said(
         monkeypatch.setitem(sys.modules, missing, None)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.onnx")]) == 1
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "pip install --upgrade '.[hub]'" in error and "onnxscript" in error
+    assert len(error.splitlines()) == 1 and "pip install --upgrade -e '.[hub]'" in error and "onnxscript" in error
     assert ("0.5.7" in error) == (missing == "an old onnxscript")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -289,12 +289,12 @@ def test_every_pixel_of_a_cluster_is_seen_by_the_next_prediction() -> None:
     assert not clusters[5:].any()
 
 
-def test_pictures_of_a_batch_do_not_see_each_other() -> None:
+def test_images_of_a_batch_do_not_see_each_other() -> None:
     model = small()
     images = images_for(model, batch=3)
     with torch.no_grad():
         for whole, single in zip(model(images)[1:], model(images[1:2])[1:], strict=True):
-            assert_near(whole[1:2], single, 1e-12, "the second picture alone")
+            assert_near(whole[1:2], single, 1e-12, "the second image alone")
 
 
 # taps
@@ -439,7 +439,7 @@ def test_meta_device() -> None:
         assert torch.equal(ours, theirs)
 
 
-# pictures
+# images
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -459,12 +459,12 @@ def test_reconstruction_shows_the_prediction() -> None:
     """The first cluster is the image's own; in every other patch mean and spread are right, and details predicted."""
     model = small()
     images = images_for(model)
-    picture = model.reconstruct(images)
-    assert not picture.requires_grad
-    assert torch.equal(picture[:, :, :16, :16], images[:, :, :16, :16])
+    reconstructed = model.reconstruct(images)
+    assert not reconstructed.requires_grad
+    assert torch.equal(reconstructed[:, :, :16, :16], images[:, :, :16, :16])
     _, prediction, _ = model(images)
     order = model.order[model.cluster_tokens :]
-    patches, predicted = (patchify(x, model.patch_size)[:, order] for x in (images, picture))
+    patches, predicted = (patchify(x, model.patch_size)[:, order] for x in (images, reconstructed))
     expected = prediction * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
     assert_near(predicted, expected, 1e-12, "predicted patches")
     assert not torch.isclose(predicted, patches).all(dim=-1).any()
@@ -560,7 +560,7 @@ def test_unknown_keyword() -> None:
         create_pretraining_model("arm_tiny", dept=6)
 
 
-def test_other_pictures_are_refused_with_what_this_model_has() -> None:
+def test_other_images_are_refused_with_what_this_model_has() -> None:
     model = small()
     with pytest.raises(ValueError, match=r"another size use create_pretraining_model\(\.\.\., img_size=\.\.\.\)$"):
         model(torch.zeros(1, 3, 64, 48, dtype=torch.float64))

@@ -221,7 +221,7 @@ CASES = {
     "shared-whole": Case(2, 3, 7, cls_index=4, channels=9, d_state=3, batch=3, biased=False, shared=True),
     "shared-unordered": Case(3, 1, 5, channels=4, d_state=2, mean=False, ordered=False, shared=True),
 }
-# More pictures, channels and states than one pass of the fast path takes, so that it has to divide the work.
+# More images, channels and states than one pass of the fast path takes, so that it has to divide the work.
 DIVIDED = Case(4, 3, 6, channels=190, batch=46)
 DIVIDED_SHARED = Case(4, 7, 7, channels=260, batch=70, d_state=1, gated=False, mean=False, rank=2, shared=True)
 
@@ -607,12 +607,12 @@ def test_refusals_say_what_to_install(
         return ModuleType(module)  # with nothing in it, as an old version
 
     monkeypatch.setattr(backends.importlib, "import_module", load)
-    backends._why_not.cache_clear()
+    backends.why_not.cache_clear()
     try:
         with pytest.raises(ValueError, match=f"scan backend '{name}' cannot run here: {message}"):
             arm_zoo.set_scan_backend(name)
     finally:
-        backends._why_not.cache_clear()
+        backends.why_not.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -635,7 +635,7 @@ def test_backends_say_which_calls_they_take(name: str, device: str, dtype: torch
 def test_a_new_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     row = backends.Backend("arm_zoo.ops.cpu.chunked", device="cpu", dtypes=(torch.float64,), directions_inside=True)
     monkeypatch.setitem(backends.BACKENDS, "toy", row)
-    backends._why_not.cache_clear()
+    backends.why_not.cache_clear()
     inputs = CASES[next(iter(CASES))].scan_inputs()
     assert "toy" in available_backends() and backends._choose("cpu", torch.float64) == "torch"
     with scan_backend("toy"):
@@ -657,9 +657,11 @@ def test_a_new_backend_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_around_the_scans_go_with_all_but_plain_backends(
     name: str, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_runs_kernels", lambda *_: True)
+    monkeypatch.setattr(fused, "why_not", lambda name: None)
     monkeypatch.setattr(backends._choices[-1], "name", name)
     assert fused._has_kernel(0, hopper=False) == taken
+    monkeypatch.setattr(fused, "why_not", lambda name: "it is there, but `import triton` fails")
+    assert not fused._has_kernel(0, hopper=False)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -61,10 +61,6 @@ for size, rate, dtype in ((1e-6, -1e4, torch.bfloat16), (50.0, -1e-4, torch.floa
     error = extreme_error(size, rate, dtype, "cpu")
     assert error < {torch.float32: 1e-4}.get(dtype, 1e-2), (size, rate, dtype, error)
 """,
-    "goldens": """
-for mixer in MIXERS:
-    check_mixer(Path("../shared/golden"), mixer, "triton", torch.float32, "cpu")
-""",
     "what is around the scans": """
 check_operators("cpu")
 for shape in ((3, 130, 20), (1, 600), (1, 1, 2)):
@@ -97,6 +93,8 @@ try:
     causal_conv(torch.empty(33_000, 1, 1), torch.empty(2, 1, 4), torch.empty(2, 1))
 except ValueError as error:
     assert "up to 65,535 sequences at a time, got 66,000 (2 directions of 33,000 images)" in str(error), error
+else:
+    raise AssertionError("not refused")
 for call in (
     lambda: causal_conv(torch.empty(1, 1, 1).expand(1, 2**20, 2**9), torch.empty(1, 2**9, 4), torch.empty(1, 2**9)),
     lambda: selective_scan(
@@ -505,12 +503,25 @@ def test_sequences_are_numbered_in_32_bits() -> None:
         for part in IN_THE_INTERPRETER
     ],
 )
-def test_kernels_in_the_interpreter(part: str, request: pytest.FixtureRequest) -> None:
-    if part == "goldens":
-        request.getfixturevalue("golden")  # skips where they are not there
+def test_kernels_in_the_interpreter(part: str) -> None:
+    run_in_the_interpreter(IN_THE_INTERPRETER[part])
+
+
+@pytest.mark.parametrize("golden", ["small", pytest.param("whole", marks=pytest.mark.slow)], indirect=True)
+def test_mixers_in_the_interpreter_equal_the_official_ones(golden: Path) -> None:
+    run_in_the_interpreter(f"""
+golden = Path({str(golden)!r})
+mixers = [mixer for mixer in MIXERS if (golden / mixer[0]).is_dir()]
+assert mixers
+for mixer in mixers:
+    check_mixer(golden, mixer, "triton", torch.float32, "cpu")
+""")
+
+
+def run_in_the_interpreter(script: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "ARM_ZOO_SCAN": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    script = f"{HEADER}{IN_THE_INTERPRETER[part]}\nprint('the kernels agree')"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", f"{HEADER}{script}\nprint('the kernels agree')"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "the kernels agree" in done.stdout
 

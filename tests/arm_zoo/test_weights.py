@@ -221,6 +221,8 @@ def test_round_trip_of_backbones_is_the_identity(case: str, golden: Path) -> Non
     ours = from_official(official, model)
     assert_same(official, before)
     model.load_state_dict(ours, strict=True)
+    wrapped = {f"module.{name}": value for name, value in official.items()}  # by timm's scripts, as DDP names them
+    assert_same(from_official({"state_dict": {}, "state_dict_ema": wrapped}, model), ours)
     assert_same(to_official(model), official)
     assert_same(from_official(to_official(model), timm.create_model(BASE, **sizes)), model.state_dict())
 
@@ -363,7 +365,7 @@ def test_our_pretraining_export_starts_a_backbone(img_size: int | tuple[int, int
     assert backbone.eval()(torch.rand(1, 3, *backbone.patch_embed.img_size)).isfinite().all()
 
 
-def test_pretraining_checkpoint_of_another_picture_size(golden: Path) -> None:
+def test_pretraining_checkpoint_of_another_image_size(golden: Path) -> None:
     """The tables are computed, so a pretraining model keeps its own; the rest loads strictly."""
     model = pretraining(golden, "arm_pretrain_d12", img_size=(128, 256))
     official = load_file(golden / "arm_pretrain_d12" / "state_dict.safetensors")

@@ -1,6 +1,6 @@
 """Scoring: small sets in their original layouts, against a scorer written here without any code of `eval`.
 
-The test model's weights are random, so labels are planted by what it says of each picture: its first, its third or an
+The test model's weights are random, so labels are planted by what it says of each image: its first, its third or an
 unlikely class.
 """
 
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
+import PIL
 import pytest
 import timm
 import torch
@@ -54,14 +55,14 @@ def timm_indices(name: str) -> list[int]:
     return [int(x) for x in (INFO / f"imagenet_{name}_indices.txt").read_text().split()]
 
 
-def jpeg(picture: Pillow.Image, **options: object) -> bytes:
+def jpeg(image: Pillow.Image, **options: object) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "JPEG", **options)
+    image.save(out, "JPEG", **options)
     return out.getvalue()
 
 
-def random_picture(generator: np.random.Generator) -> Pillow.Image:
-    """Smooth colours of its own, of any size near the model's, so that the model tells pictures apart."""
+def random_image(generator: np.random.Generator) -> Pillow.Image:
+    """Smooth colours of its own, of any size near the model's, so that the model tells images apart."""
     small = generator.integers(0, 256, (3, 3, 3), dtype=np.uint8)
     size = tuple(int(x) for x in generator.integers(150, 260, 2))
     return Pillow.fromarray(small).resize(size, Pillow.Resampling.BICUBIC)
@@ -81,13 +82,13 @@ class OwnScorer:
         assert self.model.pretrained_cfg["mean"] == self.model.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
 
     def logits(self, data: bytes) -> np.ndarray:
-        picture = Pillow.open(io.BytesIO(data)).convert("RGB")
-        width, height = picture.size
+        image = Pillow.open(io.BytesIO(data)).convert("RGB")
+        width, height = image.size
         short = math.floor(160 / 0.95)
         size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        picture = picture.resize(size, Pillow.Resampling.BICUBIC)
+        image = image.resize(size, Pillow.Resampling.BICUBIC)
         left, top = round((size[0] - 160) / 2), round((size[1] - 160) / 2)
-        pixels = np.asarray(picture.crop((left, top, left + 160, top + 160)), dtype=np.float32)
+        pixels = np.asarray(image.crop((left, top, left + 160, top + 160)), dtype=np.float32)
         with torch.no_grad():
             return self.model(torch.from_numpy((pixels / 127.5 - 1).transpose(2, 0, 1)[None])).numpy()[0]
 
@@ -114,7 +115,7 @@ class World:
 
 
 def count(rows: Sequence[tuple[list[int], set[int]]]) -> tuple[int, int, int]:
-    """(five best classes, right classes) of pictures -> n, right at once, right among five."""
+    """(five best classes, right classes) of images -> n, right at once, right among five."""
     return len(rows), sum(top[0] in right for top, right in rows), sum(bool(right & set(top)) for top, right in rows)
 
 
@@ -124,8 +125,8 @@ def ranked(logits: np.ndarray, subset: Sequence[int]) -> list[int]:
 
 
 def plant(logits: np.ndarray, name: str, i: int) -> int:
-    """The label of picture i: what the model thinks, nearly that, or what it does not think at all."""
-    # among the clean pictures, those of A's and R's classes come up, too
+    """The label of image i: what the model thinks, nearly that, or what it does not think at all."""
+    # among the clean images, those of A's and R's classes come up, too
     among = {"a": "a", "r": "r", "in1k": ("", "a", "r", "")[i % 4]}.get(name, "")
     classes = timm_indices(among) if among else range(1000)
     best = sorted(classes, key=lambda j: -logits[j])
@@ -139,7 +140,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     generator = np.random.default_rng(0)
     weights = root / "weights.safetensors"
     model = timm.create_model(MODEL).eval()
-    with torch.no_grad():  # a head that says of every picture something else, with one bias for all
+    with torch.no_grad():  # a head that says of every image something else, with one bias for all
         model.head.weight.normal_()
         features = model.forward_head(model.forward_features(torch.randn(8, 3, 160, 160)), pre_logits=True)
         model.head.bias.copy_(-model.head.weight @ features.mean(0))
@@ -151,7 +152,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         subset = timm_indices(name) if name in ("a", "r") else list(range(1000))
         files, rows = {}, []
         for i in range(PER_SET):
-            data = jpeg(random_picture(generator))
+            data = jpeg(random_image(generator))
             logits = own.logits(data)
             target = plant(logits, name, i)
             folder, file = WNIDS[target], f"{i}_0.5{SUFFIX[name]}"
@@ -206,7 +207,7 @@ def check(rows: list[dict[str, str]], world: World) -> None:
 def test_planted_labels_are_of_all_kinds(world: World) -> None:
     for n, top1, top5 in (*(planted.counts for planted in world.planted.values()), *world.clean.values()):
         assert 0 < top1 <= top5 < n
-    assert world.real[0] < PER_SET  # some pictures have no ReaL label
+    assert world.real[0] < PER_SET  # some images have no ReaL label
 
 
 def test_folders_score_as_counted_by_hand(world: World, tmp_path: Path) -> None:
@@ -215,7 +216,8 @@ def test_folders_score_as_counted_by_hand(world: World, tmp_path: Path) -> None:
     row = rows[0]
     assert (row["model"], row["img_size"], row["crop_pct"], row["crop_mode"]) == (MODEL, "160x160", "0.95", "center")
     assert (row["interpolation"], row["dtype"], row["weights"]) == ("bicubic", "fp32", "weights.safetensors")
-    assert len(row["weights_sha256"]) == 64 and row["torch"] == torch.__version__
+    assert len(row["weights_sha256"]) == 64 and models.versions().items() <= row.items()
+    assert (row["torch"], row["pillow"]) == (torch.__version__, PIL.__version__)
     assert "18 images instead of 50000" in row["warnings"] and "classes instead of 1000" in row["warnings"]
     assert len(row["top1"].partition(".")[2]) >= 2
 
@@ -360,37 +362,37 @@ def test_releases_sorted_beside_their_tars(world: World, tmp_path: Path) -> None
     assert counts_of(rows[0]) == world.planted["in1k"].counts
 
 
-def odd_pictures(folder: Path) -> None:
+def odd_images(folder: Path) -> None:
     """What ImageNet has besides plain JPEGs, and more: every one a file that timm reads."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(1)
     for i in range(4):
-        (folder / f"plain{i}.JPEG").write_bytes(jpeg(random_picture(generator), quality=60 + 10 * i))
+        (folder / f"plain{i}.JPEG").write_bytes(jpeg(random_image(generator), quality=60 + 10 * i))
     rotated = Pillow.Exif()
     rotated[0x0112] = 6
-    (folder / "exif.JPEG").write_bytes(jpeg(random_picture(generator), exif=rotated))
-    (folder / "grey.JPEG").write_bytes(jpeg(random_picture(generator).convert("L")))
-    (folder / "cmyk.JPEG").write_bytes(jpeg(random_picture(generator).convert("CMYK")))
-    (folder / "small.JPEG").write_bytes(jpeg(random_picture(generator).resize((20, 30))))
-    (folder / "wide.JPEG").write_bytes(jpeg(random_picture(generator).resize((700, 90))))
-    random_picture(generator).save(folder / "png.JPEG", "PNG")  # ImageNet has one of these
-    random_picture(generator).convert("P").save(folder / "palette.png")
-    random_picture(generator).convert("RGBA").save(folder / "alpha.png")
+    (folder / "exif.JPEG").write_bytes(jpeg(random_image(generator), exif=rotated))
+    (folder / "grey.JPEG").write_bytes(jpeg(random_image(generator).convert("L")))
+    (folder / "cmyk.JPEG").write_bytes(jpeg(random_image(generator).convert("CMYK")))
+    (folder / "small.JPEG").write_bytes(jpeg(random_image(generator).resize((20, 30))))
+    (folder / "wide.JPEG").write_bytes(jpeg(random_image(generator).resize((700, 90))))
+    random_image(generator).save(folder / "png.JPEG", "PNG")  # ImageNet has one of these
+    random_image(generator).convert("P").save(folder / "palette.png")
+    random_image(generator).convert("RGBA").save(folder / "alpha.png")
 
 
-def timms_loader(pictures: Path, config: dict[str, object]) -> tuple[Iterable[torch.Tensor], list[str]]:
-    """Batches as timm's validation script makes them, and the names of the pictures in their order."""
+def timms_loader(folder: Path, config: dict[str, object]) -> tuple[Iterable[torch.Tensor], list[str]]:
+    """Batches as timm's validation script makes them, and the names of the images in their order."""
     mode = {1: "L", 3: "RGB"}[config["input_size"][0]]
-    dataset = create_dataset("", root=str(pictures), split="validation", input_img_mode=mode)
+    dataset = create_dataset("", root=str(folder), split="validation", input_img_mode=mode)
     loader = create_loader(
         dataset, **config, batch_size=5, num_workers=0, device=torch.device("cpu"), use_prefetcher=True
     )
     return (images for images, _ in loader), [Path(dataset.filename(i)).name for i in range(len(dataset))]
 
 
-def own_batches(candidate: models.Candidate, pictures: Path, order: list[str]) -> list[torch.Tensor]:
+def own_batches(candidate: models.Candidate, folder: Path, order: list[str]) -> list[torch.Tensor]:
     """The model's answers, in the same batches."""
-    listing = sources.open_source([str(pictures)])
+    listing = sources.open_source([str(folder)])
     indices = [[Path(file).name for file in listing.files].index(name) for name in order]
     batches = [indices[i : i + 5] for i in range(0, len(indices), 5)]
     forward = scoring.Forward(candidate, torch.device("cpu"), "fp32")
@@ -402,7 +404,7 @@ def own_batches(candidate: models.Candidate, pictures: Path, order: list[str]) -
     "name", ["test_efficientnet", "arm_base_patch16_224", "arm_base_patch16_384", "arm_pico_patch2_8"]
 )
 def test_pixels_equal_timms_to_the_last_bit(name: str, tmp_path: Path) -> None:
-    odd_pictures(tmp_path / "n01440764")
+    odd_images(tmp_path / "n01440764")
     model = timm.create_model(name, device="meta")
     config = resolve_data_config({}, model=model, use_test_size=True)
     batches, order = timms_loader(tmp_path, config)
@@ -412,8 +414,8 @@ def test_pixels_equal_timms_to_the_last_bit(name: str, tmp_path: Path) -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_argmax_equals_timms_on_every_picture(world: World, tmp_path: Path) -> None:
-    odd_pictures(tmp_path / "n01440764")
+def test_argmax_equals_timms_on_every_image(world: World, tmp_path: Path) -> None:
+    odd_images(tmp_path / "n01440764")
     candidate = models.load(MODEL, str(world.weights))
     batches, order = timms_loader(tmp_path, resolve_data_config({}, model=candidate.model, use_test_size=True))
     with torch.inference_mode():
@@ -541,7 +543,7 @@ def test_rows_of_other_preprocessing_are_not_reused(
 
 
 def test_rows_of_other_contents_are_not_reused(world: World, tmp_path: Path) -> None:
-    """The same names and labels, a picture mended or replaced."""
+    """The same names and labels, an image mended or replaced."""
     shutil.copytree(world.planted["v2"].path, tmp_path / "v2")
     file = min((tmp_path / "v2").rglob("*.jpeg"))
     whole = file.read_bytes()
@@ -581,13 +583,13 @@ def test_limit_spreads_over_the_set_and_marks_the_row(world: World, tmp_path: Pa
     assert "limited to 6 of 18 images" in row["warnings"]
 
 
-def test_undecodable_pictures_are_counted_and_named(
+def test_undecodable_images_are_counted_and_named(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(world.planted["v2"].path, tmp_path / "v2")
     files = sorted((tmp_path / "v2").rglob("*.jpeg"))
     files[0].write_bytes(files[0].read_bytes()[:400])
-    files[5].write_bytes(b"no picture")
+    files[5].write_bytes(b"no image")
     [row] = run(world, tmp_path / "results.csv", "--sets", f"v2={tmp_path / 'v2'}", "--batch-size", "1")
     assert (row["n"], row["undecodable"]) == (str(PER_SET - 2), "2")
     errors = capsys.readouterr().err
@@ -598,7 +600,7 @@ def test_undecodable_pictures_are_counted_and_named(
     assert "warning: test_vit, v2:" in errors and "2 undecodable" in errors
 
 
-def test_custom_pictures_go_by_the_models_own_names(tmp_path: Path) -> None:
+def test_custom_images_go_by_the_models_own_names(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     names = ["zebra", "ape", "cat", "dog"]
     model = timm.create_model(MODEL, num_classes=4).eval()
@@ -606,15 +608,15 @@ def test_custom_pictures_go_by_the_models_own_names(tmp_path: Path) -> None:
     timm.models.save_for_hf(model, save, model_config={"num_classes": 4, "label_names": names})
     answers = []
     for i in range(8):
-        path = tmp_path / "pictures" / names[i % 4] / f"{i}.png"
+        path = tmp_path / "images" / names[i % 4] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        random_picture(generator).save(path)
+        random_image(generator).save(path)
         config = resolve_data_config({}, model=model)
         image = timm.data.create_transform(**config)(Pillow.open(path))
         answers.append(int(model(image[None]).argmax()) == i % 4)
     output = tmp_path / "results.csv"
     options = ["--models", MODEL, "--weights", str(save), "--device", "cpu", "--workers", "0"]
-    assert program.main([*options, "--sets", f"custom={tmp_path / 'pictures'}", "--output", str(output)]) == 0
+    assert program.main([*options, "--sets", f"custom={tmp_path / 'images'}", "--output", str(output)]) == 0
     [row] = tables.read(output)
     assert counts_of(row)[:2] == (8, sum(answers))
     assert float(row["top5"]) == 100  # of four classes
@@ -638,7 +640,7 @@ def test_any_class_that_objectnets_stands_for_is_right(world: World, tmp_path: P
     for i, folder in enumerate(("alarm_clock", "alarm_clock", "mug", "squeegee", "squeegee")):
         path = tmp_path / "images" / folder / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        random_picture(np.random.default_rng(i)).save(path)
+        random_image(np.random.default_rng(i)).save(path)
     words = ["--sets", f"objectnet={tmp_path}"]
     [row] = run(world, tmp_path / "results.csv", *words, weights=tmp_path / "clock.safetensors")
     assert counts_of(row)[:2] == (3, 2)
@@ -756,6 +758,19 @@ def test_models_that_timm_does_not_know(tmp_path: Path, monkeypatch: pytest.Monk
     save_file({"classify.weight": torch.zeros(5, 3)}, tmp_path / "part.safetensors")
     with pytest.raises(ValueError, match=r"cannot load plain .*Missing key.*classify.bias"):
         models.load("plain", str(tmp_path / "part.safetensors"))
+
+
+def test_weights_of_another_organisation_are_scored_and_compared_with_its_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match="not hosted yet"):
+        models.check(["arm_base"], {})
+    with pytest.raises(ValueError, match="arm_base has no card on the Hub"):
+        verify._card_beside("arm_base", None)
+    monkeypatch.setenv("ARM_ZOO_HUB_ORG", "group")
+    models.check(["arm_base", "resnet18", "arm_pico_patch2_8"], {})
+    assert verify._card_beside("arm_base", None) == "group/arm_base_patch16_224.arm_in1k_ft_in1k"
+    assert verify._card_beside("resnet18", None) == "timm/resnet18.a1_in1k"
 
 
 def test_weights_of_the_package_are_called_by_name() -> None:

@@ -199,8 +199,8 @@ def test_pixels_equal_the_recipes_to_the_last_bit(model: str, tmp_path: Path) ->
     split = open_source(DataConfig(source=str(tmp_path))).test
     split.mode = "L" if inputs["input_size"][0] == 1 else "RGB"
     names = [Path(encoded.name).name for encoded in split.encoded(range(len(split)))]
-    pictures = Images(split, scoring_transform(inputs))
-    theirs = {name: pictures.batch([Key(0, i)]) for i, name in enumerate(names)}
+    images = Images(split, scoring_transform(inputs))
+    theirs = {name: images.batch([Key(0, i)]) for i, name in enumerate(names)}
     listing = listed(tmp_path / "val")
     refused = []
     for i, (_, image) in enumerate(map(scoring.Images(listing, inputs).__getitem__, range(len(listing)))):
@@ -274,7 +274,9 @@ def test_all_endings_and_whatever_lies_below_a_class(tmp_path: Path) -> None:
     source = open_source(DataConfig(source=str(tmp_path)))
     assert len(listing) == len(source.test) == 24 and listing.class_names == source.class_names == ("cat", "dog")
     assert classes_of(listing)["val/cat/images/0.jpg"] == "cat"
-    assert listing.notes == ("files left out as no images (4): cat/deep/x.svg, cat/images/boxes.csv, dog/7.heic, ...",)
+    assert listing.notes == (
+        "files left out as no images (4): cat/deep/x.svg, cat/images/boxes.csv, dog/7.heic and 1 more",
+    )
     tar = tar_of(tmp_path / "val.tar", {f"./{file}": jpeg() for file in [*listing.files, "val/cat/images/boxes.csv"]})
     in_tar = listed(tar)
     keys = {f"val.tar/{os.path.splitext(file)[0]}": name for file, name in classes_of(listing).items()}
@@ -377,7 +379,7 @@ def test_of_files_the_validation_split_is_scored_unless_named(
 
 
 def test_columns_of_any_name_and_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_table(tmp_path / "a.parquet", ["dog", "cat"], Value("string"), "picture")
+    file = write_table(tmp_path / "a.parquet", ["dog", "cat"], Value("string"), "photo")
     assert listed(file).class_names == ("cat", "dog") and listed(file).decode(0, "RGB").size == (24, 16)
     Dataset.from_dict({"photo": [jpeg()], "target": [3]}).to_parquet(tmp_path / "b.parquet")  # a column of bytes
     assert listed(tmp_path / "b.parquet").labels.tolist() == [3]
@@ -479,7 +481,7 @@ SOURCES: dict[str, Callable[[Path], None]] = {
     "words in json": partial(write_tars, labels=["b", "a", "b", "a"], sidecar=".json"),
     "folders in tars": write_tree_in_tar,
     "integers": partial(write_rows, labels=[0, 2, 1], feature=Value("int32")),
-    "digits": partial(write_rows, labels=["10", "9", "1"], feature=Value("string"), image="picture"),
+    "digits": partial(write_rows, labels=["10", "9", "1"], feature=Value("string"), image="photo"),
     "strings": partial(write_rows, labels=["b", "B", "a"], feature=Value("string"), label="class"),
     "declared": partial(write_rows, labels=[1, 0, 1], feature=ClassLabel(names=["q", "p"]), label="species"),
     "mappings": partial(write_rows, labels=[{"label": "a"}] * 2, feature={"label": Value("string")}, label="json"),

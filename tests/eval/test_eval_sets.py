@@ -29,7 +29,7 @@ WNIDS = ImageNetInfo().label_names()
 INFO = Path(timm.data.__file__).parent / "_info"
 
 
-def picture() -> bytes:
+def image_bytes() -> bytes:
     out = io.BytesIO()
     Pillow.new("RGB", (8, 8), "red").save(out, "JPEG")
     return out.getvalue()
@@ -39,7 +39,7 @@ def tree(root: Path, *files: str) -> Path:
     for file in files:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture())
+        path.write_bytes(image_bytes())
     return root
 
 
@@ -114,7 +114,7 @@ def test_every_wnid_is_its_rank(tmp_path: Path) -> None:
     labelled = label(
         "in1k", tree(tmp_path, *(f"train/{w}/y.JPEG" for w in WNIDS[:2]), *(f"val/{w}/x.JPEG" for w in WNIDS))
     )
-    assert labelled.targets.tolist() == list(range(1000))  # and train's pictures are not in
+    assert labelled.targets.tolist() == list(range(1000))  # and train's images are not in
 
 
 def test_release_folders_are_found_below(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_bare_numbers_of_200_classes(name: str, tmp_path: Path) -> None:
     indices = labels.candidates(name)
 
     def targets(numbers: list[int]) -> list[int]:
-        rows = [{"image": {"bytes": picture(), "path": None}, "label": n} for n in numbers]
+        rows = [{"image": {"bytes": image_bytes(), "path": None}, "label": n} for n in numbers]
         file = tmp_path / "set.parquet"
         Dataset.from_list(rows, Features(image=Image(), label=Value("int64"))).to_parquet(file)
         return label(name, file).targets.tolist()
@@ -144,7 +144,7 @@ def test_bare_numbers_of_200_classes(name: str, tmp_path: Path) -> None:
 
 def test_class_labels_with_descriptions_need_all_thousand(tmp_path: Path) -> None:
     def targets(name: str, names: list[str]) -> list[int]:
-        rows = [{"image": {"bytes": picture(), "path": None}, "label": 7}]
+        rows = [{"image": {"bytes": image_bytes(), "path": None}, "label": 7}]
         file = tmp_path / "set.parquet"
         Dataset.from_list(rows, Features(image=Image(), label=ClassLabel(names=names))).to_parquet(file)
         return label(name, file).targets.tolist()
@@ -240,7 +240,9 @@ def test_the_record_of_sets_is_whole(capsys: pytest.CaptureFixture[str]) -> None
     assert sets.SUBSETS == ("a", "r")
     assert program.main([]) == 0
     shown = capsys.readouterr().out
-    assert "python -m eval.verify" in shown and all(f"  {name} " in shown for name in sets.SETS)
+    for command in ("eval", "eval.verify", "eval.throughput", "eval.scan", "eval.leaderboard"):
+        assert f"python -m {command} " in shown
+    assert all(f"  {name} " in shown for name in sets.SETS)
 
 
 def test_real_labels_go_by_file_name(tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_real_labels_go_by_file_name(tmp_path: Path) -> None:
     assert found == {names[0]: labels.real_labels()[2], names[1]: labels.real_labels()[1]}
 
 
-def test_mapping_of_three_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mapping_of_three_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tree(tmp_path, *(f"{i}/x.jpeg" for i in (2, 10, 999)))
     assert program.main(["--sets", f"v2={root}", "--show-mapping", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -313,8 +315,8 @@ def test_flat_release_tar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     with tarfile.open(path, "w") as archive:
         for i in range(2):
             info = tarfile.TarInfo(f"ILSVRC2012_val_{i + 1:08d}.JPEG")
-            info.size = len(picture())
-            archive.addfile(info, io.BytesIO(picture()))
+            info.size = len(image_bytes())
+            archive.addfile(info, io.BytesIO(image_bytes()))
     assert "torchvision.datasets.ImageNet('FOLDER', split='val')" in refusal(
         capsys, "--sets", f"in1k={path}", "--show-mapping"
     )
@@ -372,6 +374,9 @@ def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the weights of arm_base_patch16_224 are not hosted yet: give them with --weights FILE" in refused(
         "--models", "arm_base_patch16_224"
     )
+    timm.models.save_for_hf(timm.create_model("test_vit", in_chans=4), tmp_path / "four")
+    message = refused("--models", f"local-dir:{tmp_path / 'four'}")
+    assert "takes images of 4 channels; allowed: models of 1 or 3" in message
     assert "no file or folder 'gone.pth'" in refused("--models", "test_vit", "--weights", "gone.pth")
     assert "with several models each is MODEL=FILE" in refused(
         "--models", "test_vit", "test_vit2", "--weights", str(file)
@@ -450,7 +455,7 @@ def test_sidecars_without_label(
     name: str, label: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for file, data in (("1.jpg", picture()), (name, label)):
+        for file, data in (("1.jpg", image_bytes()), (name, label)):
             info = tarfile.TarInfo(file)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
@@ -483,8 +488,14 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupted(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    assert guarded(interrupted, argparse.Namespace()) == 130
+    monkeypatch.setattr(program, "run", interrupted)
+    assert program.main(["--sets", "in1k=x"]) == 130
     assert capsys.readouterr().err == "stopped; python -m eval --resume goes on from here\n"
+    assert guarded(interrupted, argparse.Namespace()) == 130  # as of eval.verify, which keeps nothing to go on with
+    assert capsys.readouterr().err == "stopped\n"
+    monkeypatch.setenv("RANK", "1")
+    assert guarded(interrupted, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_devices_without_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -513,13 +524,23 @@ def test_hub_datasets_that_are_not_to_be_had(
     assert "no file or folder 'data/val' here, and the Hub is switched off (HF_HUB_OFFLINE=1)" in message
 
 
+@pytest.mark.parametrize("named, chosen", [("train valid", 1), ("train test", 1), ("train dev test", 1), ("a b", 2)])
+def test_of_a_folder_of_parquet_files_the_validation_split_is_scored(named: str, chosen: int, tmp_path: Path) -> None:
+    for number, word in enumerate(named.split()):
+        rows = [{"image": {"bytes": image_bytes(), "path": None}, "label": number}]
+        file = tmp_path / "data" / f"{word}-0.parquet"
+        file.parent.mkdir(exist_ok=True)
+        Dataset.from_list(rows, Features(image=Image(), label=Value("int64"))).to_parquet(file)
+    assert label("in1k", tmp_path).targets.tolist() == ([1] if chosen == 1 else [0, 1])
+
+
 def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "set.parquet"
     Dataset.from_list([{"photo": "x", "label": 1}]).to_parquet(file)
     capsys.readouterr()
     message = refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")
     assert f"the image column of {file} is none of photo, label" in message
-    Dataset.from_list([{"image": {"bytes": picture(), "path": None}}], Features(image=Image())).to_parquet(file)
+    Dataset.from_list([{"image": {"bytes": image_bytes(), "path": None}}], Features(image=Image())).to_parquet(file)
     capsys.readouterr()
     message = refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")
     assert f"the label column of {file} is none of ;" in message

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from eval import __main__ as program
 from eval import leaderboard, tables
 from eval.board import chart, entries
+from hub import catalog
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 
@@ -189,7 +191,9 @@ def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
     folder = repo.parent / "shared" / "spec" / "tables"
     if not folder.is_dir():
         pytest.skip("no tables to compare with: ../shared/spec/tables is not there")
-    for file in folder.glob("*.csv"):
+    files = list(folder.glob("*.csv"))
+    assert len(files) == len(list((repo / "eval" / "board" / "paper").glob("*.csv")))
+    for file in files:
         theirs, ours = tables.read(file, ()), tables.read(repo / "eval" / "board" / "paper" / file.name, ())
         for row, own in zip(theirs, ours, strict=True):
             assert {key: own[key] for key in row if key != "note"} == {k: v for k, v in row.items() if k != "note"}
@@ -228,6 +232,13 @@ def test_page_loads_nothing_and_escapes(made: Path) -> None:
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert not re.search(r"""(src|href)=["'](?!https://arxiv)|@import|url\(|fetch\(|import\(""", text)
+
+
+def test_scoring_writes_what_the_leaderboard_and_the_cards_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(leaderboard, "make", lambda results, *others: read.append(results) or {})
+    assert leaderboard.main([]) == 0
+    assert read == [program.make_parser().get_default("output")] == [catalog.RESULTS]
 
 
 def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,9 @@ def test_table_shows_milliseconds_and_speed() -> None:
 def test_run_writes_csv(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "speed.csv"
     throughput.main(["--models", "arm_tiny_patch16_224", "test_vit", "--mode", mode, "--output", str(file), *TINY])
-    assert "arm_tiny_patch16_224" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "arm_tiny_patch16_224" in printed.out
+    assert printed.err.startswith(f"timing arm_tiny_patch16_224, test_vit: {mode}, batch 1, cpu\n")
     with file.open(newline="") as text:
         ours, peer = csv.DictReader(text)
     assert (ours["model"], ours["mode"], ours["img_size"]) == ("arm_tiny_patch16_224", mode, "32")
@@ -96,10 +98,15 @@ def test_unknown_model_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> 
     assert "unknown model 'arm_base_patch16_242'; did you mean arm_base_patch16_224" in message
 
 
+@pytest.mark.parametrize("name", ["arm_base", "arm_tiny_patch16_224", "arm_base_patch16_384.arm_in1k_ft_in1k"])
+def test_entries_with_the_patches_of_a_pretraining_model_can_be_timed(name: str) -> None:
+    assert throughput.is_pretrained_alike(name)
+
+
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "arm_tiny_patch8_64", "arm_base_patch16_stride8_448"])
 def test_pretraining_is_for_our_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = " ".join(refusal(capsys, "--mode", "pretrain", "--models", name).split())
-    assert f"ARM models with patches of 16 pixels, such as arm_base_patch16_224; got '{name}'" in message
+    assert f"no pretraining model with the patches of {name}; name an entry such as arm_base_patch16_224" in message
 
 
 @pytest.mark.parametrize("asked, taken", [("torch", "torch"), ("reference", "reference"), ("auto", None)])
@@ -153,18 +160,19 @@ def test_output_is_checked_before_anything_is_timed(
         ("speed.json", "{}", "is there and holds no table"),
         ("speed.csv", f"{','.join(throughput.COLUMNS)}\n{'1,' * len(throughput.COLUMNS)}1\n", "holds no table"),
         ("speed.csv", f"\ufeff\n{','.join(throughput.COLUMNS)}\n", None),  # as Excel writes it, with an empty line
+        ("speed.csv", "model\udce9\n", "speed.csv is there and holds no table in UTF-8"),  # é in Latin-1
     ],
 )
 def test_output_of_something_else_is_left_alone(
     name: str, text: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / name
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     if message is None:
         tables.check_output(file, throughput.COLUMNS)
     else:
         assert message in refusal(capsys, "--output", str(file), "--device", "cpu")
-    assert file.read_text() == text
+    assert file.read_text(errors="surrogateescape") == text
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])

@@ -923,7 +923,7 @@ def test_publishing_is_shown_without_a_network(
     monkeypatch.setattr("hub.publish.HF_HUB_OFFLINE", offline)
     assert main(["publish", str(classifier), "--repo", "ada/new"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "ada/new (could not be asked for), tag the next of v1, v2, ..."
+    assert lines[1] == "ada/new (could not be reached), tag the next of v1, v2, ..."
     for name in FILES:
         [line] = [line for line in lines if line.startswith(f"  {name} ")]
         assert re.search(r" [1-9][\d,]* bytes  not compared$", line)
@@ -985,7 +985,7 @@ def test_folders_that_are_not_published(client: Client, classifier: Path, tmp_pa
     golden["logits"] += 0.01
     sha256 = sha256_of(tmp_path / "out" / "model.safetensors")
     save_file(golden, tmp_path / "out" / "golden.safetensors", metadata={"model_sha256": sha256})
-    assert "the golden answers are missed by" in client.load("hub", *arguments, "ada/x")["err"]
+    assert "the answers differ from the golden ones by" in client.load("hub", *arguments, "ada/x")["err"]
     save_file(golden, tmp_path / "out" / "golden.safetensors", metadata={"model_sha256": "0"})
     assert "belongs to weights with sha256 0" in client.load("hub", *arguments, "ada/x")["err"]
     (tmp_path / "out" / "golden.safetensors").unlink()
@@ -999,7 +999,7 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     bundled = [name for name, weights in TABLE.items() if weights.where == "bundled"]
     lines = reply["out"].splitlines()
     for name in bundled:
-        assert any(line.startswith(f"{name}: ok, bundled, golden features and logits met to") for line in lines)
+        assert any(line.startswith(f"{name}: ok, bundled, golden features and logits match to") for line in lines)
     assert any(weights.where == "hosted" for weights in TABLE.values()) or lines[len(bundled) :] == [
         "no entry is hosted yet"
     ]
@@ -1014,7 +1014,7 @@ def test_check(server: HubServer, client: Client, classifier: Path) -> None:
     entry = "arm_tiny_patch16_224.untrained"
     reply = client.load("hub", "check", table={entry: row})
     assert reply["code"] == 0, reply
-    assert f"{entry}: ok, golden features and logits met to" in reply["out"]
+    assert f"{entry}: ok, golden features and logits match to" in reply["out"]
     reply = client.load("hub", "check", table={entry: {**row, "sha256": "0" * 64}})
     assert reply["code"] == 1 and f"{entry}: FAILED" in reply["out"] and "its sha256 is" in reply["out"]
     reply = client.load("hub", "check", table={entry: {**row, "repository": "arm-zoo/gone"}})
@@ -1048,7 +1048,7 @@ def test_bundled_entries_are_checked(
         "none": "ok, bundled",
         "sha256": "FAILED, .* is damaged, cut short or another file",
         "missing": "FAILED, .*No such file or directory; install arm-zoo anew",
-        "golden": "FAILED, .*the golden answers are missed by",
+        "golden": "FAILED, .*the answers differ from the golden ones by",
     }
     assert re.match(f"{entry}: {said[damage]}", line), line
 

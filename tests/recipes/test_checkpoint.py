@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import arm_zoo
 from arm_zoo.images.tables import ImageTable
-from recipes import command_line
+from recipes import command_line, kill_test
 from recipes import finetune as finetuning
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import loader as data
@@ -34,12 +34,12 @@ from recipes.data.sampling import training_order
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.kill_test import KillTest
-from recipes.objectives import AUTOREGRESSIVE, OBJECTIVES, Trained
+from recipes.objectives import AUTOREGRESSIVE, TRAINING, Trained
 from recipes.pretrain import pretrain
+from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from recipes.training import checkpoint, engine, setup
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes
-from recipes.training.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from tests import ROOT
 from tests.helpers.images import write_folder
 
@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def set_loss(monkeypatch: pytest.MonkeyPatch, loss: engine.LossFunction) -> None:
     """Let pretraining use another loss."""
     changed = dataclasses.replace(AUTOREGRESSIVE, loss=lambda config, source: loss)
-    monkeypatch.setitem(OBJECTIVES, "autoregressive", changed)
+    monkeypatch.setitem(TRAINING, "autoregressive", changed)
 
 
 @pytest.fixture
@@ -179,10 +179,28 @@ def test_full_disk_loses_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = folder_of(tmp_path, keep_last=1)
+    old, remove = save(checkpoints, 1), shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if path == old:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        remove(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        check(save(checkpoints, 2))
+    assert f"warning: cannot remove the old {old}: [Errno {errno.EBUSY}]" in capsys.readouterr().err
+    assert save(checkpoints, 3) in checkpoints.all() and not old.exists()  # tried again
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_stopped_twice_in_an_epoch_sees_every_picture_once_and_ends_with_equal_bits(
+def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bits(
     whole: Path, tmp_path: Path, before_step: dict[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[int]]] = []  # epoch, indices of a step
@@ -217,11 +235,11 @@ def test_stopped_while_it_waits_for_images_loses_nothing(
     """They may never come, as from a disk that does not answer."""
     load, count = data.AugmentedImages.batch, iter(range(1, 10**6))
 
-    def asked_to_stop(pictures: data.AugmentedImages, keys: Any) -> data.Batch:
+    def asked_to_stop(images: data.AugmentedImages, keys: Any) -> data.Batch:
         if next(count) == batch:
             send(signal.SIGTERM)()
             pytest.fail("the run waits on")
-        return load(pictures, keys)
+        return load(images, keys)
 
     monkeypatch.setattr(data.AugmentedImages, "batch", asked_to_stop)
     with pytest.raises(Stopped):
@@ -232,14 +250,14 @@ def test_stopped_while_it_waits_for_images_loses_nothing(
     assert final_bits(tmp_path) == final_bits(whole)
 
 
-def test_damaged_pictures_of_before_are_counted_after_a_resume(
+def test_damaged_images_of_before_are_counted_after_a_resume(
     tmp_path: Path, before_step: dict[int, Callable[[], None]]
 ) -> None:
-    pictures = write_folder(tmp_path / "pictures" / "train", {"cat": 24}).parent
-    damaged = pictures / "train" / "cat" / "5.jpg"
+    images = write_folder(tmp_path / "images" / "train", {"cat": 24}).parent
+    damaged = images / "train" / "cat" / "5.jpg"
     good = damaged.read_bytes()
     damaged.write_bytes(b"gone")
-    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={pictures}"]
+    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={images}"]
     before_step.update({2: send(signal.SIGTERM)})
     with pytest.raises(Stopped):
         run(tmp_path / "run", *colour, "data.max_undecodable=0.1")
@@ -247,7 +265,7 @@ def test_damaged_pictures_of_before_are_counted_after_a_resume(
     run(tmp_path / "run", *colour, "data.max_undecodable=0.1")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["undecodable"] for row in rows] == [1] * EPOCHS
-    moved = shutil.copytree(pictures, tmp_path / "moved")  # other pictures: what the first ones were does not count
+    moved = shutil.copytree(images, tmp_path / "moved")  # other images: what the first ones were does not count
     run(tmp_path / "run", *colour[:-1], f"data.source={moved}", "data.max_undecodable=0", f"epochs={EPOCHS + 1}")
     last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["undecodable"] == 0
@@ -297,7 +315,7 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
     newest = tmp_path / "checkpoints" / before[-1]
     with pytest.raises(SystemExit) as refused:
         command_line.main("finetune", ["--config", str(FINETUNE), f"output_dir={tmp_path}", "--resume", str(newest)])
-    assert f"{newest} is of the other recipe" in str(refused.value.code)
+    assert f"{newest} was written by the other recipe (pretrain or finetune)" in str(refused.value.code)
     for where in ("nowhere", str(tmp_path)):
         with pytest.raises(SystemExit) as refused:
             command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path), "--resume", where])
@@ -356,7 +374,7 @@ def test_classes_are_compared_by_name_and_place() -> None:
         compare_classes(start, ("a", "A"))
 
 
-def test_order_of_pictures_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_of_images_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = ["data.shuffle_buffer=8", "data.streaming=true"]
     newest = max((whole / "checkpoints").glob("step-*"))
     between = Start(newest, read_state(newest))
@@ -457,8 +475,17 @@ def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypat
     assert hits >= 1  # the first is aimed at a checkpoint's writing
 
 
+def test_a_command_that_no_run_takes_is_refused_before_any_is_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        kill_test.main(["--output", str(tmp_path / "runs")])
+    assert refused.value.code == 2 and "model is missing" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that load its pictures neither."""
+    """Those that load its images neither."""
     monkeypatch.setenv("ARM_ZOO_SCAN", "torch")
     test = KillTest("pretrain", ["--config", str(CONFIG), *TINY, "epochs=100", "data.workers=1"], tmp_path, seed=0)
     process = test._start(tmp_path / "run")
@@ -469,6 +496,29 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Monk
     group = [one for one in servers if one.pid != process.pid and os.getpgid(one.pid) == process.pid]
     assert group and not test._kill(process, tmp_path / "run", 0, aimed=False)
     assert not psutil.wait_procs(group, timeout=10)[1]
+
+
+def test_a_run_that_fails_leaves_no_process(tmp_path: Path) -> None:
+    test = KillTest("pretrain", [], tmp_path, seed=0)
+    process = test._context.Process(target=fail_beside_a_worker, args=(tmp_path / "worker",))
+    process.start()
+    with pytest.raises(RuntimeError, match="ended with 3; see the logs"):
+        test._finish(process)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "worker").read_text())).wait(timeout=10)
+
+
+def fail_beside_a_worker(file: Path) -> None:
+    """End with 3, as a run with a process group of its own whose worker sleeps on."""
+    os.setsid()
+    file.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    os._exit(3)
+
+
+def test_kills_are_counted_from_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kill_test.main(["--kills", "0", "--output", str(tmp_path / "runs")])
+    assert "--kills is 0; allowed: a whole number, 1 or more" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- earlier runs
@@ -557,7 +607,7 @@ def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -
     ],
     ids=["shared", "one"],
 )
-def test_two_processes_stop_together_for_damaged_pictures(
+def test_two_processes_stop_together_for_damaged_images(
     damaged: tuple[int, ...],
     limit: float,
     messages: dict[str, int],
@@ -566,8 +616,8 @@ def test_two_processes_stop_together_for_damaged_pictures(
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    pictures = write_folder(tmp_path / "pictures" / "train", {"cat": 24}).parent
-    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={pictures}"]
+    images = write_folder(tmp_path / "images" / "train", {"cat": 24}).parent
+    colour = ["model_args.in_chans=3", "global_batch=24", "data.workers=0", "device=cpu", f"data.source={images}"]
     arguments = [*settings(tmp_path / "run", *colour), f"data.max_undecodable={limit}"]
     config = load_config(PretrainConfig, CONFIG, arguments)
     split = open_source(config.data, labels_needed=False).train

@@ -1,4 +1,4 @@
-"""Batches: each picture once, the same for any number of processes and workers, and resumed where they stopped."""
+"""Batches: each image once, the same for any number of processes and workers, and resumed where they stopped."""
 
 import io
 import logging
@@ -72,17 +72,17 @@ def equal(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
 
 
 def by_index(*shares: list[list[Batch]]) -> dict[int, tuple[torch.Tensor, int]]:
-    """Index -> picture and class; every index may come once."""
+    """Index -> image and class; every index may come once."""
     found: dict[int, tuple[torch.Tensor, int]] = {}
     for batch in chain.from_iterable(chain.from_iterable(shares)):
-        for index, picture, label in zip(batch.indices.tolist(), batch.images, batch.classes.tolist(), strict=True):
+        for index, image, label in zip(batch.indices.tolist(), batch.images, batch.classes.tolist(), strict=True):
             assert index not in found
-            found[index] = (picture, label)
+            found[index] = (image, label)
     return found
 
 
 def steps(*shares: list[list[Batch]]) -> list[set[int]]:
-    """The pictures of each global batch."""
+    """The images of each global batch."""
     return [
         {index for batches in step for batch in batches for index in batch.indices.tolist()}
         for step in zip(*shares, strict=True)
@@ -97,20 +97,20 @@ def whole(folder: Path) -> list[list[Batch]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2)])
-def test_any_number_of_processes_and_workers_gives_the_same_pictures(
+def test_any_number_of_processes_and_workers_gives_the_same_images(
     folder: Path, whole: list[list[Batch]], processes: int, accumulation: int, workers: int
 ) -> None:
     config = configure(folder, *VARIED, f"data.workers={workers}")
     shares = [epoch(config, 3, process, processes, accumulation) for process in range(processes)]
     assert all(len(step) == accumulation for share in shares for step in share)
     expected, found = by_index(whole), by_index(*shares)
-    assert len(found) == 24 and found.keys() == expected.keys()  # 26 pictures, two batches of 12
+    assert len(found) == 24 and found.keys() == expected.keys()  # 26 images, two batches of 12
     assert all(torch.equal(found[i][0], expected[i][0]) and found[i][1] == expected[i][1] for i in found)
     assert steps(*shares) == steps(whole)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 1), (3, 2)])
-def test_pictures_to_be_mixed_stand_at_mirrored_places(
+def test_images_to_be_mixed_stand_at_mirrored_places(
     folder: Path, whole: list[list[Batch]], processes: int, accumulation: int
 ) -> None:
     [[first], *_] = whole
@@ -167,7 +167,7 @@ def test_without_variation_training_and_scoring_see_the_same(folder: Path) -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_scoring_sees_each_picture_once(folder: Path, processes: int, workers: int) -> None:
+def test_scoring_sees_each_image_once(folder: Path, processes: int, workers: int) -> None:
     test = open_source(DataConfig(source=str(folder))).test
     assert test is not None
     loaders = [EvalLoader(test, SCORING, 2, process, processes, workers) for process in range(processes)]
@@ -179,7 +179,7 @@ def test_scoring_sees_each_picture_once(folder: Path, processes: int, workers: i
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three training tars of unequal length, 14 pictures in all; the class of picture n is n % 5."""
+    """Three training tars of unequal length, 14 images in all; the class of image n is n % 5."""
     root = tmp_path_factory.mktemp("tars")
     for shard, (first, last) in enumerate(((0, 7), (7, 9), (9, 14))):
         write_tar(root / f"train-{shard}.tar", [number % 5 for number in range(first, last)], first=first)
@@ -192,15 +192,15 @@ STREAM = ["data.streaming=true", "data.num_classes=5", "data.shuffle_buffer=4"]
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_streams_give_each_picture_once_for_any_number_of_processes_and_workers(
+def test_streams_give_each_image_once_for_any_number_of_processes_and_workers(
     tars: Path, processes: int, workers: int
 ) -> None:
     plain = configure(tars, *STREAM, batch=14)
-    expected = {torch.sum(picture).item() for picture, _ in by_index(epoch(plain, 0)).values()}
+    expected = {torch.sum(image).item() for image, _ in by_index(epoch(plain, 0)).values()}
     assert len(expected) == 14  # all different
     config = configure(tars, *STREAM, f"data.workers={workers}", batch=12)
     shares = [epoch(config, 1, process, processes) for process in range(processes)]
-    sums = [torch.sum(picture).item() for picture, _ in by_index(*shares).values()]
+    sums = [torch.sum(image).item() for image, _ in by_index(*shares).values()]
     assert len(sums) == len(set(sums)) == 12 and set(sums) <= expected
     alone = epoch(config, 1)
     assert steps(*shares) == steps(alone)
@@ -219,7 +219,7 @@ def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path) 
     assert {index: label for index, (_, label) in by_index(*shares).items()} == {n: n for n in range(5)}
 
 
-def test_streams_of_tars_with_pictures_of_several_kinds_miss_none(tmp_path: Path) -> None:
+def test_streams_of_tars_with_images_of_several_kinds_miss_none(tmp_path: Path) -> None:
     for shard, kinds in enumerate((["JPEG", "PNG", "WEBP"], ["PNG"], ["BMP", "JPEG", "GIF", "PNG"])):
         with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
             for row, kind in enumerate(kinds):
@@ -253,7 +253,7 @@ def test_a_process_reads_the_shards_of_its_lanes_only(tmp_path: Path, processes:
 
 
 def read_keys(config: PretrainConfig, processes: int) -> list[list[list[str]]]:
-    """Names of the pictures of every step, for each process."""
+    """Names of the images of every step, for each process."""
     split = open_source(config.data).train
     plan = BatchPlan(config.global_batch // processes, 1)
     orders = [training_order(split, config, plan, process, processes) for process in range(processes)]
@@ -275,13 +275,13 @@ def as_on_the_hub(monkeypatch: pytest.MonkeyPatch, tars: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_streams_from_the_hub_give_each_picture_once(
+def test_streams_from_the_hub_give_each_image_once(
     tars: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     as_on_the_hub(monkeypatch, tars)
     config = configure("hf://some/tars", *STREAM, "data.train_size=14", batch=4)
     shares = [epoch(config, 0, process, processes) for process in range(processes)]
-    sums = {torch.sum(picture).item() for picture, _ in by_index(*shares).values()}
+    sums = {torch.sum(image).item() for image, _ in by_index(*shares).values()}
     assert len(sums) == 12
     assert steps(*shares) == steps(epoch(config, 0)) and equal(epoch(config, 0)[2:], epoch(config, 0, first_step=2))
 
@@ -305,7 +305,7 @@ def test_the_buffer_mixes_and_loses_nothing() -> None:
 
 
 def damage(root: Path, *numbers: int) -> Path:
-    """30 pictures of one class, these ones cut off."""
+    """30 images of one class, these ones cut off."""
     write_folder(root / "train", {"cat": 30})
     write_folder(root / "val", {"cat": 3})
     for number in numbers:
@@ -315,7 +315,7 @@ def damage(root: Path, *numbers: int) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_picture_takes_the_place_of_a_damaged_one(
+def test_the_next_image_takes_the_place_of_a_damaged_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
     config = configure(damage(tmp_path, 4, 5, 29), "data.max_undecodable=0.2", f"data.workers={workers}", batch=30)
@@ -330,7 +330,7 @@ def test_the_next_picture_takes_the_place_of_a_damaged_one(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_damaged_pictures_stop_the_run(tmp_path: Path, workers: int) -> None:
+def test_too_many_damaged_images_stop_the_run(tmp_path: Path, workers: int) -> None:
     root = damage(tmp_path, 4, 5, 29)
     with pytest.raises(SourceError, match=r"of 30 training images cannot be decoded, .* data.max_undecodable=0.05"):
         epoch(configure(root, "data.max_undecodable=0.05", batch=10), 0)
@@ -341,7 +341,7 @@ def test_too_many_damaged_pictures_stop_the_run(tmp_path: Path, workers: int) ->
     assert "Traceback" not in str(refused.value)
 
 
-def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_images_in_a_stream_and_in_scoring(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [{"bytes": jpeg(number), "path": None} for number in range(6)]
     images[2] = {"bytes": b"gone", "path": None}
     data = datasets.Dataset.from_dict(
@@ -352,8 +352,8 @@ def test_damaged_pictures_in_a_stream_and_in_scoring(tmp_path: Path, caplog: pyt
     data.to_parquet(tmp_path / "val.parquet")
     settings = ["data.streaming=true", "data.max_undecodable=0.5", "data.shuffle_buffer=1"]
     run = loader(configure(tmp_path, *settings, batch=6))
-    pictures = by_index(list(run.epoch(0)))
-    assert torch.equal(pictures[2][0], pictures[4][0])  # the one after it in the batch: 0 2 4 and, mirrored, 5 3 1
+    found = by_index(list(run.epoch(0)))
+    assert torch.equal(found[2][0], found[4][0])  # the one after it in the batch: 0 2 4 and, mirrored, 5 3 1
     list(run.epoch(1))
     assert len(run.undecodable) == 1
     assert [line for line in run.undecodable if "[train], shard 0, row 2 cannot be decoded" in line]
@@ -382,6 +382,8 @@ def test_speed_of_the_loader_is_printed(folder: Path, capsys: pytest.CaptureFixt
     settings = [f"data.source={folder}", "data.workers=0", "image_size=16", "batch=4", "batches=2"]
     loader_speed.main(settings)
     assert re.fullmatch(r"[\d,]+ img/s at 16 px: 1 x [\d,]+\n", capsys.readouterr().out)
+    loader_speed.main([*settings, "batch=256"])  # more than there are: all of them are a batch
+    assert "img/s at 16 px" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="there is no 'nowhere'"):
         loader_speed.main(["data.source=nowhere"])
     with pytest.raises(SystemExit):
@@ -389,7 +391,7 @@ def test_speed_of_the_loader_is_printed(folder: Path, capsys: pytest.CaptureFixt
     assert "batch is 3; allowed: an even number" in capsys.readouterr().err
 
 
-def test_waiting_for_pictures_is_measured(folder: Path) -> None:
+def test_waiting_for_images_is_measured(folder: Path) -> None:
     run = loader(configure(folder))
     list(run.epoch(0))
     assert run.seconds_waited > 0
@@ -426,15 +428,15 @@ def test_posterizing_to_nothing_leaves_black() -> None:
 
 
 def test_shift_rotation_and_zoom_by_hand() -> None:
-    picture = torch.zeros(1, 1, 8, 8)
-    picture[0, 0, 2, 3] = 1
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 2, 3] = 1
 
     def moved(*draws: float, **limits: float) -> list[int]:
-        place = warp(picture, torch.tensor([draws]), DataConfig(source="x", **limits)).argmax()
+        place = warp(image, torch.tensor([draws]), DataConfig(source="x", **limits)).argmax()
         return [int(place) // 8, int(place) % 8]
 
     assert moved(0, 0, 0, 0) == [2, 3]
-    assert moved(0, 0, 1, 0, max_shift=0.125) == [2, 2]  # the window moves right, so the picture moves left
+    assert moved(0, 0, 1, 0, max_shift=0.125) == [2, 2]  # the window moves right, so the image moves left
     assert moved(0, 0, 0, -1, max_shift=0.25) == [4, 3]
     assert moved(1, 0, 0, 0, max_rotation=180) == [5, 4]
 
@@ -442,9 +444,9 @@ def test_shift_rotation_and_zoom_by_hand() -> None:
 def test_normalisation_and_erasing(folder: Path) -> None:
     source = open_source(DataConfig(source=str(folder)))
     plain, erased = (by_index(epoch(configure(folder, f"data.erase={share}", batch=26), 0)) for share in (0, 1))
-    pictures = torch.stack([picture for picture, _ in plain.values()])
+    images = torch.stack([image for image, _ in plain.values()])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (source.mean, source.std))
-    values = pictures * std + mean
+    values = images * std + mean
     assert values.min() >= -1e-6 and values.max() <= 1 + 1e-6 and values.std() > 0.1
     changed = [(plain[i][0] != erased[i][0]).float().mean().item() for i in plain]
     assert all(0.01 < share < 0.4 for share in changed)  # timm erases 2% to a third of the area
@@ -458,7 +460,7 @@ def test_a_plan_that_is_no_split_of_the_global_batch_is_refused(folder: Path) ->
             TrainLoader(source, config, plan, (16, 16), 0, 1, CPU)
 
 
-def test_parquet_pictures_reach_the_batches_unchanged(tmp_path: Path) -> None:
+def test_parquet_images_reach_the_batches_unchanged(tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["a", "b", "c"])
     write_parquet(tmp_path / "train-0.parquet", [2, 0, 1, 1], names)
     write_parquet(tmp_path / "test.parquet", [0, 1, 2], names)

@@ -23,8 +23,8 @@ import arm_zoo  # noqa: F401 - timm finds our models by it
 from arm_zoo.images.listing import SourceError
 from recipes.data.workers import WorkerLoader, end_workers, started
 from recipes.errors import RunError
+from recipes.signals import StopRequest, StopWaiting, stop_ends_waiting
 from recipes.training.parallel import Collectives
-from recipes.training.signals import StopRequest, StopWaiting, stop_ends_waiting
 from tests import ROOT
 
 TINY = ["epochs=100000", "global_batch=256", "model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2",

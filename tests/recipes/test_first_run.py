@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from arm_zoo import CheckpointError
-from arm_zoo.images import listing
 from arm_zoo.images.listing import SourceError
 from recipes import command_line
 from recipes.command_line import read_command
@@ -132,6 +130,12 @@ def test_mistakes_are_told_before_torch_is_imported(
         assert code == 2 and wanted in message and "Chosen for them" not in message, (wanted, message)
         assert "--config" in arguments or "has 1 problem:" in message, message  # none of values that nobody set
     assert imported == []
+
+
+def test_the_images_package_is_run_where_it_is_imported_alone(repo: Path) -> None:
+    code = "import recipes, sys; assert 'torch' not in sys.modules; print(sys.modules['arm_zoo.images'].__doc__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True)
+    assert done.stdout.startswith("Images in files:"), done.stderr
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "pretrain"])
@@ -262,22 +266,11 @@ def test_what_is_set_wins_and_the_rest_follows(images: str, capsys: pytest.Captu
     assert sorted(refused.value.problems) == ["data.validation", "epochs", "global_batch"]
 
 
-def test_images_are_listed_once_from_the_survey_to_the_opening(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, below = [], listing.files_below
-
-    def counting(folder: str) -> Iterator[str]:
-        for path in below(folder):
-            found.append(path)
-            yield path
-
-    monkeypatch.setattr(listing, "files_below", counting)
+def test_a_folder_is_listed_anew_whenever_it_is_opened(images: str) -> None:
     config = FinetuneConfig(data=DataConfig(source=images))
-    survey(config)
-    surveyed = len(found)
-    assert open_source(config.data).class_names == tuple(sorted(CLASSES))
-    assert surveyed >= 40 and len(found) - surveyed <= 4  # to see that there are images, one of each folder
+    assert survey(config).classes == len(CLASSES)
     shutil.rmtree(Path(images, "bus"))
-    assert len(open_source(config.data).class_names) == 2  # the answer is kept for one opening only
+    assert open_source(config.data).class_names == tuple(sorted({*CLASSES} - {"bus"}))
 
 
 def test_one_of_a_kind_is_told_in_the_singular(images: str) -> None:
@@ -402,7 +395,7 @@ def test_a_persons_own_images_in_one_command(images: str, capsys: pytest.Capture
     assert 'timm.create_model("local-dir:runs/user pics", pretrained=True)' in out
     held_out = (run / "validation.txt").read_text().splitlines()
     assert len(held_out) == 9 and all(Path(name).is_file() for name in held_out)
-    assert "0.2 of the training images, 9 beside 31, are held out" in err
+    assert "20% of the images (9 of 40) are held out for validation" in err
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["epoch"] == 2 and rows[-1]["undecodable"] == rows[-1]["images_skipped"] == 1
     model = timm.create_model(f"local-dir:{run}", pretrained=True)

@@ -23,7 +23,7 @@ import json, sys
 from recipes.config import DataConfig
 from recipes.data.sources import open_source
 for streaming in json.loads(sys.argv[1]):
-    source = open_source(DataConfig(source="hf://some/pictures", streaming=streaming))
+    source = open_source(DataConfig(source="hf://some/images", streaming=streaming))
     labels = [[label for _, label, _ in split] for split in (source.train, source.test)]
     print(json.dumps([type(source.train).__name__, source.class_names, *labels]))
 """
@@ -60,12 +60,12 @@ class Repository(BaseHTTPRequestHandler):
         name = path.partition("/resolve/")[2].partition("/")[2]
         if name in self.files:
             return self.send(name)
-        if name or not path.startswith("/api/datasets/some/pictures"):
+        if name or not path.startswith("/api/datasets/some/images"):
             return self.answer(b"{}", 404, X_Error_Code="EntryNotFound" if name else "RepoNotFound")
         if "/tree/" in path:
             return self.answer(json.dumps([self.describe(name) for name in self.files]).encode())
         siblings = [{"rfilename": name} for name in self.files]
-        return self.answer(json.dumps({"id": "some/pictures", "sha": COMMIT, "siblings": siblings}).encode())
+        return self.answer(json.dumps({"id": "some/images", "sha": COMMIT, "siblings": siblings}).encode())
 
     do_HEAD = do_GET
 
@@ -115,7 +115,7 @@ def test_a_data_set_on_the_hub(hub: str, repo: Path, tmp_path: Path) -> None:
 SCORED = """
 import json
 from eval.scoring.sources import open_source
-listing = open_source(["some/pictures"])
+listing = open_source(["some/images"])
 print(json.dumps([listing.class_names, listing.labels.tolist()]))
 """
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import arm_zoo
+from arm_zoo import loading
 from arm_zoo.images.listing import SourceError
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
@@ -57,7 +58,7 @@ def test_features_that_are_not_numbers_are_no_score(pretrained: Path, tmp_path: 
         run(tmp_path / "backbone", tmp_path / "probe.json")
 
 
-def test_a_class_without_training_pictures_is_never_predicted() -> None:
+def test_a_class_without_training_images_is_never_predicted() -> None:
     train = Features(at(0, 90), torch.tensor([0, 1]))
     assert knn_top1(train, Features(at(5, 85, 40), torch.tensor([0, 1, 2])), 1, 0.07) == pytest.approx(200 / 3)
 
@@ -96,7 +97,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(weights: Path, output: Path, *overrides: str) -> dict[str, object]:
+def run(weights: Path | str, output: Path, *overrides: str) -> dict[str, object]:
     settings = ["data.source=digits", "data.workers=0", "linear_epochs=5", "device=cpu", f"output={output}"]
     probe.main(["--weights", str(weights), *settings, *overrides])
     return json.loads(output.read_text())
@@ -116,8 +117,33 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
     save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     folder = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True)
     assert torch.equal(folder.cls_token, model.cls_token)
-    other = run(tmp_path / "backbone", tmp_path / "folder.json")
+    other = run(tmp_path / "backbone", tmp_path / "folder.json", "model=arm_pico_patch2_8")
     assert other["features"] == 16
+    digits = ["data.source=digits", "data.workers=0", "device=cpu", "model=arm_base_patch16_224"]
+    message = refusal("--weights", str(tmp_path / "backbone"), *digits)
+    assert "are of arm_pico_patch2_8, not of arm_base_patch16_224" in message
+    assert "with model='arm_base_patch16_224'" in refusal("--weights", str(pretrained), *digits)
+
+
+def test_probing_an_entry_by_name(tmp_path: Path) -> None:
+    """Prepared as the entry's configuration says, whose mean and deviation are not those of the 1,437 digits."""
+    result = run("arm_pico_patch2_8", tmp_path / "probe.json")
+    assert result["weights"] == "arm_pico_patch2_8" and float(str(result["knn_top1"])) > 97
+    _, inputs = probe.load_backbone(Path("arm_pico_patch2_8"), ProbeConfig(data=DataConfig(source="digits")))
+    assert inputs["mean"] == timm.get_pretrained_cfg("arm_pico_patch2_8").mean
+
+
+def test_probing_a_repository(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        loading._Loader, "from_hub", lambda self, repo, wanted: self.from_folder(folders[repo], wanted)
+    )
+    folders = {"ada/digits@v1": pretrained}
+    config = ProbeConfig(data=DataConfig(source="digits"))
+    (model, inputs), (local, same) = (
+        probe.load_backbone(name, config) for name in (Path("hf-hub:ada/digits@v1"), pretrained)
+    )
+    assert inputs == same and "mean" not in inputs
+    assert all(torch.equal(value, local.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def refusal(*argv: str) -> str:
@@ -134,7 +160,7 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     assert "this is no ARM" in refusal("--weights", str(tmp_path / "vit.safetensors"), *digits)
     unknown = refusal("--weights", file, "model=arm_giant", *digits)
-    assert "model is 'arm_giant'" in unknown and "arm_base_patch16_224, " in unknown
+    assert "unknown model 'arm_giant'; did you mean " in unknown
     keyword = refusal("--weights", str(pretrained), "model_args.width=3", *digits)
     assert "unknown keyword width; the model takes" in keyword and "embed_dim" in keyword
     value = refusal("--weights", file, "model=arm_pico_patch2_8", "model_args.depth=deep", *digits)
@@ -159,7 +185,7 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
         probe.probe(pretrained, ProbeConfig(data=DataConfig(source="nowhere")))
 
 
-def test_damaged_pictures_are_counted_named_and_limited(
+def test_damaged_images_are_counted_named_and_limited(
     pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "train", {"a": 6, "b": 6})
@@ -228,7 +254,14 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "speed.json").write_text("[]")
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "images_per_second": 3}\n')
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "metrics.jsonl").write_text('{"images_per_second": 3, "processes": 1}\n')
+    (damaged / "config.yaml").write_text("model: [")
+    (damaged / "speed.csv").write_text("mode,img_per_s\npretrain,3\n")
     for argv, message in (
+        (["--run", str(damaged)], f"{damaged} is damaged, or of something else"),
+        (["--throughput", str(damaged / "speed.csv")], f"{damaged / 'speed.csv'} is damaged, or of something else"),
         (["--run", str(tmp_path / "nowhere")], "allowed: the output_dir of a pretraining run"),
         (["--run", str(tmp_path)], "holds no images_per_second with the number of processes"),
         (["--run", str(tmp_path), "--measured-gpus", "2"], "--measured-gpus go with --images-per-second"),

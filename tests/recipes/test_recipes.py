@@ -4,17 +4,23 @@ import csv
 import dataclasses
 import errno
 import importlib.util
+import io
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -24,25 +30,26 @@ import arm_zoo
 from arm_zoo.files import replacing_files
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
-from arm_zoo.pretraining._registry import OBJECTIVES as MODELS
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
-from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import CORES, ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data.loader import Batch, TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
-from recipes.objectives import OBJECTIVES, Trained
+from recipes.objectives import TRAINING, Trained
+from recipes.parsing import filled
 from recipes.pretrain import pretrain
-from recipes.quickstart import quickstart
+from recipes.quickstart import quickstart, show
+from recipes.training import parallel
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import save_pretraining
 from recipes.training.optim import learning_rate, parameter_groups
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
-from recipes.training.progress import image_flops
+from recipes.training.progress import ProgressDisplay, image_flops
 from recipes.training.scoring import evaluation
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -70,8 +77,17 @@ def test_shipped_configurations_load_and_their_models_can_be_built(file: Path) -
     model = config.build(device="meta")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert config.output_dir == f"runs/{file.stem}"
+    assert config.data.workers <= CORES  # torch warns of more
     if "digits" in file.name:
         assert load_config(kind(file), file, ["epochs=3"]).epochs == 3  # sound from three epochs up
+
+
+@pytest.mark.parametrize(("processes", "workers"), [("1", min(12, CORES)), (str(CORES), 1), (str(10 * CORES), 1)])
+def test_training_processes_of_a_machine_share_its_cores(processes: str, workers: int) -> None:
+    code = "from recipes.config import DataConfig; print(DataConfig().workers)"
+    environment = os.environ | {"LOCAL_WORLD_SIZE": processes}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert int(told.stdout) == workers
 
 
 def test_shipped_configurations_are_the_papers() -> None:
@@ -119,6 +135,7 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "data.source=nowhere"): "there is no 'nowhere'",
     ("pretrain", "data.source=EMPTY"): "is empty; allowed: a folder of images",
     ("pretrain", "model=arm_giant"): "unknown pretraining model 'arm_giant'; choose one of arm_pico",
+    ("pretrain", "model=arm_pico_patch2_8"): "unknown pretraining model 'arm_pico_patch2_8'; did you mean arm_pico?",
     ("pretrain", "model_args.img_size=9"): "img_size (9, 9) must be a multiple of cluster_size (4, 4), for example",
     ("pretrain", "objective=contrastive"): "unknown objective 'contrastive'; choose one of autoregressive",
     ("pretrain", "model_args.objective=autoregressive"): "multiple values for argument 'objective'",
@@ -253,6 +270,12 @@ def test_all_problems_of_a_configuration_come_at_once() -> None:
     assert "model is missing" in message and "output_dir is missing" in message
 
 
+def test_refused_values_are_left_out() -> None:
+    problems: dict[str, str] = {}
+    config = filled(PretrainConfig, {"betas": "[0.9, 1]", "data.random_crop": "[0.5, 0.2]", "seed": "-1"}, problems)
+    assert config == PretrainConfig() and problems.keys() == {"betas", "data.random_crop", "seed"}
+
+
 TYPED = {  # override: what it comes to; a message where it is refused
     "base_lr=1e-3": 1e-3,
     "base_lr=true": "a number above 0, and finite",
@@ -304,6 +327,9 @@ def test_a_file_says_the_same_as_a_command(tmp_path: Path) -> None:
     config = load_config(PretrainConfig, file, ["data.flip=1"], to_run=False)
     assert (config.base_lr, config.model_args, config.data.flip) == (1e-3, {"depth": 1}, 1.0)
     assert config.data.source == "digits" and config.data.erase == 0.0
+    file.write_text("data:\nmodel_args:\noutput_dir: ~/runs\n")
+    config = load_config(PretrainConfig, file, to_run=False)
+    assert config == PretrainConfig(output_dir=str(Path.home() / "runs"))
     for content, told in {
         "output_dir: 007": "output_dir is 7; allowed: a folder",  # it would become another text
         "epochs: 1\nepochs: 2": "duplicate key",
@@ -400,7 +426,7 @@ def mixing(*overrides: str) -> FinetuneConfig:
 
 
 def test_mixup_by_hand() -> None:
-    pictures, classes = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), torch.tensor([3, 5])
+    images, classes = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), torch.tensor([3, 5])
     logits = torch.linspace(0, 1, 10).repeat(2, 1)
     seen = []
 
@@ -409,7 +435,7 @@ def test_mixup_by_hand() -> None:
         return logits
 
     seed_step(0, 1, 2, 0, 0)
-    loss = classification_loss(mixing(), 10)(model, Batch(pictures, classes, torch.arange(2), []))
+    loss = classification_loss(mixing(), 10)(model, Batch(images, classes, torch.arange(2), []))
     seed_step(0, 1, 2, micro_batch=3, process=7)  # the draws are the same in all parts of a global batch
     np.random.rand()  # against the probability 1 of mixing at all
     share = np.random.beta(0.8, 0.8)
@@ -444,10 +470,10 @@ def test_mixing_is_the_same_for_any_number_of_processes_and_parts(overrides: tup
 
 
 class Cats(nn.Module):
-    """Says class 0 of every picture."""
+    """Says class 0 of every image."""
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([1.0, 0.0]).repeat(len(pictures), 1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0]).repeat(len(images), 1)
 
 
 def test_a_failure_while_scoring_is_told_to_the_other_processes(
@@ -470,7 +496,7 @@ def test_a_failure_while_scoring_is_told_to_the_other_processes(
     assert told == [FAILED]
 
 
-def test_damaged_held_out_pictures_are_counted_named_and_limited(
+def test_damaged_held_out_images_are_counted_named_and_limited(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
@@ -505,6 +531,24 @@ def test_damaged_held_out_pictures_are_counted_named_and_limited(
         file.write_bytes(b"gone")
     with pytest.raises(RunError, match="none of the 7 validation images can be decoded"):
         scores(0.99)
+
+
+@pytest.mark.parametrize("peak", [None, 1000.0])
+def test_the_bar_shows_no_figures_before_the_first_reading(peak: float | None) -> None:
+    console = Console(file=io.StringIO(), width=160, force_terminal=True)
+    config = FinetuneConfig(epochs=2, global_batch=100, device="cpu", tracker="none")
+    display = ProgressDisplay(start_accelerator(config), console, "train", config, 5, peak)
+
+    def shown() -> str:
+        with console.capture() as capture:
+            console.print(display.bar.get_renderable())
+        return capture.get()
+
+    display.begin(0)
+    assert "loss -" in shown() and "nan" not in shown() and "img/s" not in shown()
+    display.step(1, {"loss": 2.5})
+    assert re.search(r"loss 2.500  [\d,]+ img/s.* GiB", shown())
+    assert ("% of GEMM peak" in shown()) == (peak is not None)
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:
@@ -544,9 +588,9 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
     assert {"loss", "lr", "seconds", "data_wait", "images_per_second", "memory_gib", "undecodable"} <= last.keys()
     assert (last["processes"], last["images_scored"], last["images_skipped"]) == (1, 360, 0)
     model = timm.create_model(f"local-dir:{tmp_path / 'finetune'}", pretrained=True).eval()
-    pictures = torch.rand(2, 1, 8, 8)
+    images = torch.rand(2, 1, 8, 8)
     with torch.inference_mode():
-        assert torch.equal(model(pictures), result.model.eval()(pictures)) and model.num_classes == 10
+        assert torch.equal(model(images), result.model.eval()(images)) and model.num_classes == 10
     config = json.loads((tmp_path / "finetune" / "config.json").read_text())
     assert "num_classes" not in config["model_args"] and config["label_names"][3] == "three"
     assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
@@ -594,17 +638,24 @@ class Doubled(arm_zoo.ARMPretrain):
 
 
 def test_another_objective_is_trained_by_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and OBJECTIVES.keys() == MODELS.keys()
-    row = MODELS[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
-    monkeypatch.setitem(MODELS, "doubled", row)
-    record = dataclasses.replace(
-        OBJECTIVES[DEFAULT_OBJECTIVE],
-        loss=lambda config, source: lambda model, batch: model(batch.images),
-        export=lambda trained: save_pretraining(trained.model, trained.config, trained.inputs),
-    )
-    monkeypatch.setitem(OBJECTIVES, "doubled", record)
+    assert PretrainConfig.objective == DEFAULT_OBJECTIVE and TRAINING.keys() == OBJECTIVES.keys()
+    row = OBJECTIVES[DEFAULT_OBJECTIVE]._replace(model_class=Doubled, sizes={"arm_pico": {}})
+    monkeypatch.setitem(OBJECTIVES, "doubled", row)
     settings = [*TINY, "global_batch=718", "model=arm_pico", "data.source=digits", "data.workers=0"]
     settings += [f"output_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match="objective is 'doubled'; allowed: autoregressive"):
+        pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
+
+    def export(trained: Trained) -> None:
+        del trained.model.patch_size  # this class's own: what all models have is that of patch_embed
+        save_pretraining(trained.model, trained.config, trained.inputs)
+
+    record = dataclasses.replace(
+        TRAINING[DEFAULT_OBJECTIVE],
+        loss=lambda config, source: lambda model, batch: model(batch.images),
+        export=export,
+    )
+    monkeypatch.setitem(TRAINING, "doubled", record)
     result = pretrain(load_config(PretrainConfig, None, [*settings, "objective=doubled"]))
     assert isinstance(result.model, Doubled) and (tmp_path / "checkpoints" / "step-00000002").is_dir()
     assert "objective: doubled" in (tmp_path / "config.yaml").read_text()
@@ -689,7 +740,16 @@ def test_step_never_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(finetune(load_config(FinetuneConfig, FINETUNE, settings)).history) == 1
 
 
-def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
+def test_blocks_of_encoder_and_decoder_are_sharded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[Any] = []
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(parallel, "fully_shard", lambda part, mesh: parts.append(part))
+    model: Any = arm_zoo.create_pretraining_model("arm_pico")
+    parallel.shard(model, SimpleNamespace(num_processes=2, device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert parts == [*model.blocks, *model.decoder_blocks, model]
+
+
+def test_quickstart_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
         (tmp_path / runs / "first").mkdir(parents=True)
     summary = quickstart(tmp_path, seed=0, overrides=[*TINY, *TINY_ENCODER])
@@ -697,7 +757,9 @@ def test_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
     assert {"finetuned_top1", "scratch_top1", "seconds", "images_test"} <= summary.keys()
     assert summary["images_test"] == 360 and 0 <= summary["finetuned_top1"] <= 100
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    show(summary, tmp_path)
+    assert "apart is noise" in (said := capsys.readouterr().out) and "import arm_zoo, timm; timm.create_model(" in said
     for name in ("curves.png", "predictions.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert len(summary["named"]) == 3
+    assert [row.keys() for row in summary["examples"]] == [{"image", "predicted", "label", "probability"}] * 3
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 10

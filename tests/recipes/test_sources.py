@@ -1,5 +1,6 @@
-"""Sources of pictures: every layout, every kind of file, and a clear refusal of what cannot be meant."""
+"""Sources of images: every layout, every kind of file, and a clear refusal of what cannot be meant."""
 
+import errno
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ import sys
 import tarfile
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -69,7 +70,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def with_hole(mode: str) -> Image.Image:
-    """The picture with its left half transparent."""
+    """The image with its left half transparent."""
     alpha = np.full((16, 24), 255, np.uint8)
     alpha[:, :12] = 0
     image = RGB.convert("RGBA")
@@ -114,7 +115,7 @@ HOLES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_every_kind_of_picture_comes_out_as_it_looks(kind: str) -> None:
+def test_every_kind_of_image_comes_out_as_it_looks(kind: str) -> None:
     file, expected, tolerance = FILES[kind]
     image = decode_image(file(), "x")
     assert image.mode == "RGB"
@@ -136,7 +137,7 @@ def test_a_transparent_colour_is_white() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize(("orientation", "turns", "flip"), [(3, 2, False), (6, 3, False), (8, 1, False), (2, 0, True)])
-def test_pictures_come_out_upright(kind: str, orientation: int, turns: int, flip: bool) -> None:
+def test_images_come_out_upright(kind: str, orientation: int, turns: int, flip: bool) -> None:
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
     upright = np.asarray(decode_image(encode(RGB, kind, exif=exif(orientation), **options), "x")).astype(int)
     expected = np.rot90(pixels(), turns)
@@ -145,12 +146,12 @@ def test_pictures_come_out_upright(kind: str, orientation: int, turns: int, flip
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_pictures_with_damaged_exif_data_are_shown_as_they_are(kind: str) -> None:
+def test_images_with_damaged_exif_data_are_shown_as_they_are(kind: str) -> None:
     image = decode_image(encode(RGB, kind, exif=b"Exif\0\0garbage!"), "it")
     assert image.size == RGB.size
 
 
-def test_grey_pictures_stay_grey_when_asked_for() -> None:
+def test_grey_images_stay_grey_when_asked_for() -> None:
     image = decode_image(encode(GREY, "PNG"), "x", mode="L")
     assert image.mode == "L" and (np.asarray(image) == np.asarray(GREY)).all()
 
@@ -171,7 +172,7 @@ DAMAGED["PNG with a wrong byte"][0][30] ^= 1  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_pictures_are_named(kind: str) -> None:
+def test_damaged_images_are_named(kind: str) -> None:
     content, reason = DAMAGED[kind]
     with warnings.catch_warnings(), pytest.raises(UndecodableImage, match=r"x.png cannot be decoded") as refused:
         warnings.simplefilter("error")
@@ -230,10 +231,25 @@ def test_links_that_lead_back_do_not_multiply_images(tmp_path: Path) -> None:
     check(open_named(folder, validation=0.5), 3, 3, ("cat", "dog", "fox"))
 
 
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = write_folder(tmp_path / "pics", {"cat": 2, "dog": 2}) / "dog"
+    scandir = os.scandir
+
+    def refusing(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for labels_needed in (True, False):
+        with pytest.raises(SourceError, match=r"cannot list the folder .*dog.: Permission denied; allow yourself"):
+            open_named(tmp_path / "pics", labels_needed)
+
+
 def test_folder_with_train_and_val(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"n01": 3, "n02": 2, "n10": 2})
     write_folder(tmp_path / "val", {"n01": 1, "n02": 1, "n10": 1})
-    (tmp_path / "annotations").mkdir()  # ImageNet has folders without pictures beside the splits
+    (tmp_path / "annotations").mkdir()  # ImageNet has folders without images beside the splits
     (tmp_path / "train" / "n01" / "._0.jpg").write_bytes(b"")  # macOS leaves such files behind
     source = open_named(tmp_path)
     check(source, 7, 3, ("n01", "n02", "n10"))
@@ -253,7 +269,7 @@ def test_folder_without_splits_and_another_for_validation(tmp_path: Path) -> Non
     assert unlabelled.test is None and unlabelled.class_names == () and unlabelled.train[0][1] == -1  # type: ignore[index]
 
 
-def test_pictures_without_class_folders_can_be_pretrained_on(tmp_path: Path) -> None:
+def test_images_without_class_folders_can_be_pretrained_on(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.JPEG").write_bytes(jpeg(number))
     assert len(open_named(tmp_path, labels_needed=False).train) == 3  # type: ignore[arg-type]
@@ -308,8 +324,8 @@ def test_a_parquet_file_without_declared_columns(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     images = [{"bytes": jpeg(number), "path": None} for number in range(3)]
-    pq.write_table(pa.table({"picture": images, "kind": ["x", "y", "x"], "id": [5, 6, 7]}), tmp_path / "train.parquet")
-    pq.write_table(pa.table({"picture": images[:2], "kind": ["x", "y"], "id": [8, 9]}), tmp_path / "val.parquet")
+    pq.write_table(pa.table({"photo": images, "kind": ["x", "y", "x"], "id": [5, 6, 7]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"photo": images[:2], "kind": ["x", "y"], "id": [8, 9]}), tmp_path / "val.parquet")
     with pytest.raises(SourceError, match=r"label column .* is none of kind, id; say which with data.label_column"):
         open_named(tmp_path)
     check(open_named(tmp_path, label_column="kind"), 3, 2, ("x", "y"))
@@ -526,8 +542,8 @@ def test_disagreeing_splits_and_damaged_files_are_refused(tmp_path: Path) -> Non
 
 def test_the_hub_switched_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    for name in ("hf://someone/pictures", "someone/pictures"):
-        with pytest.raises(SourceError, match=r"no file or folder 'someone/pictures'.*switched off \(HF_HUB_OFF"):
+    for name in ("hf://someone/images", "someone/images"):
+        with pytest.raises(SourceError, match=r"no file or folder 'someone/images'.*switched off \(HF_HUB_OFF"):
             open_named(name)
 
 
@@ -540,11 +556,11 @@ def test_a_data_set_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return {"train": train["train"], "validation": train["train"].select([0]), "test": train["train"].select([1])}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = open_named("hf://someone/pictures")
+    source = open_named("hf://someone/images")
     check(source, 3, 1, ("cat", "dog"))
-    assert source.test[0][1] == 0 and asked == [("someone/pictures", False)]  # type: ignore[index]
+    assert source.test[0][1] == 0 and asked == [("someone/images", False)]  # type: ignore[index]
     (tmp_path / "someone").mkdir()
-    assert locate("someone/pictures").kind == "hub"
+    assert locate("someone/images").kind == "hub"
 
 
 WRONG: dict[str, tuple[list[object], object, str]] = {  # labels, their type, what is said of them
@@ -592,8 +608,8 @@ def test_hidden_labels_of_a_stream_from_the_hub_are_met_at_the_start(
     loaded = datasets.load_dataset("parquet", data_files=files, streaming=True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: loaded)
     with pytest.raises(SourceError, match=r"\[val\], shard 0, row 0 .*has the label -1; allowed: one of the 2"):
-        open_named("hf://some/pictures", streaming=True)
-    assert open_named("hf://some/pictures", labels_needed=False, streaming=True).class_names == ()
+        open_named("hf://some/images", streaming=True)
+    assert open_named("hf://some/images", labels_needed=False, streaming=True).class_names == ()
 
 
 def test_names_and_numbers_of_classes_are_matched(tmp_path: Path) -> None:
@@ -675,7 +691,7 @@ def test_cut_shards_are_not_trained_on(tmp_path: Path, streaming: bool) -> None:
 
 
 def labels_of(split: object) -> list[object]:
-    """Class of each picture, the message in place of those that cannot be decoded."""
+    """Class of each image, the message in place of those that cannot be decoded."""
     found: list[object] = []
     stored = split.encoded() if isinstance(split, ImageStream) else split.encoded(range(len(split)))  # type: ignore
     for encoded in stored:
@@ -688,9 +704,7 @@ def labels_of(split: object) -> list[object]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
-def test_tars_with_pictures_of_several_kinds_and_words_as_classes(
-    tmp_path: Path, streaming: bool, ending: str
-) -> None:
+def test_tars_with_images_of_several_kinds_and_words_as_classes(tmp_path: Path, streaming: bool, ending: str) -> None:
     kinds = ["jpg", "JPG", "png", "jpeg", None, "webp", "jpg", "seg.tif"]  # within the first five, and behind them
     encoded = {"jpg": jpeg(1), "JPG": jpeg(1), "jpeg": jpeg(1), "png": encode(RGB, "PNG"), "webp": encode(RGB, "WEBP")}
     for split in ("train", "val"):
@@ -711,6 +725,16 @@ def test_tars_with_pictures_of_several_kinds_and_words_as_classes(
             found = labels_of(split)
             assert f"0.{ending}/0004 cannot be decoded: there is no image in this row" in str(found[4])
             assert found[:4] + found[5:] == expected[:4] + expected[5:]
+
+
+def test_what_a_killed_indexing_left_is_removed(tmp_path: Path) -> None:
+    write_files(tmp_path / "train.tar", {f"{name}/0.jpg": jpeg() for name in ("cat", "dog")})
+    open_named(tmp_path, labels_needed=False)
+    [index] = Path(datasets.config.HF_DATASETS_CACHE, "webdataset_indices").glob("*/index.arrow")
+    index.unlink()
+    (index.parent / ".partial-a1b2c3d4").mkdir()
+    open_named(tmp_path, labels_needed=False)
+    assert {path.name for path in index.parent.iterdir()} <= {"index.arrow", "index.arrow.lock"}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -734,11 +758,11 @@ REFUSED_TARS: dict[str, tuple[dict[str, bytes], dict[str, object], str]] = {
         r"img.0000.jpg, img.0001.jpg, .* and 3 more have one key, 'img', as it ends at the first dot of a name; "
         r"allowed: one image for each key. Rename the files so that they have one dot each$",
     ),
-    "two pictures": (
+    "two images": (
         {"0.jpg": jpeg(), "0.png": jpeg(), "0.cls": b"1"}, {}, "say which ending is meant, as in .*image_column=jpg",
     ),
     "none of the ending": ({"0.jpg": jpeg(), "0.cls": b"1"}, {"image_column": "png"}, "no sample .* ending 'png'; "),
-    "no pictures": ({"0.txt": b"", "0.cls": b"1"}, {}, "no sample of .* has an image file; .* has the files txt, cls"),
+    "no images": ({"0.txt": b"", "0.cls": b"1"}, {}, "no sample of .* has an image file; .* has the files txt, cls"),
     "no labels": (
         {"0.jpg": jpeg(), "0.json": b'{"species": 1}'}, {},
         r"neither a .cls nor a \"label\" in a .json, .*files jpg, json \(species\). Say where .*json.species",
@@ -777,7 +801,7 @@ def test_a_tar_that_has_changed_is_read_anew(tmp_path: Path) -> None:
     assert len(open_named(tar, validation=str(tar)).train) == 3  # type: ignore[arg-type]
 
 
-def test_a_row_without_a_picture_says_so(tmp_path: Path) -> None:
+def test_a_row_without_an_image_says_so(tmp_path: Path) -> None:
     rows = {"image": [{"bytes": jpeg(), "path": None}, None], "label": [0, 1]}
     data = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image(), "label": NAMES}))
     for split in ("train", "val"):
@@ -830,7 +854,30 @@ def test_order_does_not_depend_on_the_disk_or_on_rows(tmp_path: Path, monkeypatc
     assert classes == {source.class_names}
 
 
-def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize("turn", [list, reversed])
+def test_tables_among_images_are_left_out_in_any_order_of_the_disk(
+    tmp_path: Path,
+    turn: Callable[..., Iterable["os.DirEntry[str]"]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, held_out = write_folder(tmp_path / "a", {"cat": 1, "dog": 1}), write_folder(tmp_path / "b", {"cat": 1})
+    for name in ("cat/a.parquet", "dog/z.tar", ".x.parquet", "._y.tar"):  # macOS hides such files beside others
+        (folder / name).write_bytes(b"")
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: Listed(turn(sorted(scandir(path), key=str))))
+    with caplog.at_level(logging.WARNING):
+        assert open_named(folder, validation=str(held_out)).class_names == ("cat", "dog")
+    assert "files left out as no images (2): cat/a.parquet, dog/z.tar" in caplog.text
+
+
+def test_hidden_tables_are_no_part_of_a_folder(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1], NAMES)
+    (tmp_path / "._train.parquet").write_bytes(b"resources")
+    assert locate(str(tmp_path)).splits == {"train": [str(tmp_path / "train.parquet")]}
+
+
+def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for fold in ("a", "b"):
         write_folder(tmp_path / fold, {"valid": 1, "invalid": 1})
         write_folder(tmp_path / "splits" / fold, {"train": 2, "dev": 2})
@@ -840,6 +887,8 @@ def test_a_folder_with_another_for_validation_is_one_split(tmp_path: Path) -> No
         source = open_named(folds[0], validation=str(folds[1]))
         assert source.class_names == names and len(source.train) == len(source.test)  # type: ignore[arg-type]
         assert set(labels_of(source.test)) == set(range(len(names)))
+    for fold in folds:  # of the source and of data.validation
+        assert f"{str(fold)!r} is named for one split, so its folders Train are classes" in caplog.text
 
 
 def test_splits_stay_splits_with_another_source_for_validation(tmp_path: Path) -> None:
@@ -868,7 +917,7 @@ def test_folders_that_may_be_splits_or_classes_are_told(tmp_path: Path, caplog: 
 
 
 @pytest.mark.parametrize("empty_folder", [False, True])
-def test_a_class_may_lack_validation_pictures(
+def test_a_class_may_lack_validation_images(
     tmp_path: Path, empty_folder: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path / "train", {"a": 1, "b": 2, "c": 1})
@@ -879,7 +928,7 @@ def test_a_class_may_lack_validation_pictures(
     assert "[val] has no images for 1 of the 3 classes, which are not scored: b" in caplog.text
 
 
-def test_a_declared_class_without_training_pictures_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_declared_class_without_training_images_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split in ("train", "val"):
         write_parquet(tmp_path / f"{split}.parquet", [0], NAMES)
     with caplog.at_level(logging.WARNING):
@@ -977,7 +1026,7 @@ def test_files_left_out_are_counted_and_named(
     with caplog.at_level(logging.WARNING):
         open_named(tmp_path, labels_needed)
     [told] = [record.message for record in caplog.records]
-    assert told.endswith("[train]: files left out as no images (4): a/boxes.csv, a/more.xml, a/notes.txt, ...")
+    assert told.endswith("[train]: files left out as no images (4): a/boxes.csv, a/more.xml, a/notes.txt and 1 more")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -79,7 +79,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-// log(1 + exp(x)), and y = exp(-|x|). log1p(y) = y p(y): as in triton.py, or to 8e-6 for inputs of 16 bits; a
+// log(1 + exp(x)), and y = exp(-|x|). log1p(y) = y p(y): as in ops/triton/scan.py, or to 8e-6 for inputs of 16 bits; a
 // quotient would cost a special function more
 __device__ __forceinline__ float softplus(float x, float &y) {
 #if DTYPE == 0

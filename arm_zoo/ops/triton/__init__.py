@@ -1,4 +1,4 @@
-"""The `triton` backend: GPU kernels that Triton compiles on first use, for the scans and what lies around them."""
+"""The `triton` backend: GPU kernels that Triton compiles on first use, for scans, convolutions, gates and norms."""
 
 from arm_zoo.ops.triton.conv import causal_conv, causal_conv_backward
 from arm_zoo.ops.triton.gates import gate_backward

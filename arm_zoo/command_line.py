@@ -1,0 +1,29 @@
+"""What the command lines share: types of options, and messages in one line."""
+
+import argparse
+
+import torch
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def usable_device(text: str) -> torch.device:
+    """A device that is here and can compute."""
+    try:
+        device = torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError("device 'meta' holds no numbers; expected cpu, cuda, ...")
+    return device
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, whose lines are joined by semicolons."""
+    lines = (str(error) or type(error).__name__).splitlines()
+    return "; ".join(line.strip() for line in lines).replace(":; ", ": ")
