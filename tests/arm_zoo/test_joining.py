@@ -154,7 +154,7 @@ def test_an_objective_joins_by_a_row(tmp_path: Path) -> None:
     adapted = backbone.adapt({**model.state_dict(), "extra.weight": torch.ones(1)}, backbone, timm_adapts=False)
     assert adapted["blocks.1.mixer.D"].equal(model.blocks[1].mixer.D.expand(4, -1))
     convert(tmp_path / "run", tmp_path / "out")
-    assert check_folder(tmp_path / "out").startswith("golden features and prediction met")
+    assert check_folder(tmp_path / "out").startswith("golden features and prediction match")
     for source in (tmp_path / "run", tmp_path / "out"):
         loaded = from_pretrained(source)
         assert type(loaded) is ToyPretrain
