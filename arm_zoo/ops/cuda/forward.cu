@@ -97,7 +97,7 @@ __device__ __forceinline__ void copy_async(T *shared, const T *from) {
 __device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *row, int lane) {
     const int first = lane % 2 * (RANK / 2);
 #pragma unroll
-    for (int i = first; i < first + RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][i], row + i);
+    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][first + i], row + first + i);
 }
 __device__ __forceinline__ void arrived() {
     asm volatile("cp.async.wait_all;" ::: "memory");
