@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.layers import get_device_dtype
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
@@ -24,6 +25,7 @@ from torch import nn
 
 from arm_zoo.base import ZooModel
 from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
+from arm_zoo.layers.init import zero_bias
 from arm_zoo.weights.download import download
 from arm_zoo.weights.find import find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, upstream_is_on
@@ -169,7 +171,37 @@ class Backbone(ZooModel):
     feature_maps = 3  # of the last ones, that `features_only` gives unless it is told which
     pretraining_keys: frozenset[str] = frozenset()  # those that only the pretraining models of this class have
     untrained = ("cls_token", "norm.", "head.")  # how names of tensors start that pretraining does not train
+    global_pools: tuple[str, ...] = ("avg", "token", "")  # the poolings that the model has, '' for none
     pretrained_cfg: dict[str, Any]  # set by timm
+
+    def set_global_pool(self, global_pool: str) -> None:
+        """Choose the pooling; ValueError if the model does not have it."""
+        if global_pool not in self.global_pools:
+            pools = ", ".join(repr(pool) for pool in self.global_pools if pool)
+            raise ValueError(f"global_pool must be {pools} or '' (no pooling), got {global_pool!r}")
+        self.global_pool = global_pool
+
+    def make_head(self: Any, **dd: Any) -> nn.Module:
+        """The last layer, or none without classes, of a device and type."""
+        return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+
+    def _init_head(self: Any) -> None:
+        if isinstance(self.head, nn.Linear):
+            nn.init.normal_(self.head.weight, std=0.02)
+            zero_bias(self.head)
+
+    @torch.jit.ignore
+    def get_classifier(self: Any) -> nn.Module:
+        return cast(nn.Module, self.head)
+
+    def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head, freshly initialised, and optionally the pooling."""
+        if global_pool is not None:
+            self.set_global_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = self.make_head(**get_device_dtype(self))
+        self.head.train(self.training)
+        self._init_head()
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import calculate_drop_path_rates, get_device_dtype, get_norm_layer
+from timm.layers import calculate_drop_path_rates, get_norm_layer
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
-from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Size, check_positive, one_or_two
@@ -83,13 +82,12 @@ class SequenceBackbone(Backbone):
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        _check_global_pool(global_pool)
         sizes = {"img_size": img_size, "patch_size": patch_size, "patch_stride": patch_stride, "in_chans": in_chans}
         check_positive(type(self).__name__, {**sizes, "embed_dim": embed_dim, "depth": depth, "d_state": d_state})
         norm = get_norm_layer(norm_layer) or self.default_norm
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = global_pool
+        self.set_global_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.dynamic_img_size = dynamic_img_size
 
@@ -110,7 +108,7 @@ class SequenceBackbone(Backbone):
         self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
         self.norm = norm(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = self.make_head(**dd)
 
         self.init_weights(needs_reset=False)
 
@@ -124,11 +122,6 @@ class SequenceBackbone(Backbone):
         nn.init.normal_(self.pos_embed, std=0.02)
         init_block_weights(self.blocks)
         self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            nn.init.normal_(self.head.weight, std=0.02)
-            zero_bias(self.head)
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the order table, which is computed and never saved."""
@@ -151,21 +144,6 @@ class SequenceBackbone(Backbone):
         patch, stride, grid = ("x".join(map(str, s)) for s in (embed.patch_size, embed.patch_stride, embed.grid_size))
         patches = f"{patch}, stride {stride}, grid {grid}"
         return {"width": str(self.embed_dim), "depth": str(len(self.blocks)), "patches": patches}
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
-        """Replace the head, freshly initialised, and optionally the pooling."""
-        if global_pool is not None:
-            _check_global_pool(global_pool)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        dd = get_device_dtype(self)
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head.train(self.training)
-        self._init_head()
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change image or patch size; position embeddings are resampled around the class token."""
@@ -297,8 +275,3 @@ def mean_around(x: Tensor, middle: int) -> Tensor:
     """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
     after = x[:, middle + 1 :].mean(dim=1)
     return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2
-
-
-def _check_global_pool(global_pool: str) -> None:
-    if global_pool not in ("avg", "token", ""):
-        raise ValueError(f"global_pool must be 'avg', 'token' or '' (no pooling), got {global_pool!r}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_layer
+from timm.layers import DropPath, calculate_drop_path_rates, get_norm_layer
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import get_model_input_config
@@ -142,7 +142,9 @@ class VMamba(Backbone):
     """Hierarchical vision backbone whose mixer, `SS2D`, scans maps of tokens row by row and column by column."""
 
     official_names = OFFICIAL_NAMES
+    parts_to_shard = ("stages",)
     feature_maps = 4
+    global_pools = ("avg", "")
     keys = ("patch_embed.conv1.weight", "patch_embed.conv2.weight", "stages.*.blocks.*.ss2d.in_proj.weight")
 
     def __init__(
@@ -174,7 +176,6 @@ class VMamba(Backbone):
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        _check_global_pool(global_pool)
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"VMamba: depths must be four numbers of blocks, each at least 1, got {depths}")
         check_positive("VMamba", {"img_size": img_size, "in_chans": in_chans, "embed_dim // 2": embed_dim // 2})
@@ -183,7 +184,7 @@ class VMamba(Backbone):
         norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = global_pool
+        self.set_global_pool(global_pool)
         self.output_fmt = "NHWC"
         widths = [embed_dim * 2**i for i in range(len(depths))]
         self.num_features = self.head_hidden_size = widths[-1]
@@ -200,7 +201,7 @@ class VMamba(Backbone):
         ]
         self.norm = norm(self.num_features, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = self.make_head(**dd)
 
         self.init_weights(needs_reset=False)
 
@@ -267,23 +268,6 @@ class VMamba(Backbone):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
-        """Replace the head, freshly initialised, and optionally the pooling."""
-        if global_pool is not None:
-            _check_global_pool(global_pool)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        dd = get_device_dtype(self)
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head.train(self.training)
-        if isinstance(self.head, nn.Linear):
-            nn.init.normal_(self.head.weight, std=0.02)
-            zero_bias(self.head)
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -343,11 +327,6 @@ class VMamba(Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _check_global_pool(global_pool: str) -> None:
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"global_pool must be 'avg' or '' (no pooling), got {global_pool!r}")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
     assert f"no config.json in {tmp_path}" in refusal("--weights", str(tmp_path), *digits)
     file = str(pretrained / "model.safetensors")
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
-    assert "this is no ARM checkpoint" in refusal("--weights", str(tmp_path / "vit.safetensors"), *digits)
+    assert "this is no ARM" in refusal("--weights", str(tmp_path / "vit.safetensors"), *digits)
     unknown = refusal("--weights", file, "model=arm_giant", *digits)
     assert "unknown model 'arm_giant'; did you mean " in unknown
     keyword = refusal("--weights", str(pretrained), "model_args.width=3", *digits)

@@ -131,6 +131,17 @@ def test_print_config_shows_what_would_run(tmp_path: Path, capsys: pytest.Captur
     assert "layer_decay: 0.65" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, drop_path", [("tiny", 0.2), ("small", 0.3), ("base", 0.6)])
+def test_settings_of_vmamba_are_the_authors(name: str, drop_path: float) -> None:
+    config = load_config(FinetuneConfig, FOLDER / f"supervised_vmamba_{name}.yaml", to_run=False)
+    rates = [learning_rate(epoch, config) for epoch in (10, 20, 160, 300)]
+    assert rates == pytest.approx([5e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5])
+    assert (config.drop_path, config.weight_decay, config.clip_grad) == (drop_path, 0.05, 5.0)
+    assert (config.warmup_epochs, config.ema_decay) == (20, 0.9999)
+    groups = parameter_groups(config.build(device="meta"), config.weight_decay, config.layer_decay)
+    assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {(1.0, 0.05), (1.0, 0.0)}
+
+
 def test_recipes_alone_lists_its_commands(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     list_commands([])
     told = capsys.readouterr().out

@@ -49,7 +49,7 @@ class _Scan:
     def __init__(self, inputs: ScanInputs, least_steps: int) -> None:
         u, self.delta, A, _, _, D, delta_bias, _, self.delta_softplus, *_ = inputs
         directions, batch, length, channels = inputs.shape
-        self.rows = inputs.rows
+        self.rows, self.directions = inputs.rows, torch.arange(directions, device=u.device)[:, None]
         self.dtype = state_dtype(u.dtype)
         self.A = A.to(self.dtype).transpose(1, 2)[:, None].contiguous()  # (K, D, S) -> (K, 1, S, D)
         self.A_log2 = self.A * _LOG2E  # exp2 takes a third of the time of exp on the CPU
@@ -76,7 +76,7 @@ class _Scan:
         """The index of a chunk's rows (K, steps, images, C) in sequences (K, L, B, C)."""
         if self.rows is None:
             return slice(None), time, block
-        return torch.arange(len(self.rows), device=self.rows.device)[:, None], self.rows[:, time], block
+        return self.directions, self.rows[:, time], block
 
     def cut(self, sequence: Tensor, block: slice, time: slice) -> Tensor:
         """(K, B, L, C) -> (steps, K, images, C) in the dtype of the state."""

@@ -7,7 +7,8 @@
 // shares are one operand of a matrix product, zeros and ones that choose the column are the other.
 //
 // One channel a thread instead of two halves its registers: 12 warps instead of 8 (10 for float32) fit a multiprocessor and hide
-// each other's waiting; of a single state 24. Two warps share a block, so that B and C, and the sums over channels, are handled once for both.
+// each other's waiting, 24 if there is a single state. Two warps share a block, so that B and C, and the sums over channels,
+// are handled once for both.
 //
 // Step sizes are whole here: delta_t, which the forward kernel needs for those of low rank, is always CHANNELS.
 //

@@ -97,7 +97,7 @@ __device__ __forceinline__ void copy_async(T *shared, const T *from) {
 __device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *row, int lane) {
     const int first = lane % 2 * (RANK / 2);
 #pragma unroll
-    for (int i = first; i < first + RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][i], row + i);
+    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][first + i], row + first + i);
 }
 __device__ __forceinline__ void arrived() {
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -137,8 +137,9 @@ __device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH
 extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
-    const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states, int directions, int batch, int length,
-    i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
+    const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states,
+    int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
+    int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float(*BC)[2 * S] = all_BC[warp];
@@ -186,8 +187,9 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #if HAS_BIAS
     offset = load_float2(bias + (i64)k * CHANNELS, d0, d1);
 #endif
-    // of this chunk, of the next and of the one after it
-    int token = token_at(order, k, lane % CHUNK, length), next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
+    // of this chunk and of the next one, which is asked for two chunks ahead
+    int token = token_at(order, k, lane % CHUNK, length);
+    int next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
     Pair next_u[GROUP];
 #pragma unroll
     for (int j = 0; j < GROUP; ++j) next_u[j] = load_pair(u + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
