@@ -12,7 +12,11 @@
 // SAVE 1 to store the states before every chunk for the backward scan; IMAGES of a block; RANK of the step sizes, 0 if
 // they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
 
-#define GROUP (S >= 4 ? 4 : DTYPE == 0 ? 8 : CHUNK)  // steps whose inputs are in flight: as many as registers allow
+// Of a single state there is little to do at a step but its softplus: its B and C and the rows that it reads and writes
+// are then one access to shared memory, steps are not checked one by one, and step sizes are in units of ln 2.
+//
+#define GROUP (S >= 4 ? 4 : S == 2 && DTYPE == 0 ? 8 : CHUNK)  // steps whose inputs are in flight: as many as registers allow
+#define WARPS (S != 1 || DTYPE == 0 ? 16 : RANK > 32 ? 24 : 32)  // of a multiprocessor, which registers have to suffice for
 
 #if DTYPE == 0
 typedef float2 Pair;
@@ -96,8 +100,16 @@ __device__ __forceinline__ void copy_async(T *shared, const T *from) {
 // two lanes copy a row
 __device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *row, int lane) {
     const int first = lane % 2 * (RANK / 2);
+#if S == 1
+    T *to = &rows[lane / 2][first];
+    row += first;
+    HOLD(row);
+#pragma unroll
+    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(to + i, row + i);
+#else
 #pragma unroll
     for (int i = first; i < first + RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][i], row + i);
+#endif
 }
 __device__ __forceinline__ void arrived() {
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -134,14 +146,37 @@ __device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forward(
+// a step size of what is stored of it, in units of ln 2 for a single state; offset is in the same unit
+__device__ __forceinline__ float size_of(float raw, float offset) {
+    const float x = S == 1 ? fmaf(raw, LOG2E, offset) : raw + offset;
+#if SOFTPLUS
+    float unused;
+    return softplus<S == 1>(x, unused);
+#else
+    return x;
+#endif
+}
+
+#if S == 1
+struct __align__(16) Step {
+    float BC[2];   // B times ln 2, and C
+    int row[2];    // where the step's row of u and y begins, and that of the step a chunk later
+};
+#endif
+
+extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
     const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states, int directions, int batch, int length,
     i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b, int B_t, i64 C_k, i64 C_b, int C_t) {
-    __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#if S == 1
+    __shared__ Step all_steps[IMAGES][CHUNK];
+    Step *steps = all_steps[warp];
+#else
+    __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
     float(*BC)[2 * S] = all_BC[warp];
+#endif
     constexpr int BLOCKS = (CHANNELS + 63) / 64;
     const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
     const int k = rest % directions;  // the directions of an image follow each other
@@ -166,8 +201,12 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #endif
     u += k * u_k + b * u_b;
     delta += k * delta_k + b * delta_b;
+#if S == 1
+    const int row = lane / CHUNK;
+#else
     constexpr int AT_ONCE = 32 / (2 * S);  // steps whose B and C the lanes load together
     const int row = lane % (2 * S), first_BC = lane / (2 * S);
+#endif
     const T *row_BC = row < S ? B + k * B_k + b * B_b + row : C + k * C_k + b * C_b + (row - S);
     const int time_BC = row < S ? B_t : C_t;
     y += sequence * length * CHANNELS;
@@ -177,15 +216,37 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #pragma unroll
     for (int s = 0; s < S; ++s) {
         rate[s] = load_float2(A + ((i64)k * S + s) * CHANNELS, d0, d1);
-        rate[s].x *= LOG2E;
-        rate[s].y *= LOG2E;
+        rate[s].x *= S == 1 ? 1.f : LOG2E;
+        rate[s].y *= S == 1 ? 1.f : LOG2E;
         h[s] = make_float2(0.f, 0.f);
     }
     const float2 skip = load_float2(D + (i64)k * CHANNELS, d0, d1);
     float2 offset = make_float2(0.f, 0.f);
 #if HAS_BIAS
     offset = load_float2(bias + (i64)k * CHANNELS, d0, d1);
+    offset.x *= S == 1 ? LOG2E : 1.f;
+    offset.y *= S == 1 ? LOG2E : 1.f;
 #endif
+    // y at a step, the states after it in place of those before it
+    const auto advance = [&](Pair raw_u, Pair raw_delta, const float *BC_t) {
+        const float2 x = unpack(raw_u), raw_size = unpack(raw_delta);
+        const float2 size = make_float2(size_of(raw_size.x, offset.x), size_of(raw_size.y, offset.y));
+        const float2 input = make_float2(size.x * x.x, size.y * x.y);
+        float2 sum = make_float2(skip.x * x.x, skip.y * x.y);
+#pragma unroll
+        for (int quad = 0; quad < S; quad += QUAD) {
+            const Quad Bs = *(const Quad *)&BC_t[quad], Cs = *(const Quad *)&BC_t[S + quad];
+#pragma unroll
+            for (int i = 0; i < QUAD; ++i) {
+                const int s = quad + i;
+                h[s].x = fmaf(exp2_fast(size.x * rate[s].x), h[s].x, input.x * Bs.at[i]);
+                h[s].y = fmaf(exp2_fast(size.y * rate[s].y), h[s].y, input.y * Bs.at[i]);
+                sum.x = fmaf(h[s].x, Cs.at[i], sum.x);
+                sum.y = fmaf(h[s].y, Cs.at[i], sum.y);
+            }
+        }
+        return pack(sum.x, sum.y);
+    };
     // of this chunk, of the next and of the one after it
     int token = token_at(order, k, lane % CHUNK, length), next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
     Pair next_u[GROUP];
@@ -198,6 +259,17 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #pragma unroll
     for (int j = 0; j < GROUP; ++j)
         next_delta[j] = load_pair(delta + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+#endif
+#if S == 1
+    T next_BC = row_BC[token * time_BC];
+    u += d0;
+    y += d;
+    HOLD(u);
+    HOLD(y);
+#if !RANK
+    delta += d0;
+    HOLD(delta);
+#endif
 #endif
 #pragma unroll 1
     for (int start = 0; start < length; start += CHUNK) {
@@ -217,6 +289,26 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
         }
         project(sh.sizes[warp], sh.rows[warp][now], sh.weight, lane);
 #endif
+#if S == 1
+        steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
+        steps[lane % CHUNK].row[row] = (row == 0 ? token : next_token) * CHANNELS;
+        next_BC = row_BC[next_token * time_BC];
+        __syncwarp();
+        const int left = length - start;
+#pragma unroll
+        for (int j = 0; j < CHUNK; ++j) {
+            if (j % 4 == 0 && j >= left) break;  // up to three steps too many do no harm
+            const Step step = steps[j];
+#if RANK
+            const Pair out = advance(next_u[j], sh.sizes[warp][j][lane], step.BC);
+#else
+            const Pair out = advance(next_u[j], next_delta[j], step.BC);
+            next_delta[j] = load_pair(delta + step.row[1], 0, d1 - d0);
+#endif
+            next_u[j] = load_pair(u + step.row[1], 0, d1 - d0);
+            if (j < left) store_pair(y + step.row[0], 0, ok0, ok1, out);
+        }
+#else
 #pragma unroll
         for (int j = 0; j < CHUNK; j += AT_ONCE) {
             const int t = row_of(min(start + j + first_BC, length - 1), token);
@@ -247,33 +339,11 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 if (first + j >= length) break;
-                const float2 x = unpack(raw_u[j]);
-                float2 size = unpack(raw_delta[j]);
-                size.x += offset.x;
-                size.y += offset.y;
-#if SOFTPLUS
-                float unused;
-                size.x = softplus(size.x, unused);
-                size.y = softplus(size.y, unused);
-#endif
-                const float2 input = make_float2(size.x * x.x, size.y * x.y);
-                float2 sum = make_float2(skip.x * x.x, skip.y * x.y);
-                const float *BC_t = BC[first - start + j];
-#pragma unroll
-                for (int quad = 0; quad < S; quad += QUAD) {
-                    const Quad Bs = *(const Quad *)&BC_t[quad], Cs = *(const Quad *)&BC_t[S + quad];
-#pragma unroll
-                    for (int i = 0; i < QUAD; ++i) {
-                        const int s = quad + i;
-                        h[s].x = fmaf(exp2_fast(size.x * rate[s].x), h[s].x, input.x * Bs.at[i]);
-                        h[s].y = fmaf(exp2_fast(size.y * rate[s].y), h[s].y, input.y * Bs.at[i]);
-                        sum.x = fmaf(h[s].x, Cs.at[i], sum.x);
-                        sum.y = fmaf(h[s].y, Cs.at[i], sum.y);
-                    }
-                }
-                store_pair(y + row_of(first + j, token) * CHANNELS, d, ok0, ok1, pack(sum.x, sum.y));
+                const Pair out = advance(raw_u[j], raw_delta[j], BC[first - start + j]);
+                store_pair(y + row_of(first + j, token) * CHANNELS, d, ok0, ok1, out);
             }
         }
+#endif
         token = next_token;
         next_token = later_token;
     }

@@ -122,8 +122,9 @@ def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kep
     scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
     in_pairs = _pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))
     projection |= {"VEC": int(in_pairs), "SAVE": int(save_states)}
-    others = weight, scan.order, y, states
-    _launch("forward", scan, others, projection["IMAGES"], 32 * projection["IMAGES"], **projection)
+    others = weight, scan.rows, y, states
+    steps = scan._replace(order=scan.rows)  # the kernel asks it for rows alone
+    _launch("forward", steps, others, projection["IMAGES"], 32 * projection["IMAGES"], **projection)
     return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept), states
 
 
