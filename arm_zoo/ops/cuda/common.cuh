@@ -80,13 +80,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-// log(1 + exp(x)), and y = exp(-|x|), or both to base 2. log1p(y) = y p(y): as in triton.py, or to 8e-6 for inputs of
-// 16 bits; a quotient would cost a special function more
+// log(1 + exp(x)), and y = exp(-|x|), or both to base 2. log1p(y) = y p(y): as in triton.py, or for inputs of 16
+// bits to 8e-6, to 6e-5 of a single state, which softplus bounds; a quotient would cost a special function more
 template <bool BASE_2 = false>
 __device__ __forceinline__ float softplus(float x, float &y) {
 #if DTYPE == 0
     constexpr float terms[] = {-0.0032439809f, 0.0198512636f, -0.0569591597f, 0.1060362174f, -0.1530556977f,
                                0.1967593133f,  -0.2495413273f, 0.3332996368f, -0.4999990165f, 1.0f};
+#elif S == 1
+    constexpr float terms[] = {0.0413473051f, -0.1574272356f, 0.3063009685f, -0.4969778215f, 0.9999432796f};
 #else
     constexpr float terms[] = {-0.0238681300f, 0.1012197700f, -0.2100465400f, 0.3252059400f, -0.4993612800f, 0.9999916000f};
 #endif
