@@ -20,7 +20,7 @@
 #define WIDE (64 * PAIRS)  // channels of a warp
 // steps whose inputs are in flight, and warps of a multiprocessor: as many as registers allow
 #define GROUP (S >= 4 ? 4 : S == 2 && DTYPE == 0 ? 8 : CHUNK)
-#define WARPS (S > 1 || DTYPE == 0 ? 16 : PAIRS == 2 ? 20 : RANK > 32 ? 24 : 32)
+#define WARPS (S > 1 ? 16 : DTYPE == 0 ? 12 : PAIRS == 2 || RANK == 0 ? 20 : RANK > 32 ? 24 : 32)
 
 #if DTYPE == 0
 typedef float2 Pair;
