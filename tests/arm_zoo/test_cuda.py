@@ -49,6 +49,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module = importlib.import_module("arm_zoo.ops.cuda.launch")
     monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = SimpleNamespace(multi_processor_count=0)  # no work is then too little for lanes of four channels
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     module.launches = launches
     yield module
@@ -64,6 +66,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         (4, 64, 96, True, True),
         (2, 33, 0, True, False),
         (1, 256, 8, True, True),
+        (1, 70, 8, False, True),
         (1, 70, 0, False, False),
     ],
 )

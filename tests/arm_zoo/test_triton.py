@@ -567,6 +567,16 @@ def test_sums_of_directions_that_share_tokens(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [64, 128, 132])
+@pytest.mark.parametrize("rank", [4, 16, 48])
+def test_lanes_of_four_channels(rank: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("arm_zoo.ops.cuda.launch", reason="no compiler of CUDA in this build of torch")
+    monkeypatch.setattr(launch, "_WARPS_OF_WIDE_LANES", 0)  # without it only work for a whole GPU takes them
+    for dtype, limit in LIMITS.items():
+        assert worst_error(4, 7, 7, None, channels, 1, dtype, "cuda", "cuda", rank, shared=True) < limit
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 197, 577, 3026])
 def test_lengths_on_the_gpu(length: int, kernels: str) -> None:
     skip_what_mamba_ssm_lacks(kernels, 24, length)

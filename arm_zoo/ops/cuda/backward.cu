@@ -14,8 +14,6 @@
 //
 // Macros: those of common.cuh, and MEAN 1 where the output is the directions' mean, else their sum.
 
-#define LN2 0.6931471805599453f
-
 __device__ __forceinline__ float reciprocal(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

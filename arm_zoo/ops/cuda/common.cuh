@@ -5,6 +5,7 @@
 // else they are steps; and each kernel's own.
 
 #define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
 #define QUAD (S < 4 ? S : 4)  // states, or their B or C, that are read at once
 typedef long long i64;
 struct __align__(4 * QUAD) Quad {
@@ -79,18 +80,21 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-// log(1 + exp(x)), and y = exp(-|x|). log1p(y) = y p(y): as in ops/triton/scan.py, or to 8e-6 for inputs of 16 bits; a
-// quotient would cost a special function more
+// log(1 + exp(x)), and y = exp(-|x|), or both to base 2. log1p(y) = y p(y): as in ops/triton/scan.py, or for inputs of 16
+// bits to 8e-6, to 6e-5 of a single state, which softplus bounds; a quotient would cost a special function more
+template <bool BASE_2 = false>
 __device__ __forceinline__ float softplus(float x, float &y) {
 #if DTYPE == 0
     constexpr float terms[] = {-0.0032439809f, 0.0198512636f, -0.0569591597f, 0.1060362174f, -0.1530556977f,
                                0.1967593133f,  -0.2495413273f, 0.3332996368f, -0.4999990165f, 1.0f};
+#elif S == 1
+    constexpr float terms[] = {0.0413473051f, -0.1574272356f, 0.3063009685f, -0.4969778215f, 0.9999432796f};
 #else
     constexpr float terms[] = {-0.0238681300f, 0.1012197700f, -0.2100465400f, 0.3252059400f, -0.4993612800f, 0.9999916000f};
 #endif
-    y = exp2_fast(-fabsf(x) * LOG2E);
-    float p = terms[0];
+    y = exp2_fast(BASE_2 ? -fabsf(x) : -fabsf(x) * LOG2E);
+    float p = BASE_2 ? terms[0] * LOG2E : terms[0];
 #pragma unroll
-    for (int i = 1; i < (int)(sizeof(terms) / sizeof(float)); ++i) p = fmaf(p, y, terms[i]);
+    for (int i = 1; i < (int)(sizeof(terms) / sizeof(float)); ++i) p = fmaf(p, y, BASE_2 ? terms[i] * LOG2E : terms[i]);
     return fmaf(y, p, fmaxf(x, 0.0f));
 }

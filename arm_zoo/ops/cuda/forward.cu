@@ -1,6 +1,6 @@
 // The forward scan as CUDA C++, compiled at run time by NVRTC; arm_zoo/ops/cuda/launch.py has the host's side.
 //
-// One warp is one program: one sequence (direction k, image b) and 64 channels, two a lane, with the rates and states
+// One warp is one program: one sequence (direction k, image b) and 64 channels, a pair a lane, with the rates and states
 // of all S states in registers. B and C of a chunk of steps stand in shared memory as float32, where every lane reads
 // the same four at a time; u and delta are loaded a group of steps ahead. The exponentials of the decays bound it: one
 // special function a state and step, so softplus, which would need two more, takes one and a polynomial.
@@ -8,11 +8,19 @@
 // Step sizes of low rank become whole here, a chunk at a time on the tensor cores: written and read in memory they would
 // cost more than the scan's own inputs. Warps, one an image, then share a block and its part of the weight.
 //
+// Of a single state instructions bound it, not exponentials. B, C and the rows of a step are then one access to shared
+// memory, four steps follow each other without a branch, step sizes are in units of ln 2, and where that leaves enough
+// warps a lane takes two pairs of channels.
+//
 // Macros: those of common.cuh; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
-// SAVE 1 to store the states before every chunk for the backward scan; IMAGES of a block; RANK of the step sizes, 0 if
-// they are whole, and PIECE bytes (4, 8 or 16) that their rows are copied in.
+// PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to store the states
+// before every chunk for the backward scan; IMAGES of a block; RANK of the step sizes, 0 if they are whole, and PIECE
+// bytes (4, 8 or 16) that their rows are copied in.
 
-#define GROUP (S >= 4 ? 4 : DTYPE == 0 ? 8 : CHUNK)  // steps whose inputs are in flight: as many as registers allow
+#define WIDE (64 * PAIRS)  // channels of a warp
+// steps whose inputs are in flight, and warps of a multiprocessor: as many as registers allow
+#define GROUP (S >= 4 ? 4 : S == 2 && DTYPE == 0 ? 8 : CHUNK)
+#define WARPS (S > 1 ? 16 : DTYPE == 0 ? 12 : PAIRS == 2 || RANK == 0 ? 20 : RANK > 32 ? 24 : 32)
 
 #if DTYPE == 0
 typedef float2 Pair;
@@ -68,6 +76,24 @@ __device__ __forceinline__ void store_pair(T *row, int d, bool ok0, bool ok1, Pa
     if (ok1) row[d + 1] = (T)(p >> 16);
 #endif
 }
+// the pairs of a lane, read and written at once
+struct __align__(sizeof(Pair) * PAIRS) Pairs {
+    Pair at[PAIRS];
+};
+__device__ __forceinline__ Pairs load_pairs(const T *row, int d0, int d1) {
+#if PAIRS == 1
+    return {load_pair(row, d0, d1)};
+#else
+    return *(const Pairs *)(row + d0);
+#endif
+}
+__device__ __forceinline__ void store_pairs(T *row, int d, bool ok0, bool ok1, const Pairs &p) {
+#if PAIRS == 1
+    store_pair(row, d, ok0, ok1, p.at[0]);
+#else
+    if (ok0) *(Pairs *)(row + d) = p;
+#endif
+}
 __device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) {
 #if VEC
     return *(const float2 *)(row + d0);
@@ -83,10 +109,11 @@ __device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) 
 #define HALF "f16"
 #endif
 #define WIDTH ((RANK + 15) / 16 * 16 + 8)  // of rows in shared memory: whole tiles, and no bank conflicts
+#define SIZES (32 * PAIRS + 4)             // pairs of a row, likewise
 struct Shared {
-    T weight[64][WIDTH];
+    T weight[WIDE][WIDTH];
     T rows[IMAGES][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
-    Pair sizes[IMAGES][CHUNK][36];
+    Pair sizes[IMAGES][CHUNK][SIZES];
 };
 
 __device__ __forceinline__ void copy_async(T *shared, const T *from) {
@@ -96,8 +123,16 @@ __device__ __forceinline__ void copy_async(T *shared, const T *from) {
 // two lanes copy a row
 __device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *row, int lane) {
     const int first = lane % 2 * (RANK / 2);
+#if S == 1
+    T *to = &rows[lane / 2][first];
+    row += first;
+    HOLD(row);
+#pragma unroll
+    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(to + i, row + i);
+#else
 #pragma unroll
     for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][first + i], row + first + i);
+#endif
 }
 __device__ __forceinline__ void arrived() {
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -110,8 +145,8 @@ __device__ __forceinline__ void multiply(float4 &c, const unsigned *a, unsigned 
         : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// (CHUNK, RANK) x (RANK, 64) -> pairs of channels
-__device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH], const T (*weight)[WIDTH], int lane) {
+// (CHUNK, RANK) x (RANK, WIDE) -> pairs of channels
+__device__ __forceinline__ void project(Pair (*sizes)[SIZES], const T (*rows)[WIDTH], const T (*weight)[WIDTH], int lane) {
     const int row = lane / 4, column = lane % 4;
     unsigned a[WIDTH / 16][4];
 #pragma unroll
@@ -123,7 +158,7 @@ __device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH
         a[k][3] = two(&rows[row + 8][at + 8]);
     }
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < 8 * PAIRS; ++n) {
         float4 c = make_float4(0.f, 0.f, 0.f, 0.f);
         const T *of_channel = weight[8 * n + row] + 2 * column;
 #pragma unroll
@@ -134,23 +169,46 @@ __device__ __forceinline__ void project(Pair (*sizes)[36], const T (*rows)[WIDTH
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forward(
+// the step size that a stored number and the offset say; of a single state it and the offset are in units of ln 2
+__device__ __forceinline__ float size_of(float raw, float offset) {
+    const float x = S == 1 ? fmaf(raw, LOG2E, offset) : raw + offset;
+#if SOFTPLUS
+    float unused;
+    return softplus<S == 1>(x, unused);
+#else
+    return x;
+#endif
+}
+
+#if S == 1
+struct __align__(16) Step {
+    float BC[2];  // B times ln 2, and C
+    int row[2];   // where the step's row of u and y begins, and that of the step a chunk later
+};
+#endif
+
+extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
     const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states,
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
-    __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#if S == 1
+    __shared__ Step all_steps[IMAGES][CHUNK];
+    Step *steps = all_steps[warp];
+#else
+    __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
     float(*BC)[2 * S] = all_BC[warp];
-    constexpr int BLOCKS = (CHANNELS + 63) / 64;
+#endif
+    constexpr int BLOCKS = (CHANNELS + WIDE - 1) / WIDE;
     const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
     const int k = rest % directions;  // the directions of an image follow each other
     const int b = rest / directions * IMAGES + warp;
 #if RANK
     __shared__ __align__(16) Shared sh;
-    for (int c = warp; c < 64; c += IMAGES) {
-        const T *row = weight + ((i64)k * CHANNELS + min(block * 64 + c, CHANNELS - 1)) * RANK;
+    for (int c = warp; c < WIDE; c += IMAGES) {
+        const T *row = weight + ((i64)k * CHANNELS + min(block * WIDE + c, CHANNELS - 1)) * RANK;
         for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&sh.weight[c][r] = r < RANK ? two(row + r) : 0;
     }
     for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)sh.rows[warp])[i] = 0;  // past the rank
@@ -158,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #endif
     if (b >= batch) return;
     const i64 sequence = (i64)k * batch + b;
-    const int d = block * 64 + 2 * lane;
+    const int d = block * WIDE + 2 * PAIRS * lane;
     const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS;
 #if VEC
     const int d0 = ok0 ? d : 0, d1 = d0 + 1;
@@ -167,46 +225,90 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
 #endif
     u += k * u_k + b * u_b;
     delta += k * delta_k + b * delta_b;
-    constexpr int AT_ONCE = 32 / (2 * S);  // steps whose B and C the lanes load together
+#if S == 1
+    const int row = lane / CHUNK;  // of B, or of C
+#else
+    constexpr int STEPS_BC = 32 / (2 * S);  // steps whose B and C the lanes load together
     const int row = lane % (2 * S), first_BC = lane / (2 * S);
+#endif
     const T *row_BC = row < S ? B + k * B_k + b * B_b + row : C + k * C_k + b * C_b + (row - S);
     const int time_BC = row < S ? B_t : C_t;
     y += sequence * length * CHANNELS;
     states += sequence * ((length + CHUNK - 1) / CHUNK) * S * CHANNELS;
 
-    float2 rate[S], h[S];
+    float2 rate[PAIRS][S], h[PAIRS][S], skip[PAIRS], offset[PAIRS];
 #pragma unroll
-    for (int s = 0; s < S; ++s) {
-        rate[s] = load_float2(A + ((i64)k * S + s) * CHANNELS, d0, d1);
-        rate[s].x *= LOG2E;
-        rate[s].y *= LOG2E;
-        h[s] = make_float2(0.f, 0.f);
-    }
-    const float2 skip = load_float2(D + (i64)k * CHANNELS, d0, d1);
-    float2 offset = make_float2(0.f, 0.f);
+    for (int p = 0; p < PAIRS; ++p) {
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            rate[p][s] = load_float2(A + ((i64)k * S + s) * CHANNELS, d0 + 2 * p, d1 + 2 * p);
+            rate[p][s].x *= S == 1 ? 1.f : LOG2E;
+            rate[p][s].y *= S == 1 ? 1.f : LOG2E;
+            h[p][s] = make_float2(0.f, 0.f);
+        }
+        skip[p] = load_float2(D + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p);
+        offset[p] = make_float2(0.f, 0.f);
 #if HAS_BIAS
-    offset = load_float2(bias + (i64)k * CHANNELS, d0, d1);
+        offset[p] = load_float2(bias + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p);
+        offset[p].x *= S == 1 ? LOG2E : 1.f;
+        offset[p].y *= S == 1 ? LOG2E : 1.f;
 #endif
-    // of this chunk and of the next one, which is asked for two chunks ahead
-    int token = token_at(order, k, lane % CHUNK, length);
-    int next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
-    Pair next_u[GROUP];
+    }
+    // y of pair p at a step, the states after it in place of those before it
+    const auto advance = [&](int p, Pair raw_u, Pair raw_delta, const float *BC_t) {
+        const float2 x = unpack(raw_u), raw_size = unpack(raw_delta);
+        const float2 size = make_float2(size_of(raw_size.x, offset[p].x), size_of(raw_size.y, offset[p].y));
+        const float2 input = make_float2(size.x * x.x, size.y * x.y);
+        float2 sum = make_float2(skip[p].x * x.x, skip[p].y * x.y);
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j) next_u[j] = load_pair(u + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+        for (int quad = 0; quad < S; quad += QUAD) {
+            const Quad Bs = *(const Quad *)&BC_t[quad], Cs = *(const Quad *)&BC_t[S + quad];
+#pragma unroll
+            for (int i = 0; i < QUAD; ++i) {
+                const int s = quad + i;
+                h[p][s].x = fmaf(exp2_fast(size.x * rate[p][s].x), h[p][s].x, input.x * Bs.at[i]);
+                h[p][s].y = fmaf(exp2_fast(size.y * rate[p][s].y), h[p][s].y, input.y * Bs.at[i]);
+                sum.x = fmaf(h[p][s].x, Cs.at[i], sum.x);
+                sum.y = fmaf(h[p][s].y, Cs.at[i], sum.y);
+            }
+        }
+        return pack(sum.x, sum.y);
+    };
+    // of this chunk and of the next one, which is asked for two chunks ahead
+    int token = token_at(order, k, lane % CHUNK, length), next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
+    Pairs next_u[GROUP];
+#pragma unroll
+    for (int j = 0; j < GROUP; ++j) next_u[j] = load_pairs(u + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
 #if RANK
     fetch(sh.rows[warp][0], delta + (i64)row_of(min(lane / 2, length - 1), token) * delta_t, lane);
 #else
-    Pair next_delta[GROUP];
+    Pairs next_delta[GROUP];
 #pragma unroll
     for (int j = 0; j < GROUP; ++j)
-        next_delta[j] = load_pair(delta + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+        next_delta[j] = load_pairs(delta + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+#endif
+#if S == 1
+    T next_BC = row_BC[token * time_BC];
+    u += d0;
+    y += d;
+    HOLD(u);
+    HOLD(y);
+#if !RANK
+    delta += d0;
+    HOLD(delta);
+#endif
 #endif
 #pragma unroll 1
     for (int start = 0; start < length; start += CHUNK) {
         const int later_token = token_at(order, k, start + 2 * CHUNK + lane % CHUNK, length);
 #if SAVE
 #pragma unroll
-        for (int s = 0; s < S; ++s) store_pair(states + s * CHANNELS, d, ok0, ok1, pack_states(h[s].x, h[s].y));
+        for (int s = 0; s < S; ++s) {
+            Pairs before;
+#pragma unroll
+            for (int p = 0; p < PAIRS; ++p) before.at[p] = pack_states(h[p][s].x, h[p][s].y);
+            store_pairs(states + s * CHANNELS, d, ok0, ok1, before);
+        }
         states += (i64)S * CHANNELS;
 #endif
         __syncwarp();
@@ -219,8 +321,31 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
         }
         project(sh.sizes[warp], sh.rows[warp][now], sh.weight, lane);
 #endif
+#if S == 1
+        steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
+        steps[lane % CHUNK].row[row] = (row == 0 ? token : next_token) * CHANNELS;
+        next_BC = row_BC[next_token * time_BC];
+        __syncwarp();
+        const int left = length - start;
 #pragma unroll
-        for (int j = 0; j < CHUNK; j += AT_ONCE) {
+        for (int j = 0; j < CHUNK; ++j) {
+            if (j % 4 == 0 && j >= left) break;  // up to three steps too many do no harm
+            const Step step = steps[j];
+#if RANK
+            const Pairs sizes = *(const Pairs *)&sh.sizes[warp][j][PAIRS * lane];
+#else
+            const Pairs sizes = next_delta[j];
+            next_delta[j] = load_pairs(delta + step.row[1], 0, d1 - d0);
+#endif
+            Pairs out;
+#pragma unroll
+            for (int p = 0; p < PAIRS; ++p) out.at[p] = advance(p, next_u[j].at[p], sizes.at[p], step.BC);
+            next_u[j] = load_pairs(u + step.row[1], 0, d1 - d0);
+            if (j < left) store_pairs(y + step.row[0], 0, ok0, ok1, out);
+        }
+#else
+#pragma unroll
+        for (int j = 0; j < CHUNK; j += STEPS_BC) {
             const int t = row_of(min(start + j + first_BC, length - 1), token);
             BC[j + first_BC][row] = to_float(row_BC[t * time_BC]);
         }
@@ -230,52 +355,30 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, 16 / IMAGES) scan_forw
             Pair raw_u[GROUP], raw_delta[GROUP];
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
-                raw_u[j] = next_u[j];
+                raw_u[j] = next_u[j].at[0];
 #if RANK
                 raw_delta[j] = sh.sizes[warp][first - start + j][lane];
 #else
-                raw_delta[j] = next_delta[j];
+                raw_delta[j] = next_delta[j].at[0];
 #endif
             }
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 const int step = min(first + GROUP + j, length - 1);
                 const int t = row_of(step, step < start + CHUNK ? token : next_token);
-                next_u[j] = load_pair(u + t * CHANNELS, d0, d1);
+                next_u[j] = load_pairs(u + t * CHANNELS, d0, d1);
 #if !RANK
-                next_delta[j] = load_pair(delta + t * CHANNELS, d0, d1);
+                next_delta[j] = load_pairs(delta + t * CHANNELS, d0, d1);
 #endif
             }
 #pragma unroll
             for (int j = 0; j < GROUP; ++j) {
                 if (first + j >= length) break;
-                const float2 x = unpack(raw_u[j]);
-                float2 size = unpack(raw_delta[j]);
-                size.x += offset.x;
-                size.y += offset.y;
-#if SOFTPLUS
-                float unused;
-                size.x = softplus(size.x, unused);
-                size.y = softplus(size.y, unused);
-#endif
-                const float2 input = make_float2(size.x * x.x, size.y * x.y);
-                float2 sum = make_float2(skip.x * x.x, skip.y * x.y);
-                const float *BC_t = BC[first - start + j];
-#pragma unroll
-                for (int quad = 0; quad < S; quad += QUAD) {
-                    const Quad Bs = *(const Quad *)&BC_t[quad], Cs = *(const Quad *)&BC_t[S + quad];
-#pragma unroll
-                    for (int i = 0; i < QUAD; ++i) {
-                        const int s = quad + i;
-                        h[s].x = fmaf(exp2_fast(size.x * rate[s].x), h[s].x, input.x * Bs.at[i]);
-                        h[s].y = fmaf(exp2_fast(size.y * rate[s].y), h[s].y, input.y * Bs.at[i]);
-                        sum.x = fmaf(h[s].x, Cs.at[i], sum.x);
-                        sum.y = fmaf(h[s].y, Cs.at[i], sum.y);
-                    }
-                }
-                store_pair(y + row_of(first + j, token) * CHANNELS, d, ok0, ok1, pack(sum.x, sum.y));
+                const Pair out = advance(0, raw_u[j], raw_delta[j], BC[first - start + j]);
+                store_pair(y + row_of(first + j, token) * CHANNELS, d, ok0, ok1, out);
             }
         }
+#endif
         token = next_token;
         next_token = later_token;
     }

@@ -19,7 +19,8 @@ __all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_sc
 
 _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CHANNELS = 64  # of a block: one warp in the forward scan, two in the backward scan
+_CHANNELS = 64  # of a block: one warp in the forward scan (or twice as many), two in the backward scan
+_WARPS_OF_WIDE_LANES = 12  # a multiprocessor: fewer would wait for each other's memory
 _STATES = (1, 2, 4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
 _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, images and steps
 
@@ -57,10 +58,21 @@ def _fits(scan: ScanInputs, *others: Tensor) -> bool:
     return scan.A.shape[-1] in _STATES and all(t.dtype == scan.u.dtype for t in sequences) and scan.u.numel() > 0
 
 
-def _pairs_are_aligned(channels: int, *sequences: Tensor) -> bool:
+def _are_aligned(group: int, channels: int, *sequences: Tensor) -> bool:
+    """Whether so many adjacent channels can be read at once."""
     strides = [stride for sequence in sequences for stride in sequence.stride()[:-1]]
-    aligned = all(sequence.data_ptr() % (2 * sequence.element_size()) == 0 for sequence in sequences)
-    return aligned and not any(size % 2 for size in (channels, *strides))
+    aligned = all(sequence.data_ptr() % (group * sequence.element_size()) == 0 for sequence in sequences)
+    return aligned and not any(size % group for size in (channels, *strides))
+
+
+def _pairs_of_lanes(scan: ScanInputs, rank: int) -> int:
+    """Pairs of channels that a lane of the forward kernel takes: two of a single state, if enough warps are left."""
+    directions, batch, _, channels = scan.shape
+    fits = scan.A.shape[-1] == 1 and 0 < rank <= 48 and _are_aligned(4, channels, scan.u)  # 48 KB of shared memory
+    if not fits:
+        return 1
+    processors = torch.cuda.get_device_properties(scan.u.device).multi_processor_count
+    return 2 if directions * batch * channels >= 2 * _CHANNELS * _WARPS_OF_WIDE_LANES * processors else 1
 
 
 def _rows(sequences: Tensor) -> Tensor:
@@ -81,9 +93,10 @@ def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dic
 
 
 def _launch(
-    pass_name: str, scan: ScanInputs, others: tuple[Tensor | None, ...], images: int, threads: int, **macros: int
-) -> None:
-    """Start a kernel on the current stream: a block of so many threads takes _CHANNELS channels of so many images."""
+    pass_name: str, scan: ScanInputs, others: tuple[Tensor | None, ...], images: int, width: int, threads: int,
+    **macros: int,
+) -> None:  # fmt: skip
+    """Start a kernel on the current stream: a block of so many threads takes `width` channels of so many images."""
     u, delta, A, B, C, D, delta_bias, *_ = scan
     u = u.expand(scan.shape)
     directions, batch, length, channels = scan.shape
@@ -97,7 +110,7 @@ def _launch(
     Device(u.device.index).set_current()  # autograd's threads begin without one
     launch(
         _stream(u.device.index, torch.cuda.current_stream(u.device).cuda_stream),
-        _config(grid=-(-channels // _CHANNELS) * directions * -(-batch // images), block=threads),
+        _config(grid=-(-channels // width) * directions * -(-batch // images), block=threads),
         kernel,
         *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *(ctypes.c_int32(size) for size in (directions, batch, length)),
@@ -120,10 +133,13 @@ def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kep
     y, kept = sequences_for(scan, kept)
     states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
     scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
-    in_pairs = _pairs_are_aligned(channels, u, *([] if projection["RANK"] else [delta]))
-    projection |= {"VEC": int(in_pairs), "SAVE": int(save_states)}
-    others = weight, scan.order, y, states
-    _launch("forward", scan, others, projection["IMAGES"], 32 * projection["IMAGES"], **projection)
+    in_pairs = _are_aligned(2, channels, u, *([] if projection["RANK"] else [delta]))
+    pairs = _pairs_of_lanes(scan, projection["RANK"])
+    projection |= {"VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
+    others = weight, scan.rows, y, states
+    steps = scan._replace(order=scan.rows)  # the kernel asks it for rows alone
+    images = projection["IMAGES"]
+    _launch("forward", steps, others, images, _CHANNELS * pairs, 32 * images, **projection)
     return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept), states
 
 
@@ -134,5 +150,5 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
     gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
     others = grad.contiguous(), scan.order, saved, *gradients
-    _launch("backward", scan, others, 1, _CHANNELS, MEAN=int(scan.mean))
+    _launch("backward", scan, others, 1, _CHANNELS, _CHANNELS, MEAN=int(scan.mean))
     return triton_scan.sum_up(scan, gradients)
