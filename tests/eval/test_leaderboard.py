@@ -373,6 +373,7 @@ def test_the_chart_compares_what_was_timed_together() -> None:
         *(row(chart.PEER, size, speed) for size, speed in ((512, 20.0), (128, 100.0))),
         row(chart.PEER, 256, 1.0, mode="finetune"),
         row(chart.PEER, 256, 1.0, compile="False"),
+        row(chart.MODEL, 512, 1.0, date="later"),
     ]
     drawn = chart.speed_chart(rows)
     assert drawn["device"] == "B"
