@@ -1,8 +1,9 @@
-"""Makes the leaderboard from measured rows and the paper's tables: LEADERBOARD.md, README's table, leaderboard.html.
+"""Makes the leaderboard from measured and reported rows: LEADERBOARD.md, README's table, leaderboard.html.
 
 Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval` and
-`python -m eval.throughput`, reported ones from eval/board/paper. No row mixes accuracies of the two; the chart may set
-a reported accuracy beside a speed that was measured of the same architecture.
+`python -m eval.throughput`, reported ones from eval/board: the paper's tables, and peers.csv with what the authors of
+other models report. No row mixes accuracies of the two; the chart may set a reported accuracy beside a speed that was
+measured of the same architecture.
 """
 
 import argparse
@@ -35,8 +36,8 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def readme_table(entries: Sequence[Entry]) -> str:
-    """Rows measured in fp32 on sets that are canonical, and what the paper reports of our entries."""
-    ours = loading.entries()
+    """Rows measured in fp32 on sets that are canonical, and what the paper reports of weights that are our entries."""
+    ours = {name for name in loading.entries() if "." in name}
     rows = []
     for entry, figures in zip(entries, board(entries), strict=True):
         if entry.dtype == "fp32" and not entry.notes if entry.measured else entry.architecture in ours:
@@ -49,9 +50,7 @@ def readme_table(entries: Sequence[Entry]) -> str:
 def state_of(entries: Sequence[Entry]) -> str:
     if count := len({entry.model for entry in entries if entry.measured}):
         return f"Measured by this project: {count} {'model' if count == 1 else 'models'}."
-    return (
-        "No ImageNet accuracy has been measured by this project yet: every accuracy here is *reported by the paper*."
-    )
+    return "No ImageNet accuracy has been measured by this project yet: every accuracy here is *reported* by others."
 
 
 def ablation(paper: Path, name: str) -> list[dict[str, str]]:
@@ -59,10 +58,10 @@ def ablation(paper: Path, name: str) -> list[dict[str, str]]:
     return [{title: text or "-" for title, text in row.items() if title not in ("kind", "source")} for row in rows]
 
 
-def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[str, str]:
+def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Path) -> dict[str, str]:
     """File name at the root -> its text; raises ValueError if README has not the markers once each, in order."""
     speeds = read_speeds(throughput)
-    entries = read_entries(measured, speeds, paper)
+    entries = read_entries(measured, speeds, paper, peers)
     table = readme_table(entries)
     text, count = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: table, readme.read_text(encoding="utf-8"))
     if count != 1:
@@ -71,7 +70,9 @@ def make(measured: Path, throughput: Path, paper: Path, readme: Path) -> dict[st
     values = {
         "entries": entries,
         "figures": figures,
-        "accuracies": accuracy_rows(entries),
+        "columns": list(accuracy_rows(entries)[0]),
+        "accuracies": accuracy_rows([entry for entry in entries if not entry.peer]),
+        "peers": accuracy_rows([entry for entry in entries if entry.peer]),
         "speeds": [{title: text(row) for title, text in SPEEDS.items()} for row in speeds],
         "speed_titles": SPEEDS,
         "text_columns": TEXT_COLUMNS,
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--results", default=RESULTS, metavar="FILE", help="of python -m eval (%(default)s)")
     add("--throughput", default=HERE / "throughput.csv", metavar="FILE", help="of eval.throughput (%(default)s)")
     add("--paper", default=HERE / "board" / "paper", metavar="FOLDER", help="the paper's tables (%(default)s)")
+    add("--peers", default=HERE / "board" / "peers.csv", metavar="FILE", help="reported by others (%(default)s)")
     add("--folder", default=HERE.parent, help="has README.md and gets the files (%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not current")
     args = parser.parse_args(argv)
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for option in ("results", "throughput"):  # a default that is not there is a project without measurements
             if not (path := getattr(args, option)).exists() and path != parser.get_default(option):
                 raise ValueError(f"--{option}: no file {str(path)!r}")
-        files = make(args.results, args.throughput, args.paper, args.folder / "README.md")
+        files = make(args.results, args.throughput, args.paper, args.peers, args.folder / "README.md")
         for name, text in files.items():
             path = args.folder / name
             if args.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):

@@ -12,14 +12,18 @@ def speed_chart(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
     """What the template chart.svg draws: the device, and for each image size the two models' ratio and its place.
 
     Args:
-        rows: of `python -m eval.throughput`; of compiled inference, those of the device that was used last count.
+        rows: of `python -m eval.throughput`; of compiled inference, those of the device that was used last count, and
+            of a size the last run that timed both models.
     """
     timed = [row for row in rows if row["mode"] == "infer" and row["compile"] == "True"]
     device = timed[-1]["device"] if timed else ""
     alike = [row for row in timed if row["device"] == device]
-    speeds = {(row["model"], int(row["img_size"])): float(row["img_per_s"]) for row in alike}
-    sizes = sorted(size for model, size in speeds if model == MODEL and (PEER, size) in speeds)
-    ratios = {size: speeds[MODEL, size] / speeds[PEER, size] for size in sizes}
+    runs: dict[tuple[str, int], dict[str, float]] = {}
+    for row in alike:  # a run's rows have one date
+        runs.setdefault((row.get("date", ""), int(row["img_size"])), {})[row["model"]] = float(row["img_per_s"])
+    both = {size: run for (_, size), run in runs.items() if MODEL in run and PEER in run}
+    sizes = sorted(both)
+    ratios = {size: both[size][MODEL] / both[size][PEER] for size in sizes}
     top = max([1.0, *ratios.values()]) * 1.2
 
     def height_of(ratio: float) -> float:

@@ -1,4 +1,4 @@
-"""What the leaderboard has: measured rows and the paper's tables as entries of one kind, never mixed in one."""
+"""What the leaderboard has: measured rows, the paper's tables and its peers as entries, never mixed in one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from eval import tables
 from eval.scoring.sets import SETS, SUBSETS
 
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
+PEER_COLUMNS = ("model", "img_size", "params_m", "note", "entry", "kind", "source")
 SPEED_COLUMNS = ("model", "mode", "img_size", "batch_size", "dtype", "compile", "img_per_s", "device")
 
 
@@ -20,8 +21,9 @@ class Entry:
     img_size: str
     params_m: float | None
     source: str
-    architecture: str = ""
+    architecture: str = ""  # the model of this zoo or of timm whose speed is the entry's; a tag names its weights
     dtype: str = ""  # of measured ones
+    peer: bool = False  # reported by the authors of another model, not by the paper
     top1: dict[str, float] = field(default_factory=dict)
     clean: dict[str, float] = field(default_factory=dict)  # by subset, of clean images of its classes
     speeds: dict[str, float] = field(default_factory=dict)
@@ -36,6 +38,23 @@ def paper_table(paper: Path, name: str) -> list[dict[str, str]]:
     return tables.read((paper / f"{name}.csv").resolve(strict=True), ())
 
 
+def reported_top1(row: Mapping[str, str]) -> dict[str, float]:
+    """By set, what a row in the form of the paper's table 3 has figures of."""
+    return {name: float(top1) for name, spec in SETS.items() if (top1 := row.get(spec.paper_column))}
+
+
+def peer_entries(peers: Path) -> list[Entry]:
+    """What the authors of other models report, a row each."""
+    rows = tables.read(peers.resolve(strict=True), PEER_COLUMNS)
+    return [
+        Entry(
+            row["model"], row["kind"], row["img_size"], float(row["params_m"]) if row["params_m"] else None,
+            row["source"], row["entry"], peer=True, top1=reported_top1(row), notes=list(filter(None, [row["note"]])),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
 def reported_entries(paper: Path) -> list[Entry]:
     """Tables 2 and 3 of the paper, joined by model at 224 pixels."""
     entries: dict[tuple[str, str], Entry] = {}  # by model and size
@@ -44,14 +63,14 @@ def reported_entries(paper: Path) -> list[Entry]:
         speed = row["throughput_a5000_img_s"]
         entry.top1 = {"in1k": float(row["top1"])} if row["top1"] else {}
         entry.speeds = {PAPER_SPEED: float(speed)} if speed else {}
-        entry.notes = [row["note"]] if row["note"] else []
+        entry.notes = list(filter(None, [row["note"]]))
         entries[entry.model, entry.img_size] = entry
     for row in paper_table(paper, "table3_robustness"):
-        new = Entry(row["model"], row["kind"], "224", None, row["source"])
+        new = Entry(row["model"], row["kind"], "224", None, row["source"], row["entry"])
         entry = entries.setdefault((new.model, new.img_size), new)
         if entry is not new:
             entry.source += ", table 3"
-        entry.top1 |= {name: float(row[spec.paper_column]) for name, spec in SETS.items() if spec.paper_column}
+        entry.top1 |= reported_top1(row)
     return list(entries.values())
 
 
@@ -111,8 +130,8 @@ def add_speeds(entries: Iterable[Entry], speeds: Sequence[Mapping[str, str]]) ->
         entry.speeds |= {shown: max(of_backends.values()) for shown, of_backends in newest.items()}
 
 
-def read_entries(measured: Path, speeds: Sequence[Mapping[str, str]], paper: Path) -> list[Entry]:
+def read_entries(measured: Path, speeds: Sequence[Mapping[str, str]], paper: Path, peers: Path) -> list[Entry]:
     """All entries with their speeds, the most accurate on in1k first."""
-    entries = [*measured_entries(tables.read(measured)), *reported_entries(paper)]
+    entries = [*measured_entries(tables.read(measured)), *reported_entries(paper), *peer_entries(peers)]
     add_speeds(entries, speeds)
     return sorted(entries, key=lambda entry: -entry.top1.get("in1k", -1))

@@ -15,7 +15,7 @@ import pytest
 
 from eval import __main__ as program
 from eval import leaderboard, tables
-from eval.board import chart, entries
+from eval.board import chart, columns, entries
 from hub import catalog
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
@@ -187,6 +187,41 @@ def test_papers_tables_are_whole_and_marked(repo: Path) -> None:
     assert by_name["Vim-H", "224"].top1 == {}
 
 
+def test_measured_speeds_join_every_row_of_the_papers_tables(repo: Path) -> None:
+    """By the models of this zoo and of timm that the tables name; both tables name the same one of a model."""
+    paper = repo / "eval" / "board" / "paper"
+    base = [
+        "regnety_160",
+        "deit_base_patch16_224",
+        "vim_base_patch16_224",
+        "vmamba_base_s2l15",
+        "arm_base_patch16_224",
+    ]
+    others = [f"{family}_{size}_patch16_224" for family in ("vim", "arm") for size in ("large", "huge")]
+    sizes = dict.fromkeys([*base, *others, "vim_small_patch16_224"], "224")
+    sizes |= {f"arm_{size}_patch16_384": "384" for size in ("base", "large", "huge")}
+    sizes["arm_base_patch16_stride8_448"] = "448"
+    way = {"mode": "infer", "dtype": "bf16", "compile": "True", "device": "A GPU", "img_per_s": "100"}
+    reported = entries.reported_entries(paper)
+    entries.add_speeds(reported, [{**way, "model": model, "img_size": size} for model, size in sizes.items()])
+    assert [e.model for e in reported if "A GPU, bf16, compiled, measured" not in e.speeds] == []
+    named = {e.model: e.architecture for e in reported if e.img_size == "224"}
+    assert {
+        row["model"]: row["entry"] for row in entries.paper_table(paper, "table3_robustness")
+    }.items() <= named.items()
+
+
+def test_peers_are_reported_with_their_sources(repo: Path) -> None:
+    peers = repo / "eval" / "board" / "peers.csv"
+    assert {row["kind"] for row in tables.read(peers, entries.PEER_COLUMNS)} == {"reported"}
+    rows = {entry.model: entry for entry in entries.peer_entries(peers)}
+    assert len(rows) == len(tables.read(peers, ())) == 17
+    for entry in rows.values():
+        assert entry.peer and re.match(r"arXiv:\d{4}\.\d{5}", entry.source) and entry.top1["in1k"] > 80
+    assert rows["MAE ViT-B"].top1 == {"in1k": 83.6, "a": 35.9, "r": 48.3, "sketch": 34.5}
+    assert rows["NEPA ViT-L"].params_m is None
+
+
 def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
     folder = repo.parent / "shared" / "spec" / "tables"
     if not folder.is_dir():
@@ -209,16 +244,24 @@ def test_measured_rows_stand_apart(made: Path) -> None:
     assert "w.safetensors (abababab), crop 0.875 squash, bicubic, fp32" in line
     assert "| ARM-B | *reported* | 224 | 85 | 83.2 | 88.0 |" in text
     assert "Measured by this project: 2 models." in text
-    assert "| vit_base_patch16_224 | infer | 224 | 256 | bf16 | yes | - | 3,456.7 | A GPU |" in text
+    assert "| vit_base_patch16_224 | infer | 224 | 256 | bf16 | yes | - | 3,456.7 | - | A GPU |" in text
+    of_the_paper, of_peers = text.split("## Peers, reported by their authors")
+    assert "MAE ViT-B" not in of_the_paper
+    assert re.search(
+        r"\| MAE ViT-B \| \*reported\* \| 224 \| 86 \| 83\.6 \| 35\.9 .* arXiv:2111\.06377; README", of_peers
+    )
     readme = (made / "README.md").read_text()
     assert "83.12" not in readme  # of a set that is not canonical
     assert "| **measured** | 224 | 50.00 |" in readme
+    assert "MAE" not in readme.split("leaderboard:begin")[1].split("leaderboard:end")[0]
     assert "| `arm_base_patch16_224.arm_in1k_ft_in1k` | *reported by the paper* | 224 | 83.2 |" in readme
 
 
 def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
-    paper = repo / "eval" / "board" / "paper"
-    files = leaderboard.make(tmp_path / "no.csv", tmp_path / "none.csv", paper, repo / "README.md")
+    board = repo / "eval" / "board"
+    files = leaderboard.make(
+        tmp_path / "no.csv", tmp_path / "none.csv", board / "paper", board / "peers.csv", repo / "README.md"
+    )
     assert "circle" not in files.pop("eval/speed.svg")
     for text in files.values():
         assert "No ImageNet accuracy has been measured by this project yet" in text
@@ -255,6 +298,8 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
         )
         assert "torn.csv is there and holds no table" in refusal(option, str(tmp_path / "torn.csv"))
     assert "no_such" in refusal("--paper", str(tmp_path / "no_such"))
+    assert "no_such" in refusal("--peers", str(tmp_path / "no_such"))
+    assert "other.csv is another table" in refusal("--peers", str(tmp_path / "other.csv"))
     assert "LEADERBOARD.md is not current; run python -m eval.leaderboard" in refusal("--check")
     (made / "README.md").write_text("# no markers\n")
     assert "README.md needs the lines <!-- leaderboard:begin -->" in refusal()
@@ -285,7 +330,7 @@ def test_sorting_by_mouse_and_keyboard(page: Page, made: Path) -> None:
     assert figures[len(numbers) :] == ["-"] * (len(figures) - len(numbers))  # missing ones last
     click(page, "IN-A")
     numbers = [float(text) for text in column(page, 7) if text != "-"]
-    assert numbers == sorted(numbers) and len(numbers) == 7
+    assert numbers == sorted(numbers) and len(numbers) == 10
     assert column(page, 7)[-1] == "-"
     assert sorted_by(page) == {"IN-A": "ascending"}
     page.run("document.querySelector('#board thead button').focus()")
@@ -309,6 +354,10 @@ def test_filters_and_charts_follow(page: Page, made: Path) -> None:
     assert set(column(page, 1)) == {"measured"} and len(column(page, 0)) == 2
     assert page.run("document.querySelectorAll('#bars .reported').length") == 0
     choose("kind", "")
+    choose("peers", "hidden")
+    assert len(column(page, 0)) == total - 17 and "MAE ViT-B" not in column(page, 0)
+    assert "MAE ViT-B 224" not in page.run("document.getElementById('bars').textContent")
+    choose("peers", "shown")
     choose("search", "arm-b")
     assert column(page, 0) == ["ARM-B", "ARM-B", "ARM-B"]
     choose("size", "384")
@@ -344,6 +393,19 @@ def test_how_a_model_was_compiled_is_told(row: dict[str, str], words: str, shown
     assert entries.circumstances(row) == shown
 
 
+def test_figures_are_right_aligned_under_their_heads(page: Page, made: Path) -> None:
+    page.open(made / "leaderboard.html", 1280, 900)
+    for table in ("board", "speeds"):
+        cells = f"[...document.querySelectorAll('#{table} tr')].map((row) => [...row.cells]"
+        sides = page.run(f"{cells}.map((cell) => getComputedStyle(cell).textAlign))")
+        assert all(side == sides[0] for side in sides)
+        _, *texts = page.run(f"{cells}.map((cell) => cell.textContent))")
+        for side, column_texts in zip(sides[0], zip(*texts, strict=True), strict=True):
+            known = [text for text in column_texts if text != "-"]
+            if known:
+                assert (side == "right") == all(re.fullmatch(r"[\d.,]+", text) for text in known), known
+
+
 @pytest.mark.parametrize("width, height, dark", [(1280, 900, False), (390, 844, False), (1280, 900, True)])
 def test_no_network_no_errors_no_overflow(width: int, height: int, dark: bool, page: Page, made: Path) -> None:
     page.open(made / "leaderboard.html", width, height, dark)
@@ -372,6 +434,11 @@ def test_speeds_of_several_backends_count_once() -> None:
     assert entry.speeds == {"A GPU, bf16, measured": 700.0}
 
 
+def test_peak_memory_is_shown_where_it_was_taken() -> None:
+    assert columns.SPEEDS["peak MiB"]({"peak_mib": "2048.4"}) == "2,048"
+    assert columns.SPEEDS["peak MiB"]({"peak_mib": ""}) == columns.SPEEDS["peak MiB"]({}) == "-"
+
+
 def test_the_chart_compares_what_was_timed_together() -> None:
     def row(model: str, size: int, speed: float, device: str = "B", **others: str) -> dict[str, str]:
         facts = {"model": model, "img_size": str(size), "img_per_s": str(speed), "device": device}
@@ -384,6 +451,7 @@ def test_the_chart_compares_what_was_timed_together() -> None:
         *(row(chart.PEER, size, speed) for size, speed in ((512, 20.0), (128, 100.0))),
         row(chart.PEER, 256, 1.0, mode="finetune"),
         row(chart.PEER, 256, 1.0, compile="False"),
+        row(chart.MODEL, 512, 1.0, date="later"),
     ]
     drawn = chart.speed_chart(rows)
     assert drawn["device"] == "B"
