@@ -138,7 +138,7 @@ def test_settings_of_vmamba_are_the_authors(name: str, drop_path: float) -> None
     assert rates == pytest.approx([5e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5])
     assert (config.drop_path, config.weight_decay, config.clip_grad) == (drop_path, 0.05, 5.0)
     assert (config.warmup_epochs, config.ema_decay) == (20, 0.9999)
-    groups = parameter_groups(config.build(device="meta"), config.weight_decay, config.layer_decay)
+    groups = create_optimizer(config.build(device="meta"), config).param_groups
     assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {(1.0, 0.05), (1.0, 0.0)}
 
 
