@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
 from timm.models import (
     DefaultCfg,
@@ -71,9 +72,24 @@ def _register_entry_point(name: str, architecture: str, module: str) -> None:
     setattr(sys.modules[module], name, register_model(entry_point))
 
 
+_CONFIG = {  # of an entry for ImageNet-1k, where its own says nothing else
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": None,
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+    "fixed_input_size": True,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
+
+
 def entry_configs(cfgs: Mapping[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
     """timm's `default_cfgs`, plus where the weights are, which `timm.list_pretrained()` reads."""
-    return dict(generate_default_cfgs({entry: {**cfg, **_place(entry)} for entry, cfg in cfgs.items()}))
+    return dict(generate_default_cfgs({entry: {**_CONFIG, **cfg, **_place(entry)} for entry, cfg in cfgs.items()}))
 
 
 def _place(entry: str) -> dict[str, str]:

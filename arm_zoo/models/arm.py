@@ -6,8 +6,6 @@ with four scans and a SwiGLU, average pooling. `arm_zoo.pretraining.autoregressi
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from arm_zoo.models._builder import entry_configs, register_family
 from arm_zoo.models._sequence import SequenceBackbone
 from arm_zoo.weights.hosted import BUNDLED_FOLDER
@@ -55,17 +53,7 @@ class ARM(SequenceBackbone):
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
         "crop_mode": "squash",  # resize to a square whatever the aspect ratio, then crop: the official evaluation
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
         # The official repository states no licence, so its weights have none that we could name.
         "license": "unknown",
         "paper_ids": "arXiv:2406.07537",

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, get_norm_layer
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -331,17 +330,9 @@ class VMamba(Backbone):
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "crop_mode": "center",
-        "interpolation": "bicubic",
         "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.conv1",
-        "classifier": "head",
         "license": "mit",
         "paper_ids": "arXiv:2401.10166",
         "paper_name": "VMamba: Visual State Space Model",
