@@ -1,4 +1,8 @@
-"""The columns of the leaderboard's tables: a new figure of entries is a line of `board`, of speeds a row of SPEEDS."""
+"""The columns of the leaderboard's tables.
+
+A new figure of entries is a line of `board`, once `Entry` of `eval.board.entries` has it; one of speeds is a row of
+SPEEDS.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter

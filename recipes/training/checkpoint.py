@@ -1,9 +1,10 @@
 """What a checkpoint keeps, and how it survives what kills a run: whole or not there, checked before it is used.
 
 OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds `model.safetensors`, `ema.safetensors` (if there is an average),
-`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch, `Position`) and `manifest.json`
-(size and SHA-256 of each). There is no random state in it: order, augmentation, mixing and drop path are functions of
-the seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
+`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch and `Position`, as `engine.Trainer`
+puts them together and `resume` compares them) and `manifest.json` (size and SHA-256 of each). There is no random state
+in it: order, augmentation, mixing and drop path are functions of the seed, the epoch and the step, so the position
+says it all. Nothing in it depends on the number of processes.
 """
 
 import json

@@ -268,14 +268,15 @@ def test_all_endings_and_whatever_lies_below_a_class(tmp_path: Path) -> None:
         for name in ("cat/images", "dog"):
             save(tmp_path / "val" / name / f"{number}{ending.upper() if number % 2 else ending}", jpeg(number))
             save(tmp_path / "train" / name / f"{number}{ending}", jpeg(number))
-    for extra in ("dog/notes.txt", "dog/7.heic", "cat/images/boxes.csv", "cat/deep/x.svg", "dog/.hidden.txt", "a.txt"):
+    for extra in ("dog/notes.txt", "dog/7.psd", "cat/images/boxes.csv", "cat/deep/x.svg", "dog/.hidden.txt", "a.txt"):
         save(tmp_path / "val" / extra, b"no image")
     listing = listed(tmp_path / "val")
     source = open_source(DataConfig(source=str(tmp_path)))
-    assert len(listing) == len(source.test) == 24 and listing.class_names == source.class_names == ("cat", "dog")
+    assert len(listing) == len(source.test) == 2 * len(IMAGE_ENDINGS)
+    assert listing.class_names == source.class_names == ("cat", "dog")
     assert classes_of(listing)["val/cat/images/0.jpg"] == "cat"
     assert listing.notes == (
-        "files left out as no images (4): cat/deep/x.svg, cat/images/boxes.csv, dog/7.heic and 1 more",
+        "files left out as no images (4): cat/deep/x.svg, cat/images/boxes.csv, dog/7.psd and 1 more",
     )
     tar = tar_of(tmp_path / "val.tar", {f"./{file}": jpeg() for file in [*listing.files, "val/cat/images/boxes.csv"]})
     in_tar = listed(tar)
