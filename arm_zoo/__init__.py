@@ -1,8 +1,9 @@
-"""ARM and MambaMLP vision models for timm: importing this package registers them."""
+"""Vision Mambas for timm, ARM, Vim and VMamba: importing this package registers them."""
 
 from arm_zoo.files import CheckpointError, DownloadError
 from arm_zoo.loading import from_pretrained
 from arm_zoo.models.arm import ARM
+from arm_zoo.models.vim import Vim
 from arm_zoo.models.vmamba import VMamba
 from arm_zoo.ops import available_backends, get_scan_backend, scan_backend, set_scan_backend
 from arm_zoo.pretraining._registry import create_pretraining_model
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "DownloadError",
     "VMamba",
+    "Vim",
     "__version__",
     "available_backends",
     "create_pretraining_model",

@@ -13,7 +13,7 @@ from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import fused
-from arm_zoo.ops.fused import Residual, is_bare, is_plain
+from arm_zoo.ops.fused import Residual, in_type_of, is_bare, is_plain
 
 
 class Block(nn.Module):
@@ -43,9 +43,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         if not torch.jit.is_scripting():
             return self.forward_deferred(Residual(x), order).sum()
-        x = x + self.drop_path(self.mixer(self.norm1(x), order))
+        weight = self.mixer.conv_weight
+        x = x + self.drop_path(self.mixer(self.norm1(in_type_of(weight, x)), order))
         if self.mlp is not None and self.norm2 is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.mlp(self.norm2(in_type_of(weight, x))))
         return x
 
     @torch.jit.ignore

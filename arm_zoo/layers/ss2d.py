@@ -44,7 +44,7 @@ class SS2D(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        directions, inner = len(DIRECTIONS), int(expand * dim)
+        directions, inner = len(DIRECTIONS), round(expand * dim)
         self.dt_rank = math.ceil(dim / 16)  # from the model's width, not the inner one
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False, **dd)
@@ -80,5 +80,5 @@ class SS2D(nn.Module):
         projected = projected.unflatten(-1, (directions, -1)).permute(2, 0, 1, 3)  # (K, B, L, rank + 2)
         delta, B, C = projected.split([self.dt_rank, 1, 1], dim=-1)
         A, D = decay_rates(self.A_log).unflatten(0, (directions, -1)), self.D.unflatten(0, (directions, -1))
-        # every argument, which TorchScript wants: no gate, and the directions' sum
+        # TorchScript needs every argument: z=None (no gate), mean=False (sum)
         return selective_scan(u, delta, A, B, C, D, None, self.dt_proj_bias, True, order, self.dt_proj_weight, False)

@@ -18,12 +18,13 @@ from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Size, check_positive, one_or_two
 from arm_zoo.models._builder import Backbone
-from arm_zoo.ops.fused import run_norm
+from arm_zoo.ops.fused import in_type_of, run_norm
 from arm_zoo.weights.adapt import refuse_foreign_head, resample_pos_embed
 
 GlobalPool = Literal["avg", "token", ""]
 
-torch.fx.wrap("resample_pos_embed")  # here and below: sizes are not known while a model is traced
+torch.fx.wrap("in_type_of")  # here and below: types and sizes are not known while a model is traced
+torch.fx.wrap("resample_pos_embed")
 
 
 @torch.fx.wrap
@@ -71,13 +72,17 @@ class SequenceBackbone(Backbone):
             img_size: pixels, one number or (height, width).
             patch_size: pixels of a patch.
             patch_stride: pixels between patches; None means the patch size.
+            in_chans: channels of the images.
             num_classes: 0 leaves the head out.
             global_pool: 'avg' (patches), 'token' (class token) or '' (all tokens).
+            embed_dim: width of the tokens.
+            depth: number of blocks.
             d_state: states per channel of the scan.
             drop_rate: dropout before the head.
             pos_drop_rate: dropout after the position embeddings.
             drop_path_rate: stochastic depth, rising linearly over the blocks.
-            norm_layer: None means LayerNorm with eps 1e-5; a name or class of `timm.layers`.
+            norm_layer: a name or class of `timm.layers`; None means the family's own: LayerNorm for ARM, RMSNorm for
+                Vim, eps 1e-5.
             dynamic_img_size: take any image size that patch and stride tile, resampling the position embeddings.
         """
         super().__init__()
@@ -197,7 +202,7 @@ class SequenceBackbone(Backbone):
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = checkpoint(block, x, order) if self.grad_checkpointing else block(x, order)
             if i in take_indices:
-                taken.append(run_norm(self.norm, x) if norm else x)
+                taken.append(self._normed(x) if norm else in_type_of(self.cls_token, x))
         middle = (order.shape[1] - 1) // 2
         prefix = [y[:, middle : middle + 1] for y in taken]
         patches = [torch.cat([y[:, :middle], y[:, middle + 1 :]], dim=1) for y in taken]
@@ -206,9 +211,9 @@ class SequenceBackbone(Backbone):
         if output_dict:
             prefixes = {"image_intermediates_prefix": prefix} if return_prefix_tokens else {}
             out = {"image_intermediates": patches, **prefixes}
-            return out if intermediates_only else {**out, "image_features": run_norm(self.norm, x)}
+            return out if intermediates_only else {**out, "image_features": self._normed(x)}
         intermediates = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
-        return intermediates if intermediates_only else (run_norm(self.norm, x), intermediates)
+        return intermediates if intermediates_only else (self._normed(x), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -231,8 +236,13 @@ class SequenceBackbone(Backbone):
         else:
             last = len(self.blocks)
             x = run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing)[last]
-            return run_norm(self.norm, x)
-        return self.norm(x)
+        return self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The final norm of tokens, or the tokens themselves where it was pruned, in the type of the weights."""
+        if torch.jit.is_scripting():
+            return self.norm(in_type_of(self.cls_token, x))
+        return in_type_of(self.cls_token, run_norm(self.norm, x))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """(B, N + 1, dim) tokens -> (B, dim), or the tokens themselves for ''."""

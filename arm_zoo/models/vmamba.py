@@ -4,16 +4,17 @@ Four stages of blocks over maps of tokens, channels last: a mixer that scans the
 Nothing depends on the size of the images.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, get_norm_layer
+from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_layer
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from timm.models._input import get_model_input_config
+from timm.models._input import get_model_input_config, update_model_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -164,23 +165,21 @@ class VMamba(Backbone):
         """
         Args:
             img_size: pixels of the images that the model is meant for, which timm records; it takes any.
+            in_chans: channels of the images.
             num_classes: 0 leaves the head out.
             global_pool: 'avg' or '' (the whole map).
             embed_dim: width of the first stage, which doubles from stage to stage.
-            depths: blocks of the four stages.
-            expand: inner width of the scans as a multiple of the stage's.
+            depths: blocks of the stages, of which there are four, or fewer in a pruned model.
+            expand: inner width of the scans as a multiple of the stage's; `expand * embed_dim` must be whole.
             drop_rate: dropout before the head.
             drop_path_rate: stochastic depth, rising linearly over the blocks of all stages.
             norm_layer: None means LayerNorm with eps 1e-5; a name or class of `timm.layers`.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if len(depths) != 4 or min(depths) < 1:
-            raise ValueError(f"VMamba: depths must be four numbers of blocks, each at least 1, got {depths}")
         check_positive("VMamba", {"img_size": img_size, "in_chans": in_chans, "embed_dim // 2": embed_dim // 2})
-        if int(expand * embed_dim) < 1:
-            raise ValueError(f"VMamba: expand must leave the scans a channel of {embed_dim} at least, got {expand}")
-        norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
+        _check_stages(embed_dim, depths, expand)
+        self.norm_layer = norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.set_global_pool(global_pool)
@@ -221,10 +220,12 @@ class VMamba(Backbone):
                 f"this is no VMamba checkpoint: the convolutions of patch_embed and in_proj have the shapes {shapes}"
             )
         refuse_foreign_head(source)
-        blocks = {tuple(name.split(".")[1:4:2]) for name in source if ".blocks." in name}  # (stage, block)
-        sizes = {"embed_dim": len(patches), "depths": tuple(Counter(stage for stage, _ in sorted(blocks)).values())}
-        sizes |= {"expand": in_proj.shape[0] / in_proj.shape[1], "in_chans": stem.shape[1]}
-        return {**sizes, "num_classes": len(source.get("head.weight", ()))}, None
+        names = (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in source)
+        blocks = sorted({name.groups() for name in names if name})
+        depths = tuple(Counter(stage for stage, _ in blocks).values())
+        sizes: dict[str, Any] = {"embed_dim": len(patches), "depths": depths, "expand": in_proj.shape[0] / in_proj.shape[1]}
+        _check_stages(**sizes)
+        return {**sizes, "in_chans": stem.shape[1], "num_classes": len(source.get("head.weight", ()))}, None
 
     @torch.jit.ignore
     def input_size(self) -> tuple[int, int, int]:
@@ -233,7 +234,7 @@ class VMamba(Backbone):
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:
-        """What people want to know of the layers: widths and depths of the stages, and their strides."""
+        """Widths, depths and strides of the stages, for `python -m arm_zoo info`."""
         width, stride = (", ".join(str(info[key]) for info in self.feature_info) for key in ("num_chs", "reduction"))
         stages: Any = self.stages
         depth = ", ".join(str(len(stage.blocks)) for stage in stages)
@@ -250,7 +251,7 @@ class VMamba(Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Nothing beside what optimisers leave out themselves, parameters of one axis and biases of layers."""
+        """None: optimisers already exempt biases and one-dimensional parameters."""
         return set()
 
     @torch.jit.ignore
@@ -301,9 +302,18 @@ class VMamba(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one asked for; returns the indices that remain."""
+        """Drop the stages after the last one asked for; returns the indices that remain.
+
+        Final norm and head, if they stay, are made anew for the width of the last stage that is left.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: max_index + 1]
+        self.stages, self.feature_info = self.stages[: max_index + 1], self.feature_info[: max_index + 1]
+        update_model_args(self, depths=tuple(len(stage.blocks) for stage in self.stages))  # for whoever saves it
+        width = self.feature_info[-1]["num_chs"]
+        if width != self.num_features:
+            self.num_features = self.head_hidden_size = width
+            self.norm = self.norm_layer(width, **get_device_dtype(self))
+            self.reset_classifier(self.num_classes)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -326,6 +336,16 @@ class VMamba(Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _check_stages(embed_dim: int, depths: tuple[int, ...], expand: float) -> None:
+    """Refuse depths of no or too many stages, and widths that are not whole; those of later stages are multiples."""
+    if not 1 <= len(depths) <= 4 or min(depths) < 1:
+        raise ValueError(f"VMamba: depths must be one to four numbers of blocks, each at least 1, got {depths}")
+    inner = expand * embed_dim
+    if inner < 0.5 or abs(inner - round(inner)) > 1e-6:
+        got = f"got {expand} * {embed_dim} = {inner:g}"
+        raise ValueError(f"VMamba: expand * embed_dim must be a whole number, at least 1, {got}")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -52,16 +52,24 @@ def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], layer.out_features)
 
 
-def run_norm(layer: Any, x: Tensor) -> Tensor:
-    """`layer(x)`; what an RMSNorm makes of a residual kept in float32 has the type of its weight, or autocast's.
+@torch.fx.wrap  # the type is not known while a model is traced
+def in_type_of(weight: Tensor, x: Tensor) -> Tensor:
+    """Tokens kept in float32, in the type of the weights that take them; others as they are."""
+    return x.to(weight.dtype) if x.dtype == torch.float32 else x
 
-    It is computed in the type of x. PyTorch would leave it there, for a linear layer that may have other weights.
+
+def run_norm(layer: Any, x: Tensor) -> Tensor:
+    """`layer(x)`; what a norm makes of a residual kept in float32 has the type of its weight, or autocast's.
+
+    PyTorch's own RMSNorm is computed in the type of x, and others in that of their weight.
     """
-    if not (isinstance(layer, nn.RMSNorm) and is_plain(x)) or layer.weight is None:
+    if (weight := getattr(layer, "weight", None)) is None:
         return layer(x)
-    plain = is_plain_layer(layer, nn.RMSNorm)  # one type throughout, or PyTorch warns and does not take its kernel
-    y = F.rms_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.eps) if plain else layer(x)
-    return y.to(_dtype_of_products(layer.weight))
+    if not (is_plain(x) and is_plain_layer(layer, nn.RMSNorm)):
+        return layer(in_type_of(weight, x))
+    # one type throughout, or PyTorch warns and does not take its kernel
+    y = F.rms_norm(x, layer.normalized_shape, weight.to(x.dtype), layer.eps)
+    return y.to(_dtype_of_products(weight))
 
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:
