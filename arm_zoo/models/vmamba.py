@@ -223,7 +223,8 @@ class VMamba(Backbone):
         names = (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in source)
         blocks = sorted({name.groups() for name in names if name})
         depths = tuple(Counter(stage for stage, _ in blocks).values())
-        sizes: dict[str, Any] = {"embed_dim": len(patches), "depths": depths, "expand": in_proj.shape[0] / in_proj.shape[1]}
+        sizes: dict[str, Any] = {"embed_dim": len(patches), "depths": depths}
+        sizes["expand"] = in_proj.shape[0] / in_proj.shape[1]
         _check_stages(**sizes)
         return {**sizes, "in_chans": stem.shape[1], "num_classes": len(source.get("head.weight", ()))}, None
 
@@ -307,8 +308,9 @@ class VMamba(Backbone):
         Final norm and head, if they stay, are made anew for the width of the last stage that is left.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages, self.feature_info = self.stages[: max_index + 1], self.feature_info[: max_index + 1]
-        update_model_args(self, depths=tuple(len(stage.blocks) for stage in self.stages))  # for whoever saves it
+        stages: Any = self.stages[: max_index + 1]
+        self.stages, self.feature_info = stages, self.feature_info[: max_index + 1]
+        update_model_args(self, depths=tuple(len(stage.blocks) for stage in stages))  # for whoever saves it
         width = self.feature_info[-1]["num_chs"]
         if width != self.num_features:
             self.num_features = self.head_hidden_size = width

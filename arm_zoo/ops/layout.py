@@ -42,7 +42,7 @@ class ScanInputs(NamedTuple):
 
     @property
     def order_of_outputs(self) -> Tensor | None:
-        """The table by which outputs of kernels, laid out as inputs, are put in token order; None if they already are."""
+        """The table by which a kernel's outputs, laid out as its inputs, get token order; None if they have it."""
         return self.order if self.u.ndim == 4 else None
 
     def in_scan_order(self) -> Self:

@@ -1,6 +1,7 @@
 """Cuts the small golden set from the whole one: python tests/golden/cut.py ../shared/golden tests/golden"""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,10 +25,16 @@ CASES: dict[str, list[str]] = {  # with the files that are taken as they are
     "optim": ["lrd_group_sequence_d12_ld065.json", "lrd_groups_d12_ld065.json", "pretrain_wd_groups_d12.json"],
     "arm_ft_img64_gp": ["state_dict.safetensors"],
     "arm_pretrain_d12": [],
+    "vim_small_img64": [],
+    "vmamba_t_96x64": [],
 }
 HIDDEN = ("hidden_00", "hidden_01", "hidden_06", "hidden_12")
 OUTPUTS = ("logits", "features", "logits_cls", "features_cls", "normed", *HIDDEN)
 OF_A_MIXER = ("output", "merged", "grad_input")
+# of Vim the first two blocks, and what the last one gives, for norm and head; of VMamba the first two stages
+VIM = ("block_00_", "block_01_", "block_23_", "features", "logits")
+VMAMBA = ("stage_0_block_0", "stage_1_block_0")
+VMAMBA_STAGES = ("patch_embed.", "layers.0.", "layers.1.blocks.")
 PATCH = 4  # pixels that are left of the patches of 16 in the surgery, which copies their weights as they are
 
 
@@ -51,11 +58,24 @@ def cut(whole: Path, small: Path) -> None:
     log = json.loads((whole / case / "meta.json").read_text())["log"]
     edit_meta(case, whole, small, {"log": log[:1]})
 
+    case = "vim_small_img64"
+    edit_tensors(case, "inputs", whole, small, lambda t: {"images": t["images"][:1]})
+    edit_tensors(case, "outputs_f64", whole, small, lambda t: {n: v[:1] for n, v in t.items() if n.startswith(VIM)})
+    edit_tensors(case, "state_dict", whole, small, two_blocks)
+    edit_constructor(case, whole, small, {"depth": 2}, batch=1)
+
+    case = "vmamba_t_96x64"
+    edit_tensors(case, "inputs", whole, small, lambda t: {"images": t["images"]})
+    edit_tensors(case, "outputs_f64", whole, small, lambda t: {name: t[name] for name in VMAMBA})
+    edit_tensors(
+        case, "state_dict", whole, small, lambda t: {n: v for n, v in t.items() if n.startswith(VMAMBA_STAGES)}
+    )
+    edit_constructor(case, whole, small, {"depths": [1, 1]})
+
     sizes = {"depth": 1, "patch_size": PATCH}  # the first block, and a corner of the patches' weights
     for case, name, side in (("arm_pretrain_d12", "state_dict", 12), ("arm_surgery_d12", "mapped", 14)):
         edit_tensors(case, name, whole, small, first_block)
-        arguments = json.loads((whole / case / "meta.json").read_text())["constructor"]
-        edit_meta(case, whole, small, {"constructor": {**arguments, **sizes, "img_size": side * PATCH}})
+        edit_constructor(case, whole, small, {**sizes, "img_size": side * PATCH})
 
 
 def first_block(tensors: Tensors) -> Tensors:
@@ -64,6 +84,11 @@ def first_block(tensors: Tensors) -> Tensors:
     taken = {name: value for name, value in tensors.items() if name.startswith(kept)}
     taken["patch_embed.proj.weight"] = taken["patch_embed.proj.weight"][..., :PATCH, :PATCH]
     return {name: value[:1] if name.startswith("enc2dec.") else value for name, value in taken.items()}
+
+
+def two_blocks(tensors: Tensors) -> Tensors:
+    """All but the blocks after the second."""
+    return {name: value for name, value in tensors.items() if not re.match(r"layers\.([2-9]|\d\d)", name)}
 
 
 def edit_tensors(case: str, name: str, whole: Path, small: Path, edit: Any) -> None:
@@ -76,6 +101,11 @@ def edit_meta(case: str, whole: Path, small: Path, changes: dict[str, Any]) -> N
     meta = json.loads((whole / case / "meta.json").read_text())
     meta = {key: value for key, value in {**meta, **changes}.items() if key in kept}
     (small / case / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def edit_constructor(case: str, whole: Path, small: Path, changes: dict[str, Any], **others: Any) -> None:
+    arguments = json.loads((whole / case / "meta.json").read_text())["constructor"]
+    edit_meta(case, whole, small, {"constructor": {**arguments, **changes}, **others})
 
 
 if __name__ == "__main__":

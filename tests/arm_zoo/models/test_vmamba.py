@@ -18,7 +18,6 @@ from timm.layers import RmsNorm, create_feature_extractor, get_graph_node_names,
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-import arm_zoo
 from arm_zoo import CheckpointError, from_official, from_pretrained, to_official
 from arm_zoo.identify import describe, find_variant
 from arm_zoo.loading import load
@@ -106,6 +105,21 @@ def test_model_is_the_authors_one(
         assert grads[name].norm().item() == pytest.approx(norm, rel=of_gradients), name
     for name, value in case.get("param_grads", {}).items():
         assert close(grads[name], value, of_gradients), name
+
+
+@pytest.mark.parametrize("golden", ["small"], indirect=True)
+def test_first_stages_are_the_authors(golden: Path) -> None:
+    folder = golden / "vmamba_t_96x64"
+    model: Any = tiny("vmamba_tiny_s1l8", embed_dim=14, depths=(1, 1), num_classes=0, dtype=torch.float64)
+    official = load_file(folder / "state_dict.safetensors")
+    missing = model.load_state_dict(under_our_names(official, OFFICIAL_NAMES), strict=False).missing_keys
+    assert missing == ["norm.weight", "norm.bias"]  # which theirs has of the last stage
+    x = load_file(folder / "inputs.safetensors")["images"].double()
+    expected = load_file(folder / "outputs_f64.safetensors")
+    for i, found in enumerate(model.forward_intermediates(x, intermediates_only=True)):
+        assert close(found, expected[f"stage_{i}_block_0"], 1e-12)
+    names = to_official(model).keys() - {"classifier.norm.weight", "classifier.norm.bias"}
+    assert names == official.keys()
 
 
 def test_names_go_both_ways(case: dict[str, Any]) -> None:
@@ -310,6 +324,24 @@ def test_forward_intermediates() -> None:
     assert pruned.forward_intermediates(x, [1], intermediates_only=True)[0].equal(maps[1])
 
 
+@pytest.mark.parametrize("prune_head", [False, True])
+def test_pruned_models_run_and_are_saved(prune_head: bool, tmp_path: Path) -> None:
+    model, x = tiny(), images()
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    assert model.prune_intermediate_layers([0, 2], prune_head=prune_head) == [0, 2]
+    model.save_pretrained(tmp_path)
+    loaded: Any = from_pretrained(tmp_path).eval()
+    assert len(loaded.stages) == 3 and loaded.num_features == 48 and loaded(x).equal(model(x))
+    assert model(x).shape == ((2, 4, 3, 48) if prune_head else (2, 10))
+    for each in (model, loaded):
+        pairs = zip(each.forward_intermediates(x, intermediates_only=True), maps, strict=False)
+        assert all(found.equal(expected) for found, expected in pairs)
+    everything = tiny()
+    norm, head = everything.norm, everything.head
+    assert everything.prune_intermediate_layers(1, prune_head=False) == [3]
+    assert (everything.norm, everything.head) == (norm, head)
+
+
 def test_feature_classes_agree() -> None:
     found = {}
     for kind in ("getter", "hook", "fx"):
@@ -389,10 +421,12 @@ def test_empty_batches_and_other_channels() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"depths": (2, 2, 8)}, ValueError, r"depths must be four numbers of blocks, each at least 1, got \(2, 2, 8\)"),
+    ({"depths": ()}, ValueError, r"depths must be one to four numbers of blocks, each at least 1, got \(\)"),
+    ({"depths": (1, 1, 1, 1, 1)}, ValueError, r"each at least 1, got \(1, 1, 1, 1, 1\)"),
     ({"depths": (2, 0, 8, 2)}, ValueError, r"each at least 1, got \(2, 0, 8, 2\)"),
     ({"embed_dim": 1}, ValueError, r"embed_dim // 2 must be at least 1, got 0"),
-    ({"expand": 0.0}, ValueError, r"expand must leave the scans a channel of 12 at least, got 0.0"),
+    ({"expand": 0.0}, ValueError, r"expand \* embed_dim must be a whole number, at least 1, got 0.0 \* 12 = 0"),
+    ({"embed_dim": 34, "expand": 1.05}, ValueError, r"must be a whole number, at least 1, got 1.05 \* 34 = 35.7"),
     ({"global_pool": "max"}, ValueError, r"global_pool must be 'avg' or '' \(no pooling\), got 'max'"),
     ({"img_size": (64, 0)}, ValueError, r"img_size must be at least 1, got \(64, 0\)"),
     ({"d_state": 16}, TypeError, r"unknown keyword d_state; the model takes depths"),
@@ -440,6 +474,12 @@ def test_files_are_loaded_by_their_shapes(name: str, official: bool, tmp_path: P
     assert again(x).equal(model(x))
 
 
+def test_any_whole_inner_width_is_loaded_by_its_shapes() -> None:
+    model, x = tiny(embed_dim=34, expand=35 / 34), images()
+    assert model.stages[2].blocks[0].ss2d.in_proj.out_features == 4 * 35
+    assert find_variant(model.state_dict()).load(model.state_dict())(x).equal(model(x))
+
+
 def test_whole_sizes_are_told_by_their_shapes() -> None:
     for name in NAMES:
         model = timm.create_model(name, device="meta")
@@ -475,6 +515,8 @@ def damaged(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | N
         ("patch_embed.conv2.weight", None, "this is no ARM or .*VMamba"),
         ("head.1.weight", torch.ones(3, 3), "the checkpoint's head is not one linear layer"),
         ("stages.0.blocks.600.norm1.weight", torch.ones(12), "only in the model"),
+        ("stages.4.blocks.0.norm1.weight", torch.ones(12), r"one to four numbers of blocks.*got \(1, 1, 2, 1, 1\)"),
+        ("x.blocks.y", torch.ones(1), r"only in the checkpoint \(1\): x.blocks.y"),
         ("stages.1.downsample.conv.weight", torch.ones(24, 12, 5, 5), r"\(24, 12, 5, 5\) -> \(24, 12, 3, 3\)"),
     ],
 )
@@ -502,4 +544,3 @@ def test_exports(ending: str, format: str, tmp_path: Path) -> None:
 def test_authors_names_translate_to_names_that_exist(golden: Path) -> None:
     tensors = load_file(golden / "vmamba_b_64" / "state_dict.safetensors")
     assert under_our_names(tensors, OFFICIAL_NAMES).keys() == tiny(num_classes=11).state_dict().keys()
-    assert "VMamba" in arm_zoo.__all__
