@@ -65,10 +65,10 @@ def run_norm(layer: Any, x: Tensor) -> Tensor:
     """
     if (weight := getattr(layer, "weight", None)) is None:
         return layer(x)
-    if not (is_plain(x) and is_plain_layer(layer, nn.RMSNorm)):
+    if not (isinstance(layer, nn.RMSNorm) and is_plain(x)):
         return layer(in_type_of(weight, x))
-    # one type throughout, or PyTorch warns and does not take its kernel
-    y = F.rms_norm(x, layer.normalized_shape, weight.to(x.dtype), layer.eps)
+    plain = is_plain_layer(layer, nn.RMSNorm)  # one type throughout, or PyTorch warns and does not take its kernel
+    y = F.rms_norm(x, layer.normalized_shape, weight.to(x.dtype), layer.eps) if plain else layer(x)
     return y.to(_dtype_of_products(weight))
 
 
