@@ -484,6 +484,15 @@ def test_damaged_checkpoints_are_refused(name: str, value: torch.Tensor | None, 
         find_variant(tensors).load(tensors)
 
 
+def test_checkpoints_of_another_family_are_refused(tmp_path: Path) -> None:
+    vim = timm.create_model("vim_pico_patch2_8")
+    save_file(vim.state_dict(), tmp_path / "vim.safetensors")
+    with pytest.raises(CheckpointError, match=r"another width, depth or family\?\)\n  only in the model"):
+        tiny(pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "vim.safetensors")})
+    with pytest.raises(CheckpointError, match="another width, depth or family"):
+        from_official(to_official(vim), tiny())
+
+
 def test_too_many_blocks_are_refused() -> None:
     tensors = tiny().state_dict() | {f"stages.2.blocks.{i}.norm1.weight": torch.ones(1) for i in range(510)}
     with pytest.raises(CheckpointError, match=r"with depths \(1, 1, 510, 1\); from 1 to 512"):
