@@ -302,12 +302,18 @@ class VMamba(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one asked for; returns the indices that remain."""
+        """Drop the stages after the last one asked for; returns the indices that remain.
+
+        The final norm and the head, which have the last stage's width, go with it.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index + 1 < len(self.stages)
         self.stages = self.stages[: max_index + 1]
-        if prune_norm:
+        if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head:
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or shortened:
             self.reset_classifier(0, "")
         return take_indices
 

@@ -310,6 +310,17 @@ def test_forward_intermediates() -> None:
     assert pruned.forward_intermediates(x, [1], intermediates_only=True)[0].equal(maps[1])
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"prune_norm": True}, {"prune_head": False}])
+def test_pruned_models_end_at_their_last_stage(kwargs: dict[str, bool]) -> None:
+    model, x = tiny(), images()
+    _, maps = model.forward_intermediates(x, output_fmt="NHWC")
+    model.prune_intermediate_layers([1], **kwargs)
+    assert model.forward_features(x).equal(maps[1]) and model(x).equal(maps[1])
+    model.reset_classifier(7, "avg")
+    assert model.num_features == model.head_hidden_size == 24 and model(x).shape == (2, 7)
+    assert all(grad.isfinite().all() for grad in gradients(model, x).values())
+
+
 def test_feature_classes_agree() -> None:
     found = {}
     for kind in ("getter", "hook", "fx"):
