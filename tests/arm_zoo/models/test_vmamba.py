@@ -348,6 +348,19 @@ def test_torchscript_and_fx_take_any_size() -> None:
     assert torch.jit.trace(model, x)(x).equal(model(x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_images_gives_the_gradients_of_each() -> None:
+    model, x = tiny(depths=(1, 1, 1, 1)), images()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for i, image in enumerate(x):
+        assert all(close(found[name][i], grad, 1e-4) for name, grad in gradients(model, image[None]).items())
+
+
 def test_compiled_in_one_piece_for_any_size() -> None:
     model = tiny(depths=(1, 1, 1, 1))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
