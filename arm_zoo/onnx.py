@@ -101,7 +101,6 @@ def _selective_scan(
     delta_weight: OptionalValue, delta_softplus: bool, order: OptionalTable, mean: bool, save_states: bool,
     gate: OptionalValue, backend: str,
 ) -> tuple[Value, Value]:  # fmt: skip
-    length = u.shape[-2]
     if len(u.shape) == 3:  # all sequences are in token order, and the directions share u
         u = op.Expand(op.Unsqueeze(u, _ints(0)), op.Concat(op.Shape(A, end=1), op.Shape(u), axis=0))
         u, delta, B, C = (sequence if order is None else _taken(sequence, order) for sequence in (u, delta, B, C))
@@ -120,11 +119,11 @@ def _selective_scan(
     y = op.Add(op.Squeeze(y, row), op.Mul(op.Unsqueeze(D, _ints(1)), u))  # (L, K, B, D)
     if order is not None:  # of every token its steps' rows among the L * K
         directions = order.shape[0]
-        constants = [op.Constant(value_int=value) for value in (0, length, 1, directions)]
-        steps = op.Expand(op.Range(*constants[:3]), op.Shape(order))
+        zero, one, count = (op.Constant(value_int=value) for value in (0, 1, directions))
+        steps = op.Expand(op.Range(zero, op.Squeeze(op.Shape(order, start=1)), one), op.Shape(order))
         inverse = op.ScatterElements(order, order, steps, axis=1)  # (K, L)
-        first = op.Unsqueeze(op.Range(constants[0], constants[3], constants[2]), _ints(1))
-        rows = op.Transpose(op.Add(op.Mul(inverse, constants[3]), first), perm=[1, 0])
+        first = op.Unsqueeze(op.Range(zero, count, one), _ints(1))
+        rows = op.Transpose(op.Add(op.Mul(inverse, count), first), perm=[1, 0])
         y = op.Gather(op.Reshape(y, op.Concat(_ints(-1), op.Shape(y, start=2), axis=0)), rows, axis=0)
     y = (op.ReduceMean if mean else op.ReduceSum)(y, _ints(1), keepdims=0)
     y = op.Transpose(y, perm=[1, 0, 2])  # (B, L, D)

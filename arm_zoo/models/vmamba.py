@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_layer
+from timm.layers import DropPath, calculate_drop_path_rates, get_norm_layer
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import get_model_input_config, update_model_args
@@ -74,7 +74,8 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             check_images(x, self.in_chans, None, "create_model")
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as torch.vmap knows no memory_format
+        x = self.conv1(x).permute(0, 2, 3, 1)
         x = F.gelu(self.norm1(x)).permute(0, 3, 1, 2)
         return self.norm2(self.conv2(x).permute(0, 2, 3, 1))
 
@@ -159,6 +160,7 @@ class VMamba(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: str | Callable[..., nn.Module] | None = None,
+        final_norm: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -174,12 +176,13 @@ class VMamba(Backbone):
             drop_rate: dropout before the head.
             drop_path_rate: stochastic depth, rising linearly over the blocks of all stages.
             norm_layer: None means LayerNorm with eps 1e-5; a name or class of `timm.layers`.
+            final_norm: False leaves the norm before the head out, as in a pruned model.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_positive("VMamba", {"img_size": img_size, "in_chans": in_chans, "embed_dim // 2": embed_dim // 2})
         _check_stages(embed_dim, depths, expand)
-        self.norm_layer = norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
+        norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.set_global_pool(global_pool)
@@ -197,7 +200,7 @@ class VMamba(Backbone):
         self.feature_info = [
             {"module": f"stages.{i}", "num_chs": width, "reduction": 4 * 2**i} for i, width in enumerate(widths)
         ]
-        self.norm = norm(self.num_features, **dd)
+        self.norm = norm(self.num_features, **dd) if final_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self.make_head(**dd)
 
@@ -305,20 +308,19 @@ class VMamba(Backbone):
     ) -> list[int]:
         """Drop the stages after the last one asked for; returns the indices that remain.
 
-        Final norm and head, if they stay, are made anew for the width of the last stage that is left.
+        The final norm and the head, which have the last stage's width, go with it.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index + 1 < len(self.stages)
         stages: Any = self.stages[: max_index + 1]
-        self.stages, self.feature_info = stages, self.feature_info[: max_index + 1]
-        update_model_args(self, depths=tuple(len(stage.blocks) for stage in stages))  # for whoever saves it
-        width = self.feature_info[-1]["num_chs"]
-        if width != self.num_features:
-            self.num_features = self.head_hidden_size = width
-            self.norm = self.norm_layer(width, **get_device_dtype(self))
-            self.reset_classifier(self.num_classes)
-        if prune_norm:
+        self.stages = stages
+        update_model_args(self, depths=tuple(len(stage.blocks) for stage in stages))  # here and below for who saves it
+        if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head:
+            update_model_args(self, final_norm=False)
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or shortened:
             self.reset_classifier(0, "")
         return take_indices
 

@@ -92,6 +92,19 @@ def test_onnxruntime(model: nn.Module, exported: tuple[Path, int]) -> None:
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.slow
+def test_maps_of_any_size(tmp_path: Path) -> None:
+    importlib.import_module("arm_zoo.onnx")
+    sizes = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_classes": 5}
+    model = timm.create_model("vmamba_base_s2l15", **sizes).eval().requires_grad_(False)
+    example, other, file = torch.randn(1, 3, 64, 48), torch.randn(1, 3, 33, 70), tmp_path / "model.onnx"
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "opset_version": 21}
+    torch.onnx.export(model, (example,), file, dynamic_shapes=({2: "height", 3: "width"},), **options)
+    for images in (example, other):
+        actual, expected = torch.as_tensor(onnxruntime_of(file)(images.numpy())), model(images)
+        assert (actual - expected).abs().max() < 4e-6 * expected.abs().max()
+
+
 class SharedScan(nn.Module):
     """Four directions of step sizes of low rank, all in token order, added up, as in VMamba."""
 

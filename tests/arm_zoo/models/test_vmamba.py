@@ -324,22 +324,26 @@ def test_forward_intermediates() -> None:
     assert pruned.forward_intermediates(x, [1], intermediates_only=True)[0].equal(maps[1])
 
 
-@pytest.mark.parametrize("prune_head", [False, True])
-def test_pruned_models_run_and_are_saved(prune_head: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kwargs", [{}, {"prune_norm": True}, {"prune_head": False}])
+def test_pruned_models_end_at_their_last_stage(kwargs: dict[str, bool]) -> None:
     model, x = tiny(), images()
-    maps = model.forward_intermediates(x, intermediates_only=True)
-    assert model.prune_intermediate_layers([0, 2], prune_head=prune_head) == [0, 2]
-    model.save_pretrained(tmp_path)
-    loaded: Any = from_pretrained(tmp_path).eval()
-    assert len(loaded.stages) == 3 and loaded.num_features == 48 and loaded(x).equal(model(x))
-    assert model(x).shape == ((2, 4, 3, 48) if prune_head else (2, 10))
-    for each in (model, loaded):
-        pairs = zip(each.forward_intermediates(x, intermediates_only=True), maps, strict=False)
-        assert all(found.equal(expected) for found, expected in pairs)
-    everything = tiny()
-    norm, head = everything.norm, everything.head
-    assert everything.prune_intermediate_layers(1, prune_head=False) == [3]
-    assert (everything.norm, everything.head) == (norm, head)
+    _, maps = model.forward_intermediates(x, output_fmt="NHWC")
+    model.prune_intermediate_layers([1], **kwargs)
+    assert model.forward_features(x).equal(maps[1]) and model(x).equal(maps[1])
+    model.reset_classifier(7, "avg")
+    assert model.num_features == model.head_hidden_size == 24 and model(x).shape == (2, 7)
+    assert all(grad.isfinite().all() for grad in gradients(model, x).values())
+
+
+@pytest.mark.parametrize("index, kwargs", [(1, {}), (3, {}), (3, {"prune_norm": True})])
+def test_pruned_models_are_saved_and_loaded(index: int, kwargs: dict[str, bool], tmp_path: Path) -> None:
+    model, x = tiny(), images()
+    model.prune_intermediate_layers([index], **kwargs)
+    for classes in (0, 7):
+        model.reset_classifier(classes)
+        model.save_pretrained(tmp_path)
+        loaded: Any = from_pretrained(tmp_path).eval()
+        assert len(loaded.stages) == index + 1 and loaded(x).equal(model(x))
 
 
 def test_feature_classes_agree() -> None:
@@ -367,6 +371,19 @@ def test_torchscript_and_fx_take_any_size() -> None:
         for run in (scripted, symbolic, lambda x: traced(x)[output]):
             assert close(run(x), model(x))
     assert torch.jit.trace(model, x)(x).equal(model(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_images_gives_the_gradients_of_each() -> None:
+    model, x = tiny(depths=(1, 1, 1, 1)), images()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for i, image in enumerate(x):
+        assert all(close(found[name][i], grad, 1e-4) for name, grad in gradients(model, image[None]).items())
 
 
 def test_compiled_in_one_piece_for_any_size() -> None:
@@ -524,6 +541,15 @@ def test_damaged_checkpoints_are_refused(name: str, value: torch.Tensor | None, 
     tensors = damaged(tiny().state_dict(), name, value)
     with pytest.raises(CheckpointError, match=message):
         find_variant(tensors).load(tensors)
+
+
+def test_checkpoints_of_another_family_are_refused(tmp_path: Path) -> None:
+    vim = timm.create_model("vim_pico_patch2_8")
+    save_file(vim.state_dict(), tmp_path / "vim.safetensors")
+    with pytest.raises(CheckpointError, match=r"another width, depth or family\?\)\n  only in the model"):
+        tiny(pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "vim.safetensors")})
+    with pytest.raises(CheckpointError, match="another width, depth or family"):
+        from_official(to_official(vim), tiny())
 
 
 def test_too_many_blocks_are_refused() -> None:
