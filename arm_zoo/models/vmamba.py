@@ -314,7 +314,7 @@ class VMamba(Backbone):
         shortened = max_index + 1 < len(self.stages)
         stages: Any = self.stages[: max_index + 1]
         self.stages = stages
-        update_model_args(self, depths=tuple(len(stage.blocks) for stage in stages))  # here and below for who saves it
+        update_model_args(self, depths=tuple(len(stage.blocks) for stage in stages))  # for whoever saves it
         if prune_norm or shortened:
             self.norm = nn.Identity()
             update_model_args(self, final_norm=False)
