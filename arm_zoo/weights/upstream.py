@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files that may hold weights
 RECORD = "source.json"
 _MOST_BYTES = 2**35  # of a file; the largest ARM with the state of its training has about a third
-_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+)")
+_ADDRESS = re.compile(r"hf://?([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+)")  # a `Path` keeps one slash of two
 _BLOCK = 2**16  # bytes of a request where a file is read in part
 Token = str | bool | None
 
