@@ -206,7 +206,7 @@ def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weight
     shapes = _shapes(contents, weights.shapes)
     found = [f"{name} {shapes[name]}" if name in shapes else f"no {name}" for name in weights.shapes]
     beside = [f"beside {', '.join(contents.beside)}"] if contents.beside else []
-    return f"{file.name!r}{size}: {'; '.join([', '.join(found), *beside])}"
+    return f"{file.name!r}{size}: {'; '.join([', '.join(found or ['weights']), *beside])}"
 
 
 def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,14 @@ def test_the_hub_names_the_sha256(hub: HubServer, client: Client, contents: byte
     assert not kept(tmp_path)
 
 
+def test_a_mirror_that_sends_the_whole_file_for_a_part(
+    hub: HubServer, client: Client, contents: bytes, tmp_path: Path
+) -> None:
+    hub.add(ARM, {"b_ft.pth": contents}, hub_server.sends_other_contents(contents))
+    reply = client.load("timm", ENTRY, table={ENTRY: ON_HUB}, cache_dir=tmp_path, **TIMM)
+    assert reply["own"] and "bytes came where" in reply["message"] and not kept(tmp_path), reply
+
+
 def test_a_cut_connection_to_the_hub(
     hub: HubServer, client: Client, model: nn.Module, contents: bytes, tmp_path: Path
 ) -> None:
@@ -572,6 +581,13 @@ def test_eval_scores_what_was_fetched(entry: str, hub: HubServer, client: Client
     for other in by_address:
         assert other["weights"] == names[1]
         assert [other[key] for key in ("n", "top1", "ece")] == [by_name[key] for key in ("n", "top1", "ece")]
+
+
+def test_files_of_another_family_are_refused() -> None:
+    small = [finetuned(entry, **SMALL.get(entry, NARROW)) for entry in (ENTRY, "vim_tiny_patch16_224", *SMALL)]
+    for model, other in permutations(small, 2):
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            model.adapt(to_official(other), model)
 
 
 def test_entries_without_a_source_refuse_at_once() -> None:
