@@ -111,7 +111,7 @@ def test_the_doctor_goes_the_whole_way(server: HubServer, client: Client, model:
             "load the model",
         ]
         assert {state for state, *_ in found.values()} == {"ok"}
-    assert "upstream, MzeroMiko/VMamba on GitHub, '#v2cls', licence None" in found["read the table"][1]
+    assert "upstream, MzeroMiko/VMamba on GitHub, '#v2cls', licence not stated" in found["read the table"][1]
     assert "a token" in found["read the settings"][1] and "hf_ada" not in reply["out"]
     assert "beside optimizer, scaler, epoch, args" in found["look into them"][1]
     assert found["load the model"][1] == "answers of shape (1, 10), finite"
@@ -155,6 +155,19 @@ def test_the_doctor_of_other_entries(client: Client) -> None:
         "FAILED",
         "ARM_ZOO_UPSTREAM=0 turns fetching from authors off",
     )
+
+
+def test_the_doctor_asks_the_organisation_that_loading_asks(server: HubServer, client: Client) -> None:
+    """Of all entries but the bundled ones, also those that nobody has published so far."""
+    for entry in (ENTRY, "arm_base_patch16_224.in1k"):
+        environment = {"ARM_ZOO_HUB_ORG": "group"}
+        reply = client.load("hub", "doctor", entry, environment=environment)
+        found = steps(reply["out"])
+        assert f"ARM_ZOO_HUB_ORG has group/{entry}" in found["read the table"][1], reply
+        assert found["find the file"][0] == "FAILED" and "no such repository" in found["find the file"][1]
+        server.add(f"group/{entry}", {"model.safetensors": b"weights"})
+        reply = client.load("hub", "doctor", entry, environment=environment)
+        assert reply["code"] == 0 and steps(reply["out"])["find the file"][1].endswith("model.safetensors"), reply
 
 
 def test_weights_without_a_licence_are_not_passed_on(
