@@ -273,6 +273,21 @@ def test_a_cut_connection_to_github(
     assert not kept(tmp_path / "x")
 
 
+@pytest.mark.parametrize("told, sent", [(100, 10**6), (100, 50)], ids=["more", "less"])
+def test_github_sends_what_it_tells(told: int, sent: int, hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """Without an end, a file would fill the disk."""
+
+    def fault(request: hub_server.Handler, name: str) -> bool:
+        request.answer(206, b"0" * sent, Content_Range=f"bytes 0-{told - 1}/{told}")
+        return True
+
+    hub.release(VMAMBA, TAG, {}, fault)
+    reply = client.load("timm", ENTRY, table={ENTRY: ON_GITHUB}, cache_dir=tmp_path, **TIMM)
+    assert reply["own"] and f"bytes came where {told} were told; load again" in reply["message"], reply
+    assert int(reply["message"].split(" bytes came")[0].rpartition(" ")[2].replace(",", "")) < 10**6
+    assert not kept(tmp_path)
+
+
 def test_files_beyond_all_sizes_are_not_fetched(hub: HubServer, client: Client, tmp_path: Path) -> None:
     def fault(request: hub_server.Handler, name: str) -> bool:
         request.answer(206, b"0", Content_Range=f"bytes 0-0/{2**40}")
