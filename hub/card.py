@@ -80,6 +80,7 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
     kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
     official, rounded = facts.get("source_names") == "official", facts["dtype"] != "fp32"
     default: Any = get_pretrained_cfg(architecture)
+    arxiv = f"https://arxiv.org/abs/{default.paper_ids.removeprefix('arXiv:')}"
     standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
     entries = candidates(architecture, config["num_classes"], standard) if official else []
 
@@ -104,6 +105,8 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
         facts,
         begin=BEGIN,
         end=END,
+        paper=f"*{default.paper_name}* ([{default.paper_ids}]({arxiv}))",
+        origin=cfg.get("origin_url"),
         title=architecture if facts["repo"] == "ORG/NAME" else facts["repo"].rpartition("/")[2],
         architecture=architecture,
         differences=", ".join(differences) or "nothing",

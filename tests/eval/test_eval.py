@@ -772,6 +772,9 @@ def test_weights_of_another_organisation_are_scored_and_compared_with_its_card(
     models.check([nobodys, "resnet18", "arm_pico_patch2_8"], {})
     assert verify._card_beside("arm_base", None) == "group/arm_base_patch16_224.arm_in1k_ft_in1k"
     assert verify._card_beside("resnet18", None) == "timm/resnet18.a1_in1k"
+    for weights in ("hf-hub:group/base@v1", "hf://group/base@v1/model.pth"):
+        models.check(["arm_base"], {"arm_base": weights})
+        assert verify._card_beside("arm_base", weights) == "group/base"
 
 
 def test_weights_of_the_package_are_called_by_name() -> None:
