@@ -13,8 +13,8 @@ from huggingface_hub import constants, get_token
 from arm_zoo.files import CheckpointError
 from arm_zoo.loading import entries, entry_of, unknown_model
 from arm_zoo.weights.download import explained
-from arm_zoo.weights.find import find_weights, organisation
-from arm_zoo.weights.hosted import TABLE, Weights, upstream_is_on, ways_on
+from arm_zoo.weights.find import find_weights, hub_repository, organisation
+from arm_zoo.weights.hosted import ORGANISATION, TABLE, Weights, upstream_is_on, ways_on
 from arm_zoo.weights.reading import Contents
 from arm_zoo.weights.releases import endpoint
 from arm_zoo.weights.upstream import (
@@ -67,8 +67,8 @@ class _Visit:
         """What each expects, and the step."""
         weights = self.weights
         yield "a row whose weights are bundled, hosted or upstream", self.read_the_table
-        if weights.where != "upstream":
-            yield "a file with the sha256 of the table", self.find_the_file
+        if weights.where != "upstream" or organisation() != ORGANISATION:
+            yield "a file, with the sha256 of the table if that knows it", self.find_the_file
             return
         yield "upstream on; other settings only where they are meant", self.read_the_settings
         yield "a folder that can be written to, or that has the weights", self.open_the_cache
@@ -82,10 +82,14 @@ class _Visit:
 
     def read_the_table(self) -> str:
         weights = self.weights
-        if weights.where == "planned":
+        if weights.where == "planned" and hub_repository(self.entry) is None:
             raise CheckpointError(ways_on(self.entry))
+        if weights.where != "bundled" and organisation() != ORGANISATION:
+            return f"ARM_ZOO_HUB_ORG has {hub_repository(self.entry)} in place of what is {weights.where}"
+        if weights.where != "upstream":
+            return weights.where
         place = f"{weights.repository} on {'GitHub' if self.github else 'the Hub'}, {weights.revision!r}"
-        return f"{weights.where}{f', {place}, licence {weights.license}' if weights.where == 'upstream' else ''}"
+        return f"upstream, {place}, licence {weights.license or 'not stated'}"
 
     def find_the_file(self) -> str:
         return f"{find_weights(self.entry)}"
@@ -93,12 +97,11 @@ class _Visit:
     def read_the_settings(self) -> str:
         if not upstream_is_on():
             raise CheckpointError("ARM_ZOO_UPSTREAM=0 turns fetching from authors off")
-        names = ("ARM_ZOO_ARM_FILE", "ARM_ZOO_HUB_ORG", "ARM_ZOO_KEEP_PICKLES", "HF_HUB_DISABLE_XET", "HTTPS_PROXY")
+        names = ("ARM_ZOO_ARM_FILE", "ARM_ZOO_KEEP_PICKLES", "HF_HUB_DISABLE_XET", "HTTPS_PROXY")
         settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
         token = "a token" if get_token() else "no token"
         offline = "offline" if constants.HF_HUB_OFFLINE else "online"
-        others = f"organisation {organisation()}"
-        return ", ".join([self.github or constants.ENDPOINT, offline, token, others, *settings])
+        return ", ".join([self.github or constants.ENDPOINT, offline, token, *settings])
 
     def open_the_cache(self) -> str:
         folder = cache_folder(self.entry)
@@ -111,7 +114,8 @@ class _Visit:
 
     def list_the_files(self) -> str:
         files = list_files(self.weights)
-        return "; ".join(f"{file.address} ({file.size or '?'} bytes, sha256 {file.sha256})" for file in files)
+        known = [f"{file.size or '?'} bytes, sha256 {file.sha256 or 'unknown'}" for file in files]
+        return "; ".join(f"{file.address} ({facts})" for file, facts in zip(files, known, strict=True))
 
     def look_into_them(self) -> str:
         chosen = choose(self.entry, self.weights)

@@ -69,7 +69,7 @@ def publish(
             set_license(staged, license)
         header = read_header(staged / WEIGHTS)
         if yes and header.get("source_names") == "official" and header.get("license", "unknown") == "unknown":
-            said = f"the weights in {folder} are of authors who state no licence for them"
+            said = f"the weights in {folder} have the names of their authors' code and no known licence"
             raise UsageError(f"{said}; ask them, then state with --license ID what they allow")
         with explained(f"read {repo}", repo):
             remote = _ask(api, repo, cache, needed=yes)

@@ -74,6 +74,10 @@ def download_release(url: str, target: Path, most_bytes: int) -> None:
                     bar.total = first[0]
                     for chunk in response.iter_raw():
                         bar.update(file.write(chunk))
+                        if file.tell() > first[0]:
+                            break
+                if file.tell() != first[0]:
+                    raise DownloadError(f"{url}: {file.tell():,} bytes came where {first[0]:,} were told; load again")
                 return
             except Exception as error:
                 idle = 0 if file.tell() > begin else idle + 1
