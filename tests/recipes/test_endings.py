@@ -186,9 +186,11 @@ def begun(
 ) -> Iterator["subprocess.Popen[str]"]:
     """A program of ``recipes``, after some code, in a process group of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARM_ZOO_SCAN": "torch"}
+    of_training = f'from recipes.command_line import main\nmain("{recipe}")'
+    start = "recipe.main()" if recipe == "probe" else of_training
     program = (
         f"import recipes.{recipe} as recipe, recipes.data.loader as data, recipes.training.engine as engine\n"
-        f'{code}\nfrom recipes.command_line import main\nmain("{recipe}")'
+        f"{code}\n{start}"
     )
     with subprocess.Popen(
         [sys.executable, *launcher, program, *arguments],
@@ -272,7 +274,7 @@ def test_error_in_a_worker_ends_the_run(loader: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_error_of_the_run_itself_ends_it_too(tmp_path: Path) -> None:
     """With its traceback, which keeps the loader alive to the program's end."""
-    with begun("pretrain", settings("pretrain", tmp_path), f"{LOST}engine.Trainer._read_figures = fail") as process:
+    with begun("pretrain", settings("pretrain", tmp_path), f"{LOST}engine.Trainer._total_loss = fail") as process:
         code, printed = ending(process)
     assert code == 1 and printed.endswith("KeyError: 'lost'"), printed
 
