@@ -160,7 +160,10 @@ def _unreadable(file: Any, path: Path, error: Exception) -> CheckpointError:
 
 
 def _read_pickle_alone(file: Any) -> Any:
-    """A .pth without reading its numbers: its tensors have the right shapes and any values."""
+    """A .pth without reading its numbers: its tensors have the right shapes and any values.
+
+    For these torch reserves as much address space as the file has, but touches no page of it.
+    """
     with zipfile.ZipFile(file) as archive:
         _check_archive(archive, _size(file))
     file.seek(0)

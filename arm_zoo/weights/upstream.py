@@ -71,6 +71,15 @@ class RemoteFile:
         else:
             system = HfFileSystem(token=token)
             file = system.open(self.address, block_size=_BLOCK, cache_type="blockcache")
+            fetch_range = file.cache.fetcher
+
+            def fetch_block(start: int, end: int) -> bytes:
+                block: bytes = fetch_range(start, end)
+                if len(block) > end - start:  # else the cache of blocks would keep the whole file many times
+                    raise DownloadError(f"{self.address}: the Hub, or its mirror, ignores range requests")
+                return block
+
+            file.cache.fetcher = fetch_block
         with file:
             yield file
 

@@ -500,6 +500,14 @@ def test_no_weights_and_three_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
         timm.create_model("arm_large_patch16_224.in1k", pretrained=True)
 
 
+def test_training_commands_go_the_whole_way() -> None:
+    """Finetuned weights are made of trained ones; a size without a configuration has its family's."""
+    configs = re.findall(r"configs/(\S+)", table.training_commands("vim_tiny_patch16_stride8_224.in1k_ft"))
+    assert configs == ["supervised_vim_tiny.yaml", "finetune_vim_tiny_stride8.yaml"]
+    command = table.training_commands("vim_large_patch16_224.untrained")
+    assert "supervised_vim_base.yaml model=vim_large_patch16_224" in command
+
+
 def test_training_commands_name_configurations_that_are_there(repo: Path) -> None:
     for entry in timm.list_models("arm_*", include_tags=True):
         configs = re.findall(r"--config (\S+)", table.training_commands(entry))

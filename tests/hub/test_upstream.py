@@ -187,3 +187,23 @@ def test_weights_without_a_licence_are_not_passed_on(
     assert ModelCard(files["README.md"].decode()).data.license == "mit"
     assert main(["check", str(tmp_path)]) == 0
     assert read_header(out / "model.safetensors")["license"] == "unknown"  # what lies here stays as it is
+
+
+def test_the_licence_of_fetched_weights_is_not_lost_by_saving_them(
+    server: HubServer, client: Client, model: nn.Module, tmp_path: Path
+) -> None:
+    """`save_pretrained` does not tell whose weights they are, so `--yes` wants a licence of all."""
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    assert main(["convert", str(tmp_path / "saved" / "model.safetensors"), str(tmp_path / "out")]) == 0
+    reply = client.load("hub", "publish", tmp_path / "out", "--repo", "ada/saved", "--yes")
+    assert reply["code"] == 1 and "no licence is stated for the weights" in reply["err"]
+    assert "ada/saved" not in server.repositories
+
+
+def test_the_doctor_shows_no_logins(server: HubServer, client: Client) -> None:
+    server.add(ARM, {})
+    row = {"where": "upstream", "repository": ARM, "shapes": {"head.weight": (1000, 32)}}
+    environment = {"HTTPS_PROXY": "http://ada:secret@proxy.example:3128"}
+    out = client.load("hub", "doctor", ENTRY, table={ENTRY: row}, environment=environment)["out"]
+    assert "HTTPS_PROXY=http://proxy.example:3128" in out and "secret" not in out
+    assert client.load("run", "import os; del os.environ['HTTPS_PROXY']", "/")["names"]

@@ -573,3 +573,157 @@ def test_rows_say_what_they_must() -> None:
             assert row.repository and (row.file or row.shapes) and row.revision, entry
             assert row.host == "hub" or row.file, entry
             assert (row.license or "") == timm.get_pretrained_cfg(entry).license.removeprefix("unknown"), entry
+
+
+def test_addresses_have_the_licence_and_the_choice_of_their_repository(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    """Of the Hub's repositories only: one called like a repository of GitHub is somebody else's."""
+    row = TABLE["vim_tiny_patch16_224.in1k"]
+    trained = finetuned("vim_tiny_patch16_224")
+    contents = official_bytes(trained, model_ema=to_official(finetuned("vim_tiny_patch16_224")))
+    for repository, license, choice in ((str(row.repository), "apache-2.0", "model"), (VMAMBA, "unknown", None)):
+        hub.add(repository, {"x.pth": contents})
+        cache = tmp_path / license
+        reply = client.load("arm_zoo", f"hf://{repository}/x.pth", cache_dir=cache)
+        assert (reply.get("digest") == digest(trained)) == (choice == "model"), reply
+        [record] = [json.loads(path.read_text()) for path in cache.rglob("source.json")]
+        assert (record["license"], record["choice"]) == (license, choice)
+
+
+def test_an_address_is_fetched_where_upstream_is_off(
+    hub: HubServer, client: Client, model: nn.Module, contents: bytes, tmp_path: Path
+) -> None:
+    hub.add(ARM, {"b_ft.pth": contents})
+    arguments = {"cache_dir": tmp_path, "environment": {"ARM_ZOO_UPSTREAM": "0"}}
+    assert client.load("arm_zoo", f"hf://{ARM}/b_ft.pth", **arguments).get("digest") == digest(model)
+
+
+def test_a_branch_that_moves_is_followed(
+    hub: HubServer, client: Client, offline: Client, model: nn.Module, contents: bytes, tmp_path: Path
+) -> None:
+    """Another commit with the same file is no reason to fetch it; without a network what is there counts."""
+    repository, newer = hub.add(ARM, {"b_ft.pth": contents}), finetuned(ENTRY)
+    old = repository.refs["main"]
+    arguments = {"cache_dir": tmp_path}
+    client.load("arm_zoo", f"hf://{ARM}/b_ft.pth", **arguments)
+    client.load("arm_zoo", f"hf://{ARM}@{old}/b_ft.pth", **arguments)
+    hub.requests.clear()
+    repository.commit({"b_ft.pth": contents, "README.md": b"new"})
+    assert client.load("arm_zoo", f"hf://{ARM}/b_ft.pth", **arguments).get("digest") == digest(model)
+    [request] = hub.requests
+    assert "/revision/main" in request
+    repository.commit({"b_ft.pth": official_bytes(newer)})
+    assert offline.load("arm_zoo", f"hf://{ARM}/b_ft.pth", **arguments).get("digest") == digest(model)
+    assert client.load("arm_zoo", f"hf://{ARM}/b_ft.pth", **arguments).get("digest") == digest(newer)
+    hub.requests.clear()
+    assert client.load("arm_zoo", f"hf://{ARM}@{old}/b_ft.pth", **arguments).get("digest") == digest(model)
+    assert hub.requests == []
+
+
+def test_files_named_for_one_entry_do_not_take_each_others_place(
+    hub: HubServer, client: Client, model: nn.Module, contents: bytes, tmp_path: Path
+) -> None:
+    other = finetuned(ENTRY)
+    hub.add(ARM, {"a.pth": contents, "b.pth": official_bytes(other)})
+    expected = {"a.pth": digest(model), "b.pth": digest(other)}
+    for _ in range(2):
+        hub.requests.clear()
+        for name in expected:
+            reply = client.load(
+                "timm",
+                ENTRY,
+                table={ENTRY: ON_HUB},
+                cache_dir=tmp_path,
+                environment={"ARM_ZOO_ARM_FILE": name},
+                **TIMM,
+            )
+            assert reply.get("digest") == expected[name], reply
+    assert hub.requests == []
+
+
+def test_files_that_another_commit_has_in_the_hubs_cache_stay(
+    hub: HubServer, client: Client, contents: bytes, tmp_path: Path
+) -> None:
+    repository = hub.add(ARM, {"b_ft.pth": contents})
+    code = "import huggingface_hub; file = huggingface_hub.hf_hub_download({!r}, 'b_ft.pth', cache_dir={!r})"
+    client.load("run", code.format(ARM, str(tmp_path)), tmp_path)
+    repository.commit({"b_ft.pth": contents, "README.md": b"new"})
+    assert "digest" in client.load("arm_zoo", f"hf://{ARM}/b_ft.pth", cache_dir=tmp_path)
+    assert [path.read_bytes() == contents for path in tmp_path.rglob("b_ft.pth")] == [True, True]
+
+
+@pytest.mark.parametrize("row", [ON_HUB, {**ON_GITHUB, "shapes": ON_HUB["shapes"]}], ids=["hub", "github"])
+def test_names_in_a_file_do_nothing_to_a_terminal(
+    row: dict[str, Any], hub: HubServer, client: Client, model: nn.Module, tmp_path: Path
+) -> None:
+    keys = {"\x1b]0;owned\x07": 1, **{f"key{number}": 1 for number in range(20)}}
+    hub.add(ARM, {"b_ft.pth": official_bytes(model, **keys), "other.pth": official_bytes(model, **keys)})
+    hub.release(VMAMBA, TAG, {FILE: official_bytes(model, **keys)})
+    reply = client.load("hub", "doctor", ENTRY, table={ENTRY: row})
+    assert "\x1b" not in reply["out"] and "\\x1b]0;owned" in reply["out"] and "and 17 more" in reply["out"], reply
+
+
+def test_a_hub_that_ignores_ranges_is_refused(hub: HubServer, client: Client, contents: bytes, tmp_path: Path) -> None:
+    """Before the cache of parts holds the whole file many times."""
+    hub.add(ARM, {"b_ft.pth": contents}, hub_server.sends_other_contents(contents))
+    reply = client.load("timm", ENTRY, table={ENTRY: ON_HUB}, cache_dir=tmp_path, **TIMM)
+    assert reply["own"] and "the Hub, or its mirror, ignores range requests" in reply["message"]
+
+
+def test_advice_is_that_of_the_authors_place(hub: HubServer, client: Client, contents: bytes, tmp_path: Path) -> None:
+    """A login at the Hub does not open GitHub, nor does our organisation or `hub publish` concern authors."""
+    hub.release(VMAMBA, TAG, {FILE: contents}, hub_server.refuses(403))
+    arguments = {"cache_dir": tmp_path, **TIMM}
+    message = client.refused("timm", ENTRY, table={ENTRY: ON_GITHUB}, **arguments)
+    assert "refuses access (HTTP 403); try again later; the environment variable ARM_ZOO_GITHUB_END" in message
+    hub.repositories.pop(ARM, None)
+    message = client.refused("timm", ENTRY, table={ENTRY: ON_HUB}, **arguments)
+    assert "there is no such repository at" in message and "ARM_ZOO_HUB_ORG" not in message
+    hub.add(ARM, {"b_ft.pth": contents}, lambda request, name: request.refuse(404, "EntryNotFound"))
+    message = client.refused("timm", ENTRY, table={ENTRY: {**ON_HUB, "file": "b_ft.pth"}}, **arguments)
+    assert "the repository has no such file; look at" in message and "publish" not in message
+
+
+def test_weights_that_the_caller_names_take_the_authors_place(
+    hub: HubServer, client: Client, contents: bytes, tmp_path: Path
+) -> None:
+    """No file of theirs is fetched then; without, the token that from_pretrained is given goes the whole way."""
+    hub.add(ARM, {"b_ft.pth": contents}, hub_server.wants_token("hf_ada"))
+    arguments = {"table": {ENTRY: ON_HUB}, "cache_dir": tmp_path, **NARROW}
+    reply = client.load("arm_zoo", ENTRY, token="hf_ada", **arguments)
+    assert "digest" in reply, reply
+    own = finetuned(ENTRY)
+    (tmp_path / "own.pth").write_bytes(official_bytes(own))
+    hub.requests.clear()
+    overlay = {"file": str(tmp_path / "own.pth")}
+    reply = client.load("arm_zoo", ENTRY, **{**arguments, "cache_dir": tmp_path / "x"}, pretrained_cfg_overlay=overlay)
+    assert reply.get("digest") == digest(own) and hub.requests == [], reply
+
+
+def test_a_token_is_not_shown_to_the_store_that_the_hub_redirects_to(
+    hub: HubServer, client: Client, model: nn.Module, contents: bytes, tmp_path: Path
+) -> None:
+    seen = []
+
+    def listens(request: hub_server.Handler, name: str) -> bool:
+        seen.append(request.headers.get("Authorization"))
+        return False
+
+    with running_hub() as store:
+        store.add(ARM, {"b_ft.pth": contents}, listens)
+
+        def redirects(request: hub_server.Handler, name: str) -> bool:
+            sha256 = hashlib.sha256(contents).hexdigest()
+            linked = {"X_Linked_Etag": f'"{sha256}"', "X_Linked_Size": str(len(contents)), "ETag": f'"{sha256}"'}
+            commit = hub.repositories[ARM].refs["main"]
+            request.answer(302, Location=f"{store.endpoint}{request.path}", X_Repo_Commit=commit, **linked)
+            return True
+
+        hub.add(ARM, {"b_ft.pth": contents}, redirects)
+        store.repositories[ARM].commits[hub.repositories[ARM].refs["main"]] = {"b_ft.pth": contents}
+        for row in ({**ON_HUB, "file": "b_ft.pth"}, ON_HUB):
+            cache = tmp_path / str(len(row))
+            reply = client.load("arm_zoo", ENTRY, table={ENTRY: row}, cache_dir=cache, token="hf_ada", **NARROW)
+            assert reply.get("digest") == digest(model), reply
+    assert seen and set(seen) == {None}
