@@ -33,6 +33,7 @@ from arm_zoo.loading import entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.find import whereabouts
+from arm_zoo.weights.hosted import TABLE, Weights
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
@@ -72,6 +73,10 @@ def run_info(args: argparse.Namespace) -> int:
     where = whereabouts(name)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:  # on the meta device
         model.eval()(torch.empty(1, *cfg["input_size"], device="meta"))
+    notes = {
+        "not hosted": "not hosted; load a .safetensors or .pth file of yours",
+        "upstream": f"upstream: fetched once from its authors' {TABLE.get(name, Weights()).repository}",
+    }
     facts = {
         "tags": ", ".join([f"{tags[0]} (default)", *tags[1:]]),
         "parameters": f"{count_parameters(model):,} ({count_parameters(model) / 1e6:.1f} M)",
@@ -84,7 +89,7 @@ def run_info(args: argparse.Namespace) -> int:
         **{key: cfg[key] for key in ("crop_mode", "crop_pct", "interpolation", "mean", "std", "license")},
         "paper": f"{cfg['paper_name']}, {cfg['paper_ids']}",
         "origin": cfg.get("origin_url", "this package"),
-        "weights": "not hosted; load a .safetensors or .pth file of yours" if where == "not hosted" else where,
+        "weights": notes.get(where, where),
     }
     print(name)
     for key, value in facts.items():

@@ -51,8 +51,8 @@ def as_table(rows: Sequence[Row]) -> Table:
 def make_parser() -> argparse.ArgumentParser:
     parser = scoring_parser("python -m eval", __doc__)
     add = parser.add_argument
-    add("--models", nargs="+", default=[], metavar="NAME", help="timm names, ours or not; hf-hub: and local-dir: too")
-    where = "file, folder or hf-hub:OWNER/NAME; MODEL=FILE for several models; without: the hosted weights"
+    add("--models", nargs="+", default=[], metavar="NAME", help="of timm, ours or not; or hf-hub:, hf://, local-dir:")
+    where = "file, folder, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE; MODEL=FILE for several; without: the entry's"
     add("--weights", nargs="+", default=[], metavar="FILE", help=where)
     add("--output", type=Path, default=tables.RESULTS, metavar="FILE", help="CSV that gets the rows (%(default)s)")
     add("--resume", action="store_true", help="go on within the set at which a run died, by OUTPUT.partial")

@@ -14,6 +14,7 @@ from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 
 from arm_zoo.files import WEIGHTS, read_config, sha256_of, write_text
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.weights.hosted import training_commands
 from hub.catalog import PAPER_NAMES, RESULTS, candidates, measured, reported, set_names
 from hub.folders import CARD, read_header
@@ -75,10 +76,11 @@ def _metadata(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any
 def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -> str:
     """The template, first with the parts for this model and then with the facts, which may hold any characters."""
     architecture, cfg, arguments = config["architecture"], config["pretrained_cfg"], config["model_args"]
-    own = config.get("pretraining_model", {})
+    own, objective = config.get("pretraining_model", {}), OBJECTIVES[config.get("objective", DEFAULT_OBJECTIVE)]
     kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
     official, rounded = facts.get("source_names") == "official", facts["dtype"] != "fp32"
     default: Any = get_pretrained_cfg(architecture)
+    arxiv = f"https://arxiv.org/abs/{default.paper_ids.removeprefix('arXiv:')}"
     standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
     entries = candidates(architecture, config["num_classes"], standard) if official else []
 
@@ -103,9 +105,13 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
         facts,
         begin=BEGIN,
         end=END,
+        paper=f"*{default.paper_name}* ([{default.paper_ids}]({arxiv}))",
+        origin=cfg.get("origin_url"),
         title=architecture if facts["repo"] == "ORG/NAME" else facts["repo"].rpartition("/")[2],
         architecture=architecture,
         differences=", ".join(differences) or "nothing",
+        objective=objective.description,
+        outputs=objective.outputs,
         pretraining=f"| pretraining model | {', '.join(f'{k}={v}' for k, v in own.items())} |\n" if own else "",
         classes=config["num_classes"] or "none",
         input=f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",

@@ -13,8 +13,8 @@ from huggingface_hub import constants, get_token
 from arm_zoo.files import CheckpointError
 from arm_zoo.loading import entries, entry_of, unknown_model
 from arm_zoo.weights.download import explained
-from arm_zoo.weights.find import find_weights, organisation
-from arm_zoo.weights.hosted import TABLE, Weights, upstream_is_on, ways_on
+from arm_zoo.weights.find import find_weights, hub_repository, organisation
+from arm_zoo.weights.hosted import ORGANISATION, TABLE, Weights, upstream_is_on, ways_on
 from arm_zoo.weights.reading import Contents
 from arm_zoo.weights.releases import endpoint, without_login
 from arm_zoo.weights.upstream import (
@@ -62,8 +62,8 @@ class _Diagnosis:
         """The title of each, what it expects, and the step."""
         weights = self.weights
         yield "read the table", "a row whose weights are bundled, hosted or upstream", self.read_the_table
-        if weights.where != "upstream":
-            yield "find the file", "a file with the sha256 of the table", self.find_the_file
+        if weights.where != "upstream" or organisation() != ORGANISATION:
+            yield "find the file", "a file, with the sha256 of the table if that knows it", self.find_the_file
             return
         yield "read the settings", "upstream on; other settings only where they are meant", self.read_the_settings
         yield "open the cache", "a folder that can be written to, or that has the weights", self.open_the_cache
@@ -80,13 +80,15 @@ class _Diagnosis:
 
     def read_the_table(self) -> str:
         weights = self.weights
-        if weights.where == "planned":
+        if weights.where == "planned" and hub_repository(self.entry) is None:
             raise CheckpointError(ways_on(self.entry))
+        if weights.where != "bundled" and organisation() != ORGANISATION:
+            return f"ARM_ZOO_HUB_ORG has {hub_repository(self.entry)} in place of what is {weights.where}"
         if weights.where != "upstream":
             return weights.where
         host = "GitHub" if weights.host == "github" else "the Hub"
         place = f"{weights.repository} on {host}, {weights.revision!r}"
-        return f"{weights.where}, {place}, licence {weights.license or 'none stated'}"
+        return f"upstream, {place}, licence {weights.license or 'not stated'}"
 
     def find_the_file(self) -> str:
         return f"{find_weights(self.entry)}"
@@ -94,13 +96,12 @@ class _Diagnosis:
     def read_the_settings(self) -> str:
         if not upstream_is_on():
             raise CheckpointError("ARM_ZOO_UPSTREAM=0 turns fetching from authors off")
-        names = ("ARM_ZOO_ARM_FILE", "ARM_ZOO_HUB_ORG", "ARM_ZOO_KEEP_PICKLES", "HF_HUB_DISABLE_XET", "HTTPS_PROXY")
+        names = ("ARM_ZOO_ARM_FILE", "ARM_ZOO_KEEP_PICKLES", "HF_HUB_DISABLE_XET", "HTTPS_PROXY")
         settings = [f"{name}={without_login(os.environ[name])}" for name in names if name in os.environ]
         token = "a token" if get_token() else "no token"
         offline = "offline" if constants.HF_HUB_OFFLINE else "online"
-        others = f"organisation {organisation()}"
         host = endpoint() if self.weights.host == "github" else constants.ENDPOINT
-        return ", ".join([without_login(host), offline, token, others, *settings])
+        return ", ".join([without_login(host), offline, token, *settings])
 
     def open_the_cache(self) -> str:
         folder = cache_folder(self.entry, self.weights)
@@ -113,7 +114,8 @@ class _Diagnosis:
 
     def list_the_files(self) -> str:
         files = list_files(self.weights)
-        return "; ".join(f"{file.address} ({file.size or '?'} bytes, sha256 {file.sha256})" for file in files)
+        known = [f"{file.size or '?'} bytes, sha256 {file.sha256 or 'unknown'}" for file in files]
+        return "; ".join(f"{file.address} ({facts})" for file, facts in zip(files, known, strict=True))
 
     def look_into_them(self) -> str:
         chosen = choose(self.entry, self.weights)

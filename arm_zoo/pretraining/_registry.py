@@ -31,10 +31,12 @@ class PretrainingModel(ZooModel):
 
 
 class Objective(NamedTuple):
-    """A way of pretraining: the class of its models, and their arguments by name."""
+    """A way of pretraining: the class of its models, their arguments by name, and what cards say of them."""
 
     model_class: type[PretrainingModel]
     sizes: Mapping[str, Mapping[str, int]]
+    description: str  # of a model, in a clause
+    outputs: str  # names of what its forward gives
 
 
 DEFAULT_OBJECTIVE = "autoregressive"  # also of a config.json that names none, as all did once
@@ -55,7 +57,7 @@ def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **ov
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    model_class, sizes = OBJECTIVES[objective]
+    model_class, sizes, *_ = OBJECTIVES[objective]
     if name not in sizes:
         backbone_size = name.partition("_patch")[0]
         advice = f"did you mean {backbone_size}?" if backbone_size in sizes else f"choose one of {', '.join(sizes)}"

@@ -209,5 +209,8 @@ def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_d
 
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
 OBJECTIVES["autoregressive"] = Objective(
-    ARMPretrain, {"arm_pico": _PICO, **{f"arm_{name}": size for name, size in SIZES.items()}}
+    ARMPretrain,
+    {"arm_pico": _PICO, **{f"arm_{name}": size for name, size in SIZES.items()}},
+    description="a causal encoder and the decoder that predicts the next part of an image from it",
+    outputs="loss, prediction, target",
 )

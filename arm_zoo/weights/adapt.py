@@ -54,8 +54,9 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     if "cls_token" in target:
         source = _adapt_to_backbone(source, target, model, timm_adapts)
     else:
-        for key in ("pos_embed", "decoder_pos_embed"):  # fixed sine-cosine tables: those of the model's own grid
-            if key in source and source[key].shape != target[key].shape:
+        # fixed sine-cosine tables: those of the model's own grid
+        for key in {"pos_embed", "decoder_pos_embed"} & source.keys() & target.keys():
+            if source[key].shape != target[key].shape:
                 source[key] = target[key]
     _check(source, target, getattr(model, "pretrained_cfg", {}).get("first_conv") if timm_adapts else None)
     return source

@@ -119,7 +119,10 @@ class _Metered:
         try:
             if self.bytes_read > _MOST_READ:
                 raise CheckpointError(f"{self._name}: its header or directory is larger than {_MOST_READ:,} bytes")
-            return self._file.read(wanted)
+            found = self._file.read(wanted)
+            if len(found) > wanted:  # PyTorch's reader would write past its memory
+                raise CheckpointError(f"{self._name}: {len(found):,} bytes came where {wanted:,} were asked for")
+            return found
         except Exception as error:
             self.failure = error
             raise

@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files that may hold weights
 RECORD = "source.json"
 _MOST_BYTES = 2**35  # of a file; the largest ARM with the state of its training has about a third
-_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+)")
+_ADDRESS = re.compile(r"hf://?([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+)")  # a `Path` keeps one slash of two
 _BLOCK = 2**16  # bytes of a request where a file is read in part
 Token = str | bool | None
 
@@ -227,7 +227,7 @@ def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weight
     shapes = _shapes(contents, weights.shapes)
     found = [f"{name} {shapes[name]}" if name in shapes else f"no {name}" for name in weights.shapes]
     beside = [f"beside {quoted(contents.beside)}"] if contents.beside else []
-    return f"{file.name!r}{size}: {'; '.join([', '.join(found), *beside])}"
+    return f"{file.name!r}{size}: {'; '.join([', '.join(found or ['weights']), *beside])}"
 
 
 def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:

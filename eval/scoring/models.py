@@ -19,7 +19,7 @@ from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknow
 from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.find import whereabouts
 
-SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+SOURCES = ("hf-hub:", "hf_hub:", "hf://", "local-dir:")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
         elif name not in known:
             raise unknown_model(name, known)
         elif name not in weights and not hosted:
-            allowed = "--weights FILE (.safetensors or .pth), a folder with config.json, or hf-hub:OWNER/NAME"
-            raise ValueError(f"the weights of {name} are not hosted yet: give them with {allowed}")
+            raise ValueError(
+                f"the weights of {name} are not hosted yet: give them with --weights FILE (.safetensors or .pth), a "
+                "folder with config.json, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE"
+            )
         elif name in weights and not weights[name].startswith(SOURCES) and not Path(weights[name]).exists():
             raise ValueError(f"--weights: no file or folder {weights[name]!r}")
     if len(set(models)) < len(models):
@@ -71,8 +73,8 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
 def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     """The model in evaluation mode on the CPU, and its preprocessing by the rule of timm's validation script.
 
-    Weights are a file, a folder, a source such as 'hf-hub:OWNER/NAME', which a name may be too, or None for the hosted
-    ones; ValueError if they are not to be had, damaged, another model's or without a classifier.
+    Weights are a file, a folder, a source such as 'hf-hub:OWNER/NAME', which a name may be too, or None for those of
+    the entry; ValueError if they are not to be had, damaged, another model's or without a classifier.
     """
     try:
         model, file, source, _ = arm_zoo.loading.load(name, weights)

@@ -1,17 +1,16 @@
 """What a checkpoint keeps, and how it survives what kills a run: whole or not there, checked before it is used.
 
 OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds `model.safetensors`, `ema.safetensors` (if there is an average),
-`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch and `Position`, as `engine.Trainer`
-puts them together and `resume` compares them) and `manifest.json` (size and SHA-256 of each). There is no random state
-in it: order, augmentation, mixing and drop path are functions of the seed, the epoch and the step, so the position
-says it all. Nothing in it depends on the number of processes.
+`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch, `Position`) and `manifest.json`
+(size and SHA-256 of each). There is no random state in it: order, augmentation, mixing and drop path are functions of
+the seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import Optimizer
 
 from arm_zoo.files import flush, save_tensors, sha256_of
+from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.training.ema import candidates
 from recipes.training.parallel import WHOLE, Tensors, model_state
@@ -42,6 +42,11 @@ class Position:
     seconds: float = 0.0  # trained before this process started
     history: list[Metrics] = field(default_factory=list)  # one row per epoch done
     undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
+
+
+def kept_state(config: TrainConfig, class_names: Sequence[str], steps: int, now: Position) -> dict[str, Any]:
+    """The content of `state.json`; so many steps are an epoch."""
+    return {"config": asdict(config), "class_names": class_names, "steps_per_epoch": steps, "position": asdict(now)}
 
 
 def kept_tensors(model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer) -> dict[str, Tensors]:
@@ -70,6 +75,11 @@ def restore(
         whole["state"].setdefault(name, {})[kind] = tensor
     dcp_state.set_optimizer_state_dict(model, optimizer, whole, options=options)
     return Position(**state["position"])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` holds."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 class DamagedCheckpoint(RunError):

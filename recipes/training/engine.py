@@ -20,7 +20,7 @@ from recipes.data.transforms import seed_of
 from recipes.errors import RunError
 from recipes.parsing import flatten
 from recipes.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
-from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_tensors, restore
+from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_state, kept_tensors, restore
 from recipes.training.optim import learning_rate
 from recipes.training.parallel import Collectives, for_training, gradients_reduced
 from recipes.training.progress import ProgressDisplay
@@ -202,8 +202,7 @@ class Trainer:
         found = sorted(self._undecodable())
         seconds = time.monotonic() - self._started
         now = dataclasses.replace(self.position, loss_sum=total, seconds=seconds, undecodable=found)
-        kept = {"config": dataclasses.asdict(self.config), "position": dataclasses.asdict(now)}
-        state = {**kept, "class_names": self.loader.class_names, "steps_per_epoch": self._steps}
+        state = kept_state(self.config, self.loader.class_names, self._steps, now)
         tensors = kept_tensors(self.model, self.ema, self.optimizer)
 
         def save() -> None:

@@ -14,7 +14,7 @@ from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.parsing import flatten
-from recipes.training.checkpoint import STATE, CheckpointFolder, check, step_of
+from recipes.training.checkpoint import STATE, CheckpointFolder, check, read_state, step_of
 from recipes.training.parallel import Collectives
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
@@ -54,7 +54,7 @@ def starting_point(
     output = Path(config.output_dir)
     start = None
     if checkpoint := collectives.on_main(lambda: choose(checkpoints, resume)):
-        start = Start(checkpoint, json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+        start = Start(checkpoint, read_state(checkpoint))
         compare(config, start, checkpoints.console)
     is_main = collectives.accelerator.is_main_process
     for folder in (".", *folders) if is_main else ():

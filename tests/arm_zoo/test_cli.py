@@ -122,7 +122,7 @@ def test_info_tells_what_the_entry_is(capsys: pytest.CaptureFixture[str]) -> Non
     assert (facts["input_size"], facts["crop_mode"], facts["crop_pct"]) == ("3x448x448", "squash", "1.0")
     assert (facts["interpolation"], facts["mean"]) == ("bicubic", "(0.485, 0.456, 0.406)")
     assert (facts["std"], facts["license"]) == ("(0.229, 0.224, 0.225)", "unknown")
-    assert "2406.07537" in facts["paper"] and facts["weights"] == "upstream"
+    assert "2406.07537" in facts["paper"] and facts["weights"].endswith("from its authors' OliverRen/ARM")
     assert "pretrained=True)" in out
     assert main(["info", "arm_base_patch16_224.in1k"]) == 0
     out = capsys.readouterr().out

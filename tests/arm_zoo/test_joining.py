@@ -78,7 +78,8 @@ def family() -> Iterator[None]:
 
 @pytest.fixture
 def objective(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Objective(ToyPretrain, {"toy_pico": {**SIZES, "cluster_size": 4, "decoder_dim": 64, "decoder_depth": 1}})
+    sizes = {**SIZES, "cluster_size": 4, "decoder_dim": 64, "decoder_depth": 1}
+    row = Objective(ToyPretrain, {"toy_pico": sizes}, "an encoder and a thermometer", "loss, heat")
     monkeypatch.setitem(OBJECTIVES, "toy", row)
 
 
@@ -155,6 +156,8 @@ def test_an_objective_joins_by_a_row(tmp_path: Path) -> None:
     assert adapted["blocks.1.mixer.D"].equal(model.blocks[1].mixer.D.expand(4, -1))
     convert(tmp_path / "run", tmp_path / "out")
     assert check_folder(tmp_path / "out").startswith("golden features and prediction match")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A pretraining model: an encoder and a thermometer." in card and "loss, heat = model(images)" in card
     for source in (tmp_path / "run", tmp_path / "out"):
         loaded = from_pretrained(source)
         assert type(loaded) is ToyPretrain

@@ -763,14 +763,18 @@ def test_models_that_timm_does_not_know(tmp_path: Path, monkeypatch: pytest.Monk
 def test_weights_of_another_organisation_are_scored_and_compared_with_its_card(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    nobodys = "arm_base_patch16_224.in1k"
     with pytest.raises(ValueError, match="not hosted yet"):
-        models.check(["arm_base"], {})
+        models.check([nobodys], {})
     with pytest.raises(ValueError, match="arm_base has no card on the Hub"):
         verify._card_beside("arm_base", None)
     monkeypatch.setenv("ARM_ZOO_HUB_ORG", "group")
-    models.check(["arm_base", "resnet18", "arm_pico_patch2_8"], {})
+    models.check([nobodys, "resnet18", "arm_pico_patch2_8"], {})
     assert verify._card_beside("arm_base", None) == "group/arm_base_patch16_224.arm_in1k_ft_in1k"
     assert verify._card_beside("resnet18", None) == "timm/resnet18.a1_in1k"
+    for weights in ("hf-hub:group/base@v1", "hf://group/base@v1/model.pth"):
+        models.check(["arm_base"], {"arm_base": weights})
+        assert verify._card_beside("arm_base", weights) == "group/base"
 
 
 def test_weights_of_the_package_are_called_by_name() -> None:

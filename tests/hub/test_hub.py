@@ -846,7 +846,7 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     assert all(row.count("<td>") in (0, 2) for row in html.split("<tr>"))
     assert not re.search(r"\$\w|\*\*|\| ", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL))
     assert card.data.license == "other" and card.data.license_name == "unknown"
-    assert ("states no licence" in html) == (kind != "pretraining")  # ours has no authors to ask
+    assert ("ask the authors" in html) == (kind != "pretraining")  # ours has no authors to ask
     assert "<em>Measured</em> on this file: nothing yet." in html
 
 

@@ -22,6 +22,7 @@ from tests.helpers.official import NARROW, finetuned, official_bytes, pretrained
 ENTRY = "arm_base_patch16_224.arm_in1k_ft_in1k"
 ARM = "OliverRen/ARM"
 VMAMBA, TAG, FILE = "MzeroMiko/VMamba", "#v2cls", "vssm_base_0229_ckpt_epoch_237.pth"
+SMALL_MAPS: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_the_doctor_goes_the_whole_way(server: HubServer, client: Client, model:
             "load the model",
         ]
         assert {state for state, *_ in found.values()} == {"ok"}
-    assert "upstream, MzeroMiko/VMamba on GitHub, '#v2cls', licence none stated" in found["read the table"][1]
+    assert "upstream, MzeroMiko/VMamba on GitHub, '#v2cls', licence not stated" in found["read the table"][1]
     assert "a token" in found["read the settings"][1] and "hf_ada" not in reply["out"]
     assert "beside 'optimizer', 'scaler', 'epoch', 'args'" in found["look into them"][1]
     assert found["load the model"][1] == "answers of shape (1, 10), finite"
@@ -156,6 +157,19 @@ def test_the_doctor_of_other_entries(client: Client) -> None:
         "FAILED",
         "ARM_ZOO_UPSTREAM=0 turns fetching from authors off",
     )
+
+
+def test_the_doctor_asks_the_organisation_that_loading_asks(server: HubServer, client: Client) -> None:
+    """Of all entries but the bundled ones, also those that nobody has published so far."""
+    for entry in (ENTRY, "arm_base_patch16_224.in1k"):
+        environment = {"ARM_ZOO_HUB_ORG": "group"}
+        reply = client.load("hub", "doctor", entry, environment=environment)
+        found = steps(reply["out"])
+        assert f"ARM_ZOO_HUB_ORG has group/{entry}" in found["read the table"][1], reply
+        assert found["find the file"][0] == "FAILED" and "no such repository" in found["find the file"][1]
+        server.add(f"group/{entry}", {"model.safetensors": b"weights"})
+        reply = client.load("hub", "doctor", entry, environment=environment)
+        assert reply["code"] == 0 and steps(reply["out"])["find the file"][1].endswith("model.safetensors"), reply
 
 
 def test_weights_without_a_licence_are_not_passed_on(
@@ -207,3 +221,24 @@ def test_the_doctor_shows_no_logins(server: HubServer, client: Client) -> None:
     out = client.load("hub", "doctor", ENTRY, table={ENTRY: row}, environment=environment)["out"]
     assert "HTTPS_PROXY=http://proxy.example:3128" in out and "secret" not in out
     assert client.load("run", "import os; del os.environ['HTTPS_PROXY']", "/")["names"]
+
+
+@pytest.mark.parametrize(
+    "entry, sizes, paper, code",
+    [
+        ("vim_tiny_patch16_224.in1k", NARROW, "2401.09417", "https://github.com/hustvl/Vim"),
+        ("vmamba_tiny_s1l8.in1k", SMALL_MAPS, "2401.10166", "https://github.com/MzeroMiko/VMamba"),
+    ],
+)
+def test_cards_of_peers_name_their_own_paper_and_code(
+    entry: str, sizes: dict[str, Any], paper: str, code: str, tmp_path: Path
+) -> None:
+    """The licence is the one that was stated; where none was, the authors are to be asked."""
+    (tmp_path / "bare.pth").write_bytes(official_bytes(finetuned(entry, **sizes)))
+    for arguments, licence in (([], "other"), (["--license", "mit"], "mit")):
+        out = tmp_path / licence
+        assert main(["convert", str(tmp_path / "bare.pth"), str(out), *arguments]) == 0
+        card = ModelCard.load(out / "README.md")
+        assert card.data.license == licence and card.text.count(f"https://arxiv.org/abs/{paper}") == 2
+        assert "2406.07537" not in card.text and "Ren" not in card.text
+        assert (f"[the authors' code]({code})" in card.text) == (licence == "other")

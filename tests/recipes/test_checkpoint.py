@@ -39,7 +39,7 @@ from recipes.objectives import AUTOREGRESSIVE, TRAINING, Trained
 from recipes.pretrain import pretrain
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from recipes.training import checkpoint, engine, setup
-from recipes.training.checkpoint import STATE, CheckpointFolder, DamagedCheckpoint, check, free_name
+from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -334,7 +334,7 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
 
 def test_a_checkpoint_that_names_no_objective_is_of_the_first_one(whole: Path) -> None:
     checkpoint = whole / "checkpoints" / names(whole)[-1]
-    before = Start(checkpoint, json.loads((checkpoint / STATE).read_text()))
+    before = Start(checkpoint, read_state(checkpoint))
     assert before.state["config"].pop("objective") == "autoregressive"
     config = load_config(PretrainConfig, CONFIG, settings(whole))
     assert changed_settings(before, config) == {}
@@ -378,7 +378,7 @@ def test_classes_are_compared_by_name_and_place() -> None:
 def test_order_of_images_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = ["data.shuffle_buffer=8", "data.streaming=true"]
     newest = max((whole / "checkpoints").glob("step-*"))
-    between = Start(newest, json.loads((newest / STATE).read_text()))
+    between = Start(newest, read_state(newest))
     within = Start(between.checkpoint, {**between.state, "position": {**between.state["position"], "step": 2}})
     config = load_config(PretrainConfig, CONFIG, settings(whole, *other))
     compare(config, between, Console(stderr=True))

@@ -140,3 +140,14 @@ def test_no_more_is_read_than_is_allowed(model: nn.Module, monkeypatch: pytest.M
     monkeypatch.setattr(reading, "_MOST_READ", 20_000)
     with pytest.raises(CheckpointError, match=r"x\.pth: its header or directory is larger than 20,000 bytes"):
         read_contents(io.BytesIO(official_bytes(model)), "x.pth")
+
+
+def test_more_than_was_asked_for_is_refused(model: nn.Module) -> None:
+    """As where a mirror sends the whole file for a part of it: PyTorch's reader would write past its memory."""
+
+    class Generous(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(size) + b"more"
+
+    with pytest.raises(CheckpointError, match=r"b\.pth: \d+ bytes came where \d+ were asked for"):
+        read_contents(Generous(official_bytes(model)), "b.pth")

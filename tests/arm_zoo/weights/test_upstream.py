@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo import CheckpointError, DownloadError, to_official
-from arm_zoo.files import sha256_of
 from arm_zoo.weights import upstream
 from arm_zoo.weights.hosted import TABLE, Weights
 from arm_zoo.weights.reading import Contents
@@ -154,6 +154,8 @@ def test_of_two_files_that_fit_one_is_to_be_named(
         reply = client.load("timm", ENTRY, **arguments, **TIMM, environment={"ARM_ZOO_ARM_FILE": name})
         assert reply.get("digest") == digest(expected), reply
     reply = client.load("arm_zoo", f"hf://{ARM}/sub/b_ft2.pth", cache_dir=tmp_path)
+    assert reply.get("digest") == digest(other), reply
+    reply = client.load("arm_zoo", Path(f"hf://{ARM}/sub/b_ft2.pth"), cache_dir=tmp_path)  # as argparse may make it
     assert reply.get("digest") == digest(other), reply
     reply = client.load("timm", ENTRY, **arguments, **TIMM, environment={"ARM_ZOO_ARM_FILE": "none.pth"})
     assert f"{ARM} at main has no file 'none.pth'; it has 'b_ft.pth', " in reply["message"]
@@ -342,7 +344,15 @@ def test_a_token_is_shown_to_the_hub_alone(
 
 
 @pytest.mark.parametrize(
-    "address", [f"hf://{ARM}/README.md", f"hf://{ARM}", "hf://x/y.pth", f"hf://{ARM}@main", f"hf://{ARM}/x@y.pth"]
+    "address",
+    [
+        f"hf://{ARM}/README.md",
+        f"hf://{ARM}",
+        "hf://x/y.pth",
+        f"hf:{ARM}/x.pth",
+        f"hf://{ARM}@main",
+        f"hf://{ARM}/x@y.pth",
+    ],
 )
 def test_addresses_that_name_no_checkpoint(address: str, client: Client, tmp_path: Path) -> None:
     reply = client.load("arm_zoo", address, cache_dir=tmp_path)
@@ -525,26 +535,53 @@ def test_peers_load_by_name(name: str, sizes: dict[str, Any], hub: HubServer, cl
     assert not [line for line in reply["log"] if "licence" in line]
 
 
-def test_eval_scores_what_was_fetched(hub: HubServer, repo: Path, tmp_path: Path) -> None:
-    """By the entry's name alone; the row of results names the file that was read."""
-    entry = "arm_pico_patch2_8.arm_digits_ft_digits"
-    hub.release(VMAMBA, TAG, {FILE: official_bytes(finetuned(entry, embed_dim=64, depth=4))})
-    for number, name in enumerate(timm.get_pretrained_cfg(entry).label_names):
-        (tmp_path / "digits" / name).mkdir(parents=True)
-        Image.new("L", (8, 8), 25 * number).save(tmp_path / "digits" / name / "0.png")
-    code = (
-        "import sys\nfrom arm_zoo.weights.hosted import TABLE, Weights\nfrom eval.__main__ import main\n"
-        f"TABLE[{entry!r}] = Weights(**{ON_GITHUB!r})\nsys.exit(main(sys.argv[1:]))"
-    )
-    words = ["--models", entry, "--sets", f"custom={tmp_path / 'digits'}", "--output", str(tmp_path / "results.csv")]
-    environment = {**os.environ, "ARM_ZOO_GITHUB_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code, *words], cwd=repo, env=environment, capture_output=True)
-    assert result.returncode == 0, result.stderr
-    with (tmp_path / "results.csv").open(newline="") as file:
-        [row] = csv.DictReader(file)
-    [weights] = tmp_path.rglob("model.safetensors")
-    assert (row["n"], row["set"], row["weights_sha256"]) == ("10", "custom", sha256_of(weights)), row
-    assert row["weights"] == f"https://github.com/{VMAMBA}/releases/download/%23v2cls/{FILE}", row
+SMALL = {"vmamba_base_s2l15.in1k": {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_classes": 10}}
+SCORE = """
+import functools
+from unittest import mock
+import timm
+from eval.__main__ import main
+with mock.patch("timm.create_model", functools.partial(timm.create_model, **{sizes!r})):
+    if main({words!r}) != 0:
+        raise RuntimeError("eval failed")
+"""
+
+
+@pytest.mark.parametrize(
+    "entry", [ENTRY, "vim_tiny_patch16_224.in1k", "vmamba_base_s2l15.in1k"], ids=["arm", "vim", "vmamba"]
+)
+def test_eval_scores_what_was_fetched(entry: str, hub: HubServer, client: Client, repo: Path, tmp_path: Path) -> None:
+    """By the entry's name, and by the address of the file on the Hub, which has the same weights."""
+    sizes = SMALL.get(entry, {**NARROW, "num_classes": 10})
+    row = TABLE[entry]
+    file = row.file or "any_name.pth"
+    contents = official_bytes(finetuned(entry, **sizes), config=CfgNode(A=1))
+    hub.add(str(row.repository), {file: contents})
+    hub.release(str(row.repository), row.revision, {file: contents})
+    for number in range(10):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (25 * number, 0, 0)).save(tmp_path / "images" / str(number) / "0.png")
+    names = [entry] if row.host == "github" else [entry, f"hf://{row.repository}/{file}"]
+    words = ["--models", *names, "--sets", f"custom={tmp_path / 'images'}", "--output", str(tmp_path / "results.csv")]
+    table = {ENTRY: {**ON_HUB, "shapes": {"head.weight": (10, 32)}}} if entry == ENTRY else {}
+    code = SCORE.format(sizes=sizes, words=[*words, "--workers", "0"])
+    reply = client.load("run", code, repo, table=table)
+    assert "names" in reply, reply
+    with (tmp_path / "results.csv").open(newline="") as opened:
+        by_name, *by_address = csv.DictReader(opened)
+    source = "https://github.com" if row.host == "github" else f"hf://{row.repository}@"
+    assert by_name["weights"].startswith(source) and by_name["weights"].endswith(file), by_name
+    assert by_name["n"] == "10" and len(by_address) == len(names) - 1
+    for other in by_address:
+        assert other["weights"] == names[1]
+        assert [other[key] for key in ("n", "top1", "ece")] == [by_name[key] for key in ("n", "top1", "ece")]
+
+
+def test_files_of_another_family_are_refused() -> None:
+    small = [finetuned(entry, **SMALL.get(entry, NARROW)) for entry in (ENTRY, "vim_tiny_patch16_224", *SMALL)]
+    for model, other in permutations(small, 2):
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            model.adapt(to_official(other), model)
 
 
 def test_entries_without_a_source_refuse_at_once() -> None:
