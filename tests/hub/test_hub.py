@@ -921,18 +921,23 @@ def test_publishing_is_shown_without_a_network(
     assert reason in error and len(error.splitlines()) == 1
 
 
-def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def licensed(classifier: Path, tmp_path: Path) -> Path:
+    """A copy of the classifier whose weights may be passed on."""
+    folder = shutil.copytree(classifier, tmp_path / "licensed")
+    set_license(folder, "mit")
+    return folder
+
+
+def test_publishing(server: HubServer, client: Client, licensed: Path, tmp_path: Path) -> None:
     """Upload, tag, fetch back; a second time there is nothing to do; edits of the card stay."""
-    classifier = shutil.copytree(classifier, tmp_path / "licensed")
-    set_license(classifier, "mit")
-    write_card(classifier)
-    arguments = ["publish", classifier, "--repo", "ada/published", "--yes"]
+    arguments = ["publish", licensed, "--repo", "ada/published", "--yes"]
     reply = client.load("hub", *arguments)
     assert reply["code"] == 0, reply
     repository = server.repositories["ada/published"]
     commit, files = repository.at("v1") or ("", {})
-    sha256 = sha256_of(classifier / "model.safetensors")
-    assert sorted(files) == FILES and files["model.safetensors"] == (classifier / "model.safetensors").read_bytes()
+    sha256 = sha256_of(licensed / "model.safetensors")
+    assert sorted(files) == FILES and files["model.safetensors"] == (licensed / "model.safetensors").read_bytes()
     assert f"uploaded as {commit}, tagged v1, fetched back and compared" in reply["out"]
     assert f'Weights("hosted", "{sha256}", "v1", "ada/published")' in reply["out"]
     card = files["README.md"].decode()
@@ -959,10 +964,10 @@ def test_publishing(server: HubServer, client: Client, classifier: Path, tmp_pat
     assert "\n## Notes of ours\n" in files["README.md"].decode() and b"lost" not in files["README.md"]
 
 
-def test_what_comes_back_is_compared(server: HubServer, client: Client, classifier: Path) -> None:
+def test_what_comes_back_is_compared(server: HubServer, client: Client, licensed: Path) -> None:
     repository = server.add("ada/lossy", {})
-    repository.fault = sends_other_contents(b"!" * (classifier / "model.safetensors").stat().st_size)
-    reply = client.load("hub", "publish", classifier, "--repo", "ada/lossy", "--yes", "--license", "mit")
+    repository.fault = sends_other_contents(b"!" * (licensed / "model.safetensors").stat().st_size)
+    reply = client.load("hub", "publish", licensed, "--repo", "ada/lossy", "--yes")
     assert reply["code"] == 1 and "model.safetensors of ada/lossy at v1" in reply["err"]
     assert "is not what was sent" in reply["err"] and len(reply["err"].splitlines()) == 1
 
