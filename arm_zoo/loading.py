@@ -25,7 +25,7 @@ from arm_zoo.weights.find import hub_repository, is_upstream
 from arm_zoo.weights.hosted import TABLE, known_sha256
 from arm_zoo.weights.reading import read_checkpoint
 from arm_zoo.weights.tensor_names import under_our_names
-from arm_zoo.weights.upstream import fetch_address, fetch_upstream, read_record
+from arm_zoo.weights.upstream import CHECKPOINTS, fetch_address, fetch_upstream, read_record
 
 _REPOSITORY = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
 
@@ -91,7 +91,7 @@ def from_pretrained(
         ValueError: if `source` is nothing of the above.
     """
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) and not Path(source).exists()
-    if is_repository and not str(source).endswith((".safetensors", ".pth", ".pt", ".bin", ".tar")):
+    if is_repository and not str(source).endswith(CHECKPOINTS):
         source = f"hf-hub:{source}"
     return _Loader(as_backbone, kwargs, revision, cache_dir, token, timms_too=False).load(source).model
 
@@ -167,7 +167,7 @@ class _Loader:
         known = list_entries() if self.timms_too else entries()
         if weights is None and source in known and (isinstance(name, str) or not path.exists()):
             entry = entry_of(source) if source in entries() else ""
-            if is_upstream(entry):
+            if is_upstream(entry) and not self.brings_weights():
                 return self.from_upstream(source, entry)
             repository = hub_repository(entry)
             if repository is None:
@@ -195,8 +195,18 @@ class _Loader:
         if cfg.num_classes == 0 and not self.as_backbone:
             model = self.from_file(file)
         else:
-            model = timm.create_model(name, pretrained=True, cache_dir=self.cache_dir, **self.kwargs)
+            model = timm.create_model(name, pretrained=True, **self.with_tensors(read_checkpoint(file)))
         return Loaded(model, file, read_record(file)["source"], {})
+
+    def with_tensors(self, tensors: StateDict) -> dict[str, Any]:
+        """The caller's arguments of `timm.create_model`, and in its configuration the tensors to load."""
+        overlay = {**(self.kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": tensors}
+        return {**self.kwargs, "pretrained_cfg_overlay": overlay}
+
+    def brings_weights(self) -> bool:
+        """Whether the caller names other weights for an entry, as timm lets one do."""
+        overlay = self.kwargs.get("pretrained_cfg_overlay") or {}
+        return any(overlay.get(key) for key in ("file", "state_dict", "url", "hf_hub_id"))
 
     def from_timm(self, name: str) -> Loaded:
         """By `timm.create_model`, and which file that read, where a cache still has it."""
@@ -271,9 +281,8 @@ class _Loader:
         _check_table(above, _PRETRAINED_CFG, "its first level", folder)
         tensors = read_checkpoint(file)
         _check_description(file, tensors, timm.create_model, {"model_name": name})
-        overlay = {**(self.kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": tensors}
-        arguments = {**self.kwargs, "pretrained_cfg_overlay": overlay}
-        return Loaded(timm.create_model(name, pretrained=True, **arguments), file, "", config)
+        model = timm.create_model(name, pretrained=True, **self.with_tensors(tensors))
+        return Loaded(model, file, "", config)
 
     def from_file(self, file: Path) -> Any:
         """The model that the shapes of a file's tensors tell."""

@@ -61,7 +61,7 @@ def create_parser() -> ArgumentParser:
     command.add_argument("--yes", action="store_true", help="upload")
     command.add_argument("--tag", metavar="REVISION", help="name of the revision; default: the next of v1, v2, ...")
     command.add_argument("--private", action="store_true", help="if the repository is created")
-    command.add_argument("--license", metavar="ID", help="of the weights, where their authors state none in public")
+    command.add_argument("--license", metavar="ID", help="of the weights; needed by --yes where their header has none")
     command.add_argument("--results", metavar="CSV", type=Path, default=RESULTS, help="of python -m eval for the card")
 
     command = add("check", check, "sha256, names and golden answers of all hosted and bundled entries, or of folders")

@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg
 from arm_zoo.files import WEIGHTS, read_config, sha256_of, write_text
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.weights.hosted import training_commands
-from hub.catalog import CATALOG, RESULTS, candidates, measured, reported, set_names
+from hub.catalog import PAPER_NAMES, RESULTS, candidates, measured, reported, set_names
 from hub.folders import CARD, read_header
 
 BEGIN = "<!-- arm-zoo: written by python -m hub, from here -->"
@@ -116,7 +116,7 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
         classes=config["num_classes"] or "none",
         input=f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
         figures=_figures(entries, rows),
-        recipes="; ".join(f"{CATALOG[name].paper_name}: `{training_commands(name)}`" for name in entries),
+        recipes="; ".join(f"{PAPER_NAMES[name]}: `{training_commands(name)}`" for name in entries),
         channels=channels,
         height=of_snippets[0],
         width=of_snippets[1],
@@ -131,7 +131,7 @@ def _figures(entries: list[str], rows: dict[str, Any]) -> str:
     if rows:
         lines = ["*Measured* on this file by `python -m eval`:", "", "| set | images | top-1 |", "|---|---|---|"]
         lines += [f"| {names.get(name, name)} | {row['n']} | {float(row['top1']):.2f} |" for name, row in rows.items()]
-    figures = {CATALOG[entry].paper_name: reported(entry) for entry in entries if reported(entry)}
+    figures = {PAPER_NAMES[entry]: reported(entry) for entry in entries if reported(entry)}
     if figures:
         lines += ["", "*Reported* by the paper for models of this shape, not measured on this file:", ""]
         lines += ["| model | set | top-1 |", "|---|---|---|"]

@@ -6,7 +6,7 @@ both are read from the tables in eval/, where the evaluator and the leaderboard 
 
 import csv
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from arm_zoo.weights.hosted import TABLE
 from hub.folders import UsageError
@@ -16,37 +16,20 @@ SETS = EVALUATION / "scoring" / "sets.csv"
 RESULTS = EVALUATION / "results.csv"
 
 
-class Entry(NamedTuple):
-    """Weights of one entry."""
-
-    paper_name: str | None = None  # what the paper calls the model; None if it is none of the paper's own
-
-
-CATALOG: dict[str, Entry] = {
-    "arm_pico_patch2_8.arm_digits_ft_digits": Entry(),
-    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Entry(),
-    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Entry(),
-    "arm_base_patch16_224.arm_in1k_ft_in1k": Entry("ARM-B"),
-    "arm_base_patch16_224.arm_in1k": Entry("ARM-B, pretrained"),
-    "arm_base_patch16_224.in1k": Entry("MambaMLP-B"),
-    "arm_base_patch16_384.arm_in1k_ft_in1k": Entry("ARM-B at 384 pixels"),
-    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": Entry("ARM-B at 448 pixels, stride 8"),
-    "arm_large_patch16_224.arm_in1k_ft_in1k": Entry("ARM-L"),
-    "arm_large_patch16_224.arm_in1k": Entry("ARM-L, pretrained"),
-    "arm_large_patch16_224.in1k": Entry("MambaMLP-L"),
-    "arm_large_patch16_384.arm_in1k_ft_in1k": Entry("ARM-L at 384 pixels"),
-    "arm_huge_patch16_224.arm_in1k_ft_in1k": Entry("ARM-H"),
-    "arm_huge_patch16_224.arm_in1k": Entry("ARM-H, pretrained"),
-    "arm_huge_patch16_384.arm_in1k_ft_in1k": Entry("ARM-H at 384 pixels"),
-    # peers: what the paper reports of theirs is not of these files, Vim-B's 81.2 beside 81.9 in the file's name
-    "vim_tiny_patch16_224.in1k": Entry(),
-    "vim_tiny_patch16_stride8_224.in1k_ft": Entry(),
-    "vim_small_patch16_224.in1k": Entry(),
-    "vim_small_patch16_stride8_224.in1k_ft": Entry(),
-    "vim_base_patch16_224.in1k": Entry(),
-    "vmamba_tiny_s1l8.in1k": Entry(),
-    "vmamba_small_s2l15.in1k": Entry(),
-    "vmamba_base_s2l15.in1k": Entry(),
+# What the paper calls the models that are its own, by entry.
+PAPER_NAMES: dict[str, str] = {
+    "arm_base_patch16_224.arm_in1k_ft_in1k": "ARM-B",
+    "arm_base_patch16_224.arm_in1k": "ARM-B, pretrained",
+    "arm_base_patch16_224.in1k": "MambaMLP-B",
+    "arm_base_patch16_384.arm_in1k_ft_in1k": "ARM-B at 384 pixels",
+    "arm_base_patch16_stride8_448.arm_in1k_ft_in1k": "ARM-B at 448 pixels, stride 8",
+    "arm_large_patch16_224.arm_in1k_ft_in1k": "ARM-L",
+    "arm_large_patch16_224.arm_in1k": "ARM-L, pretrained",
+    "arm_large_patch16_224.in1k": "MambaMLP-L",
+    "arm_large_patch16_384.arm_in1k_ft_in1k": "ARM-L at 384 pixels",
+    "arm_huge_patch16_224.arm_in1k_ft_in1k": "ARM-H",
+    "arm_huge_patch16_224.arm_in1k": "ARM-H, pretrained",
+    "arm_huge_patch16_384.arm_in1k_ft_in1k": "ARM-H at 384 pixels",
 }
 
 
@@ -62,8 +45,8 @@ def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]
         return []
     return [
         name
-        for name, entry in CATALOG.items()
-        if entry.paper_name and name.startswith(f"{architecture}.") and bool(reported(name)) == (num_classes == 1000)
+        for name in PAPER_NAMES
+        if name.startswith(f"{architecture}.") and bool(reported(name)) == (num_classes == 1000)
     ]
 
 
@@ -76,7 +59,7 @@ def reported(name: str) -> dict[str, float]:
     """Top-1 in percent of an entry by the paper (tables 2 and 3), by set."""
     sets = {row["paper_column"]: row["name"] for row in _read(SETS) if row["paper_column"]}
     for row in _read(EVALUATION / "board" / "paper" / "table3_robustness.csv"):
-        if row["model"] == CATALOG[name].paper_name:
+        if row["model"] == PAPER_NAMES.get(name):
             return {sets[column]: float(value) for column, value in row.items() if column in sets}
     for row in _read(EVALUATION / "board" / "paper" / "table2_imagenet.csv"):
         if row["entry"] == name:

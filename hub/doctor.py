@@ -1,4 +1,4 @@
-"""Each step on the way to the weights that authors published, with what it got and what it expected."""
+"""Diagnoses loading an entry's weights step by step."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from arm_zoo.weights.download import explained
 from arm_zoo.weights.find import find_weights, hub_repository, organisation
 from arm_zoo.weights.hosted import ORGANISATION, TABLE, Weights, upstream_is_on, ways_on
 from arm_zoo.weights.reading import Contents
-from arm_zoo.weights.releases import endpoint
+from arm_zoo.weights.releases import endpoint, without_login
 from arm_zoo.weights.upstream import (
     cache_folder,
     cached,
@@ -29,26 +29,26 @@ from arm_zoo.weights.upstream import (
 
 
 def doctor(entry: str, fetch: bool = False) -> Iterator[str]:
-    """Go the way of `pretrained=True` up to the download, with `fetch` to its end; lines for people.
+    """Repeat what `pretrained=True` does, up to the download; `fetch` downloads and loads too. Gives lines for people.
 
     Raises CheckpointError at the first step that fails, after its line.
     """
     if entry not in entries():
         raise unknown_model(entry, entries())
-    visit = _Visit(entry_of(entry))
-    for expected, step in visit.steps(fetch):
-        name = step.__name__.strip("_").replace("_", " ")
+    diagnosis = _Diagnosis(entry_of(entry))
+    weights = diagnosis.weights
+    for title, expected, step in diagnosis.steps(fetch):
         try:
-            with explained(name, str(visit.weights.repository), github=visit.github):
+            with explained(title, str(weights.repository), authors=weights.host):
                 got = step()
-        except (CheckpointError, OSError) as error:
-            yield f"FAILED  {name}: {error}\n        expected {expected}"
-            raise CheckpointError(f"{visit.entry}: the step '{name}' failed") from error
-        yield f"ok      {name}: {got}\n        expected {expected}"
+        except CheckpointError as error:
+            yield f"FAILED  {title}: {error}\n        expected {expected}"
+            raise CheckpointError(f"{diagnosis.entry}: the step '{title}' failed") from error
+        yield f"ok      {title}: {got}\n        expected {expected}"
 
 
 @dataclass
-class _Visit:
+class _Diagnosis:
     """What the steps have found so far."""
 
     entry: str
@@ -58,27 +58,25 @@ class _Visit:
     def weights(self) -> Weights:
         return TABLE.get(self.entry, Weights())
 
-    @property
-    def github(self) -> str:
-        """GitHub's address, if that is where the weights are."""
-        return endpoint() if self.weights.host == "github" else ""
-
-    def steps(self, fetch: bool) -> Iterator[tuple[str, Callable[[], str]]]:
-        """What each expects, and the step."""
+    def steps(self, fetch: bool) -> Iterator[tuple[str, str, Callable[[], str]]]:
+        """The title of each, what it expects, and the step."""
         weights = self.weights
-        yield "a row whose weights are bundled, hosted or upstream", self.read_the_table
+        yield "read the table", "a row whose weights are bundled, hosted or upstream", self.read_the_table
         if weights.where != "upstream" or organisation() != ORGANISATION:
-            yield "a file, with the sha256 of the table if that knows it", self.find_the_file
+            yield "find the file", "a file, with the sha256 of the table if that knows it", self.find_the_file
             return
-        yield "upstream on; other settings only where they are meant", self.read_the_settings
-        yield "a folder that can be written to, or that has the weights", self.open_the_cache
-        yield f"{repr(weights.file) if weights.file else 'checkpoints'} at {weights.revision!r}", self.list_the_files
+        yield "read the settings", "upstream on; other settings only where they are meant", self.read_the_settings
+        yield "open the cache", "a folder that can be written to, or that has the weights", self.open_the_cache
+        if weights.host == "hub":  # nobody lists the files of a release
+            files = f"{repr(weights.file) if weights.file else 'checkpoints'} at {weights.revision!r}"
+            yield "list the files", files, self.list_the_files
         shapes = ", ".join(f"{name} {shape}" for name, shape in weights.shapes.items())
-        yield f"one file {'with ' + shapes if shapes else 'as the table names it'}", self.look_into_them
-        yield f"the names and shapes of {self.entry}", self.fit_the_model
+        one = f"one file {'with ' + shapes if shapes else 'as the table names it'}"
+        yield "look into them", one, self.look_into_them
+        yield "fit the model", f"the names and shapes of {self.entry}", self.fit_the_model
         if fetch:
-            yield f"sha256 {weights.sha256 or 'not known beforehand'}", self.fetch_the_file
-            yield "finite answers", self.load_the_model
+            yield "fetch the file", f"sha256 {weights.sha256 or 'not known beforehand'}", self.fetch_the_file
+            yield "load the model", "finite answers", self.load_the_model
 
     def read_the_table(self) -> str:
         weights = self.weights
@@ -88,7 +86,8 @@ class _Visit:
             return f"ARM_ZOO_HUB_ORG has {hub_repository(self.entry)} in place of what is {weights.where}"
         if weights.where != "upstream":
             return weights.where
-        place = f"{weights.repository} on {'GitHub' if self.github else 'the Hub'}, {weights.revision!r}"
+        host = "GitHub" if weights.host == "github" else "the Hub"
+        place = f"{weights.repository} on {host}, {weights.revision!r}"
         return f"upstream, {place}, licence {weights.license or 'not stated'}"
 
     def find_the_file(self) -> str:
@@ -98,13 +97,14 @@ class _Visit:
         if not upstream_is_on():
             raise CheckpointError("ARM_ZOO_UPSTREAM=0 turns fetching from authors off")
         names = ("ARM_ZOO_ARM_FILE", "ARM_ZOO_KEEP_PICKLES", "HF_HUB_DISABLE_XET", "HTTPS_PROXY")
-        settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+        settings = [f"{name}={without_login(os.environ[name])}" for name in names if name in os.environ]
         token = "a token" if get_token() else "no token"
         offline = "offline" if constants.HF_HUB_OFFLINE else "online"
-        return ", ".join([self.github or constants.ENDPOINT, offline, token, *settings])
+        host = endpoint() if self.weights.host == "github" else constants.ENDPOINT
+        return ", ".join([without_login(host), offline, token, *settings])
 
     def open_the_cache(self) -> str:
-        folder = cache_folder(self.entry)
+        folder = cache_folder(self.entry, self.weights)
         free = f"{shutil.disk_usage(folder).free:,} bytes free"
         there = cached(self.entry, self.weights)
         source = f"has the weights of {read_record(there)['source']}" if there else "has no copy yet"

@@ -48,8 +48,8 @@ def publish(
     """Show what would be uploaded, and with `yes` upload it, tag it and fetch it back; gives lines for people.
 
     The card is written anew for this repository. Without `yes` nothing changes anywhere, and no network is needed:
-    what is there is then not compared. Weights of others who state no licence are uploaded with a `license` only,
-    under which the publisher knows that they may be passed on.
+    what is there is then not compared. Weights without a licence in their header are uploaded with `license` only:
+    whose they are cannot be told from a file, so whoever publishes them states under what they may be passed on.
     """
     if not HUB_ID.fullmatch(repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
@@ -67,10 +67,9 @@ def publish(
             shutil.copyfile(folder / file, staged / file)
         if license:
             set_license(staged, license)
-        header = read_header(staged / WEIGHTS)
-        if yes and header.get("source_names") == "official" and header.get("license", "unknown") == "unknown":
-            said = f"the weights in {folder} have the names of their authors' code and no known licence"
-            raise UsageError(f"{said}; ask them, then state with --license ID what they allow")
+        if yes and read_header(staged / WEIGHTS).get("license", "unknown") == "unknown":
+            said = f"no licence is stated for the weights in {folder}; state yours with --license ID"
+            raise UsageError(f"{said}, or ask their authors what they allow and state that")
         with explained(f"read {repo}", repo):
             remote = _ask(api, repo, cache, needed=yes)
         if tag in remote.tags:

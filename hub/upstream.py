@@ -9,8 +9,9 @@ from arm_zoo.files import CheckpointError
 from arm_zoo.identify import find_variant
 from arm_zoo.weights.download import explained
 from arm_zoo.weights.hosted import ARM_REPOSITORY, TABLE, Weights, training_commands
+from arm_zoo.weights.reading import quoted
 from arm_zoo.weights.upstream import RemoteFile, fits, list_files, look
-from hub.catalog import CATALOG, RESULTS, Entry, measured, reported, state
+from hub.catalog import PAPER_NAMES, RESULTS, measured, reported, state
 
 _TOLD = ("model", "input_size", "epochs", "nb_classes")  # arguments of the authors' programs that tell a file's kind
 
@@ -18,15 +19,15 @@ _TOLD = ("model", "input_size", "epochs", "nb_classes")  # arguments of the auth
 def list_sources(repo: str = ARM_REPOSITORY) -> Iterator[str]:
     """Lines for people: the checkpoints of a repository with what each is, then the entries of the catalogue."""
     weights = Weights("upstream", repository=repo)
-    with explained(f"list {repo}", repo):
+    with explained(f"list {repo}", repo, authors="hub"):
         files = list_files(weights)
         yield f"{repo}{f' at {files[0].revision}' if files else ''}: {len(files)} checkpoints"
         for file in files:
             yield f"  {file.name!r}  {file.size or 0:,} bytes  {_what(file, weights)}"
     yield "The entries, and where their weights come from:"
-    width = max(map(len, CATALOG))
-    for name, entry in CATALOG.items():
-        yield f"  {name:{width}}  {state(name):10}  {_known(name, entry)}"
+    width = max(map(len, TABLE))
+    for name in TABLE:
+        yield f"  {name:{width}}  {state(name):10}  {_known(name)}"
 
 
 def origin(name: str) -> str:
@@ -39,11 +40,11 @@ def origin(name: str) -> str:
     return RemoteFile(str(weights.repository), weights.file, weights.revision, weights.host == "github").address
 
 
-def _known(name: str, entry: Entry) -> str:
+def _known(name: str) -> str:
     """Origin, licence and figures; the paper's and ours apart."""
     ours = {key: float(row["top1"]) for key, row in measured(TABLE[name].sha256, RESULTS).items()}
     cfg: Any = get_pretrained_cfg(name)
-    parts = [entry.paper_name or "none of the paper's", f"from {origin(name)}", f"licence {cfg.license}"]
+    parts = [PAPER_NAMES.get(name, "none of the paper's"), f"from {origin(name)}", f"licence {cfg.license}"]
     for kind, figures in (("reported by the paper", reported(name)), ("measured by us", ours)):
         if figures:
             parts.append(f"{kind}: {', '.join(f'{key} {top1:.2f}' for key, top1 in figures.items())}")
@@ -63,7 +64,8 @@ def _what(file: RemoteFile, weights: Weights) -> str:
         parts = [f"cannot be told: {error}"]
     rows = ((entry, row) for entry, row in TABLE.items() if row.repository == file.repository)
     fitting = [entry for entry, row in rows if row.file == file.name or (row.shapes and fits(contents, row))]
-    arguments = [f"{key}={contents.arguments[key]!r}" for key in _TOLD if key in contents.arguments]
-    told = {"fits": fitting, "beside": contents.beside, "arguments": arguments}
-    parts += [f"{kind} {', '.join(what)}" for kind, what in told.items() if what]
+    arguments = [f"{key}={contents.arguments[key]!r}"[:80] for key in _TOLD if key in contents.arguments]
+    parts += [f"fits {', '.join(fitting)}"] if fitting else []
+    parts += [f"beside {quoted(contents.beside)}"] if contents.beside else []
+    parts += [f"arguments {', '.join(arguments)}"] if arguments else []
     return "; ".join([*parts, f"told from {contents.bytes_read:,} bytes"])

@@ -159,7 +159,7 @@ def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDic
 
 
 def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:
-    """The tensors: the caller's, the package's own, or fetched from the Hub; None where timm is to look for them."""
+    """The tensors: the caller's, the package's own, or fetched, from the Hub or from the authors; None: timm looks."""
     entry = f"{name}.{cfg.tag}" if cfg.tag else name
     own = (get_pretrained_cfg(entry) if entry in TABLE else None) or PretrainedCfg()
     path = Path(cfg.file or "")

@@ -6,14 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from arm_zoo.files import WEIGHTS, CheckpointError, DownloadError, sha256_of
 from arm_zoo.weights.hosted import known_sha256
+from arm_zoo.weights.releases import again_if_cut, endpoint, without_login
 
 _logger = logging.getLogger(__name__)
-_TRIES = 3
 _LOGIN = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
 
 
@@ -31,7 +31,16 @@ def download(
     Weights that the table has, at its revision or none in particular, must have its sha256. Of others none is known:
     one log line says so, and files that the Hub names by their sha256 are still compared with it.
 
-    `repo` is ORG/NAME or ORG/NAME@REVISION, `sha256` for callers who know what the file must have.
+    Args:
+        repo: ORG/NAME or ORG/NAME@REVISION.
+        filename: ends in .safetensors or .json.
+        revision: branch, tag or commit.
+        cache_dir: instead of the default cache of huggingface_hub.
+        token: see `huggingface_hub.hf_hub_download`.
+        sha256: expected digest; None takes the table's.
+
+    Raises:
+        DownloadError: if the file cannot be fetched, is another one, or has an ending that may hold a pickle.
     """
     name, _, at = repo.partition("@")
     revision = revision or at or None
@@ -40,7 +49,8 @@ def download(
             f"{name}: {filename!r} is not fetched: only .safetensors and .json files are, since pickles can run code. "
             "Download it yourself if you trust it, and convert it: python -m hub convert FILE OUT"
         )
-    path = fetch_from_hub(name, filename, revision, cache_dir, token)
+    with explained(f"fetch {filename} of {name}", name, cache_dir):
+        path = fetch_from_hub(name, filename, revision, cache_dir, token)
     if not filename.endswith(".safetensors"):
         return path
     if sha256 is None and filename == WEIGHTS:
@@ -54,8 +64,10 @@ def fetch_from_hub(
     repo: str, filename: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None
 ) -> Path:
     """A file of a repository in the cache, not yet compared with anything."""
-    with explained(f"fetch {filename} of {repo}", repo, cache_dir):
-        path = Path(_fetch(repo, filename, revision=revision, cache_dir=cache_dir, token=token))
+    from huggingface_hub import hf_hub_download
+
+    fetch = partial(hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir, token=token)
+    path = Path(again_if_cut(fetch))  # not every version of the client does so, or always
     blob = _blob(path)
     blobs = os.path.normpath(path.parents[len(Path(filename).parts) + 1] / "blobs")
     if blob is not None and str(blob.parent) != blobs:
@@ -75,21 +87,6 @@ def verified(path: Path, sha256: str | None, said: str) -> Path:
     except CheckpointError as error:
         discard(path)
         raise DownloadError(f"{said}: {error}") from error
-
-
-def _fetch(*args: Any, **kwargs: Any) -> str:
-    """`hf_hub_download`, again where the connection broke off: not every version of the client does so, or always."""
-    from huggingface_hub import hf_hub_download
-
-    for _ in range(_TRIES - 1):
-        try:
-            return hf_hub_download(*args, **kwargs)
-        except Exception as error:
-            # by name: version 1 of the client speaks through httpx, version 2 through httpx2
-            if type(error).__name__ not in ("ReadError", "RemoteProtocolError"):
-                raise
-            _logger.info("the connection broke off (%s), trying again", error)
-    return hf_hub_download(*args, **kwargs)
 
 
 def check_sha256(path: Path, sha256: str | None, advice: str) -> Path:
@@ -132,16 +129,17 @@ def explained(doing: str, repo: str, cache_dir: str | Path | None = None, **know
 
 
 def explain(
-    error: BaseException, repo: str, cache_dir: str | Path | None = None, right: str = "read", github: str = ""
+    error: BaseException, repo: str, cache_dir: str | Path | None = None, right: str = "read", authors: str = ""
 ) -> str:
     """What happened, and what to do about it.
 
-    `right` is what a token must have; `github` is the address that was asked where that is not the Hub's.
+    `right` is what a token must have; `authors` is the host, "hub" or "github", if `repo` is one of a model's authors.
     """
     from huggingface_hub import constants, errors
 
-    endpoint, cache = github or constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
-    mirror = "ARM_ZOO_GITHUB_ENDPOINT" if github else "HF_ENDPOINT"
+    on_github, cache = authors == "github", cache_dir or constants.HF_HUB_CACHE
+    host = without_login(endpoint() if on_github else constants.ENDPOINT)
+    mirror = "ARM_ZOO_GITHUB_ENDPOINT" if on_github else "HF_ENDPOINT"
     again = f"try again later; the environment variable {mirror} names a mirror"
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
@@ -150,28 +148,31 @@ def explain(
     status = next((answer.status_code for answer in answers if answer is not None), None)
     disk = next((part for part in chain if isinstance(part, OSError) and part.errno), OSError())
     if isinstance(error, errors.GatedRepoError):
-        return f"access is gated; accept its conditions at {endpoint}/{repo}, then {_LOGIN}"
+        return f"access is gated; accept its conditions at {host}/{repo}, then {_LOGIN}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        advice = "check the name (the environment variable ARM_ZOO_HUB_ORG sets the organisation)"
-        return f"there is no such repository at {endpoint}, or it is private; {advice}, or {_LOGIN}"
+        organisation = "" if authors else " (the environment variable ARM_ZOO_HUB_ORG sets the organisation)"
+        return f"there is no such repository at {host}, or it is private; check the name{organisation}, or {_LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"it has no such revision; {endpoint}/{repo} shows those that it has"
+        return f"it has no such revision; {host}/{repo} shows those that it has"
     if any(isinstance(part, errors.OfflineModeIsEnabled) for part in chain) or constants.HF_HUB_OFFLINE:
         folder = "name a folder: create_model('local-dir:FOLDER', pretrained=True)"
         advice = f"load it once where there is a network and copy the cache, or {folder}"
         return f"offline mode is on (HF_HUB_OFFLINE) and the file is not in the cache {cache}; {advice}"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        advice = f"look at {endpoint}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
+        if authors:
+            return f"the repository has no such file; look at {host}/{repo}"
+        advice = f"look at {host}/{repo}, and convert weights of another format: python -m hub convert FILE OUT"
         return f"the repository has no such file, so it is none that `python -m hub publish` wrote; {advice}"
     if status == 404:
-        return f"{endpoint} has no such file (HTTP 404): it was moved or renamed, or the mirror lacks it"
+        return f"{host} has no such file (HTTP 404): it was moved or renamed, or the mirror lacks it"
     if status in (401, 403):
-        return f"{endpoint} refuses access (HTTP {status}); {_LOGIN} with a token that may {right} {repo}"
+        advice = again if on_github else f"{_LOGIN} with a token that may {right} {repo}"
+        return f"{host} refuses access (HTTP {status}); {advice}"
     if status == 412:
         return f"{repo} has changed meanwhile; run the same command again"
     if status is not None:
         reason = "too many requests" if status == 429 else "it is out of order" if status >= 500 else "refused"
-        return f"{endpoint} answers HTTP {status} ({reason}); {again}"
+        return f"{host} answers HTTP {status} ({reason}); {again}"
     if disk.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of the cache {cache} is full; free some space, or set HF_HOME to a larger disk"
     if disk.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -180,4 +181,4 @@ def explain(
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is no name of a repository; expected ORG/NAME"
     reason = f"{type(chain[-1]).__name__}: {chain[-1]}".splitlines()[0]
-    return f"no whole answer from {endpoint} ({reason}); check the network, or {again}"
+    return f"no whole answer from {host} ({reason}); check the network, or {again}"

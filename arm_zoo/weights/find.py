@@ -1,4 +1,4 @@
-"""Where the weights of an entry are to be had now, and the file with them."""
+"""Finds an entry's weights: in the package, on the Hub, or at its authors'."""
 
 import os
 from pathlib import Path

@@ -7,6 +7,7 @@ its authors is fetched, whose sha256 the row has only if somebody has seen the f
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,8 @@ class Weights:
     host: Literal["hub", "github"] = "hub"  # a repository of the Hub, or a release on GitHub
     file: str | None = None  # its name there; None: no public text has it, so it is found by `shapes`
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of some tensors, by the authors' names
-    choice: Choice | None = None  # averaged or trained weights, whichever the authors report on; None as `Choice` says
+    # averaged or trained weights, whichever the authors report on; None takes the averaged ones where there are any
+    choice: Choice | None = None
     license: str | None = None  # SPDX identifier of what the authors state; None if they state nothing
 
 
@@ -49,13 +51,13 @@ def _arm_pretrained(width: int, config: str) -> Weights:
     return Weights("upstream", repository=ARM_REPOSITORY, shapes=shapes, configs=(config,))
 
 
-# Of both the authors evaluate what lies where a training has the trained weights.
+# The authors of both report on the trained weights ("model"), not on the averaged ones.
 _VIM = Weights("upstream", choice="model", license="apache-2.0")
 _VMAMBA = replace(_VIM, host="github", repository="MzeroMiko/VMamba", revision="#v2cls", license="mit")
 
 
-def _vim(size: str, file: str, config: str) -> Weights:
-    return replace(_VIM, repository=f"hustvl/Vim-{size}-midclstok", file=file, configs=(config,))
+def _vim(size: str, file: str, *configs: str) -> Weights:
+    return replace(_VIM, repository=f"hustvl/Vim-{size}-midclstok", file=file, configs=configs)
 
 
 def _vmamba(file: str, config: str) -> Weights:
@@ -87,11 +89,11 @@ TABLE: dict[str, Weights] = {
     "arm_huge_patch16_384.arm_in1k_ft_in1k": _arm(1536, 24**2, "pretrain_huge", "finetune_huge_384"),
     "vim_tiny_patch16_224.in1k": _vim("tiny", "vim_t_midclstok_76p1acc.pth", "supervised_vim_tiny"),
     "vim_tiny_patch16_stride8_224.in1k_ft": _vim(
-        "tiny", "vim_t_midclstok_ft_78p3acc.pth", "finetune_vim_tiny_stride8"
+        "tiny", "vim_t_midclstok_ft_78p3acc.pth", "supervised_vim_tiny", "finetune_vim_tiny_stride8"
     ),
     "vim_small_patch16_224.in1k": _vim("small", "vim_s_midclstok_80p5acc.pth", "supervised_vim_small"),
     "vim_small_patch16_stride8_224.in1k_ft": _vim(
-        "small", "vim_s_midclstok_ft_81p6acc.pth", "finetune_vim_small_stride8"
+        "small", "vim_s_midclstok_ft_81p6acc.pth", "supervised_vim_small", "finetune_vim_small_stride8"
     ),
     "vim_base_patch16_224.in1k": _vim("base", "vim_b_midclstok_81p9acc.pth", "supervised_vim_base"),
     "vmamba_tiny_s1l8.in1k": _vmamba("vssm1_tiny_0230s_ckpt_epoch_264.pth", "supervised_vmamba_tiny"),
@@ -127,11 +129,12 @@ def training_commands(entry: str) -> str:
     architecture, _, tag = entry.partition(".")
     weights, trained_on = TABLE.get(entry, Weights()), tag.rpartition("_ft_")[2]
     bundled = [f"pretrain_{trained_on}", f"finetune_{trained_on}"] if weights.where == "bundled" else []
+    family = re.match("vim_|vmamba_", architecture)
     commands = ", then ".join(
         f"accelerate launch -m recipes.{'pretrain' if path.startswith('pretrain') else 'finetune'} "
         f"--config recipes/configs/{path} data.source=PATH"
         for path in [f"{name}.yaml" for name in weights.configs or bundled]
-        or [f"supervised_base.yaml model={architecture}"]
+        or [f"supervised_{family[0] if family else ''}base.yaml model={architecture}"]
     )
     if tag == "in1k" and f"{architecture}.arm_in1k_ft_in1k" in TABLE:
         return f"{commands} (recipes.pretrain first gives the better .arm_in1k_ft_in1k)"
@@ -139,14 +142,17 @@ def training_commands(entry: str) -> str:
 
 
 def upstream_is_on() -> bool:
-    """Whether files are fetched from authors; the environment variable ARM_ZOO_UPSTREAM=0 turns it off."""
+    """Whether entries' weights are fetched from authors; the environment variable ARM_ZOO_UPSTREAM=0 forbids it.
+
+    It is read at every call, but for timm's lists of what can be fetched, which are made at import.
+    """
     return os.environ.get("ARM_ZOO_UPSTREAM") != "0"
 
 
 def ways_on(entry: str) -> str:
-    """What a person can do where weights are not to be had by name."""
+    """What a person can do when weights cannot be loaded by name."""
     weights = TABLE.get(entry, Weights())
-    off = f"only at their authors' ({weights.repository}), and ARM_ZOO_UPSTREAM=0 turns fetching from there off"
+    off = f"published only by their authors ({weights.repository}), and ARM_ZOO_UPSTREAM=0 forbids fetching them"
     return (
         f"the weights of {entry} are {off if weights.where == 'upstream' else 'not hosted yet'}. Ways on:\n"
         "  an official .pth or a file of your own: python -m arm_zoo predict ... --weights FILE, or in Python "

@@ -8,7 +8,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
 from arm_zoo.files import CheckpointError, StateDict, is_plain_tensor
+from arm_zoo.images.listing import listed
 
 Choice = Literal["ema", "model"]
 
@@ -39,7 +40,7 @@ class _ConfigNode:
         return OrderedDict()
 
 
-# What a pickle may name beside tensors and plain values; nothing of it does anything when it is made.
+# What a pickle may name beside tensors and plain values; making one has no effect.
 _HARMLESS: list[Any] = [argparse.Namespace, (_ConfigNode, "yacs.config.CfgNode")]
 
 
@@ -50,6 +51,11 @@ class Contents(NamedTuple):
     beside: list[str]  # names of what else lies there, such as "optimizer"
     arguments: dict[str, Any]  # of the program that trained them, where it saved those
     bytes_read: int  # to learn this
+
+
+def quoted(names: Iterable[object]) -> str:
+    """The first of some names in a file, for messages: long ones are cut, and no terminal obeys one."""
+    return listed([repr(name)[:80] for name in names], 8)
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -88,7 +94,7 @@ def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> C
         contents = _read_header(metered) if is_safetensors(path) else _read_pickle_alone(metered)
     except Exception as error:  # as above
         if metered.failure is not None:
-            raise metered.failure from None  # not of the file but of the way to it
+            raise metered.failure from None  # the network failed, not the file
         raise _unreadable(metered, path, error) from error
     if is_safetensors(path):
         return Contents(clean_state_dict(contents), [], {}, metered.bytes_read)
@@ -114,7 +120,7 @@ class _Metered:
             if self.bytes_read > _MOST_READ:
                 raise CheckpointError(f"{self._name}: its header or directory is larger than {_MOST_READ:,} bytes")
             found = self._file.read(wanted)
-            if len(found) > wanted:  # PyTorch would write all of it into memory for what it asked for
+            if len(found) > wanted:  # PyTorch's reader would write past its memory
                 raise CheckpointError(f"{self._name}: {len(found):,} bytes came where {wanted:,} were asked for")
             return found
         except Exception as error:
@@ -151,13 +157,16 @@ def _unreadable(file: Any, path: Path, error: Exception) -> CheckpointError:
     if isinstance(error, pickle.UnpicklingError):
         reason = "no pickle that torch reads"  # torch's own words advise to load it unsafely
     if wanted:
-        reason = f"it asks to run {', '.join(wanted)}"
+        reason = f"it asks to run {quoted(wanted)}"
     advice = "nothing in it was run: have its tensors saved alone" if wanted else _advice(file, path)
     return CheckpointError(f"cannot read the checkpoint {path}: {reason}; {advice}")
 
 
 def _read_pickle_alone(file: Any) -> Any:
-    """A .pth without reading its numbers: its tensors have the right shapes and any values."""
+    """A .pth without reading its numbers: its tensors have the right shapes and any values.
+
+    For these torch reserves as much address space as the file has, but touches no page of it.
+    """
     with zipfile.ZipFile(file) as archive:
         _check_archive(archive, _size(file))
     file.seek(0)
@@ -171,7 +180,7 @@ def _read_pickle(file: BinaryIO, path: Path) -> Any:
         with zipfile.ZipFile(file) as archive:
             _check_archive(archive, path.stat().st_size)
             if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+                raise zipfile.BadZipFile(f"the checksum of {damaged!r} is wrong")
     return _load(path, mmap=zipped)
 
 
@@ -241,7 +250,7 @@ def weights_of(contents: Any, weights: Choice | None = None, path: object = "the
         raise CheckpointError(f"{path} holds no tensors by name but a {type(contents).__name__}")
     places = {choice: [name for name in names if contents.get(name) is not None] for choice, names in _PLACES.items()}
     if weights == "ema" and not places["ema"]:
-        held = ", ".join(map(str, list(contents)[:8])) or "nothing"
+        held = quoted(contents)
         raise CheckpointError(f"{path} has no averaged weights (model_ema); it holds {held}: ask for weights 'model'")
     found = places["model"] if weights == "model" else places["ema"] + places["model"]
     chosen = contents[found[0]] if found else contents

@@ -1,7 +1,8 @@
 """Weights from where their authors published them: told apart without a download, fetched once, kept as safetensors.
 
 Beside the safetensors in the cache lies `source.json`, with the address, the revision, the sha256 and the licence of
-the file that they were read from. What is in the cache is used without asking anybody.
+the file that they were read from. What is in the cache is used without asking anybody, but for an address without a
+commit: where there is a network, the Hub is asked whether the branch or tag still has that file.
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,10 +25,10 @@ from arm_zoo.files import (
     save_tensors,
     sha256_of,
 )
-from arm_zoo.weights.download import discard, explained, fetch_from_hub, verified
+from arm_zoo.weights.download import check_sha256, discard, explained, fetch_from_hub, verified
 from arm_zoo.weights.hosted import ARM_REPOSITORY, TABLE, Weights
-from arm_zoo.weights.reading import Contents, read_checkpoint, read_contents
-from arm_zoo.weights.releases import ReleaseFile, download_release, endpoint, release_url
+from arm_zoo.weights.reading import Contents, quoted, read_checkpoint, read_contents
+from arm_zoo.weights.releases import ReleaseFile, download_release, release_url
 
 _logger = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files that may hold weights
@@ -51,7 +52,7 @@ class RemoteFile:
 
     @property
     def address(self) -> str:
-        """What a person finds it by."""
+        """Address of the file, for people and for the record."""
         if self.on_github:
             return release_url(self.repository, self.revision, self.name)
         return f"hf://{self.repository}@{self.revision}/{self.name}"
@@ -70,6 +71,15 @@ class RemoteFile:
         else:
             system = HfFileSystem(token=token)
             file = system.open(self.address, block_size=_BLOCK, cache_type="blockcache")
+            fetch_range = file.cache.fetcher
+
+            def fetch_block(start: int, end: int) -> bytes:
+                block: bytes = fetch_range(start, end)
+                if len(block) > end - start:  # else the cache of blocks would keep the whole file many times
+                    raise DownloadError(f"{self.address}: the Hub, or its mirror, ignores range requests")
+                return block
+
+            file.cache.fetcher = fetch_block
         with file:
             yield file
 
@@ -77,9 +87,11 @@ class RemoteFile:
     def fetched(self, folder: Path, cache_dir: str | Path | None, token: Token) -> Iterator[Path]:
         """The whole file, in the Hub's cache or from GitHub in `folder`, removed afterwards unless it is to stay.
 
-        The environment variable ARM_ZOO_KEEP_PICKLES=1 lets it stay; so does what was in the Hub's cache before.
+        The environment variable ARM_ZOO_KEEP_PICKLES=1 lets it stay; so does what was in the Hub's cache before, at
+        this commit or another.
         """
-        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import constants, try_to_load_from_cache
+        from huggingface_hub.file_download import repo_folder_name
 
         keep = os.environ.get("ARM_ZOO_KEEP_PICKLES") == "1"
         if self.on_github:
@@ -87,7 +99,9 @@ class RemoteFile:
             download_release(self.address, file, _MOST_BYTES)
         else:
             known = try_to_load_from_cache(self.repository, self.name, cache_dir, self.revision)
-            keep = keep or isinstance(known, str)
+            repository = repo_folder_name(repo_id=self.repository, repo_type="model")
+            stored = Path(cache_dir or constants.HF_HUB_CACHE, repository, "blobs", str(self.sha256))
+            keep = keep or isinstance(known, str) or stored.exists()
             file = fetch_from_hub(self.repository, self.name, self.revision, cache_dir, token)
         try:
             yield file
@@ -104,16 +118,23 @@ def fetch_upstream(entry: str, cache_dir: str | Path | None = None, token: Token
 def fetch_address(
     address: str, revision: str | None = None, cache_dir: str | Path | None = None, token: Token = None
 ) -> Path:
-    """The safetensors with the weights of a file named hf://ORG/NAME/FILE or hf://ORG/NAME@REVISION/FILE."""
+    """The safetensors with the weights of a file named hf://ORG/NAME/FILE or hf://ORG/NAME@REVISION/FILE.
+
+    ARM_ZOO_UPSTREAM=0 does not concern it: whoever writes the address asks for this very file.
+    """
     match = _ADDRESS.fullmatch(address)
     if match is None or not match[3].endswith(CHECKPOINTS):
         expected = f"hf://ORG/NAME[@REVISION]/FILE, where FILE ends in {', '.join(CHECKPOINTS)}"
         raise DownloadError(f"{address!r} names no checkpoint; expected {expected}")
     repository, at, file = match.groups()
-    licenses = {row.repository: row.license for row in TABLE.values() if row.where == "upstream"}
     revision = revision or at or "main"
-    weights = Weights("upstream", None, revision, repository, file=file, license=licenses.get(repository))
-    return _fetch(f"{repository}@{weights.revision}/{file}", weights, cache_dir, token)
+    theirs = (row for row in TABLE.values() if (row.host, row.repository) == ("hub", repository))
+    row = next(theirs, Weights())  # has the licence, and which of the weights in a file count
+    weights = replace(
+        row, where="upstream", repository=repository, revision=revision, file=file, shapes={}, sha256=None
+    )
+    moving = re.fullmatch("[0-9a-f]{40}", revision) is None
+    return _fetch(f"{repository}@{revision}", weights, cache_dir, token, moving)
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -128,7 +149,7 @@ def read_record(file: Path) -> dict[str, Any]:
 def list_files(weights: Weights, token: Token = None) -> list[RemoteFile]:
     """The checkpoints at an upstream place; of a release, whose files nobody lists, the one that the table names.
 
-    Names that would do something to a terminal are left out.
+    File names with control characters are left out.
     """
     from huggingface_hub import HfApi
 
@@ -181,7 +202,7 @@ def _names(weights: Weights) -> set[str]:
 
 
 def look(file: RemoteFile, weights: Weights, token: Token = None) -> Contents | CheckpointError:
-    """What a file holds, or why that cannot be told, which must not hide the other files."""
+    """What a file holds, or why that cannot be told: an unreadable file must not hide the others."""
     try:
         return file.contents(weights, token)
     except CheckpointError as error:
@@ -199,51 +220,75 @@ def _shapes(contents: Contents, names: Iterable[str]) -> dict[str, tuple[int, ..
 
 
 def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weights) -> str:
-    """One line about a file for people."""
+    """One line that describes a file."""
     size = "" if file.size is None else f" ({file.size:,} bytes)"
     if isinstance(contents, CheckpointError):
         return f"{file.name!r}{size}: {contents}"
     shapes = _shapes(contents, weights.shapes)
     found = [f"{name} {shapes[name]}" if name in shapes else f"no {name}" for name in weights.shapes]
-    beside = [f"beside {', '.join(contents.beside)}"] if contents.beside else []
+    beside = [f"beside {quoted(contents.beside)}"] if contents.beside else []
     return f"{file.name!r}{size}: {'; '.join([', '.join(found or ['weights']), *beside])}"
 
 
 def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:
-    """The safetensors of an entry or address in the cache, compared with its sha256; None if there is none for it."""
-    file = cache_folder(name, cache_dir) / WEIGHTS
+    """The safetensors of an entry or address in the cache; None if there are none for it, or damaged ones."""
+    file = cache_folder(name, weights, cache_dir) / WEIGHTS
     record, named = read_record(file), _names(weights)
     asked = {"repository": weights.repository, "revision": weights.revision, "choice": weights.choice}
     same = {key: record.get(key) for key in asked} == asked and weights.sha256 in (None, record.get("sha256"))
     if not file.is_file() or not same or (named and record.get("file") not in named):
         return None
-    return verified(file, record.get("converted_sha256"), name)
+    try:
+        return check_sha256(file, record.get("converted_sha256"), "the weights are fetched anew")
+    except CheckpointError as error:  # nothing is removed, as another process may just be replacing it
+        _logger.warning("%s", error)
+        return None
 
 
-def cache_folder(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The folder for what an entry's or address's weights become; made if it is not there."""
+def cache_folder(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path:
+    """The folder for what an entry's or address's weights become, one for each file named; made if it is not there."""
     from huggingface_hub import cached_assets_path
 
     assets = None if cache_dir is None else Path(cache_dir) / "assets"
-    return cached_assets_path("arm-zoo", "upstream", re.sub(r"[^\w.-]", "--", name), assets_dir=assets)
+    folder = re.sub(r"[^\w.-]", "--", "--".join([name, *sorted(_names(weights))]))
+    return cached_assets_path("arm-zoo", "upstream", folder, assets_dir=assets)
 
 
-def _fetch(name: str, weights: Weights, cache_dir: str | Path | None, token: Token) -> Path:
-    """The safetensors in the cache; where they are not, one process fetches them and the others wait."""
+def _fetch(name: str, weights: Weights, cache_dir: str | Path | None, token: Token, moving: bool = False) -> Path:
+    """The safetensors in the cache; where they are not, one process fetches them and the others wait.
+
+    With `moving` those in the cache count only as long as the Hub has the same file.
+    """
     from huggingface_hub.utils import WeakFileLock
 
+    def current() -> Path | None:
+        file = cached(name, weights, cache_dir)
+        return None if file and moving and _is_replaced(read_record(file), weights, token) else file
+
     repository = str(weights.repository)
-    github = endpoint() if weights.host == "github" else ""
-    with explained(f"fetch the weights of {name} from {repository}", repository, cache_dir, github=github):
-        if (file := cached(name, weights, cache_dir)) is not None:
+    with explained(f"fetch the weights of {name} from {repository}", repository, cache_dir, authors=weights.host):
+        if (file := current()) is not None:
             return file
-        folder = cache_folder(name, cache_dir)
+        folder = cache_folder(name, weights, cache_dir)
         with WeakFileLock(folder / ".lock"):
-            if (file := cached(name, weights, cache_dir)) is not None:
+            if (file := current()) is not None:
                 return file
             remove_leftovers(folder)
             _convert(choose(name, weights, token), weights, folder, cache_dir, token)
         return folder / WEIGHTS
+
+
+def _is_replaced(record: dict[str, Any], weights: Weights, token: Token) -> bool:
+    """Whether the Hub has another file by this name than the one fetched; False where the network does not answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        [file] = _named(list_files(weights, token), weights)
+    except (CheckpointError, HfHubHTTPError):  # an answer: the file or the revision is gone, or access is refused
+        raise
+    except Exception:  # offline mode; the network's errors have no common parent
+        return False
+    return file.sha256 != record["sha256"] if file.sha256 else file.revision != record["commit"]
 
 
 def _convert(source: RemoteFile, weights: Weights, folder: Path, cache_dir: str | Path | None, token: Token) -> None:
@@ -274,11 +319,11 @@ def _convert(source: RemoteFile, weights: Weights, folder: Path, cache_dir: str 
 
 
 def _compared(file: Path, source: RemoteFile, weights: Weights) -> str:
-    """The sha256 of a fetched file, which is that of the table and of the Hub; if neither has one, that is said."""
+    """The sha256 of a fetched file, which is that of the table and of the Hub; a log line if neither has one."""
     known = [sha256 for sha256 in (weights.sha256, source.sha256) if sha256]
     for sha256 in known:
         verified(file, sha256, source.address)
     actual = sha256_of(file)
     if not known:
-        _logger.warning("%s is not verified: nobody states its sha256, which is %s", source.address, actual)
+        _logger.warning("%s is not verified: no sha256 is published for it; it has %s", source.address, actual)
     return actual

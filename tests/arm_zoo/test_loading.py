@@ -203,7 +203,7 @@ def test_folders_of_pickles(model: nn.Module, tmp_path: Path) -> None:
     assert digest(from_pretrained(tmp_path)) != digest(model) == digest(from_pretrained(file))
     (tmp_path / "model.safetensors").unlink()
     torch.save({"model": RunsCode(tmp_path / "trap")}, file)
-    with pytest.raises(CheckpointError, match=r"it asks to run posix\.mkdir; nothing in it was run"):
+    with pytest.raises(CheckpointError, match=r"it asks to run 'posix\.mkdir'; nothing in it was run"):
         from_pretrained(tmp_path)
     assert not (tmp_path / "trap").exists()
     file.unlink()
@@ -485,8 +485,10 @@ def test_no_weights_and_three_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
         timm.create_model("arm_large", pretrained=True)
     message = str(error.value)
     first, *_ = message.splitlines()
-    assert first.startswith("the weights of arm_large_patch16_224.arm_in1k_ft_in1k are only at their authors' (Oliver")
-    assert first.endswith("ARM_ZOO_UPSTREAM=0 turns fetching from there off. Ways on:")
+    assert first.startswith(
+        "the weights of arm_large_patch16_224.arm_in1k_ft_in1k are published only by their authors (Oliver"
+    )
+    assert first.endswith("ARM_ZOO_UPSTREAM=0 forbids fetching them. Ways on:")
     assert "python -m hub convert FILE OUT" in message
     configs = re.findall(r"accelerate launch -m (recipes\.\w+) --config (\S+)", message)
     assert configs == [
@@ -496,6 +498,14 @@ def test_no_weights_and_three_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a small model that comes with the package" in message
     with pytest.raises(CheckpointError, match=r"recipes\.finetune --config recipes/configs/supervised_large\.yaml"):
         timm.create_model("arm_large_patch16_224.in1k", pretrained=True)
+
+
+def test_training_commands_go_the_whole_way() -> None:
+    """Finetuned weights are made of trained ones; a size without a configuration has its family's."""
+    configs = re.findall(r"configs/(\S+)", table.training_commands("vim_tiny_patch16_stride8_224.in1k_ft"))
+    assert configs == ["supervised_vim_tiny.yaml", "finetune_vim_tiny_stride8.yaml"]
+    command = table.training_commands("vim_large_patch16_224.untrained")
+    assert "supervised_vim_base.yaml model=vim_large_patch16_224" in command
 
 
 def test_training_commands_name_configurations_that_are_there(repo: Path) -> None:

@@ -1,4 +1,4 @@
-"""The authors' files: what they are told to be, where the way to them breaks, and the licence to pass them on."""
+"""The authors' files: what they are reported to be, where the way to them breaks, and the licence to pass them on."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from arm_zoo import to_official
+from arm_zoo.weights.hosted import TABLE
 from hub.__main__ import main
-from hub.catalog import CATALOG
 from hub.folders import read_header
 from hub.upstream import origin
 from tests.helpers.hub_server import Client, HubServer, running_client, running_hub
@@ -61,7 +61,9 @@ def test_sources(server: HubServer, client: Client, model: nn.Module, tmp_path: 
     lines = {line.split()[0]: line for line in reply["out"].splitlines()}
     found = "arm_tiny_patch16_224, backbone, 1000 classes; fits " + ENTRY
     assert found in lines["'official.safetensors'"] and found in lines["'b_ft.pth'"]
-    told = "; beside optimizer, scaler, epoch, args; arguments model='arm_base_pz16', input_size=224; told from "
+    told = (
+        "; beside 'optimizer', 'scaler', 'epoch', 'args'; arguments model='arm_base_pz16', input_size=224; told from "
+    )
     assert told in lines["'b_ft.pth'"] and told in lines["'b_pt.pth'"]
     assert ", pretraining model; beside" in lines["'b_pt.pth'"] and "fits" not in lines["'b_pt.pth'"]
     assert "cannot be told: cannot read the checkpoint" in lines["'broken.safetensors'"]
@@ -78,7 +80,7 @@ def test_sources(server: HubServer, client: Client, model: nn.Module, tmp_path: 
 
 
 def test_origins_are_addresses_or_commands() -> None:
-    for name in CATALOG:
+    for name in TABLE:
         assert re.match(r"accelerate launch |OliverRen/ARM, a file|hf://|https://github\.com/", origin(name)), name
 
 
@@ -104,7 +106,7 @@ def test_the_doctor_goes_the_whole_way(server: HubServer, client: Client, model:
             "read the table",
             "read the settings",
             "open the cache",
-            "list the files",
+            *([] if "host" in row else ["list the files"]),
             "look into them",
             "fit the model",
             "fetch the file",
@@ -113,7 +115,7 @@ def test_the_doctor_goes_the_whole_way(server: HubServer, client: Client, model:
         assert {state for state, *_ in found.values()} == {"ok"}
     assert "upstream, MzeroMiko/VMamba on GitHub, '#v2cls', licence not stated" in found["read the table"][1]
     assert "a token" in found["read the settings"][1] and "hf_ada" not in reply["out"]
-    assert "beside optimizer, scaler, epoch, args" in found["look into them"][1]
+    assert "beside 'optimizer', 'scaler', 'epoch', 'args'" in found["look into them"][1]
     assert found["load the model"][1] == "answers of shape (1, 10), finite"
 
 
@@ -187,7 +189,7 @@ def test_weights_without_a_licence_are_not_passed_on(
     assert reply["code"] == 0 and "licence of the weights: unknown; ask their authors" in reply["out"]
     server.requests.clear()
     reply = client.load("hub", *arguments, "--yes")
-    assert reply["code"] == 1 and "their authors' code and no known licence; ask them, then" in reply["err"]
+    assert reply["code"] == 1 and "no licence is stated for the weights in" in reply["err"]
     assert "ada/b" not in server.repositories and not server.requests
     reply = client.load("hub", *arguments, "--yes", "--license", "mit")
     assert reply["code"] == 0, reply
@@ -199,6 +201,26 @@ def test_weights_without_a_licence_are_not_passed_on(
     assert ModelCard(files["README.md"].decode()).data.license == "mit"
     assert main(["check", str(tmp_path)]) == 0
     assert read_header(out / "model.safetensors")["license"] == "unknown"  # what lies here stays as it is
+
+
+def test_the_licence_of_fetched_weights_is_not_lost_by_saving_them(
+    server: HubServer, client: Client, model: nn.Module, tmp_path: Path
+) -> None:
+    """`save_pretrained` does not tell whose weights they are, so `--yes` wants a licence of all."""
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    assert main(["convert", str(tmp_path / "saved" / "model.safetensors"), str(tmp_path / "out")]) == 0
+    reply = client.load("hub", "publish", tmp_path / "out", "--repo", "ada/saved", "--yes")
+    assert reply["code"] == 1 and "no licence is stated for the weights" in reply["err"]
+    assert "ada/saved" not in server.repositories
+
+
+def test_the_doctor_shows_no_logins(server: HubServer, client: Client) -> None:
+    server.add(ARM, {})
+    row = {"where": "upstream", "repository": ARM, "shapes": {"head.weight": (1000, 32)}}
+    environment = {"HTTPS_PROXY": "http://ada:secret@proxy.example:3128"}
+    out = client.load("hub", "doctor", ENTRY, table={ENTRY: row}, environment=environment)["out"]
+    assert "HTTPS_PROXY=http://proxy.example:3128" in out and "secret" not in out
+    assert client.load("run", "import os; del os.environ['HTTPS_PROXY']", "/")["names"]
 
 
 @pytest.mark.parametrize(

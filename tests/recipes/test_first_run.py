@@ -348,7 +348,9 @@ def test_a_short_name_whose_weights_are_not_to_be_had_is_told_with_the_ways_on(
     size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARM_ZOO_UPSTREAM", "0")
-    message = f"the weights of arm_{size}_patch16_224.arm_in1k_ft_in1k are only at their authors' .*\\. Ways on:"
+    message = (
+        f"the weights of arm_{size}_patch16_224.arm_in1k_ft_in1k are published only by their authors .*\\. Ways on:"
+    )
     with pytest.raises(CheckpointError, match=message):
         starting_weights(f"arm_{size}")
 

@@ -102,7 +102,7 @@ def test_archives_are_checked(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="compressed, which PyTorch never does"):
         read_contents(io.BytesIO(packed(contents)), "x.pth")
     trap = official_bytes(model, args=RunsCode(tmp_path / "trap"))
-    with pytest.raises(CheckpointError, match=r"it asks to run posix\.mkdir; nothing in it was run"):
+    with pytest.raises(CheckpointError, match=r"it asks to run 'posix\.mkdir'; nothing in it was run"):
         read_contents(io.BytesIO(trap), "x.pth")
     old = io.BytesIO()
     torch.save({"x": torch.zeros(3)}, old, _use_new_zipfile_serialization=False)
