@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from arm_zoo.files import (
     WEIGHTS,
@@ -59,29 +59,24 @@ class RemoteFile:
 
     def contents(self, weights: Weights, token: Token = None) -> Contents:
         """What it holds, from a few reads of its header or its directory."""
-        with self._opened(token) as file:
+        with ReleaseFile(self.address) if self.on_github else self._opened_on_the_hub(token) as file:
             return read_contents(file, self.name, weights.choice)
 
-    @contextmanager
-    def _opened(self, token: Token) -> Iterator[BinaryIO]:
+    def _opened_on_the_hub(self, token: Token) -> Any:
+        """Opened for reading in a few places; blocks of it are kept in memory, so none may be the whole file."""
         from huggingface_hub import HfFileSystem
 
-        if self.on_github:
-            file: Any = ReleaseFile(self.address)
-        else:
-            system = HfFileSystem(token=token)
-            file = system.open(self.address, block_size=_BLOCK, cache_type="blockcache")
-            fetch_range = file.cache.fetcher
+        file = HfFileSystem(token=token).open(self.address, block_size=_BLOCK, cache_type="blockcache")
+        fetch_range = file.cache.fetcher
 
-            def fetch_block(start: int, end: int) -> bytes:
-                block: bytes = fetch_range(start, end)
-                if len(block) > end - start:  # else the cache of blocks would keep the whole file many times
-                    raise DownloadError(f"{self.address}: the Hub, or its mirror, ignores range requests")
-                return block
+        def fetch_block(start: int, end: int) -> bytes:
+            block: bytes = fetch_range(start, end)
+            if len(block) > end - start:
+                raise DownloadError(f"{self.address}: the Hub, or its mirror, ignores range requests")
+            return block
 
-            file.cache.fetcher = fetch_block
-        with file:
-            yield file
+        file.cache.fetcher = fetch_block
+        return file
 
     @contextmanager
     def fetched(self, folder: Path, cache_dir: str | Path | None, token: Token) -> Iterator[Path]:

@@ -459,6 +459,7 @@ def test_damage_in_the_cache_is_noticed(
     client.load("timm", ENTRY, **arguments)
     [file] = tmp_path.rglob("model.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert upstream.cached(ENTRY, Weights(**ON_HUB), tmp_path) is None and file.exists()  # it may be half replaced
     reply = client.load("timm", ENTRY, **arguments)
     assert reply.get("digest") == digest(model), reply
     assert "is damaged, cut short or another file" in reply["log"][0] and "are fetched anew" in reply["log"][0]
