@@ -143,6 +143,21 @@ def test_the_doctor_stops_where_it_breaks(
     assert all(each[0] == "ok" for _, each in before)
 
 
+@pytest.mark.parametrize("host", ["hub", "github"])
+def test_names_in_a_file_do_nothing_to_a_terminal(
+    host: str, server: HubServer, client: Client, model: nn.Module
+) -> None:
+    keys = {"\x1b]0;owned\x07": 1, **{f"key{number}": 1 for number in range(20)}}
+    server.add(ARM, {"b_ft.pth": official_bytes(model, **keys), "other.pth": official_bytes(model, **keys)})
+    server.release(VMAMBA, TAG, {FILE: official_bytes(model, **keys)})
+    row: dict[str, Any] = {"where": "upstream", "repository": ARM}
+    if host == "github":
+        row |= {"host": "github", "repository": VMAMBA, "revision": TAG, "file": FILE, "license": "mit"}
+    row["shapes"] = {"pos_embed": (1, 197, 32), "head.weight": (1000, 32)}
+    reply = client.load("hub", "doctor", ENTRY, table={ENTRY: row})
+    assert "\x1b" not in reply["out"] and "\\x1b]0;owned" in reply["out"] and "and 17 more" in reply["out"], reply
+
+
 def test_the_doctor_of_other_entries(client: Client) -> None:
     """Bundled ones have their file; those without a source are told the ways on."""
     reply = client.load("hub", "doctor", "arm_tiny_patch8_64")

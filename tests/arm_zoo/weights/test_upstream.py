@@ -691,17 +691,6 @@ def test_files_that_another_commit_has_in_the_hubs_cache_stay(
     assert [path.read_bytes() == contents for path in tmp_path.rglob("b_ft.pth")] == [True, True]
 
 
-@pytest.mark.parametrize("row", [ON_HUB, {**ON_GITHUB, "shapes": ON_HUB["shapes"]}], ids=["hub", "github"])
-def test_names_in_a_file_do_nothing_to_a_terminal(
-    row: dict[str, Any], hub: HubServer, client: Client, model: nn.Module, tmp_path: Path
-) -> None:
-    keys = {"\x1b]0;owned\x07": 1, **{f"key{number}": 1 for number in range(20)}}
-    hub.add(ARM, {"b_ft.pth": official_bytes(model, **keys), "other.pth": official_bytes(model, **keys)})
-    hub.release(VMAMBA, TAG, {FILE: official_bytes(model, **keys)})
-    reply = client.load("hub", "doctor", ENTRY, table={ENTRY: row})
-    assert "\x1b" not in reply["out"] and "\\x1b]0;owned" in reply["out"] and "and 17 more" in reply["out"], reply
-
-
 def test_a_hub_that_ignores_ranges_is_refused(hub: HubServer, client: Client, contents: bytes, tmp_path: Path) -> None:
     """Before the cache of parts holds the whole file many times."""
     hub.add(ARM, {"b_ft.pth": contents}, hub_server.sends_other_contents(contents))
