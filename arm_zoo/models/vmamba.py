@@ -250,9 +250,6 @@ class VMamba(Backbone):
                 nn.init.normal_(layer.weight, std=0.02)
                 zero_bias(layer)
 
-    def init_non_persistent_buffers(self) -> None:
-        """Nothing to fill: the model has no buffers."""
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """None: optimisers already exempt biases and one-dimensional parameters."""
