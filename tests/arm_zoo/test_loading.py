@@ -11,7 +11,6 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +35,11 @@ from arm_zoo.weights.hosted import Weights
 from hub.__main__ import main as hub_command
 from recipes.data.sources import open_digits
 from tests.helpers import hub_server
-from tests.helpers.hub_server import Client, HubServer, digest, running_client, running_hub
+from tests.helpers.hub_server import Client, HubServer, digest
 from tests.helpers.official import RunsCode
 
 PICO, ENTRY = "arm_pico_patch2_8", "arm_base_patch16_224.arm_in1k_ft_in1k"
 TINY_BASE: dict[str, Any] = {"embed_dim": 32, "depth": 1}  # the entry's model in small, for what is loaded by its name
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with running_hub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(hub: HubServer, repo: Path) -> Iterator[Client]:
-    with tempfile.TemporaryDirectory() as home:
-        Path(home).chmod(0o755)  # one test loads as another user
-        with running_client(hub, repo, Path(home)) as client:
-            yield client
-
-
-@pytest.fixture(scope="module")
-def offline(hub: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running_client(hub, repo, tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE="1") as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ from hub.export import export
 from hub.folders import read_header, set_license
 from hub.upstream import _known
 from tests.helpers.golden import golden_cases
-from tests.helpers.hub_server import Client, HubServer, running_client, running_hub, sends_other_contents
+from tests.helpers.hub_server import Client, HubServer, sends_other_contents
 from tests.helpers.official import RunsCode
 
 PICO = "arm_pico_patch2_8"
@@ -851,18 +850,6 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
 
 
 # the Hub
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with running_hub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running_client(server, repo, tmp_path_factory.mktemp("home"), HF_TOKEN="hf_ada") as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

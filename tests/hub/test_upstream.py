@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,13 @@ from arm_zoo.weights.hosted import TABLE
 from hub.__main__ import main
 from hub.folders import read_header
 from hub.upstream import origin
-from tests.helpers.hub_server import Client, HubServer, running_client, running_hub
+from tests.helpers.hub_server import Client, HubServer
 from tests.helpers.official import NARROW, finetuned, official_bytes, pretrained
 
 ENTRY = "arm_base_patch16_224.arm_in1k_ft_in1k"
 ARM = "OliverRen/ARM"
 VMAMBA, TAG, FILE = "MzeroMiko/VMamba", "#v2cls", "vssm_base_0229_ckpt_epoch_237.pth"
 SMALL_MAPS: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with running_hub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: HubServer, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running_client(server, repo, tmp_path_factory.mktemp("home"), HF_TOKEN="hf_ada") as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
