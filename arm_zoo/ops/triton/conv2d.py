@@ -16,7 +16,7 @@ _TILE = {"SEGMENT": 28, "COLUMNS": 7, "BLOCK_D": 64, "UNROLL": 2, "num_warps": 1
 
 @triton.jit
 def _place(strips, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Image, first row, first column, channels and which of them exist: strips of columns side by side share tokens."""
+    """Image, first row, first column, channels and which of them exist: strips side by side share columns."""
     first_row = tl.program_id(0) // strips * SEGMENT
     first_column = tl.program_id(0) % strips * COLUMNS
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -59,8 +59,8 @@ def _add_row(sums, columns, taps, ROW: tl.constexpr):
 @triton.jit
 def _conv2d_silu_kernel(
     x, weight, grad, out, height, width, strips,
-    HAS_GRAD: tl.constexpr, SEGMENT: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
+    HAS_GRAD: tl.constexpr, CHANNELS: tl.constexpr,
+    SEGMENT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """SEGMENT rows of COLUMNS columns: SiLU of the convolution, or the gradient of what SiLU takes, given its own."""
     b, start, first, d, channel = _place(strips, CHANNELS, SEGMENT, COLUMNS, BLOCK_D)
@@ -84,10 +84,9 @@ def _conv2d_silu_kernel(
         sums = _add_row(_add_row(sums, here, taps, 1), below, taps, 2)
         for j in tl.static_range(COLUMNS):
             slope = sigmoid(sums[j])
+            y = sums[j] * slope
             if HAS_GRAD:
-                y = outer[j] * slope * (1.0 + sums[j] * (1.0 - slope))
-            else:
-                y = sums[j] * slope
+                y = outer[j] * (slope + y * (1.0 - slope))
             tl.store(place + j * CHANNELS, y.to(out.dtype.element_ty), mask=channel & (first + j < width))
         sums = _add_row(zero, here, taps, 0)
         here = below
@@ -96,8 +95,8 @@ def _conv2d_silu_kernel(
 @triton.jit
 def _conv2d_backward_kernel(
     grad, x, weight, grad_x, partial, height, width, strips,
-    SEGMENT: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SEGMENT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, and the share of SEGMENT rows of COLUMNS columns in that of the taps, before SiLU's."""
     b, start, first, d, channel = _place(strips, CHANNELS, SEGMENT, COLUMNS, BLOCK_D)
