@@ -1,4 +1,4 @@
-"""Custom operators for the fused gate, SwiGLU and residual + norm kernels, and when they are used."""
+"""Custom operators for the fused gate, SwiGLU, residual + norm and convolution + SiLU kernels, and their uses."""
 
 import importlib
 import math
@@ -255,8 +255,6 @@ def convolves_in_kernel(x: Tensor, layer: nn.Module) -> bool:
     return _fit(x, layer.weight) and _has_kernel(x.device.index, hopper=False) and _are_many(x)
 
 
-def convolve(layer: nn.Module, x: Tensor) -> Tensor:
-    """SiLU(layer(x)) of a map (B, H, W, C), channels last in memory."""
-    if convolves_in_kernel(x, layer):
-        return torch.ops.arm_zoo.conv2d_silu(*(t.to(_dtype_of_products(x)) for t in (x, layer.weight)))
-    return F.silu(layer(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """SiLU of the depth-wise convolution of a map (B, H, W, C) with this weight (C, 1, 3, 3), padded by zeros."""
+    return torch.ops.arm_zoo.conv2d_silu(*(t.to(_dtype_of_products(x)) for t in (x, weight)))

@@ -138,8 +138,6 @@ def _programs(x: Tensor, tile: dict[str, int]) -> int:
 
 def _launch(kernel: Any, x: Tensor, tensors: tuple[Tensor | None, ...], tile: dict[str, int], **flags: bool) -> None:
     batch, height, width, channels = x.shape
-    check_length(height * width, channels)
-    check_number(1, batch)
     grid = _programs(x, tile), triton.cdiv(channels, tile["BLOCK_D"]), batch
     kernel[grid](*tensors, height, width, triton.cdiv(width, tile["COLUMNS"]), CHANNELS=channels, **flags, **tile)
 
@@ -151,6 +149,9 @@ def _taps(weight: Tensor) -> Tensor:
 
 def conv2d_silu(x: Tensor, weight: Tensor) -> Tensor:
     """SiLU of the depth-wise convolution, padded by zeros: (B, H, W, C), (C, 1, 3, 3) -> (B, H, W, C)."""
+    batch, height, width, channels = x.shape
+    check_length(height * width, channels)
+    check_number(1, batch)
     x = x.contiguous()
     out = torch.empty_like(x)
     _launch(_conv2d_silu_kernel, x, (x, _taps(weight), None, out), _TILE, HAS_GRAD=False)
