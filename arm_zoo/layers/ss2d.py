@@ -14,7 +14,7 @@ from arm_zoo.layers.mixer import decay_rates
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import selective_scan
-from arm_zoo.ops.fused import convolve, convolves_in_kernel, run_linear
+from arm_zoo.ops.fused import convolve, run_linear
 
 DIRECTIONS = ("row", "column", "row_reversed", "column_reversed")
 
@@ -69,10 +69,10 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mix a map (B, H, W, dim) along the directions of the (K, H * W) order table."""
         u = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
-        if not torch.jit.is_scripting() and convolves_in_kernel(u, self.conv2d):
-            u = convolve(u, self.conv2d.weight)
-        else:
+        if torch.jit.is_scripting():
             u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # channels last in memory
+        else:
+            u = convolve(self.conv2d, u)
         y = self.out_norm(self.scan(u.flatten(1, 2), order).unflatten(1, x.shape[1:3]))
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)
 

@@ -245,8 +245,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.arm_zoo.gated_product(*(t.to(_dtype_of_products(x)) for t in (x, weight, bias)))
 
 
-def convolves_in_kernel(x: Tensor, layer: nn.Module) -> bool:
-    """Whether one kernel makes SiLU of what this layer, a depth-wise 3x3 convolution, gives for a map (B, H, W, C)."""
+def convolves_in_kernel(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether this is a depth-wise 3x3 convolution that one kernel does with SiLU, for maps (B, H, W, C) like this."""
     if not (is_plain(x) and x.is_cuda and is_plain_layer(layer, nn.Conv2d) and layer.bias is None):
         return False
     spatial = (layer.stride, layer.padding, layer.dilation, layer.padding_mode)
@@ -255,6 +255,8 @@ def convolves_in_kernel(x: Tensor, layer: nn.Module) -> bool:
     return _fit(x, layer.weight) and _has_kernel(x.device.index, hopper=False) and _are_many(x)
 
 
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """SiLU of the depth-wise convolution of a map (B, H, W, C) with this weight (C, 1, 3, 3), padded by zeros."""
-    return torch.ops.arm_zoo.conv2d_silu(*(t.to(_dtype_of_products(x)) for t in (x, weight)))
+def convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of what a convolution gives for a map (B, H, W, C), channels last in memory."""
+    if convolves_in_kernel(layer, x):
+        return torch.ops.arm_zoo.conv2d_silu(*(t.to(_dtype_of_products(x)) for t in (x, layer.weight)))
+    return F.silu(layer(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

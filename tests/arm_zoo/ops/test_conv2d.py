@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
-from arm_zoo.layers import ss2d
 from arm_zoo.layers.ss2d import SS2D, order_for
 from arm_zoo.ops import fused
 from tests.arm_zoo.test_scan import Recorder
@@ -76,7 +75,7 @@ def check_mixer(device: str, choose: Callable[[bool], None], dtype: torch.dtype,
 
 
 def choose_in_mixer(chosen: bool) -> None:
-    ss2d.convolves_in_kernel = lambda *_: chosen
+    fused.convolves_in_kernel = lambda *_: chosen
 
 
 IN_THE_INTERPRETER = {
@@ -141,10 +140,10 @@ def test_when_the_kernel_is_taken(
     with FakeTensorMode(), torch.device("cuda"), arm_zoo.scan_backend(backend):
         mixer = SS2D(32, expand=2.0)
         change(mixer)
-        assert fused.convolves_in_kernel(torch.empty(1, size, 64, 64), mixer.conv2d) == taken
+        assert fused.convolves_in_kernel(mixer.conv2d, torch.empty(1, size, 64, 64)) == taken
         exact = SS2D(32, expand=2.0, dtype=torch.float64)
-        assert not fused.convolves_in_kernel(torch.empty(1, 64, 64, 64, dtype=torch.float64), exact.conv2d)
-    assert not fused.convolves_in_kernel(torch.empty(1, 64, 64, 64), SS2D(32, expand=2.0).conv2d)  # on the CPU
+        assert not fused.convolves_in_kernel(exact.conv2d, torch.empty(1, 64, 64, 64, dtype=torch.float64))
+    assert not fused.convolves_in_kernel(SS2D(32, expand=2.0).conv2d, torch.empty(1, 64, 64, 64))  # on the CPU
 
 
 @pytest.mark.gpu
@@ -159,7 +158,7 @@ def test_kernels_on_the_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype
 @pytest.mark.gpu
 def test_operator_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     check_operator("cuda")
-    monkeypatch.setattr(ss2d, "convolves_in_kernel", None)  # so that it is there again after the test
+    monkeypatch.setattr(fused, "convolves_in_kernel", None)  # so that it is there again after the test
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         check_mixer("cuda", choose_in_mixer, dtype, limit)
 
