@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
-from arm_zoo import CheckpointError, create_pretraining_model, to_official
+from arm_zoo import CheckpointError, create_pretraining_model, from_pretrained, to_official
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
@@ -781,6 +781,15 @@ def test_export_on_a_gpu_is_for_any_batch(batch: int) -> None:
 def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:
     nodes = get_graph_node_names(tiny())[0]
     assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= set(nodes)
+
+
+@pytest.mark.parametrize("name", ["arm_base_patch16_224", "vim_base_patch16_224"])
+def test_a_model_pruned_of_its_norm_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    model.prune_intermediate_layers([0], prune_norm=True)
+    model.save_pretrained(tmp_path)
+    loaded: Any = from_pretrained(tmp_path).eval()
+    assert isinstance(loaded.norm, nn.Identity) and loaded(x := images(model)).equal(model(x))
 
 
 def test_prune_intermediate_layers() -> None:

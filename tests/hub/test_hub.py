@@ -90,6 +90,11 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return captured.err
 
 
+def test_a_command_is_no_program_of_its_own(repo: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "hub.convert", "a", "b"], cwd=repo, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "hub.convert is no program; python -m hub lists the commands\n")
+
+
 # conversion gives the authors' numbers
 
 
