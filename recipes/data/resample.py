@@ -1,8 +1,8 @@
-"""Crops of images of many sizes resized, mirrored and normalised on the GPU in one go, equal to torchvision's on the CPU.
+"""Crops of images of many sizes, resized, mirrored and normalised on the GPU in one go.
 
-`crop_resize` gives what `torchvision.transforms.v2.functional.resized_crop` gives for images of 8 bits on the CPU with
-bicubic interpolation and antialiasing: to the bit but for weights that lie halfway between two roundings, and within
-one grey level there.
+The resize is `torchvision.transforms.v2.functional.resized_crop` of images of 8 bits on the CPU, bicubic and antialiased:
+the same whole numbers, so the same to the bit but where a weight lies within rounding of a half, and within one grey
+level there.
 """
 
 import math
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Pixels of a program of the kernel, and rows of the crop that it resamples at a time.
-ROWS, COLUMNS, CHUNK = 32, 64, 32
+WHOLE = (torch.int32, torch.int64)
+# Pixels of a program of the kernel, the rows of the crop that it resamples at a time, and its threads by 32.
+BLOCK = {"ROWS": 32, "COLUMNS": 64, "CHUNK": 32, "num_warps": 4}
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,18 @@ class RaggedImages:
         """One or more images (C, H, W), planar, interleaved or views of others: nothing is copied."""
         if not images:
             raise ValueError("RaggedImages.of takes one image or more, got none")
-        channels, device = images[0].shape[0] if images[0].ndim else 0, images[0].device
         for i, image in enumerate(images):
             if image.dtype != torch.uint8 or image.ndim != 3 or 0 in image.shape:
                 raise ValueError(
-                    f"images are (C, H, W) of uint8, one pixel or more; image {i} is {tuple(image.shape)} of {image.dtype}"
+                    f"images are (C, H, W) of uint8, one pixel or more; image {i} is {tuple(image.shape)} of "
+                    f"{image.dtype}"
                 )
-            if image.shape[0] != channels or image.device != device:
-                raise ValueError(
-                    f"a batch has one device and number of channels: image 0 has {channels} on {device}, image {i} "
-                    f"{image.shape[0]} on {image.device}"
-                )
+        (channels, device), *others = {(image.shape[0], image.device) for image in images}
+        if others:
+            raise ValueError(
+                f"the images of a batch have one number of channels and one device, got {channels} on {device} and "
+                f"{others[0][0]} on {others[0][1]}"
+            )
         return cls(
             torch.tensor([image.data_ptr() for image in images]),
             torch.tensor([image.shape[1:] for image in images], dtype=torch.int32),
@@ -60,14 +62,16 @@ class RaggedImages:
         """Those of a set (M, C, H, W) at the places (N,), whole numbers on the CPU: nothing is copied."""
         if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
             raise ValueError(
-                f"a set of images is (M, C, H, W) of uint8, one pixel or more; got {tuple(images.shape)} of {images.dtype}"
+                f"a set is (M, C, H, W) of uint8, its images one pixel or more; got {tuple(images.shape)} of "
+                f"{images.dtype}"
             )
-        if places.ndim != 1 or places.is_floating_point() or places.dtype == torch.bool or places.device.type != "cpu":
+        if places.dtype not in WHOLE or places.ndim != 1 or places.device.type != "cpu":
             raise ValueError(
-                f"places are (N,) whole numbers on the CPU, got {tuple(places.shape)} of {places.dtype} on {places.device}"
+                f"places are (N,) of int32 or int64 on the CPU, got {tuple(places.shape)} of {places.dtype} on "
+                f"{places.device}"
             )
-        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(images):
-            raise ValueError(f"places in a set of {len(images):,} images, got {places.min()} to {places.max()}")
+        if ((places < 0) | (places >= len(images))).any():
+            raise ValueError(f"places in a set of {len(images)} images, got {places.min()} to {places.max()}")
         stride, *strides = images.stride()
         return cls(
             images.data_ptr() + places.long() * stride,
@@ -102,65 +106,67 @@ def crop_resize(
     _check_crops(images, boxes, flips)
     if min(size) < 1:
         raise ValueError(f"images are resized to one pixel or more, got {size[0]} x {size[1]}")
-    if {len(values) for values in (mean, std) if values is not None} - {images.channels} or (mean is None) != (
-        std is None
-    ):
+    factors = summands = None
+    if mean is not None and std is not None and len(mean) == len(std) == images.channels:
+        factors = tuple(1 / (255 * deviation) for deviation in std)
+        summands = tuple(-middle / deviation for middle, deviation in zip(mean, std, strict=True))
+    elif mean is not None or std is not None:
         raise ValueError(f"mean and std are {images.channels} numbers each, or both None; got {mean} and {std}")
-    dtype = torch.uint8 if mean is None else torch.float32
+    dtype = torch.uint8 if factors is None else torch.float32
     out = torch.empty(len(boxes), images.channels, *size, dtype=dtype, device=images.device)
     if len(boxes):
-        _launch(images, boxes, flips, out, mean, std)
+        corners = images.addresses + (images.strides[:, 1:] * boxes[:, :2]).sum(dim=1)
+        crops = torch.column_stack([corners, images.strides, boxes[:, 2:], flips])
+        _launch(crops, boxes[:, 2:].amax(dim=0).tolist(), out, factors, summands)
     return out
 
 
 def _check_crops(images: RaggedImages, boxes: Tensor, flips: Tensor) -> None:
     number = len(images.addresses)
-    for name, tensor, shape in (("boxes", boxes, (number, 4)), ("flips", flips, (number,))):
-        kind = tensor.dtype == torch.bool if name == "flips" else tensor.dtype in (torch.int32, torch.int64)
-        if not kind or tensor.shape != shape or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{name} of {number} images are {shape} of {'bool' if name == 'flips' else 'int32'} on the CPU, got "
-                f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
-            )
-    corner, extent = boxes[:, :2], boxes[:, 2:]
-    outside = ((corner < 0) | (extent < 1) | (corner + extent > images.sizes)).any(dim=1)
+    if boxes.dtype not in WHOLE or boxes.shape != (number, 4) or boxes.device.type != "cpu":
+        raise ValueError(
+            f"boxes of {number} images are ({number}, 4) of int32 or int64 on the CPU, got {tuple(boxes.shape)} of "
+            f"{boxes.dtype} on {boxes.device}"
+        )
+    if flips.dtype != torch.bool or flips.shape != (number,) or flips.device.type != "cpu":
+        raise ValueError(
+            f"flips of {number} images are ({number},) of bool on the CPU, got {tuple(flips.shape)} of {flips.dtype} "
+            f"on {flips.device}"
+        )
+    corners, extents = boxes[:, :2], boxes[:, 2:]
+    outside = ((corners < 0) | (extents < 1) | (extents > images.sizes - corners)).any(dim=1)
     if outside.any():
         i = int(outside.nonzero()[0])
         raise ValueError(
-            f"box {i}, {boxes[i].tolist()} (top, left, height, width), is empty or not within its image of "
+            f"box {i} is not within its image: top, left, height and width {boxes[i].tolist()} of "
             f"{images.sizes[i, 0]} x {images.sizes[i, 1]} pixels (height x width)"
         )
 
 
 def _launch(
-    images: RaggedImages,
-    boxes: Tensor,
-    flips: Tensor,
+    crops: Tensor,
+    largest: tuple[int, int],
     out: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    factors: tuple[float, ...] | None,
+    summands: tuple[float, ...] | None,
 ) -> None:
+    """Run the kernels over the table of crops, of which the largest height and width are known on the host."""
     import triton  # not every build of torch brings it
 
     from recipes.data.resample_kernels import resample_kernel, weights_kernel
 
-    if not out.is_cuda and isinstance(resample_kernel, triton.JITFunction):
-        raise ValueError(f"images are cropped and resized on a GPU, got some on {out.device}; move them there")
-    number, channels, height, width = out.shape
-    corners = images.addresses + (images.strides[:, 1:] * boxes[:, :2]).sum(dim=1)
-    crops = torch.column_stack([corners, images.strides, boxes[:, 2:], flips])
     if out.is_cuda:
         crops = crops.pin_memory().to(out.device, non_blocking=True)
-    taps = 2 * math.ceil(2 * max(1, (boxes[:, 2:].amax(dim=0) / torch.tensor([height, width])).max().item())) + 1
+    elif isinstance(resample_kernel, triton.JITFunction):  # it is none in Triton's interpreter
+        raise ValueError(f"images are cropped and resized on a GPU, got some on {out.device}; move them there")
+    number, channels, height, width = out.shape
+    taps = 2 * math.ceil(2 * max(1, largest[0] / height, largest[1] / width)) + 1
     length = triton.next_power_of_2(max(height, width))
     weights = torch.empty(number, 2, length * taps, dtype=torch.int16, device=out.device)
     precisions = torch.empty(number, 2, dtype=torch.int32, device=out.device)
-    columns = min(COLUMNS, max(16, triton.next_power_of_2(width)))
-    programs = number * channels * triton.cdiv(height, ROWS) * triton.cdiv(width, columns)
+    programs = number * channels * triton.cdiv(height, BLOCK["ROWS"]) * triton.cdiv(width, BLOCK["COLUMNS"])
     with torch.cuda.device_of(out):
         weights_kernel[number, 2](crops, weights, precisions, height, width, taps, SIZE=length)
         resample_kernel[(programs,)](
-            crops, weights, precisions, out, channels, height, width, taps,
-            None if mean is None else tuple(mean), None if std is None else tuple(std),
-            SIZE=length, ROWS=ROWS, COLUMNS=columns, CHUNK=CHUNK,
-        )  # fmt: skip
+            crops, weights, precisions, out, channels, height, width, taps, factors, summands, SIZE=length, **BLOCK
+        )

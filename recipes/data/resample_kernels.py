@@ -71,7 +71,7 @@ def _grey_levels(sums, precision):
 
 @triton.jit
 def resample_kernel(
-    crops, weights, precisions, out, channels, height, width, taps, mean, std,
+    crops, weights, precisions, out, channels, height, width, taps, scale, shift,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS pixels of one channel of an image, from CHUNK rows of its crop at a time.
@@ -103,12 +103,13 @@ def resample_kernel(
     for start in range(tl.min(first_row), tl.max(first_row + row_taps), CHUNK):
         crop_row = start + tl.arange(0, CHUNK)
         lines = address + tl.minimum(crop_row, crop_height - 1) * row_stride
+        places = first_column * column_stride
         sums = tl.zeros([CHUNK, COLUMNS], tl.int32) + (1 << column_precision >> 1)
         for tap in range(tl.max(column_taps)):
             weight = tl.load(column_weights + tap * SIZE).to(tl.int32)
-            places = tl.minimum(first_column + tap, crop_width - 1) * column_stride
             pixels = (lines[:, None] + places[None, :]).to(tl.pointer_type(tl.uint8))
             sums += weight[None, :] * tl.load(pixels).to(tl.int32)
+            places += tl.where(tap + 1 < column_taps, column_stride, 0)
         levels = _grey_levels(sums, column_precision).to(tl.float16)
         tap = crop_row[None, :] - first_row[:, None]
         weight = tl.load(row_weights + tap, mask=(tap >= 0) & (tap < row_taps[:, None]), other=0).to(tl.int32)
@@ -117,11 +118,11 @@ def resample_kernel(
         low = tl.dot((weight - upper * 256).to(tl.float16), levels, low)
     sums = high.to(tl.int32) * 256 + low.to(tl.int32) + (1 << row_precision >> 1)
     values = _grey_levels(sums, row_precision)
-    if mean is not None:
-        centre, deviation = mean[0], std[0]
-        for i in tl.static_range(1, len(mean)):
-            centre, deviation = tl.where(channel == i, mean[i], centre), tl.where(channel == i, std[i], deviation)
-        values = tl.div_rn(tl.div_rn(values.to(tl.float32), 255.0) - centre, deviation)
+    if scale is not None:
+        factor, summand = scale[0], shift[0]
+        for i in tl.static_range(1, len(scale)):
+            factor, summand = tl.where(channel == i, scale[i], factor), tl.where(channel == i, shift[i], summand)
+        values = values.to(tl.float32) * factor + summand
     mirrored = tl.load(crop + 6).to(tl.int1)
     column = tl.where(mirrored, width - 1 - column, column)
     out += ((image * channels + channel) * height + row[:, None]) * width + column[None, :]
