@@ -163,10 +163,12 @@ def _launch(
     taps = 2 * math.ceil(2 * max(1, largest[0] / height, largest[1] / width)) + 1
     length = triton.next_power_of_2(max(height, width))
     weights = torch.empty(number, 2, length * taps, dtype=torch.int16, device=out.device)
+    reaches = torch.empty(number, 2, 2, length, dtype=torch.int32, device=out.device)
     precisions = torch.empty(number, 2, dtype=torch.int32, device=out.device)
     programs = number * channels * triton.cdiv(height, BLOCK["ROWS"]) * triton.cdiv(width, BLOCK["COLUMNS"])
     with torch.cuda.device_of(out):
-        weights_kernel[number, 2](crops, weights, precisions, height, width, taps, SIZE=length)
+        weights_kernel[number, 2](crops, weights, reaches, precisions, height, width, taps, SIZE=length)
         resample_kernel[(programs,)](
-            crops, weights, precisions, out, channels, height, width, taps, factors, summands, SIZE=length, **BLOCK
-        )
+            crops, weights, reaches, precisions, out, channels, height, width, taps, factors, summands,
+            SIZE=length, **BLOCK,
+        )  # fmt: skip

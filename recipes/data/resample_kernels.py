@@ -24,29 +24,29 @@ def _cubic(x):
 
 
 @triton.jit
-def _reach(position, length, size):
-    """First pixel of `length` that goes into a pixel of `size`, how many do, its centre, and the filter's stretch."""
-    scale = length.to(tl.float64) / size
-    stretch = tl.maximum(scale, 1.0)
-    centre = scale * (position + 0.5)
-    first = tl.maximum((centre - 2.0 * stretch + 0.5).to(tl.int32), 0)
-    end = tl.minimum((centre + 2.0 * stretch + 0.5).to(tl.int32), length)
-    return first, end - first, centre, stretch
+def weights_kernel(crops, weights, reaches, precisions, height, width, taps, SIZE: tl.constexpr):
+    """For the rows (axis 0) or columns of an image: which of its crop's go into each, and their weights of 16 bits.
 
-
-@triton.jit
-def weights_kernel(crops, weights, precisions, height, width, taps, SIZE: tl.constexpr):
-    """Weights of one axis of an image, (height, taps) of 16 bits for its columns or (taps, SIZE) for its rows."""
+    The reaches (2, SIZE) are the first of them and their number. The weights are (SIZE, taps) for the rows and
+    (taps, SIZE) for the columns: as each is read.
+    """
     image, axis = tl.program_id(0), tl.program_id(1)
     length = tl.load(crops + image * FIELDS + 4 + axis).to(tl.int32)
     size = tl.where(axis == 0, height, width)
     position = tl.arange(0, SIZE)
-    inside = position < size
-    first, count, centre, stretch = _reach(tl.minimum(position, size - 1), length, size)
-    longest = tl.max(count)
+    scale = length.to(tl.float64) / size
+    stretch = tl.maximum(scale, 1.0)
+    centre = scale * (tl.minimum(position, size - 1) + 0.5)
+    first = tl.maximum((centre - 2.0 * stretch + 0.5).to(tl.int32), 0)
+    count = tl.minimum((centre + 2.0 * stretch + 0.5).to(tl.int32), length) - first
+    reaches += (image * 2 + axis) * 2 * SIZE + position
+    tl.store(reaches, first)
+    tl.store(reaches + SIZE, count)
+
+    most_taps = tl.max(count)
     total = tl.zeros([SIZE], tl.float64)
     largest = tl.zeros([SIZE], tl.float64)
-    for tap in range(longest):
+    for tap in range(most_taps):
         weight = tl.where(tap < count, _cubic((first + tap - centre + 0.5) * (1.0 / stretch)), 0.0)
         total += weight
         largest = tl.maximum(largest, weight)
@@ -55,13 +55,13 @@ def weights_kernel(crops, weights, precisions, height, width, taps, SIZE: tl.con
     for places in range(22):
         precision += (most * (2 << places) + 0.5 < 32768.0).to(tl.int32)
     tl.store(precisions + image * 2 + axis, precision)
-    weights += (image.to(tl.int64) * 2 + axis) * SIZE * taps
-    weights += position * tl.where(axis == 0, taps, 1)
-    for tap in range(longest):
+
+    weights += (image.to(tl.int64) * 2 + axis) * SIZE * taps + position * tl.where(axis == 0, taps, 1)
+    for tap in range(most_taps):
         weight = tl.where(tap < count, _cubic((first + tap - centre + 0.5) * (1.0 / stretch)), 0.0)
         weight = weight / total * (1 << precision)
         rounded = (weight + tl.where(weight < 0.0, -0.5, 0.5)).to(tl.int32)  # halves away from zero
-        tl.store(weights + tap * tl.where(axis == 0, 1, SIZE), rounded.to(tl.int16), mask=inside)
+        tl.store(weights + tap * tl.where(axis == 0, 1, SIZE), rounded.to(tl.int16))
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _grey_levels(sums, precision):
 
 @triton.jit
 def resample_kernel(
-    crops, weights, precisions, out, channels, height, width, taps, scale, shift,
+    crops, weights, reaches, precisions, out, channels, height, width, taps, scale, shift,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS pixels of one channel of an image, from CHUNK rows of its crop at a time.
@@ -91,9 +91,10 @@ def resample_kernel(
     crop = crops + image * FIELDS
     address = tl.load(crop) + channel * tl.load(crop + 1)
     row_stride, column_stride = tl.load(crop + 2), tl.load(crop + 3)
-    crop_height, crop_width = tl.load(crop + 4).to(tl.int32), tl.load(crop + 5).to(tl.int32)
-    first_row, row_taps, _, _ = _reach(row, crop_height, height)
-    first_column, column_taps, _, _ = _reach(column, crop_width, width)
+    crop_height = tl.load(crop + 4).to(tl.int32)
+    reaches += image * 4 * SIZE
+    first_row, row_taps = tl.load(reaches + row), tl.load(reaches + SIZE + row)
+    first_column, column_taps = tl.load(reaches + 2 * SIZE + column), tl.load(reaches + 3 * SIZE + column)
     row_weights = weights + image * 2 * SIZE * taps + row[:, None] * taps
     column_weights = weights + (image * 2 + 1) * SIZE * taps + column
     row_precision, column_precision = tl.load(precisions + image * 2), tl.load(precisions + image * 2 + 1)
