@@ -85,31 +85,32 @@ def resample_kernel(
     row = program % tl.cdiv(height, ROWS) * ROWS + tl.arange(0, ROWS)
     program //= tl.cdiv(height, ROWS)
     image, channel = (program // channels).to(tl.int64), program % channels
-    inside = (row < height)[:, None] & (column < width)[None, :]
-    row, column = tl.minimum(row, height - 1), tl.minimum(column, width - 1)
 
     crop = crops + image * FIELDS
-    address = tl.load(crop) + channel * tl.load(crop + 1)
+    pixels = (tl.load(crop) + channel * tl.load(crop + 1)).to(tl.pointer_type(tl.uint8))
     row_stride, column_stride = tl.load(crop + 2), tl.load(crop + 3)
     crop_height = tl.load(crop + 4).to(tl.int32)
     reaches += image * 4 * SIZE
     first_row, row_taps = tl.load(reaches + row), tl.load(reaches + SIZE + row)
-    first_column, column_taps = tl.load(reaches + 2 * SIZE + column), tl.load(reaches + 3 * SIZE + column)
+    seen = tl.where(tl.load(crop + 6) == 0, column, tl.maximum(width - 1 - column, 0))  # before the image is mirrored
+    first_column, column_taps = tl.load(reaches + 2 * SIZE + seen), tl.load(reaches + 3 * SIZE + seen)
     row_weights = weights + image * 2 * SIZE * taps + row[:, None] * taps
-    column_weights = weights + (image * 2 + 1) * SIZE * taps + column
+    column_weights = weights + (image * 2 + 1) * SIZE * taps + seen
     row_precision, column_precision = tl.load(precisions + image * 2), tl.load(precisions + image * 2 + 1)
 
     high = tl.zeros([ROWS, COLUMNS], tl.float32)
     low = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(tl.min(first_row), tl.max(first_row + row_taps), CHUNK):
         crop_row = start + tl.arange(0, CHUNK)
-        lines = address + tl.minimum(crop_row, crop_height - 1) * row_stride
+        lines = pixels + tl.minimum(crop_row, crop_height - 1)[:, None] * row_stride
         places = first_column * column_stride
         sums = tl.zeros([CHUNK, COLUMNS], tl.int32) + (1 << column_precision >> 1)
         for tap in range(tl.max(column_taps)):
             weight = tl.load(column_weights + tap * SIZE).to(tl.int32)
-            pixels = (lines[:, None] + places[None, :]).to(tl.pointer_type(tl.uint8))
-            sums += weight[None, :] * tl.load(pixels).to(tl.int32)
+            # The hint alone spreads a warp over columns in every release of Triton: nothing is known of alignments, so
+            # no two pixels are read as one.
+            near = tl.max_contiguous(lines + places[None, :], (1, 2))
+            sums += weight[None, :] * tl.load(near).to(tl.int32)
             places += tl.where(tap + 1 < column_taps, column_stride, 0)
         levels = _grey_levels(sums, column_precision).to(tl.float16)
         tap = crop_row[None, :] - first_row[:, None]
@@ -124,7 +125,5 @@ def resample_kernel(
         for i in tl.static_range(1, len(scale)):
             factor, summand = tl.where(channel == i, scale[i], factor), tl.where(channel == i, shift[i], summand)
         values = values.to(tl.float32) * factor + summand
-    mirrored = tl.load(crop + 6).to(tl.int1)
-    column = tl.where(mirrored, width - 1 - column, column)
-    out += ((image * channels + channel) * height + row[:, None]) * width + column[None, :]
-    tl.store(out, values.to(out.dtype.element_ty), mask=inside)
+    out += (image * channels + channel) * height * width + row[:, None] * width + column[None, :]
+    tl.store(out, values.to(out.dtype.element_ty), mask=(row < height)[:, None] & (column < width)[None, :])
