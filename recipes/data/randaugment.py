@@ -5,7 +5,7 @@ Pillow's rules in torch, on any device; every operation that timm's `rand` words
 
     equal to Pillow: AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd, Brightness, Contrast, Color,
         Sharpness
-    1 grey level apart in up to 2% of the values, where rounding decides: Rotate, ShearX, ShearY, TranslateXRel,
+    1 grey level apart in up to 1% of the values, where rounding decides: Rotate, ShearX, ShearY, TranslateXRel,
         TranslateYRel
 """
 

@@ -86,7 +86,7 @@ def test_batches_are_changed_as_by_pillow(shape: tuple[int, int, int], words: st
         expected = [pil_to_tensor(randaugment.apply_to_image(image, [operation])) for image in to_pillow(images)]
         apart = (found.short() - torch.stack(expected).short()).abs()
         is_geometric = plain_name(operation) in MATRICES
-        assert apart.max() <= is_geometric and (apart > 0).sum() <= 0.02 * apart.numel() + 3, operation
+        assert apart.max() <= is_geometric and (apart > 0).sum() <= 0.01 * apart.numel() + 5, operation
 
 
 def test_every_operation_that_words_can_select_has_a_rule() -> None:
