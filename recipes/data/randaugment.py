@@ -112,8 +112,8 @@ def recorded(name: str, operations: list[Operation], *arguments: float, **_: Any
 def posterized(
     image: Image.Image, bits: int, *, posterize: Callable[..., Image.Image], **keywords: Any
 ) -> Image.Image:
-    """timm's operation; 0 bits, which Pillow refuses from release 13 on, leave black as they did before."""
-    return posterize(image, bits, **keywords) if bits else Image.new(image.mode, image.size)
+    """timm's operation; 0 bits or fewer, which Pillow refuses from release 13 on, leave black as they did before."""
+    return posterize(image, bits, **keywords) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def plain_name(operation: Operation) -> str:
@@ -202,13 +202,14 @@ def resample(images: Tensor, numbers: Tensor, axes: str) -> Tensor:
     inside = ((source >= 0) & (source < maps[:, :, 3])).all(dim=1, keepdim=True)
     source -= 0.5
     nearest = source.floor()
-    offsets = torch.arange(-1, 3, device=images.device).view(4, 1, 1)
-    places = torch.minimum((nearest[:, :, None] + offsets).clamp_(min=0), maps[:, :, None, 3] - 1).long()
+    offsets = torch.arange(-1, 3, dtype=torch.int32, device=images.device).view(4, 1, 1)
+    last = (maps[:, :, None, 3] - 1).int()
+    places = torch.minimum((nearest.int()[:, :, None] + offsets).clamp_(min=0), last)
     weights = cubic_weights((source - nearest).float())
     x_taps, y_taps = (slice(None) if axis in axes else slice(1, 2) for axis in "xy")  # weights are 0, 1, 0, 0 else
     index = places[:, 1, y_taps, None] * width + places[:, 0, None, x_taps]  # (K, y taps, x taps, H, W)
     weight = weights[:, 1, y_taps, None] * weights[:, 0, None, x_taps]
-    index = index.view(len(images), 1, -1).expand(-1, images.shape[1], -1)
+    index = index.long().view(len(images), 1, -1).expand(-1, images.shape[1], -1)
     taps = images.flatten(2).gather(2, index).view(*images.shape[:2], -1, height, width)
     values = (taps * weight.view(len(images), 1, -1, height, width)).sum(dim=2) + ROUNDING
     return torch.where(inside, values.clamp_(0, 255).byte(), numbers[:, 8:, None, None].byte())

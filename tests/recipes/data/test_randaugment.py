@@ -142,5 +142,6 @@ def test_posterizing_to_nothing_leaves_black() -> None:
             raise ValueError
         return image
 
-    assert posterized(image, 0, posterize=refusing).getextrema() == ((0, 0),) * 3
+    for bits in (0, -1):
+        assert posterized(image, bits, posterize=refusing).getextrema() == ((0, 0),) * 3
     assert posterized(image, 1, posterize=refusing) is image
