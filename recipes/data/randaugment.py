@@ -12,7 +12,7 @@ Pillow's rules in torch, on any device; every operation that timm's `rand` words
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-GREY_LEVELS = Image.frombytes("L", (256, 1), bytes(range(256)))  # what becomes of them is an operation's table
+GREY_LEVELS = Image.frombytes("L", (256, 1), bytes(range(256)))
 # Decimals of interpolated values are cut off; in 32 bits a sum may lack this much to the whole number it stands for.
 ROUNDING = 2**-12
 
@@ -98,7 +98,7 @@ class RandAugment:
                 to_x, to_y = MATRICES[name](*operation.arguments, height, width)
                 rows.append((*to_x, width, *to_y, height, *self._fill))
             elif RULES[name] is look_up:
-                rows.append(list(self._functions[operation.name](GREY_LEVELS, *operation.arguments).tobytes()))
+                rows.append(table(self._functions[operation.name], *operation.arguments))
             else:
                 rows.append(operation.arguments)
         return np.array(rows)
@@ -125,6 +125,12 @@ def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """The values as a tensor there; the copy does not wait."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@lru_cache(maxsize=1024)
+def table(function: Callable[..., Image.Image], *arguments: float) -> NDArray[np.uint8]:
+    """What becomes of each of the 256 grey levels."""
+    return np.frombuffer(function(GREY_LEVELS, *arguments).tobytes(), np.uint8)
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
