@@ -77,6 +77,9 @@ class DataConfig:
     workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
     # Where JPEG files of the training are decoded; auto: on the GPU, if the run has one and torchcodec is installed.
     decode: Literal["auto", "cpu", "gpu"] = "auto"
+    # Where the training images are kept, if they fit: gpu, decoded, which gives small sets as fast as they are trained
+    # on; memory, decoded if all have one size, else as files. They are read before the first step.
+    cache: Literal["none", "memory", "gpu"] = "none"
     # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
     max_undecodable: float | None = limited(None, BELOW_ONE)
     max_pixels: int | None = limited(None, ONE_OR_MORE)  # larger images count as corrupt; null: 89,478,485
@@ -87,6 +90,17 @@ class DataConfig:
     max_shift: float = limited(0.0, BELOW_ONE)  # of the image's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
     max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
+
+    def conflicts(self) -> dict[str, str]:
+        """Between values that are fine on their own: key -> problem."""
+        found = {}
+        if self.cache != "none" and self.streaming:
+            problem = f"data.cache is {self.cache} but data.streaming is true"
+            found["data.cache"] = f"{problem}; allowed: data.cache=none, or data.streaming=false"
+        if self.cache == self.decode == "gpu":
+            problem = "data.decode is gpu but data.cache is gpu, for which the CPU decodes each image once"
+            found["data.decode"] = f"{problem}; allowed: data.decode=auto"
+        return found
 
 
 @dataclass(frozen=True)
@@ -151,8 +165,8 @@ class TrainConfig(Config):
         raise NotImplementedError
 
     def conflicts(self) -> dict[str, str]:
-        """Conflicts of the schedule, the batch size and CUDA graphs."""
-        found = {}
+        """Conflicts of the data, the schedule, the batch size, CUDA graphs and the device."""
+        found = self.data.conflicts()
         if (warmup := self.warmup_epochs) >= self.epochs:
             found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
         if self.min_lr > (peak := self.base_lr * self.global_batch / 256):
@@ -165,6 +179,8 @@ class TrainConfig(Config):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device=null"
         if self.data.decode == "gpu" and self.device == "cpu":
             found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
+        if self.data.cache == "gpu" and self.device == "cpu":
+            found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
         return found
 
     def unready(self) -> dict[str, str]:

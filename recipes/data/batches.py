@@ -1,6 +1,6 @@
 """Images of a split as batches, as far as the processes that load them go; the rest happens on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,15 +11,13 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from arm_zoo.images.decode import UndecodableImage, decode_tensor
 from arm_zoo.images.jpeg import read_header
-from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import DataConfig
 from recipes.data.draws import Box, Drawing, Draws
+from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, none_in_a_row
 from recipes.data.sampling import Key
 from recipes.data.sources import Source, Split
 from recipes.data.transforms import Normalisation, Transform, cropped
-
-DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no images
 
 
 class Batch(NamedTuple):
@@ -64,7 +62,8 @@ class Loaded:
     indices: Tensor  # (N,)
     undecodable: list[str]
     draws: Draws
-    files: Files | None  # None: all are decoded, flipped, and changed by RandAugment
+    files: Files | None  # None: all are decoded, flipped, and changed by RandAugment, or the GPU keeps all
+    boxes: Tensor | None = None  # (N, 4), what is to be cut out of images that the GPU keeps, at `indices`
 
     def pin_memory(self) -> "Loaded":
         """What torch's loader calls: the GPU copies pixels, files are read by the host."""
@@ -97,37 +96,48 @@ class AugmentedImages:
     """Training images, cropped, flipped and changed by RandAugment, each as the draws for its place say."""
 
     def __init__(self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
-        self._split = source.train
+        self.split = source.train
+        self.kept: DecodedSplit | None = None  # the same, if it is in memory
         self._shape = (source.channels, *image_size)
         self.drawing = Drawing(config, image_size, source.mean, seed)
 
     def batch(self, keys: Sequence[Key]) -> Loaded:
         """Decode a batch; in place of an image that cannot be decoded comes the next one."""
-        encoded, draws, undecodable = stored(self._split, keys), self._draw(keys), list[str]()
+        draws, undecodable = self._draw(keys), list[str]()
         images = torch.empty(len(keys), *self._shape, dtype=torch.uint8)
         classes = torch.empty(len(keys), dtype=torch.long)
-        for row, key in enumerate(keys):
-            image, classes[row] = self.decoded(encoded, row, key.place, undecodable)
+        for row, (image, label) in enumerate(self._opened(keys, undecodable)):
+            classes[row] = label
             image = self._cropped(image, draws, row)
             images[row] = self._changed(image.flip(-1) if draws.flips[row] else image, draws, row)
         return Loaded(images, classes, places(keys), undecodable, draws, None)
+
+    def _opened(self, keys: Sequence[Key], undecodable: list[str]) -> Iterator[tuple[Tensor, int]]:
+        """Image and class of each key, as `decoded` gives them."""
+        if self.kept is None:
+            encoded = stored(self.split, keys)
+            yield from (self.decoded(encoded, row, key.place, undecodable) for row, key in enumerate(keys))
+            return
+        for key in keys:
+            undecodable += self.kept.undecodable.get(key.place, ())
+            yield self.kept.image(key.place), int(self.kept.labels[key.place])
 
     def decoded(self, batch: Sequence[Encoded], row: int, place: int, undecodable: list[str]) -> tuple[Tensor, int]:
         """Image and class, or those of the next one that can be decoded: of the split, or of the batch of a stream.
 
         Each one that cannot is a line more in `undecodable`.
         """
-        table = self._split if isinstance(self._split, ImageTable) else None
+        table = self.split if isinstance(self.split, ImageTable) else None
         for ahead in range(min(len(batch if table is None else table), DAMAGED_IN_A_ROW)):
             if table is None or ahead == 0:
                 encoded = batch[(row + ahead) % len(batch)]
             else:
                 encoded = table.stored((place + ahead) % len(table))
             try:
-                return decoded(encoded, self._split.mode), encoded.label
+                return decoded(encoded, self.split.mode), encoded.label
             except UndecodableImage as error:
                 undecodable.append(str(error))
-        raise SourceError(f"no image among many in a row can be decoded; the last one: {undecodable[-1]}")
+        raise none_in_a_row(undecodable[-1])
 
     def _draw(self, keys: Sequence[Key]) -> Draws:
         return self.drawing(keys[0].epoch, [key.place for key in keys])
@@ -147,7 +157,7 @@ class EncodedImages(AugmentedImages):
 
     def batch(self, keys: Sequence[Key]) -> Loaded:
         """Read a batch, as far as its files can be read."""
-        encoded, draws, undecodable = stored(self._split, keys), self._draw(keys), list[str]()
+        encoded, draws, undecodable = stored(self.split, keys), self._draw(keys), list[str]()
         contents = [read(row) for row in encoded]
         rows = [row._replace(data=data or row.data) for row, data in zip(encoded, contents, strict=True)]
         images, classes, boxes = list[Tensor](), list[int](), list[Box | None]()
@@ -166,10 +176,25 @@ class EncodedImages(AugmentedImages):
 
     def _box(self, content: bytes, encoded: Encoded, draws: Draws, row: int) -> Box | None:
         """What is cut out of a JPEG file that the GPU can decode; None for all else."""
-        header = read_header(content) if self._split.mode == "RGB" else None
+        header = read_header(content) if self.split.mode == "RGB" else None
         if header is None or header.height * header.width > encoded.max_pixels:
             return None
         return self.drawing.box(draws.crops[row], header.height, header.width)
+
+
+class KeptImages(AugmentedImages):
+    """Training images that the GPU keeps decoded."""
+
+    kept: DecodedSplit  # without pixels; from the first batch on
+
+    def batch(self, keys: Sequence[Key]) -> Loaded:
+        """Draw what becomes of a batch."""
+        draws, indices = self._draw(keys), places(keys)
+        sizes = self.kept.sizes[indices].tolist()
+        boxes = [self.drawing.box(crop, *size) for crop, size in zip(draws.crops, sizes, strict=True)]
+        undecodable = [line for key in keys for line in self.kept.undecodable.get(key.place, ())]
+        none = torch.empty(0, *self._shape, dtype=torch.uint8)
+        return Loaded(none, self.kept.labels[indices], indices, undecodable, draws, None, torch.tensor(boxes))
 
 
 def stored(split: Split, keys: Sequence[Key]) -> list[Encoded]:

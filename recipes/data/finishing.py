@@ -5,7 +5,7 @@ from torch import Tensor
 
 from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, Batch, Files, Loaded
-from recipes.data.draws import Box
+from recipes.data.draws import Box, Draws
 from recipes.data.erasing import erase
 from recipes.data.gpu_decode import decode
 from recipes.data.randaugment import on_device
@@ -28,6 +28,7 @@ class Finishing:
         self._images, self._device, self._size = images, device, image_size
         self._statistics = (source.mean, source.std)
         self._normalise = Normalisation(source.mean, source.std, device)
+        self.kept: RaggedImages | None = None  # the whole split, if the GPU keeps it
         self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
 
     def __call__(self, loaded: Loaded) -> Batch:
@@ -35,7 +36,9 @@ class Finishing:
         draws, undecodable = loaded.draws, list(loaded.undecodable)
         images, classes = loaded.images, loaded.classes
         if loaded.files is not None:
-            images = self._opened(loaded, loaded.files, classes, undecodable)
+            images = self._cropped(draws, *self._opened(loaded, loaded.files, classes, undecodable))
+        elif self.kept is not None and loaded.boxes is not None:
+            images = self._cropped(draws, self.kept.select(loaded.indices), loaded.boxes)
         images, classes = (tensor.to(self._device, non_blocking=True) for tensor in (images, classes))
         if self._affine is not None:
             images = warp(images.float().div_(255), on_device(draws.warps, self._device), self._affine)
@@ -44,8 +47,10 @@ class Finishing:
         erase(images, draws.erased, draws.noise_seeds)
         return Batch(images, classes, loaded.indices, undecodable)
 
-    def _opened(self, loaded: Loaded, files: Files, classes: Tensor, undecodable: list[str]) -> Tensor:
-        """The crops (N, C, H, W) of files that are decoded here, and of those that workers decoded.
+    def _opened(
+        self, loaded: Loaded, files: Files, classes: Tensor, undecodable: list[str]
+    ) -> tuple[RaggedImages, Tensor]:
+        """Files decoded here and crops of those that workers decoded, and what is to be cut out of them (N, 4).
 
         A JPEG file that the GPU refuses is decoded by the CPU; one that this cannot decode either gives its place to
         the next image, whose class goes to `classes`.
@@ -62,12 +67,11 @@ class Finishing:
                 boxes[row] = drawing.box(draws.crops[row], *image.shape[1:])
             images.append(image.to(self._device))
         whole: Box = (0, 0, *self._size)
-        fused = () if drawing.randaugment is not None or self._affine is not None else self._statistics
-        crops = crop_resize(
-            RaggedImages.of(images),
-            torch.tensor([box or whole for box in boxes]),
-            torch.from_numpy(draws.flips),
-            self._size,
-            *fused,
-        )
-        return crops if drawing.randaugment is None else drawing.randaugment.apply_to_batch(crops, draws.operations)
+        return RaggedImages.of(images), torch.tensor([box or whole for box in boxes])
+
+    def _cropped(self, draws: Draws, images: RaggedImages, boxes: Tensor) -> Tensor:
+        """What is in boxes (N, 4) of images, resized and flipped; then changed by RandAugment, or normalised."""
+        randaugment = self._images.drawing.randaugment
+        fused = () if randaugment is not None or self._affine is not None else self._statistics
+        crops = crop_resize(images, boxes, torch.from_numpy(draws.flips), self._size, *fused)
+        return crops if randaugment is None else randaugment.apply_to_batch(crops, draws.operations)

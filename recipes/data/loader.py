@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from arm_zoo.images.decode import jpeg_decoder
-from recipes.config import BatchPlan, TrainConfig
-from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images
+from recipes.config import BatchPlan, DataConfig, TrainConfig
+from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images, KeptImages
+from recipes.data.cache import fill
 from recipes.data.finishing import Finishing
 from recipes.data.gpu_decode import decoder_missing
 from recipes.data.sampling import ScoringOrder, training_order
@@ -53,11 +54,11 @@ class TrainLoader:
         self.class_names = source.class_names
         if jpeg_decoder() is None:
             tell("torchcodec is not installed, or not one for this torch: Pillow decodes, which takes twice as long")
-        kind = EncodedImages if decodes_on_gpu(config.data.decode, device) else AugmentedImages
-        self.images = kind(source, config.data, image_size, config.seed)
+        self.images = kind_of_images(config.data, device)(source, config.data, image_size, config.seed)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")
         self._finish = Finishing(self.images, source, config.data, image_size, device)
         self._plan, self._config, self._device = plan, config, device
+        self._is_filled = False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._steps: Iterator[Prepared] = iter(())
         self._ahead: Prepared | BaseException | None = None  # the next step, or why there is none
@@ -107,6 +108,10 @@ class TrainLoader:
         check_undecodable(len(self.undecodable), self._order.size, "training", self._config.data.max_undecodable)
 
     def _prepared(self) -> Iterator[Prepared]:
+        if not self._is_filled:
+            with torch.cuda.stream(self._stream):
+                self._finish.kept = fill(self.images, self._config.data, self._device)
+            self._is_filled = True
         loaded = iter(self._loader)
         while step := list(islice(loaded, self._plan.accumulation)):
             with torch.cuda.stream(self._stream):  # None: as everywhere
@@ -182,6 +187,21 @@ class EvalLoader:
         for batch in self._loader:
             name_once(batch.undecodable, self._named)
             yield batch.ready(self._device, self._normalise)
+
+
+def kind_of_images(config: DataConfig, device: torch.device) -> type[AugmentedImages]:
+    """What loads training images, as `data.cache` and `data.decode` say."""
+    if keeps_on_gpu(config.cache, device):
+        return KeptImages
+    return EncodedImages if decodes_on_gpu(config.decode, device) else AugmentedImages
+
+
+def keeps_on_gpu(cache: str, device: torch.device) -> bool:
+    """Whether the GPU keeps decoded images, as `data.cache` says; raises `RunError` if it asks that in vain."""
+    if cache == "gpu" and device.type != "cuda":
+        problem = f"data.cache is gpu, but the run's device is {device}"
+        raise RunError(f"{problem}; allowed: data.cache=memory or data.cache=none")
+    return cache == "gpu"
 
 
 def decodes_on_gpu(decode: str, device: torch.device) -> bool:

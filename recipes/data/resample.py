@@ -7,7 +7,7 @@ of a half, which may come to one grey level.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,30 +57,10 @@ class RaggedImages:
             tuple(images),
         )
 
-    @classmethod
-    def rows(cls, images: Tensor, places: Tensor) -> "RaggedImages":
-        """Those of a set (M, C, H, W) at the places (N,), whole numbers on the CPU: nothing is copied."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
-            raise ValueError(
-                f"a set is (M, C, H, W) of uint8, its images one pixel or more; got {tuple(images.shape)} of "
-                f"{images.dtype}"
-            )
-        if places.dtype not in WHOLE or places.ndim != 1 or places.device.type != "cpu":
-            raise ValueError(
-                f"places are (N,) of int32 or int64 on the CPU, got {tuple(places.shape)} of {places.dtype} on "
-                f"{places.device}"
-            )
-        if ((places < 0) | (places >= len(images))).any():
-            raise ValueError(f"places in a set of {len(images)} images, got {places.min()} to {places.max()}")
-        stride, *strides = images.stride()
-        return cls(
-            images.data_ptr() + places.long() * stride,
-            torch.tensor(images.shape[2:], dtype=torch.int32).expand(len(places), 2),
-            torch.tensor(strides).expand(len(places), 3),
-            images.shape[1],
-            images.device,
-            (images,),
-        )
+    def select(self, places: Tensor) -> "RaggedImages":
+        """Those at the places (M,), whole numbers on the CPU, in this order: nothing is copied."""
+        numbers = {name: getattr(self, name)[places] for name in ("addresses", "sizes", "strides")}
+        return replace(self, **numbers)
 
 
 def crop_resize(

@@ -65,29 +65,30 @@ def check_equal(case: Case, channels: int, layout: str, device: str) -> None:
     assert actual.dtype == torch.uint8 and torch.equal(actual.cpu(), on_the_cpu(images, boxes, flips, size))
 
 
-def check_rows(device: str) -> None:
+def check_select(device: str) -> None:
     """Images of a set in any order, and some twice; none at all give none."""
-    images = torch.stack(pictures([(12, 10)] * 5, 3))
+    images = pictures([(12, 10)] * 5, 3)
+    kept = RaggedImages.of([image.to(device) for image in images])
     places, boxes = (
         torch.tensor([4, 0, 0, 2]),
         torch.tensor([[0, 0, 12, 10], [2, 1, 9, 8], [0, 0, 12, 10], [3, 3, 4, 4]]),
     )
     flips = torch.tensor([False, True, False, True])
-    actual = crop_resize(RaggedImages.rows(images.to(device), places), boxes, flips, (9, 17), MEAN, STD)
-    expected = on_the_cpu(list(images[places]), boxes.tolist(), flips.tolist(), (9, 17))
+    actual = crop_resize(kept.select(places), boxes, flips, (9, 17), MEAN, STD)
+    expected = on_the_cpu([images[place] for place in places], boxes.tolist(), flips.tolist(), (9, 17))
     expected = Normalisation(MEAN, STD, torch.device("cpu"))(expected)
     torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-6)
-    none = crop_resize(RaggedImages.rows(images.to(device), places[:0]), boxes[:0], flips[:0], (9, 17), MEAN, STD)
+    none = crop_resize(kept.select(places[:0]), boxes[:0], flips[:0], (9, 17), MEAN, STD)
     assert none.shape == (0, 3, 9, 17) and none.dtype == torch.float32
 
 
 def test_crops_in_the_interpreter_equal_torchvision() -> None:
     pytest.importorskip("triton", reason="no triton in this build of torch")
     script = (
-        "from tests.recipes.test_resample import SMALL, check_equal, check_rows\n"
+        "from tests.recipes.test_resample import SMALL, check_equal, check_select\n"
         "for case, layout in zip(SMALL, ('interleaved', 'view', 'planar'), strict=True):\n"
         "    check_equal(case, 3 if layout == 'interleaved' else 1, layout, 'cpu')\n"
-        "check_rows('cpu')\nprint('the crops are equal')"
+        "check_select('cpu')\nprint('the crops are equal')"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -105,7 +106,7 @@ def test_crops_on_the_gpu_equal_torchvision(channels: int, layout: str) -> None:
 
 @pytest.mark.gpu
 def test_sets_on_the_gpu() -> None:
-    check_rows("cuda")
+    check_select("cuda")
 
 
 @pytest.mark.gpu
@@ -138,21 +139,6 @@ GREY = torch.zeros(1, 5, 4, dtype=torch.uint8)
 def test_images_that_are_no_batch(images: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RaggedImages.of(images)
-
-
-@pytest.mark.parametrize(
-    ("images", "places", "message"),
-    [
-        (GREY, torch.tensor([0]), r"a set is \(M, C, H, W\) of uint8, .* got \(1, 5, 4\)"),
-        (GREY[None], torch.tensor([0.0]), r"of int32 or int64 on the CPU, got \(1,\) of torch.float32 on cpu"),
-        (GREY[None], torch.tensor([0], device="meta"), "on the CPU, got .* on meta"),
-        (GREY[None], torch.tensor([0, 1]), "a set of 1 images, got 0 to 1"),
-        (GREY[None], torch.tensor([0, -1]), "a set of 1 images, got -1 to 0"),
-    ],
-)
-def test_places_that_are_not_in_the_set(images: Tensor, places: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RaggedImages.rows(images, places)
 
 
 @pytest.mark.parametrize(
