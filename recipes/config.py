@@ -75,6 +75,8 @@ class DataConfig:
     label_column: str | None = None  # null: the only one that looks like a class
     # Processes that decode, for each training process; 0: none but itself. As many as it has cores, at most 12.
     workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
+    # Where JPEG files of the training are decoded; auto: on the GPU, if the run has one and torchcodec is installed.
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
     # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
     max_undecodable: float | None = limited(None, BELOW_ONE)
     max_pixels: int | None = limited(None, ONE_OR_MORE)  # larger images count as corrupt; null: 89,478,485
@@ -161,6 +163,8 @@ class TrainConfig(Config):
             found["global_batch"] = f"global_batch is {self.global_batch}; allowed: an even number, for image pairs"
         if self.cuda_graphs and not (self.compile and self.max_batch_per_device is None):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device=null"
+        if self.data.decode == "gpu" and self.device == "cpu":
+            found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
         return found
 
     def unready(self) -> dict[str, str]:
@@ -183,6 +187,9 @@ class TrainConfig(Config):
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
             ways = f"`pip install {self.tracker}` or tracker=none"
             found["tracker"] = f"tracker is {self.tracker}, which is not installed; type {ways}"
+        if self.data.decode == "gpu" and importlib.util.find_spec("torchcodec") is None:
+            ways = "`pip install torchcodec` or data.decode=auto"
+            found["data.decode"] = f"data.decode is gpu, which takes torchcodec, which is not installed; type {ways}"
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:

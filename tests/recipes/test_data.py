@@ -20,11 +20,12 @@ from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded
 from recipes import loader_speed
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
-from recipes.data.loader import Batch, EvalLoader, TrainLoader
+from recipes.data.batches import Batch
+from recipes.data.loader import EvalLoader, TrainLoader
 from recipes.data.sampling import Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
-from recipes.data.transforms import posterized, training_transform, warp
+from recipes.data.transforms import warp
 from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
@@ -162,7 +163,8 @@ def test_without_variation_training_and_scoring_see_the_same(folder: Path) -> No
     assert all(torch.allclose(trained[i][0], scored[i][0]) and trained[i][1] == scored[i][1] for i in trained)
     image, label, _ = source.train[20]  # type: ignore[index]
     reference = create_transform((3, 16, 16), interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
-    assert torch.allclose(scored[20][0], reference(image), atol=1e-6) and scored[20][1] == label
+    rounding = 5 / 255 / min(source.std)  # of torchvision's resizing and Pillow's
+    assert torch.allclose(scored[20][0], reference(image), atol=rounding) and scored[20][1] == label
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -395,36 +397,6 @@ def test_waiting_for_images_is_measured(folder: Path) -> None:
     run = loader(configure(folder))
     list(run.epoch(0))
     assert run.seconds_waited > 0
-
-
-def test_finetuning_uses_the_transform_of_timm() -> None:
-    data = DataConfig(source="x", random_crop=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1")
-    mean = (0.485, 0.456, 0.406)
-    reference = create_transform(
-        (32, 32), is_training=True, color_jitter=None, auto_augment=data.randaugment, interpolation="bicubic",
-        mean=mean, normalize=False,
-    )  # fmt: skip
-    image = Image.fromarray(pixels())
-    for number in range(20):
-        results = []
-        for transform in (training_transform(data, (32, 32), mean), reference):
-            random.seed(number)
-            np.random.seed(number)
-            torch.manual_seed(number)
-            results.append(transform(image))
-        assert torch.equal(*results)
-
-
-def test_posterizing_to_nothing_leaves_black() -> None:
-    image = Image.new("RGB", (2, 2), "white")
-
-    def refusing(image: Image.Image, bits: int) -> Image.Image:
-        if bits < 1:
-            raise ValueError
-        return image
-
-    assert posterized(image, 0, posterize=refusing).getextrema() == ((0, 0),) * 3
-    assert posterized(image, 1, posterize=refusing) is image
 
 
 def test_shift_rotation_and_zoom_by_hand() -> None:

@@ -1,0 +1,73 @@
+"""The last part of a training batch, on the device that trains: what is not decoded yet, and all after the crop."""
+
+import torch
+from torch import Tensor
+
+from recipes.config import DataConfig
+from recipes.data.batches import AugmentedImages, Batch, Files, Loaded
+from recipes.data.draws import Box
+from recipes.data.erasing import erase
+from recipes.data.gpu_decode import decode
+from recipes.data.randaugment import on_device
+from recipes.data.resample import RaggedImages, crop_resize
+from recipes.data.sources import Source
+from recipes.data.transforms import Normalisation, warp
+
+
+class Finishing:
+    """Makes batches of what workers load; the host does not wait for the device, but where a JPEG is refused there."""
+
+    def __init__(
+        self,
+        images: AugmentedImages,
+        source: Source,
+        config: DataConfig,
+        image_size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self._images, self._device, self._size = images, device, image_size
+        self._statistics = (source.mean, source.std)
+        self._normalise = Normalisation(source.mean, source.std, device)
+        self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
+
+    def __call__(self, loaded: Loaded) -> Batch:
+        """Decode, crop and resize where workers did not; then RandAugment, warp, normalise and erase."""
+        draws, undecodable = loaded.draws, list(loaded.undecodable)
+        images, classes = loaded.images, loaded.classes
+        if loaded.files is not None:
+            images = self._opened(loaded, loaded.files, classes, undecodable)
+        images, classes = (tensor.to(self._device, non_blocking=True) for tensor in (images, classes))
+        if self._affine is not None:
+            images = warp(images.float().div_(255), on_device(draws.warps, self._device), self._affine)
+        if images.dtype == torch.uint8 or self._affine is not None:
+            images = self._normalise(images)
+        erase(images, draws.erased, draws.noise_seeds)
+        return Batch(images, classes, loaded.indices, undecodable)
+
+    def _opened(self, loaded: Loaded, files: Files, classes: Tensor, undecodable: list[str]) -> Tensor:
+        """The crops (N, C, H, W) of files that are decoded here, and of those that workers decoded.
+
+        A JPEG file that the GPU refuses is decoded by the CPU; one that this cannot decode either gives its place to
+        the next image, whose class goes to `classes`.
+        """
+        draws, randaugment = loaded.draws, self._images.drawing.randaugment
+        boxes, small = list(files.boxes), iter(loaded.images.to(self._device, non_blocking=True))
+        rows = [row for row, box in enumerate(boxes) if box is not None]
+        contents = files.content.split(files.sizes)
+        found = dict(zip(rows, decode([contents[row] for row in rows], self._device), strict=True))
+        images = [next(small) if box is None else found[row] for row, box in enumerate(boxes)]
+        for row in (row for row, image in enumerate(images) if image is None):
+            place = int(loaded.indices[row])
+            image, classes[row] = self._images.decoded(files.encoded(), row, place, undecodable)
+            boxes[row] = self._images.drawing.box(draws.crops[row], *image.shape[1:])
+            images[row] = image.to(self._device)
+        whole: Box = (0, 0, *self._size)
+        fused = () if randaugment is not None or self._affine is not None else self._statistics
+        crops = crop_resize(
+            RaggedImages.of(images),
+            torch.tensor([box or whole for box in boxes]),
+            torch.from_numpy(draws.flips),
+            self._size,
+            *fused,
+        )
+        return crops if randaugment is None else randaugment.apply_to_batch(crops, draws.operations)
