@@ -28,18 +28,19 @@ from accelerate.utils import gather_object
 
 from recipes.command_line import RECIPES, read_config, say
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, PretrainConfig, TrainConfig
+from recipes.data.batches import Batch
 from recipes.data.generated import SUBSAMPLINGS, write_images
-from recipes.data.loader import Batch
+from recipes.data.loader import decodes_on_gpu
 from recipes.data.sources import open_source
 from recipes.errors import reporting_mistakes
 from recipes.finetune import CLASSIFICATION
 from recipes.objectives import TRAINING
 from recipes.parsing import limited
 from recipes.training.setup import train
-from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns, endless
+from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns, endless, steps
 
 HEADINGS = """
-| images | img/s | of a process | of a worker | ratio | host waits | GPU GiB beside step, growth | host GiB growth |
+| images | img/s | of a process | of a worker | ratio | waits | GPU GiB beside step, growth | host GiB growth |
 |---|---|---|---|---|---|---|---|"""
 
 
@@ -65,11 +66,10 @@ class Measurement:
     batch: int  # of all processes
     processes: int  # one for each GPU
     workers: int  # of each process
-    cache: str
     device: str
     recipe: str | None = None  # whose step trains on them; None for the loader alone
     model: str | None = None
-    data_wait: float | None = None  # fraction of the time in which the host waits for images
+    data_wait: float | None = None  # fraction of the time in which the waits for images
     gpu_beside_step: float | None = None  # GiB, the most that is taken on the GPU, less what the step alone takes
     gpu_growth: float | None = None  # GiB, from the first to the last round
     host_growth: float | None = None  # GiB of the first process, without its workers
@@ -79,7 +79,7 @@ def table(found: Sequence[Measurement]) -> Iterator[str]:
     """Lines of Markdown."""
     one = found[0]
     what = "the loader alone" if one.model is None else f"{one.recipe} of {one.model}"
-    where = f"{one.processes} x {one.device} with {one.workers} workers each, data.cache={one.cache}"
+    where = f"{one.processes} x {one.device} with {one.workers} workers each"
     yield f"{what} at {one.image_size} px, batch {one.batch}, {where}; {len(one.rounds)} rounds"
     yield HEADINGS
     for each in found:
@@ -92,11 +92,11 @@ def table(found: Sequence[Measurement]) -> Iterator[str]:
         yield f"| {each.images} | {speeds} | {each.ratio:.3f} | {beside} |"
 
 
-def ways(config: DataConfig) -> list[str]:
-    """Where images can be decoded: on the CPU, and on the GPU if there is one, unless the configuration decides."""
-    if config.decode != "auto" or config.cache != "none":
-        return [config.decode]
-    return ["cpu", "gpu"] if torch.cuda.is_available() else ["cpu"]
+def ways(decode: str, device: torch.device) -> list[str]:
+    """Where images are decoded in turn, as `data.decode` says: on the CPU, and on the GPU where that can be."""
+    if decode != "auto":
+        return [decode]
+    return ["cpu", "gpu"] if decodes_on_gpu("auto", device) else ["cpu"]
 
 
 def measured(images: str, rounds: list[float], first: list[float], data: DataConfig, **more: Any) -> Measurement:
@@ -104,7 +104,7 @@ def measured(images: str, rounds: list[float], first: list[float], data: DataCon
     state = PartialState()
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     ratio = median(speed / reference for speed, reference in zip(rounds, first, strict=True))
-    machine = {"processes": state.num_processes, "workers": data.workers, "cache": data.cache, "device": device}
+    machine = {"processes": state.num_processes, "workers": data.workers, "device": device}
     return Measurement(images, rounds, median(rounds), ratio, **machine, **more)
 
 
@@ -115,7 +115,9 @@ def loader_speed(config: LoaderConfig, rounds: int, batches: int) -> list[Measur
     batch = min(config.batch, max(2, (source.train.size or config.batch) // (2 * processes) * 2))  # of few, all
     training = TrainConfig(data=config.data, seed=config.seed, global_batch=batch * processes)
     where = (BatchPlan(batch, 1), size, state.process_index, processes, state.device)
-    streams = {way: endless(source, training, *where, decode=way) for way in ways(config.data)}
+    streams = {
+        way: steps(endless(source, training, *where, decode=way)) for way in ways(config.data.decode, state.device)
+    }
     speeds: dict[str, list[float]] = {way: [] for way in streams}
     for _ in range(rounds):
         for way, stream in streams.items():
@@ -141,7 +143,8 @@ def step_speed(recipe: str, config: TrainConfig, rounds: int, batches: int) -> l
     """A run, of which nothing is kept, that trains on a fixed batch and on the images of each way in turn."""
     objective = TRAINING[config.objective] if isinstance(config, PretrainConfig) else CLASSIFICATION
     objective = dataclasses.replace(objective, export=lambda trained: None, evaluation=None)
-    images = [FIXED, *ways(config.data)]
+    device = PartialState(cpu=config.device == "cpu").device
+    images = [FIXED, *ways(config.data.decode, device)]
     loaders: list[Turns] = []
 
     def create_loader(*arguments: Any) -> Turns:

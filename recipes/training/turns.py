@@ -1,6 +1,5 @@
 """A run whose images come from several places in turn, so that their speeds can be compared within one process."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, repeat
@@ -10,19 +9,13 @@ import psutil
 import torch
 
 from recipes.config import TrainConfig
-from recipes.data.loader import Batch, TrainLoader
+from recipes.data.batches import Batch
+from recipes.data.loader import TrainLoader
 from recipes.data.sources import Source
 
 FIXED = "fixed batch"
 ENDLESS = 1_000_000  # epochs
 EPOCHS_OF_A_TURN = 2  # the first one uses up what was loaded while others had their turn, the last one counts
-
-
-def endless(source: Source, config: TrainConfig, *arguments: Any, **data: Any) -> Iterator[list[Batch]]:
-    """The steps of epoch after epoch; `arguments` are `TrainLoader`'s, `data` keys of `DataConfig` that win."""
-    config = replace(config, epochs=ENDLESS, data=replace(config.data, **data))
-    loader = TrainLoader(source, config, *arguments)
-    return (step for epoch in count() for step in loader.epoch(epoch))
 
 
 class Turns(TrainLoader):
@@ -35,21 +28,41 @@ class Turns(TrainLoader):
         self, ways: Sequence[str], batches: int, source: Source, config: TrainConfig, *arguments: Any
     ) -> None:
         super().__init__(source, config, *arguments)
-        fixed = next(endless(source, config, *arguments, decode="cpu", cache="none", workers=0))
-        self._streams = [repeat(fixed), *(endless(source, config, *arguments, decode=way) for way in ways)]
+        self._loaders = [endless(source, config, *arguments, decode=way) for way in ways]
+        fixed = next(endless(source, config, *arguments, decode="cpu", workers=0).epoch(0))
+        self._streams = [repeat(fixed), *map(steps, self._loaders)]
         self.steps_per_epoch = batches
+        self._turn = 0  # of the fixed batch, then of the loaders
         self.memory: list[dict[str, float]] = []  # at the end of each epoch
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds in which training stood still for want of images."""
+        return sum(loader.seconds_waited for loader in self._loaders)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch."""
-        stream = self._streams[epoch // EPOCHS_OF_A_TURN % len(self._streams)]
+        self._turn = epoch // EPOCHS_OF_A_TURN % len(self._streams)
         for step in range(first_step, self.steps_per_epoch):
-            started = time.perf_counter()
-            batches = next(stream)
-            self.seconds_waited += time.perf_counter() - started
+            batches = next(self._streams[self._turn])
             if step + 1 == self.steps_per_epoch:
                 self.memory.append(memory(self._device))
             yield batches
+
+    def look_ahead(self) -> None:
+        """Begin with the images of the next step, where it has others."""
+        for loader in self._loaders[self._turn - 1 : self._turn]:
+            loader.look_ahead()
+
+
+def endless(source: Source, config: TrainConfig, *arguments: Any, **data: Any) -> TrainLoader:
+    """A loader that never ends; `arguments` are `TrainLoader`'s, `data` keys of `DataConfig` that win."""
+    return TrainLoader(source, replace(config, epochs=ENDLESS, data=replace(config.data, **data)), *arguments)
+
+
+def steps(loader: TrainLoader) -> Iterator[list[Batch]]:
+    """The steps of epoch after epoch."""
+    return (step for epoch in count() for step in loader.epoch(epoch))
 
 
 def memory(device: torch.device) -> dict[str, float]:
