@@ -52,7 +52,7 @@ def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels:
 
 
 def decode_tensor(encoded: bytes, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The pixels and the errors of `decode_image`, as (C, H, W), uint8; torchcodec decodes plain JPEGs if it is there."""
+    """What `decode_image` shows or raises, as (C, H, W), uint8; plain JPEGs by torchcodec where it is installed."""
     header, decode_jpeg = read_header(encoded), jpeg_decoder()
     if decode_jpeg and header and header.height * header.width <= max_pixels:
         with suppress(RuntimeError):  # damaged: Pillow says whether it can be shown, and names the cause

@@ -48,7 +48,7 @@ class Drawing:
     def __call__(self, epoch: int, places: Sequence[int]) -> Draws:
         """The draws of the images at these places of an epoch: the same in any batch and any order."""
         bits = random_bits(self._seed, epoch, places, NUMBERS)
-        numbers = (bits >> np.uint64(11)) * 2.0**-53  # in 0..1, without 1
+        numbers = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in 0..1, without 1
         erased = [
             fitting_box(attempts, *self._image_size, ERASED_AREAS, ERASED_ASPECTS, inside=1) if is_erased else None
             for attempts, is_erased in zip(

@@ -50,19 +50,19 @@ class Finishing:
         A JPEG file that the GPU refuses is decoded by the CPU; one that this cannot decode either gives its place to
         the next image, whose class goes to `classes`.
         """
-        draws, randaugment = loaded.draws, self._images.drawing.randaugment
-        boxes, small = list(files.boxes), iter(loaded.images.to(self._device, non_blocking=True))
-        rows = [row for row, box in enumerate(boxes) if box is not None]
+        draws, drawing, boxes = loaded.draws, self._images.drawing, list(files.boxes)
         contents = files.content.split(files.sizes)
-        found = dict(zip(rows, decode([contents[row] for row in rows], self._device), strict=True))
-        images = [next(small) if box is None else found[row] for row, box in enumerate(boxes)]
-        for row in (row for row, image in enumerate(images) if image is None):
-            place = int(loaded.indices[row])
-            image, classes[row] = self._images.decoded(files.encoded(), row, place, undecodable)
-            boxes[row] = self._images.drawing.box(draws.crops[row], *image.shape[1:])
-            images[row] = image.to(self._device)
+        by_gpu = iter(decode([contents[row] for row, box in enumerate(boxes) if box is not None], self._device))
+        by_workers = iter(loaded.images.to(self._device, non_blocking=True))
+        images = []
+        for row, box in enumerate(boxes):
+            image = next(by_workers if box is None else by_gpu)
+            if image is None:
+                image, classes[row] = self._images.decoded(files.encoded(), row, int(loaded.indices[row]), undecodable)
+                boxes[row] = drawing.box(draws.crops[row], *image.shape[1:])
+            images.append(image.to(self._device))
         whole: Box = (0, 0, *self._size)
-        fused = () if randaugment is not None or self._affine is not None else self._statistics
+        fused = () if drawing.randaugment is not None or self._affine is not None else self._statistics
         crops = crop_resize(
             RaggedImages.of(images),
             torch.tensor([box or whole for box in boxes]),
@@ -70,4 +70,4 @@ class Finishing:
             self._size,
             *fused,
         )
-        return crops if randaugment is None else randaugment.apply_to_batch(crops, draws.operations)
+        return crops if drawing.randaugment is None else drawing.randaugment.apply_to_batch(crops, draws.operations)

@@ -26,7 +26,7 @@ from recipes.errors import RunError
 from recipes.signals import StopWaiting
 
 CPU = torch.device("cpu")
-BLOCKS_UNKNOWN = 3  # two of each step: where its images are made, and where they are taken
+BLOCKS_UNKNOWN = 5  # measured ones that the GPU may not have come to; a step has two
 Prepared = tuple[list[Batch], torch.cuda.Event | None]  # micro-batches of a step; when the GPU has made them
 
 
@@ -76,18 +76,20 @@ class TrainLoader:
             self._order.start = (epoch, first_step)
             self._steps, self._ahead = self._prepared(), None
         for step in range(first_step, self.steps_per_epoch):
-            self.look_ahead()
+            ahead, self._ahead = self.look_ahead(), None
+            if isinstance(ahead, BaseException):
+                raise ahead
             with self._pauses.measured():
-                batches = self._handed_over()
+                batches = self._handed_over(*ahead)
             name_once((line for batch in batches for line in batch.undecodable), self.undecodable)
             self.check_undecodable()
             self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield batches
 
-    def look_ahead(self) -> None:
+    def look_ahead(self) -> Prepared | BaseException:
         """Begin with the images of the next step, if that is not done: best while the device works on a step.
 
-        What prevents it, such as an end of the workers, is raised when that step is asked for.
+        What prevents it, such as a worker's end, is not raised before that step is asked for.
         """
         if self._ahead is None:
             with self._pauses.measured():
@@ -95,6 +97,7 @@ class TrainLoader:
                     self._ahead = next(self._steps)
                 except (Exception, StopWaiting) as error:
                     self._ahead = error
+        return self._ahead
 
     def check_undecodable(self) -> None:
         """Raise `SourceError` if more training images are damaged than `data.max_undecodable` tolerates."""
@@ -104,14 +107,12 @@ class TrainLoader:
         loaded = iter(self._loader)
         while step := list(islice(loaded, self._plan.accumulation)):
             with torch.cuda.stream(self._stream):  # None: as everywhere
-                yield list(map(self._finish, step)), self._stream and self._stream.record_event()
+                batches = list(map(self._finish, step))
+                made = None if self._stream is None else self._stream.record_event()
+            yield batches, made
 
-    def _handed_over(self) -> list[Batch]:
-        """The step that was prepared, for the stream that trains."""
-        ahead, self._ahead = self._ahead, None
-        if not isinstance(ahead, tuple):
-            raise ahead
-        batches, made = ahead
+    def _handed_over(self, batches: list[Batch], made: torch.cuda.Event | None) -> list[Batch]:
+        """A step that was prepared, for the stream that trains."""
         if made is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(made)
@@ -123,8 +124,8 @@ class TrainLoader:
 class Pauses:
     """How long a device stands still in measured blocks; of a GPU the time between its work before and after them.
 
-    A GPU's time is known when it gets there. The host waits for the GPU to begin the step before the last one: so the
-    memory of images is bounded, and the GPU has always work.
+    A GPU's time is known when it gets there. The host waits for it if it is more than two steps behind: that bounds
+    the memory of images that wait, and leaves the GPU work to do.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Crops of images of many sizes, resized, mirrored and normalised on the GPU in one go.
 
-The resize is `torchvision.transforms.v2.functional.resized_crop` of images of 8 bits on the CPU, bicubic and antialiased:
-the same whole numbers, so the same to the bit but where a weight lies within rounding of a half, and within one grey
-level there.
+The resize is that of `torchvision.transforms.v2.functional.resized_crop` for images of 8 bits on the CPU, bicubic and
+antialiased, computed in the same whole numbers: it gives the same values to the bit, but for weights within rounding
+of a half, which may come to one grey level.
 """
 
 import math
@@ -145,7 +145,7 @@ def _check_crops(images: RaggedImages, boxes: Tensor, flips: Tensor) -> None:
 
 def _launch(
     crops: Tensor,
-    largest: tuple[int, int],
+    largest: Sequence[int],
     out: Tensor,
     factors: tuple[float, ...] | None,
     summands: tuple[float, ...] | None,
