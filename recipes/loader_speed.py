@@ -16,7 +16,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -37,11 +37,12 @@ from recipes.finetune import CLASSIFICATION
 from recipes.objectives import TRAINING
 from recipes.parsing import limited
 from recipes.training.setup import train
-from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns, endless, steps
+from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns, endless, memory, steps
 
 HEADINGS = """
-| images | img/s | of a process | of a worker | ratio | waits | GPU GiB beside step, growth | host GiB growth |
+| images | img/s | of a process | of a worker | ratio | waits | GiB on the GPU | growth there, on the host |
 |---|---|---|---|---|---|---|---|"""
+Row = dict[str, Any]  # figures of one way in one round, called as in `metrics.jsonl`, and those of `memory`
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Measurement:
     rounds: list[float]  # images per second of all processes together, in each round
     images_per_second: float  # their median
     ratio: float  # to the first way, the fixed batch if there is one: median of the rounds' ratios
+    data_wait: float  # fraction of the time in which training stands still for want of images; of the loader alone 1
+    gpu_gib: float  # the most that is taken on the first process's GPU, beyond the step's own
+    gpu_growth: float  # GiB, from the first to the last round
+    host_growth: float  # GiB, the same of the first process's memory, without its workers'
     image_size: int
     batch: int  # of all processes
     processes: int  # one for each GPU
@@ -69,10 +74,6 @@ class Measurement:
     device: str
     recipe: str | None = None  # whose step trains on them; None for the loader alone
     model: str | None = None
-    data_wait: float | None = None  # fraction of the time in which the waits for images
-    gpu_beside_step: float | None = None  # GiB, the most that is taken on the GPU, less what the step alone takes
-    gpu_growth: float | None = None  # GiB, from the first to the last round
-    host_growth: float | None = None  # GiB of the first process, without its workers
 
 
 def table(found: Sequence[Measurement]) -> Iterator[str]:
@@ -85,11 +86,8 @@ def table(found: Sequence[Measurement]) -> Iterator[str]:
     for each in found:
         of_process = each.images_per_second / each.processes
         speeds = f"{each.images_per_second:,.0f} | {of_process:,.0f} | {of_process / (each.workers or 1):,.0f}"
-        beside = "- | - | -"
-        if each.data_wait is not None:
-            gpu = f"{each.gpu_beside_step:.2f}, {each.gpu_growth:+.2f}"
-            beside = f"{each.data_wait:.1%} | {gpu} | {each.host_growth:+.2f}"
-        yield f"| {each.images} | {speeds} | {each.ratio:.3f} | {beside} |"
+        memory = f"{each.gpu_gib:.2f} | {each.gpu_growth:+.3f}, {each.host_growth:+.3f}"
+        yield f"| {each.images} | {speeds} | {each.ratio:.3f} | {each.data_wait:.1%} | {memory} |"
 
 
 def ways(decode: str, device: torch.device) -> list[str]:
@@ -99,13 +97,27 @@ def ways(decode: str, device: torch.device) -> list[str]:
     return ["cpu", "gpu"] if decodes_on_gpu("auto", device) else ["cpu"]
 
 
-def measured(images: str, rounds: list[float], first: list[float], data: DataConfig, **more: Any) -> Measurement:
-    """From the speeds in each round, and those of the first way."""
+def measurements(turns: Mapping[str, Sequence[Row]], gpu_gib: float, workers: int, **same: Any) -> list[Measurement]:
+    """One for each way, from its row in each round, where `gpu_gib` are not its own."""
     state = PartialState()
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
-    ratio = median(speed / reference for speed, reference in zip(rounds, first, strict=True))
-    machine = {"processes": state.num_processes, "workers": data.workers, "device": device}
-    return Measurement(images, rounds, median(rounds), ratio, **machine, **more)
+    same |= {"processes": state.num_processes, "workers": workers, "device": device}
+    speeds = {way: [row["images_per_second"] for row in rows] for way, rows in turns.items()}
+    first = next(iter(speeds.values()))
+    return [
+        Measurement(
+            images=way,
+            rounds=speeds[way],
+            images_per_second=median(speeds[way]),
+            ratio=median(speed / reference for speed, reference in zip(speeds[way], first, strict=True)),
+            data_wait=median(row["data_wait"] for row in rows),
+            gpu_gib=max(row["gpu_gib"] for row in rows) - gpu_gib,
+            gpu_growth=rows[-1]["gpu_gib"] - rows[0]["gpu_gib"],
+            host_growth=rows[-1]["host_gib"] - rows[0]["host_gib"],
+            **same,
+        )
+        for way, rows in turns.items()
+    ]
 
 
 def loader_speed(config: LoaderConfig, rounds: int, batches: int) -> list[Measurement]:
@@ -115,20 +127,21 @@ def loader_speed(config: LoaderConfig, rounds: int, batches: int) -> list[Measur
     batch = min(config.batch, max(2, (source.train.size or config.batch) // (2 * processes) * 2))  # of few, all
     training = TrainConfig(data=config.data, seed=config.seed, global_batch=batch * processes)
     where = (BatchPlan(batch, 1), size, state.process_index, processes, state.device)
+    before = memory(state.device)["gpu_gib"]
     streams = {
         way: steps(endless(source, training, *where, decode=way)) for way in ways(config.data.decode, state.device)
     }
-    speeds: dict[str, list[float]] = {way: [] for way in streams}
+    turns: dict[str, list[Row]] = {way: [] for way in streams}
     for _ in range(rounds):
         for way, stream in streams.items():
             take(stream, 1 + 3 * config.data.workers)  # two that each has ready and one in its hands
             started = time.perf_counter()
             take(stream, batches)
             speed = batches * batch / (time.perf_counter() - started)
-            speeds[way].append(sum(gather_object([speed])))
-    first = next(iter(speeds.values()))
+            row = {"images_per_second": sum(gather_object([speed])), "data_wait": 1.0}
+            turns[way].append(row | memory(state.device))
     same = {"image_size": config.image_size, "batch": training.global_batch}
-    return [measured(way, each, first, config.data, **same) for way, each in speeds.items()]
+    return measurements(turns, before, config.data.workers, **same)
 
 
 def take(stream: Iterator[list[Batch]], batches: int) -> None:
@@ -160,23 +173,12 @@ def step_speed(recipe: str, config: TrainConfig, rounds: int, batches: int) -> l
             ),
             objective, "loader speed", "none", None, create_loader,
         )  # fmt: skip
-    rows = [row | memory for row, memory in zip(trained.history, loaders[0].memory, strict=True)]
+    rows = [row | taken for row, taken in zip(trained.history, loaders[0].memory, strict=True)]
     counted = rows[EPOCHS_OF_A_TURN - 1 :: EPOCHS_OF_A_TURN]
     turns = {way: counted[number :: len(images)] for number, way in enumerate(images)}
-    same = {"recipe": recipe, "model": config.model, "batch": config.global_batch}
-    same |= {"image_size": trained.inputs["input_size"][-1]}
-    speeds = {way: [row["images_per_second"] for row in each] for way, each in turns.items()}
-    return [
-        measured(
-            way, speeds[way], speeds[FIXED], config.data,
-            data_wait=median(row["data_wait"] for row in each),
-            gpu_beside_step=max(row["gpu_gib"] for row in each) - counted[0]["gpu_gib"],
-            gpu_growth=each[-1]["gpu_gib"] - each[0]["gpu_gib"],
-            host_growth=each[-1]["host_gib"] - each[0]["host_gib"],
-            **same,
-        )
-        for way, each in turns.items()
-    ]  # fmt: skip
+    same = {"image_size": trained.inputs["input_size"][-1], "batch": config.global_batch}
+    same |= {"recipe": recipe, "model": config.model}
+    return measurements(turns, counted[0]["gpu_gib"], config.data.workers, **same)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -49,10 +49,10 @@ class Turns(TrainLoader):
                 self.memory.append(memory(self._device))
             yield batches
 
-    def look_ahead(self) -> None:
+    def look_ahead(self) -> Any:
         """Begin with the images of the next step, where it has others."""
-        for loader in self._loaders[self._turn - 1 : self._turn]:
-            loader.look_ahead()
+        if self._turn > 0:
+            self._loaders[self._turn - 1].look_ahead()
 
 
 def endless(source: Source, config: TrainConfig, *arguments: Any, **data: Any) -> TrainLoader:
