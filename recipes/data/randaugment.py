@@ -5,14 +5,14 @@ Pillow's rules in torch, on any device; every operation that timm's `rand` words
 
     equal to Pillow: AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd, Brightness, Contrast, Color,
         Sharpness
-    1 grey level apart in up to 2% of the values, where rounding decides: Rotate, ShearX, ShearY, TranslateXRel,
+    1 grey level apart in up to 1% of the values, where rounding decides: Rotate, ShearX, ShearY, TranslateXRel,
         TranslateYRel
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-GREY_LEVELS = Image.frombytes("L", (256, 1), bytes(range(256)))  # what becomes of them is an operation's table
+GREY_LEVELS = Image.frombytes("L", (256, 1), bytes(range(256)))
 # Decimals of interpolated values are cut off; in 32 bits a sum may lack this much to the whole number it stands for.
 ROUNDING = 2**-12
 
@@ -98,7 +98,7 @@ class RandAugment:
                 to_x, to_y = MATRICES[name](*operation.arguments, height, width)
                 rows.append((*to_x, width, *to_y, height, *self._fill))
             elif RULES[name] is look_up:
-                rows.append(list(self._functions[operation.name](GREY_LEVELS, *operation.arguments).tobytes()))
+                rows.append(table(self._functions[operation.name], *operation.arguments))
             else:
                 rows.append(operation.arguments)
         return np.array(rows)
@@ -112,8 +112,8 @@ def recorded(name: str, operations: list[Operation], *arguments: float, **_: Any
 def posterized(
     image: Image.Image, bits: int, *, posterize: Callable[..., Image.Image], **keywords: Any
 ) -> Image.Image:
-    """timm's operation; 0 bits, which Pillow refuses from release 13 on, leave black as they did before."""
-    return posterize(image, bits, **keywords) if bits else Image.new(image.mode, image.size)
+    """timm's operation; 0 bits or fewer, which Pillow refuses from release 13 on, leave black as they did before."""
+    return posterize(image, bits, **keywords) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def plain_name(operation: Operation) -> str:
@@ -125,6 +125,12 @@ def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """The values as a tensor there; the copy does not wait."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@lru_cache(maxsize=1024)
+def table(function: Callable[..., Image.Image], *arguments: float) -> NDArray[np.uint8]:
+    """What becomes of each of the 256 grey levels."""
+    return np.frombuffer(function(GREY_LEVELS, *arguments).tobytes(), np.uint8)
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
@@ -202,13 +208,14 @@ def resample(images: Tensor, numbers: Tensor, axes: str) -> Tensor:
     inside = ((source >= 0) & (source < maps[:, :, 3])).all(dim=1, keepdim=True)
     source -= 0.5
     nearest = source.floor()
-    offsets = torch.arange(-1, 3, device=images.device).view(4, 1, 1)
-    places = torch.minimum((nearest[:, :, None] + offsets).clamp_(min=0), maps[:, :, None, 3] - 1).long()
+    offsets = torch.arange(-1, 3, dtype=torch.int32, device=images.device).view(4, 1, 1)
+    last = (maps[:, :, None, 3] - 1).int()
+    places = torch.minimum((nearest.int()[:, :, None] + offsets).clamp_(min=0), last)
     weights = cubic_weights((source - nearest).float())
     x_taps, y_taps = (slice(None) if axis in axes else slice(1, 2) for axis in "xy")  # weights are 0, 1, 0, 0 else
     index = places[:, 1, y_taps, None] * width + places[:, 0, None, x_taps]  # (K, y taps, x taps, H, W)
     weight = weights[:, 1, y_taps, None] * weights[:, 0, None, x_taps]
-    index = index.view(len(images), 1, -1).expand(-1, images.shape[1], -1)
+    index = index.long().view(len(images), 1, -1).expand(-1, images.shape[1], -1)
     taps = images.flatten(2).gather(2, index).view(*images.shape[:2], -1, height, width)
     values = (taps * weight.view(len(images), 1, -1, height, width)).sum(dim=2) + ROUNDING
     return torch.where(inside, values.clamp_(0, 255).byte(), numbers[:, 8:, None, None].byte())

@@ -86,7 +86,7 @@ def test_batches_are_changed_as_by_pillow(shape: tuple[int, int, int], words: st
         expected = [pil_to_tensor(randaugment.apply_to_image(image, [operation])) for image in to_pillow(images)]
         apart = (found.short() - torch.stack(expected).short()).abs()
         is_geometric = plain_name(operation) in MATRICES
-        assert apart.max() <= is_geometric and (apart > 0).sum() <= 0.02 * apart.numel() + 3, operation
+        assert apart.max() <= is_geometric and (apart > 0).sum() <= 0.01 * apart.numel() + 5, operation
 
 
 def test_every_operation_that_words_can_select_has_a_rule() -> None:
@@ -142,5 +142,6 @@ def test_posterizing_to_nothing_leaves_black() -> None:
             raise ValueError
         return image
 
-    assert posterized(image, 0, posterize=refusing).getextrema() == ((0, 0),) * 3
+    for bits in (0, -1):
+        assert posterized(image, bits, posterize=refusing).getextrema() == ((0, 0),) * 3
     assert posterized(image, 1, posterize=refusing) is image
