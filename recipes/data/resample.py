@@ -14,7 +14,7 @@ from torch import Tensor
 
 WHOLE = (torch.int32, torch.int64)
 # Pixels of a program of the kernel, the rows of the crop that it resamples at a time, and its threads by 32.
-BLOCK = {"ROWS": 32, "COLUMNS": 64, "CHUNK": 32, "num_warps": 4}
+BLOCK = {"ROWS": 32, "COLUMNS": 64, "CHUNK": 16, "num_warps": 4}
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,14 @@ def _launch(
         raise ValueError(f"images are cropped and resized on a GPU, got some on {out.device}; move them there")
     number, channels, height, width = out.shape
     taps = 2 * math.ceil(2 * max(1, largest[0] / height, largest[1] / width)) + 1
-    length = triton.next_power_of_2(max(height, width))
+    length = triton.next_power_of_2(max(height, width, BLOCK["ROWS"], BLOCK["COLUMNS"]))
     weights = torch.empty(number, 2, length * taps, dtype=torch.int16, device=out.device)
+    reaches = torch.empty(number, 2, 2, length, dtype=torch.int32, device=out.device)
     precisions = torch.empty(number, 2, dtype=torch.int32, device=out.device)
     programs = number * channels * triton.cdiv(height, BLOCK["ROWS"]) * triton.cdiv(width, BLOCK["COLUMNS"])
     with torch.cuda.device_of(out):
-        weights_kernel[number, 2](crops, weights, precisions, height, width, taps, SIZE=length)
+        weights_kernel[number, 2](crops, weights, reaches, precisions, height, width, taps, SIZE=length)
         resample_kernel[(programs,)](
-            crops, weights, precisions, out, channels, height, width, taps, factors, summands, SIZE=length, **BLOCK
-        )
+            crops, weights, reaches, precisions, out, channels, height, width, taps, factors, summands,
+            SIZE=length, **BLOCK,
+        )  # fmt: skip
