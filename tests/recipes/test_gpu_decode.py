@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from arm_zoo.images.decode import jpeg_decoder
 from recipes.data.gpu_decode import decode, decoder_missing
 from tests.helpers.images import encode, jpeg, pixels
 
+needs_torchcodec = pytest.mark.skipif(jpeg_decoder() is None, reason="no torchcodec that fits this torch")
 CPU = torch.device("cpu")
 DEVICES = [
     pytest.param(CPU, id="cpu"),
@@ -27,10 +29,10 @@ def encoded(content: bytes) -> Tensor:
     return torch.tensor(list(content), dtype=torch.uint8)
 
 
+@needs_torchcodec
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("damaged", [(), (0,), (6,), (1, 2, 5), range(7)], ids=str)
 def test_damaged_files_are_none_and_their_neighbours_unharmed(device: torch.device, damaged: tuple[int, ...]) -> None:
-    pytest.importorskip("torchcodec", reason="torchcodec is not installed")
     contents = [encode(Image.fromarray(pixels(number)), "JPEG", subsampling="4:4:4") for number in range(7)]
     files = [encoded(content[:300] if number in damaged else content) for number, content in enumerate(contents)]
     for number, image in enumerate(decode(files, device)):
@@ -42,9 +44,9 @@ def test_damaged_files_are_none_and_their_neighbours_unharmed(device: torch.devi
             assert np.abs(image.permute(1, 2, 0).cpu().numpy().astype(int) - expected).max() <= 1
 
 
+@needs_torchcodec
 @pytest.mark.parametrize("device", DEVICES)
 def test_grey_files_are_rgb_and_sizes_may_differ(device: torch.device) -> None:
-    pytest.importorskip("torchcodec", reason="torchcodec is not installed")
     grey = encode(Image.fromarray(pixels()).convert("L").resize((33, 17)), "JPEG")
     images = decode([encoded(jpeg()), encoded(grey)], device)
     assert [tuple(image.shape) for image in images if image is not None] == [(3, 16, 24), (3, 17, 33)]
@@ -57,13 +59,13 @@ def test_a_missing_decoder_is_told_with_what_to_type(monkeypatch: pytest.MonkeyP
     assert missing is not None and "torchcodec" in missing and "type pip install --upgrade torchcodec" in missing
 
 
+@needs_torchcodec
 def test_the_decoder_of_the_cpu_is_found() -> None:
-    pytest.importorskip("torchcodec", reason="torchcodec is not installed")
     assert decoder_missing(CPU) is None
 
 
+@needs_torchcodec
 def test_a_device_that_is_not_there_is_told() -> None:
-    pytest.importorskip("torchcodec", reason="torchcodec is not installed")
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert "does not decode on cuda (" in str(decoder_missing(torch.device("cuda")))
