@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from arm_zoo.images.decode import jpeg_decoder
 from recipes.config import BatchPlan, TrainConfig
 from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images
 from recipes.data.finishing import Finishing
 from recipes.data.gpu_decode import decoder_missing
 from recipes.data.sampling import ScoringOrder, training_order
-from recipes.data.sources import Source, Split
+from recipes.data.sources import Source, Split, tell
 from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.data.workers import WorkerLoader
@@ -50,6 +51,8 @@ class TrainLoader:
         self._order = training_order(source.train, config, plan, process, processes)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.class_names = source.class_names
+        if jpeg_decoder() is None:
+            tell("torchcodec is not installed, or not one for this torch: Pillow decodes, which takes twice as long")
         kind = EncodedImages if decodes_on_gpu(config.data.decode, device) else AugmentedImages
         self.images = kind(source, config.data, image_size, config.seed)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")

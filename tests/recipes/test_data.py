@@ -5,6 +5,7 @@ import logging
 import pickle
 import random
 import tarfile
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from recipes.data.transforms import warp
 from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
+ON_EACH_PATH = pytest.mark.parametrize("decode", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.randaugment=rand-m9-mstd0.5-inc1", "data.erase=0.5"]
 SCORING = {
     "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0,
@@ -35,7 +37,7 @@ SCORING = {
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``datasets`` unpacks stays among the test's files."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     datasets.disable_progress_bars()
@@ -58,7 +60,8 @@ def configure(source: Path | str, *overrides: str, batch: int = 12) -> PretrainC
 def loader(config: PretrainConfig, process: int = 0, processes: int = 1, accumulation: int = 1) -> TrainLoader:
     plan = BatchPlan(config.global_batch // processes // accumulation, accumulation)
     source = open_source(config.data, labels_needed=True)
-    return TrainLoader(source, config, plan, (16, 16), process, processes, CPU)
+    device = torch.device("cuda") if config.data.decode == "gpu" else CPU
+    return TrainLoader(source, config, plan, (16, 16), process, processes, device)
 
 
 def epoch(config: PretrainConfig, number: int, *share: int, first_step: int = 0) -> list[list[Batch]]:
@@ -88,31 +91,30 @@ def steps(*shares: list[list[Batch]]) -> list[set[int]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> list[list[Batch]]:
+@cache
+def whole(folder: Path, decode: str = "cpu") -> list[list[Batch]]:
     """Epoch 3 of one process without workers."""
-    return epoch(configure(folder, *VARIED), 3)
+    return epoch(configure(folder, *VARIED, f"data.decode={decode}"), 3)
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2)])
 def test_any_number_of_processes_and_workers_gives_the_same_images(
-    folder: Path, whole: list[list[Batch]], processes: int, accumulation: int, workers: int
+    folder: Path, processes: int, accumulation: int, workers: int, decode: str
 ) -> None:
-    config = configure(folder, *VARIED, f"data.workers={workers}")
+    config = configure(folder, *VARIED, f"data.workers={workers}", f"data.decode={decode}")
     shares = [epoch(config, 3, process, processes, accumulation) for process in range(processes)]
     assert all(len(step) == accumulation for share in shares for step in share)
-    expected, found = by_index(whole), by_index(*shares)
+    expected, found = by_index(whole(folder, decode)), by_index(*shares)
     assert len(found) == 24 and found.keys() == expected.keys()  # 26 images, two batches of 12
     assert all(torch.equal(found[i][0], expected[i][0]) and found[i][1] == expected[i][1] for i in found)
-    assert steps(*shares) == steps(whole)
+    assert steps(*shares) == steps(whole(folder, decode))
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 1), (3, 2)])
-def test_images_to_be_mixed_stand_at_mirrored_places(
-    folder: Path, whole: list[list[Batch]], processes: int, accumulation: int
-) -> None:
-    [[first], *_] = whole
+def test_images_to_be_mixed_stand_at_mirrored_places(folder: Path, processes: int, accumulation: int) -> None:
+    [[first], *_] = whole(folder)
     partner = dict(zip(first.indices.tolist(), first.indices.flip(0).tolist(), strict=True))
     for process in range(processes):
         for batch in epoch(configure(folder), 3, process, processes, accumulation)[0]:
@@ -120,9 +122,10 @@ def test_images_to_be_mixed_stand_at_mirrored_places(
                 assert partner[index] == other
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_where_it_stopped(folder: Path, workers: int) -> None:
-    config = configure(folder, *VARIED, f"data.workers={workers}", "epochs=3", batch=4)
+def test_training_goes_on_where_it_stopped(folder: Path, workers: int, decode: str) -> None:
+    config = configure(folder, *VARIED, f"data.workers={workers}", f"data.decode={decode}", "epochs=3", batch=4)
     run = loader(config)
     assert run.steps_per_epoch == 6
     uninterrupted = [list(run.epoch(number)) for number in range(3)]
@@ -190,15 +193,16 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STREAM = ["data.streaming=true", "data.num_classes=5", "data.shuffle_buffer=4"]
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_streams_give_each_image_once_for_any_number_of_processes_and_workers(
-    tars: Path, processes: int, workers: int
+    tars: Path, processes: int, workers: int, decode: str
 ) -> None:
-    plain = configure(tars, *STREAM, batch=14)
+    plain = configure(tars, *STREAM, f"data.decode={decode}", batch=14)
     expected = {torch.sum(image).item() for image, _ in by_index(epoch(plain, 0)).values()}
     assert len(expected) == 14  # all different
-    config = configure(tars, *STREAM, f"data.workers={workers}", batch=12)
+    config = configure(tars, *STREAM, f"data.workers={workers}", f"data.decode={decode}", batch=12)
     shares = [epoch(config, 1, process, processes) for process in range(processes)]
     sums = [torch.sum(image).item() for image, _ in by_index(*shares).values()]
     assert len(sums) == len(set(sums)) == 12 and set(sums) <= expected
@@ -208,8 +212,9 @@ def test_streams_give_each_image_once_for_any_number_of_processes_and_workers(
     assert all(torch.equal(by_index(*shares)[i][0], by_index(alone)[i][0]) for i in by_index(alone))
 
 
-def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path) -> None:
-    config = configure(tars, *STREAM, *VARIED, batch=2)
+@ON_EACH_PATH
+def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path, decode: str) -> None:
+    config = configure(tars, *STREAM, *VARIED, f"data.decode={decode}", batch=2)
     assert equal(epoch(config, 2)[3:], epoch(config, 2, first_step=3))
     classes = [[batch.classes.tolist() for [batch] in epoch(config, number)] for number in (0, 1)]
     assert classes[0] != classes[1]
@@ -314,11 +319,13 @@ def damage(root: Path, *numbers: int) -> Path:
     return root
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_image_takes_the_place_of_a_damaged_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, decode: str
 ) -> None:
-    config = configure(damage(tmp_path, 4, 5, 29), "data.max_undecodable=0.2", f"data.workers={workers}", batch=30)
+    path = [f"data.workers={workers}", f"data.decode={decode}"]
+    config = configure(damage(tmp_path, 4, 5, 29), "data.max_undecodable=0.2", *path, batch=30)
     run = loader(config)
     with caplog.at_level(logging.WARNING):
         found = by_index(list(run.epoch(0)))
@@ -329,15 +336,16 @@ def test_the_next_image_takes_the_place_of_a_damaged_one(
         assert caplog.text.count(f"cat/{number}.jpg cannot be decoded: ") == 1
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_damaged_images_stop_the_run(tmp_path: Path, workers: int) -> None:
+def test_too_many_damaged_images_stop_the_run(tmp_path: Path, workers: int, decode: str) -> None:
     root = damage(tmp_path, 4, 5, 29)
     with pytest.raises(SourceError, match=r"of 30 training images cannot be decoded, .* data.max_undecodable=0.05"):
-        epoch(configure(root, "data.max_undecodable=0.05", batch=10), 0)
+        epoch(configure(root, "data.max_undecodable=0.05", f"data.decode={decode}", batch=10), 0)
     for number in range(30):
         (root / "train" / "cat" / f"{number}.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match="no image among many in a row can be decoded") as refused:
-        epoch(configure(root, f"data.workers={workers}", batch=10), 0)
+        epoch(configure(root, f"data.workers={workers}", f"data.decode={decode}", batch=10), 0)
     assert "Traceback" not in str(refused.value)
 
 

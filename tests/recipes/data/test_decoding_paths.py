@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,33 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_STD
 
+from arm_zoo.images import decode
+from arm_zoo.images.decode import UndecodableImage, decode_tensor
 from arm_zoo.images.listing import SourceError
 from recipes.config import BatchPlan, ConfigError, PretrainConfig, load_config
-from recipes.data import finishing
+from recipes.data import batches as loading
+from recipes.data import finishing, loader
 from recipes.data.batches import Batch
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.signals import StopWaiting
+from tests.helpers import images
 from tests.helpers.decoding import stand_in_for_gpu
-from tests.helpers.images import encode, jpeg, pixels
+from tests.helpers.images import pixels
 
 SIZE = (20, 20)
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.erase=0.5", "data.max_rotation=20"]
+STREAM = ["data.streaming=true", "data.num_classes=2", "data.shuffle_buffer=8"]
 RANDAUGMENT = "data.randaugment=rand-m9-mstd0.5-inc1"
 CPU = torch.device("cpu")
 
 
 def odd_files() -> Iterator[bytes]:
     """30 files, some of which the GPU is not asked to decode, and three that nobody can decode."""
+    encode = partial(images.encode, subsampling="4:4:4")
     colour = Image.fromarray(pixels(3)).resize((60, 44))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -44,7 +52,7 @@ def odd_files() -> Iterator[bytes]:
     yield encode(colour, "JPEG")[:-300]
     yield encode(colour.resize((300, 200)), "JPEG")  # more pixels than are allowed
     for number in range(21):
-        yield jpeg(number)
+        yield encode(Image.fromarray(pixels(number)), "JPEG", quality=95)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +120,7 @@ def both(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, **share: int) 
 def test_both_paths_train_on_the_same_images(
     source: str, workers: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streaming = ["data.streaming=true", "data.num_classes=2", "data.shuffle_buffer=8"] if source == "tar" else []
+    streaming = STREAM if source == "tar" else []
     config = configure(request.getfixturevalue(source), *VARIED, f"data.workers={workers}", *streaming)
     by_workers, by_gpu = both(config, monkeypatch)
     assert_equal(by_workers, by_gpu)
@@ -135,35 +143,31 @@ def test_what_the_gpu_refuses_is_decoded_or_named_here(folder: Path, monkeypatch
     config = configure(folder, *VARIED)
     expected = batches(create(config))
     stand_in_for_gpu(monkeypatch)
-    decode: Callable[..., Any] = finishing.decode
-    monkeypatch.setattr(finishing, "decode", lambda files, device: [None, *decode(files[1:], device)])
+    by_gpu: Callable[..., Any] = finishing.decode
+    monkeypatch.setattr(finishing, "decode", lambda files, device: [None, *by_gpu(files[1:], device)])
     assert_equal(expected, batches(create(config)))
 
 
 @pytest.mark.parametrize("source", ["folder", "tar"])
 def test_damage_that_only_decoding_shows_is_named_and_replaced_as_by_workers(
-    source: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    source: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Headers promise images that none of the decoders gets."""
-    config = configure(request.getfixturevalue(source), *VARIED, "data.max_undecodable=0.9")
-    if source == "tar":
-        streaming = ["data.streaming=true", "data.num_classes=2", "data.shuffle_buffer=8"]
-        config = configure(request.getfixturevalue(source), *VARIED, *streaming, "data.max_undecodable=0.9")
-    from arm_zoo.images.decode import UndecodableImage, decode_tensor
-    from recipes.data import batches as loading
+    streaming = STREAM if source == "tar" else []
+    config = configure(request.getfixturevalue(source), *VARIED, *streaming, "data.max_undecodable=0.9")
 
-    def decode(content: bytes, name: str, mode: str, max_pixels: int) -> torch.Tensor:
+    def by_cpu(content: bytes, name: str, mode: str, max_pixels: int) -> torch.Tensor:
         if len(content) % 3 == 0:
             raise UndecodableImage(name, "damaged")
         return decode_tensor(content, name, mode, max_pixels)
 
-    monkeypatch.setattr(loading, "decode_tensor", decode)
+    monkeypatch.setattr(loading, "decode_tensor", by_cpu)
     expected = batches(create(config))
     assert len({line for batch in expected for line in batch.undecodable}) > 5
     stand_in_for_gpu(monkeypatch)
-    gpu: Callable[..., Any] = finishing.decode
+    by_gpu: Callable[..., Any] = finishing.decode
     monkeypatch.setattr(
-        finishing, "decode", lambda files, device: [None if len(f) % 3 == 0 else gpu([f], device)[0] for f in files]
+        finishing, "decode", lambda files, device: [None if len(f) % 3 == 0 else by_gpu([f], device)[0] for f in files]
     )
     assert_equal(expected, batches(create(config)))
 
@@ -254,6 +258,18 @@ def test_a_gpu_asked_for_in_vain_is_told(folder: Path) -> None:
         configure(folder, "data.decode=tpu")
 
 
+def test_without_torchcodec_pillow_gives_the_same_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(folder, *VARIED)
+    expected = batches(create(config))
+    assert "torchcodec" not in caplog.text
+    monkeypatch.setattr(loader, "jpeg_decoder", lambda: None)
+    monkeypatch.setattr(decode, "jpeg_decoder", lambda: None)
+    assert_equal(expected, batches(create(config)))
+    assert caplog.text.count("torchcodec is not installed, or not one for this torch: Pillow decodes") == 1
+
+
 def test_no_image_at_all_ends_the_gpu_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cat").mkdir()
     for number in range(4):
@@ -279,3 +295,18 @@ def test_images_are_cropped_and_resized_as_by_timm_but_for_rounding(tmp_path: Pa
         expected = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC), np.float32).transpose(2, 0, 1)
         mean, std = (np.array(values).reshape(3, 1, 1) for values in (source.mean, source.std))
         assert np.abs((image.numpy() * std + mean) * 255 - expected).max() < 5.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_the_gpu_are_those_of_the_cpu(folder: Path, workers: int) -> None:
+    """Within a grey level, of files whose colours have full resolution: others the GPU's decoder does not smooth."""
+    settings = [*VARIED[:2], f"data.workers={workers}"]
+    by_workers = batches(create(configure(folder, *settings)))
+    by_gpu = batches(create(configure(folder, *settings, "data.decode=gpu"), device=torch.device("cuda")))
+    for one, two in zip(by_workers, by_gpu, strict=True):
+        assert torch.equal(one.indices, two.indices) and torch.equal(one.classes, two.classes.cpu())
+        assert sorted(one.undecodable) == sorted(two.undecodable)
+        std = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
+        levels = (one.images - two.images.cpu()).abs() * std * 255
+        assert levels.max() < 1.1
