@@ -14,6 +14,7 @@ from arm_zoo.images.decode import UndecodableImage, decode_image
 from recipes.config import BatchPlan, PretrainConfig, load_config
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
+from tests.helpers.decoding import stand_in_for_gpu
 from tests.helpers.images import encode, pixels
 
 GOOD_AND_BAD = 100  # of each; they alternate
@@ -87,14 +88,14 @@ def shown(content: bytes) -> bytes | None:
         return None
 
 
-def epoch(folder: Path, decode: str) -> tuple[dict[int, torch.Tensor], set[str]]:
+def epoch(folder: Path, decode: str, device: str) -> tuple[dict[int, torch.Tensor], set[str]]:
     """Index -> image, and what is named, of one epoch in batches of 20."""
     settings = ["model=arm_pico", "output_dir=unused", "warmup_epochs=0", "data.max_undecodable=0.9", "data.workers=0"]
     config = load_config(
         PretrainConfig, None, [*settings, f"data.source={folder}", f"data.decode={decode}", "global_batch=20"]
     )
-    device = torch.device("cuda" if decode == "gpu" else "cpu")
-    run = TrainLoader(open_source(config.data, labels_needed=False), config, BatchPlan(20, 1), (16, 16), 0, 1, device)
+    where = (BatchPlan(20, 1), (16, 16), 0, 1, torch.device(device))
+    run = TrainLoader(open_source(config.data, labels_needed=False), config, *where)
     batches = [batch for step in run.epoch(0) for batch in step]
     rows = [(batch.indices.tolist(), batch.images.cpu()) for batch in batches]
     return {
@@ -102,23 +103,27 @@ def epoch(folder: Path, decode: str) -> tuple[dict[int, torch.Tensor], set[str]]
     }, run.undecodable
 
 
-@pytest.mark.parametrize("decode", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("decode", "device"), [("cpu", "cpu"), ("auto", "cpu"), pytest.param("gpu", "cuda", marks=pytest.mark.gpu)]
+)
 def test_each_is_named_or_shown_and_harms_no_other(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, decode: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, decode: str, device: str
 ) -> None:
+    if (decode, device) == ("auto", "cpu"):
+        stand_in_for_gpu(monkeypatch)
     kinds = (*DAMAGED, *ODD, *GARBLED)
     bad = {number: kinds[number // 2 % len(kinds)] for number in range(1, 2 * GOOD_AND_BAD, 2)}
     contents = [bad.get(number, good)(number) for number in range(2 * GOOD_AND_BAD)]
     viewed = [shown(content) for content in contents]
     expected = [image or after for image, after in zip(viewed, viewed[1:] + viewed[:1], strict=True)]
     with caplog.at_level(logging.WARNING):
-        found, named = epoch(write(tmp_path / "mixed", contents), decode)
-    reference, _ = epoch(write(tmp_path / "shown", [image for image in expected if image]), "cpu")
+        found, named = epoch(write(tmp_path / "mixed", contents), decode, device)
+    reference, _ = epoch(write(tmp_path / "shown", [image for image in expected if image]), "cpu", "cpu")
 
     sure = {number for number in range(len(contents)) if bad.get(number) not in GARBLED}
     assert found.keys() == reference.keys() == set(range(len(contents)))
     for number in sure:
-        assert (found[number] - reference[number]).abs().max() < 1.01 * (LEVEL if decode == "gpu" else 1e-6), number
+        assert (found[number] - reference[number]).abs().max() < 1.01 * (LEVEL if device == "cuda" else 1e-6), number
     numbers = {int(re.findall(r"class/(\d+)\.jpg cannot be decoded: ", line)[0]) for line in named}
     assert numbers & sure == {number for number, kind in bad.items() if kind in DAMAGED}
     assert len(numbers) == len(named) and all(caplog.text.count(line) == 1 for line in named)

@@ -15,6 +15,7 @@ from recipes.config import BatchPlan, DataConfig, TrainConfig
 from recipes.data.generated import HEIGHT, WIDTH
 from recipes.data.sources import open_source
 from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns
+from tests.helpers.decoding import stand_in_for_gpu
 from tests.helpers.images import write_folder
 
 
@@ -54,20 +55,26 @@ def test_generated_files_are_like_photographs(tmp_path: Path) -> None:
         make(tmp_path / "seed")
 
 
-def test_speed_of_the_loader_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_of_the_loader_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = [f"data.source={folder}", "data.workers=1", "image_size=16", "batch=4", "--batches", "2"]
     file = tmp_path / "speed.jsonl"
-    for decode in ("cpu", "auto"):
-        loader_speed.main([*settings, f"data.decode={decode}", "--json", str(file)])
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["images"] for row in rows][:2] == ["cpu", "cpu"]
-    for row in rows[:2]:
+    loader_speed.main([*settings, "data.decode=cpu", "--json", str(file)])
+    stand_in_for_gpu(monkeypatch)
+    monkeypatch.setattr(loader_speed, "decodes_on_gpu", lambda decode, device: True)
+    loader_speed.main([*settings, "--json", str(file)])
+    alone, by_cpu, by_gpu = (json.loads(line) for line in file.read_text().splitlines())
+    assert (alone["images"], by_cpu["images"], by_gpu["images"]) == ("cpu", "cpu", "gpu")
+    for row in (alone, by_cpu, by_gpu):
         assert len(row["rounds"]) == 3 and sorted(row["rounds"])[1] == row["images_per_second"] > 0
-        assert (row["ratio"], row["image_size"], row["batch"], row["workers"], row["recipe"]) == (1, 16, 4, 1, None)
+        assert (row["image_size"], row["batch"], row["workers"], row["recipe"]) == (16, 4, 1, None)
+    ratios = [mine / other for mine, other in zip(by_gpu["rounds"], by_cpu["rounds"], strict=True)]
+    assert alone["ratio"] == by_cpu["ratio"] == 1 and by_gpu["ratio"] == sorted(ratios)[1]
     printed = capsys.readouterr().out
-    speed = f"{rows[0]['images_per_second']:,.0f}"
+    speed = f"{alone['images_per_second']:,.0f}"
     assert printed.startswith("the loader alone at 16 px, batch 4, ")
-    assert f"| cpu | {speed} | {speed} | {speed} | 1.000 | 100.0% | " in printed
+    assert f"| cpu | {speed} | {speed} | {speed} | 1.000 | 100.0% | " in printed and "\n| gpu | " in printed
     loader_speed.main([*settings, "batch=256", "data.decode=cpu"])  # more than there are: all of them are a batch
     assert "batch 12, " in capsys.readouterr().out
 
