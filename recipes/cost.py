@@ -57,15 +57,15 @@ def from_run(folder: Path) -> Measured:
 
 
 def from_real_images(file: Path) -> list[Measured]:
-    """The newest row of each model, device, number of GPUs and way to decode that `recipes.loader_speed` wrote."""
+    """The newest row of each model, device, number of GPUs and way to load that `recipes.loader_speed` wrote."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["recipe"] == "pretrain" and row["images"] != "fixed batch"]
     if not rows:
         raise ValueError(f"{file} has no rows of pretraining; measure with --step pretrain")
     newest = {(row["model"], row["device"], row["processes"], row["images"]): row for row in rows}
     return [
-        Measured(model, row["images_per_second"], gpus, device, f"with real images decoded on the {where}")
-        for (model, device, gpus, where), row in newest.items()
+        Measured(model, row["images_per_second"], gpus, device, f"with real images ({way})")
+        for (model, device, gpus, way), row in newest.items()
     ]
 
 

@@ -59,7 +59,7 @@ class LoaderConfig(Config):
 class Measurement:
     """The speed of one way to get images; `--json` writes one a line."""
 
-    images: str  # where they are decoded, "cpu" or "gpu", or FIXED
+    images: str  # a name of `ways`, or FIXED
     rounds: list[float]  # images per second of all processes together, in each round
     images_per_second: float  # their median
     ratio: float  # to the first way, the fixed batch if there is one: median of the rounds' ratios
@@ -90,11 +90,14 @@ def table(found: Sequence[Measurement]) -> Iterator[str]:
         yield f"| {each.images} | {speeds} | {each.ratio:.3f} | {each.data_wait:.1%} | {memory} |"
 
 
-def ways(decode: str, device: torch.device) -> list[str]:
-    """Where images are decoded in turn, as `data.decode` says: on the CPU, and on the GPU where that can be."""
-    if decode != "auto":
-        return [decode]
-    return ["cpu", "gpu"] if decodes_on_gpu("auto", device) else ["cpu"]
+def ways(config: DataConfig, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Ways to load images: name -> keys of `DataConfig`. There are several only if none is asked for."""
+    if config.cache != "none":
+        return {f"cache={config.cache}": {}}
+    if config.decode != "auto":
+        return {f"decode={config.decode}": {}}
+    places = ("cpu", "gpu") if decodes_on_gpu("auto", device) else ("cpu",)
+    return {f"decode={place}": {"decode": place} for place in places}
 
 
 def measurements(turns: Mapping[str, Sequence[Row]], gpu_gib: float, workers: int, **same: Any) -> list[Measurement]:
@@ -129,7 +132,7 @@ def loader_speed(config: LoaderConfig, rounds: int, batches: int) -> list[Measur
     where = (BatchPlan(batch, 1), size, state.process_index, processes, state.device)
     before = memory(state.device)["gpu_gib"]
     streams = {
-        way: steps(endless(source, training, *where, decode=way)) for way in ways(config.data.decode, state.device)
+        name: steps(endless(source, training, *where, **way)) for name, way in ways(config.data, state.device).items()
     }
     turns: dict[str, list[Row]] = {way: [] for way in streams}
     for _ in range(rounds):
@@ -157,11 +160,12 @@ def step_speed(recipe: str, config: TrainConfig, rounds: int, batches: int) -> l
     objective = TRAINING[config.objective] if isinstance(config, PretrainConfig) else CLASSIFICATION
     objective = dataclasses.replace(objective, export=lambda trained: None, evaluation=None)
     device = PartialState(cpu=config.device == "cpu").device
-    images = [FIXED, *ways(config.data.decode, device)]
+    real = ways(config.data, device)
+    images = [FIXED, *real]
     loaders: list[Turns] = []
 
     def create_loader(*arguments: Any) -> Turns:
-        loaders.append(Turns(images[1:], batches, *arguments))
+        loaders.append(Turns(list(real.values()), batches, *arguments))
         return loaders[0]
 
     epochs = rounds * len(images) * EPOCHS_OF_A_TURN

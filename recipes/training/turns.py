@@ -19,17 +19,17 @@ EPOCHS_OF_A_TURN = 2  # the first one uses up what was loaded while others had t
 
 
 class Turns(TrainLoader):
-    """In the place of a run's loader: in turn one batch that stays in memory, and the images of each way to decode.
+    """In the place of a run's loader: in turn one batch that stays in memory, and the images of each way to load.
 
-    An epoch has `batches` steps, a turn `EPOCHS_OF_A_TURN` epochs.
+    A way is the keys of `DataConfig` that differ. An epoch has `batches` steps, a turn `EPOCHS_OF_A_TURN` epochs.
     """
 
     def __init__(
-        self, ways: Sequence[str], batches: int, source: Source, config: TrainConfig, *arguments: Any
+        self, ways: Sequence[dict[str, Any]], batches: int, source: Source, config: TrainConfig, *arguments: Any
     ) -> None:
         super().__init__(source, config, *arguments)
-        self._loaders = [endless(source, config, *arguments, decode=way) for way in ways]
-        fixed = next(endless(source, config, *arguments, decode="cpu", workers=0).epoch(0))
+        self._loaders = [endless(source, config, *arguments, **way) for way in ways]
+        fixed = next(endless(source, config, *arguments, decode="cpu", cache="none", workers=0).epoch(0))
         self._streams = [repeat(fixed), *map(steps, self._loaders)]
         self.steps_per_epoch = batches
         self._turn = 0  # of the fixed batch, then of the loaders

@@ -65,7 +65,7 @@ def test_speed_of_the_loader_alone(
     monkeypatch.setattr(loader_speed, "decodes_on_gpu", lambda decode, device: True)
     loader_speed.main([*settings, "--json", str(file)])
     alone, by_cpu, by_gpu = (json.loads(line) for line in file.read_text().splitlines())
-    assert (alone["images"], by_cpu["images"], by_gpu["images"]) == ("cpu", "cpu", "gpu")
+    assert (alone["images"], by_cpu["images"], by_gpu["images"]) == ("decode=cpu", "decode=cpu", "decode=gpu")
     for row in (alone, by_cpu, by_gpu):
         assert len(row["rounds"]) == 3 and sorted(row["rounds"])[1] == row["images_per_second"] > 0
         assert (row["image_size"], row["batch"], row["workers"], row["recipe"]) == (16, 4, 1, None)
@@ -74,9 +74,13 @@ def test_speed_of_the_loader_alone(
     printed = capsys.readouterr().out
     speed = f"{alone['images_per_second']:,.0f}"
     assert printed.startswith("the loader alone at 16 px, batch 4, ")
-    assert f"| cpu | {speed} | {speed} | {speed} | 1.000 | 100.0% | " in printed and "\n| gpu | " in printed
+    assert (
+        f"| decode=cpu | {speed} | {speed} | {speed} | 1.000 | 100.0% | " in printed and "\n| decode=gpu | " in printed
+    )
     loader_speed.main([*settings, "batch=256", "data.decode=cpu"])  # more than there are: all of them are a batch
     assert "batch 12, " in capsys.readouterr().out
+    loader_speed.main([*settings, "data.cache=memory"])
+    assert "| cache=memory | " in capsys.readouterr().out
 
 
 class Steps(list[Any]):
@@ -93,7 +97,7 @@ def test_turns_of_one_batch_and_of_all_images(folder: Path) -> None:
     data = DataConfig(source=str(folder), workers=0, random_crop=(0.2, 1.0))
     config = TrainConfig(data=data, global_batch=4, epochs=1)
     source = open_source(data, labels_needed=False)
-    turns = Turns(["cpu"], 2, source, config, BatchPlan(4, 1), (16, 16), 0, 1, torch.device("cpu"))
+    turns = Turns([{"decode": "cpu"}], 2, source, config, BatchPlan(4, 1), (16, 16), 0, 1, torch.device("cpu"))
     assert turns.steps_per_epoch == 2 and turns.seconds_waited == 0
     fixed, real, again, later = (
         [batch for epoch in range(first, first + EPOCHS_OF_A_TURN) for batch in Steps(turns, epoch)]
@@ -118,9 +122,13 @@ def test_speed_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert (row["recipe"], row["model"], row["image_size"], row["batch"]) == ("pretrain", "arm_pico", 8, 16)
         assert len(row["rounds"]) == 2
     ratios = [one / other for one, other in zip(real["rounds"], fixed["rounds"], strict=True)]
-    assert real["images"] == "cpu" and real["ratio"] == pytest.approx(sum(ratios) / 2) and 0 < real["data_wait"] < 1
+    assert (
+        real["images"] == "decode=cpu"
+        and real["ratio"] == pytest.approx(sum(ratios) / 2)
+        and 0 < real["data_wait"] < 1
+    )
     printed = capsys.readouterr().out
-    assert re.search(r"\| fixed batch \| [\d,]+ \| .*\n\| cpu \| [\d,]+ \| ", printed)
+    assert re.search(r"\| fixed batch \| [\d,]+ \| .*\n\| decode=cpu \| [\d,]+ \| ", printed)
 
 
 def test_mistakes_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,17 +243,17 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     same = {"recipe": "pretrain", "model": "arm_base", "device": "GPU", "processes": 2}
     table = [
-        same | {"images": "gpu", "images_per_second": 1.0},
+        same | {"images": "decode=gpu", "images_per_second": 1.0},
         same | {"images": "fixed batch", "images_per_second": 9.0},
-        same | {"images": "gpu", "images_per_second": 800.0},
-        same | {"images": "cpu", "images_per_second": 400.0},
-        same | {"images": "cpu", "images_per_second": 7.0, "recipe": None},  # the loader alone
+        same | {"images": "decode=gpu", "images_per_second": 800.0},
+        same | {"images": "decode=cpu", "images_per_second": 400.0},
+        same | {"images": "decode=cpu", "images_per_second": 7.0, "recipe": None},  # the loader alone
     ]
     (tmp_path / "real.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table))
     cost.main(["--real-images", str(tmp_path / "real.jsonl"), "--gpus", "2", "--epochs", "800"])
     real = [row[5] for row in cells(capsys.readouterr().out)[:-1]]
     assert real == [
-        f"{n} img/s with real images decoded on the {p}pu measured on 2 GPU" for n, p in ((800, "g"), (400, "c"))
+        f"{n} img/s with real images (decode={p}pu) measured on 2 GPU" for n, p in ((800, "g"), (400, "c"))
     ]
 
     (tmp_path / "config.yaml").write_text("model: arm_huge\n")
@@ -275,7 +275,7 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "speed.json").write_text("[]")
-    (tmp_path / "real.jsonl").write_text('{"recipe": null, "images": "cpu"}\n')
+    (tmp_path / "real.jsonl").write_text('{"recipe": null, "images": "decode=cpu"}\n')
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "images_per_second": 3}\n')
     damaged = tmp_path / "damaged"
     damaged.mkdir()
