@@ -54,8 +54,8 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("first_run", "training"),
         ("command_line", "objectives"),
         ("training/setup",),
-        ("cost", "finetune", "kill_test", "loader_speed", "pretrain", "probe"),
-        ("quickstart",),
+        ("cost", "finetune", "kill_test", "pretrain", "probe"),
+        ("loader_speed", "quickstart"),
         ("__init__", "__main__"),
     ),
     "eval": (

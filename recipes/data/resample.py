@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 WHOLE = (torch.int32, torch.int64)
-# Pixels of a program of the kernel, the rows of the crop that it resamples at a time, and its threads by 32.
+# Pixels that a program of the kernel makes, rows of the crop that it reads at a time (powers of two), and its warps.
 BLOCK = {"ROWS": 32, "COLUMNS": 64, "CHUNK": 16, "num_warps": 4}
 
 

@@ -4,7 +4,6 @@ import io
 import logging
 import pickle
 import random
-import re
 import tarfile
 from functools import cache
 from itertools import chain
@@ -19,7 +18,6 @@ from timm.data import create_transform
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded
-from recipes import loader_speed
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
 from recipes.data.batches import Batch
 from recipes.data.loader import EvalLoader, TrainLoader
@@ -386,19 +384,6 @@ def test_workers_can_be_started_afresh(folder: Path) -> None:
     copy = pickle.loads(pickle.dumps(run.images))
     keys = [Key(0, 3), Key(0, 20)]
     assert torch.equal(copy.batch(keys).images, run.images.batch(keys).images)
-
-
-def test_speed_of_the_loader_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = [f"data.source={folder}", "data.workers=0", "image_size=16", "batch=4", "batches=2"]
-    loader_speed.main(settings)
-    assert re.fullmatch(r"[\d,]+ img/s at 16 px: 1 x [\d,]+\n", capsys.readouterr().out)
-    loader_speed.main([*settings, "batch=256"])  # more than there are: all of them are a batch
-    assert "img/s at 16 px" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="there is no 'nowhere'"):
-        loader_speed.main(["data.source=nowhere"])
-    with pytest.raises(SystemExit):
-        loader_speed.main([*settings, "batch=3"])
-    assert "batch is 3; allowed: an even number" in capsys.readouterr().err
 
 
 def test_waiting_for_images_is_measured(folder: Path) -> None:
