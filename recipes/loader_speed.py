@@ -54,6 +54,10 @@ class LoaderConfig(Config):
     batch: int = limited(256, ("an even number, 2 or more", lambda x: x > 1 and x % 2 == 0))  # of each process
     seed: int = limited(0, WHOLE)
 
+    def conflicts(self) -> dict[str, str]:
+        """Those of the data."""
+        return self.data.conflicts()
+
 
 @dataclass(frozen=True)
 class Measurement:

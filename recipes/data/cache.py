@@ -81,11 +81,11 @@ def collected(
         yield replace(block, content=block.content.to(device, copy=True))  # out of memory shared with the worker
         size, images = size + len(block.content), images + len(block)
         needed = size * len(table) // images
-        takes = f"{len(table):,} {what} take about {needed / MIB:,.0f} MiB of {where}"
+        takes = f"{len(table):,} {what} take about {needed / MIB:,.1f} MiB of {where}"
         takes += f" in each of {processes} processes" if processes > 1 else ""
         if needed > room:
             ways = "data.cache=none" if device == CPU else "data.cache=memory or data.cache=none"
-            allowed = f"{room / MIB:,.0f} MiB, half of what is free"
+            allowed = f"{room / MIB:,.1f} MiB, half of what is free"
             raise TooLarge(f"{takes}, which is more than {allowed}; type {ways}")
         if images == len(block):
             tell(f"{takes}; they are read before the first step")

@@ -159,8 +159,8 @@ def test_a_set_that_does_not_fit_is_told_with_both_sizes_at_once(
     monkeypatch.setattr(tables.Encoded, "read", lambda row: names.append(row.name) or read(row))  # type: ignore[func-returns-value]
     monkeypatch.setattr(cache, "free_bytes", lambda device: free * 2**20)
     config = configure(tmp_path, f"data.cache={where}", "data.max_pixels=null")
-    more = f"which is more than {free // 2} MiB, half of what is free; type data.cache=none"
-    with pytest.raises(RunError, match=rf"^40 {what} take about \d MiB of main memory, {more}"):
+    more = f"which is more than {free // 2}.0 MiB, half of what is free; type data.cache=none"
+    with pytest.raises(RunError, match=rf"^40 {what} take about \d.\d MiB of main memory, {more}"):
         batches(create(config))
     assert len(names) == 8  # a block
 
@@ -174,7 +174,7 @@ def test_images_that_fit_as_files_only_are_kept_as_files(
     assert_equal(batches(create(configure(folder))), batches(kept))
     assert isinstance(kept.images.split, StoredSplit)
     [told] = [record.message for record in caplog.records if "before the first step" in record.message]
-    assert told.startswith("30 files take about 0 MiB of main memory; ")
+    assert told.startswith("30 files take about 0.0 MiB of main memory; ")
 
 
 def test_processes_of_a_host_divide_its_memory(
@@ -183,11 +183,11 @@ def test_processes_of_a_host_divide_its_memory(
     folder = write(tmp_path / "train", one_size=False)
     monkeypatch.setattr(cache, "free_bytes", lambda device: 40_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(RunError, match="MiB of main memory in each of 4 processes, which is more than 0 MiB, half"):
+    with pytest.raises(RunError, match=r"MiB of main memory in each of 4 processes, which is more than 0.0 MiB, half"):
         batches(create(configure(folder, "data.cache=memory")))
     monkeypatch.setattr(cache, "free_bytes", lambda device: 10 * 2**20)
     batches(create(configure(folder, "data.cache=memory")))
-    assert "30 files take about 0 MiB of main memory in each of 4 processes; they" in caplog.text
+    assert "30 files take about 0.0 MiB of main memory in each of 4 processes; they" in caplog.text
 
 
 def test_containers_limit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
