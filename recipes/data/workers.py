@@ -12,6 +12,8 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
+from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -25,7 +27,7 @@ from recipes.errors import RunError, located
 from recipes.signals import stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
-BatchT = TypeVar("BatchT", bound=tuple[Any, ...])  # of tensors and other values
+BatchT = TypeVar("BatchT")  # a tuple or a dataclass, of tensors and other values
 DYING = 1.0  # seconds between a worker's last sign, such as a broken connection, and its end
 started: WeakSet[BaseProcess] = WeakSet()  # all workers of this program
 
@@ -52,12 +54,20 @@ class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
 def shared(batch: BatchT) -> BatchT:
     """A batch in shared memory: torch would put it there on its way to the run, where an error loses it."""
     try:
-        for part in filter(torch.is_tensor, batch):
-            part.share_memory_()
+        for tensor in tensors_in(batch):
+            tensor.share_memory_()
     except RuntimeError as error:
         ways = "a smaller data.workers or max_batch_per_device, or give a container more shared memory (--shm-size)"
         raise RunError(f"a batch does not fit into shared memory: {error}; try {ways}") from error
     return batch
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Those of a tuple or of a dataclass, and of such among its parts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple) or is_dataclass(value):
+        yield from chain.from_iterable(map(tensors_in, value if isinstance(value, tuple) else vars(value).values()))
 
 
 class WorkerLoader(Generic[KeyT, BatchT]):

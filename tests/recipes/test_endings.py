@@ -189,7 +189,7 @@ def begun(
     of_training = f'from recipes.command_line import main\nmain("{recipe}")'
     start = "recipe.main()" if recipe == "probe" else of_training
     program = (
-        f"import recipes.{recipe} as recipe, recipes.data.loader as data, recipes.training.engine as engine\n"
+        f"import recipes.{recipe} as recipe, recipes.data.batches as data, recipes.training.engine as engine\n"
         f"{code}\n{start}"
     )
     with subprocess.Popen(

@@ -35,7 +35,8 @@ from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import carry_out, read_command
 from recipes.config import CORES, ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
-from recipes.data.loader import Batch, TrainLoader
+from recipes.data.batches import Batch
+from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
