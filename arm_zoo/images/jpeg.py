@@ -117,7 +117,7 @@ def _quantisation_tables(contents: list[bytes]) -> set[int]:
 
 def _restart_markers(header: JpegHeader, sampling: bytes, intervals: list[bytes]) -> bytes:
     """The second bytes of the restart markers that an image of this size has; raises struct.error."""
-    (interval,) = struct.unpack(">H", intervals[-1]) if intervals else (0,)
+    (interval,) = struct.unpack(">H", b"".join(intervals) or bytes(2))
     width, height = 8 * (sampling[0] >> 4), 8 * (sampling[0] & 15)  # in pixels, of a minimum coded unit
     units = -(-header.width // width) * -(-header.height // height)
     return bytes(0xD0 + number % 8 for number in range((units - 1) // interval)) if interval else b""

@@ -146,6 +146,7 @@ NOT_BASELINE = {
     "a restart too few": RESTARTED[:FIRST] + RESTARTED[FIRST + 2 :],
     "a restart too many": RESTARTED[:-2] + b"\xff\xd5\xff\xd9",
     "restarts in another order": put(put(RESTARTED, FIRST, b"\xff\xd1"), SECOND, b"\xff\xd0"),
+    "two intervals": with_segment(RESTARTED, 0xDD, b"\0\1"),
     "an interval of one byte": with_segment(JPEG, 0xDD, b"\0"),
 }
 
