@@ -48,8 +48,9 @@ VALIDATION: Limit = (
 )
 CROP: Limit = ("two fractions of the image's area, as in [0.2, 1.0]", lambda x: 0 < x[0] <= x[1] <= 1)
 RANDAUGMENT: Limit = (
-    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1",
-    lambda x: re.fullmatch(r"rand(-(m|mstd|mmax|n|inc|p|t|w)[\d.]+)*", x) is not None,
+    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1: rand, then any of m, mmax and inc with a whole number, "
+    "n with one above 0, mstd and p with a number",
+    lambda x: re.fullmatch(r"rand(-((m|mmax|inc)\d+|n0*[1-9]\d*|(mstd|p)\d+(\.\d+)?))*", x, re.ASCII) is not None,
 )
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
+from recipes.config import RANDAUGMENT
 from recipes.data.randaugment import MATRICES, RULES, Operation, RandAugment, plain_name, posterized
 
 MEAN = (0.485, 0.456, 0.406)
@@ -145,3 +146,19 @@ def test_posterizing_to_nothing_leaves_black() -> None:
     for bits in (0, -1):
         assert posterized(image, bits, posterize=refusing).getextrema() == ((0, 0),) * 3
     assert posterized(image, 1, posterize=refusing) is image
+
+
+@pytest.mark.parametrize("words", ["rand", "rand-m0-n1", "rand-m30-mmax30-inc1-p0.7-mstd0.5", "rand-mstd101-inc0-n3"])
+def test_words_that_are_allowed_can_be_drawn(words: str) -> None:
+    _, is_allowed = RANDAUGMENT
+    assert is_allowed(words)
+    randaugment = RandAugment(words, (8, 8), MEAN)
+    operations = [randaugment.draw() for _ in range(20)]
+    images = to_batch(pictures(8, 8))[:1].repeat(20, 1, 1, 1)
+    assert randaugment.apply_to_batch(images, operations).shape == (20, 3, 8, 8)
+
+
+@pytest.mark.parametrize("words", ["rand-w0", "rand-m9.5", "rand-n0", "rand-mstd.5.", "rand-inc", "rand-t0", "augmix"])
+def test_words_that_timm_does_not_take_are_refused(words: str) -> None:
+    _, is_allowed = RANDAUGMENT
+    assert not is_allowed(words)
