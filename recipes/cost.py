@@ -11,6 +11,7 @@ The first two count the time in which the GPUs wait for images, the third one th
 import argparse
 import csv
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class Measured:
     gpus: int = 1
     device: str = ""  # what they were, where that is known
     what: str = ""  # of what, where that is known: real images, or the step alone
+
+    def __post_init__(self) -> None:
+        if not 0 < self.images_per_second < math.inf:
+            problem = f"{self.model} was measured at {self.images_per_second} images per second"
+            raise ValueError(f"{problem}; allowed: a number above 0, and finite")
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
         """Time of so many epochs, where `efficiency` is the speed of `gpus` GPUs by that of as many separate ones."""
@@ -120,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         numbers = value if isinstance(value, list) else [value]
         if any(number <= 0 for number in numbers if isinstance(number, int | float)):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
     given = settings.run or settings.real_images or settings.throughput
     damaged = f"{given} is damaged, or of something else than a run, recipes.loader_speed or eval.throughput"
     try:
@@ -130,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured = from_real_images(settings.real_images)
         elif settings.throughput is not None:
             measured = from_throughput(settings.throughput)
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        else:
+            measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: {damaged}: {type(error).__name__}: {' '.join(str(error).split())}\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -210,6 +210,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--config goes with --step")
     if settings.make is None and (settings.subsampling or settings.seed is not None):
         parser.error("--subsampling and --seed go with --make")
+    if settings.make is not None and (settings.step or settings.json or settings.overrides):
+        parser.error("--make only writes files; leave out --step, --json and key=value, and measure afterwards")
+    if settings.seed is not None and settings.seed < 0:
+        parser.error(f"--seed is {settings.seed}; allowed: 0 or more")
     with reporting_mistakes(parser.prog):
         if settings.make is not None:
             number, folder = settings.make
@@ -217,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parser.error(f"--make {number} {folder}; allowed: a number of files, 1 or more, then a folder")
             write_images(Path(folder), int(number), settings.seed or 0, settings.subsampling or "4:2:0")
             return
+        if settings.json is not None:
+            settings.json.open("a").close()  # what prevents it is told before minutes of measuring
         often = (settings.rounds, settings.batches)
         if settings.step is None:
             found = loader_speed(read_config(parser, LoaderConfig, None, settings.overrides), *often)

@@ -135,11 +135,15 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     settings = [f"data.source={folder}", "image_size=16"]
     with pytest.raises(SystemExit, match="there is no 'nowhere'"):
         loader_speed.main(["data.source=nowhere"])
+    with pytest.raises(SystemExit, match=r"No such file or directory: 'nowhere/speed\.jsonl'"):  # before anything else
+        loader_speed.main(["data.source=nowhere", "--json", "nowhere/speed.jsonl"])
     for argv, message in (
         ([*settings, "batch=3"], "batch is 3; allowed: an even number"),
         ([*settings, "--rounds", "0"], "--rounds is 0, --batches 60; allowed: 1 or more"),
         ([*settings, "--config", "x.yaml"], "--config goes with --step"),
         ([*settings, "--seed", "1"], "--subsampling and --seed go with --make"),
+        (["--make", "1", str(tmp_path), *settings], "--make only writes files; leave out"),
+        (["--make", "1", str(tmp_path), "--seed", "-1"], "--seed is -1; allowed: 0 or more"),
         (["--make", "none", str(tmp_path)], "allowed: a number of files, 1 or more, then a folder"),
         (["--step", "pretrain", "data.source=digits"], "model is missing"),
     ):

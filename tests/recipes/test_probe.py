@@ -282,6 +282,10 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (damaged / "metrics.jsonl").write_text('{"images_per_second": 3, "processes": 1}\n')
     (damaged / "config.yaml").write_text("model: [")
     (damaged / "speed.csv").write_text("mode,img_per_s\npretrain,3\n")
+    (damaged / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    row = {"recipe": "pretrain", "images": "decode=cpu", "model": "arm_base", "device": "x", "processes": 1}
+    for name, speed in (("text", "fast"), ("still", 0)):
+        (damaged / f"{name}.jsonl").write_text(json.dumps({**row, "images_per_second": speed}))
     for argv, message in (
         (["--run", str(damaged)], f"{damaged} is damaged, or of something else"),
         (["--throughput", str(damaged / "speed.csv")], f"{damaged / 'speed.csv'} is damaged, or of something else"),
@@ -292,7 +296,11 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--throughput", str(tmp_path / "speed.json")], "no rows of pretraining; measure with --mode pretrain"),
         (["--real-images", str(tmp_path / "metrics.jsonl")], "is damaged, or of something else"),
         (["--real-images", str(tmp_path / "real.jsonl")], "no rows of pretraining; measure with --step pretrain"),
+        (["--real-images", str(damaged / "bytes.jsonl")], "bytes.jsonl is damaged, or of something else"),
+        (["--real-images", str(damaged / "text.jsonl")], "text.jsonl is damaged, or of something else"),
+        (["--real-images", str(damaged / "still.jsonl")], "arm_base was measured at 0 images per second; allowed"),
         (["--images-per-second", "-3"], "must be above 0"),
+        (["--images-per-second", "nan"], "model was measured at nan images per second; allowed: a number above 0"),
         (["--images-per-second", "3", "--gpus", "0"], "--gpus must be above 0"),
         ([], "is required"),
     ):
