@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -200,9 +201,9 @@ def kind_of_images(config: DataConfig, device: torch.device) -> type[AugmentedIm
 
 def keeps_on_gpu(cache: str, device: torch.device) -> bool:
     """Whether the GPU keeps decoded images, as `data.cache` says; raises `RunError` if it asks that in vain."""
-    if cache == "gpu" and device.type != "cuda":
-        problem = f"data.cache is gpu, but the run's device is {device}"
-        raise RunError(f"{problem}; allowed: data.cache=memory or data.cache=none")
+    missing = resizer_missing(device) if cache == "gpu" else None
+    if missing is not None:
+        raise RunError(f"data.cache is gpu, but {missing}; allowed: data.cache=memory or data.cache=none")
     return cache == "gpu"
 
 
@@ -210,7 +211,16 @@ def decodes_on_gpu(decode: str, device: torch.device) -> bool:
     """Whether JPEG files are decoded on the GPU, as `data.decode` says; raises `RunError` if it asks that in vain."""
     if decode == "cpu":
         return False
-    missing = f"the run's device is {device}" if device.type != "cuda" else decoder_missing(device)
+    missing = resizer_missing(device) or decoder_missing(device)
     if missing is not None and decode == "gpu":
         raise RunError(f"data.decode is gpu, but {missing}; allowed: data.decode=auto or data.decode=cpu")
+    if missing is not None and device.type == "cuda":
+        tell(f"the CPU decodes, for which the GPU may have to wait: {missing}")
     return missing is None
+
+
+def resizer_missing(device: torch.device) -> str | None:
+    """Why images that lie on this device cannot be cropped and resized there; None if they can."""
+    if device.type != "cuda":
+        return f"the run's device is {device}"
+    return None if find_spec("triton") else "Triton is not installed, which comes with torch for CUDA on Linux"

@@ -270,6 +270,21 @@ def test_without_torchcodec_pillow_gives_the_same_images(
     assert caplog.text.count("torchcodec is not installed, or not one for this torch: Pillow decodes") == 1
 
 
+def test_what_a_gpu_lacks_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(loader, "decoder_missing", lambda device: "a decoder is missing; type this")
+    monkeypatch.setattr(loader, "find_spec", lambda name: name)
+    assert not loader.decodes_on_gpu("auto", CPU) and not loader.decodes_on_gpu("cpu", gpu) and not caplog.text
+    assert not loader.decodes_on_gpu("auto", gpu) and loader.keeps_on_gpu("gpu", gpu)
+    assert "the CPU decodes, for which the GPU may have to wait: a decoder is missing; type this" in caplog.text
+    with pytest.raises(RunError, match=r"decode is gpu, but a decoder is missing; type this; allowed: data.decode"):
+        loader.decodes_on_gpu("gpu", gpu)
+    monkeypatch.setattr(loader, "find_spec", lambda name: None)
+    assert not loader.decodes_on_gpu("auto", gpu) and caplog.text.count("Triton is not installed") == 1
+    with pytest.raises(RunError, match=r"data\.cache is gpu, but Triton is not installed, .*; allowed: data\.cache"):
+        loader.keeps_on_gpu("gpu", gpu)
+
+
 def test_no_image_at_all_ends_the_gpu_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cat").mkdir()
     for number in range(4):
