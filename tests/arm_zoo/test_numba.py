@@ -34,10 +34,10 @@ def results(
 
 
 def worst_error(tensors: list[torch.Tensor], order: torch.Tensor | None = None) -> float:
-    """Largest relative L2 error of output and gradients against the plain loop in float64."""
+    """Largest relative L2 error of output and gradients against the plain loop in float64; decays end at 2e-38."""
     exact = results("reference", [t.double() for t in tensors], order)
     pairs = zip(results("numba", tensors, order), exact, strict=True)
-    return largest(((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item() for ours, theirs in pairs)
+    return largest(((ours - theirs).norm() / theirs.norm().clamp_min(1e-20)).item() for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 197, 577])
