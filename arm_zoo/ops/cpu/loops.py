@@ -127,17 +127,19 @@ def _row(sequences, k, b, row, start, count):
     return sequences.memory[first : first + count]
 
 
-def _record(width, *fields):
-    """Rows of channels in fixed distances: so LLVM knows that what a loop writes to one is not what it reads from others."""
-    return np.dtype([(field, np.float32, (width,)) for field in fields])
+WIDTH = 192  # the most channels of a block: in the first-level cache there are then 16 states with their rates
 
 
-FORWARD, BACKWARD = 128, 64  # channels of a block, whose states stay in the caches
-_CHANNEL = _record(FORWARD, "skip", "bias", "least", "most", "of_skip", "of_bias")
-_STEP = _record(FORWARD, "u", "size", "into", "out")
-_STATE = _record(FORWARD, "value", "rate")
-_STEP_BACK = _record(BACKWARD, "u", "size", "slope", "into", "of_y", "of_product", "of_exponent", "decay", "before")
-_STATE_BACK = _record(BACKWARD, "rate", "carry", "of_rate")
+def _record(*fields):
+    """Rows of channels in fixed distances: so LLVM knows that what a loop writes to one is not read from others."""
+    return np.dtype([(field, np.float32, (WIDTH,)) for field in fields])
+
+
+_CHANNEL = _record("skip", "bias", "least", "most", "of_skip", "of_bias")
+_STEP = _record("u", "size", "into", "out")
+_STATE = _record("value", "rate")
+_STEP_BACK = _record("u", "size", "slope", "into", "of_y", "of_product", "of_exponent", "decay", "before")
+_STATE_BACK = _record("rate", "carry", "of_rate")
 
 
 @njit
@@ -152,10 +154,7 @@ def _load_channels(channel, scan, k, start, count):
 
 @njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
 def _load_step(step, channel, u, delta, softplus, functions):
-    """u, size and into (what a step adds to states, over B) of a step; and, where it is kept, the slope of softplus.
-
-    A size is NaN also where it would let a state grow by more than 2 to the 127.
-    """
+    """Input, size and their product, which B brings into the states; a size that lets these grow by 2^127 is NaN."""
     highest, nan = np.float32(127), np.float32(np.nan)
     size, into, kept = step["size"], step["into"], step["u"]
     bias, least, most = channel["bias"], channel["least"], channel["most"]
@@ -174,18 +173,18 @@ def _load_step(step, channel, u, delta, softplus, functions):
 
 
 @_compiled(fastmath=_CONTRACT)
-def scan_forward(first, last, scan, gate, y, gated, saved):
-    """Tasks are blocks of an image's channels: their output y (B, L, D), that times SiLU(gate), and states.
+def scan_forward(first, last, width, scan, gate, y, gated, saved):
+    """Tasks are blocks of `width` channels of an image: their output y (B, L, D), that times SiLU(gate), and states.
 
-    Without a gate `gate` is empty; with it `gated` may be the memory of y. No state is saved where there are no chunks.
+    Without a gate `gate` is empty; with it `gated` may be the memory of y. `saved` may have no chunks.
     """
     directions, d_state, channels = scan.A.shape
     length, functions = y.shape[1], scan.functions
-    blocks = (channels + FORWARD - 1) // FORWARD
+    blocks = (channels + width - 1) // width
     channel, step, states = np.empty(1, _CHANNEL), np.empty(1, _STEP), np.empty(d_state, _STATE)
     for task in range(first, last):
-        b, start = task // blocks, task % blocks * FORWARD
-        count = min(FORWARD, channels - start)
+        b, start = task // blocks, task % blocks * width
+        count = min(width, channels - start)
         stop = start + count
         for k in range(directions):
             _load_channels(channel[0], scan, k, start, count)
@@ -219,8 +218,11 @@ def scan_forward(first, last, scan, gate, y, gated, saved):
         if len(gate.memory):
             for t in range(length):
                 z, token, product = _row(gate, 0, b, t, start, count), y[b, t, start:stop], gated[b, t, start:stop]
+                out = step[0]["out"]  # y may be the memory of the product
                 for d in range(count):
-                    product[d] = token[d] * z[d] * _sigmoid(z[d], _exp_minus(z[d], functions))
+                    out[d] = token[d] * z[d] * _sigmoid(z[d], _exp_minus(z[d], functions))
+                for d in range(count):
+                    product[d] = out[d]
 
 
 @njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
@@ -290,20 +292,20 @@ def scan_backward(first, last, scan, grad, saved, grad_u, grad_delta, grad_A, gr
     """Tasks are (group of images, direction, part of the channels), numbered in this order.
 
     grad (B, L, D) is that of y; those of u and whole delta are (K, B, L, D). Of those of A (groups, K, S, D), D and
-    bias (groups, K, D), a group writes its images' share, of those of B and C (parts, K, B, L, S) a part its channels'.
+    bias (groups, K, D), a group writes its images' share; a part that of its channels of B and C (parts, K, B, L, S).
     A state's gradient is g_t = C_t grad_t + exp(d_{t+1} A) g_{t+1}; a chunk's states are made anew, one by one.
     """
     directions, d_state, channels = scan.A.shape
     parts, _, batch, length, _ = grad_B.shape
     groups, functions, chunk = len(grad_A), scan.functions, scan.chunk
-    blocks = (channels + BACKWARD - 1) // BACKWARD
+    blocks = (channels + WIDTH - 1) // WIDTH
     channel, work, states = np.empty(1, _CHANNEL), np.empty(chunk + 1, _STEP_BACK), np.empty(d_state, _STATE_BACK)
     for task in range(first, last):
         group, k, part = task // (directions * parts), task // parts % directions, task % parts
         first_block = blocks * part // parts
         for block in range(first_block, blocks * (part + 1) // parts):
-            start = block * BACKWARD
-            count = min(BACKWARD, channels - start)
+            start = block * WIDTH
+            count = min(WIDTH, channels - start)
             stop = start + count
             _load_channels(channel[0], scan, k, start, count)
             channel[0]["of_skip"][:] = 0
@@ -359,12 +361,12 @@ def _convolve(out, x, weight, bias, order, b, k, t, start, stop):
 
 @_compiled(fastmath=_CONTRACT)
 def conv_forward(first, last, x, weight, bias, order, functions, out):
-    """Tasks are blocks of channels of an image in a direction: weight (K, taps, D), bias (K, D) -> out (K, B, L, D)."""
+    """Tasks are blocks of an image's channels in a direction: weight (K, taps, D), bias (K, D) -> out (K, B, L, D)."""
     _, batch, length, channels = out.shape
-    blocks = (channels + FORWARD - 1) // FORWARD
+    blocks = (channels + WIDTH - 1) // WIDTH
     for task in range(first, last):
-        k, b, start = task // (batch * blocks), task // blocks % batch, task % blocks * FORWARD
-        stop = min(start + FORWARD, channels)
+        k, b, start = task // (batch * blocks), task // blocks % batch, task % blocks * WIDTH
+        stop = min(start + WIDTH, channels)
         for t in range(length):
             step = out[k, b, t, start:stop]
             _convolve(step, x, weight, bias, order, b, k, t, start, stop)
@@ -373,22 +375,22 @@ def conv_forward(first, last, x, weight, bias, order, functions, out):
 
 
 @_compiled(fastmath=_CONTRACT)
-def conv_backward(first, last, grad, x, weight, bias, order, functions, grad_x, grad_weight, grad_bias):
+def conv_backward(first, last, batch, grad, x, weight, bias, order, functions, grad_x, grad_weight, grad_bias):
     """Tasks are (group of images, block of channels): grad (K, B, L, D) to that of x (B, L, D), which is not empty.
 
     A group writes its images' share of those of weight (groups, K, taps, D) and bias (groups, K, D).
     """
-    groups, directions, taps, channels = grad_weight.shape
-    batch, length, _ = grad_x.shape
-    blocks = (channels + FORWARD - 1) // FORWARD
-    slopes = np.empty(FORWARD, np.float32)
+    (groups, directions, taps, channels), length = grad_weight.shape, order.shape[1]
+    blocks = (channels + WIDTH - 1) // WIDTH
+    slopes = np.empty(WIDTH, np.float32)
     for task in range(first, last):
-        group, start = task // blocks, task % blocks * FORWARD
-        stop = min(start + FORWARD, channels)
+        group, start = task // blocks, task % blocks * WIDTH
+        stop = min(start + WIDTH, channels)
         grad_weight[group, :, :, start:stop] = 0
         grad_bias[group, :, start:stop] = 0
         for b in range(batch * group // groups, batch * (group + 1) // groups):
-            grad_x[b, :, start:stop] = 0
+            for t in range(length):
+                _row(grad_x, 0, b, t, start, stop - start)[:] = 0
             for k in range(directions):
                 of_bias = grad_bias[group, k, start:stop]
                 for t in range(length):
@@ -401,7 +403,10 @@ def conv_backward(first, last, grad, x, weight, bias, order, functions, grad_x, 
                     for j in range(max(taps - 1 - t, 0), taps):
                         row = order[k, t - taps + 1 + j]
                         token, tap = _row(x, 0, b, row, start, stop - start), weight[k, j, start:stop]
-                        of_token, of_tap = grad_x[b, row, start:stop], grad_weight[group, k, j, start:stop]
+                        of_token, of_tap = (
+                            _row(grad_x, 0, b, row, start, stop - start),
+                            grad_weight[group, k, j, start:stop],
+                        )
                         for d in range(stop - start):
                             of_token[d] += slope[d] * tap[d]
                         for d in range(stop - start):
@@ -409,16 +414,14 @@ def conv_backward(first, last, grad, x, weight, bias, order, functions, grad_x, 
 
 
 @_compiled(fastmath=_CONTRACT)
-def gate_backward(first, last, grad, gate, value, functions, grad_gate, grad_value):
-    """Tasks are rows (rows, N): gradients of the factors of SiLU(gate) * value."""
+def gate_backward(first, last, channels, grad, gate, value, functions, grad_gate, grad_value):
+    """Tasks are rows of so many channels: gradients of the factors of SiLU(gate) * value."""
     for row in range(first, last):
-        of_product, z, y = (
-            _row(grad, 0, 0, row, 0, grad_gate.shape[1]),
-            _row(gate, 0, 0, row, 0, grad_gate.shape[1]),
-            _row(value, 0, 0, row, 0, grad_gate.shape[1]),
-        )
-        of_gate, of_value = grad_gate[row], grad_value[row]
-        for d in range(len(z)):
+        of_product, y = _row(grad, 0, 0, row, 0, channels), _row(value, 0, 0, row, 0, channels)
+        z, of_gate = _row(gate, 0, 0, row, 0, channels), _row(grad_gate, 0, 0, row, 0, channels)
+        of_value = _row(grad_value, 0, 0, row, 0, channels)
+        for d in range(channels):
+            of_value[d] = of_product[d] * z[d] * _sigmoid(z[d], _exp_minus(z[d], functions))
+        for d in range(channels):
             sigmoid = _sigmoid(z[d], _exp_minus(z[d], functions))
-            of_value[d] = of_product[d] * z[d] * sigmoid
             of_gate[d] = of_product[d] * y[d] * sigmoid * (np.float32(1) + z[d] * (np.float32(1) - sigmoid))

@@ -1,4 +1,4 @@
-"""The `numba` backend: loops over float32 sequences on the CPU, compiled by Numba's JIT and run by torch's threads' number."""
+"""The `numba` backend: loops over float32 sequences on the CPU, compiled by Numba, in as many threads as torch takes."""
 
 import itertools
 import math
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from arm_zoo.ops.cpu import loops
 from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, empty_states, inner
 
-_TASKS = 64  # at least so many for a backward pass: as few as keep the cores of a large machine busy
+_TASKS = 64  # of a backward pass, if there are so many: the order of its sums does not depend on the threads
+_LEAST = 64  # channels of a block: short loops cost more than what they do
 _LOG2E = math.log2(math.e)
 
 # least relative error fits: of degree 5 to 2 to the r on -1/2..1/2, exact at 0 since errors there would add up, and
@@ -25,18 +26,18 @@ _LOG1P = [
     0.1967593133, -0.2495413273, 0.3332996368, -0.4999990165, 1.0,
 ]  # fmt: skip
 _FUNCTIONS = loops.Functions(
-    loops.Exp2(np.float32(-125), np.float32(1.5 * 2**23), tuple(np.float32(_EXP2))),
-    tuple(np.float32(_LOG1P)),
+    loops.Exp2(np.float32(-125), np.float32(1.5 * 2**23), tuple(map(np.float32, _EXP2))),
+    tuple(map(np.float32, _LOG1P)),
     np.float32(_LOG2E),
     np.float32(math.log(2)),
 )
 
 
 def _rows(sequences: Tensor) -> loops.Rows:
-    """Sequences (K, B, L, N), or (B, L, N), as memory from their first element on, and the distances of their rows."""
+    """Sequences (K, B, L, N), with fewer axes or all, as memory from the first element on, and distances of rows."""
     sequences = inner(sequences.detach())
     size = sequences.untyped_storage().nbytes() // sequences.element_size() - sequences.storage_offset()
-    steps = (0, *sequences.stride()[:-1])[-3:]
+    steps = (0, 0, *sequences.stride()[:-1])[-3:]
     return loops.Rows(sequences.as_strided((size,), (1,)).numpy(), steps)
 
 
@@ -56,7 +57,7 @@ def _table(operation: str, order: Tensor | None, directions: int, length: int) -
     return _copy(order)
 
 
-def _compiled_inputs(scan: ScanInputs) -> loops.Scan:
+def _loops_inputs(scan: ScanInputs) -> loops.Scan:
     u, *others = scan[:6]
     delta, A, B, C, D = (t.to(u.dtype) for t in others)
     directions, _, length, _ = scan.shape
@@ -65,7 +66,8 @@ def _compiled_inputs(scan: ScanInputs) -> loops.Scan:
     return loops.Scan(
         _rows(u.expand(scan.shape)), _rows(delta), _copy(rates.transpose(1, 2)),
         rates.amin(-1).numpy(), rates.amax(-1).numpy(), _rows(B), _rows(C), _copy(D), _copy(bias),
-        *(_table("selective_scan", table, directions, length) for table in (scan.rows, scan.order)),
+        _table("selective_scan", scan.rows, directions, length),
+        _table("selective_scan", scan.order, directions, length),
         np.float32(scan.share), scan.delta_softplus, CHUNK, _FUNCTIONS,
     )  # fmt: skip
 
@@ -73,7 +75,7 @@ def _compiled_inputs(scan: ScanInputs) -> loops.Scan:
 def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
     """Run a compiled loop's tasks in as many threads as torch takes."""
     threads = min(torch.get_num_threads(), tasks)
-    if threads == 1:
+    if threads <= 1:
         return loop(0, tasks, *arguments)
     bounds = [tasks * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
@@ -84,7 +86,7 @@ def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """See `arm_zoo.ops.causal_conv`."""
     out = x.new_empty(len(weight), *x.shape)
-    blocks = math.ceil(x.shape[-1] / loops.FORWARD)
+    blocks = math.ceil(x.shape[-1] / loops.WIDTH)
     _run(loops.conv_forward, len(weight) * len(x) * blocks, *_conv_inputs(x, weight, bias, order), out.numpy())
     return out
 
@@ -94,12 +96,12 @@ def causal_conv_backward(
 ) -> Tensors:
     """Gradients of x (in `out`, if there is one), weight and bias, given that of the output (K, B, L, D)."""
     out = x.new_empty(x.shape) if out is None else out
-    (directions, channels, taps), groups = weight.shape, min(len(x), _TASKS)
+    (directions, channels, taps), groups = weight.shape, max(1, min(len(x), _TASKS))
     grad_weight = x.new_empty(groups, directions, taps, channels)
     grad_bias = x.new_empty(groups, directions, channels)
     _run(
-        loops.conv_backward, groups * math.ceil(channels / loops.FORWARD),
-        _rows(grad), *_conv_inputs(x, weight, bias, order), out.numpy(), grad_weight.numpy(), grad_bias.numpy(),
+        loops.conv_backward, groups * math.ceil(channels / loops.WIDTH),
+        len(x), _rows(grad), *_conv_inputs(x, weight, bias, order), _rows(out), grad_weight.numpy(), grad_bias.numpy(),
     )  # fmt: skip
     grad_weight = grad_weight.sum(0).transpose(1, 2).contiguous()
     return out, grad_weight.to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
@@ -112,10 +114,11 @@ def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) 
 
 
 def gate_backward(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor) -> None:
-    """Write the gradients of gate and value (..., N), the factors of SiLU(gate) * value."""
-    inputs = (_rows(t.flatten(0, -2)[None, None]) for t in (grad, gate, value))
-    outputs = [t.view(-1, t.shape[-1]).numpy() for t in (grad_gate, grad_value)]
-    _run(loops.gate_backward, len(outputs[0]), *inputs, _FUNCTIONS, *outputs)
+    """Write the gradients of gate and value (B, L, N), the factors of SiLU(gate) * value."""
+    inputs = (_rows(t.flatten(0, 1)) for t in (grad, gate, value))
+    outputs = (_rows(t.view(-1, t.shape[-1])) for t in (grad_gate, grad_value))
+    rows, channels = value.shape[:2].numel(), value.shape[-1]
+    _run(loops.gate_backward, rows, channels, *inputs, _FUNCTIONS, *outputs)
 
 
 def selective_scan(
@@ -130,19 +133,21 @@ def selective_scan(
     saved = empty_states(u, A, u.dtype, save=save_states)
     if y.numel() == 0:
         return y, saved
+    # few images: narrow blocks, or there would be too few for the threads
+    width = min(loops.WIDTH, max(_LEAST, math.ceil(batch * channels / torch.get_num_threads() / 8) * 8))
     z = loops.Rows(np.empty(0, np.float32), (0, 0, 0)) if gate is None else _rows(gate)
     _run(
-        loops.scan_forward, batch * math.ceil(channels / loops.FORWARD),
-        _compiled_inputs(scan), z, y.numpy(), gated.numpy(), saved.numpy(),
+        loops.scan_forward, batch * math.ceil(channels / width),
+        width, _loops_inputs(scan), z, y.numpy(), gated.numpy(), saved.numpy(),
     )  # fmt: skip
     return (gated if norm is None else F.layer_norm(gated, norm.weight.shape, *norm)), saved
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D and delta_bias, given the output's (B, L, D) and the saved states."""
-    directions, batch, length, channels = scan.shape
-    blocks = math.ceil(channels / loops.BACKWARD)
-    groups = min(batch, math.ceil(_TASKS / directions))
+    directions, batch, _, channels = scan.shape
+    blocks = math.ceil(channels / loops.WIDTH)
+    groups = max(1, min(batch, math.ceil(_TASKS / directions)))
     parts = min(blocks, math.ceil(_TASKS / (directions * groups)))
     u, d_state = scan.u, scan.A.shape[-1]
     grad_u, grad_delta = (u.new_empty(scan.shape) for _ in range(2))
@@ -152,7 +157,7 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     gradients = grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
     _run(
         loops.scan_backward, groups * directions * parts,
-        _compiled_inputs(scan), grad.contiguous().numpy(), saved.numpy(), *(t.numpy() for t in gradients),
+        _loops_inputs(scan), grad.contiguous().numpy(), saved.numpy(), *(t.numpy() for t in gradients),
     )  # fmt: skip
     grad_A, grad_B, grad_C, grad_D, grad_bias = (t.sum(0) for t in gradients[2:])
     grad_u = grad_u if u.ndim == 4 else grad_u.sum(0)
