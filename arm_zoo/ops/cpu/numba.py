@@ -1,4 +1,4 @@
-"""The `numba` backend: loops over float32 sequences on the CPU, compiled by Numba, in as many threads as torch takes."""
+"""The `numba` backend: loops over float32 sequences on the CPU, compiled by Numba, in torch's number of threads."""
 
 import itertools
 import math
@@ -132,7 +132,7 @@ def selective_scan(
     gated = y if kept is None else u.new_empty(y.shape)
     saved = empty_states(u, A, u.dtype, save=save_states)
     if y.numel() == 0:
-        return y, saved
+        return gated, saved
     # few images: narrow blocks, or there would be too few for the threads
     width = min(loops.WIDTH, max(_LEAST, math.ceil(batch * channels / torch.get_num_threads() / 8) * 8))
     z = loops.Rows(np.empty(0, np.float32), (0, 0, 0)) if gate is None else _rows(gate)
