@@ -36,7 +36,7 @@ _FUNCTIONS = loops.Functions(
 def _rows(sequences: Tensor) -> loops.Rows:
     """Sequences (K, B, L, N), with fewer axes or all, as memory from the first element on, and distances of rows."""
     sequences = inner(sequences.detach())
-    size = sequences.untyped_storage().nbytes() // sequences.element_size() - sequences.storage_offset()
+    size = max(0, sequences.untyped_storage().nbytes() // sequences.element_size() - sequences.storage_offset())
     steps = (0, 0, *sequences.stride()[:-1])[-3:]
     return loops.Rows(sequences.as_strided((size,), (1,)).numpy(), steps)
 
