@@ -210,6 +210,20 @@ def test_tokens_that_are_not_there_are_refused(order: list[list[int]]) -> None:
         selective_scan(*(torch.zeros(shape) for shape in shapes), order=torch.tensor(order))
 
 
+def test_where_no_folder_can_be_written_loops_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from arm_zoo.ops.cpu import loops
+
+    compile_anew = loops.njit
+
+    def refuse(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_anew(**options)
+
+    monkeypatch.setattr(loops, "njit", refuse)
+    assert loops._compiled(lambda x: x + 1)(2) == 3
+
+
 def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from arm_zoo.ops import backends
 

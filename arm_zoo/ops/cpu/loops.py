@@ -14,16 +14,17 @@ from numba.extending import intrinsic
 _CONTRACT = {"contract"}  # products may be fused into sums; nothing is reordered, NaN and infinity keep their meaning
 
 
-def _compiled(**options):
-    """Compile, and keep the machine code for later processes where a folder can be written."""
+_elementary = njit(fastmath=_CONTRACT, inline="always")
+_inlined = njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
 
-    def decorate(function):
-        try:
-            return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-        except RuntimeError:  # no such folder
-            return njit(nogil=True, error_model="numpy", **options)(function)
 
-    return decorate
+def _compiled(function):
+    """Compile a whole loop, and keep its machine code for later processes where a folder can be written."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": _CONTRACT}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # there is no such folder
+        return njit(**options)(function)
 
 
 class Exp2(NamedTuple):
@@ -83,7 +84,7 @@ def _times_power_of_two(context, p, rounded):
     return types.float32(types.float32, types.float32), codegen
 
 
-@njit(fastmath=_CONTRACT, inline="always")
+@_elementary
 def _exp2(x, exp2):
     """2 to the x, within 2e-7, of x up to 127, where that below -125 counts as -125; not of NaN."""
     x = max(x, exp2.lowest)
@@ -93,13 +94,13 @@ def _exp2(x, exp2):
     return _times_power_of_two(((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0, rounded)
 
 
-@njit(fastmath=_CONTRACT, inline="always")
+@_elementary
 def _exp_minus(x, functions):
     """e to the -|x|."""
     return _exp2(-abs(x) * functions.log2e, functions.exp2)
 
 
-@njit(fastmath=_CONTRACT, inline="always")
+@_elementary
 def _softplus(x, y, functions):
     """log(1 + e^x), given y = e^-|x|."""
     c9, c8, c7, c6, c5, c4, c3, c2, c1, c0 = functions.log1p
@@ -108,7 +109,7 @@ def _softplus(x, y, functions):
     return max(x, np.float32(0)) + y * p
 
 
-@njit(fastmath=_CONTRACT, inline="always")
+@_elementary
 def _sigmoid(x, y):
     """1 / (1 + e^-x), given y = e^-|x|."""
     return (np.float32(1) if x >= 0 else y) / (np.float32(1) + y)
@@ -152,7 +153,7 @@ def _load_channels(channel, scan, k, start, count):
         channel["most"][d] = scan.most[k, start + d]
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
+@_inlined
 def _load_step(step, channel, u, delta, softplus, functions):
     """Input, size and their product, which B brings into the states; a size that lets these grow by 2^127 is NaN."""
     highest, nan = np.float32(127), np.float32(np.nan)
@@ -172,7 +173,7 @@ def _load_step(step, channel, u, delta, softplus, functions):
         into[d] = size[d] * kept[d]
 
 
-@_compiled(fastmath=_CONTRACT)
+@_compiled
 def scan_forward(first, last, width, scan, gate, y, gated, saved):
     """Tasks are blocks of `width` channels of an image: their output y (B, L, D), that times SiLU(gate), and states.
 
@@ -225,7 +226,7 @@ def scan_forward(first, last, width, scan, gate, y, gated, saved):
                     product[d] = out[d]
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
+@_inlined
 def _remake(step, state, after, count, B_t, functions):
     """One state's decays, and its values after the step, from those before it."""
     size, into, decay, before, rate = step["size"], step["into"], step["decay"], step["before"], state["rate"]
@@ -234,7 +235,7 @@ def _remake(step, state, after, count, B_t, functions):
         after[d] = decay[d] * before[d] + into[d] * B_t
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
+@_inlined
 def _reverse(step, state, after, count, B_t, C_t):
     """One step back of one state: adds to the gradients of the step and of the rates, returns those of B_t and C_t."""
     size, into, decay, before, of_y = step["size"], step["into"], step["decay"], step["before"], step["of_y"]
@@ -253,7 +254,7 @@ def _reverse(step, state, after, count, B_t, C_t):
     return of_B, of_C
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
+@_inlined
 def _load_step_back(step, channel, u, delta, of_token, softplus, share, functions):
     """What a step's way back starts with."""
     _load_step(step, channel, u, delta, softplus, functions)
@@ -271,7 +272,7 @@ def _load_step_back(step, channel, u, delta, of_token, softplus, share, function
         of_exponent[d] = 0
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
+@_inlined
 def _finish_step(step, channel, of_u, of_delta, ln2):
     """A step's gradients, when all states have been there."""
     u, size, slope, of_y = step["u"], step["size"], step["slope"], step["of_y"]
@@ -287,7 +288,7 @@ def _finish_step(step, channel, of_u, of_delta, ln2):
         of_delta[d] = of_exponent[d]
 
 
-@_compiled(fastmath=_CONTRACT)
+@_compiled
 def scan_backward(first, last, scan, grad, saved, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias):
     """Tasks are (group of images, direction, part of the channels), numbered in this order.
 
@@ -347,7 +348,7 @@ def scan_backward(first, last, scan, grad, saved, grad_u, grad_delta, grad_A, gr
                 grad_A[group, k, s, start:stop] = states[s]["of_rate"][:count]
 
 
-@njit(fastmath=_CONTRACT, error_model="numpy", forceinline=True)
+@_inlined
 def _convolve(out, x, weight, bias, order, b, k, t, start, stop):
     """Step t of a convolution before its SiLU, of channels start to stop - 1."""
     taps = weight.shape[1]
@@ -359,7 +360,7 @@ def _convolve(out, x, weight, bias, order, b, k, t, start, stop):
             out[d] += tap[d] * token[d]
 
 
-@_compiled(fastmath=_CONTRACT)
+@_compiled
 def conv_forward(first, last, x, weight, bias, order, functions, out):
     """Tasks are blocks of an image's channels in a direction: weight (K, taps, D), bias (K, D) -> out (K, B, L, D)."""
     _, batch, length, channels = out.shape
@@ -374,7 +375,7 @@ def conv_forward(first, last, x, weight, bias, order, functions, out):
                 step[d] *= _sigmoid(step[d], _exp_minus(step[d], functions))
 
 
-@_compiled(fastmath=_CONTRACT)
+@_compiled
 def conv_backward(first, last, batch, grad, x, weight, bias, order, functions, grad_x, grad_weight, grad_bias):
     """Tasks are (group of images, block of channels): grad (K, B, L, D) to that of x (B, L, D), which is not empty.
 
@@ -413,7 +414,7 @@ def conv_backward(first, last, batch, grad, x, weight, bias, order, functions, g
                             of_tap[d] += slope[d] * token[d]
 
 
-@_compiled(fastmath=_CONTRACT)
+@_compiled
 def gate_backward(first, last, channels, grad, gate, value, functions, grad_gate, grad_value):
     """Tasks are rows of so many channels: gradients of the factors of SiLU(gate) * value."""
     for row in range(first, last):
