@@ -39,10 +39,10 @@ class SequenceBackbone(Backbone):
 
     The class of a family says which directions its mixers scan, and what its blocks have. A `block_class` of its own
     is called as `Block` is, with the tokens' width, the number of directions and the states per channel, then by name
-    `drop_path`, `norm_layer`, `device`, `dtype` and what `block` adds. Its `forward(x, order)` makes tokens
-    (B, N + 1, dim), in float32 with `float32_residual`, of such tokens and the order table (directions, N + 1). A
-    `MambaMixer` has its initialisation and exemptions from weight decay wherever in the block it is; a family
-    without one overrides `read_shapes`.
+    `drop_path`, `norm_layer`, `device`, `dtype` and what `block` adds. Its `forward(x, order)` turns tokens
+    (B, N + 1, dim), which `float32_residual` keeps in float32, and the order table (directions, N + 1) into such
+    tokens. A `MambaMixer` is initialised and exempt from weight decay as in `Block`, wherever in the block it is; a
+    family without one overrides `read_shapes`.
     """
 
     directions: list[str]  # names for `scan_order`
