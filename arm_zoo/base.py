@@ -22,7 +22,10 @@ class ZooModel(nn.Module):
 
     official_names = OfficialNames()
     keys: tuple[str, ...] = ()  # our names of tensors, * for a number, that all checkpoints have
-    adapt = staticmethod(adapt_state_dict)  # with the arguments and the result of that function
+    # With the arguments and the result of that function, which says what position embeddings it resizes: those of
+    # patches, with a class token's in their middle. A class overrides it whose class token stands elsewhere, whose
+    # table has another form, or whose checkpoints have tensors to rename or to reshape.
+    adapt = staticmethod(adapt_state_dict)
     parts_to_shard: tuple[str, ...] = ("blocks",)  # lists of modules, each of which FSDP shards by itself
     blocks: nn.ModuleList
 

@@ -53,30 +53,36 @@ class Block(nn.Module):
     def forward_deferred(self, tokens: Residual, order: Tensor | None) -> Residual:
         """The block up to its last sum, which is left to the norm that follows it, as its own are to its norms."""
         x, y = tokens.normed(self.norm1)
-        tokens = self._add(x, self.mixer(y, order))
+        tokens = add_branch(x, self.mixer(y, order), self.drop_path)
         if self.mlp is None:
             return tokens
         x, y = tokens.normed(self.norm2)
-        return self._add(x, self.mlp(y))
+        return add_branch(x, self.mlp(y), self.drop_path)
 
-    def _add(self, x: Tensor, branch: Tensor) -> Residual:
-        """x plus what drop-path leaves of the branch: the factors that it draws are applied with the sum."""
-        if is_plain(branch) and self.drop_path.training and is_bare(self.drop_path, DropPath):
-            return Residual(x, branch, self.drop_path(branch.new_ones(branch.shape[0], 1, 1)).flatten())
-        return Residual(x, self.drop_path(branch))
+
+def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Residual:
+    """x plus what drop-path leaves of the branch: the factors that it draws are applied with the sum."""
+    if is_plain(branch) and drop_path.training and is_bare(drop_path, DropPath):
+        return Residual(x, branch, drop_path(branch.new_ones(branch.shape[0], 1, 1)).flatten())
+    return Residual(x, drop_path(branch))
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, order: Tensor | None, kept: Collection[int], checkpointing: bool = False
+    blocks: nn.ModuleList,
+    x: Tensor,
+    order: Tensor | None,
+    kept: Collection[int],
+    checkpointing: bool = False,
+    kind: type[nn.Module] = Block,  # whose method `forward_deferred` gives what its forward pass does
 ) -> dict[int, Tensor]:
-    """What the blocks with the numbers `kept`, from 1 on, make of tokens (B, L, dim); 0 stands for the tokens."""
+    """What the blocks with the numbers `kept`, from 1 on, make of tokens (B, ..., dim); 0 stands for the tokens."""
     results = {0: x} if 0 in kept else {}
     tokens = Residual(x)
     block: Any  # which type checkers do not know of a list of modules
     for number, block in enumerate(blocks, start=1):
         if checkpointing:
             tokens = Residual(checkpoint(block, tokens.sum(), order))
-        elif is_bare(block, Block) and fused.adds_in_norm(tokens.x, block.norm1):
+        elif is_bare(block, kind) and fused.adds_in_norm(tokens.x, block.norm1):
             tokens = block.forward_deferred(tokens, order)
         else:
             tokens = Residual(block(tokens.sum(), order))

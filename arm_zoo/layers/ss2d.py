@@ -14,7 +14,7 @@ from arm_zoo.layers.mixer import decay_rates
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import selective_scan
-from arm_zoo.ops.fused import run_linear
+from arm_zoo.ops.fused import convolve, layer_norm_of, run_linear
 
 DIRECTIONS = ("row", "column", "row_reversed", "column_reversed")
 
@@ -69,16 +69,22 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mix a map (B, H, W, dim) along the directions of the (K, H * W) order table."""
         u = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
-        u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)  # channels last in memory
-        y = self.out_norm(self.scan(u, order).unflatten(1, x.shape[1:3]))
+        if torch.jit.is_scripting():
+            u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # channels last in memory
+        else:
+            u = convolve(self.conv2d, u)
+        norm = None if torch.jit.is_scripting() else layer_norm_of(self.out_norm)
+        y = self.scan(u.flatten(1, 2), order, norm).unflatten(1, x.shape[1:3])
+        y = self.out_norm(y) if norm is None else y
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)
 
-    def scan(self, u: Tensor, order: Tensor) -> Tensor:
-        """The sum of all directions' scans of tokens (B, L, inner)."""
+    def scan(self, u: Tensor, order: Tensor, norm: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+        """The sum of all directions' scans of tokens (B, L, inner), or its norm: weight, bias and eps."""
         directions = self.x_proj_weight.shape[0]
         projected = F.linear(u, self.x_proj_weight.flatten(0, 1))  # of tokens, so one product for all directions
         projected = projected.unflatten(-1, (directions, -1)).permute(2, 0, 1, 3)  # (K, B, L, rank + 2)
         delta, B, C = projected.split([self.dt_rank, 1, 1], dim=-1)
         A, D = decay_rates(self.A_log).unflatten(0, (directions, -1)), self.D.unflatten(0, (directions, -1))
         # TorchScript needs every argument: z=None (no gate), mean=False (sum)
-        return selective_scan(u, delta, A, B, C, D, None, self.dt_proj_bias, True, order, self.dt_proj_weight, False)
+        bias, weight = self.dt_proj_bias, self.dt_proj_weight
+        return selective_scan(u, delta, A, B, C, D, None, bias, True, order, weight, False, norm)

@@ -64,6 +64,7 @@ class SequenceBackbone(Backbone):
         drop_path_rate: float = 0.0,
         norm_layer: str | Callable[..., nn.Module] | None = None,
         dynamic_img_size: bool = False,
+        final_norm: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,6 +85,7 @@ class SequenceBackbone(Backbone):
             norm_layer: a name or class of `timm.layers`; None means the family's own: LayerNorm for ARM, RMSNorm for
                 Vim, eps 1e-5.
             dynamic_img_size: take any image size that patch and stride tile, resampling the position embeddings.
+            final_norm: False leaves the norm before the head out, as in a pruned model.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -111,7 +113,7 @@ class SequenceBackbone(Backbone):
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         info = {"num_chs": embed_dim, "reduction": max(self.patch_embed.patch_stride)}
         self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
-        self.norm = norm(embed_dim, **dd)
+        self.norm = norm(embed_dim, **dd) if final_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self.make_head(**dd)
 
@@ -222,7 +224,9 @@ class SequenceBackbone(Backbone):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
         update_model_args(self, depth=len(self.blocks))  # for whoever saves it
-        self.norm = nn.Identity() if prune_norm else self.norm
+        if prune_norm:
+            self.norm = nn.Identity()
+            update_model_args(self, final_norm=False)
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices

@@ -12,19 +12,20 @@ from typing import Any, Literal, cast
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, get_norm_layer
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import get_model_input_config, update_model_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.files import CheckpointError, StateDict
+from arm_zoo.layers.block import add_branch, run_blocks
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.mlp import Mlp
 from arm_zoo.layers.patch_embed import check_images
 from arm_zoo.layers.sizes import Device, Size, check_positive
 from arm_zoo.layers.ss2d import SS2D, order_for
 from arm_zoo.models._builder import Backbone, entry_configs, register_family
+from arm_zoo.ops.fused import Residual
 from arm_zoo.weights.adapt import adapt_state_dict, refuse_foreign_head
 from arm_zoo.weights.tensor_names import OfficialNames
 
@@ -115,8 +116,17 @@ class VMambaBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return self.forward_deferred(Residual(x), order).sum()
         x = x + self.drop_path(self.ss2d(self.norm1(x), order))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    @torch.jit.ignore
+    def forward_deferred(self, tokens: Residual, order: Tensor) -> Residual:
+        """See `arm_zoo.layers.block.Block`."""
+        x, y = tokens.normed(self.norm1)
+        x, y = add_branch(x, self.ss2d(y, order), self.drop_path).normed(self.norm2)
+        return add_branch(x, self.mlp(y), self.drop_path)
 
 
 class Stage(nn.Module):
@@ -131,11 +141,12 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         order = order_for(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, order)
-            else:
+        if torch.jit.is_scripting():
+            for block in self.blocks:
                 x = block(x, order)
+        else:
+            last = len(self.blocks)
+            x = run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing, VMambaBlock)[last]
         return x
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from arm_zoo.ops import operators, reference
 from arm_zoo.ops.backends import BACKENDS, resolve_backend
-from arm_zoo.ops.layout import ScanInputs, project
+from arm_zoo.ops.layout import Norm, ScanInputs, project
 
 _SINGULAR = {"length": "step", "d_state": "state"}
 _Shaped = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
@@ -51,17 +51,22 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend
     return torch.ops.arm_zoo.causal_conv(x, weight, bias, order, backend)
 
 
-def _scan(scan: ScanInputs, z: Tensor | None, backend: str) -> Tensor:
+def _scan(scan: ScanInputs, z: Tensor | None, backend: str, norm: Norm | None = None) -> Tensor:
     if not BACKENDS[backend].token_order:
         scan = scan.in_scan_order()
     if backend == "reference":
         y = reference.selective_scan(scan)
+    elif norm is not None and BACKENDS[backend].own_kernels and not needs_gradient(*scan[:8], *norm[:2]):
+        y, norm = torch.ops.arm_zoo.selective_scan_norm(*scan, *norm, backend), None
     else:
         save_states = needs_gradient(*scan[:8])
         # training applies the gate outside, where autograd and the compiler see it
-        inside = z is not None and z.dtype == scan.u.dtype and not (save_states or needs_gradient(z))
+        fits = norm is None and z is not None and z.dtype == scan.u.dtype
+        inside = fits and not (save_states or needs_gradient(z))
         y = torch.ops.arm_zoo.selective_scan(*scan, save_states, z if inside else None, backend)[0]
         z = None if inside else z
+    if norm is not None:
+        y = F.layer_norm(y, norm.weight.shape, *norm).to(scan.u.dtype)
     return y if z is None else (y * F.silu(z)).to(scan.u.dtype)
 
 
@@ -93,7 +98,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = 
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None = None,
     delta_bias: Tensor | None = None, delta_softplus: bool = True, order: Tensor | None = None,
-    delta_weight: Tensor | None = None, mean: bool = True,
+    delta_weight: Tensor | None = None, mean: bool = True, norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
@@ -115,6 +120,7 @@ def selective_scan(
         order: as in `causal_conv`.
         delta_weight: (directions, channels, rank); step sizes are delta times its transpose, not kept for backward.
         mean: the mean of the directions, as in ARM and Vim; False for their sum, as in VMamba.
+        norm: weight and bias (channels) and eps of a layer norm of that, before the gate; None for none.
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
@@ -131,9 +137,11 @@ def selective_scan(
         "D": (D, channel), "z": (z, (batch, length, channels)), "delta_bias": (delta_bias, channel),
         "order": (order, (directions, length)), "delta_weight": (delta_weight, (*channel, rank)),
     }  # fmt: skip
+    if norm is not None:
+        others |= {"the norm's weight": (norm[0], (channels,)), "the norm's bias": (norm[1], (channels,))}
     _check("selective_scan", "u", u, others)
     scan = ScanInputs(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, _table(order), mean)
-    return _scan(scan, z, resolve_backend(u))
+    return _scan(scan, z, resolve_backend(u), None if norm is None else Norm(*norm))
 
 
 @torch.jit.ignore

@@ -10,6 +10,14 @@ Tensors = tuple[Tensor, ...]
 CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
 
 
+class Norm(NamedTuple):
+    """Weight and bias (D) of a layer norm, and what it adds to variances."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
 class ScanInputs(NamedTuple):
     """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them; u of three axes is in token order."""
 

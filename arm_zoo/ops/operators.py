@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from arm_zoo.ops.backends import BACKENDS
-from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, project, state_dtype
+from arm_zoo.ops.layout import Norm, ScanInputs, Tensors, empty_states, project, state_dtype
 
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? order"
 _SCAN_INPUTS = (
@@ -194,6 +194,20 @@ register(
     fake=_scan_fake,
     save=_save_scan,
     gradient=_scan_gradient,
+    flops=_scan_flops,
+)
+
+
+def _scan_norm(module: ModuleType, *args: Any) -> Tensor:
+    *inputs, weight, bias, eps = args
+    return module.selective_scan(ScanInputs(*inputs), False, None, norm=Norm(weight, bias, eps))[0]
+
+
+register(
+    "selective_scan_norm",
+    f"({_SCAN_INPUTS}, Tensor weight, Tensor bias, float eps, str backend) -> Tensor",
+    _by_backend(_scan_norm),
+    fake=lambda u, *others: u.new_empty(u.shape[-3:]),
     flops=_scan_flops,
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from arm_zoo.images.decode import UndecodableImage, decode_tensor
-from arm_zoo.images.jpeg import read_header
+from arm_zoo.images.jpeg import read_baseline_header
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import DataConfig
 from recipes.data.draws import Box, Drawing, Draws
@@ -172,7 +172,7 @@ class EncodedImages(AugmentedImages):
 
     def _box(self, content: bytes, encoded: Encoded, draws: Draws, row: int) -> Box | None:
         """What is cut out of a JPEG file that the GPU can decode; None for all else."""
-        header = read_header(content) if self.split.mode == "RGB" else None
+        header = read_baseline_header(content) if self.split.mode == "RGB" else None
         if header is None or header.height * header.width > encoded.max_pixels:
             return None
         return self.drawing.box(draws.crops[row], header.height, header.width)

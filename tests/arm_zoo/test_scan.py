@@ -865,6 +865,27 @@ def test_a_gate_of_another_type_does_not_change_the_output_s() -> None:
         assert selective_scan(**{**inputs, "z": inputs["z"].float()}).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_norms_come_after_the_directions_meet_and_before_the_gate(backend: str) -> None:
+    inputs = as_type(CASES["low-rank"].scan_inputs(), torch.float32)
+    weight, bias = torch.randn(2, 10).unbind()
+    z, leaves = inputs.pop("z"), [t.requires_grad_() for t in (inputs["u"], weight, bias)]
+    with scan_backend(backend):
+        plain = CASES["low-rank"].scan(**inputs)
+        expected = torch.nn.functional.layer_norm(plain, (10,), weight, bias, 1e-2) * torch.nn.functional.silu(z)
+        y = selective_scan(**inputs, z=z, order=CASES["low-rank"].order(), norm=(weight, bias, 1e-2))
+        with torch.no_grad():
+            inferred = selective_scan(**inputs, z=z, order=CASES["low-rank"].order(), norm=(weight, bias, 1e-2))
+    for actual in (y, inferred):
+        torch.testing.assert_close(actual, expected)
+    cotangent = torch.randn_like(y)
+    pairs = zip(*(torch.autograd.grad(each, leaves, cotangent) for each in (y, expected)), strict=True)
+    for actual, wanted in pairs:
+        torch.testing.assert_close(actual, wanted)
+    with pytest.raises(ValueError, match=r"selective_scan: the norm's bias is \(9,\), u .* needs \(10,\)"):
+        selective_scan(**inputs, order=CASES["low-rank"].order(), norm=(weight, bias[:9], 1e-2))
+
+
 @pytest.mark.parametrize("wrong", range(1, 9))
 def test_shapes_that_do_not_fit_are_refused_before_any_kernel(wrong: int) -> None:
     shapes = [(2, 5, 12), (2, 6, 4), (2, 6), (2, 11, 6), (2, 6, 3), (2, 6), (2, 6, 4), (2, 6), (2, 5)]

@@ -17,6 +17,7 @@ from arm_zoo.layers.block import Block, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
+from arm_zoo.layers.ss2d import SS2D, order_for
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.fused import Residual
@@ -30,9 +31,9 @@ from pathlib import Path
 import torch
 from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_backward
 from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_operators
-from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums
+from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums, check_mixer_norms_inside
 from tests.arm_zoo.test_triton import check_special_values, extreme_error, gate_errors
-from tests.arm_zoo.test_triton import gated_product_error, inner_error, worst_error
+from tests.arm_zoo.test_triton import gated_product_error, inner_error, merged_norm_error, worst_error
 import arm_zoo
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
@@ -73,6 +74,11 @@ for centred in (True, False):
         assert largest(errors) < 1e-6, (shape, centred, errors)
     for dtype in (torch.bfloat16, torch.float16):
         assert largest(add_norm_errors((2, 9, 40), dtype, "cpu", True, centred)) < 5e-3
+for ordered in (False, True):
+    for shape in ((9, 33), (1, 1100), (5, 96)):
+        error = merged_norm_error(*shape, torch.float32, "cpu", ordered)
+        assert error < 1e-6, (shape, ordered, error)
+    assert merged_norm_error(9, 40, torch.float16, "cpu", ordered) < 5e-3
 check_deferred_sums("cpu")
 check_deferred_root_mean_squares("cpu")
 for shape in ((2, 130, 64, 72), (1, 3, 96, 264), (1, 1, 200, 136)):
@@ -81,6 +87,7 @@ for shape in ((2, 130, 64, 72), (1, 3, 96, 264), (1, 1, 200, 136)):
 assert gated_product_error(2, 3, 72, 64, torch.float16, "cpu") < 1e-3
 """,
     "memory, limits and a model": """
+check_mixer_norms_inside("cpu")
 results = []
 for bias in (torch.linspace(-2, 1, 10).view(5, 2).t(), torch.linspace(-2, 1, 10).view(5, 2).t().contiguous()):
     inputs = [torch.ones(2, 1, 3, 5), torch.ones(2, 1, 3, 5), -torch.ones(2, 5, 2), torch.ones(2, 1, 3, 2)]
@@ -187,10 +194,11 @@ def worst_error(
         with arm_zoo.scan_backend(backend):
             y = scan(*leaves[:8], True, order, *leaves[10:])
             v = causal_conv(leaves[8], leaves[9], leaves[5], order)
-            with torch.no_grad():  # inference gates inside the kernels
+            with torch.no_grad():  # inference gates and norms inside the kernels
                 gated = scan(*leaves[:8], True, order, *leaves[10:])
+                normed = scan(*leaves[:8], True, order, *leaves[10:], norm=(leaves[5][0], leaves[7][0], 1e-3))
         torch.autograd.backward([y, v], [grad_y.to(y.dtype), grad_v.to(v.dtype)])
-        return [y, gated, v, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+        return [y, gated, normed, v, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     pairs = zip(everything(kernels, None), everything("reference", torch.float64), strict=True)
     return largest(((a.double() - b).norm() / b.norm().clamp_min(1e-6)).item() for a, b in pairs)
@@ -302,20 +310,21 @@ def test_residuals_in_float32_leave_rms_norms_in_the_type_of_weights(
 def check_deferred_sums(device: str) -> None:
     """A stack whose sums the norms' kernels make gives what its blocks give one by one, drop-path included."""
     torch.manual_seed(0)
-    backbone = {"embed_dim": 24, "depth": 3, "d_state": 2, "img_size": 32, "drop_path_rate": 0.6}
-    for model in (
-        timm.create_model("arm_tiny_patch16_224", **backbone),
-        arm_zoo.create_pretraining_model("arm_pico", embed_dim=8, depth=3, d_state=2, decoder_dim=64, decoder_depth=1),
+    backbone = {"embed_dim": 24, "img_size": 32, "drop_path_rate": 0.6}
+    pretrained = {"embed_dim": 8, "depth": 3, "d_state": 2, "decoder_dim": 64, "decoder_depth": 1}
+    for model, sums, shape in (
+        (timm.create_model("arm_tiny_patch16_224", depth=3, d_state=2, **backbone), 5, (3, 32, 32)),
+        (arm_zoo.create_pretraining_model("arm_pico", **pretrained), 4, (1, 8, 8)),
+        (timm.create_model("vmamba_tiny_s1l8", depths=(2, 1), **backbone), 3 + 1, (3, 20, 12)),  # of maps
     ):
         model = model.to(device)
-        size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
-        images, results = torch.randn(4, channels, *size, device=device), []
+        images, results = torch.randn(4, *shape, device=device), []
         for deferred in (True, False):
             arm_zoo.ops.fused.adds_in_norm = lambda x, norm, deferred=deferred: deferred
             torch.manual_seed(1)
             with arm_zoo.scan_backend("torch"), Recorder() as recorder:  # the fastest in Triton's interpreter
                 output = model(images)
-            assert recorder.counts["arm_zoo::add_norm"] == (5 if channels == 3 else 4) * deferred
+            assert recorder.counts["arm_zoo::add_norm"] == sums * deferred
             output = output[0] if isinstance(output, tuple) else output
             trained = [p for p in model.parameters() if p.requires_grad]
             results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
@@ -440,6 +449,12 @@ def check_operators(device: str) -> None:
     torch.library.opcheck(
         torch.ops.arm_zoo.selective_scan.default, gated, test_utils=("test_schema", "test_faketensor")
     )
+    weight = torch.randn(sequences[0].shape[-1], device=device)
+    torch.library.opcheck(
+        torch.ops.arm_zoo.selective_scan_norm.default,
+        (*sequences, *arguments, weight, weight.clone(), 1e-5, "triton"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     trained = (*(t.detach().requires_grad_() for t in sequences), *arguments, True, None, "triton")
     torch.library.opcheck(
         torch.ops.arm_zoo.selective_scan.default,
@@ -482,6 +497,47 @@ def gated_product_error(batch: int, length: int, dim: int, hidden: int, dtype: t
     gate, value = torch.nn.functional.linear(x.double(), (weight / dim**0.5).double(), bias.double()).chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * value
     return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def merged_norm_error(length: int, channels: int, dtype: torch.dtype, device: str, ordered: bool) -> float:
+    """Relative L2 error of the layer norm of the directions' sum against float64, in scan order or token order."""
+    from arm_zoo.ops.layout import Norm
+    from arm_zoo.ops.triton.merge import merge
+
+    torch.manual_seed(0)
+    sequences = torch.randn(4, 3, length, channels, device=device).to(dtype)
+    norm = Norm(*torch.randn(2, channels, device=device).unbind(), 1e-3)
+    order = torch.rand(4, length, device=device).argsort(dim=1) if ordered else None
+    steps = torch.arange(length, device=device).expand(4, -1) if order is None else order.argsort(dim=1)
+    total = sum(sequence.double()[:, rows] for sequence, rows in zip(sequences, steps, strict=True))
+    expected = torch.nn.functional.layer_norm(total, (channels,), norm.weight.double(), norm.bias.double(), 1e-3)
+    return ((merge(sequences, order, 1.0, norm=norm).double() - expected).norm() / expected.norm()).item()
+
+
+def check_mixer_norms_inside(device: str) -> None:
+    """SS2D's norm is part of its scan's kernels in inference, unless it has gradients or is not the plain layer."""
+    torch.manual_seed(0)
+    mixer, x = SS2D(20, expand=2.0, device=device), torch.randn(2, 3, 5, 20, device=device)
+    for parameter in mixer.out_norm.parameters():
+        torch.nn.init.normal_(parameter)
+    order, expected = order_for(x), mixer(x, order_for(x)).detach()
+
+    def norms_inside() -> bool:
+        with Recorder() as recorder:
+            y = mixer(x, order)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        return recorder.counts["arm_zoo::selective_scan_norm"] == 1
+
+    assert not norms_inside()
+    with torch.no_grad():
+        assert norms_inside()
+        hook = mixer.out_norm.register_forward_hook(lambda *_: None)
+        assert not norms_inside()
+        hook.remove()
+        mixer.requires_grad_(False)
+    assert norms_inside()
+    mixer.out_norm.bias.requires_grad_()
+    assert not norms_inside()
 
 
 def test_sequences_are_numbered_in_32_bits() -> None:
@@ -610,8 +666,17 @@ def test_everything_between_the_projections(batch: int, directions: int, dtype: 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(3136, 256), (196, 1024), (49, 2048), (7, 132), (1, 3000)])
+def test_norms_of_merged_directions(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for ordered in (False, True):
+        assert merged_norm_error(*shape, dtype, "cuda", ordered) < {torch.float32: 1e-6}.get(dtype, 5e-3)
+
+
+@pytest.mark.gpu
 def test_operators_on_the_gpu() -> None:
     check_operators("cuda")
+    check_mixer_norms_inside("cuda")
 
 
 @pytest.mark.gpu

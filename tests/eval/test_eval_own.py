@@ -404,7 +404,7 @@ def test_columns_of_any_name_and_kind(tmp_path: Path, capsys: pytest.CaptureFixt
     assert scoring.Images(thumbs, {"input_size": (3, 8, 8)})[0] == (0, "there is no image in this row")
     message = refusal(capsys, "--sets", f"custom={several}", "--image-column", "image", "--label-column", "kind")
     assert "--label-column kind is no column of" in message and "allowed: label, thumb, species" in message
-    for feature, values in ((Value("float32"), [1.5]), (Value("bool"), [True]), ([Value("int64")], [[1]])):
+    for feature, values in ((Value("float32"), [1.5]), (Value("bool"), [True]), ([Value("float32")], [[1.5]])):
         odd = write_table(tmp_path / "f.parquet", values, feature)
         message = refusal(capsys, "--sets", f"custom={odd}")
         assert "the column 'label' of " in message and "allowed: class labels, integers, strings" in message

@@ -38,6 +38,9 @@ import arm_zoo
 from arm_zoo import to_official
 from arm_zoo.files import CheckpointError, sha256_of
 from arm_zoo.identify import find_variant
+from arm_zoo.layers.sizes import Size
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights import hosted as table
 from arm_zoo.weights.hosted import TABLE, training_commands
 from arm_zoo.weights.reading import Choice, read_checkpoint
@@ -49,7 +52,7 @@ from hub.convert import convert
 from hub.export import export
 from hub.folders import read_header, set_license
 from hub.upstream import _known
-from tests.helpers.golden import golden_cases
+from tests.helpers.golden import add_other_blocks, golden_cases
 from tests.helpers.hub_server import Client, HubServer, sends_other_contents
 from tests.helpers.official import RunsCode
 
@@ -87,6 +90,11 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return captured.err
 
 
+def test_a_command_is_no_program_of_its_own(repo: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "hub.convert", "a", "b"], cwd=repo, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "hub.convert is no program; python -m hub lists the commands\n")
+
+
 # conversion gives the authors' numbers
 
 
@@ -101,12 +109,14 @@ def test_official_backbones_give_the_golden_logits(case: str, golden: Path, tmp_
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = load_file(golden / case / "inputs.safetensors")["images"]
     expected = load_file(golden / case / "outputs_f64.safetensors")["logits"]
+    official = to_official(model)
+    add_other_blocks(model, golden / case)
     with torch.inference_mode():
         error = (model.double()(images.double()) - expected).abs().max() / expected.abs().max()
     assert error < 1e-7  # the parameters are float32
-    assert to_official(model.float()).keys() == load_file(golden / case / "state_dict.safetensors").keys()
+    assert official.keys() == load_file(golden / case / "state_dict.safetensors").keys()
     for name, value in load_file(golden / case / "state_dict.safetensors").items():
-        assert torch.equal(to_official(model)[name], value), name
+        assert torch.equal(official[name], value), name
 
 
 def test_official_pretraining_gives_the_golden_latents(golden: Path, tmp_path: Path) -> None:
@@ -359,6 +369,47 @@ def test_exports_of_our_pretraining(tmp_path: Path) -> None:
     assert config["pretraining_model"] == {**model.config, "img_size": [8, 16]}
     golden = load_file(tmp_path / "out" / "golden.safetensors")
     assert torch.allclose(model.eval().forward_encoder(golden["input"]), golden["features"], atol=1e-5)
+
+
+class Halves(ARMPretrain):
+    """An objective with the tensors of another, and an argument that they do not tell."""
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.75,
+        img_size: Size = 8,
+        patch_size: Size = 2,
+        cluster_size: Size = 4,
+        in_chans: int = 1,
+        embed_dim: int = 32,
+        depth: int = 2,
+        d_state: int = 4,
+        decoder_dim: int = 64,
+        decoder_depth: int = 1,
+        device: str | None = None,
+    ) -> None:
+        sizes = (img_size, patch_size, cluster_size, in_chans, embed_dim, depth, d_state, decoder_dim, decoder_depth)
+        super().__init__(*sizes, device)
+        self.config["mask_ratio"] = mask_ratio
+
+
+def test_exports_of_pretraining_keep_the_objective_and_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "halves", OBJECTIVES[DEFAULT_OBJECTIVE]._replace(model_class=Halves))
+    Halves(mask_ratio=0.5).save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    loaded = arm_zoo.from_pretrained(tmp_path / "out")
+    assert type(loaded) is Halves and loaded.config == Halves(mask_ratio=0.5).config
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for given, reason in (
+        ({"mask_ratio": "half"}, "pretraining_model has mask_ratio='half'; expected float"),
+        ({"ratio": 0.5}, "pretraining_model has ratio; expected cluster_size, "),
+        ({"img_size": 0}, "cannot be built: ValueError: "),
+        ({"img_size": 16}, "describes 64 patches, but model.safetensors beside it has position embeddings for 16"),
+    ):
+        (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "pretraining_model": given}))
+        assert reason in mistake(capsys, "convert", tmp_path / "run", tmp_path / "new")
 
 
 # mistakes

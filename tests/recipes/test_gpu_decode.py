@@ -2,6 +2,8 @@
 
 import io
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -51,6 +53,23 @@ def test_grey_files_are_rgb_and_sizes_may_differ(device: torch.device) -> None:
     images = decode([encoded(jpeg()), encoded(grey)], device)
     assert [tuple(image.shape) for image in images if image is not None] == [(3, 16, 24), (3, 17, 33)]
     assert decode([], device) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("nvjpegDecode failed: 5"),
+    ],
+    ids=str,
+)
+def test_want_of_memory_is_no_damage_of_files(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    decoders = SimpleNamespace(decode_jpeg=Mock(side_effect=error))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    with pytest.raises(RuntimeError) as raised:
+        decode([encoded(jpeg())] * 2, CPU)
+    assert raised.value is error
 
 
 def test_a_missing_decoder_is_told_with_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

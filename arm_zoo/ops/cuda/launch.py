@@ -9,7 +9,7 @@ import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 from torch import Tensor
 
-from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
+from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
 from arm_zoo.ops.triton import causal_conv, causal_conv_backward, gate_backward
 from arm_zoo.ops.triton import scan as triton_scan
 from arm_zoo.ops.triton.common import check_length
@@ -119,14 +119,16 @@ def _launch(
     )
 
 
-def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
+def selective_scan(
+    scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None, norm: Norm | None = None
+) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     length, channels = scan.shape[2:]
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
     if not projection["RANK"]:
         scan = scan.with_whole_steps()
     if not _fits(scan):
-        return triton_scan.selective_scan(scan, save_states, gate, kept)
+        return triton_scan.selective_scan(scan, save_states, gate, kept, norm)
     check_length(length, channels)
     u, weight = _rows(scan.u), scan.delta_weight
     delta, weight = (_rows(scan.delta), None) if weight is None else (scan.delta, aligned(weight.to(u.dtype)))
@@ -140,7 +142,7 @@ def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kep
     steps = scan._replace(order=scan.rows)  # the kernel asks it for rows alone
     images = projection["IMAGES"]
     _launch("forward", steps, others, images, _CHANNELS * pairs, 32 * images, **projection)
-    return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept), states
+    return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:

@@ -1,15 +1,16 @@
-"""The merge of the directions, from scan order to token order, with the gate."""
+"""The merge of the directions, from scan order to token order, with the norm and the gate."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from arm_zoo.ops.layout import ScanInputs, inner
+from arm_zoo.ops.layout import Norm, ScanInputs, inner
 from arm_zoo.ops.triton.common import BLOCK_CHANNELS, sigmoid
+from arm_zoo.ops.triton.norms import normalise, whole_rows
 
 _BLOCK_STEPS = 1024  # of a table of orders
-_BLOCK_TIME = 16
+_TILE = {"ROWS": 16, "BLOCK": BLOCK_CHANNELS}  # tokens and channels of a program, where there is no norm
 
 
 @triton.jit
@@ -23,15 +24,16 @@ def _inverse_kernel(order, inverse, length, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _merge_kernel(
-    sequences, inverse, gate, out, kept, batch, length, channels, gate_batch, gate_time, out_batch, out_time, share,
-    DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_GATE: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    sequences, inverse, weight, bias, gate, out, kept, batch, length, channels, gate_batch, gate_time, out_batch,
+    out_time, share, eps,
+    DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr,
+    KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (token < length)[:, None] & (d < channels)[None, :]
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
     for k in tl.static_range(DIRECTIONS):
         step = token
         if HAS_ORDER:
@@ -42,6 +44,8 @@ def _merge_kernel(
     if KEEP:
         here = kept + (b * length + token[:, None]) * channels + d[None, :]
         tl.store(here, total.to(kept.dtype.element_ty), mask=mask)
+    if HAS_NORM:  # a program has all channels then
+        total, _mean, _inverse = normalise(total, weight, bias, d, channels, eps, True)
     if HAS_GATE:
         gate += b * gate_batch
         z = tl.load(gate + token[:, None] * gate_time + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -59,21 +63,25 @@ def _inverse(order: Tensor) -> Tensor:
 
 def merge(
     sequences: Tensor, order: Tensor | None, share: float,
-    gate: Tensor | None = None, out: Tensor | None = None, kept: Tensor | None = None,
+    gate: Tensor | None = None, out: Tensor | None = None, kept: Tensor | None = None, norm: Norm | None = None,
 ) -> Tensor:  # fmt: skip
-    """(K, B, L, D) in scan order -> (B, L, D) in token order: the sum times `share`, to `kept`, and SiLU(gate)."""
+    """(K, B, L, D) in scan order -> (B, L, D) in token order: the sum times `share`, to `kept`, norm, SiLU(gate)."""
     directions, batch, length, channels = sequences.shape
-    if directions == 1 and order is None and gate is None and out is None and kept is None:
+    if directions == 1 and order is None and gate is None and out is None and kept is None and norm is None:
         return sequences[0]
+    tile, weight, bias, eps = _TILE, None, None, 0.0
+    if norm is not None:
+        tile, weight, bias, eps = whole_rows(channels), norm.weight.contiguous(), norm.bias.contiguous(), norm.eps
     gate = None if gate is None else inner(gate)
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
     inverse = None if order is None else _inverse(order)
     out = sequences.new_empty(batch, length, channels) if out is None else out
-    grid = triton.cdiv(length, _BLOCK_TIME), triton.cdiv(channels, BLOCK_CHANNELS), batch
+    grid = triton.cdiv(length, tile["ROWS"]), triton.cdiv(channels, tile["BLOCK"]), batch
     _merge_kernel[grid](
-        sequences, inverse, gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2], share,
-        DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_GATE=gate is not None, KEEP=kept is not None,
-        BLOCK_T=_BLOCK_TIME, BLOCK_D=BLOCK_CHANNELS,
+        sequences, inverse, weight, bias, gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2],
+        share, eps,
+        DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_NORM=norm is not None, HAS_GATE=gate is not None,
+        KEEP=kept is not None, **tile,
     )  # fmt: skip
     return out
 

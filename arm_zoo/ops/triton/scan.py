@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, inner, state_dtype
+from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, empty_states, inner, state_dtype
 from arm_zoo.ops.triton.common import LOG2E, check_length, check_number, sigmoid
 from arm_zoo.ops.triton.merge import merge, sequences_for
 
@@ -228,7 +228,9 @@ def _arguments(scan: ScanInputs, tile: int) -> tuple[tuple[Tensor | None, ...], 
     return tensors, (*u.stride()[:3], *delta.stride()[:3], *B.stride()[:3]), sizes
 
 
-def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None) -> Tensors:
+def selective_scan(
+    scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None, norm: Norm | None = None
+) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
     scan = scan.with_whole_steps()
     directions, batch, length, channels = scan.shape
@@ -242,7 +244,7 @@ def selective_scan(scan: ScanInputs, save_states: bool, gate: Tensor | None, kep
         HAS_BIAS=scan.delta_bias is not None, TOKENS=scan.rows is not None, SOFTPLUS=scan.delta_softplus,
         SAVE=save_states, **sizes, num_warps=1,
     )  # fmt: skip
-    return merge(sequences, scan.order_of_outputs, scan.share, gate, kept=kept), states
+    return merge(sequences, scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
