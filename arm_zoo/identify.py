@@ -63,11 +63,13 @@ class Variant:
         return model.eval()
 
 
-def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Variant:
+def find_variant(
+    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, objective: str | None = None
+) -> Variant:
     """The model that a checkpoint is of, under official or our names.
 
     `config` has arguments that shapes cannot tell, where somebody knows them: of the backbone, or of the pretraining
-    model for its checkpoint.
+    model for its checkpoint. `objective` tells apart objectives whose models have the same tensors.
     """
     backbones = dict.fromkeys(architecture.model_class for architecture in ARCHITECTURES.values())
     classes: dict[Any, str | None] = {**dict.fromkeys(backbones)}
@@ -78,7 +80,7 @@ def find_variant(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
         keys = ", or ".join(", ".join(each.keys) for each in backbones)
         some = f"found {listed(sorted(state_dict), 8)}"
         raise CheckpointError(f"this is no {wanted} checkpoint: expected {keys} (or the authors' names); {some}")
-    model_class = max(found, key=lambda each: len(each.keys))
+    model_class = max(found, key=lambda each: (objective is not None and classes[each] == objective, len(each.keys)))
     names, known = model_class.official_names, {k: value for k, value in (config or {}).items() if value is not None}
     try:
         arguments, patches = model_class.read_shapes(under_our_names(state_dict, names))

@@ -257,14 +257,8 @@ class _Loader:
             return self.from_timm(name)._replace(file=found, config=config)
         file = files.weights_in(folder)
         if own is not None and not self.as_backbone:
-            objective = config.get("objective", DEFAULT_OBJECTIVE)
-            if objective not in [*OBJECTIVES]:
-                said = f"{folder / CONFIG} names the objective {_short(objective)}"
-                raise CheckpointError(f"{said}; expected one of {', '.join(OBJECTIVES)}")
-            model_class = OBJECTIVES[objective].model_class
-            _check_table(own, get_type_hints(model_class.__init__), "pretraining_model", folder)
             tensors = read_checkpoint(file)
-            _check_description(file, tensors, model_class, own)
+            objective = objective_of(config, file, tensors)
             return Loaded(self.pretraining_model(objective, own, file, tensors), file, "", config)
         if own is not None and "architecture" not in config:  # as `save_pretrained` of a pretraining model writes it
             model = self.from_file(file) if wanted is None else self.from_named_file(wanted, file)
@@ -330,6 +324,18 @@ class _Loader:
             raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
         model.load_state_dict(model.adapt(tensors, model))
         return model
+
+
+def objective_of(config: Mapping[str, Any], file: Path, tensors: StateDict) -> str:
+    """What the config.json beside a pretraining model's weights names; CheckpointError if the two do not fit."""
+    objective, arguments = config.get("objective", DEFAULT_OBJECTIVE), config["pretraining_model"]
+    if objective not in [*OBJECTIVES]:  # a list: the name may be whatever JSON has
+        said = f"{file.parent / CONFIG} names the objective {_short(objective)}"
+        raise CheckpointError(f"{said}; expected one of {', '.join(OBJECTIVES)}")
+    model_class = OBJECTIVES[objective].model_class
+    _check_table(arguments, get_type_hints(model_class.__init__), "pretraining_model", file.parent)
+    _check_description(file, tensors, model_class, arguments)
+    return objective
 
 
 def _check_architecture(config: Mapping[str, Any], wanted: str | None, where: object) -> None:

@@ -202,7 +202,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", help="timm names, ours or not; the last one is the peer of the ratios")
     modes = ("infer", "finetune", "pretrain")
-    add("--mode", choices=modes, default=modes[0], help="training modes include the AdamW step")
+    what = f"training includes the AdamW step; of pretraining only the {DEFAULT_OBJECTIVE} objective is timed"
+    add("--mode", choices=modes, default=modes[0], help=what)
     add("--batch-size", type=positive, default=8)
     add("--img-size", type=positive, help=f"pixels; default: each model's own, {PRETRAIN_IMG_SIZE} for pretrain")
     add("--device", choices=list(STEPS_PER_READING), default="cuda" if torch.cuda.is_available() else "cpu")

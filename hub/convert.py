@@ -11,6 +11,7 @@ import arm_zoo
 from arm_zoo import files
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.identify import Variant, describe, find_variant
+from arm_zoo.loading import objective_of
 from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.reading import Choice, is_safetensors, read_checkpoint
 from hub.card import write_card
@@ -44,7 +45,8 @@ def convert(
     state_dict = read_checkpoint(file, weights)
     config = files.read_config(file.parent) if (file.parent / CONFIG).exists() else {}
     before = read_header(file) if is_safetensors(file) else {}
-    variant = find_variant(state_dict, _arguments(config))
+    objective = objective_of(config, file, state_dict) if "pretraining_model" in config else None
+    variant = find_variant(state_dict, _arguments(config), objective)
     model = variant.load(_rounded(state_dict, DTYPES[dtype]))
     facts = {
         "architecture": variant.architecture,
@@ -111,9 +113,7 @@ def _are_pixels(value: Any) -> bool:
 
 
 # what a config.json tells beside the weights: the test of a value, and what is expected
-_ARGUMENTS: dict[str, Test] = dict.fromkeys(
-    ("img_size", "patch_stride", "cluster_size"), (_are_pixels, "pixels, one number or two")
-)
+_ARGUMENTS: dict[str, Test] = dict.fromkeys(("img_size", "patch_stride"), (_are_pixels, "pixels, one number or two"))
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 _PREPROCESSING: dict[str, Test] = {
     "mean": (lambda value: _list_of(value, int, float), "a list of numbers"),
@@ -126,8 +126,8 @@ _PREPROCESSING: dict[str, Test] = {
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the model in a config.json, of the recipes or of timm."""
-    given = _checked(config, "pretraining_model" if "pretraining_model" in config else "model_args", _ARGUMENTS)
+    """Arguments of the model in a config.json, of the recipes or of timm; a pretraining model's are checked before."""
+    given = config.get("pretraining_model") or _checked(config, "model_args", _ARGUMENTS)
     sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     return sizes | ({"global_pool": "token"} if config.get("global_pool") == "token" else {})
 

@@ -5,7 +5,7 @@ python -m recipes.finetune data.source=FOLDER      train a classifier on your ow
 python -m recipes.pretrain --config FILE           pretrain without labels; recipes/configs has files for both
 python -m recipes.probe --weights RUN data.source=FOLDER   score frozen features: k-NN and a linear classifier
 python -m recipes.cost --run RUN                   hours of pretraining, from a measured speed
-python -m recipes.loader_speed data.source=FOLDER  images per second of the data loader alone
+python -m recipes.loader_speed data.source=FOLDER  images per second, alone or behind a training step
 python -m recipes.kill_test --config FILE          check that a run that is killed ends with the same weights
 
 `--help` after any of them lists its options. With several GPUs, `accelerate launch -m` takes the place of `python -m`.

@@ -75,6 +75,11 @@ class DataConfig:
     label_column: str | None = None  # null: the only one that looks like a class
     # Processes that decode, for each training process; 0: none but itself. As many as it has cores, at most 12.
     workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
+    # Where JPEG files of the training are decoded; auto: on the GPU, if the run has one and torchcodec is installed.
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    # Where the training images are kept, if they fit: gpu, decoded, which gives small sets as fast as they are trained
+    # on; memory, decoded if all have one size, else as files. They are read before the first step.
+    cache: Literal["none", "memory", "gpu"] = "none"
     # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
     max_undecodable: float | None = limited(None, BELOW_ONE)
     max_pixels: int | None = limited(None, ONE_OR_MORE)  # larger images count as corrupt; null: 89,478,485
@@ -85,6 +90,17 @@ class DataConfig:
     max_shift: float = limited(0.0, BELOW_ONE)  # of the image's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
     max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
+
+    def conflicts(self) -> dict[str, str]:
+        """Between values that are fine on their own: key -> problem."""
+        found = {}
+        if self.cache != "none" and self.streaming:
+            problem = f"data.cache is {self.cache} but data.streaming is true"
+            found["data.cache"] = f"{problem}; allowed: data.cache=none, or data.streaming=false"
+        if self.cache == self.decode == "gpu":
+            problem = "data.decode is gpu but data.cache is gpu, for which the CPU decodes each image once"
+            found["data.decode"] = f"{problem}; allowed: data.decode=auto"
+        return found
 
 
 @dataclass(frozen=True)
@@ -149,8 +165,8 @@ class TrainConfig(Config):
         raise NotImplementedError
 
     def conflicts(self) -> dict[str, str]:
-        """Conflicts of the schedule, the batch size and CUDA graphs."""
-        found = {}
+        """Conflicts of the data, the schedule, the batch size, CUDA graphs and the device."""
+        found = self.data.conflicts()
         if (warmup := self.warmup_epochs) >= self.epochs:
             found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
         if self.min_lr > (peak := self.base_lr * self.global_batch / 256):
@@ -161,6 +177,10 @@ class TrainConfig(Config):
             found["global_batch"] = f"global_batch is {self.global_batch}; allowed: an even number, for image pairs"
         if self.cuda_graphs and not (self.compile and self.max_batch_per_device is None):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device=null"
+        if self.data.decode == "gpu" and self.device == "cpu":
+            found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
+        if self.data.cache == "gpu" and self.device == "cpu":
+            found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
         return found
 
     def unready(self) -> dict[str, str]:
@@ -183,6 +203,9 @@ class TrainConfig(Config):
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
             ways = f"`pip install {self.tracker}` or tracker=none"
             found["tracker"] = f"tracker is {self.tracker}, which is not installed; type {ways}"
+        if self.data.decode == "gpu" and importlib.util.find_spec("torchcodec") is None:
+            ways = "`pip install torchcodec` or data.decode=auto"
+            found["data.decode"] = f"data.decode is gpu, which takes torchcodec, which is not installed; type {ways}"
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:

@@ -1,8 +1,11 @@
 """What pretraining on ImageNet-1k would take, from a speed that was measured: hours and GPU-hours, beside the paper's.
 
 python -m recipes.cost --run runs/pretrain_base --gpus 8 --efficiency 0.9
+python -m recipes.cost --real-images FILE   # of python -m recipes.loader_speed --step pretrain ... --json FILE
 python -m recipes.cost --throughput eval/throughput.csv   # of python -m eval.throughput --mode pretrain --output FILE
 python -m recipes.cost --images-per-second 1500
+
+The first two count the time in which the GPUs wait for images, the third one the step alone; the table says so.
 """
 
 import argparse
@@ -29,6 +32,7 @@ class Measured:
     images_per_second: float
     gpus: int = 1
     device: str = ""  # what they were, where that is known
+    what: str = ""  # of what, where that is known: real images, or the step alone
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
         """Time of so many epochs, where `efficiency` is the speed of `gpus` GPUs by that of as many separate ones."""
@@ -49,7 +53,20 @@ def from_run(folder: Path) -> Measured:
     gpus = rows[-1]["processes"]  # one for each
     speeds = [row["images_per_second"] for row in rows if row["processes"] == gpus]
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return Measured(config["model"], statistics.median(speeds[1:] or speeds), gpus)
+    return Measured(config["model"], statistics.median(speeds[1:] or speeds), gpus, what="with real images")
+
+
+def from_real_images(file: Path) -> list[Measured]:
+    """The newest row of each model, device, number of GPUs and way to load that `recipes.loader_speed` wrote."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["recipe"] == "pretrain" and row["images"] != "fixed batch"]
+    if not rows:
+        raise ValueError(f"{file} has no rows of pretraining; measure with --step pretrain")
+    newest = {(row["model"], row["device"], row["processes"], row["images"]): row for row in rows}
+    return [
+        Measured(model, row["images_per_second"], gpus, device, f"with real images ({way})")
+        for (model, device, gpus, way), row in newest.items()
+    ]
 
 
 def from_throughput(file: Path) -> list[Measured]:
@@ -59,7 +76,10 @@ def from_throughput(file: Path) -> list[Measured]:
     newest = {(row["model"], row.get("device", "")): row for row in rows if row.get("mode") == "pretrain"}
     if not newest:
         raise ValueError(f"{file} has no rows of pretraining; measure with --mode pretrain")
-    return [Measured(model, float(row["img_per_s"]), device=device) for (model, device), row in newest.items()]
+    return [
+        Measured(model, float(row["img_per_s"]), device=device, what="of the step alone")
+        for (model, device), row in newest.items()
+    ]
 
 
 def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterator[str]:
@@ -67,7 +87,9 @@ def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterato
     yield HEADINGS
     for one in measured:
         for gpus in settings.gpus:
-            speed = f"{one.images_per_second:,.0f} img/s measured on {one.gpus} {one.device}".rstrip()
+            speed = " ".join(
+                f"{one.images_per_second:,.0f} img/s {one.what} measured on {one.gpus} {one.device}".split()
+            )
             if gpus != one.gpus:
                 speed += f", {settings.efficiency:.0%} scaling efficiency assumed"
             for epochs in settings.epochs:
@@ -82,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run", type=Path, metavar="FOLDER", help="output_dir of a pretraining run")
+    where.add_argument("--real-images", type=Path, metavar="FILE", help="of recipes.loader_speed --step --json")
     where.add_argument("--throughput", type=Path, metavar="FILE", help="of eval.throughput --mode pretrain --output")
     where.add_argument("--images-per-second", type=float, metavar="SPEED", help="any other measurement")
     parser.add_argument("--model", metavar="NAME", help="to show for --images-per-second")
@@ -98,10 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if any(number <= 0 for number in numbers if isinstance(number, int | float)):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
-    damaged = f"{settings.run or settings.throughput} is damaged, or of something else than a run or eval.throughput"
+    given = settings.run or settings.real_images or settings.throughput
+    damaged = f"{given} is damaged, or of something else than a run, recipes.loader_speed or eval.throughput"
     try:
         if settings.run is not None:
             measured = [from_run(settings.run)]
+        elif settings.real_images is not None:
+            measured = from_real_images(settings.real_images)
         elif settings.throughput is not None:
             measured = from_throughput(settings.throughput)
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError, yaml.YAMLError) as error:

@@ -27,7 +27,7 @@ from arm_zoo.weights.find import find_weights
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
-from recipes.data.loader import Batch
+from recipes.data.batches import Batch
 from recipes.errors import RunError
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest

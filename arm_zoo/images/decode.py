@@ -5,12 +5,18 @@ ImageNet's own test sets are read by timm's rule instead, a plain conversion, wh
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from arm_zoo.images.jpeg import read_header
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte in RGB
 _WHITE_16_BIT = 65535
@@ -43,6 +49,26 @@ def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels:
         raise UndecodableImage(name, cause) from None
     except Exception as error:  # decoders raise almost anything on damaged files
         raise UndecodableImage(name, f"{type(error).__name__}: {error}") from None
+
+
+def decode_tensor(encoded: bytes, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Tensor:
+    """What `decode_image` shows or raises, as (C, H, W), uint8; plain JPEGs by torchcodec where it is installed."""
+    header, decode_jpeg = read_header(encoded), jpeg_decoder()
+    if decode_jpeg and header and header.height * header.width <= max_pixels:
+        with suppress(RuntimeError):  # damaged: Pillow says whether it can be shown, and names the cause
+            if mode == "RGB" or header.components == 1:  # Pillow's grey of colours is not the file's luma
+                return decode_jpeg(encoded, mode=mode if mode == "RGB" else "GRAY")
+    return pil_to_tensor(decode_image(encoded, name, mode, max_pixels))
+
+
+@cache
+def jpeg_decoder() -> Callable[..., Any] | None:
+    """torchcodec's, which is faster than Pillow's; None if it is not installed or does not fit this torch."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return decode_jpeg
 
 
 @contextmanager

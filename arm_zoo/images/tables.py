@@ -53,14 +53,17 @@ class Encoded(NamedTuple):
             raise OSError(f"{printable(self.data)} is no regular file")
         return open(self.data, "rb")
 
-    def decode(self, mode: str) -> Labelled:
-        """The image in PIL's `mode`, its class and name; raises `UndecodableImage`."""
+    def read(self) -> bytes:
+        """The file's bytes; raises `UndecodableImage` if they cannot be had."""
         try:
             with self.open() as file:
-                data = file.read()
+                return file.read()
         except OSError as error:
             raise UndecodableImage(self.name, f"{type(error).__name__}: {error}") from None
-        return decode_image(data, self.name, mode, self.max_pixels), self.label, self.name
+
+    def decode(self, mode: str) -> Labelled:
+        """The image in PIL's `mode`, its class and name; raises `UndecodableImage`."""
+        return decode_image(self.read(), self.name, mode, self.max_pixels), self.label, self.name
 
 
 @dataclass(frozen=True)

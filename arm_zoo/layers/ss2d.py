@@ -14,7 +14,7 @@ from arm_zoo.layers.mixer import decay_rates
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import selective_scan
-from arm_zoo.ops.fused import layer_norm_of, run_linear
+from arm_zoo.ops.fused import convolve, layer_norm_of, run_linear
 
 DIRECTIONS = ("row", "column", "row_reversed", "column_reversed")
 
@@ -69,9 +69,12 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mix a map (B, H, W, dim) along the directions of the (K, H * W) order table."""
         u = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
-        u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)  # channels last in memory
+        if torch.jit.is_scripting():
+            u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # channels last in memory
+        else:
+            u = convolve(self.conv2d, u)
         norm = None if torch.jit.is_scripting() else layer_norm_of(self.out_norm)
-        y = self.scan(u, order, norm).unflatten(1, x.shape[1:3])
+        y = self.scan(u.flatten(1, 2), order, norm).unflatten(1, x.shape[1:3])
         y = self.out_norm(y) if norm is None else y
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)
 

@@ -34,8 +34,9 @@ class Backend(NamedTuple):
         SiLU(gate) (B, L, D) if that is not None; and `empty_states`, to be filled if save_states
     selective_scan_backward(grad, scan, saved) -> gradients of u, whole delta, A, B, C, D, delta_bias, from that of y
     With own_kernels also these, whose last inputs are memory for results: gate_backward(grad, z, y, grad_z, grad_y),
-    selective_scan(..., y without gate), causal_conv_backward(..., grad_x). `reference` has only the first without
-    gradient and selective_scan(scan) -> y, which autograd derives.
+    selective_scan(..., y without gate), causal_conv_backward(..., grad_x); and selective_scan(..., norm=`Norm`) gives
+    the layer norm of y. `reference` has only the first without gradient and selective_scan(scan) -> y, which autograd
+    derives.
     """
 
     module: str

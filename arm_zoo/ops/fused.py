@@ -1,4 +1,4 @@
-"""Custom operators for the fused gate, SwiGLU and residual + norm kernels, and when they are used."""
+"""Custom operators for the fused gate, SwiGLU, residual + norm and convolution + SiLU kernels, and their uses."""
 
 import importlib
 import math
@@ -96,6 +96,11 @@ def _add_norm_backward_fake(grad_total: Tensor, grad_normed: Tensor, total: Tens
     return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
 
 
+def _conv2d_flops(x: list[int]) -> int:
+    """Of the depth-wise 3x3 convolution of a map of this shape, as PyTorch counts its own."""
+    return 2 * 9 * math.prod(x)
+
+
 def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     (_, branch, scale, weight, bias, *_), (total, _, moments) = inputs, output
     ctx.dtype = branch.dtype
@@ -147,6 +152,22 @@ register(
     ),
     save=_save_add_norm,
     gradient=_add_norm_gradient,
+)
+register(
+    "conv2d_silu_backward",
+    "(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    _kernel("conv2d", "conv2d_silu_backward"),
+    fake=lambda grad, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    flops=lambda grad, x, *_, **__: 2 * _conv2d_flops(x),  # what is made anew does not count
+)
+register(
+    "conv2d_silu",
+    "(Tensor x, Tensor weight) -> Tensor",
+    _kernel("conv2d", "conv2d_silu"),
+    fake=lambda x, weight: x.new_empty(x.shape),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    gradient=lambda ctx, grad: torch.ops.arm_zoo.conv2d_silu_backward(grad, *ctx.saved_tensors),
+    flops=lambda x, *_, **__: _conv2d_flops(x),
 )
 
 
@@ -231,3 +252,20 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if needs_gradient(x, weight, bias):
         return torch.ops.arm_zoo.gate(F.linear(x, weight, bias.detach()), bias)
     return torch.ops.arm_zoo.gated_product(*(t.to(_dtype_of_products(x)) for t in (x, weight, bias)))
+
+
+def convolves_in_kernel(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether this is a depth-wise 3x3 convolution that one kernel does with SiLU, for maps (B, H, W, C) like this."""
+    if not (is_plain(x) and x.is_cuda and is_plain_layer(layer, nn.Conv2d) and layer.bias is None):
+        return False
+    spatial = (layer.stride, layer.padding, layer.dilation, layer.padding_mode)
+    if spatial != ((1, 1), (1, 1), (1, 1), "zeros") or layer.weight.shape != (x.shape[-1], 1, 3, 3):
+        return False
+    return _fit(x, layer.weight) and _has_kernel(x.device.index, hopper=False) and _are_many(x)
+
+
+def convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of what a convolution gives for a map (B, H, W, C), channels last in memory."""
+    if convolves_in_kernel(layer, x):
+        return torch.ops.arm_zoo.conv2d_silu(*(t.to(_dtype_of_products(x)) for t in (x, layer.weight)))
+    return F.silu(layer(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

@@ -14,6 +14,8 @@ from arm_zoo.images.listing import listed
 from arm_zoo.weights.reading import weights_of
 from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_names
 
+_TABLES = {"pos_embed", "decoder_pos_embed"}
+
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
     """Official checkpoint -> a dict that loads strictly into `model` (a backbone or a pretraining model).
@@ -42,7 +44,9 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     """Any checkpoint of the family (official or ours, pretraining or backbone) -> a dict for `model`.
 
     Repeats one direction over all, drops the pretraining decoder, fits position and patch embeddings to the
-    model's grid, and checks names and shapes.
+    model's grid, and checks names and shapes. Learned position embeddings are (1, rows, dim) under the name
+    `pos_embed`: in a backbone a row for each patch, and if there is a `cls_token`, its row in their middle; in a
+    pretraining model a row for each patch, to which a zero row for the class token is added.
 
     `timm_adapts` lets pass what timm's loader, running next, adapts: input channels and a head with another number
     of classes.
@@ -51,11 +55,11 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
     source = under_our_names(state_dict, getattr(model, "official_names", OfficialNames()))
     for key in getattr(model, "official_extras", dict)():
         source.pop(key, None)
-    if "cls_token" in target:
+    if hasattr(model, "pretraining_keys"):  # as all backbones have
         source = _adapt_to_backbone(source, target, model, timm_adapts)
     else:
-        # fixed sine-cosine tables: those of the model's own grid
-        for key in {"pos_embed", "decoder_pos_embed"} & source.keys() & target.keys():
+        fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        for key in _TABLES & fixed & source.keys():  # sine-cosine tables: those of the model's own grid
             if source[key].shape != target[key].shape:
                 source[key] = target[key]
     _check(source, target, getattr(model, "pretrained_cfg", {}).get("first_conv") if timm_adapts else None)
@@ -63,21 +67,24 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
 
 
 def _adapt_to_backbone(source: StateDict, target: StateDict, model: Any, timm_adapts: bool) -> StateDict:
-    if "pos_embed" not in source:
+    if "pos_embed" in target and "pos_embed" not in source:
         return source  # not of the family: the check that follows says what is missing
     if not any(map(_is_foreign_head, target)):  # a head of the user's own is what the model says
         if any(key.startswith("head.") for key in target):
             refuse_foreign_head(source)
         source = {key: value for key, value in source.items() if not _is_foreign_head(key)}
-    if any(OfficialNames().covers([key], source) for key in model.pretraining_keys):
+    table, tokens = source.get("pos_embed") if _is_resized(target, model) else None, "cls_token" in target
+    grid, names = None, OfficialNames()
+    if any(names.covers([key], source) and not names.covers([key], target) for key in model.pretraining_keys):
         kept = {key: value for key, value in source.items() if key in target}
         fresh = {key: value for key, value in target.items() if key.startswith(model.untrained)}
-        patches = source["pos_embed"]
-        grid = sincos_grid(patches) or _source_grid(model, patches.shape[1], timm_adapts)
-        source = {**fresh, **kept, "pos_embed": _join(patches, patches.new_zeros(1, 1, patches.shape[-1]))}
-    else:
-        grid = _source_grid(model, source["pos_embed"].shape[1] - 1, timm_adapts)
-    source["pos_embed"] = resample_pos_embed(source["pos_embed"], grid, model.patch_embed.grid_size)
+        source = {**fresh, **kept}
+        if table is not None:
+            grid = sincos_grid(table) or _source_grid(model, table.shape[1], timm_adapts)
+            table = _join(table, table.new_zeros(1, int(tokens), table.shape[-1]))
+    if table is not None:
+        grid = grid or _source_grid(model, table.shape[1] - tokens, timm_adapts)
+        source["pos_embed"] = resample_pos_embed(table, grid, model.patch_embed.grid_size)
     for key, value in source.items():
         if key not in target:
             continue
@@ -86,6 +93,13 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: Any, timm_ad
         elif key == "patch_embed.proj.weight" and value.shape[2:] != target[key].shape[2:]:
             source[key] = resample_patch_embed(value, list(target[key].shape[2:]))
     return source
+
+
+def _is_resized(target: StateDict, model: Any) -> bool:
+    """Whether the rows of a backbone's position embeddings are what `adapt_state_dict` expects."""
+    if "pos_embed" not in target or not hasattr(model.patch_embed, "num_patches"):
+        return False
+    return target["pos_embed"].shape[1:-1] == (model.patch_embed.num_patches + ("cls_token" in target),)
 
 
 def _is_foreign_head(key: str) -> bool:
@@ -145,7 +159,8 @@ def _source_grid(model: nn.Module, patches: int, timm_adapts: bool) -> tuple[int
     if not fitting:
         raise CheckpointError(
             f"the checkpoint has position embeddings for {patches} patches, which is neither a square grid nor the "
-            f"model's {own[0]}x{own[1]}; say the source size with pretrained_cfg_overlay=dict(input_size=(3, H, W))"
+            f"model's {own[0]}x{own[1]}; say the source size with pretrained_cfg_overlay=dict(input_size=(3, H, W)), "
+            f"or override `adapt` of {type(model).__name__} if the rows are not those of patches"
         )
     return fitting[0]
 
@@ -163,16 +178,19 @@ def _join(patches: torch.Tensor, cls_row: torch.Tensor) -> torch.Tensor:
 
 
 def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Resize (1, old patches + 1, dim) position embeddings around the class token's row in their middle.
+    """Resize (1, old patches, dim) position embeddings, or (1, old patches + 1, dim) around the row in their middle.
 
-    Bicubic without antialiasing in float32, as the official finetuning does; unchanged if the grids are equal.
+    That is the class token's. Bicubic without antialiasing in float32, as the official finetuning does; unchanged if
+    the grids are equal.
     """
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    middle = (pos_embed.shape[1] - 1) // 2
-    table = torch.cat([pos_embed[:, middle : middle + 1], pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)
-    table = resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1, antialias=False)
-    return _join(table[:, 1:], table[:, :1])
+    patches = old_grid[0] * old_grid[1]
+    tokens, middle = pos_embed.shape[1] - patches, patches // 2
+    first, cls_row, second = pos_embed.split([middle, tokens, patches - middle], dim=1)
+    table = torch.cat([cls_row, first, second], dim=1)
+    table = resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=tokens, antialias=False)
+    return _join(table[:, tokens:], table[:, :tokens])
 
 
 def _check(source: StateDict, target: StateDict, first_conv: str | None) -> None:
@@ -183,12 +201,14 @@ def _check(source: StateDict, target: StateDict, first_conv: str | None) -> None
     pairs = {key: (source[key].shape, target[key].shape) for key in target if key in source}
     misfits = {key: pair for key, pair in pairs.items() if not _fits(key, *pair, first_conv)}
     shapes = [f"{key} {tuple(found)} -> {tuple(wanted)}" for key, (found, wanted) in misfits.items()]
+    rows = {key for key, (found, wanted) in misfits.items() if found[1:2] != wanted[1:2]} & _TABLES
     if missing or unexpected or shapes:
         raise CheckpointError(
             "the checkpoint does not fit the model (another width, depth or family?)"
             f"\n  only in the model ({len(missing)}): {listed(missing, 8)}"
             f"\n  only in the checkpoint ({len(unexpected)}): {listed(unexpected, 8)}"
             f"\n  other shapes, checkpoint -> model ({len(shapes)}): {listed(shapes, 8)}"
+            + "".join(f"\n  {key} is resized only if `adapt` of the model's class does so" for key in sorted(rows))
         )
 
 

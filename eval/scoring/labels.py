@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,26 @@ class LabelledSet:
 
     name: str
     listing: Listing  # its N images
-    targets: np.ndarray  # (N,) class indices of the model; the first where several classes are right
-    warnings: tuple[str, ...]  # what is not canonical about it
+    right: np.ndarray  # (N, K) class indices of the model by the labels of each image, NO_CLASS where there are fewer
+    warnings: tuple[str, ...] = ()  # what is not canonical about it
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(N,) class indices of the model, the first where several are right."""
+        return self.right[:, 0]
+
+    @property
+    def classes(self) -> np.ndarray:
+        """The class indices, in order, that any image is of."""
+        return np.unique(self.right[self.right != NO_CLASS])
 
     def answers(self, real: bool) -> dict[str, np.ndarray]:
         """By row, ReaL's if asked: (N, K) classes that are right for each image, NO_CLASS where there are fewer."""
-        groups = {} if self.name == CUSTOM else {indices[0]: indices for indices in class_list(self.name).values()}
-        label_sets = {self.name: [groups.get(target, (target,)) for target in self.targets.tolist()]}
+        groups = {indices[0]: indices for indices in class_list(self.name).values()} if self.name != CUSTOM else {}
+        groups[NO_CLASS] = ()
+        label_sets: dict[str, Sequence[Sequence[int]]] = {
+            self.name: [list(chain(*(groups.get(i, (i,)) for i in row))) for row in self.right.tolist()]
+        }
         if real:
             label_sets[REAL] = real_label_sets(self.listing)
         answers = {}
@@ -93,7 +107,8 @@ class LabelledSet:
     def fingerprint(self) -> str:
         """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
         reading = [self.listing.reading] if self.listing.reading else []
-        facts = zip(self.listing.files, self.targets, self.listing.sizes, strict=True)
+        targets = (" ".join(map(str, row)) for row in self.right.tolist())
+        facts = zip(self.listing.files, targets, self.listing.sizes, strict=True)
         text = "\n".join([*reading, *("\t".join(map(str, image)) for image in facts)])
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
 
@@ -133,23 +148,33 @@ def _refuse_labels(listing: Listing, classes: int, what: str) -> None:
 def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
     """Class indices for the images of a set, of custom those of a model with these classes; ValueError if unclear."""
     try:
-        if name == CUSTOM:
-            targets = _custom_targets(listing, label_names, num_classes)
-        elif listing.class_names is None:
-            _refuse_labels(listing, 1000, "the classes of ImageNet-1k")
-            targets = _targets_of_numbers(SETS[name], listing.labels)
+        if listing.label_sets is None:
+            labelled = LabelledSet(name, listing, _targets(name, listing, label_names, num_classes)[:, None])
         else:
-            targets = _targets_of_names(SETS[name], listing, listing.class_names)
+            given = listing.label_sets != NO_CLASS
+            right = np.full(given.shape, NO_CLASS)
+            each = replace(listing, labels=listing.label_sets[given])
+            right[given] = _targets(name, each, label_names, num_classes)
+            labelled = LabelledSet(name, listing, right)
     except ValueError as error:
         raise ValueError(f"--sets {name}={listing.location}: {error}") from error
-    found = np.unique(targets)
-    counts = (("images", len(targets), SETS[name].images), ("classes", len(found), SETS[name].classes))
-    warnings = [f"{count} {what} instead of {right}" for what, count, right in counts if right not in (None, count)]
-    lacking = np.setdiff1d(np.arange(num_classes), found).tolist()
+    counts = (("images", len(listing), SETS[name].images), ("classes", len(labelled.classes), SETS[name].classes))
+    warnings = [f"{count} {what} instead of {known}" for what, count, known in counts if known not in (None, count)]
+    lacking = np.setdiff1d(np.arange(num_classes), labelled.classes).tolist()
     if name == CUSTOM and lacking:
         names = _some([label_names[i] if label_names else i for i in lacking])
         warnings.append(f"{len(lacking)} of the model's {num_classes} classes have no images: {names}")
-    return LabelledSet(name, listing, targets, (*warnings, *listing.notes))
+    return replace(labelled, warnings=(*warnings, *listing.notes))
+
+
+def _targets(name: str, listing: Listing, label_names: Sequence[str], num_classes: int) -> np.ndarray:
+    """Class indices of the model for the labels of a listing."""
+    if name == CUSTOM:
+        return _custom_targets(listing, label_names, num_classes)
+    if listing.class_names is None:
+        _refuse_labels(listing, 1000, "the classes of ImageNet-1k")
+        return _targets_of_numbers(SETS[name], listing.labels)
+    return _targets_of_names(SETS[name], listing, listing.class_names)
 
 
 def _some(names: Sequence[object], most: int = 5) -> str:
@@ -244,7 +269,8 @@ def mapping(labelled: LabelledSet, real: bool) -> list[str]:
     listing, info, lines = labelled.listing, ImageNetInfo(), []
     for name, answers in labelled.answers(real).items():
         for i in map(int, np.linspace(0, len(listing) - 1, min(3, len(listing)))):
-            own = listing.labels[i] if listing.class_names is None else listing.class_names[listing.labels[i]]
+            names = listing.class_names
+            own = " or ".join(str(each) if names is None else names[each] for each in listing.labels_of(i))
             said = "" if name == REAL else f"label {own} "
             right = [f"class {c} {info.index_to_description(c)}" for c in answers[i].tolist() if c != NO_CLASS]
             lines.append(f"{name}: {listing.describe(i)}: {said}-> {' or '.join(right) or 'no label, not in n'}")

@@ -15,6 +15,7 @@ from PIL import Image
 from arm_zoo.images.columns import leaves, values_at
 from arm_zoo.images.listing import printable
 from arm_zoo.images.tables import Encoded, ImageTable, OpenedSplit
+from eval.scoring.metrics import NO_CLASS
 
 # Where names of classes come from: folders, a ClassLabel, whose order is theirs, or words, whose order means nothing.
 NamedBy = Literal["folders", "declaration", "words"]
@@ -26,7 +27,7 @@ class Listing:
 
     location: str  # what the user called it
     files: list[str]  # '/'-separated path of each image inside the source, '' where the source has no file names
-    labels: np.ndarray  # (N,) indices into `class_names`, or the source's numbers where it names no classes
+    labels: np.ndarray  # (N,) indices into `class_names`, or the source's numbers where it names no classes; the first
     class_names: tuple[str, ...] | None  # None where labels are bare numbers
     named_by: NamedBy
     stored: Callable[[int], Encoded]  # the image of an index, not decoded
@@ -35,6 +36,7 @@ class Listing:
     notes: tuple[str, ...] = ()  # what was left out, for the rows' warnings
     places: np.ndarray | None = None  # (N,) what `stored` calls each image, None where it is the index
     border: int = 0  # pixels at each side that are cut off
+    label_sets: np.ndarray | None = None  # (N, K) all labels of images that have several, NO_CLASS where one has fewer
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,27 +60,49 @@ class Listing:
     def select(self, places: np.ndarray) -> "Listing":
         """Some images, in this order, of a listing that is whole."""
         files = [self.files[i] for i in places]
-        return replace(self, files=files, labels=self.labels[places], sizes=self.sizes[places], places=places)
+        sets = None if self.label_sets is None else self.label_sets[places]
+        labels, sizes = self.labels[places], self.sizes[places]
+        return replace(self, files=files, labels=labels, label_sets=sets, sizes=sizes, places=places)
+
+    def labels_of(self, index: int) -> list[int]:
+        """The labels of an image, each of which is right."""
+        if self.label_sets is None:
+            return [int(self.labels[index])]
+        return [label for label in self.label_sets[index].tolist() if label != NO_CLASS]
 
 
 def listing_of(split: OpenedSplit, reading: str, notes: Sequence[str] = ()) -> Listing:
-    """A split as training opens it; raises `SourceError` if there are labels that are no class."""
+    """A split as training opens it; raises `SourceError` if there are labels that are no class.
+
+    A column of lists holds all labels of each image, perhaps none.
+    """
+    column, counts = str(split.columns.label), None
+    feature = leaves(split.features)[column]
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        counts = pc.list_value_length(split.values).fill_null(0).to_numpy()
+        feature, values = feature.feature, pc.list_flatten(split.values)
+        split = replace(split, features={**split.features, column: feature}, values=values)
     labels = split.labels()
     classes = labels.indices(labels.names)
     values = [] if split.values is None else split.values.to_pylist()
     indices = np.array([classes[value] for value in values], dtype=np.int64)
     class_names: tuple[str, ...] | None = None if labels.numbered else labels.names
     kind: NamedBy = "words"
-    if isinstance(leaves(split.features)[str(split.columns.label)], datasets.ClassLabel):
+    if isinstance(feature, datasets.ClassLabel):
         kind = "folders" if split.located.kind == "images" else "declaration"
     elif split.by_folder:
         kind = "folders"
     elif not reading and all(re.fullmatch("-?[0-9]{1,18}", name) for name in labels.names):  # timm's numbers as text
         class_names, indices = None, np.array(list(map(int, labels.names)), dtype=np.int64)[indices]
+    sets = None
+    if counts is not None:
+        sets = np.full((len(counts), max(1, counts.max())), NO_CLASS)
+        sets[np.arange(sets.shape[1]) < counts[:, None]] = indices
+        indices = sets[:, 0]
     files, sizes = _files_and_sizes(split)
-    table = ImageTable(split.data, split.reading(classes))
-    notes = [*notes, *filter(None, [split.note])]
-    return Listing(split.located.name, files, indices, class_names, kind, table.stored, sizes, reading, tuple(notes))
+    stored = ImageTable(split.data, split.reading(None)).stored
+    said = (reading, (*notes, *filter(None, [split.note])))
+    return Listing(split.located.name, files, indices, class_names, kind, stored, sizes, *said, label_sets=sets)
 
 
 def _files_and_sizes(split: OpenedSplit) -> tuple[list[str], np.ndarray]:

@@ -49,7 +49,7 @@ def base_row(candidate: Candidate, labelled: LabelledSet, settings: Settings) ->
     """What is known before scoring."""
     config, images = candidate.data_config, len(labelled.listing)
     weights = {"weights": candidate.weights, "weights_sha256": candidate.weights_sha256}
-    counts = {"images": images, "classes": len(np.unique(labelled.targets)), "batch_size": settings.batch_size}
+    counts = {"images": images, "classes": len(labelled.classes), "batch_size": settings.batch_size}
     return {
         **{"model": candidate.name, "set": labelled.name, "dtype": settings.dtype, **weights, **counts},
         "params_m": f"{sum(parameter.numel() for parameter in candidate.model.parameters()) / 1e6:.1f}",

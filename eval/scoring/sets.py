@@ -17,7 +17,7 @@ class ImageSet:
     Its list of classes is what the release calls them. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file in
     classes/ or of timm's: the wnids of these indices, and images are ranked among them only. A .csv file in classes/:
     names of its own, each for one or several of the 1000 classes, which are all right for its images; others' are left
-    out.
+    out. With any of these an image may have several labels: its label is a list then.
     """
 
     name: str  # in `--sets` and in the rows of results

@@ -1,138 +1,42 @@
-"""Images as batches for training and scoring: augmentation, an order that seed and epoch decide, and the loaders.
+"""The loaders of training and scoring: batches in an order that seed and epoch decide, a step ahead of their use.
 
 The order of an epoch is a function of (seed, epoch), the augmentation of an image one of (seed, epoch, index). So the
 position (epoch, step) is all that a resumed run has to know about its data, for any number of workers.
 """
 
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 import torch
-from PIL import Image
-from timm.data.random_erasing import RandomErasing
-from torch import Tensor
 
-from arm_zoo.images.decode import UndecodableImage
-from arm_zoo.images.listing import SourceError
-from arm_zoo.images.tables import Encoded, ImageTable
+from arm_zoo.images.decode import jpeg_decoder
 from recipes.config import BatchPlan, DataConfig, TrainConfig
-from recipes.data import transforms
-from recipes.data.sampling import Key, ScoringOrder, training_order
-from recipes.data.sources import Source, Split
+from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images, KeptImages
+from recipes.data.cache import fill
+from recipes.data.finishing import Finishing
+from recipes.data.gpu_decode import decoder_missing
+from recipes.data.sampling import ScoringOrder, training_order
+from recipes.data.sources import Source, Split, tell
+from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.data.workers import WorkerLoader
+from recipes.errors import RunError
+from recipes.signals import StopWaiting
 
-DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no images
 CPU = torch.device("cpu")
-
-
-class Batch(NamedTuple):
-    """Images of one forward pass.
-
-    Between processes they travel in 8 bits where nothing changes them after the transform: a quarter of the memory,
-    and the GPU normalises for nothing. In training another image stands in the place of one that cannot be decoded, in
-    scoring it is left out.
-    """
-
-    images: Tensor  # (N, C, H, W), float32, normalised
-    classes: Tensor  # (N,), class indices
-    indices: Tensor  # (N,), places of the images in their split (for streams: in the epoch's order)
-    undecodable: list[str]  # a line for every image that could not be decoded, with its name and the reason
-
-    def ready(self, device: torch.device, normalise: transforms.Normalisation) -> "Batch":
-        """The batch on a device, normalised; copies from pinned memory do not wait."""
-        images, classes = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.classes))
-        return self._replace(images=normalise(images) if images.dtype == torch.uint8 else images, classes=classes)
-
-
-class Images:
-    """One split as batches of images in 8 bits."""
-
-    def __init__(self, split: Split, transform: transforms.Transform) -> None:
-        self._split, self._transform = split, transform
-
-    def batch(self, keys: Sequence[Key]) -> Batch:
-        """Decode a batch; what cannot be decoded is left out."""
-        images, classes, indices, undecodable = [], [], [], []
-        for key, encoded in zip(keys, self._stored(keys), strict=True):
-            try:
-                image, label, _ = encoded.decode(self._split.mode)
-            except UndecodableImage as error:
-                undecodable.append(str(error))
-                continue
-            images.append(self._transform(image))
-            classes.append(label)
-            indices.append(key.place)
-        batch = torch.stack(images) if images else torch.empty(0)
-        return Batch(batch, torch.tensor(classes).long(), torch.tensor(indices).long(), undecodable)
-
-    def _stored(self, keys: Sequence[Key]) -> Sequence[Encoded]:
-        if isinstance(self._split, ImageTable):
-            return self._split.encoded([key.place for key in keys])
-        return [key.encoded for key in keys if key.encoded is not None]
-
-
-class AugmentedImages(Images):
-    """The same with augmentation, for training; in place of an image that cannot be decoded comes the next one.
-
-    The augmentation of an image is a function of seed, epoch and index: not of the order, the batch or the worker.
-    """
-
-    def __init__(self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
-        super().__init__(source.train, transforms.training_transform(config, image_size, source.mean))
-        self._normalise = transforms.Normalisation(source.mean, source.std, CPU)
-        self._seed = seed
-        self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
-        self._erase_probability = config.erase
-        self._erase = RandomErasing(probability=1, mode="pixel", device="cpu")
-
-    def batch(self, keys: Sequence[Key]) -> Batch:
-        images, classes, draws, erased = [], [], [], []
-        undecodable: list[str] = []
-        with transforms.global_generators_restored():
-            stored = self._stored(keys)
-            for position, key in enumerate(keys):
-                image, label = self._decoded(stored, position, key, undecodable)
-                transforms.seed_global_generators(self._seed, key.epoch, transforms.AUGMENTATION, key.place)
-                images.append(self._transform(image))
-                classes.append(label)
-                draws.append([random.uniform(-1, 1) for _ in range(4)])
-                erased.append(random.random() < self._erase_probability)
-            batch = torch.stack(images)
-            if self._affine is not None:
-                batch = transforms.warp(batch.float().div_(255), torch.tensor(draws), self._affine)
-            if self._affine is not None or self._erase_probability:
-                batch = self._normalise(batch)
-            for key, erasable in compress(zip(keys, batch, strict=True), erased):
-                transforms.seed_global_generators(self._seed, key.epoch, transforms.ERASING, key.place)
-                self._erase(erasable)  # in place
-        return Batch(batch, torch.tensor(classes), torch.tensor([key.place for key in keys]), undecodable)
-
-    def _decoded(
-        self, stored: Sequence[Encoded], position: int, key: Key, undecodable: list[str]
-    ) -> tuple[Image.Image, int]:
-        """The image, or the next one that can be decoded: of the split, or of the batch if it is a stream."""
-        table = self._split if isinstance(self._split, ImageTable) else None
-        for ahead in range(min(len(stored if table is None else table), DAMAGED_IN_A_ROW)):
-            if table is None or ahead == 0:
-                encoded = stored[(position + ahead) % len(stored)]
-            else:
-                encoded = table.stored((key.place + ahead) % len(table))
-            try:
-                image, label, _ = encoded.decode(self._split.mode)
-                return image, label
-            except UndecodableImage as error:
-                undecodable.append(str(error))
-        raise SourceError(f"no image among many in a row can be decoded; the last one: {undecodable[-1]}")
+BLOCKS_UNKNOWN = 5  # measured ones that the GPU may not have come to; a step has two
+Prepared = tuple[list[Batch], torch.cuda.Event | None]  # micro-batches of a step; when the GPU has made them
 
 
 class TrainLoader:
     """This process's part of each global batch of the training images, augmented as `config.data` says.
 
-    The workers go on with the next epoch's images at the end of one, so that an epoch starts without waiting.
+    The workers go on with the next epoch's images at the end of one, so that an epoch starts without waiting. On a GPU
+    images are made on a stream of their own, while it trains on others.
     """
 
     def __init__(
@@ -148,14 +52,26 @@ class TrainLoader:
         self._order = training_order(source.train, config, plan, process, processes)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.class_names = source.class_names
-        self.images = AugmentedImages(source, config.data, image_size, config.seed)
+        if jpeg_decoder() is None:
+            tell("torchcodec is not installed, or not one for this torch: Pillow decodes, which takes twice as long")
+        self.images = kind_of_images(config.data, device)(source, config.data, image_size, config.seed)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")
+        self._finish = Finishing(self.images, source, config.data, image_size, device)
         self._plan, self._config, self._device = plan, config, device
-        self._normalise = transforms.Normalisation(source.mean, source.std, device)
-        self._batches: Iterator[Batch] = iter(())
+        self._is_filled = False
+        # Ahead of training, or each of the decoder's many small kernels waits for a large one: 153 images a second
+        # beside large matrix products, 20,451 alone.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._steps: Iterator[Prepared] = iter(())
+        self._ahead: Prepared | BaseException | None = None  # the next step, or why there is none
         self._next: tuple[int, int] | None = None
+        self._pauses = Pauses(device)
         self.undecodable: set[str] = set()  # a line for each damaged image; the trainer adds the other processes'
-        self.seconds_waited = 0.0  # in which training stood still for want of images
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds in which training stood still for want of images."""
+        return self._pauses.seconds
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, from `first_step` on.
@@ -164,19 +80,85 @@ class TrainLoader:
         """
         if self._next != (epoch, first_step):
             self._order.start = (epoch, first_step)
-            self._batches = iter(self._loader)
+            self._steps, self._ahead = self._prepared(), None
         for step in range(first_step, self.steps_per_epoch):
-            started = time.perf_counter()
-            batches = [next(self._batches) for _ in range(self._plan.accumulation)]
-            self.seconds_waited += time.perf_counter() - started
+            ahead, self._ahead = self.look_ahead(), None
+            if isinstance(ahead, BaseException):
+                raise ahead
+            with self._pauses.measured():
+                batches = self._handed_over(*ahead)
             name_once((line for batch in batches for line in batch.undecodable), self.undecodable)
             self.check_undecodable()
             self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
-            yield [batch.ready(self._device, self._normalise) for batch in batches]
+            yield batches
+
+    def look_ahead(self) -> Prepared | BaseException:
+        """Begin with the images of the next step, if that is not done: best while the device works on a step.
+
+        What prevents it, such as a worker's end, is not raised before that step is asked for.
+        """
+        if self._ahead is None:
+            with self._pauses.measured():
+                try:
+                    self._ahead = next(self._steps)
+                except (Exception, StopWaiting) as error:
+                    self._ahead = error
+        return self._ahead
 
     def check_undecodable(self) -> None:
         """Raise `SourceError` if more training images are damaged than `data.max_undecodable` tolerates."""
         check_undecodable(len(self.undecodable), self._order.size, "training", self._config.data.max_undecodable)
+
+    def _prepared(self) -> Iterator[Prepared]:
+        if not self._is_filled:
+            with torch.cuda.stream(self._stream):
+                self._finish.kept = fill(self.images, self._config.data, self._device)
+            self._is_filled = True
+        loaded = iter(self._loader)
+        while step := list(islice(loaded, self._plan.accumulation)):
+            with torch.cuda.stream(self._stream):  # None: as everywhere
+                batches = list(map(self._finish, step))
+                made = None if self._stream is None else self._stream.record_event()
+            yield batches, made
+
+    def _handed_over(self, batches: list[Batch], made: torch.cuda.Event | None) -> list[Batch]:
+        """A step that was prepared, for the stream that trains."""
+        if made is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(made)
+            for tensor in (tensor for batch in batches for tensor in (batch.images, batch.classes)):
+                tensor.record_stream(stream)  # its memory may be used anew only after this stream's work on it
+        return batches
+
+
+class Pauses:
+    """How long a device stands still in measured blocks; of a GPU the time between its work before and after them.
+
+    A GPU's time is known when it gets there. The host waits for it if it is more than two steps behind: that bounds
+    the memory of images that wait, and leaves the GPU work to do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0  # in all blocks that are known
+        self._device = device
+        self._unknown: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - started
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record(torch.cuda.current_stream(self._device))
+        yield
+        events[1].record(torch.cuda.current_stream(self._device))
+        self._unknown.append(events)
+        while len(self._unknown) > BLOCKS_UNKNOWN:
+            began, ended = self._unknown.popleft()
+            ended.synchronize()
+            self.seconds += began.elapsed_time(ended) / 1000
 
 
 class EvalLoader:
@@ -196,14 +178,39 @@ class EvalLoader:
         workers: int = 0,
         device: torch.device = CPU,
     ) -> None:
-        images = Images(split, transforms.scoring_transform(data_config))
+        images = Images(split, scoring_transform(data_config))
         order = ScoringOrder(split, batch_size, process, processes)
         self._loader = WorkerLoader(images.batch, order, workers, device.type == "cuda")
         self._device = device
-        self._normalise = transforms.Normalisation(data_config["mean"], data_config["std"], device)
+        self._normalise = Normalisation(data_config["mean"], data_config["std"], device)
         self._named: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             name_once(batch.undecodable, self._named)
             yield batch.ready(self._device, self._normalise)
+
+
+def kind_of_images(config: DataConfig, device: torch.device) -> type[AugmentedImages]:
+    """What loads training images, as `data.cache` and `data.decode` say."""
+    if keeps_on_gpu(config.cache, device):
+        return KeptImages
+    return EncodedImages if decodes_on_gpu(config.decode, device) else AugmentedImages
+
+
+def keeps_on_gpu(cache: str, device: torch.device) -> bool:
+    """Whether the GPU keeps decoded images, as `data.cache` says; raises `RunError` if it asks that in vain."""
+    if cache == "gpu" and device.type != "cuda":
+        problem = f"data.cache is gpu, but the run's device is {device}"
+        raise RunError(f"{problem}; allowed: data.cache=memory or data.cache=none")
+    return cache == "gpu"
+
+
+def decodes_on_gpu(decode: str, device: torch.device) -> bool:
+    """Whether JPEG files are decoded on the GPU, as `data.decode` says; raises `RunError` if it asks that in vain."""
+    if decode == "cpu":
+        return False
+    missing = f"the run's device is {device}" if device.type != "cuda" else decoder_missing(device)
+    if missing is not None and decode == "gpu":
+        raise RunError(f"data.decode is gpu, but {missing}; allowed: data.decode=auto or data.decode=cpu")
+    return missing is None

@@ -1,4 +1,4 @@
-"""How images are augmented and brought to size: timm's transforms, drawing from generators seeded for each image."""
+"""What happens to the pixels of decoded images: cut out, brought to size, and on the device warped and normalised."""
 
 import hashlib
 import math
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
-from torchvision.transforms import Compose, InterpolationMode, Resize
+from torchvision.transforms import Compose, InterpolationMode, Resize, v2
 
 from recipes.config import DataConfig
 
-ORDER, LANE, AUGMENTATION, ERASING = range(4)  # what a random stream is for
-Transform = Callable[[Image.Image], Tensor]  # to (C, H, W), uint8
+ORDER, LANE, AUGMENTATION = range(3)  # what a random stream is for
+Transform = Callable[[Tensor], Tensor]  # of one image (C, H, W), uint8
 
 
 def seed_of(*key: int) -> int:
@@ -49,39 +49,44 @@ def global_generators_restored() -> Iterator[None]:
         torch.set_rng_state(pytorch)
 
 
-def training_transform(config: DataConfig, image_size: tuple[int, int], mean: tuple[float, ...]) -> Transform:
-    """timm's training transform: crop, flip, RandAugment, bicubic throughout; normalising is left to the batch."""
-    crop_and_flip, randaugment, to_tensor = create_transform(
-        image_size,
-        is_training=True,
-        scale=config.random_crop,
-        hflip=config.flip,
-        color_jitter=None,  # type: ignore[arg-type]  # timm declares fewer kinds than it takes
-        auto_augment=config.randaugment,
-        interpolation="bicubic",
-        mean=mean,
-        normalize=False,
-        separate=True,
-    )
-    if config.random_crop is None:
-        crop_and_flip.transforms[0] = Resize(image_size, InterpolationMode.BICUBIC)
-    for operation in (operation for augment in randaugment.transforms for operation in augment.ops):
-        if operation.name.startswith("Posterize"):
-            operation.aug_fn = partial(posterized, posterize=operation.aug_fn)
-    return Compose([*crop_and_flip.transforms, *randaugment.transforms, *to_tensor.transforms])
-
-
-def posterized(
-    image: Image.Image, bits: int, *, posterize: Callable[..., Image.Image], **keywords: Any
-) -> Image.Image:
-    """timm's operation; 0 bits, which Pillow refuses from release 13 on, leave black as they did before."""
-    return posterize(image, bits, **keywords) if bits else Image.new(image.mode, image.size)
+def cropped(image: Tensor, box: tuple[int, int, int, int], size: Sequence[int]) -> Tensor:
+    """A part (top, left, height, width) of an image (C, H, W) of 8 bits, brought to a size: bicubic, antialiased."""
+    top, left, height, width = box
+    part = image[None, :, top : top + height, left : left + width]
+    part = part.contiguous(memory_format=torch.channels_last)  # the layout that is resized fastest
+    return v2.functional.resize(part, list(size), InterpolationMode.BICUBIC, antialias=True)[0]
 
 
 def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
-    """timm's evaluation transform of a model's data configuration, without normalising."""
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    return create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
+    """timm's evaluation transform of a model's data configuration, for tensors of 8 bits, without normalising.
+
+    Sizes and places are timm's; the resizing is torchvision's for tensors, which rounds otherwise than Pillow's.
+    """
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean")
+    timms = create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
+    return Compose([on_tensors(step) for step in timms.transforms[:-1]])  # without the conversion to a tensor
+
+
+def on_tensors(step: Any) -> Transform:
+    """A step of timm's evaluation transform, without the detour over 32 bits that those for tensors take."""
+    if isinstance(step, Resize):
+        return v2.Resize(step.size, step.interpolation)
+    if isinstance(step, ResizeKeepRatio):
+        return partial(resize_keeping_ratio, step)
+    if isinstance(step, CenterCropOrPad):
+        return partial(pad_and_crop, step)
+    return step
+
+
+def resize_keeping_ratio(step: ResizeKeepRatio, image: Tensor) -> Tensor:
+    size = step.get_params(image, step.size, step.longest)
+    return v2.functional.resize(image, size, step.interpolation, antialias=True)
+
+
+def pad_and_crop(step: CenterCropOrPad, image: Tensor) -> Tensor:
+    height, width = (max(0, wanted - size) for wanted, size in zip(step.size, image.shape[1:], strict=True))
+    top, left = height // 2, width // 2
+    return step(v2.functional.pad(image, [left, top, width - left, height - top], fill=step.fill))
 
 
 class Normalisation:

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from arm_zoo.files import write_text
 from recipes.config import TrainConfig, to_yaml
-from recipes.data.loader import Batch, TrainLoader
+from recipes.data.batches import Batch
+from recipes.data.loader import TrainLoader
 from recipes.data.transforms import seed_of
 from recipes.errors import RunError
 from recipes.parsing import flatten
@@ -100,6 +101,7 @@ class Trainer:
             with self.collectives.together():  # without images on one process, all stop
                 micro_batches = next(steps)
             self._optimizer_step(micro_batches)
+            self.loader.look_ahead()
             self.position.step += 1
             if self._is_logged(self.position.step):
                 loss = self._total_loss() / self.position.step  # waits for the device

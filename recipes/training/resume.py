@@ -21,7 +21,7 @@ from recipes.training.parallel import Collectives
 OPERATION = (
     "output_dir", "device", "cpu_threads", "max_batch_per_device", "compile", "cuda_graphs", "fused_adamw",
     "gradient_checkpointing", "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps",
-    "checkpoint_minutes", "keep_last", "keep_every", "data.workers", "evaluate_every",
+    "checkpoint_minutes", "keep_last", "keep_every", "data.workers", "data.decode", "data.cache", "evaluate_every",
 )  # fmt: skip
 # Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")

@@ -1,5 +1,6 @@
 """From a configuration and an objective to a trained model in its folder: the one way that all recipes go."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,17 @@ HELD_OUT = "validation.txt"
 
 
 def train(
-    config: TrainConfig, objective: TrainingObjective, title: str, resume: str, stop: StopRequest | None
+    config: TrainConfig,
+    objective: TrainingObjective,
+    title: str,
+    resume: str,
+    stop: StopRequest | None,
+    create_loader: Callable[..., TrainLoader] = TrainLoader,
 ) -> Trained:
     """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
 
     `title` stands before the progress bar; `resume` is "auto", "none" or a checkpoint's folder, as `--resume`; `stop`
-    asks this process to stop.
+    asks this process to stop. `create_loader` takes what `TrainLoader` takes.
     """
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
@@ -48,7 +54,7 @@ def train(
     for part in models.values() if config.fsdp else ():
         shard(part, accelerator)
     process, image_size = (accelerator.process_index, accelerator.num_processes), inputs["input_size"][1:]
-    loader = TrainLoader(source, config, plan, image_size, *process, accelerator.device)
+    loader = create_loader(source, config, plan, image_size, *process, accelerator.device)
     peak = peak_speed(config, inputs["input_size"], accelerator)
     optimizer, loss = create_optimizer(model, config), objective.loss(config, source)
     evaluate = objective.evaluation and objective.evaluation(config, collectives, models, source, inputs)

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 from timm.models import is_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import arm_zoo
 from arm_zoo import CheckpointError, from_official, from_pretrained, to_official
 from arm_zoo.base import ZooModel
 from arm_zoo.identify import find_variant
+from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.models._builder import ARCHITECTURES, Backbone, entry_configs, register_family
 from arm_zoo.models.arm import ARM
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective
@@ -61,6 +63,31 @@ class ToyPretrain(ARMPretrain):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.temperature = nn.Parameter(torch.ones((), device=kwargs.get("device")))
+
+
+class Bare(Backbone):
+    """A family without a class token, with learned position embeddings, of which `rows` are not of patches."""
+
+    keys = ("pos_embed", "norm.weight")
+
+    def __init__(self, img_size: int = 8, num_classes: int = 10, rows: int = 0, device: Any = None) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(img_size, 2, in_chans=1, embed_dim=16, device=device)
+        self.in_chans, self.num_features, self.num_classes = 1, 16, num_classes
+        self.pos_embed = nn.Parameter(torch.randn(1, self.patch_embed.num_patches + rows, 16, device=device))
+        self.norm = nn.LayerNorm(16, device=device)
+        self.head = self.make_head(device=device)
+
+
+class WithToken(ToyPretrain):
+    """Pretraining with a class token, which has no row among the position embeddings."""
+
+    keys = (*ToyPretrain.keys, "cls_token")
+
+    @wraps(ARMPretrain.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, SIZES["embed_dim"], device=kwargs.get("device")))
 
 
 cfg = {"num_classes": 10, "input_size": (1, 8, 8), "pool_size": None, "fixed_input_size": True, "crop_pct": 1.0}
@@ -162,3 +189,45 @@ def test_an_objective_joins_by_a_row(tmp_path: Path) -> None:
         loaded = from_pretrained(source)
         assert type(loaded) is ToyPretrain
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_an_objective_may_have_a_class_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one of pretraining all the same, and its backbone gets the token that it trained."""
+    sizes = {**SIZES, "cluster_size": 4, "decoder_dim": 64, "decoder_depth": 1}
+    monkeypatch.setitem(OBJECTIVES, "token", Objective(WithToken, {"toy_pico": sizes}, "an encoder", "loss"))
+    model = arm_zoo.create_pretraining_model("toy_pico", "token")
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert type(loaded) is WithToken
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    for size in (8, 16):
+        backbone = from_pretrained(tmp_path, as_backbone=True, img_size=size)
+        assert type(backbone) is Toy and torch.equal(backbone.cls_token, model.cls_token)
+        middle = size * size // 8
+        assert not backbone.pos_embed[:, middle].any() and backbone.pos_embed.any(-1).sum() == 2 * middle
+    backbone.save_pretrained(tmp_path / "backbone")
+    assert torch.equal(from_pretrained(tmp_path / "backbone").pos_embed, backbone.pos_embed)
+
+
+def test_position_embeddings_without_a_class_token_are_resized() -> None:
+    source, model = Bare(), Bare(img_size=16)
+    adapted = model.adapt(source.state_dict(), model)
+    table = source.pos_embed.detach().view(1, 4, 4, 16).permute(0, 3, 1, 2)
+    expected = F.interpolate(table, (8, 8), mode="bicubic").flatten(2).mT
+    assert torch.equal(adapted["pos_embed"], expected)
+
+
+def test_position_embeddings_that_cannot_be_resized_are_refused() -> None:
+    """Those with other rows than of patches, and learned ones of a pretraining model."""
+    rows = Bare(rows=3)
+    assert rows.adapt(rows.state_dict(), rows)["pos_embed"].equal(rows.pos_embed)
+    learned = arm_zoo.create_pretraining_model("arm_pico", img_size=16)
+    learned.pos_embed.requires_grad_(True)
+    small = arm_zoo.create_pretraining_model("arm_pico").state_dict()
+    for source, model in ((rows.state_dict(), Bare(img_size=16, rows=3)), (small, learned)):
+        count = len(model.pos_embed[0])
+        with pytest.raises(CheckpointError, match=rf"pos_embed \(1, \d+, \d+\) -> \(1, {count}, ") as error:
+            model.adapt(source, model)
+        assert str(error.value).endswith("\n  pos_embed is resized only if `adapt` of the model's class does so")
+    learned.pos_embed.requires_grad_(False)
+    assert learned.adapt(small, learned)["pos_embed"].equal(learned.pos_embed)

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
-from arm_zoo import CheckpointError, create_pretraining_model, to_official
+from arm_zoo import CheckpointError, create_pretraining_model, from_pretrained, to_official
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
@@ -402,36 +402,44 @@ def spec_mixer(p: Weights, x: torch.Tensor) -> torch.Tensor:
     return F.linear(total / 4, p["out_proj.weight"])
 
 
-def spec_model(p: Weights, x: torch.Tensor, stride: int, depth: int, pool: str) -> torch.Tensor:
-    """arm.md, section 4, under the official names."""
+def norm(p: Weights, x: torch.Tensor, name: str) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
 
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
 
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+def linear(p: Weights, x: torch.Tensor, name: str) -> torch.Tensor:
+    return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
+
+def spec_blocks(p: Weights, x: torch.Tensor, stride: int, depth: int) -> torch.Tensor:
+    """arm.md, section 4, under the official names: images to the tokens that the last block gives."""
     x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=stride).flatten(2).mT
     middle = x.shape[1] // 2
     x = torch.cat([x[:, :middle], p["cls_token"].expand(len(x), -1, -1), x[:, middle:]], dim=1) + p["pos_embed"]
     for i in range(depth):
         mixer = f"layers.{i}.mixer."
         inside = {name.removeprefix(mixer): value for name, value in p.items() if name.startswith(mixer)}
-        x = x + spec_mixer(inside, norm(x, f"layers.{i}.norm1"))
-        inner, mlp = norm(x, f"layers.{i}.norm2"), f"layers.{i}.mlp"
-        x = x + linear(F.silu(linear(inner, f"{mlp}.w1")) * linear(inner, f"{mlp}.w2"), f"{mlp}.w3")
-    x = norm(x, "norm_f")
+        x = x + spec_mixer(inside, norm(p, x, f"layers.{i}.norm1"))
+        inner, mlp = norm(p, x, f"layers.{i}.norm2"), f"layers.{i}.mlp"
+        x = x + linear(p, F.silu(linear(p, inner, f"{mlp}.w1")) * linear(p, inner, f"{mlp}.w2"), f"{mlp}.w3")
+    return x
+
+
+def spec_head(p: Weights, x: torch.Tensor, pool: str) -> torch.Tensor:
+    """The tokens of the last block to logits."""
+    x, middle = norm(p, x, "norm_f"), (x.shape[1] - 1) // 2
     halves = (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
-    return linear(halves if pool == "avg" else x[:, middle], "head")
+    return linear(p, halves if pool == "avg" else x[:, middle], "head")
 
 
 @in_both_sets
 def test_specification_equals_the_stored_tensors(golden: Path) -> None:
     files = {path.stem: load_file(path) for path in (golden / "arm_ft_img64_gp").glob("*.safetensors")}
     weights = {name: value.double() for name, value in files["state_dict"].items()}
-    x = files["inputs"]["images"].double()
+    outputs, depth = files["outputs_f64"], len({name.split(".")[1] for name in weights if ".mixer." in name})
+    tokens = spec_blocks(weights, files["inputs"]["images"].double(), 16, depth)
+    assert close(tokens, outputs[f"hidden_{depth:02}"], 1e-10)
     for pool, name in (("avg", "logits"), ("token", "logits_cls")):
-        assert close(spec_model(weights, x, 16, 12, pool), files["outputs_f64"][name], 1e-10)
+        assert close(spec_head(weights, outputs["hidden_12"], pool), outputs[name], 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +461,7 @@ def test_model_follows_the_specification(img_size: int, stride: int, depth: int,
             parameter += 0.1 * torch.randn_like(parameter)
     weights = {name: value.requires_grad_() for name, value in to_official(model).items()}
     x = images(model, dtype=torch.float64)
-    output, expected = model(x), spec_model(weights, x, stride, depth, pool)
+    output, expected = model(x), spec_head(weights, spec_blocks(weights, x, stride, depth), pool)
     assert close(output, expected, 1e-10)
 
     expected.square().sum().backward()
@@ -773,6 +781,15 @@ def test_export_on_a_gpu_is_for_any_batch(batch: int) -> None:
 def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:
     nodes = get_graph_node_names(tiny())[0]
     assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= set(nodes)
+
+
+@pytest.mark.parametrize("name", ["arm_base_patch16_224", "vim_base_patch16_224"])
+def test_a_model_pruned_of_its_norm_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    model.prune_intermediate_layers([0], prune_norm=True)
+    model.save_pretrained(tmp_path)
+    loaded: Any = from_pretrained(tmp_path).eval()
+    assert isinstance(loaded.norm, nn.Identity) and loaded(x := images(model)).equal(model(x))
 
 
 def test_prune_intermediate_layers() -> None:

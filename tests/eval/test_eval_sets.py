@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from safetensors.torch import save_file
 from scipy.stats import binomtest
@@ -532,6 +533,42 @@ def test_of_a_folder_of_parquet_files_the_validation_split_is_scored(named: str,
         file.parent.mkdir(exist_ok=True)
         Dataset.from_list(rows, Features(image=Image(), label=Value("int64"))).to_parquet(file)
     assert label("in1k", tmp_path).targets.tolist() == ([1] if chosen == 1 else [0, 1])
+
+
+@pytest.mark.parametrize("form", ["numbers", "words", "declared"])
+def test_any_label_of_a_list_is_right(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image without a label is not in n, as one of ReaL's."""
+    file, given = tmp_path / "set.parquet", [[7, 2], [], [9], [2, 7, 9]]
+    inner = {"numbers": Value("int64"), "words": Value("string"), "declared": ClassLabel(names=WNIDS)}[form]
+    held = [[WNIDS[i] for i in labels] if form == "words" else labels for labels in given]
+    rows = [{"image": {"bytes": image_bytes(), "path": None}, "label": each} for each in held]
+    Dataset.from_list(rows, Features(image=Image(), label=List(inner))).to_parquet(file)
+    labelled, none = label("in1k", file), metrics.NO_CLASS
+    expected = [[7, 2, none], [none, none, none], [9, none, none], [2, 7, 9]]
+    assert labelled.answers(False)["in1k"].tolist() == expected
+    assert labelled.targets.tolist() == [7, none, 9, 2] and labelled.classes.tolist() == [2, 7, 9]
+    assert labelled.warnings == ("4 images instead of 50000", "3 classes instead of 1000")
+    assert labelled.listing.decode(3, "RGB").size == (8, 8)
+    listing = labelled.listing.select(np.array([3, 0]))
+    chosen = labels.label("in1k", listing)
+    assert chosen.answers(False)["in1k"].tolist() == [[2, 7, 9], [7, 2, none]]
+    other = labels.label("in1k", replace(listing, label_sets=listing.label_sets[:, ::-1]))
+    assert other.fingerprint() != chosen.fingerprint()
+    assert program.main(["--sets", f"in1k={file}", "--show-mapping", "--device", "cpu"]) == 0
+    said = "7 or 2" if form == "numbers" else f"{WNIDS[7]} or {WNIDS[2]}"
+    lines = capsys.readouterr().out.splitlines()
+    assert f"label {said} -> class 7 cock or class 2 great white shark" in lines[0]
+    assert lines[1].endswith("-> no label, not in n")
+
+
+def test_labels_of_a_list_that_are_no_class_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "set.parquet"
+    rows = [{"image": {"bytes": image_bytes(), "path": None}, "label": each} for each in ([7, 1000], [-1])]
+    for count, message in ((1, "1 of 1 images have labels that cannot be right: 1000 (1)"), (2, "-1 in 1 row")):
+        features = Features(image=Image(), label=List(Value("int64")))
+        Dataset.from_list(rows[:count], features).to_parquet(file)
+        capsys.readouterr()
+        assert message in refusal(capsys, "--sets", f"in1k={file}", "--show-mapping")
 
 
 def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """Cuts the small golden set from the whole one: python tests/golden/cut.py ../shared/golden tests/golden"""
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,12 +22,14 @@ CASES: dict[str, list[str]] = {  # with the files that are taken as they are
         "state_dict.safetensors",
     ],
     "optim": ["lrd_group_sequence_d12_ld065.json", "lrd_groups_d12_ld065.json", "pretrain_wd_groups_d12.json"],
-    "arm_ft_img64_gp": ["state_dict.safetensors"],
+    "arm_ft_img64_gp": [],
     "arm_pretrain_d12": [],
     "vim_small_img64": [],
     "vmamba_t_96x64": [],
 }
-HIDDEN = ("hidden_00", "hidden_01", "hidden_06", "hidden_12")
+# of ARM the first blocks, and what the last one gives, for norm and head
+ARM_BLOCKS = 3
+HIDDEN = (*(f"hidden_{i:02}" for i in range(ARM_BLOCKS + 1)), "hidden_12")
 OUTPUTS = ("logits", "features", "logits_cls", "features_cls", "normed", *HIDDEN)
 OF_A_MIXER = ("output", "merged", "grad_input")
 # of Vim the first two blocks, and what the last one gives, for norm and head; of VMamba the first two stages
@@ -48,7 +49,8 @@ def cut(whole: Path, small: Path) -> None:
     case = "arm_ft_img64_gp"  # the first image, without gradients, which are of all three
     edit_tensors(case, "inputs", whole, small, lambda t: {name: value[:1] for name, value in t.items()})
     edit_tensors(case, "outputs_f64", whole, small, lambda t: {name: t[name][:1] for name in OUTPUTS})
-    edit_meta(case, whole, small, {"batch": 1})
+    edit_tensors(case, "state_dict", whole, small, lambda t: first_blocks(t, ARM_BLOCKS))
+    edit_constructor(case, whole, small, {"depth": ARM_BLOCKS}, batch=1)
 
     case = "mixer_vmamba"
     edit_tensors(case, "outputs_f64", whole, small, lambda t: {name: t[name] for name in OF_A_MIXER})
@@ -61,7 +63,7 @@ def cut(whole: Path, small: Path) -> None:
     case = "vim_small_img64"
     edit_tensors(case, "inputs", whole, small, lambda t: {"images": t["images"][:1]})
     edit_tensors(case, "outputs_f64", whole, small, lambda t: {n: v[:1] for n, v in t.items() if n.startswith(VIM)})
-    edit_tensors(case, "state_dict", whole, small, two_blocks)
+    edit_tensors(case, "state_dict", whole, small, lambda t: first_blocks(t, 2))
     edit_constructor(case, whole, small, {"depth": 2}, batch=1)
 
     case = "vmamba_t_96x64"
@@ -86,9 +88,10 @@ def first_block(tensors: Tensors) -> Tensors:
     return {name: value[:1] if name.startswith("enc2dec.") else value for name, value in taken.items()}
 
 
-def two_blocks(tensors: Tensors) -> Tensors:
-    """All but the blocks after the second."""
-    return {name: value for name, value in tensors.items() if not re.match(r"layers\.([2-9]|\d\d)", name)}
+def first_blocks(tensors: Tensors, depth: int) -> Tensors:
+    """All but the blocks after these."""
+    later = tuple(f"layers.{number}." for number in range(depth, 24))
+    return {name: value for name, value in tensors.items() if not name.startswith(later)}
 
 
 def edit_tensors(case: str, name: str, whole: Path, small: Path, edit: Any) -> None:

@@ -1,6 +1,7 @@
 """The hub's programs: conversion of every kind of checkpoint, all or nothing, and one line for every mistake."""
 
 import argparse
+import dataclasses
 import errno
 import fractions
 import hashlib
@@ -38,6 +39,9 @@ import arm_zoo
 from arm_zoo import to_official
 from arm_zoo.files import CheckpointError, sha256_of
 from arm_zoo.identify import find_variant
+from arm_zoo.layers.sizes import Size
+from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights import hosted as table
 from arm_zoo.weights.hosted import TABLE, training_commands
 from arm_zoo.weights.reading import Choice, read_checkpoint
@@ -49,7 +53,7 @@ from hub.convert import convert
 from hub.export import export
 from hub.folders import read_header, set_license
 from hub.upstream import _known
-from tests.helpers.golden import golden_cases
+from tests.helpers.golden import add_other_blocks, golden_cases
 from tests.helpers.hub_server import Client, HubServer, sends_other_contents
 from tests.helpers.official import RunsCode
 
@@ -87,6 +91,11 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return captured.err
 
 
+def test_a_command_is_no_program_of_its_own(repo: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "hub.convert", "a", "b"], cwd=repo, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "hub.convert is no program; python -m hub lists the commands\n")
+
+
 # conversion gives the authors' numbers
 
 
@@ -101,12 +110,14 @@ def test_official_backbones_give_the_golden_logits(case: str, golden: Path, tmp_
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = load_file(golden / case / "inputs.safetensors")["images"]
     expected = load_file(golden / case / "outputs_f64.safetensors")["logits"]
+    official = to_official(model)
+    add_other_blocks(model, golden / case)
     with torch.inference_mode():
         error = (model.double()(images.double()) - expected).abs().max() / expected.abs().max()
     assert error < 1e-7  # the parameters are float32
-    assert to_official(model.float()).keys() == load_file(golden / case / "state_dict.safetensors").keys()
+    assert official.keys() == load_file(golden / case / "state_dict.safetensors").keys()
     for name, value in load_file(golden / case / "state_dict.safetensors").items():
-        assert torch.equal(to_official(model)[name], value), name
+        assert torch.equal(official[name], value), name
 
 
 def test_official_pretraining_gives_the_golden_latents(golden: Path, tmp_path: Path) -> None:
@@ -359,6 +370,47 @@ def test_exports_of_our_pretraining(tmp_path: Path) -> None:
     assert config["pretraining_model"] == {**model.config, "img_size": [8, 16]}
     golden = load_file(tmp_path / "out" / "golden.safetensors")
     assert torch.allclose(model.eval().forward_encoder(golden["input"]), golden["features"], atol=1e-5)
+
+
+class Halves(ARMPretrain):
+    """An objective with the tensors of another, and an argument that they do not tell."""
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.75,
+        img_size: Size = 8,
+        patch_size: Size = 2,
+        cluster_size: Size = 4,
+        in_chans: int = 1,
+        embed_dim: int = 32,
+        depth: int = 2,
+        d_state: int = 4,
+        decoder_dim: int = 64,
+        decoder_depth: int = 1,
+        device: str | None = None,
+    ) -> None:
+        sizes = (img_size, patch_size, cluster_size, in_chans, embed_dim, depth, d_state, decoder_dim, decoder_depth)
+        super().__init__(*sizes, device)
+        self.config["mask_ratio"] = mask_ratio
+
+
+def test_exports_of_pretraining_keep_the_objective_and_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "halves", OBJECTIVES[DEFAULT_OBJECTIVE]._replace(model_class=Halves))
+    Halves(mask_ratio=0.5).save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    loaded = arm_zoo.from_pretrained(tmp_path / "out")
+    assert type(loaded) is Halves and loaded.config == Halves(mask_ratio=0.5).config
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for given, reason in (
+        ({"mask_ratio": "half"}, "pretraining_model has mask_ratio='half'; expected float"),
+        ({"ratio": 0.5}, "pretraining_model has ratio; expected cluster_size, "),
+        ({"img_size": 0}, "cannot be built: ValueError: "),
+        ({"img_size": 16}, "describes 64 patches, but model.safetensors beside it has position embeddings for 16"),
+    ):
+        (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "pretraining_model": given}))
+        assert reason in mistake(capsys, "convert", tmp_path / "run", tmp_path / "new")
 
 
 # mistakes
@@ -847,6 +899,27 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     assert card.data.license == "other" and card.data.license_name == "unknown"
     assert ("ask the authors" in html) == (kind != "pretraining")  # ours has no authors to ask
     assert "<em>Measured</em> on this file: nothing yet." in html
+
+
+@pytest.mark.parametrize(
+    "known, said",
+    [
+        ({}, ""),
+        ({"paper_name": "Toys"}, "*Toys*"),
+        ({"paper_ids": "arXiv:1234.56789"}, "[arXiv:1234.56789](https://arxiv.org/abs/1234.56789)"),
+    ],
+)
+def test_cards_say_no_more_of_a_paper_than_is_known(
+    known: dict[str, str], said: str, toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = dataclasses.replace(timm.models.get_pretrained_cfg(toy), **known)
+    monkeypatch.setattr("hub.card.get_pretrained_cfg", lambda name: cfg)
+    timm.create_model(toy, num_classes=3).save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"An image classifier. Mamba blocks{said and f' after {said}'}.\n" in card
+    assert not re.search(r"None(?!])", card)  # but for the snippets' [None]
+    assert card.endswith(f"\n## Citation\n\n{said}\n{END}\n") if said else "Citation" not in card
 
 
 # the Hub

@@ -4,8 +4,8 @@ import io
 import logging
 import pickle
 import random
-import re
 import tarfile
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -18,16 +18,17 @@ from timm.data import create_transform
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded
-from recipes import loader_speed
 from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
-from recipes.data.loader import Batch, EvalLoader, TrainLoader
+from recipes.data.batches import Batch
+from recipes.data.loader import EvalLoader, TrainLoader
 from recipes.data.sampling import Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
-from recipes.data.transforms import posterized, training_transform, warp
+from recipes.data.transforms import warp
 from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
+ON_EACH_PATH = pytest.mark.parametrize("decode", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.randaugment=rand-m9-mstd0.5-inc1", "data.erase=0.5"]
 SCORING = {
     "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0,
@@ -36,7 +37,7 @@ SCORING = {
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``datasets`` unpacks stays among the test's files."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     datasets.disable_progress_bars()
@@ -59,7 +60,8 @@ def configure(source: Path | str, *overrides: str, batch: int = 12) -> PretrainC
 def loader(config: PretrainConfig, process: int = 0, processes: int = 1, accumulation: int = 1) -> TrainLoader:
     plan = BatchPlan(config.global_batch // processes // accumulation, accumulation)
     source = open_source(config.data, labels_needed=True)
-    return TrainLoader(source, config, plan, (16, 16), process, processes, CPU)
+    device = torch.device("cuda") if config.data.decode == "gpu" else CPU
+    return TrainLoader(source, config, plan, (16, 16), process, processes, device)
 
 
 def epoch(config: PretrainConfig, number: int, *share: int, first_step: int = 0) -> list[list[Batch]]:
@@ -89,31 +91,30 @@ def steps(*shares: list[list[Batch]]) -> list[set[int]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> list[list[Batch]]:
+@cache
+def whole(folder: Path, decode: str = "cpu") -> list[list[Batch]]:
     """Epoch 3 of one process without workers."""
-    return epoch(configure(folder, *VARIED), 3)
+    return epoch(configure(folder, *VARIED, f"data.decode={decode}"), 3)
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2)])
 def test_any_number_of_processes_and_workers_gives_the_same_images(
-    folder: Path, whole: list[list[Batch]], processes: int, accumulation: int, workers: int
+    folder: Path, processes: int, accumulation: int, workers: int, decode: str
 ) -> None:
-    config = configure(folder, *VARIED, f"data.workers={workers}")
+    config = configure(folder, *VARIED, f"data.workers={workers}", f"data.decode={decode}")
     shares = [epoch(config, 3, process, processes, accumulation) for process in range(processes)]
     assert all(len(step) == accumulation for share in shares for step in share)
-    expected, found = by_index(whole), by_index(*shares)
+    expected, found = by_index(whole(folder, decode)), by_index(*shares)
     assert len(found) == 24 and found.keys() == expected.keys()  # 26 images, two batches of 12
     assert all(torch.equal(found[i][0], expected[i][0]) and found[i][1] == expected[i][1] for i in found)
-    assert steps(*shares) == steps(whole)
+    assert steps(*shares) == steps(whole(folder, decode))
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 1), (3, 2)])
-def test_images_to_be_mixed_stand_at_mirrored_places(
-    folder: Path, whole: list[list[Batch]], processes: int, accumulation: int
-) -> None:
-    [[first], *_] = whole
+def test_images_to_be_mixed_stand_at_mirrored_places(folder: Path, processes: int, accumulation: int) -> None:
+    [[first], *_] = whole(folder)
     partner = dict(zip(first.indices.tolist(), first.indices.flip(0).tolist(), strict=True))
     for process in range(processes):
         for batch in epoch(configure(folder), 3, process, processes, accumulation)[0]:
@@ -121,9 +122,10 @@ def test_images_to_be_mixed_stand_at_mirrored_places(
                 assert partner[index] == other
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_where_it_stopped(folder: Path, workers: int) -> None:
-    config = configure(folder, *VARIED, f"data.workers={workers}", "epochs=3", batch=4)
+def test_training_goes_on_where_it_stopped(folder: Path, workers: int, decode: str) -> None:
+    config = configure(folder, *VARIED, f"data.workers={workers}", f"data.decode={decode}", "epochs=3", batch=4)
     run = loader(config)
     assert run.steps_per_epoch == 6
     uninterrupted = [list(run.epoch(number)) for number in range(3)]
@@ -162,7 +164,8 @@ def test_without_variation_training_and_scoring_see_the_same(folder: Path) -> No
     assert all(torch.allclose(trained[i][0], scored[i][0]) and trained[i][1] == scored[i][1] for i in trained)
     image, label, _ = source.train[20]  # type: ignore[index]
     reference = create_transform((3, 16, 16), interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
-    assert torch.allclose(scored[20][0], reference(image), atol=1e-6) and scored[20][1] == label
+    rounding = 5 / 255 / min(source.std)  # of torchvision's resizing and Pillow's
+    assert torch.allclose(scored[20][0], reference(image), atol=rounding) and scored[20][1] == label
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -190,15 +193,16 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STREAM = ["data.streaming=true", "data.num_classes=5", "data.shuffle_buffer=4"]
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_streams_give_each_image_once_for_any_number_of_processes_and_workers(
-    tars: Path, processes: int, workers: int
+    tars: Path, processes: int, workers: int, decode: str
 ) -> None:
-    plain = configure(tars, *STREAM, batch=14)
+    plain = configure(tars, *STREAM, f"data.decode={decode}", batch=14)
     expected = {torch.sum(image).item() for image, _ in by_index(epoch(plain, 0)).values()}
     assert len(expected) == 14  # all different
-    config = configure(tars, *STREAM, f"data.workers={workers}", batch=12)
+    config = configure(tars, *STREAM, f"data.workers={workers}", f"data.decode={decode}", batch=12)
     shares = [epoch(config, 1, process, processes) for process in range(processes)]
     sums = [torch.sum(image).item() for image, _ in by_index(*shares).values()]
     assert len(sums) == len(set(sums)) == 12 and set(sums) <= expected
@@ -208,8 +212,9 @@ def test_streams_give_each_image_once_for_any_number_of_processes_and_workers(
     assert all(torch.equal(by_index(*shares)[i][0], by_index(alone)[i][0]) for i in by_index(alone))
 
 
-def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path) -> None:
-    config = configure(tars, *STREAM, *VARIED, batch=2)
+@ON_EACH_PATH
+def test_streams_go_on_where_they_stopped_and_change_with_the_epoch(tars: Path, decode: str) -> None:
+    config = configure(tars, *STREAM, *VARIED, f"data.decode={decode}", batch=2)
     assert equal(epoch(config, 2)[3:], epoch(config, 2, first_step=3))
     classes = [[batch.classes.tolist() for [batch] in epoch(config, number)] for number in (0, 1)]
     assert classes[0] != classes[1]
@@ -314,11 +319,13 @@ def damage(root: Path, *numbers: int) -> Path:
     return root
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_image_takes_the_place_of_a_damaged_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, decode: str
 ) -> None:
-    config = configure(damage(tmp_path, 4, 5, 29), "data.max_undecodable=0.2", f"data.workers={workers}", batch=30)
+    path = [f"data.workers={workers}", f"data.decode={decode}"]
+    config = configure(damage(tmp_path, 4, 5, 29), "data.max_undecodable=0.2", *path, batch=30)
     run = loader(config)
     with caplog.at_level(logging.WARNING):
         found = by_index(list(run.epoch(0)))
@@ -329,15 +336,16 @@ def test_the_next_image_takes_the_place_of_a_damaged_one(
         assert caplog.text.count(f"cat/{number}.jpg cannot be decoded: ") == 1
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_damaged_images_stop_the_run(tmp_path: Path, workers: int) -> None:
+def test_too_many_damaged_images_stop_the_run(tmp_path: Path, workers: int, decode: str) -> None:
     root = damage(tmp_path, 4, 5, 29)
     with pytest.raises(SourceError, match=r"of 30 training images cannot be decoded, .* data.max_undecodable=0.05"):
-        epoch(configure(root, "data.max_undecodable=0.05", batch=10), 0)
+        epoch(configure(root, "data.max_undecodable=0.05", f"data.decode={decode}", batch=10), 0)
     for number in range(30):
         (root / "train" / "cat" / f"{number}.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match="no image among many in a row can be decoded") as refused:
-        epoch(configure(root, f"data.workers={workers}", batch=10), 0)
+        epoch(configure(root, f"data.workers={workers}", f"data.decode={decode}", batch=10), 0)
     assert "Traceback" not in str(refused.value)
 
 
@@ -378,53 +386,10 @@ def test_workers_can_be_started_afresh(folder: Path) -> None:
     assert torch.equal(copy.batch(keys).images, run.images.batch(keys).images)
 
 
-def test_speed_of_the_loader_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = [f"data.source={folder}", "data.workers=0", "image_size=16", "batch=4", "batches=2"]
-    loader_speed.main(settings)
-    assert re.fullmatch(r"[\d,]+ img/s at 16 px: 1 x [\d,]+\n", capsys.readouterr().out)
-    loader_speed.main([*settings, "batch=256"])  # more than there are: all of them are a batch
-    assert "img/s at 16 px" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="there is no 'nowhere'"):
-        loader_speed.main(["data.source=nowhere"])
-    with pytest.raises(SystemExit):
-        loader_speed.main([*settings, "batch=3"])
-    assert "batch is 3; allowed: an even number" in capsys.readouterr().err
-
-
 def test_waiting_for_images_is_measured(folder: Path) -> None:
     run = loader(configure(folder))
     list(run.epoch(0))
     assert run.seconds_waited > 0
-
-
-def test_finetuning_uses_the_transform_of_timm() -> None:
-    data = DataConfig(source="x", random_crop=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1")
-    mean = (0.485, 0.456, 0.406)
-    reference = create_transform(
-        (32, 32), is_training=True, color_jitter=None, auto_augment=data.randaugment, interpolation="bicubic",
-        mean=mean, normalize=False,
-    )  # fmt: skip
-    image = Image.fromarray(pixels())
-    for number in range(20):
-        results = []
-        for transform in (training_transform(data, (32, 32), mean), reference):
-            random.seed(number)
-            np.random.seed(number)
-            torch.manual_seed(number)
-            results.append(transform(image))
-        assert torch.equal(*results)
-
-
-def test_posterizing_to_nothing_leaves_black() -> None:
-    image = Image.new("RGB", (2, 2), "white")
-
-    def refusing(image: Image.Image, bits: int) -> Image.Image:
-        if bits < 1:
-            raise ValueError
-        return image
-
-    assert posterized(image, 0, posterize=refusing).getextrema() == ((0, 0),) * 3
-    assert posterized(image, 1, posterize=refusing) is image
 
 
 def test_shift_rotation_and_zoom_by_hand() -> None:

@@ -239,20 +239,43 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "speed.csv").write_text(table)
     cost.main(["--throughput", str(tmp_path / "speed.csv"), "--gpus", "1", "--epochs", "800"])
     newest = [row[5] for row in cells(capsys.readouterr().out)[:-1]]
-    assert newest == ["500 img/s measured on 1 GPU", "3 img/s measured on 1 CPU"]
+    assert newest == ["500 img/s of the step alone measured on 1 GPU", "3 img/s of the step alone measured on 1 CPU"]
+
+    same = {"recipe": "pretrain", "model": "arm_base", "device": "GPU", "processes": 2}
+    table = [
+        same | {"images": "decode=gpu", "images_per_second": 1.0},
+        same | {"images": "fixed batch", "images_per_second": 9.0},
+        same | {"images": "decode=gpu", "images_per_second": 800.0},
+        same | {"images": "decode=cpu", "images_per_second": 400.0},
+        same | {"images": "decode=cpu", "images_per_second": 7.0, "recipe": None},  # the loader alone
+    ]
+    (tmp_path / "real.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table))
+    cost.main(["--real-images", str(tmp_path / "real.jsonl"), "--gpus", "2", "--epochs", "800"])
+    real = [row[5] for row in cells(capsys.readouterr().out)[:-1]]
+    assert real == [
+        f"{n} img/s with real images (decode={p}pu) measured on 2 GPU" for n, p in ((800, "g"), (400, "c"))
+    ]
 
     (tmp_path / "config.yaml").write_text("model: arm_huge\n")
     speeds_then = [(1, 99.0), (1, 200.0), (2, 10.0), (2, 400.0), (2, 420.0), (2, 410.0)]  # it went on with two
     rows = [{"processes": number, "images_per_second": speed} for number, speed in speeds_then]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     cost.main(["--run", str(tmp_path), "--gpus", "2", "--epochs", "1"])
-    assert cells(capsys.readouterr().out)[0] == ["arm_huge", "2", "1", "0.9", "2", "410 img/s measured on 2"]
+    assert cells(capsys.readouterr().out)[0] == [
+        "arm_huge",
+        "2",
+        "1",
+        "0.9",
+        "2",
+        "410 img/s with real images measured on 2",
+    ]
     cost.main(["--images-per-second", "410", "--measured-gpus", "2", "--gpus", "2", "--epochs", "1"])
     assert cells(capsys.readouterr().out)[0] == ["model", "2", "1", "0.9", "2", "410 img/s measured on 2"]
 
 
 def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "speed.json").write_text("[]")
+    (tmp_path / "real.jsonl").write_text('{"recipe": null, "images": "decode=cpu"}\n')
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "images_per_second": 3}\n')
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -267,6 +290,8 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--run", str(tmp_path), "--measured-gpus", "2"], "--measured-gpus go with --images-per-second"),
         (["--throughput", str(tmp_path / "speed.json"), "--model", "x"], "--model and --measured-gpus go with"),
         (["--throughput", str(tmp_path / "speed.json")], "no rows of pretraining; measure with --mode pretrain"),
+        (["--real-images", str(tmp_path / "metrics.jsonl")], "is damaged, or of something else"),
+        (["--real-images", str(tmp_path / "real.jsonl")], "no rows of pretraining; measure with --step pretrain"),
         (["--images-per-second", "-3"], "must be above 0"),
         (["--images-per-second", "3", "--gpus", "0"], "--gpus must be above 0"),
         ([], "is required"),

@@ -396,7 +396,7 @@ def test_compiled_in_one_piece_for_any_size() -> None:
 @pytest.mark.slow
 def test_compiled_training() -> None:
     model, x = tiny(depths=(1, 1, 1, 1)).train(), images()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)  # on the CPU inductor fails at sizes left open
     assert close(compiled(x), model(x))
     expected, actual = gradients(model, x), gradients(compiled, x)
     assert all(close(actual[f"_orig_mod.{name}"], value, 1e-4) for name, value in expected.items())

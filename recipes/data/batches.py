@@ -1,0 +1,217 @@
+"""Images of a split as batches, as far as the processes that load them go; the rest happens on the device."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from arm_zoo.images.decode import UndecodableImage, decode_tensor
+from arm_zoo.images.jpeg import read_baseline_header
+from arm_zoo.images.tables import Encoded, ImageTable
+from recipes.config import DataConfig
+from recipes.data.draws import Box, Drawing, Draws
+from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, none_in_a_row
+from recipes.data.sampling import Key
+from recipes.data.sources import Source, Split
+from recipes.data.transforms import Normalisation, Transform, cropped
+
+
+class Batch(NamedTuple):
+    """Images of one forward pass.
+
+    Between processes they travel in 8 bits: a quarter of the memory, and the GPU normalises for nothing. In training
+    another image stands in the place of one that cannot be decoded, in scoring it is left out.
+    """
+
+    images: Tensor  # (N, C, H, W), float32, normalised
+    classes: Tensor  # (N,), class indices
+    indices: Tensor  # (N,), places of the images in their split (for streams: in the epoch's order)
+    undecodable: list[str]  # a line for every image that could not be decoded, with its name and the reason
+
+    def ready(self, device: torch.device, normalise: Normalisation) -> "Batch":
+        """The batch on a device, normalised; copies from pinned memory do not wait."""
+        images, classes = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.classes))
+        return self._replace(images=normalise(images), classes=classes)
+
+
+@dataclass(frozen=True)
+class Files:
+    """N image files of a batch; those with a box wait to be decoded on the GPU, of the others that is done."""
+
+    content: Tensor  # (bytes,), uint8, one file after the other: one block of memory to be shared between processes
+    sizes: list[int]  # in bytes; 0: the file could not be read
+    rows: list[Encoded]  # what else is known of each, and its data where they could not be read
+    boxes: list[Box | None]  # what is to be cut out of each decoded image
+
+    def encoded(self) -> list[Encoded]:
+        """The images as they are stored."""
+        parts = zip(self.rows, self.content.split(self.sizes), strict=True)
+        return [row._replace(data=part.numpy().tobytes()) if len(part) else row for row, part in parts]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch of training images as a worker gives it; see `recipes.data.finishing` for what is left to do."""
+
+    images: Tensor  # (M, C, H, W), uint8, cropped and resized: all N, or those that the GPU does not decode
+    classes: Tensor  # (N,)
+    indices: Tensor  # (N,)
+    undecodable: list[str]
+    draws: Draws
+    files: Files | None  # None: all are decoded, flipped, and changed by RandAugment, or the GPU keeps all
+    boxes: Tensor | None = None  # (N, 4), what is to be cut out of images that the GPU keeps, at `indices`
+
+
+class Images:
+    """One split as batches of images in 8 bits."""
+
+    def __init__(self, split: Split, transform: Transform) -> None:
+        self._split, self._transform = split, transform
+
+    def batch(self, keys: Sequence[Key]) -> Batch:
+        """Decode a batch; what cannot be decoded is left out."""
+        images, classes, indices, undecodable = [], [], [], []
+        for key, encoded in zip(keys, stored(self._split, keys), strict=True):
+            try:
+                image = decoded(encoded, self._split.mode)
+            except UndecodableImage as error:
+                undecodable.append(str(error))
+                continue
+            images.append(self._transform(image))
+            classes.append(encoded.label)
+            indices.append(key.place)
+        batch = torch.stack(images) if images else torch.empty(0, len(self._split.mode), 1, 1)  # "RGB" or "L"
+        return Batch(batch, torch.tensor(classes).long(), torch.tensor(indices).long(), undecodable)
+
+
+class AugmentedImages:
+    """Training images, cropped, flipped and changed by RandAugment, each as the draws for its place say."""
+
+    def __init__(self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
+        self.split = source.train
+        self.kept: DecodedSplit | None = None  # the same, if it is in memory
+        self._shape = (source.channels, *image_size)
+        self.drawing = Drawing(config, image_size, source.mean, seed)
+
+    def batch(self, keys: Sequence[Key]) -> Loaded:
+        """Decode a batch; in place of an image that cannot be decoded comes the next one."""
+        draws, undecodable = self._draw(keys), list[str]()
+        images = torch.empty(len(keys), *self._shape, dtype=torch.uint8)
+        classes = torch.empty(len(keys), dtype=torch.long)
+        for row, (image, label) in enumerate(self._opened(keys, undecodable)):
+            classes[row] = label
+            image = self._cropped(image, draws, row)
+            images[row] = self._changed(image.flip(-1) if draws.flips[row] else image, draws, row)
+        return Loaded(images, classes, places(keys), undecodable, draws, None)
+
+    def _opened(self, keys: Sequence[Key], undecodable: list[str]) -> Iterator[tuple[Tensor, int]]:
+        """Image and class of each key, as `decoded` gives them."""
+        if self.kept is None:
+            encoded = stored(self.split, keys)
+            yield from (self.decoded(encoded, row, key.place, undecodable) for row, key in enumerate(keys))
+            return
+        for key in keys:
+            undecodable += self.kept.undecodable.get(key.place, ())
+            yield self.kept.image(key.place), int(self.kept.labels[key.place])
+
+    def decoded(self, batch: Sequence[Encoded], row: int, place: int, undecodable: list[str]) -> tuple[Tensor, int]:
+        """Image and class, or those of the next one that can be decoded: of the split, or of the batch of a stream.
+
+        Each one that cannot is a line more in `undecodable`.
+        """
+        table = self.split if isinstance(self.split, ImageTable) else None
+        for ahead in range(min(len(batch if table is None else table), DAMAGED_IN_A_ROW)):
+            if table is None or ahead == 0:
+                encoded = batch[(row + ahead) % len(batch)]
+            else:
+                encoded = table.stored((place + ahead) % len(table))
+            try:
+                return decoded(encoded, self.split.mode), encoded.label
+            except UndecodableImage as error:
+                undecodable.append(str(error))
+        raise none_in_a_row(undecodable[-1])
+
+    def _draw(self, keys: Sequence[Key]) -> Draws:
+        return self.drawing(keys[0].epoch, [key.place for key in keys])
+
+    def _cropped(self, image: Tensor, draws: Draws, row: int) -> Tensor:
+        return cropped(image, self.drawing.box(draws.crops[row], *image.shape[1:]), self._shape[1:])
+
+    def _changed(self, image: Tensor, draws: Draws, row: int) -> Tensor:
+        """An image after RandAugment, which is Pillow's work."""
+        if self.drawing.randaugment is None or not draws.operations[row]:
+            return image
+        return pil_to_tensor(self.drawing.randaugment.apply_to_image(to_pil_image(image), draws.operations[row]))
+
+
+class EncodedImages(AugmentedImages):
+    """Training images for a GPU that decodes JPEG files; all others are decoded, cropped and resized here."""
+
+    def batch(self, keys: Sequence[Key]) -> Loaded:
+        """Read a batch, as far as its files can be read."""
+        encoded, draws, undecodable = stored(self.split, keys), self._draw(keys), list[str]()
+        contents = [read(row) for row in encoded]
+        rows = [row._replace(data=data or row.data) for row, data in zip(encoded, contents, strict=True)]
+        images, classes, boxes = list[Tensor](), list[int](), list[Box | None]()
+        for row, key in enumerate(keys):
+            box, label = self._box(contents[row], rows[row], draws, row), rows[row].label
+            if box is None:
+                image, label = self.decoded(rows, row, key.place, undecodable)
+                images.append(self._cropped(image, draws, row))
+            boxes.append(box)
+            classes.append(label)
+        small = torch.stack(images) if images else torch.empty(0, *self._shape, dtype=torch.uint8)
+        content = torch.from_numpy(np.frombuffer(bytearray().join(contents), np.uint8))
+        without_data = [row._replace(data=None) if data else row for row, data in zip(encoded, contents, strict=True)]
+        files = Files(content, list(map(len, contents)), without_data, boxes)
+        return Loaded(small, torch.tensor(classes), places(keys), undecodable, draws, files)
+
+    def _box(self, content: bytes, encoded: Encoded, draws: Draws, row: int) -> Box | None:
+        """What is cut out of a JPEG file that the GPU can decode; None for all else."""
+        header = read_baseline_header(content) if self.split.mode == "RGB" else None
+        if header is None or header.height * header.width > encoded.max_pixels:
+            return None
+        return self.drawing.box(draws.crops[row], header.height, header.width)
+
+
+class KeptImages(AugmentedImages):
+    """Training images that the GPU keeps decoded."""
+
+    kept: DecodedSplit  # without pixels; from the first batch on
+
+    def batch(self, keys: Sequence[Key]) -> Loaded:
+        """Draw what becomes of a batch."""
+        draws, indices = self._draw(keys), places(keys)
+        sizes = self.kept.sizes[indices].tolist()
+        boxes = [self.drawing.box(crop, *size) for crop, size in zip(draws.crops, sizes, strict=True)]
+        undecodable = [line for key in keys for line in self.kept.undecodable.get(key.place, ())]
+        none = torch.empty(0, *self._shape, dtype=torch.uint8)
+        return Loaded(none, self.kept.labels[indices], indices, undecodable, draws, None, torch.tensor(boxes))
+
+
+def stored(split: Split, keys: Sequence[Key]) -> list[Encoded]:
+    """The images of a batch, not decoded."""
+    if isinstance(split, ImageTable):
+        return split.encoded([key.place for key in keys])
+    return [key.encoded for key in keys if key.encoded is not None]
+
+
+def decoded(encoded: Encoded, mode: str) -> Tensor:
+    """An image (C, H, W), uint8; raises `UndecodableImage`."""
+    return decode_tensor(encoded.read(), encoded.name, mode, encoded.max_pixels)
+
+
+def read(encoded: Encoded) -> bytes:
+    """The file's bytes; none if it cannot be read, which whoever decodes it will tell."""
+    try:
+        return encoded.read()
+    except UndecodableImage:
+        return b""
+
+
+def places(keys: Sequence[Key]) -> Tensor:
+    return torch.tensor([key.place for key in keys])

@@ -1,0 +1,77 @@
+"""The last part of a training batch, on the device that trains: what is not decoded yet, and all after the crop."""
+
+import torch
+from torch import Tensor
+
+from recipes.config import DataConfig
+from recipes.data.batches import AugmentedImages, Batch, Files, Loaded
+from recipes.data.draws import Box, Draws
+from recipes.data.erasing import erase
+from recipes.data.gpu_decode import decode
+from recipes.data.randaugment import on_device
+from recipes.data.resample import RaggedImages, crop_resize
+from recipes.data.sources import Source
+from recipes.data.transforms import Normalisation, warp
+
+
+class Finishing:
+    """Makes batches of what workers load; the host waits for the device only while it decodes."""
+
+    def __init__(
+        self,
+        images: AugmentedImages,
+        source: Source,
+        config: DataConfig,
+        image_size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self._images, self._device, self._size = images, device, image_size
+        self._statistics = (source.mean, source.std)
+        self._normalise = Normalisation(source.mean, source.std, device)
+        self.kept: RaggedImages | None = None  # the whole split, if the GPU keeps it
+        self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
+
+    def __call__(self, loaded: Loaded) -> Batch:
+        """Decode, crop and resize where workers did not; then RandAugment, warp, normalise and erase."""
+        draws, undecodable = loaded.draws, list(loaded.undecodable)
+        images, classes = loaded.images, loaded.classes
+        if loaded.files is not None:
+            images = self._cropped(draws, *self._opened(loaded, loaded.files, classes, undecodable))
+        elif self.kept is not None and loaded.boxes is not None:
+            images = self._cropped(draws, self.kept.select(loaded.indices), loaded.boxes)
+        images, classes = (tensor.to(self._device, non_blocking=True) for tensor in (images, classes))
+        if self._affine is not None:
+            images = warp(images.float().div_(255), on_device(draws.warps, self._device), self._affine)
+        if images.dtype == torch.uint8 or self._affine is not None:
+            images = self._normalise(images)
+        erase(images, draws.erased, draws.noise_seeds)
+        return Batch(images, classes, loaded.indices, undecodable)
+
+    def _opened(
+        self, loaded: Loaded, files: Files, classes: Tensor, undecodable: list[str]
+    ) -> tuple[RaggedImages, Tensor]:
+        """Files decoded here and crops of those that workers decoded, and what is to be cut out of them (N, 4).
+
+        A JPEG file that the GPU refuses is decoded by the CPU; one that this cannot decode either gives its place to
+        the next image, whose class goes to `classes`.
+        """
+        draws, drawing, boxes = loaded.draws, self._images.drawing, list(files.boxes)
+        contents = files.content.split(files.sizes)
+        by_gpu = iter(decode([contents[row] for row, box in enumerate(boxes) if box is not None], self._device))
+        by_workers = iter(loaded.images.to(self._device, non_blocking=True))
+        images = []
+        for row, box in enumerate(boxes):
+            image = next(by_workers if box is None else by_gpu)
+            if image is None:
+                image, classes[row] = self._images.decoded(files.encoded(), row, int(loaded.indices[row]), undecodable)
+                boxes[row] = drawing.box(draws.crops[row], *image.shape[1:])
+            images.append(image.to(self._device))
+        whole: Box = (0, 0, *self._size)
+        return RaggedImages.of(images), torch.tensor([box or whole for box in boxes])
+
+    def _cropped(self, draws: Draws, images: RaggedImages, boxes: Tensor) -> Tensor:
+        """What is in boxes (N, 4) of images, resized and flipped; then changed by RandAugment, or normalised."""
+        randaugment = self._images.drawing.randaugment
+        fused = () if randaugment is not None or self._affine is not None else self._statistics
+        crops = crop_resize(images, boxes, torch.from_numpy(draws.flips), self._size, *fused)
+        return crops if randaugment is None else randaugment.apply_to_batch(crops, draws.operations)

@@ -1,0 +1,51 @@
+"""The GPU's part of the data path on a CPU, by what gives the same images there."""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torchcodec.decoders import decode_jpeg
+
+from recipes.data import finishing, loader
+from recipes.data.resample import RaggedImages
+from recipes.data.transforms import Normalisation, cropped
+
+
+def decode(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor | None]:
+    """torchcodec's decoder of the CPU."""
+    images: list[Tensor | None] = []
+    for file in encoded:
+        try:
+            images.append(decode_jpeg(file.numpy().tobytes()))
+        except RuntimeError:
+            images.append(None)
+    return images
+
+
+def at(images: RaggedImages) -> Iterator[Tensor]:
+    """The images at these addresses."""
+    numbers = zip(images.addresses.tolist(), images.sizes.tolist(), images.strides.tolist(), strict=True)
+    for address, size, strides in numbers:
+        shape = (images.channels, *size)
+        length = 1 + sum(stride * (count - 1) for stride, count in zip(strides, shape, strict=True))
+        content = torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)
+        yield content.as_strided(shape, strides)
+
+
+def crop_resize(
+    images: RaggedImages, boxes: Tensor, flips: Tensor, size: tuple[int, int], *statistics: Sequence[float]
+) -> Tensor:
+    """torchvision's."""
+    parts = [cropped(image, tuple(box), size) for image, box in zip(at(images), boxes.tolist(), strict=True)]
+    crops = torch.stack([part.flip(-1) if flip else part for part, flip in zip(parts, flips.tolist(), strict=True)])
+    return Normalisation(*statistics, crops.device)(crops) if statistics else crops
+
+
+def stand_in_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let training loaders go the ways of `data.decode=gpu` and `data.cache=gpu` on the CPU."""
+    monkeypatch.setattr(loader, "decodes_on_gpu", lambda decode, device: decode != "cpu")
+    monkeypatch.setattr(finishing, "decode", decode)
+    monkeypatch.setattr(finishing, "crop_resize", crop_resize)
+    monkeypatch.setattr(loader, "keeps_on_gpu", lambda cache, device: cache == "gpu")

@@ -1,0 +1,312 @@
+"""JPEG files decoded by workers or on the GPU: the same images, of good files and of odd and damaged ones."""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_STD
+
+from arm_zoo.images import decode
+from arm_zoo.images.decode import UndecodableImage, decode_tensor
+from arm_zoo.images.listing import SourceError
+from recipes.config import BatchPlan, ConfigError, PretrainConfig, load_config
+from recipes.data import batches as loading
+from recipes.data import finishing, loader
+from recipes.data.batches import Batch
+from recipes.data.loader import TrainLoader
+from recipes.data.sources import open_source
+from recipes.errors import RunError
+from recipes.signals import StopWaiting
+from tests.helpers import images
+from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.images import pixels
+
+SIZE = (20, 20)
+VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.erase=0.5", "data.max_rotation=20"]
+STREAM = ["data.streaming=true", "data.num_classes=2", "data.shuffle_buffer=8"]
+RANDAUGMENT = "data.randaugment=rand-m9-mstd0.5-inc1"
+CPU = torch.device("cpu")
+
+
+def odd_files() -> Iterator[bytes]:
+    """30 files, some of which the GPU is not asked to decode, and three that nobody can decode."""
+    encode = partial(images.encode, subsampling="4:4:4")
+    colour = Image.fromarray(pixels(3)).resize((60, 44))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    yield encode(colour, "JPEG", exif=turned)
+    yield encode(colour.convert("CMYK"), "JPEG")
+    yield encode(colour, "PNG")
+    yield encode(colour.convert("L"), "JPEG")
+    yield encode(colour, "JPEG", progressive=True)
+    yield encode(colour, "WEBP", lossless=True)
+    yield b"gone"
+    yield encode(colour, "JPEG")[:-300]
+    yield encode(colour.resize((300, 200)), "JPEG")  # more pixels than are allowed
+    for number in range(21):
+        yield encode(Image.fromarray(pixels(number)), "JPEG", quality=95)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("odd")
+    for number, file in enumerate(odd_files()):
+        path = root / f"{'even' if number % 2 == 0 else 'odd'}" / f"{number:02}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a stream."""
+    path = tmp_path_factory.mktemp("tar") / "train-0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, content in enumerate(odd_files()):
+            for name, data in ((f"{number:02}.jpg", content), (f"{number:02}.cls", b"%d" % (number % 2))):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def configure(source: Path, *overrides: str, batch: int = 10) -> PretrainConfig:
+    settings = ["model=arm_pico", "output_dir=unused", "warmup_epochs=0", f"data.source={source}", "data.workers=0"]
+    more = [
+        f"data.validation={source}",
+        "data.max_undecodable=0.2",
+        "data.max_pixels=50000",
+        f"global_batch={batch}",
+        "epochs=3",
+    ]
+    return load_config(PretrainConfig, None, [*settings, *more, *overrides])
+
+
+def create(config: PretrainConfig, process: int = 0, processes: int = 1, device: torch.device = CPU) -> TrainLoader:
+    source = open_source(config.data, labels_needed=True)
+    return TrainLoader(
+        source, config, BatchPlan(config.global_batch // processes, 1), SIZE, process, processes, device
+    )
+
+
+def batches(loader: TrainLoader, epoch: int = 0, first_step: int = 0) -> list[Batch]:
+    return list(chain.from_iterable(loader.epoch(epoch, first_step)))
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one.images, two.images) and torch.equal(one.classes, two.classes)
+        assert torch.equal(one.indices, two.indices)
+        assert sorted(one.undecodable) == sorted(two.undecodable)
+
+
+def both(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, **share: int) -> tuple[list[Batch], list[Batch]]:
+    """An epoch whose images are decoded by workers, and by the stand-in for a GPU."""
+    by_workers = batches(create(config, **share))
+    stand_in_for_gpu(monkeypatch)
+    return by_workers, batches(create(config, **share))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_both_paths_train_on_the_same_images(
+    source: str, workers: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streaming = STREAM if source == "tar" else []
+    config = configure(request.getfixturevalue(source), *VARIED, f"data.workers={workers}", *streaming)
+    by_workers, by_gpu = both(config, monkeypatch)
+    assert_equal(by_workers, by_gpu)
+    assert len({line for batch in by_gpu for line in batch.undecodable}) == 3
+
+
+@pytest.mark.parametrize("overrides", [(), ("data.flip=0.5",), ("data.random_crop=[0.2,1]", RANDAUGMENT)])
+def test_each_kind_of_augmentation_is_the_same_on_both_paths(
+    folder: Path, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_workers, by_gpu = both(configure(folder, *overrides), monkeypatch)
+    if RANDAUGMENT not in overrides:
+        assert_equal(by_workers, by_gpu)
+    for one, two in zip(by_workers, by_gpu, strict=True):
+        levels = (one.images - two.images).abs() * 255 / 4  # 1 / std is above 4
+        assert (levels <= 1.2).float().mean() > 0.98
+
+
+def test_what_the_gpu_refuses_is_decoded_or_named_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(folder, *VARIED)
+    expected = batches(create(config))
+    stand_in_for_gpu(monkeypatch)
+    by_gpu: Callable[..., Any] = finishing.decode
+    monkeypatch.setattr(finishing, "decode", lambda files, device: [None, *by_gpu(files[1:], device)])
+    assert_equal(expected, batches(create(config)))
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_damage_that_only_decoding_shows_is_named_and_replaced_as_by_workers(
+    source: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers promise images that none of the decoders gets."""
+    streaming = STREAM if source == "tar" else []
+    config = configure(request.getfixturevalue(source), *VARIED, *streaming, "data.max_undecodable=0.9")
+
+    def by_cpu(content: bytes, name: str, mode: str, max_pixels: int) -> torch.Tensor:
+        if len(content) % 3 == 0:
+            raise UndecodableImage(name, "damaged")
+        return decode_tensor(content, name, mode, max_pixels)
+
+    monkeypatch.setattr(loading, "decode_tensor", by_cpu)
+    expected = batches(create(config))
+    assert len({line for batch in expected for line in batch.undecodable}) > 5
+    stand_in_for_gpu(monkeypatch)
+    by_gpu: Callable[..., Any] = finishing.decode
+    monkeypatch.setattr(
+        finishing, "decode", lambda files, device: [None if len(f) % 3 == 0 else by_gpu([f], device)[0] for f in files]
+    )
+    assert_equal(expected, batches(create(config)))
+
+
+def test_several_processes_get_each_image_once_on_the_gpu_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(folder, *VARIED)
+    whole = {
+        i: image
+        for batch in batches(create(config))
+        for i, image in zip(batch.indices.tolist(), batch.images, strict=True)
+    }
+    stand_in_for_gpu(monkeypatch)
+    shares = [batches(create(config, process, 5)) for process in range(5)]
+    found = [
+        (i, image) for share in shares for b in share for i, image in zip(b.indices.tolist(), b.images, strict=True)
+    ]
+    assert sorted(i for i, _ in found) == sorted(whole) == list(range(30))
+    assert all(torch.equal(image, whole[i]) for i, image in found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_at_any_step_on_the_gpu_path(
+    folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in_for_gpu(monkeypatch)
+    config = configure(folder, *VARIED, f"data.workers={workers}", batch=6)
+    run = create(config)
+    uninterrupted = [batches(run, epoch) for epoch in range(3)]
+    resumed = create(config)
+    for epoch, step in ((1, 3), (0, 0), (2, 4), (1, 1)):  # each time with a step ahead that is not wanted
+        steps = resumed.epoch(epoch, step)
+        [batch] = next(steps)
+        resumed.look_ahead()
+        assert_equal([batch], [uninterrupted[epoch][step]])
+    assert_equal(list(chain.from_iterable(steps)), uninterrupted[1][2:])
+    assert_equal(batches(resumed, 2), uninterrupted[2])
+
+
+def test_a_step_is_made_ahead_and_its_lines_come_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create(configure(folder, "seed=1"))
+    made: list[int] = []
+    finish = run._finish
+    monkeypatch.setattr(run, "_finish", lambda loaded: made.append(1) or finish(loaded))
+    steps = run.epoch(0)
+    for number in range(3):
+        [batch] = next(steps)
+        assert len(made) == number + 1
+        known = set(run.undecodable)
+        assert set(batch.undecodable) <= known
+        run.look_ahead()
+        run.look_ahead()  # once is enough
+        assert len(made) == number + 2 and run.undecodable == known
+    assert len(run.undecodable) == 3
+    assert list(steps) == []
+    next(run.epoch(1))
+    assert len(made) == 4  # the next epoch's first step was there
+
+
+@pytest.mark.parametrize("error", [RunError("a process that decodes images was killed"), StopWaiting()])
+def test_what_prevents_a_step_comes_when_it_is_asked_for(
+    folder: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(configure(folder))
+    finish = run._finish
+    steps = run.epoch(0)
+    next(steps)
+
+    def fail(loaded: Any) -> Batch:
+        raise error
+
+    run.look_ahead()
+    monkeypatch.setattr(run, "_finish", fail)
+    next(steps)
+    run.look_ahead()
+    with pytest.raises(type(error)):
+        next(steps)
+    monkeypatch.setattr(run, "_finish", finish)
+
+
+def test_a_gpu_asked_for_in_vain_is_told(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data.decode is gpu but device is cpu; allowed: data.decode=auto, or device"
+    ):
+        configure(folder, "data.decode=gpu", "device=cpu")
+    with pytest.raises(RunError, match=r"data.decode is gpu, but the run's device is cpu; allowed: data.decode=auto"):
+        create(configure(folder, "data.decode=gpu"))
+    with pytest.raises(ConfigError, match="allowed: "):
+        configure(folder, "data.decode=tpu")
+
+
+def test_without_torchcodec_pillow_gives_the_same_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(folder, *VARIED)
+    expected = batches(create(config))
+    assert "torchcodec" not in caplog.text
+    monkeypatch.setattr(loader, "jpeg_decoder", lambda: None)
+    monkeypatch.setattr(decode, "jpeg_decoder", lambda: None)
+    assert_equal(expected, batches(create(config)))
+    assert caplog.text.count("torchcodec is not installed, or not one for this torch: Pillow decodes") == 1
+
+
+def test_no_image_at_all_ends_the_gpu_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cat").mkdir()
+    for number in range(4):
+        (tmp_path / "cat" / f"{number}.jpg").write_bytes(b"")
+    stand_in_for_gpu(monkeypatch)
+    with pytest.raises(SourceError, match="no image among many in a row can be decoded"):
+        batches(create(configure(tmp_path, batch=4)))
+
+
+def test_images_are_cropped_and_resized_as_by_timm_but_for_rounding(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for number in range(4):
+        Image.fromarray(pixels(number)).resize((90, 70)).save(tmp_path / "cat" / f"{number}.png")
+    config = configure(tmp_path, "data.random_crop=[0.3,1]", batch=4)
+    run = create(config)
+    source = open_source(config.data, labels_needed=True)
+    [[batch]] = run.epoch(0)
+    drawing = run.images.drawing
+    for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+        stored, _, _ = source.train[index]  # type: ignore[index]
+        top, left, height, width = drawing.box(drawing(0, [index]).crops[0], stored.height, stored.width)
+        part = stored.crop((left, top, left + width, top + height))
+        expected = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC), np.float32).transpose(2, 0, 1)
+        mean, std = (np.array(values).reshape(3, 1, 1) for values in (source.mean, source.std))
+        assert np.abs((image.numpy() * std + mean) * 255 - expected).max() < 5.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_the_gpu_are_those_of_the_cpu(folder: Path, workers: int) -> None:
+    """Within a grey level, of files whose colours have full resolution: others the GPU's decoder does not smooth."""
+    settings = [*VARIED[:2], f"data.workers={workers}"]
+    by_workers = batches(create(configure(folder, *settings)))
+    by_gpu = batches(create(configure(folder, *settings, "data.decode=gpu"), device=torch.device("cuda")))
+    for one, two in zip(by_workers, by_gpu, strict=True):
+        assert torch.equal(one.indices, two.indices) and torch.equal(one.classes, two.classes.cpu())
+        assert sorted(one.undecodable) == sorted(two.undecodable)
+        std = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
+        levels = (one.images - two.images.cpu()).abs() * std * 255
+        assert levels.max() < 1.1
