@@ -66,11 +66,10 @@ def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Pat
     text, count = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: table, readme.read_text(encoding="utf-8"))
     if count != 1:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}; the table goes between them")
-    figures = board(entries)
+    rows = accuracy_rows(entries)
     values = {
         "entries": entries,
-        "figures": figures,
-        "columns": list(accuracy_rows(entries)[0]),
+        "rows": rows,
         "accuracies": accuracy_rows([entry for entry in entries if not entry.peer]),
         "peers": accuracy_rows([entry for entry in entries if entry.peer]),
         "speeds": [{title: text(row) for title, text in SPEEDS.items()} for row in speeds],
@@ -78,8 +77,7 @@ def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Pat
         "text_columns": TEXT_COLUMNS,
         "state": state_of(entries),
         "titles": TITLES,
-        "data": {"entries": list(map(asdict, entries)), "sets": {n: t for n, t in TITLES.items() if t in figures[0]}},
-        "shown": shown,
+        "data": {"entries": list(map(asdict, entries)), "sets": {n: t for n, t in TITLES.items() if t in rows[0]}},
         "table": markdown_table,
         "ablation": partial(ablation, paper),
         "chart": speed_chart(speeds),
