@@ -77,6 +77,7 @@ def run_info(args: argparse.Namespace) -> int:
         "not hosted": "not hosted; load a .safetensors or .pth file of yours",
         "upstream": f"upstream: fetched once from its authors' {TABLE.get(name, Weights()).repository}",
     }
+    paper = [cfg[key] for key in ("paper_name", "paper_ids") if key in cfg]
     facts = {
         "tags": ", ".join([f"{tags[0]} (default)", *tags[1:]]),
         "parameters": f"{count_parameters(model):,} ({count_parameters(model) / 1e6:.1f} M)",
@@ -86,8 +87,9 @@ def run_info(args: argparse.Namespace) -> int:
         "classes": model.num_classes or "none (encoder without head)",
         "pooling": model.global_pool,
         "input_size": _by(*cfg["input_size"]),
-        **{key: cfg[key] for key in ("crop_mode", "crop_pct", "interpolation", "mean", "std", "license")},
-        "paper": f"{cfg['paper_name']}, {cfg['paper_ids']}",
+        **{key: cfg[key] for key in ("crop_mode", "crop_pct", "interpolation", "mean", "std")},
+        "license": cfg.get("license", "unknown"),
+        **({"paper": ", ".join(paper)} if paper else {}),
         "origin": cfg.get("origin_url", "this package"),
         "weights": notes.get(where, where),
     }

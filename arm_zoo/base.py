@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from arm_zoo.files import StateDict, save_model
-from arm_zoo.layers.block import Block
 from arm_zoo.weights.adapt import adapt_state_dict
 from arm_zoo.weights.tensor_names import OfficialNames
 
@@ -70,9 +69,9 @@ class ZooModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed: what is one-dimensional per direction in the blocks."""
-        mixers = {f"blocks.{i}.mixer": block.mixer for i, block in enumerate(self.blocks) if isinstance(block, Block)}
-        return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.no_weight_decay()}
+        """Names of parameters that are not decayed: those of which a part of the model, as `MambaMixer`, says so."""
+        parts = {path: getattr(part, "no_weight_decay", None) for path, part in self.named_modules() if path}
+        return {f"{path}.{name}" for path, names in parts.items() if callable(names) for name in names()}
 
     @torch.jit.ignore
     def input_size(self: Any) -> tuple[int, int, int]:

@@ -67,12 +67,11 @@ def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Pat
     text, count = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: table, readme.read_text(encoding="utf-8"))
     if count != 1:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}; the table goes between them")
-    figures = board(entries)
-    sets = {name: title for name, title in TITLES.items() if title in figures[0]}
+    rows = accuracy_rows(entries)
+    sets = {name: title for name, title in TITLES.items() if title in rows[0]}
     values = {
         "entries": entries,
-        "figures": figures,
-        "columns": list(accuracy_rows(entries)[0]),
+        "rows": rows,
         "accuracies": accuracy_rows([entry for entry in entries if not entry.peer]),
         "peers": accuracy_rows([entry for entry in entries if entry.peer]),
         "speeds": [{title: text(row) for title, text in SPEEDS.items()} for row in speeds],
@@ -81,7 +80,6 @@ def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Pat
         "state": state_of(entries),
         "titles": TITLES,
         "data": {"entries": list(map(asdict, entries)), "sets": sets, "curves": curves(speeds)},
-        "shown": shown,
         "table": markdown_table,
         "ablation": partial(ablation, paper),
         "chart": speed_chart(speeds),

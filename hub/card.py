@@ -80,7 +80,7 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
     kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
     official, rounded = facts.get("source_names") == "official", facts["dtype"] != "fp32"
     default: Any = get_pretrained_cfg(architecture)
-    arxiv = f"https://arxiv.org/abs/{default.paper_ids.removeprefix('arXiv:')}"
+    paper = _paper(default.paper_name, default.paper_ids)
     standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
     entries = candidates(architecture, config["num_classes"], standard) if official else []
 
@@ -105,7 +105,8 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
         facts,
         begin=BEGIN,
         end=END,
-        paper=f"*{default.paper_name}* ([{default.paper_ids}]({arxiv}))",
+        after=f" after {paper}" if paper else "",
+        citation=f"\n## Citation\n\n{paper}\n" if paper else "",
         origin=cfg.get("origin_url"),
         title=architecture if facts["repo"] == "ORG/NAME" else facts["repo"].rpartition("/")[2],
         architecture=architecture,
@@ -122,6 +123,14 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
         width=of_snippets[1],
         mode="L" if channels == 1 else "RGB",
     )
+
+
+def _paper(name: str | None, number: str | None) -> str:
+    """In Markdown what is known of a paper, whose number is arXiv's."""
+    link = f"[{number}](https://arxiv.org/abs/{number.removeprefix('arXiv:')})" if number else ""
+    if name and link:
+        return f"*{name}* ({link})"
+    return f"*{name}*" if name else link
 
 
 def _figures(entries: list[str], rows: dict[str, Any]) -> str:

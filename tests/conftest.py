@@ -40,6 +40,15 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The entry of a family that somebody might add, there as long as the test."""
+    from tests.helpers import family  # with all models, which few tests need
+
+    monkeypatch.setitem(family.ARCHITECTURES, family.TOY, family.ARCHITECTURE)
+    return family.TOY
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the checkout."""

@@ -1,6 +1,6 @@
 """The block that backbones and pretraining models are made of, stacks of it, and what holds for its parameters."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -92,12 +92,15 @@ def run_blocks(
     return results
 
 
-def init_block_weights(blocks: Iterable[nn.Module]) -> None:
-    """Official initialisation of a stack: PyTorch's defaults, zero biases, output projections / sqrt(depth)."""
-    stack = [block for block in blocks if isinstance(block, Block)]
-    for block in stack:
-        if block.mlp is not None:
-            zero_bias(block.mlp.fc1)
-            zero_bias(block.mlp.fc2)
-        with torch.no_grad():
-            block.mixer.out_proj.weight /= len(stack) ** 0.5
+def init_block_weights(blocks: nn.ModuleList) -> None:
+    """Official initialisation of a stack: PyTorch's defaults, zero biases, output projections / sqrt(depth).
+
+    It finds mixers and SwiGLUs in blocks of any class.
+    """
+    for part in blocks.modules():
+        if isinstance(part, SwiGLU):
+            zero_bias(part.fc1)
+            zero_bias(part.fc2)
+        elif isinstance(part, MambaMixer):
+            with torch.no_grad():
+                part.out_proj.weight /= len(blocks) ** 0.5

@@ -37,11 +37,17 @@ def order_for(directions: list[str], height: int, width: int, device: torch.devi
 class SequenceBackbone(Backbone):
     """Patches and a class token, learned position embeddings, blocks of Mamba mixers, a norm and a linear head.
 
-    The class of a family says which directions its mixers scan, and what its blocks have.
+    The class of a family says which directions its mixers scan, and what its blocks have. A `block_class` of its own
+    is called as `Block` is, with the tokens' width, the number of directions and the states per channel, then by name
+    `drop_path`, `norm_layer`, `device`, `dtype` and what `block` adds. Its `forward(x, order)` turns tokens
+    (B, N + 1, dim), which `float32_residual` keeps in float32, and the order table (directions, N + 1) into such
+    tokens. A `MambaMixer` is initialised and exempt from weight decay as in `Block`, wherever in the block it is; a
+    family without one overrides `read_shapes`.
     """
 
     directions: list[str]  # names for `scan_order`
-    block: Mapping[str, Any] = MappingProxyType({})  # arguments of `Block` that all sizes share
+    block_class: Callable[..., nn.Module] = Block
+    block: Mapping[str, Any] = MappingProxyType({})  # its arguments that all sizes share
     float32_residual = False  # whether tokens stay in float32 between blocks of a lower type
     default_norm: Callable[..., nn.Module] = staticmethod(partial(nn.LayerNorm, eps=1e-5))
     dynamic_img_size: bool
@@ -108,9 +114,9 @@ class SequenceBackbone(Backbone):
         self.register_buffer("order", order, persistent=False)
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        block = partial(Block, embed_dim, len(self.directions), d_state, norm_layer=norm, **self.block, **dd)
+        block = partial(self.block_class, embed_dim, len(self.directions), d_state, norm_layer=norm, **self.block)
         rates = self.drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
+        self.blocks = nn.ModuleList(block(drop_path=rate, **dd) for rate in rates)
         info = {"num_chs": embed_dim, "reduction": max(self.patch_embed.patch_stride)}
         self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
         self.norm = norm(embed_dim, **dd) if final_norm else nn.Identity()
@@ -270,7 +276,7 @@ class SequenceBackbone(Backbone):
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
         """Arguments of a model that a checkpoint fits, and the number of its patches."""
         depth = len({name.split(".")[1] for name in source if name.startswith("blocks.") and name.count(".") > 1})
-        states = next(value for name, value in source.items() if name.endswith(".mixer.A_log"))
+        states = next(value for name, value in source.items() if name.endswith(".A_log"))
         patches, table = source["patch_embed.proj.weight"], source["pos_embed"]
         if (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
             shapes = f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"

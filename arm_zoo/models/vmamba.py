@@ -262,11 +262,6 @@ class VMamba(Backbone):
                 zero_bias(layer)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """None: optimisers already exempt biases and one-dimensional parameters."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise decay: the stem, then blocks or, if `coarse`, stages, then final norm and head."""
         downsample = (r"^stages\.(\d+)\.downsample", (0,))

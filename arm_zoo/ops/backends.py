@@ -50,7 +50,7 @@ class Backend(NamedTuple):
     saves_states: bool = True  # for the backward pass; else that scans again
     directions_inside: bool = False  # convolved sequences have steps before directions in memory
     token_order: bool = True  # takes sequences in token order where they lie; else they are copied in scan order
-    own_kernels: bool = False  # GPU kernels that train through one operator, and save states of 16-bit sequences in 16
+    own_kernels: bool = False  # kernels that train through one operator, and save states of 16-bit sequences in 16
 
     def why_not_here(self) -> str | None:
         """Why the backend cannot run here, with what to do about it; None if it can."""
@@ -100,8 +100,8 @@ _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = {
     "reference": Backend("arm_zoo.ops.reference", plain=True, token_order=False),  # the plain loop
     "torch": Backend("arm_zoo.ops.cpu.chunked", plain=True, directions_inside=True),  # the fast path on any device
-    # a faster forward scan on the CPU
-    "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), auto=1, directions_inside=True),
+    # compiled loops for the CPU
+    "numba": Backend("arm_zoo.ops.cpu.numba", (_NUMBA,), "cpu", (torch.float32,), auto=1, own_kernels=True),
     # GPU kernels, and the same with faster scans
     "triton": Backend("arm_zoo.ops.triton", (_TRITON,), "cuda", _SMALL, auto=1, interpreted=True, own_kernels=True),
     "cuda": Backend("arm_zoo.ops.cuda.launch", (_TRITON, _CUDA_CORE), "cuda", _SMALL, (8, 0), 2, own_kernels=True),

@@ -41,7 +41,7 @@ def register(
     """Register the custom operator `arm_zoo::name`, the first of whose inputs is a tensor."""
 
     def run(first: Tensor, *others: Any) -> Any:
-        with torch.cuda.device_of(first):  # kernels start on the tensors' GPU, whichever is the current one
+        with torch.accelerator.device_index(first.device.index):  # kernels start on the current device
             return compute(first, *others)
 
     operator = torch.library.custom_op(f"arm_zoo::{name}", run, mutates_args=(), schema=schema)

@@ -1,7 +1,7 @@
 """Images of a split as batches, as far as the processes that load them go; the rest happens on the device."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -64,10 +64,6 @@ class Loaded:
     draws: Draws
     files: Files | None  # None: all are decoded, flipped, and changed by RandAugment, or the GPU keeps all
     boxes: Tensor | None = None  # (N, 4), what is to be cut out of images that the GPU keeps, at `indices`
-
-    def pin_memory(self) -> "Loaded":
-        """What torch's loader calls: the GPU copies pixels, files are read by the host."""
-        return replace(self, images=self.images.pin_memory(), classes=self.classes.pin_memory())
 
 
 class Images:

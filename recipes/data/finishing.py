@@ -15,7 +15,7 @@ from recipes.data.transforms import Normalisation, warp
 
 
 class Finishing:
-    """Makes batches of what workers load; the host does not wait for the device, but where a JPEG is refused there."""
+    """Makes batches of what workers load; the host waits for the device only while it decodes."""
 
     def __init__(
         self,

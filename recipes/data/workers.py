@@ -1,19 +1,20 @@
 """The processes that decode images for a run: what they do with signals, how their failures are told, how they end.
 
-torch's own loader leaves three things to do. It raises for a dead worker from a signal handler, at any place in the
-training; here it is found where the run waits for images, so that several processes stop together. It sends the
-traceback of a worker as message; here the message is the error's. And it waits without end for workers that do not
-obey SIGTERM, as ours must not; here they are killed when the program ends.
+torch's own loader leaves four things to do. It raises for a dead worker from a signal handler, at any place in the
+training; here it is found where the run waits for images, so that several processes stop together. It waits without
+end for the rest of a batch whose worker dies while it sends it; here what is sent is short. It sends the traceback of
+a worker as message; here the message is the error's. And it waits without end for workers that do not obey SIGTERM, as
+ours must not; here they are killed when the program ends.
 """
 
 import atexit
 import multiprocessing
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import is_dataclass
-from itertools import chain
+from io import BytesIO
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -32,42 +33,82 @@ DYING = 1.0  # seconds between a worker's last sign, such as a broken connection
 started: WeakSet[BaseProcess] = WeakSet()  # all workers of this program
 
 
+class Packed(Generic[BatchT]):
+    """A batch in shared memory as a whole, so that what goes through the pipe to the run is short.
+
+    torch would put its tensors there on the way, where an error loses them, and write all else into the pipe, which
+    may be more than a pipe holds.
+    """
+
+    def __init__(self, batch: BatchT) -> None:
+        file = BytesIO()
+        pickler = TensorPickler(file)
+        pickler.dump(batch)
+        self._tensors = [torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), *pickler.tensors]
+        try:
+            for tensor in self._tensors:
+                tensor.share_memory_()
+        except RuntimeError as error:
+            ways = (
+                "a smaller data.workers or max_batch_per_device, or give a container more shared memory (--shm-size)"
+            )
+            raise RunError(f"a batch does not fit into shared memory: {error}; try {ways}") from error
+
+    def pin_memory(self) -> "Packed[BatchT]":
+        """What torch's loader calls for a GPU."""
+        self._tensors = [tensor.pin_memory() for tensor in self._tensors]
+        return self
+
+    def unpacked(self) -> BatchT:
+        """The batch."""
+        pickled, *tensors = self._tensors
+        return TensorUnpickler(BytesIO(pickled.numpy().tobytes()), tensors).load()
+
+
+class TensorPickler(pickle.Pickler):
+    """Pickles all but tensors, which it collects."""
+
+    def __init__(self, file: BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        """The number of a tensor."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Puts the tensors back."""
+
+    def __init__(self, file: BytesIO, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> torch.Tensor:
+        """The tensor of this number."""
+        return self._tensors[number]
+
+
 class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
     """Batches whose errors do not leave a worker as exceptions: those would bring their traceback as message."""
 
     def __init__(self, make_batch: Callable[[Sequence[KeyT]], BatchT]) -> None:
         self._make_batch = make_batch
 
-    def __getitem__(self, keys: Sequence[KeyT]) -> BatchT | Exception:
-        """A batch, or in a worker what prevented it."""
+    def __getitem__(self, keys: Sequence[KeyT]) -> BatchT | Packed[BatchT] | Exception:
+        """A batch, in a worker packed; or there what prevented it."""
         if get_worker_info() is None:
             return self._make_batch(keys)
         try:
-            return shared(self._make_batch(keys))
+            return Packed(self._make_batch(keys))
         except (RunError, SourceError) as error:
             return error
         except Exception as error:
             problem = f"a process that decodes images failed: {located(error)}"
             return RunError(f"{problem}; data.workers=0 shows the whole traceback")
-
-
-def shared(batch: BatchT) -> BatchT:
-    """A batch in shared memory: torch would put it there on its way to the run, where an error loses it."""
-    try:
-        for tensor in tensors_in(batch):
-            tensor.share_memory_()
-    except RuntimeError as error:
-        ways = "a smaller data.workers or max_batch_per_device, or give a container more shared memory (--shm-size)"
-        raise RunError(f"a batch does not fit into shared memory: {error}; try {ways}") from error
-    return batch
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Those of a tuple or of a dataclass, and of such among its parts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple) or is_dataclass(value):
-        yield from chain.from_iterable(map(tensors_in, value if isinstance(value, tuple) else vars(value).values()))
 
 
 class WorkerLoader(Generic[KeyT, BatchT]):
@@ -100,9 +141,9 @@ class WorkerLoader(Generic[KeyT, BatchT]):
                 return
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
+            yield batch.unpacked() if isinstance(batch, Packed) else batch
 
-    def _begin(self) -> Iterator[BatchT | Exception]:
+    def _begin(self) -> Iterator[BatchT | Packed[BatchT] | Exception]:
         """A pass of torch's loader, whose workers start with the first one."""
         before = set(multiprocessing.active_children())
         waiting = stop_ends_waiting() if self._workers else nullcontext()  # their start must not be torn apart

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env, set_seed
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,7 +45,16 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         torch.set_num_threads(config.cpu_threads)
     set_seed(config.seed)
     tracker = None if config.tracker == "none" else config.tracker
-    accelerator = Accelerator(cpu=config.device == "cpu", log_with=tracker, project_dir=config.output_dir)
+    cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu)  # made by the first run of a process, and kept
+    wanted = "cpu" if cpu else state.default_device.type
+    if state.device.type != wanted:
+        raise RunError(
+            f"device is {config.device}, here {wanted}, but an earlier run bound this process to {state.device.type}; "
+            "start this run in a process of its own: with `python -m recipes.pretrain ...`, or after the notebook's "
+            "kernel has been restarted"
+        )
+    accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=config.output_dir)
     if accelerator.num_processes == 1 < asked:
         raise RunError(advice)
     return accelerator

@@ -1,4 +1,7 @@
-"""The compiled loop for the CPU: against the plain loop in float64, at the edges of float32, in any threads."""
+"""The compiled loops for the CPU: against the plain loops in float64, at the edges of float32, in any threads."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import timm
@@ -7,7 +10,7 @@ import torch
 import arm_zoo
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
-from arm_zoo.ops import selective_scan
+from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from tests.arm_zoo.test_scan import largest
 
 pytest.importorskip("numba", reason="the extra `cpu` is not installed")
@@ -23,21 +26,33 @@ def inputs(directions: int, length: int, channels: int, d_state: int, batch: int
     return [u, delta, rates, B, C, skip, torch.randn(batch, length, channels), bias]
 
 
+Operation = Callable[..., torch.Tensor]
+
+
 def results(
-    backend: str, tensors: list[torch.Tensor], order: torch.Tensor | None = None, mean: bool = True
+    backend: str, tensors: Sequence[torch.Tensor], operation: Operation = selective_scan, **options: Any
 ) -> list[torch.Tensor]:
     """The output and the gradients of all inputs."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     with arm_zoo.scan_backend(backend):
-        y = selective_scan(*leaves, order=order, mean=mean)
+        y = operation(*leaves, **options)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 
-def worst_error(tensors: list[torch.Tensor], order: torch.Tensor | None = None) -> float:
-    """Largest relative L2 error of output and gradients against the plain loop in float64."""
-    exact = results("reference", [t.double() for t in tensors], order)
-    pairs = zip(results("numba", tensors, order), exact, strict=True)
-    return largest(((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item() for ours, theirs in pairs)
+def worst_error(tensors: Sequence[torch.Tensor], operation: Operation = selective_scan, **options: Any) -> float:
+    """Largest relative L2 error of output and gradients against the plain loop in float64; decays end at 2e-38."""
+    exact = results("reference", [t.double() for t in tensors], operation, **options)
+    pairs = zip(results("numba", tensors, operation, **options), exact, strict=True)
+    return largest(((ours - theirs).norm() / theirs.norm().clamp_min(1e-20)).item() for ours, theirs in pairs)
+
+
+def inner_inputs(directions: int, length: int, channels: int, d_state: int, batch: int) -> list[torch.Tensor]:
+    """All inputs of `mamba_inner` but the order: steps of rank 3, a convolution of 4 taps."""
+    xz, taps = torch.randn(batch, length, 2 * channels), torch.randn(directions, channels, 4)
+    projection = torch.randn(directions, 3 + 2 * d_state, channels) / channels**0.5
+    back, rates = torch.randn(directions, channels, 3), -torch.rand(directions, channels, d_state) * d_state
+    offset, bias, skip = torch.randn(3, directions, channels)
+    return [xz, taps, offset, projection, back, bias, rates, skip]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 197, 577])
@@ -53,7 +68,7 @@ def test_grids_and_widths(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int
 ) -> None:
     order = scan_order(height, width, DIRECTIONS[:directions], cls_index)
-    assert worst_error(inputs(directions, order.shape[1], channels, d_state), order) < 2e-6
+    assert worst_error(inputs(directions, order.shape[1], channels, d_state), order=order) < 2e-6
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -61,8 +76,8 @@ def test_directions_that_share_tokens(ordered: bool) -> None:
     """Everything is in token order, and they are added up, as in VMamba."""
     u, *others = inputs(4, 35, 130, 1)
     order = scan_order(5, 7, DIRECTIONS) if ordered else None
-    exact = results("reference", [t.double() for t in (u[0], *others)], order, mean=False)
-    for ours, theirs in zip(results("numba", [u[0], *others], order, mean=False), exact, strict=True):
+    exact = results("reference", [t.double() for t in (u[0], *others)], order=order, mean=False)
+    for ours, theirs in zip(results("numba", [u[0], *others], order=order, mean=False), exact, strict=True):
         assert ours.shape == theirs.shape and (ours - theirs).norm() < 2e-6 * theirs.norm()
 
 
@@ -88,17 +103,69 @@ def test_nan_comes_out(poisoned: int) -> None:
     assert expected.isnan().any() and torch.equal(y.isnan(), expected.isnan())
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    tensors, before = inputs(4, 30, 200, 16, batch=3), torch.get_num_threads()
-    outputs = []
+@pytest.mark.parametrize(
+    "directions, length, batch, d_state", [(1, 1, 1, 1), (2, 2, 3, 64), (4, 197, 2, 16), (1, 63, 9, 1)]
+)
+def test_everything_between_the_projections(directions: int, length: int, batch: int, d_state: int) -> None:
+    order = torch.stack([torch.randperm(length) for _ in range(directions)])
+    assert worst_error(inner_inputs(directions, length, 200, d_state, batch), mamba_inner, order=order) < 4e-6
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 7])
+def test_convolutions(taps: int) -> None:
+    tensors = [torch.randn(3, 5, 200), torch.randn(2, 200, taps), torch.randn(2, 200)]
+    tensors[0] = torch.cat([tensors[0]] * 2, dim=-1)[..., 1:201]  # rows that do not adjoin
+    order = torch.stack([torch.randperm(5) for _ in range(2)])
+    assert worst_error(tensors, causal_conv, order=order) < 2e-6
+    assert worst_error(tensors, causal_conv) < 2e-6
+
+
+def test_a_convolution_of_tokens_that_are_not_there_is_refused() -> None:
+    tensors = torch.zeros(1, 3, 4), torch.zeros(1, 4, 2), torch.zeros(1, 4)
+    with pytest.raises(IndexError, match="causal_conv: order must number 3 tokens"), arm_zoo.scan_backend("numba"):
+        causal_conv(*tensors, order=torch.tensor([[0, 1, 3]]))
+
+
+@pytest.mark.parametrize("operation, make", [(selective_scan, inputs), (mamba_inner, inner_inputs)])
+def test_runs_and_threads_change_no_bit(operation: Operation, make: Callable[..., list[torch.Tensor]]) -> None:
+    tensors, before = make(4, 30, 200, 16, batch=3), torch.get_num_threads()
+    runs = []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 1, 2, 5):
             torch.set_num_threads(threads)
-            with arm_zoo.scan_backend("numba"):
-                outputs.append(selective_scan(*tensors))
+            runs.append(results("numba", tensors, operation, order=scan_order(5, 6, DIRECTIONS)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    for run in runs[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(run, runs[0], strict=True))
+
+
+def test_gradients_of_some_inputs_alone() -> None:
+    tensors = inputs(2, 20, 6, 4)
+    every = results("numba", tensors)[1:]
+    for asked in (0, 2, 6):
+        leaves = [t.detach().requires_grad_(i == asked) for i, t in enumerate(tensors)]
+        with arm_zoo.scan_backend("numba"):
+            selective_scan(*leaves).square().sum().backward()
+        assert torch.allclose(leaves[asked].grad, every[asked], rtol=1e-5, atol=1e-5)
+        assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != asked)
+
+
+def test_no_images_have_no_gradients() -> None:
+    for gradient in results("numba", inner_inputs(2, 5, 8, 4, batch=0), mamba_inner)[2:]:
+        assert gradient.count_nonzero() == 0
+
+
+def test_under_autocast_operands_of_16_bits_train() -> None:
+    model = timm.create_model("arm_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_classes=3)
+    images, gradients = torch.randn(2, 3, 32, 32), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(images).square().sum()
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("wrong", [1, 2, 3, 4, 5, 6, 7])
@@ -143,6 +210,20 @@ def test_tokens_that_are_not_there_are_refused(order: list[list[int]]) -> None:
         selective_scan(*(torch.zeros(shape) for shape in shapes), order=torch.tensor(order))
 
 
+def test_where_no_folder_can_be_written_loops_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from arm_zoo.ops.cpu import loops
+
+    compile_anew = loops.njit
+
+    def refuse(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_anew(**options)
+
+    monkeypatch.setattr(loops, "njit", refuse)
+    assert loops._compiled(lambda x: x + 1)(2) == 3
+
+
 def test_without_numba_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from arm_zoo.ops import backends
 
@@ -171,4 +252,4 @@ def test_a_compiled_model_takes_it() -> None:
     model = timm.create_model("arm_tiny_patch16_224", img_size=32, embed_dim=16, depth=1).eval()
     torch.compile(model, backend=capture, fullgraph=True)(torch.zeros(2, 3, 32, 32))
     names = [node.args[-1] for node in graphs[0].graph.nodes if "arm_zoo" in str(node.target)]
-    assert names == ["numba", "numba"]
+    assert names == ["numba"]

@@ -270,6 +270,28 @@ def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
     assert '<tr class="measured">' not in files["leaderboard.html"]
 
 
+def test_columns_of_text_are_added_to_both_tables(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(entries: Any) -> list[dict[str, str]]:
+        return [
+            {"model": row.pop("model"), "family": f"<{row['size']}>", **row} for row in columns.accuracy_rows(entries)
+        ]
+
+    monkeypatch.setattr(leaderboard, "accuracy_rows", rows)
+    monkeypatch.setattr(leaderboard, "TEXT_COLUMNS", (*columns.TEXT_COLUMNS, "family"))
+    options = {"results": "results.csv", "throughput": "throughput.csv", "folder": ""}
+    assert leaderboard.main([word for name, file in options.items() for word in (f"--{name}", str(made / file))]) == 0
+    assert "| model | family | figures | size |" in (made / "LEADERBOARD.md").read_text()
+    page = (made / "leaderboard.html").read_text()
+    table = page[page.index('<table id="board"') : page.index("</table>")]
+    head, *lines = (re.findall(r"<t[hd](.*?)>(.*?)</t[hd]>", row, re.DOTALL) for row in table.split("<tr")[1:])
+    assert "family" in head[1][1] and len(lines) > 10
+    assert {len(line) for line in lines} == {len(head)}
+    for line in lines:
+        size = line[3][1]
+        assert line[1] == (f' data-value="&lt;{size}&gt;"', f"&lt;{size}&gt;")
+        assert all(("figure" in cell[0]) == ("figure" in title[0]) for cell, title in zip(line, head, strict=True))
+
+
 def test_page_loads_nothing_and_escapes(made: Path) -> None:
     text = (made / "leaderboard.html").read_text()
     assert "<script>alert" not in text

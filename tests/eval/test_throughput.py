@@ -226,7 +226,8 @@ def test_a_sweep_leaves_out_what_memory_does_not_suffice_for(
     monkeypatch.setattr(throughput, "prepare", prepare_in_little_memory)
     sweep = ["--models", "test_vit", "test_resnet", *TINY, "--sweep", "img-size", "--img-size", "64", "32"]
     throughput.main([*sweep, "--output", str(file)])
-    rows = [(row["model"], row["img_size"], float(row["ratio"])) for row in csv.DictReader(file.open(newline=""))]
+    table = csv.DictReader(file.read_text().splitlines())
+    rows = [(row["model"], row["img_size"], float(row["ratio"])) for row in table]
     assert [row[:2] for row in rows] == [("test_vit", "64"), ("test_vit", "32"), ("test_resnet", "32")]
     assert rows[0][2] == rows[2][2] == 1
     printed = capsys.readouterr()

@@ -1,6 +1,7 @@
 """The hub's programs: conversion of every kind of checkpoint, all or nothing, and one line for every mistake."""
 
 import argparse
+import dataclasses
 import errno
 import fractions
 import hashlib
@@ -898,6 +899,27 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     assert card.data.license == "other" and card.data.license_name == "unknown"
     assert ("ask the authors" in html) == (kind != "pretraining")  # ours has no authors to ask
     assert "<em>Measured</em> on this file: nothing yet." in html
+
+
+@pytest.mark.parametrize(
+    "known, said",
+    [
+        ({}, ""),
+        ({"paper_name": "Toys"}, "*Toys*"),
+        ({"paper_ids": "arXiv:1234.56789"}, "[arXiv:1234.56789](https://arxiv.org/abs/1234.56789)"),
+    ],
+)
+def test_cards_say_no_more_of_a_paper_than_is_known(
+    known: dict[str, str], said: str, toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = dataclasses.replace(timm.models.get_pretrained_cfg(toy), **known)
+    monkeypatch.setattr("hub.card.get_pretrained_cfg", lambda name: cfg)
+    timm.create_model(toy, num_classes=3).save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run" / "model.safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"An image classifier. Mamba blocks{said and f' after {said}'}.\n" in card
+    assert not re.search(r"None(?!])", card)  # but for the snippets' [None]
+    assert card.endswith(f"\n## Citation\n\n{said}\n{END}\n") if said else "Citation" not in card
 
 
 # the Hub

@@ -22,7 +22,6 @@ import psutil
 import pytest
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -97,14 +96,6 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[
 
     set_loss(monkeypatch, loss)
     yield actions
-
-
-@pytest.fixture
-def any_device() -> Iterator[None]:
-    """Let runs choose their device, which accelerate fixes with the first one of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def send(number: int) -> Callable[[], None]:
@@ -217,7 +208,6 @@ def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bit
     whole: Path,
     tmp_path: Path,
     before_step: dict[int, Callable[[], None]],
-    any_device: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, stopped = 0, tmp_path / "stopped"

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -21,7 +23,7 @@ from timm.models import save_for_hf
 
 import arm_zoo  # noqa: F401 - timm finds our models by it
 from arm_zoo.images.listing import SourceError
-from recipes.data.workers import WorkerLoader, end_workers, started
+from recipes.data.workers import Packed, WorkerLoader, end_workers, started
 from recipes.errors import RunError
 from recipes.signals import StopRequest, StopWaiting, stop_ends_waiting
 from recipes.training.parallel import Collectives
@@ -90,6 +92,19 @@ def test_errors_of_workers_come_as_one_message(
     with pytest.raises(kind, match=message) as raised:
         next(batches)
     assert "Traceback" not in str(raised.value)
+
+
+class Described(NamedTuple):
+    values: torch.Tensor
+    names: list[str]
+
+
+def test_what_a_worker_sends_is_short() -> None:
+    """A worker that is killed while it writes more than a pipe holds leaves the run waiting for the rest."""
+    batch = Described(torch.arange(100_000), [f"image {number}" for number in range(10_000)])
+    packed = Packed(batch)
+    assert len(ForkingPickler.dumps(packed)) < select.PIPE_BUF
+    assert torch.equal(packed.unpacked().values, batch.values) and packed.unpacked().names == batch.names
 
 
 def test_full_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -257,6 +258,29 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.Monkey
         with pytest.raises(RunError, match=r"WORLD_SIZE is 2 .* `torchrun --nproc_per_node 2 -m recipes\.pretrain"):
             start_accelerator(load_config(PretrainConfig, PRETRAIN))
         monkeypatch.setenv("RANK", "0")  # and still nobody to meet
+
+
+@pytest.mark.parametrize("asked, here, bound", [("auto", "cuda", "cpu"), ("cpu", "cpu", "cuda")])
+def test_runs_that_would_not_get_the_device_they_ask_for_are_refused(
+    asked: str, here: str, bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, where an earlier run has chosen the device."""
+    on_cpu, other = (load_config(PretrainConfig, PRETRAIN, [f"device={device}"]) for device in ("cpu", asked))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if bound == "cpu":
+        for _ in range(2):
+            assert start_accelerator(on_cpu).device.type == "cpu"
+    else:
+        assert PartialState().device.type == "cuda"
+    with pytest.raises(RunError, match=f"device is {asked}, here {here}, but .* to {bound}; start .* of its own"):
+        start_accelerator(other)
+
+
+def test_accelerate_may_be_told_to_leave_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for _ in range(2):
+        assert start_accelerator(load_config(PretrainConfig, PRETRAIN, ["device=auto"])).device.type == "cpu"
 
 
 def test_a_configuration_that_is_no_text_is_told(tmp_path: Path) -> None:
