@@ -30,7 +30,7 @@ from arm_zoo.ops.backends import resolve_backend
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
-from eval.tables import Row, append, check_output
+from eval.tables import Row, append, check_output, label
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # of which the first can be pretrained
 NUM_CLASSES = 1000
@@ -180,11 +180,6 @@ def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
         ratios = {"ratio": median(times) / median(readings[-1]), "pairwise_ratio": median(a / b for a, b in pairs)}
         rows.append({**row, "img_per_s": batch_size / row["median_s"], **ratios})
     return rows
-
-
-def label(row: Row) -> str:
-    """The model, and what its scans ran on."""
-    return f"{row['model']} ({row['scan_backend']})" if row["scan_backend"] else row["model"]
 
 
 def as_table(rows: Sequence[Row]) -> Table:
