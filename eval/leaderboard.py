@@ -20,6 +20,7 @@ from arm_zoo import loading
 from arm_zoo.files import write_text
 from eval.board.chart import speed_chart
 from eval.board.columns import SPEEDS, TEXT_COLUMNS, TITLES, accuracy_rows, board, shown
+from eval.board.curves import curves
 from eval.board.entries import Entry, paper_table, read_entries, read_speeds
 from eval.tables import RESULTS
 
@@ -67,6 +68,7 @@ def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Pat
     if count != 1:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}; the table goes between them")
     rows = accuracy_rows(entries)
+    sets = {name: title for name, title in TITLES.items() if title in rows[0]}
     values = {
         "entries": entries,
         "rows": rows,
@@ -77,7 +79,7 @@ def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Pat
         "text_columns": TEXT_COLUMNS,
         "state": state_of(entries),
         "titles": TITLES,
-        "data": {"entries": list(map(asdict, entries)), "sets": {n: t for n, t in TITLES.items() if t in rows[0]}},
+        "data": {"entries": list(map(asdict, entries)), "sets": sets, "curves": curves(speeds)},
         "table": markdown_table,
         "ablation": partial(ablation, paper),
         "chart": speed_chart(speeds),

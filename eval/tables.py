@@ -58,6 +58,11 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     return rows
 
 
+def label(row: Mapping[str, str]) -> str:
+    """Of a row of speeds the model, and what its scans ran on."""
+    return f"{row['model']} ({row['scan_backend']})" if row.get("scan_backend") else row["model"]
+
+
 def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Add rows to a table, or begin it: the file is replaced whole, under a lock that other runs wait for.
 

@@ -5,14 +5,17 @@ Run from the repository root, for example `python -m eval.throughput --device cp
 
 import argparse
 import contextlib
+import itertools
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import timm
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_model_data_config
@@ -27,11 +30,14 @@ from arm_zoo.ops.backends import resolve_backend
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
-from eval.tables import Row, append, check_output
+from eval.tables import Row, append, check_output, label
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # of which the first can be pretrained
 NUM_CLASSES = 1000
 PRETRAIN_IMG_SIZE = 192
+DEFAULT_BATCH_SIZE = 8
+SWEEPS = {"img-size": [224, 384, 512, 768, 1024, 1536, 2048], "batch-size": [2**power for power in range(9)]}
+FULL_BATCH_SIZE = {"cpu": 8, "cuda": 256}  # of images of SWEEPS's first size: it keeps the device busy
 WARM_UP_STEPS = 3
 COLUMNS = (
     *("model", "img_size", "median_s", "min_s", "max_s", "img_per_s", "ratio", "pairwise_ratio", "peak_mib"),
@@ -75,6 +81,23 @@ def resolved(backend: str, args: argparse.Namespace) -> str:
     """What scans run on with a backend: itself, or what "auto" takes; ValueError where device or type do not fit."""
     with scan_backend(backend):
         return resolve_backend(torch.empty(0, device=args.device, dtype=DTYPES[args.dtype]))
+
+
+def sizes_and_batches(args: argparse.Namespace) -> list[tuple[int | None, int]]:
+    """Of each group that is timed the image size in pixels, None for each model's own, and the batch size.
+
+    A sweep of image sizes keeps the pixels of a batch about the same; batch sizes that are given hold at all sizes.
+    """
+    if args.sweep == "img-size" and args.batch_size is None:
+        return [(size, filling_batch_size(size, args.device)) for size in args.img_size or SWEEPS["img-size"]]
+    swept = {args.sweep: SWEEPS[args.sweep]} if args.sweep else {}
+    sizes = args.img_size or swept.get("img-size", [None])
+    return list(itertools.product(sizes, args.batch_size or swept.get("batch-size", [DEFAULT_BATCH_SIZE])))
+
+
+def filling_batch_size(img_size: int, device: str) -> int:
+    """The power of two whose images have as many pixels as fill the device, or the next larger one."""
+    return 2 ** max(0, math.ceil(math.log2(FULL_BATCH_SIZE[device] * (SWEEPS["img-size"][0] / img_size) ** 2)))
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, int]:
@@ -121,12 +144,15 @@ def training_step(model: nn.Module, images: torch.Tensor, args: argparse.Namespa
     return step
 
 
-def prepare(model: nn.Module, img_size: int, backend: str, args: argparse.Namespace) -> tuple[Step, float | None]:
-    """A step of a model on its device, after the first, slow ones, and its peak memory in MiB.
+def prepare(name: str, backend: str, args: argparse.Namespace) -> tuple[Step, Row]:
+    """A step of a model on its device, after the first, slow ones, and what its row says of it.
 
-    That is None on the CPU, and with CUDA graphs, whose memory torch does not count.
+    Peak memory is None on the CPU. CUDA graphs are recorded in the second step, whose memory torch counts; when they
+    are replayed, it would count nothing.
     """
+    clear_device_cache(garbage_collection=True)  # of models that were timed before or did not fit
     cuda = args.device == "cuda"
+    model, img_size = build(name, args)
     others = torch.cuda.memory_allocated() if cuda else 0
     model = model.to(args.device).train(args.mode != "infer")
     if args.compile:
@@ -135,13 +161,14 @@ def prepare(model: nn.Module, img_size: int, backend: str, args: argparse.Namesp
     images = torch.randn(args.batch_size, channels, img_size, img_size, device=args.device)
     make_step = inference_step if args.mode == "infer" else training_step
     step = scan_backend(backend)(make_step(model, images, args))
-    for _ in range(WARM_UP_STEPS):
+    step()  # compiles
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM_UP_STEPS - 1):
         step()
-    if not cuda or args.cuda_graphs:
-        return step, None
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return step, (torch.cuda.max_memory_allocated() - others) / 2**20
+    peak = (torch.cuda.max_memory_allocated() - others) / 2**20 if cuda else None
+    taken = resolved(backend, args) if name in entries() else ""  # all of our models scan
+    return step, {"model": name, "img_size": img_size, "scan_backend": taken, "peak_mib": peak}
 
 
 def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
@@ -155,11 +182,6 @@ def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
     return rows
 
 
-def label(row: Row) -> str:
-    """The model, and what its scans ran on."""
-    return f"{row['model']} ({row['scan_backend']})" if row["scan_backend"] else row["model"]
-
-
 def as_table(rows: Sequence[Row]) -> Table:
     """The rows for people: times in milliseconds; title and caption say what all have in common."""
     figures = ["ms/step", "min - max", "img/s", "ratio", "pairwise", "peak MiB"]
@@ -169,7 +191,9 @@ def as_table(rows: Sequence[Row]) -> Table:
         ratios = (f"{row[name]:.3f}" for name in ("ratio", "pairwise_ratio"))
         memory = [] if row["peak_mib"] is None else [f"{row['peak_mib']:,.0f}"]
         lines.append([label(row), middle, f"{low} - {high}", f"{row['img_per_s']:,.1f}", *ratios, *memory])
-    title = "{mode}, batch {batch_size}, {dtype}, autocast {autocast}, compile {compile}, CUDA graphs {cuda_graphs}"
+    sizes = ", ".join(dict.fromkeys(str(row["img_size"]) for row in rows))
+    title = f"{{mode}}, {sizes} pixels, batch {{batch_size}}, {{dtype}}, autocast {{autocast}}, compile {{compile}}, "
+    title += "CUDA graphs {cuda_graphs}"
     caption = "{device}, {threads} threads, torch {torch}, timm {timm}; {repeats} readings in turn; ratio: time over "
     shown = caption.format(**rows[0]) + f"that of {rows[-1]['model']}"
     return table(title.format(**rows[0]), ["model"], figures[: len(lines[0]) - 1], lines, shown)
@@ -197,6 +221,49 @@ def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: in
     return table(title, ["kernel or operation"], ["calls", "ms", "fraction"], lines)
 
 
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Ends the block, and says so, when memory runs out in it; ValueError for all else that keeps it from running."""
+    try:
+        yield
+    except (AssertionError, ValueError, RuntimeError) as error:  # as timm and torch say what does not fit
+        if not should_reduce_batch_size(error):
+            raise ValueError(f"{what} does not run so: {error}") from error
+        print(f"{what} is left out: memory ran out", file=sys.stderr)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Time all models in turn at one image size and one batch size, print the table and add its rows to --output.
+
+    Models that memory does not suffice for have no row; ratios are then to the last that has one.
+    """
+    size = f"{args.img_size} pixels, " if args.img_size else ""
+    group = f"{args.mode}, {size}batch {args.batch_size}, {args.device}"
+    print(f"timing {', '.join(args.models)}: {group}", file=sys.stderr)
+    torch.compiler.reset()  # or a second size would be compiled as one that varies
+    shared = vars(args) | circumstances(args.device)
+    steps, facts, rows = [], [], []
+    for name in args.models:
+        for backend in args.scan_backend[: None if name in entries() else 1]:
+            with fitting(name):
+                step, fact = prepare(name, backend, args)
+                steps.append(step)
+                facts.append(fact)
+    with fitting(group):
+        readings = time_in_turn(steps, args.device, args.repeats)
+        times = compare(readings, args.batch_size)
+        rows = [shared | fact | measured for fact, measured in zip(facts, times, strict=True)]
+    if not rows:
+        return rows
+    console = Console(markup=False, emoji=False)
+    console.print(as_table(rows))
+    for row, step in zip(rows, steps, strict=True) if args.profile else ():
+        console.print(as_profile(label(row), profile(step, args.device), args.profile))
+    if args.output is not None:
+        append(args.output, rows, COLUMNS)
+    return rows
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__)
     add = parser.add_argument
@@ -204,8 +271,14 @@ def make_parser() -> argparse.ArgumentParser:
     modes = ("infer", "finetune", "pretrain")
     what = f"training includes the AdamW step; of pretraining only the {DEFAULT_OBJECTIVE} objective is timed"
     add("--mode", choices=modes, default=modes[0], help=what)
-    add("--batch-size", type=positive, default=8)
-    add("--img-size", type=positive, help=f"pixels; default: each model's own, {PRETRAIN_IMG_SIZE} for pretrain")
+    numbers: dict[str, Any] = {"type": positive, "nargs": "+", "metavar": "N"}
+    add("--batch-size", **numbers, help=f"one or several; default: {DEFAULT_BATCH_SIZE}")
+    own = f"one or several, in pixels; default: each model's own, {PRETRAIN_IMG_SIZE} for pretrain"
+    add("--img-size", **numbers, help=own)
+    ranges = " or ".join(f"{name} {values[0]} to {values[-1]}" for name, values in SWEEPS.items())
+    batch = f"{FULL_BATCH_SIZE['cuda']} images on a GPU and {FULL_BATCH_SIZE['cpu']} on the CPU"
+    fewer = f"a sweep of image sizes has batches of as many pixels as {batch} of {SWEEPS['img-size'][0]} pixels"
+    add("--sweep", choices=list(SWEEPS), help=f"time {ranges}, unless other numbers are given; {fewer}")
     add("--device", choices=list(STEPS_PER_READING), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=list(DTYPES), default="fp32", help="infer casts the weights, training runs under autocast")
     add("--autocast", action="store_true", help="infer: keep fp32 weights and run under autocast too")
@@ -225,33 +298,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.models = args.models or DEFAULT_MODELS[: 1 if args.mode == "pretrain" else None]
     try:
         check(args)
-        print(f"timing {', '.join(args.models)}: {args.mode}, batch {args.batch_size}, {args.device}", file=sys.stderr)
-        backends = {name: args.scan_backend[: None if name in entries() else 1] for name in args.models}
-        built = [(name, *build(name, args), backend) for name in args.models for backend in backends[name]]
+        args.autocast |= args.dtype != "fp32" and args.mode != "infer"  # training keeps fp32 weights
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        args.threads = torch.get_num_threads()
+        groups = [{"img_size": size, "batch_size": batch} for size, batch in sizes_and_batches(args)]
+        timed = [measure(argparse.Namespace(**vars(args) | group)) for group in groups]
     except ValueError as error:
         parser.error(str(error))
-    args.autocast |= args.dtype != "fp32" and args.mode != "infer"  # training keeps fp32 weights
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()
-    shared = vars(args) | circumstances(args.device)
-    steps, rows = [], []
-    for name, model, img_size, backend in built:
-        try:
-            step, peak = prepare(model, img_size, backend, args)
-        except (AssertionError, ValueError, RuntimeError) as error:  # as timm and torch say what does not fit
-            parser.error(f"{name} does not run so: {error}")
-        steps.append(step)
-        taken = resolved(backend, args) if name in entries() else ""  # all of our models scan
-        rows.append(shared | {"model": name, "img_size": img_size, "scan_backend": taken, "peak_mib": peak})
-    readings = time_in_turn(steps, args.device, args.repeats)
-    rows = [row | measured for row, measured in zip(rows, compare(readings, args.batch_size), strict=True)]
-    console = Console(markup=False, emoji=False)
-    console.print(as_table(rows))
-    for row, step in zip(rows, steps, strict=True) if args.profile else ():
-        console.print(as_profile(label(row), profile(step, args.device), args.profile))
-    if args.output is not None:
-        append(args.output, rows, COLUMNS)
+    if not any(timed):
+        parser.error("nothing was timed: memory does not suffice for any model; type a smaller --batch-size")
 
 
 if __name__ == "__main__":

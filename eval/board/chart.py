@@ -13,15 +13,16 @@ def speed_chart(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
 
     Args:
         rows: of `python -m eval.throughput`; of compiled inference, those of the device that was used last count, and
-            of a size the last run that timed both models.
+            of a size the largest batch of which both models were timed in one run, and of it the last one.
     """
     timed = [row for row in rows if row["mode"] == "infer" and row["compile"] == "True"]
     device = timed[-1]["device"] if timed else ""
     alike = [row for row in timed if row["device"] == device]
-    runs: dict[tuple[str, int], dict[str, float]] = {}
-    for row in alike:  # a run's rows have one date
-        runs.setdefault((row.get("date", ""), int(row["img_size"])), {})[row["model"]] = float(row["img_per_s"])
-    both = {size: run for (_, size), run in runs.items() if MODEL in run and PEER in run}
+    runs: dict[tuple[int, int, str], dict[str, float]] = {}
+    for row in sorted(alike, key=lambda row: int(row["batch_size"])):  # a run's rows have one date
+        run = (int(row["img_size"]), int(row["batch_size"]), row.get("date", ""))
+        runs.setdefault(run, {})[row["model"]] = float(row["img_per_s"])
+    both = {size: run for (size, *_), run in runs.items() if MODEL in run and PEER in run}
     sizes = sorted(both)
     ratios = {size: both[size][MODEL] / both[size][PEER] for size in sizes}
     top = max([1.0, *ratios.values()]) * 1.2

@@ -15,7 +15,7 @@ import pytest
 
 from eval import __main__ as program
 from eval import leaderboard, tables
-from eval.board import chart, columns, entries
+from eval.board import chart, columns, curves, entries
 from hub import catalog
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
@@ -461,10 +461,90 @@ def test_peak_memory_is_shown_where_it_was_taken() -> None:
     assert columns.SPEEDS["peak MiB"]({"peak_mib": ""}) == columns.SPEEDS["peak MiB"]({}) == "-"
 
 
+def speeds_of(model: str, *figures: tuple[int, int, float, str], **others: str) -> list[dict[str, str]]:
+    """Rows of image size, batch size, images per second and MiB at the peak."""
+    way = {
+        "model": model,
+        "mode": "infer",
+        "dtype": "bf16",
+        "compile": "True",
+        "device": "A GPU",
+        "date": "2026-11-29T",
+    }
+    names = ("img_size", "batch_size", "img_per_s", "peak_mib")
+    return [way | dict(zip(names, map(str, row), strict=True)) | others for row in figures]
+
+
+def test_curves_are_of_what_was_timed_at_several_places() -> None:
+    rows = [
+        *speeds_of("arm", (224, 8, 500, "80"), (448, 2, 100, ""), (224, 2, 200, "40"), scan_backend="cuda"),
+        *speeds_of("arm", (224, 8, 1000, "96"), scan_backend="cuda"),  # newer
+        *speeds_of("vit", (224, 8, 2000, "64"), (448, 2, 125, "")),
+        *speeds_of("once", (224, 8, 1, "1")),
+        *speeds_of("arm", (224, 8, 1, "1"), mode="finetune"),
+    ]
+    by_size, by_batch = sorted(curves.curves(rows), key=lambda panel: -len(panel["lines"]))
+    assert by_size["way"] == by_batch["way"] == "infer, A GPU, bf16, compiled, measured"
+    assert (by_size["axis"], by_batch["axis"]) == ("image size in pixels", "batch size at 224 pixels")
+    assert {line["name"]: [(p["at"], p["ms"]) for p in line["points"]] for line in by_size["lines"]} == {
+        "arm (cuda)": [(224, 1), (448, 10)],
+        "vit": [(224, 0.5), (448, 8)],
+    }
+    [line] = by_batch["lines"]
+    assert [(p["at"], p["ms"], p["mib"]) for p in line["points"]] == [(2, 5, 20), (8, 1, 12)]
+    what = "224 pixels, batch 8: 1.000 ms per image, 1,000.0 images per second, 12.0 MiB per image"
+    assert (line["points"][1]["text"], line["points"][1]["date"]) == (what, "2026-11-29")
+    assert curves.curves([]) == curves.curves(speeds_of("once", (224, 8, 1, "1"))) == []
+
+
+def test_curves_are_drawn_of_the_chosen_way(page: Page, made: Path) -> None:
+    rows = [
+        *speeds_of("arm", (224, 1, 100, "10"), (224, 2, 150, "15"), (448, 1, 30, "30")),
+        *speeds_of("vit", (224, 1, 100, ""), (224, 2, 150, "")),
+        *speeds_of("vit", (224, 1, 50, ""), (224, 2, 60, ""), mode="finetune"),
+    ]
+    tables.append(made / "curves.csv", rows, tuple(rows[0]))
+    assert leaderboard.main(["--folder", str(made), "--throughput", str(made / "curves.csv")]) == 0
+    assert "draws time and memory against image size and batch size" in (made / "LEADERBOARD.md").read_text()
+    page.open(made / "leaderboard.html", 390, 844)
+
+    def drawn() -> dict[str, list[int]]:
+        """Title of each panel -> number of marks of each of its lines."""
+        lines = "[...panel.querySelectorAll('.model')].map((line) => line.querySelectorAll('path').length)"
+        of_panel = f"[panel.querySelector('h3').textContent, {lines}]"
+        return dict(page.run(f"[...document.querySelectorAll('#curves section')].map((panel) => {of_panel})"))
+
+    time, memory, sizes, batches = *("Milliseconds", "Peak MiB"), "image size in pixels", "batch size at 224 pixels"
+    assert drawn() == {
+        f"{time} per image by {sizes}": [2],
+        f"{memory} per image by {sizes}": [2],
+        f"{time} per image by {batches}": [2, 2],
+        f"{memory} per image by {batches}": [2],
+    }
+    assert page.run("document.getElementById('curves').textContent").count("measured 2026-11-29") == 4
+    [label] = page.run("[...document.querySelectorAll('#curves section:first-child .model')].map((g) => g.ariaLabel)")
+    assert label.startswith("arm: 224 pixels, batch 2: 6.667 ms per image, 150.0 images per second")
+    heights = (
+        "[...document.querySelectorAll('#curves section:first-child path')].map((p) => p.getBoundingClientRect().y)"
+    )
+    small, large = page.run(heights)
+    assert small > large  # a larger image takes more time
+    way = "document.getElementById('way')"
+    page.run(f"{way}.value = 'finetune, A GPU, bf16, compiled, measured'; {way}.dispatchEvent(new Event('input'))")
+    assert drawn() == {f"{time} per image by {batches}": [2]}
+    assert page.run("document.getElementById('legend').textContent") == "vit"
+    assert page.run("document.documentElement.scrollWidth") <= 390
+
+
+def test_without_several_sizes_or_batches_there_are_no_curves(made: Path) -> None:
+    for name in ("leaderboard.html", "LEADERBOARD.md"):
+        assert "memory against image size" not in (made / name).read_text()
+
+
 def test_the_chart_compares_what_was_timed_together() -> None:
     def row(model: str, size: int, speed: float, device: str = "B", **others: str) -> dict[str, str]:
         facts = {"model": model, "img_size": str(size), "img_per_s": str(speed), "device": device}
-        return {**facts, "mode": "infer", "compile": "True", **others}
+        return {**facts, "mode": "infer", "compile": "True", "batch_size": "8", **others}
 
     rows = [
         row(chart.MODEL, 224, 1, "A"),
@@ -474,6 +554,7 @@ def test_the_chart_compares_what_was_timed_together() -> None:
         row(chart.PEER, 256, 1.0, mode="finetune"),
         row(chart.PEER, 256, 1.0, compile="False"),
         row(chart.MODEL, 512, 1.0, date="later"),
+        *(row(model, 512, 1.0, date="later", batch_size="1") for model in (chart.MODEL, chart.PEER)),
     ]
     drawn = chart.speed_chart(rows)
     assert drawn["device"] == "B"

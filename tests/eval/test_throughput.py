@@ -1,8 +1,10 @@
 """The throughput program: its table maths, its refusals and one tiny run; how fast anything is, no test asks."""
 
+import argparse
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_table_shows_milliseconds_and_speed() -> None:
     shared = dict.fromkeys(
         ("mode", "batch_size", "dtype", "autocast", "compile", "cuda_graphs", "device", "threads"), "x"
     )
-    shared |= dict.fromkeys(("torch", "timm", "repeats"), "x")
+    shared |= dict.fromkeys(("torch", "timm", "repeats", "img_size"), "x")
     [measured] = throughput.compare([[0.25]], batch_size=8)
     row = {"model": "some_model", "scan_backend": "numba", "peak_mib": 2048.4, **measured, **shared}
     console = Console(width=80)
@@ -61,7 +63,7 @@ def test_run_writes_csv(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture
     throughput.main(["--models", "arm_tiny_patch16_224", "test_vit", "--mode", mode, "--output", str(file), *TINY])
     printed = capsys.readouterr()
     assert "arm_tiny_patch16_224" in printed.out
-    assert printed.err.startswith(f"timing arm_tiny_patch16_224, test_vit: {mode}, batch 1, cpu\n")
+    assert printed.err.startswith(f"timing arm_tiny_patch16_224, test_vit: {mode}, 32 pixels, batch 1, cpu\n")
     with file.open(newline="") as text:
         ours, peer = csv.DictReader(text)
     assert (ours["model"], ours["mode"], ours["img_size"]) == ("arm_tiny_patch16_224", mode, "32")
@@ -188,9 +190,66 @@ def test_rows_are_added(suffix: str, tmp_path: Path) -> None:
     assert [str(row["batch_size"]) for row in rows] == ["1", "2"]
 
 
+@pytest.mark.parametrize(
+    "options, groups",
+    [
+        ("", [(None, 8)]),
+        ("--batch-size 4 --img-size 224 384", [(224, 4), (384, 4)]),
+        ("--sweep batch-size", [(None, 2**power) for power in range(9)]),
+        ("--sweep batch-size --img-size 512 --batch-size 3 5", [(512, 3), (512, 5)]),
+        ("--sweep img-size", list(zip(throughput.SWEEPS["img-size"], (8, 4, 2, 1, 1, 1, 1), strict=True))),
+        ("--sweep img-size --img-size 112 --batch-size 2", [(112, 2)]),
+    ],
+)
+def test_sweeps(options: str, groups: list[tuple[int | None, int]]) -> None:
+    args = throughput.make_parser().parse_args(["--device", "cpu", *options.split()])
+    assert throughput.sizes_and_batches(args) == groups
+
+
+def test_batches_of_larger_images_are_smaller() -> None:
+    sizes = throughput.SWEEPS["img-size"]
+    assert [throughput.filling_batch_size(size, "cuda") for size in sizes] == [256, 128, 64, 32, 16, 8, 4]
+
+
+def test_a_sweep_leaves_out_what_memory_does_not_suffice_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two models and two sizes here the larger size of the second one; ratios are within a size."""
+    file = tmp_path / "speed.csv"
+    prepare = throughput.prepare
+
+    def prepare_in_little_memory(name: str, backend: str, args: argparse.Namespace) -> tuple[throughput.Step, Any]:
+        if name == "test_resnet" and args.img_size == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return prepare(name, backend, args)
+
+    monkeypatch.setattr(throughput, "prepare", prepare_in_little_memory)
+    sweep = ["--models", "test_vit", "test_resnet", *TINY, "--sweep", "img-size", "--img-size", "64", "32"]
+    throughput.main([*sweep, "--output", str(file)])
+    table = csv.DictReader(file.read_text().splitlines())
+    rows = [(row["model"], row["img_size"], float(row["ratio"])) for row in table]
+    assert [row[:2] for row in rows] == [("test_vit", "64"), ("test_vit", "32"), ("test_resnet", "32")]
+    assert rows[0][2] == rows[2][2] == 1
+    printed = capsys.readouterr()
+    assert "infer, 64 pixels, batch 1, " in printed.out and "infer, 32 pixels, batch 1, " in printed.out
+    assert "test_resnet is left out: memory ran out" in printed.err
+    assert "nothing was timed: memory does not suffice" in refusal(
+        capsys, "--models", "test_resnet", *TINY, "--img-size", "64"
+    )
+
+
+def test_memory_may_run_out_in_turn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run_out(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(throughput, "time_in_turn", run_out)
+    refused = refusal(capsys, "--models", "test_vit", *TINY)
+    assert "infer, 32 pixels, batch 1, cpu is left out: memory ran out" in refused
+
+
 def test_what_the_scans_ran_on_is_told() -> None:
-    assert throughput.label({"model": "arm_a", "scan_backend": "torch"}) == "arm_a (torch)"
-    assert throughput.label({"model": "vit", "scan_backend": ""}) == "vit"
+    assert tables.label({"model": "arm_a", "scan_backend": "torch"}) == "arm_a (torch)"
+    assert tables.label({"model": "vit", "scan_backend": ""}) == tables.label({"model": "vit"}) == "vit"
 
 
 def test_autocast_is_for_16_bits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,3 +344,13 @@ def test_memory_is_read_on_a_gpu(tmp_path: Path) -> None:
     throughput.main(["--models", "test_vit", "--output", str(file), *TINY, "--device", "cuda"])
     [row] = json.loads(file.read_text())
     assert row["peak_mib"] > 0
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_take_the_memory_of_their_kernels_and_of_the_images(tmp_path: Path) -> None:
+    options = ["--models", "test_vit", "--img-size", "160", "--batch-size", "64", "--repeats", "1"]
+    options += ["--device", "cuda", "--compile", "--output", str(tmp_path / "speed.json")]
+    for more in ([], ["--cuda-graphs"]):
+        throughput.main([*options, *more])
+    launched, replayed = (row["peak_mib"] for row in json.loads((tmp_path / "speed.json").read_text()))
+    assert launched - 1 < replayed < launched + 64 * 3 * 160 * 160 * 4 / 2**20 + 4
