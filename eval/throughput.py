@@ -147,8 +147,7 @@ def training_step(model: nn.Module, images: torch.Tensor, args: argparse.Namespa
 def prepare(name: str, backend: str, args: argparse.Namespace) -> tuple[Step, Row]:
     """A step of a model on its device, after the first, slow ones, and what its row says of it.
 
-    Peak memory is None on the CPU. CUDA graphs are recorded in the second step, whose memory torch counts; when they
-    are replayed, it would count nothing.
+    Peak memory is None on the CPU and with CUDA graphs, whose replayed steps allocate nothing that torch would count.
     """
     clear_device_cache(garbage_collection=True)  # of models that were timed before or did not fit
     cuda = args.device == "cuda"
@@ -162,11 +161,12 @@ def prepare(name: str, backend: str, args: argparse.Namespace) -> tuple[Step, Ro
     make_step = inference_step if args.mode == "infer" else training_step
     step = scan_backend(backend)(make_step(model, images, args))
     step()  # compiles
-    if cuda:
+    counted = cuda and not args.cuda_graphs
+    if counted:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM_UP_STEPS - 1):
         step()
-    peak = (torch.cuda.max_memory_allocated() - others) / 2**20 if cuda else None
+    peak = (torch.cuda.max_memory_allocated() - others) / 2**20 if counted else None
     taken = resolved(backend, args) if name in entries() else ""  # all of our models scan
     return step, {"model": name, "img_size": img_size, "scan_backend": taken, "peak_mib": peak}
 
