@@ -1,9 +1,10 @@
-"""The models at the command line: list and describe them, classify images, run other programs with them registered.
+"""The models at the command line: list and describe them, classify images, show what a model sees, run other programs.
 
 python -m arm_zoo list
 python -m arm_zoo info arm_base_patch16_224
 python -m arm_zoo predict cat.jpg dog.png --model arm_tiny_patch4_32
 python -m arm_zoo predict FOLDER_OF_IMAGES --model FOLDER_OF_A_MODEL
+python -m arm_zoo see cat.jpg --model arm_tiny_patch8_64
 python -m arm_zoo run validate.py --model arm_tiny_patch8_64 ...
 """
 
@@ -21,17 +22,27 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.data import ImageNetInfo, create_transform, resolve_input_data_config
+from PIL import Image
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageNetInfo,
+    create_transform,
+    resolve_data_config,
+    resolve_input_data_config,
+)
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.command_line import one_line, positive, usable_device
-from arm_zoo.files import CheckpointError
+from arm_zoo.files import CheckpointError, replacing_files
 from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, contents, left_out
-from arm_zoo.loading import entries, label_names, load, unknown_model
+from arm_zoo.loading import Loaded, entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
 from arm_zoo.pretraining._registry import PretrainingModel
+from arm_zoo.see.panels import panels
+from arm_zoo.see.sheet import draw
 from arm_zoo.weights.find import whereabouts
 from arm_zoo.weights.hosted import TABLE, Weights
 
@@ -109,11 +120,9 @@ def run_predict(args: argparse.Namespace) -> int:
     """Print the most probable classes of every image; 1 if an image could not be read."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    model = load_classifier(args.model, args.weights).to(args.device).eval()
-    data_config = resolve_input_data_config(model)
-    channels = data_config["input_size"][0]
-    if channels not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
+    loaded = load_model(args.model, args.weights)
+    model = as_classifier(loaded.model, args.weights or args.model).to(args.device).eval()
+    data_config = preprocessing(loaded)
     transform = create_transform(**data_config)
     names = class_names(model)
     status = 0
@@ -125,9 +134,7 @@ def run_predict(args: argparse.Namespace) -> int:
             if os.path.isdir(path):  # as is left where one holds no images
                 endings = ", ".join(IMAGE_ENDINGS)
                 raise FileNotFoundError(f"{path}: no images in this folder; their names end in {endings}")
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such file or folder")
-            image = decode_image(path, path, "L" if channels == 1 else "RGB")
+            image = open_image(path, data_config)
         except (FileNotFoundError, UndecodableImage) as error:
             print(one_line(error), file=sys.stderr)
             status = 1
@@ -140,17 +147,67 @@ def run_predict(args: argparse.Namespace) -> int:
     return status
 
 
-def load_classifier(source: str | None, weights: Path | None) -> Any:
-    """The model that was asked for; see `arm_zoo.loading.load`, which refuses what is no model."""
+def run_see(args: argparse.Namespace) -> int:
+    """Draw what a model sees in an image into a PNG, and print what does not apply to the model."""
+    loaded = load_model(args.model, args.weights)
+    model, data_config = loaded.model.to(args.device).eval(), preprocessing(loaded)
+    if args.img_size is not None:
+        data_config["input_size"] = (data_config["input_size"][0], args.img_size, args.img_size)
+        if hasattr(model, "set_input_size"):  # others take any size, or say which they take
+            model.set_input_size(img_size=args.img_size)
+    image = create_transform(**data_config)(open_image(args.image, data_config))[None].to(args.device)
+    try:
+        shown, missing = panels(model, image, data_config["mean"], data_config["std"], args.patch, args.layer)
+    except AssertionError as error:  # as timm's models refuse a size
+        raise ValueError(f"the model takes no image of {_by(*image.shape[2:])} pixels: {error}") from error
+    with replacing_files(args.output.parent) as beside:
+        draw(shown).save(beside / args.output.name, "PNG")
+    print(f"{args.output}: {', '.join(panel.title for panel in shown)}")
+    for reason in missing:
+        print(f"left out: {reason}")
+    return 0
+
+
+def load_model(source: str | None, weights: Path | None) -> Loaded:
+    """The model that was asked for, as `arm_zoo.loading.load` gives it."""
     where = weights or source
     if where is None:
         raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
-    model = load(source or where, weights if source else None).model
+    return load(source or where, weights if source else None)
+
+
+def as_classifier(model: Any, where: str | Path) -> Any:
+    """The model itself; a CheckpointError, with the place that it came from, if it cannot classify."""
     if isinstance(model, PretrainingModel):
         raise CheckpointError(f"{where} holds a pretraining model, which has no classifier head; finetune it first")
     if not model.num_classes:
         raise CheckpointError(f"{where} has no classifier head; finetune it first")
     return model
+
+
+def preprocessing(loaded: Loaded) -> dict[str, Any]:
+    """How a model's images are prepared, in timm's terms: for a pretraining model with the statistics saved beside it.
+
+    Without these they are ImageNet's.
+    """
+    model = loaded.model
+    if isinstance(model, PretrainingModel):
+        size = model.input_size()
+        usual = {"mean": IMAGENET_DEFAULT_MEAN[: size[0]], "std": IMAGENET_DEFAULT_STD[: size[0]], "crop_pct": 1.0}
+        saved = loaded.config.get("pretrained_cfg") or {}
+        config = resolve_data_config(pretrained_cfg={**usual, **saved, "input_size": size})
+    else:
+        config = resolve_input_data_config(model)
+    if (channels := config["input_size"][0]) not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
+    return config
+
+
+def open_image(path: str, data_config: dict[str, Any]) -> Image.Image:
+    """The image of a file, in grey for models of one channel."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return decode_image(path, path, "L" if data_config["input_size"][0] == 1 else "RGB")
 
 
 def class_names(model: Any) -> list[str]:
@@ -205,6 +262,23 @@ def _is_of_program(error: Exception) -> bool:
     return any(module.partition(".")[0] not in _SEARCH for module in modules)
 
 
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """What `load_model` takes, and where the model runs."""
+    command.add_argument(
+        "--model",
+        help="an entry, as `list` shows it; or a model of your own: a folder with config.json, a .safetensors or .pth "
+        "file, hf-hub:ORG/NAME or local-dir:FOLDER",
+    )
+    command.add_argument(
+        "--weights",
+        metavar="FILE",
+        type=Path,
+        help="a .safetensors or .pth, of this project or the authors, or a folder, in place of the weights that the "
+        "package or the Hub has for the entry; alone, the same as --model FILE",
+    )
+    command.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ... (%(default)s)")
+
+
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m arm_zoo",
@@ -226,20 +300,31 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "images", metavar="IMAGE", nargs="+", help="an image that Pillow reads, or a folder for all in and below it"
     )
-    command.add_argument(
-        "--model",
-        help="an entry, as `list` shows it; or a model of your own: a folder with config.json, a .safetensors or .pth "
-        "file, hf-hub:ORG/NAME or local-dir:FOLDER",
-    )
-    command.add_argument(
-        "--weights",
-        metavar="FILE",
-        type=Path,
-        help="a .safetensors or .pth, of this project or the authors, or a folder, in place of the weights that the "
-        "package or the Hub has for the entry; alone, the same as --model FILE",
-    )
+    add_model_options(command)
     command.add_argument("--top", metavar="K", type=positive, default=5, help="classes to print (%(default)s)")
-    command.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ... (%(default)s)")
+
+    command = commands.add_parser("see", help="draw what a model sees in an image, the work of its scans too")
+    command.set_defaults(run=run_see)
+    command.add_argument("image", metavar="IMAGE", help="an image that Pillow reads")
+    add_model_options(command)
+    command.add_argument(
+        "--patch",
+        metavar=("ROW", "COLUMN"),
+        nargs=2,
+        type=int,
+        help="whose receptive field and attention are drawn, in the map of features and from 0 (the centre)",
+    )
+    command.add_argument(
+        "--layer",
+        metavar="N",
+        type=int,
+        default=-1,
+        help="the block, or of models with maps of several sizes the stage: 0 is the first, -1 the last (%(default)s)",
+    )
+    command.add_argument(
+        "--img-size", metavar="PIXELS", type=positive, help="the side of the square that it gets (the model's own)"
+    )
+    command.add_argument("--output", metavar="FILE", type=Path, default="see.png", help="PNG to write (%(default)s)")
 
     command = commands.add_parser(
         "run",

@@ -30,7 +30,7 @@ RANKS = (
     ("models/_sequence",),
     ("models",),
     ("pretraining",),
-    ("identify",),
+    ("identify", "see"),
     ("loading",),
     ("__init__",),
     ("__main__", "onnx"),

@@ -22,7 +22,10 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 import arm_zoo
-from arm_zoo.__main__ import main
+from arm_zoo.__main__ import main, preprocessing
+from arm_zoo.files import save_model
+from arm_zoo.loading import load
+from arm_zoo.see.sheet import draw
 from arm_zoo.weights import hosted
 from arm_zoo.weights.tensor_names import to_official
 
@@ -246,6 +249,97 @@ def test_wordnet_numbers_are_told_in_words(image_file: Path, capsys: pytest.Capt
 def test_top_is_at_most_all_classes(colour_folder: Path, image_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(image_file), "--model", TINY, "--weights", str(colour_folder), "--top", "9"]) == 0
     assert sorted(name for _, name in answers(capsys.readouterr().out)) == ["ant", "bee", "cat", "dog"]
+
+
+# see
+
+
+def test_see_draws_what_a_model_sees(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["see", str(image_file), "--model", "arm_tiny_patch8_64"]
+    pictures = []
+    for name, patch in (("a.png", []), ("b.png", ["--patch", "3", "3"]), ("c.png", ["--patch", "6", "1"])):
+        assert main([*options, *patch, "--output", str(tmp_path / "out" / name)]) == 0
+        pictures.append(np.asarray(Image.open(tmp_path / "out" / name)))
+    written, left_out = capsys.readouterr().out.splitlines()[:2]
+    assert written == (
+        f"{tmp_path / 'out' / 'a.png'}: image, features, effective receptive field, attention of the scan, scan: row, "
+        "scan: row reversed, scan: column, scan: column reversed"
+    )
+    assert left_out == "left out: predicted clusters: this is no pretraining model"
+    assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()  # without it, the centre's
+
+
+def test_see_shows_the_image_as_the_model_gets_it(
+    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of timm's own models too: here the middle of the image, in whose panel a pixel is a square of 17 or 18."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, depth=1)
+    save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
+    assert main(["see", str(image_file), "--model", str(tmp_path / "vit"), "--output", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "left out: attention and directions of the scan: VisionTransformer has none\n" in out
+    squares = np.asarray(Image.open(tmp_path / "a.png"))[66:, 18:][:280, :280][26:254:18, 26:254:18]
+    assert squares.shape == (13, 13, 3)
+    config = resolve_input_data_config(model)
+    pixels = create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(Image.open(image_file))
+    at = (np.arange(26, 254, 18) * 16 // 280).tolist()
+    expected = (pixels[:, at][:, :, at].permute(1, 2, 0).numpy() * 255).round()
+    assert np.abs(squares.astype(int) - expected).max() <= 1
+
+
+def test_see_takes_pretraining_models(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the statistics that were saved beside the weights."""
+    model = arm_zoo.create_pretraining_model("arm_pico")
+    config = {**model.hub_config(), "pretrained_cfg": {"mean": [0.3], "std": [0.4]}}
+    save_model(tmp_path / "own", model.state_dict(), config)
+    assert main(["see", str(image_file), "--model", str(tmp_path / "own"), "--output", str(tmp_path / "a.png")]) == 0
+    assert "a.png: image, predicted clusters, features, " in capsys.readouterr().out
+    prepared = preprocessing(load(tmp_path / "own"))
+    assert (prepared["input_size"], [*prepared["mean"]], [*prepared["std"]]) == ((1, 8, 8), [0.3], [0.4])
+    model.save_pretrained(tmp_path / "bare")
+    assert [*preprocessing(load(tmp_path / "bare"))["mean"]] == [0.485]  # ImageNet's, of one channel
+
+
+@pytest.mark.parametrize("name, arguments, grid", [
+    ("arm_pico_patch2_8", {"in_chans": 3}, "8x8"),
+    ("vmamba_tiny_s1l8", {"embed_dim": 16, "depths": (1,)}, "4x4"),
+    ("vit_tiny_patch16_224", {"depth": 1}, "1x1"),
+    ("resnet10t", {}, "1x1"),
+])  # fmt: skip
+def test_see_takes_other_sizes(
+    name: str, arguments: dict[str, Any], grid: str, image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a new size of position embeddings, or because the model takes any."""
+    save_for_hf(timm.create_model(name, **arguments), str(tmp_path / "own"), safe_serialization=True)
+    notes: list[str] = []
+    monkeypatch.setattr("arm_zoo.__main__.draw", lambda shown: notes.extend(p.note for p in shown) or draw(shown))
+    options = ["--model", str(tmp_path / "own"), "--img-size", "16", "--output", str(tmp_path / "a.png")]
+    assert main(["see", str(image_file), *options]) == 0
+    assert notes[:2] == ["as the model gets it, 16x16", f"first three principal components, {grid}"]
+
+
+def test_see_says_which_size_is_none(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_for_hf(timm.create_model("cait_xxs24_224", depth=1), str(tmp_path / "cait"), safe_serialization=True)
+    options = ["see", image_file, "--img-size", "20", "--output", tmp_path / "a.png", "--model"]
+    said = mistake(capsys, *options, tmp_path / "cait")
+    assert "the model takes no image of 20x20 pixels: Input height (20) doesn't match model (224)" in said
+    said = mistake(capsys, *options, "arm_tiny_patch8_64")
+    assert "image size (20, 20) is not tiled by patches of (8, 8)" in said
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--patch", "8", "0"], "no patch in row 8 and column 0: the map of features has rows 0 to 7 and columns 0 to 7"),
+    (["--layer", "12"], "no layer 12: the model has the layers 0 to 11, or -12 to -1"),
+])  # fmt: skip
+def test_see_refuses_in_one_line(
+    options: list[str], message: str, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.png"
+    said = mistake(capsys, "see", image_file, "--model", "arm_tiny_patch8_64", "--output", output, *options)
+    assert message in said and not output.exists()
+    assert "nowhere.png: no such file or folder" in mistake(
+        capsys, "see", "nowhere.png", "--model", "arm_tiny_patch8_64"
+    )
 
 
 # which model
@@ -644,3 +738,13 @@ def test_predict_on_a_gpu(digits_folder: Path, image_file: Path, capsys: pytest.
         assert main([*options, "--device", device]) == 0
     found = answers(capsys.readouterr().out)
     assert dict(map(reversed, found[:10])) == pytest.approx(dict(map(reversed, found[10:])), abs=0.11)
+
+
+@pytest.mark.gpu
+def test_see_on_a_gpu(image_file: Path, tmp_path: Path) -> None:
+    pictures = []
+    for device in ("cpu", "cuda"):
+        options = ["--model", "arm_tiny_patch8_64", "--device", device, "--output", str(tmp_path / f"{device}.png")]
+        assert main(["see", str(image_file), *options]) == 0
+        pictures.append(np.asarray(Image.open(tmp_path / f"{device}.png")).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1
