@@ -242,6 +242,7 @@ def check_cropped_by_the_kernel(folder: Path) -> None:
     torch.testing.assert_close(expected.images, kept.images, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kept_images_are_cropped_by_the_kernel(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="no triton in this build of torch")
     write(tmp_path / "train", one_size=False)
