@@ -25,6 +25,7 @@ from recipes.errors import RunError, reporting_mistakes
 from recipes.probing.backbone import load_backbone
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import extract
+from recipes.probing.outputs import arrays_of
 from recipes.probing.protocols import PROTOCOLS, arrays_for, chosen
 from recipes.probing.scores import Score
 
@@ -48,7 +49,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", state.local_process_index) if on_gpu else torch.device("cpu")
     model = model.eval().to(device)
-    wanted = arrays_for(protocols, config.features)
+    wanted = arrays_for(protocols, config.features, arrays_of(model))
     train = extract(model, source.train, inputs, config, "training", wanted)
     test = extract(model, source.test, inputs, config, "validation", wanted)
     scores = []
@@ -102,7 +103,7 @@ def show(result: Mapping[str, Any]) -> None:
     table = Table("protocol", "features", "settings", "top-1", "95% interval", box=None, pad_edge=False)
     for row in result["scores"]:
         ends = f"{row['low']:.2f} to {row['high']:.2f}"
-        table.add_row(PROTOCOLS[row["protocol"]].does, row["features"], row["settings"], f"{row['top1']:.2f}%", ends)
+        table.add_row(row["protocol"], row["features"], row["settings"], f"{row['top1']:.2f}%", ends)
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
@@ -119,9 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = command_line.read_config(parser, ProbeConfig, None, arguments.overrides)
     with reporting_mistakes(parser.prog):
         result = probe(arguments.weights, config)
-    if PartialState().is_main_process:
-        show(result)
-        print(f"{result['images_test']:,} images; wrote {config.output}")
+        if PartialState().is_main_process:
+            show(result)
+            print(f"{result['images_test']:,} images; wrote {config.output}")
+        PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("data/splits", "parsing", "signals"),
         ("config", "errors"),
         ("data",),
-        ("first_run", "training"),
+        ("first_run", "probing", "training"),
         ("command_line", "objectives"),
         ("training/setup",),
         ("cost", "finetune", "kill_test", "pretrain", "probe"),

@@ -43,10 +43,11 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
             "with values as it takes them"
         ) from error
     inputs = resolve_model_data_config(model)
-    if (side := config.model_args.get("img_size")) is not None:  # which timm does not tell in its configuration
-        inputs["input_size"] = (inputs["input_size"][0], *to_2tuple(side))
+    channels, *sides = inputs["input_size"]  # of the configuration, where timm does not put what it is asked for
+    asked = config.model_args.get("in_chans", channels), *to_2tuple(config.model_args.get("img_size", sides))
+    inputs["input_size"] = asked
     if own := said.get("pretraining_model"):
         inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
-    if own or (weights.exists() and not said):  # an entry's own configuration tells them
+    if own or (weights.exists() and not said) or channels != asked[0]:  # an entry's own configuration tells them
         del inputs["mean"], inputs["std"]
     return model, inputs

@@ -53,8 +53,6 @@ class Extracted(NamedTuple):
 
     def of(self, name: str) -> Features:
         """Features by their name, a key of FEATURES or PATCHES; RunError if some are not finite numbers."""
-        if name not in (*self.names, *self.arrays):
-            raise RunError(f"the model gives no features={name}; allowed: {', '.join(self.names)}")
         array, whole = FEATURES.get(name, (name, True))
         values, classes = self.arrays[array], self.classes
         if self.rows is not None:
@@ -75,15 +73,14 @@ def extract(
     """
     rows = shapes(model, inputs["input_size"])
     width = rows.get(PATCHES, rows["pooled"])[-1]
-    names = [name for name in wanted if name in rows]
-    make = Extraction(model, split, inputs, config, purpose, names)
+    make = Extraction(model, split, inputs, config, purpose, wanted)
     if not isinstance(split, ImageTable):
         arrays, classes, skipped = gathered(make(ScoringOrder(split, config.batch, 0, 1)))
         rows_kept = None
     else:
         listing, classes = listed(split)
         made_of = {**make.identity(), "listing_sha256": listing}
-        store = Store(Path(config.cache), made_of, len(split), {name: rows[name] for name in names})
+        store = Store(Path(config.cache), made_of, len(split), {name: rows[name] for name in wanted})
         state, missing = PartialState(), store.missing()
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
         todo = [[Key(0, place, None) for place in batch] for batch in batches if missing[batch].any()]

@@ -1,12 +1,14 @@
 """The protocols by name: a file each, which gives a function `score`, and a row here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
+from recipes.errors import RunError
 from recipes.parsing import ConfigError
-from recipes.probing import knn, linear
+from recipes.probing import few_shot, knn, linear, logistic
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted
 from recipes.probing.outputs import FEATURES
@@ -23,6 +25,8 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "knn": Protocol("k-NN", knn.score),
+    "logistic": Protocol("logistic regression", logistic.score),
+    "few_shot": Protocol("nearest class mean of 1, 5 and 10 labels a class", few_shot.score),
     "linear": Protocol("linear classifiers, the best of a grid", linear.score, ("pooled", "token", "average")),
 }
 
@@ -36,7 +40,13 @@ def chosen(names: str) -> list[str]:
     return [name for name in PROTOCOLS if name in words]
 
 
-def arrays_for(names: list[str], features: str) -> list[str]:
-    """The arrays that protocols take, the model's own pooling where it may have no others."""
-    taken = (PROTOCOLS[name].arrays for name in names)
-    return list(dict.fromkeys(array for arrays in taken for array in arrays or (FEATURES[features][0],)))
+def arrays_for(names: list[str], features: str, had: Collection[str]) -> list[str]:
+    """The arrays that protocols take, of those that the model has; RunError where it has no such features."""
+    taken = [PROTOCOLS[name].arrays for name in names]
+    own = FEATURES[features][0]
+    if None in taken and own not in had:
+        allowed = ", ".join(name for name, (array, _) in FEATURES.items() if array in had)
+        raise RunError(f"the model gives no features={features}; allowed: {allowed}")
+    return [
+        array for array in dict.fromkeys(chain.from_iterable(arrays or (own,) for arrays in taken)) if array in had
+    ]

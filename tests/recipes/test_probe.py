@@ -1,7 +1,11 @@
 """The command that scores frozen features, on small models of all kinds; the arithmetic of the costs."""
 
+import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,13 @@ from timm.models import save_for_hf
 import arm_zoo
 from arm_zoo import loading
 from arm_zoo.images.listing import SourceError
+from arm_zoo.models._sequence import SequenceBackbone
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
 from recipes.probe import ProbeConfig
+from recipes.probing import logistic
+from recipes.probing.protocols import PROTOCOLS
+from tests import ROOT
 from tests.helpers.images import write_folder
 
 TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1, "d_state": 2}
@@ -153,6 +161,53 @@ def test_damaged_images_are_counted_named_and_limited(
         file.write_bytes(b"gone")
     with pytest.raises(SystemExit, match="none of the 6 validation images can be decoded"):
         run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.99")
+
+
+def test_rows_of_all_protocols(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logistic, "GRID", (1.0, 10.0))
+    settings = ["data.source=digits", "data.workers=0", "device=cpu", "linear_epochs=2", "output=scores.csv"]
+    settings += ["model_args.img_size=16", "model_args.in_chans=1", "model_args.patch_size=8", "untrained=true"]
+    probe.main(["--weights", "test_vit", *settings, "protocols=all", "features=average"])
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["protocol"] for row in rows} == set(PROTOCOLS) and len(rows) == len(PROTOCOLS) + 3
+    assert {row["images_test"] for row in rows} == {"360"} and rows[0]["features"] == "average"
+    assert all(15 < float(row["top1"]) < 100 for row in rows)  # chance is 10
+    said = capsys.readouterr().out
+    assert all(f"{float(row['top1']):.2f}%" in said for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear"),
+        ("output=scores.txt", "output is scores.txt; allowed: a file that ends in .json or .csv"),
+        ("features=average_last4", "the model gives no features=average_last4; allowed: pooled"),
+        ("untrained=true", "unknown model 'pretraining_model0'"),
+    ],
+)
+def test_bad_settings_of_the_probe(
+    setting: str, message: str, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pretrained.parent)
+    monkeypatch.delattr(SequenceBackbone, "forward_intermediates")
+    digits = ["data.source=digits", "data.workers=0", "device=cpu", "protocols=knn"]
+    assert message in refusal("--weights", pretrained.name, *digits, setting)
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_scores(tmp_path: Path) -> None:
+    scores = []
+    for processes in (1, 2, 3):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        settings = ["data.source=digits", "data.workers=0", "device=cpu", "linear_epochs=2", "batch=100"]
+        settings += [f"cache={tmp_path / str(processes)}", f"output={tmp_path / f'{processes}.json'}"]
+        command = [*launcher, "-m", "recipes.probe", "--weights", "arm_pico_patch2_8", *settings, "protocols=all"]
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        scores.append(json.loads((tmp_path / f"{processes}.json").read_text()))
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_hours_by_hand() -> None:

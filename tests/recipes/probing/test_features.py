@@ -158,9 +158,3 @@ def test_other_images_have_another_listing(tmp_path: Path) -> None:
     [image, *_] = sorted((tmp_path / "train" / "a").iterdir())
     os.utime(image, ns=(0, 0))
     assert listing() != first
-
-
-def test_missing_features_are_told(model: Any, tmp_path: Path) -> None:
-    found = digits(model, tmp_path, ("pooled", "average"))
-    with pytest.raises(RunError, match="gives no features=token; allowed: pooled, average, average_last4"):
-        found.of("token")
