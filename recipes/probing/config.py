@@ -27,3 +27,4 @@ class ProbeConfig(Config):
     neighbours: int | None = limited(None, ONE_OR_MORE)  # of k-NN; null: 10, and 20
     temperature: float = limited(0.07, ABOVE_ZERO)  # of k-NN
     linear_epochs: int = limited(100, ONE_OR_MORE)
+    attentive_epochs: int = limited(20, ONE_OR_MORE)

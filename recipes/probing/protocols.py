@@ -8,10 +8,10 @@ import torch
 
 from recipes.errors import RunError
 from recipes.parsing import ConfigError
-from recipes.probing import few_shot, knn, linear, logistic
+from recipes.probing import attentive, few_shot, knn, linear, logistic
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted
-from recipes.probing.outputs import FEATURES
+from recipes.probing.outputs import FEATURES, PATCHES
 from recipes.probing.scores import Score
 
 
@@ -28,6 +28,7 @@ PROTOCOLS = {
     "logistic": Protocol("logistic regression", logistic.score),
     "few_shot": Protocol("nearest class mean of 1, 5 and 10 labels a class", few_shot.score),
     "linear": Protocol("linear classifiers, the best of a grid", linear.score, ("pooled", "token", "average")),
+    "attentive": Protocol("AIM's attentive probe of the patches", attentive.score, (PATCHES,)),
 }
 
 
@@ -47,6 +48,5 @@ def arrays_for(names: list[str], features: str, had: Collection[str]) -> list[st
     if None in taken and own not in had:
         allowed = ", ".join(name for name, (array, _) in FEATURES.items() if array in had)
         raise RunError(f"the model gives no features={features}; allowed: {allowed}")
-    return [
-        array for array in dict.fromkeys(chain.from_iterable(arrays or (own,) for arrays in taken)) if array in had
-    ]
+    wanted = dict.fromkeys(chain.from_iterable(arrays or (own,) for arrays in taken))
+    return [array for array in wanted if array in had]

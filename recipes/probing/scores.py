@@ -45,7 +45,9 @@ class Score:
     def of_images(cls, protocol: str, features: str, settings: dict[str, Any], right: int, images: int) -> Self:
         """By the images that are right; the interval is Wilson's."""
         ends = binomtest(right, images).proportion_ci(CONFIDENCE, "wilson")
-        return cls(protocol, features, settings, *(100 * part for part in (right / images, ends.low, ends.high)))
+        return cls(
+            protocol, features, settings, *(100 * float(part) for part in (right / images, ends.low, ends.high))
+        )
 
     def row(self) -> dict[str, Any]:
         """For tables."""

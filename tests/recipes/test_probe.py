@@ -168,11 +168,14 @@ def test_rows_of_all_protocols(
 ) -> None:
     monkeypatch.setattr(logistic, "GRID", (1.0, 10.0))
     settings = ["data.source=digits", "data.workers=0", "device=cpu", "linear_epochs=2", "output=scores.csv"]
+    settings += ["attentive_epochs=2"]
     settings += ["model_args.img_size=16", "model_args.in_chans=1", "model_args.patch_size=8", "untrained=true"]
     probe.main(["--weights", "test_vit", *settings, "protocols=all", "features=average"])
     with open(tmp_path / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["protocol"] for row in rows} == set(PROTOCOLS) and len(rows) == len(PROTOCOLS) + 3
+    assert {row["protocol"] for row in rows} == set(PROTOCOLS) and len(rows) == len(
+        PROTOCOLS
+    ) + 3  # of k-NN and few-shot several
     assert {row["images_test"] for row in rows} == {"360"} and rows[0]["features"] == "average"
     assert all(15 < float(row["top1"]) < 100 for row in rows)  # chance is 10
     said = capsys.readouterr().out
@@ -182,7 +185,7 @@ def test_rows_of_all_protocols(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear"),
+        ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear, attentive"),
         ("output=scores.txt", "output is scores.txt; allowed: a file that ends in .json or .csv"),
         ("features=average_last4", "the model gives no features=average_last4; allowed: pooled"),
         ("untrained=true", "unknown model 'pretraining_model0'"),
