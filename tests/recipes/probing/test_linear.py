@@ -54,7 +54,7 @@ def test_the_best_features_are_chosen_without_the_test_images() -> None:
     told[:, 0] = 1e3 + 1e-2 * classes
     train = extracted(classes, 4, token=noise, average=told)
     wrong = extracted(classes.roll(1), 4, token=noise, average=told)  # as if the test's classes were others
-    config = ProbeConfig(linear_epochs=20)
+    config = ProbeConfig(linear_epochs=8)
     [score] = linear.score(train, train, config, CPU)
     assert score.features in ("average", "average_last4") and score.top1 == 100 and score.low > 98
     [other] = linear.score(train, wrong, config, CPU)
