@@ -206,6 +206,7 @@ def test_processes_give_the_same_scores(tmp_path: Path) -> None:
     for processes in (1, 2, 3):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         settings = ["data.source=digits", "data.workers=0", "device=cpu", "linear_epochs=2", "batch=100"]
+        settings += ["attentive_epochs=1"]
         settings += [f"cache={tmp_path / str(processes)}", f"output={tmp_path / f'{processes}.json'}"]
         command = [*launcher, "-m", "recipes.probe", "--weights", "arm_pico_patch2_8", *settings, "protocols=all"]
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
