@@ -91,6 +91,15 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes, for weights of which no file is known."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def weights_in(folder: str | Path) -> Path:
     """The file with the weights in a folder: model.safetensors, or pytorch_model.bin where that is all there is."""
     for file in (Path(folder, WEIGHTS), Path(folder, PICKLED_WEIGHTS)):

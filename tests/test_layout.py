@@ -21,7 +21,7 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    ("command_line", "files", "images/jpeg", "images/listing", "ops/layout"),
+    ("command_line", "files", "heads", "images/jpeg", "images/listing", "ops/layout"),
     ("images", "ops", "weights/reading", "weights/releases"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),
     ("weights",),
@@ -51,7 +51,7 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("data/splits", "parsing", "signals"),
         ("config", "errors"),
         ("data",),
-        ("first_run", "training"),
+        ("first_run", "probing", "training"),
         ("command_line", "objectives"),
         ("training/setup",),
         ("cost", "finetune", "kill_test", "pretrain", "probe"),

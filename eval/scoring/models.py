@@ -1,6 +1,5 @@
 """Models to be scored, with the weights that the user named: never with weights drawn at random."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from timm.models import is_model_pretrained
 from torch import nn
 
 import arm_zoo
-from arm_zoo.files import sha256_of
+from arm_zoo.files import sha256_of, sha256_of_tensors
 from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknown_model
 from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.find import whereabouts
@@ -94,17 +93,8 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     if not num_classes:
         raise ValueError(f"{name} with {source} has no classifier head: finetune it first")
     names = label_names(getattr(model, "pretrained_cfg", {}), num_classes)
-    checksum = _sha256_of_tensors(model) if file is None else sha256_of(file)
+    checksum = sha256_of_tensors(model.state_dict()) if file is None else sha256_of(file)
     return Candidate(name, model.eval(), config, num_classes, names, source, checksum)
-
-
-def _sha256_of_tensors(model: nn.Module) -> str:
-    """Of what was loaded, for where timm does not say from which file: rows tell weights apart by it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -299,7 +299,8 @@ def test_error_in_a_worker_ends_the_probe(tmp_path: Path) -> None:
     model = timm.create_model("arm_pico_patch2_8", num_classes=0, embed_dim=16, depth=1, d_state=2)
     save_for_hf(model, str(tmp_path / "model"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     arguments = ["--weights", str(tmp_path / "model"), "data.source=digits", "data.workers=2", "device=cpu"]
-    with begun("probe", [*arguments, f"output={tmp_path / 'probe.json'}"], f"{LOST}data.Images.batch = fail") as run:
+    arguments += [f"output={tmp_path / 'probe.json'}", f"cache={tmp_path / 'features'}"]
+    with begun("probe", arguments, f"{LOST}data.Images.batch = fail") as run:
         code, printed = ending(run)
     assert code == 1 and printed.count("KeyError: 'lost'") == 1 and "Traceback" not in printed, printed
 

@@ -1,7 +1,11 @@
-"""k-NN and linear probe against hand computations and on a real pretrained model; the arithmetic of the costs."""
+"""The command that scores frozen features, on small models of all kinds; the arithmetic of the costs."""
 
+import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,41 +17,16 @@ from timm.models import save_for_hf
 import arm_zoo
 from arm_zoo import loading
 from arm_zoo.images.listing import SourceError
+from arm_zoo.models._sequence import SequenceBackbone
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
-from recipes.probe import Features, ProbeConfig, knn_top1, linear_top1
+from recipes.probe import ProbeConfig
+from recipes.probing import logistic
+from recipes.probing.protocols import PROTOCOLS
+from tests import ROOT
 from tests.helpers.images import write_folder
 
 TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1, "d_state": 2}
-
-
-def at(*degrees: float) -> torch.Tensor:
-    """Features on a circle; the radius, which must not matter, grows."""
-    return torch.tensor(
-        [[math.cos(math.radians(d)) * (n + 1), math.sin(math.radians(d)) * (n + 1)] for n, d in enumerate(degrees)]
-    )
-
-
-def test_knn_by_hand() -> None:
-    train = Features(at(0, 20, 24, 90), torch.tensor([2, 1, 1, 0]))
-    # From 8 degrees: cos 8 = 0.990 for class 2, cos 12 + cos 16 = 0.978 and 0.961 for class 1.
-    test = Features(at(8), torch.tensor([2]))
-    assert knn_top1(train, test, neighbours=1, temperature=0.07) == 100
-    votes = [math.exp(0.99027 / 0.07), math.exp(0.97815 / 0.07) + math.exp(0.96126 / 0.07)]
-    assert votes[1] > votes[0]  # so with three neighbours the two others win, unless the temperature is low
-    assert knn_top1(train, test, neighbours=3, temperature=0.07) == 0
-    assert knn_top1(train, test, neighbours=3, temperature=0.005) == 100
-    assert knn_top1(train, test, neighbours=50, temperature=0.07) == 0  # more than there are
-    both = Features(at(8, 22), torch.tensor([2, 1]))
-    assert knn_top1(train, both, neighbours=3, temperature=0.07) == 50
-
-
-@pytest.mark.parametrize("temperature", [0.01, 0.001, 1e-6, 1e-300])
-def test_knn_at_low_temperatures_is_the_nearest_one(temperature: float) -> None:
-    """exp(similarity / 0.01) overflows float32: the first class of equal infinities must not be the right one."""
-    train = Features(at(0, 20, 24, 90), torch.tensor([2, 0, 1, 0]))
-    assert knn_top1(train, Features(at(8, -3), torch.tensor([2, 2])), 3, temperature) == 100
-    assert knn_top1(train, Features(at(23, 95), torch.tensor([1, 0])), 4, temperature) == 100
 
 
 def test_features_that_are_not_numbers_are_no_score(pretrained: Path, tmp_path: Path) -> None:
@@ -56,34 +35,6 @@ def test_features_that_are_not_numbers_are_no_score(pretrained: Path, tmp_path: 
     save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     with pytest.raises(SystemExit, match="features of 1437 of 1437 training images are not finite numbers"):
         run(tmp_path / "backbone", tmp_path / "probe.json")
-
-
-def test_a_class_without_training_images_is_never_predicted() -> None:
-    train = Features(at(0, 90), torch.tensor([0, 1]))
-    assert knn_top1(train, Features(at(5, 85, 40), torch.tensor([0, 1, 2])), 1, 0.07) == pytest.approx(200 / 3)
-
-
-def test_linear_probe_separates_what_is_separable() -> None:
-    generator = torch.Generator().manual_seed(0)
-    classes = torch.arange(3).repeat(100)
-    centres = torch.tensor([[10.0, 0, 0], [10.0, 1, 0], [10.0, 0, 1]])  # far from 0 and close to each other
-    values = centres[classes] + 0.05 * torch.randn(300, 3, generator=generator)
-    values[:, 1:] *= 1e-3  # scales that differ by far
-    train, test = Features(values[:240], classes[:240]), Features(values[240:], classes[240:])
-    score, rate = linear_top1(train, test, epochs=20, seed=0)
-    assert score == 100 and rate in probe.RATES
-    shuffled = classes[torch.randperm(300, generator=generator)]
-    assert linear_top1(Features(values[:240], shuffled[:240]), test, epochs=2, seed=0)[0] < 70
-
-
-def test_all_rates_start_at_zero_and_learn_apart() -> None:
-    train = Features(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]))
-    both = probe.fit_linear(train, 2, [0.1, 1.0], epochs=1, seed=0)
-    [alone] = probe.fit_linear(train, 2, [1.0], epochs=1, seed=0)
-    # One step from zero: the gradient of the weight is +-0.5 by hand.
-    assert both[0].weight.flatten().tolist() == pytest.approx([0.05, -0.05])
-    assert torch.equal(both[1].weight, alone.weight)
-    assert alone.weight.flatten().tolist() == pytest.approx([0.5, -0.5])
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +48,11 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # features are kept in runs/features
+
+
 def run(weights: Path | str, output: Path, *overrides: str) -> dict[str, object]:
     settings = ["data.source=digits", "data.workers=0", "linear_epochs=5", "device=cpu", f"output={output}"]
     probe.main(["--weights", str(weights), *settings, *overrides])
@@ -108,7 +64,7 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
     assert (result["images_train"], result["images_test"], result["features"]) == (1437, 360, 16)
     assert 15 < float(str(result["knn_top1"])) <= 100 and 15 < float(str(result["linear_top1"])) <= 100  # chance is 10
     said = capsys.readouterr().out
-    assert f"k-NN (20 neighbours): {result['knn_top1']:.2f}% of 360 images" in said and "probe.json" in said
+    assert f"{result['knn_top1']:.2f}%" in said and "360 images; wrote" in said and "probe.json" in said
     assert run(pretrained, tmp_path / "again.json") == result
     arguments = [f"model_args.{name}={value}" for name, value in TINY.items()]
     file = run(pretrained / "model.safetensors", tmp_path / "file.json", "model=arm_pico_patch2_8", *arguments)
@@ -205,6 +161,57 @@ def test_damaged_images_are_counted_named_and_limited(
         file.write_bytes(b"gone")
     with pytest.raises(SystemExit, match="none of the 6 validation images can be decoded"):
         run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.99")
+
+
+def test_rows_of_all_protocols(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logistic, "GRID", (1.0, 10.0))
+    settings = ["data.source=digits", "data.workers=0", "device=cpu", "linear_epochs=2", "output=scores.csv"]
+    settings += ["attentive_epochs=2"]
+    settings += ["model_args.img_size=16", "model_args.in_chans=1", "model_args.patch_size=8", "untrained=true"]
+    probe.main(["--weights", "test_vit", *settings, "protocols=all", "features=average"])
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["protocol"] for row in rows} == set(PROTOCOLS) and len(rows) == len(
+        PROTOCOLS
+    ) + 3  # of k-NN and few-shot several
+    assert {row["images_test"] for row in rows} == {"360"} and rows[0]["features"] == "average"
+    assert all(15 < float(row["top1"]) < 100 for row in rows)  # chance is 10
+    said = capsys.readouterr().out
+    assert all(f"{float(row['top1']):.2f}%" in said for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear, attentive"),
+        ("output=scores.txt", "output is scores.txt; allowed: a file that ends in .json or .csv"),
+        ("features=average_last4", "the model gives no features=average_last4; allowed: pooled"),
+        ("untrained=true", "unknown model 'pretraining_model0'"),
+    ],
+)
+def test_bad_settings_of_the_probe(
+    setting: str, message: str, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pretrained.parent)
+    monkeypatch.delattr(SequenceBackbone, "forward_intermediates")
+    digits = ["data.source=digits", "data.workers=0", "device=cpu", "protocols=knn"]
+    assert message in refusal("--weights", pretrained.name, *digits, setting)
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_scores(tmp_path: Path) -> None:
+    scores = []
+    for processes in (1, 2, 3):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        settings = ["data.source=digits", "data.workers=0", "device=cpu", "linear_epochs=2", "batch=100"]
+        settings += ["attentive_epochs=1"]
+        settings += [f"cache={tmp_path / str(processes)}", f"output={tmp_path / f'{processes}.json'}"]
+        command = [*launcher, "-m", "recipes.probe", "--weights", "arm_pico_patch2_8", *settings, "protocols=all"]
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        scores.append(json.loads((tmp_path / f"{processes}.json").read_text()))
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_hours_by_hand() -> None:

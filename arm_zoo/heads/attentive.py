@@ -1,0 +1,35 @@
+"""The attentive probe of AIM (arXiv:2401.08541, section 4): one query gathers the patches by cross-attention."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MOST_HEADS = 12  # AIM's number, for widths that it divides
+
+
+class AttentiveClassifier(nn.Module):
+    """Patches (B, N, dim) -> logits (B, num_classes): batch norm, attention of a learned query, a linear layer.
+
+    As AIM's, the norm has no parameters and no layer a bias. There are 12 heads of attention, or as many fewer as it
+    takes to divide the width.
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.num_heads = next(heads for heads in range(MOST_HEADS, 0, -1) if dim % heads == 0)
+        self.norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False, device=device, dtype=dtype)
+        self.query = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
+        self.key = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.value = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.head = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype)
+        nn.init.normal_(self.query, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        query = self.query.expand(len(x), -1, -1)
+        # (B, tokens, dim) -> (B, heads, tokens, dim / heads)
+        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in (query, self.key(x), self.value(x)))
+        gathered = F.scaled_dot_product_attention(q, k, v)
+        return self.head(gathered.transpose(1, 2).flatten(1))

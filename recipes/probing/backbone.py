@@ -1,0 +1,53 @@
+"""The models whose features are scored, ours or timm's, and how their images are prepared."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
+from torch import nn
+
+from arm_zoo.files import described_by_folder, read_config
+from arm_zoo.loading import list_entries, load, unknown_model
+from recipes.errors import RunError
+from recipes.probing.config import ProbeConfig
+
+
+def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """A model that gives pooled features, and how images are prepared for it.
+
+    Mean and standard deviation are among the latter where the weights tell those that the model was trained with. The
+    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or "hf-hub:ORG/NAME";
+    with `config.untrained` an entry, whose weights are drawn at random instead.
+    """
+    known, entry = list_entries(), str(weights) if config.untrained else config.model
+    if entry and entry not in known:
+        raise RunError(str(unknown_model(entry, known)))
+    names = (config.model, weights) if config.model else (weights, None)
+    folder = weights.parent if described_by_folder(weights) else weights
+    own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
+    torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
+    size, said = {"img_size": own["img_size"]} if own else {}, dict[str, Any]()
+    model: Any
+    try:
+        if config.untrained:
+            model = timm.create_model(entry, num_classes=0, **config.model_args)
+        else:
+            model, _, _, said = load(*names, as_backbone=True, num_classes=0, **{**size, **config.model_args})
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"no model can be made of {weights} with model={config.model!r} and model_args={config.model_args}: "
+            f"{type(error).__name__}: {error}; allowed: weights of that model, and as model_args.NAME its keywords "
+            "with values as it takes them"
+        ) from error
+    inputs = resolve_model_data_config(model)
+    channels, *sides = inputs["input_size"]  # of the configuration, where timm does not put what it is asked for
+    asked = config.model_args.get("in_chans", channels), *to_2tuple(config.model_args.get("img_size", sides))
+    inputs["input_size"] = asked
+    if own := said.get("pretraining_model"):
+        inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
+    if own or (weights.exists() and not said) or channels != asked[0]:  # an entry's own configuration tells them
+        del inputs["mean"], inputs["std"]
+    return model, inputs

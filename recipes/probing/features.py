@@ -1,0 +1,182 @@
+"""The features of a data set: extracted once, by one process or several, and kept for the next command."""
+
+import hashlib
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from rich.progress import track
+from torch import Tensor, nn
+
+from arm_zoo.files import sha256_of_tensors
+from arm_zoo.images.tables import Encoded, ImageTable
+from arm_zoo.images.tars import Member
+from recipes.data.batches import Batch, Images
+from recipes.data.sampling import Key, ScoringOrder
+from recipes.data.sources import Split
+from recipes.data.transforms import Normalisation, scoring_transform
+from recipes.data.undecodable import check_undecodable, name_once
+from recipes.data.workers import WorkerLoader
+from recipes.errors import RunError
+from recipes.probing.config import ProbeConfig
+from recipes.probing.outputs import FEATURES, PATCHES, outputs, shapes
+from recipes.probing.scores import Features
+from recipes.probing.store import Store
+
+LISTED_AT_ONCE = 1000  # rows of a table
+
+
+class Extracted(NamedTuple):
+    """All that was extracted of one split."""
+
+    arrays: dict[str, Tensor]  # (N, ...), in memory or on the disk, see `outputs`
+    classes: Tensor  # (N,)
+    rows: Tensor | None  # of those that could be decoded; None: all
+    skipped: int  # images that could not
+    width: int  # of one block's features
+    purpose: str  # of the split, for messages
+
+    @property
+    def images(self) -> int:
+        """How many could be decoded."""
+        return len(self.classes if self.rows is None else self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the features that `of` gives."""
+        return [name for name, (array, _) in FEATURES.items() if array in self.arrays]
+
+    def of(self, name: str) -> Features:
+        """Features by their name, a key of FEATURES or PATCHES; RunError if some are not finite numbers."""
+        array, whole = FEATURES.get(name, (name, True))
+        values, classes = self.arrays[array], self.classes
+        if self.rows is not None:
+            values, classes = values[self.rows], classes[self.rows]
+        values = values if whole else values[:, : self.width]
+        if broken := sum(int((~part.flatten(1).isfinite()).any(dim=1).sum()) for part in values.split(LISTED_AT_ONCE)):
+            images = f"{broken} of {len(values)} {self.purpose} images"
+            raise RunError(f"the model's features of {images} are not finite numbers")
+        return Features(values, classes, self.skipped)
+
+
+def extract(
+    model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, purpose: str, wanted: Sequence[str]
+) -> Extracted:
+    """Arrays of every image that can be decoded, without augmentation: from the cache as far as they are there.
+
+    All processes must call it. Streams, which tell no listing, are read by each process, and not kept.
+    """
+    rows = shapes(model, inputs["input_size"])
+    width = rows.get(PATCHES, rows["pooled"])[-1]
+    make = Extraction(model, split, inputs, config, purpose, wanted)
+    if not isinstance(split, ImageTable):
+        arrays, classes, skipped = gathered(make(ScoringOrder(split, config.batch, 0, 1)))
+        rows_kept = None
+    else:
+        listing, classes = listed(split)
+        made_of = {**make.identity(), "listing_sha256": listing}
+        store = Store(Path(config.cache), made_of, len(split), {name: rows[name] for name in wanted})
+        state, missing = PartialState(), store.missing()
+        batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
+        todo = [[Key(0, place, None) for place in batch] for batch in batches if missing[batch].any()]
+        for batch, values in make(todo[state.process_index :: state.num_processes]):
+            if values:
+                store.write(batch.indices, values)
+        state.wait_for_everyone()
+        arrays, missing = store.tensors(), store.missing()
+        skipped = int(missing.sum())
+        rows_kept = torch.from_numpy(~missing).nonzero()[:, 0] if skipped else None
+    images = len(classes) if isinstance(split, ImageTable) else len(classes) + skipped
+    check_undecodable(skipped, images, purpose, config.data.max_undecodable)
+    return Extracted(arrays, classes, rows_kept, skipped, width, purpose)
+
+
+class Extraction:
+    """A model at work on the images of a split."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        inputs: dict[str, Any],
+        config: ProbeConfig,
+        purpose: str,
+        names: Sequence[str],
+    ) -> None:
+        self._model, self._split, self._inputs, self._config = model, split, inputs, config
+        self._purpose, self._names = purpose, names
+        self._device = next(model.parameters()).device
+        self._half = self._device.type == "cuda"
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides on the features, but for the images."""
+        model: Any = self._model
+        return {
+            "model": getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__,
+            "pooling": getattr(model, "global_pool", None),
+            "model_args": self._config.model_args,
+            "structure_sha256": hashlib.sha256(repr(model).encode()).hexdigest(),
+            "weights_sha256": sha256_of_tensors(model.state_dict()),
+            "preprocessing": {name: self._inputs[name] for name in sorted(self._inputs)},
+            "precision": "bf16" if self._half else "fp32",
+        }
+
+    @torch.inference_mode()
+    def __call__(self, order: Iterable[list[Key]]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Batches without the images that cannot be decoded, and their arrays in float32, none without images."""
+        images = Images(self._split, scoring_transform(self._inputs))
+        loader = WorkerLoader(images.batch, order, self._config.data.workers, self._half)
+        normalise = Normalisation(self._inputs["mean"], self._inputs["std"], self._device)
+        hidden, named = not (sys.stdout.isatty() and PartialState().is_main_process), set[str]()
+        total = len(order) if isinstance(order, list) else None
+        title = f"features of the {self._purpose} images"
+        for batch in track(loader, title, total, transient=True, disable=hidden):
+            name_once(batch.undecodable, named)
+            if len(batch.classes) == 0:
+                yield batch, {}
+                continue
+            ready = batch.ready(self._device, normalise)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+                made = outputs(self._model, ready.images, self._names)
+            yield batch, {name: values.float() for name, values in made.items()}
+
+
+def gathered(batches: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Arrays and classes of all batches of a stream, and how many images could not be decoded."""
+    arrays, classes, skipped = defaultdict[str, list[Tensor]](list), [torch.empty(0, dtype=torch.long)], 0
+    for batch, values in batches:
+        skipped += len(batch.undecodable)
+        classes.append(batch.classes)
+        for name, part in values.items():
+            arrays[name].append(part.cpu())
+    return {name: torch.cat(parts) for name, parts in arrays.items()}, torch.cat(classes), skipped
+
+
+def listed(table: ImageTable) -> tuple[str, Tensor]:
+    """SHA-256 of what tells images apart without decoding them, and their classes, (N,).
+
+    That is name, class, and size and time of the file; of images within parquet files and the like the bytes.
+    """
+    digest, classes = hashlib.sha256(), list[int]()
+    for start in range(0, len(table), LISTED_AT_ONCE):
+        for image in table.encoded(range(start, min(start + LISTED_AT_ONCE, len(table)))):
+            digest.update(repr((image.name, image.label, image.max_pixels, mark(image))).encode())
+            classes.append(image.label)
+    return digest.hexdigest(), torch.tensor(classes)
+
+
+def mark(image: Encoded) -> object:
+    """What changes if an image is replaced by another one of the same name."""
+    if isinstance(image.data, bytes):
+        return hashlib.sha256(image.data).hexdigest()
+    file = image.data.tar if isinstance(image.data, Member) else image.data
+    if file is None or not os.path.exists(file):
+        return None
+    place = (image.data.offset, image.data.size) if isinstance(image.data, Member) else ()
+    stat = os.stat(file)
+    return (stat.st_size, stat.st_mtime_ns, *place)

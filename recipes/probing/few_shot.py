@@ -1,0 +1,61 @@
+"""Few-shot: the nearest class mean of a few labelled images, SimpleShot's rule (arXiv:1911.04623).
+
+The mean of all training features, for which no labels are needed, is taken out of every feature, which then is brought
+to length one.
+"""
+
+import math
+
+import torch
+from scipy.stats import t
+from torch import Tensor
+from torch.nn import functional as F
+
+from recipes.probing.config import ProbeConfig
+from recipes.probing.features import Extracted
+from recipes.probing.scores import CONFIDENCE, Features, Score
+
+LABELS = (1, 5, 10)  # a class
+DRAWS = 5
+
+
+def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
+    """For each number of labels the mean of five draws, and Student's interval of that mean."""
+    known, asked = (part.of(config.features).to(device) for part in (train, test))
+    mean = known.values.mean(dim=0)
+    known, asked = (part._replace(values=F.normalize(part.values - mean, dim=1)) for part in (known, asked))
+    scores = []
+    for labels in LABELS:
+        figures = torch.tensor([top1(known.rows(drawn(known.classes, labels, s)), asked) for s in seeds(config.seed)])
+        middle, half = figures.mean().item(), half_width(figures)
+        ends = max(0.0, middle - half), min(100.0, middle + half)
+        scores.append(Score("few_shot", config.features, {"labels": labels, "draws": DRAWS}, middle, *ends))
+    return scores
+
+
+def seeds(seed: int) -> range:
+    """Of the draws: those of one seed are not another's."""
+    return range(DRAWS * seed, DRAWS * (seed + 1))
+
+
+def half_width(figures: Tensor) -> float:
+    """Of the 95% interval of the mean of independent figures."""
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(figures) - 1))
+    return quantile * figures.std().item() / math.sqrt(len(figures))
+
+
+def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:
+    """Places of so many images of each class, at random; all of a class that has fewer."""
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
+    shuffled, by_class = classes[order].sort(stable=True)
+    starts = torch.searchsorted(shuffled, shuffled)  # where each image's class begins
+    return order[by_class[torch.arange(len(classes), device=classes.device) - starts < labels]]
+
+
+def top1(known: Features, asked: Features) -> float:
+    """Of classes by the nearest mean, in percent."""
+    present, places, counts = known.classes.unique(return_inverse=True, return_counts=True)
+    sums = known.values.new_zeros(len(present), known.values.shape[1]).index_add_(0, places, known.values)
+    means = sums / counts[:, None]
+    nearness = asked.values @ means.T - means.square().sum(dim=1) / 2  # ranks as the distance does
+    return 100 * (present[nearness.argmax(dim=1)] == asked.classes).double().mean().item()

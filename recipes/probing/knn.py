@@ -1,0 +1,63 @@
+"""k-NN: the nearest training images vote by cosine similarity, as in DINO (arXiv:2104.14294, section 4.1)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recipes.probing.config import ProbeConfig
+from recipes.probing.features import Extracted
+from recipes.probing.scores import Features, Score
+
+NEIGHBOURS = (10, 20)
+TRAINING_AT_ONCE = 65_536  # training images and
+COMPARED_AT_ONCE = 1024  # test images whose similarities are held in memory: 256 MiB
+
+
+def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
+    """For each number of neighbours."""
+    features = train.of(config.features), test.of(config.features).to(device)
+    numbers = NEIGHBOURS if config.neighbours is None else (config.neighbours,)
+    images = len(features[1].classes)
+    settings = [{"neighbours": k, "temperature": config.temperature} for k in numbers]
+    counts = right(*features, numbers, config.temperature)
+    return [
+        Score.of_images("knn", config.features, setting, count, images)
+        for setting, count in zip(settings, counts, strict=True)
+    ]
+
+
+def right(train: Features, test: Features, neighbours: Sequence[int], temperature: float) -> list[int]:
+    """How many test images get their class by the vote of so many neighbours, for each number of these.
+
+    Each neighbour's vote is exp(similarity / temperature).
+    """
+    number, most = max(train.number, test.number), min(max(neighbours), len(train.classes))
+    similarity, places = nearest(train.values, test.values, most)
+    # Less the nearest one's similarity, which changes no vote's fraction: exp would overflow at low temperatures.
+    weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+    classes = train.classes.to(places.device)[places]
+    counts = []
+    for k in neighbours:
+        votes = weights.new_zeros(len(weights), number).scatter_add_(1, classes[:, :k], weights[:, :k])
+        counts.append(int((votes.argmax(dim=1) == test.classes).sum()))
+    return counts
+
+
+def nearest(train: Tensor, test: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and places of the `count` most similar training images, (tests, count), best first.
+
+    Exact, and on the tests' device: all pairs are compared, block by block, as the training's need not fit there.
+    """
+    tests = F.normalize(test, dim=1).split(COMPARED_AT_ONCE)
+    best = [(values.new_empty(len(values), 0), values.new_empty(len(values), 0, dtype=torch.long)) for values in tests]
+    for start in range(0, len(train), TRAINING_AT_ONCE):
+        block = F.normalize(train[start : start + TRAINING_AT_ONCE].to(test.device), dim=1)
+        for row, values in enumerate(tests):
+            similarity, places = (values @ block.T).topk(min(count, len(block)), dim=1)
+            both = torch.cat([best[row][0], similarity], 1), torch.cat([best[row][1], places + start], 1)
+            similarity, order = both[0].topk(min(count, both[0].shape[1]), dim=1)
+            best[row] = similarity, both[1].gather(1, order)
+    similarities, places = zip(*best, strict=True)
+    return torch.cat(similarities), torch.cat(places)

@@ -1,0 +1,62 @@
+"""What protocols take and give."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+CONFIDENCE = 0.95
+
+
+class Features(NamedTuple):
+    """Features of one split, (N, ...), the class indices, (N,), and how many images could not be decoded."""
+
+    values: Tensor
+    classes: Tensor
+    skipped: int = 0
+
+    def to(self, device: torch.device) -> Self:
+        return self._replace(values=self.values.to(device), classes=self.classes.to(device))
+
+    def rows(self, places: Tensor) -> Self:
+        """Those of some images."""
+        return self._replace(values=self.values[places], classes=self.classes[places])
+
+    @property
+    def number(self) -> int:
+        """Of classes, where these are the training's."""
+        return int(self.classes.max()) + 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of a protocol: top-1 in percent, with the ends of its 95% interval."""
+
+    protocol: str
+    features: str
+    settings: dict[str, Any]
+    top1: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_images(cls, protocol: str, features: str, settings: dict[str, Any], right: int, images: int) -> Self:
+        """By the images that are right; the interval is Wilson's."""
+        ends = binomtest(right, images).proportion_ci(CONFIDENCE, "wilson")
+        return cls(
+            protocol, features, settings, *(100 * float(part) for part in (right / images, ends.low, ends.high))
+        )
+
+    def row(self) -> dict[str, Any]:
+        """For tables."""
+        setting = ", ".join(f"{name}={value:g}" for name, value in self.settings.items())
+        return {**vars(self), "settings": setting}
+
+
+def held_out(classes: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Places of images to choose settings on, that fraction but at least one, and of all the others, at random."""
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
+    chosen_on, kept = order.tensor_split([max(1, round(fraction * len(order)))])
+    return chosen_on, kept

@@ -1,0 +1,97 @@
+"""Features on the disk: arrays with a row for each image, memory-mapped, filled by any number of processes."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+
+from arm_zoo.files import write_text
+from recipes.errors import RunError
+
+MANIFEST = "features.json"
+IN_HALF = ("patches",)  # arrays of float16, being hundreds of times larger; the others are float32
+
+
+class Store:
+    """Arrays of one split, each (images, ...), in a folder that is called by what they are made of.
+
+    A row counts as written once the disk has its values, so whoever is killed goes on where it was. The processes
+    must run on one machine, as they share what is not on the disk yet.
+    """
+
+    def __init__(
+        self, cache: Path, made_of: Mapping[str, Any], images: int, rows: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """
+        Args:
+            cache: where the folder is, or is made.
+            made_of: the model's name, as 'model', and all else that decides on the values.
+            images: rows of each array.
+            rows: name of an array -> shape of a row.
+        """
+        text = json.dumps({**made_of, "images": images}, indent=2, sort_keys=True, default=str) + "\n"
+        self.folder = cache / f"{made_of['model']}-{sha256(text.encode()).hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            self._check_manifest(text)
+            missing = {name: (images, *row) for name, row in rows.items() if not self._file(name).exists()}
+            self._check_space(sum(_bytes(name, shape) for name, shape in missing.items()))
+            for name, shape in missing.items():  # its file last: what is there has rows that are known to be written
+                self._create(f"{name}.written", (images,), np.bool_)
+                self._create(name, shape, _type_of(name))
+        self._arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in rows}
+        self._written = {name: np.load(self._file(f"{name}.written"), mmap_mode="r+") for name in rows}
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
+
+    def _create(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        partial = self.folder / f".partial-{name}.npy"
+        np.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
+        os.replace(partial, self._file(name))
+
+    def _check_manifest(self, text: str) -> None:
+        file = self.folder / MANIFEST
+        if not file.exists():
+            write_text(file, text)
+        elif file.read_text(encoding="utf-8") != text:
+            raise RunError(f"{file} tells of features of other weights, images or settings; delete {self.folder}")
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            takes = f"the features take {needed / 2**30:.1f} GiB, but {self.folder} has {free / 2**30:.1f} GiB left"
+            raise RunError(f"{takes}; name another folder (cache=FOLDER) or fewer protocols")
+
+    def missing(self) -> NDArray[np.bool_]:
+        """(images,), where a row of any array is not written."""
+        return ~np.logical_and.reduce(list(self._written.values()))
+
+    def write(self, places: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Rows of every array, at places (N,)."""
+        rows = places.numpy()
+        for name, part in values.items():
+            self._arrays[name][rows] = part.cpu().numpy().astype(_type_of(name))
+            self._arrays[name].flush()
+            self._written[name][rows] = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The arrays, not to be changed: they are the files."""
+        return {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+
+
+def _type_of(name: str) -> Any:
+    return np.float16 if name in IN_HALF else np.float32
+
+
+def _bytes(name: str, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape)) * np.dtype(_type_of(name)).itemsize

@@ -1,0 +1,160 @@
+"""Features are extracted once: what is kept on the disk, by which name, and how an interrupted command goes on."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+
+from recipes.config import DataConfig
+from recipes.data.sources import open_digits, open_source
+from recipes.errors import RunError
+from recipes.probing import features
+from recipes.probing.config import ProbeConfig
+from recipes.probing.features import Extracted, extract, listed
+from recipes.probing.store import Store
+from tests.helpers.images import write_folder
+
+ARRAYS = ("pooled", "token", "average", "patches")
+
+
+@pytest.fixture
+def model() -> Any:
+    return small(0)
+
+
+def small(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return timm.create_model("test_vit", num_classes=0, img_size=16, patch_size=8, in_chans=1).eval()
+
+
+def digits(model: Any, cache: Path, wanted: tuple[str, ...] = ARRAYS, **settings: Any) -> Extracted:
+    """Of the 360 images to score on."""
+    config = ProbeConfig(DataConfig(source="digits", workers=0), cache=str(cache), batch=50, **settings)
+    inputs = resolve_model_data_config(model) | {"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.4,)}
+    return extract(model, open_digits().test, inputs, config, "validation", wanted)
+
+
+def writes(monkeypatch: pytest.MonkeyPatch, end_after: int | None = None) -> list[int]:
+    """The first place of each batch that is written from now on, until the program ends after some."""
+    places, write = list[int](), Store.write
+
+    def counted(self: Store, rows: torch.Tensor, values: Any) -> None:
+        if len(places) == end_after:
+            raise KeyboardInterrupt
+        write(self, rows, values)
+        places.append(int(rows[0]))
+
+    monkeypatch.setattr(Store, "write", counted)
+    return places
+
+
+def test_features_are_the_models_and_kept(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = digits(model, tmp_path)
+    table = open_digits().test
+    assert found.classes.tolist() == [table.stored(place).label for place in range(360)]
+    assert found.names == ["pooled", "token", "average", "token_last4", "average_last4"]
+    assert found.of("token_last4").values.shape == (360, 256) and found.of("token").values.shape == (360, 64)
+    assert torch.equal(found.of("token").values, found.arrays["token"][:, :64])
+    assert found.of("patches").values.dtype == torch.float16 and found.of("patches").values.shape == (360, 4, 64)
+    places = writes(monkeypatch)
+    again = digits(model, tmp_path)
+    assert places == [] and all(torch.equal(again.arrays[name], found.arrays[name]) for name in ARRAYS)
+    [folder] = tmp_path.iterdir()
+    assert folder.name.startswith("test_vit-")
+
+
+def test_arrays_are_made_when_they_are_asked_for(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits(model, tmp_path, ("pooled",))
+    [folder] = tmp_path.iterdir()
+    assert not (folder / "patches.npy").exists()
+    places = writes(monkeypatch)
+    both = digits(model, tmp_path, ("pooled", "patches"))
+    assert len(places) == 8 and both.of("patches").values.abs().sum(dim=(1, 2)).min() > 0
+
+
+def test_an_interrupted_command_goes_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = digits(model, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        writes(patched, end_after=3)
+        with pytest.raises(KeyboardInterrupt):
+            digits(model, tmp_path / "parts")
+    places = writes(monkeypatch)
+    rest = digits(model, tmp_path / "parts")
+    assert places == [150, 200, 250, 300, 350]
+    assert all(torch.equal(rest.arrays[name], whole.arrays[name]) for name in ARRAYS)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches(
+    processes: int, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, in place of side by side: each does its own batches, and the last one sees all."""
+    whole, made = digits(model, tmp_path / "one"), None
+    for number in range(processes):
+        state = SimpleNamespace(process_index=number, num_processes=processes, wait_for_everyone=lambda: None)
+        todo = [range(start, min(start + 50, 360)) for start in range(0, 360, 50)][number::processes]
+        with monkeypatch.context() as patched:
+            patched.setattr(features, "PartialState", lambda state=state: state)
+            # what the others have done meanwhile is not left to this one
+            patched.setattr(Store, "missing", lambda self: torch.ones(360, dtype=torch.bool).numpy())
+            patched.setattr(features, "check_undecodable", lambda *_: None)
+            places = writes(patched)
+            digits(model, tmp_path / "several")
+            assert places == [batch[0] for batch in todo]
+    places = writes(monkeypatch)
+    made = digits(model, tmp_path / "several")
+    assert places == [] and all(torch.equal(made.arrays[name], whole.arrays[name]) for name in ARRAYS)
+
+
+def test_what_decides_on_features_is_in_their_name(model: Any, tmp_path: Path) -> None:
+    def folders() -> int:
+        return len(list(tmp_path.iterdir()))
+
+    digits(model, tmp_path, ("pooled",))
+    digits(small(1), tmp_path, ("pooled",))
+    assert folders() == 2
+    model.global_pool = "avg" if model.global_pool == "token" else "token"
+    digits(model, tmp_path, ("pooled",))
+    assert folders() == 3
+    digits(model, tmp_path, ("pooled",), model_args={"dynamic_img_size": True})
+    assert folders() == 4
+    digits(model, tmp_path, ("pooled",), seed=5, temperature=1.0)  # which decide on nothing here
+    assert folders() == 4
+
+
+def test_a_folder_of_other_weights_is_refused(model: Any, tmp_path: Path) -> None:
+    digits(model, tmp_path, ("pooled",))
+    [folder] = tmp_path.iterdir()
+    manifest = json.loads((folder / "features.json").read_text())
+    (folder / "features.json").write_text(json.dumps({**manifest, "weights_sha256": "0" * 64}))
+    with pytest.raises(RunError, match=f"features of other weights, images or settings; delete {folder}"):
+        digits(model, tmp_path, ("pooled",))
+
+
+def test_a_disk_that_is_too_small_is_told(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    with pytest.raises(RunError, match=r"features take 0.0 GiB, but .* has 0.0 GiB left; name another folder"):
+        digits(model, tmp_path)
+
+
+def test_other_images_have_another_listing(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": 2, "b": 2})
+    write_folder(tmp_path / "val", {"a": 2, "b": 2})
+
+    def listing() -> str:
+        digest, classes = listed(open_source(DataConfig(source=str(tmp_path))).train)  # type: ignore[arg-type]
+        assert classes.tolist() == [0, 0, 1, 1]
+        return digest
+
+    first = listing()
+    assert listing() == first
+    [image, *_] = sorted((tmp_path / "train" / "a").iterdir())
+    os.utime(image, ns=(0, 0))
+    assert listing() != first
