@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not number.isdecimal() or int(number) == 0:
                 parser.error(f"--make {number} {folder}; allowed: a number of files, 1 or more, then a folder")
             write_images(Path(folder), int(number), settings.seed or 0, settings.subsampling or "4:2:0")
+            say(f"wrote {int(number):,} JPEG files, in class folders below {folder}")
             return
         if settings.json is not None:
             settings.json.open("a").close()  # what prevents it is told before minutes of measuring

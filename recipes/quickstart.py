@@ -118,7 +118,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
     before, after, scratch = (f"{summary[f'{run}_seconds']:.0f} s" for run in ("pretrain", "finetune", "scratch"))
     table.add_row("pretrained", epochs, f"{summary['finetuned_top1']:.2f}%", before, after)
     table.add_row("from scratch", epochs, f"{summary['scratch_top1']:.2f}%", "-", scratch)
-    console.print(table, "Less than a point apart is noise: on so few images either may end ahead.", sep="\n")
+    console.print(table, "Less than two points apart is noise: on so few images either may end ahead.", sep="\n")
     for row in summary["examples"]:
         verdict = "right" if row["predicted"] == row["label"] else f"wrong, it is {row['label']}"
         console.print(f'image {row["image"]}: "{row["predicted"]}" ({row["probability"]:.0%}), {verdict}')

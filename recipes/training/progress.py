@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.config import TrainConfig
@@ -37,6 +36,8 @@ def peak_speed(config: TrainConfig, shape: tuple[int, int, int], accelerator: Ac
         return None
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=accelerator.device, dtype=dtype)
+    from torch.utils.benchmark import Timer  # which looks for a CUDA compiler, and warns where there is no GPU
+
     timer = Timer("a @ b", globals={"a": a, "b": b})
     timer.timeit(GEMM_RUNS)  # the clocks rise
     flops_per_second = 2 * GEMM_SIZE**3 / timer.timeit(GEMM_RUNS).mean
