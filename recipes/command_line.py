@@ -4,6 +4,7 @@ Importing this module brings neither torch nor timm, so that most mistakes are t
 """
 
 import argparse
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -70,8 +71,6 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
 
 def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, "StopRequest"], None]) -> None:
     """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
-    from accelerate import PartialState
-
     from recipes.data.workers import end_workers
     from recipes.errors import reporting_mistakes
     from recipes.signals import StopRequest
@@ -80,15 +79,23 @@ def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any
     with reporting_mistakes(program):
         try:
             run(config, resume, stop)
-            PartialState().destroy_process_group()
+            leave_process_group()
         except SystemExit:  # stopped by a signal, or finished already: on all processes at the same step
-            PartialState().destroy_process_group()
+            leave_process_group()
             raise
         except KeyboardInterrupt:
             interrupted(f"{program}: interrupted; the same command goes on from the last checkpoint")
         finally:
             stop.ignore()
             end_workers()
+
+
+def leave_process_group() -> None:
+    """End what several processes share; models that still hold it would keep its threads until Python itself ends."""
+    from accelerate import PartialState
+
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def interrupted(message: str) -> NoReturn:
