@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -14,7 +13,7 @@ from arm_zoo.images.jpeg import read_baseline_header
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import DataConfig
 from recipes.data.draws import Box, Drawing, Draws
-from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, none_in_a_row
+from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, StoredBlock, none_in_a_row
 from recipes.data.sampling import Key
 from recipes.data.sources import Source, Split
 from recipes.data.transforms import Normalisation, Transform, cropped
@@ -42,15 +41,12 @@ class Batch(NamedTuple):
 class Files:
     """N image files of a batch; those with a box wait to be decoded on the GPU, of the others that is done."""
 
-    content: Tensor  # (bytes,), uint8, one file after the other: one block of memory to be shared between processes
-    sizes: list[int]  # in bytes; 0: the file could not be read
-    rows: list[Encoded]  # what else is known of each, and its data where they could not be read
+    stored: StoredBlock
     boxes: list[Box | None]  # what is to be cut out of each decoded image
 
     def encoded(self) -> list[Encoded]:
         """The images as they are stored."""
-        parts = zip(self.rows, self.content.split(self.sizes), strict=True)
-        return [row._replace(data=part.numpy().tobytes()) if len(part) else row for row, part in parts]
+        return [self.stored.encoded(row) for row in range(len(self.stored))]
 
 
 @dataclass(frozen=True)
@@ -165,9 +161,7 @@ class EncodedImages(AugmentedImages):
             boxes.append(box)
             classes.append(label)
         small = torch.stack(images) if images else torch.empty(0, *self._shape, dtype=torch.uint8)
-        content = torch.from_numpy(np.frombuffer(bytearray().join(contents), np.uint8))
-        without_data = [row._replace(data=None) if data else row for row, data in zip(encoded, contents, strict=True)]
-        files = Files(content, list(map(len, contents)), without_data, boxes)
+        files = Files(StoredBlock.of(encoded, contents), boxes)
         return Loaded(small, torch.tensor(classes), places(keys), undecodable, draws, files)
 
     def _box(self, content: bytes, encoded: Encoded, draws: Draws, row: int) -> Box | None:

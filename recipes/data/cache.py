@@ -4,10 +4,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from arm_zoo.images.decode import UndecodableImage
 from arm_zoo.images.tables import ImageTable
 from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, EncodedImages, decoded, read
-from recipes.data.kept import BlockT, DecodedBlock, DecodedSplit, StoredBlock, StoredSplit
+from recipes.data.kept import BlockT, DecodedBlock, DecodedSplit, StoredBlock, StoredSplit, starts
 from recipes.data.resample import RaggedImages
 from recipes.data.sources import tell
 from recipes.data.streams import ImageStream
@@ -110,14 +108,7 @@ def decode_block(table: ImageTable, places: Sequence[int]) -> DecodedBlock:
 def read_block(table: ImageTable, places: Sequence[int]) -> StoredBlock:
     """Some image files."""
     rows = table.encoded(places)
-    contents = list(map(read, rows))
-    content = torch.from_numpy(np.frombuffer(bytearray().join(contents), np.uint8))
-    kept = [row._replace(data=None) if data else row for row, data in zip(rows, contents, strict=True)]
-    return StoredBlock(content, starts(list(map(len, contents))), kept)
-
-
-def starts(lengths: Sequence[int]) -> list[int]:
-    return list(accumulate(lengths, initial=0))
+    return StoredBlock.of(rows, list(map(read, rows)))
 
 
 def free_bytes(device: torch.device) -> int:

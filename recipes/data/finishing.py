@@ -56,8 +56,7 @@ class Finishing:
         the next image, whose class goes to `classes`.
         """
         draws, drawing, boxes = loaded.draws, self._images.drawing, list(files.boxes)
-        contents = files.content.split(files.sizes)
-        by_gpu = iter(decode([contents[row] for row, box in enumerate(boxes) if box is not None], self._device))
+        by_gpu = iter(decode([files.stored[row] for row, box in enumerate(boxes) if box is not None], self._device))
         by_workers = iter(loaded.images.to(self._device, non_blocking=True))
         images = []
         for row, box in enumerate(boxes):

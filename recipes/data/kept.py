@@ -6,8 +6,10 @@ k + K, k + 2 K and so on: each block is a sample of the split.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,18 @@ class StoredBlock(Block):
 
     rows: list[Encoded]  # what else is known of each, and its data where they could not be read
 
+    @classmethod
+    def of(cls, rows: Sequence[Encoded], contents: Sequence[bytes]) -> "StoredBlock":
+        """Images and their files, which are empty where they could not be read."""
+        content = torch.from_numpy(np.frombuffer(bytearray().join(contents), np.uint8))
+        known = [row._replace(data=None) if data else row for row, data in zip(rows, contents, strict=True)]
+        return cls(content, starts(list(map(len, contents))), known)
+
+    def encoded(self, row: int) -> Encoded:
+        """An image as it is stored."""
+        content = self[row].numpy().tobytes()
+        return self.rows[row]._replace(data=content) if content else self.rows[row]
+
 
 @dataclass(frozen=True)
 class DecodedBlock(Block):
@@ -60,11 +74,7 @@ class StoredSplit(ImageTable):
 
     def encoded(self, indices: Sequence[int]) -> list[Encoded]:
         """Some rows, not decoded."""
-        found = []
-        for block, row in located(self._blocks, indices):
-            content = block[row].numpy().tobytes()
-            found.append(block.rows[row]._replace(data=content) if content else block.rows[row])
-        return found
+        return [block.encoded(row) for block, row in located(self._blocks, indices)]
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,10 @@ class DecodedSplit:
 def located(blocks: Sequence[BlockT], places: Sequence[int]) -> Iterator[tuple[BlockT, int]]:
     """The block and the row therein of each place of a split."""
     return ((blocks[place % len(blocks)], place // len(blocks)) for place in places)
+
+
+def starts(lengths: Sequence[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))
 
 
 def none_in_a_row(last: str) -> SourceError:
