@@ -26,7 +26,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from recipes.command_line import RECIPES, read_config, say
+from recipes.command_line import RECIPES, leave_process_group, read_config, say
 from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
 from recipes.data.generated import SUBSAMPLINGS, write_images
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.json is not None and PartialState().is_main_process:
         with settings.json.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(dataclasses.asdict(each))}\n" for each in found)
-    PartialState().destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if PartialState().is_main_process:
             show(result)
             print(f"{result['images_test']:,} images; wrote {config.output}")
-        PartialState().destroy_process_group()
+        command_line.leave_process_group()
 
 
 if __name__ == "__main__":
