@@ -68,15 +68,12 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mix a map (B, H, W, dim) along the directions of the (K, H * W) order table."""
-        u = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
-        if torch.jit.is_scripting():
-            u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # channels last in memory
-        else:
-            u = convolve(self.conv2d, u)
-        norm = None if torch.jit.is_scripting() else layer_norm_of(self.out_norm)
-        y = self.scan(u.flatten(1, 2), order, norm).unflatten(1, x.shape[1:3])
-        y = self.out_norm(y) if norm is None else y
-        return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)
+        if not torch.jit.is_scripting():
+            u, norm = convolve(self.conv2d, run_linear(self.in_proj, x)), layer_norm_of(self.out_norm)
+            y = self.scan(u.flatten(1, 2), order, norm).unflatten(1, x.shape[1:3])
+            return run_linear(self.out_proj, self.out_norm(y) if norm is None else y)
+        u = F.silu(self.conv2d(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # channels last in memory
+        return self.out_proj(self.out_norm(self.scan(u.flatten(1, 2), order).unflatten(1, x.shape[1:3])))
 
     def scan(self, u: Tensor, order: Tensor, norm: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
         """The sum of all directions' scans of tokens (B, L, inner), or its norm: weight, bias and eps."""
