@@ -2,7 +2,8 @@
 //
 // Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (1, 2, 4, 8 or 16); CHUNK steps between saved states (16);
 // HAS_BIAS, SOFTPLUS, HAS_ORDER; TOKENS 1 where the rows of all sequences are tokens, which the order says the steps of,
-// else they are steps; and each kernel's own.
+// else they are steps; PARTS that a sequence is split into along its length, and CLUSTER blocks that have them and run
+// together; and each kernel's own.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -98,3 +99,59 @@ __device__ __forceinline__ float softplus(float x, float &y) {
     for (int i = 1; i < (int)(sizeof(terms) / sizeof(float)); ++i) p = fmaf(p, y, BASE_2 ? terms[i] * LOG2E : terms[i]);
     return fmaf(y, p, fmaxf(x, 0.0f));
 }
+// the first chunk of a part
+__device__ __forceinline__ int first_chunk(int part, int chunks) { return part * chunks / PARTS; }
+
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
+#if PARTS > 1
+// What a part of a sequence leaves: its states, if it began with zero, and the sum of its step sizes.
+template <int WIDE> struct End {
+    float state[S][WIDE];
+    float size[WIDE];
+};
+// waits for all warps of all parts, and shows them what was written into shared memory
+__device__ __forceinline__ void meet() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+// the same place in the shared memory of another block of the cluster
+template <class X> __device__ __forceinline__ X *in_block(X *place, int block) {
+#if CLUSTER > 1
+    asm("mapa.u64 %0, %0, %1;" : "+l"(place) : "r"(block));
+#endif
+    return place;
+}
+// Gives the parts, in the places of their last states, the states before them. A thread has a state of a channel at a
+// time, through all parts. `A` is the direction's, `scale` what makes it a rate to base 2.
+template <int THREADS, int ENDS, int WIDE>
+__device__ __forceinline__ void combine(End<WIDE> (&ends)[ENDS], const float *A, int first_channel, float scale) {
+    meet();
+#pragma unroll 1
+    for (int i = blockIdx.x % CLUSTER * THREADS + threadIdx.x; i < S * WIDE; i += CLUSTER * THREADS) {
+        const int s = i / WIDE, channel = i % WIDE;
+        const float rate = A[s * CHANNELS + min(first_channel + channel, CHANNELS - 1)] * scale;
+        float after[PARTS], size[PARTS];
+#pragma unroll
+        for (int part = 1; part < PARTS; ++part) {
+            const End<WIDE> *end = in_block(&ends[(part - 1) % ENDS], (part - 1) / ENDS);
+            after[part] = end->state[s][channel];
+            size[part] = end->size[channel];
+        }
+        float h = 0.f;
+        in_block(&ends[0], 0)->state[s][channel] = h;
+#pragma unroll
+        for (int part = 1; part < PARTS; ++part) {
+            h = fmaf(exp2_fast(size[part] * rate), h, after[part]);
+            in_block(&ends[part % ENDS], part / ENDS)->state[s][channel] = h;
+        }
+    }
+    meet();
+}
+#endif

@@ -12,12 +12,20 @@
 // memory, four steps follow each other without a branch, step sizes are in units of ln 2, and where that leaves enough
 // warps a lane takes two pairs of channels.
 //
-// Macros: those of common.cuh; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
+// Few sequences leave most of the GPU idle. LANES lanes then share a pair of channels, each with its part of the states
+// (they all make its step sizes), and PARTS warps share a sequence, each with its part of the chunks: all but the last
+// first scan theirs from states of zero, without outputs. States decay by exp(A times the sum of a part's step sizes)
+// from one part to the next, which gives the states before every part; from them all scan their parts.
+//
+// Macros: those of common.cuh; LANES, 1 unless every lane then still has a quad of states; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
 // PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to store the states
-// before every chunk for the backward scan; IMAGES of a block; RANK of the step sizes, 0 if they are whole, and PIECE
+// before every chunk for the backward scan; TEAM, the warps of a block: each has its image, or its part of
+// the same one; RANK of the step sizes, 0 if they are whole, and PIECE
 // bytes (4, 8 or 16) that their rows are copied in.
 
-#define WIDE (64 * PAIRS)  // channels of a warp
+#define WIDE (64 * PAIRS / LANES)      // channels of a warp
+#define OWN (S / LANES)                // states of a lane
+#define AHEAD (LANES > 1)              // B and C of the next chunk are in flight too: few warps hide little waiting
 // steps whose inputs are in flight, and warps of a multiprocessor: as many as registers allow
 #define GROUP (S >= 4 ? 4 : S == 2 && DTYPE == 0 ? 8 : CHUNK)
 #define WARPS (S > 1 ? 16 : DTYPE == 0 ? 12 : PAIRS == 2 || RANK == 0 ? 20 : RANK > 32 ? 24 : 32)
@@ -109,11 +117,11 @@ __device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) 
 #define HALF "f16"
 #endif
 #define WIDTH ((RANK + 15) / 16 * 16 + 8)  // of rows in shared memory: whole tiles, and no bank conflicts
-#define SIZES (32 * PAIRS + 4)             // pairs of a row, likewise
-struct Shared {
+#define SIZES (WIDE / 2 + 4)               // pairs of a row, likewise
+struct Projection {
     T weight[WIDE][WIDTH];
-    T rows[IMAGES][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
-    Pair sizes[IMAGES][CHUNK][SIZES];
+    T rows[TEAM][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
+    Pair sizes[TEAM][CHUNK][SIZES];
 };
 
 __device__ __forceinline__ void copy_async(T *shared, const T *from) {
@@ -158,7 +166,7 @@ __device__ __forceinline__ void project(Pair (*sizes)[SIZES], const T (*rows)[WI
         a[k][3] = two(&rows[row + 8][at + 8]);
     }
 #pragma unroll
-    for (int n = 0; n < 8 * PAIRS; ++n) {
+    for (int n = 0; n < WIDE / 8; ++n) {
         float4 c = make_float4(0.f, 0.f, 0.f, 0.f);
         const T *of_channel = weight[8 * n + row] + 2 * column;
 #pragma unroll
@@ -187,36 +195,56 @@ struct __align__(16) Step {
 };
 #endif
 
-extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_forward(
+struct Shared {
+#if S == 1
+    Step steps[TEAM][CHUNK];
+#else
+    __align__(16) float BC[TEAM][CHUNK][2 * S];
+#endif
+#if RANK
+    Projection projection;
+#endif
+#if PARTS > 1
+    End<WIDE> ends[TEAM];
+#endif
+};
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) scan_forward(
     const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
     const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
     const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states,
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
+    __shared__ Shared sh;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int channel = lane % (32 / LANES) * 2 * PAIRS, first_state = lane / (32 / LANES) * OWN;  // of the block's
 #if S == 1
-    __shared__ Step all_steps[IMAGES][CHUNK];
-    Step *steps = all_steps[warp];
+    Step *steps = sh.steps[warp];
 #else
-    __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
-    float(*BC)[2 * S] = all_BC[warp];
+    float(*BC)[2 * S] = sh.BC[warp];
 #endif
     constexpr int BLOCKS = (CHANNELS + WIDE - 1) / WIDE;
-    const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
+    const int block = blockIdx.x / CLUSTER % BLOCKS, rest = blockIdx.x / CLUSTER / BLOCKS;
     const int k = rest % directions;  // the directions of an image follow each other
-    const int b = rest / directions * IMAGES + warp;
+#if PARTS > 1
+    const int b = rest / directions, part = blockIdx.x % CLUSTER * TEAM + warp;
+#else
+    const int b = rest / directions * TEAM + warp, part = 0;
+#endif
 #if RANK
-    __shared__ __align__(16) Shared sh;
-    for (int c = warp; c < WIDE; c += IMAGES) {
+    Projection &projection = sh.projection;
+    for (int c = warp; c < WIDE; c += TEAM) {
         const T *row = weight + ((i64)k * CHANNELS + min(block * WIDE + c, CHANNELS - 1)) * RANK;
-        for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&sh.weight[c][r] = r < RANK ? two(row + r) : 0;
+        for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&projection.weight[c][r] = r < RANK ? two(row + r) : 0;
     }
-    for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)sh.rows[warp])[i] = 0;  // past the rank
+    for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)projection.rows[warp])[i] = 0;  // past the rank
     __syncthreads();
 #endif
     if (b >= batch) return;
     const i64 sequence = (i64)k * batch + b;
-    const int d = block * WIDE + 2 * PAIRS * lane;
+    const int chunks = (length + CHUNK - 1) / CHUNK;
+    const int begin = first_chunk(part, chunks) * CHUNK, end = min(first_chunk(part + 1, chunks) * CHUNK, length);
+    const int d = block * WIDE + channel;
     const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS;
 #if VEC
     const int d0 = ok0 ? d : 0, d1 = d0 + 1;
@@ -234,34 +262,37 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_f
     const T *row_BC = row < S ? B + k * B_k + b * B_b + row : C + k * C_k + b * C_b + (row - S);
     const int time_BC = row < S ? B_t : C_t;
     y += sequence * length * CHANNELS;
-    states += sequence * ((length + CHUNK - 1) / CHUNK) * S * CHANNELS;
+    states += (sequence * chunks + begin / CHUNK) * S * CHANNELS + first_state * CHANNELS;
 
-    float2 rate[PAIRS][S], h[PAIRS][S], skip[PAIRS], offset[PAIRS];
+    float2 rate[PAIRS][OWN], h[PAIRS][OWN], skip[PAIRS], offset[PAIRS], total[PAIRS];
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            rate[p][s] = load_float2(A + ((i64)k * S + s) * CHANNELS, d0 + 2 * p, d1 + 2 * p);
+        for (int s = 0; s < OWN; ++s) {
+            rate[p][s] = load_float2(A + ((i64)k * S + first_state + s) * CHANNELS, d0 + 2 * p, d1 + 2 * p);
             rate[p][s].x *= S == 1 ? 1.f : LOG2E;
             rate[p][s].y *= S == 1 ? 1.f : LOG2E;
             h[p][s] = make_float2(0.f, 0.f);
         }
-        skip[p] = load_float2(D + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p);
-        offset[p] = make_float2(0.f, 0.f);
+        skip[p] = first_state == 0 ? load_float2(D + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p) : make_float2(0.f, 0.f);
+        offset[p] = total[p] = make_float2(0.f, 0.f);
 #if HAS_BIAS
         offset[p] = load_float2(bias + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p);
         offset[p].x *= S == 1 ? LOG2E : 1.f;
         offset[p].y *= S == 1 ? LOG2E : 1.f;
 #endif
     }
-    // y of pair p at a step, the states after it in place of those before it
+    // of pair p at a step, from this lane's states: y, and the states after it in place of those before it
     const auto advance = [&](int p, Pair raw_u, Pair raw_delta, const float *BC_t) {
+        BC_t += first_state;
         const float2 x = unpack(raw_u), raw_size = unpack(raw_delta);
         const float2 size = make_float2(size_of(raw_size.x, offset[p].x), size_of(raw_size.y, offset[p].y));
         const float2 input = make_float2(size.x * x.x, size.y * x.y);
+        total[p].x += size.x;
+        total[p].y += size.y;
         float2 sum = make_float2(skip[p].x * x.x, skip[p].y * x.y);
 #pragma unroll
-        for (int quad = 0; quad < S; quad += QUAD) {
+        for (int quad = 0; quad < OWN; quad += QUAD) {
             const Quad Bs = *(const Quad *)&BC_t[quad], Cs = *(const Quad *)&BC_t[S + quad];
 #pragma unroll
             for (int i = 0; i < QUAD; ++i) {
@@ -272,114 +303,155 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_f
                 sum.y = fmaf(h[p][s].y, Cs.at[i], sum.y);
             }
         }
-        return pack(sum.x, sum.y);
+        return sum;
     };
-    // of this chunk and of the next one, which is asked for two chunks ahead
-    int token = token_at(order, k, lane % CHUNK, length), next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
-    Pairs next_u[GROUP];
+    // the part's steps; a scan that is not whole leaves states alone
+    const auto walk = [&](bool whole) __attribute__((always_inline)) {
+        // of this chunk and of the next one, which is asked for two chunks ahead
+        int token = token_at(order, k, begin + lane % CHUNK, length);
+        int next_token = token_at(order, k, begin + CHUNK + lane % CHUNK, length);
+        Pairs next_u[GROUP];
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j) next_u[j] = load_pairs(u + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+        for (int j = 0; j < GROUP; ++j)
+            next_u[j] = load_pairs(u + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
 #if RANK
-    fetch(sh.rows[warp][0], delta + (i64)row_of(min(lane / 2, length - 1), token) * delta_t, lane);
+        T(*rows)[CHUNK][WIDTH] = projection.rows[warp];  // even chunks of a part, odd chunks
+        Pair(*sizes)[SIZES] = projection.sizes[warp];
+        fetch(rows[0], delta + (i64)row_of(min(begin + lane / 2, length - 1), token) * delta_t, lane);
 #else
-    Pairs next_delta[GROUP];
+        Pairs next_delta[GROUP];
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j)
-        next_delta[j] = load_pairs(delta + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+        for (int j = 0; j < GROUP; ++j)
+            next_delta[j] = load_pairs(delta + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
 #endif
 #if S == 1
-    T next_BC = row_BC[token * time_BC];
-    u += d0;
-    y += d;
-    HOLD(u);
-    HOLD(y);
+        T next_BC = row_BC[token * time_BC];
+        const T *in = u + d0;
+        T *out = y + d;
+        HOLD(in);
+        HOLD(out);
 #if !RANK
-    delta += d0;
-    HOLD(delta);
+        const T *delta_in = delta + d0;
+        HOLD(delta_in);
 #endif
+#else
+        T raw_BC[CHUNK / STEPS_BC];
+        const auto load_BC = [&](int start, int token) {
+#pragma unroll
+            for (int j = 0; j < CHUNK / STEPS_BC; ++j) {
+                const int t = row_of(min(start + j * STEPS_BC + first_BC, length - 1), token);
+                raw_BC[j] = row_BC[t * time_BC];
+            }
+        };
+        if (AHEAD) load_BC(begin, token);
 #endif
 #pragma unroll 1
-    for (int start = 0; start < length; start += CHUNK) {
-        const int later_token = token_at(order, k, start + 2 * CHUNK + lane % CHUNK, length);
+        for (int start = begin; start < end; start += CHUNK) {
+            const int later_token = token_at(order, k, start + 2 * CHUNK + lane % CHUNK, length);
 #if SAVE
+            if (whole) {
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            Pairs before;
+                for (int s = 0; s < OWN; ++s) {
+                    Pairs before;
 #pragma unroll
-            for (int p = 0; p < PAIRS; ++p) before.at[p] = pack_states(h[p][s].x, h[p][s].y);
-            store_pairs(states + s * CHANNELS, d, ok0, ok1, before);
-        }
-        states += (i64)S * CHANNELS;
+                    for (int p = 0; p < PAIRS; ++p) before.at[p] = pack_states(h[p][s].x, h[p][s].y);
+                    store_pairs(states + s * CHANNELS, d, ok0, ok1, before);
+                }
+                states += (i64)S * CHANNELS;
+            }
 #endif
-        __syncwarp();
+            __syncwarp();
 #if RANK
-        arrived();
-        const int now = start / CHUNK % 2;
-        if (start + CHUNK < length) {
-            const int step = min(start + CHUNK + lane / 2, length - 1);
-            fetch(sh.rows[warp][1 - now], delta + (i64)row_of(step, next_token) * delta_t, lane);
-        }
-        project(sh.sizes[warp], sh.rows[warp][now], sh.weight, lane);
+            arrived();
+            const int now = (start - begin) / CHUNK % 2;
+            if (start + CHUNK < end) {
+                const int step = min(start + CHUNK + lane / 2, length - 1);
+                fetch(rows[1 - now], delta + (i64)row_of(step, next_token) * delta_t, lane);
+            }
+            project(sizes, rows[now], projection.weight, lane);
 #endif
 #if S == 1
-        steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
-        steps[lane % CHUNK].row[row] = (row == 0 ? token : next_token) * CHANNELS;
-        next_BC = row_BC[next_token * time_BC];
-        __syncwarp();
-        const int left = length - start;
+            steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
+            steps[lane % CHUNK].row[row] = (row == 0 ? token : next_token) * CHANNELS;
+            next_BC = row_BC[next_token * time_BC];
+            __syncwarp();
+            const int left = length - start;
 #pragma unroll
-        for (int j = 0; j < CHUNK; ++j) {
-            if (j % 4 == 0 && j >= left) break;  // up to three steps too many do no harm
-            const Step step = steps[j];
+            for (int j = 0; j < CHUNK; ++j) {
+                if (j % 4 == 0 && j >= left) break;  // up to three steps too many do no harm
+                const Step step = steps[j];
 #if RANK
-            const Pairs sizes = *(const Pairs *)&sh.sizes[warp][j][PAIRS * lane];
+                const Pairs raw_delta = *(const Pairs *)&sizes[j][PAIRS * lane];
 #else
-            const Pairs sizes = next_delta[j];
-            next_delta[j] = load_pairs(delta + step.row[1], 0, d1 - d0);
+                const Pairs raw_delta = next_delta[j];
+                next_delta[j] = load_pairs(delta_in + step.row[1], 0, d1 - d0);
 #endif
-            Pairs out;
+                Pairs results;
 #pragma unroll
-            for (int p = 0; p < PAIRS; ++p) out.at[p] = advance(p, next_u[j].at[p], sizes.at[p], step.BC);
-            next_u[j] = load_pairs(u + step.row[1], 0, d1 - d0);
-            if (j < left) store_pairs(y + step.row[0], 0, ok0, ok1, out);
-        }
+                for (int p = 0; p < PAIRS; ++p) {
+                    const float2 sum = advance(p, next_u[j].at[p], raw_delta.at[p], step.BC);
+                    results.at[p] = pack(sum.x, sum.y);
+                }
+                next_u[j] = load_pairs(in + step.row[1], 0, d1 - d0);
+                if (whole && j < left) store_pairs(out + step.row[0], 0, ok0, ok1, results);
+            }
 #else
+            if (!AHEAD) load_BC(start, token);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j += STEPS_BC) {
-            const int t = row_of(min(start + j + first_BC, length - 1), token);
-            BC[j + first_BC][row] = to_float(row_BC[t * time_BC]);
-        }
-        __syncwarp();
+            for (int j = 0; j < CHUNK / STEPS_BC; ++j) BC[j * STEPS_BC + first_BC][row] = to_float(raw_BC[j]);
+            if (AHEAD) load_BC(start + CHUNK, next_token);
+            __syncwarp();
 #pragma unroll 1
-        for (int first = start; first < min(start + CHUNK, length); first += GROUP) {
-            Pair raw_u[GROUP], raw_delta[GROUP];
+            for (int first = start; first < min(start + CHUNK, end); first += GROUP) {
+                Pair raw_u[GROUP], raw_delta[GROUP];
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                raw_u[j] = next_u[j].at[0];
+                for (int j = 0; j < GROUP; ++j) {
+                    raw_u[j] = next_u[j].at[0];
 #if RANK
-                raw_delta[j] = sh.sizes[warp][first - start + j][lane];
+                    raw_delta[j] = sizes[first - start + j][channel / 2];
 #else
-                raw_delta[j] = next_delta[j].at[0];
+                    raw_delta[j] = next_delta[j].at[0];
 #endif
-            }
+                }
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                const int step = min(first + GROUP + j, length - 1);
-                const int t = row_of(step, step < start + CHUNK ? token : next_token);
-                next_u[j] = load_pairs(u + t * CHANNELS, d0, d1);
+                for (int j = 0; j < GROUP; ++j) {
+                    const int step = min(first + GROUP + j, length - 1);
+                    const int t = row_of(step, step < start + CHUNK ? token : next_token);
+                    next_u[j] = load_pairs(u + t * CHANNELS, d0, d1);
 #if !RANK
-                next_delta[j] = load_pairs(delta + t * CHANNELS, d0, d1);
+                    next_delta[j] = load_pairs(delta + t * CHANNELS, d0, d1);
 #endif
-            }
+                }
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                if (first + j >= length) break;
-                const Pair out = advance(0, raw_u[j], raw_delta[j], BC[first - start + j]);
-                store_pair(y + row_of(first + j, token) * CHANNELS, d, ok0, ok1, out);
+                for (int j = 0; j < GROUP; ++j) {
+                    if (!AHEAD && first + j >= length) break;
+                    float2 sum = advance(0, raw_u[j], raw_delta[j], BC[first - start + j]);
+                    if (whole) {
+#pragma unroll
+                        for (int i = 32 / LANES; i < 32; i *= 2) {
+                            sum.x += __shfl_xor_sync(0xffffffffu, sum.x, i);
+                            sum.y += __shfl_xor_sync(0xffffffffu, sum.y, i);
+                        }
+                        const int t = row_of(first + j, token);
+                        if (first + j < length && first_state == 0)
+                            store_pair(y + t * CHANNELS, d, ok0, ok1, pack(sum.x, sum.y));
+                    }
+                }
             }
-        }
 #endif
-        token = next_token;
-        next_token = later_token;
-    }
+            token = next_token;
+            next_token = later_token;
+        }
+    };
+#if PARTS > 1
+    if (part < PARTS - 1) walk(false);
+    End<WIDE> &own = sh.ends[warp];
+#pragma unroll
+    for (int s = 0; s < OWN; ++s) *(float2 *)&own.state[first_state + s][channel] = h[0][s];
+    if (first_state == 0) *(float2 *)&own.size[channel] = total[0];
+    combine<32 * TEAM>(sh.ends, A + (i64)k * S * CHANNELS, block * WIDE, S == 1 ? 1.f : LOG2E);
+#pragma unroll
+    for (int s = 0; s < OWN; ++s) h[0][s] = *(float2 *)&own.state[first_state + s][channel];
+#endif
+    walk(true);
 }

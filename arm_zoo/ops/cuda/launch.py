@@ -21,6 +21,7 @@ _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a block: one warp in the forward scan (or twice as many), two in the backward scan
 _WARPS_OF_WIDE_LANES = 12  # a multiprocessor: fewer would wait for each other's memory
+_PARTS_OF_A_BLOCK = 4  # of a sequence whose step sizes are whole; else as many as there would be images
 _STATES = (1, 2, 4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
 _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, images and steps
 
@@ -65,14 +66,26 @@ def _are_aligned(group: int, channels: int, *sequences: Tensor) -> bool:
     return aligned and not any(size % group for size in (channels, *strides))
 
 
+def _processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def forward_split(warps: int, length: int, d_state: int, processors: int) -> tuple[int, int]:
+    return 1, 1
+
+
+def backward_split(blocks: int, length: int, d_state: int, processors: int) -> int:
+    return 1
+
+
 def _pairs_of_lanes(scan: ScanInputs, rank: int) -> int:
     """Pairs of channels that a lane of the forward kernel takes: two of a single state, if enough warps are left."""
     directions, batch, _, channels = scan.shape
     fits = scan.A.shape[-1] == 1 and 0 < rank <= 48 and _are_aligned(4, channels, scan.u)  # 48 KB of shared memory
     if not fits:
         return 1
-    processors = torch.cuda.get_device_properties(scan.u.device).multi_processor_count
-    return 2 if directions * batch * channels >= 2 * _CHANNELS * _WARPS_OF_WIDE_LANES * processors else 1
+    return 2 if directions * batch * channels >= 2 * _CHANNELS * _WARPS_OF_WIDE_LANES * _processors(scan.u) else 1
 
 
 def _rows(sequences: Tensor) -> Tensor:
@@ -88,8 +101,8 @@ def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dic
     piece = next((piece for piece in (16, 8, 4) if not any(number % piece for number in numbers)), 0)
     fits = dtype != torch.float32 and delta.dtype == dtype and delta.stride(-1) == 1 and rank <= 128
     if weight is None or not fits or not piece:
-        return {"RANK": 0, "IMAGES": 1}
-    return {"RANK": rank, "PIECE": piece, "IMAGES": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
+        return {"RANK": 0, "TEAM": 1}
+    return {"RANK": rank, "PIECE": piece, "TEAM": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
 
 
 def _launch(
@@ -110,7 +123,7 @@ def _launch(
     Device(u.device.index).set_current()  # autograd's threads begin without one
     launch(
         _stream(u.device.index, torch.cuda.current_stream(u.device).cuda_stream),
-        _config(grid=-(-channels // width) * directions * -(-batch // images), block=threads),
+        _config(grid=-(-channels // width) * directions * -(-batch // images) * macros["CLUSTER"], block=threads),
         kernel,
         *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *(ctypes.c_int32(size) for size in (directions, batch, length)),
@@ -123,7 +136,7 @@ def selective_scan(
     scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None, norm: Norm | None = None
 ) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
-    length, channels = scan.shape[2:]
+    directions, batch, length, channels = scan.shape
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
     if not projection["RANK"]:
         scan = scan.with_whole_steps()
@@ -137,11 +150,15 @@ def selective_scan(
     scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
     in_pairs = _are_aligned(2, channels, u, *([] if projection["RANK"] else [delta]))
     pairs = _pairs_of_lanes(scan, projection["RANK"])
+    warps = directions * batch * -(-channels // (_CHANNELS * pairs))
+    lanes, parts = forward_split(warps, length, scan.A.shape[-1], _processors(u))
+    team = _PARTS_OF_A_BLOCK if parts > 1 and not projection["RANK"] else projection["TEAM"]
     projection |= {"VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
+    projection |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
     others = weight, scan.rows, y, states
     steps = scan._replace(order=scan.rows)  # the kernel asks it for rows alone
-    images = projection["IMAGES"]
-    _launch("forward", steps, others, images, _CHANNELS * pairs, 32 * images, **projection)
+    images = team if parts == 1 else 1
+    _launch("forward", steps, others, images, _CHANNELS * pairs // lanes, 32 * team, **projection)
     return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
 
 
@@ -150,7 +167,10 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     if not _fits(scan, grad):
         return triton_scan.selective_scan_backward(grad, scan, saved)
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
-    gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
+    directions, batch, length, channels = scan.shape
+    blocks = -(-channels // _CHANNELS)
+    parts = backward_split(directions * batch * blocks, length, scan.A.shape[-1], _processors(scan.u))
+    gradients = triton_scan.empty_gradients(scan, blocks, parts)
     others = grad.contiguous(), scan.order, saved, *gradients
-    _launch("backward", scan, others, 1, _CHANNELS, _CHANNELS, MEAN=int(scan.mean))
+    _launch("backward", scan, others, 1, _CHANNELS, _CHANNELS, MEAN=int(scan.mean), PARTS=parts, CLUSTER=parts)
     return triton_scan.sum_up(scan, gradients)

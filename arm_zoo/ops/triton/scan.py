@@ -264,14 +264,15 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     return sum_up(scan, gradients)
 
 
-def empty_gradients(scan: ScanInputs, blocks: int) -> Tensors:
-    """What a backward scan writes: gradients of u and delta, every block's of B and C, every image's of the others."""
+def empty_gradients(scan: ScanInputs, blocks: int, parts: int = 1) -> Tensors:
+    """What a backward scan writes: gradients of u and delta, every block's of B and C, others of every image's parts."""
     (directions, batch, length, channels), d_state = scan.shape, scan.A.shape[-1]
     grad_u, grad_delta = (t.new_empty(scan.shape) for t in (scan.u, scan.delta))
     dtype = state_dtype(scan.u.dtype, half=True)
     grad_BC = scan.A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=dtype)
-    grad_A = scan.A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
-    return grad_u, grad_delta, grad_BC, grad_A, *(grad_A.new_empty(directions, batch, channels) for _ in range(2))
+    grad_A = scan.A.new_empty(directions, batch * parts, d_state, channels, dtype=torch.float32)
+    others = (grad_A.new_empty(directions, batch * parts, channels) for _ in range(2))  # of D and delta_bias
+    return grad_u, grad_delta, grad_BC, grad_A, *others
 
 
 def sum_up(scan: ScanInputs, gradients: Tensors) -> Tensors:
