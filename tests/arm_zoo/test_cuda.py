@@ -90,6 +90,48 @@ def test_kernels_compile(
     assert [block for *_, block in cuda.launches] == [32 * images, 32 * images, 64]
 
 
+@pytest.mark.parametrize("d_state, rank, lanes, parts", [(16, 48, 2, 8), (1, 0, 1, 32)])
+def test_kernels_of_parts_compile(d_state: int, rank: int, lanes: int, parts: int, cuda: ModuleType) -> None:
+    """What the backward scan's parts leave of the gradients of A, D and delta_bias is added up."""
+    cuda.forward_split, cuda.backward_split = lambda *_: (lanes, parts), lambda *_: 2
+    u, B, C = (torch.empty(2, 3, 20, size, dtype=torch.bfloat16) for size in (70, d_state, d_state))
+    delta, weight = (torch.empty(2, 3, 20, rank, dtype=u.dtype), torch.empty(2, 70, rank)) if rank else (u, None)
+    A, D = torch.empty(2, 70, d_state), torch.empty(2, 70)
+    scan = ScanInputs(u, delta, A, B, C, D, D, weight, True, None, True)
+    _, saved = cuda.selective_scan(scan, True, None)
+    grads = cuda.selective_scan_backward(u[0], scan._replace(delta=u), saved)
+    assert [grad.shape for grad in grads] == [t.shape for t in (u, u, A, B, C, D, D)]
+    assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
+    assert [block for *_, block in cuda.launches] == [128, 64]
+
+
+@pytest.mark.parametrize(
+    "warps, length, lanes, parts",
+    [
+        (48, 197, 2, 16),  # one image of ARM-B at 224 pixels: 13 chunks of steps
+        (384, 197, 2, 1),  # eight: parts would walk more steps than the GPU gains time
+        (12_288, 197, 1, 1),
+        (48, 16_385, 2, 16),  # at 2048 pixels
+        (192, 16_385, 2, 4),
+        (1, 16_385, 2, 32),  # the most that a cluster has
+        (1, 16, 2, 1),  # one chunk is not split
+        (1, 64, 2, 4),
+    ],
+)
+def test_parts_of_the_forward_scan(warps: int, length: int, lanes: int, parts: int, cuda: ModuleType) -> None:
+    assert cuda.forward_split(warps, length, 16, 4, 132, 8) == (lanes, parts)
+    assert cuda.forward_split(warps, length, 4, 4, 132, 8)[0] == 1  # a lane has no fewer states
+    assert cuda.forward_split(warps, length, 16, 4, 108, 1)[1] in (1, 4)  # a block, where there are no clusters
+
+
+@pytest.mark.parametrize(
+    "blocks, length, parts", [(48, 197, 8), (384, 4097, 2), (396, 4097, 2), (397, 4097, 1), (1, 16, 1), (1, 17, 2)]
+)
+def test_parts_of_the_backward_scan(blocks: int, length: int, parts: int, cuda: ModuleType) -> None:
+    assert cuda.backward_split(blocks, length, 16, 132, 8) == parts
+    assert cuda.backward_split(blocks, length, 16, 132, 1) == 1
+
+
 def test_what_is_read_in_pairs_lies_where_pairs_can_be_read(cuda: ModuleType) -> None:
     flat = torch.arange(33.0)
     moved = cuda.aligned(flat[1:].view(4, 8))

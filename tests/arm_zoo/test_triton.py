@@ -159,7 +159,7 @@ CASES = [(1, 1, 1, None, 6, 1), (4, 3, 2, 3, 70, 3), (2, 2, 9, 0, 5, 4), (4, 4, 
 
 def worst_error(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int,
-    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0, shared: bool = False,
+    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0, shared: bool = False, batch: int = 2,
 ) -> float:  # fmt: skip
     """Largest relative L2 error of outputs and gradients of both operations, against the reference in float64.
 
@@ -168,7 +168,7 @@ def worst_error(
     """
     torch.manual_seed(0)
     order = scan_order(height, width, DIRECTIONS[:directions], cls_index, device=device)
-    batch, length = 2, order.shape[1]
+    length = order.shape[1]
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device)
@@ -639,6 +639,58 @@ def test_lengths_on_the_gpu(length: int, kernels: str) -> None:
     for directions in (1, 4):
         for dtype, limit in LIMITS.items():
             assert worst_error(directions, 1, length, None, 24, 16, dtype, "cuda", kernels) < limit
+
+
+def split(monkeypatch: pytest.MonkeyPatch, lanes: int, parts: int, parts_backward: int) -> None:
+    """Let the CUDA scans of 16 states share the work so, whatever their shapes and the GPU."""
+    launch = pytest.importorskip("arm_zoo.ops.cuda.launch", reason="no compiler of CUDA in this build of torch")
+    if launch._limits(0)[1] == 1:
+        pytest.skip("blocks that share memory need compute capability 9.0")
+    monkeypatch.setattr(launch, "forward_split", lambda *_: (lanes, parts))
+    monkeypatch.setattr(launch, "backward_split", lambda *_: parts_backward)
+
+
+# lanes that share a pair of channels, parts of the length in the forward scan, and in the backward scan
+SPLITS = [(1, 1, 1), (2, 1, 1), (4, 1, 2), (2, 4, 2), (2, 8, 4), (2, 16, 8), (2, 32, 8)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("length", [1, 2, 63, 197, 577])
+def test_sequences_in_parts(length: int, splits: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, *splits)
+    for directions, batch, channels, rank in ((1, 9, 33, 0), (2, 3, 66, 6), (4, 1, 70, 48)):
+        for dtype, limit in LIMITS.items():
+            case = directions, 1, length, None, channels, 16, dtype, "cuda", "cuda", rank
+            assert worst_error(*case, shared=rank == 6, batch=batch) < limit, case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [SPLITS[3], SPLITS[-1]])
+@pytest.mark.parametrize("length", [3026, 16385])
+def test_long_sequences_in_parts(length: int, splits: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, *splits)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert worst_error(2, 1, length, None, 24, 16, dtype, "cuda", "cuda", 8, batch=1) < LIMITS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d_state, parts", [(1, 4), (1, 32), (2, 8), (4, 16)])
+def test_few_states_in_parts(d_state: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, 1, parts, min(parts, 8))
+    for dtype, limit in LIMITS.items():
+        for rank in (0, 8):
+            case = 4, 14, 14, None, 72, d_state, dtype, "cuda", "cuda", rank
+            assert worst_error(*case, shared=True, batch=1) < limit, case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", SPLITS[3:])
+def test_bits_of_sequences_in_parts_repeat(splits: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, *splits)
+    inputs = [t.bfloat16() for t in scan_inputs()]
+    runs = [outputs_and_gradients([*inputs[:2], inputs[2].float(), *inputs[3:]], "cuda") for _ in range(3)]
+    assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(runs[0], run, strict=True))
 
 
 @pytest.mark.gpu

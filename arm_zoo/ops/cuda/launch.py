@@ -21,6 +21,7 @@ _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a block: one warp in the forward scan (or twice as many), two in the backward scan
 _WARPS_OF_WIDE_LANES = 12  # a multiprocessor: fewer would wait for each other's memory
+_SCHEDULERS, _WARPS = 4, 16  # of a multiprocessor: which issue instructions, and those of the forward scan it holds
 _PARTS_OF_A_BLOCK = 4  # of a sequence whose step sizes are whole; else as many as there would be images
 _STATES = (1, 2, 4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
 _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, images and steps
@@ -53,6 +54,32 @@ def _kernel(device: int, pass_name: str, **macros: int) -> Any:
     return Program(code, "c++", options).compile("cubin").get_kernel(f"scan_{pass_name}")
 
 
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    """The GPU's multiprocessors, and the blocks of a cluster, which came with compute capability 9.0."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_properties(device).multi_processor_count, 8 if major >= 9 else 1
+
+
+def forward_split(warps: int, length: int, d_state: int, team: int, processors: int, cluster: int) -> tuple[int, int]:
+    """How the forward scan fills a GPU: lanes that share a pair of channels, and parts of the length.
+
+    There are so many warps without either; a part is a warp, of which a block has `team`, and a sequence up to
+    `cluster` blocks.
+    """
+    lanes = 2 if d_state >= 8 and warps <= _SCHEDULERS * processors else 1
+    most = min(team * cluster, 2 * -(-length // CHUNK) - 1, _WARPS * processors // (warps * lanes))
+    # parts walk their steps twice: less than four save no time
+    return lanes, max((parts for parts in (4, 8, 16, 32) if team <= parts <= most), default=1)
+
+
+def backward_split(blocks: int, length: int, d_state: int, processors: int, cluster: int) -> int:
+    """Parts of the length, each a block, in the backward scan; there are so many blocks without."""
+    resident = (12 if d_state == 1 else 6) * processors
+    most = min(cluster, -(-length // CHUNK), resident // blocks)
+    return max((parts for parts in (2, 4, 8) if parts <= most), default=1)
+
+
 def _fits(scan: ScanInputs, *others: Tensor) -> bool:
     """Whether the CUDA kernels take these: some numbers of states, and one type."""
     sequences = (scan.delta, scan.B, scan.C, *others)
@@ -66,26 +93,14 @@ def _are_aligned(group: int, channels: int, *sequences: Tensor) -> bool:
     return aligned and not any(size % group for size in (channels, *strides))
 
 
-def _processors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's GPU."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def forward_split(warps: int, length: int, d_state: int, processors: int) -> tuple[int, int]:
-    return 1, 1
-
-
-def backward_split(blocks: int, length: int, d_state: int, processors: int) -> int:
-    return 1
-
-
 def _pairs_of_lanes(scan: ScanInputs, rank: int) -> int:
     """Pairs of channels that a lane of the forward kernel takes: two of a single state, if enough warps are left."""
     directions, batch, _, channels = scan.shape
     fits = scan.A.shape[-1] == 1 and 0 < rank <= 48 and _are_aligned(4, channels, scan.u)  # 48 KB of shared memory
     if not fits:
         return 1
-    return 2 if directions * batch * channels >= 2 * _CHANNELS * _WARPS_OF_WIDE_LANES * _processors(scan.u) else 1
+    processors, _ = _limits(scan.u.device.index)
+    return 2 if directions * batch * channels >= 2 * _CHANNELS * _WARPS_OF_WIDE_LANES * processors else 1
 
 
 def _rows(sequences: Tensor) -> Tensor:
@@ -151,8 +166,9 @@ def selective_scan(
     in_pairs = _are_aligned(2, channels, u, *([] if projection["RANK"] else [delta]))
     pairs = _pairs_of_lanes(scan, projection["RANK"])
     warps = directions * batch * -(-channels // (_CHANNELS * pairs))
-    lanes, parts = forward_split(warps, length, scan.A.shape[-1], _processors(u))
-    team = _PARTS_OF_A_BLOCK if parts > 1 and not projection["RANK"] else projection["TEAM"]
+    team = projection["TEAM"] if projection["RANK"] else _PARTS_OF_A_BLOCK
+    lanes, parts = forward_split(warps, length, scan.A.shape[-1], team, *_limits(u.device.index))
+    team = team if parts > 1 else projection["TEAM"]
     projection |= {"VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
     projection |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
     others = weight, scan.rows, y, states
@@ -169,7 +185,7 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
     directions, batch, length, channels = scan.shape
     blocks = -(-channels // _CHANNELS)
-    parts = backward_split(directions * batch * blocks, length, scan.A.shape[-1], _processors(scan.u))
+    parts = backward_split(directions * batch * blocks, length, scan.A.shape[-1], *_limits(scan.u.device.index))
     gradients = triton_scan.empty_gradients(scan, blocks, parts)
     others = grad.contiguous(), scan.order, saved, *gradients
     _launch("backward", scan, others, 1, _CHANNELS, _CHANNELS, MEAN=int(scan.mean), PARTS=parts, CLUSTER=parts)

@@ -265,7 +265,7 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
 
 
 def empty_gradients(scan: ScanInputs, blocks: int, parts: int = 1) -> Tensors:
-    """What a backward scan writes: gradients of u and delta, every block's of B and C, others of every image's parts."""
+    """What a backward scan writes: gradients of u and delta, every block's of B and C, every part's of the others."""
     (directions, batch, length, channels), d_state = scan.shape, scan.A.shape[-1]
     grad_u, grad_delta = (t.new_empty(scan.shape) for t in (scan.u, scan.delta))
     dtype = state_dtype(scan.u.dtype, half=True)
