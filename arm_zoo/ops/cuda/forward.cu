@@ -216,7 +216,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ Shared sh;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // of parts the compiler is to know that the lanes of a warp have the same one
+    const int warp = PARTS > 1 ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) : threadIdx.x / 32, lane = threadIdx.x % 32;
     const int channel = lane % (32 / LANES) * 2 * PAIRS, first_state = lane / (32 / LANES) * OWN;  // of the block's
 #if S == 1
     Step *steps = sh.steps[warp];
@@ -245,7 +246,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     const int chunks = (length + CHUNK - 1) / CHUNK;
     const int begin = first_chunk(part, chunks) * CHUNK, end = min(first_chunk(part + 1, chunks) * CHUNK, length);
     const int d = block * WIDE + channel;
-    const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS;
+    const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS, writes = first_state == 0;  // the lanes' sum
 #if VEC
     const int d0 = ok0 ? d : 0, d1 = d0 + 1;
 #else
@@ -432,9 +433,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
                             sum.x += __shfl_xor_sync(0xffffffffu, sum.x, i);
                             sum.y += __shfl_xor_sync(0xffffffffu, sum.y, i);
                         }
+                        const bool here = writes && (!AHEAD || first + j < length);
                         const int t = row_of(first + j, token);
-                        if (first + j < length && first_state == 0)
-                            store_pair(y + t * CHANNELS, d, ok0, ok1, pack(sum.x, sum.y));
+                        store_pair(y + t * CHANNELS, d, ok0 && here, ok1 && here, pack(sum.x, sum.y));
                     }
                 }
             }
