@@ -125,7 +125,7 @@ def _launch(
     **macros: int,
 ) -> None:  # fmt: skip
     """Start a kernel on the current stream: a block of so many threads takes `width` channels of so many images."""
-    u, delta, A, B, C, D, delta_bias, *_ = scan
+    u, delta, A, B, C, D, delta_bias, *_ = scan.with_rates()
     u = u.expand(scan.shape)
     directions, batch, length, channels = scan.shape
     macros |= {"HAS_ORDER": int(scan.order is not None), "TOKENS": int(scan.rows is not None)}

@@ -5,10 +5,9 @@ import timm
 import torch
 from torch import Tensor
 
-from arm_zoo.layers.mixer import decay_rates
 from arm_zoo.layers.order import scan_order
 from arm_zoo.ops import scan_backend, selective_scan
-from arm_zoo.ops.layout import ScanInputs
+from arm_zoo.ops.layout import ScanInputs, decay_rates
 from arm_zoo.see.scans import ScanRecorder, attention_row, contributions
 
 LENGTH, CHANNELS, STATES, RANK = 13, 5, 3, 2
