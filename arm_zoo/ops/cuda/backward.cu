@@ -86,8 +86,9 @@ struct Shared {
 };
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6) scan_backward(
-    const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
-    const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, const T *__restrict__ grad,
+    const T *__restrict__ u, const T *__restrict__ delta, const TypeOfA *__restrict__ A, const T *__restrict__ B,
+    const T *__restrict__ C, const TypeOfD *__restrict__ D, const TypeOfBias *__restrict__ bias,
+    const T *__restrict__ grad,
     const i64 *__restrict__ order, const T *__restrict__ saved, T *__restrict__ grad_u, T *__restrict__ grad_delta,
     T *__restrict__ grad_BC, float *__restrict__ grad_A, float *__restrict__ grad_D, float *__restrict__ grad_bias,
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
@@ -113,16 +114,15 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     saved += sequence * chunks * S * CHANNELS + d;
     grad_BC += ((i64)block * directions * batch + sequence) * length * (2 * S);
 
+    A += (i64)k * CHANNELS * S;
     float rate[S], carry[S], grad_rate[S], total = 0.f;
+    load_rates<S>(A, d, 0, LOG2E, rate);
 #pragma unroll
-    for (int s = 0; s < S; ++s) {
-        rate[s] = A[((i64)k * S + s) * CHANNELS + d] * LOG2E;
-        carry[s] = grad_rate[s] = 0.f;
-    }
-    const float skip = D[(i64)k * CHANNELS + d];
+    for (int s = 0; s < S; ++s) carry[s] = grad_rate[s] = 0.f;
+    const float skip = to_float(D[(i64)k * CHANNELS + d]);
     float offset = 0.f;
 #if HAS_BIAS
-    offset = bias[(i64)k * CHANNELS + d];
+    offset = to_float(bias[(i64)k * CHANNELS + d]);
 #endif
     HOLD(u);
     HOLD(delta);
@@ -340,7 +340,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #pragma unroll
     for (int s = 0; s < S; ++s) sh.ends[0].state[s][thread] = carry[s];
     sh.ends[0].size[thread] = total;
-    combine<THREADS>(sh.ends, A + (i64)k * S * CHANNELS, block * THREADS, LOG2E);
+    combine<THREADS>(sh.ends, A, block * THREADS, LOG2E);
 #pragma unroll
     for (int s = 0; s < S; ++s) carry[s] = sh.ends[0].state[s][thread];
 #endif

@@ -17,7 +17,7 @@
 // first scan theirs from states of zero, without outputs. States decay by exp(A times the sum of a part's step sizes)
 // from one part to the next, which gives the states before every part; from them all scan their parts.
 //
-// Macros: those of common.cuh; LANES, 1 unless every lane then still has a quad of states; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
+// Macros: those of common.cuh; TO_TOKENS 1 where the rows of y are tokens, also if others are steps; LANES, 1 unless every lane then still has a quad of states; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
 // PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to store the states
 // before every chunk for the backward scan; TEAM, the warps of a block: each has its image, or its part of
 // the same one; RANK of the step sizes, 0 if they are whole, and PIECE
@@ -102,11 +102,15 @@ __device__ __forceinline__ void store_pairs(T *row, int d, bool ok0, bool ok1, c
     if (ok0) *(Pairs *)(row + d) = p;
 #endif
 }
-__device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) {
+template <class X> struct alignas(2 * sizeof(X)) Two {
+    X x, y;
+};
+template <class X> __device__ __forceinline__ float2 load_float2(const X *row, int d0, int d1) {
 #if VEC
-    return *(const float2 *)(row + d0);
+    const Two<X> both = *(const Two<X> *)(row + d0);
+    return make_float2(to_float(both.x), to_float(both.y));
 #else
-    return make_float2(row[d0], row[d1]);
+    return make_float2(to_float(row[d0]), to_float(row[d1]));
 #endif
 }
 
@@ -210,8 +214,8 @@ struct Shared {
 };
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) scan_forward(
-    const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
-    const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
+    const T *__restrict__ u, const T *__restrict__ delta, const TypeOfA *__restrict__ A, const T *__restrict__ B,
+    const T *__restrict__ C, const TypeOfD *__restrict__ D, const TypeOfBias *__restrict__ bias,
     const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states,
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
@@ -265,14 +269,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     y += sequence * length * CHANNELS;
     states += (sequence * chunks + begin / CHUNK) * S * CHANNELS + first_state * CHANNELS;
 
+    A += (i64)k * CHANNELS * S;
+    constexpr float SCALE = S == 1 ? 1.f : LOG2E;  // of rates
     float2 rate[PAIRS][OWN], h[PAIRS][OWN], skip[PAIRS], offset[PAIRS], total[PAIRS];
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
+        float rates[2][OWN];
+        load_rates<OWN>(A, d0 + 2 * p, first_state, SCALE, rates[0]);
+        load_rates<OWN>(A, d1 + 2 * p, first_state, SCALE, rates[1]);
 #pragma unroll
         for (int s = 0; s < OWN; ++s) {
-            rate[p][s] = load_float2(A + ((i64)k * S + first_state + s) * CHANNELS, d0 + 2 * p, d1 + 2 * p);
-            rate[p][s].x *= S == 1 ? 1.f : LOG2E;
-            rate[p][s].y *= S == 1 ? 1.f : LOG2E;
+            rate[p][s] = make_float2(rates[0][s], rates[1][s]);
             h[p][s] = make_float2(0.f, 0.f);
         }
         skip[p] = first_state == 0 ? load_float2(D + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p) : make_float2(0.f, 0.f);
@@ -434,7 +441,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
                             sum.y += __shfl_xor_sync(0xffffffffu, sum.y, i);
                         }
                         const bool here = writes && (!AHEAD || first + j < length);
-                        const int t = row_of(first + j, token);
+                        const int t = row_of<TOKENS || TO_TOKENS>(first + j, token);
                         store_pair(y + t * CHANNELS, d, ok0 && here, ok1 && here, pack(sum.x, sum.y));
                     }
                 }
@@ -450,7 +457,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
 #pragma unroll
     for (int s = 0; s < OWN; ++s) *(float2 *)&own.state[first_state + s][channel] = h[0][s];
     if (first_state == 0) *(float2 *)&own.size[channel] = total[0];
-    combine<32 * TEAM>(sh.ends, A + (i64)k * S * CHANNELS, block * WIDE, S == 1 ? 1.f : LOG2E);
+    combine<32 * TEAM>(sh.ends, A, block * WIDE, SCALE);
 #pragma unroll
     for (int s = 0; s < OWN; ++s) h[0][s] = *(float2 *)&own.state[first_state + s][channel];
 #endif

@@ -13,7 +13,7 @@ from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, aligned, empty_
 from arm_zoo.ops.triton import causal_conv, causal_conv_backward, gate_backward
 from arm_zoo.ops.triton import scan as triton_scan
 from arm_zoo.ops.triton.common import check_length
-from arm_zoo.ops.triton.merge import merge, sequences_for
+from arm_zoo.ops.triton.merge import merge, sequences_for, stores_by_token
 
 __all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_scan", "selective_scan_backward"]
 
@@ -120,21 +120,26 @@ def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dic
     return {"RANK": rank, "PIECE": piece, "TEAM": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
 
 
+def _parameter(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor itself, or a copy, as the kernels read it: in the sequences' type or float32."""
+    return None if tensor is None else aligned(tensor if tensor.dtype == dtype else tensor.float())
+
+
 def _launch(
     pass_name: str, scan: ScanInputs, others: tuple[Tensor | None, ...], images: int, width: int, threads: int,
     **macros: int,
 ) -> None:  # fmt: skip
     """Start a kernel on the current stream: a block of so many threads takes `width` channels of so many images."""
-    u, delta, A, B, C, D, delta_bias, *_ = scan.with_rates()
+    u, delta, A, B, C, D, delta_bias, *_ = scan
     u = u.expand(scan.shape)
     directions, batch, length, channels = scan.shape
     macros |= {"HAS_ORDER": int(scan.order is not None), "TOKENS": int(scan.rows is not None)}
     macros |= {"DTYPE": _DTYPES[u.dtype], "S": A.shape[-1], "CHUNK": CHUNK, "CHANNELS": channels}
     macros |= {"HAS_BIAS": int(delta_bias is not None), "SOFTPLUS": int(scan.delta_softplus)}
-    kernel = _kernel(u.device.index, pass_name, **macros)
-    rates, skip = aligned(A.float().transpose(1, 2)), aligned(D.float())
-    bias = None if delta_bias is None else aligned(delta_bias.float())
-    tensors = (u, delta, rates, B, C, skip, bias, *others)
+    parameters = {name: _parameter(t, u.dtype) for name, t in (("A", A), ("D", D), ("BIAS", delta_bias))}
+    macros |= {f"{name}_IS_T": int(t is not None and t.dtype == u.dtype) for name, t in parameters.items()}
+    kernel = _kernel(u.device.index, pass_name, LOG_RATES=int(scan.log_rates), **macros)
+    tensors = (u, delta, parameters["A"], B, C, parameters["D"], parameters["BIAS"], *others)
     Device(u.device.index).set_current()  # autograd's threads begin without one
     launch(
         _stream(u.device.index, torch.cuda.current_stream(u.device).cuda_stream),
@@ -169,13 +174,17 @@ def selective_scan(
     team = projection["TEAM"] if projection["RANK"] else _PARTS_OF_A_BLOCK
     lanes, parts = forward_split(warps, length, scan.A.shape[-1], team, *_limits(u.device.index))
     team = team if parts > 1 else projection["TEAM"]
-    projection |= {"VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
+    # of a single state the kernel's rows of u are those of y
+    to_tokens = stores_by_token(scan) and scan.A.shape[-1] > 1
+    projection |= {"TO_TOKENS": int(to_tokens), "VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
     projection |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
-    others = weight, scan.rows, y, states
-    steps = scan._replace(order=scan.rows)  # the kernel asks it for rows alone
+    order = scan.order if to_tokens else scan.rows  # that the kernel asks
+    others = weight, order, y, states
+    steps = scan._replace(order=order)
     images = team if parts == 1 else 1
     _launch("forward", steps, others, images, _CHANNELS * pairs // lanes, 32 * team, **projection)
-    return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
+    order = None if to_tokens else scan.order_of_outputs
+    return merge(y, order, scan.share, gate, kept=kept, norm=norm), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
