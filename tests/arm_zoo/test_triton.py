@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
 from arm_zoo.layers.block import Block, run_blocks
+from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
@@ -33,9 +34,10 @@ from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_back
 from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_operators
 from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums, check_mixer_norms_inside
 from tests.arm_zoo.test_triton import check_special_values, extreme_error, gate_errors
-from tests.arm_zoo.test_triton import gated_product_error, inner_error, merged_norm_error, worst_error
+from tests.arm_zoo.test_triton import gated_product_error, inference_error, inner_error, merged_norm_error, worst_error
 import arm_zoo
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
+from arm_zoo.ops.triton import merge
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 """
 
@@ -88,6 +90,10 @@ assert gated_product_error(2, 3, 72, 64, torch.float16, "cpu") < 1e-3
 """,
     "memory, limits and a model": """
 check_mixer_norms_inside("cpu")
+for most, dtype, limit in ((0, torch.float32, 1e-6), (2**23, torch.float32, 1e-6), (2**23, torch.float16, 1e-3)):
+    merge.FEW = most
+    error = inference_error(dtype, "cpu")
+    assert error < limit, (most, dtype, error)
 results = []
 for bias in (torch.linspace(-2, 1, 10).view(5, 2).t(), torch.linspace(-2, 1, 10).view(5, 2).t().contiguous()):
     inputs = [torch.ones(2, 1, 3, 5), torch.ones(2, 1, 3, 5), -torch.ones(2, 5, 2), torch.ones(2, 1, 3, 2)]
@@ -234,6 +240,21 @@ def inner_error(
 
     pairs = zip(everything(kernels, None), everything("reference", torch.float64), strict=True)
     return largest(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def inference_error(dtype: torch.dtype, device: str, kernels: str = "triton", channels: int = 20) -> float:
+    """Relative L2 error of a mixer's inference, which takes the logarithms of rates as they are, against float64."""
+    torch.manual_seed(0)
+    mixer = MambaMixer(channels, 4, d_state=4, device=device, dtype=dtype).requires_grad_(False)
+    torch.nn.init.normal_(mixer.A_log)
+    x = torch.randn(2, 7, channels, device=device, dtype=dtype)
+    order = scan_order(3, 2, DIRECTIONS, 3, device=device)
+    with arm_zoo.scan_backend(kernels), Recorder() as recorder:
+        y = mixer(x, order)
+    assert recorder.counts["arm_zoo::selective_scan_log"] == 1, recorder.counts
+    with arm_zoo.scan_backend("reference"):
+        expected = mixer.double()(x.double(), order)
+    return ((y - expected).norm() / expected.norm()).item()
 
 
 def gate_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[float]:
@@ -448,6 +469,17 @@ def check_operators(device: str) -> None:
     gated = (*sequences, *arguments, False, sequences[0][0], "triton")
     torch.library.opcheck(
         torch.ops.arm_zoo.selective_scan.default, gated, test_utils=("test_schema", "test_faketensor")
+    )
+    logarithms = (
+        *sequences[:2],
+        torch.randn_like(sequences[2]),
+        *sequences[3:],
+        *arguments,
+        sequences[0][0],
+        "triton",
+    )
+    torch.library.opcheck(
+        torch.ops.arm_zoo.selective_scan_log.default, logarithms, test_utils=("test_schema", "test_faketensor")
     )
     weight = torch.randn(sequences[0].shape[-1], device=device)
     torch.library.opcheck(
@@ -715,6 +747,18 @@ def test_step_sizes_of_low_rank_of_one_step(rank: int, kernels: str) -> None:
 def test_everything_between_the_projections(batch: int, directions: int, dtype: torch.dtype, kernels: str) -> None:
     limit = {torch.float32: 2e-5}.get(dtype, 2e-2)  # a product and a rounding more than the scan alone
     assert inner_error(batch, dtype, "cuda", kernels, channels=72, d_state=16, directions=directions) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("few", [0, 2**23])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("kernels", ["triton", "cuda"], indirect=True)
+def test_inference_takes_parameters_as_they_are(
+    few: int, dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arm_zoo.ops.triton.merge.FEW", few)
+    for channels in (20, 64):
+        assert inference_error(dtype, "cuda", kernels, channels) < LIMITS[dtype]
 
 
 @pytest.mark.gpu

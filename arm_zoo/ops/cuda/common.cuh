@@ -101,7 +101,7 @@ __device__ __forceinline__ void load_rates(const TypeOfA *A, int channel, int fi
 #pragma unroll
     for (int s = 0; s < COUNT; ++s) {
         const float value = to_float(own.at[s]);
-        rates[s] = (LOG_RATES ? -expf(value) : value) * scale;
+        rates[s] = (LOG_RATES ? -exp2_fast(value * LOG2E) : value) * scale;
     }
 }
 // log(1 + exp(x)), and y = exp(-|x|), or both to base 2. log1p(y) = y p(y): as in ops/triton/scan.py, or for inputs of 16

@@ -12,7 +12,7 @@ from arm_zoo.ops.triton.common import BLOCK_CHANNELS, sigmoid
 from arm_zoo.ops.triton.norms import normalise, whole_rows
 
 _BLOCK_STEPS = 1024  # of a table of orders
-_FEW = 2**23  # outputs of a scan: to so many, a launch less is worth more than stores side by side
+FEW = 2**23  # outputs of a scan: to so many, a launch less is worth more than stores side by side
 _TILE = {"ROWS": 16, "BLOCK": BLOCK_CHANNELS}  # tokens and channels of a program, where there is no norm
 
 
@@ -99,4 +99,4 @@ def sequences_for(scan: ScanInputs, kept: Tensor | None) -> tuple[Tensor, Tensor
 def stores_by_token(scan: ScanInputs) -> bool:
     """Whether a scan stores its outputs where their tokens lie, which leaves `merge` without an order to invert."""
     order = scan.order_of_outputs
-    return order is not None and order.ndim == 2 and math.prod(scan.shape) <= _FEW
+    return order is not None and order.ndim == 2 and math.prod(scan.shape) <= FEW
