@@ -76,7 +76,7 @@ struct Shared {
     union {
         float state[CHUNK / GROUP][S][THREADS];  // before every group
 #if PARTS > 1
-        End<THREADS> ends[1];
+        End<THREADS> end;
 #endif
     };
     float size[CHUNK][THREADS];
@@ -338,11 +338,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #if PARTS > 1
     if (part < PARTS - 1) walk(false);
 #pragma unroll
-    for (int s = 0; s < S; ++s) sh.ends[0].state[s][thread] = carry[s];
-    sh.ends[0].size[thread] = total;
-    combine<THREADS>(sh.ends, A, block * THREADS, LOG2E);
+    for (int s = 0; s < S; ++s) sh.end.state[s][thread] = carry[s];
+    sh.end.size[thread] = total;
+    combine<THREADS, THREADS>([&](int part) { return in_block(&sh.end, part); }, A, block * THREADS, LOG2E);
 #pragma unroll
-    for (int s = 0; s < S; ++s) carry[s] = sh.ends[0].state[s][thread];
+    for (int s = 0; s < S; ++s) carry[s] = sh.end.state[s][thread];
 #endif
     walk(true);
     if (ok) {

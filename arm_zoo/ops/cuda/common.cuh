@@ -152,9 +152,9 @@ template <class X> __device__ __forceinline__ X *in_block(X *place, int block) {
     return place;
 }
 // Gives the parts, in the places of their last states, the states before them. A thread has a state of a channel at a
-// time, through all parts. `A` is the direction's, `scale` what makes it a rate to base 2.
-template <int THREADS, int ENDS, int WIDE>
-__device__ __forceinline__ void combine(End<WIDE> (&ends)[ENDS], const TypeOfA *A, int first_channel, float scale) {
+// time, through all parts. `end_of` finds a part's end, `A` is the direction's, `scale` what makes it a rate to base 2.
+template <int THREADS, int WIDE, class EndOf>
+__device__ __forceinline__ void combine(EndOf end_of, const TypeOfA *A, int first_channel, float scale) {
     meet();
 #pragma unroll 1
     for (int i = blockIdx.x % CLUSTER * THREADS + threadIdx.x; i < S * WIDE; i += CLUSTER * THREADS) {
@@ -164,16 +164,16 @@ __device__ __forceinline__ void combine(End<WIDE> (&ends)[ENDS], const TypeOfA *
         float after[PARTS], size[PARTS];
 #pragma unroll
         for (int part = 1; part < PARTS; ++part) {
-            const End<WIDE> *end = in_block(&ends[(part - 1) % ENDS], (part - 1) / ENDS);
+            const End<WIDE> *end = end_of(part - 1);
             after[part] = end->state[s][channel];
             size[part] = end->size[channel];
         }
         float h = 0.f;
-        in_block(&ends[0], 0)->state[s][channel] = h;
+        end_of(0)->state[s][channel] = h;
 #pragma unroll
         for (int part = 1; part < PARTS; ++part) {
             h = fmaf(exp2_fast(size[part] * rate), h, after[part]);
-            in_block(&ends[part % ENDS], part / ENDS)->state[s][channel] = h;
+            end_of(part)->state[s][channel] = h;
         }
     }
     meet();

@@ -122,12 +122,6 @@ template <class X> __device__ __forceinline__ float2 load_float2(const X *row, i
 #endif
 #define WIDTH ((RANK + 15) / 16 * 16 + 8)  // of rows in shared memory: whole tiles, and no bank conflicts
 #define SIZES (WIDE / 2 + 4)               // pairs of a row, likewise
-struct Projection {
-    T weight[WIDE][WIDTH];
-    T rows[TEAM][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
-    Pair sizes[TEAM][CHUNK][SIZES];
-};
-
 __device__ __forceinline__ void copy_async(T *shared, const T *from) {
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(PIECE) : "memory");
@@ -199,17 +193,27 @@ struct __align__(16) Step {
 };
 #endif
 
-struct Shared {
+struct Chunk {
 #if S == 1
-    Step steps[TEAM][CHUNK];
+    Step steps[CHUNK];
 #else
-    __align__(16) float BC[TEAM][CHUNK][2 * S];
+    __align__(16) float BC[CHUNK][2 * S];
 #endif
 #if RANK
-    Projection projection;
+    __align__(16) T rows[2][CHUNK][WIDTH];  // step sizes of this chunk and the next
+    Pair sizes[CHUNK][SIZES];
 #endif
+};
+union OfWarp {
+    Chunk chunk;
 #if PARTS > 1
-    End<WIDE> ends[TEAM];
+    End<WIDE> end;
+#endif
+};
+struct Shared {
+    OfWarp of_warp[TEAM];
+#if RANK
+    __align__(16) T weight[WIDE][WIDTH];
 #endif
 };
 
@@ -223,10 +227,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     // of parts the compiler is to know that the lanes of a warp have the same one
     const int warp = PARTS > 1 ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) : threadIdx.x / 32, lane = threadIdx.x % 32;
     const int channel = lane % (32 / LANES) * 2 * PAIRS, first_state = lane / (32 / LANES) * OWN;  // of the block's
+    Chunk &of_chunk = sh.of_warp[warp].chunk;
 #if S == 1
-    Step *steps = sh.steps[warp];
+    Step *steps = of_chunk.steps;
 #else
-    float(*BC)[2 * S] = sh.BC[warp];
+    float(*BC)[2 * S] = of_chunk.BC;
 #endif
     constexpr int BLOCKS = (CHANNELS + WIDE - 1) / WIDE;
     const int block = blockIdx.x / CLUSTER % BLOCKS, rest = blockIdx.x / CLUSTER / BLOCKS;
@@ -237,12 +242,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     const int b = rest / directions * TEAM + warp, part = 0;
 #endif
 #if RANK
-    Projection &projection = sh.projection;
     for (int c = warp; c < WIDE; c += TEAM) {
         const T *row = weight + ((i64)k * CHANNELS + min(block * WIDE + c, CHANNELS - 1)) * RANK;
-        for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&projection.weight[c][r] = r < RANK ? two(row + r) : 0;
+        for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&sh.weight[c][r] = r < RANK ? two(row + r) : 0;
     }
-    for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)projection.rows[warp])[i] = 0;  // past the rank
     __syncthreads();
 #endif
     if (b >= batch) return;
@@ -323,8 +326,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
         for (int j = 0; j < GROUP; ++j)
             next_u[j] = load_pairs(u + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
 #if RANK
-        T(*rows)[CHUNK][WIDTH] = projection.rows[warp];  // even chunks of a part, odd chunks
-        Pair(*sizes)[SIZES] = projection.sizes[warp];
+        T(*rows)[CHUNK][WIDTH] = of_chunk.rows;  // even chunks of a part, odd chunks
+        Pair(*sizes)[SIZES] = of_chunk.sizes;
+        for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)rows)[i] = 0;  // past the rank
+        __syncwarp();
         fetch(rows[0], delta + (i64)row_of(min(begin + lane / 2, length - 1), token) * delta_t, lane);
 #else
         Pairs next_delta[GROUP];
@@ -376,7 +381,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
                 const int step = min(start + CHUNK + lane / 2, length - 1);
                 fetch(rows[1 - now], delta + (i64)row_of(step, next_token) * delta_t, lane);
             }
-            project(sizes, rows[now], projection.weight, lane);
+            project(sizes, rows[now], sh.weight, lane);
 #endif
 #if S == 1
             steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
@@ -453,13 +458,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     };
 #if PARTS > 1
     if (part < PARTS - 1) walk(false);
-    End<WIDE> &own = sh.ends[warp];
+    __syncwarp();
+    End<WIDE> &own = sh.of_warp[warp].end;
 #pragma unroll
     for (int s = 0; s < OWN; ++s) *(float2 *)&own.state[first_state + s][channel] = h[0][s];
     if (first_state == 0) *(float2 *)&own.size[channel] = total[0];
-    combine<32 * TEAM>(sh.ends, A, block * WIDE, SCALE);
+    const auto end_of = [&](int part) { return in_block(&sh.of_warp[part % TEAM].end, part / TEAM); };
+    combine<32 * TEAM, WIDE>(end_of, A, block * WIDE, SCALE);
 #pragma unroll
     for (int s = 0; s < OWN; ++s) h[0][s] = *(float2 *)&own.state[first_state + s][channel];
+    __syncwarp();
 #endif
     walk(true);
 }
