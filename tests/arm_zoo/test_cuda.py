@@ -49,7 +49,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module = importlib.import_module("arm_zoo.ops.cuda.launch")
     monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    properties = SimpleNamespace(multi_processor_count=0)  # no work is then too little for lanes of four channels
+    monkeypatch.setattr(module, "_WARPS_OF_WIDE_LANES", 0)  # no work is then too little for lanes of four channels
+    properties = SimpleNamespace(multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     module.launches = launches
@@ -90,7 +91,7 @@ def test_kernels_compile(
     assert [block for *_, block in cuda.launches] == [32 * images, 32 * images, 64]
 
 
-@pytest.mark.parametrize("d_state, rank, lanes, parts", [(16, 48, 2, 8), (1, 0, 1, 32)])
+@pytest.mark.parametrize("d_state, rank, lanes, parts", [(16, 48, 2, 8), (16, 64, 1, 4), (1, 0, 1, 32)])
 def test_kernels_of_parts_compile(d_state: int, rank: int, lanes: int, parts: int, cuda: ModuleType) -> None:
     """What the backward scan's parts leave of the gradients of A, D and delta_bias is added up."""
     cuda.forward_split, cuda.backward_split = lambda *_: (lanes, parts), lambda *_: 2
@@ -108,19 +109,23 @@ def test_kernels_of_parts_compile(d_state: int, rank: int, lanes: int, parts: in
 @pytest.mark.parametrize(
     "warps, length, lanes, parts",
     [
-        (48, 197, 2, 16),  # one image of ARM-B at 224 pixels: 13 chunks of steps
-        (384, 197, 2, 1),  # eight: parts would walk more steps than the GPU gains time
+        (48, 197, 1, 16),  # one image of ARM-B at 224 pixels: 13 chunks of steps
+        (384, 197, 4, 1),  # eight: parts would walk more steps than the GPU gains time
+        (1_536, 197, 1, 1),
         (12_288, 197, 1, 1),
-        (48, 16_385, 2, 16),  # at 2048 pixels
-        (192, 16_385, 2, 4),
-        (1, 16_385, 2, 32),  # the most that a cluster has
-        (1, 16, 2, 1),  # one chunk is not split
-        (1, 64, 2, 4),
+        (192, 577, 1, 8),  # four at 384 pixels
+        (384, 4_097, 4, 1),  # eight at 1024
+        (48, 16_385, 1, 32),  # one at 2048
+        (192, 16_385, 1, 8),
+        (1, 16_385, 4, 32),  # the most that a cluster has
+        (1, 16, 4, 1),  # one chunk is not split
+        (1, 64, 4, 4),
     ],
 )
 def test_parts_of_the_forward_scan(warps: int, length: int, lanes: int, parts: int, cuda: ModuleType) -> None:
     assert cuda.forward_split(warps, length, 16, 4, 132, 8) == (lanes, parts)
-    assert cuda.forward_split(warps, length, 4, 4, 132, 8)[0] == 1  # a lane has no fewer states
+    assert cuda.forward_split(warps, length, 8, 4, 132, 8)[0] <= 2  # a lane has no fewer than four states
+    assert cuda.forward_split(warps, length, 4, 4, 132, 8)[0] == 1
     assert cuda.forward_split(warps, length, 16, 4, 108, 1)[1] in (1, 4)  # a block, where there are no clusters
 
 

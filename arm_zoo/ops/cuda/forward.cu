@@ -13,7 +13,7 @@
 // warps a lane takes two pairs of channels.
 //
 // Few sequences leave most of the GPU idle. LANES lanes then share a pair of channels, each with its part of the states
-// (they all make its step sizes), and PARTS warps share a sequence, each with its part of the chunks: all but the last
+// (step sizes of low rank are made ready once for all of them), and PARTS warps share a sequence, each with its part of the chunks: all but the last
 // first scan theirs from states of zero, without outputs. States decay by exp(A times the sum of a part's step sizes)
 // from one part to the next, which gives the states before every part; from them all scan their parts.
 //
@@ -25,6 +25,7 @@
 
 #define WIDE (64 * PAIRS / LANES)      // channels of a warp
 #define OWN (S / LANES)                // states of a lane
+#define READY (RANK && LANES > 1)      // softplus is taken once a chunk, for all lanes that share a pair of channels
 #define AHEAD (LANES > 1)              // B and C of the next chunk are in flight too: few warps hide little waiting
 // steps whose inputs are in flight, and warps of a multiprocessor: as many as registers allow
 #define GROUP (S >= 4 ? 4 : S == 2 && DTYPE == 0 ? 8 : CHUNK)
@@ -114,6 +115,30 @@ template <class X> __device__ __forceinline__ float2 load_float2(const X *row, i
 #endif
 }
 
+// the step size that a stored number and the offset say; of a single state it and the offset are in units of ln 2
+__device__ __forceinline__ float size_of(float raw, float offset) {
+    const float x = S == 1 ? fmaf(raw, LOG2E, offset) : raw + offset;
+#if SOFTPLUS
+    float unused;
+    return softplus<S == 1>(x, unused);
+#else
+    return x;
+#endif
+}
+__device__ __forceinline__ float2 sizes_of(Pair p, float2 offset) {
+    const float2 raw = unpack(p);
+    return make_float2(size_of(raw.x, offset.x), size_of(raw.y, offset.y));
+}
+#if READY
+typedef float2 Sizes;  // of a pair of channels, at a step
+__device__ __forceinline__ Sizes kept(Pair p, float2 offset) { return sizes_of(p, offset); }
+__device__ __forceinline__ float2 made(Sizes sizes, float2) { return sizes; }
+#else
+typedef Pair Sizes;  // as they are in memory
+__device__ __forceinline__ Sizes kept(Pair p, float2) { return p; }
+__device__ __forceinline__ float2 made(Sizes sizes, float2 offset) { return sizes_of(sizes, offset); }
+#endif
+
 #if RANK
 #if DTYPE == 1
 #define HALF "bf16"
@@ -151,8 +176,9 @@ __device__ __forceinline__ void multiply(float4 &c, const unsigned *a, unsigned 
         : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// (CHUNK, RANK) x (RANK, WIDE) -> pairs of channels
-__device__ __forceinline__ void project(Pair (*sizes)[SIZES], const T (*rows)[WIDTH], const T (*weight)[WIDTH], int lane) {
+// (CHUNK, RANK) x (RANK, WIDE) -> pairs of channels; the offsets are of the lane's pairs in the product
+__device__ __forceinline__ void project(
+    Sizes (*sizes)[SIZES], const T (*rows)[WIDTH], const T (*weight)[WIDTH], const float2 *offsets, int lane) {
     const int row = lane / 4, column = lane % 4;
     unsigned a[WIDTH / 16][4];
 #pragma unroll
@@ -169,22 +195,11 @@ __device__ __forceinline__ void project(Pair (*sizes)[SIZES], const T (*rows)[WI
         const T *of_channel = weight[8 * n + row] + 2 * column;
 #pragma unroll
         for (int k = 0; k < WIDTH / 16; ++k) multiply(c, a[k], two(of_channel + 16 * k), two(of_channel + 16 * k + 8));
-        sizes[row][4 * n + column] = pack(c.x, c.y);
-        sizes[row + 8][4 * n + column] = pack(c.z, c.w);
+        sizes[row][4 * n + column] = kept(pack(c.x, c.y), offsets[n]);
+        sizes[row + 8][4 * n + column] = kept(pack(c.z, c.w), offsets[n]);
     }
 }
 #endif
-
-// the step size that a stored number and the offset say; of a single state it and the offset are in units of ln 2
-__device__ __forceinline__ float size_of(float raw, float offset) {
-    const float x = S == 1 ? fmaf(raw, LOG2E, offset) : raw + offset;
-#if SOFTPLUS
-    float unused;
-    return softplus<S == 1>(x, unused);
-#else
-    return x;
-#endif
-}
 
 #if S == 1
 struct __align__(16) Step {
@@ -201,7 +216,7 @@ struct Chunk {
 #endif
 #if RANK
     __align__(16) T rows[2][CHUNK][WIDTH];  // step sizes of this chunk and the next
-    Pair sizes[CHUNK][SIZES];
+    Sizes sizes[CHUNK][SIZES];
 #endif
 };
 union OfWarp {
@@ -274,7 +289,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
 
     A += (i64)k * CHANNELS * S;
     constexpr float SCALE = S == 1 ? 1.f : LOG2E;  // of rates
-    float2 rate[PAIRS][OWN], h[PAIRS][OWN], skip[PAIRS], offset[PAIRS], total[PAIRS];
+    float2 rate[PAIRS][OWN], h[PAIRS][OWN], skip[PAIRS], total[PAIRS];
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
         float rates[2][OWN];
@@ -286,18 +301,25 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
             h[p][s] = make_float2(0.f, 0.f);
         }
         skip[p] = first_state == 0 ? load_float2(D + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p) : make_float2(0.f, 0.f);
-        offset[p] = total[p] = make_float2(0.f, 0.f);
+        total[p] = make_float2(0.f, 0.f);
+    }
+    // of the pairs whose sizes the lane makes: its own, or those that a product of tensor cores leaves it
+    constexpr int OFFSETS = READY ? WIDE / 8 : PAIRS;
+    float2 offsets[OFFSETS];
+#pragma unroll
+    for (int i = 0; i < OFFSETS; ++i) {
+        offsets[i] = make_float2(0.f, 0.f);
 #if HAS_BIAS
-        offset[p] = load_float2(bias + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p);
-        offset[p].x *= S == 1 ? LOG2E : 1.f;
-        offset[p].y *= S == 1 ? LOG2E : 1.f;
+        const int c = READY ? block * WIDE + 8 * i + lane % 4 * 2 : d + 2 * i;
+        offsets[i] = load_float2(bias + (i64)k * CHANNELS, c < CHANNELS ? c : 0, c + 1 < CHANNELS ? c + 1 : 0);
+        offsets[i].x *= S == 1 ? LOG2E : 1.f;
+        offsets[i].y *= S == 1 ? LOG2E : 1.f;
 #endif
     }
     // of pair p at a step, from this lane's states: y, and the states after it in place of those before it
-    const auto advance = [&](int p, Pair raw_u, Pair raw_delta, const float *BC_t) {
+    const auto advance = [&](int p, Pair raw_u, Sizes sizes, const float *BC_t) {
         BC_t += first_state;
-        const float2 x = unpack(raw_u), raw_size = unpack(raw_delta);
-        const float2 size = make_float2(size_of(raw_size.x, offset[p].x), size_of(raw_size.y, offset[p].y));
+        const float2 x = unpack(raw_u), size = made(sizes, offsets[READY ? 0 : p]);
         const float2 input = make_float2(size.x * x.x, size.y * x.y);
         total[p].x += size.x;
         total[p].y += size.y;
@@ -327,7 +349,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
             next_u[j] = load_pairs(u + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
 #if RANK
         T(*rows)[CHUNK][WIDTH] = of_chunk.rows;  // even chunks of a part, odd chunks
-        Pair(*sizes)[SIZES] = of_chunk.sizes;
+        Sizes(*sizes)[SIZES] = of_chunk.sizes;
         for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)rows)[i] = 0;  // past the rank
         __syncwarp();
         fetch(rows[0], delta + (i64)row_of(min(begin + lane / 2, length - 1), token) * delta_t, lane);
@@ -381,7 +403,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
                 const int step = min(start + CHUNK + lane / 2, length - 1);
                 fetch(rows[1 - now], delta + (i64)row_of(step, next_token) * delta_t, lane);
             }
-            project(sizes, rows[now], sh.weight, lane);
+            project(sizes, rows[now], sh.weight, offsets, lane);
 #endif
 #if S == 1
             steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
@@ -416,14 +438,15 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
             __syncwarp();
 #pragma unroll 1
             for (int first = start; first < min(start + CHUNK, end); first += GROUP) {
-                Pair raw_u[GROUP], raw_delta[GROUP];
+                Pair raw_u[GROUP];
+                Sizes of_steps[GROUP];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
                     raw_u[j] = next_u[j].at[0];
 #if RANK
-                    raw_delta[j] = sizes[first - start + j][channel / 2];
+                    of_steps[j] = sizes[first - start + j][channel / 2];
 #else
-                    raw_delta[j] = next_delta[j].at[0];
+                    of_steps[j] = next_delta[j].at[0];
 #endif
                 }
 #pragma unroll
@@ -438,7 +461,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
                     if (!AHEAD && first + j >= length) break;
-                    float2 sum = advance(0, raw_u[j], raw_delta[j], BC[first - start + j]);
+                    float2 sum = advance(0, raw_u[j], of_steps[j], BC[first - start + j]);
                     if (whole) {
 #pragma unroll
                         for (int i = 32 / LANES; i < 32; i *= 2) {

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a block: one warp in the forward scan (or twice as many), two in the backward scan
 _WARPS_OF_WIDE_LANES = 12  # a multiprocessor: fewer would wait for each other's memory
-_SCHEDULERS, _WARPS = 4, 16  # of a multiprocessor: which issue instructions, and those of the forward scan it holds
+_SCHEDULERS = 4  # of a multiprocessor: each issues the instructions of its warps
+# of lanes that share a pair of channels: nanoseconds of a warp's step alone on a scheduler, and among many (one H200)
+_STEP = {1: (346, 201), 2: (265, 140), 4: (175, 83)}
 _PARTS_OF_A_BLOCK = 4  # of a sequence whose step sizes are whole; else as many as there would be images
 _STATES = (1, 2, 4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
 _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, images and steps
@@ -65,12 +68,21 @@ def forward_split(warps: int, length: int, d_state: int, team: int, processors: 
     """How the forward scan fills a GPU: lanes that share a pair of channels, and parts of the length.
 
     There are so many warps without either; a part is a warp, of which a block has `team`, and a sequence up to
-    `cluster` blocks.
+    `cluster` blocks. It is the choice of the least time by a model: the chunks that a warp walks, each as long as one
+    alone takes, or as all warps of a scheduler take to issue their instructions.
     """
-    lanes = 2 if d_state >= 8 and warps <= _SCHEDULERS * processors else 1
-    most = min(team * cluster, 2 * -(-length // CHUNK) - 1, _WARPS * processors // (warps * lanes))
-    # parts walk their steps twice: less than four save no time
-    return lanes, max((parts for parts in (4, 8, 16, 32) if team <= parts <= most), default=1)
+    chunks = -(-length // CHUNK)
+
+    def time(split: tuple[int, int]) -> float:
+        lanes, parts = split
+        alone, among_many = _STEP[lanes]
+        # parts walk twice, the first time without outputs; to start and to meet takes them another chunk
+        walked = chunks if parts == 1 else 1.8 * -(-chunks // parts) + 1
+        return walked * max(alone, among_many * -(-warps * lanes * parts // (_SCHEDULERS * processors)))
+
+    all_lanes = [lanes for lanes in _STEP if 4 * lanes <= max(d_state, 4)]  # each has a quad of states
+    all_parts = [1, *(parts for parts in (4, 8, 16, 32) if team <= parts <= team * cluster)]
+    return min(itertools.product(all_lanes, all_parts), key=time)
 
 
 def backward_split(blocks: int, length: int, d_state: int, processors: int, cluster: int) -> int:
