@@ -213,8 +213,9 @@ register(
 
 
 def _scan_log(module: ModuleType, *args: Any) -> Tensor:
+    """The gated scan, in inference, of A that holds the logarithms of the rates' amounts."""
     *inputs, gate = args
-    return module.selective_scan(ScanInputs(*inputs, log_rates=True), False, gate)[0]
+    return module.selective_scan(ScanInputs(*inputs)._replace(log_rates=True), False, gate)[0]
 
 
 register(

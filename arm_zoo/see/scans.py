@@ -25,7 +25,8 @@ class ScanRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _OPERATORS:
-            self.last = ScanInputs(*args[: len(ScanInputs._fields) - 1], log_rates=func is _LOG).with_rates()
+            given = ScanInputs(*args[: len(ScanInputs._fields) - 1])
+            self.last = given._replace(log_rates=func is _LOG).with_rates()
         return func(*args, **(kwargs or {}))
 
 

@@ -186,17 +186,15 @@ def selective_scan(
     team = projection["TEAM"] if projection["RANK"] else _PARTS_OF_A_BLOCK
     lanes, parts = forward_split(warps, length, scan.A.shape[-1], team, *_limits(u.device.index))
     team = team if parts > 1 else projection["TEAM"]
-    # of a single state the kernel's rows of u are those of y
-    to_tokens = stores_by_token(scan) and scan.A.shape[-1] > 1
+    to_tokens = scan.A.shape[-1] > 1 and stores_by_token(scan)  # of one state the rows of y are always those of u
     projection |= {"TO_TOKENS": int(to_tokens), "VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
     projection |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
     order = scan.order if to_tokens else scan.rows  # that the kernel asks
     others = weight, order, y, states
-    steps = scan._replace(order=order)
     images = team if parts == 1 else 1
+    steps = scan._replace(order=order)
     _launch("forward", steps, others, images, _CHANNELS * pairs // lanes, 32 * team, **projection)
-    order = None if to_tokens else scan.order_of_outputs
-    return merge(y, order, scan.share, gate, kept=kept, norm=norm), states
+    return merge(y, None if to_tokens else scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
