@@ -340,7 +340,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #pragma unroll
     for (int s = 0; s < S; ++s) sh.end.state[s][thread] = carry[s];
     sh.end.size[thread] = total;
-    combine<THREADS, THREADS>([&](int part) { return in_block(&sh.end, part); }, A, block * THREADS, LOG2E);
+    const auto end_of = [&](int part) { return in_block(&sh.end, part); };
+    combine<THREADS, THREADS>(end_of, A, block * THREADS, LOG2E);
 #pragma unroll
     for (int s = 0; s < S; ++s) carry[s] = sh.end.state[s][thread];
 #endif

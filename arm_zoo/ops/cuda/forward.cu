@@ -13,15 +13,17 @@
 // warps a lane takes two pairs of channels.
 //
 // Few sequences leave most of the GPU idle. LANES lanes then share a pair of channels, each with its part of the states
-// (step sizes of low rank are made ready once for all of them), and PARTS warps share a sequence, each with its part of the chunks: all but the last
-// first scan theirs from states of zero, without outputs. States decay by exp(A times the sum of a part's step sizes)
-// from one part to the next, which gives the states before every part; from them all scan their parts.
+// (step sizes of low rank are made ready once for all of them), and PARTS warps share a sequence, each with its part of
+// the chunks: all but the last first scan theirs from states of zero, without outputs. States decay by exp(A times the
+// sum of a part's step sizes) from one part to the next, which gives the states before every part; from them all scan
+// their parts.
 //
-// Macros: those of common.cuh; TO_TOKENS 1 where the rows of y are tokens, also if others are steps; LANES, 1 unless every lane then still has a quad of states; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
-// PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to store the states
-// before every chunk for the backward scan; TEAM, the warps of a block: each has its image, or its part of
-// the same one; RANK of the step sizes, 0 if they are whole, and PIECE
-// bytes (4, 8 or 16) that their rows are copied in.
+// Macros: those of common.cuh; TO_TOKENS 1 where the rows of y are tokens, also if others are steps; LANES, 1 unless
+// every lane then still has a quad of states; VEC 1 where pairs of channels are aligned (even number of channels and
+// even strides); PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to
+// store the states before every chunk for the backward scan; TEAM, the warps of a block: each has its image, or its
+// part of the same one; RANK of the step sizes, 0 if they are whole, and PIECE bytes (4, 8 or 16) that their rows are
+// copied in.
 
 #define WIDE (64 * PAIRS / LANES)      // channels of a warp
 #define OWN (S / LANES)                // states of a lane

@@ -68,8 +68,8 @@ def forward_split(warps: int, length: int, d_state: int, team: int, processors: 
     """How the forward scan fills a GPU: lanes that share a pair of channels, and parts of the length.
 
     There are so many warps without either; a part is a warp, of which a block has `team`, and a sequence up to
-    `cluster` blocks. It is the choice of the least time by a model: the chunks that a warp walks, each as long as one
-    alone takes, or as all warps of a scheduler take to issue their instructions.
+    `cluster` blocks. A model says which takes the least time: the chunks that a warp walks, times what a step takes
+    alone, or what the steps of all warps of a scheduler take to issue their instructions, if that is more.
     """
     chunks = -(-length // CHUNK)
 
