@@ -1,10 +1,9 @@
-"""An order of steps for each image: every backend against the plain loop, which is held to the images one by one."""
+"""An order of steps for each image: every backend against the plain loop, which is held to the images one by one.
 
-import os
-import subprocess
-import sys
+`tests/arm_zoo/test_triton.py` runs Triton's kernels in its interpreter.
+"""
+
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -148,23 +147,6 @@ def test_the_record_of_a_scan_lays_sequences_in_scan_order() -> None:
     for k, b in ((0, 2), (1, 0)):
         assert torch.equal(laid.u[k, b], drawn["u"][0, b, order[b, k]])
         assert torch.equal(laid.B[k, b], drawn["B"][k, b, order[b, k]])
-
-
-def test_triton_kernels_in_the_interpreter(repo: Path) -> None:
-    pytest.importorskip("triton", reason="no triton in this build of torch")
-    code = """
-import torch
-from tests.arm_zoo.ops.test_order_per_image import DTYPES, worst_error
-for sizes in ((1, 1, 1, 3, 1), (2, 3, 5, 4, 2), (1, 2, 35, 2, 1)):
-    error = worst_error("triton", torch.float32, sizes)
-    assert error < 1e-5, (sizes, error)
-for dtype in (torch.bfloat16, torch.float16):
-    error = worst_error("triton", dtype, (2, 2, 3, 4, 2))
-    assert error < DTYPES[dtype], (dtype, error)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
