@@ -32,7 +32,7 @@ from arm_zoo.weights.adapt import sincos_grid
 _HEAD_DIM = 32  # of the published decoder: 512 channels, 16 heads
 
 
-class MAE(PretrainingModel):
+class MAEPretrain(PretrainingModel):
     """Masked autoencoding of an encoder; `arm_zoo.create_pretraining_model(NAME, "mae")` has the sizes.
 
     The encoder has the parts of its family's backbones, under the same names, but no head. Vim's class token stands
@@ -83,7 +83,7 @@ class MAE(PretrainingModel):
         self.config = {"backbone": backbone, **sizes, "decoder_heads": decoder_heads, "one_scan": one_scan}
         self.config |= {"mask_ratio": mask_ratio, "normed_pixels": normed_pixels}
         family: Any = self.backbone_named(backbone)
-        check_positive("MAE", {**sizes, "decoder_heads": decoder_heads})
+        check_positive("MAEPretrain", {**sizes, "decoder_heads": decoder_heads})
         heads = decoder_heads or max(1, decoder_dim // _HEAD_DIM)
         if decoder_dim % heads:
             fitting = nearest_multiple(decoder_dim, heads)
@@ -270,7 +270,7 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
 _DECODERS = {"pico": {"decoder_dim": 64, "decoder_depth": 2}, "tiny": {"decoder_dim": 256, "decoder_depth": 4}}
 OBJECTIVES["mae"] = Objective(
-    MAE,
+    MAEPretrain,
     {
         f"{family}_{name}": {"backbone": family, **size, **_DECODERS.get(name, {})}
         for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
