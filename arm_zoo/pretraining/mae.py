@@ -4,6 +4,7 @@ Most patches of every image are left out. The encoder sees the others, row by ro
 through one; a decoder of ViT blocks, a mask token in the place of each patch that is missing, predicts its pixels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -85,9 +86,11 @@ class MAEPretrain(PretrainingModel):
         family: Any = self.backbone_named(backbone)
         check_positive("MAEPretrain", {**sizes, "decoder_heads": decoder_heads})
         heads = decoder_heads or max(1, decoder_dim // _HEAD_DIM)
-        if decoder_dim % heads:
-            fitting = nearest_multiple(decoder_dim, heads)
-            raise ValueError(f"decoder_dim {decoder_dim} must be a multiple of {heads} heads, for example {fitting}")
+        if decoder_dim % (unit := math.lcm(4, heads)):  # 4: for its table of positions
+            raise ValueError(
+                f"decoder_dim {decoder_dim} with {heads} heads must be a multiple of {unit}, "
+                f"for example {nearest_multiple(decoder_dim, unit)}"
+            )
         self.in_chans, self.normed_pixels = in_chans, normed_pixels
         self.directions: Sequence[str] = family.directions[:1] if one_scan else family.directions
         self.float32_residual = family.float32_residual
