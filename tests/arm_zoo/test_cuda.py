@@ -91,6 +91,17 @@ def test_kernels_compile(
     assert [block for *_, block in cuda.launches] == [32 * images, 32 * images, 64]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_compile_for_an_order_of_each_image(dtype: torch.dtype, cuda: ModuleType) -> None:
+    u, delta, into = (torch.empty(4, 2, 5, size, dtype=dtype) for size in (64, 64, 16))
+    rates, order = torch.empty(4, 64, 16), torch.arange(5).expand(2, 4, -1).contiguous()
+    scan = ScanInputs(u, delta, rates, into, into, rates[..., 0], None, None, True, order, True)
+    _, saved = cuda.selective_scan(scan, True, None)
+    grads = cuda.selective_scan_backward(u[0], scan, saved)
+    assert grads[0].shape == u.shape and len(cuda.launches) == 2
+    assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
+
+
 @pytest.mark.parametrize("d_state, rank, lanes, parts", [(16, 48, 2, 8), (16, 64, 1, 4), (1, 0, 1, 32)])
 def test_kernels_of_parts_compile(d_state: int, rank: int, lanes: int, parts: int, cuda: ModuleType) -> None:
     """What the backward scan's parts leave of the gradients of A, D and delta_bias is added up."""

@@ -138,6 +138,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     for (int i = 0; i < 4; ++i)
         pick[i] = make_float2(lane / 4 == 2 * i ? 1.f : 0.f, lane / 4 == 2 * i + 1 ? 1.f : 0.f);
 
+#if PER_IMAGE
+    order += (i64)b * directions * length;
+#endif
     // the part's steps; a scan that is not whole finds what the part sends back
     const auto walk = [&](bool whole) __attribute__((always_inline)) {
         int next_token = token_at(order, k, (to - 1) * CHUNK + lane % CHUNK, length);

@@ -2,9 +2,9 @@
 //
 // Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (1, 2, 4, 8 or 16); CHUNK steps between saved states (16);
 // A_IS_T, D_IS_T and BIAS_IS_T 1 where these parameters have the sequences' type, else they have float32; LOG_RATES 1
-// where A holds logarithms of -A; HAS_BIAS, SOFTPLUS, HAS_ORDER; TOKENS 1 where the rows of all sequences are tokens,
-// which the order says the steps of, else they are steps; PARTS that a sequence is split into along its length, and
-// CLUSTER blocks that have them and run together; and each kernel's own.
+// where A holds logarithms of -A; HAS_BIAS, SOFTPLUS, HAS_ORDER, PER_IMAGE 1 where each image has its own; TOKENS 1 where
+// the rows of all sequences are tokens, which the order says the steps of, else they are steps; PARTS that a sequence is
+// split into along its length, and CLUSTER blocks that have them and run together; and each kernel's own.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
