@@ -699,6 +699,23 @@ def test_folders_without_a_model(image_file: Path, tmp_path: Path, capsys: pytes
     assert str(tmp_path / "config.json") in mistake(capsys, *options, tmp_path)
 
 
+@pytest.mark.parametrize(("own", "recipe"), [({}, "finetune"), ({"objective": "autoregressive"}, "pretrain")])
+def test_folder_of_an_unfinished_run(
+    own: dict[str, str], recipe: str, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "my run"
+    for epoch in (1, 2):
+        checkpoint = run / "checkpoints" / f"step-{22 * epoch:08d}"
+        checkpoint.mkdir(parents=True)
+        state = {"config": {"epochs": 16, **own}, "position": {"epoch": epoch}}
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    message = mistake(capsys, "predict", image_file, "--model", run)
+    assert f"no config.json in {run}; its run has not finished: checkpoints/step-00000044 has 2 of 16 epo" in message
+    assert message.endswith(f"type python -m recipes.{recipe} --config '{run}/config.yaml'\n")
+    (checkpoint / "state.json").write_text("{")
+    assert "a folder of weights holds model.safetensors" in mistake(capsys, "predict", image_file, "--model", run)
+
+
 def test_weights_without_a_head(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither a pretraining model nor an encoder can classify; a fresh head would only guess."""
     encoder = timm.create_model(PICO, num_classes=0)
