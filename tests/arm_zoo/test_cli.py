@@ -25,6 +25,7 @@ import arm_zoo
 from arm_zoo.__main__ import main, preprocessing
 from arm_zoo.files import save_model
 from arm_zoo.loading import load
+from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.see.sheet import draw
 from arm_zoo.weights import hosted
 from arm_zoo.weights.tensor_names import to_official
@@ -100,6 +101,17 @@ def test_list_has_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
     assert table["arm_huge_patch16_384.arm_in1k_ft_in1k"].split()[:2] == ["3x384x384", "663.3"]
     assert table["arm_base_patch16_224.arm_in1k"].split()[1] == "84.3"  # the encoder has no head
     assert "arm_large is short for arm_large_patch16_224" in lines
+
+
+def test_the_readme_has_every_model(repo: Path) -> None:
+    """In a row of its table `vim_small_...` is to be read as the row's first name with another size."""
+    named = set[str]()
+    for line in (repo / "README.md").read_text(encoding="utf-8").splitlines():
+        first, *others = re.findall(r"`(\w+(?:\.{3})?)`", line) or [""]
+        family_and_size = re.match(r"[a-z]+_[a-z]+_", first)
+        rest = first[family_and_size.end() :] if family_and_size else ""
+        named |= {first, *(name.replace("...", rest) for name in others)}
+    assert named >= ARCHITECTURES.keys()
 
 
 def test_list_knows_what_is_hosted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
