@@ -18,6 +18,9 @@ import arm_zoo
 from arm_zoo import loading
 from arm_zoo.images.listing import SourceError
 from arm_zoo.models._sequence import SequenceBackbone
+from eval import tables
+from eval.board import frozen
+from hub import catalog
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
 from recipes.probe import ProbeConfig
@@ -30,7 +33,7 @@ TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth":
 
 
 def test_features_that_are_not_numbers_are_no_score(pretrained: Path, tmp_path: Path) -> None:
-    model, _ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
+    model, *_ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
     torch.nn.init.constant_(model.norm.bias, math.inf)
     save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     with pytest.raises(SystemExit, match="features of 1437 of 1437 training images are not finite numbers"):
@@ -69,7 +72,7 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
     arguments = [f"model_args.{name}={value}" for name, value in TINY.items()]
     file = run(pretrained / "model.safetensors", tmp_path / "file.json", "model=arm_pico_patch2_8", *arguments)
     assert {**file, "weights": ""} == {**result, "weights": ""}
-    model, _ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
+    model, *_ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
     save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     folder = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True)
     assert torch.equal(folder.cls_token, model.cls_token)
@@ -84,8 +87,11 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
 def test_probing_an_entry_by_name(tmp_path: Path) -> None:
     """Prepared as the entry's configuration says, whose mean and deviation are not those of the 1,437 digits."""
     result = run("arm_pico_patch2_8", tmp_path / "probe.json")
-    assert result["weights"] == "arm_pico_patch2_8" and float(str(result["knn_top1"])) > 97
-    _, inputs = probe.load_backbone(Path("arm_pico_patch2_8"), ProbeConfig(data=DataConfig(source="digits")))
+    assert (
+        result["weights"] == "arm_pico_patch2_8.arm_digits_ft_digits.safetensors"
+        and float(str(result["knn_top1"])) > 97
+    )
+    _, inputs, *_ = probe.load_backbone(Path("arm_pico_patch2_8"), ProbeConfig(data=DataConfig(source="digits")))
     assert inputs["mean"] == timm.get_pretrained_cfg("arm_pico_patch2_8").mean
 
 
@@ -95,7 +101,7 @@ def test_probing_a_repository(pretrained: Path, monkeypatch: pytest.MonkeyPatch)
     )
     folders = {"ada/digits@v1": pretrained}
     config = ProbeConfig(data=DataConfig(source="digits"))
-    (model, inputs), (local, same) = (
+    (model, inputs, *_), (local, same, *_) = (
         probe.load_backbone(name, config) for name in (Path("hf-hub:ada/digits@v1"), pretrained)
     )
     assert inputs == same and "mean" not in inputs
@@ -180,6 +186,20 @@ def test_rows_of_all_protocols(
     assert all(15 < float(row["top1"]) < 100 for row in rows)  # chance is 10
     said = capsys.readouterr().out
     assert all(f"{float(row['top1']):.2f}%" in said for row in rows)
+    assert {(row["model"], row["weights"], row["data_set"]) for row in rows} == {("test_vit", "untrained", "digits")}
+    # the next command adds its rows, and the leaderboard and the cards read them
+    probe.main(["--weights", "test_vit", *settings, "protocols=knn", "features=average"])
+    more = tables.read(Path("scores.csv"), frozen.COLUMNS)
+    assert more == [*rows, *rows[:2]]
+    [entry] = frozen.measured_entries(more)
+    assert (
+        list(frozen.FIGURES) == frozen.titles_of([entry]) and entry.figures["k-NN"] == f"{float(rows[1]['top1']):.2f}"
+    )
+    assert len(catalog.measured_frozen(rows[0]["weights_sha256"], Path("scores.csv"))) == len(rows)
+    Path("other.csv").write_text("model,top1\n")
+    assert "other.csv, which is another table; allowed: a new file, or one with the columns model, " in refusal(
+        "--weights", "test_vit", *settings, "output=other.csv"
+    )
 
 
 @pytest.mark.parametrize(
