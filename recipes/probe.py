@@ -9,7 +9,6 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,22 @@ from rich.console import Console
 from rich.table import Table
 
 from arm_zoo.files import sha256_of, write_text
+from arm_zoo.heads.models import save_attentive_probe
 from arm_zoo.images.listing import SourceError
 from recipes import command_line
 from recipes.data.sources import open_source
 from recipes.errors import RunError, reporting_mistakes
+from recipes.probing import scores
 from recipes.probing.backbone import load_backbone
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extractor, extract
-from recipes.probing.outputs import arrays_of
+from recipes.probing.outputs import PATCHES, arrays_of
 from recipes.probing.protocols import PROTOCOLS, arrays_for, chosen
 from recipes.probing.scores import Score
 
 KINDS = (".json", ".csv")
 OF_ALL_SCORES = ("model", "weights", "weights_sha256", "data_set", "images_train", "images_test", "seed")
-COLUMNS = (*OF_ALL_SCORES, *(field.name for field in fields(Score)))
+COLUMNS = (*OF_ALL_SCORES, *scores.COLUMNS)
 
 
 def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
@@ -54,13 +55,19 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", state.local_process_index) if on_gpu else torch.device("cpu")
     model = frozen.model.eval().to(device)
-    wanted = arrays_for(protocols, config.features, arrays_of(model))
+    arrays = arrays_of(model)
+    if config.export and not ("attentive" in protocols and PATCHES in arrays):
+        raise RunError(f"export is {config.export}; allowed: with protocols=attentive, of a model that gives patches")
+    wanted = arrays_for(protocols, config.features, arrays)
     extractor = Extractor(model, inputs, config, wanted)
     train = extract(extractor, source.train, "training")
     test = extract(extractor, source.test, "validation")
-    scores = []
+    found = []
     if state.is_main_process:
-        scores = [score for name in protocols for score in PROTOCOLS[name].score(train, test, config, device)]
+        found = [score for name in protocols for score in PROTOCOLS[name].score(train, test, config, device)]
+    for score in found:
+        if config.export and score.head is not None:
+            save_attentive_probe(Path(config.export), model, score.head, inputs, list(source.class_names))
     result = {
         "model": extractor.identity["model"],
         "weights": frozen.weights,
@@ -72,17 +79,17 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
         "images_test_skipped": test.skipped,
         "features": train.width,
         "seed": config.seed,
-        **summary(scores),
-        "scores": [score.row() for score in scores],
+        **summary(found),
+        "scores": [score.row() for score in found],
     }
     if state.is_main_process:
         write(Path(config.output), result)
     return result
 
 
-def summary(scores: Sequence[Score]) -> dict[str, Any]:
+def summary(found: Sequence[Score]) -> dict[str, Any]:
     """The last score of k-NN and of the linear probe, under names of their own."""
-    last = {score.protocol: score for score in scores}
+    last = {score.protocol: score for score in found}
     figures: dict[str, Any] = {}
     if "knn" in last:
         figures |= {"knn_top1": last["knn"].top1, **last["knn"].settings}

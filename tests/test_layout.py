@@ -21,8 +21,8 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    ("command_line", "files", "heads", "images/jpeg", "images/listing", "ops/layout"),
-    ("images", "ops", "weights/reading", "weights/releases"),
+    ("command_line", "files", "heads/attentive", "images/jpeg", "images/listing", "ops/layout"),
+    ("heads", "images", "ops", "weights/reading", "weights/releases"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),
     ("weights",),
     ("base",),

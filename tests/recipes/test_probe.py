@@ -18,13 +18,15 @@ import arm_zoo
 from arm_zoo import loading
 from arm_zoo.images.listing import SourceError
 from arm_zoo.models._sequence import SequenceBackbone
+from eval import __main__ as program
 from eval import tables
 from eval.board import frozen
 from hub import catalog
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
+from recipes.data.sources import open_digits
 from recipes.probe import ProbeConfig
-from recipes.probing import logistic
+from recipes.probing import attentive, logistic
 from recipes.probing.protocols import PROTOCOLS
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -203,8 +205,42 @@ def test_rows_of_all_protocols(
 
 
 @pytest.mark.parametrize(
+    ("weights", "arguments"),
+    [
+        ("arm_pico_patch2_8", ("model_args.in_chans=3",)),
+        ("test_vit", ("model_args.img_size=16", "model_args.patch_size=8")),
+    ],
+)
+def test_the_evaluator_scores_the_exported_probe_alike(
+    weights: str, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And timm and `from_pretrained` load it, the latter's features too."""
+    monkeypatch.setattr(attentive, "BATCH", 64)
+    digits = open_digits().train
+    for number in range(500):
+        image, label, _ = digits[number]
+        folder = tmp_path / "digits" / ("train" if number < 300 else "val") / f"class {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number}.png")
+    settings = [f"data.source={tmp_path / 'digits'}", "protocols=attentive", "untrained=true", "attentive_epochs=3"]
+    result = run(weights, tmp_path / "probe.json", *settings, *arguments, "export=probe")
+    [score] = result["scores"]  # type: ignore[misc]
+    assert 15 < score["top1"] < 100  # chance is 10
+    words = ["--models", "local-dir:probe", "--sets", f"custom={tmp_path / 'digits'}", "--output", "scores.csv"]
+    assert program.main([*words, "--device", "cpu", "--workers", "0"]) == 0
+    [row] = tables.read(Path("scores.csv"))
+    assert (row["n"], float(row["top1"])) == ("200", pytest.approx(score["top1"], abs=1e-4))
+    model = arm_zoo.from_pretrained("probe").eval()
+    assert model.pretrained_cfg["label_names"] == [f"class {label}" for label in range(10)]
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
+    features = timm.create_model("local-dir:probe", pretrained=True, num_classes=0).eval()
+    assert torch.allclose(model.get_classifier()(features(images)), model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("export=probe", "export is probe; allowed: with protocols=attentive, of a model that gives patches"),
         ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear, attentive"),
         ("output=scores.txt", "output is scores.txt; allowed: a file that ends in .json or .csv"),
         ("features=average_last4", "the model gives no features=average_last4; allowed: pooled"),
