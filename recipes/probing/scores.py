@@ -57,8 +57,8 @@ class Score:
     ) -> Self:
         """By the images that are right; the interval is Wilson's."""
         ends = binomtest(right, images).proportion_ci(CONFIDENCE, "wilson")
-        figures = (100 * float(part) for part in (right / images, ends.low, ends.high))
-        return cls(protocol, features, settings, *figures, head)
+        top1, low, high = (100 * float(part) for part in (right / images, ends.low, ends.high))
+        return cls(protocol, features, settings, top1, low, high, head)
 
     def row(self) -> dict[str, Any]:
         """For tables."""
