@@ -3,20 +3,22 @@
 Importing this module registers them. They take any backbone that timm knows and that has `forward_intermediates`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._input import get_model_args
+from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from arm_zoo.files import save_model
 from arm_zoo.heads.attentive import AttentiveClassifier
+from arm_zoo.heads.segmentation import HEADS
 
-HEADED = ("attentive_probe",)  # names under which timm knows these models
+HEADED = ("attentive_probe", "segmenter")  # names under which timm knows these models
 _CLASSIFIER = "head.head"
 default_cfgs = generate_default_cfgs(
     {name: {"num_classes": 1000, "input_size": (3, 224, 224), "classifier": _CLASSIFIER} for name in HEADED}
@@ -56,6 +58,83 @@ class AttentiveProbe(nn.Module):
         return self.head.head
 
 
+class Segmenter(nn.Module):
+    """Images (B, C, H, W) -> logits of each pixel (B, num_classes, H, W), by a head on up to four of the maps.
+
+    Args:
+        backbone: the name of a model of timm, ours or not.
+        backbone_args: its arguments.
+        head: a key of `arm_zoo.heads.segmentation.HEADS`.
+        num_classes: of pixels.
+        in_chans: channels of the images, where `backbone_args` do not tell.
+        frozen: the backbone stays in evaluation mode and is not trained.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "arm_base_patch16_224",
+        backbone_args: Mapping[str, Any] | None = None,
+        head: str = "linear",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        arguments: dict[str, Any] = {"in_chans": in_chans, **(backbone_args or {}), "num_classes": 0}
+        model: Any = timm.create_model(backbone, **arguments)
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(f"{backbone} gives no feature maps (forward_intermediates), which a head needs")
+        self.backbone, self.frozen = model.requires_grad_(not frozen), frozen
+        self.num_classes, self.in_chans = num_classes, arguments["in_chans"]
+        info = [model.feature_info[place] for place in map_places(model.feature_info)]
+        channels, reductions = ([one[key] for one in info] for key in ("num_chs", "reduction"))
+        self.num_features = channels[-1]
+        self.head = HEADS[head](channels, reductions, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = map_places(self.backbone.feature_info)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.backbone.forward_intermediates(x, indices=places, norm=True, intermediates_only=True)
+        return F.interpolate(self.head(maps), x.shape[2:], mode="bilinear")
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen)
+        return self
+
+    @torch.jit.ignore
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model is made for."""
+        return self.in_chans, *get_model_input_config(self.backbone)["input_size"][1:]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        own: Any = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in own()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of the backbone's blocks in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def get_classifier(self: Any) -> nn.Module:
+        return cast(nn.Module, self.head.head)
+
+
+def map_places(info: Sequence[Any]) -> list[int]:
+    """Which maps a segmentation head takes: four at equal distances of a plain backbone, else the last four."""
+    count = min(4, len(info))
+    if len({one["reduction"] for one in info}) > 1:
+        return list(range(len(info) - count, len(info)))
+    return [(place + 1) * len(info) // count - 1 for place in range(count)]
+
+
+@register_model
+def segmenter(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(Segmenter, "segmenter", pretrained, **kwargs)
+
+
 @register_model
 def attentive_probe(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(AttentiveProbe, "attentive_probe", pretrained, **kwargs)
@@ -68,16 +147,41 @@ def save_attentive_probe(
 
     `inputs` tell how images are prepared, by timm's names. Names of classes are written if there is one for each.
     """
-    classes = head.head.out_features
-    parts = {"backbone": backbone, "head": head}
+    classes: Any = head.head.out_features
+    _save(folder, "attentive_probe", {"backbone": backbone, "head": head}, {}, classes, inputs, label_names)
+
+
+def save_segmenter(
+    folder: Path, model: Segmenter, head: str, inputs: Mapping[str, Any], label_names: list[str]
+) -> None:
+    """The same of a model whose head is one of `arm_zoo.heads.segmentation.HEADS`."""
+    parts = {"backbone": model.backbone, "head": model.head}
+    _save(folder, "segmenter", parts, {"head": head}, model.num_classes, inputs, label_names)
+
+
+def _save(
+    folder: Path,
+    architecture: str,
+    parts: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    classes: int,
+    inputs: Mapping[str, Any],
+    label_names: list[str],
+) -> None:
+    """`arguments` are those of the model beside its backbone's."""
+    backbone = parts["backbone"]
     tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    arguments = {key: value for key, value in get_model_args(backbone).items() if key != "num_classes"}
+    of_backbone = {key: value for key, value in get_model_args(backbone).items() if key != "num_classes"}
     config = {
-        "architecture": "attentive_probe",
+        "architecture": architecture,
         "num_classes": classes,
         "num_features": backbone.feature_info[-1]["num_chs"],
         **({"label_names": label_names} if len(label_names) == classes else {}),
-        "model_args": {"backbone": backbone.pretrained_cfg["architecture"], "backbone_args": arguments},
+        "model_args": {
+            "backbone": backbone.pretrained_cfg["architecture"],
+            "backbone_args": of_backbone,
+            **arguments,
+        },
         "pretrained_cfg": {**inputs, "num_classes": classes, "classifier": _CLASSIFIER},
     }
     save_model(folder, tensors, config)
