@@ -20,9 +20,24 @@ from arm_zoo.heads.segmentation import HEADS
 
 HEADED = ("attentive_probe", "segmenter")  # names under which timm knows these models
 _CLASSIFIER = "head.head"
+_READING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 default_cfgs = generate_default_cfgs(
     {name: {"num_classes": 1000, "input_size": (3, 224, 224), "classifier": _CLASSIFIER} for name in HEADED}
 )
+
+
+def create_backbone(name: str, arguments: Mapping[str, Any]) -> Any:
+    """A model of timm without its head or weights; ValueError if it has no maps, or the arguments name files.
+
+    A config.json, which may be anybody's, must not have more read than the weights beside it.
+    """
+    if not timm.is_model(name) or (reading := sorted(_READING.intersection(arguments))):
+        problem = f"arguments {', '.join(reading)}" if timm.is_model(name) else f"backbone {name!r}"
+        raise ValueError(f"{problem}; allowed: a name of `timm.list_models()`, and arguments of that model")
+    model = timm.create_model(name, **{**arguments, "num_classes": 0})
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{name} gives no feature maps (forward_intermediates), which a head needs")
+    return model
 
 
 class AttentiveProbe(nn.Module):
@@ -43,8 +58,8 @@ class AttentiveProbe(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
-        arguments = {"in_chans": in_chans, **(backbone_args or {}), "num_classes": 0}
-        model: Any = timm.create_model(backbone, **arguments)
+        arguments = {"in_chans": in_chans, **(backbone_args or {})}
+        model = create_backbone(backbone, arguments)
         self.backbone, self.num_features = model, int(model.feature_info[-1]["num_chs"])
         self.num_classes, self.in_chans = num_classes, arguments["in_chans"]
         self.head = AttentiveClassifier(self.num_features, num_classes)
@@ -80,10 +95,8 @@ class Segmenter(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        arguments: dict[str, Any] = {"in_chans": in_chans, **(backbone_args or {}), "num_classes": 0}
-        model: Any = timm.create_model(backbone, **arguments)
-        if not hasattr(model, "forward_intermediates"):
-            raise ValueError(f"{backbone} gives no feature maps (forward_intermediates), which a head needs")
+        arguments: dict[str, Any] = {"in_chans": in_chans, **(backbone_args or {})}
+        model = create_backbone(backbone, arguments)
         self.backbone, self.frozen = model.requires_grad_(not frozen), frozen
         self.num_classes, self.in_chans = num_classes, arguments["in_chans"]
         info = [model.feature_info[place] for place in map_places(model.feature_info)]

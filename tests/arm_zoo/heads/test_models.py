@@ -1,5 +1,6 @@
 """A backbone with its head as one model of timm: what is saved is what is loaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,26 @@ def test_what_is_saved_is_loaded(name: str, arguments: dict[str, Any], tmp_path:
     # names of other classes are not kept
     save_attentive_probe(tmp_path, backbone, head, inputs, ["a"])
     assert "label_names" not in read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "hf-hub:ada/model"}, "backbone 'hf-hub:ada/model'; allowed: a name of"),
+        ({"backbone": "test_vit", "backbone_args": {"pretrained": True}}, "arguments pretrained; allowed: a name of"),
+        (
+            {"backbone": "test_vit", "backbone_args": {"pretrained_cfg_overlay": {"file": "x"}}},
+            "arguments pretrained_cfg_o",
+        ),
+    ],
+)
+def test_a_configuration_has_nothing_else_read(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for name in HEADED:
+        (tmp_path / "config.json").write_text(
+            json.dumps({"architecture": name, "num_classes": 3, "model_args": arguments, "pretrained_cfg": {}})
+        )
+        with pytest.raises(ValueError, match=message):
+            arm_zoo.from_pretrained(tmp_path)
 
 
 def test_they_are_timms_but_no_entries() -> None:
