@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -80,6 +81,7 @@ def evaluation(
         metric, was_training = MulticlassJaccardIndex(len(source.class_names), ignore_index=IGNORED), model.training
         metric = metric.to(device)
         model.eval()
+        broadcast(list(model.buffers()))  # statistics of batch norms: those of the main process are exported
         with whole_parameters(model), half, collectives.together():
             for place in places:
                 image, labels = source.test[place]

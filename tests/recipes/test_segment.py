@@ -1,6 +1,9 @@
 """Segmentation heads trained on a few scenes of digits: the score, what is left, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from arm_zoo.images.masks import IGNORED, open_masks
 from eval import segmentation, tables
 from recipes import digit_scenes, segment
 from recipes.config import ConfigError, SegmentConfig, load_config
+from tests import ROOT
 
 MODEL = ["model=test_vit", "model_args.img_size=32", "model_args.patch_size=8"]
 SETTINGS = ["data.workers=0", "device=cpu", "precision=fp32", "tracker=none", "global_batch=8", "warmup_epochs=0"]
@@ -82,6 +86,16 @@ def test_a_run_that_is_killed_goes_on(scenes: Path, tmp_path: Path) -> None:
     first = sorted((tmp_path / "whole" / "checkpoints").iterdir())[0]
     again = trained(scenes, tmp_path / "whole", *settings, "epochs=2", "--resume", str(first))
     assert [row["loss"] for row in again] == [row["loss"] for row in whole] and again[-1]["miou"] == whole[-1]["miou"]
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_is_exported(scenes: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    settings = [*MODEL, *SETTINGS, f"data.source={scenes}", f"output_dir={tmp_path}", "epochs=2", "base_lr=0.3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, "-m", "recipes.segment", *settings], cwd=ROOT, check=True, env=environment)
+    [*_, last] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(last)["miou"] == pytest.approx(miou(scenes, tmp_path), abs=1e-3)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
