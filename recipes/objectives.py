@@ -7,13 +7,14 @@ A new pretraining objective is one more row of `TRAINING`, under the name that i
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 
 from recipes.config import TrainConfig
+from recipes.data.batches import Batch
 from recipes.data.sources import Source
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES, winner
@@ -60,10 +61,31 @@ def export_autoregressive(trained: Trained) -> None:
     draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
 
 
+def export_mae(trained: Trained) -> None:
+    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets."""
+    model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
+    save_pretraining(model, config, inputs)
+    file, patch = Path(config.output_dir) / "predictions.png", model.patch_embed.patch_size
+    explanation = "the pixels of each patch are predicted from the patches that are given (hatched)"
+    draw_predictions(file, model, source, inputs, config.seed, patch, explanation, model.shown)
+
+
+def mae_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Of masks that the batch's seeds decide: functions of the run's seed, the epoch and the image."""
+    seeds = batch.seeds.to(batch.images.device, non_blocking=True)
+    return cast(Tensor, model(batch.images, seeds)[0])
+
+
 AUTOREGRESSIVE = TrainingObjective(
     create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
     export=export_autoregressive,
+    folders=(EXPORT, BACKBONE),
+)
+MAE = TrainingObjective(
+    create=lambda config, source: config.build(),
+    loss=lambda config, source: mae_loss,
+    export=export_mae,
     folders=(EXPORT, BACKBONE),
 )
 
@@ -86,4 +108,4 @@ MOCO = TrainingObjective(
     folders=(EXPORT, BACKBONE),
     hooks=StepHooks(begin=lambda model, done: model.update_momentum_encoder(done), figures=watch_for_collapse),
 )
-TRAINING = {"autoregressive": AUTOREGRESSIVE, "moco": MOCO}  # the objectives of pretraining
+TRAINING = {"autoregressive": AUTOREGRESSIVE, "mae": MAE, "moco": MOCO}  # the objectives of pretraining
