@@ -7,16 +7,18 @@ A new pretraining objective is one more row of `TRAINING`, under the name that i
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 
 from recipes.config import TrainConfig
+from recipes.data.batches import Batch
 from recipes.data.sources import Source, open_source
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES, winner
-from recipes.training.engine import LossFunction
+from recipes.training.engine import NO_HOOKS, Figures, LossFunction, StepHooks
 from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
 from recipes.training.plots import draw_predictions
 
@@ -48,6 +50,7 @@ class TrainingObjective:
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
     open: Callable[[Any], Any] = lambda config: open_source(config.data, config.labels_needed)  # the images
+    hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
 
 
 def export_autoregressive(trained: Trained) -> None:
@@ -59,10 +62,51 @@ def export_autoregressive(trained: Trained) -> None:
     draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
 
 
+def export_mae(trained: Trained) -> None:
+    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets."""
+    model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
+    save_pretraining(model, config, inputs)
+    file, patch = Path(config.output_dir) / "predictions.png", model.patch_embed.patch_size
+    explanation = "the pixels of each patch are predicted from the patches that are given (hatched)"
+    draw_predictions(file, model, source, inputs, config.seed, patch, explanation, model.shown)
+
+
+def mae_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Of masks that the batch's seeds decide: functions of the run's seed, the epoch and the image."""
+    seeds = batch.seeds.to(batch.images.device, non_blocking=True)
+    return cast(Tensor, model(batch.images, seeds)[0])
+
+
 AUTOREGRESSIVE = TrainingObjective(
     create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
     export=export_autoregressive,
     folders=(EXPORT, BACKBONE),
 )
-TRAINING = {"autoregressive": AUTOREGRESSIVE}  # the objectives of pretraining
+MAE = TrainingObjective(
+    create=lambda config, source: config.build(),
+    loss=lambda config, source: mae_loss,
+    export=export_mae,
+    folders=(EXPORT, BACKBONE),
+)
+
+
+def watch_for_collapse(model: Any, before: Figures) -> Figures:
+    """How far features are apart now, and the epoch's largest gradient norm in the first block."""
+    first_block = (parameter.grad for parameter in model.base_encoder.blocks[0].parameters())
+    norm = nn.utils.get_total_norm([gradient for gradient in first_block if gradient is not None])
+    largest = torch.maximum(norm, before.get("first_block_grad_norm", norm))
+    return {"feature_std": model.feature_std.clone(), "first_block_grad_norm": largest}
+
+
+MOCO = TrainingObjective(
+    create=lambda config, source: config.build(),
+    loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # images of `recipes.data.views`
+    evaluation=lambda config, collectives, models, source, inputs: (
+        lambda epochs_done: {"loss_at_chance": models["model"].loss_at_chance(config.global_batch)}
+    ),
+    export=lambda trained: save_pretraining(trained.model, trained.config, trained.inputs),
+    folders=(EXPORT, BACKBONE),
+    hooks=StepHooks(begin=lambda model, done: model.update_momentum_encoder(done), figures=watch_for_collapse),
+)
+TRAINING = {"autoregressive": AUTOREGRESSIVE, "mae": MAE, "moco": MOCO}  # the objectives of pretraining

@@ -39,6 +39,23 @@ def scan_order(
     return torch.stack([orders[b] if b == name else orders[b].flip(0) for name, b in zip(names, bases, strict=True)])
 
 
+def visible_order(kept: Tensor, height: int, width: int, names: Sequence[str], cls_index: int | None = None) -> Tensor:
+    """Visiting orders of the patches that are left of every image of a `height` x `width` grid, as `scan_order` has.
+
+    `kept` (B, K) has their numbers, ascending, which is how the tokens are stored, with a class token at `cls_index`
+    if it is given. The int64 table (B, directions, length) has numbers of tokens.
+    """
+    bases = [name.removesuffix("_reversed") for name in names]
+    whole = scan_order(height, width, bases, device=kept.device)
+    steps = whole.argsort(dim=1)  # at which patches come
+    order = steps[:, kept].argsort(dim=-1)  # (directions, B, K)
+    if cls_index is not None:
+        order, cls_token = order + (order >= cls_index), order.new_full((*order.shape[:2], 1), cls_index)
+        order = torch.cat([order[..., :cls_index], cls_token, order[..., cls_index:]], dim=-1)
+    ways = zip(order, names, bases, strict=True)
+    return torch.stack([way if name == base else way.flip(-1) for way, name, base in ways], dim=1)
+
+
 def cluster_order(height: int, width: int, cluster_height: int, cluster_width: int, device: Device = None) -> Tensor:
     """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
 
