@@ -26,6 +26,7 @@ OVERVIEW = """Score models and time them:
 
 python -m eval --models MODEL --weights FILE --sets in1k=PATH     top-1, top-5, calibration; --help shows all options
 python -m eval.verify MODEL --weights FOLDER --sets in1k=PATH     compare a fresh score with a model's card
+python -m eval.segmentation --model local-dir:RUN --data FOLDER   mIoU on images with masks
 python -m eval.throughput                                         images per second of inference and training
 python -m eval.scan                                               the scan's kernels one by one, on a GPU
 python -m eval.leaderboard                                        LEADERBOARD.md and its page, from the results
@@ -51,7 +52,8 @@ def as_table(rows: Sequence[Row]) -> Table:
 def make_parser() -> argparse.ArgumentParser:
     parser = scoring_parser("python -m eval", __doc__)
     add = parser.add_argument
-    add("--models", nargs="+", default=[], metavar="NAME", help="of timm, ours or not; or hf-hub:, hf://, local-dir:")
+    named = "of timm, ours or not; a model folder; or hf-hub:, hf://, local-dir:"
+    add("--models", nargs="+", default=[], metavar="NAME", help=named)
     where = "file, folder, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE; MODEL=FILE for several; without: the entry's"
     add("--weights", nargs="+", default=[], metavar="FILE", help=where)
     add("--output", type=Path, default=tables.RESULTS, metavar="FILE", help="CSV that gets the rows (%(default)s)")

@@ -12,7 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.config import ConfigError, ConfigT, FinetuneConfig, PretrainConfig, TrainConfig, load_config, to_yaml
+from recipes.config import (
+    ConfigError,
+    ConfigT,
+    FinetuneConfig,
+    PretrainConfig,
+    SegmentConfig,
+    TrainConfig,
+    load_config,
+    to_yaml,
+)
 from recipes.first_run import fitted
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used wh
 RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipes/NAME.py takes, and what it does
     "pretrain": (PretrainConfig, "Pretrain a model without labels.", None),
     "finetune": (FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
+    "segment": (SegmentConfig, "Train a segmentation head on a model's feature maps.", None),
 }
 
 

@@ -6,6 +6,7 @@ Importing this module brings neither torch nor timm: what is wrong with keys, va
 import dataclasses
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -52,6 +53,18 @@ RANDAUGMENT: Limit = (
     "n with one above 0, mstd and p with a number",
     lambda x: re.fullmatch(r"rand(-((m|mmax|inc)\d+|n0*[1-9]\d*|(mstd|p)\d+(\.\d+)?))*", x, re.ASCII) is not None,
 )
+CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
+# Keys whose values must be among these for it, and why.
+TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_batch_per_device": (
+        (None,),
+        "which compares all images of a step, so that they go through the model at once",
+    ),
+    "fsdp": ((False,), "whose momentum encoder needs whole parameters"),
+    "data.decode": (("auto", "cpu"), "whose views the CPU makes"),
+    "data.cache": (("memory", "none"), "whose views the CPU makes"),
+    "data.randaugment": ((None,), "which changes colours in its own way"),
+}
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -161,6 +174,11 @@ class TrainConfig(Config):
 
     labels_needed = False  # a constant of the phase, not a setting: without an annotation dataclasses ignore it
 
+    @property
+    def views(self) -> int:
+        """How many of each image a step takes."""
+        return 1
+
     def build(self, **keywords: Any) -> "nn.Module":
         """A new model, untrained; `keywords` win over `model_args`."""
         raise NotImplementedError
@@ -182,10 +200,27 @@ class TrainConfig(Config):
             found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
         if self.data.cache == "gpu" and self.device == "cpu":
             found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
+        for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():
+            value = getattr(self.data if key.startswith("data.") else self, key.rpartition(".")[2])
+            if value not in allowed:
+                typed = json.dumps(allowed[0]).strip('"')  # as in YAML: null, false
+                found[key] = f"{key} is {value} but objective is {CONTRASTIVE}, {reason}; allowed: {key}={typed}"
         return found
 
     def unready(self) -> dict[str, str]:
         """The images, as far as files tell without being read, the folder to write to and the tracker."""
+        found = self._missing_images()
+        if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
+            found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            ways = f"`pip install {self.tracker}` or tracker=none"
+            found["tracker"] = f"tracker is {self.tracker}, which is not installed; type {ways}"
+        if self.data.decode == "gpu" and importlib.util.find_spec("torchcodec") is None:
+            ways = "`pip install torchcodec` or data.decode=auto"
+            found["data.decode"] = f"data.decode is gpu, which takes torchcodec, which is not installed; type {ways}"
+        return found
+
+    def _missing_images(self) -> dict[str, str]:
         found = {}
         for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
             if not isinstance(name, str) or name in ("", "digits"):
@@ -199,14 +234,6 @@ class TrainConfig(Config):
                         found["global_batch"] = too_large_a_batch(self.global_batch, fewer)
             except SourceError as error:
                 found[key] = f"{key}: {error}"
-        if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
-            found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
-        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
-            ways = f"`pip install {self.tracker}` or tracker=none"
-            found["tracker"] = f"tracker is {self.tracker}, which is not installed; type {ways}"
-        if self.data.decode == "gpu" and importlib.util.find_spec("torchcodec") is None:
-            ways = "`pip install torchcodec` or data.decode=auto"
-            found["data.decode"] = f"data.decode is gpu, which takes torchcodec, which is not installed; type {ways}"
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
@@ -248,6 +275,10 @@ class PretrainConfig(TrainConfig):
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
     objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.TRAINING`
+
+    @property
+    def views(self) -> int:
+        return 2 if self.objective == CONTRASTIVE else 1
 
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo
@@ -302,6 +333,83 @@ class FinetuneConfig(TrainConfig):
             "pretrained": f"pretrained is {self.pretrained!r}, which does not exist; allowed: {entry} (`python -m "
             "arm_zoo list` shows them, and which have weights), a folder with model.safetensors or such a file "
             "(`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
+        }
+
+
+@dataclass(frozen=True)
+class SegmentConfig(TrainConfig):
+    """A segmentation head on the feature maps of any model of timm, frozen or trained with it.
+
+    `data.source` is a folder in the layout of ADE20K or Pascal VOC (`arm_zoo.images.masks`), `data.validation` another
+    one whose validation split counts. Of the other keys of `data` only `workers` and `flip` have a use.
+    """
+
+    epochs: int = limited(40, ONE_OR_MORE)
+    global_batch: int = limited(16, ONE_OR_MORE)
+    base_lr: float = limited(1.6e-2, ABOVE_ZERO)  # a peak of 1e-3 for 16 images
+    warmup_epochs: float = limited(1.0, ZERO_OR_MORE)
+    pretrained: str | None = None  # a folder or file of weights, or the name of an entry; null: drawn at random
+    head: Literal["linear", "fpn"] = "linear"
+    frozen: bool = True  # the backbone's weights stay as they are
+    # Sizes of training images, 1 where an image just covers what the model takes; a part of that size is cut out.
+    scale: tuple[float, float] = limited(
+        (0.5, 2.0), ("two sizes above 0, as in [0.5, 2.0]", lambda x: 0 < x[0] <= x[1])
+    )
+    evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
+
+    labels_needed = True
+
+    def build(self, **keywords: Any) -> "nn.Module":
+        import torch
+
+        from arm_zoo.heads.models import Segmenter
+        from arm_zoo.loading import list_entries
+
+        if self.model not in list_entries():
+            raise ValueError(
+                "unknown; `timm.list_models()` tells those that are known, and `python -m arm_zoo list` ours"
+            )
+        with torch.device(keywords.pop("device", "cpu")):
+            classes = keywords.pop("num_classes", 2)
+            return Segmenter(self.model, self.model_args, self.head, classes, frozen=self.frozen)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation by which images are normalised: the weights' own, for grey ones ImageNet's."""
+        import timm
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        from arm_zoo.files import described_by_folder, read_config
+        from arm_zoo.loading import list_entries
+
+        path = Path(self.pretrained or "")
+        folder = path.parent if described_by_folder(path) else path
+        own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
+        name = self.pretrained if self.pretrained in list_entries() else self.model
+        entry: Any = timm.get_pretrained_cfg(name)
+        mean, std = own.get("mean", entry.mean), own.get("std", entry.std)
+        return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    def conflicts(self) -> dict[str, str]:
+        """The same, and keys of `data` that have no use here."""
+        unused = {
+            field.name
+            for field in dataclasses.fields(DataConfig)
+            if getattr(self.data, field.name) != getattr(DataConfig(), field.name)
+        } - {"source", "validation", "workers", "flip"}
+        problems = {f"data.{name}": f"data.{name} has no use in segmentation; leave it out" for name in sorted(unused)}
+        if isinstance(self.data.validation, float):
+            problems["data.validation"] = (
+                f"data.validation is {self.data.validation}; allowed: another folder, or null"
+            )
+        return super().conflicts() | problems
+
+    def _missing_images(self) -> dict[str, str]:
+        folders = {"data.source": self.data.source, "data.validation": self.data.validation}
+        given = {key: str(name) for key, name in folders.items() if isinstance(name, str) and name}
+        missing = {key: name for key, name in given.items() if not Path(name).expanduser().is_dir()}
+        return {
+            key: f"{key} is {name}, which is no folder; allowed: one of images with masks"
+            for key, name in missing.items()
         }
 
 

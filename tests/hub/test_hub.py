@@ -342,6 +342,19 @@ def test_cards_promise_transformers_for_colour_only(tmp_path: Path) -> None:
         assert ("pipeline" in card.partition("---\n\n")[2], "- transformers" in card) == (channels == 3, channels == 3)
 
 
+def test_a_file_of_the_package_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    """It has no config.json beside it: its sha256 says which entry it is, here of a renamed copy."""
+    entry = "arm_tiny_patch4_32.arm_cifar10_ft_cifar10"
+    shutil.copy(table.bundled_file(entry), tmp_path / "copy.safetensors")
+    convert(tmp_path / "copy.safetensors", tmp_path / "out")
+    names = json.loads((tmp_path / "out" / "config.json").read_text())["label_names"]
+    assert tuple(names) == timm.get_pretrained_cfg(entry).label_names
+    other = small(PICO, embed_dim=64, num_classes=10, in_chans=1)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    convert(tmp_path / "other.safetensors", tmp_path / "other")
+    assert "label_names" not in json.loads((tmp_path / "other" / "config.json").read_text())
+
+
 @pytest.mark.parametrize("file", ["", "model.safetensors", "renamed.SAFETENSORS"])
 def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path: Path) -> None:
     """Classes' names, preprocessing and a grid that is no square stand in the config.json beside the file."""
@@ -651,6 +664,28 @@ def test_files_that_are_no_checkpoints(contents: Any, reason: str, tmp_path: Pat
     assert names_in(tmp_path) == ["file.pth"]
 
 
+@pytest.mark.parametrize("family", ["arm", "vim"])
+def test_a_model_of_two_encoders_and_heads_is_converted(family: str, tmp_path: Path) -> None:
+    sizes = {"embed_dim": 16, "depth": 2, "d_state": 2, "hidden_dim": 32, "output_dim": 8, "temperature": 0.5}
+    model = arm_zoo.create_pretraining_model(f"{family}_pico", "moco", **sizes)
+    model.predictor[1].num_batches_tracked.fill_(100_000)  # more than float16 holds
+    model.save_pretrained(tmp_path / "run")
+    said, _ = convert(tmp_path / "run", tmp_path / "out", dtype="fp16")
+    assert said.startswith(f"{family}_pico_patch2_8 (pretraining model")
+    assert check_folder(tmp_path / "out").startswith("golden features and projections match")
+    loaded = arm_zoo.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, arm_zoo.MoCoPretrain) and loaded.config == model.config
+    for name, value in loaded.state_dict().items():
+        expected = model.state_dict()[name]
+        assert torch.equal(value, expected.half().float() if expected.is_floating_point() else expected), name
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.rand(2, 1, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone(images), loaded.eval().forward_encoder(images))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "an encoder, its moving average, and the heads" in card and "loss, deviation = model(images)" in card
+
+
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     state_dict = {name: value.int() for name, value in small().state_dict().items()}
     save_file(state_dict, tmp_path / "file.safetensors")
@@ -842,8 +877,16 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     ]
     csv = "".join(f"arm,{name},{n},{top1},99,{sha},{limit}\n" for name, n, top1, sha, limit in rows)
     (tmp_path / "results.csv").write_text(f"model,set,n,top1,top5,weights_sha256,limit\n{csv}")
-    write_card(folder, repo="ada/base", results=tmp_path / "results.csv")
+    columns = "data_set,images_train,images_test,protocol,features,settings,top1,low,high,weights_sha256"
+    probed = [
+        f'in1k,9,8,knn,token,"neighbours={k}, temperature=0.07",{top1},61,63,{sha256}'
+        for k, top1 in ((10, 1), (10, 62.0), (20, 61.5))
+    ]
+    (tmp_path / "frozen.csv").write_text("\n".join([columns, *probed, "in1k,9,8,linear,token,,70,69,71,another's"]))
+    write_card(folder, repo="ada/base", results=tmp_path / "results.csv", frozen=tmp_path / "frozen.csv")
     card = ModelCard.load(folder / "README.md")
+    assert "| in1k | knn, neighbours=10, temperature=0.07 | token | 62.00 (61.00 to 63.00) |" in card.text
+    assert card.text.count("| token |") == 2
     figures = {(r.dataset_type, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results or []}
     assert figures == {("in1k", "accuracy", "top1"): 84.11, ("v2", "accuracy", "top1"): 73.5}
     measured, _, reported = card.text.partition("*Reported* by the paper")
@@ -853,12 +896,17 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     card.data.tags = ["birds", *(card.data.tags or [])]
     card.save(folder / "README.md")
     save_file({"weight": torch.ones(1)}, folder / "model.safetensors", metadata={"license": "mit"})
-    write_card(folder, old=folder / "README.md", results=tmp_path / "results.csv")
+    write_card(folder, old=folder / "README.md", results=tmp_path / "results.csv", frozen=tmp_path / "frozen.csv")
+    assert "| token |" not in (folder / "README.md").read_text()
     again = ModelCard.load(folder / "README.md")
     assert not again.data.eval_results and "84.11" not in (folder / "README.md").read_text()
     assert again.data.license == "mit" and again.data.license_name is None
     assert again.data.tags == ["arm-zoo", "mamba", "timm", "transformers", "birds"]
     (tmp_path / "results.csv").write_text("model,top1\n")
+    (tmp_path / "results.csv").rename(tmp_path / "frozen.csv")
+    with pytest.raises(ValueError, match=r"lacks the columns data_set, features, .* of `python -m recipes.probe`"):
+        write_card(folder, frozen=tmp_path / "frozen.csv")
+    (tmp_path / "frozen.csv").rename(tmp_path / "results.csv")
     with pytest.raises(ValueError, match="lacks the columns n, set, weights_sha256"):
         write_card(folder, results=tmp_path / "results.csv")
 
