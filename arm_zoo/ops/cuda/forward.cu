@@ -483,7 +483,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     };
 #if PARTS > 1
     if (part < PARTS - 1) walk(false);
+#if RANK
+    arrived();  // a part without steps has asked for some, which would come to where its end is to stand
+#else
     __syncwarp();
+#endif
     End<WIDE> &own = sh.of_warp[warp].end;
 #pragma unroll
     for (int s = 0; s < OWN; ++s) *(float2 *)&own.state[first_state + s][channel] = h[0][s];

@@ -81,7 +81,7 @@ def forward_split(warps: int, length: int, d_state: int, team: int, processors: 
         return walked * max(alone, among_many * -(-warps * lanes * parts // (_SCHEDULERS * processors)))
 
     all_lanes = [lanes for lanes in _STEP if 4 * lanes <= max(d_state, 4)]  # each has a quad of states
-    all_parts = [1, *(parts for parts in (4, 8, 16, 32) if team <= parts <= team * cluster)]
+    all_parts = [1, *(parts for parts in (4, 8, 16, 32) if team <= parts <= min(team * cluster, chunks))]
     return min(itertools.product(all_lanes, all_parts), key=time)
 
 
