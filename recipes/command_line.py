@@ -12,7 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.config import ConfigError, ConfigT, FinetuneConfig, PretrainConfig, TrainConfig, load_config, to_yaml
+from recipes.config import (
+    ConfigError,
+    ConfigT,
+    DVAEConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TrainConfig,
+    load_config,
+    to_yaml,
+)
 from recipes.first_run import fitted
 
 if TYPE_CHECKING:
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used where there is no --config
 RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipes/NAME.py takes, and what it does
     "pretrain": (PretrainConfig, "Pretrain a model without labels.", None),
+    "dvae": (DVAEConfig, "Train a small dVAE, whose tokens a pretraining can predict.", None),
     "finetune": (FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
 }
 

@@ -39,14 +39,34 @@ def scan_order(
     return torch.stack([orders[b] if b == name else orders[b].flip(0) for name, b in zip(names, bases, strict=True)])
 
 
-def cluster_order(height: int, width: int, cluster_height: int, cluster_width: int, device: Device = None) -> Tensor:
-    """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
+def cluster_order(
+    height: int, width: int, cluster_height: int, cluster_width: int, name: str = "row", device: Device = None
+) -> Tensor:
+    """Patches of a `height` x `width` grid regrouped into clusters, in the order `name` of `scan_order`.
 
-    Every cluster is then a contiguous run of tokens: predicting the next one is a shift by one run, and causality
-    between clusters follows from the causal scan. The int64 table (height * width,) has numbers of patches.
+    The patches inside a cluster always go row by row. Every cluster is a contiguous run of tokens: predicting the next
+    one is a shift by one run, and causality between clusters follows from the causal scan. The int64 table
+    (height * width,) has numbers of patches.
     """
     if height % cluster_height or width % cluster_width:
         raise ValueError(f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid")
-    grid = torch.arange(height * width, device=device)
-    grid = grid.reshape(height // cluster_height, cluster_height, width // cluster_width, cluster_width)
-    return grid.transpose(1, 2).flatten()
+    rows, columns = height // cluster_height, width // cluster_width
+    grid = torch.arange(height * width, device=device).reshape(rows, cluster_height, columns, cluster_width)
+    clusters = grid.transpose(1, 2).flatten(2).flatten(0, 1)
+    return clusters[scan_order(rows, columns, [name], device=device)[0]].flatten()
+
+
+def shuffled_clusters(order: Tensor, cluster_tokens: int, images: int) -> Tensor:
+    """The clusters of a cluster order (length,) permuted for each image, (images, length).
+
+    They are drawn from PyTorch's generator of the order's device.
+    """
+    clusters = order.view(-1, cluster_tokens)
+    return clusters[torch.rand(images, len(clusters), device=order.device).argsort(dim=1)].flatten(1)
+
+
+def in_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """Tokens (B, N, dim) as an order (T,), or one for each image (B, T), visits them; of B = 1 for all images."""
+    if order.ndim == 1:
+        return tokens[:, order]
+    return torch.take_along_dim(tokens, order[..., None], dim=1)

@@ -1,7 +1,8 @@
 """The pretraining model: the backbone's blocks with one causal scan, and a decoder that predicts the next cluster.
 
 Paper, section 3.2.2. Clusters of patches (64x64 pixels by default) are scanned in row order; for all but the first,
-queries that know only their position attend to the features of those before and predict its normalised pixels.
+queries that know only their position attend to the features of those before and predict its normalised pixels. The
+arguments are the switches of the paper's ablations (tables 4 to 7): the cluster, the order, the decoder, the target.
 """
 
 import math
@@ -15,17 +16,22 @@ from torch.nn import functional as F
 from arm_zoo.files import StateDict
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
-from arm_zoo.layers.order import cluster_order
+from arm_zoo.layers.order import ORDERS, cluster_order, in_order, shuffled_clusters
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
 from arm_zoo.models.arm import ARM, SIZES
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
-from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
+from arm_zoo.pretraining.targets import NORMED_PIXEL, PIXEL_TARGETS, patchify, statistics, unpatchify
 from arm_zoo.weights.adapt import sincos_grid
 
 _TAPS = 4
 _DIRECTIONS = 1  # of scans, over tokens as `cluster_order` lays them
+RANDOM = "random"  # a new order of clusters for every image
+PREDICTION_ORDERS = (*(f"{name}{way}" for name in ORDERS for way in ("", "_reversed")), RANDOM)
+DVAE_TOKENS = "dvae_tokens"
+TARGETS = (*PIXEL_TARGETS, DVAE_TOKENS)
+DVAE_VOCABULARY = 8192  # of the published dVAE
 
 
 class ARMPretrain(PretrainingModel):
@@ -49,6 +55,9 @@ class ARMPretrain(PretrainingModel):
         d_state: int = 16,
         decoder_dim: int = 512,
         decoder_depth: int = 4,
+        prediction_order: str = "row",
+        target: str = NORMED_PIXEL,
+        vocab_size: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,15 +68,23 @@ class ARMPretrain(PretrainingModel):
             cluster_size: pixels of a cluster, the unit of prediction.
             d_state: states per channel of the scan.
             decoder_dim: width of the decoder, a multiple of 64.
+            prediction_order: of the clusters: row, column, one of them with _reversed behind it, or random: a new one
+                for every image of a forward pass, by PyTorch's generator, and row where nothing may be random.
+            target: what is predicted of each patch: normed_pixel, pixel, or dvae_tokens, whose numbers the forward
+                pass then takes beside the images.
+            vocab_size: of these tokens, with target dvae_tokens only; None: 8192.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = {"img_size": img_size, "patch_size": patch_size, "cluster_size": cluster_size}
         self.config |= {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "d_state": d_state}
-        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
+        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "vocab_size": vocab_size}
         check_positive("ARMPretrain", self.config)
+        self.config |= {"prediction_order": prediction_order, "target": target}
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
-        self.in_chans = in_chans
+        pixels = math.prod(to_2tuple(patch_size)) * in_chans
+        _check_switches(prediction_order, target, vocab_size, pixels)
+        self.in_chans, self.target, self.random_order = in_chans, target, prediction_order == RANDOM
         self.patch_size: Pair = to_2tuple(patch_size)
         rows, columns = to_2tuple(cluster_size)
         self.cluster_grid = (rows // self.patch_size[0], columns // self.patch_size[1])
@@ -88,7 +105,8 @@ class ARMPretrain(PretrainingModel):
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, patches, decoder_dim, **dd), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(DecoderBlock(decoder_dim, **dd) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, **dd)
-        self.decoder_pred = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * in_chans, **dd)
+        self.vocab_size = (vocab_size or DVAE_VOCABULARY) if target == DVAE_TOKENS else None
+        self.decoder_pred = nn.Linear(decoder_dim, self.vocab_size or pixels, **dd)
 
         tokens = patches - self.cluster_tokens
         self.register_buffer("order", torch.empty(patches, dtype=torch.long, device=device), persistent=False)
@@ -111,49 +129,68 @@ class ARMPretrain(PretrainingModel):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the cluster order and the decoder's mask, which are computed and never saved."""
-        self.fill_table("order", cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, device="cpu"))
+        name = "row" if self.random_order else self.config["prediction_order"]
+        self.fill_table("order", cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, name, device="cpu"))
         cluster = torch.arange(len(self.decoder_mask), device="cpu") // self.cluster_tokens
         # query of cluster j + 1 sees the latents of clusters 0..j
         self.fill_table("decoder_mask", cluster[:, None] >= cluster)
 
-    def forward_encoder(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster."""
-        x = self.patch_embed(images) + self.pos_embed
-        x = x[:, self.order[: -self.cluster_tokens]]
+    def forward_encoder(self, images: Tensor, order: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster.
+
+        `order` is a cluster order for each image (B, N) in place of the model's own.
+        """
+        order = self.order if order is None else order
+        x = in_order(self.patch_embed(images) + self.pos_embed, order[..., : -self.cluster_tokens])
         outputs = run_blocks(self.blocks, x, None, self.taps, self.grad_checkpointing)
         normed = [norm(outputs[tap]) for norm, tap in zip(self.skip_norms, self.taps, strict=True)]
         skips = torch.cat(normed, dim=-1)
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
         return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
 
-    def forward_decoder(self, latent: Tensor) -> Tensor:
-        """Latents -> predicted normalised patches (B, T, pixels) of all clusters but the first, in cluster order."""
-        query = (self.query_token + self.decoder_pos_embed)[:, self.order[self.cluster_tokens :]]
+    def forward_decoder(self, latent: Tensor, order: Tensor | None = None) -> Tensor:
+        """Latents -> what is predicted of the patches (B, T, pixels or vocabulary) of all clusters but the first.
+
+        They are in cluster order; `order` as for `forward_encoder`.
+        """
+        query = self._predicted(self.query_token + self.decoder_pos_embed, order)
         query = query.expand(latent.shape[0], -1, -1)
         for k, block in enumerate(self.decoder_blocks):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) images -> (loss, prediction, target).
 
-        The loss is the mean squared error against pixels normalised per patch (paper, table 7), in at least float32;
-        prediction and target are (B, T, pixels), in cluster order without the first cluster.
+        The loss is computed in at least float32 (paper, table 7): the mean squared error against the patches' pixels,
+        normalised or plain, or the cross entropy against the dVAE's `tokens` (B, N) of all patches, row by row. The
+        prediction is (B, T, pixels or vocabulary), the target (B, T, pixels) or (B, T), in cluster order without the
+        first cluster.
         """
-        prediction = self.forward_decoder(self.forward_encoder(images))
-        patches = self._predicted(patchify(images.detach(), self.patch_size))  # constants for autograd
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        mean, deviation = statistics(patches)
-        target = (patches - mean) / deviation
-        return F.mse_loss(prediction.to(target.dtype), target), prediction, target
+        order = shuffled_clusters(self.order, self.cluster_tokens, len(images)) if self.random_order else None
+        prediction = self.forward_decoder(self.forward_encoder(images, order), order)
+        exact = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        if self.target == DVAE_TOKENS:
+            target = self._predicted(self._checked(tokens)[..., None], order)[..., 0]
+            return F.cross_entropy(exact.flatten(0, 1), target.flatten()), prediction, target
+        patches = self._predicted(patchify(images.detach(), self.patch_size), order)  # constants for autograd
+        target = PIXEL_TARGETS[self.target](patches.to(torch.promote_types(patches.dtype, torch.float32)))
+        return F.mse_loss(exact.to(target.dtype), target), prediction, target
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) with all clusters but the first as predicted, with the targets' mean and deviation."""
-        prediction = self.forward_decoder(self.forward_encoder(images))
+        """Images (B, C, H, W) with all clusters but the first as predicted, in the model's order.
+
+        Normalised pixels get the mean and deviation of the targets. ValueError for a model that predicts tokens.
+        """
+        if self.target == DVAE_TOKENS:
+            raise ValueError("the model predicts tokens of a dVAE, not pixels; there is nothing to draw")
+        prediction = self.forward_decoder(self.forward_encoder(images)).to(images.dtype)
         patches = patchify(images, self.patch_size).clone()
-        mean, deviation = statistics(self._predicted(patches))
-        patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
+        if self.target == NORMED_PIXEL:
+            mean, deviation = statistics(self._predicted(patches))
+            prediction = prediction * deviation + mean
+        patches[:, self.order[self.cluster_tokens :]] = prediction
         return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
 
     @torch.jit.ignore
@@ -178,11 +215,28 @@ class ARMPretrain(PretrainingModel):
             "decoder_dim": source["query_token"].shape[-1],
             "decoder_depth": len({name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}),
         }
+        outputs = len(source["decoder_pred.weight"])
+        if outputs != math.prod(patch) * sizes["in_chans"]:
+            arguments |= {"target": DVAE_TOKENS, "vocab_size": outputs}
         return arguments, patches
 
-    def _predicted(self, patches: Tensor) -> Tensor:
+    @property
+    def given(self) -> Pair:
+        """Row and column of the upper left patch of the cluster that is given, not predicted."""
+        row, column = divmod(int(self.order[0]), self.patch_embed.grid_size[1])
+        return row, column
+
+    def _predicted(self, patches: Tensor, order: Tensor | None = None) -> Tensor:
         """Those of all clusters but the first, in cluster order."""
-        return patches[:, self.order[self.cluster_tokens :]]
+        return in_order(patches, (self.order if order is None else order)[..., self.cluster_tokens :])
+
+    def _checked(self, tokens: Tensor | None) -> Tensor:
+        """The numbers of tokens (B, N), if they are there for every patch."""
+        patches = self.patch_embed.num_patches
+        if tokens is None or tokens.shape[1:] != (patches,):
+            came = "none" if tokens is None else f"{tuple(tokens.shape)}"
+            raise ValueError(f"target {DVAE_TOKENS} takes tokens (batch, {patches}) beside the images, got {came}")
+        return tokens
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
         """The decoder's latents, and the predictions."""
@@ -205,6 +259,16 @@ def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_d
             f"decoder_dim must be a multiple of {HEAD_DIM} (the size of a head), got {decoder_dim}; "
             f"for example {nearest_multiple(decoder_dim, HEAD_DIM)}"
         )
+
+
+def _check_switches(order: str, target: str, vocab_size: int | None, pixels: int) -> None:
+    for name, value, allowed in (("prediction_order", order, PREDICTION_ORDERS), ("target", target, TARGETS)):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    if vocab_size is not None and target != DVAE_TOKENS:
+        raise ValueError(f"vocab_size {vocab_size} goes with target {DVAE_TOKENS}, not with {target}; leave it out")
+    if target == NORMED_PIXEL and pixels == 1:
+        raise ValueError("a patch of a single value cannot be normalised; choose target pixel, or a larger patch_size")
 
 
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}

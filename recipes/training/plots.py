@@ -58,12 +58,20 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
 
 
 def draw_predictions(
-    file: Path, model: Any, source: Source, inputs: Mapping[str, Any], seed: int, unit: tuple[int, int], said: str
+    file: Path,
+    model: Any,
+    source: Source,
+    inputs: Mapping[str, Any],
+    seed: int,
+    unit: tuple[int, int],
+    given: tuple[int, int],
+    said: str,
 ) -> None:
-    """Draw images, validation ones if there are any, as targets, whose first unit is given, and as predicted.
+    """Draw images, validation ones if there are any, as targets, of which one unit is given, and as predicted.
 
     The images are drawn blindly from the seed and prepared as `export.input_config` says; the model, whose
-    `reconstruct` predicts, is on the CPU. A unit has so many rows and columns of pixels; `said` explains the figure.
+    `reconstruct` predicts, is on the CPU. A unit has so many rows and columns of pixels, that which is given starts
+    at a row and a column; `said` explains the figure.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
@@ -86,7 +94,7 @@ def draw_predictions(
             axes.hlines(range(rows, height, rows), 0, width, color=COLOURS[3], lw=1)
             axes.vlines(range(columns, width, columns), 0, height, color=COLOURS[3], lw=1)
             if label != "image":
-                axes.add_patch(Rectangle((0, 0), columns, rows, facecolor="0.85", edgecolor="0.5", hatch="///"))
+                axes.add_patch(Rectangle(given[::-1], columns, rows, facecolor="0.85", edgecolor="0.5", hatch="///"))
     for axes, label in zip(grid[0], batch.classes.tolist(), strict=True):
         axes.set_title(source.class_names[label] if source.class_names else "", fontsize=12)
     figure.suptitle(f"{kind.capitalize()} images: {said}")
