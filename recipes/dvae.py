@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from arm_zoo.files import WEIGHTS, save_model
+from arm_zoo.files import WEIGHTS
 from arm_zoo.pretraining.dvae import STRIDE
 from recipes import command_line
 from recipes.command_line import say
@@ -42,7 +42,7 @@ def reconstruction_loss(config: DVAEConfig, source: Source) -> LossFunction:
 def export_dvae(trained: Trained) -> None:
     """Write the weights, and say how many of the tokens are in use: few are where the training has collapsed."""
     model, source = trained.model.eval(), trained.source
-    save_model(trained.folder, model.state_dict(), {"dvae": model.config})
+    model.save_pretrained(trained.folder)
     batch: Any = next(iter(EvalLoader(source.test or source.train, trained.inputs, IMAGES_LOOKED_AT)))
     rows, columns = (side // STRIDE for side in model.input_size()[1:])
     used = model.encoder.tokens(in_unit_range(batch.images, source), (rows, columns)).unique()

@@ -56,7 +56,7 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("objectives",),
         ("training/setup",),
         ("cost", "dvae", "finetune", "kill_test", "pretrain", "probe"),
-        ("loader_speed", "quickstart"),
+        ("ablate", "loader_speed", "quickstart"),
         ("__init__", "__main__"),
     ),
     "eval": (

@@ -114,7 +114,7 @@ class DVAE(ZooModel):
         n_hid: int = 32,
         vocab_size: int = 512,
         n_blocks: int = 1,
-        prior: float = 1e-3,
+        prior: float = 1e-2,
         device: Any = None,
     ) -> None:
         """
@@ -146,6 +146,10 @@ class DVAE(ZooModel):
             if isinstance(part, nn.Conv2d):
                 nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
                 zero_bias(part)
+
+    def hub_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"dvae": self.config}
 
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the pictures that it is trained on."""
