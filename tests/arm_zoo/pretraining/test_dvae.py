@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -98,19 +99,31 @@ def as_published(encoder: DVAEEncoder, classes: dict[str, type[nn.Module]]) -> n
     return remade(encoder)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
 def test_a_pickled_module_is_read_without_its_classes(
-    zipped: bool, dall_e: dict[str, type[nn.Module]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dall_e: dict[str, type[nn.Module]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As OpenAI published it, in both layouts of PyTorch's files."""
+    """As OpenAI published it."""
     encoder = DVAEEncoder(8, 16)
-    torch.save(as_published(encoder, dall_e), tmp_path / "e.pkl", _use_new_zipfile_serialization=zipped)
+    published = as_published(encoder, dall_e)
+    torch.save(published, tmp_path / "e.pkl")
+    torch.save(published.blocks[0], tmp_path / "part.pkl")  # type: ignore[operator, index]
     for name in ("dall_e", "dall_e.encoder", "dall_e.utils"):
         monkeypatch.delitem(sys.modules, name)
     again = read_dvae(tmp_path / "e.pkl")
     assert not any(parameter.requires_grad for parameter in again.parameters())
     for name, value in encoder.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+    with pytest.raises(CheckpointError, match=r"part.pkl is no encoder of a dVAE"):
+        read_dvae(tmp_path / "part.pkl")
+
+
+def test_the_layout_of_before_torch_1_6_is_refused(dall_e: dict[str, type[nn.Module]], tmp_path: Path) -> None:
+    published = as_published(DVAEEncoder(8, 16), dall_e)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the source code of its classes
+        torch.save(published, tmp_path / "e.pkl", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"nothing in it was run: have its tensors saved alone"):
+        read_dvae(tmp_path / "e.pkl")
 
 
 class Harmful(nn.Module):
