@@ -13,6 +13,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from arm_zoo.files import sha256_of
+from arm_zoo.pretraining.autoregressive import RANDOM
 from arm_zoo.pretraining.dvae import fetched, read_dvae
 from recipes.command_line import say
 from recipes.config import PretrainConfig, TrainConfig
@@ -66,16 +67,22 @@ def export_autoregressive(trained: Trained) -> None:
         return
     save_pretraining(model, config, inputs)
     file, cluster = Path(config.output_dir) / "predictions.png", to_2tuple(model.config["cluster_size"])
-    (row, column), (height, width) = model.given, model.patch_size
     explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
-    draw_predictions(file, model, source, inputs, config.seed, cluster, (row * height, column * width), explanation)
+    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation, model.shown)
 
 
 def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
-    """What the model's forward gives first: the loss of pixels, or that of the tokens of a dVAE."""
-    if config.dvae is None:
-        return lambda model, batch: model(batch.images)[0]
-    file, built = fetched(config.dvae), cast(Any, config.build(device="meta"))
+    """Of pixels or of a dVAE's tokens, in one order or in those that the batch's seeds decide."""
+    if config.dvae is not None:
+        return token_loss(config, source)
+    if config.model_args.get("prediction_order") == RANDOM:
+        return seeded_loss
+    return lambda model, batch: model(batch.images)[0]  # whose forward gives the loss first
+
+
+def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
+    """Of the tokens of a dVAE, whose file is read here; RunError if the model predicts others."""
+    file, built = fetched(str(config.dvae)), cast(Any, config.build(device="meta"))
     encoder, grid = read_dvae(file), built.patch_embed.grid_size
     for key, has, wanted in (
         ("vocab_size", encoder.vocab_size, built.vocab_size),
@@ -87,7 +94,8 @@ def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         pixels = in_unit_range(batch.images, source)
-        return model(batch.images, encoder.to(pixels.device).tokens(pixels, grid))[0]
+        tokens = encoder.to(pixels.device).tokens(pixels, grid)
+        return cast(Tensor, model(batch.images, batch.seeds.to(pixels.device, non_blocking=True), tokens)[0])
 
     return loss
 
@@ -98,10 +106,31 @@ def in_unit_range(images: Tensor, source: Source) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
+def export_mae(trained: Trained) -> None:
+    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets."""
+    model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
+    save_pretraining(model, config, inputs)
+    file, patch = Path(config.output_dir) / "predictions.png", model.patch_embed.patch_size
+    explanation = "the pixels of each patch are predicted from the patches that are given (hatched)"
+    draw_predictions(file, model, source, inputs, config.seed, patch, explanation, model.shown)
+
+
+def seeded_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Of masks or orders that the batch's seeds decide: functions of the run's seed, the epoch and the image."""
+    seeds = batch.seeds.to(batch.images.device, non_blocking=True)
+    return cast(Tensor, model(batch.images, seeds)[0])
+
+
 AUTOREGRESSIVE = TrainingObjective(
     create=lambda config, source: config.build(),
     loss=autoregressive_loss,
     export=export_autoregressive,
     folders=(EXPORT, BACKBONE),
 )
-TRAINING = {"autoregressive": AUTOREGRESSIVE}  # the objectives of pretraining
+MAE = TrainingObjective(
+    create=lambda config, source: config.build(),
+    loss=lambda config, source: seeded_loss,
+    export=export_mae,
+    folders=(EXPORT, BACKBONE),
+)
+TRAINING = {"autoregressive": AUTOREGRESSIVE, "mae": MAE}  # the objectives of pretraining

@@ -39,6 +39,23 @@ def scan_order(
     return torch.stack([orders[b] if b == name else orders[b].flip(0) for name, b in zip(names, bases, strict=True)])
 
 
+def visible_order(kept: Tensor, height: int, width: int, names: Sequence[str], cls_index: int | None = None) -> Tensor:
+    """Visiting orders of the patches that are left of every image of a `height` x `width` grid, as `scan_order` has.
+
+    `kept` (B, K) has their numbers, ascending, which is how the tokens are stored, with a class token at `cls_index`
+    if it is given. The int64 table (B, directions, length) has numbers of tokens.
+    """
+    bases = [name.removesuffix("_reversed") for name in names]
+    whole = scan_order(height, width, bases, device=kept.device)
+    steps = whole.argsort(dim=1)  # at which patches come
+    order = steps[:, kept].argsort(dim=-1)  # (directions, B, K)
+    if cls_index is not None:
+        order, cls_token = order + (order >= cls_index), order.new_full((*order.shape[:2], 1), cls_index)
+        order = torch.cat([order[..., :cls_index], cls_token, order[..., cls_index:]], dim=-1)
+    ways = zip(order, names, bases, strict=True)
+    return torch.stack([way if name == base else way.flip(-1) for way, name, base in ways], dim=1)
+
+
 def cluster_order(
     height: int, width: int, cluster_height: int, cluster_width: int, name: str = "row", device: Device = None
 ) -> Tensor:
@@ -56,13 +73,9 @@ def cluster_order(
     return clusters[scan_order(rows, columns, [name], device=device)[0]].flatten()
 
 
-def shuffled_clusters(order: Tensor, cluster_tokens: int, images: int) -> Tensor:
-    """The clusters of a cluster order (length,) permuted for each image, (images, length).
-
-    They are drawn from PyTorch's generator of the order's device.
-    """
-    clusters = order.view(-1, cluster_tokens)
-    return clusters[torch.rand(images, len(clusters), device=order.device).argsort(dim=1)].flatten(1)
+def sorted_clusters(order: Tensor, keys: Tensor) -> Tensor:
+    """The clusters of a cluster order (length,) sorted by keys (B, clusters) of each image, (B, length)."""
+    return order.view(keys.shape[1], -1)[keys.argsort(dim=1)].flatten(1)
 
 
 def in_order(tokens: Tensor, order: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from arm_zoo.ops import operators, reference
 from arm_zoo.ops.backends import BACKENDS, resolve_backend
-from arm_zoo.ops.layout import Norm, ScanInputs, project
+from arm_zoo.ops.layout import Norm, ScanInputs, is_per_image, project
 
 _SINGULAR = {"length": "step", "d_state": "state"}
 _Shaped = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
@@ -39,6 +39,10 @@ def _table(order: Tensor | None) -> Tensor | None:
     return None if order is None else order.to(torch.int64).contiguous()
 
 
+def _shape_of_table(order: Tensor | None, batch: int, directions: int, length: int) -> tuple[int, ...]:
+    return (batch, directions, length) if is_per_image(order) else (directions, length)
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of these, or of a model that torch.jit.trace makes may."""
     asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -52,7 +56,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend
 
 
 def _scan(scan: ScanInputs, z: Tensor | None, backend: str, norm: Norm | None = None) -> Tensor:
-    if not BACKENDS[backend].token_order:
+    if not BACKENDS[backend].token_order or is_per_image(scan.order):
         scan = scan.in_scan_order()
     if backend == "reference":
         y = reference.selective_scan(scan)
@@ -78,8 +82,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = 
         x: (batch, length, channels) tokens.
         weight: (directions, channels, taps); the last tap multiplies the current step.
         bias: (directions, channels).
-        order: (directions, length) table of `arm_zoo.layers.order`, each token once a direction, which is not checked;
-            None scans the tokens as they are stored.
+        order: (directions, length) table of `arm_zoo.layers.order`, each token once a direction, which is not checked,
+            or one for each image (batch, directions, length); None scans the tokens as they are stored.
 
     Returns:
         (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
@@ -88,8 +92,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = 
         ValueError: for tensors whose shapes do not fit each other, or on several devices; as for all operations here.
     """
     _check_axes("causal_conv", "x", x, "batch", "length", "channels")
-    (_, length, channels), directions = x.shape, len(weight)
-    kernel, steps = (directions, channels, weight.shape[-1]), (directions, length)
+    (batch, length, channels), directions = x.shape, len(weight)
+    kernel, steps = (directions, channels, weight.shape[-1]), _shape_of_table(order, batch, directions, length)
     _check("causal_conv", "x", x, {"weight": (weight, kernel), "bias": (bias, kernel[:2]), "order": (order, steps)})
     return _conv(x, weight, bias, _table(order), resolve_backend(x))
 
@@ -109,7 +113,8 @@ def selective_scan(
 
     Args:
         u: (directions, batch, length, channels) inputs in scan order; or (batch, length, channels), the same for all
-            directions, in token order, and so are then delta, B and C, of which kernels take the rows by `order`.
+            directions, in token order, and so are then delta, B and C, of which kernels take the rows by `order`; a
+            table for each image copies them.
         delta: (directions, batch, length, channels), the step size before its bias and softplus; with `delta_weight`,
             its last size is the rank.
         A: (directions, channels, d_state), negative.
@@ -135,7 +140,8 @@ def selective_scan(
     others = {
         "delta": (delta, (*rows, rank)), "A": (A, (*channel, d_state)), "B": (B, states), "C": (C, states),
         "D": (D, channel), "z": (z, (batch, length, channels)), "delta_bias": (delta_bias, channel),
-        "order": (order, (directions, length)), "delta_weight": (delta_weight, (*channel, rank)),
+        "order": (order, _shape_of_table(order, batch, directions, length)),
+        "delta_weight": (delta_weight, (*channel, rank)),
     }  # fmt: skip
     if norm is not None:
         others |= {"the norm's weight": (norm[0], (channels,)), "the norm's bias": (norm[1], (channels,))}
@@ -166,7 +172,7 @@ def mamba_inner(
         (batch, length, channels) in token order and the dtype of xz.
     """
     _check_axes("mamba_inner", "xz", xz, "batch", "length", "2 * channels")
-    (_, length, both), directions = xz.shape, len(conv_weight)
+    (batch, length, both), directions = xz.shape, len(conv_weight)
     if both % 2:
         raise ValueError(f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {both} in all")
     _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
@@ -176,7 +182,8 @@ def mamba_inner(
         "conv_weight": (conv_weight, (*channel, conv_weight.shape[-1])), "conv_bias": (conv_bias, channel),
         "x_proj_weight": (x_proj_weight, (directions, rank + 2 * d_state, channels)),
         "dt_proj_weight": (dt_proj_weight, (*channel, rank)), "dt_proj_bias": (dt_proj_bias, channel),
-        "A": (A, (*channel, d_state)), "D": (D, channel), "order": (order, (directions, length)),
+        "A": (A, (*channel, d_state)), "D": (D, channel),
+        "order": (order, _shape_of_table(order, batch, directions, length)),
     }  # fmt: skip
     _check("mamba_inner", "xz", xz, others)
     backend, order = resolve_backend(xz), _table(order)

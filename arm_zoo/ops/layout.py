@@ -1,6 +1,6 @@
 """What the backends share: the record of a scan's inputs, the saved states, and how kernels want tensors to lie."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -57,10 +57,7 @@ class ScanInputs(NamedTuple):
         """The same scan with a u of every direction, and all sequences in scan order."""
         if self.u.ndim == 4:
             return self
-        sequences = [self.u.expand(self.shape), self.delta, self.B, self.C]
-        if self.order is not None:
-            sequences = [torch.stack([s[k, :, steps] for k, steps in enumerate(self.order)]) for s in sequences]
-        u, delta, B, C = sequences
+        u, delta, B, C = (in_order(s, self.order) for s in (self.u.expand(self.shape), self.delta, self.B, self.C))
         return self._replace(u=u, delta=delta, B=B, C=C)
 
     def with_whole_steps(self) -> Self:
@@ -68,6 +65,19 @@ class ScanInputs(NamedTuple):
         if self.delta_weight is None:
             return self
         return self._replace(delta=project(self.delta, self.delta_weight), delta_weight=None)
+
+
+def is_per_image(order: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a table of orders has those of each image, (B, K, L), instead of one for all, (K, L)."""
+    return order is not None and order.ndim == 3
+
+
+def in_order(sequences: Tensor, order: Tensor | None) -> Tensor:
+    """Sequences (K, B, L, N), or one for all directions (1, B, L, N), in every direction's order (K, B, L, N)."""
+    if order is None:
+        return sequences
+    table = order.transpose(0, 1) if is_per_image(order) else order[:, None]  # (K, B or 1, L)
+    return torch.take_along_dim(sequences, table[..., None], dim=2)
 
 
 def state_dtype(dtype: torch.dtype, *, half: bool = False) -> torch.dtype:

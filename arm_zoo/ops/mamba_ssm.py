@@ -13,7 +13,7 @@ from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1
 from torch import Tensor
 from torch.nn import functional as F
 
-from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, state_dtype
+from arm_zoo.ops.layout import ScanInputs, Tensors, empty_states, in_order, state_dtype
 
 
 def _channels_first(sequences: Tensor) -> Tensor:
@@ -28,16 +28,12 @@ def _channels_last(sequences: Tensor, directions: int) -> Tensor:
 
 def _to_sequences(tokens: Tensor, order: Tensor | None, directions: int) -> Tensor:
     """(B, L, D) in token order -> (K, B, L, D) in every direction's order."""
-    if order is None:
-        return tokens.expand(directions, *tokens.shape)
-    return torch.stack([tokens[:, steps] for steps in order])
+    return in_order(tokens[None], order).expand(directions, *tokens.shape)
 
 
 def _to_tokens(sequences: Tensor, order: Tensor | None) -> Tensor:
     """The sum over the directions of (K, B, L, D), as (B, L, D) in token order."""
-    if order is not None:
-        sequences = torch.stack([s[:, steps.argsort()] for s, steps in zip(sequences, order, strict=True)])
-    return sequences.sum(0)
+    return in_order(sequences, None if order is None else order.argsort(dim=-1)).sum(0)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arm_zoo.ops.layout import ScanInputs, state_dtype
+from arm_zoo.ops.layout import ScanInputs, in_order, state_dtype
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
@@ -12,10 +12,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -
     directions, length, taps = weight.shape[0], x.shape[1], weight.shape[2]
     dtype = state_dtype(x.dtype)
     x, weight, bias, in_dtype = x.to(dtype), weight.to(dtype), bias.to(dtype), x.dtype
+    sequences = in_order(x[None], order).expand(directions, *x.shape)
     out = []
     for k in range(directions):
-        sequence = x if order is None else x[:, order[k]]
-        padded = F.pad(sequence, (0, 0, taps - 1, 0))  # (B, L, D) -> (B, taps - 1 + L, D)
+        padded = F.pad(sequences[k], (0, 0, taps - 1, 0))  # (B, L, D) -> (B, taps - 1 + L, D)
         out.append(sum(padded[:, j : j + length] * weight[k, :, j] for j in range(taps)) + bias[k])
     return F.silu(torch.stack(out)).to(in_dtype)
 
@@ -38,5 +38,5 @@ def selective_scan(scan: ScanInputs) -> Tensor:
         steps.append((state * C[:, :, t, None]).sum(-1) + D[:, None] * u[:, :, t])
     y = torch.stack(steps, dim=2)  # (K, B, L, D) in scan order
     if scan.order is not None:
-        y = torch.stack([y[k, :, inverse] for k, inverse in enumerate(scan.order.argsort(dim=1))])
+        y = in_order(y, scan.order.argsort(dim=-1))
     return (y.mean(0) if scan.mean else y.sum(0)).to(scan.u.dtype)

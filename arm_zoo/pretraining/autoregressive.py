@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from arm_zoo.files import StateDict
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
-from arm_zoo.layers.order import ORDERS, cluster_order, in_order, shuffled_clusters
+from arm_zoo.layers.order import ORDERS, cluster_order, in_order, sorted_clusters
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
 from arm_zoo.models.arm import ARM, SIZES
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
+from arm_zoo.pretraining.mae import noise
 from arm_zoo.pretraining.targets import NORMED_PIXEL, PIXEL_TARGETS, patchify, statistics, unpatchify
 from arm_zoo.weights.adapt import sincos_grid
 
@@ -69,7 +70,7 @@ class ARMPretrain(PretrainingModel):
             d_state: states per channel of the scan.
             decoder_dim: width of the decoder, a multiple of 64.
             prediction_order: of the clusters: row, column, one of them with _reversed behind it, or random: a new one
-                for every image of a forward pass, by PyTorch's generator, and row where nothing may be random.
+                for every image of a forward pass, and row where nothing may be random.
             target: what is predicted of each patch: normed_pixel, pixel, or dvae_tokens, whose numbers the forward
                 pass then takes beside the images.
             vocab_size: of these tokens, with target dvae_tokens only; None: 8192.
@@ -159,15 +160,19 @@ class ARMPretrain(PretrainingModel):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))
 
-    def forward(self, images: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, seeds: Tensor | None = None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) images -> (loss, prediction, target).
 
         The loss is computed in at least float32 (paper, table 7): the mean squared error against the patches' pixels,
         normalised or plain, or the cross entropy against the dVAE's `tokens` (B, N) of all patches, row by row. The
         prediction is (B, T, pixels or vocabulary), the target (B, T, pixels) or (B, T), in cluster order without the
         first cluster.
+
+        Random orders are functions of each image's seed (B,), int64; without seeds PyTorch's generator draws these.
         """
-        order = shuffled_clusters(self.order, self.cluster_tokens, len(images)) if self.random_order else None
+        order = self.random_orders(images, seeds) if self.random_order else None
         prediction = self.forward_decoder(self.forward_encoder(images, order), order)
         exact = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self.target == DVAE_TOKENS:
@@ -176,6 +181,12 @@ class ARMPretrain(PretrainingModel):
         patches = self._predicted(patchify(images.detach(), self.patch_size), order)  # constants for autograd
         target = PIXEL_TARGETS[self.target](patches.to(torch.promote_types(patches.dtype, torch.float32)))
         return F.mse_loss(exact.to(target.dtype), target), prediction, target
+
+    def random_orders(self, images: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """A cluster order for each image, (B, N), by seeds as of the forward pass."""
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (len(images),), device=images.device)
+        return sorted_clusters(self.order, noise(seeds, len(self.order) // self.cluster_tokens))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -220,11 +231,11 @@ class ARMPretrain(PretrainingModel):
             arguments |= {"target": DVAE_TOKENS, "vocab_size": outputs}
         return arguments, patches
 
-    @property
-    def given(self) -> Pair:
-        """Row and column of the upper left patch of the cluster that is given, not predicted."""
-        row, column = divmod(int(self.order[0]), self.patch_embed.grid_size[1])
-        return row, column
+    def shown(self, images: Tensor) -> Tensor:
+        """The number (B, 1), row by row, of the cluster that is given where nothing is random: the first one."""
+        (height, width), columns = self.cluster_grid, self.patch_embed.grid_size[1]
+        row, column = divmod(int(self.order[0]), columns)
+        return torch.tensor([[row // height * (columns // width) + column // width]]).expand(len(images), 1)
 
     def _predicted(self, patches: Tensor, order: Tensor | None = None) -> Tensor:
         """Those of all clusters but the first, in cluster order."""

@@ -61,9 +61,9 @@ def panels(
     shown, missing = [Panel("image", f"as the model gets it, {_by(image)}", image, mark)], []
     if isinstance(model, ARMPretrain) and model.target != DVAE_TOKENS:
         predicted = _denormalised(model.reconstruct(images), mean, std)
-        top, left = model.given
-        (down, across) = model.cluster_grid
-        given = (left / columns, top / rows, (left + across) / columns, (top + down) / rows)
+        down, across = model.cluster_grid
+        top, left = divmod(int(model.shown(images)), columns // across)
+        given = (left * across / columns, top * down / rows, (left + 1) * across / columns, (top + 1) * down / rows)
         note = "each from those before it; the marked one is given"
         shown.append(Panel("predicted clusters", note, predicted, given))
     else:

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     classes: Tensor  # (N,), class indices
     indices: Tensor  # (N,), places of the images in their split (for streams: in the epoch's order)
     undecodable: list[str]  # a line for every image that could not be decoded, with its name and the reason
+    seeds: Tensor = torch.empty(0, dtype=torch.long)  # (N,), of what an objective draws; none in scoring
 
     def ready(self, device: torch.device, normalise: Normalisation) -> "Batch":
         """The batch on a device, normalised; copies from pinned memory do not wait."""

@@ -35,7 +35,7 @@ class Draws(NamedTuple):
     operations: list[list[Operation]]  # of RandAugment, for each image
     warps: NDArray[np.float32]  # (N, 4) in -1..1: rotation, zoom and two shifts
     erased: NDArray[np.int32]  # (N, 4), rectangles; height 0: none
-    noise_seeds: NDArray[np.int64]  # (N,), of what the rectangles are filled with
+    noise_seeds: NDArray[np.int64]  # (N,), of what fills the rectangles, and of what objectives draw
 
 
 class Drawing:

@@ -45,7 +45,7 @@ class Finishing:
         if images.dtype == torch.uint8 or self._affine is not None:
             images = self._normalise(images)
         erase(images, draws.erased, draws.noise_seeds)
-        return Batch(images, classes, loaded.indices, undecodable)
+        return Batch(images, classes, loaded.indices, undecodable, torch.from_numpy(draws.noise_seeds))
 
     def _opened(
         self, loaded: Loaded, files: Files, classes: Tensor, undecodable: list[str]

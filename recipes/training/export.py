@@ -51,7 +51,7 @@ def save_timm_model(model: Any, folder: Path, inputs: InputConfig, **labels: lis
 def save_pretraining(model: Any, config: TrainConfig, inputs: InputConfig, **facts: Any) -> None:
     """Write `pretraining_model/`, of any objective, and `backbone/`, its encoder as a timm model without head.
 
-    The class token of the backbone is new, as pretraining has none: drawn from `config.seed`. `facts` about the
+    Where pretraining has no class token, that of the backbone is new: drawn from `config.seed`. `facts` about the
     training join the former's config.json.
     """
     whole, backbone = (Path(config.output_dir) / name for name in (EXPORT, BACKBONE))

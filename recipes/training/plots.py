@@ -1,6 +1,6 @@
 """The two figures of a run: its curves, and what a pretraining model predicts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,14 @@ def draw_predictions(
     inputs: Mapping[str, Any],
     seed: int,
     unit: tuple[int, int],
-    given: tuple[int, int],
     said: str,
+    given: Callable[[Tensor], Tensor],
 ) -> None:
-    """Draw images, validation ones if there are any, as targets, of which one unit is given, and as predicted.
+    """Draw images, validation ones if there are any, as targets, of which some units are given, and as predicted.
 
     The images are drawn blindly from the seed and prepared as `export.input_config` says; the model, whose
-    `reconstruct` predicts, is on the CPU. A unit has so many rows and columns of pixels, that which is given starts
-    at a row and a column; `said` explains the figure.
+    `reconstruct` predicts, is on the CPU. A unit has so many rows and columns of pixels; `given` tells the numbers
+    (N, K), row by row, of those that images (N, C, H, W) are predicted from; `said` explains the figure.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
@@ -105,14 +105,17 @@ def draw_predictions(
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     rows_shown = {"image": images, "target": images, "predicted": predicted}
+    numbers = given(batch.images).tolist()
     for axes_row, (label, shown) in zip(grid, rows_shown.items(), strict=True):
         axes_row[0].set_ylabel(label, fontsize=12)
-        for axes, image in zip(axes_row, shown, strict=True):
+        for axes, image, hatched in zip(axes_row, shown, numbers, strict=True):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
             axes.hlines(range(rows, height, rows), 0, width, color=COLOURS[3], lw=1)
             axes.vlines(range(columns, width, columns), 0, height, color=COLOURS[3], lw=1)
-            if label != "image":
-                axes.add_patch(Rectangle(given[::-1], columns, rows, facecolor="0.85", edgecolor="0.5", hatch="///"))
+            for number in hatched if label != "image" else ():
+                row, column = divmod(number, width // columns)
+                place = (column * columns, row * rows)
+                axes.add_patch(Rectangle(place, columns, rows, facecolor="0.85", edgecolor="0.5", hatch="///"))
     for axes, label in zip(grid[0], batch.classes.tolist(), strict=True):
         axes.set_title(source.class_names[label] if source.class_names else "", fontsize=12)
     figure.suptitle(f"{kind.capitalize()} images: {said}")

@@ -90,6 +90,17 @@ def test_kernels_compile(
     assert [block for *_, block in cuda.launches] == [32 * images, 32 * images, 64]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_compile_for_an_order_of_each_image(dtype: torch.dtype, cuda: ModuleType) -> None:
+    u, delta, into = (torch.empty(4, 2, 5, size, dtype=dtype) for size in (64, 64, 16))
+    rates, order = torch.empty(4, 64, 16), torch.arange(5).expand(2, 4, -1).contiguous()
+    scan = ScanInputs(u, delta, rates, into, into, rates[..., 0], None, None, True, order, True)
+    _, saved = cuda.selective_scan(scan, True, None)
+    grads = cuda.selective_scan_backward(u[0], scan, saved)
+    assert grads[0].shape == u.shape and len(cuda.launches) == 2
+    assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
+
+
 def test_what_is_read_in_pairs_lies_where_pairs_can_be_read(cuda: ModuleType) -> None:
     flat = torch.arange(33.0)
     moved = cuda.aligned(flat[1:].view(4, 8))

@@ -29,6 +29,7 @@ pytest.importorskip("triton", reason="no triton in this build of torch")
 HEADER = """
 from pathlib import Path
 import torch
+from tests.arm_zoo.ops.test_order_per_image import worst_error as error_with_own_orders
 from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_backward
 from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_operators
 from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums, check_mixer_norms_inside
@@ -55,6 +56,10 @@ for case in ((1, 1, 65, None, 1, 2), (2, 2, 3, 4, 40, 16), (1, 2, 2, None, 33, 6
     error = worst_error(*case, torch.float32, "cpu")
     assert error < 1e-5, (case, error)
 check_special_values("cpu", "triton")
+ordered = ((2, 3, 5, 4, 2), torch.float32), ((1, 2, 35, 2, 1), torch.float32), ((2, 2, 3, 4, 2), torch.float16)
+for sizes, dtype in ordered:
+    error = error_with_own_orders("triton", dtype, sizes)
+    assert error < {torch.float32: 1e-5}.get(dtype, 1e-2), (sizes, dtype, error)
 for batch, directions in ((4, 1), (2, 4), (1, 4)):
     error = inner_error(batch, torch.float32, "cpu", directions=directions)
     assert error < 1e-5, (batch, directions, error)

@@ -21,6 +21,7 @@ CASES: dict[str, list[str]] = {  # with the files that are taken as they are
         "param_grads.safetensors",
         "state_dict.safetensors",
     ],
+    "mae_small": ["inputs.safetensors"],
     "optim": ["lrd_group_sequence_d12_ld065.json", "lrd_groups_d12_ld065.json", "pretrain_wd_groups_d12.json"],
     "arm_ft_img64_gp": [],
     "arm_pretrain_d12": [],
@@ -34,6 +35,7 @@ OUTPUTS = ("logits", "features", "logits_cls", "features_cls", "normed", *HIDDEN
 OF_A_MIXER = ("output", "merged", "grad_input")
 # of Vim the first two blocks, and what the last one gives, for norm and head; of VMamba the first two stages
 VIM = ("block_00_", "block_01_", "block_23_", "features", "logits")
+MAE_DECODER = ("decoder_", "mask_token")
 VMAMBA = ("stage_0_block_0", "stage_1_block_0")
 VMAMBA_STAGES = ("patch_embed.", "layers.0.", "layers.1.blocks.")
 PATCH = 4  # pixels that are left of the patches of 16 in the surgery, which copies their weights as they are
@@ -65,6 +67,14 @@ def cut(whole: Path, small: Path) -> None:
     edit_tensors(case, "outputs_f64", whole, small, lambda t: {n: v[:1] for n, v in t.items() if n.startswith(VIM)})
     edit_tensors(case, "state_dict", whole, small, lambda t: first_blocks(t, 2))
     edit_constructor(case, whole, small, {"depth": 2}, batch=1)
+
+    case = "mae_small"  # what the decoder takes, and the loss
+    edit_tensors(case, "outputs_f64", whole, small, lambda t: {name: t[name] for name in ("latent", "loss")})
+    edit_tensors(case, "state_dict", whole, small, lambda t: {n: v for n, v in t.items() if n.startswith(MAE_DECODER)})
+    norms = json.loads((whole / case / "grad_norms.json").read_text())
+    kept = {name: norm for name, norm in norms.items() if name.startswith(MAE_DECODER)}
+    (small / case / "grad_norms.json").write_text(json.dumps(kept, indent=1) + "\n")
+    edit_constructor(case, whole, small, {})
 
     case = "vmamba_t_96x64"
     edit_tensors(case, "inputs", whole, small, lambda t: {"images": t["images"]})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, state_dtype
+from arm_zoo.ops.layout import CHUNK, ScanInputs, Tensors, empty_states, in_order, is_per_image, state_dtype
 
 _LOG2E = math.log2(math.e)
 _WORK_ELEMENTS = 2**20  # of one work array: 4 MB in float32, about the cache that two CPU cores share
@@ -118,9 +118,16 @@ def _to_tokens(sequences: Tensor, order: Tensor | None) -> Tensor:
     """(L, K, ...) in scan order -> in token order, read through the inverse tables: every run gives the same bits."""
     if order is None:
         return sequences
+    if is_per_image(order):
+        return torch.take_along_dim(sequences, order.argsort(dim=-1).permute(2, 1, 0)[..., None], dim=0)
     directions, length = order.shape
     rows = order.argsort(dim=1).t() * directions + torch.arange(directions, device=order.device)
     return sequences.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (length, directions))
+
+
+def _of_block(order: Tensor | None, block: slice) -> Tensor | None:
+    """The table of a block of images."""
+    return order[block] if is_per_image(order) else order
 
 
 def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -146,7 +153,7 @@ def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -
             out = _rows(outputs[time][..., None, :])
             torch.baddbmm(_rows((u_t * scan.D)[..., None, :]), readout, _rows(states), out=out)
             state = states[-1].clone()
-        tokens = _to_tokens(outputs, order)
+        tokens = _to_tokens(outputs, _of_block(order, block))
         merged = (tokens.mean(1) if inputs.mean else tokens.sum(1)).transpose(0, 1)
         y[block] = merged if gate is None else merged * F.silu(gate[block])
     return y, saved
@@ -164,7 +171,7 @@ def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> 
         grad_exponent = torch.zeros_like(carry)  # times delta: each image's share of the gradient of A
         grad_y = grad[block].to(scan.dtype) * inputs.share
         # (images, L, D) -> (K, images, L, D) in scan order
-        grad_y = grad_y.expand(directions, -1, -1, -1) if order is None else grad_y[:, order].transpose(0, 1)
+        grad_y = in_order(grad_y[None], _of_block(order, block)).expand(directions, -1, -1, -1)
         for chunk, time in reversed(list(enumerate(scan.times))):
             start = saved[:, block, chunk]
             u_t, B_t, C_t = (scan.cut(t, block, time) for t in (u, B, C))
@@ -210,7 +217,12 @@ def _gather_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) 
     dtype = state_dtype(x.dtype)
     steps = torch.arange(length, device=x.device).expand(directions, -1) if order is None else order
     steps = F.pad(steps, (taps - 1, 0), value=length)  # the token after the last one is the zero padding
-    x = F.pad(x.to(dtype), (0, 0, 0, 1)).index_select(1, steps.t().flatten())
+    x = F.pad(x.to(dtype), (0, 0, 0, 1))
+    if is_per_image(steps):  # the images' tokens as rows of one table
+        first = torch.arange(batch, device=x.device)[:, None, None] * (length + 1)
+        x = x.flatten(0, 1).index_select(0, (first + steps.transpose(1, 2)).flatten())
+    else:
+        x = x.index_select(1, steps.t().flatten())
     x = x.view(batch, taps - 1 + length, 1, directions * channels).permute(0, 3, 1, 2)  # channels innermost: faster
     weight, bias = weight.to(dtype).reshape(-1, 1, taps, 1), bias.to(dtype).flatten()
     return F.conv2d(x, weight, bias, groups=directions * channels), x, weight, bias

@@ -52,7 +52,10 @@ class Rows(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """The inputs of a scan: step t of direction k reads the rows `rows[k, t]`, and gives token `order[k, t]`."""
+    """The inputs of a scan: step t of direction k reads the rows `rows[k, t]`, and gives token `order[k, t]`.
+
+    There is a table of either for each image, or one for all.
+    """
 
     u: Rows
     delta: Rows
@@ -63,7 +66,7 @@ class Scan(NamedTuple):
     C: Rows
     D: np.ndarray  # (K, D)
     bias: np.ndarray
-    rows: np.ndarray  # (K, L)
+    rows: np.ndarray  # (1 or B, K, L)
     order: np.ndarray
     share: np.float32
     softplus: bool
@@ -128,6 +131,12 @@ def _row(sequences, k, b, row, start, count):
     return sequences.memory[first : first + count]
 
 
+@njit
+def _of_image(tables, b):
+    """The table of an image, or that of all."""
+    return tables[b if len(tables) > 1 else 0]
+
+
 WIDTH = 192  # the most channels of a block: in the first-level cache there are then 16 states with their rates
 
 
@@ -187,6 +196,7 @@ def scan_forward(first, last, width, scan, gate, y, gated, saved):
         b, start = task // blocks, task % blocks * width
         count = min(width, channels - start)
         stop = start + count
+        rows, order = _of_image(scan.rows, b), _of_image(scan.order, b)
         for k in range(directions):
             _load_channels(channel[0], scan, k, start, count)
             for s in range(d_state):
@@ -196,7 +206,7 @@ def scan_forward(first, last, width, scan, gate, y, gated, saved):
                 if saved.shape[2] and t % scan.chunk == 0:
                     for s in range(d_state):
                         saved[k, b, t // scan.chunk, s, start:stop] = states[s]["value"][:count]
-                row = scan.rows[k, t]
+                row = rows[k, t]
                 u, delta = _row(scan.u, k, b, row, start, count), _row(scan.delta, k, b, row, start, count)
                 B, C = _row(scan.B, k, b, row, 0, d_state), _row(scan.C, k, b, row, 0, d_state)
                 _load_step(step[0], channel[0], u, delta, scan.softplus, functions)
@@ -209,7 +219,7 @@ def scan_forward(first, last, width, scan, gate, y, gated, saved):
                         new = _exp2(size[d] * rate[d], functions.exp2) * value[d] + into[d] * B_t
                         value[d] = new
                         out[d] += new * C_t
-                token = y[b, scan.order[k, t], start:stop]
+                token = y[b, order[k, t], start:stop]
                 if k == 0:
                     for d in range(count):
                         token[d] = out[d] * scan.share
@@ -315,22 +325,23 @@ def scan_backward(first, last, scan, grad, saved, grad_u, grad_delta, grad_A, gr
                 states[s]["rate"][:count] = scan.A[k, s, start:stop]
                 states[s]["of_rate"][:] = 0
             for b in range(batch * group // groups, batch * (group + 1) // groups):
+                rows, order = _of_image(scan.rows, b), _of_image(scan.order, b)
                 for s in range(d_state):
                     states[s]["carry"][:] = 0
                 for begin in range((length - 1) // chunk * chunk, -1, -chunk):
                     steps = min(chunk, length - begin)
                     for t in range(steps):
-                        row = scan.rows[k, begin + t]
+                        row = rows[k, begin + t]
                         u, delta = _row(scan.u, k, b, row, start, count), _row(scan.delta, k, b, row, start, count)
-                        of_token = grad[b, scan.order[k, begin + t], start:stop]
+                        of_token = grad[b, order[k, begin + t], start:stop]
                         _load_step_back(work[t], channel[0], u, delta, of_token, scan.softplus, scan.share, functions)
                     for s in range(d_state):
                         work[0]["before"][:count] = saved[k, b, begin // chunk, s, start:stop]
                         for t in range(steps):
-                            B_t = _row(scan.B, k, b, scan.rows[k, begin + t], s, 1)[0]
+                            B_t = _row(scan.B, k, b, rows[k, begin + t], s, 1)[0]
                             _remake(work[t], states[s], work[t + 1]["before"], count, B_t, functions)
                         for t in range(steps - 1, -1, -1):
-                            row = scan.rows[k, begin + t]
+                            row = rows[k, begin + t]
                             B_t, C_t = _row(scan.B, k, b, row, s, 1)[0], _row(scan.C, k, b, row, s, 1)[0]
                             of_B, of_C = _reverse(work[t], states[s], work[t + 1]["before"], count, B_t, C_t)
                             if block == first_block:
@@ -339,7 +350,7 @@ def scan_backward(first, last, scan, grad, saved, grad_u, grad_delta, grad_A, gr
                                 grad_B[part, k, b, row, s] += of_B
                                 grad_C[part, k, b, row, s] += of_C
                     for t in range(steps):
-                        row = scan.rows[k, begin + t]
+                        row = rows[k, begin + t]
                         of_u, of_delta = grad_u[k, b, row, start:stop], grad_delta[k, b, row, start:stop]
                         _finish_step(work[t], channel[0], of_u, of_delta, functions.ln2)
             grad_D[group, k, start:stop] = channel[0]["of_skip"][:count]
@@ -367,10 +378,10 @@ def conv_forward(first, last, x, weight, bias, order, functions, out):
     blocks = (channels + WIDTH - 1) // WIDTH
     for task in range(first, last):
         k, b, start = task // (batch * blocks), task // blocks % batch, task % blocks * WIDTH
-        stop = min(start + WIDTH, channels)
+        stop, steps = min(start + WIDTH, channels), _of_image(order, b)
         for t in range(length):
             step = out[k, b, t, start:stop]
-            _convolve(step, x, weight, bias, order, b, k, t, start, stop)
+            _convolve(step, x, weight, bias, steps, b, k, t, start, stop)
             for d in range(stop - start):
                 step[d] *= _sigmoid(step[d], _exp_minus(step[d], functions))
 
@@ -381,7 +392,7 @@ def conv_backward(first, last, batch, grad, x, weight, bias, order, functions, g
 
     A group writes its images' share of those of weight (groups, K, taps, D) and bias (groups, K, D).
     """
-    (groups, directions, taps, channels), length = grad_weight.shape, order.shape[1]
+    (groups, directions, taps, channels), length = grad_weight.shape, order.shape[2]
     blocks = (channels + WIDTH - 1) // WIDTH
     slopes = np.empty(WIDTH, np.float32)
     for task in range(first, last):
@@ -390,19 +401,20 @@ def conv_backward(first, last, batch, grad, x, weight, bias, order, functions, g
         grad_weight[group, :, :, start:stop] = 0
         grad_bias[group, :, start:stop] = 0
         for b in range(batch * group // groups, batch * (group + 1) // groups):
+            steps = _of_image(order, b)
             for t in range(length):
                 _row(grad_x, 0, b, t, start, stop - start)[:] = 0
             for k in range(directions):
                 of_bias = grad_bias[group, k, start:stop]
                 for t in range(length):
                     of_step, slope = _row(grad, k, b, t, start, stop - start), slopes[: stop - start]
-                    _convolve(slope, x, weight, bias, order, b, k, t, start, stop)
+                    _convolve(slope, x, weight, bias, steps, b, k, t, start, stop)
                     for d in range(stop - start):
                         sigmoid = _sigmoid(slope[d], _exp_minus(slope[d], functions))
                         slope[d] = of_step[d] * sigmoid * (np.float32(1) + slope[d] * (np.float32(1) - sigmoid))
                         of_bias[d] += slope[d]
                     for j in range(max(taps - 1 - t, 0), taps):
-                        row = order[k, t - taps + 1 + j]
+                        row = steps[k, t - taps + 1 + j]
                         token, tap = _row(x, 0, b, row, start, stop - start), weight[k, j, start:stop]
                         of_token, of_tap = (
                             _row(grad_x, 0, b, row, start, stop - start),

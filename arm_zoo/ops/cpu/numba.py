@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arm_zoo.ops.cpu import loops
-from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, empty_states, inner
+from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, empty_states, inner, is_per_image
 
 _TASKS = 64  # of a backward pass, if there are so many: the order of its sums does not depend on the threads
 _LEAST = 64  # channels of a block: short loops cost more than what they do
@@ -47,14 +47,14 @@ def _copy(tensor: Tensor) -> np.ndarray:
 
 
 def _table(operation: str, order: Tensor | None, directions: int, length: int) -> np.ndarray:
-    """The table (K, L), of whose numbers none leads code out of the memory of the tokens."""
+    """The table (1, K, L), or (B, K, L), of whose numbers none leads code out of the memory of the tokens."""
     if order is None:
         order = torch.arange(length).expand(directions, -1)
     elif order.min() < 0 or order.max() >= length:
         raise IndexError(
             f"{operation}: order must number {length} tokens from 0 on, got {order.min()} to {order.max()}"
         )
-    return _copy(order)
+    return _copy(order if is_per_image(order) else order[None])
 
 
 def _loops_inputs(scan: ScanInputs) -> loops.Scan:

@@ -127,6 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, S == 1 ? 12 : 6) scan_back
     for (int i = 0; i < 4; ++i)
         pick[i] = make_float2(lane / 4 == 2 * i ? 1.f : 0.f, lane / 4 == 2 * i + 1 ? 1.f : 0.f);
 
+#if PER_IMAGE
+    order += (i64)b * directions * length;
+#endif
     int next_token = token_at(order, k, (chunks - 1) * CHUNK + lane % CHUNK, length);
 #pragma unroll 1
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {

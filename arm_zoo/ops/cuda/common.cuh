@@ -1,8 +1,8 @@
 // What the kernels of arm_zoo/ops/cuda/launch.py share; this text stands before theirs when NVRTC compiles them.
 //
 // Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (1, 2, 4, 8 or 16); CHUNK steps between saved states (16);
-// HAS_BIAS, SOFTPLUS, HAS_ORDER; TOKENS 1 where the rows of all sequences are tokens, which the order says the steps of,
-// else they are steps; and each kernel's own.
+// HAS_BIAS, SOFTPLUS, HAS_ORDER, PER_IMAGE 1 where each image has its own; TOKENS 1 where the rows of all sequences are
+// tokens, which the order says the steps of, else they are steps; and each kernel's own.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f

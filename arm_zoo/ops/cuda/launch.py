@@ -12,7 +12,7 @@ from torch import Tensor
 from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, aligned, empty_states, inner, state_dtype
 from arm_zoo.ops.triton import causal_conv, causal_conv_backward, gate_backward
 from arm_zoo.ops.triton import scan as triton_scan
-from arm_zoo.ops.triton.common import check_length
+from arm_zoo.ops.triton.common import check_length, order_step
 from arm_zoo.ops.triton.merge import merge, sequences_for
 
 __all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_scan", "selective_scan_backward"]
@@ -101,6 +101,7 @@ def _launch(
     u = u.expand(scan.shape)
     directions, batch, length, channels = scan.shape
     macros |= {"HAS_ORDER": int(scan.order is not None), "TOKENS": int(scan.rows is not None)}
+    macros |= {"PER_IMAGE": int(order_step(scan.order) > 0)}
     macros |= {"DTYPE": _DTYPES[u.dtype], "S": A.shape[-1], "CHUNK": CHUNK, "CHANNELS": channels}
     macros |= {"HAS_BIAS": int(delta_bias is not None), "SOFTPLUS": int(scan.delta_softplus)}
     kernel = _kernel(u.device.index, pass_name, **macros)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arm_zoo.ops.layout import is_per_image
+
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_CHANNELS = 128  # of a program of the convolution and of the merge
 _MOST_SEQUENCES = 65_535  # of one launch: the limit of a grid's second and third axis
@@ -14,6 +16,11 @@ _MOST_SEQUENCES = 65_535  # of one launch: the limit of a grid's second and thir
 def sigmoid(x):
     root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2E))  # squared it costs two instructions, a division five
     return root * root
+
+
+def order_step(order: Tensor | None) -> int:
+    """The distance in memory from one image's table of orders to the next one's; 0 where one serves all."""
+    return order.stride(0) if is_per_image(order) else 0
 
 
 def processors(x: Tensor) -> int:

@@ -6,19 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 from arm_zoo.ops.layout import Tensors, inner
-from arm_zoo.ops.triton.common import BLOCK_CHANNELS, check_length, check_number, sigmoid
+from arm_zoo.ops.triton.common import BLOCK_CHANNELS, check_length, check_number, order_step, sigmoid
 from arm_zoo.ops.triton.merge import merge
 
 
 @triton.jit
-def _load_tokens(x, order, k, first, d, length, x_time, channel, HAS_ORDER: tl.constexpr, COUNT: tl.constexpr):
-    """Rows of x (one image) at COUNT steps of direction k, zero outside the sequence, in float32."""
+def _load_tokens(x, order, first, d, length, x_time, channel, HAS_ORDER: tl.constexpr, COUNT: tl.constexpr):
+    """Rows of x (one image) at COUNT steps of a direction's order, zero outside the sequence, in float32."""
     rows = ()
     for i in tl.static_range(COUNT):
         inside = (first + i >= 0) & (first + i < length)
         token = tl.maximum(tl.minimum(first + i, length - 1), 0).to(tl.int64)
         if HAS_ORDER:
-            token = tl.load(order + k * length + token)
+            token = tl.load(order + token)
         rows = rows + (tl.load(x + token * x_time + d, mask=channel & inside, other=0.0).to(tl.float32),)
     return rows
 
@@ -49,7 +49,7 @@ def _load_taps(weight, k, d, channels, channel, TAPS: tl.constexpr):
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, order, out, batch, length, channels, x_batch, x_time,
+    x, weight, bias, order, out, batch, length, channels, x_batch, x_time, order_batch,
     HAS_ORDER: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """SEGMENT steps of one sequence, GROUP at a time; the rows that the next group needs again stay in registers."""
@@ -58,12 +58,14 @@ def _conv_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     channel = d < channels
     x += b * x_batch
+    if HAS_ORDER:
+        order += b * order_batch + k * length
     out += sequence * length * channels
     taps = _load_taps(weight, k, d, channels, channel, TAPS)
     offset = tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
-    rows = _load_tokens(x, order, k, start - (TAPS - 1), d, length, x_time, channel, HAS_ORDER, TAPS - 1)
+    rows = _load_tokens(x, order, start - (TAPS - 1), d, length, x_time, channel, HAS_ORDER, TAPS - 1)
     for t in range(start, start + SEGMENT, GROUP):
-        rows = rows + _load_tokens(x, order, k, t, d, length, x_time, channel, HAS_ORDER, GROUP)
+        rows = rows + _load_tokens(x, order, t, d, length, x_time, channel, HAS_ORDER, GROUP)
         for i in tl.static_range(GROUP):
             before = offset
             for j in tl.static_range(TAPS):
@@ -76,7 +78,7 @@ def _conv_kernel(
 @triton.jit
 def _conv_backward_kernel(
     grad, x, weight, bias, order, grad_x, partial, batch, length, channels, x_batch, x_time,
-    g_direction, g_batch, g_time, to_direction, to_batch, to_time,
+    g_direction, g_batch, g_time, to_direction, to_batch, to_time, order_batch,
     HAS_ORDER: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One direction's gradient of x in scan order, and a segment's share of the gradients of weight and bias."""
@@ -85,18 +87,20 @@ def _conv_backward_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     channel = d < channels
     x += b * x_batch
+    if HAS_ORDER:
+        order += b * order_batch + k * length
     grad += k * g_direction + b * g_batch
     grad_x += k * to_direction + b * to_batch
     taps = _load_taps(weight, k, d, channels, channel, TAPS)
     offset = tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
     zero = tl.zeros([BLOCK_D], tl.float32)
-    rows = _load_tokens(x, order, k, start - (TAPS - 1), d, length, x_time, channel, HAS_ORDER, TAPS - 1)
+    rows = _load_tokens(x, order, start - (TAPS - 1), d, length, x_time, channel, HAS_ORDER, TAPS - 1)
     gradients, sums = (), (zero, zero)
     for _ in tl.static_range(TAPS - 1):
         gradients, sums = gradients + (zero,), sums + (zero,)
     # x at a step needs the gradients before SiLU of that step and the TAPS - 1 after it
     for t in range(start, start + SEGMENT + TAPS - 1, GROUP):
-        rows = rows + _load_tokens(x, order, k, t, d, length, x_time, channel, HAS_ORDER, GROUP)
+        rows = rows + _load_tokens(x, order, t, d, length, x_time, channel, HAS_ORDER, GROUP)
         outer = ()
         for i in tl.static_range(GROUP):
             here = grad + (t + i) * g_time + d
@@ -138,6 +142,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -
     grid = triton.cdiv(length, segment), triton.cdiv(channels, BLOCK_CHANNELS), directions * batch
     _conv_kernel[grid](
         x, weight.contiguous(), bias.contiguous(), order, out, batch, length, channels, x.stride(0), x.stride(1),
+        order_step(order),
         HAS_ORDER=order is not None, TAPS=taps, SEGMENT=segment, GROUP=8, BLOCK_D=BLOCK_CHANNELS, num_warps=1,
     )  # fmt: skip
     return out
@@ -157,7 +162,7 @@ def causal_conv_backward(
     partial = x.new_empty(segments, directions, batch, taps + 1, channels, dtype=torch.float32)
     _conv_backward_kernel[segments, triton.cdiv(channels, BLOCK_CHANNELS), directions * batch](
         grad, x, weight, bias, order, sequences, partial, batch, length, channels, x.stride(0), x.stride(1),
-        *grad.stride()[:3], *sequences.stride()[:3],
+        *grad.stride()[:3], *sequences.stride()[:3], order_step(order),
         HAS_ORDER=order is not None, TAPS=taps, SEGMENT=segment, GROUP=4, BLOCK_D=BLOCK_CHANNELS, num_warps=1,
     )  # fmt: skip
     partial = partial.sum((0, 2))  # (K, taps + 1, D)

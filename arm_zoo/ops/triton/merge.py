@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arm_zoo.ops.layout import Norm, ScanInputs, inner
-from arm_zoo.ops.triton.common import BLOCK_CHANNELS, sigmoid
+from arm_zoo.ops.triton.common import BLOCK_CHANNELS, order_step, sigmoid
 from arm_zoo.ops.triton.norms import normalise, whole_rows
 
 _BLOCK_STEPS = 1024  # of a table of orders
@@ -24,8 +24,8 @@ def _inverse_kernel(order, inverse, length, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _merge_kernel(
-    sequences, inverse, weight, bias, gate, out, kept, batch, length, channels, gate_batch, gate_time, out_batch,
-    out_time, share, eps,
+    sequences, inverse, weight, bias, gate, out, kept, batch, length, channels, inverse_batch, gate_batch, gate_time,
+    out_batch, out_time, share, eps,
     DIRECTIONS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr,
     KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -34,6 +34,8 @@ def _merge_kernel(
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (token < length)[:, None] & (d < channels)[None, :]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
+    if HAS_ORDER:
+        inverse += b * inverse_batch
     for k in tl.static_range(DIRECTIONS):
         step = token
         if HAS_ORDER:
@@ -55,9 +57,10 @@ def _merge_kernel(
 
 
 def _inverse(order: Tensor) -> Tensor:
-    directions, length = order.shape
+    length = order.shape[-1]
     inverse = torch.empty_like(order)
-    _inverse_kernel[triton.cdiv(length, _BLOCK_STEPS), directions](order, inverse, length, BLOCK_T=_BLOCK_STEPS)
+    grid = triton.cdiv(length, _BLOCK_STEPS), order.numel() // length
+    _inverse_kernel[grid](order, inverse, length, BLOCK_T=_BLOCK_STEPS)
     return inverse
 
 
@@ -78,8 +81,8 @@ def merge(
     out = sequences.new_empty(batch, length, channels) if out is None else out
     grid = triton.cdiv(length, tile["ROWS"]), triton.cdiv(channels, tile["BLOCK"]), batch
     _merge_kernel[grid](
-        sequences, inverse, weight, bias, gate, out, kept, batch, length, channels, *gate_strides, *out.stride()[:2],
-        share, eps,
+        sequences, inverse, weight, bias, gate, out, kept, batch, length, channels, order_step(order), *gate_strides,
+        *out.stride()[:2], share, eps,
         DIRECTIONS=directions, HAS_ORDER=order is not None, HAS_NORM=norm is not None, HAS_GATE=gate is not None,
         KEEP=kept is not None, **tile,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, empty_states, inner, state_dtype
-from arm_zoo.ops.triton.common import LOG2E, check_length, check_number, sigmoid
+from arm_zoo.ops.triton.common import LOG2E, check_length, check_number, order_step, sigmoid
 from arm_zoo.ops.triton.merge import merge, sequences_for
 
 _GROUP = 2  # steps whose states the backward scan holds in registers
@@ -112,6 +112,7 @@ def _scan_backward_kernel(
     u, delta, A, B, C, D, bias, grad, order, states, scratch, grad_u, grad_delta, grad_BC, grad_A, grad_D, grad_bias,
     batch, length, channels, d_state,
     u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time, BC_direction, BC_batch, BC_time,
+    order_batch,
     HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, TOKENS: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +128,7 @@ def _scan_backward_kernel(
     B += k * BC_direction + b * BC_batch
     C += k * BC_direction + b * BC_batch
     if HAS_ORDER:
-        order += k * length
+        order += b * order_batch + k * length
     grad += b * length * channels
     grad_u += sequence * length * channels
     grad_delta += sequence * length * channels
@@ -258,6 +259,7 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     _scan_backward_kernel[blocks, sequences](
         *tensors, (grad * scan.share).contiguous(), scan.order, saved,
         saved.new_empty(scratch, dtype=torch.float32), *gradients, batch, length, channels, scan.A.shape[-1], *strides,
+        order_step(scan.order),
         HAS_BIAS=scan.delta_bias is not None, HAS_ORDER=scan.order is not None, TOKENS=scan.rows is not None,
         SOFTPLUS=scan.delta_softplus, GROUP=_GROUP, **sizes, num_warps=1, **_REGISTERS,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from arm_zoo import ARMPretrain, create_pretraining_model
 from arm_zoo.identify import find_variant
-from arm_zoo.layers.order import cluster_order, shuffled_clusters
+from arm_zoo.layers.order import cluster_order
 from arm_zoo.pretraining.autoregressive import PREDICTION_ORDERS
 from arm_zoo.pretraining.targets import patchify, statistics
 
@@ -52,7 +52,7 @@ def test_a_unit_is_predicted_from_those_before_it_alone(unit: str, order: str) -
     images = images_for(model).requires_grad_()
     orders = model.order.expand(2, -1)
     if order == "random":
-        orders = shuffled_clusters(model.order, model.cluster_tokens, 2)
+        orders = model.random_orders(images)
     prediction = model.forward_decoder(model.forward_encoder(images, orders), orders)
     units = prediction.shape[1] // model.cluster_tokens
     before = units // 2
@@ -92,29 +92,34 @@ def test_orders_by_hand() -> None:
 
 
 def test_the_cluster_that_is_given_is_the_first() -> None:
-    assert [small(prediction_order=order).given for order in PREDICTION_ORDERS] == [(0, 0), (8, 8)] * 2 + [(0, 0)]
+    shown = [small(prediction_order=order).shown(torch.zeros(2, 3, 48, 48)) for order in PREDICTION_ORDERS]
+    assert [numbers.tolist() for numbers in shown] == [[[0], [0]], [[8], [8]], [[0], [0]], [[8], [8]], [[0], [0]]]
+    oblong = small(img_size=(48, 32), cluster_size=(8, 16), prediction_order="row_reversed")
+    assert oblong.shown(torch.zeros(1, 3, 48, 32)).tolist() == [[11]]
 
 
 def test_random_orders_differ_and_repeat_with_the_seed() -> None:
-    order = cluster_order(12, 12, 4, 4)
+    model = small(prediction_order="random")
+    images, seeds = images_for(model, batch=8), torch.randint(2**63 - 1, (8,))
+    drawn = model.random_orders(images, seeds)
+    assert torch.equal(model.random_orders(images, seeds), drawn)
+    assert torch.equal(model.random_orders(images[3:5], seeds[3:5]), drawn[3:5])  # each image by its own seed
     torch.manual_seed(7)
-    drawn = shuffled_clusters(order, 16, 8)
+    unseeded = model.random_orders(images)
+    assert not torch.equal(model.random_orders(images), unseeded)
     torch.manual_seed(7)
-    assert torch.equal(shuffled_clusters(order, 16, 8), drawn)
-    assert not torch.equal(shuffled_clusters(order, 16, 8), drawn)
+    assert torch.equal(model.random_orders(images), unseeded)
     assert len({tuple(row) for row in drawn.tolist()}) == 8
-    wholes = {tuple(cluster) for cluster in order.view(9, 16).tolist()}
+    wholes = {tuple(cluster) for cluster in model.order.view(9, 16).tolist()}
     assert all({tuple(cluster) for cluster in row.view(9, 16).tolist()} == wholes for row in drawn)
 
 
-def test_the_model_draws_its_orders_from_the_seed() -> None:
+def test_the_model_draws_its_orders_from_the_seeds() -> None:
     """Of each forward pass, for prediction and target alike; what must not be random is in row order."""
     model, rows = small(prediction_order="random"), small()
-    images = images_for(model, batch=4)
-    torch.manual_seed(7)
-    loss, prediction, target = model(images)
-    torch.manual_seed(7)
-    order = shuffled_clusters(model.order, model.cluster_tokens, 4)
+    images, seeds = images_for(model, batch=4), torch.arange(4)
+    loss, prediction, target = model(images, seeds)
+    order = model.random_orders(images, seeds)
     for image in range(4):
         alone = order[image : image + 1]
         predicted = model.forward_decoder(model.forward_encoder(images[image : image + 1], alone), alone)
@@ -123,7 +128,7 @@ def test_the_model_draws_its_orders_from_the_seed() -> None:
         mean, deviation = statistics(patches)
         torch.testing.assert_close(target[image], (patches - mean) / deviation)
     assert loss.item() == pytest.approx(F.mse_loss(prediction, target).item())
-    assert model(images)[0] != loss
+    assert model(images, seeds + 1)[0] != loss
     assert torch.equal(model.reconstruct(images), rows.reconstruct(images))
     assert all(map(torch.equal, model.answers(images).values(), rows.answers(images).values()))
 
@@ -165,7 +170,7 @@ def test_tokens_are_a_target() -> None:
     """Cross entropy, against the token of the patch that each prediction is of."""
     model = small(target="dvae_tokens", vocab_size=20, prediction_order="column")
     tokens = torch.randint(20, (2, 144))
-    loss, logits, target = model(images_for(model), tokens)
+    loss, logits, target = model(images_for(model), tokens=tokens)
     assert logits.shape == (2, 128, 20)
     assert torch.equal(target, tokens[:, model.order[16:]])
     by_hand = -logits.log_softmax(-1).gather(2, target[..., None]).mean()
@@ -176,11 +181,9 @@ def test_tokens_are_a_target() -> None:
 
 def test_tokens_of_random_orders_are_those_of_the_predicted_patches() -> None:
     model = small(target="dvae_tokens", vocab_size=144, prediction_order="random")
-    images = images_for(model)
-    torch.manual_seed(7)
-    _, _, target = model(images, torch.arange(144).expand(2, -1))
-    torch.manual_seed(7)
-    assert torch.equal(target, shuffled_clusters(model.order, 16, 2)[:, 16:])
+    images, seeds = images_for(model), torch.arange(2)
+    _, _, target = model(images, seeds, torch.arange(144).expand(2, -1))
+    assert torch.equal(target, model.random_orders(images, seeds)[:, 16:])
 
 
 def test_a_model_of_tokens_asks_for_them() -> None:
@@ -188,7 +191,7 @@ def test_a_model_of_tokens_asks_for_them() -> None:
     assert model.decoder_pred.out_features == model.vocab_size == 8192
     for tokens in (None, torch.zeros(2, 143, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"target dvae_tokens takes tokens \(batch, 144\) beside the images, got"):
-            model(images_for(model), tokens)
+            model(images_for(model), tokens=tokens)
     with pytest.raises(ValueError, match="predicts tokens of a dVAE, not pixels"):
         model.reconstruct(images_for(model))
 
