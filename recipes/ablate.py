@@ -350,7 +350,7 @@ def plan(
     side_by_side = f", {total / at_once:,.1f} with {at_once} side by side" if at_once > 1 else ""
     yield f"{total:,.1f} hours in all{side_by_side}{', without those unknown' if unknown else ''}"
     if unknown:
-        yield "a speed that was measured tells them: --speed pretrain=IMAGES_PER_SECOND finetune=..., of one GPU"
+        yield "a speed of one GPU tells them: --speed pretrain=IMAGES_PER_SECOND --speed finetune=..."
 
 
 def measured(runs: Sequence[Run], run: Run, phase: str) -> float | None:
@@ -360,6 +360,11 @@ def measured(runs: Sequence[Run], run: Run, phase: str) -> float | None:
             found = from_run(other.place(phase))
             return found.images_per_second / found.gpus
     return None
+
+
+def read_seeds(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(seed) for seed in text.split(",")]
 
 
 def read_speed(text: str) -> tuple[str, float]:
@@ -380,17 +385,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("table", type=int, choices=numbers, help="of the paper")
     parser.add_argument("--preset", choices=presets, default="small", help="models and images (%(default)s)")
     parser.add_argument("--output", type=Path, help="folder (runs/ablations/PRESET); one command at a time in it")
-    parser.add_argument("--rows", nargs="+", default=(), metavar="ROW", help="these alone, by name")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="instead of the preset's")
+    parser.add_argument("--row", action="append", default=[], metavar="NAME", help="this one alone; may be repeated")
+    parser.add_argument("--seeds", type=read_seeds, metavar="0,1,2", help="instead of the preset's")
     parser.add_argument("--gpus-per-run", type=int, default=1, metavar="N", help="(%(default)s)")
     parser.add_argument("--list", action="store_true", help="show what would run, and for how long, and end")
     parser.add_argument(
         "--speed",
-        nargs="+",
+        action="append",
         type=read_speed,
-        default=(),
+        default=[],
         metavar="PHASE=SPEED",
-        help="images per second of one GPU, for --list",
+        help="images per second of one GPU, for --list; may be repeated",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings of all phases, or of one as in finetune.epochs=50"
@@ -409,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def ablate(settings: argparse.Namespace) -> None:
     """Run or list a table as the command line says."""
-    table = read_table(settings.table, settings.preset, settings.overrides, settings.rows)
+    table = read_table(settings.table, settings.preset, settings.overrides, settings.row)
     output = (settings.output or Path("runs", "ablations", settings.preset)).absolute()
     groups = device_groups(settings.gpus_per_run)
     runs = runs_of(table, settings.seeds or table.seeds, output)

@@ -6,6 +6,9 @@ arguments are the switches of the paper's ablations (tables 4 to 7): the cluster
 """
 
 import math
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.files import StateDict
-from arm_zoo.layers.block import Block, init_block_weights, run_blocks
+from arm_zoo.layers.block import init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import ORDERS, cluster_order, in_order, sorted_clusters
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
-from arm_zoo.models.arm import ARM, SIZES
+from arm_zoo.models import arm, vim
+from arm_zoo.models._sequence import SequenceBackbone
+from arm_zoo.ops.fused import in_type_of
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.mae import noise
@@ -36,11 +41,12 @@ DVAE_VOCABULARY = 8192  # of the published dVAE
 
 
 class ARMPretrain(PretrainingModel):
-    """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
+    """Autoregressive pretraining of an ARM or a Vim encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
-    backbone = ARM
-    official_names = ARM.official_names
-    keys = (*ARM.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
+    backbone: type[SequenceBackbone] = arm.ARM
+    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
+    official_names = arm.ARM.official_names
+    keys = (*vim.Vim.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
     order: Tensor
     decoder_mask: Tensor
@@ -59,6 +65,7 @@ class ARMPretrain(PretrainingModel):
         prediction_order: str = "row",
         target: str = NORMED_PIXEL,
         vocab_size: int | None = None,
+        backbone: str = "arm",
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,6 +81,7 @@ class ARMPretrain(PretrainingModel):
             target: what is predicted of each patch: normed_pixel, pixel, or dvae_tokens, whose numbers the forward
                 pass then takes beside the images.
             vocab_size: of these tokens, with target dvae_tokens only; None: 8192.
+            backbone: the family of the encoder, arm or vim.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -81,7 +89,8 @@ class ARMPretrain(PretrainingModel):
         self.config |= {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "d_state": d_state}
         self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "vocab_size": vocab_size}
         check_positive("ARMPretrain", self.config)
-        self.config |= {"prediction_order": prediction_order, "target": target}
+        self.config |= {"prediction_order": prediction_order, "target": target, "backbone": backbone}
+        family: Any = self.backbone_named(backbone)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
         pixels = math.prod(to_2tuple(patch_size)) * in_chans
         _check_switches(prediction_order, target, vocab_size, pixels)
@@ -96,7 +105,9 @@ class ARMPretrain(PretrainingModel):
         )
         patches = self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim, **dd), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, _DIRECTIONS, d_state, **dd) for _ in range(depth))
+        block = partial(family.make_block, embed_dim, _DIRECTIONS, d_state, family.default_norm)
+        self.blocks = nn.ModuleList(block(**dd) for _ in range(depth))
+        self.float32_residual = family.float32_residual
         # blocks (counted from 1) whose outputs the decoder sees: depth / 2, 2 / 3, 5 / 6 and depth, rounded
         self.taps = tuple((depth * sixths + 3) // 6 for sixths in (3, 4, 5, 6))
         self.skip_norms = nn.ModuleList(nn.LayerNorm(embed_dim, **dd) for _ in range(_TAPS))
@@ -143,8 +154,10 @@ class ARMPretrain(PretrainingModel):
         """
         order = self.order if order is None else order
         x = in_order(self.patch_embed(images) + self.pos_embed, order[..., : -self.cluster_tokens])
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x
         outputs = run_blocks(self.blocks, x, None, self.taps, self.grad_checkpointing)
-        normed = [norm(outputs[tap]) for norm, tap in zip(self.skip_norms, self.taps, strict=True)]
+        taps = zip(self.skip_norms, self.taps, strict=True)
+        normed = [norm(in_type_of(norm.weight, outputs[tap])) for norm, tap in taps]
         skips = torch.cat(normed, dim=-1)
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
         return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
@@ -213,7 +226,8 @@ class ARMPretrain(PretrainingModel):
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
         """As `ZooModel.read_shapes`; the cluster size is read from the official mask, else it is 4x4 patches."""
-        sizes, patches = cls.backbone.read_shapes(source)
+        name = cls.name_of_backbone(source)
+        sizes, patches = cls.backbones[name].read_shapes(source)
         del sizes["num_classes"]
         patches += 1  # for a backbone, one is the class token
         patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
@@ -223,6 +237,7 @@ class ARMPretrain(PretrainingModel):
             **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
             "cluster_size": one_or_two((side * patch[0], side * patch[1])),
             **sizes,
+            "backbone": name,
             "decoder_dim": source["query_token"].shape[-1],
             "decoder_depth": len({name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}),
         }
@@ -285,7 +300,11 @@ def _check_switches(order: str, target: str, vocab_size: int | None, pixels: int
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
 OBJECTIVES["autoregressive"] = Objective(
     ARMPretrain,
-    {"arm_pico": _PICO, **{f"arm_{name}": size for name, size in SIZES.items()}},
+    {
+        f"{family}_{name}": {"backbone": family, **size}
+        for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
+        for name, size in {"pico": _PICO, **sizes}.items()
+    },
     description="a causal encoder and the decoder that predicts the next part of an image from it",
     outputs="loss, prediction, target",
 )

@@ -18,19 +18,18 @@ from recipes.data.transforms import AUGMENTATION, global_generators_restored, se
 ATTEMPTS = 10  # at a rectangle that fits, timm's number
 ASPECTS = (3 / 4, 4 / 3)  # width by height of a random crop
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 1 / 3), (1 / 0.3, 0.3)  # fractions of the image; timm's are height by width
-# What the numbers of an image are for: four for each attempt at a rectangle, then the single ones.
-CROP, ERASED, WARP = slice(0, 4 * ATTEMPTS), slice(4 * ATTEMPTS, 8 * ATTEMPTS), slice(8 * ATTEMPTS, 8 * ATTEMPTS + 4)
-FLIP, ERASE, NOISE, NUMBERS = range(8 * ATTEMPTS + 4, 8 * ATTEMPTS + 8)
+# What the numbers of an image are for: single ones first, then four for each attempt at a rectangle.
+FLIP, ERASE, NOISE, WARP = 0, 1, 2, slice(3, 7)
+CROP, ERASED = slice(7, 7 + 4 * ATTEMPTS), slice(7 + 4 * ATTEMPTS, 7 + 8 * ATTEMPTS)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
-NOTHING: Box = (0, 0, 0, 0)
 
 
 class Draws(NamedTuple):
     """The augmentation of N images."""
 
-    crops: NDArray[np.float64]  # (N, ATTEMPTS, 4) in 0..1, for `Drawing.box`, which needs the size of the image
+    crops: NDArray[np.float64]  # (N, ATTEMPTS, 4), for `Drawing.boxes`, which needs the sizes of the images
     flips: NDArray[np.bool_]  # (N,)
     operations: list[list[Operation]]  # of RandAugment, for each image
     warps: NDArray[np.float32]  # (N, 4) in -1..1: rotation, zoom and two shifts
@@ -47,33 +46,42 @@ class Drawing:
 
     def __call__(self, epoch: int, places: Sequence[int]) -> Draws:
         """The draws of the images at these places of an epoch: the same in any batch and any order."""
-        bits = random_bits(self._seed, epoch, places, NUMBERS)
+        count = (ERASED if self._config.erase else CROP).stop
+        bits = random_bits(self._seed, epoch, places, count)
         numbers = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in 0..1, without 1
-        erased = [
-            fitting_box(attempts, *self._image_size, ERASED_AREAS, ERASED_ASPECTS, inside=1) if is_erased else None
-            for attempts, is_erased in zip(
-                numbers[:, ERASED].reshape(-1, ATTEMPTS, 4), numbers[:, ERASE] < self._config.erase, strict=True
-            )
-        ]
         return Draws(
-            crops=numbers[:, CROP].reshape(-1, ATTEMPTS, 4),
+            crops=rectangles(numbers[:, CROP], self._config.random_crop or (1.0, 1.0), ASPECTS),
             flips=numbers[:, FLIP] < self._config.flip,
             operations=self._operations(epoch, places),
             warps=(2 * numbers[:, WARP] - 1).astype(np.float32),
-            erased=np.array([box or NOTHING for box in erased], np.int32),
+            erased=self._erased(numbers),
             noise_seeds=(bits[:, NOISE] >> np.uint64(1)).astype(np.int64),
         )
 
-    def box(self, crop: NDArray[np.float64], height: int, width: int) -> Box:
-        """What is cut out of an image of this size, as timm's random crop: a box that fits, else the central part."""
+    def boxes(self, crops: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What is cut out of images of these sizes (N, 2), as timm's random crop: (N, 4), as `Box`.
+
+        The first box that fits, else the central part.
+        """
         if self._config.random_crop is None:
-            return 0, 0, height, width
-        found = fitting_box(crop, height, width, self._config.random_crop, ASPECTS)
-        if found is not None:
-            return found
-        narrowest, widest = ASPECTS
-        part_height, part_width = min(height, round(width / narrowest)), min(width, round(height * widest))
-        return (height - part_height) // 2, (width - part_width) // 2, part_height, part_width
+            return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+        boxes, fit = fitting_boxes(crops, sizes)
+        if not fit.all():
+            narrowest, widest = ASPECTS
+            parts = np.minimum(sizes, np.rint(sizes[:, ::-1] * (1 / narrowest, widest)).astype(np.int64))
+            boxes = np.where(fit[:, None], boxes, np.concatenate([(sizes - parts) // 2, parts], axis=1))
+        return boxes
+
+    def _erased(self, numbers: NDArray[np.float64]) -> NDArray[np.int32]:
+        erased = np.zeros((len(numbers), 4), np.int32)
+        rows = np.flatnonzero(numbers[:, ERASE] < self._config.erase)
+        if len(rows):
+            sizes = np.broadcast_to(self._image_size, (len(rows), 2))
+            boxes, fit = fitting_boxes(
+                rectangles(numbers[rows, ERASED], ERASED_AREAS, ERASED_ASPECTS), sizes, inside=1
+            )
+            erased[rows[fit]] = boxes[fit]
+        return erased
 
     def _operations(self, epoch: int, places: Sequence[int]) -> list[list[Operation]]:
         if self.randaugment is None:
@@ -86,28 +94,37 @@ class Drawing:
         return operations
 
 
-def fitting_box(
-    attempts: NDArray[np.float64],
-    height: int,
-    width: int,
-    areas: tuple[float, float],
-    aspects: tuple[float, float],
-    inside: int = 0,
-) -> Box | None:
-    """The first rectangle that leaves at least `inside` rows and columns of an image free, None if none does.
+def rectangles(
+    numbers: NDArray[np.float64], areas: tuple[float, float], aspects: tuple[float, float]
+) -> NDArray[np.float64]:
+    """Attempts (N, ATTEMPTS, 4) at a rectangle, as fractions: its height and width, where the image is a square, and
+    where it lies between the first and the last possible row and column.
 
-    `attempts` (any number, 4) are in 0..1: for area, aspect (width by height; evenly in its logarithm), top and left.
+    `numbers` (N, 4 * ATTEMPTS) are in 0..1: for area, aspect (width by height; evenly in its logarithm), top and left.
     """
+    attempts = numbers.reshape(len(numbers), -1, 4).copy()
+    area = areas[0] + (areas[1] - areas[0]) * attempts[..., 0]
     low, high = map(math.log, aspects)
-    for area, aspect, top, left in attempts.tolist():
-        pixels = (areas[0] + (areas[1] - areas[0]) * area) * height * width
-        ratio = math.exp(low + (high - low) * aspect)
-        box_height = max(1, round(math.sqrt(pixels / ratio)))
-        box_width = max(1, round(math.sqrt(pixels * ratio)))
-        free_height, free_width = height - box_height, width - box_width
-        if min(free_height, free_width) >= inside:
-            return int(top * (free_height + 1)), int(left * (free_width + 1)), box_height, box_width
-    return None
+    aspect = np.exp(low + (high - low) * attempts[..., 1])
+    attempts[..., 0], attempts[..., 1] = np.sqrt(area / aspect), np.sqrt(area * aspect)
+    return attempts
+
+
+def fitting_boxes(
+    attempts: NDArray[np.float64], sizes: NDArray[np.int64], inside: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The first attempts at a rectangle that leave `inside` rows and columns of the images free, or more.
+
+    Of `attempts` (N, any number, 4), as `rectangles` gives them, and images of the sizes (N, 2): boxes (N, 4), as
+    `Box`, and (N,) whether there is one.
+    """
+    sides = np.sqrt(sizes[:, 0] * sizes[:, 1])[:, None, None]
+    extents = np.maximum(np.rint(sides * attempts[..., :2]), 1)
+    free = sizes[:, None] - extents
+    fit = free.min(axis=2) >= inside
+    chosen = np.arange(len(sizes)), fit.argmax(axis=1)
+    corners = np.floor(attempts[..., 2:][chosen] * (free[chosen] + 1))
+    return np.concatenate([corners, extents[chosen]], axis=1).astype(np.int64), fit.any(axis=1)
 
 
 def random_bits(seed: int, epoch: int, places: Sequence[int], count: int) -> NDArray[np.uint64]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from arm_zoo import ARMPretrain, create_pretraining_model
@@ -236,6 +237,39 @@ def test_patches_are_resampled_without_a_word(tmp_path: Path, caplog: pytest.Log
     assert "starts anew" not in caplog.text
 
 
+# Vim
+
+
+def test_vim_predicts_from_its_own_blocks() -> None:
+    """One scan of twice the width and no feed-forward part; its sums stay in float32."""
+    model = small(backbone="vim", depth=3)
+    assert all(block.mlp is None and isinstance(block.norm1, nn.RMSNorm) for block in model.blocks)
+    assert all(block.mixer.A_log.shape == (1, 32, 4) for block in model.blocks)
+    images = images_for(model).requires_grad_()
+    model(images)[1].unflatten(1, (8, 16))[:, 3].square().sum().backward()
+    assert images.grad is not None
+    assert clusters_seen(images.grad[0], model, model.order).tolist() == [True] * 4 + [False] * 5
+    half = model.bfloat16()
+    kinds = [block.register_forward_hook(lambda _, __, output: kept.append(output.dtype)) for block in half.blocks]
+    kept: list[torch.dtype] = []
+    assert half(images_for(half).bfloat16())[0].isfinite() and kept == [torch.float32] * len(kinds)
+
+
+def test_a_vim_backbone_starts_from_the_file(tmp_path: Path) -> None:
+    """Both of its scans from the one that was pretrained; another class token and norm."""
+    model = small(backbone="vim").float()
+    model.save_pretrained(tmp_path)
+    overlay = {"file": str(tmp_path / "model.safetensors")}
+    sizes = {"embed_dim": 16, "depth": 2, "d_state": 4, "patch_size": 4, "img_size": 48}
+    backbone = timm.create_model("vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+    for ours, theirs in zip(backbone.blocks, model.blocks, strict=True):
+        assert torch.equal(ours.mixer.A_log, theirs.mixer.A_log.repeat(2, 1, 1))
+        assert torch.equal(ours.mixer.in_proj.weight, theirs.mixer.in_proj.weight)
+    variant = find_variant(model.state_dict(), model.config)
+    assert variant.architecture.startswith("vim_") and variant.create().config == model.config
+    assert find_variant(model.state_dict()).create().config["backbone"] == "vim"
+
+
 # bad input
 
 
@@ -246,6 +280,7 @@ def test_patches_are_resampled_without_a_word(tmp_path: Path, caplog: pytest.Log
             {"prediction_order": "spiral"},
             "prediction_order is 'spiral'; choose one of row, row_reversed, column, colum",
         ),
+        ({"backbone": "vmamba"}, "unknown backbone 'vmamba'; choose one of arm, vim"),
         ({"target": "tokens"}, "target is 'tokens'; choose one of normed_pixel, pixel, dvae_tokens"),
         ({"vocab_size": 512}, "vocab_size 512 goes with target dvae_tokens, not with normed_pixel; leave it out"),
         ({"target": "dvae_tokens", "vocab_size": 0}, "ARMPretrain: vocab_size must be at least 1, got 0"),
