@@ -196,7 +196,7 @@ class Bench:
         """`groups` are values of CUDA_VISIBLE_DEVICES, "" for the CPU; `told` is called whenever a run has ended."""
         self._groups, self._stop, self._told = groups, stop, told
         self._running: dict[str, tuple[Run, str, subprocess.Popen[bytes]]] = {}
-        self.failed: dict[Run, Path] = {}  # with the log that says why
+        self.failed: list[tuple[Run, Path]] = []  # with the log that says why
 
     def work(self, runs: Sequence[Run]) -> None:
         """Carry out the runs; those that fail are left, and the others go on."""
@@ -244,7 +244,7 @@ class Bench:
         elif process.returncode == 0 and following != phase:
             return run
         elif self._stop.name is None:
-            self.failed[run] = self._log(run, phase)
+            self.failed.append((run, self._log(run, phase)))
             say(f"{run.row.name}, seed {run.seed}: {phase} failed, see {self._log(run, phase)}")
         return None
 
@@ -432,7 +432,7 @@ def ablate(settings: argparse.Namespace) -> None:
         say(f"{stop.name}: stopped; the same command goes on")
         sys.exit(EXIT_CODE)
     if bench.failed:
-        logs = ", ".join(str(log) for log in bench.failed.values())
+        logs = ", ".join(str(log) for _, log in bench.failed)
         raise RunError(
             f"{len(bench.failed)} of {len(runs)} runs failed; see {logs}. The same command tries them again"
         )
