@@ -40,7 +40,7 @@ from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, contents, left_out
 from arm_zoo.loading import Loaded, entries, label_names, load, unknown_model
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES
-from arm_zoo.pretraining._registry import PretrainingModel
+from arm_zoo.pretraining._registry import OBJECTIVES, PretrainingModel
 from arm_zoo.see.panels import panels
 from arm_zoo.see.sheet import draw
 from arm_zoo.weights.find import whereabouts
@@ -61,7 +61,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """Print all entries with their tags, and then the short names."""
+    """Print all entries with their tags, then the short names, and what each objective pretrains."""
     names = [tagged for architecture in ARCHITECTURES for tagged in get_arch_pretrained_cfgs(architecture)]
     width = max(map(len, names))
     print(f"{'name.tag':{width}}  {'input':>9}  {'parameters':>10}  weights")
@@ -72,6 +72,9 @@ def run_list(args: argparse.Namespace) -> int:
     print()
     for short, name in SHORT_NAMES.items():
         print(f"{short} is short for {name}")
+    print()
+    for objective, row in OBJECTIVES.items():
+        print(f"{objective} pretrains {', '.join(row.sizes)}")
     return 0
 
 

@@ -4,6 +4,7 @@ Most patches of every image are left out. The encoder sees the others, row by ro
 through one; a decoder of ViT blocks, a mask token in the place of each patch that is missing, predicts its pixels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -85,9 +86,11 @@ class MAEPretrain(PretrainingModel):
         family: Any = self.backbone_named(backbone)
         check_positive("MAEPretrain", {**sizes, "decoder_heads": decoder_heads})
         heads = decoder_heads or max(1, decoder_dim // _HEAD_DIM)
-        if decoder_dim % heads:
-            fitting = nearest_multiple(decoder_dim, heads)
-            raise ValueError(f"decoder_dim {decoder_dim} must be a multiple of {heads} heads, for example {fitting}")
+        if decoder_dim % (unit := math.lcm(4, heads)):  # 4: for its table of positions
+            raise ValueError(
+                f"decoder_dim {decoder_dim} with {heads} heads must be a multiple of {unit}, "
+                f"for example {nearest_multiple(decoder_dim, unit)}"
+            )
         self.in_chans, self.normed_pixels = in_chans, normed_pixels
         self.directions: Sequence[str] = family.directions[:1] if one_scan else family.directions
         self.float32_residual = family.float32_residual
@@ -240,15 +243,16 @@ class MAEPretrain(PretrainingModel):
 
 
 def noise(seeds: Tensor, count: int) -> Tensor:
-    """So many random numbers (B, count), int64, for each seed (B,), int64, from the generator SplitMix64."""
-    x = seeds[:, None] + _signed(0x9E3779B97F4A7C15) * torch.arange(1, count + 1, device=seeds.device)
+    """So many random numbers (B, count), int64, for each seed (B,), int64: hashes of its own hash and the places."""
+    return mixed_bits(mixed_bits(seeds)[:, None] + torch.arange(count, device=seeds.device))
+
+
+def mixed_bits(x: Tensor) -> Tensor:
+    """The output function of the generator SplitMix64 (Steele, Lea and Flood, 2014), of numbers in int64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * _signed(factor)  # the shift fills up with zeros
+        shifted = x >> shift & 2 ** (64 - shift) - 1  # filled up with zeros
+        x = (x ^ shifted) * (factor - 2**64 if factor >= 2**63 else factor)
     return x
-
-
-def _signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits
 
 
 def lowest(noise: Tensor, count: int) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -181,11 +182,11 @@ class KeptImages(AugmentedImages):
     def batch(self, keys: Sequence[Key]) -> Loaded:
         """Draw what becomes of a batch."""
         draws, indices = self._draw(keys), places(keys)
-        sizes = self.kept.sizes[indices].tolist()
-        boxes = [self.drawing.box(crop, *size) for crop, size in zip(draws.crops, sizes, strict=True)]
+        sizes = self.kept.sizes[indices].numpy().astype(np.int64)
+        boxes = torch.from_numpy(self.drawing.boxes(draws.crops, sizes))
         undecodable = [line for key in keys for line in self.kept.undecodable.get(key.place, ())]
         none = torch.empty(0, *self._shape, dtype=torch.uint8)
-        return Loaded(none, self.kept.labels[indices], indices, undecodable, draws, None, torch.tensor(boxes))
+        return Loaded(none, self.kept.labels[indices], indices, undecodable, draws, None, boxes)
 
 
 def stored(split: Split, keys: Sequence[Key]) -> list[Encoded]:

@@ -72,6 +72,17 @@ class Drawing:
             boxes = np.where(fit[:, None], boxes, np.concatenate([(sizes - parts) // 2, parts], axis=1))
         return boxes
 
+    def box(self, crop: NDArray[np.float64], height: int, width: int) -> Box:
+        """As `boxes`, of one image: a tenth of the time, where images come one by one."""
+        side = math.sqrt(height * width)
+        for part_height, part_width, top, left in crop.tolist() if self._config.random_crop else ():
+            box_height, box_width = max(1, round(side * part_height)), max(1, round(side * part_width))
+            free_height, free_width = height - box_height, width - box_width
+            if min(free_height, free_width) >= 0:
+                return int(top * (free_height + 1)), int(left * (free_width + 1)), box_height, box_width
+        top, left, box_height, box_width = self.boxes(crop[None], np.array([[height, width]]))[0].tolist()
+        return top, left, box_height, box_width
+
     def _erased(self, numbers: NDArray[np.float64]) -> NDArray[np.int32]:
         erased = np.zeros((len(numbers), 4), np.int32)
         rows = np.flatnonzero(numbers[:, ERASE] < self._config.erase)

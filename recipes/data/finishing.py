@@ -1,5 +1,8 @@
 """The last part of a training batch, on the device that trains: what is not decoded yet, and all after the crop."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,15 +10,22 @@ from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, Batch, Files, Loaded
 from recipes.data.draws import Box, Draws
 from recipes.data.erasing import erase
-from recipes.data.gpu_decode import decode
+from recipes.data.gpu_decode import Decoder
 from recipes.data.randaugment import on_device
 from recipes.data.resample import RaggedImages, crop_resize
 from recipes.data.sources import Source
 from recipes.data.transforms import Normalisation, warp
 
 
+class Begun(NamedTuple):
+    """A batch whose files are being decoded."""
+
+    loaded: Loaded
+    decoded: Callable[[], list[Tensor | None]]  # waits for the images of the files that have a box
+
+
 class Finishing:
-    """Makes batches of what workers load; the host waits for the device only while it decodes."""
+    """Makes batches of what workers load; the host waits for the device only where it is not done with decoding."""
 
     def __init__(
         self,
@@ -29,14 +39,23 @@ class Finishing:
         self._statistics = (source.mean, source.std)
         self._normalise = Normalisation(source.mean, source.std, device)
         self.kept: RaggedImages | None = None  # the whole split, if the GPU keeps it
+        self._decoder = Decoder(device)
         self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
 
-    def __call__(self, loaded: Loaded) -> Batch:
-        """Decode, crop and resize where workers did not; then RandAugment, warp, normalise and erase."""
+    def begin(self, loaded: Loaded) -> Begun:
+        """Begin to decode what workers did not."""
+        files = loaded.files
+        boxes = [] if files is None else files.boxes
+        content = [files.stored[row] for row, box in enumerate(boxes) if files is not None and box is not None]
+        return Begun(loaded, self._decoder.begin(content))
+
+    def finish(self, begun: Begun) -> Batch:
+        """Crop and resize where workers did not; then RandAugment, warp, normalise and erase."""
+        loaded, decoded = begun
         draws, undecodable = loaded.draws, list(loaded.undecodable)
         images, classes = loaded.images, loaded.classes
         if loaded.files is not None:
-            images = self._cropped(draws, *self._opened(loaded, loaded.files, classes, undecodable))
+            images = self._cropped(draws, *self._opened(loaded, loaded.files, decoded(), classes, undecodable))
         elif self.kept is not None and loaded.boxes is not None:
             images = self._cropped(draws, self.kept.select(loaded.indices), loaded.boxes)
         images, classes = (tensor.to(self._device, non_blocking=True) for tensor in (images, classes))
@@ -48,7 +67,7 @@ class Finishing:
         return Batch(images, classes, loaded.indices, undecodable, torch.from_numpy(draws.noise_seeds))
 
     def _opened(
-        self, loaded: Loaded, files: Files, classes: Tensor, undecodable: list[str]
+        self, loaded: Loaded, files: Files, decoded: list[Tensor | None], classes: Tensor, undecodable: list[str]
     ) -> tuple[RaggedImages, Tensor]:
         """Files decoded here and crops of those that workers decoded, and what is to be cut out of them (N, 4).
 
@@ -56,7 +75,7 @@ class Finishing:
         the next image, whose class goes to `classes`.
         """
         draws, drawing, boxes = loaded.draws, self._images.drawing, list(files.boxes)
-        by_gpu = iter(decode([files.stored[row] for row, box in enumerate(boxes) if box is not None], self._device))
+        by_gpu = iter(decoded)
         by_workers = iter(loaded.images.to(self._device, non_blocking=True))
         images = []
         for row, box in enumerate(boxes):

@@ -6,11 +6,11 @@ position (epoch, step) is all that a resumed run has to know about its data, for
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from recipes.data.workers import WorkerLoader
 from recipes.errors import RunError
 from recipes.signals import StopWaiting
 
+ItemT = TypeVar("ItemT")
 CPU = torch.device("cpu")
 BLOCKS_UNKNOWN = 5  # measured ones that the GPU may not have come to; a step has two
 Prepared = tuple[list[Batch], torch.cuda.Event | None]  # micro-batches of a step; when the GPU has made them
@@ -57,7 +58,7 @@ class TrainLoader:
             tell("torchcodec is not installed, or not one for this torch: Pillow decodes, which takes twice as long")
         self.images = kind_of_images(config.data, device)(source, config.data, image_size, config.seed)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")
-        self._finish = Finishing(self.images, source, config.data, image_size, device)
+        self._finishing = Finishing(self.images, source, config.data, image_size, device)
         self._plan, self._config, self._device = plan, config, device
         self._is_filled = False
         # Ahead of training, or each of the decoder's many small kernels waits for a large one: 153 images a second
@@ -113,12 +114,13 @@ class TrainLoader:
     def _prepared(self) -> Iterator[Prepared]:
         if not self._is_filled:
             with torch.cuda.stream(self._stream):
-                self._finish.kept = fill(self.images, self._config.data, self._device)
+                self._finishing.kept = fill(self.images, self._config.data, self._device)
             self._is_filled = True
         loaded = iter(self._loader)
-        while step := list(islice(loaded, self._plan.accumulation)):
+        steps = iter(lambda: list(islice(loaded, self._plan.accumulation)), [])
+        for begun in taken_ahead(list(map(self._finishing.begin, step)) for step in steps):
             with torch.cuda.stream(self._stream):  # None: as everywhere
-                batches = list(map(self._finish, step))
+                batches = list(map(self._finishing.finish, begun))
                 made = None if self._stream is None else self._stream.record_event()
             yield batches, made
 
@@ -130,6 +132,16 @@ class TrainLoader:
             for tensor in (tensor for batch in batches for tensor in (batch.images, batch.classes)):
                 tensor.record_stream(stream)  # its memory may be used anew only after this stream's work on it
         return batches
+
+
+def taken_ahead(items: Iterable[ItemT]) -> Iterator[ItemT]:
+    """The items, each given when the next one has been taken."""
+    iterator = iter(items)
+    for item in islice(iterator, 1):
+        for following in iterator:
+            yield item
+            item = following
+        yield item
 
 
 class Pauses:

@@ -8,6 +8,7 @@ ours must not; here they are killed when the program ends.
 """
 
 import atexit
+import gc
 import multiprocessing
 import pickle
 import signal
@@ -148,7 +149,7 @@ class WorkerLoader(Generic[KeyT, BatchT]):
         before = set(multiprocessing.active_children())
         waiting = stop_ends_waiting() if self._workers else nullcontext()  # their start must not be torn apart
         try:
-            with no_child_handler(), waiting:
+            with no_child_handler(), waiting, nothing_collected_by_children():
                 return iter(self._loader)
         finally:
             self._workers |= set(multiprocessing.active_children()) - before
@@ -187,6 +188,19 @@ def end_workers(workers: Collection[BaseProcess] = started) -> None:
             worker.kill()
         for worker in alive:
             worker.join(DYING)
+
+
+@contextmanager
+def nothing_collected_by_children() -> Iterator[None]:
+    """Keep processes that are forked in the block from collecting this one's garbage, such as streams of CUDA.
+
+    Only the process that made those can free them; another one would be aborted.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -100,6 +100,7 @@ def test_list_has_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
     assert table["arm_huge_patch16_384.arm_in1k_ft_in1k"].split()[:2] == ["3x384x384", "663.3"]
     assert table["arm_base_patch16_224.arm_in1k"].split()[1] == "84.3"  # the encoder has no head
     assert "arm_large is short for arm_large_patch16_224" in lines
+    assert table["mae"].startswith("pretrains arm_pico, ") and table["mae"].endswith(", vim_huge")
 
 
 def test_list_knows_what_is_hosted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from arm_zoo.identify import find_variant
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.mae import lowest, masked_loss, missing, noise
+from arm_zoo.pretraining.mae import lowest, masked_loss, missing, mixed_bits, noise
 from arm_zoo.pretraining.targets import patchify, unpatchify
 from tests.helpers.golden import in_both_sets
 
@@ -116,13 +116,12 @@ def mixed(state: int) -> int:
     return state ^ state >> 31
 
 
-def test_noise_is_that_of_splitmix64() -> None:
+def test_noise_is_hashed_from_seeds_and_places() -> None:
     seeds = torch.tensor([0, 1, 2**63 - 1, -(2**63)])
     for seed, row in zip(seeds.tolist(), noise(seeds, 3).tolist(), strict=True):
-        assert [number % 2**64 for number in row] == [
-            mixed((seed + i * 0x9E3779B97F4A7C15) % 2**64) for i in (1, 2, 3)
-        ]
-    assert noise(torch.tensor([0]), 1).item() % 2**64 == 0xE220A8397B1DCDAF  # the generator's published first number
+        assert [number % 2**64 for number in row] == [mixed((mixed(seed % 2**64) + i) % 2**64) for i in range(3)]
+    increment = torch.tensor(0x9E3779B97F4A7C15 - 2**64)
+    assert mixed_bits(increment).item() % 2**64 == 0xE220A8397B1DCDAF  # SplitMix64's first number, with seed 0
 
 
 def test_masks_are_functions_of_the_seeds_and_keep_every_patch_alike() -> None:
@@ -237,6 +236,14 @@ def test_in_lower_precision_the_loss_is_in_float32(family: str) -> None:
     assert half(pictures.bfloat16())[0].dtype == torch.float32
 
 
+@pytest.mark.slow
+def test_a_compiled_model_draws_and_computes_the_same() -> None:
+    model, pictures, seeds = small(), images(), torch.arange(3)
+    compiled = torch.compile(model)
+    (loss, _, mask), (expected, _, expected_mask) = (each(pictures, seeds) for each in (compiled, model))
+    assert torch.equal(mask, expected_mask) and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_tables_stay_and_everything_else_learns() -> None:
     for family in FAMILIES:
         model = small(family)
@@ -317,10 +324,13 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
             r"mask_ratio 0.99 of 16 patches keeps 0; from 1 to 15 can be kept, .* mask_ratio 0.75$",
         ),
         ({"mask_ratio": 0.0}, "mask_ratio 0.0 of 16 patches keeps 16; from 1 to 15"),
-        ({"decoder_dim": 64, "decoder_heads": 3}, "decoder_dim 64 must be a multiple of 3 heads, for example 63"),
+        (
+            {"decoder_dim": 64, "decoder_heads": 3},
+            "decoder_dim 64 with 3 heads must be a multiple of 12, for example 60",
+        ),
         ({"decoder_heads": 0}, "MAEPretrain: decoder_heads must be at least 1, got 0"),
         ({"decoder_depth": 0}, "MAEPretrain: decoder_depth must be at least 1, got 0"),
-        ({"decoder_dim": 30}, "needs a width that is a multiple of 4, got 30; for example 3"),
+        ({"decoder_dim": 30}, "decoder_dim 30 with 1 heads must be a multiple of 4, for example 32"),
         ({"backbone": "vmamba"}, "unknown backbone 'vmamba'; choose one of arm, vim"),
         ({"img_size": 9}, "not tiled by patches"),
     ],

@@ -56,10 +56,9 @@ for case in ((1, 1, 65, None, 1, 2), (2, 2, 3, 4, 40, 16), (1, 2, 2, None, 33, 6
     error = worst_error(*case, torch.float32, "cpu")
     assert error < 1e-5, (case, error)
 check_special_values("cpu", "triton")
-ordered = ((2, 3, 5, 4, 2), torch.float32), ((1, 2, 35, 2, 1), torch.float32), ((2, 2, 3, 4, 2), torch.float16)
-for sizes, dtype in ordered:
-    error = error_with_own_orders("triton", dtype, sizes)
-    assert error < {torch.float32: 1e-5}.get(dtype, 1e-2), (sizes, dtype, error)
+for sizes, dtype in (((2, 2, 5, 4, 2), torch.float32), ((2, 2, 3, 4, 1), torch.bfloat16)):
+    error = error_with_own_orders("triton", dtype, sizes, first=2)
+    assert error < {torch.float32: 1e-5}.get(dtype, 4e-2), (sizes, dtype, error)
 for batch, directions in ((4, 1), (2, 4), (1, 4)):
     error = inner_error(batch, torch.float32, "cpu", directions=directions)
     assert error < 1e-5, (batch, directions, error)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchcodec.decoders import decode_jpeg
 
-from recipes.data import finishing, loader
+from recipes.data import finishing, gpu_decode, loader
 from recipes.data.resample import RaggedImages
 from recipes.data.transforms import Normalisation, cropped
 
@@ -46,6 +46,6 @@ def crop_resize(
 def stand_in_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training loaders go the ways of `data.decode=gpu` and `data.cache=gpu` on the CPU."""
     monkeypatch.setattr(loader, "decodes_on_gpu", lambda decode, device: decode != "cpu")
-    monkeypatch.setattr(finishing, "decode", decode)
+    monkeypatch.setattr(gpu_decode, "decode", decode)
     monkeypatch.setattr(finishing, "crop_resize", crop_resize)
     monkeypatch.setattr(loader, "keeps_on_gpu", lambda cache, device: cache == "gpu")

@@ -48,7 +48,7 @@ from arm_zoo.weights.reading import Choice, read_checkpoint
 from hub.__main__ import main
 from hub.card import BEGIN, END, write_card
 from hub.catalog import PAPER_NAMES, candidates, measured, reported, state
-from hub.check import BUNDLED_GOLDEN
+from hub.check import BUNDLED_GOLDEN, check_folder
 from hub.convert import convert
 from hub.export import export
 from hub.folders import read_header, set_license
@@ -372,6 +372,20 @@ def test_exports_of_our_pretraining(tmp_path: Path) -> None:
     assert torch.allclose(model.eval().forward_encoder(golden["input"]), golden["features"], atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["arm", "vim"])
+def test_exports_of_masked_autoencoders(family: str, tmp_path: Path) -> None:
+    sizes = {"embed_dim": 16, "depth": 1, "d_state": 2, "decoder_dim": 32, "decoder_depth": 1, "mask_ratio": 0.5}
+    model = arm_zoo.create_pretraining_model(f"{family}_pico", "mae", **sizes)
+    model.save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    assert check_folder(tmp_path / "out").startswith("golden features and prediction match")
+    loaded = arm_zoo.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, arm_zoo.MAEPretrain) and loaded.config == model.config
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architecture"], config["objective"]) == (f"{family}_pico_patch2_8", "mae")
+    assert "loss, prediction, mask = model(images)" in (tmp_path / "out" / "README.md").read_text()
+
+
 class Halves(ARMPretrain):
     """An objective with the tensors of another, and an argument that they do not tell."""
 
@@ -674,6 +688,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from arm_zoo.files import CheckpointError
+from hub.check import check_folder
 from hub.convert import convert
 from hub.folders import UsageError
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_what_a_worker_sends_is_short() -> None:
     packed = Packed(batch)
     assert len(ForkingPickler.dumps(packed)) < select.PIPE_BUF
     assert torch.equal(packed.unpacked().values, batch.values) and packed.unpacked().names == batch.names
+
+
+def test_workers_leave_garbage_of_the_run_alone(tmp_path: Path) -> None:
+    class Garbage:
+        def __init__(self) -> None:
+            self.own = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Garbage()
+        list(islice(loader_that(gc.collect), 3))
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_full_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from arm_zoo.images.decode import jpeg_decoder
-from recipes.data.gpu_decode import decode, decoder_missing
+from recipes.data.gpu_decode import THREADS, Decoder, decode, decoder_missing
 from tests.helpers.images import encode, jpeg, pixels
 
 needs_torchcodec = pytest.mark.skipif(jpeg_decoder() is None, reason="no torchcodec that fits this torch")
@@ -53,6 +53,25 @@ def test_grey_files_are_rgb_and_sizes_may_differ(device: torch.device) -> None:
     images = decode([encoded(jpeg()), encoded(grey)], device)
     assert [tuple(image.shape) for image in images if image is not None] == [(3, 16, 24), (3, 17, 33)]
     assert decode([], device) == []
+
+
+@needs_torchcodec
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("number", [0, 1, THREADS - 1, THREADS, 3 * THREADS + 1])
+def test_batches_that_are_decoded_meanwhile_are_those_decoded_at_once(device: torch.device, number: int) -> None:
+    """Also while the stream of the caller is busy, and their memory is wanted by the next batch."""
+    decoder = Decoder(device)
+    content = [[encoded(jpeg(batch * 100 + place)) for place in range(number)] for batch in range(6)]
+    expected = [[image.cpu() for image in decode(files, device) if image is not None] for files in content]
+    begun, shown = decoder.begin(content[0]), []
+    for following in [*content[1:], []]:
+        if device.type == "cuda":
+            torch.cuda._sleep(20_000_000)  # clock cycles: about 10 ms
+        images, begun = begun(), decoder.begin(following)
+        shown.append([image.clone() for image in images if image is not None])
+    for one, two in zip(expected, shown, strict=True):
+        assert len(one) == len(two) == number
+        assert all(torch.equal(image, copy.cpu()) for image, copy in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize(

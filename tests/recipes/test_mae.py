@@ -163,7 +163,7 @@ def test_it_leaves_a_model_and_a_backbone_that_finetunes(
         ("model=vmamba_tiny", "unknown pretraining model 'vmamba_tiny'; choose one of arm_pico"),
         ("model_args.cluster_size=4", "unknown keyword cluster_size"),
         ("model_args.mask_ratio=1", "mask_ratio 1 of 16 patches keeps 0; from 1 to 15 can be kept"),
-        ("model_args.decoder_heads=5", "decoder_dim 32 must be a multiple of 5 heads, for example 30"),
+        ("model_args.decoder_heads=5", "decoder_dim 32 with 5 heads must be a multiple of 20, for example 40"),
         ("model_args.backbone=vit", "unknown backbone 'vit'; choose one of arm, vim"),
     ],
 )

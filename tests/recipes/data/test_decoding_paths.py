@@ -19,7 +19,7 @@ from arm_zoo.images.decode import UndecodableImage, decode_tensor
 from arm_zoo.images.listing import SourceError
 from recipes.config import BatchPlan, ConfigError, PretrainConfig, load_config
 from recipes.data import batches as loading
-from recipes.data import finishing, loader
+from recipes.data import gpu_decode, loader
 from recipes.data.batches import Batch
 from recipes.data.loader import TrainLoader
 from recipes.data.sources import open_source
@@ -143,8 +143,8 @@ def test_what_the_gpu_refuses_is_decoded_or_named_here(folder: Path, monkeypatch
     config = configure(folder, *VARIED)
     expected = batches(create(config))
     stand_in_for_gpu(monkeypatch)
-    by_gpu: Callable[..., Any] = finishing.decode
-    monkeypatch.setattr(finishing, "decode", lambda files, device: [None, *by_gpu(files[1:], device)])
+    by_gpu: Callable[..., Any] = gpu_decode.decode
+    monkeypatch.setattr(gpu_decode, "decode", lambda files, device: [None, *by_gpu(files[1:], device)])
     assert_equal(expected, batches(create(config)))
 
 
@@ -165,9 +165,11 @@ def test_damage_that_only_decoding_shows_is_named_and_replaced_as_by_workers(
     expected = batches(create(config))
     assert len({line for batch in expected for line in batch.undecodable}) > 5
     stand_in_for_gpu(monkeypatch)
-    by_gpu: Callable[..., Any] = finishing.decode
+    by_gpu: Callable[..., Any] = gpu_decode.decode
     monkeypatch.setattr(
-        finishing, "decode", lambda files, device: [None if len(f) % 3 == 0 else by_gpu([f], device)[0] for f in files]
+        gpu_decode,
+        "decode",
+        lambda files, device: [None if len(f) % 3 == 0 else by_gpu([f], device)[0] for f in files],
     )
     assert_equal(expected, batches(create(config)))
 
@@ -209,8 +211,8 @@ def test_training_goes_on_at_any_step_on_the_gpu_path(
 def test_a_step_is_made_ahead_and_its_lines_come_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(configure(folder, "seed=1"))
     made: list[int] = []
-    finish = run._finish
-    monkeypatch.setattr(run, "_finish", lambda loaded: made.append(1) or finish(loaded))
+    finish = run._finishing.finish
+    monkeypatch.setattr(run._finishing, "finish", lambda loaded: made.append(1) or finish(loaded))
     steps = run.epoch(0)
     for number in range(3):
         [batch] = next(steps)
@@ -231,7 +233,7 @@ def test_what_prevents_a_step_comes_when_it_is_asked_for(
     folder: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = create(configure(folder))
-    finish = run._finish
+    finish = run._finishing.finish
     steps = run.epoch(0)
     next(steps)
 
@@ -239,12 +241,12 @@ def test_what_prevents_a_step_comes_when_it_is_asked_for(
         raise error
 
     run.look_ahead()
-    monkeypatch.setattr(run, "_finish", fail)
+    monkeypatch.setattr(run._finishing, "finish", fail)
     next(steps)
     run.look_ahead()
     with pytest.raises(type(error)):
         next(steps)
-    monkeypatch.setattr(run, "_finish", finish)
+    monkeypatch.setattr(run._finishing, "finish", finish)
 
 
 def test_a_gpu_asked_for_in_vain_is_told(folder: Path) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from timm.data import random_erasing, transforms
 
 from recipes.config import DataConfig
-from recipes.data.draws import ATTEMPTS, Drawing, Draws, random_bits
+from recipes.data.draws import ATTEMPTS, CROP, ERASED, Drawing, Draws, random_bits
 
 VARIED = DataConfig(source="x", random_crop=(0.2, 1.0), flip=0.3, erase=0.6, randaugment="rand-m9-mstd0.5-inc1")
 MEAN = (0.5, 0.4, 0.3)
@@ -27,6 +27,12 @@ def equal(first: Draws, second: Draws, rows: slice = slice(None)) -> bool:
         one[rows] == two if isinstance(one, list) else np.array_equal(one[rows], two)
         for one, two in zip(first, second, strict=True)
     )
+
+
+def drawn_numbers(epoch: int, images: int, part: slice) -> NDArray[np.float64]:
+    """What attempts at rectangles (images, ATTEMPTS, 4) are made of."""
+    bits = random_bits(0, epoch, range(images), ERASED.stop)[:, part]
+    return ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(images, ATTEMPTS, 4)
 
 
 class Fed:
@@ -56,16 +62,23 @@ def test_crops_are_those_of_timm(size: tuple[int, int], monkeypatch: pytest.Monk
     image = torch.zeros(3, *size)
     for scale in ((0.2, 1.0), (0.08, 1.0), (0.9, 1.0)):
         drawn = drawing(DataConfig(source="x", random_crop=scale))
-        for crop in drawn(3, range(60)).crops:
-            monkeypatch.setattr(transforms, "random", Fed(crop))
+        for crop, numbers in zip(drawn(3, range(60)).crops, drawn_numbers(3, 60, CROP), strict=True):
+            monkeypatch.setattr(transforms, "random", Fed(numbers))
             expected = transforms.RandomResizedCropAndInterpolation.get_params(image, scale, (3 / 4, 4 / 3))
             top, left, height, width = drawn.box(crop, *size)
             assert (top, left) == expected[:2] or 0 in expected[2:]
             assert (height, width) == (max(1, expected[2]), max(1, expected[3]))  # timm may cut out nothing
 
 
+def test_boxes_of_many_images_are_those_of_each() -> None:
+    drawn = drawing(DataConfig(source="x", random_crop=(0.5, 1.0)))
+    crops, sizes = drawn(1, range(50)).crops, np.array([(5 + 7 * number, 300 - 5 * number) for number in range(50)])
+    expected = [drawn.box(crop, *size) for crop, size in zip(crops, sizes.tolist(), strict=True)]
+    assert drawn.boxes(crops, sizes).tolist() == [list(box) for box in expected]
+
+
 def test_central_crops_come_where_no_attempt_fits() -> None:
-    crop = np.full((ATTEMPTS, 4), 0.999)  # too wide for any image that is not much wider than high
+    crop = np.tile([0.9, 1.1, 0.5, 0.5], (ATTEMPTS, 1))  # too wide for any image that is not much wider than high
     drawn = drawing(DataConfig(source="x", random_crop=(0.9, 1.0)))
     assert drawn.box(crop, 100, 100) == (0, 0, 100, 100)
     assert drawn.box(crop, 300, 30) == (130, 0, 40, 30)
@@ -76,9 +89,8 @@ def test_central_crops_come_where_no_attempt_fits() -> None:
 def test_erased_rectangles_are_those_of_timm(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = Drawing(DataConfig(source="x", erase=1.0), size, MEAN, 0)
     rectangles = drawn(0, range(200)).erased
-    numbers = (random_bits(0, 0, range(200), 80)[:, 40:] >> np.uint64(11)).astype(np.float64) * 2.0**-53
     erase = random_erasing.RandomErasing(probability=1, mode="const", device="cpu")
-    for attempts, (top, left, height, width) in zip(numbers.reshape(200, ATTEMPTS, 4), rectangles, strict=True):
+    for attempts, (top, left, height, width) in zip(drawn_numbers(0, 200, ERASED), rectangles, strict=True):
         monkeypatch.setattr(random_erasing, "random", Fed(attempts))
         expected, image = erase(torch.ones(1, *size)), torch.ones(1, *size)
         image[:, top : top + height, left : left + width] = 0
@@ -101,7 +113,11 @@ def test_draws_change_with_seed_and_epoch(seed: int, epoch: int) -> None:
 
 def test_draws_are_even_and_independent() -> None:
     draws = drawing(replace(VARIED, randaugment=None))(0, range(20_000))
-    numbers = np.concatenate([draws.crops.reshape(20_000, -1), (draws.warps + 1) / 2], axis=1)
+    crops = drawn_numbers(0, 20_000, CROP).reshape(20_000, -1)
+    assert np.array_equal(
+        draws.crops[..., 2:].reshape(20_000, -1), crops.reshape(20_000, -1, 4)[..., 2:].reshape(20_000, -1)
+    )
+    numbers = np.concatenate([crops, (draws.warps + 1) / 2], axis=1)
     counts = np.apply_along_axis(lambda column: np.histogram(column, 10, (0, 1))[0], 0, numbers)
     chi_squared = ((counts - 2000) ** 2 / 2000).sum(axis=0)
     assert chi_squared.max() < 33  # of 9 degrees of freedom; one in 20,000 is above, of 44
