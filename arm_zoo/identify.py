@@ -103,7 +103,7 @@ def _check_limits(arguments: dict[str, Any], patches: int | None, pretraining: b
 
 
 def _pretraining(model_class: Any, arguments: dict[str, Any], patches: int | None, known: dict[str, Any]) -> Variant:
-    entries = _sizes_of_entries(model_class.backbone)
+    entries = _sizes_of_entries(model_class.backbone_named(arguments.get("backbone")))
     sizes = {key: value for key, value in arguments.items() if key in entries[0] and key != "img_size"}
     entry = _by_likeness(entries, sizes, None)[0]
     arguments |= {key: known[key] for key in inspect.signature(model_class).parameters if key in known}

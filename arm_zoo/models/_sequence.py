@@ -114,7 +114,7 @@ class SequenceBackbone(Backbone):
         self.register_buffer("order", order, persistent=False)
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        block = partial(self.block_class, embed_dim, len(self.directions), d_state, norm_layer=norm, **self.block)
+        block = partial(self.make_block, embed_dim, len(self.directions), d_state, norm)
         rates = self.drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate, **dd) for rate in rates)
         info = {"num_chs": embed_dim, "reduction": max(self.patch_embed.patch_stride)}
@@ -124,6 +124,13 @@ class SequenceBackbone(Backbone):
         self.head = self.make_head(**dd)
 
         self.init_weights(needs_reset=False)
+
+    @classmethod
+    def make_block(
+        cls, embed_dim: int, directions: int, d_state: int, norm_layer: Callable[..., nn.Module], **keywords: Any
+    ) -> nn.Module:
+        """A block of the family, which a pretraining model has too."""
+        return cls.block_class(embed_dim, directions, d_state, norm_layer=norm_layer, **cls.block, **keywords)
 
     @classmethod
     def drop_path_rates(cls, drop_path_rate: float, depth: int) -> list[float]:

@@ -67,11 +67,15 @@ default_cfgs = entry_configs(
 )
 
 
+SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 24},
+    "small": {"embed_dim": 384, "depth": 24},
+    "base": {"embed_dim": 768, "depth": 24},
+    "large": {"embed_dim": 1024, "depth": 48},  # the last two are the ARM paper's, table 1
+    "huge": {"embed_dim": 1536, "depth": 48},
+}
 _TOKEN = {"global_pool": "token"}
-_TINY, _SMALL = {"embed_dim": 192, "depth": 24, **_TOKEN}, {"embed_dim": 384, "depth": 24, **_TOKEN}
-_BASE = {"embed_dim": 768, "depth": 24, **_TOKEN}
-# the ARM paper's, table 1
-_LARGE, _HUGE = {"embed_dim": 1024, "depth": 48, **_TOKEN}, {"embed_dim": 1536, "depth": 48, **_TOKEN}
+_TINY, _SMALL, _BASE, _LARGE, _HUGE = ({**size, **_TOKEN} for size in SIZES.values())
 register_family(
     Vim,
     {

@@ -2,23 +2,42 @@
 
 import inspect
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from arm_zoo.base import ZooModel
+from arm_zoo.files import StateDict
 from arm_zoo.models._builder import Backbone
 
 
 class PretrainingModel(ZooModel):
     """A model of any objective; its image, patch size and channels have the names that backbones give them."""
 
-    backbone: type[Backbone]  # the class of what is pretrained
+    backbone: type[Backbone]  # the class of what is pretrained, unless the argument `backbone` names another
+    backbones: Mapping[str, type[Backbone]] = MappingProxyType({})  # which that argument may name
     config: dict[str, Any]  # the arguments that make it
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.backbone.pretraining_keys |= set(cls.keys) - set(cls.backbone.keys)
+        for backbone in {cls.backbone, *cls.backbones.values()}:
+            backbone.pretraining_keys |= set(cls.keys) - set(backbone.keys)
+
+    @classmethod
+    def backbone_named(cls, name: str | None) -> type[Backbone]:
+        """The class of what is pretrained, for a value of the argument `backbone`; ValueError for an unknown one."""
+        if name is None:
+            return cls.backbone
+        if name not in cls.backbones:
+            raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(cls.backbones)}")
+        return cls.backbones[name]
+
+    @classmethod
+    def name_of_backbone(cls, source: StateDict) -> str:
+        """The name in `backbones` of the family whose tensors a checkpoint has."""
+        known = [name for name, each in cls.backbones.items() if each.official_names.covers(each.keys, source)]
+        return max(known, key=lambda name: len(cls.backbones[name].keys))
 
     def hub_config(self) -> dict[str, Any]:
         """The content of config.json: the objective, and the arguments that make this model."""
@@ -34,7 +53,7 @@ class Objective(NamedTuple):
     """A way of pretraining: the class of its models, their arguments by name, and what cards say of them."""
 
     model_class: type[PretrainingModel]
-    sizes: Mapping[str, Mapping[str, int]]
+    sizes: Mapping[str, Mapping[str, Any]]
     description: str  # of a model, in a clause
     outputs: str  # names of what its forward gives
 
@@ -47,7 +66,8 @@ def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **ov
     """The pretraining model of a size, e.g. `create_pretraining_model("arm_base", img_size=224, cluster_size=32)`.
 
     Args:
-        name: arm_tiny, arm_small, arm_base, arm_large or arm_huge; arm_pico for 8x8 images.
+        name: arm_tiny, arm_small, arm_base, arm_large or arm_huge; arm_pico for 8x8 images; of objectives that take
+            other backbones, these too, as in vim_base.
         objective: what it learns, a key of `OBJECTIVES`.
         overrides: arguments of the objective's class.
 
