@@ -8,6 +8,7 @@ from arm_zoo.models.vmamba import VMamba
 from arm_zoo.ops import available_backends, get_scan_backend, scan_backend, set_scan_backend
 from arm_zoo.pretraining._registry import create_pretraining_model
 from arm_zoo.pretraining.autoregressive import ARMPretrain
+from arm_zoo.pretraining.moco import MoCoPretrain
 from arm_zoo.weights.adapt import from_official
 from arm_zoo.weights.tensor_names import to_official
 
@@ -18,6 +19,7 @@ __all__ = [
     "ARMPretrain",
     "CheckpointError",
     "DownloadError",
+    "MoCoPretrain",
     "VMamba",
     "Vim",
     "__version__",

@@ -1,3 +1,4 @@
 """The pretraining objectives, a file each; one that is imported here is registered."""
 
 from arm_zoo.pretraining import autoregressive as autoregressive
+from arm_zoo.pretraining import moco as moco
