@@ -6,6 +6,7 @@ Importing this module brings neither torch nor timm: what is wrong with keys, va
 import dataclasses
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -52,6 +53,17 @@ RANDAUGMENT: Limit = (
     "n with one above 0, mstd and p with a number",
     lambda x: re.fullmatch(r"rand(-((m|mmax|inc)\d+|n0*[1-9]\d*|(mstd|p)\d+(\.\d+)?))*", x, re.ASCII) is not None,
 )
+# Keys whose values must be one of these where a step takes two views of each image, and why.
+TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_batch_per_device": (
+        (None,),
+        "which compares all images of a step, so that they go through the model at once",
+    ),
+    "fsdp": ((False,), "whose momentum encoder needs whole parameters"),
+    "data.decode": (("auto", "cpu"), "whose views the CPU makes"),
+    "data.cache": (("memory", "none"), "whose views the CPU makes"),
+    "data.randaugment": ((None,), "which changes colours in its own way"),
+}
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -161,6 +173,11 @@ class TrainConfig(Config):
 
     labels_needed = False  # a constant of the phase, not a setting: without an annotation dataclasses ignore it
 
+    @property
+    def views(self) -> int:
+        """Of each image, which a step takes."""
+        return 1
+
     def build(self, **keywords: Any) -> "nn.Module":
         """A new model, untrained; `keywords` win over `model_args`."""
         raise NotImplementedError
@@ -248,6 +265,21 @@ class PretrainConfig(TrainConfig):
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
     objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.TRAINING`
+
+    @property
+    def views(self) -> int:
+        """Two of the objectives that compare images; they are made as `recipes.data.views` says."""
+        return 2 if self.objective == "moco" else 1
+
+    def conflicts(self) -> dict[str, str]:
+        """The same, and of what takes two views of each image."""
+        found = super().conflicts()
+        for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():
+            value = getattr(self.data if key.startswith("data.") else self, key.rpartition(".")[2])
+            if value not in allowed:
+                typed = json.dumps(allowed[0]).strip('"')  # as in YAML: null, false
+                found[key] = f"{key} is {value} but objective is {self.objective}, {reason}; allowed: {key}={typed}"
+        return found
 
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo

@@ -6,6 +6,7 @@ slowly moving average of the trained one, makes of the other view, and differ fr
 
 import copy
 import math
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ def mlp(*widths: int, device: Device = None, dtype: torch.dtype | None = None) -
     """
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False), start=2):
+    for number, (before, after) in enumerate(pairwise(widths), start=2):
         is_last = number == len(widths)
         layers += [nn.Linear(before, after, bias=False, **dd), GlobalBatchNorm(after, affine=not is_last, **dd)]
         layers += [] if is_last else [nn.ReLU()]
@@ -82,8 +83,7 @@ def momentum_at(done: float) -> float:
 @torch.no_grad()
 def follow(momentum_encoder: nn.Module, base_encoder: nn.Module, momentum: float) -> None:
     """Move every parameter towards that of the trained encoder; buffers, as of batch norms, stay what they are."""
-    pairs = [list(encoder.parameters()) for encoder in (momentum_encoder, base_encoder)]
-    torch._foreach_lerp_(*pairs, 1 - momentum)
+    torch._foreach_lerp_(list(momentum_encoder.parameters()), list(base_encoder.parameters()), 1 - momentum)
 
 
 def contrast(
@@ -201,7 +201,8 @@ class MoCoPretrain(PretrainingModel):
     def _init_own_weights(self) -> None:
         encoder: Any = self.base_encoder
         encoder._init_own_weights()
-        table = sincos_pos_embed(encoder.embed_dim, *encoder.patch_embed.grid_size, device=encoder.pos_embed.device)
+        rows, columns = encoder.patch_embed.grid_size
+        table = sincos_pos_embed(encoder.embed_dim, rows, columns, device=encoder.pos_embed.device)
         middle = table.shape[1] // 2  # where the class token stands, which has no position
         fill(encoder.pos_embed, torch.cat([table[:, :middle], 0 * table[:, :1], table[:, middle:]], dim=1))
         for moving, parameter in zip(self.momentum_encoder.parameters(), encoder.parameters(), strict=True):
@@ -242,7 +243,7 @@ class MoCoPretrain(PretrainingModel):
         return 4 * self.temperature * math.log(images)
 
     @classmethod
-    def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
+    def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
         """As `ZooModel.read_shapes`; the temperature is one that no shape tells."""
         encoder = whole_backbone(source)
         name = cls.name_of_backbone(encoder)

@@ -49,7 +49,7 @@ def save_timm_model(model: Any, folder: Path, inputs: InputConfig, **labels: lis
 def save_pretraining(model: Any, config: TrainConfig, inputs: InputConfig) -> None:
     """Write `pretraining_model/`, of any objective, and `backbone/`, its encoder as a timm model without head.
 
-    The class token of the backbone is new, as pretraining has none: drawn from `config.seed`.
+    Where pretraining has no class token, that of the backbone is new: drawn from `config.seed`.
     """
     whole, backbone = (Path(config.output_dir) / name for name in (EXPORT, BACKBONE))
     statistics = {key: inputs[key] for key in ("input_size", "mean", "std")}
