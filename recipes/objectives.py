@@ -17,7 +17,7 @@ from recipes.config import TrainConfig
 from recipes.data.sources import Source
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES, winner
-from recipes.training.engine import Figures, LossFunction, StepHooks
+from recipes.training.engine import NO_HOOKS, Figures, LossFunction, StepHooks
 from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
 from recipes.training.plots import draw_predictions
 
@@ -48,7 +48,7 @@ class TrainingObjective:
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
-    hooks: StepHooks = StepHooks()  # what every step does beside the loss
+    hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
 
 
 def export_autoregressive(trained: Trained) -> None:
@@ -69,7 +69,7 @@ AUTOREGRESSIVE = TrainingObjective(
 
 
 def watch_for_collapse(model: Any, before: Figures) -> Figures:
-    """How far features are apart now, and the largest gradient norm of the epoch in the first layer that is trained."""
+    """How far features are apart now, and the epoch's largest gradient norm in the first block."""
     first_block = (parameter.grad for parameter in model.base_encoder.blocks[0].parameters())
     norm = nn.utils.get_total_norm([gradient for gradient in first_block if gradient is not None])
     largest = torch.maximum(norm, before.get("first_block_grad_norm", norm))

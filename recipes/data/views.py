@@ -53,6 +53,7 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
 # What the numbers of a view are for: the strength and the place of each adjustment, then the single ones.
 STRENGTHS, PLACES = slice(0, 4), slice(4, 8)
 IS_JITTERED, IS_GREY, IS_BLURRED, SIGMA, IS_SOLARISED, NUMBERS = range(8, 14)
+ARRAYS = [name for name in Draws._fields if name != "operations"]
 
 
 class TwoViews(AugmentedImages):
@@ -105,5 +106,5 @@ def changed(image: Tensor, pipeline: Pipeline, numbers: NDArray[np.float64]) -> 
 
 def joined(first: Draws, second: Draws) -> Draws:
     """The draws of the first views, then those of the second ones."""
-    pairs = zip(first, second, strict=True)
-    return Draws(*(a + b if isinstance(a, list) else np.concatenate([a, b]) for a, b in pairs))
+    arrays = {name: np.concatenate([getattr(draws, name) for draws in (first, second)]) for name in ARRAYS}
+    return Draws(operations=first.operations + second.operations, **arrays)

@@ -43,6 +43,9 @@ class StepHooks:
     figures: Callable[[Any, Figures], Figures] = lambda model, before: before
 
 
+NO_HOOKS = StepHooks()
+
+
 @dataclass
 class Trainer:
     """One training run; `config.yaml` and `metrics.jsonl` go to `config.output_dir`."""
@@ -58,7 +61,7 @@ class Trainer:
     checkpoints: CheckpointFolder
     display: ProgressDisplay
     stop: StopRequest  # looked at after every step
-    hooks: StepHooks = StepHooks()
+    hooks: StepHooks = NO_HOOKS
 
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
