@@ -6,6 +6,7 @@ slowly moving average of the trained one, makes of the other view, and differ fr
 
 import copy
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, cast
@@ -114,7 +115,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, process:
     The n queries (n, dim) are of this process; the keys (n * processes, dim) are those of all, in their order. At
     chance it is 2 temperature ln(n * processes).
     """
-    with torch.autocast(queries.device.type, enabled=False):
+    with nullcontext() if queries.is_meta else torch.autocast(queries.device.type, enabled=False):
         logits = _of_length_1(queries) @ _of_length_1(keys).T / temperature
         right = torch.arange(len(queries), device=queries.device) + len(queries) * process
         return 2 * temperature * F.cross_entropy(logits, right)

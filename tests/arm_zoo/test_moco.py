@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed, multiprocessing, nn
 
 from arm_zoo import ARM, MoCoPretrain, Vim, create_pretraining_model, from_pretrained
 from arm_zoo.identify import find_variant
@@ -58,32 +58,78 @@ def test_loss_of_two_processes_is_the_authors(golden: Path, temperature: float) 
             torch.testing.assert_close(query.grad, wanted, rtol=0, atol=1e-10 * wanted.abs().max().item())
 
 
-@in_both_sets
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_step_is_the_authors(golden: Path, dtype: torch.dtype) -> None:
-    case, tolerances = golden / "mocov3_step", (1e-10, 1e-10) if dtype == torch.float64 else (1e-4, 1e-3)
+def authors(case: Path) -> nn.ModuleDict:
+    """The parts of the golden step, after the momentum encoder has followed, in float64."""
     parts = nn.ModuleDict({"base_encoder": StandIn(), "momentum_encoder": StandIn(), "predictor": mlp(12, 32, 12)})
     parts.load_state_dict(load_file(case / "state_dict.safetensors"))
     parts["momentum_encoder"].requires_grad_(False)
-    parts.to(dtype)
-    outputs: list[Tensor] = []
+    momentum = json.loads((case / "meta.json").read_text())["momentum"]
+    follow(parts.double()["momentum_encoder"], parts["base_encoder"], momentum)
+    return parts
+
+
+def assert_is_the_authors(
+    case: Path, found: dict[str, Tensor], gradients: dict[str, Tensor], tolerance: float
+) -> None:
+    """`found` has outputs, and `after.NAME` of all that is kept; the golden gradients are stored in float32."""
+    for name, wanted in load_file(case / "outputs_f64.safetensors").items():
+        if name in found or name.startswith("after."):
+            limit = tolerance * wanted.abs().max().item()
+            torch.testing.assert_close(found[name].double(), wanted.double(), rtol=0, atol=limit, msg=name)
+    expected = load_file(case / "param_grads.safetensors")
+    assert gradients.keys() == expected.keys()
+    for name, wanted in expected.items():
+        limit = max(10 * tolerance, 1e-7) * wanted.abs().max().item()
+        torch.testing.assert_close(gradients[name].float(), wanted, rtol=0, atol=limit, msg=name)
+
+
+def gradients_of(parts: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in parts.named_parameters() if parameter.grad is not None}
+
+
+@in_both_sets
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_a_step_is_the_authors(golden: Path, dtype: torch.dtype, tolerance: float) -> None:
+    case = golden / "mocov3_step"
+    parts, outputs = authors(case).to(dtype), list[Tensor]()
     for name in ("predictor", "momentum_encoder"):
         parts[name].register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
-    follow(parts["momentum_encoder"], parts["base_encoder"], json.loads((case / "meta.json").read_text())["momentum"])
     views = load_file(case / "inputs.safetensors")
     loss, _ = contrast(*parts.values(), (views["x1"].to(dtype), views["x2"].to(dtype)), temperature=0.2)
     loss.backward()
     found = {"loss": loss.detach(), **dict(zip(("q1", "q2", "k1", "k2"), outputs, strict=True))}
     found |= {f"after.{name}": value for name, value in parts.state_dict().items()}
-    for name, wanted in load_file(case / "outputs_f64.safetensors").items():
-        limit = tolerances[0] * wanted.abs().max().item()
-        torch.testing.assert_close(found[name].double(), wanted.double(), rtol=0, atol=limit, msg=name)
-    gradients = load_file(case / "param_grads.safetensors")  # computed in float64, stored in float32
-    assert {name for name, parameter in parts.named_parameters() if parameter.grad is not None} == gradients.keys()
-    for name, parameter in parts.named_parameters():
-        if name in gradients and parameter.grad is not None:
-            limit = max(tolerances[1], 1e-7) * gradients[name].abs().max().item()
-            torch.testing.assert_close(parameter.grad.float(), gradients[name], rtol=0, atol=limit, msg=name)
+    assert_is_the_authors(case, found, gradients_of(parts), tolerance)
+
+
+def half_a_step(process: int, case: Path, folder: Path) -> None:
+    """The golden step for one of two processes, with half of the images; what comes out goes to a file."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=process, world_size=2)
+    parts, views = authors(case), load_file(case / "inputs.safetensors")
+    own = tuple(views[name].double().chunk(2)[process] for name in ("x1", "x2"))
+    loss, deviation = contrast(*parts.values(), own, temperature=0.2)
+    loss.backward()
+    found = {f"after.{name}": value for name, value in parts.state_dict().items()}
+    found |= {"loss": loss.detach(), "deviation": deviation, **gradients_of(parts)}
+    save_file(found, folder / f"{process}.safetensors")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_make_the_authors_step_of_one(repo: Path, tmp_path: Path) -> None:
+    """Their losses and gradients average to those of one process with all images; what they keep is the same."""
+    case = repo / "tests" / "golden" / "mocov3_step"
+    multiprocessing.start_processes(half_a_step, (case, tmp_path), nprocs=2, start_method="spawn")
+    both = [load_file(tmp_path / f"{process}.safetensors") for process in range(2)]
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items() if name.startswith("after."))
+    mean = {name: (value + both[1][name]) / 2 for name, value in both[0].items()}
+    found = {name: value for name, value in mean.items() if name == "loss" or name.startswith("after.")}
+    assert_is_the_authors(
+        case, found, {name: mean[name] for name in mean.keys() - found.keys() - {"deviation"}}, 1e-10
+    )
+    keys = torch.nn.functional.normalize(load_file(case / "outputs_f64.safetensors")["k1"], dim=1)
+    for half in both:
+        torch.testing.assert_close(half["deviation"], keys.std(dim=0, correction=0).mean())
 
 
 def test_momentum_goes_from_99_percent_to_1_by_half_a_cosine() -> None:
