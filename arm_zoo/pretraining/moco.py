@@ -125,12 +125,14 @@ def _of_length_1(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
-@torch.compiler.disable
 def gathered(features: Tensor) -> Tensor:
     """The features (n, dim) of all processes, one after the other, as constants for autograd."""
-    _, processes = place()
-    if processes == 1:
-        return features
+    processes = place()[1]
+    return features if processes == 1 else _gathered_from(processes, features)
+
+
+@torch.compiler.disable
+def _gathered_from(processes: int, features: Tensor) -> Tensor:
     parts = [torch.empty_like(features) for _ in range(processes)]
     distributed.all_gather(parts, features.contiguous())
     return torch.cat(parts)
