@@ -53,7 +53,8 @@ RANDAUGMENT: Limit = (
     "n with one above 0, mstd and p with a number",
     lambda x: re.fullmatch(r"rand(-((m|mmax|inc)\d+|n0*[1-9]\d*|(mstd|p)\d+(\.\d+)?))*", x, re.ASCII) is not None,
 )
-# Keys whose values must be one of these where a step takes two views of each image, and why.
+CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
+# Keys whose values must be among these for it, and why.
 TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_batch_per_device": (
         (None,),
@@ -175,7 +176,7 @@ class TrainConfig(Config):
 
     @property
     def views(self) -> int:
-        """Of each image, which a step takes."""
+        """How many of each image a step takes."""
         return 1
 
     def build(self, **keywords: Any) -> "nn.Module":
@@ -199,6 +200,11 @@ class TrainConfig(Config):
             found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
         if self.data.cache == "gpu" and self.device == "cpu":
             found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
+        for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():
+            value = getattr(self.data if key.startswith("data.") else self, key.rpartition(".")[2])
+            if value not in allowed:
+                typed = json.dumps(allowed[0]).strip('"')  # as in YAML: null, false
+                found[key] = f"{key} is {value} but objective is {CONTRASTIVE}, {reason}; allowed: {key}={typed}"
         return found
 
     def unready(self) -> dict[str, str]:
@@ -268,18 +274,7 @@ class PretrainConfig(TrainConfig):
 
     @property
     def views(self) -> int:
-        """Two of the objectives that compare images; they are made as `recipes.data.views` says."""
-        return 2 if self.objective == "moco" else 1
-
-    def conflicts(self) -> dict[str, str]:
-        """The same, and of what takes two views of each image."""
-        found = super().conflicts()
-        for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():
-            value = getattr(self.data if key.startswith("data.") else self, key.rpartition(".")[2])
-            if value not in allowed:
-                typed = json.dumps(allowed[0]).strip('"')  # as in YAML: null, false
-                found[key] = f"{key} is {value} but objective is {self.objective}, {reason}; allowed: {key}={typed}"
-        return found
+        return 2 if self.objective == CONTRASTIVE else 1
 
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo
