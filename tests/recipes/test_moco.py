@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from arm_zoo import MoCoPretrain, from_pretrained
 from recipes.config import FinetuneConfig, PretrainConfig, load_config
@@ -114,7 +115,12 @@ def test_decay_is_that_of_arm(whole: Trained) -> None:
 
 def test_flops_count_no_backward_pass_of_the_momentum_encoder() -> None:
     config = load_config(PretrainConfig, CONFIG, settings(Path("unused")))
-    encoder = image_flops(lambda device: config.build(device=device).momentum_encoder, (1, 8, 8))  # forward alone
+
+    def build(device: str) -> nn.Module:
+        encoder: nn.Module = config.build(device=device).get_submodule("base_encoder")
+        return encoder.requires_grad_(True)
+
+    encoder = image_flops(build, (1, 8, 8)) // 3  # forward alone
     predictor, comparison = 2 * (8 * 32 + 32 * 8), 2 * 8
     expected = 3 * 2 * (encoder + predictor + comparison) + 2 * encoder
     assert image_flops(config.build, (1, 8, 8), views=2) == expected
