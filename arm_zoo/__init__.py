@@ -9,6 +9,7 @@ from arm_zoo.ops import available_backends, get_scan_backend, scan_backend, set_
 from arm_zoo.pretraining._registry import create_pretraining_model
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.pretraining.mae import MAEPretrain
+from arm_zoo.pretraining.moco import MoCoPretrain
 from arm_zoo.weights.adapt import from_official
 from arm_zoo.weights.tensor_names import to_official
 
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "DownloadError",
     "MAEPretrain",
+    "MoCoPretrain",
     "VMamba",
     "Vim",
     "__version__",

@@ -60,7 +60,8 @@ def convert(
     hub_config = _hub_config(model, variant, _checked(config, "pretrained_cfg", _PREPROCESSING), facts)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *model.input_size(), generator=generator)
-    tensors = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items()}
+    state = model.state_dict().items()
+    tensors = {name: value.to(DTYPES[dtype]) if value.is_floating_point() else value for name, value in state}
     new = not out.exists()
     try:
         with files.replacing_files(out) as folder:
@@ -78,9 +79,12 @@ def convert(
 
 
 def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors with the values that they will have in the file, in float32."""
+    """The tensors with the values that they will have in the file, in float32; those that count stay whole numbers."""
     rounded = {}
     for name, value in state_dict.items():
+        if name.endswith(".num_batches_tracked"):  # of a batch norm
+            rounded[name] = value
+            continue
         if not value.is_floating_point():
             raise CheckpointError(f"{name} has type {value.dtype}; expected floating point numbers")
         rounded[name] = value.to(dtype).float()

@@ -1,8 +1,13 @@
 """Training recipes: pretraining, finetuning and the quickstart; run from a checkout, not part of the wheel."""
 
 import importlib.util
+import os
 import sys
 from importlib.machinery import PathFinder
+
+# Queues from which the GPU takes what streams have to do. With CUDA's default of 8, streams that make images ahead
+# share one with the step that trains, and wait for it; CUDA reads this when it starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def _open_images() -> None:

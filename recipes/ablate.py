@@ -1,6 +1,6 @@
 """The paper's tables 4 to 8, one command each: every row pretrained, finetuned and scored, for every seed.
 
-python -m recipes.ablate 5 data.source=FOLDER data.cache=gpu
+python -m recipes.ablate 5 data.source=FOLDER
 python -m recipes.ablate 4 --preset digits --list
 python -m recipes.ablate 8 --preset paper --gpus-per-run 8 data.source=IMAGENET
 

@@ -6,6 +6,7 @@ Importing this module brings neither torch nor timm: what is wrong with keys, va
 import dataclasses
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -52,6 +53,18 @@ RANDAUGMENT: Limit = (
     "n with one above 0, mstd and p with a number",
     lambda x: re.fullmatch(r"rand(-((m|mmax|inc)\d+|n0*[1-9]\d*|(mstd|p)\d+(\.\d+)?))*", x, re.ASCII) is not None,
 )
+CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
+# Keys whose values must be among these for it, and why.
+TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_batch_per_device": (
+        (None,),
+        "which compares all images of a step, so that they go through the model at once",
+    ),
+    "fsdp": ((False,), "whose momentum encoder needs whole parameters"),
+    "data.decode": (("auto", "cpu"), "whose views the CPU makes"),
+    "data.cache": (("memory", "none"), "whose views the CPU makes"),
+    "data.randaugment": ((None,), "which changes colours in its own way"),
+}
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -161,6 +174,11 @@ class TrainConfig(Config):
 
     labels_needed = False  # a constant of the phase, not a setting: without an annotation dataclasses ignore it
 
+    @property
+    def views(self) -> int:
+        """How many of each image a step takes."""
+        return 1
+
     def build(self, **keywords: Any) -> "nn.Module":
         """A new model, untrained; `keywords` win over `model_args`."""
         raise NotImplementedError
@@ -182,6 +200,11 @@ class TrainConfig(Config):
             found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
         if self.data.cache == "gpu" and self.device == "cpu":
             found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
+        for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():
+            value = getattr(self.data if key.startswith("data.") else self, key.rpartition(".")[2])
+            if value not in allowed:
+                typed = json.dumps(allowed[0]).strip('"')  # as in YAML: null, false
+                found[key] = f"{key} is {value} but objective is {CONTRASTIVE}, {reason}; allowed: {key}={typed}"
         return found
 
     def unready(self) -> dict[str, str]:
@@ -265,6 +288,10 @@ class PretrainConfig(TrainConfig):
             ways = "a file that `python -m recipes.dvae` wrote, OpenAI's encoder.pkl, or its https:// address"
             found["dvae"] = f"dvae is {self.dvae}, which is no file; allowed: {ways}"
         return found
+
+    @property
+    def views(self) -> int:
+        return 2 if self.objective == CONTRASTIVE else 1
 
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo

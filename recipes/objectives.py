@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from recipes.data.sources import Source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES, winner
-from recipes.training.engine import LossFunction
+from recipes.training.engine import NO_HOOKS, Figures, LossFunction, StepHooks
 from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
 from recipes.training.plots import draw_predictions
 
@@ -53,6 +54,7 @@ class TrainingObjective:
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
+    hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
 
 
 def export_autoregressive(trained: Trained) -> None:
@@ -133,4 +135,24 @@ MAE = TrainingObjective(
     export=export_mae,
     folders=(EXPORT, BACKBONE),
 )
-TRAINING = {"autoregressive": AUTOREGRESSIVE, "mae": MAE}  # the objectives of pretraining
+
+
+def watch_for_collapse(model: Any, before: Figures) -> Figures:
+    """How far features are apart now, and the epoch's largest gradient norm in the first block."""
+    first_block = (parameter.grad for parameter in model.base_encoder.blocks[0].parameters())
+    norm = nn.utils.get_total_norm([gradient for gradient in first_block if gradient is not None])
+    largest = torch.maximum(norm, before.get("first_block_grad_norm", norm))
+    return {"feature_std": model.feature_std.clone(), "first_block_grad_norm": largest}
+
+
+MOCO = TrainingObjective(
+    create=lambda config, source: config.build(),
+    loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # images of `recipes.data.views`
+    evaluation=lambda config, collectives, models, source, inputs: (
+        lambda epochs_done: {"loss_at_chance": models["model"].loss_at_chance(config.global_batch)}
+    ),
+    export=lambda trained: save_pretraining(trained.model, trained.config, trained.inputs),
+    folders=(EXPORT, BACKBONE),
+    hooks=StepHooks(begin=lambda model, done: model.update_momentum_encoder(done), figures=watch_for_collapse),
+)
+TRAINING = {"autoregressive": AUTOREGRESSIVE, "mae": MAE, "moco": MOCO}  # the objectives of pretraining

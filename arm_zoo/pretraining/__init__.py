@@ -2,3 +2,4 @@
 
 from arm_zoo.pretraining import autoregressive as autoregressive
 from arm_zoo.pretraining import mae as mae
+from arm_zoo.pretraining import moco as moco

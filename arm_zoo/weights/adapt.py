@@ -18,6 +18,7 @@ from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_na
 _logger = logging.getLogger(__name__)
 _TABLES = {"pos_embed", "decoder_pos_embed"}
 _PATCHES = "patch_embed.proj.weight"
+_WHOLE = "base_encoder."  # how the names of a backbone start in a pretraining model that holds it whole
 
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -62,14 +63,22 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
         source = _adapt_to_backbone(source, target, model, timm_adapts)
     else:
         fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        for key in _TABLES & fixed & source.keys():  # sine-cosine tables: those of the model's own grid
+        tables = {key for key in fixed if key.rpartition(".")[2] in _TABLES}
+        for key in tables & source.keys():  # sine-cosine tables: those of the model's own grid
             if source[key].shape != target[key].shape:
                 source[key] = target[key]
     _check(source, target, getattr(model, "pretrained_cfg", {}).get("first_conv") if timm_adapts else None)
     return source
 
 
+def whole_backbone(source: StateDict) -> StateDict:
+    """The tensors of the backbone that a pretraining model holds whole, but for its head; none if it holds none."""
+    found = {key.removeprefix(_WHOLE): value for key, value in source.items() if key.startswith(_WHOLE)}
+    return {key: value for key, value in found.items() if not key.startswith("head.")}
+
+
 def _adapt_to_backbone(source: StateDict, target: StateDict, model: Any, timm_adapts: bool) -> StateDict:
+    source = whole_backbone(source) or source
     if "pos_embed" in target and "pos_embed" not in source:
         return source  # not of the family: the check that follows says what is missing
     if not any(map(_is_foreign_head, target)):  # a head of the user's own is what the model says

@@ -24,6 +24,7 @@ from recipes.data.sampling import ScoringOrder, training_order
 from recipes.data.sources import Source, Split, tell
 from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once
+from recipes.data.views import TwoViews
 from recipes.data.workers import WorkerLoader
 from recipes.errors import RunError
 from recipes.signals import StopWaiting
@@ -56,7 +57,8 @@ class TrainLoader:
         self.class_names = source.class_names
         if jpeg_decoder() is None:
             tell("torchcodec is not installed, or not one for this torch: Pillow decodes, which takes twice as long")
-        self.images = kind_of_images(config.data, device)(source, config.data, image_size, config.seed)
+        images = TwoViews if config.views == 2 else kind_of_images(config.data, device)
+        self.images = images(source, config.data, image_size, config.seed)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")
         self._finishing = Finishing(self.images, source, config.data, image_size, device)
         self._plan, self._config, self._device = plan, config, device

@@ -49,12 +49,17 @@ def global_generators_restored() -> Iterator[None]:
         torch.set_rng_state(pytorch)
 
 
-def cropped(image: Tensor, box: tuple[int, int, int, int], size: Sequence[int]) -> Tensor:
-    """A part (top, left, height, width) of an image (C, H, W) of 8 bits, brought to a size: bicubic, antialiased."""
+def cropped(
+    image: Tensor,
+    box: tuple[int, int, int, int],
+    size: Sequence[int],
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+) -> Tensor:
+    """A part (top, left, height, width) of an image (C, H, W) of 8 bits, brought to a size with antialiasing."""
     top, left, height, width = box
     part = image[None, :, top : top + height, left : left + width]
     part = part.contiguous(memory_format=torch.channels_last)  # the layout that is resized fastest
-    return v2.functional.resize(part, list(size), InterpolationMode.BICUBIC, antialias=True)[0]
+    return v2.functional.resize(part, list(size), interpolation, antialias=True)[0]
 
 
 def scoring_transform(data_config: Mapping[str, Any]) -> Transform:

@@ -39,6 +39,7 @@ class Position:
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done in the epoch that is going on
     loss_sum: float = 0.0  # over these steps, mean of all processes
+    figures: Metrics = field(default_factory=dict)  # of these steps, as the objective gives them
     seconds: float = 0.0  # trained before this process started
     history: list[Metrics] = field(default_factory=list)  # one row per epoch done
     undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far

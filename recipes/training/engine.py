@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,21 @@ from recipes.training.progress import ProgressDisplay
 from recipes.training.resume import ORDER, Start, changed_settings, compare_classes, compare_steps
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]  # model, batch -> scalar
+Figures = Mapping[str, Tensor]  # scalars by name
 GO_ON, SAVE, SAVE_AND_STOP = range(3)
 NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class StepHooks:
+    """What is done in every optimizer step beside the loss, with the bare model; nothing may wait for the device."""
+
+    begin: Callable[[Any, float], None] = lambda model, done: None  # with the fraction of the training that is done
+    # With all gradients, and the figures of the epoch so far: gives them anew, for the epoch's row of metrics.
+    figures: Callable[[Any, Figures], Figures] = lambda model, before: before
+
+
+NO_HOOKS = StepHooks()
 
 
 @dataclass
@@ -47,12 +61,14 @@ class Trainer:
     checkpoints: CheckpointFolder
     display: ProgressDisplay
     stop: StopRequest  # looked at after every step
+    hooks: StepHooks = NO_HOOKS
 
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
+        self._figures: Figures = {}
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
         self._started = time.monotonic()  # less what earlier, interrupted processes trained
 
@@ -70,6 +86,8 @@ class Trainer:
         self.position = restore(*start, self.model, self.ema, self.optimizer)
         self._started -= self.position.seconds
         self._loss_sum.fill_(self.position.loss_sum)
+        device = self._loss_sum.device
+        self._figures = {name: torch.tensor(value, device=device) for name, value in self.position.figures.items()}
         if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
             self.loader.undecodable.update(self.position.undecodable)
 
@@ -106,7 +124,8 @@ class Trainer:
             if self._is_logged(self.position.step):
                 loss = self._total_loss() / self.position.step  # waits for the device
                 norm = self._grad_norm.full_tensor() if hasattr(self._grad_norm, "full_tensor") else self._grad_norm
-                self.display.step(self.steps_done, {"loss": loss, "grad_norm": norm.item(), "lr": self._rate})
+                figures = {"loss": loss, "grad_norm": norm.item(), "lr": self._rate, **self._read_figures()}
+                self.display.step(self.steps_done, figures)
             request = self._due()
             if self.position.step < self._steps or request == SAVE_AND_STOP:  # else the epoch's end follows
                 self._checkpoint(request)
@@ -120,6 +139,7 @@ class Trainer:
         self._rate = learning_rate(epoch + step / self._steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * group.get("lr_scale", 1.0)  # of the whole value, `min_lr` included
+        self.hooks.begin(self.model, (epoch + step / self._steps) / self.config.epochs)
         half = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         for number, batch in enumerate(micro_batches):
             seed_step(self.config.seed, epoch, step, number, self.accelerator.process_index)
@@ -130,6 +150,7 @@ class Trainer:
             self._loss_sum += loss.detach()
             bad_here = torch.where(loss.detach().isfinite(), NEVER, self.steps_done + 1)
             self._first_bad = torch.minimum(self._first_bad, bad_here)
+        self._figures = self.hooks.figures(self.model, self._figures)
         if self.config.clip_grad is not None:
             self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         elif self._is_logged(step + 1):
@@ -138,6 +159,9 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
+
+    def _read_figures(self) -> Metrics:
+        return {name: value.item() for name, value in self._figures.items()}
 
     def _total_loss(self) -> float:
         """Of the epoch's steps so far, mean of all processes; an error if the loss of one was not finite."""
@@ -158,7 +182,7 @@ class Trainer:
         """Score the model, add the epoch's row of figures, and perhaps write a checkpoint."""
         position = self.position
         row: Metrics = {"epoch": position.epoch + 1, "loss": self._total_loss() / self._steps}
-        row |= {"lr": learning_rate(position.epoch + 1, self.config)}
+        row |= {"lr": learning_rate(position.epoch + 1, self.config), **self._read_figures()}
         started, waited, first_step = self._epoch_started
         now = time.monotonic()  # the device has been waited for: the loss is read
         seconds = now - started
@@ -170,6 +194,7 @@ class Trainer:
         position.history.append(row)
         position.epoch, position.step = position.epoch + 1, 0
         self._loss_sum.zero_()
+        self._figures = {}
         self._write("metrics.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in position.history))
         self.display.epoch(self.steps_done, row)
         at_end = position.epoch == self.config.epochs or position.epoch % self.config.checkpoint_epochs == 0
@@ -203,7 +228,8 @@ class Trainer:
     def _save(self, total: float) -> None:
         found = sorted(self._undecodable())
         seconds = time.monotonic() - self._started
-        now = dataclasses.replace(self.position, loss_sum=total, seconds=seconds, undecodable=found)
+        figures = self._read_figures()
+        now = dataclasses.replace(self.position, loss_sum=total, figures=figures, seconds=seconds, undecodable=found)
         state = kept_state(self.config, self.loader.class_names, self._steps, now)
         tensors = kept_tensors(self.model, self.ema, self.optimizer)
 

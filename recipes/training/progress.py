@@ -18,16 +18,21 @@ from recipes.config import TrainConfig
 GEMM_SIZE, GEMM_RUNS = 8192, 20
 
 
-def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int]) -> int:
+def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int], views: int = 1) -> int:
     """Floating-point operations of the matrix products of one image's forward and backward pass.
 
-    Counted on the meta device, for a shape (channels, height, width). The scans are no matrix products and are left
-    out, as is what gradient checkpointing does twice: what is told is the fraction of the peak for useful products.
+    Counted on the meta device, for views of a shape (channels, height, width). The scans are no matrix products and
+    are left out, as is what gradient checkpointing does twice: what is told is the fraction of the peak for useful
+    products.
     """
     model = build(device="meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *shape, device="meta"))
-    return 3 * counter.get_total_flops()  # backward: two products for each of the forward pass
+        model(torch.empty(views, *shape, device="meta"))
+    counts, kind = counter.get_flop_counts(), type(model).__name__
+    idle = [name for name, part in model.named_children() if not any(p.requires_grad for p in part.parameters())]
+    forward_only = sum(sum(counts[f"{kind}.{name}"].values()) for name in idle if f"{kind}.{name}" in counts)
+    # backward: two products for each of the forward pass, but of parts that no gradient reaches
+    return 3 * counter.get_total_flops() - 2 * forward_only
 
 
 def peak_speed(config: TrainConfig, shape: tuple[int, int, int], accelerator: Accelerator) -> float | None:
@@ -41,7 +46,7 @@ def peak_speed(config: TrainConfig, shape: tuple[int, int, int], accelerator: Ac
     timer = Timer("a @ b", globals={"a": a, "b": b})
     timer.timeit(GEMM_RUNS)  # the clocks rise
     flops_per_second = 2 * GEMM_SIZE**3 / timer.timeit(GEMM_RUNS).mean
-    return flops_per_second * accelerator.num_processes / image_flops(config.build, shape)
+    return flops_per_second * accelerator.num_processes / image_flops(config.build, shape, config.views)
 
 
 @dataclass

@@ -60,8 +60,9 @@ def train(
     evaluate = objective.evaluation and objective.evaluation(config, collectives, models, source, inputs)
     display = ProgressDisplay(accelerator, console, title, config, loader.steps_per_epoch, peak)
     trainer = Trainer(
-        collectives, model, ema, optimizer, loader, loss, evaluate, config, checkpoints, display, stop or StopRequest()
-    )
+        collectives, model, ema, optimizer, loader, loss, evaluate, config, checkpoints, display,
+        stop or StopRequest(), objective.hooks,
+    )  # fmt: skip
     trainer.resume(start)
     if source.held_out is not None and accelerator.is_main_process:  # only of a run that goes ahead
         tables: Any = source  # as images are held out of tables only

@@ -651,6 +651,28 @@ def test_files_that_are_no_checkpoints(contents: Any, reason: str, tmp_path: Pat
     assert names_in(tmp_path) == ["file.pth"]
 
 
+@pytest.mark.parametrize("family", ["arm", "vim"])
+def test_a_model_of_two_encoders_and_heads_is_converted(family: str, tmp_path: Path) -> None:
+    sizes = {"embed_dim": 16, "depth": 2, "d_state": 2, "hidden_dim": 32, "output_dim": 8, "temperature": 0.5}
+    model = arm_zoo.create_pretraining_model(f"{family}_pico", "moco", **sizes)
+    model.predictor[1].num_batches_tracked.fill_(100_000)  # more than float16 holds
+    model.save_pretrained(tmp_path / "run")
+    said, _ = convert(tmp_path / "run", tmp_path / "out", dtype="fp16")
+    assert said.startswith(f"{family}_pico_patch2_8 (pretraining model")
+    assert check_folder(tmp_path / "out").startswith("golden features and projections match")
+    loaded = arm_zoo.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, arm_zoo.MoCoPretrain) and loaded.config == model.config
+    for name, value in loaded.state_dict().items():
+        expected = model.state_dict()[name]
+        assert torch.equal(value, expected.half().float() if expected.is_floating_point() else expected), name
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.rand(2, 1, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone(images), loaded.eval().forward_encoder(images))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "an encoder, its moving average, and the heads" in card and "loss, deviation = model(images)" in card
+
+
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     state_dict = {name: value.int() for name, value in small().state_dict().items()}
     save_file(state_dict, tmp_path / "file.safetensors")

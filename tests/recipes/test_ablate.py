@@ -32,7 +32,7 @@ TWO = ["row-first, forward", "random"]
 as_shipped = cache(read_table)  # reading one builds all its models
 
 
-@pytest.mark.parametrize("number", [4, 5, 6, 7])
+@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("preset", ["paper", "small", "digits"])
 def test_every_row_can_be_built(number: int, preset: str) -> None:
     """And no two rows of a table are the same run."""

@@ -1,0 +1,276 @@
+"""Contrastive pretraining as in MoCo v3 (https://arxiv.org/abs/2104.02057), of a whole backbone of any family here.
+
+Two views of each image are encoded. What a predictor makes of one view must resemble what the momentum encoder, a
+slowly moving average of the trained one, makes of the other view, and differ from what it makes of other images.
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from arm_zoo.files import StateDict
+from arm_zoo.layers.init import fill
+from arm_zoo.layers.sizes import Device, Size, check_positive
+from arm_zoo.models import arm, vim
+from arm_zoo.models.arm import ARM
+from arm_zoo.models.vim import Vim
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
+from arm_zoo.pretraining.decoder import sincos_pos_embed
+from arm_zoo.weights.adapt import whole_backbone
+
+_POOLING = {"arm": "avg", "vim": "token"}  # what each family classifies with
+START = 0.99  # of the momentum, which ends at 1
+
+
+def place() -> tuple[int, int]:
+    """The number of this process, and how many train together."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """Batch norm of features (n, dim) with the statistics of all processes' batches, which have the same size.
+
+    PyTorch's SyncBatchNorm is for GPUs alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        processes = place()[1]
+        return self._over(processes, x) if self.training and processes > 1 else super().forward(x)
+
+    @torch.compiler.disable
+    def _over(self: Any, processes: int, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce  # differentiable; takes long to import
+
+        values, count = x.to(torch.promote_types(x.dtype, torch.float32)), processes * len(x)
+        mean = all_reduce(values.sum(0)) / count
+        centred = values - mean
+        variance = all_reduce(centred.square().sum(0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        normed = centred * (variance + self.eps).rsqrt()
+        return (normed if self.weight is None else normed * self.weight + self.bias).to(x.dtype)
+
+
+def mlp(*widths: int, device: Device = None, dtype: torch.dtype | None = None) -> nn.Sequential:
+    """Linear layers of these widths without biases, each with a batch norm; ReLUs between them.
+
+    The last batch norm has no parameters.
+    """
+    dd: dict[str, Any] = {"device": device, "dtype": dtype}
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(pairwise(widths), start=2):
+        is_last = number == len(widths)
+        layers += [nn.Linear(before, after, bias=False, **dd), GlobalBatchNorm(after, affine=not is_last, **dd)]
+        layers += [] if is_last else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def momentum_at(done: float) -> float:
+    """The momentum when this fraction of the training is done: half a cosine from START to 1."""
+    return 1 - (1 - START) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def follow(momentum_encoder: nn.Module, base_encoder: nn.Module, momentum: float) -> None:
+    """Move every parameter towards that of the trained encoder; buffers, as of batch norms, stay what they are."""
+    torch._foreach_lerp_(list(momentum_encoder.parameters()), list(base_encoder.parameters()), 1 - momentum)
+
+
+def contrast(
+    base_encoder: nn.Module,
+    momentum_encoder: nn.Module,
+    predictor: nn.Module,
+    views: tuple[Tensor, Tensor],
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss of two views of n images for any encoders that end in a projector, and how far features are apart.
+
+    The latter is the standard deviation over all images of the momentum encoder's projections of length 1, averaged
+    over channels: 1 / sqrt(channels) where all is well, 0 after a collapse. The momentum encoder must have followed
+    the trained one already.
+    """
+    queries = [predictor(base_encoder(view)) for view in views]
+    with torch.no_grad():
+        keys = [gathered(momentum_encoder(view)) for view in views]
+        deviation = _of_length_1(keys[0]).std(dim=0, correction=0).mean()
+    process, _ = place()
+    losses = [contrastive_loss(*pair, temperature, process) for pair in zip(queries, keys[::-1], strict=True)]
+    return losses[0] + losses[1], deviation
+
+
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, process: int = 0) -> Tensor:
+    """Cross entropy times 2 temperature, in at least float32, of telling each image's key from those of the others.
+
+    The n queries (n, dim) are of this process; the keys (n * processes, dim) are those of all, in their order. At
+    chance it is 2 temperature ln(n * processes).
+    """
+    with nullcontext() if queries.is_meta else torch.autocast(queries.device.type, enabled=False):
+        logits = _of_length_1(queries) @ _of_length_1(keys).T / temperature
+        right = torch.arange(len(queries), device=queries.device) + len(queries) * process
+        return 2 * temperature * F.cross_entropy(logits, right)
+
+
+def _of_length_1(features: Tensor) -> Tensor:
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+
+
+def gathered(features: Tensor) -> Tensor:
+    """The features (n, dim) of all processes, one after the other, as constants for autograd."""
+    processes = place()[1]
+    return features if processes == 1 else _gathered_from(processes, features)
+
+
+@torch.compiler.disable
+def _gathered_from(processes: int, features: Tensor) -> Tensor:
+    parts = [torch.empty_like(features) for _ in range(processes)]
+    distributed.all_gather(parts, features.contiguous())
+    return torch.cat(parts)
+
+
+class MoCoPretrain(PretrainingModel):
+    """MoCo v3 of a backbone with all its scans; `arm_zoo.create_pretraining_model` has the sizes.
+
+    `base_encoder` is the backbone, whose head is the projector. As MoCo v3 advises, the projection of patches stays at
+    its random start, like the position embeddings, which are sines and cosines.
+    """
+
+    backbone = ARM
+    backbones = MappingProxyType({"arm": ARM, "vim": Vim})
+    keys = ("base_encoder.blocks.*.mixer.A_log", "momentum_encoder.blocks.*.mixer.A_log", "predictor.*.weight")
+    parts_to_shard = ()
+    feature_std: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "arm",
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        d_state: int = 16,
+        hidden_dim: int = 4096,
+        output_dim: int = 256,
+        temperature: float = 0.2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            backbone: the family: arm, or vim, whose feature is the class token instead of the average of patches.
+            img_size: pixels, one number or (height, width).
+            patch_size: pixels of a patch.
+            d_state: states per channel of the scan.
+            hidden_dim: width of the layers within projector and predictor.
+            output_dim: width of what they give, in which images are compared.
+            temperature: what similarities are divided by.
+        """
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        sizes: dict[str, Any] = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans}
+        sizes |= {"embed_dim": embed_dim, "depth": depth, "d_state": d_state}
+        heads = {"hidden_dim": hidden_dim, "output_dim": output_dim}
+        check_positive("MoCoPretrain", {**sizes, **heads})
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}; MoCo v3's is 0.2")
+        self.config = {"backbone": backbone, **sizes, **heads, "temperature": temperature}
+        self.in_chans, self.temperature = in_chans, temperature
+        family: Any = self.backbone_named(backbone)
+        self.base_encoder = family(num_classes=0, global_pool=_POOLING[backbone], **sizes, **dd)
+        self.base_encoder.head = mlp(embed_dim, hidden_dim, hidden_dim, output_dim, **dd)
+        self.predictor = mlp(output_dim, hidden_dim, output_dim, **dd)
+        for frozen in (self.base_encoder.pos_embed, *self.base_encoder.patch_embed.parameters()):
+            frozen.requires_grad_(False)
+        self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
+        self.register_buffer("feature_std", torch.zeros((), device=device), persistent=False)
+        self.init_weights(needs_reset=False)
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """That of the trained encoder."""
+        return cast(nn.Module, self.base_encoder.patch_embed)
+
+    def _init_own_weights(self) -> None:
+        encoder: Any = self.base_encoder
+        encoder._init_own_weights()
+        rows, columns = encoder.patch_embed.grid_size
+        table = sincos_pos_embed(encoder.embed_dim, rows, columns, device=encoder.pos_embed.device)
+        middle = table.shape[1] // 2  # where the class token stands, which has no position
+        fill(encoder.pos_embed, torch.cat([table[:, :middle], 0 * table[:, :1], table[:, middle:]], dim=1))
+        for moving, parameter in zip(self.momentum_encoder.parameters(), encoder.parameters(), strict=True):
+            fill(moving, parameter)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the encoders' order tables, and the deviation of features, which is not known yet."""
+        self.fill_table("feature_std", torch.zeros(()))
+        for encoder in (self.base_encoder, self.momentum_encoder):
+            encoder.init_non_persistent_buffers()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of every block of the trained encoder in the backward pass."""
+        self.base_encoder.set_grad_checkpointing(enable)
+
+    def forward_encoder(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> features (B, embed_dim) of the trained encoder."""
+        return cast(
+            Tensor, self.base_encoder.forward_head(self.base_encoder.forward_features(images), pre_logits=True)
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(2 N, C, H, W), the first views of N images and then their second ones -> loss, deviation of features.
+
+        Before each step of a training `update_momentum_encoder` must be called. See `contrast`.
+        """
+        views = cast(tuple[Tensor, Tensor], images.unflatten(0, (2, -1)).unbind(0))
+        loss, deviation = contrast(self.base_encoder, self.momentum_encoder, self.predictor, views, self.temperature)
+        self.feature_std.copy_(deviation)
+        return loss, deviation
+
+    def update_momentum_encoder(self, done: float) -> None:
+        """Let the momentum encoder follow the trained one, at the pace for this fraction of the training done."""
+        follow(self.momentum_encoder, self.base_encoder, momentum_at(done))
+
+    def loss_at_chance(self, images: int) -> float:
+        """The loss for this many images, of all processes, whose features say nothing."""
+        return 4 * self.temperature * math.log(images)
+
+    @classmethod
+    def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
+        """As `ZooModel.read_shapes`; the temperature is one that no shape tells."""
+        encoder = whole_backbone(source)
+        name = cls.name_of_backbone(encoder)
+        sizes, patches = cls.backbones[name].read_shapes(encoder)
+        del sizes["num_classes"]
+        hidden_dim, output_dim = source["predictor.0.weight"].shape
+        return {"backbone": name, **sizes, "hidden_dim": hidden_dim, "output_dim": output_dim}, patches
+
+    def answers(self, images: Tensor) -> dict[str, Tensor]:
+        """The encoder's features, and their projections."""
+        features = self.forward_encoder(images)
+        return {"features": features, "projections": self.base_encoder.head(features)}
+
+
+_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
+_PICO |= {"hidden_dim": 256, "output_dim": 64}
+_SIZES = {
+    f"{family}_{name}": {"backbone": family, **size}
+    for family, module in (("arm", arm), ("vim", vim))
+    for name, size in {"pico": _PICO, **module.SIZES}.items()
+}
+OBJECTIVES["moco"] = Objective(
+    MoCoPretrain,
+    _SIZES,
+    description="an encoder, its moving average, and the heads by which they compare two views of an image",
+    outputs="loss, deviation",
+)
