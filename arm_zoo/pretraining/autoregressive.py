@@ -24,10 +24,10 @@ from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
 from arm_zoo.models import arm, vim
 from arm_zoo.models._sequence import SequenceBackbone
-from arm_zoo.ops.fused import in_type_of
+from arm_zoo.ops.fused import run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
-from arm_zoo.pretraining.mae import noise
+from arm_zoo.pretraining.noise import noise
 from arm_zoo.pretraining.targets import NORMED_PIXEL, PIXEL_TARGETS, patchify, statistics, unpatchify
 from arm_zoo.weights.adapt import sincos_grid
 
@@ -157,7 +157,7 @@ class ARMPretrain(PretrainingModel):
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x
         outputs = run_blocks(self.blocks, x, None, self.taps, self.grad_checkpointing)
         taps = zip(self.skip_norms, self.taps, strict=True)
-        normed = [norm(in_type_of(norm.weight, outputs[tap])) for norm, tap in taps]
+        normed = [run_norm(norm, outputs[tap]) for norm, tap in taps]
         skips = torch.cat(normed, dim=-1)
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
         return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))

@@ -15,7 +15,8 @@ from arm_zoo.identify import find_variant
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.mae import lowest, masked_loss, missing, mixed_bits, noise
+from arm_zoo.pretraining.mae import lowest, masked_loss, missing
+from arm_zoo.pretraining.noise import mixed_bits, noise
 from arm_zoo.pretraining.targets import patchify, unpatchify
 from tests.helpers.golden import in_both_sets
 
