@@ -48,6 +48,13 @@ from arm_zoo.weights.hosted import TABLE, Weights
 
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
+_LEGEND = """\
+name.tag    the model and, after the dot, its weights; without a tag the first one listed is meant
+input       channels x height x width of its images
+parameters  in millions, with the classifier where the weights have one
+weights     of pretrained=True: bundled with the package; hosted by us or upstream at their authors', and fetched once;
+            not hosted: train them, or load a file of yours"""
+
 
 def create(name: str) -> Any:
     """The model untrained, on the meta device, where it has sizes but costs neither time nor memory."""
@@ -61,7 +68,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """Print all entries with their tags, then the short names, and what each objective pretrains."""
+    """Print all entries with their tags, what the columns mean, short names, and what each objective pretrains."""
     names = [tagged for architecture in ARCHITECTURES for tagged in get_arch_pretrained_cfgs(architecture)]
     width = max(map(len, names))
     print(f"{'name.tag':{width}}  {'input':>9}  {'parameters':>10}  weights")
@@ -69,7 +76,7 @@ def run_list(args: argparse.Namespace) -> int:
         model = create(name)
         parameters = f"{count_parameters(model) / 1e6:.1f} M"
         print(f"{name:{width}}  {_by(*model.pretrained_cfg['input_size']):>9}  {parameters:>10}  {whereabouts(name)}")
-    print()
+    print(f"\n{_LEGEND}\n")
     for short, name in SHORT_NAMES.items():
         print(f"{short} is short for {name}")
     print()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -106,7 +107,24 @@ def weights_in(folder: str | Path) -> Path:
         if file.is_file():
             return file
     both = f"neither {WEIGHTS} nor {PICKLED_WEIGHTS} in {folder}"
-    raise FileNotFoundError(f"{both}; a folder of weights holds one of the two beside {CONFIG}")
+    expected = unfinished_run(Path(folder)) or f"a folder of weights holds one of the two beside {CONFIG}"
+    raise FileNotFoundError(f"{both}; {expected}")
+
+
+def unfinished_run(folder: Path) -> str | None:
+    """Of a run of the recipes that has not written its model yet: how far it is, and how it goes on; else None."""
+    states = sorted(folder.glob("checkpoints/step-*/state.json"))
+    if not states or (folder / WEIGHTS).exists() or (folder / "pretraining_model").exists():
+        return None
+    try:
+        state = json.loads(states[-1].read_text(encoding="utf-8"))
+        config, done = state["config"], state["position"]["epoch"]
+        recipe, epochs = "pretrain" if "objective" in config else "finetune", config["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    far = f"its run has not finished: {states[-1].parent.relative_to(folder)} has {done} of {epochs} epochs"
+    again = f"python -m recipes.{recipe} --config {shlex.quote(str(folder / 'config.yaml'))}"
+    return f"{far}. To go on with it, type {again}"
 
 
 def described_by_folder(file: Path) -> bool:
@@ -119,7 +137,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """What config.json in a folder of weights says."""
     file = Path(folder) / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}; a folder of weights holds {WEIGHTS} and {CONFIG}")
+        expected = unfinished_run(Path(folder)) or f"a folder of weights holds {WEIGHTS} and {CONFIG}"
+        raise FileNotFoundError(f"no {CONFIG} in {folder}; {expected}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -51,7 +51,8 @@ def as_table(rows: Sequence[Row]) -> Table:
 def make_parser() -> argparse.ArgumentParser:
     parser = scoring_parser("python -m eval", __doc__)
     add = parser.add_argument
-    add("--models", nargs="+", default=[], metavar="NAME", help="of timm, ours or not; or hf-hub:, hf://, local-dir:")
+    named = "of timm, ours or not; a model folder; or hf-hub:, hf://, local-dir:"
+    add("--models", nargs="+", default=[], metavar="NAME", help=named)
     where = "file, folder, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE; MODEL=FILE for several; without: the entry's"
     add("--weights", nargs="+", default=[], metavar="FILE", help=where)
     add("--output", type=Path, default=tables.RESULTS, metavar="FILE", help="CSV that gets the rows (%(default)s)")

@@ -69,7 +69,7 @@ def _card_beside(model: str, weights: str | None) -> str:
     if on_hub := re.match(r"(?:hf-hub:|hf_hub:|hf://)([\w.-]+/[\w.-]+)", place):
         return on_hub[1]
     kind, _, rest = place.partition(":")
-    if weights is None and kind != "local-dir":
+    if weights is None and kind != "local-dir" and not Path(place).is_dir():
         cfg = timm.models.get_pretrained_cfg(model)
         repository = hub_repository(entry_of(model)) if model in entries() else cfg and cfg.hf_hub_id
         if not repository:
@@ -85,7 +85,7 @@ def _card_beside(model: str, weights: str | None) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = scoring_parser("python -m eval.verify", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="of timm, ours or not; or hf-hub:, hf://, local-dir:")
+    add("model", metavar="MODEL", help="of timm, ours or not; a model folder; or hf-hub:, hf://, local-dir:")
     add("--weights", metavar="FILE", help="file, folder, hf-hub:ORG/NAME or hf://ORG/NAME/FILE; without: the entry's")
     add("--card", type=Path, metavar="FILE", help="the card, where it does not lie with the weights")
     add("--tolerance", type=float, default=0.1, help="points by which top-1 may differ (default: %(default)s)")

@@ -48,7 +48,7 @@ def create_parser() -> ArgumentParser:
     command.add_argument("--license", metavar="ID", help="of the weights (what the file's header says, else unknown)")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that a conversion wrote")
 
-    command = add("sources", list_sources, "what the authors' files on the Hub are, and the state of every entry")
+    command = add("sources", list_sources, "the state of every entry, and what the authors' files on the Hub are")
     command.add_argument("--repo", default=ARM_REPOSITORY, metavar="ORG/NAME", help="(%(default)s)")
 
     command = add("doctor", doctor, "each step on the way to an entry's weights: what it got, and what it expected")

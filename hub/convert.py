@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import get_pretrained_cfg
 
 import arm_zoo
 from arm_zoo import files
@@ -13,6 +14,7 @@ from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.identify import Variant, describe, find_variant
 from arm_zoo.loading import objective_of
 from arm_zoo.pretraining._registry import PretrainingModel
+from arm_zoo.weights.hosted import TABLE, bundled_entries
 from arm_zoo.weights.reading import Choice, is_safetensors, read_checkpoint
 from hub.card import write_card
 from hub.folders import CARD, GOLDEN, UsageError, check_destination, read_header
@@ -33,8 +35,8 @@ def convert(
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
     A config.json beside the file says what shapes cannot: names of classes, preprocessing, a grid that is no square.
-    What people wrote into the card of a folder that is replaced stays. The lines that come back say what was found,
-    and how to load it.
+    Of a file that comes with the package its entry names the classes. What people wrote into the card of a folder that
+    is replaced stays. The lines that come back say what was found, and how to load it.
     """
     file = files.weights_in(file) if file.is_dir() else file
     if not file.is_file():
@@ -43,7 +45,7 @@ def convert(
     if out.exists() and file.resolve().parent == out.resolve():
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")
     state_dict = read_checkpoint(file, weights)
-    config = files.read_config(file.parent) if (file.parent / CONFIG).exists() else {}
+    config = files.read_config(file.parent) if (file.parent / CONFIG).exists() else _told_by_entry(file)
     before = read_header(file) if is_safetensors(file) else {}
     objective = objective_of(config, file, state_dict) if "pretraining_model" in config else None
     variant = find_variant(state_dict, _arguments(config), objective)
@@ -76,6 +78,14 @@ def convert(
     files.remove_leftovers(out)
     found = f"{describe(variant, model)}, {dtype}; sha256 {sha256_of(out / WEIGHTS)}"
     return [found, f'load it: timm.create_model("local-dir:{out}", pretrained=True)']
+
+
+def _told_by_entry(file: Path) -> dict[str, Any]:
+    """Names of the classes of a file that comes with the package, also of a copy; of other files nothing."""
+    sha256 = sha256_of(file)
+    entry = next((name for name in bundled_entries() if TABLE[name].sha256 == sha256), None)
+    cfg: Any = get_pretrained_cfg(entry) if entry else None
+    return {"label_names": list(cfg.label_names)} if cfg else {}
 
 
 def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -17,17 +17,20 @@ _TOLD = ("model", "input_size", "epochs", "nb_classes")  # arguments of the auth
 
 
 def list_sources(repo: str = ARM_REPOSITORY) -> Iterator[str]:
-    """Lines for people: the checkpoints of a repository with what each is, then the entries of the catalogue."""
+    """Lines for people: the entries of the catalogue, for which no network is needed, then a repository's checkpoints.
+
+    The latter are told with what each is; DownloadError if they cannot be listed.
+    """
+    yield "The entries, and where their weights come from:"
+    width = max(map(len, TABLE))
+    for name in TABLE:
+        yield f"  {name:{width}}  {state(name):10}  {_known(name)}"
     weights = Weights("upstream", repository=repo)
     with explained(f"list {repo}", repo, authors="hub"):
         files = list_files(weights)
         yield f"{repo}{f' at {files[0].revision}' if files else ''}: {len(files)} checkpoints"
         for file in files:
             yield f"  {file.name!r}  {file.size or 0:,} bytes  {_what(file, weights)}"
-    yield "The entries, and where their weights come from:"
-    width = max(map(len, TABLE))
-    for name in TABLE:
-        yield f"  {name:{width}}  {state(name):10}  {_known(name)}"
 
 
 def origin(name: str) -> str:

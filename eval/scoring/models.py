@@ -53,7 +53,7 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
     known, ours = list_entries(), entries()
     for name in models:
         hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
-        if name.startswith(SOURCES):
+        if name.startswith(SOURCES) or (name not in known and Path(name).is_dir()):
             if name in weights:
                 raise ValueError(f"{name} names its weights itself; leave out --weights {weights[name]}")
         elif name not in known:

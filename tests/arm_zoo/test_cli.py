@@ -25,6 +25,7 @@ import arm_zoo
 from arm_zoo.__main__ import main, preprocessing
 from arm_zoo.files import save_model
 from arm_zoo.loading import load
+from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.see.sheet import draw
 from arm_zoo.weights import hosted
 from arm_zoo.weights.tensor_names import to_official
@@ -101,6 +102,21 @@ def test_list_has_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
     assert table["arm_base_patch16_224.arm_in1k"].split()[1] == "84.3"  # the encoder has no head
     assert "arm_large is short for arm_large_patch16_224" in lines
     assert table["mae"].startswith("pretrains arm_pico, ") and table["mae"].endswith(", vim_huge")
+    explained = {line.split()[0] for line in lines[lines.index("") :] if line}  # below the table
+    assert explained >= {*lines[0].split()}, "each column has a line that says what it holds"
+    for place in ("bundled", "hosted", "upstream", "not hosted"):
+        assert f" {place}" in "\n".join(lines[lines.index("") :])
+
+
+def test_the_readme_has_every_model(repo: Path) -> None:
+    """In a row of its table `vim_small_...` is to be read as the row's first name with another size."""
+    named = set[str]()
+    for line in (repo / "README.md").read_text(encoding="utf-8").splitlines():
+        first, *others = re.findall(r"`(\w+(?:\.{3})?)`", line) or [""]
+        family_and_size = re.match(r"[a-z]+_[a-z]+_", first)
+        rest = first[family_and_size.end() :] if family_and_size else ""
+        named |= {first, *(name.replace("...", rest) for name in others)}
+    assert named >= ARCHITECTURES.keys()
 
 
 def test_list_knows_what_is_hosted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -698,6 +714,23 @@ def test_folders_without_a_model(image_file: Path, tmp_path: Path, capsys: pytes
         assert f"{weights} holds a pretraining model, which has no classifier" in mistake(capsys, *options, weights)
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path / "config.json") in mistake(capsys, *options, tmp_path)
+
+
+@pytest.mark.parametrize(("own", "recipe"), [({}, "finetune"), ({"objective": "autoregressive"}, "pretrain")])
+def test_folder_of_an_unfinished_run(
+    own: dict[str, str], recipe: str, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "my run"
+    for epoch in (1, 2):
+        checkpoint = run / "checkpoints" / f"step-{22 * epoch:08d}"
+        checkpoint.mkdir(parents=True)
+        state = {"config": {"epochs": 16, **own}, "position": {"epoch": epoch}}
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    message = mistake(capsys, "predict", image_file, "--model", run)
+    assert f"no config.json in {run}; its run has not finished: checkpoints/step-00000044 has 2 of 16 epo" in message
+    assert message.endswith(f"type python -m recipes.{recipe} --config '{run}/config.yaml'\n")
+    (checkpoint / "state.json").write_text("{")
+    assert "a folder of weights holds model.safetensors" in mistake(capsys, "predict", image_file, "--model", run)
 
 
 def test_weights_without_a_head(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -805,3 +805,18 @@ def test_folders_of_weights(source: str, tmp_path: Path) -> None:
     file = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert candidate.weights_sha256 == hashlib.sha256(file).hexdigest()
     assert candidate.weights in ("model", "model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["local-dir:{}", "{}"])
+def test_a_folder_is_a_model(source: str, tmp_path: Path) -> None:
+    model = timm.create_model(MODEL, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / "model", safe_serialization=True)
+    name = source.format(tmp_path / "model")
+    models.check([name], {})
+    assert torch.equal(models.load(name, None).model.head.weight, model.head.weight)
+    with pytest.raises(ValueError, match=r"no card at .*README\.md"):
+        verify.read_card(name, None, None)  # it is sought in the folder
+    with pytest.raises(ValueError, match=r"names its weights itself; leave out --weights gone\.pth"):
+        models.check([name], {name: "gone.pth"})
+    with pytest.raises(ValueError, match="unknown model"):
+        models.check([f"{tmp_path / 'none'}"], {})

@@ -342,6 +342,19 @@ def test_cards_promise_transformers_for_colour_only(tmp_path: Path) -> None:
         assert ("pipeline" in card.partition("---\n\n")[2], "- transformers" in card) == (channels == 3, channels == 3)
 
 
+def test_a_file_of_the_package_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    """It has no config.json beside it: its sha256 says which entry it is, here of a renamed copy."""
+    entry = "arm_tiny_patch4_32.arm_cifar10_ft_cifar10"
+    shutil.copy(table.bundled_file(entry), tmp_path / "copy.safetensors")
+    convert(tmp_path / "copy.safetensors", tmp_path / "out")
+    names = json.loads((tmp_path / "out" / "config.json").read_text())["label_names"]
+    assert tuple(names) == timm.get_pretrained_cfg(entry).label_names
+    other = small(PICO, embed_dim=64, num_classes=10, in_chans=1)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    convert(tmp_path / "other.safetensors", tmp_path / "other")
+    assert "label_names" not in json.loads((tmp_path / "other" / "config.json").read_text())
+
+
 @pytest.mark.parametrize("file", ["", "model.safetensors", "renamed.SAFETENSORS"])
 def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path: Path) -> None:
     """Classes' names, preprocessing and a grid that is no square stand in the config.json beside the file."""

@@ -66,6 +66,20 @@ def test_sources(server: HubServer, client: Client, model: nn.Module, tmp_path: 
     assert reply["code"] == 1 and "cannot list ada/none: there is no such repository" in reply["err"]
 
 
+def test_sources_without_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table has is told before the Hub is asked."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    assert main(["sources"]) == 1
+    told = capsys.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()[1:]] == [*TABLE]
+    assert "hf://hustvl/Vim-tiny-midclstok@main/vim_t_midclstok_76p1acc.pth" in told.out
+    assert told.err.startswith(f"error: cannot list {ARM}: ") and "unreachable" in told.err
+
+
 def test_origins_are_addresses_or_commands() -> None:
     for name in TABLE:
         assert re.match(r"accelerate launch |OliverRen/ARM, a file|hf://|https://github\.com/", origin(name)), name
