@@ -293,10 +293,6 @@ class PretrainConfig(TrainConfig):
     def views(self) -> int:
         return 2 if self.objective == CONTRASTIVE else 1
 
-    @property
-    def views(self) -> int:
-        return 2 if self.objective == CONTRASTIVE else 1
-
     def build(self, **keywords: Any) -> "nn.Module":
         import arm_zoo
 

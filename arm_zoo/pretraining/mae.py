@@ -28,7 +28,7 @@ from arm_zoo.ops.fused import run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.pretraining.noise import noise
-from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
+from arm_zoo.pretraining.targets import normalised, patchify, statistics, unpatchify
 from arm_zoo.weights.adapt import sincos_grid
 
 _HEAD_DIM = 32  # of the published decoder: 512 channels, 16 heads
@@ -191,10 +191,7 @@ class MAEPretrain(PretrainingModel):
         """What is predicted of all patches, (B, N, pixels), in at least float32."""
         patches = patchify(images.detach(), self.patch_embed.patch_size)  # constants for autograd
         patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        if not self.normed_pixels:
-            return patches
-        mean, deviation = statistics(patches)
-        return (patches - mean) / deviation
+        return normalised(patches) if self.normed_pixels else patches
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
