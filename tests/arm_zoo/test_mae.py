@@ -307,7 +307,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (
-        ({"objective": "autoregressive"}, "pretraining_model has backbone, decoder_heads, mask_ratio, "),
+        ({"objective": "autoregressive"}, "pretraining_model has decoder_heads, mask_ratio, "),
         ({"pretraining_model": {**config["pretraining_model"], "backbone": "vim"}}, "does not fit the model"),
         ({"pretraining_model": {**config["pretraining_model"], "backbone": "vit"}}, "unknown backbone 'vit'"),
         ({"pretraining_model": {**config["pretraining_model"], "decoder_depth": 2}}, "does not fit the model"),
