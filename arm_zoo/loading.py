@@ -16,6 +16,7 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 
 from arm_zoo import files
 from arm_zoo.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, CheckpointError, StateDict
+from arm_zoo.heads.models import HEADED, AttentiveProbe, Segmenter
 from arm_zoo.identify import MAX_DEPTH, find_variant
 from arm_zoo.images.locate import HUB_ID
 from arm_zoo.models._builder import ARCHITECTURES, SHORT_NAMES, Backbone
@@ -68,8 +69,8 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     **kwargs: Any,
-) -> Backbone | PretrainingModel:
-    """A model of ours with its weights: a backbone, or the pretraining model where the weights are of one.
+) -> Backbone | PretrainingModel | AttentiveProbe | Segmenter:
+    """A model of ours with its weights: a backbone, or what else they are of: see the result.
 
     Args:
         source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
@@ -83,7 +84,9 @@ def from_pretrained(
         kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
 
     Returns:
-        The model, in training mode like what timm.create_model gives; `.eval()` is the caller's.
+        A backbone, a pretraining model, or, of a folder that `recipes.probe` or `recipes.segment` has written, a
+        backbone of any kind with its head; in training mode like what timm.create_model gives: `.eval()` is the
+        caller's.
 
     Raises:
         CheckpointError: if the weights are not hosted, cannot be fetched or read, or are another model's.
@@ -242,10 +245,11 @@ class _Loader:
         return self.from_folder(folder, wanted)
 
     def is_timms(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of a model of timm's own, where those are taken."""
+        """Whether a config.json is of a model that timm loads: a head of ours on a backbone, or timm's own."""
         name = config.get("architecture")
         ours = "pretraining_model" in config or name in [*entries()]  # a list: the name may be whatever JSON has
-        return self.timms_too and not ours and isinstance(name, str) and timm.is_model(name)
+        taken = self.timms_too or name in HEADED
+        return taken and not ours and isinstance(name, str) and timm.is_model(name)
 
     def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
         """What config.json describes, with the weights beside it; CheckpointError if the two do not fit together."""

@@ -26,6 +26,7 @@ OVERVIEW = """Score models and time them:
 
 python -m eval --models MODEL --weights FILE --sets in1k=PATH     top-1, top-5, calibration; --help shows all options
 python -m eval.verify MODEL --weights FOLDER --sets in1k=PATH     compare a fresh score with a model's card
+python -m eval.segmentation --model local-dir:RUN --data FOLDER   mIoU on images with masks
 python -m eval.throughput                                         images per second of inference and training
 python -m eval.scan                                               the scan's kernels one by one, on a GPU
 python -m eval.leaderboard                                        LEADERBOARD.md and its page, from the results

@@ -1,9 +1,9 @@
 """Makes the leaderboard from measured and reported rows: LEADERBOARD.md, README's table, leaderboard.html.
 
-Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval` and
-`python -m eval.throughput`, reported ones from eval/board: the paper's tables, and peers.csv with what the authors of
-other models report. No row mixes accuracies of the two; the chart may set a reported accuracy beside a speed that was
-measured of the same architecture.
+Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval`,
+`python -m eval.throughput` and `python -m recipes.probe`, reported ones from eval/board: the paper's tables, and what
+the authors of other models report, in peers.csv and, of frozen features, in anchors.csv. No row mixes accuracies of
+the two; the chart may set a reported accuracy beside a speed that was measured of the same architecture.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from eval.board.chart import speed_chart
 from eval.board.columns import SPEEDS, TEXT_COLUMNS, TITLES, accuracy_rows, board, shown
 from eval.board.curves import curves
 from eval.board.entries import Entry, paper_table, read_entries, read_speeds
+from eval.board.frozen import frozen_rows, read_frozen, titles_of
 from eval.tables import RESULTS
 
 HERE = Path(__file__).resolve().parent  # has the templates of the files, page.md and page.html
@@ -59,10 +60,12 @@ def ablation(paper: Path, name: str) -> list[dict[str, str]]:
     return [{title: text or "-" for title, text in row.items() if title not in ("kind", "source")} for row in rows]
 
 
-def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Path) -> dict[str, str]:
+def make(
+    measured: Path, throughput: Path, paper: Path, peers: Path, frozen: Path, anchors: Path, readme: Path
+) -> dict[str, str]:
     """File name at the root -> its text; raises ValueError if README has not the markers once each, in order."""
     speeds = read_speeds(throughput)
-    entries = read_entries(measured, speeds, paper, peers)
+    entries, frozen_entries = read_entries(measured, speeds, paper, peers), read_frozen(frozen, anchors)
     table = readme_table(entries)
     text, count = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: table, readme.read_text(encoding="utf-8"))
     if count != 1:
@@ -74,6 +77,10 @@ def make(measured: Path, throughput: Path, paper: Path, peers: Path, readme: Pat
         "rows": rows,
         "accuracies": accuracy_rows([entry for entry in entries if not entry.peer]),
         "peers": accuracy_rows([entry for entry in entries if entry.peer]),
+        "frozen": frozen_entries,
+        "frozen_titles": titles_of(frozen_entries),
+        "frozen_measured": frozen_rows([entry for entry in frozen_entries if entry.kind == "measured"]),
+        "frozen_reported": frozen_rows([entry for entry in frozen_entries if entry.kind == "reported"]),
         "speeds": [{title: text(row) for title, text in SPEEDS.items()} for row in speeds],
         "speed_titles": SPEEDS,
         "text_columns": TEXT_COLUMNS,
@@ -106,14 +113,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--throughput", default=HERE / "throughput.csv", metavar="FILE", help="of eval.throughput (%(default)s)")
     add("--paper", default=HERE / "board" / "paper", metavar="FOLDER", help="the paper's tables (%(default)s)")
     add("--peers", default=HERE / "board" / "peers.csv", metavar="FILE", help="reported by others (%(default)s)")
+    add("--frozen", default=HERE / "frozen.csv", metavar="FILE", help="of recipes.probe (%(default)s)")
+    anchors = HERE / "board" / "anchors.csv"
+    add("--anchors", default=anchors, metavar="FILE", help="frozen features, reported by others (%(default)s)")
     add("--folder", default=HERE.parent, help="has README.md and gets the files (%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not current")
     args = parser.parse_args(argv)
     try:
-        for option in ("results", "throughput"):  # a default that is not there is a project without measurements
+        for option in (
+            "results",
+            "throughput",
+            "frozen",
+        ):  # a default that is not there is a project without measurements
             if not (path := getattr(args, option)).exists() and path != parser.get_default(option):
                 raise ValueError(f"--{option}: no file {str(path)!r}")
-        files = make(args.results, args.throughput, args.paper, args.peers, args.folder / "README.md")
+        tables = (args.results, args.throughput, args.paper, args.peers, args.frozen, args.anchors)
+        files = make(*tables, args.folder / "README.md")
         for name, text in files.items():
             path = args.folder / name
             if args.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):

@@ -8,7 +8,7 @@ from pathlib import Path
 from arm_zoo.command_line import one_line
 from arm_zoo.files import CheckpointError
 from arm_zoo.weights.hosted import ARM_REPOSITORY
-from hub.catalog import RESULTS
+from hub.catalog import FROZEN, RESULTS
 from hub.check import check
 from hub.convert import DTYPES, convert
 from hub.doctor import doctor
@@ -63,6 +63,7 @@ def create_parser() -> ArgumentParser:
     command.add_argument("--private", action="store_true", help="if the repository is created")
     command.add_argument("--license", metavar="ID", help="of the weights; needed by --yes where their header has none")
     command.add_argument("--results", metavar="CSV", type=Path, default=RESULTS, help="of python -m eval for the card")
+    command.add_argument("--frozen", metavar="CSV", type=Path, default=FROZEN, help="of recipes.probe for the card")
 
     command = add("check", check, "sha256, names and golden answers of all hosted and bundled entries, or of folders")
     command.add_argument("folders", metavar="OUT", nargs="*", type=Path, help="written by convert")

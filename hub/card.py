@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg
 from arm_zoo.files import WEIGHTS, read_config, sha256_of, write_text
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.weights.hosted import training_commands
-from hub.catalog import PAPER_NAMES, RESULTS, candidates, measured, reported, set_names
+from hub.catalog import FROZEN, PAPER_NAMES, RESULTS, candidates, measured, measured_frozen, reported, set_names
 from hub.folders import CARD, read_header
 
 BEGIN = "<!-- arm-zoo: written by python -m hub, from here -->"
@@ -34,16 +34,18 @@ SNIPPETS = {  # of each kind of model, headings in parts.md
 }
 
 
-def write_card(folder: Path, old: Path | None = None, repo: str = "ORG/NAME", results: Path = RESULTS) -> None:
+def write_card(
+    folder: Path, old: Path | None = None, repo: str = "ORG/NAME", results: Path = RESULTS, frozen: Path = FROZEN
+) -> None:
     """Write README.md of a folder with model.safetensors and config.json.
 
-    What people wrote into the card `old` is kept, if it exists. The snippets name `repo`; the evaluator's CSV
-    `results` may be missing.
+    What people wrote into the card `old` is kept, if it exists. The snippets name `repo`; the CSVs `results`, of the
+    evaluator, and `frozen`, of the probe, may be missing.
     """
     config, sha256 = read_config(folder), sha256_of(folder / WEIGHTS)
     facts = {**UNKNOWN, **read_header(folder / WEIGHTS), "sha256": sha256, "repo": repo}
     rows = measured(sha256, results)
-    text, data = _text(config, facts, rows), _metadata(config, facts, rows)
+    text, data = _text(config, facts, rows, measured_frozen(sha256, frozen)), _metadata(config, facts, rows)
     if old is not None and old.exists():
         card = ModelCard(old.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         theirs = {key: value for key, value in card.data.to_dict().items() if key not in OURS}
@@ -73,7 +75,7 @@ def _metadata(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any
     }
 
 
-def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -> str:
+def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any], frozen: list[dict[str, str]]) -> str:
     """The template, first with the parts for this model and then with the facts, which may hold any characters."""
     architecture, cfg, arguments = config["architecture"], config["pretrained_cfg"], config["model_args"]
     own, objective = config.get("pretraining_model", {}), OBJECTIVES[config.get("objective", DEFAULT_OBJECTIVE)]
@@ -116,7 +118,7 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -
         pretraining=f"| pretraining model | {', '.join(f'{k}={v}' for k, v in own.items())} |\n" if own else "",
         classes=config["num_classes"] or "none",
         input=f"{channels}x{height}x{width}; {preprocessing}; mean {cfg['mean']}, std {cfg['std']}",
-        figures=_figures(entries, rows),
+        figures=_figures(entries, rows) + _frozen_figures(frozen),
         recipes="; ".join(f"{PAPER_NAMES[name]}: `{training_commands(name)}`" for name in entries),
         channels=channels,
         height=of_snippets[0],
@@ -148,4 +150,17 @@ def _figures(entries: list[str], rows: dict[str, Any]) -> str:
             lines += [f"| {model} | {names[name]} | {top1} |" for name, top1 in by_set.items()]
     if len(figures) > 1:
         lines += ["", "Which of these models the file is, its shapes do not tell."]
+    return "\n".join(lines)
+
+
+def _frozen_figures(rows: list[dict[str, str]]) -> str:
+    """What was measured on features of these weights, nothing where there are no rows."""
+    if not rows:
+        return ""
+    said = "*Measured* on frozen features of this file by `python -m recipes.probe`, with 95% intervals:"
+    lines = ["", "", said, "", "| data set | protocol | features | top-1 |", "|---|---|---|---|"]
+    for row in rows:
+        protocol = f"{row['protocol']}, {row['settings']}"
+        top1, low, high = (f"{float(row[name]):.2f}" for name in ("top1", "low", "high"))
+        lines.append(f"| {row['data_set']} | {protocol} | {row['features']} | {top1} ({low} to {high}) |")
     return "\n".join(lines)

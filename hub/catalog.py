@@ -14,6 +14,7 @@ from hub.folders import UsageError
 EVALUATION = Path(__file__).parent.parent / "eval"
 SETS = EVALUATION / "scoring" / "sets.csv"
 RESULTS = EVALUATION / "results.csv"
+FROZEN = EVALUATION / "frozen.csv"
 
 
 # What the paper calls the models that are its own, by entry.
@@ -69,13 +70,26 @@ def reported(name: str) -> dict[str, float]:
 
 def measured(sha256: str | None, results: Path) -> dict[str, dict[str, str]]:
     """Rows of eval's CSV for these weights, by set; the last whole row of a set counts, none of a part of it."""
-    if not sha256 or not results.exists():
-        return {}
-    with results.open(newline="", encoding="utf-8") as file:
+    rows = _of_weights(sha256, results, {"set", "n", "top1"}, "python -m eval")
+    return {row["set"]: row for row in rows if not row.get("limit")}
+
+
+def measured_frozen(sha256: str, frozen: Path) -> list[dict[str, str]]:
+    """Rows of the probe's CSV for features of these weights; the last one of a protocol, set and setting counts."""
+    what = ("data_set", "images_train", "images_test", "protocol", "features", "settings")
+    rows = _of_weights(sha256, frozen, {*what, "top1", "low", "high"}, "python -m recipes.probe")
+    return list({tuple(row[name] for name in what): row for row in rows}.values())
+
+
+def _of_weights(sha256: str | None, table: Path, columns: set[str], program: str) -> list[dict[str, str]]:
+    """Rows of a table that a program has written, which may not be there, for these weights."""
+    if not sha256 or not table.exists():
+        return []
+    with table.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if missing := {"set", "n", "top1", "weights_sha256"} - set(reader.fieldnames or ()):
-            raise UsageError(f"{results} lacks the columns {', '.join(sorted(missing))} of `python -m eval`")
-        return {row["set"]: row for row in reader if row["weights_sha256"] == sha256 and not row.get("limit")}
+        if missing := {*columns, "weights_sha256"} - set(reader.fieldnames or ()):
+            raise UsageError(f"{table} lacks the columns {', '.join(sorted(missing))} of `{program}`")
+        return [row for row in reader if row["weights_sha256"] == sha256]
 
 
 def _read(file: Path) -> list[dict[str, str]]:

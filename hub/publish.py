@@ -18,7 +18,7 @@ from arm_zoo.files import WEIGHTS, CheckpointError, read_config, sha256_of
 from arm_zoo.images.locate import HUB_ID
 from arm_zoo.weights.download import explain, explained
 from hub.card import write_card
-from hub.catalog import RESULTS
+from hub.catalog import FROZEN, RESULTS
 from hub.check import check_folder
 from hub.folders import CARD, FILES, UsageError, check_complete, read_header, set_license
 
@@ -44,6 +44,7 @@ def publish(
     private: bool = False,
     license: str | None = None,
     results: Path = RESULTS,
+    frozen: Path = FROZEN,
 ) -> Iterator[str]:
     """Show what would be uploaded, and with `yes` upload it, tag it and fetch it back; gives lines for people.
 
@@ -75,7 +76,7 @@ def publish(
         if tag in remote.tags:
             there = ", ".join(remote.tags)
             raise UsageError(f"{repo} has a revision {tag} already ({there}); name another with --tag")
-        write_card(staged, old=remote.card or folder / CARD, repo=repo, results=results)
+        write_card(staged, old=remote.card or folder / CARD, repo=repo, results=results, frozen=frozen)
         changes = {file: _change(staged / file, remote) for file in FILES}
         uploads = [file for file, change in changes.items() if change != "same"]
         current = [name for name, commit in remote.tags.items() if commit == remote.commit]

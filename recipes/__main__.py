@@ -6,6 +6,7 @@ python -m recipes.pretrain --config FILE           pretrain without labels; reci
 python -m recipes.dvae --config FILE                train a small dVAE, whose tokens a pretraining can predict
 python -m recipes.probe --weights RUN data.source=FOLDER   score frozen features: k-NN, linear, few-shot, ...
 python -m recipes.ablate TABLE                     a table of the paper, 4 to 8: every row, for some seeds
+python -m recipes.segment data.source=FOLDER ...    train a segmentation head, on images with masks
 python -m recipes.cost --run RUN                   hours of pretraining, from a measured speed
 python -m recipes.loader_speed data.source=FOLDER  images per second, alone or behind a training step
 python -m recipes.kill_test --config FILE          check that a run that is killed ends with the same weights

@@ -18,6 +18,7 @@ from recipes.config import (
     DVAEConfig,
     FinetuneConfig,
     PretrainConfig,
+    SegmentConfig,
     TrainConfig,
     load_config,
     to_yaml,
@@ -33,6 +34,7 @@ RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipe
     "pretrain": (PretrainConfig, "Pretrain a model without labels.", None),
     "dvae": (DVAEConfig, "Train a small dVAE, whose tokens a pretraining can predict.", None),
     "finetune": (FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
+    "segment": (SegmentConfig, "Train a segmentation head on a model's feature maps.", None),
 }
 
 

@@ -209,6 +209,18 @@ class TrainConfig(Config):
 
     def unready(self) -> dict[str, str]:
         """The images, as far as files tell without being read, the folder to write to and the tracker."""
+        found = self._missing_images()
+        if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
+            found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            ways = f"`pip install {self.tracker}` or tracker=none"
+            found["tracker"] = f"tracker is {self.tracker}, which is not installed; type {ways}"
+        if self.data.decode == "gpu" and importlib.util.find_spec("torchcodec") is None:
+            ways = "`pip install torchcodec` or data.decode=auto"
+            found["data.decode"] = f"data.decode is gpu, which takes torchcodec, which is not installed; type {ways}"
+        return found
+
+    def _missing_images(self) -> dict[str, str]:
         found = {}
         for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
             if not isinstance(name, str) or name in ("", "digits"):
@@ -222,14 +234,6 @@ class TrainConfig(Config):
                         found["global_batch"] = too_large_a_batch(self.global_batch, fewer)
             except SourceError as error:
                 found[key] = f"{key}: {error}"
-        if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
-            found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
-        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
-            ways = f"`pip install {self.tracker}` or tracker=none"
-            found["tracker"] = f"tracker is {self.tracker}, which is not installed; type {ways}"
-        if self.data.decode == "gpu" and importlib.util.find_spec("torchcodec") is None:
-            ways = "`pip install torchcodec` or data.decode=auto"
-            found["data.decode"] = f"data.decode is gpu, which takes torchcodec, which is not installed; type {ways}"
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
@@ -364,6 +368,83 @@ class FinetuneConfig(TrainConfig):
             "pretrained": f"pretrained is {self.pretrained!r}, which does not exist; allowed: {entry} (`python -m "
             "arm_zoo list` shows them, and which have weights), a folder with model.safetensors or such a file "
             "(`python -m recipes.pretrain` writes OUTPUT_DIR/pretraining_model), or null"
+        }
+
+
+@dataclass(frozen=True)
+class SegmentConfig(TrainConfig):
+    """A segmentation head on the feature maps of any model of timm, frozen or trained with it.
+
+    `data.source` is a folder in the layout of ADE20K or Pascal VOC (`arm_zoo.images.masks`), `data.validation` another
+    one whose validation split counts. Of the other keys of `data` only `workers` and `flip` have a use.
+    """
+
+    epochs: int = limited(40, ONE_OR_MORE)
+    global_batch: int = limited(16, ONE_OR_MORE)
+    base_lr: float = limited(1.6e-2, ABOVE_ZERO)  # a peak of 1e-3 for 16 images
+    warmup_epochs: float = limited(1.0, ZERO_OR_MORE)
+    pretrained: str | None = None  # a folder or file of weights, or the name of an entry; null: drawn at random
+    head: Literal["linear", "fpn"] = "linear"
+    frozen: bool = True  # the backbone's weights stay as they are
+    # Sizes of training images, 1 where an image just covers what the model takes; a part of that size is cut out.
+    scale: tuple[float, float] = limited(
+        (0.5, 2.0), ("two sizes above 0, as in [0.5, 2.0]", lambda x: 0 < x[0] <= x[1])
+    )
+    evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
+
+    labels_needed = True
+
+    def build(self, **keywords: Any) -> "nn.Module":
+        import torch
+
+        from arm_zoo.heads.models import Segmenter
+        from arm_zoo.loading import list_entries
+
+        if self.model not in list_entries():
+            raise ValueError(
+                "unknown; `timm.list_models()` tells those that are known, and `python -m arm_zoo list` ours"
+            )
+        with torch.device(keywords.pop("device", "cpu")):
+            classes = keywords.pop("num_classes", 2)
+            return Segmenter(self.model, self.model_args, self.head, classes, frozen=self.frozen)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation by which images are normalised: the weights' own, for grey ones ImageNet's."""
+        import timm
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        from arm_zoo.files import described_by_folder, read_config
+        from arm_zoo.loading import list_entries
+
+        path = Path(self.pretrained or "")
+        folder = path.parent if described_by_folder(path) else path
+        own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
+        name = self.pretrained if self.pretrained in list_entries() else self.model
+        entry: Any = timm.get_pretrained_cfg(name)
+        mean, std = own.get("mean", entry.mean), own.get("std", entry.std)
+        return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    def conflicts(self) -> dict[str, str]:
+        """The same, and keys of `data` that have no use here."""
+        unused = {
+            field.name
+            for field in dataclasses.fields(DataConfig)
+            if getattr(self.data, field.name) != getattr(DataConfig(), field.name)
+        } - {"source", "validation", "workers", "flip"}
+        problems = {f"data.{name}": f"data.{name} has no use in segmentation; leave it out" for name in sorted(unused)}
+        if isinstance(self.data.validation, float):
+            problems["data.validation"] = (
+                f"data.validation is {self.data.validation}; allowed: another folder, or null"
+            )
+        return super().conflicts() | problems
+
+    def _missing_images(self) -> dict[str, str]:
+        folders = {"data.source": self.data.source, "data.validation": self.data.validation}
+        given = {key: str(name) for key, name in folders.items() if isinstance(name, str) and name}
+        missing = {key: name for key, name in given.items() if not Path(name).expanduser().is_dir()}
+        return {
+            key: f"{key} is {name}, which is no folder; allowed: one of images with masks"
+            for key, name in missing.items()
         }
 
 

@@ -19,7 +19,7 @@ from arm_zoo.pretraining.dvae import fetched, read_dvae
 from recipes.command_line import say
 from recipes.config import PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
-from recipes.data.sources import Source
+from recipes.data.sources import Source, open_source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES, winner
@@ -49,12 +49,13 @@ class Trained:
 class TrainingObjective:
     """The parts of a run that depend on what is trained for."""
 
-    create: Callable[[Any, Source], nn.Module]  # the model to train, for a configuration
-    loss: Callable[[Any, Source], LossFunction]
+    create: Callable[[Any, Any], nn.Module]  # the model to train, for a configuration
+    loss: Callable[[Any, Any], LossFunction]
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
     hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
+    open: Callable[[Any], Any] = lambda config: open_source(config.data, config.labels_needed)  # the images
 
 
 def export_autoregressive(trained: Trained) -> None:

@@ -14,22 +14,27 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
-from arm_zoo.files import write_text
+from arm_zoo.files import sha256_of, write_text
+from arm_zoo.heads.models import save_attentive_probe
 from arm_zoo.images.listing import SourceError
 from recipes import command_line
 from recipes.data.sources import open_source
 from recipes.errors import RunError, reporting_mistakes
+from recipes.probing import scores
 from recipes.probing.backbone import load_backbone
 from recipes.probing.config import ProbeConfig
-from recipes.probing.features import extract
-from recipes.probing.outputs import arrays_of
+from recipes.probing.features import Extractor, extract
+from recipes.probing.outputs import PATCHES, arrays_of
 from recipes.probing.protocols import PROTOCOLS, arrays_for, chosen
 from recipes.probing.scores import Score
 
 KINDS = (".json", ".csv")
+OF_ALL_SCORES = ("model", "weights", "weights_sha256", "data_set", "images_train", "images_test", "seed")
+COLUMNS = (*OF_ALL_SCORES, *scores.COLUMNS)
 
 
 def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
@@ -40,41 +45,51 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     protocols = chosen(config.protocols)
     if Path(config.output).suffix not in KINDS:
         raise RunError(f"output is {config.output}; allowed: a file that ends in {' or '.join(KINDS)}")
+    rows_of(Path(config.output))  # which may be another table's
     state = PartialState(cpu=config.device == "cpu")
     source: Any = open_source(config.data)  # with images to score on, since labels are needed
-    model, inputs = load_backbone(weights, config)
-    inputs = {"mean": source.mean, "std": source.std, **inputs}
+    frozen = load_backbone(weights, config)
+    inputs = {"mean": source.mean, "std": source.std, **frozen.inputs}
     if (channels := inputs["input_size"][0]) != source.channels:
         raise SourceError(f"{config.data.source!r} has {source.channels} channels, the model takes {channels}")
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", state.local_process_index) if on_gpu else torch.device("cpu")
-    model = model.eval().to(device)
-    wanted = arrays_for(protocols, config.features, arrays_of(model))
-    train = extract(model, source.train, inputs, config, "training", wanted)
-    test = extract(model, source.test, inputs, config, "validation", wanted)
-    scores = []
+    model = frozen.model.eval().to(device)
+    arrays = arrays_of(model)
+    if config.export and not ("attentive" in protocols and PATCHES in arrays):
+        raise RunError(f"export is {config.export}; allowed: with protocols=attentive, of a model that gives patches")
+    wanted = arrays_for(protocols, config.features, arrays)
+    extractor = Extractor(model, inputs, config, wanted)
+    train = extract(extractor, source.train, "training")
+    test = extract(extractor, source.test, "validation")
+    found = []
     if state.is_main_process:
-        scores = [score for name in protocols for score in PROTOCOLS[name].score(train, test, config, device)]
+        found = [score for name in protocols for score in PROTOCOLS[name].score(train, test, config, device)]
+    for score in found:
+        if config.export and score.head is not None:
+            save_attentive_probe(Path(config.export), model, score.head, inputs, list(source.class_names))
     result = {
-        "weights": str(weights),
-        "source": config.data.source,
+        "model": extractor.identity["model"],
+        "weights": frozen.weights,
+        "weights_sha256": sha256_of(frozen.file) if frozen.file else extractor.identity["weights_sha256"],
+        "data_set": data_set(config.data.source),
         "images_train": train.images,
         "images_test": test.images,
         "images_train_skipped": train.skipped,
         "images_test_skipped": test.skipped,
         "features": train.width,
         "seed": config.seed,
-        **summary(scores),
-        "scores": [score.row() for score in scores],
+        **summary(found),
+        "scores": [score.row() for score in found],
     }
     if state.is_main_process:
         write(Path(config.output), result)
     return result
 
 
-def summary(scores: Sequence[Score]) -> dict[str, Any]:
+def summary(found: Sequence[Score]) -> dict[str, Any]:
     """The last score of k-NN and of the linear probe, under names of their own."""
-    last = {score.protocol: score for score in scores}
+    last = {score.protocol: score for score in found}
     figures: dict[str, Any] = {}
     if "knn" in last:
         figures |= {"knn_top1": last["knn"].top1, **last["knn"].settings}
@@ -85,17 +100,34 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def write(file: Path, result: Mapping[str, Any]) -> None:
-    """The whole result as JSON, or a row for each score as CSV."""
+    """The whole result as JSON; as CSV a row for each score, after those of other commands."""
     if file.suffix == ".json":
         write_text(file, json.dumps(result, indent=2) + "\n")
         return
-    same = ("weights", "source", "images_train", "images_test", "seed")
-    rows = [{**{name: result[name] for name in same}, **row} for row in result["scores"]]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(file, text.getvalue())
+    new = [{**{name: result[name] for name in OF_ALL_SCORES}, **row} for row in result["scores"]]
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows_of(file), *new])
+        write_text(file, text.getvalue())
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """Of a CSV file that `write` has written to, if there is one; RunError if it is another table."""
+    if file.suffix != ".csv" or not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            problem = f"output is {file}, which is another table"
+            raise RunError(f"{problem}; allowed: a new file, or one with the columns {', '.join(COLUMNS)}")
+        return list(reader)
+
+
+def data_set(source: str) -> str:
+    """What tables call a source: its own name, without where it lies on this machine."""
+    return source.removeprefix("hf://") if source.startswith("hf://") else Path(source).name
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    ("command_line", "files", "heads", "images/jpeg", "images/listing", "ops/layout"),
-    ("images", "ops", "weights/reading", "weights/releases"),
+    ("command_line", "files", "heads/attentive", "heads/segmentation", "images/jpeg", "images/listing", "ops/layout"),
+    ("heads", "images", "ops", "weights/reading", "weights/releases"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),
     ("weights",),
     ("base",),
@@ -55,7 +55,7 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("command_line",),
         ("objectives",),
         ("training/setup",),
-        ("cost", "dvae", "finetune", "kill_test", "pretrain", "probe"),
+        ("cost", "digit_scenes", "dvae", "finetune", "kill_test", "pretrain", "probe", "segment"),
         ("ablate", "loader_speed", "quickstart"),
         ("__init__", "__main__"),
     ),
@@ -64,7 +64,7 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("tables",),
         ("scoring",),
         ("board", "speed"),
-        ("leaderboard", "scan", "throughput", "verify"),
+        ("leaderboard", "scan", "segmentation", "throughput", "verify"),
         ("__init__", "__main__"),
     ),
 }

@@ -23,7 +23,8 @@ class AttentiveClassifier(nn.Module):
         self.query = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
         self.key = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.value = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
-        self.head = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype)
+        linear = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype) if num_classes else None
+        self.head = linear or nn.Identity()
         nn.init.normal_(self.query, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

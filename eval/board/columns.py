@@ -13,7 +13,7 @@ from eval.scoring.sets import SETS, SUBSETS
 TITLES = {name: spec.title for name, spec in SETS.items() if spec.title}  # of the columns of sets
 TEXT_COLUMNS = (
     *("model", "figures", "notes", "mode", "dtype", "compiled", "scans", "device"),
-    *("note", "direction", "target", "paradigm"),
+    *("note", "direction", "target", "paradigm", "data set"),
 )
 
 Figure = tuple[float | None, int]  # and its digits: the paper's own of what it reports

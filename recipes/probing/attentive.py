@@ -28,7 +28,7 @@ def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.
     head = fit(train, config.attentive_epochs, config.seed, device)
     count = right(head, test, device)
     settings = {"rate": RATE, "epochs": config.attentive_epochs}
-    return [Score.of_images("attentive", PATCHES, settings, count, test.images)]
+    return [Score.of_images("attentive", PATCHES, settings, count, test.images, head)]
 
 
 def decodable(split: Extracted) -> Tensor:

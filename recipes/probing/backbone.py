@@ -1,13 +1,12 @@
 """The models whose features are scored, ours or timm's, and how their images are prepared."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
-from torch import nn
 
 from arm_zoo.files import described_by_folder, read_config
 from arm_zoo.loading import list_entries, load, unknown_model
@@ -15,12 +14,20 @@ from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
 
 
-def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[str, Any]]:
-    """A model that gives pooled features, and how images are prepared for it.
+class Frozen(NamedTuple):
+    """A model that gives pooled features, and what is known of it."""
 
-    Mean and standard deviation are among the latter where the weights tell those that the model was trained with. The
-    weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or "hf-hub:ORG/NAME";
-    with `config.untrained` an entry, whose weights are drawn at random instead.
+    model: Any  # an nn.Module whose attributes type checkers do not know
+    inputs: dict[str, Any]  # how images are prepared, with mean and std where the weights tell those of the training
+    file: Path | None  # that the weights were read from
+    weights: str  # what tables call them
+
+
+def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
+    """A model with its weights; RunError if there is none of that name, or if it does not take the arguments.
+
+    The weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or
+    "hf-hub:ORG/NAME"; with `config.untrained` an entry, whose weights are drawn at random instead.
     """
     known, entry = list_entries(), str(weights) if config.untrained else config.model
     if entry and entry not in known:
@@ -31,11 +38,12 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
     torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
     size, said = {"img_size": own["img_size"]} if own else {}, dict[str, Any]()
     model: Any
+    file, called = None, "untrained"
     try:
         if config.untrained:
             model = timm.create_model(entry, num_classes=0, **config.model_args)
         else:
-            model, _, _, said = load(*names, as_backbone=True, num_classes=0, **{**size, **config.model_args})
+            model, file, called, said = load(*names, as_backbone=True, num_classes=0, **{**size, **config.model_args})
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"no model can be made of {weights} with model={config.model!r} and model_args={config.model_args}: "
@@ -50,4 +58,4 @@ def load_backbone(weights: Path, config: ProbeConfig) -> tuple[nn.Module, dict[s
         inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
     if own or (weights.exists() and not said) or channels != asked[0]:  # an entry's own configuration tells them
         del inputs["mean"], inputs["std"]
-    return model, inputs
+    return Frozen(model, inputs, file, called)

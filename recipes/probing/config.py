@@ -28,3 +28,4 @@ class ProbeConfig(Config):
     temperature: float = limited(0.07, ABOVE_ZERO)  # of k-NN
     linear_epochs: int = limited(100, ONE_OR_MORE)
     attentive_epochs: int = limited(20, ONE_OR_MORE)
+    export: str | None = None  # a folder for the model with the attentive probe as its head; null: it is not kept

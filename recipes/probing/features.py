@@ -5,6 +5,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,27 +65,23 @@ class Extracted(NamedTuple):
         return Features(values, classes, self.skipped)
 
 
-def extract(
-    model: nn.Module, split: Split, inputs: dict[str, Any], config: ProbeConfig, purpose: str, wanted: Sequence[str]
-) -> Extracted:
+def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
     """Arrays of every image that can be decoded, without augmentation: from the cache as far as they are there.
 
     All processes must call it. Streams, which tell no listing, are read by each process, and not kept.
     """
-    rows = shapes(model, inputs["input_size"])
-    width = rows.get(PATCHES, rows["pooled"])[-1]
-    make = Extraction(model, split, inputs, config, purpose, wanted)
+    config = extractor.config
     if not isinstance(split, ImageTable):
-        arrays, classes, skipped = gathered(make(ScoringOrder(split, config.batch, 0, 1)))
+        arrays, classes, skipped = gathered(extractor(split, ScoringOrder(split, config.batch, 0, 1), purpose))
         rows_kept = None
     else:
         listing, classes = listed(split)
-        made_of = {**make.identity(), "listing_sha256": listing}
-        store = Store(Path(config.cache), made_of, len(split), {name: rows[name] for name in wanted})
+        made_of = {**extractor.identity, "listing_sha256": listing}
+        store = Store(Path(config.cache), made_of, len(split), extractor.rows)
         state, missing = PartialState(), store.missing()
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
         todo = [[Key(0, place, None) for place in batch] for batch in batches if missing[batch].any()]
-        for batch, values in make(todo[state.process_index :: state.num_processes]):
+        for batch, values in extractor(split, todo[state.process_index :: state.num_processes], purpose):
             if values:
                 store.write(batch.indices, values)
         state.wait_for_everyone()
@@ -93,33 +90,28 @@ def extract(
         rows_kept = torch.from_numpy(~missing).nonzero()[:, 0] if skipped else None
     images = len(classes) if isinstance(split, ImageTable) else len(classes) + skipped
     check_undecodable(skipped, images, purpose, config.data.max_undecodable)
-    return Extracted(arrays, classes, rows_kept, skipped, width, purpose)
+    return Extracted(arrays, classes, rows_kept, skipped, extractor.width, purpose)
 
 
-class Extraction:
-    """A model at work on the images of a split."""
+class Extractor:
+    """A model that makes arrays of images, whichever split they are of."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        split: Split,
-        inputs: dict[str, Any],
-        config: ProbeConfig,
-        purpose: str,
-        names: Sequence[str],
-    ) -> None:
-        self._model, self._split, self._inputs, self._config = model, split, inputs, config
-        self._purpose, self._names = purpose, names
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], config: ProbeConfig, names: Sequence[str]) -> None:
+        self._model, self._inputs, self.config = model, inputs, config
         self._device = next(model.parameters()).device
         self._half = self._device.type == "cuda"
+        found = shapes(model, inputs["input_size"])
+        self.rows = {name: found[name] for name in names}  # name of each array -> shape of one image's part
+        self.width = found.get(PATCHES, found["pooled"])[-1]  # of one block's features
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """All that decides on the features, but for the images."""
         model: Any = self._model
         return {
             "model": getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__,
             "pooling": getattr(model, "global_pool", None),
-            "model_args": self._config.model_args,
+            "model_args": self.config.model_args,
             "structure_sha256": hashlib.sha256(repr(model).encode()).hexdigest(),
             "weights_sha256": sha256_of_tensors(model.state_dict()),
             "preprocessing": {name: self._inputs[name] for name in sorted(self._inputs)},
@@ -127,14 +119,16 @@ class Extraction:
         }
 
     @torch.inference_mode()
-    def __call__(self, order: Iterable[list[Key]]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    def __call__(
+        self, split: Split, order: Iterable[list[Key]], purpose: str
+    ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Batches without the images that cannot be decoded, and their arrays in float32, none without images."""
-        images = Images(self._split, scoring_transform(self._inputs))
-        loader = WorkerLoader(images.batch, order, self._config.data.workers, self._half)
+        images = Images(split, scoring_transform(self._inputs))
+        loader = WorkerLoader(images.batch, order, self.config.data.workers, self._half)
         normalise = Normalisation(self._inputs["mean"], self._inputs["std"], self._device)
         hidden, named = not (sys.stdout.isatty() and PartialState().is_main_process), set[str]()
         total = len(order) if isinstance(order, list) else None
-        title = f"features of the {self._purpose} images"
+        title = f"features of the {purpose} images"
         for batch in track(loader, title, total, transient=True, disable=hidden):
             name_once(batch.undecodable, named)
             if len(batch.classes) == 0:
@@ -142,7 +136,7 @@ class Extraction:
                 continue
             ready = batch.ready(self._device, normalise)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-                made = outputs(self._model, ready.images, self._names)
+                made = outputs(self._model, ready.images, self.rows)
             yield batch, {name: values.float() for name, values in made.items()}
 
 

@@ -7,7 +7,10 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from arm_zoo.heads.attentive import AttentiveClassifier
+
 CONFIDENCE = 0.95
+COLUMNS = ("protocol", "features", "settings", "top1", "low", "high")  # of tables
 
 
 class Features(NamedTuple):
@@ -40,19 +43,27 @@ class Score:
     top1: float
     low: float
     high: float
+    head: AttentiveClassifier | None = None  # what was trained, where it can be exported
 
     @classmethod
-    def of_images(cls, protocol: str, features: str, settings: dict[str, Any], right: int, images: int) -> Self:
+    def of_images(
+        cls,
+        protocol: str,
+        features: str,
+        settings: dict[str, Any],
+        right: int,
+        images: int,
+        head: AttentiveClassifier | None = None,
+    ) -> Self:
         """By the images that are right; the interval is Wilson's."""
         ends = binomtest(right, images).proportion_ci(CONFIDENCE, "wilson")
-        return cls(
-            protocol, features, settings, *(100 * float(part) for part in (right / images, ends.low, ends.high))
-        )
+        top1, low, high = (100 * float(part) for part in (right / images, ends.low, ends.high))
+        return cls(protocol, features, settings, top1, low, high, head)
 
     def row(self) -> dict[str, Any]:
         """For tables."""
         setting = ", ".join(f"{name}={value:g}" for name, value in self.settings.items())
-        return {**vars(self), "settings": setting}
+        return {**{name: getattr(self, name) for name in COLUMNS}, "settings": setting}
 
 
 def held_out(classes: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from rich.console import Console
 from arm_zoo.files import write_text
 from recipes.config import TrainConfig, batch_plan
 from recipes.data.loader import TrainLoader
-from recipes.data.sources import open_source
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
 from recipes.training.checkpoint import CheckpointFolder
@@ -31,7 +30,7 @@ def train(
     title: str,
     resume: str,
     stop: StopRequest | None,
-    create_loader: Callable[..., TrainLoader] = TrainLoader,
+    create_loader: Callable[..., Any] = TrainLoader,
 ) -> Trained:
     """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
 
@@ -44,7 +43,7 @@ def train(
     console = Console(stderr=True, quiet=not accelerator.is_main_process, markup=False, emoji=False)
     checkpoints = CheckpointFolder(output / "checkpoints", config.keep_last, config.keep_every, console)
     start = starting_point(config, resume, collectives, checkpoints, objective.folders)
-    source = open_source(config.data, config.labels_needed)
+    source = objective.open(config)
     model: Any = objective.create(config, source)
     inputs = input_config(model, config, source)
     model.set_grad_checkpointing(config.gradient_checkpointing)

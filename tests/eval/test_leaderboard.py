@@ -15,7 +15,7 @@ import pytest
 
 from eval import __main__ as program
 from eval import leaderboard, tables
-from eval.board import chart, columns, curves, entries
+from eval.board import chart, columns, curves, entries, frozen
 from hub import catalog
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
@@ -128,6 +128,22 @@ def measured_row(**values: Any) -> dict[str, Any]:
     return row | {"dtype": "fp32", "params_m": "85.0"} | values
 
 
+FROZEN_SCORES = (
+    ("knn", "neighbours=10, temperature=0.07", 50.0),
+    ("knn", "neighbours=20, temperature=0.07", 10.0),  # older than the next one
+    ("knn", "neighbours=20, temperature=0.07", 51.5),
+    ("few_shot", "labels=1, draws=5", 20.0),
+    ("few_shot", "labels=10, draws=5", 40.0),
+    ("linear", "rate=0.1, epochs=100", 61.25),
+)
+
+
+def frozen_row(protocol: str, settings: str, top1: float) -> dict[str, Any]:
+    row = {"model": "arm_tiny", "weights": "w.safetensors", "weights_sha256": "ef" * 32, "data_set": "pets|cats"}
+    row |= {"images_train": 50_000, "images_test": 10_000, "features": "token" if protocol == "linear" else "pooled"}
+    return row | {"protocol": protocol, "settings": settings, "top1": top1, "low": top1 - 1, "high": top1 + 1}
+
+
 @pytest.fixture
 def made(tmp_path: Path, repo: Path) -> Path:
     """A folder with a leaderboard of the paper's tables and of some measured rows."""
@@ -157,8 +173,11 @@ def made(tmp_path: Path, repo: Path) -> Path:
         writer.writerow({**speed, "model": "arm_base_patch16_224", "img_per_s": 2345.67})
         writer.writerow({**speed, "model": "arm_base_patch16_224", "mode": "finetune", "img_per_s": 500})
         writer.writerow({**speed, "model": "vit_base_patch16_224", "img_per_s": 3456.7})
+    tables.append(tmp_path / "frozen.csv", map(frozen_row, *zip(*FROZEN_SCORES, strict=True)), frozen.COLUMNS)
     shutil.copy(repo / "README.md", tmp_path)
     options = [
+        "--frozen",
+        tmp_path / "frozen.csv",
         "--results",
         tmp_path / "results.csv",
         "--throughput",
@@ -222,6 +241,39 @@ def test_peers_are_reported_with_their_sources(repo: Path) -> None:
     assert rows["NEPA ViT-L"].params_m is None
 
 
+def test_frozen_features_are_measured_or_reported(made: Path, repo: Path) -> None:
+    measured, _, reported = (made / "LEADERBOARD.md").read_text().partition("### Reported by their authors")
+    assert "| model | figures | data set | k-NN | 1 label | 10 labels | linear | notes |" in measured
+    figures = "51.50 (50.50 to 52.50) | 20.00 (19.00 to 21.00) | 40.00 (39.00 to 41.00) | 61.25 (60.25 to 62.25)"
+    notes = "w.safetensors (efefefef); 50,000 images to train on, 10,000 scored; "
+    notes += "features: pooled (k-NN, 1 label, 10 labels); token (linear)"
+    assert f"| arm_tiny | **measured** | pets\\|cats | {figures} | {notes} |" in measured
+    assert "MoCo" not in measured and "arm_tiny" not in reported.partition("## Speed")[0]
+    assert "| DINOv3 ViT-L | *reported* | ImageNet-1k | 82.0 | 83.5 | arXiv:2508.10104; " in reported
+    anchors = frozen.reported_entries(repo / "eval" / "board" / "anchors.csv")
+    assert all(entry.kind == "reported" and re.match(r"arXiv:\d{4}\.\d{5}", entry.notes[0]) for entry in anchors)
+    linear = {entry.model: entry.figures["linear"] for entry in anchors}
+    mae, moco = {"B": "67.8", "L": "76.0", "H": "77.2"}, {"S": "73.2", "B": "76.7"}
+    expected = {f"MAE ViT-{size}": top1 for size, top1 in mae.items()}
+    expected |= {f"MoCo v3 ViT-{size}": top1 for size, top1 in moco.items()}
+    assert linear == {**expected, "DINOv3 ViT-L": "83.5"}
+
+
+def test_reported_frozen_features_can_be_hidden(page: Page, made: Path) -> None:
+    page.open(made / "leaderboard.html", 1280, 900)
+    shown = "[...document.querySelectorAll('#frozen tbody tr')].filter((row) => !row.hidden).length"
+    hide = "const s = document.getElementById('anchors'); s.value = '{}'; s.dispatchEvent(new Event('input'));"
+    counts = [page.run(shown)]
+    for value in ("hidden", "shown"):
+        page.run(f"(() => {{ {hide.format(value)} }})()")
+        counts.append(page.run(shown))
+    assert counts == [7, 1, 7]
+    head = "[...document.querySelectorAll('#frozen thead button')].find((button) => button.textContent === 'linear')"
+    page.run(f"{head}.click()")
+    assert column(page, 0, "frozen")[:2] == ["DINOv3 ViT-L", "MAE ViT-H"]
+    assert column(page, 0, "frozen")[-1] == "arm_tiny"
+
+
 def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
     folder = repo.parent / "shared" / "spec" / "tables"
     if not folder.is_dir():
@@ -260,13 +312,15 @@ def test_measured_rows_stand_apart(made: Path) -> None:
 def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
     board = repo / "eval" / "board"
     files = leaderboard.make(
-        tmp_path / "no.csv", tmp_path / "none.csv", board / "paper", board / "peers.csv", repo / "README.md"
-    )
+        tmp_path / "no.csv", tmp_path / "none.csv", board / "paper", board / "peers.csv", tmp_path / "gone.csv",
+        board / "anchors.csv", repo / "README.md",
+    )  # fmt: skip
     assert "circle" not in files.pop("eval/speed.svg")
     for text in files.values():
         assert "No ImageNet accuracy has been measured by this project yet" in text
         assert "ObjectNet" not in text  # sets that no row has a figure of have no column
     assert "No speed has been measured yet" in files["LEADERBOARD.md"]
+    assert "Nothing has been measured yet; `python -m recipes.probe" in files["LEADERBOARD.md"]
     assert '<tr class="measured">' not in files["leaderboard.html"]
 
 
@@ -314,7 +368,7 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
     assert "--results: no file 'gone.csv'" in refusal("--results", "gone.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "torn.csv").write_text("a,b\n1\n")
-    for option in ("--results", "--throughput"):
+    for option in ("--results", "--throughput", "--frozen"):
         assert "other.csv is another table: it lacks the columns model, " in refusal(
             option, str(tmp_path / "other.csv")
         )
@@ -322,6 +376,8 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
     assert "no_such" in refusal("--paper", str(tmp_path / "no_such"))
     assert "no_such" in refusal("--peers", str(tmp_path / "no_such"))
     assert "other.csv is another table" in refusal("--peers", str(tmp_path / "other.csv"))
+    assert "other.csv is another table" in refusal("--anchors", str(tmp_path / "other.csv"))
+    assert "--frozen: no file 'gone.csv'" in refusal("--frozen", "gone.csv")
     assert "LEADERBOARD.md is not current; run python -m eval.leaderboard" in refusal("--check")
     (made / "README.md").write_text("# no markers\n")
     assert "README.md needs the lines <!-- leaderboard:begin -->" in refusal()

@@ -877,8 +877,16 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     ]
     csv = "".join(f"arm,{name},{n},{top1},99,{sha},{limit}\n" for name, n, top1, sha, limit in rows)
     (tmp_path / "results.csv").write_text(f"model,set,n,top1,top5,weights_sha256,limit\n{csv}")
-    write_card(folder, repo="ada/base", results=tmp_path / "results.csv")
+    columns = "data_set,images_train,images_test,protocol,features,settings,top1,low,high,weights_sha256"
+    probed = [
+        f'in1k,9,8,knn,token,"neighbours={k}, temperature=0.07",{top1},61,63,{sha256}'
+        for k, top1 in ((10, 1), (10, 62.0), (20, 61.5))
+    ]
+    (tmp_path / "frozen.csv").write_text("\n".join([columns, *probed, "in1k,9,8,linear,token,,70,69,71,another's"]))
+    write_card(folder, repo="ada/base", results=tmp_path / "results.csv", frozen=tmp_path / "frozen.csv")
     card = ModelCard.load(folder / "README.md")
+    assert "| in1k | knn, neighbours=10, temperature=0.07 | token | 62.00 (61.00 to 63.00) |" in card.text
+    assert card.text.count("| token |") == 2
     figures = {(r.dataset_type, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results or []}
     assert figures == {("in1k", "accuracy", "top1"): 84.11, ("v2", "accuracy", "top1"): 73.5}
     measured, _, reported = card.text.partition("*Reported* by the paper")
@@ -888,12 +896,17 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     card.data.tags = ["birds", *(card.data.tags or [])]
     card.save(folder / "README.md")
     save_file({"weight": torch.ones(1)}, folder / "model.safetensors", metadata={"license": "mit"})
-    write_card(folder, old=folder / "README.md", results=tmp_path / "results.csv")
+    write_card(folder, old=folder / "README.md", results=tmp_path / "results.csv", frozen=tmp_path / "frozen.csv")
+    assert "| token |" not in (folder / "README.md").read_text()
     again = ModelCard.load(folder / "README.md")
     assert not again.data.eval_results and "84.11" not in (folder / "README.md").read_text()
     assert again.data.license == "mit" and again.data.license_name is None
     assert again.data.tags == ["arm-zoo", "mamba", "timm", "transformers", "birds"]
     (tmp_path / "results.csv").write_text("model,top1\n")
+    (tmp_path / "results.csv").rename(tmp_path / "frozen.csv")
+    with pytest.raises(ValueError, match=r"lacks the columns data_set, features, .* of `python -m recipes.probe`"):
+        write_card(folder, frozen=tmp_path / "frozen.csv")
+    (tmp_path / "frozen.csv").rename(tmp_path / "results.csv")
     with pytest.raises(ValueError, match="lacks the columns n, set, weights_sha256"):
         write_card(folder, results=tmp_path / "results.csv")
 

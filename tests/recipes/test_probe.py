@@ -18,10 +18,15 @@ import arm_zoo
 from arm_zoo import loading
 from arm_zoo.images.listing import SourceError
 from arm_zoo.models._sequence import SequenceBackbone
+from eval import __main__ as program
+from eval import tables
+from eval.board import frozen
+from hub import catalog
 from recipes import cost, probe
 from recipes.config import ConfigError, DataConfig, load_config
+from recipes.data.sources import open_digits
 from recipes.probe import ProbeConfig
-from recipes.probing import logistic
+from recipes.probing import attentive, logistic
 from recipes.probing.protocols import PROTOCOLS
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -30,7 +35,7 @@ TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth":
 
 
 def test_features_that_are_not_numbers_are_no_score(pretrained: Path, tmp_path: Path) -> None:
-    model, _ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
+    model, *_ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
     torch.nn.init.constant_(model.norm.bias, math.inf)
     save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     with pytest.raises(SystemExit, match="features of 1437 of 1437 training images are not finite numbers"):
@@ -69,7 +74,7 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
     arguments = [f"model_args.{name}={value}" for name, value in TINY.items()]
     file = run(pretrained / "model.safetensors", tmp_path / "file.json", "model=arm_pico_patch2_8", *arguments)
     assert {**file, "weights": ""} == {**result, "weights": ""}
-    model, _ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
+    model, *_ = probe.load_backbone(pretrained, ProbeConfig(data=DataConfig(source="digits")))
     save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True, data_config={"input_size": (1, 8, 8)})
     folder = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True)
     assert torch.equal(folder.cls_token, model.cls_token)
@@ -84,8 +89,11 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
 def test_probing_an_entry_by_name(tmp_path: Path) -> None:
     """Prepared as the entry's configuration says, whose mean and deviation are not those of the 1,437 digits."""
     result = run("arm_pico_patch2_8", tmp_path / "probe.json")
-    assert result["weights"] == "arm_pico_patch2_8" and float(str(result["knn_top1"])) > 97
-    _, inputs = probe.load_backbone(Path("arm_pico_patch2_8"), ProbeConfig(data=DataConfig(source="digits")))
+    assert (
+        result["weights"] == "arm_pico_patch2_8.arm_digits_ft_digits.safetensors"
+        and float(str(result["knn_top1"])) > 97
+    )
+    _, inputs, *_ = probe.load_backbone(Path("arm_pico_patch2_8"), ProbeConfig(data=DataConfig(source="digits")))
     assert inputs["mean"] == timm.get_pretrained_cfg("arm_pico_patch2_8").mean
 
 
@@ -95,7 +103,7 @@ def test_probing_a_repository(pretrained: Path, monkeypatch: pytest.MonkeyPatch)
     )
     folders = {"ada/digits@v1": pretrained}
     config = ProbeConfig(data=DataConfig(source="digits"))
-    (model, inputs), (local, same) = (
+    (model, inputs, *_), (local, same, *_) = (
         probe.load_backbone(name, config) for name in (Path("hf-hub:ada/digits@v1"), pretrained)
     )
     assert inputs == same and "mean" not in inputs
@@ -180,11 +188,59 @@ def test_rows_of_all_protocols(
     assert all(15 < float(row["top1"]) < 100 for row in rows)  # chance is 10
     said = capsys.readouterr().out
     assert all(f"{float(row['top1']):.2f}%" in said for row in rows)
+    assert {(row["model"], row["weights"], row["data_set"]) for row in rows} == {("test_vit", "untrained", "digits")}
+    # the next command adds its rows, and the leaderboard and the cards read them
+    probe.main(["--weights", "test_vit", *settings, "protocols=knn", "features=average"])
+    more = tables.read(Path("scores.csv"), frozen.COLUMNS)
+    assert more == [*rows, *rows[:2]]
+    [entry] = frozen.measured_entries(more)
+    assert (
+        list(frozen.FIGURES) == frozen.titles_of([entry]) and entry.figures["k-NN"] == f"{float(rows[1]['top1']):.2f}"
+    )
+    assert len(catalog.measured_frozen(rows[0]["weights_sha256"], Path("scores.csv"))) == len(rows)
+    Path("other.csv").write_text("model,top1\n")
+    assert "other.csv, which is another table; allowed: a new file, or one with the columns model, " in refusal(
+        "--weights", "test_vit", *settings, "output=other.csv"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "arguments"),
+    [
+        ("arm_pico_patch2_8", ("model_args.in_chans=3",)),
+        ("test_vit", ("model_args.img_size=16", "model_args.patch_size=8")),
+    ],
+)
+def test_the_evaluator_scores_the_exported_probe_alike(
+    weights: str, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And timm and `from_pretrained` load it, the latter's features too."""
+    monkeypatch.setattr(attentive, "BATCH", 64)
+    digits = open_digits().train
+    for number in range(500):
+        image, label, _ = digits[number]
+        folder = tmp_path / "digits" / ("train" if number < 300 else "val") / f"class {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number}.png")
+    settings = [f"data.source={tmp_path / 'digits'}", "protocols=attentive", "untrained=true", "attentive_epochs=3"]
+    result = run(weights, tmp_path / "probe.json", *settings, *arguments, "export=probe")
+    [score] = result["scores"]  # type: ignore[misc]
+    assert 15 < score["top1"] < 100  # chance is 10
+    words = ["--models", "local-dir:probe", "--sets", f"custom={tmp_path / 'digits'}", "--output", "scores.csv"]
+    assert program.main([*words, "--device", "cpu", "--workers", "0"]) == 0
+    [row] = tables.read(Path("scores.csv"))
+    assert (row["n"], float(row["top1"])) == ("200", pytest.approx(score["top1"], abs=1e-4))
+    model = arm_zoo.from_pretrained("probe").eval()
+    assert model.pretrained_cfg["label_names"] == [f"class {label}" for label in range(10)]
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
+    features = timm.create_model("local-dir:probe", pretrained=True, num_classes=0).eval()
+    assert torch.allclose(model.get_classifier()(features(images)), model(images), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("export=probe", "export is probe; allowed: with protocols=attentive, of a model that gives patches"),
         ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear, attentive"),
         ("output=scores.txt", "output is scores.txt; allowed: a file that ends in .json or .csv"),
         ("features=average_last4", "the model gives no features=average_last4; allowed: pooled"),

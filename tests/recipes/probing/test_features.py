@@ -17,7 +17,7 @@ from recipes.data.sources import open_digits, open_source
 from recipes.errors import RunError
 from recipes.probing import features
 from recipes.probing.config import ProbeConfig
-from recipes.probing.features import Extracted, extract, listed
+from recipes.probing.features import Extracted, Extractor, extract, listed
 from recipes.probing.store import Store
 from tests.helpers.images import write_folder
 
@@ -38,7 +38,7 @@ def digits(model: Any, cache: Path, wanted: tuple[str, ...] = ARRAYS, **settings
     """Of the 360 images to score on."""
     config = ProbeConfig(DataConfig(source="digits", workers=0), cache=str(cache), batch=50, **settings)
     inputs = resolve_model_data_config(model) | {"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.4,)}
-    return extract(model, open_digits().test, inputs, config, "validation", wanted)
+    return extract(Extractor(model, inputs, config, wanted), open_digits().test, "validation")
 
 
 def writes(monkeypatch: pytest.MonkeyPatch, end_after: int | None = None) -> list[int]:

@@ -1,0 +1,200 @@
+"""Backbones with a head that was trained on their features, as models of timm: it builds them from a config.json.
+
+Importing this module registers them. They take any backbone that timm knows and that has `forward_intermediates`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._input import get_model_args, get_model_input_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arm_zoo.files import save_model
+from arm_zoo.heads.attentive import AttentiveClassifier
+from arm_zoo.heads.segmentation import HEADS
+
+HEADED = ("attentive_probe", "segmenter")  # names under which timm knows these models
+_CLASSIFIER = "head.head"
+_READING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+default_cfgs = generate_default_cfgs(
+    {name: {"num_classes": 1000, "input_size": (3, 224, 224), "classifier": _CLASSIFIER} for name in HEADED}
+)
+
+
+def create_backbone(name: str, arguments: Mapping[str, Any]) -> Any:
+    """A model of timm without its head or weights; ValueError if it has no maps, or the arguments name files.
+
+    A config.json, which may be anybody's, must not have more read than the weights beside it.
+    """
+    if not timm.is_model(name) or (reading := sorted(_READING.intersection(arguments))):
+        problem = f"arguments {', '.join(reading)}" if timm.is_model(name) else f"backbone {name!r}"
+        raise ValueError(f"{problem}; allowed: a name of `timm.list_models()`, and arguments of that model")
+    model = timm.create_model(name, **{**arguments, "num_classes": 0})
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{name} gives no feature maps (forward_intermediates), which a head needs")
+    return model
+
+
+class AttentiveProbe(nn.Module):
+    """Images (B, C, H, W) -> logits (B, num_classes) of an attentive head on the patches of the last block.
+
+    Args:
+        backbone: the name of a model of timm, ours or not.
+        backbone_args: its arguments.
+        num_classes: 0 gives what the head's query has gathered, (B, dim).
+        in_chans: channels of the images, where `backbone_args` do not tell.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "arm_base_patch16_224",
+        backbone_args: Mapping[str, Any] | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        arguments = {"in_chans": in_chans, **(backbone_args or {})}
+        model = create_backbone(backbone, arguments)
+        self.backbone, self.num_features = model, int(model.feature_info[-1]["num_chs"])
+        self.num_classes, self.in_chans = num_classes, arguments["in_chans"]
+        self.head = AttentiveClassifier(self.num_features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        [patches] = self.backbone.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+        return self.head(patches.flatten(2).transpose(1, 2))
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.head
+
+
+class Segmenter(nn.Module):
+    """Images (B, C, H, W) -> logits of each pixel (B, num_classes, H, W), by a head on up to four of the maps.
+
+    Args:
+        backbone: the name of a model of timm, ours or not.
+        backbone_args: its arguments.
+        head: a key of `arm_zoo.heads.segmentation.HEADS`.
+        num_classes: of pixels.
+        in_chans: channels of the images, where `backbone_args` do not tell.
+        frozen: the backbone stays in evaluation mode and is not trained.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "arm_base_patch16_224",
+        backbone_args: Mapping[str, Any] | None = None,
+        head: str = "linear",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        arguments: dict[str, Any] = {"in_chans": in_chans, **(backbone_args or {})}
+        model = create_backbone(backbone, arguments)
+        self.backbone, self.frozen = model.requires_grad_(not frozen), frozen
+        self.num_classes, self.in_chans = num_classes, arguments["in_chans"]
+        info = [model.feature_info[place] for place in map_places(model.feature_info)]
+        channels, reductions = ([one[key] for one in info] for key in ("num_chs", "reduction"))
+        self.num_features = channels[-1]
+        self.head = HEADS[head](channels, reductions, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = map_places(self.backbone.feature_info)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.backbone.forward_intermediates(x, indices=places, norm=True, intermediates_only=True)
+        return F.interpolate(self.head(maps), x.shape[2:], mode="bilinear")
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen)
+        return self
+
+    @torch.jit.ignore
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model is made for."""
+        return self.in_chans, *get_model_input_config(self.backbone)["input_size"][1:]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        own: Any = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in own()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of the backbone's blocks in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def get_classifier(self: Any) -> nn.Module:
+        return cast(nn.Module, self.head.head)
+
+
+def map_places(info: Sequence[Any]) -> list[int]:
+    """Which maps a segmentation head takes: four at equal distances of a plain backbone, else the last four."""
+    count = min(4, len(info))
+    if len({one["reduction"] for one in info}) > 1:
+        return list(range(len(info) - count, len(info)))
+    return [(place + 1) * len(info) // count - 1 for place in range(count)]
+
+
+@register_model
+def segmenter(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(Segmenter, "segmenter", pretrained, **kwargs)
+
+
+@register_model
+def attentive_probe(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(AttentiveProbe, "attentive_probe", pretrained, **kwargs)
+
+
+def save_attentive_probe(
+    folder: Path, backbone: Any, head: AttentiveClassifier, inputs: Mapping[str, Any], label_names: list[str]
+) -> None:
+    """Write the two as what `timm.create_model("local-dir:FOLDER", pretrained=True)` loads after `import arm_zoo`.
+
+    `inputs` tell how images are prepared, by timm's names. Names of classes are written if there is one for each.
+    """
+    classes: Any = head.head.out_features
+    _save(folder, "attentive_probe", {"backbone": backbone, "head": head}, {}, classes, inputs, label_names)
+
+
+def save_segmenter(
+    folder: Path, model: Segmenter, head: str, inputs: Mapping[str, Any], label_names: list[str]
+) -> None:
+    """The same of a model whose head is one of `arm_zoo.heads.segmentation.HEADS`."""
+    parts = {"backbone": model.backbone, "head": model.head}
+    _save(folder, "segmenter", parts, {"head": head}, model.num_classes, inputs, label_names)
+
+
+def _save(
+    folder: Path,
+    architecture: str,
+    parts: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    classes: int,
+    inputs: Mapping[str, Any],
+    label_names: list[str],
+) -> None:
+    """`arguments` are those of the model beside its backbone's."""
+    backbone = parts["backbone"]
+    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    of_backbone = {key: value for key, value in get_model_args(backbone).items() if key != "num_classes"}
+    config = {
+        "architecture": architecture,
+        "num_classes": classes,
+        "num_features": backbone.feature_info[-1]["num_chs"],
+        **({"label_names": label_names} if len(label_names) == classes else {}),
+        "model_args": {
+            "backbone": backbone.pretrained_cfg["architecture"],
+            "backbone_args": of_backbone,
+            **arguments,
+        },
+        "pretrained_cfg": {**inputs, "num_classes": classes, "classifier": _CLASSIFIER},
+    }
+    save_model(folder, tensors, config)

@@ -1,0 +1,104 @@
+"""How good frozen features are: rows of `python -m recipes.probe`, and apart from them what other authors report."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval import tables
+from eval.board.columns import shown
+
+COLUMNS = (  # of the table that `python -m recipes.probe output=FILE.csv` adds its rows to
+    *("model", "weights", "weights_sha256", "data_set", "images_train", "images_test"),
+    *("protocol", "features", "settings", "top1", "low", "high"),
+)
+ANCHOR_COLUMNS = ("model", "data_set", "knn", "linear", "note", "kind", "source")
+FIGURES = {  # title -> the protocol of its rows, and a setting that they have
+    "k-NN": ("knn", "neighbours=20"),
+    "1 label": ("few_shot", "labels=1"),
+    "5 labels": ("few_shot", "labels=5"),
+    "10 labels": ("few_shot", "labels=10"),
+    "logistic": ("logistic", ""),
+    "linear": ("linear", ""),
+    "attentive": ("attentive", ""),
+}
+
+
+@dataclass
+class FrozenEntry:
+    """One line of the table: top-1 in percent by title, with the ends of the 95% interval where it was measured."""
+
+    model: str
+    kind: str  # measured or reported
+    data_set: str
+    figures: dict[str, str] = field(default_factory=dict)
+    intervals: dict[str, str] = field(default_factory=dict)
+    features: dict[str, str] = field(default_factory=dict)  # that the figures are of
+    notes: list[str] = field(default_factory=list)
+
+
+def title_of(row: Mapping[str, str]) -> str | None:
+    """The column of a measured row; None for one that has none, such as k-NN by other numbers of neighbours."""
+    settings = ["", *row["settings"].split(", ")]
+    return next((title for title, (name, has) in FIGURES.items() if row["protocol"] == name and has in settings), None)
+
+
+def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[FrozenEntry]:
+    """Rows by model, weights and images; the newest one of a column counts."""
+    entries: dict[tuple[str, ...], FrozenEntry] = {}
+    for row in rows:
+        if (title := title_of(row)) is None:
+            continue
+        sha256 = row["weights_sha256"][:8]
+        images = f"{int(row['images_train']):,} images to train on, {int(row['images_test']):,} scored"
+        new = FrozenEntry(row["model"], "measured", row["data_set"], notes=[f"{row['weights']} ({sha256})", images])
+        key = tables.key(row, ("model", "weights_sha256", "data_set", "images_train", "images_test"))
+        entry = entries.setdefault(key, new)
+        entry.figures[title] = shown(float(row["top1"]), 2)
+        entry.intervals[title] = f"{shown(float(row['low']), 2)} to {shown(float(row['high']), 2)}"
+        entry.features[title] = row["features"]
+    for entry in entries.values():
+        names = dict.fromkeys(entry.features.values())
+        titles = {name: ", ".join(title for title in FIGURES if entry.features.get(title) == name) for name in names}
+        entry.notes.append("features: " + "; ".join(f"{name} ({titles[name]})" for name in names))
+    return list(entries.values())
+
+
+def reported_entries(anchors: Path) -> list[FrozenEntry]:
+    """What the authors of other models report, a row each."""
+    entries = []
+    for row in tables.read(anchors.resolve(strict=True), ANCHOR_COLUMNS):
+        figures = {title: row[protocol] for title, (protocol, _) in FIGURES.items() if row.get(protocol)}
+        notes = list(filter(None, [row["source"], row["note"]]))
+        entries.append(FrozenEntry(row["model"], row["kind"], row["data_set"], figures, notes=notes))
+    return entries
+
+
+def read_frozen(measured: Path, anchors: Path) -> list[FrozenEntry]:
+    """Measured lines, then reported ones; of a data set the best linear classifier first."""
+    entries = [*measured_entries(tables.read(measured, COLUMNS)), *reported_entries(anchors)]
+    best = {id(entry): -float(entry.figures.get("linear", 0)) for entry in entries}
+    return sorted(entries, key=lambda entry: (entry.kind, entry.data_set, best[id(entry)]))
+
+
+def titles_of(entries: Sequence[FrozenEntry]) -> list[str]:
+    """Of the columns that an entry has a figure of."""
+    return [title for title in FIGURES if any(title in entry.figures for entry in entries)]
+
+
+def frozen_rows(entries: Sequence[FrozenEntry]) -> list[dict[str, str]]:
+    """Of a table in Markdown."""
+    return [
+        {
+            "model": entry.model,
+            "figures": f"**{entry.kind}**" if entry.kind == "measured" else f"*{entry.kind}*",
+            "data set": entry.data_set,
+            **{title: with_interval(entry, title) for title in titles_of(entries)},
+            "notes": "; ".join(entry.notes),
+        }
+        for entry in entries
+    ]
+
+
+def with_interval(entry: FrozenEntry, title: str) -> str:
+    figure = entry.figures.get(title, "-")
+    return f"{figure} ({entry.intervals[title]})" if title in entry.intervals else figure

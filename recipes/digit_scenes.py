@@ -1,0 +1,78 @@
+"""Writes a small set of images with masks, in the layout of ADE20K: handwritten digits on photographs.
+
+python -m recipes.digit_scenes FOLDER
+
+Digits and photographs are real and come with scikit-learn, the scenes are put together here: each is a part of a
+photograph with up to four digits on it, three times as large as they are stored, and the mask is where their ink is
+stronger than half. Training and validation images share no digit and no photograph.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from arm_zoo.images.masks import SplitName
+from recipes.data.sources import DIGIT_NAMES, open_digits
+
+SIDE, CELL, DIGIT = 64, 32, 24  # pixels of a scene, of the place of a digit, of a digit
+BACKGROUND = 1  # number in masks; a digit's is two more than itself
+PHOTOGRAPHS: dict[SplitName, str] = {"training": "china.jpg", "validation": "flower.jpg"}
+
+
+def write_scenes(folder: Path, split: SplitName, scenes: int, seed: int = 0) -> None:
+    """Write images and masks of a split, and `classes.txt`."""
+    from sklearn.datasets import load_sample_image
+
+    photograph = load_sample_image(PHOTOGRAPHS[split])
+    digits: Any = open_digits().train if split == "training" else open_digits().test
+    draws = np.random.default_rng([seed, len(split)])
+    images, masks = folder / "images" / split, folder / "annotations" / split
+    for made in (images, masks):
+        made.mkdir(parents=True, exist_ok=True)
+    for number in range(scenes):
+        top, left = (int(draws.integers(side - SIDE)) for side in photograph.shape[:2])
+        image = photograph[top : top + SIDE, left : left + SIDE].copy()
+        mask = np.full((SIDE, SIDE), BACKGROUND, np.uint8)
+        for row, column in np.ndindex(SIDE // CELL, SIDE // CELL):
+            ink, label, _ = digits[int(draws.integers(len(digits)))]
+            if draws.random() < 0.75:
+                y, x = (CELL * cell + int(draws.integers(CELL - DIGIT)) for cell in (row, column))
+                place = slice(y, y + DIGIT), slice(x, x + DIGIT)
+                _draw(image[place], mask[place], ink, label, draws.integers(256, size=3))
+        Image.fromarray(image).save(images / f"{number:05d}.png")
+        Image.fromarray(mask).save(masks / f"{number:05d}.png")
+    (folder / "classes.txt").write_text(
+        "".join(f"{name}\n" for name in ("background", *DIGIT_NAMES)), encoding="utf-8"
+    )
+
+
+def _draw(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], ink: Image.Image, label: int, colour: NDArray[np.int64]
+) -> None:
+    """Put a digit on a part of a scene and of its mask, both of DIGIT pixels a side."""
+    strong = np.asarray(ink.resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)) > 127
+    image[strong], mask[strong] = colour, BACKGROUND + 1 + label
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.digit_scenes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="is made if it is not there")
+    parser.add_argument("--training", type=int, default=1000, metavar="N", help="training images (%(default)s)")
+    parser.add_argument("--validation", type=int, default=200, metavar="N", help="validation images (%(default)s)")
+    arguments = parser.parse_args(argv)
+    write_scenes(arguments.folder, "training", arguments.training)
+    write_scenes(arguments.folder, "validation", arguments.validation)
+    print(f"wrote {arguments.training} and {arguments.validation} images with masks to {arguments.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A backbone with its head as one model of timm: what is saved is what is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import arm_zoo
+from arm_zoo.files import read_config
+from arm_zoo.heads.attentive import AttentiveClassifier
+from arm_zoo.heads.models import HEADED, save_attentive_probe
+from arm_zoo.loading import entries
+
+SIZES = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "d_state": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("arm_pico_patch2_8", SIZES),
+        ("test_vit", {"img_size": 16, "patch_size": 8, "in_chans": 1}),
+        ("test_resnet", {"in_chans": 1}),
+    ],
+)
+def test_what_is_saved_is_loaded(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=0, **arguments).eval()
+    head = AttentiveClassifier(backbone.feature_info[-1]["num_chs"], 3).eval()
+    head.norm.running_mean.normal_()
+    inputs = {"input_size": (1, 16, 16), "mean": (0.4,), "std": (0.2,), "crop_pct": 1.0}
+    save_attentive_probe(tmp_path, backbone, head, inputs, ["a", "b", "c"])
+    images = torch.randn(2, 1, 16, 16)
+    with torch.inference_mode():
+        [maps] = backbone.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        expected = head(maps.flatten(2).transpose(1, 2))
+        for model in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), arm_zoo.from_pretrained(tmp_path)):
+            assert torch.equal(model.eval()(images), expected)
+            assert (model.num_classes, model.in_chans) == (3, 1)
+    config = timm.data.resolve_model_data_config(model)
+    assert {key: tuple(config[key]) for key in ("input_size", "mean", "std")} == {
+        key: inputs[key] for key in ("input_size", "mean", "std")
+    }
+    # names of other classes are not kept
+    save_attentive_probe(tmp_path, backbone, head, inputs, ["a"])
+    assert "label_names" not in read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "hf-hub:ada/model"}, "backbone 'hf-hub:ada/model'; allowed: a name of"),
+        ({"backbone": "test_vit", "backbone_args": {"pretrained": True}}, "arguments pretrained; allowed: a name of"),
+        (
+            {"backbone": "test_vit", "backbone_args": {"pretrained_cfg_overlay": {"file": "x"}}},
+            "arguments pretrained_cfg_o",
+        ),
+    ],
+)
+def test_a_configuration_has_nothing_else_read(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for name in HEADED:
+        (tmp_path / "config.json").write_text(
+            json.dumps({"architecture": name, "num_classes": 3, "model_args": arguments, "pretrained_cfg": {}})
+        )
+        with pytest.raises(ValueError, match=message):
+            arm_zoo.from_pretrained(tmp_path)
+
+
+def test_they_are_timms_but_no_entries() -> None:
+    assert set(HEADED) <= set(timm.list_models()) and not set(HEADED) & entries()
