@@ -681,7 +681,7 @@ class Doubled(arm_zoo.ARMPretrain):
         d_state: int = 2,
         device: str | torch.device | None = None,
     ) -> None:
-        super().__init__(img_size, patch_size, 4, in_chans, embed_dim, depth, d_state, 64, 1, device)
+        super().__init__(img_size, patch_size, 4, in_chans, embed_dim, depth, d_state, 64, 1, device=device)
         self.config = {name: self.config[name] for name in ("img_size", "patch_size", "in_chans", "embed_dim")}
         self.config |= {"depth": depth, "d_state": d_state}
 
