@@ -94,7 +94,7 @@ class ARMPretrain(PretrainingModel):
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
         pixels = math.prod(to_2tuple(patch_size)) * in_chans
         _check_switches(prediction_order, target, vocab_size, pixels)
-        self.in_chans, self.target, self.random_order = in_chans, target, prediction_order == RANDOM
+        self.in_chans, self.target, self.prediction_order = in_chans, target, prediction_order
         self.patch_size: Pair = to_2tuple(patch_size)
         rows, columns = to_2tuple(cluster_size)
         self.cluster_grid = (rows // self.patch_size[0], columns // self.patch_size[1])
@@ -141,7 +141,7 @@ class ARMPretrain(PretrainingModel):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the cluster order and the decoder's mask, which are computed and never saved."""
-        name = "row" if self.random_order else self.config["prediction_order"]
+        name = "row" if self.prediction_order == RANDOM else self.prediction_order
         self.fill_table("order", cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, name, device="cpu"))
         cluster = torch.arange(len(self.decoder_mask), device="cpu") // self.cluster_tokens
         # query of cluster j + 1 sees the latents of clusters 0..j
@@ -185,7 +185,7 @@ class ARMPretrain(PretrainingModel):
 
         Random orders are functions of each image's seed (B,), int64; without seeds PyTorch's generator draws these.
         """
-        order = self.random_orders(images, seeds) if self.random_order else None
+        order = self.random_orders(images, seeds) if self.prediction_order == RANDOM else None
         prediction = self.forward_decoder(self.forward_encoder(images, order), order)
         exact = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self.target == DVAE_TOKENS:
