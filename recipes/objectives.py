@@ -54,8 +54,8 @@ class TrainingObjective:
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
-    hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
     open: Callable[[Any], Any] = lambda config: open_source(config.data, config.labels_needed)  # the images
+    hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
 
 
 def export_autoregressive(trained: Trained) -> None:

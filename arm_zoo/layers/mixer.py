@@ -15,12 +15,6 @@ from arm_zoo.ops.fused import run_linear
 torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are not known while a model is traced
 
 
-@torch.fx.wrap
-def decay_rates(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in at least float32."""
-    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
-
-
 @register_notrace_module
 class MambaMixer(nn.Module):
     """Mamba token mixer over K = 1, 2 or 4 directions that share projections; all between them is stacked over K."""
@@ -72,6 +66,6 @@ class MambaMixer(nn.Module):
         xz = self.in_proj(x) if torch.jit.is_scripting() else run_linear(self.in_proj, x)
         y = mamba_inner(
             xz, self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias,
-            decay_rates(self.A_log), self.D, order,
+            self.A_log, self.D, order, True,
         )  # fmt: skip
         return self.out_proj(y) if torch.jit.is_scripting() else run_linear(self.out_proj, y)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.layers.init import fill, step_bias
-from arm_zoo.layers.mixer import decay_rates
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.sizes import Device
 from arm_zoo.ops import selective_scan
 from arm_zoo.ops.fused import convolve, layer_norm_of, run_linear
+from arm_zoo.ops.layout import decay_rates
 
 DIRECTIONS = ("row", "column", "row_reversed", "column_reversed")
 

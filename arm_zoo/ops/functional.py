@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from arm_zoo.ops import operators, reference
 from arm_zoo.ops.backends import BACKENDS, resolve_backend
-from arm_zoo.ops.layout import Norm, ScanInputs, is_per_image, project
+from arm_zoo.ops.layout import Norm, ScanInputs, decay_rates, is_per_image, project
 
 _SINGULAR = {"length": "step", "d_state": "state"}
 _Shaped = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
@@ -58,16 +58,18 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend
 def _scan(scan: ScanInputs, z: Tensor | None, backend: str, norm: Norm | None = None) -> Tensor:
     if not BACKENDS[backend].token_order or is_per_image(scan.order):
         scan = scan.in_scan_order()
+    if scan.log_rates:
+        return torch.ops.arm_zoo.selective_scan_log(*scan[:-1], z, backend)
     if backend == "reference":
         y = reference.selective_scan(scan)
     elif norm is not None and BACKENDS[backend].own_kernels and not needs_gradient(*scan[:8], *norm[:2]):
-        y, norm = torch.ops.arm_zoo.selective_scan_norm(*scan, *norm, backend), None
+        y, norm = torch.ops.arm_zoo.selective_scan_norm(*scan[:-1], *norm, backend), None
     else:
         save_states = needs_gradient(*scan[:8])
         # training applies the gate outside, where autograd and the compiler see it
         fits = norm is None and z is not None and z.dtype == scan.u.dtype
         inside = fits and not (save_states or needs_gradient(z))
-        y = torch.ops.arm_zoo.selective_scan(*scan, save_states, z if inside else None, backend)[0]
+        y = torch.ops.arm_zoo.selective_scan(*scan[:-1], save_states, z if inside else None, backend)[0]
         z = None if inside else z
     if norm is not None:
         y = F.layer_norm(y, norm.weight.shape, *norm).to(scan.u.dtype)
@@ -153,11 +155,11 @@ def selective_scan(
 @torch.jit.ignore
 def mamba_inner(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor, A: Tensor, D: Tensor, order: Tensor | None = None,
+    dt_proj_bias: Tensor, A: Tensor, D: Tensor, order: Tensor | None = None, log_rates: bool = False,
 ) -> Tensor:  # fmt: skip
     """Everything between a Mamba mixer's projections in and out: convolution, x_proj, `selective_scan` and gate.
 
-    In training the GPU kernels do it as one operator, which recomputes convolved sequences and whole step sizes.
+    In training our kernels do it as one operator, which recomputes convolved sequences and whole step sizes.
 
     Args:
         xz: (batch, length, 2 * channels) tokens, then their gates, as the projection in makes them.
@@ -167,6 +169,7 @@ def mamba_inner(
         dt_proj_weight: (directions, channels, rank).
         A: (directions, channels, d_state), negative.
         order: as in `causal_conv`.
+        log_rates: A holds log(-A) instead, as models train it; in inference our kernels make rates of it themselves.
 
     Returns:
         (batch, length, channels) in token order and the dtype of xz.
@@ -187,10 +190,14 @@ def mamba_inner(
     }  # fmt: skip
     _check("mamba_inner", "xz", xz, others)
     backend, order = resolve_backend(xz), _table(order)
-    inputs = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
-    if BACKENDS[backend].own_kernels and needs_gradient(*inputs):
-        return torch.ops.arm_zoo.mamba_inner(*inputs, order, backend)[0]
+    weights = (conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias)
+    own_kernels, trains = BACKENDS[backend].own_kernels, needs_gradient(xz, *weights, A, D)
+    if log_rates and (trains or not own_kernels):
+        A, log_rates = decay_rates(A), False
+    if own_kernels and trains:
+        return torch.ops.arm_zoo.mamba_inner(xz, *weights, A, D, order, backend)[0]
     x, z = xz.chunk(2, dim=-1)
     u = _conv(x, conv_weight, conv_bias, order, backend)  # (B, L, D) -> (K, B, L, D)
     delta, B, C = operators.split(project(u, x_proj_weight), rank)
-    return _scan(ScanInputs(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, mean=True), z, backend)
+    scan = ScanInputs(u, delta, A, B, C, D, dt_proj_bias, dt_proj_weight, True, order, mean=True, log_rates=log_rates)
+    return _scan(scan, z, backend)

@@ -19,7 +19,10 @@ class Norm(NamedTuple):
 
 
 class ScanInputs(NamedTuple):
-    """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them; u of three axes is in token order."""
+    """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them; u of three axes is in token order.
+
+    With `log_rates`, A holds the logarithms of -A, which kernels then turn into rates themselves.
+    """
 
     u: Tensor
     delta: Tensor
@@ -32,6 +35,7 @@ class ScanInputs(NamedTuple):
     delta_softplus: bool
     order: Tensor | None
     mean: bool
+    log_rates: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -60,11 +64,21 @@ class ScanInputs(NamedTuple):
         u, delta, B, C = (in_order(s, self.order) for s in (self.u.expand(self.shape), self.delta, self.B, self.C))
         return self._replace(u=u, delta=delta, B=B, C=C)
 
+    def with_rates(self) -> Self:
+        """The same scan with the rates themselves, not their logarithms."""
+        return self._replace(A=decay_rates(self.A), log_rates=False) if self.log_rates else self
+
     def with_whole_steps(self) -> Self:
         """The same scan with its step sizes as large as u."""
         if self.delta_weight is None:
             return self
         return self._replace(delta=project(self.delta, self.delta_weight), delta_weight=None)
+
+
+@torch.fx.wrap
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in at least float32."""
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
 def is_per_image(order: Tensor | None) -> TypeGuard[Tensor]:

@@ -212,6 +212,21 @@ register(
 )
 
 
+def _scan_log(module: ModuleType, *args: Any) -> Tensor:
+    """The gated scan, in inference, of A that holds the logarithms of the rates' amounts."""
+    *inputs, gate = args
+    return module.selective_scan(ScanInputs(*inputs)._replace(log_rates=True), False, gate)[0]
+
+
+register(
+    "selective_scan_log",
+    f"({_SCAN_INPUTS}, Tensor gate, str backend) -> Tensor",
+    _by_backend(_scan_log),
+    fake=lambda u, *others: u.new_empty(u.shape[-3:]),
+    flops=_scan_flops,
+)
+
+
 def split(projected: Tensor, rank: int) -> Tensors:
     """Step sizes of low rank, B and C, which the mixer projects side by side."""
     d_state = (projected.shape[-1] - rank) // 2

@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 from arm_zoo.ops import selective_scan
 from arm_zoo.ops.layout import ScanInputs
 
-_OPERATORS = (torch.ops.arm_zoo.selective_scan, torch.ops.arm_zoo.selective_scan_norm)
+_LOG = torch.ops.arm_zoo.selective_scan_log
+_OPERATORS = (torch.ops.arm_zoo.selective_scan, torch.ops.arm_zoo.selective_scan_norm, _LOG)
 
 
 class ScanRecorder(TorchFunctionMode):
@@ -24,7 +25,8 @@ class ScanRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _OPERATORS:
-            self.last = ScanInputs(*args[: len(ScanInputs._fields)])
+            given = ScanInputs(*args[: len(ScanInputs._fields) - 1])
+            self.last = given._replace(log_rates=func is _LOG).with_rates()
         return func(*args, **(kwargs or {}))
 
 

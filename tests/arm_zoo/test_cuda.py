@@ -49,7 +49,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module = importlib.import_module("arm_zoo.ops.cuda.launch")
     monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    properties = SimpleNamespace(multi_processor_count=0)  # no work is then too little for lanes of four channels
+    monkeypatch.setattr(module, "_WARPS_OF_WIDE_LANES", 0)  # no work is then too little for lanes of four channels
+    properties = SimpleNamespace(multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     module.launches = launches
@@ -80,8 +81,8 @@ def test_kernels_compile(
     weight = torch.empty(4, channels, rank) if rank else None
     order = torch.arange(5).expand(4, -1)
     scan = ScanInputs(u, delta, A, B, C, D, D if biased else None, weight, True, order, not shared)
-    for save_states in (False, True):
-        _, saved = cuda.selective_scan(scan, save_states, None)
+    cuda.selective_scan(scan._replace(A=A.to(dtype), D=D.to(dtype), log_rates=True), False, None)
+    _, saved = cuda.selective_scan(scan, True, None)
     whole = u.expand(scan.shape)
     grads = cuda.selective_scan_backward(whole[0], scan._replace(delta=whole), saved)
     assert [grad.shape for grad in grads[:2]] == [u.shape, scan.shape]
@@ -99,6 +100,52 @@ def test_kernels_compile_for_an_order_of_each_image(dtype: torch.dtype, cuda: Mo
     grads = cuda.selective_scan_backward(u[0], scan, saved)
     assert grads[0].shape == u.shape and len(cuda.launches) == 2
     assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
+
+
+@pytest.mark.parametrize("d_state, rank, lanes, parts", [(16, 48, 2, 8), (16, 64, 1, 4), (1, 0, 1, 32)])
+def test_kernels_of_parts_compile(d_state: int, rank: int, lanes: int, parts: int, cuda: ModuleType) -> None:
+    """What the backward scan's parts leave of the gradients of A, D and delta_bias is added up."""
+    cuda.forward_split, cuda.backward_split = lambda *_: (lanes, parts), lambda *_: 2
+    u, B, C = (torch.empty(2, 3, 20, size, dtype=torch.bfloat16) for size in (70, d_state, d_state))
+    delta, weight = (torch.empty(2, 3, 20, rank, dtype=u.dtype), torch.empty(2, 70, rank)) if rank else (u, None)
+    A, D = torch.empty(2, 70, d_state), torch.empty(2, 70)
+    scan = ScanInputs(u, delta, A, B, C, D, D, weight, True, None, True)
+    _, saved = cuda.selective_scan(scan, True, None)
+    grads = cuda.selective_scan_backward(u[0], scan._replace(delta=u), saved)
+    assert [grad.shape for grad in grads] == [t.shape for t in (u, u, A, B, C, D, D)]
+    assert all(parameters == arguments for parameters, arguments, _ in cuda.launches)
+    assert [block for *_, block in cuda.launches] == [128, 64]
+
+
+@pytest.mark.parametrize(
+    "warps, length, lanes, parts",
+    [
+        (48, 197, 1, 16),  # one image of ARM-B at 224 pixels: 13 chunks of steps
+        (384, 197, 4, 1),  # eight: parts would walk more steps than the GPU gains time
+        (1_536, 197, 1, 1),
+        (12_288, 197, 1, 1),
+        (192, 577, 1, 8),  # four at 384 pixels
+        (384, 4_097, 4, 1),  # eight at 1024
+        (48, 16_385, 1, 32),  # one at 2048
+        (192, 16_385, 1, 8),
+        (1, 16_385, 4, 32),  # the most that a cluster has
+        (1, 16, 4, 1),  # one chunk is not split
+        (1, 64, 4, 4),
+    ],
+)
+def test_parts_of_the_forward_scan(warps: int, length: int, lanes: int, parts: int, cuda: ModuleType) -> None:
+    assert cuda.forward_split(warps, length, 16, 4, 132, 8) == (lanes, parts)
+    assert cuda.forward_split(warps, length, 8, 4, 132, 8)[0] <= 2  # a lane has no fewer than four states
+    assert cuda.forward_split(warps, length, 4, 4, 132, 8)[0] == 1
+    assert cuda.forward_split(warps, length, 16, 4, 108, 1)[1] in (1, 4)  # a block, where there are no clusters
+
+
+@pytest.mark.parametrize(
+    "blocks, length, parts", [(48, 197, 8), (384, 4097, 2), (396, 4097, 2), (397, 4097, 1), (1, 16, 1), (1, 17, 2)]
+)
+def test_parts_of_the_backward_scan(blocks: int, length: int, parts: int, cuda: ModuleType) -> None:
+    assert cuda.backward_split(blocks, length, 16, 132, 8) == parts
+    assert cuda.backward_split(blocks, length, 16, 132, 1) == 1
 
 
 def test_what_is_read_in_pairs_lies_where_pairs_can_be_read(cuda: ModuleType) -> None:

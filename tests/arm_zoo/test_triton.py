@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arm_zoo
 from arm_zoo.layers.block import Block, run_blocks
+from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
@@ -34,9 +35,10 @@ from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_back
 from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_operators
 from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums, check_mixer_norms_inside
 from tests.arm_zoo.test_triton import check_special_values, extreme_error, gate_errors
-from tests.arm_zoo.test_triton import gated_product_error, inner_error, merged_norm_error, worst_error
+from tests.arm_zoo.test_triton import gated_product_error, inference_error, inner_error, merged_norm_error, worst_error
 import arm_zoo
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
+from arm_zoo.ops.triton import merge
 assert arm_zoo.get_scan_backend() == "triton", arm_zoo.get_scan_backend()
 """
 
@@ -92,6 +94,10 @@ assert gated_product_error(2, 3, 72, 64, torch.float16, "cpu") < 1e-3
 """,
     "memory, limits and a model": """
 check_mixer_norms_inside("cpu")
+for most, dtype, limit in ((0, torch.float32, 1e-6), (2**23, torch.float32, 1e-6), (2**23, torch.float16, 1e-3)):
+    merge.FEW = most
+    error = inference_error(dtype, "cpu")
+    assert error < limit, (most, dtype, error)
 results = []
 for bias in (torch.linspace(-2, 1, 10).view(5, 2).t(), torch.linspace(-2, 1, 10).view(5, 2).t().contiguous()):
     inputs = [torch.ones(2, 1, 3, 5), torch.ones(2, 1, 3, 5), -torch.ones(2, 5, 2), torch.ones(2, 1, 3, 2)]
@@ -163,7 +169,7 @@ CASES = [(1, 1, 1, None, 6, 1), (4, 3, 2, 3, 70, 3), (2, 2, 9, 0, 5, 4), (4, 4, 
 
 def worst_error(
     directions: int, height: int, width: int, cls_index: int | None, channels: int, d_state: int,
-    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0, shared: bool = False,
+    dtype: torch.dtype, device: str, kernels: str = "triton", rank: int = 0, shared: bool = False, batch: int = 2,
 ) -> float:  # fmt: skip
     """Largest relative L2 error of outputs and gradients of both operations, against the reference in float64.
 
@@ -172,7 +178,7 @@ def worst_error(
     """
     torch.manual_seed(0)
     order = scan_order(height, width, DIRECTIONS[:directions], cls_index, device=device)
-    batch, length = 2, order.shape[1]
+    length = order.shape[1]
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device)
@@ -238,6 +244,21 @@ def inner_error(
 
     pairs = zip(everything(kernels, None), everything("reference", torch.float64), strict=True)
     return largest(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def inference_error(dtype: torch.dtype, device: str, kernels: str = "triton", channels: int = 20) -> float:
+    """Relative L2 error of a mixer's inference, which takes the logarithms of rates as they are, against float64."""
+    torch.manual_seed(0)
+    mixer = MambaMixer(channels, 4, d_state=4, device=device, dtype=dtype).requires_grad_(False)
+    torch.nn.init.normal_(mixer.A_log)
+    x = torch.randn(2, 7, channels, device=device, dtype=dtype)
+    order = scan_order(3, 2, DIRECTIONS, 3, device=device)
+    with arm_zoo.scan_backend(kernels), Recorder() as recorder:
+        y = mixer(x, order)
+    assert recorder.counts["arm_zoo::selective_scan_log"] == 1, recorder.counts
+    with arm_zoo.scan_backend("reference"):
+        expected = mixer.double()(x.double(), order)
+    return ((y - expected).norm() / expected.norm()).item()
 
 
 def gate_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[float]:
@@ -453,6 +474,17 @@ def check_operators(device: str) -> None:
     torch.library.opcheck(
         torch.ops.arm_zoo.selective_scan.default, gated, test_utils=("test_schema", "test_faketensor")
     )
+    logarithms = (
+        *sequences[:2],
+        torch.randn_like(sequences[2]),
+        *sequences[3:],
+        *arguments,
+        sequences[0][0],
+        "triton",
+    )
+    torch.library.opcheck(
+        torch.ops.arm_zoo.selective_scan_log.default, logarithms, test_utils=("test_schema", "test_faketensor")
+    )
     weight = torch.randn(sequences[0].shape[-1], device=device)
     torch.library.opcheck(
         torch.ops.arm_zoo.selective_scan_norm.default,
@@ -645,6 +677,58 @@ def test_lengths_on_the_gpu(length: int, kernels: str) -> None:
             assert worst_error(directions, 1, length, None, 24, 16, dtype, "cuda", kernels) < limit
 
 
+def split(monkeypatch: pytest.MonkeyPatch, lanes: int, parts: int, parts_backward: int) -> None:
+    """Let the CUDA scans of 16 states share the work so, whatever their shapes and the GPU."""
+    launch = pytest.importorskip("arm_zoo.ops.cuda.launch", reason="no compiler of CUDA in this build of torch")
+    if launch._limits(0)[1] == 1:
+        pytest.skip("blocks that share memory need compute capability 9.0")
+    monkeypatch.setattr(launch, "forward_split", lambda *_: (lanes, parts))
+    monkeypatch.setattr(launch, "backward_split", lambda *_: parts_backward)
+
+
+# lanes that share a pair of channels, parts of the length in the forward scan, and in the backward scan
+SPLITS = [(1, 1, 1), (2, 1, 1), (4, 1, 2), (1, 4, 2), (2, 8, 4), (4, 16, 8), (1, 32, 8)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("length", [1, 2, 63, 197, 577])
+def test_sequences_in_parts(length: int, splits: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, *splits)
+    for directions, batch, channels, rank in ((1, 9, 33, 0), (2, 3, 66, 6), (4, 1, 70, 48)):
+        for dtype, limit in LIMITS.items():
+            case = directions, 1, length, None, channels, 16, dtype, "cuda", "cuda", rank
+            assert worst_error(*case, shared=rank == 6, batch=batch) < limit, case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [SPLITS[3], SPLITS[-1]])
+@pytest.mark.parametrize("length", [3026, 16385])
+def test_long_sequences_in_parts(length: int, splits: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, *splits)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert worst_error(2, 1, length, None, 24, 16, dtype, "cuda", "cuda", 8, batch=1) < LIMITS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d_state, parts", [(1, 4), (1, 32), (2, 8), (4, 16)])
+def test_few_states_in_parts(d_state: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, 1, parts, min(parts, 8))
+    for dtype, limit in LIMITS.items():
+        for rank in (0, 8):
+            case = 4, 14, 14, None, 72, d_state, dtype, "cuda", "cuda", rank
+            assert worst_error(*case, shared=True, batch=1) < limit, case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", SPLITS[3:])
+def test_bits_of_sequences_in_parts_repeat(splits: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, *splits)
+    inputs = [t.bfloat16() for t in scan_inputs()]
+    runs = [outputs_and_gradients([*inputs[:2], inputs[2].float(), *inputs[3:]], "cuda") for _ in range(3)]
+    assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(runs[0], run, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [1, 4, 12, 16, 44, 48, 64, 96, 128, 160])
 def test_step_sizes_of_low_rank(rank: int, kernels: str) -> None:
@@ -667,6 +751,18 @@ def test_step_sizes_of_low_rank_of_one_step(rank: int, kernels: str) -> None:
 def test_everything_between_the_projections(batch: int, directions: int, dtype: torch.dtype, kernels: str) -> None:
     limit = {torch.float32: 2e-5}.get(dtype, 2e-2)  # a product and a rounding more than the scan alone
     assert inner_error(batch, dtype, "cuda", kernels, channels=72, d_state=16, directions=directions) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("few", [0, 2**23])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("kernels", ["triton", "cuda"], indirect=True)
+def test_inference_takes_parameters_as_they_are(
+    few: int, dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arm_zoo.ops.triton.merge.FEW", few)
+    for channels in (20, 64):
+        assert inference_error(dtype, "cuda", kernels, channels) < LIMITS[dtype]
 
 
 @pytest.mark.gpu

@@ -162,7 +162,7 @@ def selective_scan(inputs: ScanInputs, save_states: bool, gate: Tensor | None) -
 def selective_scan_backward(grad: Tensor, inputs: ScanInputs, saved: Tensor) -> Tensors:
     """Gradients of u, whole delta, A, B, C, D, delta_bias; a state's is g_t = C_t grad_t + exp(d_{t+1} A) g_{t+1}."""
     scan = _Scan(inputs, least_steps=CHUNK)
-    u, delta, _, B, C, _, _, _, delta_softplus, order, _ = inputs
+    u, delta, _, B, C, _, _, _, delta_softplus, order, *_ = inputs
     directions, u = len(inputs.A), u.expand(inputs.shape)
     grad_u, grad_delta, grad_B, grad_C = (t.new_empty(t.shape) for t in (u, delta, B, C))
     grad_A, grad_D, grad_bias = torch.zeros_like(scan.A), torch.zeros_like(scan.D), torch.zeros_like(scan.D)

@@ -125,7 +125,7 @@ def selective_scan(
     scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None, norm: Norm | None = None
 ) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
-    scan = scan.with_whole_steps()
+    scan = scan.with_rates().with_whole_steps()
     u, A = scan.u, scan.A
     _, batch, _, channels = scan.shape
     y = u.new_empty(scan.shape[1:]) if kept is None else kept

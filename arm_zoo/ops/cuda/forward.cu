@@ -12,12 +12,23 @@
 // memory, four steps follow each other without a branch, step sizes are in units of ln 2, and where that leaves enough
 // warps a lane takes two pairs of channels.
 //
-// Macros: those of common.cuh; VEC 1 where pairs of channels are aligned (even number of channels and even strides);
-// PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to store the states
-// before every chunk for the backward scan; IMAGES of a block; RANK of the step sizes, 0 if they are whole, and PIECE
-// bytes (4, 8 or 16) that their rows are copied in.
+// Few sequences leave most of the GPU idle. LANES lanes then share a pair of channels, each with its part of the states
+// (step sizes of low rank are made ready once for all of them), and PARTS warps share a sequence, each with its part of
+// the chunks: all but the last first scan theirs from states of zero, without outputs. States decay by exp(A times the
+// sum of a part's step sizes) from one part to the next, which gives the states before every part; from them all scan
+// their parts.
+//
+// Macros: those of common.cuh; TO_TOKENS 1 where the rows of y are tokens, also if others are steps; LANES, 1 unless
+// every lane then still has a quad of states; VEC 1 where pairs of channels are aligned (even number of channels and
+// even strides); PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to
+// store the states before every chunk for the backward scan; TEAM, the warps of a block: each has its image, or its
+// part of the same one; RANK of the step sizes, 0 if they are whole, and PIECE bytes (4, 8 or 16) that their rows are
+// copied in.
 
-#define WIDE (64 * PAIRS)  // channels of a warp
+#define WIDE (64 * PAIRS / LANES)      // channels of a warp
+#define OWN (S / LANES)                // states of a lane
+#define READY (RANK && LANES > 1)      // softplus is taken once a chunk, for all lanes that share a pair of channels
+#define AHEAD (LANES > 1)              // B and C of the next chunk are in flight too: few warps hide little waiting
 // steps whose inputs are in flight, and warps of a multiprocessor: as many as registers allow
 #define GROUP (S >= 4 ? 4 : S == 2 && DTYPE == 0 ? 8 : CHUNK)
 #define WARPS (S > 1 ? 16 : DTYPE == 0 ? 12 : PAIRS == 2 || RANK == 0 ? 20 : RANK > 32 ? 24 : 32)
@@ -94,13 +105,41 @@ __device__ __forceinline__ void store_pairs(T *row, int d, bool ok0, bool ok1, c
     if (ok0) *(Pairs *)(row + d) = p;
 #endif
 }
-__device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) {
+template <class X> struct alignas(2 * sizeof(X)) Two {
+    X x, y;
+};
+template <class X> __device__ __forceinline__ float2 load_float2(const X *row, int d0, int d1) {
 #if VEC
-    return *(const float2 *)(row + d0);
+    const Two<X> both = *(const Two<X> *)(row + d0);
+    return make_float2(to_float(both.x), to_float(both.y));
 #else
-    return make_float2(row[d0], row[d1]);
+    return make_float2(to_float(row[d0]), to_float(row[d1]));
 #endif
 }
+
+// the step size that a stored number and the offset say; of a single state it and the offset are in units of ln 2
+__device__ __forceinline__ float size_of(float raw, float offset) {
+    const float x = S == 1 ? fmaf(raw, LOG2E, offset) : raw + offset;
+#if SOFTPLUS
+    float unused;
+    return softplus<S == 1>(x, unused);
+#else
+    return x;
+#endif
+}
+__device__ __forceinline__ float2 sizes_of(Pair p, float2 offset) {
+    const float2 raw = unpack(p);
+    return make_float2(size_of(raw.x, offset.x), size_of(raw.y, offset.y));
+}
+#if READY
+typedef float2 Sizes;  // of a pair of channels, at a step
+__device__ __forceinline__ Sizes kept(Pair p, float2 offset) { return sizes_of(p, offset); }
+__device__ __forceinline__ float2 made(Sizes sizes, float2) { return sizes; }
+#else
+typedef Pair Sizes;  // as they are in memory
+__device__ __forceinline__ Sizes kept(Pair p, float2) { return p; }
+__device__ __forceinline__ float2 made(Sizes sizes, float2 offset) { return sizes_of(sizes, offset); }
+#endif
 
 #if RANK
 #if DTYPE == 1
@@ -109,13 +148,7 @@ __device__ __forceinline__ float2 load_float2(const float *row, int d0, int d1) 
 #define HALF "f16"
 #endif
 #define WIDTH ((RANK + 15) / 16 * 16 + 8)  // of rows in shared memory: whole tiles, and no bank conflicts
-#define SIZES (32 * PAIRS + 4)             // pairs of a row, likewise
-struct Shared {
-    T weight[WIDE][WIDTH];
-    T rows[IMAGES][2][CHUNK][WIDTH];  // step sizes of this chunk and the next
-    Pair sizes[IMAGES][CHUNK][SIZES];
-};
-
+#define SIZES (WIDE / 2 + 4)               // pairs of a row, likewise
 __device__ __forceinline__ void copy_async(T *shared, const T *from) {
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(PIECE) : "memory");
@@ -145,8 +178,9 @@ __device__ __forceinline__ void multiply(float4 &c, const unsigned *a, unsigned 
         : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// (CHUNK, RANK) x (RANK, WIDE) -> pairs of channels
-__device__ __forceinline__ void project(Pair (*sizes)[SIZES], const T (*rows)[WIDTH], const T (*weight)[WIDTH], int lane) {
+// (CHUNK, RANK) x (RANK, WIDE) -> pairs of channels; the offsets are of the lane's pairs in the product
+__device__ __forceinline__ void project(
+    Sizes (*sizes)[SIZES], const T (*rows)[WIDTH], const T (*weight)[WIDTH], const float2 *offsets, int lane) {
     const int row = lane / 4, column = lane % 4;
     unsigned a[WIDTH / 16][4];
 #pragma unroll
@@ -158,27 +192,16 @@ __device__ __forceinline__ void project(Pair (*sizes)[SIZES], const T (*rows)[WI
         a[k][3] = two(&rows[row + 8][at + 8]);
     }
 #pragma unroll
-    for (int n = 0; n < 8 * PAIRS; ++n) {
+    for (int n = 0; n < WIDE / 8; ++n) {
         float4 c = make_float4(0.f, 0.f, 0.f, 0.f);
         const T *of_channel = weight[8 * n + row] + 2 * column;
 #pragma unroll
         for (int k = 0; k < WIDTH / 16; ++k) multiply(c, a[k], two(of_channel + 16 * k), two(of_channel + 16 * k + 8));
-        sizes[row][4 * n + column] = pack(c.x, c.y);
-        sizes[row + 8][4 * n + column] = pack(c.z, c.w);
+        sizes[row][4 * n + column] = kept(pack(c.x, c.y), offsets[n]);
+        sizes[row + 8][4 * n + column] = kept(pack(c.z, c.w), offsets[n]);
     }
 }
 #endif
-
-// the step size that a stored number and the offset say; of a single state it and the offset are in units of ln 2
-__device__ __forceinline__ float size_of(float raw, float offset) {
-    const float x = S == 1 ? fmaf(raw, LOG2E, offset) : raw + offset;
-#if SOFTPLUS
-    float unused;
-    return softplus<S == 1>(x, unused);
-#else
-    return x;
-#endif
-}
 
 #if S == 1
 struct __align__(16) Step {
@@ -187,37 +210,67 @@ struct __align__(16) Step {
 };
 #endif
 
-extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_forward(
-    const T *__restrict__ u, const T *__restrict__ delta, const float *__restrict__ A, const T *__restrict__ B,
-    const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias,
+struct Chunk {
+#if S == 1
+    Step steps[CHUNK];
+#else
+    __align__(16) float BC[CHUNK][2 * S];
+#endif
+#if RANK
+    __align__(16) T rows[2][CHUNK][WIDTH];  // step sizes of this chunk and the next
+    Sizes sizes[CHUNK][SIZES];
+#endif
+};
+union OfWarp {
+    Chunk chunk;
+#if PARTS > 1
+    End<WIDE> end;
+#endif
+};
+struct Shared {
+    OfWarp of_warp[TEAM];
+#if RANK
+    __align__(16) T weight[WIDE][WIDTH];
+#endif
+};
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) scan_forward(
+    const T *__restrict__ u, const T *__restrict__ delta, const TypeOfA *__restrict__ A, const T *__restrict__ B,
+    const T *__restrict__ C, const TypeOfD *__restrict__ D, const TypeOfBias *__restrict__ bias,
     const T *__restrict__ weight, const i64 *__restrict__ order, T *__restrict__ y, T *__restrict__ states,
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __shared__ Shared sh;
+    // of parts the compiler is to know that the lanes of a warp have the same one
+    const int warp = PARTS > 1 ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) : threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int channel = lane % (32 / LANES) * 2 * PAIRS, first_state = lane / (32 / LANES) * OWN;  // of the block's
+    Chunk &of_chunk = sh.of_warp[warp].chunk;
 #if S == 1
-    __shared__ Step all_steps[IMAGES][CHUNK];
-    Step *steps = all_steps[warp];
+    Step *steps = of_chunk.steps;
 #else
-    __shared__ __align__(16) float all_BC[IMAGES][CHUNK][2 * S];
-    float(*BC)[2 * S] = all_BC[warp];
+    float(*BC)[2 * S] = of_chunk.BC;
 #endif
     constexpr int BLOCKS = (CHANNELS + WIDE - 1) / WIDE;
-    const int block = blockIdx.x % BLOCKS, rest = blockIdx.x / BLOCKS;
+    const int block = blockIdx.x / CLUSTER % BLOCKS, rest = blockIdx.x / CLUSTER / BLOCKS;
     const int k = rest % directions;  // the directions of an image follow each other
-    const int b = rest / directions * IMAGES + warp;
+#if PARTS > 1
+    const int b = rest / directions, part = blockIdx.x % CLUSTER * TEAM + warp;
+#else
+    const int b = rest / directions * TEAM + warp, part = 0;
+#endif
 #if RANK
-    __shared__ __align__(16) Shared sh;
-    for (int c = warp; c < WIDE; c += IMAGES) {
+    for (int c = warp; c < WIDE; c += TEAM) {
         const T *row = weight + ((i64)k * CHANNELS + min(block * WIDE + c, CHANNELS - 1)) * RANK;
         for (int r = 2 * lane; r < WIDTH; r += 64) *(Pair *)&sh.weight[c][r] = r < RANK ? two(row + r) : 0;
     }
-    for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)sh.rows[warp])[i] = 0;  // past the rank
     __syncthreads();
 #endif
     if (b >= batch) return;
     const i64 sequence = (i64)k * batch + b;
-    const int d = block * WIDE + 2 * PAIRS * lane;
-    const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS;
+    const int chunks = (length + CHUNK - 1) / CHUNK;
+    const int begin = first_chunk(part, chunks) * CHUNK, end = min(first_chunk(part + 1, chunks) * CHUNK, length);
+    const int d = block * WIDE + channel;
+    const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS, writes = first_state == 0;  // the lanes' sum
 #if VEC
     const int d0 = ok0 ? d : 0, d1 = d0 + 1;
 #else
@@ -234,34 +287,47 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_f
     const T *row_BC = row < S ? B + k * B_k + b * B_b + row : C + k * C_k + b * C_b + (row - S);
     const int time_BC = row < S ? B_t : C_t;
     y += sequence * length * CHANNELS;
-    states += sequence * ((length + CHUNK - 1) / CHUNK) * S * CHANNELS;
+    states += (sequence * chunks + begin / CHUNK) * S * CHANNELS + first_state * CHANNELS;
 
-    float2 rate[PAIRS][S], h[PAIRS][S], skip[PAIRS], offset[PAIRS];
+    A += (i64)k * CHANNELS * S;
+    constexpr float SCALE = S == 1 ? 1.f : LOG2E;  // of rates
+    float2 rate[PAIRS][OWN], h[PAIRS][OWN], skip[PAIRS], total[PAIRS];
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
+        float rates[2][OWN];
+        load_rates<OWN>(A, d0 + 2 * p, first_state, SCALE, rates[0]);
+        load_rates<OWN>(A, d1 + 2 * p, first_state, SCALE, rates[1]);
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            rate[p][s] = load_float2(A + ((i64)k * S + s) * CHANNELS, d0 + 2 * p, d1 + 2 * p);
-            rate[p][s].x *= S == 1 ? 1.f : LOG2E;
-            rate[p][s].y *= S == 1 ? 1.f : LOG2E;
+        for (int s = 0; s < OWN; ++s) {
+            rate[p][s] = make_float2(rates[0][s], rates[1][s]);
             h[p][s] = make_float2(0.f, 0.f);
         }
-        skip[p] = load_float2(D + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p);
-        offset[p] = make_float2(0.f, 0.f);
+        skip[p] = first_state == 0 ? load_float2(D + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p) : make_float2(0.f, 0.f);
+        total[p] = make_float2(0.f, 0.f);
+    }
+    // of the pairs whose sizes the lane makes: its own, or those that a product of tensor cores leaves it
+    constexpr int OFFSETS = READY ? WIDE / 8 : PAIRS;
+    float2 offsets[OFFSETS];
+#pragma unroll
+    for (int i = 0; i < OFFSETS; ++i) {
+        offsets[i] = make_float2(0.f, 0.f);
 #if HAS_BIAS
-        offset[p] = load_float2(bias + (i64)k * CHANNELS, d0 + 2 * p, d1 + 2 * p);
-        offset[p].x *= S == 1 ? LOG2E : 1.f;
-        offset[p].y *= S == 1 ? LOG2E : 1.f;
+        const int c = READY ? block * WIDE + 8 * i + lane % 4 * 2 : d + 2 * i;
+        offsets[i] = load_float2(bias + (i64)k * CHANNELS, c < CHANNELS ? c : 0, c + 1 < CHANNELS ? c + 1 : 0);
+        offsets[i].x *= S == 1 ? LOG2E : 1.f;
+        offsets[i].y *= S == 1 ? LOG2E : 1.f;
 #endif
     }
-    // y of pair p at a step, the states after it in place of those before it
-    const auto advance = [&](int p, Pair raw_u, Pair raw_delta, const float *BC_t) {
-        const float2 x = unpack(raw_u), raw_size = unpack(raw_delta);
-        const float2 size = make_float2(size_of(raw_size.x, offset[p].x), size_of(raw_size.y, offset[p].y));
+    // of pair p at a step, from this lane's states: y, and the states after it in place of those before it
+    const auto advance = [&](int p, Pair raw_u, Sizes sizes, const float *BC_t) {
+        BC_t += first_state;
+        const float2 x = unpack(raw_u), size = made(sizes, offsets[READY ? 0 : p]);
         const float2 input = make_float2(size.x * x.x, size.y * x.y);
+        total[p].x += size.x;
+        total[p].y += size.y;
         float2 sum = make_float2(skip[p].x * x.x, skip[p].y * x.y);
 #pragma unroll
-        for (int quad = 0; quad < S; quad += QUAD) {
+        for (int quad = 0; quad < OWN; quad += QUAD) {
             const Quad Bs = *(const Quad *)&BC_t[quad], Cs = *(const Quad *)&BC_t[S + quad];
 #pragma unroll
             for (int i = 0; i < QUAD; ++i) {
@@ -272,114 +338,161 @@ extern "C" __global__ void __launch_bounds__(32 * IMAGES, WARPS / IMAGES) scan_f
                 sum.y = fmaf(h[p][s].y, Cs.at[i], sum.y);
             }
         }
-        return pack(sum.x, sum.y);
+        return sum;
     };
-    // of this chunk and of the next one, which is asked for two chunks ahead
-    int token = token_at(order, k, lane % CHUNK, length), next_token = token_at(order, k, CHUNK + lane % CHUNK, length);
-    Pairs next_u[GROUP];
+    // the part's steps; a scan that is not whole leaves states alone
+    const auto walk = [&](bool whole) __attribute__((always_inline)) {
+        // of this chunk and of the next one, which is asked for two chunks ahead
+        int token = token_at(order, k, begin + lane % CHUNK, length);
+        int next_token = token_at(order, k, begin + CHUNK + lane % CHUNK, length);
+        Pairs next_u[GROUP];
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j) next_u[j] = load_pairs(u + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+        for (int j = 0; j < GROUP; ++j)
+            next_u[j] = load_pairs(u + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
 #if RANK
-    fetch(sh.rows[warp][0], delta + (i64)row_of(min(lane / 2, length - 1), token) * delta_t, lane);
+        T(*rows)[CHUNK][WIDTH] = of_chunk.rows;  // even chunks of a part, odd chunks
+        Sizes(*sizes)[SIZES] = of_chunk.sizes;
+        for (int i = lane; RANK % 16 && i < CHUNK * WIDTH; i += 32) ((Pair *)rows)[i] = 0;  // past the rank
+        __syncwarp();
+        fetch(rows[0], delta + (i64)row_of(min(begin + lane / 2, length - 1), token) * delta_t, lane);
 #else
-    Pairs next_delta[GROUP];
+        Pairs next_delta[GROUP];
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j)
-        next_delta[j] = load_pairs(delta + row_of(min(j, length - 1), token) * CHANNELS, d0, d1);
+        for (int j = 0; j < GROUP; ++j)
+            next_delta[j] = load_pairs(delta + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
 #endif
 #if S == 1
-    T next_BC = row_BC[token * time_BC];
-    u += d0;
-    y += d;
-    HOLD(u);
-    HOLD(y);
+        T next_BC = row_BC[token * time_BC];
+        const T *in = u + d0;
+        T *out = y + d;
+        HOLD(in);
+        HOLD(out);
 #if !RANK
-    delta += d0;
-    HOLD(delta);
+        const T *delta_in = delta + d0;
+        HOLD(delta_in);
 #endif
+#else
+        T raw_BC[CHUNK / STEPS_BC];
+        const auto load_BC = [&](int start, int token) {
+#pragma unroll
+            for (int j = 0; j < CHUNK / STEPS_BC; ++j) {
+                const int t = row_of(min(start + j * STEPS_BC + first_BC, length - 1), token);
+                raw_BC[j] = row_BC[t * time_BC];
+            }
+        };
+        if (AHEAD) load_BC(begin, token);
 #endif
 #pragma unroll 1
-    for (int start = 0; start < length; start += CHUNK) {
-        const int later_token = token_at(order, k, start + 2 * CHUNK + lane % CHUNK, length);
+        for (int start = begin; start < end; start += CHUNK) {
+            const int later_token = token_at(order, k, start + 2 * CHUNK + lane % CHUNK, length);
 #if SAVE
+            if (whole) {
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            Pairs before;
+                for (int s = 0; s < OWN; ++s) {
+                    Pairs before;
 #pragma unroll
-            for (int p = 0; p < PAIRS; ++p) before.at[p] = pack_states(h[p][s].x, h[p][s].y);
-            store_pairs(states + s * CHANNELS, d, ok0, ok1, before);
-        }
-        states += (i64)S * CHANNELS;
+                    for (int p = 0; p < PAIRS; ++p) before.at[p] = pack_states(h[p][s].x, h[p][s].y);
+                    store_pairs(states + s * CHANNELS, d, ok0, ok1, before);
+                }
+                states += (i64)S * CHANNELS;
+            }
 #endif
-        __syncwarp();
+            __syncwarp();
 #if RANK
-        arrived();
-        const int now = start / CHUNK % 2;
-        if (start + CHUNK < length) {
-            const int step = min(start + CHUNK + lane / 2, length - 1);
-            fetch(sh.rows[warp][1 - now], delta + (i64)row_of(step, next_token) * delta_t, lane);
-        }
-        project(sh.sizes[warp], sh.rows[warp][now], sh.weight, lane);
+            arrived();
+            const int now = (start - begin) / CHUNK % 2;
+            if (start + CHUNK < end) {
+                const int step = min(start + CHUNK + lane / 2, length - 1);
+                fetch(rows[1 - now], delta + (i64)row_of(step, next_token) * delta_t, lane);
+            }
+            project(sizes, rows[now], sh.weight, offsets, lane);
 #endif
 #if S == 1
-        steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
-        steps[lane % CHUNK].row[row] = (row == 0 ? token : next_token) * CHANNELS;
-        next_BC = row_BC[next_token * time_BC];
-        __syncwarp();
-        const int left = length - start;
+            steps[lane % CHUNK].BC[row] = to_float(next_BC) * (row == 0 ? LN2 : 1.f);
+            steps[lane % CHUNK].row[row] = (row == 0 ? token : next_token) * CHANNELS;
+            next_BC = row_BC[next_token * time_BC];
+            __syncwarp();
+            const int left = length - start;
 #pragma unroll
-        for (int j = 0; j < CHUNK; ++j) {
-            if (j % 4 == 0 && j >= left) break;  // up to three steps too many do no harm
-            const Step step = steps[j];
+            for (int j = 0; j < CHUNK; ++j) {
+                if (j % 4 == 0 && j >= left) break;  // up to three steps too many do no harm
+                const Step step = steps[j];
 #if RANK
-            const Pairs sizes = *(const Pairs *)&sh.sizes[warp][j][PAIRS * lane];
+                const Pairs raw_delta = *(const Pairs *)&sizes[j][PAIRS * lane];
 #else
-            const Pairs sizes = next_delta[j];
-            next_delta[j] = load_pairs(delta + step.row[1], 0, d1 - d0);
+                const Pairs raw_delta = next_delta[j];
+                next_delta[j] = load_pairs(delta_in + step.row[1], 0, d1 - d0);
 #endif
-            Pairs out;
+                Pairs results;
 #pragma unroll
-            for (int p = 0; p < PAIRS; ++p) out.at[p] = advance(p, next_u[j].at[p], sizes.at[p], step.BC);
-            next_u[j] = load_pairs(u + step.row[1], 0, d1 - d0);
-            if (j < left) store_pairs(y + step.row[0], 0, ok0, ok1, out);
-        }
+                for (int p = 0; p < PAIRS; ++p) {
+                    const float2 sum = advance(p, next_u[j].at[p], raw_delta.at[p], step.BC);
+                    results.at[p] = pack(sum.x, sum.y);
+                }
+                next_u[j] = load_pairs(in + step.row[1], 0, d1 - d0);
+                if (whole && j < left) store_pairs(out + step.row[0], 0, ok0, ok1, results);
+            }
 #else
+            if (!AHEAD) load_BC(start, token);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j += STEPS_BC) {
-            const int t = row_of(min(start + j + first_BC, length - 1), token);
-            BC[j + first_BC][row] = to_float(row_BC[t * time_BC]);
-        }
-        __syncwarp();
+            for (int j = 0; j < CHUNK / STEPS_BC; ++j) BC[j * STEPS_BC + first_BC][row] = to_float(raw_BC[j]);
+            if (AHEAD) load_BC(start + CHUNK, next_token);
+            __syncwarp();
 #pragma unroll 1
-        for (int first = start; first < min(start + CHUNK, length); first += GROUP) {
-            Pair raw_u[GROUP], raw_delta[GROUP];
+            for (int first = start; first < min(start + CHUNK, end); first += GROUP) {
+                Pair raw_u[GROUP];
+                Sizes of_steps[GROUP];
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                raw_u[j] = next_u[j].at[0];
+                for (int j = 0; j < GROUP; ++j) {
+                    raw_u[j] = next_u[j].at[0];
 #if RANK
-                raw_delta[j] = sh.sizes[warp][first - start + j][lane];
+                    of_steps[j] = sizes[first - start + j][channel / 2];
 #else
-                raw_delta[j] = next_delta[j].at[0];
+                    of_steps[j] = next_delta[j].at[0];
 #endif
-            }
+                }
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                const int step = min(first + GROUP + j, length - 1);
-                const int t = row_of(step, step < start + CHUNK ? token : next_token);
-                next_u[j] = load_pairs(u + t * CHANNELS, d0, d1);
+                for (int j = 0; j < GROUP; ++j) {
+                    const int step = min(first + GROUP + j, length - 1);
+                    const int t = row_of(step, step < start + CHUNK ? token : next_token);
+                    next_u[j] = load_pairs(u + t * CHANNELS, d0, d1);
 #if !RANK
-                next_delta[j] = load_pairs(delta + t * CHANNELS, d0, d1);
+                    next_delta[j] = load_pairs(delta + t * CHANNELS, d0, d1);
 #endif
-            }
+                }
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                if (first + j >= length) break;
-                const Pair out = advance(0, raw_u[j], raw_delta[j], BC[first - start + j]);
-                store_pair(y + row_of(first + j, token) * CHANNELS, d, ok0, ok1, out);
+                for (int j = 0; j < GROUP; ++j) {
+                    if (!AHEAD && first + j >= length) break;
+                    float2 sum = advance(0, raw_u[j], of_steps[j], BC[first - start + j]);
+                    if (whole) {
+#pragma unroll
+                        for (int i = 32 / LANES; i < 32; i *= 2) {
+                            sum.x += __shfl_xor_sync(0xffffffffu, sum.x, i);
+                            sum.y += __shfl_xor_sync(0xffffffffu, sum.y, i);
+                        }
+                        const bool here = writes && (!AHEAD || first + j < length);
+                        const int t = row_of<TOKENS || TO_TOKENS>(first + j, token);
+                        store_pair(y + t * CHANNELS, d, ok0 && here, ok1 && here, pack(sum.x, sum.y));
+                    }
+                }
             }
-        }
 #endif
-        token = next_token;
-        next_token = later_token;
-    }
+            token = next_token;
+            next_token = later_token;
+        }
+    };
+#if PARTS > 1
+    if (part < PARTS - 1) walk(false);
+    __syncwarp();
+    End<WIDE> &own = sh.of_warp[warp].end;
+#pragma unroll
+    for (int s = 0; s < OWN; ++s) *(float2 *)&own.state[first_state + s][channel] = h[0][s];
+    if (first_state == 0) *(float2 *)&own.size[channel] = total[0];
+    const auto end_of = [&](int part) { return in_block(&sh.of_warp[part % TEAM].end, part / TEAM); };
+    combine<32 * TEAM, WIDE>(end_of, A, block * WIDE, SCALE);
+#pragma unroll
+    for (int s = 0; s < OWN; ++s) h[0][s] = *(float2 *)&own.state[first_state + s][channel];
+    __syncwarp();
+#endif
+    walk(true);
 }

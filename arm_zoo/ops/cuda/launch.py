@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, aligned, empty_
 from arm_zoo.ops.triton import causal_conv, causal_conv_backward, gate_backward
 from arm_zoo.ops.triton import scan as triton_scan
 from arm_zoo.ops.triton.common import check_length, order_step
-from arm_zoo.ops.triton.merge import merge, sequences_for
+from arm_zoo.ops.triton.merge import merge, sequences_for, stores_by_token
 
 __all__ = ["causal_conv", "causal_conv_backward", "gate_backward", "selective_scan", "selective_scan_backward"]
 
@@ -21,6 +22,10 @@ _SOURCES = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a block: one warp in the forward scan (or twice as many), two in the backward scan
 _WARPS_OF_WIDE_LANES = 12  # a multiprocessor: fewer would wait for each other's memory
+_SCHEDULERS = 4  # of a multiprocessor: each issues the instructions of its warps
+# of lanes that share a pair of channels: nanoseconds of a warp's step alone on a scheduler, and among many (one H200)
+_STEP = {1: (346, 201), 2: (265, 140), 4: (175, 83)}
+_PARTS_OF_A_BLOCK = 4  # of a sequence whose step sizes are whole; else as many as there would be images
 _STATES = (1, 2, 4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
 _STRIDES = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)  # of directions, images and steps
 
@@ -52,6 +57,41 @@ def _kernel(device: int, pass_name: str, **macros: int) -> Any:
     return Program(code, "c++", options).compile("cubin").get_kernel(f"scan_{pass_name}")
 
 
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    """The GPU's multiprocessors, and the blocks of a cluster, which came with compute capability 9.0."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_properties(device).multi_processor_count, 8 if major >= 9 else 1
+
+
+def forward_split(warps: int, length: int, d_state: int, team: int, processors: int, cluster: int) -> tuple[int, int]:
+    """How the forward scan fills a GPU: lanes that share a pair of channels, and parts of the length.
+
+    There are so many warps without either; a part is a warp, of which a block has `team`, and a sequence up to
+    `cluster` blocks. A model says which takes the least time: the chunks that a warp walks, times what a step takes
+    alone, or what the steps of all warps of a scheduler take to issue their instructions, if that is more.
+    """
+    chunks = -(-length // CHUNK)
+
+    def time(split: tuple[int, int]) -> float:
+        lanes, parts = split
+        alone, among_many = _STEP[lanes]
+        # parts walk twice, the first time without outputs; to start and to meet takes them another chunk
+        walked = chunks if parts == 1 else 1.8 * -(-chunks // parts) + 1
+        return walked * max(alone, among_many * -(-warps * lanes * parts // (_SCHEDULERS * processors)))
+
+    all_lanes = [lanes for lanes in _STEP if 4 * lanes <= max(d_state, 4)]  # each has a quad of states
+    all_parts = [1, *(parts for parts in (4, 8, 16, 32) if team <= parts <= team * cluster)]
+    return min(itertools.product(all_lanes, all_parts), key=time)
+
+
+def backward_split(blocks: int, length: int, d_state: int, processors: int, cluster: int) -> int:
+    """Parts of the length, each a block, in the backward scan; there are so many blocks without."""
+    resident = (12 if d_state == 1 else 6) * processors
+    most = min(cluster, -(-length // CHUNK), resident // blocks)
+    return max((parts for parts in (2, 4, 8) if parts <= most), default=1)
+
+
 def _fits(scan: ScanInputs, *others: Tensor) -> bool:
     """Whether the CUDA kernels take these: some numbers of states, and one type."""
     sequences = (scan.delta, scan.B, scan.C, *others)
@@ -71,7 +111,7 @@ def _pairs_of_lanes(scan: ScanInputs, rank: int) -> int:
     fits = scan.A.shape[-1] == 1 and 0 < rank <= 48 and _are_aligned(4, channels, scan.u)  # 48 KB of shared memory
     if not fits:
         return 1
-    processors = torch.cuda.get_device_properties(scan.u.device).multi_processor_count
+    processors, _ = _limits(scan.u.device.index)
     return 2 if directions * batch * channels >= 2 * _CHANNELS * _WARPS_OF_WIDE_LANES * processors else 1
 
 
@@ -88,8 +128,13 @@ def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dic
     piece = next((piece for piece in (16, 8, 4) if not any(number % piece for number in numbers)), 0)
     fits = dtype != torch.float32 and delta.dtype == dtype and delta.stride(-1) == 1 and rank <= 128
     if weight is None or not fits or not piece:
-        return {"RANK": 0, "IMAGES": 1}
-    return {"RANK": rank, "PIECE": piece, "IMAGES": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
+        return {"RANK": 0, "TEAM": 1}
+    return {"RANK": rank, "PIECE": piece, "TEAM": 4 if rank <= 64 else 2}  # what fits 48 KB of shared memory
+
+
+def _parameter(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor itself, or a copy, as the kernels read it: in the sequences' type or float32."""
+    return None if tensor is None else aligned(tensor if tensor.dtype == dtype else tensor.float())
 
 
 def _launch(
@@ -104,14 +149,14 @@ def _launch(
     macros |= {"PER_IMAGE": int(order_step(scan.order) > 0)}
     macros |= {"DTYPE": _DTYPES[u.dtype], "S": A.shape[-1], "CHUNK": CHUNK, "CHANNELS": channels}
     macros |= {"HAS_BIAS": int(delta_bias is not None), "SOFTPLUS": int(scan.delta_softplus)}
-    kernel = _kernel(u.device.index, pass_name, **macros)
-    rates, skip = aligned(A.float().transpose(1, 2)), aligned(D.float())
-    bias = None if delta_bias is None else aligned(delta_bias.float())
-    tensors = (u, delta, rates, B, C, skip, bias, *others)
+    parameters = {name: _parameter(t, u.dtype) for name, t in (("A", A), ("D", D), ("BIAS", delta_bias))}
+    macros |= {f"{name}_IS_T": int(t is not None and t.dtype == u.dtype) for name, t in parameters.items()}
+    kernel = _kernel(u.device.index, pass_name, LOG_RATES=int(scan.log_rates), **macros)
+    tensors = (u, delta, parameters["A"], B, C, parameters["D"], parameters["BIAS"], *others)
     Device(u.device.index).set_current()  # autograd's threads begin without one
     launch(
         _stream(u.device.index, torch.cuda.current_stream(u.device).cuda_stream),
-        _config(grid=-(-channels // width) * directions * -(-batch // images), block=threads),
+        _config(grid=-(-channels // width) * directions * -(-batch // images) * macros["CLUSTER"], block=threads),
         kernel,
         *(ctypes.c_int64(0 if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *(ctypes.c_int32(size) for size in (directions, batch, length)),
@@ -124,7 +169,7 @@ def selective_scan(
     scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None, norm: Norm | None = None
 ) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
-    length, channels = scan.shape[2:]
+    directions, batch, length, channels = scan.shape
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
     if not projection["RANK"]:
         scan = scan.with_whole_steps()
@@ -138,12 +183,19 @@ def selective_scan(
     scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
     in_pairs = _are_aligned(2, channels, u, *([] if projection["RANK"] else [delta]))
     pairs = _pairs_of_lanes(scan, projection["RANK"])
-    projection |= {"VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
-    others = weight, scan.rows, y, states
-    steps = scan._replace(order=scan.rows)  # the kernel asks it for rows alone
-    images = projection["IMAGES"]
-    _launch("forward", steps, others, images, _CHANNELS * pairs, 32 * images, **projection)
-    return merge(y, scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
+    warps = directions * batch * -(-channels // (_CHANNELS * pairs))
+    team = projection["TEAM"] if projection["RANK"] else _PARTS_OF_A_BLOCK
+    lanes, parts = forward_split(warps, length, scan.A.shape[-1], team, *_limits(u.device.index))
+    team = team if parts > 1 else projection["TEAM"]
+    to_tokens = scan.A.shape[-1] > 1 and stores_by_token(scan)  # of one state the rows of y are always those of u
+    projection |= {"TO_TOKENS": int(to_tokens), "VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
+    projection |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
+    order = scan.order if to_tokens else scan.rows  # that the kernel asks
+    others = weight, order, y, states
+    images = team if parts == 1 else 1
+    steps = scan._replace(order=order)
+    _launch("forward", steps, others, images, _CHANNELS * pairs // lanes, 32 * team, **projection)
+    return merge(y, None if to_tokens else scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
@@ -151,7 +203,10 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     if not _fits(scan, grad):
         return triton_scan.selective_scan_backward(grad, scan, saved)
     scan = scan._replace(u=_rows(scan.u), delta=_rows(scan.delta), B=inner(scan.B), C=inner(scan.C))
-    gradients = triton_scan.empty_gradients(scan, -(-scan.u.shape[-1] // _CHANNELS))
+    directions, batch, length, channels = scan.shape
+    blocks = -(-channels // _CHANNELS)
+    parts = backward_split(directions * batch * blocks, length, scan.A.shape[-1], *_limits(scan.u.device.index))
+    gradients = triton_scan.empty_gradients(scan, blocks, parts)
     others = grad.contiguous(), scan.order, saved, *gradients
-    _launch("backward", scan, others, 1, _CHANNELS, _CHANNELS, MEAN=int(scan.mean))
+    _launch("backward", scan, others, 1, _CHANNELS, _CHANNELS, MEAN=int(scan.mean), PARTS=parts, CLUSTER=parts)
     return triton_scan.sum_up(scan, gradients)

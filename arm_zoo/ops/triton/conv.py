@@ -6,8 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from arm_zoo.ops.layout import Tensors, inner
-from arm_zoo.ops.triton.common import BLOCK_CHANNELS, check_length, check_number, order_step, sigmoid
+from arm_zoo.ops.triton.common import BLOCK_CHANNELS, check_length, check_number, order_step, processors, sigmoid
 from arm_zoo.ops.triton.merge import merge
+
+_GROUP = 8  # steps whose tokens the forward pass asks for at once
+_WARPS = 32  # of a multiprocessor, which hide each other's waiting
 
 
 @triton.jit
@@ -138,12 +141,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -
     check_number(directions, batch)
     x = inner(x)
     out = x.new_empty(directions, batch, length, channels)
-    segment = 32
+    sequences = triton.cdiv(channels, BLOCK_CHANNELS) * directions * batch
+    # long segments load fewer rows twice, short ones leave no multiprocessor waiting
+    segment = 32 if triton.cdiv(length, 32) * sequences >= _WARPS * processors(x) else _GROUP
     grid = triton.cdiv(length, segment), triton.cdiv(channels, BLOCK_CHANNELS), directions * batch
     _conv_kernel[grid](
         x, weight.contiguous(), bias.contiguous(), order, out, batch, length, channels, x.stride(0), x.stride(1),
         order_step(order),
-        HAS_ORDER=order is not None, TAPS=taps, SEGMENT=segment, GROUP=8, BLOCK_D=BLOCK_CHANNELS, num_warps=1,
+        HAS_ORDER=order is not None, TAPS=taps, SEGMENT=segment, GROUP=_GROUP, BLOCK_D=BLOCK_CHANNELS, num_warps=1,
     )  # fmt: skip
     return out
 

@@ -1,15 +1,18 @@
 """The merge of the directions, from scan order to token order, with the norm and the gate."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from arm_zoo.ops.layout import Norm, ScanInputs, inner
+from arm_zoo.ops.layout import Norm, ScanInputs, inner, is_per_image
 from arm_zoo.ops.triton.common import BLOCK_CHANNELS, order_step, sigmoid
 from arm_zoo.ops.triton.norms import normalise, whole_rows
 
 _BLOCK_STEPS = 1024  # of a table of orders
+FEW = 2**23  # outputs of a scan: to so many, a launch less is worth more than stores side by side
 _TILE = {"ROWS": 16, "BLOCK": BLOCK_CHANNELS}  # tokens and channels of a program, where there is no norm
 
 
@@ -94,3 +97,9 @@ def sequences_for(scan: ScanInputs, kept: Tensor | None) -> tuple[Tensor, Tensor
     if kept is not None and len(scan.A) == 1 and scan.order_of_outputs is None:
         return kept[None], None
     return scan.u.new_empty(scan.shape), kept
+
+
+def stores_by_token(scan: ScanInputs) -> bool:
+    """Whether a scan stores its outputs where their tokens lie, which leaves `merge` without an order to invert."""
+    order = scan.order_of_outputs
+    return order is not None and not is_per_image(order) and math.prod(scan.shape) <= FEW

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arm_zoo.ops.layout import CHUNK, Norm, ScanInputs, Tensors, empty_states, inner, state_dtype
 from arm_zoo.ops.triton.common import LOG2E, check_length, check_number, order_step, sigmoid
-from arm_zoo.ops.triton.merge import merge, sequences_for
+from arm_zoo.ops.triton.merge import merge, sequences_for, stores_by_token
 
 _GROUP = 2  # steps whose states the backward scan holds in registers
 _REGISTERS = {} if torch.version.hip else {"maxnreg": 168}  # of the backward scan; Triton for AMD has no such option
@@ -24,6 +24,15 @@ def _softplus(x):
     p = (((-0.0032439809 * y + 0.0198512636) * y - 0.0569591597) * y + 0.1060362174) * y - 0.1530556977
     p = ((((p * y + 0.1967593133) * y - 0.2495413273) * y + 0.3332996368) * y - 0.4999990165) * y + 1.0
     return tl.maximum(x, 0.0) + y * p
+
+
+@triton.jit
+def _load_rates(A, k, d, s, channels, d_state, exists, LOG_RATES: tl.constexpr):
+    """The rates of a (states, channels) tile to base 2, from A (K, channels, states) or the logarithms of -A."""
+    rates = tl.load(A + (k * channels + d[None, :]) * d_state + s[:, None], mask=exists, other=0.0).to(tl.float32)
+    if LOG_RATES:
+        rates = -tl.exp(rates)
+    return rates * LOG2E
 
 
 @triton.jit
@@ -65,10 +74,10 @@ def _advance(state, rates, B_t, u_t, size):
 def _scan_kernel(
     u, delta, A, B, C, D, bias, order, y, states, batch, length, channels, d_state,
     u_direction, u_batch, u_time, delta_direction, delta_batch, delta_time, BC_direction, BC_batch, BC_time,
-    HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr,
-    STATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, TO_TOKENS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    SAVE: tl.constexpr, LOG_RATES: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, step by step; everything that a step reads is loaded one step ahead."""
+    """One sequence, step by step; everything that a step reads is loaded one step ahead. TO_TOKENS: y has tokens."""
     sequence = tl.program_id(1).to(tl.int64)  # k * batch + b
     k, b = sequence // batch, sequence % batch
     d, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, STATES)
@@ -79,7 +88,7 @@ def _scan_kernel(
     delta += k * delta_direction + b * delta_batch
     B += k * BC_direction + b * BC_batch
     C += k * BC_direction + b * BC_batch
-    if TOKENS:
+    if TOKENS or TO_TOKENS:
         order += k * length
     y += sequence * length * channels
     chunks = tl.cdiv(length, CHUNK)
@@ -88,7 +97,7 @@ def _scan_kernel(
     offset = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
         offset += tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
-    rates = tl.load(A + k * d_state * channels + tile, mask=both, other=0.0) * LOG2E
+    rates = _load_rates(A, k, d, s, channels, d_state, both, LOG_RATES)
     state = tl.zeros([STATES, BLOCK_D], tl.float32)
     row_n, u_n, delta_n, B_n, C_n = _load_step(
         u, delta, B, C, order, 0, d, s, length, u_time, delta_time, BC_time, channel, state_exists, TOKENS
@@ -104,6 +113,8 @@ def _scan_kernel(
             size, _raw = _step_size(delta_t, offset, SOFTPLUS)
             state = _advance(state, rates, B_t, u_t, size)
             y_t = tl.sum(state * C_t.to(tl.float32)[:, None], axis=0) + skip * u_t.to(tl.float32)
+            if TO_TOKENS:
+                row = tl.load(order + t).to(tl.int32)
             tl.store(y + row * channels + d, y_t.to(y.dtype.element_ty), mask=channel)
 
 
@@ -142,7 +153,7 @@ def _scan_backward_kernel(
     offset = tl.zeros([BLOCK_D], tl.float32)
     if HAS_BIAS:
         offset += tl.load(bias + k * channels + d, mask=channel, other=0.0).to(tl.float32)
-    rates = tl.load(A + k * d_state * channels + tile, mask=both, other=0.0) * LOG2E
+    rates = _load_rates(A, k, d, s, channels, d_state, both, False)
     carry = tl.zeros([STATES, BLOCK_D], tl.float32)
     grad_rates = tl.zeros([STATES, BLOCK_D], tl.float32)
     grad_skip = tl.zeros([BLOCK_D], tl.float32)
@@ -222,8 +233,8 @@ def _arguments(scan: ScanInputs, tile: int) -> tuple[tuple[Tensor | None, ...], 
     u = u.expand(scan.shape)
     if B.stride() != C.stride():
         B, C = B.contiguous(), C.contiguous()
-    rates, bias = scan.A.float().transpose(1, 2).contiguous(), scan.delta_bias
-    tensors = u, delta, rates, B, C, scan.D.contiguous(), None if bias is None else bias.contiguous()
+    bias = scan.delta_bias
+    tensors = u, delta, scan.A.contiguous(), B, C, scan.D.contiguous(), None if bias is None else bias.contiguous()
     states = triton.next_power_of_2(scan.A.shape[-1])
     sizes = {"STATES": states, "CHUNK": CHUNK, "BLOCK_D": min(max(tile // states, 32), 128)}
     return tensors, (*u.stride()[:3], *delta.stride()[:3], *B.stride()[:3]), sizes
@@ -239,13 +250,15 @@ def selective_scan(
     check_number(directions, batch)
     tensors, strides, sizes = _arguments(scan, 2048)
     sequences, kept = sequences_for(scan, kept)
+    to_tokens = stores_by_token(scan)
     states = empty_states(scan.u, scan.A, state_dtype(scan.u.dtype, half=True), save=save_states)
     _scan_kernel[triton.cdiv(channels, sizes["BLOCK_D"]), directions * batch](
-        *tensors, scan.rows, sequences, states, batch, length, channels, scan.A.shape[-1], *strides,
-        HAS_BIAS=scan.delta_bias is not None, TOKENS=scan.rows is not None, SOFTPLUS=scan.delta_softplus,
-        SAVE=save_states, **sizes, num_warps=1,
+        *tensors, scan.order, sequences, states, batch, length, channels, scan.A.shape[-1], *strides,
+        HAS_BIAS=scan.delta_bias is not None, TOKENS=scan.rows is not None, TO_TOKENS=to_tokens,
+        SOFTPLUS=scan.delta_softplus, SAVE=save_states, LOG_RATES=scan.log_rates, **sizes, num_warps=1,
     )  # fmt: skip
-    return merge(sequences, scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
+    order = None if to_tokens else scan.order_of_outputs
+    return merge(sequences, order, scan.share, gate, kept=kept, norm=norm), states
 
 
 def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Tensors:
@@ -266,14 +279,15 @@ def selective_scan_backward(grad: Tensor, scan: ScanInputs, saved: Tensor) -> Te
     return sum_up(scan, gradients)
 
 
-def empty_gradients(scan: ScanInputs, blocks: int) -> Tensors:
-    """What a backward scan writes: gradients of u and delta, every block's of B and C, every image's of the others."""
+def empty_gradients(scan: ScanInputs, blocks: int, parts: int = 1) -> Tensors:
+    """What a backward scan writes: gradients of u and delta, every block's of B and C, every part's of the others."""
     (directions, batch, length, channels), d_state = scan.shape, scan.A.shape[-1]
     grad_u, grad_delta = (t.new_empty(scan.shape) for t in (scan.u, scan.delta))
     dtype = state_dtype(scan.u.dtype, half=True)
     grad_BC = scan.A.new_empty(blocks, directions, batch, length, 2 * d_state, dtype=dtype)
-    grad_A = scan.A.new_empty(directions, batch, d_state, channels, dtype=torch.float32)
-    return grad_u, grad_delta, grad_BC, grad_A, *(grad_A.new_empty(directions, batch, channels) for _ in range(2))
+    grad_A = scan.A.new_empty(directions, batch * parts, d_state, channels, dtype=torch.float32)
+    others = (grad_A.new_empty(directions, batch * parts, channels) for _ in range(2))  # of D and delta_bias
+    return grad_u, grad_delta, grad_BC, grad_A, *others
 
 
 def sum_up(scan: ScanInputs, gradients: Tensors) -> Tensors:

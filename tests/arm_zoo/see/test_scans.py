@@ -5,10 +5,9 @@ import timm
 import torch
 from torch import Tensor
 
-from arm_zoo.layers.mixer import decay_rates
 from arm_zoo.layers.order import scan_order
 from arm_zoo.ops import scan_backend, selective_scan
-from arm_zoo.ops.layout import ScanInputs
+from arm_zoo.ops.layout import ScanInputs, decay_rates
 from arm_zoo.see.scans import ScanRecorder, attention_row, contributions
 
 LENGTH, CHANNELS, STATES, RANK = 13, 5, 3, 2
@@ -77,12 +76,12 @@ def test_contributions_are_products_with_the_output(shared: bool, mean: bool) ->
         torch.testing.assert_close(part, (output * whole).sum(-1))
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_the_recorder_has_the_last_scan(gradients: bool) -> None:
+@pytest.mark.parametrize("gradients, backend", [(False, "auto"), (False, "torch"), (True, "torch")])
+def test_the_recorder_has_the_last_scan(gradients: bool, backend: str) -> None:
     model = timm.create_model("arm_pico_patch2_8").eval()
     for i, block in enumerate(model.blocks):
         torch.nn.init.constant_(block.mixer.A_log, float(i))
-    with torch.set_grad_enabled(gradients), scan_backend("torch"), ScanRecorder() as recorder:
+    with torch.set_grad_enabled(gradients), scan_backend(backend), ScanRecorder() as recorder:
         model.forward_intermediates(torch.randn(1, 1, 8, 8), indices=[1], stop_early=True)
     assert recorder.last is not None
     torch.testing.assert_close(recorder.last.A, decay_rates(model.blocks[1].mixer.A_log))
