@@ -257,7 +257,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
 def test_a_table_of_the_digits_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     """By the ordinary commands: stopped in the middle of a run, finished by the same command, then nothing is left."""
     command = [sys.executable, "-m", "recipes.ablate", "5", "--preset", "digits", "--output", str(tmp_path)]
-    command += ["--row", TWO[0], "--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=10"]
+    command += ["--row", TWO[0], "--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=3"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("step-*")):
         assert process.poll() is None
