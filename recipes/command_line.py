@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from recipes.config import (
     ConfigError,
     ConfigT,
+    DVAEConfig,
     FinetuneConfig,
     PretrainConfig,
     SegmentConfig,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used where there is no --config
 RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipes/NAME.py takes, and what it does
     "pretrain": (PretrainConfig, "Pretrain a model without labels.", None),
+    "dvae": (DVAEConfig, "Train a small dVAE, whose tokens a pretraining can predict.", None),
     "finetune": (FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
     "segment": (SegmentConfig, "Train a segmentation head on a model's feature maps.", None),
 }

@@ -275,6 +275,23 @@ class PretrainConfig(TrainConfig):
     betas: tuple[float, float] = limited((0.9, 0.95), BETAS)
     clip_grad: float | None = limited(3.0, ABOVE_ZERO)
     objective: str = "autoregressive"  # what is learnt, a key of `recipes.objectives.TRAINING`
+    dvae: str | None = None  # file or address of the dVAE's encoder, for model_args.target=dvae_tokens
+
+    def conflicts(self) -> dict[str, str]:
+        """The same, and a dVAE must be there if its tokens are predicted, and only then."""
+        found, predicted = super().conflicts(), self.model_args.get("target")
+        if (predicted == "dvae_tokens") != (self.dvae is not None):
+            problem = f"dvae is {self.dvae} but model_args.target is {predicted or 'normed_pixel'}"
+            found["dvae"] = f"{problem}; allowed: dvae=FILE with model_args.target=dvae_tokens, or neither"
+        return found
+
+    def unready(self) -> dict[str, str]:
+        """The same, and the dVAE's file, unless it is fetched."""
+        found = super().unready()
+        if self.dvae is not None and "://" not in self.dvae and not Path(self.dvae).is_file():
+            ways = "a file that `python -m recipes.dvae` wrote, OpenAI's encoder.pkl, or its https:// address"
+            found["dvae"] = f"dvae is {self.dvae}, which is no file; allowed: {ways}"
+        return found
 
     @property
     def views(self) -> int:
@@ -284,6 +301,24 @@ class PretrainConfig(TrainConfig):
         import arm_zoo
 
         return arm_zoo.create_pretraining_model(self.model, self.objective, **{**self.model_args, **keywords})
+
+
+@dataclass(frozen=True)
+class DVAEConfig(TrainConfig):
+    """Training of a small dVAE without labels; the settings are ours."""
+
+    model: str = limited("dvae", ("dvae", lambda x: x == "dvae"))  # whose `model_args` are those of `DVAE`
+    epochs: int = limited(20, ONE_OR_MORE)
+    base_lr: float = limited(1e-3, ABOVE_ZERO)
+    warmup_epochs: float = limited(1.0, ZERO_OR_MORE)
+    global_batch: int = limited(256, ONE_OR_MORE)
+    weight_decay: float = limited(0.0, ZERO_OR_MORE)
+    clip_grad: float | None = limited(1.0, ABOVE_ZERO)
+
+    def build(self, **keywords: Any) -> "nn.Module":
+        from arm_zoo.pretraining.dvae import DVAE
+
+        return DVAE(**{**self.model_args, **keywords})
 
 
 @dataclass(frozen=True)
@@ -455,7 +490,7 @@ def load_config(
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
-    for key in ("output_dir", "pretrained"):  # sources are expanded where they are located
+    for key in ("output_dir", "pretrained", "dvae"):  # sources are expanded where they are located
         if str(values.get(key)).startswith("~/"):
             values[key] = str(Path(values[key]).expanduser())
     config, told = filled(kind, values, problems), ""

@@ -13,9 +13,14 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from recipes.config import TrainConfig
+from arm_zoo.files import sha256_of
+from arm_zoo.pretraining.autoregressive import RANDOM
+from arm_zoo.pretraining.dvae import fetched, read_dvae
+from recipes.command_line import say
+from recipes.config import PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
 from recipes.data.sources import Source, open_source
+from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES, winner
 from recipes.training.engine import NO_HOOKS, Figures, LossFunction, StepHooks
@@ -54,12 +59,54 @@ class TrainingObjective:
 
 
 def export_autoregressive(trained: Trained) -> None:
-    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets."""
-    model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
+    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets.
+
+    There is no picture of what predicts a dVAE's tokens, whose file and sha256 the model's config.json gets instead.
+    """
+    model, source, inputs = trained.model, trained.source, trained.inputs
+    config: Any = trained.config
+    if config.dvae is not None:
+        save_pretraining(model, config, inputs, dvae={"file": config.dvae, "sha256": sha256_of(fetched(config.dvae))})
+        return
     save_pretraining(model, config, inputs)
     file, cluster = Path(config.output_dir) / "predictions.png", to_2tuple(model.config["cluster_size"])
     explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
-    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
+    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation, model.shown)
+
+
+def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
+    """Of pixels or of a dVAE's tokens, in one order or in those that the batch's seeds decide."""
+    if config.dvae is not None:
+        return token_loss(config, source)
+    if config.model_args.get("prediction_order") == RANDOM:
+        return seeded_loss
+    return lambda model, batch: model(batch.images)[0]  # whose forward gives the loss first
+
+
+def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
+    """Of the tokens of a dVAE, whose file is read here; RunError if the model predicts others."""
+    file, built = fetched(str(config.dvae)), cast(Any, config.build(device="meta"))
+    encoder, grid = read_dvae(file), built.patch_embed.grid_size
+    for key, has, wanted in (
+        ("vocab_size", encoder.vocab_size, built.vocab_size),
+        ("in_chans", encoder.in_chans, built.in_chans),
+    ):
+        if has != wanted:
+            raise RunError(f"dvae={config.dvae} has {key} {has}, the model {wanted}; allowed: model_args.{key}={has}")
+    say(f"tokens are those of {config.dvae}: a vocabulary of {encoder.vocab_size:,}, sha256 {sha256_of(file)}")
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        pixels = in_unit_range(batch.images, source)
+        tokens = encoder.to(pixels.device).tokens(pixels, grid)
+        return cast(Tensor, model(batch.images, batch.seeds.to(pixels.device, non_blocking=True), tokens)[0])
+
+    return loss
+
+
+def in_unit_range(images: Tensor, source: Source) -> Tensor:
+    """Normalised images (B, C, H, W) of a source as pixels in 0..1."""
+    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
+    return (images * std + mean).clamp(0, 1)
 
 
 def export_mae(trained: Trained) -> None:
@@ -71,21 +118,21 @@ def export_mae(trained: Trained) -> None:
     draw_predictions(file, model, source, inputs, config.seed, patch, explanation, model.shown)
 
 
-def mae_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Of masks that the batch's seeds decide: functions of the run's seed, the epoch and the image."""
+def seeded_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Of masks or orders that the batch's seeds decide: functions of the run's seed, the epoch and the image."""
     seeds = batch.seeds.to(batch.images.device, non_blocking=True)
     return cast(Tensor, model(batch.images, seeds)[0])
 
 
 AUTOREGRESSIVE = TrainingObjective(
     create=lambda config, source: config.build(),
-    loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # whose forward gives the loss first
+    loss=autoregressive_loss,
     export=export_autoregressive,
     folders=(EXPORT, BACKBONE),
 )
 MAE = TrainingObjective(
     create=lambda config, source: config.build(),
-    loss=lambda config, source: mae_loss,
+    loss=lambda config, source: seeded_loss,
     export=export_mae,
     folders=(EXPORT, BACKBONE),
 )

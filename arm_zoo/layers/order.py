@@ -56,14 +56,30 @@ def visible_order(kept: Tensor, height: int, width: int, names: Sequence[str], c
     return torch.stack([way if name == base else way.flip(-1) for way, name, base in ways], dim=1)
 
 
-def cluster_order(height: int, width: int, cluster_height: int, cluster_width: int, device: Device = None) -> Tensor:
-    """Patches of a `height` x `width` grid regrouped into clusters, clusters and the patches inside both row by row.
+def cluster_order(
+    height: int, width: int, cluster_height: int, cluster_width: int, name: str = "row", device: Device = None
+) -> Tensor:
+    """Patches of a `height` x `width` grid regrouped into clusters, in the order `name` of `scan_order`.
 
-    Every cluster is then a contiguous run of tokens: predicting the next one is a shift by one run, and causality
-    between clusters follows from the causal scan. The int64 table (height * width,) has numbers of patches.
+    The patches inside a cluster always go row by row. Every cluster is a contiguous run of tokens: predicting the next
+    one is a shift by one run, and causality between clusters follows from the causal scan. The int64 table
+    (height * width,) has numbers of patches.
     """
     if height % cluster_height or width % cluster_width:
         raise ValueError(f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid")
-    grid = torch.arange(height * width, device=device)
-    grid = grid.reshape(height // cluster_height, cluster_height, width // cluster_width, cluster_width)
-    return grid.transpose(1, 2).flatten()
+    rows, columns = height // cluster_height, width // cluster_width
+    grid = torch.arange(height * width, device=device).reshape(rows, cluster_height, columns, cluster_width)
+    clusters = grid.transpose(1, 2).flatten(2).flatten(0, 1)
+    return clusters[scan_order(rows, columns, [name], device=device)[0]].flatten()
+
+
+def sorted_clusters(order: Tensor, keys: Tensor) -> Tensor:
+    """The clusters of a cluster order (length,) sorted by keys (B, clusters) of each image, (B, length)."""
+    return order.view(keys.shape[1], -1)[keys.argsort(dim=1)].flatten(1)
+
+
+def in_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """Tokens (B, N, dim) as an order (T,), or one for each image (B, T), visits them; of B = 1 for all images."""
+    if order.ndim == 1:
+        return tokens[:, order]
+    return torch.take_along_dim(tokens, order[..., None], dim=1)

@@ -1,10 +1,14 @@
 """The pretraining model: the backbone's blocks with one causal scan, and a decoder that predicts the next cluster.
 
 Paper, section 3.2.2. Clusters of patches (64x64 pixels by default) are scanned in row order; for all but the first,
-queries that know only their position attend to the features of those before and predict its normalised pixels.
+queries that know only their position attend to the features of those before and predict its normalised pixels. The
+arguments are the switches of the paper's ablations (tables 4 to 7): the cluster, the order, the decoder, the target.
 """
 
 import math
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,27 +17,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.files import StateDict
-from arm_zoo.layers.block import Block, init_block_weights, run_blocks
+from arm_zoo.layers.block import init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
-from arm_zoo.layers.order import cluster_order
+from arm_zoo.layers.order import ORDERS, cluster_order, in_order, sorted_clusters
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
-from arm_zoo.models.arm import ARM, SIZES
+from arm_zoo.models import arm, vim
+from arm_zoo.models._sequence import SequenceBackbone
+from arm_zoo.ops.fused import run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
-from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
+from arm_zoo.pretraining.noise import noise
+from arm_zoo.pretraining.targets import NORMED_PIXEL, PIXEL_TARGETS, patchify, statistics, unpatchify
 from arm_zoo.weights.adapt import sincos_grid
 
 _TAPS = 4
 _DIRECTIONS = 1  # of scans, over tokens as `cluster_order` lays them
+RANDOM = "random"  # a new order of clusters for every image
+PREDICTION_ORDERS = (*(f"{name}{way}" for name in ORDERS for way in ("", "_reversed")), RANDOM)
+DVAE_TOKENS = "dvae_tokens"
+TARGETS = (*PIXEL_TARGETS, DVAE_TOKENS)
+DVAE_VOCABULARY = 8192  # of the published dVAE
 
 
 class ARMPretrain(PretrainingModel):
-    """Autoregressive pretraining of an ARM encoder; `arm_zoo.create_pretraining_model` has the sizes."""
+    """Autoregressive pretraining of an ARM or a Vim encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
-    backbone = ARM
-    official_names = ARM.official_names
-    keys = (*ARM.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
+    backbone: type[SequenceBackbone] = arm.ARM
+    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
+    official_names = arm.ARM.official_names
+    keys = (*vim.Vim.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
     order: Tensor
     decoder_mask: Tensor
@@ -49,6 +62,10 @@ class ARMPretrain(PretrainingModel):
         d_state: int = 16,
         decoder_dim: int = 512,
         decoder_depth: int = 4,
+        prediction_order: str = "row",
+        target: str = NORMED_PIXEL,
+        vocab_size: int | None = None,
+        backbone: str = "arm",
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,15 +76,25 @@ class ARMPretrain(PretrainingModel):
             cluster_size: pixels of a cluster, the unit of prediction.
             d_state: states per channel of the scan.
             decoder_dim: width of the decoder, a multiple of 64.
+            prediction_order: of the clusters: row, column, one of them with _reversed behind it, or random: a new one
+                for every image of a forward pass, and row where nothing may be random.
+            target: what is predicted of each patch: normed_pixel, pixel, or dvae_tokens, whose numbers the forward
+                pass then takes beside the images.
+            vocab_size: of these tokens, with target dvae_tokens only; None: 8192.
+            backbone: the family of the encoder, arm or vim.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = {"img_size": img_size, "patch_size": patch_size, "cluster_size": cluster_size}
         self.config |= {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "d_state": d_state}
-        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
+        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "vocab_size": vocab_size}
         check_positive("ARMPretrain", self.config)
+        self.config |= {"prediction_order": prediction_order, "target": target, "backbone": backbone}
+        family: Any = self.backbone_named(backbone)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)
-        self.in_chans = in_chans
+        pixels = math.prod(to_2tuple(patch_size)) * in_chans
+        _check_switches(prediction_order, target, vocab_size, pixels)
+        self.in_chans, self.target, self.prediction_order = in_chans, target, prediction_order
         self.patch_size: Pair = to_2tuple(patch_size)
         rows, columns = to_2tuple(cluster_size)
         self.cluster_grid = (rows // self.patch_size[0], columns // self.patch_size[1])
@@ -78,7 +105,9 @@ class ARMPretrain(PretrainingModel):
         )
         patches = self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim, **dd), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, _DIRECTIONS, d_state, **dd) for _ in range(depth))
+        block = partial(family.make_block, embed_dim, _DIRECTIONS, d_state, family.default_norm)
+        self.blocks = nn.ModuleList(block(**dd) for _ in range(depth))
+        self.float32_residual = family.float32_residual
         # blocks (counted from 1) whose outputs the decoder sees: depth / 2, 2 / 3, 5 / 6 and depth, rounded
         self.taps = tuple((depth * sixths + 3) // 6 for sixths in (3, 4, 5, 6))
         self.skip_norms = nn.ModuleList(nn.LayerNorm(embed_dim, **dd) for _ in range(_TAPS))
@@ -88,7 +117,8 @@ class ARMPretrain(PretrainingModel):
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, patches, decoder_dim, **dd), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(DecoderBlock(decoder_dim, **dd) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, **dd)
-        self.decoder_pred = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * in_chans, **dd)
+        self.vocab_size = (vocab_size or DVAE_VOCABULARY) if target == DVAE_TOKENS else None
+        self.decoder_pred = nn.Linear(decoder_dim, self.vocab_size or pixels, **dd)
 
         tokens = patches - self.cluster_tokens
         self.register_buffer("order", torch.empty(patches, dtype=torch.long, device=device), persistent=False)
@@ -111,49 +141,80 @@ class ARMPretrain(PretrainingModel):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the cluster order and the decoder's mask, which are computed and never saved."""
-        self.fill_table("order", cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, device="cpu"))
+        name = "row" if self.prediction_order == RANDOM else self.prediction_order
+        self.fill_table("order", cluster_order(*self.patch_embed.grid_size, *self.cluster_grid, name, device="cpu"))
         cluster = torch.arange(len(self.decoder_mask), device="cpu") // self.cluster_tokens
         # query of cluster j + 1 sees the latents of clusters 0..j
         self.fill_table("decoder_mask", cluster[:, None] >= cluster)
 
-    def forward_encoder(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster."""
-        x = self.patch_embed(images) + self.pos_embed
-        x = x[:, self.order[: -self.cluster_tokens]]
+    def forward_encoder(self, images: Tensor, order: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster.
+
+        `order` is a cluster order for each image (B, N) in place of the model's own.
+        """
+        order = self.order if order is None else order
+        x = in_order(self.patch_embed(images) + self.pos_embed, order[..., : -self.cluster_tokens])
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x
         outputs = run_blocks(self.blocks, x, None, self.taps, self.grad_checkpointing)
-        normed = [norm(outputs[tap]) for norm, tap in zip(self.skip_norms, self.taps, strict=True)]
+        taps = zip(self.skip_norms, self.taps, strict=True)
+        normed = [run_norm(norm, outputs[tap]) for norm, tap in taps]
         skips = torch.cat(normed, dim=-1)
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
         return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
 
-    def forward_decoder(self, latent: Tensor) -> Tensor:
-        """Latents -> predicted normalised patches (B, T, pixels) of all clusters but the first, in cluster order."""
-        query = (self.query_token + self.decoder_pos_embed)[:, self.order[self.cluster_tokens :]]
+    def forward_decoder(self, latent: Tensor, order: Tensor | None = None) -> Tensor:
+        """Latents -> what is predicted of the patches (B, T, pixels or vocabulary) of all clusters but the first.
+
+        They are in cluster order; `order` as for `forward_encoder`.
+        """
+        query = self._predicted(self.query_token + self.decoder_pos_embed, order)
         query = query.expand(latent.shape[0], -1, -1)
         for k, block in enumerate(self.decoder_blocks):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, seeds: Tensor | None = None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) images -> (loss, prediction, target).
 
-        The loss is the mean squared error against pixels normalised per patch (paper, table 7), in at least float32;
-        prediction and target are (B, T, pixels), in cluster order without the first cluster.
+        The loss is computed in at least float32 (paper, table 7): the mean squared error against the patches' pixels,
+        normalised or plain, or the cross entropy against the dVAE's `tokens` (B, N) of all patches, row by row. The
+        prediction is (B, T, pixels or vocabulary), the target (B, T, pixels) or (B, T), in cluster order without the
+        first cluster.
+
+        Random orders are functions of each image's seed (B,), int64; without seeds PyTorch's generator draws these.
         """
-        prediction = self.forward_decoder(self.forward_encoder(images))
-        patches = self._predicted(patchify(images.detach(), self.patch_size))  # constants for autograd
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        mean, deviation = statistics(patches)
-        target = (patches - mean) / deviation
-        return F.mse_loss(prediction.to(target.dtype), target), prediction, target
+        order = self.random_orders(images, seeds) if self.prediction_order == RANDOM else None
+        prediction = self.forward_decoder(self.forward_encoder(images, order), order)
+        exact = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        if self.target == DVAE_TOKENS:
+            target = self._predicted(self._checked(tokens)[..., None], order)[..., 0]
+            return F.cross_entropy(exact.flatten(0, 1), target.flatten()), prediction, target
+        patches = self._predicted(patchify(images.detach(), self.patch_size), order)  # constants for autograd
+        target = PIXEL_TARGETS[self.target](patches.to(torch.promote_types(patches.dtype, torch.float32)))
+        return F.mse_loss(exact.to(target.dtype), target), prediction, target
+
+    def random_orders(self, images: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """A cluster order for each image, (B, N), by seeds as of the forward pass."""
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (len(images),), device=images.device)
+        return sorted_clusters(self.order, noise(seeds, len(self.order) // self.cluster_tokens))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) with all clusters but the first as predicted, with the targets' mean and deviation."""
-        prediction = self.forward_decoder(self.forward_encoder(images))
+        """Images (B, C, H, W) with all clusters but the first as predicted, in the model's order.
+
+        Normalised pixels get the mean and deviation of the targets. ValueError for a model that predicts tokens.
+        """
+        if self.target == DVAE_TOKENS:
+            raise ValueError("the model predicts tokens of a dVAE, not pixels; there is nothing to draw")
+        prediction = self.forward_decoder(self.forward_encoder(images)).to(images.dtype)
         patches = patchify(images, self.patch_size).clone()
-        mean, deviation = statistics(self._predicted(patches))
-        patches[:, self.order[self.cluster_tokens :]] = prediction.to(images.dtype) * deviation + mean
+        if self.target == NORMED_PIXEL:
+            mean, deviation = statistics(self._predicted(patches))
+            prediction = prediction * deviation + mean
+        patches[:, self.order[self.cluster_tokens :]] = prediction
         return unpatchify(patches, self.patch_size, self.patch_embed.grid_size)
 
     @torch.jit.ignore
@@ -165,7 +226,8 @@ class ARMPretrain(PretrainingModel):
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
         """As `ZooModel.read_shapes`; the cluster size is read from the official mask, else it is 4x4 patches."""
-        sizes, patches = cls.backbone.read_shapes(source)
+        name = cls.name_of_backbone(source)
+        sizes, patches = cls.backbones[name].read_shapes(source)
         del sizes["num_classes"]
         patches += 1  # for a backbone, one is the class token
         patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
@@ -175,14 +237,32 @@ class ARMPretrain(PretrainingModel):
             **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
             "cluster_size": one_or_two((side * patch[0], side * patch[1])),
             **sizes,
+            "backbone": name,
             "decoder_dim": source["query_token"].shape[-1],
             "decoder_depth": len({name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}),
         }
+        outputs = len(source["decoder_pred.weight"])
+        if outputs != math.prod(patch) * sizes["in_chans"]:
+            arguments |= {"target": DVAE_TOKENS, "vocab_size": outputs}
         return arguments, patches
 
-    def _predicted(self, patches: Tensor) -> Tensor:
+    def shown(self, images: Tensor) -> Tensor:
+        """The number (B, 1), row by row, of the cluster that is given where nothing is random: the first one."""
+        (height, width), columns = self.cluster_grid, self.patch_embed.grid_size[1]
+        row, column = divmod(int(self.order[0]), columns)
+        return torch.tensor([[row // height * (columns // width) + column // width]]).expand(len(images), 1)
+
+    def _predicted(self, patches: Tensor, order: Tensor | None = None) -> Tensor:
         """Those of all clusters but the first, in cluster order."""
-        return patches[:, self.order[self.cluster_tokens :]]
+        return in_order(patches, (self.order if order is None else order)[..., self.cluster_tokens :])
+
+    def _checked(self, tokens: Tensor | None) -> Tensor:
+        """The numbers of tokens (B, N), if they are there for every patch."""
+        patches = self.patch_embed.num_patches
+        if tokens is None or tokens.shape[1:] != (patches,):
+            came = "none" if tokens is None else f"{tuple(tokens.shape)}"
+            raise ValueError(f"target {DVAE_TOKENS} takes tokens (batch, {patches}) beside the images, got {came}")
+        return tokens
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
         """The decoder's latents, and the predictions."""
@@ -207,10 +287,24 @@ def _check_sizes(img_size: Pair, patch_size: Pair, cluster_size: Pair, decoder_d
         )
 
 
+def _check_switches(order: str, target: str, vocab_size: int | None, pixels: int) -> None:
+    for name, value, allowed in (("prediction_order", order, PREDICTION_ORDERS), ("target", target, TARGETS)):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    if vocab_size is not None and target != DVAE_TOKENS:
+        raise ValueError(f"vocab_size {vocab_size} goes with target {DVAE_TOKENS}, not with {target}; leave it out")
+    if target == NORMED_PIXEL and pixels == 1:
+        raise ValueError("a patch of a single value cannot be normalised; choose target pixel, or a larger patch_size")
+
+
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
 OBJECTIVES["autoregressive"] = Objective(
     ARMPretrain,
-    {"arm_pico": _PICO, **{f"arm_{name}": size for name, size in SIZES.items()}},
+    {
+        f"{family}_{name}": {"backbone": family, **size}
+        for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
+        for name, size in {"pico": _PICO, **sizes}.items()
+    },
     description="a causal encoder and the decoder that predicts the next part of an image from it",
     outputs="loss, prediction, target",
 )

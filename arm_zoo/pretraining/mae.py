@@ -27,7 +27,8 @@ from arm_zoo.models._sequence import SequenceBackbone
 from arm_zoo.ops.fused import run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.targets import patchify, statistics, unpatchify
+from arm_zoo.pretraining.noise import noise
+from arm_zoo.pretraining.targets import normalised, patchify, statistics, unpatchify
 from arm_zoo.weights.adapt import sincos_grid
 
 _HEAD_DIM = 32  # of the published decoder: 512 channels, 16 heads
@@ -190,10 +191,7 @@ class MAEPretrain(PretrainingModel):
         """What is predicted of all patches, (B, N, pixels), in at least float32."""
         patches = patchify(images.detach(), self.patch_embed.patch_size)  # constants for autograd
         patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        if not self.normed_pixels:
-            return patches
-        mean, deviation = statistics(patches)
-        return (patches - mean) / deviation
+        return normalised(patches) if self.normed_pixels else patches
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -240,19 +238,6 @@ class MAEPretrain(PretrainingModel):
             "decoder_depth": len({key.split(".")[1] for key in source if key.startswith("decoder_blocks.")}),
         }
         return arguments, patches
-
-
-def noise(seeds: Tensor, count: int) -> Tensor:
-    """So many random numbers (B, count), int64, for each seed (B,), int64: hashes of its own hash and the places."""
-    return mixed_bits(mixed_bits(seeds)[:, None] + torch.arange(count, device=seeds.device))
-
-
-def mixed_bits(x: Tensor) -> Tensor:
-    """The output function of the generator SplitMix64 (Steele, Lea and Flood, 2014), of numbers in int64."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        shifted = x >> shift & 2 ** (64 - shift) - 1  # filled up with zeros
-        x = (x ^ shifted) * (factor - 2**64 if factor >= 2**63 else factor)
-    return x
 
 
 def lowest(noise: Tensor, count: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The targets of pretraining: images as patches, and patches normalised one by one."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 
@@ -19,3 +21,16 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
 def statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (..., 1) of every patch; the variance is the unbiased one."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def normalised(patches: Tensor) -> Tensor:
+    """Every patch less its mean, by its deviation."""
+    mean, deviation = statistics(patches)
+    return (patches - mean) / deviation
+
+
+NORMED_PIXEL, PIXEL = "normed_pixel", "pixel"
+PIXEL_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {  # what is predicted of patches (paper, table 7)
+    NORMED_PIXEL: normalised,
+    PIXEL: lambda patches: patches,
+}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from arm_zoo.layers.ss2d import DIRECTIONS
 from arm_zoo.ops import scan_backend
-from arm_zoo.pretraining.autoregressive import ARMPretrain
+from arm_zoo.pretraining.autoregressive import DVAE_TOKENS, ARMPretrain
 from arm_zoo.see.scans import ScanRecorder, attention_row, contributions
 
 _DECADES = 3  # that logarithmic panels show below their largest value
@@ -59,13 +59,15 @@ def panels(
     mark = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
     image = _denormalised(images, mean, std)
     shown, missing = [Panel("image", f"as the model gets it, {_by(image)}", image, mark)], []
-    if isinstance(model, ARMPretrain):
+    if isinstance(model, ARMPretrain) and model.target != DVAE_TOKENS:
         predicted = _denormalised(model.reconstruct(images), mean, std)
-        given = (0, 0, model.cluster_grid[1] / columns, model.cluster_grid[0] / rows)
+        down, across = model.cluster_grid
+        top, left = divmod(int(model.shown(images)), columns // across)
+        given = (left * across / columns, top * down / rows, (left + 1) * across / columns, (top + 1) * down / rows)
         note = "each from those before it; the marked one is given"
         shown.append(Panel("predicted clusters", note, predicted, given))
     else:
-        missing.append("predicted clusters: this is no pretraining model")
+        missing.append("predicted clusters: this is no pretraining model of pixels")
     note = f"first three principal components, {_by(features)}"
     shown.append(Panel("features", note, principal_colours(features)))
     note = f"gradient of the patch's norm; log, {_DECADES} decades"

@@ -1,5 +1,6 @@
 """Checkpoints fitted to a model: one scan to four, position embeddings to other grids, names and shapes compared."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,7 +15,9 @@ from arm_zoo.images.listing import listed
 from arm_zoo.weights.reading import weights_of
 from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_names
 
+_logger = logging.getLogger(__name__)
 _TABLES = {"pos_embed", "decoder_pos_embed"}
+_PATCHES = "patch_embed.proj.weight"
 _WHOLE = "base_encoder."  # how the names of a backbone start in a pretraining model that holds it whole
 
 
@@ -94,12 +97,16 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: Any, timm_ad
     if table is not None:
         grid = grid or _source_grid(model, table.shape[1] - tokens, timm_adapts)
         source["pos_embed"] = resample_pos_embed(table, grid, model.patch_embed.grid_size)
+    if _of_pixels(source) and not _of_pixels(target):
+        side = "x".join(map(str, target[_PATCHES].shape[2:]))
+        _logger.warning("the weights are of single pixels: the embedding of patches of %s pixels starts anew", side)
+        source |= {key: target[key] for key in (_PATCHES, "patch_embed.proj.bias")}
     for key, value in source.items():
         if key not in target:
             continue
         if is_stacked(key) and len(value) == 1 < len(target[key]):
             source[key] = value.repeat(len(target[key]), *[1] * (value.ndim - 1))
-        elif key == "patch_embed.proj.weight" and value.shape[2:] != target[key].shape[2:]:
+        elif key == _PATCHES and value.shape[2:] != target[key].shape[2:]:
             source[key] = resample_patch_embed(value, list(target[key].shape[2:]))
     return source
 
@@ -109,6 +116,11 @@ def _is_resized(target: StateDict, model: Any) -> bool:
     if "pos_embed" not in target or not hasattr(model.patch_embed, "num_patches"):
         return False
     return target["pos_embed"].shape[1:-1] == (model.patch_embed.num_patches + ("cls_token" in target),)
+
+
+def _of_pixels(tensors: StateDict) -> bool:
+    """Whether every token is a single pixel, whose embedding tells nothing about patches."""
+    return _PATCHES in tensors and tensors[_PATCHES].shape[2:].numel() == 1
 
 
 def _is_foreign_head(key: str) -> bool:

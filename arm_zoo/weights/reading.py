@@ -8,7 +8,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -30,18 +30,28 @@ _PLACES: dict[Choice, tuple[str, ...]] = {  # where checkpoints of a training ke
 _MOST_READ = 2**28  # bytes of a file that is only looked at: far more than its header or its directory and pickle
 
 
-class _ConfigNode:
-    """Stands in for yacs' `CfgNode`, with which VMamba's checkpoints keep their settings.
+class _Inert:
+    """Stands in for a class whose code is not run: what comes of it is an `OrderedDict` with the pickled attributes.
 
-    What comes of one is an `OrderedDict`, the only kind of dict that torch's reader lets have attributes too.
+    That is the only kind of dict that torch's reader lets have attributes too.
     """
 
     def __new__(cls) -> Any:
         return OrderedDict()
 
 
+_INERT = (
+    "yacs.config.CfgNode",  # with which VMamba's checkpoints keep their settings
+    "dall_e.encoder.Encoder",  # a module pickled whole, as OpenAI published the dVAE's
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.utils.Conv2d",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.linear.Identity",
+)
 # What a pickle may name beside tensors and plain values; making one has no effect.
-_HARMLESS: list[Any] = [argparse.Namespace, (_ConfigNode, "yacs.config.CfgNode")]
+_HARMLESS: list[Any] = [argparse.Namespace, *((_Inert, name) for name in _INERT)]
 
 
 class Contents(NamedTuple):
@@ -67,8 +77,8 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
     """Tensors by name in a .safetensors file or a .pth; no code in it is run, and no more read than the file holds.
 
     Args:
-        path: the file. From a .pth, `argparse.Namespace` and the settings of yacs, which become a dict, are the only
-            objects taken beside tensors and plain values.
+        path: the file. From a .pth, `argparse.Namespace`, the settings of yacs and the modules of OpenAI's dVAE, which
+            become dicts, are the only objects taken beside tensors and plain values.
         weights: of a training's checkpoint, the averaged weights ("ema") or the trained ones ("model"); None takes
             the averaged ones where there are any.
     """
@@ -195,7 +205,16 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
 def _load(file: Any, mmap: bool = False) -> Any:
     with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    return dict(_tensors_of_module(contents)) if "_modules" in getattr(contents, "__dict__", {}) else contents
+
+
+def _tensors_of_module(module: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of a module that was pickled whole, of which `_Inert` stands for every part, by dotted name."""
+    for name, tensor in vars(module)["_parameters"].items():
+        yield f"{prefix}{name}", tensor
+    for name, part in vars(module)["_modules"].items():
+        yield from _tensors_of_module(part, f"{prefix}{name}.")
 
 
 def _refused_globals(file: Any) -> list[str]:
@@ -205,7 +224,7 @@ def _refused_globals(file: Any) -> list[str]:
         with torch.serialization.safe_globals(_HARMLESS):
             return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
     except Exception:  # not a zip archive, or a damaged one
-        allowed = ("torch", "collections.OrderedDict", "argparse.Namespace", "yacs.config.CfgNode")
+        allowed = ("torch", "collections.OrderedDict", "argparse.Namespace", *_INERT)
         return sorted(name for name in _globals_of_pickle(file) if not name.startswith(allowed))
 
 

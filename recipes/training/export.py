@@ -27,8 +27,10 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
             f"the model takes {model.in_chans} channels, the images have {source.channels}; "
             f"allowed: model_args.in_chans={source.channels}"
         )
-    cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
     own = {"input_size": model.input_size(), "mean": source.mean, "std": source.std}
+    if not hasattr(model, "patch_embed"):  # a dVAE, which has no entry
+        return {**resolve_data_config(pretrained_cfg={"interpolation": "bicubic"}), **own}
+    cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
     return {**resolve_data_config(pretrained_cfg=cfg.to_dict()), **own}
 
 
@@ -46,14 +48,15 @@ def save_timm_model(model: Any, folder: Path, inputs: InputConfig, **labels: lis
     save_model(folder, model.state_dict(), {**config, **labels, "pretrained_cfg": cfg | inputs})
 
 
-def save_pretraining(model: Any, config: TrainConfig, inputs: InputConfig) -> None:
+def save_pretraining(model: Any, config: TrainConfig, inputs: InputConfig, **facts: Any) -> None:
     """Write `pretraining_model/`, of any objective, and `backbone/`, its encoder as a timm model without head.
 
-    Where pretraining has no class token, that of the backbone is new: drawn from `config.seed`.
+    Where pretraining has no class token, that of the backbone is new: drawn from `config.seed`. `facts` about the
+    training join the former's config.json.
     """
     whole, backbone = (Path(config.output_dir) / name for name in (EXPORT, BACKBONE))
     statistics = {key: inputs[key] for key in ("input_size", "mean", "std")}
-    save_model(whole, model.state_dict(), {**model.hub_config(), "pretrained_cfg": statistics})
+    save_model(whole, model.state_dict(), {**model.hub_config(), **facts, "pretrained_cfg": statistics})
     entry, overlay = backbone_entry(config, model), {"file": str(whole / WEIGHTS)}
     taken = inspect.signature(ARCHITECTURES[entry].model_class).parameters
     arguments: dict[str, Any] = {name: value for name, value in model.config.items() if name in taken}

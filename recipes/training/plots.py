@@ -57,9 +57,22 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
     _save(figure, file)
 
 
-def first_unit(images: Tensor) -> Tensor:
-    """What is given where units are predicted one after the other."""
-    return torch.zeros(len(images), 1, dtype=torch.long)
+def plot_intervals(
+    file: Path, title: str, rows: Sequence[str], scores: Mapping[str, Sequence[tuple[float | None, float | None]]]
+) -> None:
+    """Draw figures with their intervals, mean and half width, as points into a PNG: a panel for each source."""
+    figure = Figure(figsize=(4 + 3.5 * len(scores), 1.2 + 0.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
+    for axes, colour, (source, found) in zip(panels, COLOURS, scores.items(), strict=False):
+        shown = [(place, *one) for place, one in enumerate(found) if one[0] is not None]
+        for place, middle, half in shown:
+            axes.errorbar(middle, place, xerr=half, fmt="o", color=colour, capsize=4)
+        axes.set(title=source, xlabel="top-1 (%)", ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), rows)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    _save(figure, file)
 
 
 def draw_predictions(
@@ -70,7 +83,7 @@ def draw_predictions(
     seed: int,
     unit: tuple[int, int],
     said: str,
-    given: Callable[[Tensor], Tensor] = first_unit,
+    given: Callable[[Tensor], Tensor],
 ) -> None:
     """Draw images, validation ones if there are any, as targets, of which some units are given, and as predicted.
 

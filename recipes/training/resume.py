@@ -26,7 +26,7 @@ OPERATION = (
 # Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
 # Keys without which the weights, or the images that are still to come, would be others.
-IDENTITY = ("model", "model_args", "objective", "head", "frozen", "seed", "global_batch")
+IDENTITY = ("model", "model_args", "objective", "dvae", "head", "frozen", "seed", "global_batch")
 LATER = {"objective": DEFAULT_OBJECTIVE}  # defaults of keys that older checkpoints lack
 VALIDATION = "data.validation"
 CURVES = "curves.png"  # written last: a run that has it has ended

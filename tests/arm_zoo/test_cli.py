@@ -282,7 +282,7 @@ def test_see_draws_what_a_model_sees(image_file: Path, tmp_path: Path, capsys: p
         f"{tmp_path / 'out' / 'a.png'}: image, features, effective receptive field, attention of the scan, scan: row, "
         "scan: row reversed, scan: column, scan: column reversed"
     )
-    assert left_out == "left out: predicted clusters: this is no pretraining model"
+    assert left_out == "left out: predicted clusters: this is no pretraining model of pixels"
     assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()  # without it, the centre's
 
 

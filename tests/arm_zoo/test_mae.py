@@ -15,7 +15,8 @@ from arm_zoo.identify import find_variant
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.mae import lowest, masked_loss, missing, mixed_bits, noise
+from arm_zoo.pretraining.mae import lowest, masked_loss, missing
+from arm_zoo.pretraining.noise import mixed_bits, noise
 from arm_zoo.pretraining.targets import patchify, unpatchify
 from tests.helpers.golden import in_both_sets
 
@@ -306,7 +307,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (
-        ({"objective": "autoregressive"}, "pretraining_model has backbone, decoder_heads, mask_ratio, "),
+        ({"objective": "autoregressive"}, "pretraining_model has decoder_heads, mask_ratio, "),
         ({"pretraining_model": {**config["pretraining_model"], "backbone": "vim"}}, "does not fit the model"),
         ({"pretraining_model": {**config["pretraining_model"], "backbone": "vit"}}, "unknown backbone 'vit'"),
         ({"pretraining_model": {**config["pretraining_model"], "decoder_depth": 2}}, "does not fit the model"),

@@ -485,7 +485,8 @@ def test_save_pretrained(tmp_path: Path) -> None:
         "objective": "autoregressive",
         "pretraining_model": {
             **{"img_size": [32, 48], "patch_size": 8, "cluster_size": 16, "in_chans": 3, "embed_dim": 24, "depth": 6},
-            **{"d_state": 16, "decoder_dim": 64, "decoder_depth": 2},
+            **{"d_state": 16, "decoder_dim": 64, "decoder_depth": 2, "vocab_size": None},
+            **{"prediction_order": "row", "target": "normed_pixel", "backbone": "arm"},
         },
     }
     again = ARMPretrain(**config["pretraining_model"])

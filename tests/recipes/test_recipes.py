@@ -34,7 +34,7 @@ from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
-from recipes.command_line import carry_out, read_command
+from recipes.command_line import RECIPES, carry_out, read_command
 from recipes.config import CORES, ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data.batches import Batch
 from recipes.data.loader import TrainLoader
@@ -63,8 +63,13 @@ TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "device=cpu", "tracke
 TINY_ENCODER = ["model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2"]
 
 
-def kind(file: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
-    return PretrainConfig if file.name.startswith("pretrain") else FinetuneConfig
+def recipe_of(file: Path) -> str:
+    start = file.name.partition("_")[0]
+    return start if start in RECIPES else "finetune"  # as supervised_base.yaml
+
+
+def kind(file: Path) -> Any:
+    return RECIPES[recipe_of(file)][0]
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -72,8 +77,7 @@ def kind(file: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_shipped_configurations_load_and_their_models_can_be_built(file: Path) -> None:
-    recipe = "pretrain" if kind(file) is PretrainConfig else "finetune"
-    command = f"# accelerate launch -m recipes.{recipe} --config recipes/configs/{file.name}"
+    command = f"# accelerate launch -m recipes.{recipe_of(file)} --config recipes/configs/{file.name}"
     assert file.read_text().startswith(command)
     config = load_config(kind(file), file, to_run=False)
     model = config.build(device="meta")
@@ -165,6 +169,12 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "device=gpu"): "device is gpu; allowed: auto, cpu",
     ("pretrain", "global_batch=63"): "global_batch is 63; allowed: an even number",
     ("pretrain", "global_batch=2048"): "global_batch is 2048; allowed: up to the 1437 training images",
+    ("pretrain", "dvae=DVAE"): "dvae is DVAE but model_args.target is normed_pixel; allowed: dvae=FILE with",
+    ("pretrain", "model_args.target=dvae_tokens"): "dvae is None but model_args.target is dvae_tokens; allowed: dvae=",
+    ("pretrain", "model_args.prediction_order=spiral"): "prediction_order is 'spiral'; choose one of row, row_revers",
+    ("pretrain", "model_args.cluster_size=6"): "img_size (8, 8) must be a multiple of cluster_size (6, 6)",
+    ("dvae", "model_args.img_size=20"): "DVAE: img_size must be a multiple of 8, got 20",
+    ("dvae", "model=arm_tiny"): "model is arm_tiny; allowed: dvae",
     ("pretrain", "fsdp=true"): "fsdp is true, but there is one process",
     ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the images have 1",
     ("pretrain", "tracker=abacus"): "tracker is abacus; allowed: tensorboard, wandb, trackio, none",
@@ -193,7 +203,7 @@ def test_bad_input_ends_in_a_message(
     value = override
     for name in ("EMPTY", "FILE"):
         value = value.replace(name, str(tmp_path / name))
-    file = {"pretrain": PRETRAIN, "finetune": FINETUNE}[recipe]
+    file = FOLDER / f"{recipe}_digits.yaml"
     with pytest.raises(SystemExit) as refused:
         command_line.main(recipe, ["--config", str(file), f"output_dir={tmp_path / 'run'}", "tracker=none", value])
     printed = capsys.readouterr().err + str(refused.value.code)
@@ -671,7 +681,7 @@ class Doubled(arm_zoo.ARMPretrain):
         d_state: int = 2,
         device: str | torch.device | None = None,
     ) -> None:
-        super().__init__(img_size, patch_size, 4, in_chans, embed_dim, depth, d_state, 64, 1, device)
+        super().__init__(img_size, patch_size, 4, in_chans, embed_dim, depth, d_state, 64, 1, device=device)
         self.config = {name: self.config[name] for name in ("img_size", "patch_size", "in_chans", "embed_dim")}
         self.config |= {"depth": depth, "d_state": d_state}
 

@@ -38,7 +38,7 @@ def test_what_applies_is_shown(
     model = timm.create_model(name, **arguments)
     shown, missing = shown_of(model, *shape)
     assert [panel.title for panel in shown] == titles
-    assert missing[0] == "predicted clusters: this is no pretraining model"
+    assert missing[0] == "predicted clusters: this is no pretraining model of pixels"
     scans = f"attention and directions of the scan: {type(model).__name__} has none"
     assert missing[1:] == ([] if SCAN in titles else [scans])
     for panel in shown:

@@ -1,0 +1,442 @@
+"""The paper's tables 4 to 8, one command each: every row pretrained, finetuned and scored, for every seed.
+
+python -m recipes.ablate 5 data.source=FOLDER
+python -m recipes.ablate 4 --preset digits --list
+python -m recipes.ablate 8 --preset paper --gpus-per-run 8 data.source=IMAGENET
+
+The rows and presets stand in recipes/ablations. Each run is the ordinary commands in processes of their own, as many
+runs side by side as there are GPUs. Started anew, this command goes on: finished runs are kept, others resumed.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from arm_zoo.files import WEIGHTS, write_text
+from recipes.command_line import RECIPES, interrupted
+from recipes.config import TrainConfig, load_config
+from recipes.cost import Measured, from_run
+from recipes.errors import RunError, reporting_mistakes
+from recipes.parsing import ConfigError, flatten, missing
+from recipes.probing.few_shot import half_width
+from recipes.signals import EXIT_CODE, StopRequest
+from recipes.training.ema import FIGURES, winner
+from recipes.training.export import EXPORT
+from recipes.training.plots import plot_intervals
+from recipes.training.resume import CURVES, OPERATION
+
+CHECKOUT = Path(__file__).parent.parent
+ABLATIONS, CONFIGS = CHECKOUT / "recipes" / "ablations", CHECKOUT / "recipes" / "configs"
+PHASES = ("dvae", "pretrain", "finetune")  # in this order; every row has the last one
+HANDED_ON = {"dvae": ("dvae", WEIGHTS), "pretrain": ("pretrained", EXPORT)}  # to the next: the key, what of the folder
+PAUSE = 0.2  # seconds between two looks at the processes
+
+Settings = dict[str, Any]  # by dotted key; `config` is the file's name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what is run for it, by phase, and what the paper reports."""
+
+    name: str
+    phases: Mapping[str, Settings]
+    configs: Mapping[str, TrainConfig]  # that the settings come to
+    reported: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table comes to in a preset."""
+
+    title: str
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    images: int  # of an epoch
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a row, in a folder whose name follows from the settings: equal rows of several tables share it."""
+
+    row: Row
+    seed: int
+    folder: Path
+
+    def place(self, phase: str) -> Path:
+        """The output folder of a phase."""
+        return self.folder / phase
+
+    def next_phase(self) -> str | None:
+        """The first one that has not ended."""
+        return next((phase for phase in self.row.phases if not (self.place(phase) / CURVES).is_file()), None)
+
+    def command(self, phase: str) -> list[str]:
+        """The recipe's words behind its name, for a phase whose forerunners have ended."""
+        config, overrides = words(phase, self.row.phases, self.folder)
+        return ["--config", str(config), *overrides, f"seed={self.seed}", f"output_dir={self.place(phase)}"]
+
+    def history(self, phase: str) -> list[dict[str, float]]:
+        """The figures of its epochs so far."""
+        file = self.place(phase) / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    @property
+    def top1(self) -> float:
+        """Of a run that has ended, in percent."""
+        last = self.history("finetune")[-1]
+        return last[FIGURES[winner(last)]]
+
+    @property
+    def hours(self) -> float:
+        """GPU-hours of all phases, by the clock of the runs."""
+        ends = [self.history(phase)[-1] for phase in self.row.phases]
+        return sum(end["seconds"] * end["processes"] for end in ends) / 3600
+
+
+def words(phase: str, phases: Mapping[str, Settings], folder: Path = Path()) -> tuple[Path, list[str]]:
+    """A phase's configuration file and typed overrides; the phase before it has left its weights in `folder`."""
+    order = [*phases]
+    before = order[order.index(phase) - 1] if phase != order[0] else None
+    given: Settings = {"pretrained": None} if phase == "finetune" else {}
+    if before is not None:
+        key, name = HANDED_ON[before]
+        given = {key: str(folder / before / name)}
+    settings = phases[phase] | given
+    typed = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return CONFIGS / typed.pop("config"), [f"{key}={value}" for key, value in typed.items()]
+
+
+def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> Table:
+    """A table in a preset, with overrides as `key=value` for all phases, or `PHASE.key=value`.
+
+    RunError for unknown rows, ConfigError for all rows at once whose settings are wrong.
+    """
+    read = yaml.safe_load((ABLATIONS / f"table{number}.yaml").read_text(encoding="utf-8"))
+    shared = yaml.safe_load((ABLATIONS / "presets.yaml").read_text(encoding="utf-8"))[preset]
+    found = [row for row in read["rows"] if row.get(preset, {}) is not None]
+    if unknown := set(rows) - {row["name"] for row in found}:
+        names = ", ".join(repr(row["name"]) for row in found)
+        raise RunError(f"table {number} has no row {min(unknown)!r} in preset {preset}; allowed: {names}")
+    made, problems = [], {}
+    for row in (row for row in found if not rows or row["name"] in rows):
+        phases, configs = phases_of(row, preset, shared, overrides), dict[str, TrainConfig]()
+        for phase in phases:
+            try:
+                configs[phase] = load_config(RECIPES[phase][0], *words(phase, phases), to_run=False)
+            except ConfigError as error:
+                told = "; ".join(error.problems.values())
+                problems[f"{row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {told}"
+        made.append(Row(row["name"], phases, configs, row.get("reported", {})))
+    if problems:
+        raise ConfigError(problems)
+    return Table(read["title"], made, shared["seeds"], shared["images"])
+
+
+def phases_of(row: Mapping[str, Any], preset: str, shared: Settings, overrides: Sequence[str]) -> dict[str, Settings]:
+    """The settings of a row by phase: those of the preset, the row, the row in this preset, and the overrides."""
+    own: Mapping[str, Any] = row.get(preset) or {}
+    present = {"dvae": "dvae" in own, "pretrain": row.get("pretrain", {}) is not None, "finetune": True}
+    phases = {
+        phase: {**shared[phase], **row.get(phase, {}), **own.get(phase, {})} for phase in PHASES if present[phase]
+    }
+    for override in overrides:
+        key, _, value = override.partition("=")
+        phase, _, rest = key.partition(".")
+        targets = [phase] if rest and phase in PHASES else [*phases]
+        for target in targets:
+            if target in phases:
+                phases[target][rest if rest and phase in PHASES else key] = value
+    return phases
+
+
+def runs_of(table: Table, seeds: Sequence[int], output: Path) -> list[Run]:
+    """Every seed of every row."""
+    return [Run(row, seed, output / "runs" / digest(row, seed)) for row in table.rows for seed in seeds]
+
+
+def digest(row: Row, seed: int) -> str:
+    """A name for what a run computes, whatever its row is called and however it is carried out."""
+    computed = {
+        phase: {key: value for key, value in flatten(dataclasses.asdict(config)) if key not in OPERATION}
+        for phase, config in row.configs.items()
+    }
+    return hashlib.sha256(json.dumps([computed, seed], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check(table: Table, output: Path) -> None:
+    """Refuse what no run can do without: the first phase of each row names what it lacks on this machine."""
+    problems: dict[str, str] = {}
+    for row in table.rows:
+        config = dataclasses.replace(next(iter(row.configs.values())), output_dir=str(output))
+        problems |= missing(config) | config.unready()
+    if problems:
+        raise ConfigError(problems)
+
+
+class Bench:
+    """Runs side by side, one at a time on each group of GPUs."""
+
+    def __init__(self, groups: Sequence[str], stop: StopRequest, told: Callable[[Run], None]) -> None:
+        """`groups` are values of CUDA_VISIBLE_DEVICES, "" for the CPU; `told` is called whenever a run has ended."""
+        self._groups, self._stop, self._told = groups, stop, told
+        self._running: dict[str, tuple[Run, str, subprocess.Popen[bytes]]] = {}
+        self.failed: list[tuple[Run, Path]] = []  # with the log that says why
+
+    def work(self, runs: Sequence[Run]) -> None:
+        """Carry out the runs; those that fail are left, and the others go on."""
+        waiting = deque({run.folder: run for run in runs if run.next_phase() is not None}.values())
+        try:
+            while self._running or (waiting and self._stop.name is None):
+                for group in self._groups:
+                    if waiting and group not in self._running and self._stop.name is None:
+                        self._start(waiting.popleft(), group)
+                for group in [*self._running]:
+                    if (run := self._look(group)) is not None:
+                        waiting.appendleft(run)
+                time.sleep(PAUSE)
+        finally:
+            for _, _, process in self._running.values():
+                process.terminate()
+            for _, _, process in self._running.values():
+                process.wait()
+
+    def _start(self, run: Run, group: str) -> None:
+        phase, gpus = run.next_phase(), group.count(",") + 1
+        if phase is None:
+            return
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+        command = [sys.executable, *launcher, "-m", f"recipes.{phase}", *run.command(phase)]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": group} if group else {})
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with self._log(run, phase).open("ab") as log:
+            process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        self._running[group] = (run, phase, process)
+        say(f"{run.row.name}, seed {run.seed}: {phase}{f' on GPU {group}' if group else ''}")
+
+    def _look(self, group: str) -> Run | None:
+        """A run whose phase has just ended well, if it has another one."""
+        run, phase, process = self._running[group]
+        if process.poll() is None:
+            if self._stop.name is not None:
+                process.terminate()
+            return None
+        del self._running[group]
+        following = run.next_phase()
+        if process.returncode == 0 and following is None:
+            say(f"{run.row.name}, seed {run.seed}: top-1 {run.top1:.2f}%")
+            self._told(run)
+        elif process.returncode == 0 and following != phase:
+            return run
+        elif self._stop.name is None:
+            self.failed.append((run, self._log(run, phase)))
+            say(f"{run.row.name}, seed {run.seed}: {phase} failed, see {self._log(run, phase)}")
+        return None
+
+    def _log(self, run: Run, phase: str) -> Path:
+        return run.folder / f"{phase}.log"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def device_groups(per_run: int) -> list[str]:
+    """The GPUs that this process sees, so many together; one group for the CPU where there are none."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    gpus = seen.split(",")[:count] if seen else [str(number) for number in range(count)]
+    if gpus and per_run > len(gpus):
+        raise RunError(f"--gpus-per-run is {per_run}, but there are {len(gpus)} GPUs; allowed: up to as many")
+    return [",".join(gpus[start : start + per_run]) for start in range(0, len(gpus) - per_run + 1, per_run)] or [""]
+
+
+def results(table: Table, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row of figures for each row of the table, of the seeds that have ended."""
+    found = []
+    for row in table.rows:
+        ended = [run for run in runs if run.row == row and run.next_phase() is None]
+        scores = [run.top1 for run in ended]
+        found.append(
+            {
+                "row": row.name,
+                "top1": statistics.fmean(scores) if scores else None,
+                "interval95": half_width(torch.tensor(scores, dtype=torch.float64)) if len(scores) > 1 else None,
+                "scores": scores,
+                "seeds": [run.seed for run in ended],
+                "gpu_hours": statistics.fmean(run.hours for run in ended) if ended else None,
+                "paper_top1": row.reported.get("top1"),
+                "paper_hours": row.reported.get("hours"),
+            }
+        )
+    return found
+
+
+def write_results(table: Table, runs: Sequence[Run], folder: Path) -> None:
+    """Write `results.csv`, `table.md` and `figure.png` of what there is so far."""
+    rows = results(table, runs)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
+        )
+    write_text(folder / "results.csv", text.getvalue())
+    write_text(folder / "table.md", "\n".join([f"# {table.title}", "", *markdown(rows)]) + "\n")
+    scored = {"here": [(row["top1"], row["interval95"]) for row in rows]}
+    scored["the paper, ImageNet-1k"] = [(row["paper_top1"], None) for row in rows]
+    plot_intervals(folder / "figure.png", table.title, [row["row"] for row in rows], scored)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of a table of results; the intervals are Student's, of the mean over seeds."""
+    yield "| row | top-1 (%) | 95% interval | seeds | GPU-hours of a run | paper: top-1 (%) | hours on 8 A5000 |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        figures = [
+            ("top1", ".2f"),
+            ("interval95", ".2f"),
+            ("gpu_hours", ".2f"),
+            ("paper_top1", ".1f"),
+            ("paper_hours", "g"),
+        ]
+        top1, half, hours, paper, paper_hours = (
+            "-" if row[key] is None else format(row[key], form) for key, form in figures
+        )
+        interval = half if half == "-" else f"± {half}"
+        yield f"| {row['row']} | {top1} | {interval} | {len(row['seeds'])} | {hours} | {paper} | {paper_hours} |"
+
+
+def plan(
+    table: Table, runs: Sequence[Run], speeds: Mapping[str, float | None], gpus: int, at_once: int
+) -> Iterator[str]:
+    """Lines of a Markdown table of what is left to run, and for how long, each run once."""
+    yield "| row | seed | phase | epochs | state | hours |"
+    yield "|---|---|---|---|---|---|"
+    total = 0.0
+    unknown, listed = False, set[Path]()
+    for run in runs:
+        for phase, config in run.row.configs.items():
+            epochs, done = config.epochs, len(run.history(phase))
+            ended = (run.place(phase) / CURVES).is_file()
+            state = "finished" if ended else f"{done} epochs done" if done else "to do"
+            shared = run.place(phase) in listed
+            listed.add(run.place(phase))
+            speed = speeds.get(phase) or measured(runs, run, phase)
+            hours = None
+            if speed is not None and not ended:
+                hours = Measured(run.row.name, speed).hours(epochs - done, gpus, 1.0, table.images)
+            state, hours = ("as above", 0.0) if shared else (state, 0.0 if ended else hours)
+            total, unknown = total + (hours or 0.0), unknown or hours is None
+            shown = "unknown" if hours is None else f"{hours:.2f}"
+            yield f"| {run.row.name} | {run.seed} | {phase} | {epochs} | {state} | {shown} |"
+    yield ""
+    side_by_side = f", {total / at_once:,.1f} with {at_once} side by side" if at_once > 1 else ""
+    yield f"{total:,.1f} hours in all{side_by_side}{', without those unknown' if unknown else ''}"
+    if unknown:
+        yield "a speed of one GPU tells them: --speed pretrain=IMAGES_PER_SECOND --speed finetune=..."
+
+
+def measured(runs: Sequence[Run], run: Run, phase: str) -> float | None:
+    """Images per second of one GPU in a phase: of this run if it has begun, else of another one."""
+    for other in (run, *(other for other in runs if other.row == run.row), *runs):
+        if any("images_per_second" in row for row in other.history(phase)):
+            found = from_run(other.place(phase))
+            return found.images_per_second / found.gpus
+    return None
+
+
+def read_seeds(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(seed) for seed in text.split(",")]
+
+
+def read_speed(text: str) -> tuple[str, float]:
+    """`PHASE=SPEED`."""
+    phase, _, speed = text.partition("=")
+    if phase not in PHASES or not float(speed) > 0:
+        raise ValueError(text)
+    return phase, float(speed)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.ablate",
+        description="Run a table of the paper: every row and seed, resumed at any point.",
+    )
+    presets = list(yaml.safe_load((ABLATIONS / "presets.yaml").read_text(encoding="utf-8")))
+    numbers = sorted(int(file.stem.removeprefix("table")) for file in ABLATIONS.glob("table*.yaml"))
+    parser.add_argument("table", type=int, choices=numbers, help="of the paper")
+    parser.add_argument("--preset", choices=presets, default="small", help="models and images (%(default)s)")
+    parser.add_argument("--output", type=Path, help="folder (runs/ablations/PRESET); one command at a time in it")
+    parser.add_argument("--row", action="append", default=[], metavar="NAME", help="this one alone; may be repeated")
+    parser.add_argument("--seeds", type=read_seeds, metavar="0,1,2", help="instead of the preset's")
+    parser.add_argument("--gpus-per-run", type=int, default=1, metavar="N", help="(%(default)s)")
+    parser.add_argument("--list", action="store_true", help="show what would run, and for how long, and end")
+    parser.add_argument(
+        "--speed",
+        action="append",
+        type=read_speed,
+        default=[],
+        metavar="PHASE=SPEED",
+        help="images per second of one GPU, for --list; may be repeated",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings of all phases, or of one as in finetune.epochs=50"
+    )
+    settings = parser.parse_intermixed_args(argv)
+    if settings.gpus_per_run < 1:
+        parser.error(f"--gpus-per-run is {settings.gpus_per_run}; allowed: a whole number, 1 or more")
+    if wrong := [override for override in settings.overrides if "=" not in override]:
+        parser.error(f"{wrong[0]!r} is no override; type key=value, as in data.source=FOLDER")
+    with reporting_mistakes(parser.prog):
+        try:
+            ablate(settings)
+        except KeyboardInterrupt:
+            interrupted(f"{parser.prog}: interrupted; the same command goes on")
+
+
+def ablate(settings: argparse.Namespace) -> None:
+    """Run or list a table as the command line says."""
+    table = read_table(settings.table, settings.preset, settings.overrides, settings.row)
+    output = (settings.output or Path("runs", "ablations", settings.preset)).absolute()
+    groups = device_groups(settings.gpus_per_run)
+    runs = runs_of(table, settings.seeds or table.seeds, output)
+    if settings.list:
+        say("\n".join(plan(table, runs, dict(settings.speed), settings.gpus_per_run, len(groups))))
+        return
+    check(table, output)
+    folder = output / f"table{settings.table}"
+    stop = StopRequest().listen()
+    bench = Bench(groups, stop, lambda run: write_results(table, runs, folder))
+    bench.work(runs)
+    write_results(table, runs, folder)
+    say(f"wrote {folder}")
+    if stop.name is not None:
+        say(f"{stop.name}: stopped; the same command goes on")
+        sys.exit(EXIT_CODE)
+    if bench.failed:
+        logs = ", ".join(str(log) for _, log in bench.failed)
+        raise RunError(
+            f"{len(bench.failed)} of {len(runs)} runs failed; see {logs}. The same command tries them again"
+        )
+
+
+if __name__ == "__main__":
+    main()
