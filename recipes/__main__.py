@@ -3,10 +3,11 @@
 python -m recipes.quickstart                       the whole way on small digits, in minutes on a CPU
 python -m recipes.finetune data.source=FOLDER      train a classifier on your own images, a folder for each class
 python -m recipes.pretrain --config FILE           pretrain without labels; recipes/configs has files for both
-python -m recipes.dvae --config FILE                train a small dVAE, whose tokens a pretraining can predict
+python -m recipes.dvae --config FILE               train a small dVAE, whose tokens a pretraining can predict
 python -m recipes.probe --weights RUN data.source=FOLDER   score frozen features: k-NN, linear, few-shot, ...
 python -m recipes.ablate TABLE                     a table of the paper, 4 to 8: every row, for some seeds
-python -m recipes.segment data.source=FOLDER ...    train a segmentation head, on images with masks
+python -m recipes.segment data.source=FOLDER ...   train a segmentation head, on images with masks
+python -m recipes.digit_scenes FOLDER              images with masks to try that with: digits on two photographs
 python -m recipes.cost --run RUN                   hours of pretraining, from a measured speed
 python -m recipes.loader_speed data.source=FOLDER  images per second, alone or behind a training step
 python -m recipes.kill_test --config FILE          check that a run that is killed ends with the same weights
