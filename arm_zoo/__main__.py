@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.command_line import one_line, positive, usable_device
 from arm_zoo.files import CheckpointError, replacing_files
+from arm_zoo.heads.models import Segmenter
 from arm_zoo.images.decode import UndecodableImage, decode_image
 from arm_zoo.images.listing import IMAGE_ENDINGS, contents, left_out
 from arm_zoo.loading import Loaded, entries, label_names, load, unknown_model
@@ -187,7 +188,9 @@ def load_model(source: str | None, weights: Path | None) -> Loaded:
 
 
 def as_classifier(model: Any, where: str | Path) -> Any:
-    """The model itself; a CheckpointError, with the place that it came from, if it cannot classify."""
+    """The model itself; a CheckpointError, with the place that it came from, if it cannot classify images."""
+    if isinstance(model, Segmenter):
+        raise CheckpointError(f"{where} classifies pixels, not images; `python -m eval.segmentation` scores it")
     if isinstance(model, PretrainingModel):
         raise CheckpointError(f"{where} holds a pretraining model, which has no classifier head; finetune it first")
     if not model.num_classes:

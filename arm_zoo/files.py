@@ -22,6 +22,7 @@ StateDict = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"  # what timm.models.save_for_hf writes unless it is asked for safetensors
 CONFIG = "config.json"
+_RECIPES = {"objective": "pretrain", "head": "segment"}  # a setting -> the recipe that alone has it
 
 
 class CheckpointError(RuntimeError):
@@ -119,7 +120,8 @@ def unfinished_run(folder: Path) -> str | None:
     try:
         state = json.loads(states[-1].read_text(encoding="utf-8"))
         config, done = state["config"], state["position"]["epoch"]
-        recipe, epochs = "pretrain" if "objective" in config else "finetune", config["epochs"]
+        recipe = next((recipe for key, recipe in _RECIPES.items() if key in config), "finetune")
+        epochs = config["epochs"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     far = f"its run has not finished: {states[-1].parent.relative_to(folder)} has {done} of {epochs} epochs"

@@ -237,7 +237,7 @@ class _Loader:
         if self.is_timms(config):
             _check_architecture(config, wanted, repo)
             at = f"@{revision}" if revision else ""
-            return self.from_timm(f"hf-hub:{name}{at}")._replace(config=config)
+            return self.from_described(f"hf-hub:{name}{at}", config, folder)
         sha256 = known_sha256(name, revision)
         weights = download(name, WEIGHTS, folder.name, self.cache_dir, self.token, sha256)
         if weights.parent != folder:
@@ -251,6 +251,18 @@ class _Loader:
         taken = self.timms_too or name in HEADED
         return taken and not ours and isinstance(name, str) and timm.is_model(name)
 
+    def from_described(self, name: str, config: dict[str, Any], folder: Path) -> Loaded:
+        """What timm makes of the config.json in a folder; CheckpointError if it is damaged or not of the weights."""
+        if headed := HEADED.get(config["architecture"]):
+            _check_table(config.get("model_args", {}), get_type_hints(headed.__init__), "model_args", folder)
+        try:
+            return self.from_timm(name)._replace(config=config)
+        except (OSError, ValueError):  # which tell what is wrong
+            raise
+        except Exception as error:  # from damaged files timm and PyTorch raise all sorts
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(f"no model can be made of {name}: {reason}") from error
+
     def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
         """What config.json describes, with the weights beside it; CheckpointError if the two do not fit together."""
         config = files.read_config(folder)
@@ -258,7 +270,7 @@ class _Loader:
         if self.is_timms(config):
             _check_architecture(config, wanted, folder)
             found = next(filter(Path.is_file, (folder / WEIGHTS, folder / PICKLED_WEIGHTS)), None)
-            return self.from_timm(name)._replace(file=found, config=config)
+            return self.from_described(name, config, folder)._replace(file=found)
         file = files.weights_in(folder)
         if own is not None and not self.as_backbone:
             tensors = read_checkpoint(file)

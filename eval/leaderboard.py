@@ -120,11 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not current")
     args = parser.parse_args(argv)
     try:
-        for option in (
-            "results",
-            "throughput",
-            "frozen",
-        ):  # a default that is not there is a project without measurements
+        # a default that is not there is a project without measurements
+        for option in ("results", "throughput", "frozen"):
             if not (path := getattr(args, option)).exists() and path != parser.get_default(option):
                 raise ValueError(f"--{option}: no file {str(path)!r}")
         tables = (args.results, args.throughput, args.paper, args.peers, args.frozen, args.anchors)

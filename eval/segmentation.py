@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
         [name, f"{100 * iou:.2f}" if here else "-"]
         for name, iou, here in zip(split.class_names, each.tolist(), there.tolist(), strict=True)
     ]
-    Console(width=100, markup=False, emoji=False).print(
-        table(f"{args.model}, {args.data}", ["class"], ["IoU"], [*lines, ["mean", f"{float(miou):.2f}"]])
-    )
+    print(f"{args.model}, {args.data}")
+    means = ["mean", f"{float(miou):.2f}"]
+    Console(width=100, markup=False, emoji=False).print(table("", ["class"], ["IoU"], [*lines, means]))
     if args.output:
         tables.append(args.output, [row], COLUMNS)
     return 0

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from arm_zoo.command_line import positive
 from arm_zoo.images.masks import SplitName
 from recipes.data.sources import DIGIT_NAMES, open_digits
+from recipes.errors import reporting_mistakes
 
 SIDE, CELL, DIGIT = 64, 32, 24  # pixels of a scene, of the place of a digit, of a digit
 BACKGROUND = 1  # number in masks; a digit's is two more than itself
@@ -65,12 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="is made if it is not there")
-    parser.add_argument("--training", type=int, default=1000, metavar="N", help="training images (%(default)s)")
-    parser.add_argument("--validation", type=int, default=200, metavar="N", help="validation images (%(default)s)")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="is made if it is not there")
+    add("--training", type=positive, default=1000, metavar="N", help="training images (%(default)s)")
+    add("--validation", type=positive, default=200, metavar="N", help="validation images (%(default)s)")
     arguments = parser.parse_args(argv)
-    write_scenes(arguments.folder, "training", arguments.training)
-    write_scenes(arguments.folder, "validation", arguments.validation)
+    if (arguments.folder / "images").exists():  # what stays there of a larger set would count too
+        parser.error(f"{arguments.folder} has images already; name another folder")
+    with reporting_mistakes(parser.prog):
+        write_scenes(arguments.folder, "training", arguments.training)
+        write_scenes(arguments.folder, "validation", arguments.validation)
     print(f"wrote {arguments.training} and {arguments.validation} images with masks to {arguments.folder}")
 
 

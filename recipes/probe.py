@@ -22,6 +22,7 @@ from arm_zoo.files import sha256_of, write_text
 from arm_zoo.heads.models import save_attentive_probe
 from arm_zoo.images.listing import SourceError
 from recipes import command_line
+from recipes.config import why_not_writable
 from recipes.data.sources import open_source
 from recipes.errors import RunError, reporting_mistakes
 from recipes.probing import scores
@@ -58,6 +59,8 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     arrays = arrays_of(model)
     if config.export and not ("attentive" in protocols and PATCHES in arrays):
         raise RunError(f"export is {config.export}; allowed: with protocols=attentive, of a model that gives patches")
+    if config.export and (reason := why_not_writable(Path(config.export))):
+        raise RunError(f"export is {config.export}, but {reason}; allowed: a folder to write to")
     wanted = arrays_for(protocols, config.features, arrays)
     extractor = Extractor(model, inputs, config, wanted)
     train = extract(extractor, source.train, "training")

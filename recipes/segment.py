@@ -29,6 +29,7 @@ from recipes.command_line import say
 from recipes.config import SegmentConfig
 from recipes.data.batches import Batch
 from recipes.data.pixels import PixelLoader, PixelSource, open_pixels
+from recipes.data.sources import tell
 from recipes.errors import RunError
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
@@ -47,6 +48,8 @@ def create_segmenter(config: SegmentConfig, source: PixelSource) -> nn.Module:
             names = (config.pretrained, None) if is_entry else (config.model, config.pretrained)
             loaded = load(*names, as_backbone=True, num_classes=0, **{"in_chans": model.in_chans, **config.model_args})
             model.backbone.load_state_dict(loaded.model.state_dict())
+        elif config.frozen:
+            tell("pretrained names no weights: the head learns on a backbone drawn at random, which stays as it is")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunError(

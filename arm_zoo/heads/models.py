@@ -18,12 +18,8 @@ from arm_zoo.files import save_model
 from arm_zoo.heads.attentive import AttentiveClassifier
 from arm_zoo.heads.segmentation import HEADS
 
-HEADED = ("attentive_probe", "segmenter")  # names under which timm knows these models
 _CLASSIFIER = "head.head"
 _READING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-default_cfgs = generate_default_cfgs(
-    {name: {"num_classes": 1000, "input_size": (3, 224, 224), "classifier": _CLASSIFIER} for name in HEADED}
-)
 
 
 def create_backbone(name: str, arguments: Mapping[str, Any]) -> Any:
@@ -53,7 +49,7 @@ class AttentiveProbe(nn.Module):
     def __init__(
         self,
         backbone: str = "arm_base_patch16_224",
-        backbone_args: Mapping[str, Any] | None = None,
+        backbone_args: dict[str, Any] | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
     ) -> None:
@@ -88,7 +84,7 @@ class Segmenter(nn.Module):
     def __init__(
         self,
         backbone: str = "arm_base_patch16_224",
-        backbone_args: Mapping[str, Any] | None = None,
+        backbone_args: dict[str, Any] | None = None,
         head: str = "linear",
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -135,6 +131,12 @@ class Segmenter(nn.Module):
         return cast(nn.Module, self.head.head)
 
 
+HEADED: dict[str, type[nn.Module]] = {"attentive_probe": AttentiveProbe, "segmenter": Segmenter}  # by timm's names
+default_cfgs = generate_default_cfgs(
+    {name: {"num_classes": 1000, "input_size": (3, 224, 224), "classifier": _CLASSIFIER} for name in HEADED}
+)
+
+
 def map_places(info: Sequence[Any]) -> list[int]:
     """Which maps a segmentation head takes: four at equal distances of a plain backbone, else the last four."""
     count = min(4, len(info))
@@ -145,12 +147,12 @@ def map_places(info: Sequence[Any]) -> list[int]:
 
 @register_model
 def segmenter(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(Segmenter, "segmenter", pretrained, **kwargs)
+    return build_model_with_cfg(Segmenter, "segmenter", pretrained, pretrained_strict=True, **kwargs)
 
 
 @register_model
 def attentive_probe(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(AttentiveProbe, "attentive_probe", pretrained, **kwargs)
+    return build_model_with_cfg(AttentiveProbe, "attentive_probe", pretrained, pretrained_strict=True, **kwargs)
 
 
 def save_attentive_probe(

@@ -8,6 +8,7 @@
 A file `classes.txt` in the folder, a name in each line, stands for other classes in either layout.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,8 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
             raise SourceError(f"of {split} in {folder} these have no {kind}: {listed(lacking)}; add or remove them")
     if not names:
         raise SourceError(f"{folder} has no {split} images")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
     files = tuple(found[name] for name in names), tuple(masks / f"{name}.png" for name in names)
     return LabelledPixels(*files, _names(folder, first), first)
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import arm_zoo
 from arm_zoo.__main__ import main, preprocessing
 from arm_zoo.files import save_model
+from arm_zoo.heads.models import Segmenter, save_segmenter
 from arm_zoo.loading import load
 from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.see.sheet import draw
@@ -716,7 +717,10 @@ def test_folders_without_a_model(image_file: Path, tmp_path: Path, capsys: pytes
     assert str(tmp_path / "config.json") in mistake(capsys, *options, tmp_path)
 
 
-@pytest.mark.parametrize(("own", "recipe"), [({}, "finetune"), ({"objective": "autoregressive"}, "pretrain")])
+@pytest.mark.parametrize(
+    ("own", "recipe"),
+    [({}, "finetune"), ({"objective": "autoregressive"}, "pretrain"), ({"head": "linear"}, "segment")],
+)
 def test_folder_of_an_unfinished_run(
     own: dict[str, str], recipe: str, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -741,6 +745,13 @@ def test_weights_without_a_head(image_file: Path, tmp_path: Path, capsys: pytest
         save_file(model.state_dict(), file)
         message = mistake(capsys, "predict", image_file, "--model", PICO, "--weights", file)
         assert f"{file} has no classifier head; finetune it first" in message
+
+
+def test_classes_of_pixels(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    save_segmenter(tmp_path, Segmenter("test_vit", {"img_size": 16}, num_classes=3), "linear", inputs, [])
+    message = mistake(capsys, "predict", image_file, "--model", tmp_path)
+    assert f"{tmp_path} classifies pixels, not images; `python -m eval.segmentation` scores it" in message
 
 
 def test_channels_that_no_image_has(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

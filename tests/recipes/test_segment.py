@@ -58,6 +58,21 @@ def test_scenes_are_what_they_say(scenes: Path) -> None:
     assert labels.shape == (16, 64, 64) and 0.05 < (labels > 0).float().mean() < 0.5 and len(labels.unique()) > 8
 
 
+def test_scenes_are_not_mixed_with_others(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        ([str(scenes)], f"{scenes} has images already; name another folder"),
+        ([str(scenes / "new"), "--training", "0"], "expected a whole number of at least 1, got '0'"),
+    ):
+        with pytest.raises(SystemExit):
+            digit_scenes.main(words)
+        assert message in capsys.readouterr().err
+
+
+def test_short_names_have_statistics() -> None:
+    configs = [SegmentConfig(model=name) for name in ("arm_base", "arm_base_patch16_224")]
+    assert configs[0].statistics() == configs[1].statistics()
+
+
 def test_the_evaluator_scores_what_the_recipe_scored(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

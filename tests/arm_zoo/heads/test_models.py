@@ -9,7 +9,7 @@ import timm
 import torch
 
 import arm_zoo
-from arm_zoo.files import read_config
+from arm_zoo.files import CheckpointError, read_config
 from arm_zoo.heads.attentive import AttentiveClassifier
 from arm_zoo.heads.models import HEADED, save_attentive_probe
 from arm_zoo.loading import entries
@@ -66,6 +66,28 @@ def test_a_configuration_has_nothing_else_read(arguments: dict[str, Any], messag
         )
         with pytest.raises(ValueError, match=message):
             arm_zoo.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pretrained_strict": False}, "model_args has pretrained_strict; expected backbone, backbone_args, "),
+        ({"backbone": ["test_vit"]}, r"model_args has backbone=\['test_vit'\]; expected str"),
+        (
+            {"backbone": "test_resnet", "backbone_args": {}},
+            r"no model can be made of local-dir:.* Error\(s\) in loading state_dict",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_of_its_weights(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    backbone = timm.create_model("test_vit", img_size=16, num_classes=0)
+    save_attentive_probe(tmp_path, backbone, AttentiveClassifier(64, 3), {"input_size": (3, 16, 16)}, [])
+    config = read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": config["model_args"] | change}))
+    with pytest.raises(CheckpointError, match=message):
+        arm_zoo.from_pretrained(tmp_path)
+    with pytest.raises((TypeError, AttributeError, RuntimeError)):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 def test_they_are_timms_but_no_entries() -> None:
