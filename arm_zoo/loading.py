@@ -248,7 +248,7 @@ class _Loader:
         """Whether a config.json is of a model that timm loads: a head of ours on a backbone, or timm's own."""
         name = config.get("architecture")
         ours = "pretraining_model" in config or name in [*entries()]  # a list: the name may be whatever JSON has
-        taken = self.timms_too or name in HEADED
+        taken = self.timms_too or name in [*HEADED]
         return taken and not ours and isinstance(name, str) and timm.is_model(name)
 
     def from_described(self, name: str, config: dict[str, Any], folder: Path) -> Loaded:
