@@ -80,8 +80,9 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
         store = Store(Path(config.cache), made_of, len(split), extractor.rows)
         state, missing = PartialState(), store.missing()
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
-        todo = [[Key(0, place, None) for place in batch] for batch in batches if missing[batch].any()]
-        for batch, values in extractor(split, todo[state.process_index :: state.num_processes], purpose):
+        own = batches[state.process_index :: state.num_processes]  # whatever others have written meanwhile
+        todo = [[Key(0, place, None) for place in batch] for batch in own if missing[batch].any()]
+        for batch, values in extractor(split, todo, purpose):
             if values:
                 store.write(batch.indices, values)
         state.wait_for_everyone()
