@@ -88,7 +88,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[
     """Things to do in the middle of an optimizer step, by the number of the step in this process."""
     actions: dict[int, Callable[[], None]] = {}
     count = iter(range(1, 10**6))
-    original = AUTOREGRESSIVE.loss(None, None)
+    original = AUTOREGRESSIVE.loss(PretrainConfig(), None)
 
     def loss(model: Any, batch: Any) -> Any:
         actions.get(next(count), lambda: None)()
@@ -460,7 +460,7 @@ def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypat
 def test_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = AUTOREGRESSIVE.loss(None, None), iter(range(1, 100))
+    original, count = AUTOREGRESSIVE.loss(PretrainConfig(), None), iter(range(1, 100))
     factors = (float("nan") if number == 8 else 1 for number in count)
     set_loss(monkeypatch, lambda model, batch: original(model, batch) * next(factors))
     with pytest.raises(SystemExit) as stopped:
