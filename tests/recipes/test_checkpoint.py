@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import arm_zoo
 from arm_zoo.images.tables import ImageTable
-from recipes import command_line, kill_test
+from recipes import command_line, kill_test, objectives
 from recipes import finetune as finetuning
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import batches as data
@@ -38,7 +38,7 @@ from recipes.kill_test import KillTest
 from recipes.objectives import AUTOREGRESSIVE, TRAINING, Trained
 from recipes.pretrain import pretrain
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
-from recipes.training import checkpoint, engine, setup
+from recipes.training import checkpoint, engine
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes
 from tests import ROOT
@@ -287,9 +287,9 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data may take minutes to be found, and torchrun signals those that are still leaving when the first has left."""
-    opened = setup.open_source
+    opened = objectives.open_source
     monkeypatch.setattr(
-        setup, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
+        objectives, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
     )
     monkeypatch.setattr(PartialState, "destroy_process_group", staticmethod(send(signal.SIGTERM)))
     with pytest.raises(SystemExit) as stopped:
