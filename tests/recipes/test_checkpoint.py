@@ -240,7 +240,7 @@ def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bit
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, 9])
 def test_stopped_while_it_waits_for_images_loses_nothing(
     batch: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
