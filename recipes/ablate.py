@@ -133,7 +133,7 @@ def words(phase: str, phases: Mapping[str, Settings], folder: Path = Path()) -> 
 def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> Table:
     """A table in a preset, with overrides as `key=value` for all phases, or `PHASE.key=value`.
 
-    RunError for unknown rows, ConfigError for all rows at once whose settings are wrong.
+    RunError for unknown rows and phases that none has, ConfigError for all rows at once whose settings are wrong.
     """
     read = yaml.safe_load((ABLATIONS / f"table{number}.yaml").read_text(encoding="utf-8"))
     shared = yaml.safe_load((ABLATIONS / "presets.yaml").read_text(encoding="utf-8"))[preset]
@@ -155,6 +155,9 @@ def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Se
         made.append(Row(row["name"], phases, configs, row.get("reported", {})))
     if problems:
         raise ConfigError(problems)
+    named = {override.partition(".")[0] for override in overrides} & {*PHASES}
+    if idle := named - {phase for row in made for phase in row.phases}:
+        raise RunError(f"none of these rows of table {number} has the phase {min(idle)}; leave out what is said of it")
     return Table(read["title"], made, shared["seeds"], shared["images"])
 
 

@@ -112,6 +112,8 @@ def test_phases_hand_their_weights_on() -> None:
 def test_wrong_rows_and_settings_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"table 5 has no row 'spiral' in preset small; allowed: 'row-first, forward'"):
         read_table(5, "small", rows=["spiral"])
+    with pytest.raises(RunError, match="none of these rows of table 5 has the phase dvae; leave out what"):
+        read_table(5, "digits", ["dvae.epochs=3"], ["random"])
     with pytest.raises(ConfigError) as refused:
         read_table(6, "small", ["pretrain.epochs=0"])
     assert len(refused.value.problems) == 6
