@@ -268,7 +268,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
 def test_a_table_of_the_digits_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     """By the ordinary commands: stopped in the middle of a run, finished by the same command, then nothing is left."""
     command = [sys.executable, "-m", "recipes.ablate", "5", "--preset", "digits", "--output", str(tmp_path)]
-    command += ["--row", TWO[0], "--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=3"]
+    command += ["--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=3"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("step-*")):
         assert process.poll() is None
@@ -279,12 +279,10 @@ def test_a_table_of_the_digits_is_interrupted_and_goes_on(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("curves.png"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     [log] = [file for file in tmp_path.rglob("pretrain.log") if "going on from" in file.read_text()]
-    assert len(re.findall(r"top-1 [\d.]+%", done.stdout)) == 4 and log.is_file()
-    rows = list(csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines()))
-    assert [len(row["scores"].split()) for row in rows] == [2, 2]
-    assert all(
-        float(row["top1"]) > 10 and float(row["interval95"]) >= 0 and float(row["gpu_hours"]) > 0 for row in rows
-    )
+    assert len(re.findall(r"top-1 [\d.]+%", done.stdout)) == 2 and log.is_file()
+    [row] = csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines())
+    assert len(row["scores"].split()) == 2
+    assert float(row["top1"]) > 10 and float(row["interval95"]) >= 0 and float(row["gpu_hours"]) > 0
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert again.stdout == f"wrote {tmp_path / 'table5'}\n"
