@@ -35,9 +35,9 @@ class PretrainingModel(ZooModel):
 
     @classmethod
     def name_of_backbone(cls, source: StateDict) -> str:
-        """The name in `backbones` of the family whose tensors a checkpoint has."""
+        """The name in `backbones` of the family whose tensors a checkpoint has, most of all that it may be of."""
         known = [name for name, each in cls.backbones.items() if each.official_names.covers(each.keys, source)]
-        return max(known, key=lambda name: len(cls.backbones[name].keys))
+        return max(known or cls.backbones, key=lambda name: len(cls.backbones[name].keys))
 
     def hub_config(self) -> dict[str, Any]:
         """The content of config.json: the objective, and the arguments that make this model."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ class ToyPretrain(ARMPretrain):
     """Pretraining with one more tensor."""
 
     backbone = Toy
+    backbones = MappingProxyType({"arm": Toy})  # under the name that the class has without being asked for one
     official_names = Toy.official_names
     keys = (*ARMPretrain.keys, "temperature")
 
@@ -174,7 +176,7 @@ def test_an_objective_joins_by_a_row(tmp_path: Path) -> None:
     model = arm_zoo.create_pretraining_model("toy_pico", "toy")
     variant = find_variant(model.state_dict(), {"cluster_size": 4})
     assert (variant.architecture, variant.objective) == (NAME, "toy")
-    assert variant.pretraining == model.config
+    assert variant.pretraining.items() <= model.config.items()  # not switches, which no shape tells
     model.save_pretrained(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"] == "toy"
     assert "temperature" in Toy.pretraining_keys and "temperature" not in ARM.pretraining_keys

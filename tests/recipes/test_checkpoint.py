@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import arm_zoo
 from arm_zoo.images.tables import ImageTable
-from recipes import command_line, kill_test
+from recipes import command_line, kill_test, objectives
 from recipes import finetune as finetuning
 from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
 from recipes.data import batches as data
@@ -38,7 +38,7 @@ from recipes.kill_test import KillTest
 from recipes.objectives import AUTOREGRESSIVE, TRAINING, Trained
 from recipes.pretrain import pretrain
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
-from recipes.training import checkpoint, engine, setup
+from recipes.training import checkpoint, engine
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes
 from tests import ROOT
@@ -88,7 +88,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Callable[
     """Things to do in the middle of an optimizer step, by the number of the step in this process."""
     actions: dict[int, Callable[[], None]] = {}
     count = iter(range(1, 10**6))
-    original = AUTOREGRESSIVE.loss(None, None)
+    original = AUTOREGRESSIVE.loss(PretrainConfig(), None)
 
     def loss(model: Any, batch: Any) -> Any:
         actions.get(next(count), lambda: None)()
@@ -240,7 +240,7 @@ def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bit
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, 9])
 def test_stopped_while_it_waits_for_images_loses_nothing(
     batch: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,9 +287,9 @@ def test_signal_before_the_first_step_and_after_the_last_end_with_75(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data may take minutes to be found, and torchrun signals those that are still leaving when the first has left."""
-    opened = setup.open_source
+    opened = objectives.open_source
     monkeypatch.setattr(
-        setup, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
+        objectives, "open_source", lambda *args, **named: (send(signal.SIGTERM)(), opened(*args, **named))[1]
     )
     monkeypatch.setattr(PartialState, "destroy_process_group", staticmethod(send(signal.SIGTERM)))
     with pytest.raises(SystemExit) as stopped:
@@ -460,7 +460,7 @@ def test_full_disk_in_a_run_loses_nothing(whole: Path, tmp_path: Path, monkeypat
 def test_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = AUTOREGRESSIVE.loss(None, None), iter(range(1, 100))
+    original, count = AUTOREGRESSIVE.loss(PretrainConfig(), None), iter(range(1, 100))
     factors = (float("nan") if number == 8 else 1 for number in count)
     set_loss(monkeypatch, lambda model, batch: original(model, batch) * next(factors))
     with pytest.raises(SystemExit) as stopped:
