@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +112,19 @@ class Run:
 
 
 def words(phase: str, phases: Mapping[str, Settings], folder: Path = Path()) -> tuple[Path, list[str]]:
-    """A phase's configuration file and typed overrides; the phase before it has left its weights in `folder`."""
+    """A phase's configuration file and typed overrides; the phase before it has left its weights in `folder`.
+
+    ConfigError for settings that each run of a table gets.
+    """
     order = [*phases]
     before = order[order.index(phase) - 1] if phase != order[0] else None
     given: Settings = {"pretrained": None} if phase == "finetune" else {}
     if before is not None:
         key, name = HANDED_ON[before]
         given = {key: str(folder / before / name)}
+    if taken := sorted(phases[phase].keys() & {"seed", "output_dir", *given}):
+        says = "{} is set for each run; leave it out (--seeds and --output say which seeds, and where)"
+        raise ConfigError({key: says.format(key) for key in taken})
     settings = phases[phase] | given
     typed = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     return CONFIGS / typed.pop("config"), [f"{key}={value}" for key, value in typed.items()]
@@ -125,7 +133,7 @@ def words(phase: str, phases: Mapping[str, Settings], folder: Path = Path()) -> 
 def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> Table:
     """A table in a preset, with overrides as `key=value` for all phases, or `PHASE.key=value`.
 
-    RunError for unknown rows, ConfigError for all rows at once whose settings are wrong.
+    RunError for unknown rows and phases that none has, ConfigError for all rows at once whose settings are wrong.
     """
     read = yaml.safe_load((ABLATIONS / f"table{number}.yaml").read_text(encoding="utf-8"))
     shared = yaml.safe_load((ABLATIONS / "presets.yaml").read_text(encoding="utf-8"))[preset]
@@ -133,18 +141,23 @@ def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Se
     if unknown := set(rows) - {row["name"] for row in found}:
         names = ", ".join(repr(row["name"]) for row in found)
         raise RunError(f"table {number} has no row {min(unknown)!r} in preset {preset}; allowed: {names}")
+    configured = cache(lambda phase, file, *typed: load_config(RECIPES[phase][0], file, typed, to_run=False))
     made, problems = [], {}
     for row in (row for row in found if not rows or row["name"] in rows):
         phases, configs = phases_of(row, preset, shared, overrides), dict[str, TrainConfig]()
         for phase in phases:
             try:
-                configs[phase] = load_config(RECIPES[phase][0], *words(phase, phases), to_run=False)
+                file, typed = words(phase, phases)
+                configs[phase] = configured(phase, file, *typed)  # built once where rows share it
             except ConfigError as error:
                 told = "; ".join(error.problems.values())
                 problems[f"{row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {told}"
         made.append(Row(row["name"], phases, configs, row.get("reported", {})))
     if problems:
         raise ConfigError(problems)
+    named = {override.partition(".")[0] for override in overrides} & {*PHASES}
+    if idle := named - {phase for row in made for phase in row.phases}:
+        raise RunError(f"none of these rows of table {number} has the phase {min(idle)}; leave out what is said of it")
     return Table(read["title"], made, shared["seeds"], shared["images"])
 
 
@@ -199,12 +212,12 @@ class Bench:
         self.failed: list[tuple[Run, Path]] = []  # with the log that says why
 
     def work(self, runs: Sequence[Run]) -> None:
-        """Carry out the runs; those that fail are left, and the others go on."""
+        """Carry out the runs, until asked to stop; those that fail are left, and the others go on."""
         waiting = deque({run.folder: run for run in runs if run.next_phase() is not None}.values())
         try:
-            while self._running or (waiting and self._stop.name is None):
+            while (self._running or waiting) and self._stop.name is None:
                 for group in self._groups:
-                    if waiting and group not in self._running and self._stop.name is None:
+                    if waiting and group not in self._running:
                         self._start(waiting.popleft(), group)
                 for group in [*self._running]:
                     if (run := self._look(group)) is not None:
@@ -212,7 +225,7 @@ class Bench:
                 time.sleep(PAUSE)
         finally:
             for _, _, process in self._running.values():
-                process.terminate()
+                process.terminate()  # once: a launcher that is asked again no longer waits for its processes
             for _, _, process in self._running.values():
                 process.wait()
 
@@ -233,8 +246,6 @@ class Bench:
         """A run whose phase has just ended well, if it has another one."""
         run, phase, process = self._running[group]
         if process.poll() is None:
-            if self._stop.name is not None:
-                process.terminate()
             return None
         del self._running[group]
         following = run.next_phase()
@@ -261,8 +272,8 @@ def device_groups(per_run: int) -> list[str]:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     gpus = seen.split(",")[:count] if seen else [str(number) for number in range(count)]
-    if gpus and per_run > len(gpus):
-        raise RunError(f"--gpus-per-run is {per_run}, but there are {len(gpus)} GPUs; allowed: up to as many")
+    if per_run > max(1, len(gpus)):
+        raise RunError(f"--gpus-per-run is {per_run}, but there are {len(gpus)} GPUs; allowed: up to as many, or 1")
     return [",".join(gpus[start : start + per_run]) for start in range(0, len(gpus) - per_run + 1, per_run)] or [""]
 
 
@@ -363,16 +374,23 @@ def measured(runs: Sequence[Run], run: Run, phase: str) -> float | None:
 
 
 def read_seeds(text: str) -> list[int]:
-    """Whole numbers between commas."""
-    return [int(seed) for seed in text.split(",")]
+    """Whole numbers between commas, each once."""
+    try:
+        return [*dict.fromkeys(int(seed) for seed in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, as in 0,1,2, got {text!r}") from None
 
 
 def read_speed(text: str) -> tuple[str, float]:
     """`PHASE=SPEED`."""
     phase, _, speed = text.partition("=")
-    if phase not in PHASES or not float(speed) > 0:
-        raise ValueError(text)
-    return phase, float(speed)
+    try:
+        if phase in PHASES and 0 < float(speed) < math.inf:
+            return phase, float(speed)
+    except ValueError:
+        pass
+    allowed = f"one of {', '.join(PHASES)}, and a number above 0, as in pretrain=20000"
+    raise argparse.ArgumentTypeError(f"expected {allowed}, got {text!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -416,11 +434,12 @@ def ablate(settings: argparse.Namespace) -> None:
     """Run or list a table as the command line says."""
     table = read_table(settings.table, settings.preset, settings.overrides, settings.row)
     output = (settings.output or Path("runs", "ablations", settings.preset)).absolute()
-    groups = device_groups(settings.gpus_per_run)
     runs = runs_of(table, settings.seeds or table.seeds, output)
     if settings.list:
-        say("\n".join(plan(table, runs, dict(settings.speed), settings.gpus_per_run, len(groups))))
+        at_once = max(1, torch.cuda.device_count() // settings.gpus_per_run)
+        say("\n".join(plan(table, runs, dict(settings.speed), settings.gpus_per_run, at_once)))
         return
+    groups = device_groups(settings.gpus_per_run)
     check(table, output)
     folder = output / f"table{settings.table}"
     stop = StopRequest().listen()

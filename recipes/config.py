@@ -288,7 +288,8 @@ class PretrainConfig(TrainConfig):
     def unready(self) -> dict[str, str]:
         """The same, and the dVAE's file, unless it is fetched."""
         found = super().unready()
-        if self.dvae is not None and "://" not in self.dvae and not Path(self.dvae).is_file():
+        is_address = str(self.dvae).startswith(("https://", "http://"))
+        if self.dvae is not None and not is_address and not Path(self.dvae).is_file():
             ways = "a file that `python -m recipes.dvae` wrote, OpenAI's encoder.pkl, or its https:// address"
             found["dvae"] = f"dvae is {self.dvae}, which is no file; allowed: {ways}"
         return found

@@ -43,9 +43,7 @@ class MAEPretrain(PretrainingModel):
 
     backbone: type[SequenceBackbone] = arm.ARM
     backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
-    keys = (
-        *vim.Vim.keys, "norm.weight", "decoder_embed.weight", "mask_token", "decoder_blocks.*.attn.qkv.weight"
-    )  # fmt: skip
+    keys = (*vim.Vim.keys, "decoder_embed.weight", "mask_token", "decoder_blocks.*.attn.qkv.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
 
     def __init__(
@@ -86,6 +84,11 @@ class MAEPretrain(PretrainingModel):
         self.config |= {"mask_ratio": mask_ratio, "normed_pixels": normed_pixels}
         family: Any = self.backbone_named(backbone)
         check_positive("MAEPretrain", {**sizes, "decoder_heads": decoder_heads})
+        for name, switch in (("one_scan", one_scan), ("normed_pixels", normed_pixels)):
+            if not isinstance(switch, bool):  # text such as "no" would count as true
+                raise ValueError(f"{name} must be true or false, got {switch!r}")
+        if not isinstance(mask_ratio, int | float):
+            raise ValueError(f"mask_ratio must be a number between 0 and 1, got {mask_ratio!r}")
         heads = decoder_heads or max(1, decoder_dim // _HEAD_DIM)
         if decoder_dim % (unit := math.lcm(4, heads)):  # 4: for its table of positions
             raise ValueError(
@@ -104,7 +107,7 @@ class MAEPretrain(PretrainingModel):
         if not 0 < self.kept_patches < patches:
             raise ValueError(
                 f"mask_ratio {mask_ratio} of {patches} patches keeps {self.kept_patches}; from 1 to {patches - 1} can "
-                f"be kept, for example with mask_ratio {1 - max(1, patches // 4) / patches:g}"
+                "be kept, for example with mask_ratio 0.5"
             )
         has_token = family is vim.Vim  # whose feature it is
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if has_token else None

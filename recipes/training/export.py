@@ -28,7 +28,7 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
             f"allowed: model_args.in_chans={source.channels}"
         )
     own = {"input_size": model.input_size(), "mean": source.mean, "std": source.std}
-    if not hasattr(model, "patch_embed"):  # a dVAE, which has no entry
+    if not (config.labels_needed or hasattr(model, "patch_embed")):  # a dVAE, which has no entry
         return {**resolve_data_config(pretrained_cfg={"interpolation": "bicubic"}), **own}
     cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
     return {**resolve_data_config(pretrained_cfg=cfg.to_dict()), **own}

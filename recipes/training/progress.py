@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from arm_zoo.pretraining.autoregressive import DVAE_TOKENS
 from recipes.config import TrainConfig
 
 GEMM_SIZE, GEMM_RUNS = 8192, 20
@@ -25,9 +26,12 @@ def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int], vi
     are left out, as is what gradient checkpointing does twice: what is told is the fraction of the peak for useful
     products.
     """
-    model = build(device="meta").eval()
+    model: Any = build(device="meta").eval()
+    tokens = {}
+    if getattr(model, "target", None) == DVAE_TOKENS:  # without which there is no loss
+        tokens["tokens"] = torch.empty(views, model.patch_embed.num_patches, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(views, *shape, device="meta"))
+        model(torch.empty(views, *shape, device="meta"), **tokens)
     counts, kind = counter.get_flop_counts(), type(model).__name__
     idle = [name for name, part in model.named_children() if not any(p.requires_grad for p in part.parameters())]
     forward_only = sum(sum(counts[f"{kind}.{name}"].values()) for name in idle if f"{kind}.{name}" in counts)

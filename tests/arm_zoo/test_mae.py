@@ -271,6 +271,14 @@ def test_reconstructions_keep_what_is_shown() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_no_backbone_has_what_tells_pretraining_models(family: str) -> None:
+    """Or its own checkpoint would pass for one of pretraining, where a part such as the final norm is left out."""
+    backbone, entry = FAMILIES[family]
+    tensors = timm.create_model(entry).state_dict()
+    assert not [key for key in backbone.pretraining_keys if backbone.official_names.covers([key], tensors)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("one_scan", [False, True])
 def test_what_is_saved_is_loaded_and_becomes_a_backbone(family: str, one_scan: bool, tmp_path: Path) -> None:
     model = small(family, one_scan=one_scan, mask_ratio=0.5, decoder_heads=2)
@@ -322,9 +330,12 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     [
         (
             {"mask_ratio": 0.99},
-            r"mask_ratio 0.99 of 16 patches keeps 0; from 1 to 15 can be kept, .* mask_ratio 0.75$",
+            r"mask_ratio 0.99 of 16 patches keeps 0; from 1 to 15 can be kept, .* mask_ratio 0.5$",
         ),
         ({"mask_ratio": 0.0}, "mask_ratio 0.0 of 16 patches keeps 16; from 1 to 15"),
+        ({"mask_ratio": "half"}, "mask_ratio must be a number between 0 and 1, got 'half'"),
+        ({"one_scan": "no"}, "one_scan must be true or false, got 'no'"),
+        ({"normed_pixels": 2}, "normed_pixels must be true or false, got 2"),
         (
             {"decoder_dim": 64, "decoder_heads": 3},
             "decoder_dim 64 with 3 heads must be a multiple of 12, for example 60",

@@ -116,6 +116,7 @@ def half_a_step(process: int, case: Path, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_authors_step_of_one(repo: Path, tmp_path: Path) -> None:
     """Their losses and gradients average to those of one process with all images; what they keep is the same."""
     case = repo / "tests" / "golden" / "mocov3_step"

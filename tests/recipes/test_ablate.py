@@ -99,22 +99,28 @@ def test_equal_rows_of_several_tables_are_one_run() -> None:
 
 def test_phases_hand_their_weights_on() -> None:
     """And an override of one phase is for that alone."""
-    table = read_table(7, "digits", ["finetune.epochs=7", "seed=9", "data.max_zoom=0"])
+    table = read_table(7, "digits", ["finetune.epochs=7", "data.max_zoom=0"])
     run = runs_of(table, [3], Path("runs"))[0]
     words = {phase: run.command(phase) for phase in PHASES}
     assert f"dvae={run.folder / 'dvae' / 'model.safetensors'}" in words["pretrain"]
     assert f"pretrained={run.folder / 'pretrain' / 'pretraining_model'}" in words["finetune"]
     assert "epochs=7" in words["finetune"] and "epochs=7" not in words["pretrain"]
     assert all({"data.max_zoom=0", f"output_dir={run.folder / phase}"} <= {*words[phase]} for phase in PHASES)
-    assert all(words[phase].index("seed=9") < words[phase].index("seed=3") for phase in PHASES)  # the last one wins
+    assert all("seed=3" in words[phase] for phase in PHASES)
 
 
 def test_wrong_rows_and_settings_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"table 5 has no row 'spiral' in preset small; allowed: 'row-first, forward'"):
         read_table(5, "small", rows=["spiral"])
+    with pytest.raises(RunError, match="none of these rows of table 5 has the phase dvae; leave out what"):
+        read_table(5, "digits", ["dvae.epochs=3"], ["random"])
     with pytest.raises(ConfigError) as refused:
         read_table(6, "small", ["pretrain.epochs=0"])
     assert len(refused.value.problems) == 6
+    for override in ("seed=9", "pretrain.output_dir=elsewhere", "finetune.pretrained=elsewhere"):
+        key = override.partition("=")[0].rpartition(".")[2]
+        with pytest.raises(ConfigError, match=f"row 'random', .*: {key} is set for each run; leave it out"):
+            read_table(5, "digits", [override], ["random"])
     monkeypatch.setattr("arm_zoo.pretraining._registry.OBJECTIVES", {"autoregressive": None})
     with pytest.raises(ConfigError, match=r"row 'MambaMLP, MAE', pretrain: .*unknown objective 'mae'; choose one of"):
         read_table(8, "digits", rows=["MambaMLP, MAE"])
@@ -128,7 +134,9 @@ def test_wrong_rows_and_settings_are_refused_at_once(monkeypatch: pytest.MonkeyP
         (["5", "epochs"], "'epochs' is no override; type key=value"),
         (["5", "--gpus-per-run", "0"], "--gpus-per-run is 0; allowed: a whole number, 1 or more"),
         (["3"], "invalid choice: 3"),
-        (["5", "--list", "--speed", "fast"], "invalid read_speed value: 'fast'"),
+        (["5", "--list", "--speed", "fast"], "expected one of dvae, pretrain, finetune, and a number above 0, as in"),
+        (["5", "--list", "--speed", "pretrain=inf"], "got 'pretrain=inf'"),
+        (["5", "--list", "--seeds", "0,a"], "--seeds: expected whole numbers, as in 0,1,2, got '0,a'"),
     ],
     ids=str,
 )
@@ -203,10 +211,12 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ablate.device_groups(2) == ["0,1", "2,3"] and ablate.device_groups(3) == ["0,1,2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,GPU-ab,7")
     assert ablate.device_groups(2) == ["5,2", "GPU-ab,7"]
-    with pytest.raises(RunError, match="--gpus-per-run is 5, but there are 4 GPUs; allowed: up to as many"):
+    with pytest.raises(RunError, match="--gpus-per-run is 5, but there are 4 GPUs; allowed: up to as many, or 1"):
         ablate.device_groups(5)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert ablate.device_groups(1) == [""]
+    with pytest.raises(RunError, match="--gpus-per-run is 2, but there are 0 GPUs"):
+        ablate.device_groups(2)
 
 
 STAND_IN = """
@@ -216,8 +226,11 @@ words = dict(word.split("=", 1) for word in sys.argv if "=" in word)
 place = Path(words["output_dir"])
 place.mkdir(parents=True, exist_ok=True)
 with (place / "started").open("a") as file:
-    file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {time.monotonic()}\\n")
-time.sleep(0.3)
+    file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+deadline = time.monotonic() + 30
+while len([*Path(__file__).parents[1].rglob("started")]) < 2:  # none goes on alone
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
 if words["seed"] == "1" and not (place / "again").exists():
     (place / "again").touch()
     sys.exit("a failure")
@@ -234,6 +247,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
     for phase in PHASES:
         (tmp_path / "recipes" / f"{phase}.py").write_text(STAND_IN)
     monkeypatch.setattr(ablate, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(ablate, "PAUSE", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     runs = runs_of(read_table(5, "digits", rows=TWO), [0, 1], tmp_path / "out")
     ended: list[Run] = []
@@ -242,10 +256,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
     assert {run.seed for run in ended} == {0} and {run.seed for run, _ in bench.failed} == {1}
     assert all("a failure" in log.read_text() for _, log in bench.failed)
     assert "seed 1: pretrain failed, see" in capsys.readouterr().out
-    started = [line.split() for file in tmp_path.rglob("started") for line in file.read_text().splitlines()]
-    assert {gpu for gpu, _ in started} == {"0", "1"}
-    first, second = sorted(float(moment) for _, moment in started)[:2]
-    assert second - first < 0.3
+    assert {gpu for file in tmp_path.rglob("started") for gpu in file.read_text().splitlines()} == {"0", "1"}
     for _ in PHASES[1:]:  # seed 1 fails once in each phase
         bench = Bench(["0"], StopRequest(), ended.append)
         bench.work(runs)
@@ -257,7 +268,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
 def test_a_table_of_the_digits_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     """By the ordinary commands: stopped in the middle of a run, finished by the same command, then nothing is left."""
     command = [sys.executable, "-m", "recipes.ablate", "5", "--preset", "digits", "--output", str(tmp_path)]
-    command += ["--row", TWO[0], "--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=3"]
+    command += ["--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=3"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("step-*")):
         assert process.poll() is None
@@ -268,12 +279,10 @@ def test_a_table_of_the_digits_is_interrupted_and_goes_on(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("curves.png"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     [log] = [file for file in tmp_path.rglob("pretrain.log") if "going on from" in file.read_text()]
-    assert len(re.findall(r"top-1 [\d.]+%", done.stdout)) == 4 and log.is_file()
-    rows = list(csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines()))
-    assert [len(row["scores"].split()) for row in rows] == [2, 2]
-    assert all(
-        float(row["top1"]) > 10 and float(row["interval95"]) >= 0 and float(row["gpu_hours"]) > 0 for row in rows
-    )
+    assert len(re.findall(r"top-1 [\d.]+%", done.stdout)) == 2 and log.is_file()
+    [row] = csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines())
+    assert len(row["scores"].split()) == 2
+    assert float(row["top1"]) > 10 and float(row["interval95"]) >= 0 and float(row["gpu_hours"]) > 0
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert again.stdout == f"wrote {tmp_path / 'table5'}\n"

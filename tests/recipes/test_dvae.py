@@ -16,6 +16,7 @@ from recipes.config import PretrainConfig, load_config
 from recipes.objectives import Trained
 from recipes.pretrain import pretrain
 from recipes.signals import StopRequest
+from recipes.training.progress import image_flops
 from tests import ROOT
 
 CONFIGS = ROOT / "recipes" / "configs"
@@ -86,6 +87,16 @@ def test_tokens_that_do_not_fit_are_refused_before_training(
         told = capsys.readouterr().err + str(refused.value.code)
         assert message in told and "Traceback" not in told
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_flops_are_counted_without_tokens() -> None:
+    """Of which a vocabulary of four takes as many as the four pixels of a patch."""
+    counts = []
+    for overrides in ([], ["dvae=unused", TOKENS[0], "model_args.vocab_size=4"]):
+        settings = [*MODEL, "output_dir=unused", *overrides]
+        config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", settings, to_run=False)
+        counts.append(image_flops(config.build, (1, 8, 8)))
+    assert counts[0] == counts[1] > 0
 
 
 def test_random_orders_are_the_same_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -132,7 +132,9 @@ def test_it_learns(tmp_path: Path) -> None:
     assert history[-1]["loss"] < 0.75 * history[0]["loss"]
 
 
-@pytest.mark.parametrize("family, scans, one_scan", [("arm", 4, "false"), ("vim", 2, "true")])
+@pytest.mark.parametrize(
+    "family, scans, one_scan", [("arm", 4, "false"), pytest.param("vim", 2, "true", marks=pytest.mark.slow)]
+)
 def test_it_leaves_a_model_and_a_backbone_that_finetunes(
     family: str, scans: int, one_scan: str, tmp_path: Path
 ) -> None:

@@ -89,6 +89,8 @@ def test_the_evaluator_scores_what_the_recipe_scored(
     [row] = tables.read(tmp_path / "scores.csv", segmentation.COLUMNS)
     assert float(row["miou"]) == pytest.approx(expected, abs=1e-3) and row["data_set"] == scenes.name
     assert "background" in capsys.readouterr().out
+    said = json.loads((tmp_path / "run" / "config.json").read_text())["pretrained_cfg"]
+    assert said["crop_pct"] == timm.get_pretrained_cfg("test_vit").crop_pct != 0.875  # the entry's, not timm's default
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert all(torch.equal(value, model.backbone.state_dict()[name]) for name, value in weights.items())
 
