@@ -568,6 +568,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 def test_programs_run_with_the_models_registered(tmp_path: Path, repo: Path) -> None:
     """With arguments, import path and exit code as under `python SCRIPT`."""
     script = tmp_path / "script.py"

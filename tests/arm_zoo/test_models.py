@@ -205,6 +205,7 @@ assert isinstance(timm.create_model("arm_base_pz16"), torch.nn.Linear)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statements", [TWICE, PLUGIN], ids=["twice", "plugin"])
 def test_imports_are_quiet(statements: str, repo: Path) -> None:
     """Twice, after timm, or next to a plug-in with the authors' own names, which are left to them."""

@@ -568,6 +568,7 @@ def test_unknown_backend_names_those_there_are() -> None:
     assert get_scan_backend() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, message", [("fast", "unknown scan backend 'fast'"), ("", None)])
 def test_environment_variable_is_named_in_its_refusal(name: str, message: str | None) -> None:
     command = [sys.executable, "-c", "import arm_zoo; print(arm_zoo.get_scan_backend())"]
@@ -579,6 +580,7 @@ def test_environment_variable_is_named_in_its_refusal(name: str, message: str | 
         assert f"environment variable ARM_ZOO_SCAN: {message}" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("value, taken", [("yes", True), ("0", False)])
 def test_tritons_interpreter_is_asked_for_as_triton_reads_it(value: str, taken: bool) -> None:
@@ -747,6 +749,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_auto_logs_its_choice_once(repo: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", AUTO], cwd=repo, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -797,6 +800,7 @@ def test_operators_pass_opcheck(case: Case) -> None:
         )
 
 
+@pytest.mark.slow
 def test_transforms_of_torch_func_take_the_reference() -> None:
     """Operators would drop tangents without a word."""
     mixer, order = MambaMixer(16, 2), scan_order(2, 3, DIRECTIONS[:2])

@@ -222,7 +222,8 @@ def test_folders_score_as_counted_by_hand(world: World, tmp_path: Path) -> None:
     assert len(row["top1"].partition(".")[2]) >= 2
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_counts_the_same(processes: int, world: World, tmp_path: Path, repo: Path) -> None:
     output = tmp_path / "results.csv"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

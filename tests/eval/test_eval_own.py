@@ -681,6 +681,7 @@ def test_names_of_folders_that_are_no_text(tmp_path: Path, capsys: pytest.Captur
     assert row["n"] == "1"
 
 
+@pytest.mark.slow
 def test_thousands_of_classes_are_matched_at_once(tmp_path: Path) -> None:
     count = 21_841  # of ImageNet-21k
     names = [Counted(f"n{i:08}") for i in range(count)]

@@ -182,6 +182,7 @@ def test_classes_of_a_list_are_told_apart_by_their_first(tmp_path: Path, monkeyp
         labels.class_list.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_new_subset_is_a_row_and_a_list(tmp_path: Path) -> None:
     """In a process of its own, which reads a table with one row more; a table of results without it is read, too."""
     old = tmp_path / "old.csv"

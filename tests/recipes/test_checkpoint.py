@@ -496,6 +496,7 @@ def test_a_command_that_no_run_takes_is_refused_before_any_is_killed(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that load its images neither."""
     monkeypatch.setenv("ARM_ZOO_SCAN", "torch")
@@ -608,14 +609,12 @@ def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -
     assert len(losses[0]) == EPOCHS and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damaged", "limit", "messages"),
     [
         ((0, 1), 0.05, {"2 of 24 training images cannot be decoded": 2}),  # none sees too many, together they do
-        pytest.param(
-            *((1,), 0.0, {"1 of 24 training images cannot be decoded": 1, "another process cannot go on": 1}),
-            marks=pytest.mark.slow,
-        ),
+        ((1,), 0.0, {"1 of 24 training images cannot be decoded": 1, "another process cannot go on": 1}),
     ],
     ids=["shared", "one"],
 )

@@ -273,6 +273,7 @@ def end_of_a_run(recipe: str, folder: Path, action: Action) -> tuple[int, str]:
         return ending(process)
 
 
+@pytest.mark.slow
 def test_killed_worker_ends_the_run(tmp_path: Path) -> None:
     code, printed = end_of_a_run("pretrain", tmp_path, kill(0))
     assert code == 1 and printed.count(KILLED) == 1 and "Traceback" not in printed, printed

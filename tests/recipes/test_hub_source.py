@@ -120,6 +120,7 @@ print(json.dumps([listing.class_names, listing.labels.tolist()]))
 """
 
 
+@pytest.mark.slow
 def test_scoring_fetches_its_split_alone(hub: str, repo: Path, tmp_path: Path) -> None:
     Repository.sent.clear()
     assert read(repo, tmp_path, program=SCORED, HF_ENDPOINT=hub) == [[["cat", "dog"], [0, 1]]]

@@ -804,6 +804,7 @@ def test_blocks_of_encoder_and_decoder_are_sharded_one_by_one(monkeypatch: pytes
     assert parts == [*model.blocks, *model.decoder_blocks, model]
 
 
+@pytest.mark.slow
 def test_quickstart_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
         (tmp_path / runs / "first").mkdir(parents=True)

@@ -1053,6 +1053,7 @@ def test_tables_without_rows_are_refused(tmp_path: Path, streaming: bool, labels
         open_named(file, labels_needed, streaming=streaming, validation=str(val))
 
 
+@pytest.mark.slow
 def test_images_have_one_identity_with_and_without_the_models(repo: Path) -> None:
     """`recipes` takes `arm_zoo.images` from its folder, so that torch is not imported for a refusal."""
     program = (

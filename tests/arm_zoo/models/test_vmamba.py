@@ -386,6 +386,7 @@ def test_vmap_over_images_gives_the_gradients_of_each() -> None:
         assert all(close(found[name][i], grad, 1e-4) for name, grad in gradients(model, image[None]).items())
 
 
+@pytest.mark.slow
 def test_compiled_in_one_piece_for_any_size() -> None:
     model = tiny(depths=(1, 1, 1, 1))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -558,7 +559,9 @@ def test_too_many_blocks_are_refused() -> None:
         find_variant(tensors)
 
 
-@pytest.mark.parametrize("ending, format", [("pt2", "pt2"), ("safetensors", "official")])
+@pytest.mark.parametrize(
+    "ending, format", [pytest.param("pt2", "pt2", marks=pytest.mark.slow), ("safetensors", "official")]
+)
 def test_exports(ending: str, format: str, tmp_path: Path) -> None:
     model = tiny(num_classes=3, img_size=40)
     model.save_pretrained(tmp_path / "folder")
