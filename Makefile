@@ -16,7 +16,7 @@ test: .venv/clients.stamp  ## lint, types and all tests but the slow ones
 	$(BIN)/mypy arm_zoo recipes eval hub
 	$(BIN)/$(PYTEST) -m "not slow"
 
-test-all: .venv/clients.stamp  ## all tests, also the slow ones, in some twelve minutes
+test-all: .venv/clients.stamp  ## all tests, also the slow ones, which take minutes more
 	$(BIN)/$(PYTEST)
 
 test-oldest: | $(OLDEST)/pip  ## the tests of `make test` with the oldest version of every requirement

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from arm_zoo.command_line import positive
+from arm_zoo.files import write_text
 from arm_zoo.images.masks import SplitName
 from recipes.data.sources import DIGIT_NAMES, open_digits
 from recipes.errors import reporting_mistakes
@@ -48,9 +49,7 @@ def write_scenes(folder: Path, split: SplitName, scenes: int, seed: int = 0) -> 
                 _draw(image[place], mask[place], ink, label, draws.integers(256, size=3))
         Image.fromarray(image).save(images / f"{number:05d}.png")
         Image.fromarray(mask).save(masks / f"{number:05d}.png")
-    (folder / "classes.txt").write_text(
-        "".join(f"{name}\n" for name in ("background", *DIGIT_NAMES)), encoding="utf-8"
-    )
+    write_text(folder / "classes.txt", "".join(f"{name}\n" for name in ("background", *DIGIT_NAMES)))
 
 
 def _draw(
