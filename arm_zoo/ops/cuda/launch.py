@@ -64,6 +64,7 @@ def _limits(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_properties(device).multi_processor_count, 8 if major >= 9 else 1
 
 
+@functools.cache
 def forward_split(warps: int, length: int, d_state: int, team: int, processors: int, cluster: int) -> tuple[int, int]:
     """How the forward scan fills a GPU: lanes that share a pair of channels, and parts of the length.
 
