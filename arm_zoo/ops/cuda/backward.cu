@@ -18,13 +18,14 @@
 //
 // Macros: those of common.cuh, and MEAN 1 where the output is the directions' mean, else their sum.
 
-__device__ __forceinline__ float slope_at(float size) {  // of softplus where its value is this: 1 - exp(-size)
+// times the slope of softplus where its value is `size`: 1 - exp(-size)
+__device__ __forceinline__ float times_slope(float v, float size) {
 #if !SOFTPLUS
-    return 1.0f;
+    return v;
 #elif DTYPE == 0
-    return -expm1f(-size);
+    return v * -expm1f(-size);
 #else
-    return 1.0f - exp2_fast(size * -LOG2E);
+    return fmaf(v, -exp2_fast(size * -LOG2E), v);
 #endif
 }
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -91,7 +92,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ Shared sh;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr int BLOCKS = (CHANNELS + THREADS - 1) / THREADS;
     const int part = blockIdx.x % CLUSTER;  // counted from the end of the sequence
     const int block = blockIdx.x / CLUSTER % BLOCKS, rest = blockIdx.x / CLUSTER / BLOCKS;
@@ -156,24 +157,34 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
             const int token = next_token;
             if (chunk > from) next_token = token_at(order, k, start - CHUNK + lane % CHUNK, length);
             T raw_BC[EACH], raw_delta[CHUNK], raw_u[CHUNK], raw_y[CHUNK], raw_h[S];
-            const auto load = [&](int last) __attribute__((always_inline)) {
+            const int before = TOKENS ? 0 : start;  // rows
+            const T *chunk_u = u + before * CHANNELS, *chunk_delta = delta + before * CHANNELS;
+            const T *chunk_BC = BC + before * BC_t, *chunk_saved = saved + (i64)chunk * S * CHANNELS;
+            HOLD(chunk_u);
+            HOLD(chunk_delta);
+            HOLD(chunk_BC);
+            const auto load = [&](bool all) __attribute__((always_inline)) {
 #pragma unroll
                 for (int j = 0; j < CHUNK; ++j) {
-                    const int t = row_of(start + min(j, last), token);
-                    raw_delta[j] = delta[t * CHANNELS];
-                    raw_u[j] = whole ? u[t * CHANNELS] : T(0);
+                    const int t = row_of(j, token) * CHANNELS;
+                    raw_delta[j] = all || j < steps ? chunk_delta[t] : T(0);
+                    raw_u[j] = whole && (all || j < steps) ? chunk_u[t] : T(0);
+                }
+#pragma unroll
+                for (int j = 0; j < EACH; ++j) {
+                    const int step = all ? first + j : min(first + j, steps - 1);
+                    raw_BC[j] = chunk_BC[row_of(step, token) * BC_t];
                 }
             };
             if (TOKENS || steps == CHUNK)
-                load(CHUNK);  // from one address and constant distances
+                load(true);  // from one address and constant distances
             else
-                load(steps - 1);
+                load(false);
+            const int of_token = token * CHANNELS;
 #pragma unroll
-            for (int j = 0; j < CHUNK; ++j) raw_y[j] = grad[__shfl_sync(0xffffffffu, token, j) * CHANNELS];
+            for (int j = 0; j < CHUNK; ++j) raw_y[j] = grad[__shfl_sync(0xffffffffu, of_token, j)];
 #pragma unroll
-            for (int s = 0; s < S; ++s) raw_h[s] = saved[((i64)chunk * S + s) * CHANNELS];
-#pragma unroll
-            for (int j = 0; j < EACH; ++j) raw_BC[j] = BC[row_of(min(start + first + j, length - 1), token) * BC_t];
+            for (int s = 0; s < S; ++s) raw_h[s] = chunk_saved[s * CHANNELS];
             __syncthreads();
 #pragma unroll
             for (int j = 0; j < EACH; ++j)
@@ -192,14 +203,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                 sh.size[j][thread] = 0.f;
                 sh.step[j][thread] = pack_step(T(0), T(0));
             }
-            if (chunk > from && lane < CHUNK) {  // the next (earlier) chunk into the L2 cache
-                const int t = TOKENS ? next_token : start - CHUNK + lane;
-                prefetch(u + t * CHANNELS - lane);
-                prefetch(delta + t * CHANNELS - lane);
+            if (chunk > from) {  // the next (earlier) chunk into the L2 cache: a lane asks for a step's row of each
+                const int t = TOKENS ? next_token : lane % CHUNK - CHUNK;
+                prefetch((lane < CHUNK ? chunk_u : chunk_delta) + t * CHANNELS - lane);
                 prefetch(grad + next_token * CHANNELS - lane);
-                if (warp == 0) prefetch(B + t * B_t);
-                if (warp == 1) prefetch(C + t * C_t);
-                if (lane < S) prefetch(saved + ((i64)(chunk - 1) * S + lane) * CHANNELS - lane);
+                prefetch(chunk_BC + t * BC_t);
+                prefetch(chunk_saved + (lane % S - S) * CHANNELS - lane);
             }
             __syncthreads();
             if (!whole) {
@@ -248,6 +257,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #pragma unroll 1
             for (int g = groups - 1; g >= 0; --g) {
                 const int t0 = start + g * GROUP;
+                T *group_u = grad_u + (TOKENS ? 0 : t0) * CHANNELS, *group_delta = grad_delta + (TOKENS ? 0 : t0) * CHANNELS;
+                HOLD(group_u);
+                HOLD(group_delta);
                 float size[GROUP], input[GROUP], y[GROUP], from_input[GROUP], from_rate[GROUP];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
@@ -303,15 +315,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                 }
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
-                    const int t = row_of(t0 + j, token);
+                    const int row = (TOKENS ? row_of(t0 + j, token) : j) * CHANNELS;
                     const float x = u_in(sh.step[g * GROUP + j][thread]);
-                    const float to_u = fmaf(from_input[j], size[j], y[j] * skip);
-                    const float to_delta = fmaf(from_input[j], x, from_rate[j] * LN2) * slope_at(size[j]);
+                    const T to_u = from_float(fmaf(from_input[j], size[j], y[j] * skip));
+                    const float to_delta = times_slope(fmaf(from_input[j], x, from_rate[j] * LN2), size[j]);
                     grad_skip = fmaf(y[j], x, grad_skip);
                     grad_offset += to_delta;  // zero for steps past the end, as y and the size are
+                    const T to_raw = from_float(to_delta);
                     if (ok && j < steps - g * GROUP) {
-                        grad_u[t * CHANNELS] = from_float(to_u);
-                        grad_delta[t * CHANNELS] = from_float(to_delta);
+                        group_u[row] = to_u;
+                        group_delta[row] = to_raw;
                     }
                 }
                 __syncthreads();
