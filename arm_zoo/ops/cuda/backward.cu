@@ -2,9 +2,10 @@
 //
 // One block scans one sequence (direction k, image b) for a block of channels, one a thread, with the gradients of the
 // states, their rates and the gradients of the rates of all S states in registers. Chunk by chunk from the end, the
-// states before every fourth step are recomputed into shared memory; the four steps of a group are then done one state
+// states before every eighth step are recomputed into shared memory; the eight steps of a group are then done one state
 // after the other. The sums over channels that the gradients of B and C need are left to the tensor cores: the lanes'
-// shares are one operand of a matrix product, zeros and ones that choose the column are the other.
+// shares are one operand of a matrix product, zeros and ones that choose the column are the other. What that leaves, sums
+// of four lanes, goes through shared memory and the same product once more.
 //
 // One channel a thread instead of two halves its registers: 12 warps instead of 8 (10 for float32) fit a multiprocessor and hide
 // each other's waiting, 24 if there is a single state. Two warps share a block, so that B and C, and the sums over channels,
@@ -31,7 +32,7 @@ __device__ __forceinline__ float times_slope(float v, float size) {
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 #define GROUP 8    // steps that are done together
-#define HALVES 2   // of a group: four steps are summed over channels at once, and each warp adds up those of one half
+#define HALVES 2   // of a group: four steps are summed over channels at once, and each warp finishes the sums of one half
 #define THREADS 64 // channels of a block
 #define WARPS (THREADS / 32)
 #define QUADS ((S + 3) / 4)  // of the states
@@ -42,8 +43,8 @@ __device__ __forceinline__ void mma(float4 &c, const float4 a, const float2 b) {
         : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a.y)), "r"(__float_as_uint(a.z)), "r"(__float_as_uint(a.w)),
           "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
 }
-// adds each of 4 values of every lane, summed over the 4 lanes that share lane / 4, to c of lane % 4 = column; the two
-// in the middle change places
+// Each of 4 values of every lane, summed over the 4 lanes that share lane / 4, is added to c of that lane of them which
+// `column` picks. The two in the middle change places: done twice, this keeps the order.
 __device__ __forceinline__ void lane_sum(float4 &c, const float4 a, const float2 column) {
 #if DTYPE == 0
     const auto low = [](float x) { return x - __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
@@ -65,6 +66,7 @@ __device__ __forceinline__ float u_in(Step v) { return to_float((T)v); }
 __device__ __forceinline__ float y_in(Step v) { return to_float((T)(v >> 16)); }
 #endif
 
+// a group's numbers, four at a time
 __device__ __forceinline__ void load_steps(const float *of_group, float *values) {
 #pragma unroll
     for (int j = 0; j < GROUP; j += 4) *(float4 *)(values + j) = *(const float4 *)(of_group + j);
@@ -99,7 +101,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     const int k = rest % directions, b = rest / directions;  // the directions of an image follow each other
     const i64 sequence = (i64)k * batch + b;
     const bool ok = block * THREADS + thread < CHANNELS;
-    const int d = ok ? block * THREADS + thread : 0;
+    const int d = ok ? block * THREADS + thread : 0, since_first = ok ? lane : 0;  // channels, of the warp
     const int chunks = (length + CHUNK - 1) / CHUNK;
     const int from = chunks - first_chunk(part + 1, chunks), to = chunks - first_chunk(part, chunks);
     u += k * u_k + b * u_b + d;
@@ -123,7 +125,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     offset = to_float(bias[(i64)k * CHANNELS + d]);
 #endif
     constexpr int PIECES = THREADS / (2 * S), EACH = (CHUNK + PIECES - 1) / PIECES;
-    const int row = thread % (2 * S), first = thread / (2 * S) * EACH;  // of one state half the threads have none
+    // of B and C; of one state half the threads do what another does
+    const int row = thread % (2 * S), first = min(thread / (2 * S) * EACH, CHUNK - 1);
     const T *BC = row < S ? B + row : C + row - S;
     const int BC_t = row < S ? B_t : C_t;
     HOLD(BC);
@@ -138,9 +141,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     float grad_skip = 0.f, grad_offset = 0.f;
     float2 pick[4];  // B operands that sum the values of a lane over lane % 4 into columns 2i and 2i + 1
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
         pick[i] = make_float2(lane / 4 == 2 * i ? 1.f : 0.f, lane / 4 == 2 * i + 1 ? 1.f : 0.f);
-    // where a lane leaves its sums, and where it reads those of lanes 4 * (lane % 4) + lane / 4 % 4: no bank conflicts
+        asm volatile("" : "+f"(pick[i].x), "+f"(pick[i].y));  // stay in registers, instead of being made anew
+    }
+    // where a lane leaves its sums, and where it reads those of lane 4 * (lane % 4) + lane / 4 % 4, without bank conflicts
     const auto swizzled = [](int lane) { return lane ^ (lane >> 2 & 2); };
     const int place = swizzled(lane), read = swizzled(lane % 4 * 4 + lane / 4 % 4);
 
@@ -157,7 +162,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
             const int token = next_token;
             if (chunk > from) next_token = token_at(order, k, start - CHUNK + lane % CHUNK, length);
             T raw_BC[EACH], raw_delta[CHUNK], raw_u[CHUNK], raw_y[CHUNK], raw_h[S];
-            const int before = TOKENS ? 0 : start;  // rows
+            const int before = TOKENS ? 0 : start;  // rows of other chunks
             const T *chunk_u = u + before * CHANNELS, *chunk_delta = delta + before * CHANNELS;
             const T *chunk_BC = BC + before * BC_t, *chunk_saved = saved + (i64)chunk * S * CHANNELS;
             HOLD(chunk_u);
@@ -177,7 +182,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                 }
             };
             if (TOKENS || steps == CHUNK)
-                load(true);  // from one address and constant distances
+                load(true);  // constant distances from one address
             else
                 load(false);
             const int of_token = token * CHANNELS;
@@ -187,8 +192,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
             for (int s = 0; s < S; ++s) raw_h[s] = chunk_saved[s * CHANNELS];
             __syncthreads();
 #pragma unroll
-            for (int j = 0; j < EACH; ++j)
-                if (EACH * PIECES == CHUNK || first + j < CHUNK) sh.BC[row][first + j] = to_float(raw_BC[j]);
+            for (int j = 0; j < EACH; ++j) sh.BC[row][first + j] = to_float(raw_BC[j]);
 #pragma unroll
             for (int j = 0; j < CHUNK; ++j) {
                 float size = to_float(raw_delta[j]) + offset, y;
@@ -205,10 +209,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
             }
             if (chunk > from) {  // the next (earlier) chunk into the L2 cache: a lane asks for a step's row of each
                 const int t = TOKENS ? next_token : lane % CHUNK - CHUNK;
-                prefetch((lane < CHUNK ? chunk_u : chunk_delta) + t * CHANNELS - lane);
-                prefetch(grad + next_token * CHANNELS - lane);
+                prefetch((lane < CHUNK ? chunk_u : chunk_delta) + t * CHANNELS - since_first);
+                prefetch(grad + next_token * CHANNELS - since_first);
                 prefetch(chunk_BC + t * BC_t);
-                prefetch(chunk_saved + (lane % S - S) * CHANNELS - lane);
+                prefetch(chunk_saved + (lane % S - S) * CHANNELS - since_first);
             }
             __syncthreads();
             if (!whole) {
@@ -222,7 +226,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                     }
 #pragma unroll
                     for (int s = 0; s < S; ++s) {
-                        float Cs[GROUP];
+                        alignas(16) float Cs[GROUP];
                         load_steps(sh.BC[S + s] + g * GROUP, Cs);
 #pragma unroll
                         for (int j = GROUP - 1; j >= 0; --j)
@@ -246,7 +250,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                     }
 #pragma unroll
                     for (int s = 0; s < S; ++s) {
-                        float Bs[GROUP];
+                        alignas(16) float Bs[GROUP];
                         load_steps(sh.BC[s] + g * GROUP, Bs);
 #pragma unroll
                         for (int j = 0; j < GROUP; ++j) h[s] = fmaf(exp2_fast(size[j] * rate[s]), h[s], input[j] * Bs[j]);
@@ -277,7 +281,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #pragma unroll
                     for (int i = 0; i < QUAD; ++i) {
                         const int s = quad * 4 + i;
-                        float Bs[GROUP], Cs[GROUP], h[GROUP + 1], decay[GROUP], part_B[GROUP], part_C[GROUP];
+                        alignas(16) float Bs[GROUP], Cs[GROUP], part_B[GROUP], part_C[GROUP];
+                        float h[GROUP + 1], decay[GROUP];
                         load_steps(sh.BC[s] + g * GROUP, Bs);
                         load_steps(sh.BC[S + s] + g * GROUP, Cs);
                         h[0] = sh.state[g][s][thread];
@@ -301,9 +306,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                         carry[s] = c;
 #pragma unroll
                         for (int half = 0; half < HALVES; ++half) {
-                            const float *b = part_B + 4 * half, *c = part_C + 4 * half;
-                            lane_sum(sum_B[half], make_float4(b[0], b[1], b[2], b[3]), pick[i]);
-                            lane_sum(sum_C[half], make_float4(c[0], c[1], c[2], c[3]), pick[i]);
+                            lane_sum(sum_B[half], *(float4 *)(part_B + 4 * half), pick[i]);
+                            lane_sum(sum_C[half], *(float4 *)(part_C + 4 * half), pick[i]);
                         }
                     }
                     if (quad == 0) __syncthreads();  // the sums of the group before have been read
@@ -317,30 +321,29 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                 for (int j = 0; j < GROUP; ++j) {
                     const int row = (TOKENS ? row_of(t0 + j, token) : j) * CHANNELS;
                     const float x = u_in(sh.step[g * GROUP + j][thread]);
-                    const T to_u = from_float(fmaf(from_input[j], size[j], y[j] * skip));
                     const float to_delta = times_slope(fmaf(from_input[j], x, from_rate[j] * LN2), size[j]);
+                    const T result_u = from_float(fmaf(from_input[j], size[j], y[j] * skip)), result = from_float(to_delta);
                     grad_skip = fmaf(y[j], x, grad_skip);
                     grad_offset += to_delta;  // zero for steps past the end, as y and the size are
-                    const T to_raw = from_float(to_delta);
                     if (ok && j < steps - g * GROUP) {
-                        group_u[row] = to_u;
-                        group_delta[row] = to_raw;
+                        group_u[row] = result_u;
+                        group_delta[row] = result;
                     }
                 }
                 __syncthreads();
-                // a warp adds up a half of the steps: lane / 4 is a state of a pair of quads, lane % 4 the pair
-                float4 total_of[WARPS] = {};
+                // a warp finishes half of the steps: lane / 4 is then a state of two quads, lane % 4 which two of B and C
+                float4 sum_of[WARPS] = {};
 #pragma unroll
                 for (int pair = 0; pair < QUADS; ++pair) {
 #pragma unroll
                     for (int of_warp = 0; of_warp < WARPS; ++of_warp) {
                         const float4 *left = sh.sums[of_warp][2 * pair + lane / 16][warp];
-                        lane_sum(total_of[of_warp], left[read], pick[pair]);
-                        lane_sum(total_of[of_warp], left[16 + read], pick[pair]);
+                        lane_sum(sum_of[of_warp], left[read], pick[pair]);
+                        lane_sum(sum_of[of_warp], left[16 + read], pick[pair]);
                     }
                 }
-                const float values[4] = {total_of[0].x + total_of[1].x, total_of[0].y + total_of[1].y,
-                                         total_of[0].z + total_of[1].z, total_of[0].w + total_of[1].w};
+                const float values[4] = {sum_of[0].x + sum_of[1].x, sum_of[0].y + sum_of[1].y,
+                                         sum_of[0].z + sum_of[1].z, sum_of[0].w + sum_of[1].w};
                 T *out = grad_BC + (2 * (lane % 4) + lane / 16) * QUAD + lane / 4 % 4;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
