@@ -168,7 +168,6 @@ class ARMPretrain(PretrainingModel):
         They are in cluster order; `order` as for `forward_encoder`.
         """
         query = self._predicted(self.query_token + self.decoder_pos_embed, order)
-        query = query.expand(latent.shape[0], -1, -1)
         for k, block in enumerate(self.decoder_blocks):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))
