@@ -316,6 +316,19 @@ def test_taps() -> None:
         assert chosen[0] >= 1 and chosen[3] == depth and sorted(chosen) == list(chosen)
 
 
+def test_latents_are_what_the_projection_itself_gives() -> None:
+    """The model takes its rows in another order, layer by layer, unless it has hooks, which see it as it is."""
+    model = small(decoder_depth=3)
+    images, results = images_for(model), []
+    for _ in range(2):
+        latent = model.forward_encoder(images)
+        own = list(model.encoder_to_decoder.parameters())
+        results.append([latent, *torch.autograd.grad(latent.sin().sum(), own)])
+        model.encoder_to_decoder.register_forward_hook(lambda *_: None)
+    assert results[0][0].stride(-2) == 1  # channels of a layer lie side by side
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5, 24])
 def test_the_decoder_sees_the_tapped_blocks(depth: int) -> None:
     model = small(depth=depth)
