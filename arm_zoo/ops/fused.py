@@ -92,8 +92,7 @@ def _kernel(module: str, name: str) -> Callable[..., Any]:
 
 def _add_norm_backward_fake(grad_total: Tensor, grad_normed: Tensor, total: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _, _, weight, _, dtype = args
-    grads_of_norm = (weight.new_empty(weight.shape) for _ in range(2))
-    return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), *grads_of_norm
+    return *(total.new_empty(total.shape, dtype=t) for t in (total.dtype, dtype)), weight.new_empty(2, *weight.shape)
 
 
 def _conv2d_flops(x: list[int]) -> int:
@@ -109,8 +108,8 @@ def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 
 def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    *grads, grad_bias = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *saved, ctx.dtype)
-    return *grads[:2], None, grads[2], None if saved[-1] is None else grad_bias, None, None
+    *grads, of_norm = torch.ops.arm_zoo.add_norm_backward(grad_total, grad_normed, *saved, ctx.dtype)
+    return *grads, None, of_norm[0], None if saved[-1] is None else of_norm[1], None, None
 
 
 register(
@@ -137,7 +136,7 @@ register(
 register(
     "add_norm_backward",
     "(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor moments, Tensor? scale, Tensor weight, "
-    "Tensor? bias, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _kernel("norms", "add_norm_backward"),
     fake=_add_norm_backward_fake,
 )

@@ -24,7 +24,7 @@ from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
 from arm_zoo.models import arm, vim
 from arm_zoo.models._sequence import SequenceBackbone
-from arm_zoo.ops.fused import run_norm
+from arm_zoo.ops.fused import is_plain_layer, run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.noise import noise
@@ -160,7 +160,12 @@ class ARMPretrain(PretrainingModel):
         normed = [run_norm(norm, outputs[tap]) for norm, tap in taps]
         skips = torch.cat(normed, dim=-1)
         # the layers' slices are interleaved: feature q * decoder_depth + k is channel q of decoder layer k
-        return self.encoder_to_decoder(skips).unflatten(-1, (-1, len(self.decoder_blocks)))
+        layer, depth = self.encoder_to_decoder, len(self.decoder_blocks)
+        if not is_plain_layer(layer, nn.Linear):
+            return layer(skips).unflatten(-1, (-1, depth))
+        # made layer by layer, so that the norms of the decoder's layers read whole lines of memory
+        weight, bias = (t.unflatten(0, (-1, depth)).transpose(0, 1).flatten(0, 1) for t in (layer.weight, layer.bias))
+        return F.linear(skips, weight, bias).unflatten(-1, (depth, -1)).transpose(-1, -2)
 
     def forward_decoder(self, latent: Tensor, order: Tensor | None = None) -> Tensor:
         """Latents -> what is predicted of the patches (B, T, pixels or vocabulary) of all clusters but the first.
@@ -168,7 +173,6 @@ class ARMPretrain(PretrainingModel):
         They are in cluster order; `order` as for `forward_encoder`.
         """
         query = self._predicted(self.query_token + self.decoder_pos_embed, order)
-        query = query.expand(latent.shape[0], -1, -1)
         for k, block in enumerate(self.decoder_blocks):
             query = block(query, latent[..., k], self.decoder_mask)
         return self.decoder_pred(self.decoder_norm(query))

@@ -29,7 +29,7 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: Device = None) -
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to latents, in heads of 64 channels."""
+    """Queries (B, T, dim), or (1, T, dim) for all images, attend to latents (B, T, dim), in heads of 64 channels."""
 
     def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -40,7 +40,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         key, value = self.kv(latent).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2) for t in (self.q(query), key, value))
+        queries = self.q(query).expand(latent.shape[0], -1, -1)
+        q, k, v = (t.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2) for t in (queries, key, value))
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 

@@ -132,6 +132,7 @@ def run(request: pytest.FixtureRequest, golden: Path) -> Run:
     assert images.grad is not None
     outputs["grad_input_target_constant"] = images.grad
     outputs["latent"] = model.forward_encoder(images)
+    outputs["dec_query"] = outputs["dec_query"].expand(len(images), -1, -1)  # ours is made once for all images
     outputs["loss"] = loss.view(1)
     outputs["loss_per_token"] = (outputs["pred"] - outputs["target"]).square().mean(dim=(0, 2))
     outputs = {key: value.detach().cpu() for key, value in outputs.items()}
@@ -313,6 +314,19 @@ def test_taps() -> None:
         exact = (depth / 2, depth * 2 / 3, depth * 5 / 6, depth)
         assert all(abs(tap - place) < 0.501 for tap, place in zip(chosen, exact, strict=True)), depth
         assert chosen[0] >= 1 and chosen[3] == depth and sorted(chosen) == list(chosen)
+
+
+def test_latents_are_what_the_projection_itself_gives() -> None:
+    """The model takes its rows in another order, layer by layer, unless it has hooks, which see it as it is."""
+    model = small(decoder_depth=3)
+    images, results = images_for(model), []
+    for _ in range(2):
+        latent = model.forward_encoder(images)
+        own = list(model.encoder_to_decoder.parameters())
+        results.append([latent, *torch.autograd.grad(latent.sin().sum(), own)])
+        model.encoder_to_decoder.register_forward_hook(lambda *_: None)
+    assert results[0][0].stride(-2) == 1  # channels of a layer lie side by side
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 24])

@@ -80,13 +80,13 @@ def _conv_kernel(
 
 @triton.jit
 def _conv_backward_kernel(
-    grad, x, weight, bias, order, grad_x, partial, batch, length, channels, x_batch, x_time,
+    grad, x, weight, bias, order, grad_x, partial, batch, length, channels, segment, x_batch, x_time,
     g_direction, g_batch, g_time, to_direction, to_batch, to_time, order_batch,
-    HAS_ORDER: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_ORDER: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One direction's gradient of x in scan order, and a segment's share of the gradients of weight and bias."""
     k, b, sequence = _image_by_image(tl.program_id(2), batch)
-    start = tl.program_id(0) * SEGMENT
+    start = tl.program_id(0) * segment
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     channel = d < channels
     x += b * x_batch
@@ -101,8 +101,9 @@ def _conv_backward_kernel(
     gradients, sums = (), (zero, zero)
     for _ in tl.static_range(TAPS - 1):
         gradients, sums = gradients + (zero,), sums + (zero,)
+    end = tl.minimum(start + segment, length)
     # x at a step needs the gradients before SiLU of that step and the TAPS - 1 after it
-    for t in range(start, start + SEGMENT + TAPS - 1, GROUP):
+    for t in range(start, end + TAPS - 1, GROUP):
         rows = rows + _load_tokens(x, order, t, d, length, x_time, channel, HAS_ORDER, GROUP)
         outer = ()
         for i in tl.static_range(GROUP):
@@ -119,9 +120,9 @@ def _conv_backward_kernel(
             for j in tl.static_range(TAPS):
                 fed += taps[TAPS - 1 - j] * gradients[i + j]
             step = t + i - (TAPS - 1)
-            mask = channel & (step >= start) & (step < start + SEGMENT) & (step < length)
+            mask = channel & (step >= start) & (step < end)
             tl.store(grad_x + step * to_time + d, fed.to(grad_x.dtype.element_ty), mask=mask)
-            g = tl.where(t + i < start + SEGMENT, g, 0.0)  # the steps after the segment are the next one's
+            g = tl.where(t + i < end, g, 0.0)  # the steps after the segment are the next one's
             new = ()
             for j in tl.static_range(TAPS):
                 new = new + (sums[j] + g * rows[i + j],)
@@ -162,13 +163,15 @@ def causal_conv_backward(
     x, grad, weight, bias = inner(x), inner(grad), weight.contiguous(), bias.contiguous()
     merged = out is not None and directions == 1 and order is None  # nothing is left to do after the kernel
     sequences = out[None] if merged else x.new_empty(directions, batch, length, channels)
-    segment = max(64 - (taps - 1), 16)
-    segments = triton.cdiv(length, segment)
+    blocks = triton.cdiv(channels, BLOCK_CHANNELS)
+    # segments of about one length; long ones walk fewer steps twice and leave fewer sums, where warps are many
+    enough = triton.cdiv(length, 128) * blocks * directions * batch >= _WARPS * processors(x)
+    segments = triton.cdiv(length, 128 if enough else 64)
     partial = x.new_empty(segments, directions, batch, taps + 1, channels, dtype=torch.float32)
-    _conv_backward_kernel[segments, triton.cdiv(channels, BLOCK_CHANNELS), directions * batch](
-        grad, x, weight, bias, order, sequences, partial, batch, length, channels, x.stride(0), x.stride(1),
-        *grad.stride()[:3], *sequences.stride()[:3], order_step(order),
-        HAS_ORDER=order is not None, TAPS=taps, SEGMENT=segment, GROUP=4, BLOCK_D=BLOCK_CHANNELS, num_warps=1,
+    _conv_backward_kernel[segments, blocks, directions * batch](
+        grad, x, weight, bias, order, sequences, partial, batch, length, channels, triton.cdiv(length, segments),
+        x.stride(0), x.stride(1), *grad.stride()[:3], *sequences.stride()[:3], order_step(order),
+        HAS_ORDER=order is not None, TAPS=taps, GROUP=4, BLOCK_D=BLOCK_CHANNELS, num_warps=1,
     )  # fmt: skip
     partial = partial.sum((0, 2))  # (K, taps + 1, D)
     grad_weight = partial[:, :taps].transpose(1, 2).to(weight.dtype).contiguous()

@@ -113,7 +113,7 @@ def add_norm_backward(
     grad_total: Tensor, grad_normed: Tensor, total: Tensor, moments: Tensor,
     scale: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensors:  # fmt: skip
-    """Gradients of x, of branch in `dtype`, of weight and of bias (also if there is none); see `add_norm`."""
+    """Gradients of x, of branch in `dtype`, and of weight and bias (2, D), also if there is none; see `add_norm`."""
     grad_total, grad_normed, total = grad_total.contiguous(), grad_normed.contiguous(), total.contiguous()
     channels, length = total.shape[-1], math.prod(total.shape[1:-1])
     rows, tile = len(total) * length, whole_rows(channels)
@@ -125,5 +125,4 @@ def add_norm_backward(
         grad_x, grad_branch, partial, rows, length, channels,
         HAS_SCALE=scale is not None, CENTRED=bias is not None, **tile,
     )  # fmt: skip
-    grad_weight, grad_bias = partial.sum(0)
-    return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(weight.dtype, copy=True)
+    return grad_x, grad_branch, partial.sum(0).to(weight.dtype)

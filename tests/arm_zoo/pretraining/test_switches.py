@@ -149,7 +149,7 @@ def test_the_decoder_has_the_depth_and_width_asked_for(depth: int, width: int) -
     for block in model.decoder_blocks:
         block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].shape))
     model(images_for(model))[0].backward()
-    assert inputs == [(2, 128, width)] * depth
+    assert inputs == [(1, 128, width)] + [(2, 128, width)] * (depth - 1)  # the first are made once for all images
     assert all(p.grad is not None and p.grad.any() for p in model.decoder_blocks.parameters())
 
 
