@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,7 @@ PHASES = ("dvae", "pretrain", "finetune")  # in this order; every row has the la
 HANDED_ON = {"dvae": ("dvae", WEIGHTS), "pretrain": ("pretrained", EXPORT)}  # to the next: the key, what of the folder
 PAUSE = 0.2  # seconds between two looks at the processes
 RUNS = "runs.csv"  # of the output folder: a line for each run of any table that has ended
+FIGURE = "figure.png"
 
 Settings = dict[str, Any]  # by dotted key; `config` is the file's name
 
@@ -347,7 +349,7 @@ def write_results(table: Table, runs: Sequence[Run], outcomes: Outcomes, folder:
     write_text(folder / "table.md", "\n".join([f"# {table.title}", "", *markdown(rows)]) + "\n")
     scored = {"here": [(row["top1"], row["interval95"]) for row in rows]}
     scored["the paper, ImageNet-1k"] = [(row["paper_top1"], None) for row in rows]
-    plot_intervals(folder / "figure.png", table.title, [row["row"] for row in rows], scored)
+    plot_intervals(folder / FIGURE, table.title, [row["row"] for row in rows], scored)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -368,6 +370,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         interval = half if half == "-" else f"± {half}"
         seeds = len(row["seeds"].split())
         yield f"| {row['row']} | {top1} | {interval} | {seeds} | {hours} | {paper} | {paper_hours} |"
+
+
+def put_into(document: Path, heading: str, lines: Sequence[str]) -> None:
+    """Put lines into a Markdown file, in place of what is between a heading, which must be there, and the next one."""
+    before, found, after = document.read_text(encoding="utf-8").partition(f"\n{heading}\n")
+    if not found:
+        raise RunError(
+            f"{document} has no line {heading!r}, under which the table goes; write it where that should be"
+        )
+    following = re.search(r"^#", after, re.MULTILINE)
+    rest = after[following.start() :] if following else ""
+    write_text(document, "\n".join([before, heading, "", *lines, "", rest]).rstrip("\n") + "\n")
 
 
 def plan(
@@ -454,6 +468,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="for models so small that one leaves it idle (%(default)s)",
     )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help="run nothing: write the table of the runs that have ended, and put it into this Markdown file, under the "
+        "line `### TITLE, preset PRESET`",
+    )
     parser.add_argument("--list", action="store_true", help="show what would run, and for how long, and end")
     parser.add_argument(
         "--speed",
@@ -489,6 +510,13 @@ def ablate(settings: argparse.Namespace) -> None:
         say("\n".join(plan(table, runs, outcomes, dict(settings.speed), settings.gpus_per_run, at_once)))
         return
     folder = output / f"table{settings.table}"
+    if settings.into is not None:
+        write_results(table, runs, outcomes, folder)
+        figure = f"![{table.title}]({os.path.relpath(folder / FIGURE, settings.into.parent)})"
+        lines = [*markdown(results(table, runs, outcomes)), "", figure]
+        put_into(settings.into, f"### {table.title}, preset {settings.preset}", lines)
+        say(f"wrote {folder} and the table in {settings.into}")
+        return
 
     def told(run: Run) -> None:
         outcome = outcomes[run.name] = run.outcome(settings.runs_per_gpu)
