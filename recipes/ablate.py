@@ -298,6 +298,12 @@ def device_groups(per_run: int) -> list[str]:
     return [",".join(gpus[start : start + per_run]) for start in range(0, len(gpus) - per_run + 1, per_run)] or [""]
 
 
+def places(groups: Sequence[str], runs_per_gpu: int) -> list[str]:
+    """Each group so many times, one further on in each round: rows that take long meet less often on one."""
+    rounds = range(runs_per_gpu)
+    return [groups[(number + turn) % len(groups)] for turn in rounds for number in range(len(groups))]
+
+
 def read_outcomes(output: Path) -> dict[str, Outcome]:
     """Of all runs that have ended, as far as `runs.csv` tells."""
     file = output / RUNS
@@ -525,7 +531,7 @@ def ablate(settings: argparse.Namespace) -> None:
         say(f"{run.row.name}, seed {run.seed}: top-1 {outcome.top1:.2f}%")
 
     stop = StopRequest().listen()
-    bench = Bench(device_groups(settings.gpus_per_run) * settings.runs_per_gpu, stop, told)
+    bench = Bench(places(device_groups(settings.gpus_per_run), settings.runs_per_gpu), stop, told)
     if left := [run for run in runs if run.name not in outcomes]:
         check(table, output)
     bench.work(left)

@@ -272,6 +272,8 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert ablate.device_groups(1) == ["0", "1", "2", "3"]
     assert ablate.device_groups(2) == ["0,1", "2,3"] and ablate.device_groups(3) == ["0,1,2"]
+    assert ablate.places(["0", "1", "2"], 2) == ["0", "1", "2", "1", "2", "0"]
+    assert ablate.places(["0,1"], 3) == ["0,1"] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,GPU-ab,7")
     assert ablate.device_groups(2) == ["5,2", "GPU-ab,7"]
     with pytest.raises(RunError, match="--gpus-per-run is 5, but there are 4 GPUs; allowed: up to as many, or 1"):
