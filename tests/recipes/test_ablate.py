@@ -267,6 +267,13 @@ def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
     assert (document.parent / "../out/table5/figure.png").is_file() and not runs[1].folder.exists()
 
 
+def test_the_page_of_results_has_a_place_for_each_table(repo: Path) -> None:
+    page = (repo / "recipes" / "RESULTS.md").read_text().splitlines()
+    for number in NUMBERS:
+        title = yaml.safe_load((ABLATIONS / f"table{number}.yaml").read_text())["title"]
+        assert page.count(f"### {title}, preset short") == 1
+
+
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
