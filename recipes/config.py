@@ -159,7 +159,7 @@ class TrainConfig(Config):
     # Larger parts of the global batch take several forward passes, whose gradients add up; null: all at once.
     max_batch_per_device: int | None = limited(None, ("a whole number, 2 or more", lambda x: x >= 2))
     compile: bool = False
-    cuda_graphs: bool = False  # with compile, on one GPU: replay a step's launches, for models so small that it waits
+    cuda_graphs: bool = False  # with compile, on GPUs: replay a step's launches, for which it would wait
     fused_adamw: bool = True  # on CUDA; elsewhere the plain one is used
     gradient_checkpointing: bool = False  # recompute the blocks' activations: less memory, a third more work
     fsdp: bool = False  # shard parameters, gradients and optimizer over the processes
@@ -194,8 +194,8 @@ class TrainConfig(Config):
             )
         if self.global_batch % 2:
             found["global_batch"] = f"global_batch is {self.global_batch}; allowed: an even number, for image pairs"
-        if self.cuda_graphs and not (self.compile and self.max_batch_per_device is None):
-            found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device=null"
+        if self.cuda_graphs and (not self.compile or self.fsdp):
+            found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and fsdp=false"
         if self.data.decode == "gpu" and self.device == "cpu":
             found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
         if self.data.cache == "gpu" and self.device == "cpu":

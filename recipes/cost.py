@@ -5,7 +5,8 @@ python -m recipes.cost --real-images FILE   # of python -m recipes.loader_speed 
 python -m recipes.cost --throughput eval/throughput.csv   # of python -m eval.throughput --mode pretrain --output FILE
 python -m recipes.cost --images-per-second 1500
 
-The first two count the time in which the GPUs wait for images, the third one the step alone; the table says so.
+The first two count the time in which the GPUs wait for images, the third one the step alone; the table says so. Of
+speeds on several numbers of GPUs that of the nearest one counts, and how they scale tells what other numbers reach.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import yaml
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 HEADINGS = "| model | GPUs | epochs | hours | GPU-hours | speed |\n|---|---|---|---|---|---|"
+ASSUMED = 0.9  # scaling efficiency where nothing tells
 PAPER = "| ARM-B | 8 A5000 | 300 | 34.0 | 272 | *reported by the paper* |"  # section 4.4
 
 
@@ -88,18 +90,32 @@ def from_throughput(file: Path) -> list[Measured]:
     ]
 
 
+def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float, str]:
+    """The speed of N GPUs by N times that of one, and where it is from, of what was measured on several numbers."""
+    fewest, most = (choose(measured, key=lambda one: one.gpus) for choose in (min, max))
+    if assumed is None and fewest.gpus < most.gpus:
+        efficiency = most.images_per_second * fewest.gpus / (fewest.images_per_second * most.gpus)
+        return efficiency, f"as measured from {fewest.gpus} to {most.gpus}"
+    return assumed or ASSUMED, "assumed"
+
+
 def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterator[str]:
-    """Lines of a Markdown table; the last row is the paper's."""
+    """Lines of a Markdown table, from what was measured on the nearest number of GPUs; the last one is the paper's."""
     yield HEADINGS
+    kinds: dict[tuple[str, ...], list[Measured]] = {}
     for one in measured:
+        kinds.setdefault((one.model, one.device, one.what), []).append(one)
+    for alike in kinds.values():
+        efficiency, origin = scaling(alike, settings.efficiency)
         for gpus in settings.gpus:
+            one = min(alike, key=lambda one: abs(math.log(one.gpus / gpus)))
             speed = " ".join(
                 f"{one.images_per_second:,.0f} img/s {one.what} measured on {one.gpus} {one.device}".split()
             )
             if gpus != one.gpus:
-                speed += f", {settings.efficiency:.0%} scaling efficiency assumed"
+                speed += f", {efficiency:.0%} scaling efficiency {origin}"
             for epochs in settings.epochs:
-                hours = one.hours(epochs, gpus, settings.efficiency, settings.images)
+                hours = one.hours(epochs, gpus, efficiency, settings.images)
                 yield f"| {one.model} | {gpus} | {epochs} | {hours:,.1f} | {hours * gpus:,.0f} | {speed} |"
     yield PAPER
 
@@ -116,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="NAME", help="to show for --images-per-second")
     parser.add_argument("--measured-gpus", type=int, metavar="N", help="that gave --images-per-second")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="to compute for %(default)s")
-    parser.add_argument("--efficiency", type=float, default=0.9, help="speed of N by N times one's (%(default)s)")
+    does = f"speed of N by N times one's ({ASSUMED}, or as measured where FILE has several N)"
+    parser.add_argument("--efficiency", type=float, help=does)
     parser.add_argument("--epochs", type=int, nargs="+", default=[300, 800, 1600], help="to compute for %(default)s")
     parser.add_argument("--images", type=int, default=IMAGENET_TRAIN_IMAGES, help="per epoch (%(default)s)")
     settings = parser.parse_args(argv)

@@ -26,7 +26,8 @@ class Decoder:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._threads = device, ThreadPoolExecutor(THREADS, "decode")
-        self._streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(THREADS)]
+        on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device, priority=-1) if on_gpu else None for _ in range(THREADS)]
 
     def begin(self, encoded: Sequence[Tensor]) -> Callable[[], list[Tensor | None]]:
         """Begin with files as `decode` takes them; what is given waits for its result, for the current stream."""

@@ -24,7 +24,7 @@ from recipes.parsing import flatten
 from recipes.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
 from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_state, kept_tensors, restore
 from recipes.training.optim import learning_rate
-from recipes.training.parallel import Collectives, for_training, gradients_reduced
+from recipes.training.parallel import Collectives, Gradients, for_training
 from recipes.training.progress import ProgressDisplay
 from recipes.training.resume import ORDER, Start, changed_settings, compare_classes, compare_steps
 
@@ -67,6 +67,7 @@ class Trainer:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
         self._forward = for_training(self.model, self.config, self.accelerator)
+        self._gradients = Gradients(self._forward, self.model, self.config, self.accelerator)
         self._parameters = list(self.model.parameters())  # to find them takes a millisecond of every step
         self._loss_sum = torch.zeros((), device=device)
         self._figures: Figures = {}
@@ -144,7 +145,7 @@ class Trainer:
         half = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         for number, batch in enumerate(micro_batches):
             seed_step(self.config.seed, epoch, step, number, self.accelerator.process_index)
-            with gradients_reduced(self._forward, self.model, last=number == len(micro_batches) - 1):
+            with self._gradients.of_micro_batch(number, len(micro_batches)):
                 with half:
                     loss = self.loss_function(self._forward, batch) / len(micro_batches)
                 loss.backward()

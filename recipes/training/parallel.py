@@ -7,7 +7,7 @@ and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes an
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -126,26 +126,61 @@ def shard(model: Any, accelerator: Accelerator) -> None:
 
 
 def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """The callable that trains `model`: compiled if asked for, gradients averaged over the processes."""
+    """The callable that trains `model`: compiled if asked for; `Gradients` averages where it is no DDP."""
     kind = accelerator.device.type
-    if config.cuda_graphs and (kind != "cuda" or accelerator.num_processes > 1):
-        raise RunError(
-            f"cuda_graphs is true, but there are {accelerator.num_processes} processes on {kind}; allowed: one "
-            "process on a GPU (cuda); type cuda_graphs=false"
-        )
+    if config.cuda_graphs and kind != "cuda":
+        raise RunError(f"cuda_graphs is true, but the device is {kind}; allowed: a GPU (cuda), or cuda_graphs=false")
     mode = "reduce-overhead" if config.cuda_graphs else "default"
     forward: Any = torch.compile(model, mode=mode) if config.compile else model
-    if accelerator.num_processes == 1 or config.fsdp:
+    if accelerator.num_processes == 1 or config.fsdp or config.cuda_graphs:
         return forward
     options: dict[str, Any] = {BUFFERS_TRAVEL: False, "gradient_as_bucket_view": True}  # buffers are equal everywhere
     return DistributedDataParallel(forward, None if kind == "cpu" else [accelerator.device], **options)
 
 
-def gradients_reduced(forward: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Average gradients over the processes only with the last micro-batch of a step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    return forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
+class Gradients:
+    """Adds up the gradients of a step's micro-batches, and averages them over the processes with the last one.
+
+    DDP and FSDP do that on their own. CUDA graphs write gradients where their next replay writes others, so these are
+    moved into one tensor, which all processes exchange at once: DDP would take as many copies as there are
+    parameters, or split the graphs at its buckets.
+    """
+
+    _sum: Tensor  # of the micro-batches' gradients so far, one after the other
+
+    def __init__(self, forward: nn.Module, model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
+        self._forward, self._model = forward, model
+        self._graphs, self._processes = config.cuda_graphs, accelerator.num_processes
+        self._parameters = list(model.parameters())
+
+    @contextmanager
+    def of_micro_batch(self, number: int, count: int) -> Iterator[None]:
+        """Around forward and backward pass of one of so many micro-batches, counted from 0."""
+        last = number == count - 1
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(last)
+        ddp = self._forward if isinstance(self._forward, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp is not None and not last else nullcontext():
+            yield
+        if self._graphs and count * self._processes > 1:
+            self._move(number == 0)
+            if last:
+                self._exchange()
+
+    def _move(self, first: bool) -> None:
+        self._trained = [parameter for parameter in self._parameters if parameter.grad is not None]
+        moved = torch.cat([cast(Tensor, parameter.grad).flatten() for parameter in self._trained])
+        self._sum = moved if first else self._sum.add_(moved)
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _exchange(self) -> None:
+        if self._processes > 1:
+            distributed.all_reduce(self._sum, distributed.ReduceOp.AVG)
+        parts = self._sum.split([parameter.numel() for parameter in self._trained])
+        for parameter, part in zip(self._trained, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        del self._sum
 
 
 @contextmanager

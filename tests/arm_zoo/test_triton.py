@@ -669,7 +669,7 @@ def test_lanes_of_four_channels(rank: int, channels: int, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 197, 577, 3026])
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 24, 25, 63, 64, 65, 197, 577, 3026])
 def test_lengths_on_the_gpu(length: int, kernels: str) -> None:
     skip_what_mamba_ssm_lacks(kernels, 24, length)
     for directions in (1, 4):

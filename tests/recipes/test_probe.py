@@ -319,6 +319,20 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"{n} img/s with real images (decode={p}pu) measured on 2 GPU" for n, p in ((800, "g"), (400, "c"))
     ]
 
+    table = [
+        same | {"images": "decode=gpu", "processes": n, "images_per_second": v} for n, v in ((1, 500.0), (4, 1800.0))
+    ]
+    (tmp_path / "real.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table))
+    scaled = ["--real-images", str(tmp_path / "real.jsonl"), "--epochs", "1", "--images", "360000", "--gpus"]
+    cost.main([*scaled, "1", "4", "8"])
+    of_one, of_four, of_eight = (row[3:] for row in cells(capsys.readouterr().out)[:-1])
+    assert of_one == ["0.2", "0", "500 img/s with real images (decode=gpu) measured on 1 GPU"]
+    assert of_four == ["0.1", "0", "1,800 img/s with real images (decode=gpu) measured on 4 GPU"]
+    measured = f"{of_four[2]}, 90% scaling efficiency as measured from 1 to 4"
+    assert of_eight == ["0.0", "0", measured]
+    cost.main([*scaled, "8", "--efficiency", "0.5"])
+    assert cells(capsys.readouterr().out)[0][5] == f"{of_four[2]}, 50% scaling efficiency assumed"
+
     (tmp_path / "config.yaml").write_text("model: arm_huge\n")
     speeds_then = [(1, 99.0), (1, 200.0), (2, 10.0), (2, 400.0), (2, 420.0), (2, 410.0)]  # it went on with two
     rows = [{"processes": number, "images_per_second": speed} for number, speed in speeds_then]

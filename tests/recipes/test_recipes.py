@@ -178,7 +178,7 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "fsdp=true"): "fsdp is true, but there is one process",
     ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the images have 1",
     ("pretrain", "tracker=abacus"): "tracker is abacus; allowed: tensorboard, wandb, trackio, none",
-    ("pretrain", "cuda_graphs=true"): "cuda_graphs is true; allowed: only with compile=true and max_batch_per_device",
+    ("pretrain", "cuda_graphs=true"): "cuda_graphs is true; allowed: only with compile=true and fsdp=false",
     ("pretrain", "compile=maybe"): "compile is maybe; allowed: true or false",
     ("pretrain", "epochs=*a"): "epochs is *a; allowed: a whole number, 1 or more",
     ("pretrain", "betas=[0.9"): "betas is [0.9; allowed: a list of two numbers",
@@ -761,17 +761,19 @@ def test_parts_of_a_batch_and_recomputing_change_nothing(tmp_path: Path) -> None
     assert other.history[0]["loss"] != results["whole"].history[0]["loss"]
 
 
-def test_cuda_graphs_need_one_process_on_a_gpu(tmp_path: Path) -> None:
+def test_cuda_graphs_need_a_gpu(tmp_path: Path) -> None:
     settings = [*TINY, *TINY_ENCODER, f"output_dir={tmp_path}", "compile=true", "cuda_graphs=true"]
-    with pytest.raises(RunError, match=r"there are 1 processes on cpu; allowed: one process on a GPU"):
+    with pytest.raises(RunError, match=r"cuda_graphs is true, but the device is cpu; allowed: a GPU \(cuda\)"):
         pretrain(load_config(PretrainConfig, PRETRAIN, settings))
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_change_no_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["null", "64"], ids=["whole", "accumulated"])
+def test_cuda_graphs_change_no_loss(part: str, tmp_path: Path) -> None:
     losses = []
     for graphs in ("false", "true"):
         settings = ["device=auto", "compile=true", f"cuda_graphs={graphs}", f"output_dir={tmp_path / graphs}"]
+        settings += [f"max_batch_per_device={part}", "epochs=3"]
         history = pretrain(load_config(PretrainConfig, PRETRAIN, [*TINY, *TINY_ENCODER, *settings])).history
         losses.append([row["loss"] for row in history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -2,9 +2,10 @@
 //
 // One block scans one sequence (direction k, image b) for a block of channels, one a thread, with the gradients of the
 // states, their rates and the gradients of the rates of all S states in registers. Chunk by chunk from the end, the
-// states before every fourth step are recomputed into shared memory; the four steps of a group are then done one state
+// states before every eighth step are recomputed into shared memory; the eight steps of a group are then done one state
 // after the other. The sums over channels that the gradients of B and C need are left to the tensor cores: the lanes'
-// shares are one operand of a matrix product, zeros and ones that choose the column are the other.
+// shares are one operand of a matrix product, zeros and ones that choose the column are the other. What that leaves, sums
+// of four lanes, goes through shared memory and the same product once more.
 //
 // One channel a thread instead of two halves its registers: 12 warps instead of 8 (10 for float32) fit a multiprocessor and hide
 // each other's waiting, 24 if there is a single state. Two warps share a block, so that B and C, and the sums over channels,
@@ -18,59 +19,58 @@
 //
 // Macros: those of common.cuh, and MEAN 1 where the output is the directions' mean, else their sum.
 
-__device__ __forceinline__ float reciprocal(float x) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-__device__ __forceinline__ float slope_of(float x, float y) {  // sigmoid(x)
-    return (x >= 0.0f ? 1.0f : y) * reciprocal(1.0f + y);
+// times the slope of softplus where its value is `size`: 1 - exp(-size)
+__device__ __forceinline__ float times_slope(float v, float size) {
+#if !SOFTPLUS
+    return v;
+#elif DTYPE == 0
+    return v * -expm1f(-size);
+#else
+    return fmaf(v, -exp2_fast(size * -LOG2E), v);
+#endif
 }
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-#define GROUP 4    // steps that are done together
+#define GROUP 8    // steps that are done together
+#define HALVES 2   // of a group: four steps are summed over channels at once, and each warp finishes the sums of one half
 #define THREADS 64 // channels of a block
 #define WARPS (THREADS / 32)
-// float4 between rows of the sums over channels, and between the warps' sums: neither side of the exchange then has
-// bank conflicts
-#define ROW 36
 #define QUADS ((S + 3) / 4)  // of the states
-#define SUMS ((2 * QUADS - 1) * ROW + 32 + (S < 8 ? 4 : 0))
 
-__device__ __forceinline__ void mma(float4 &c, const float *a, const float2 b) {
-    // a[] are 4 values of every lane; each is summed over the 4 lanes that share lane / 4, into c of lane % 4 = column
+__device__ __forceinline__ void mma(float4 &c, const float4 a, const float2 b) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[3])),
+        : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a.y)), "r"(__float_as_uint(a.z)), "r"(__float_as_uint(a.w)),
           "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
 }
-__device__ __forceinline__ void lane_sum(float4 &c, const float *a, const float2 b) {
+// Each of 4 values of every lane, summed over the 4 lanes that share lane / 4, is added to c of that lane of them which
+// `column` picks. The two in the middle change places: done twice, this keeps the order.
+__device__ __forceinline__ void lane_sum(float4 &c, const float4 a, const float2 column) {
 #if DTYPE == 0
-    float high[4], low[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        high[j] = __uint_as_float(__float_as_uint(a[j]) & 0xffffe000u);
-        low[j] = a[j] - high[j];
-    }
-    mma(c, low, b);
-    mma(c, high, b);
-#else
-    mma(c, a, b);
+    const auto low = [](float x) { return x - __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
+    mma(c, make_float4(low(a.x), low(a.y), low(a.z), low(a.w)), column);
 #endif
+    mma(c, a, column);
 }
 
-// the slope of softplus at a step, and u
+// u and the output's gradient at a step
 #if DTYPE == 0
 typedef float2 Step;
-__device__ __forceinline__ Step pack_step(float slope, T u) { return make_float2(slope, u); }
-__device__ __forceinline__ float slope_in(Step v) { return v.x; }
-__device__ __forceinline__ float u_in(Step v) { return v.y; }
+__device__ __forceinline__ Step pack_step(T u, T y) { return make_float2(u, y); }
+__device__ __forceinline__ float u_in(Step v) { return v.x; }
+__device__ __forceinline__ float y_in(Step v) { return v.y; }
 #else
 typedef unsigned Step;
-__device__ __forceinline__ Step pack_step(float slope, T u) { return (unsigned)to_state(slope) << 16 | u; }
-__device__ __forceinline__ float slope_in(Step v) { return __uint_as_float(v & 0xffff0000u); }
+__device__ __forceinline__ Step pack_step(T u, T y) { return (unsigned)y << 16 | u; }
 __device__ __forceinline__ float u_in(Step v) { return to_float((T)v); }
+__device__ __forceinline__ float y_in(Step v) { return to_float((T)(v >> 16)); }
 #endif
+
+// a group's numbers, four at a time
+__device__ __forceinline__ void load_steps(const float *of_group, float *values) {
+#pragma unroll
+    for (int j = 0; j < GROUP; j += 4) *(float4 *)(values + j) = *(const float4 *)(of_group + j);
+}
 
 struct Shared {
     union {
@@ -82,7 +82,7 @@ struct Shared {
     float size[CHUNK][THREADS];
     Step step[CHUNK][THREADS];
     float BC[2 * S][CHUNK + 4];
-    float4 sums[WARPS][SUMS];
+    float4 sums[WARPS][2 * QUADS][HALVES][32];
 };
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6) scan_backward(
@@ -94,14 +94,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     int directions, int batch, int length, i64 u_k, i64 u_b, i64 delta_k, i64 delta_b, int delta_t, i64 B_k, i64 B_b,
     int B_t, i64 C_k, i64 C_b, int C_t) {
     __shared__ Shared sh;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr int BLOCKS = (CHANNELS + THREADS - 1) / THREADS;
     const int part = blockIdx.x % CLUSTER;  // counted from the end of the sequence
     const int block = blockIdx.x / CLUSTER % BLOCKS, rest = blockIdx.x / CLUSTER / BLOCKS;
     const int k = rest % directions, b = rest / directions;  // the directions of an image follow each other
     const i64 sequence = (i64)k * batch + b;
     const bool ok = block * THREADS + thread < CHANNELS;
-    const int d = ok ? block * THREADS + thread : 0;
+    const int d = ok ? block * THREADS + thread : 0, since_first = ok ? lane : 0;  // channels, of the warp
     const int chunks = (length + CHUNK - 1) / CHUNK;
     const int from = chunks - first_chunk(part + 1, chunks), to = chunks - first_chunk(part, chunks);
     u += k * u_k + b * u_b + d;
@@ -124,6 +124,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #if HAS_BIAS
     offset = to_float(bias[(i64)k * CHANNELS + d]);
 #endif
+    constexpr int PIECES = THREADS / (2 * S), EACH = (CHUNK + PIECES - 1) / PIECES;
+    // of B and C; of one state half the threads do what another does
+    const int row = thread % (2 * S), first = min(thread / (2 * S) * EACH, CHUNK - 1);
+    const T *BC = row < S ? B + row : C + row - S;
+    const int BC_t = row < S ? B_t : C_t;
+    HOLD(BC);
     HOLD(u);
     HOLD(delta);
     HOLD(grad);
@@ -135,8 +141,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
     float grad_skip = 0.f, grad_offset = 0.f;
     float2 pick[4];  // B operands that sum the values of a lane over lane % 4 into columns 2i and 2i + 1
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
         pick[i] = make_float2(lane / 4 == 2 * i ? 1.f : 0.f, lane / 4 == 2 * i + 1 ? 1.f : 0.f);
+        asm volatile("" : "+f"(pick[i].x), "+f"(pick[i].y));  // stay in registers, instead of being made anew
+    }
+    // where a lane leaves its sums, and where it reads those of lane 4 * (lane % 4) + lane / 4 % 4, without bank conflicts
+    const auto swizzled = [](int lane) { return lane ^ (lane >> 2 & 2); };
+    const int place = swizzled(lane), read = swizzled(lane % 4 * 4 + lane / 4 % 4);
 
 #if PER_IMAGE
     order += (i64)b * directions * length;
@@ -150,53 +161,58 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
             // everything that the chunk reads is asked for at once: the waits overlap
             const int token = next_token;
             if (chunk > from) next_token = token_at(order, k, start - CHUNK + lane % CHUNK, length);
-            constexpr int PIECES = THREADS / (2 * S), EACH = (CHUNK + PIECES - 1) / PIECES;
-            const int row = thread % (2 * S), first = thread / (2 * S) * EACH;  // of one state half the threads have none
-            T raw_BC[EACH], raw_delta[CHUNK], raw_u[CHUNK], raw_h[S], next_y[GROUP];
+            T raw_BC[EACH], raw_delta[CHUNK], raw_u[CHUNK], raw_y[CHUNK], raw_h[S];
+            const int before = TOKENS ? 0 : start;  // rows of other chunks
+            const T *chunk_u = u + before * CHANNELS, *chunk_delta = delta + before * CHANNELS;
+            const T *chunk_BC = BC + before * BC_t, *chunk_saved = saved + (i64)chunk * S * CHANNELS;
+            HOLD(chunk_u);
+            HOLD(chunk_delta);
+            HOLD(chunk_BC);
+            const auto load = [&](bool all) __attribute__((always_inline)) {
 #pragma unroll
-            for (int j = 0; j < CHUNK; ++j) {
-                const int t = row_of(start + j, token);
-                raw_delta[j] = j < steps ? delta[t * CHANNELS] : T(0);
-                if (whole)
-                    raw_u[j] = j < steps ? u[t * CHANNELS] : T(0);
-                else  // the output's gradient in its place
-                    raw_u[j] = j < steps ? grad[__shfl_sync(0xffffffffu, token, j) * CHANNELS] : T(0);
-            }
+                for (int j = 0; j < CHUNK; ++j) {
+                    const int t = row_of(j, token) * CHANNELS;
+                    raw_delta[j] = all || j < steps ? chunk_delta[t] : T(0);
+                    raw_u[j] = whole && (all || j < steps) ? chunk_u[t] : T(0);
+                }
 #pragma unroll
-            for (int s = 0; s < S; ++s) raw_h[s] = saved[((i64)chunk * S + s) * CHANNELS];
+                for (int j = 0; j < EACH; ++j) {
+                    const int step = all ? first + j : min(first + j, steps - 1);
+                    raw_BC[j] = chunk_BC[row_of(step, token) * BC_t];
+                }
+            };
+            if (TOKENS || steps == CHUNK)
+                load(true);  // constant distances from one address
+            else
+                load(false);
+            const int of_token = token * CHANNELS;
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) {
-                const int t = row_of(min(start + first + j, length - 1), token);
-                raw_BC[j] = row < S ? B[t * B_t + row] : C[t * C_t + row - S];
-            }
+            for (int j = 0; j < CHUNK; ++j) raw_y[j] = grad[__shfl_sync(0xffffffffu, of_token, j)];
 #pragma unroll
-            for (int j = 0; j < GROUP; ++j) {
-                const int at = (groups - 1) * GROUP + j, of_step = __shfl_sync(0xffffffffu, token, at);
-                next_y[j] = at < steps ? grad[of_step * CHANNELS] : T(0);
-            }
+            for (int s = 0; s < S; ++s) raw_h[s] = chunk_saved[s * CHANNELS];
             __syncthreads();
 #pragma unroll
-            for (int j = 0; j < EACH; ++j)
-                if (EACH * PIECES == CHUNK || first + j < CHUNK) sh.BC[row][first + j] = to_float(raw_BC[j]);
+            for (int j = 0; j < EACH; ++j) sh.BC[row][first + j] = to_float(raw_BC[j]);
 #pragma unroll
             for (int j = 0; j < CHUNK; ++j) {
-                const float x = to_float(raw_delta[j]) + offset;
+                float size = to_float(raw_delta[j]) + offset, y;
 #if SOFTPLUS
-                float y;
-                const float size = softplus(x, y), slope = slope_of(x, y);
-#else
-                const float size = x, slope = 1.f;
+                size = softplus(size, y);
 #endif
-                sh.size[j][thread] = j < steps ? size : 0.f;
-                sh.step[j][thread] = pack_step(slope, raw_u[j]);
+                sh.size[j][thread] = size;
+                sh.step[j][thread] = pack_step(raw_u[j], raw_y[j]);
             }
-            if (chunk > from && lane < CHUNK) {  // the next (earlier) chunk into the L2 cache
-                const int t = TOKENS ? next_token : start - CHUNK + lane;
-                prefetch(u + t * CHANNELS - lane);
-                prefetch(delta + t * CHANNELS - lane);
-                if (warp == 0) prefetch(B + t * B_t);
-                if (warp == 1) prefetch(C + t * C_t);
-                if (lane < S) prefetch(saved + ((i64)(chunk - 1) * S + lane) * CHANNELS - lane);
+#pragma unroll 1
+            for (int j = steps; j < CHUNK; ++j) {  // past the end
+                sh.size[j][thread] = 0.f;
+                sh.step[j][thread] = pack_step(T(0), T(0));
+            }
+            if (chunk > from) {  // the next (earlier) chunk into the L2 cache: a lane asks for a step's row of each
+                const int t = TOKENS ? next_token : lane % CHUNK - CHUNK;
+                prefetch((lane < CHUNK ? chunk_u : chunk_delta) + t * CHANNELS - since_first);
+                prefetch(grad + next_token * CHANNELS - since_first);
+                prefetch(chunk_BC + t * BC_t);
+                prefetch(chunk_saved + (lane % S - S) * CHANNELS - since_first);
             }
             __syncthreads();
             if (!whole) {
@@ -206,12 +222,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #pragma unroll
                     for (int j = 0; j < GROUP; ++j) {
                         total += size[j] = sh.size[g * GROUP + j][thread];
-                        y[j] = u_in(sh.step[g * GROUP + j][thread]) * share;
+                        y[j] = y_in(sh.step[g * GROUP + j][thread]) * share;
                     }
 #pragma unroll
                     for (int s = 0; s < S; ++s) {
-                        const float4 v = *(const float4 *)&sh.BC[S + s][g * GROUP];
-                        const float Cs[4] = {v.x, v.y, v.z, v.w};
+                        alignas(16) float Cs[GROUP];
+                        load_steps(sh.BC[S + s] + g * GROUP, Cs);
 #pragma unroll
                         for (int j = GROUP - 1; j >= 0; --j)
                             carry[s] = fmaf(Cs[j], y[j], carry[s]) * exp2_fast(size[j] * rate[s]);
@@ -219,7 +235,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                 }
                 continue;
             }
-            // states before every fourth step
+            // states before every group
             {
                 float h[S];
 #pragma unroll
@@ -234,8 +250,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                     }
 #pragma unroll
                     for (int s = 0; s < S; ++s) {
-                        const float4 v = *(const float4 *)&sh.BC[s][g * GROUP];
-                        const float Bs[4] = {v.x, v.y, v.z, v.w};
+                        alignas(16) float Bs[GROUP];
+                        load_steps(sh.BC[s] + g * GROUP, Bs);
 #pragma unroll
                         for (int j = 0; j < GROUP; ++j) h[s] = fmaf(exp2_fast(size[j] * rate[s]), h[s], input[j] * Bs[j]);
                         sh.state[g + 1][s][thread] = h[s];
@@ -245,30 +261,30 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #pragma unroll 1
             for (int g = groups - 1; g >= 0; --g) {
                 const int t0 = start + g * GROUP;
+                T *group_u = grad_u + (TOKENS ? 0 : t0) * CHANNELS, *group_delta = grad_delta + (TOKENS ? 0 : t0) * CHANNELS;
+                HOLD(group_u);
+                HOLD(group_delta);
                 float size[GROUP], input[GROUP], y[GROUP], from_input[GROUP], from_rate[GROUP];
-                Step step[GROUP];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
+                    const Step step = sh.step[g * GROUP + j][thread];
                     size[j] = sh.size[g * GROUP + j][thread];
-                    step[j] = sh.step[g * GROUP + j][thread];
-                    input[j] = size[j] * u_in(step[j]);
-                    y[j] = to_float(next_y[j]) * share;
+                    input[j] = size[j] * u_in(step);
+                    y[j] = y_in(step) * share;
                     from_input[j] = from_rate[j] = 0.f;
                 }
-                const int before_g = max(g - 1, 0) * GROUP;  // the group that comes next
-#pragma unroll
-                for (int j = 0; j < GROUP; ++j)
-                    next_y[j] = grad[__shfl_sync(0xffffffffu, token, before_g + j) * CHANNELS];
 #pragma unroll
                 for (int quad = 0; quad < QUADS; ++quad) {
-                    float4 sum_B = make_float4(0.f, 0.f, 0.f, 0.f), sum_C = sum_B;
+                    float4 sum_B[HALVES], sum_C[HALVES];
+#pragma unroll
+                    for (int half = 0; half < HALVES; ++half) sum_B[half] = sum_C[half] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
                     for (int i = 0; i < QUAD; ++i) {
                         const int s = quad * 4 + i;
-                        const float4 vB = *(const float4 *)&sh.BC[s][g * GROUP];
-                        const float4 vC = *(const float4 *)&sh.BC[S + s][g * GROUP];
-                        const float Bs[4] = {vB.x, vB.y, vB.z, vB.w}, Cs[4] = {vC.x, vC.y, vC.z, vC.w};
-                        float h[GROUP + 1], decay[GROUP], part_B[4], part_C[4];
+                        alignas(16) float Bs[GROUP], Cs[GROUP], part_B[GROUP], part_C[GROUP];
+                        float h[GROUP + 1], decay[GROUP];
+                        load_steps(sh.BC[s] + g * GROUP, Bs);
+                        load_steps(sh.BC[S + s] + g * GROUP, Cs);
                         h[0] = sh.state[g][s][thread];
 #pragma unroll
                         for (int j = 0; j < GROUP; ++j) {
@@ -288,53 +304,53 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
                             grad_rate[s] = fmaf(e, size[j], grad_rate[s]);
                         }
                         carry[s] = c;
-                        lane_sum(sum_B, part_B, pick[i]);
-                        lane_sum(sum_C, part_C, pick[i]);
+#pragma unroll
+                        for (int half = 0; half < HALVES; ++half) {
+                            lane_sum(sum_B[half], *(float4 *)(part_B + 4 * half), pick[i]);
+                            lane_sum(sum_C[half], *(float4 *)(part_C + 4 * half), pick[i]);
+                        }
                     }
-                    sh.sums[warp][quad * ROW + lane] = sum_B;
-                    sh.sums[warp][(QUADS + quad) * ROW + lane] = sum_C;
+                    if (quad == 0) __syncthreads();  // the sums of the group before have been read
+#pragma unroll
+                    for (int half = 0; half < HALVES; ++half) {
+                        sh.sums[warp][quad][half][place] = sum_B[half];
+                        sh.sums[warp][QUADS + quad][half][place] = sum_C[half];
+                    }
                 }
-                int rows[GROUP];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
-                    rows[j] = row_of(t0 + j, token);
-                    const float to_u = fmaf(from_input[j], size[j], y[j] * skip), x = u_in(step[j]);
-                    const float to_delta = fmaf(from_input[j], x, from_rate[j] * LN2) * slope_in(step[j]);
+                    const int row = (TOKENS ? row_of(t0 + j, token) : j) * CHANNELS;
+                    const float x = u_in(sh.step[g * GROUP + j][thread]);
+                    const float to_delta = times_slope(fmaf(from_input[j], x, from_rate[j] * LN2), size[j]);
+                    const T result_u = from_float(fmaf(from_input[j], size[j], y[j] * skip)), result = from_float(to_delta);
                     grad_skip = fmaf(y[j], x, grad_skip);
                     grad_offset += to_delta;  // zero for steps past the end, as y and the size are
                     if (ok && j < steps - g * GROUP) {
-                        grad_u[rows[j] * CHANNELS] = from_float(to_u);
-                        grad_delta[rows[j] * CHANNELS] = from_float(to_delta);
+                        group_u[row] = result_u;
+                        group_delta[row] = result;
                     }
                 }
                 __syncthreads();
-                if (lane < 2 * S) {  // a warp does some of the rows of B and C, a lane the sums that one of the warps left
-                    const int row = warp * (2 * S / WARPS) + lane / WARPS, part = lane % WARPS;
-                    const float4 *of_warp = sh.sums[part] + (row / S * QUADS + row % S / 4) * ROW + row % S % 4;
-                    float4 sum = of_warp[0];
+                // a warp finishes half of the steps: lane / 4 is then a state of two quads, lane % 4 which two of B and C
+                float4 sum_of[WARPS] = {};
 #pragma unroll
-                    for (int i = 1; i < 8; ++i) {
-                        const float4 v = of_warp[4 * i];
-                        sum.x += v.x;
-                        sum.y += v.y;
-                        sum.z += v.z;
-                        sum.w += v.w;
+                for (int pair = 0; pair < QUADS; ++pair) {
+#pragma unroll
+                    for (int of_warp = 0; of_warp < WARPS; ++of_warp) {
+                        const float4 *left = sh.sums[of_warp][2 * pair + lane / 16][warp];
+                        lane_sum(sum_of[of_warp], left[read], pick[pair]);
+                        lane_sum(sum_of[of_warp], left[16 + read], pick[pair]);
                     }
-                    const unsigned lanes = 0xffffffffu >> (32 - 2 * S);
-#pragma unroll
-                    for (int i = 1; i < WARPS; i *= 2) {
-                        sum.x += __shfl_xor_sync(lanes, sum.x, i);
-                        sum.y += __shfl_xor_sync(lanes, sum.y, i);
-                        sum.z += __shfl_xor_sync(lanes, sum.z, i);
-                        sum.w += __shfl_xor_sync(lanes, sum.w, i);
-                    }
-                    const float values[GROUP] = {sum.x, sum.y, sum.z, sum.w};
-                    T *out = grad_BC + row;
-#pragma unroll
-                    for (int j = 0; j < GROUP; ++j)
-                        if (j % WARPS == part && j < steps - g * GROUP) out[rows[j] * 2 * S] = to_state(values[j]);
                 }
-                __syncthreads();
+                const float values[4] = {sum_of[0].x + sum_of[1].x, sum_of[0].y + sum_of[1].y,
+                                         sum_of[0].z + sum_of[1].z, sum_of[0].w + sum_of[1].w};
+                T *out = grad_BC + (2 * (lane % 4) + lane / 16) * QUAD + lane / 4 % 4;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int step = 4 * warp + j, t = row_of(t0 + step, token);
+                    if (step < steps - g * GROUP && lane % 4 < QUADS && lane / 4 % 4 < QUAD)
+                        out[t * 2 * S] = to_state(values[j]);
+                }
             }
         }
     };

@@ -64,6 +64,7 @@ def _limits(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_properties(device).multi_processor_count, 8 if major >= 9 else 1
 
 
+@functools.cache
 def forward_split(warps: int, length: int, d_state: int, team: int, processors: int, cluster: int) -> tuple[int, int]:
     """How the forward scan fills a GPU: lanes that share a pair of channels, and parts of the length.
 
@@ -185,7 +186,9 @@ def selective_scan(
     pairs = _pairs_of_lanes(scan, projection["RANK"])
     warps = directions * batch * -(-channels // (_CHANNELS * pairs))
     team = projection["TEAM"] if projection["RANK"] else _PARTS_OF_A_BLOCK
-    lanes, parts = forward_split(warps, length, scan.A.shape[-1], team, *_limits(u.device.index))
+    limits = _limits(u.device.index)
+    # two pairs are for sequences that fill the GPU as they are
+    lanes, parts = (1, 1) if pairs == 2 else forward_split(warps, length, scan.A.shape[-1], team, *limits)
     team = team if parts > 1 else projection["TEAM"]
     to_tokens = scan.A.shape[-1] > 1 and stores_by_token(scan)  # of one state the rows of y are always those of u
     projection |= {"TO_TOKENS": int(to_tokens), "VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
