@@ -5,7 +5,8 @@ python -m recipes.ablate 4 --preset digits --list
 python -m recipes.ablate 8 --preset paper --gpus-per-run 8 data.source=IMAGENET
 
 The rows and presets stand in recipes/ablations. Each run is the ordinary commands in processes of their own, as many
-runs side by side as there are GPUs. Started anew, this command goes on: finished runs are kept, others resumed.
+runs side by side as there are GPUs, or several on each. Started anew, this command goes on: finished runs are kept,
+for which their line in `runs.csv` is enough, and others resumed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -48,6 +50,8 @@ ABLATIONS, CONFIGS = CHECKOUT / "recipes" / "ablations", CHECKOUT / "recipes" / 
 PHASES = ("dvae", "pretrain", "finetune")  # in this order; every row has the last one
 HANDED_ON = {"dvae": ("dvae", WEIGHTS), "pretrain": ("pretrained", EXPORT)}  # to the next: the key, what of the folder
 PAUSE = 0.2  # seconds between two looks at the processes
+RUNS = "runs.csv"  # of the output folder: a line for each run of any table that has ended
+FIGURE = "figure.png"
 
 Settings = dict[str, Any]  # by dotted key; `config` is the file's name
 
@@ -73,12 +77,28 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a run has come to."""
+
+    top1: float  # in percent
+    gpu_hours: float  # by the clock of the run, of its share of a GPU
+
+
+Outcomes = Mapping[str, Outcome]  # by the runs' names
+
+
+@dataclass(frozen=True)
 class Run:
     """One seed of a row, in a folder whose name follows from the settings: equal rows of several tables share it."""
 
     row: Row
     seed: int
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """What tells it from all runs that compute something else."""
+        return self.folder.name
 
     def place(self, phase: str) -> Path:
         """The output folder of a phase."""
@@ -98,17 +118,11 @@ class Run:
         file = self.place(phase) / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    @property
-    def top1(self) -> float:
-        """Of a run that has ended, in percent."""
-        last = self.history("finetune")[-1]
-        return last[FIGURES[winner(last)]]
-
-    @property
-    def hours(self) -> float:
-        """GPU-hours of all phases, by the clock of the runs."""
+    def outcome(self, runs_per_gpu: int) -> Outcome:
+        """Of a run that has ended."""
         ends = [self.history(phase)[-1] for phase in self.row.phases]
-        return sum(end["seconds"] * end["processes"] for end in ends) / 3600
+        seconds = sum(end["seconds"] * end["processes"] for end in ends)
+        return Outcome(ends[-1][FIGURES[winner(ends[-1])]], seconds / 3600 / runs_per_gpu)
 
 
 def words(phase: str, phases: Mapping[str, Settings], folder: Path = Path()) -> tuple[Path, list[str]]:
@@ -137,7 +151,9 @@ def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Se
     """
     read = yaml.safe_load((ABLATIONS / f"table{number}.yaml").read_text(encoding="utf-8"))
     shared = yaml.safe_load((ABLATIONS / "presets.yaml").read_text(encoding="utf-8"))[preset]
-    found = [row for row in read["rows"] if row.get(preset, {}) is not None]
+    like = shared.pop("rows", preset)  # of another preset, for what a row does not say for this one
+    read_rows = [{**row, preset: row.get(preset, row.get(like, {}))} for row in read["rows"]]
+    found = [row for row in read_rows if row[preset] is not None]
     if unknown := set(rows) - {row["name"] for row in found}:
         names = ", ".join(repr(row["name"]) for row in found)
         raise RunError(f"table {number} has no row {min(unknown)!r} in preset {preset}; allowed: {names}")
@@ -163,7 +179,7 @@ def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Se
 
 def phases_of(row: Mapping[str, Any], preset: str, shared: Settings, overrides: Sequence[str]) -> dict[str, Settings]:
     """The settings of a row by phase: those of the preset, the row, the row in this preset, and the overrides."""
-    own: Mapping[str, Any] = row.get(preset) or {}
+    own: Mapping[str, Any] = row[preset]
     present = {"dvae": "dvae" in own, "pretrain": row.get("pretrain", {}) is not None, "finetune": True}
     phases = {
         phase: {**shared[phase], **row.get(phase, {}), **own.get(phase, {})} for phase in PHASES if present[phase]
@@ -179,16 +195,20 @@ def phases_of(row: Mapping[str, Any], preset: str, shared: Settings, overrides: 
 
 
 def runs_of(table: Table, seeds: Sequence[int], output: Path) -> list[Run]:
-    """Every seed of every row."""
-    return [Run(row, seed, output / "runs" / digest(row, seed)) for row in table.rows for seed in seeds]
+    """Every row with the first seed, then with the next one: stopped early, a table has fewer seeds of each row."""
+    return [Run(row, seed, output / "runs" / digest(row, seed)) for seed in seeds for row in table.rows]
 
 
 def digest(row: Row, seed: int) -> str:
-    """A name for what a run computes, whatever its row is called and however it is carried out."""
-    computed = {
-        phase: {key: value for key, value in flatten(dataclasses.asdict(config)) if key not in OPERATION}
-        for phase, config in row.configs.items()
-    }
+    """A name for what a run computes, whatever its row is called and however it is carried out.
+
+    It follows from the settings that differ from their defaults, so that new ones leave it as it is.
+    """
+    computed = {}
+    for phase, config in row.configs.items():
+        defaults = dict(flatten(dataclasses.asdict(type(config)())))
+        settings = {key: value for key, value in flatten(dataclasses.asdict(config)) if key not in OPERATION}
+        computed[phase] = {key: value for key, value in settings.items() if value != defaults.get(key)}
     return hashlib.sha256(json.dumps([computed, seed], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -203,24 +223,24 @@ def check(table: Table, output: Path) -> None:
 
 
 class Bench:
-    """Runs side by side, one at a time on each group of GPUs."""
+    """Runs side by side, one at a time in each place."""
 
-    def __init__(self, groups: Sequence[str], stop: StopRequest, told: Callable[[Run], None]) -> None:
-        """`groups` are values of CUDA_VISIBLE_DEVICES, "" for the CPU; `told` is called whenever a run has ended."""
-        self._groups, self._stop, self._told = groups, stop, told
-        self._running: dict[str, tuple[Run, str, subprocess.Popen[bytes]]] = {}
+    def __init__(self, places: Sequence[str], stop: StopRequest, told: Callable[[Run], None]) -> None:
+        """`places` are values of CUDA_VISIBLE_DEVICES, "" for the CPU; `told` is called whenever a run has ended."""
+        self._places, self._stop, self._told = places, stop, told
+        self._running: dict[int, tuple[Run, str, subprocess.Popen[bytes]]] = {}  # by the number of the place
         self.failed: list[tuple[Run, Path]] = []  # with the log that says why
 
     def work(self, runs: Sequence[Run]) -> None:
         """Carry out the runs, until asked to stop; those that fail are left, and the others go on."""
-        waiting = deque({run.folder: run for run in runs if run.next_phase() is not None}.values())
+        waiting = deque({run.folder: run for run in runs}.values())
         try:
             while (self._running or waiting) and self._stop.name is None:
-                for group in self._groups:
-                    if waiting and group not in self._running:
-                        self._start(waiting.popleft(), group)
-                for group in [*self._running]:
-                    if (run := self._look(group)) is not None:
+                for number in range(len(self._places)):
+                    if waiting and number not in self._running:
+                        self._start(waiting.popleft(), number)
+                for number in [*self._running]:
+                    if (run := self._look(number)) is not None:
                         waiting.appendleft(run)
                 time.sleep(PAUSE)
         finally:
@@ -229,28 +249,29 @@ class Bench:
             for _, _, process in self._running.values():
                 process.wait()
 
-    def _start(self, run: Run, group: str) -> None:
-        phase, gpus = run.next_phase(), group.count(",") + 1
-        if phase is None:
+    def _start(self, run: Run, number: int) -> None:
+        group, phase = self._places[number], run.next_phase()
+        if phase is None:  # an earlier command was killed before it could tell
+            self._told(run)
             return
+        gpus = group.count(",") + 1
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
         command = [sys.executable, *launcher, "-m", f"recipes.{phase}", *run.command(phase)]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": group} if group else {})
         run.folder.mkdir(parents=True, exist_ok=True)
         with self._log(run, phase).open("ab") as log:
             process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        self._running[group] = (run, phase, process)
+        self._running[number] = (run, phase, process)
         say(f"{run.row.name}, seed {run.seed}: {phase}{f' on GPU {group}' if group else ''}")
 
-    def _look(self, group: str) -> Run | None:
+    def _look(self, number: int) -> Run | None:
         """A run whose phase has just ended well, if it has another one."""
-        run, phase, process = self._running[group]
+        run, phase, process = self._running[number]
         if process.poll() is None:
             return None
-        del self._running[group]
+        del self._running[number]
         following = run.next_phase()
         if process.returncode == 0 and following is None:
-            say(f"{run.row.name}, seed {run.seed}: top-1 {run.top1:.2f}%")
             self._told(run)
         elif process.returncode == 0 and following != phase:
             return run
@@ -277,20 +298,49 @@ def device_groups(per_run: int) -> list[str]:
     return [",".join(gpus[start : start + per_run]) for start in range(0, len(gpus) - per_run + 1, per_run)] or [""]
 
 
-def results(table: Table, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def places(groups: Sequence[str], runs_per_gpu: int) -> list[str]:
+    """Each group so many times, one further on in each round: rows that take long meet less often on one."""
+    rounds = range(runs_per_gpu)
+    return [groups[(number + turn) % len(groups)] for turn in rounds for number in range(len(groups))]
+
+
+def read_outcomes(output: Path) -> dict[str, Outcome]:
+    """Of all runs that have ended, as far as `runs.csv` tells."""
+    file = output / RUNS
+    lines = csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+    return {line["run"]: Outcome(float(line["top1"]), float(line["gpu_hours"])) for line in lines}
+
+
+def record(run: Run, outcome: Outcome, output: Path) -> None:
+    """Add a run that has ended to `runs.csv`."""
+    file = output / RUNS
+    line = {"run": run.name, "row": run.row.name, "seed": run.seed, **dataclasses.asdict(outcome)}
+    before = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+    write_text(file, as_csv([*before, line]))
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def results(table: Table, runs: Sequence[Run], outcomes: Outcomes) -> list[dict[str, Any]]:
     """A row of figures for each row of the table, of the seeds that have ended."""
     found = []
     for row in table.rows:
-        ended = [run for run in runs if run.row == row and run.next_phase() is None]
-        scores = [run.top1 for run in ended]
+        ended = [run for run in runs if run.row == row and run.name in outcomes]
+        scores = [outcomes[run.name].top1 for run in ended]
         found.append(
             {
                 "row": row.name,
                 "top1": statistics.fmean(scores) if scores else None,
                 "interval95": half_width(torch.tensor(scores, dtype=torch.float64)) if len(scores) > 1 else None,
-                "scores": scores,
-                "seeds": [run.seed for run in ended],
-                "gpu_hours": statistics.fmean(run.hours for run in ended) if ended else None,
+                "scores": " ".join(map(str, scores)),
+                "seeds": " ".join(str(run.seed) for run in ended),
+                "gpu_hours": statistics.fmean(outcomes[run.name].gpu_hours for run in ended) if ended else None,
                 "paper_top1": row.reported.get("top1"),
                 "paper_hours": row.reported.get("hours"),
             }
@@ -298,21 +348,14 @@ def results(table: Table, runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def write_results(table: Table, runs: Sequence[Run], folder: Path) -> None:
+def write_results(table: Table, runs: Sequence[Run], outcomes: Outcomes, folder: Path) -> None:
     """Write `results.csv`, `table.md` and `figure.png` of what there is so far."""
-    rows = results(table, runs)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
-        )
-    write_text(folder / "results.csv", text.getvalue())
+    rows = results(table, runs, outcomes)
+    write_text(folder / "results.csv", as_csv(rows))
     write_text(folder / "table.md", "\n".join([f"# {table.title}", "", *markdown(rows)]) + "\n")
     scored = {"here": [(row["top1"], row["interval95"]) for row in rows]}
     scored["the paper, ImageNet-1k"] = [(row["paper_top1"], None) for row in rows]
-    plot_intervals(folder / "figure.png", table.title, [row["row"] for row in rows], scored)
+    plot_intervals(folder / FIGURE, table.title, [row["row"] for row in rows], scored)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -331,11 +374,29 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "-" if row[key] is None else format(row[key], form) for key, form in figures
         )
         interval = half if half == "-" else f"± {half}"
-        yield f"| {row['row']} | {top1} | {interval} | {len(row['seeds'])} | {hours} | {paper} | {paper_hours} |"
+        seeds = len(row["seeds"].split())
+        yield f"| {row['row']} | {top1} | {interval} | {seeds} | {hours} | {paper} | {paper_hours} |"
+
+
+def put_into(document: Path, heading: str, lines: Sequence[str]) -> None:
+    """Put lines into a Markdown file, in place of what is between a heading, which must be there, and the next one."""
+    before, found, after = document.read_text(encoding="utf-8").partition(f"\n{heading}\n")
+    if not found:
+        raise RunError(
+            f"{document} has no line {heading!r}, under which the table goes; write it where that should be"
+        )
+    following = re.search(r"^#", after, re.MULTILINE)
+    rest = after[following.start() :] if following else ""
+    write_text(document, "\n".join([before, heading, "", *lines, "", rest]).rstrip("\n") + "\n")
 
 
 def plan(
-    table: Table, runs: Sequence[Run], speeds: Mapping[str, float | None], gpus: int, at_once: int
+    table: Table,
+    runs: Sequence[Run],
+    outcomes: Outcomes,
+    speeds: Mapping[str, float | None],
+    gpus: int,
+    at_once: int,
 ) -> Iterator[str]:
     """Lines of a Markdown table of what is left to run, and for how long, each run once."""
     yield "| row | seed | phase | epochs | state | hours |"
@@ -345,7 +406,7 @@ def plan(
     for run in runs:
         for phase, config in run.row.configs.items():
             epochs, done = config.epochs, len(run.history(phase))
-            ended = (run.place(phase) / CURVES).is_file()
+            ended = run.name in outcomes or (run.place(phase) / CURVES).is_file()
             state = "finished" if ended else f"{done} epochs done" if done else "to do"
             shared = run.place(phase) in listed
             listed.add(run.place(phase))
@@ -406,6 +467,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="this one alone; may be repeated")
     parser.add_argument("--seeds", type=read_seeds, metavar="0,1,2", help="instead of the preset's")
     parser.add_argument("--gpus-per-run", type=int, default=1, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--runs-per-gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="for models so small that one leaves it idle (%(default)s)",
+    )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help="run nothing: write the table of the runs that have ended, and put it into this Markdown file, under the "
+        "line `### TITLE, preset PRESET`",
+    )
     parser.add_argument("--list", action="store_true", help="show what would run, and for how long, and end")
     parser.add_argument(
         "--speed",
@@ -413,14 +488,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=read_speed,
         default=[],
         metavar="PHASE=SPEED",
-        help="images per second of one GPU, for --list; may be repeated",
+        help="images per second of a run on one GPU, or on its share of one, for --list; may be repeated",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings of all phases, or of one as in finetune.epochs=50"
     )
     settings = parser.parse_intermixed_args(argv)
-    if settings.gpus_per_run < 1:
-        parser.error(f"--gpus-per-run is {settings.gpus_per_run}; allowed: a whole number, 1 or more")
+    for option in ("gpus_per_run", "runs_per_gpu"):
+        if (number := getattr(settings, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')} is {number}; allowed: a whole number, 1 or more")
     if wrong := [override for override in settings.overrides if "=" not in override]:
         parser.error(f"{wrong[0]!r} is no override; type key=value, as in data.source=FOLDER")
     with reporting_mistakes(parser.prog):
@@ -434,18 +510,32 @@ def ablate(settings: argparse.Namespace) -> None:
     """Run or list a table as the command line says."""
     table = read_table(settings.table, settings.preset, settings.overrides, settings.row)
     output = (settings.output or Path("runs", "ablations", settings.preset)).absolute()
-    runs = runs_of(table, settings.seeds or table.seeds, output)
+    runs, outcomes = runs_of(table, settings.seeds or table.seeds, output), read_outcomes(output)
     if settings.list:
-        at_once = max(1, torch.cuda.device_count() // settings.gpus_per_run)
-        say("\n".join(plan(table, runs, dict(settings.speed), settings.gpus_per_run, at_once)))
+        at_once = max(1, torch.cuda.device_count() // settings.gpus_per_run) * settings.runs_per_gpu
+        say("\n".join(plan(table, runs, outcomes, dict(settings.speed), settings.gpus_per_run, at_once)))
         return
-    groups = device_groups(settings.gpus_per_run)
-    check(table, output)
     folder = output / f"table{settings.table}"
+    if settings.into is not None:
+        write_results(table, runs, outcomes, folder)
+        figure = f"![{table.title}]({os.path.relpath(folder / FIGURE, settings.into.parent)})"
+        lines = [*markdown(results(table, runs, outcomes)), "", figure]
+        put_into(settings.into, f"### {table.title}, preset {settings.preset}", lines)
+        say(f"wrote {folder} and the table in {settings.into}")
+        return
+
+    def told(run: Run) -> None:
+        outcome = outcomes[run.name] = run.outcome(settings.runs_per_gpu)
+        record(run, outcome, output)
+        write_results(table, runs, outcomes, folder)
+        say(f"{run.row.name}, seed {run.seed}: top-1 {outcome.top1:.2f}%")
+
     stop = StopRequest().listen()
-    bench = Bench(groups, stop, lambda run: write_results(table, runs, folder))
-    bench.work(runs)
-    write_results(table, runs, folder)
+    bench = Bench(places(device_groups(settings.gpus_per_run), settings.runs_per_gpu), stop, told)
+    if left := [run for run in runs if run.name not in outcomes]:
+        check(table, output)
+    bench.work(left)
+    write_results(table, runs, outcomes, folder)
     say(f"wrote {folder}")
     if stop.name is not None:
         say(f"{stop.name}: stopped; the same command goes on")

@@ -17,7 +17,21 @@ import yaml
 from scipy import stats
 
 from recipes import ablate
-from recipes.ablate import ABLATIONS, PHASES, Bench, Run, main, markdown, read_table, results, runs_of, write_results
+from recipes.ablate import (
+    ABLATIONS,
+    PHASES,
+    Bench,
+    Outcome,
+    Run,
+    main,
+    markdown,
+    read_outcomes,
+    read_table,
+    record,
+    results,
+    runs_of,
+    write_results,
+)
 from recipes.config import FinetuneConfig, PretrainConfig
 from recipes.errors import RunError
 from recipes.parsing import ConfigError
@@ -81,6 +95,18 @@ def test_settings_of_the_paper() -> None:
     assert (supervised.pretrained, supervised.epochs) == (None, 300)
 
 
+@pytest.mark.parametrize("number, preset", [(4, "short"), (8, "cifar10-short")])
+def test_short_presets_are_the_long_ones_in_fewer_epochs(number: int, preset: str) -> None:
+    """Row by row; supervised training alone is again twice as long as finetuning."""
+    short = as_shipped(number, preset)
+    long = as_shipped(number, {"short": "small", "cifar10-short": "cifar10"}[preset])
+    assert [row.name for row in short.rows] == [row.name for row in long.rows]
+    for row, other in zip(short.rows, long.rows, strict=True):
+        epochs = {phase: settings["epochs"] for phase, settings in row.phases.items()}
+        assert epochs == ({"pretrain": 32, "finetune": 12} if "pretrain" in epochs else {"finetune": 24})
+        assert row.phases == {phase: {**other.phases[phase], "epochs": epochs[phase]} for phase in row.phases}
+
+
 def test_equal_rows_of_several_tables_are_one_run() -> None:
     """Whatever they are called and however their settings are written; not what computes something else."""
     runs = {
@@ -90,7 +116,7 @@ def test_equal_rows_of_several_tables_are_one_run() -> None:
     }
     assert runs["row-first, forward"] == runs["depth 4, width 512"] == runs["normalised pixels"]
     assert runs["row-first, forward"] == runs["1/3 (64 px of 192)"]
-    again = read_table(5, "paper", ["data.workers=3", "compile=true"], TWO[:1])
+    again = read_table(5, "paper", ["data.workers=3", "compile=true", "data.flip=0.5"], TWO[:1])  # as it is
     assert runs_of(again, [0], Path())[0].folder == runs["row-first, forward"]
     for other in (["finetune.epochs=7"], ["data.source=elsewhere"]):
         assert runs_of(read_table(5, "paper", other, TWO[:1]), [0], Path())[0].folder != runs["row-first, forward"]
@@ -133,6 +159,7 @@ def test_wrong_rows_and_settings_are_refused_at_once(monkeypatch: pytest.MonkeyP
         (["5", "data.source=nowhere"], "there is no 'nowhere'"),
         (["5", "epochs"], "'epochs' is no override; type key=value"),
         (["5", "--gpus-per-run", "0"], "--gpus-per-run is 0; allowed: a whole number, 1 or more"),
+        (["5", "--runs-per-gpu", "0"], "--runs-per-gpu is 0; allowed: a whole number, 1 or more"),
         (["3"], "invalid choice: 3"),
         (["5", "--list", "--speed", "fast"], "expected one of dvae, pretrain, finetune, and a number above 0, as in"),
         (["5", "--list", "--speed", "pretrain=inf"], "got 'pretrain=inf'"),
@@ -184,24 +211,79 @@ def test_intervals_are_students(tmp_path: Path) -> None:
     """Against scipy, and by hand: 4.303 standard errors of three scores, 12.706 of two."""
     table = read_table(5, "digits", rows=TWO)
     runs = runs_of(table, [0, 1, 2], tmp_path)
-    scores = [90.0, 92.0, 91.0]
-    for run, score in zip(runs, scores, strict=False):
+    scores, outcomes = [90.0, 92.0, 91.0], dict[str, Outcome]()
+    for run, score in zip(runs[::2], scores, strict=True):  # every other one: a seed's rows follow each other
         finish(run, score)
-    first, second = results(table, runs)
+        outcomes[run.name] = run.outcome(runs_per_gpu=1)
+    first, second = results(table, runs, outcomes)
     low, high = stats.t.interval(0.95, 2, loc=91, scale=stats.sem(scores))
     assert first["top1"] == 91 and first["interval95"] == pytest.approx((high - low) / 2)
     assert first["interval95"] == pytest.approx(4.303 * 1 / math.sqrt(3), rel=1e-3)
     assert first["gpu_hours"] == 2 * 2 * 0.5  # two phases of half an hour on two GPUs
     assert second["top1"] is None and second["interval95"] is None
     finish(runs[3], 80.0)
-    assert results(table, runs)[1]["top1"] == 80 and results(table, runs)[1]["interval95"] is None
-    lines = [*markdown(results(table, runs))]
+    outcomes[runs[3].name] = runs[3].outcome(runs_per_gpu=4)
+    rows = results(table, runs, outcomes)
+    assert rows[1]["top1"] == 80 and rows[1]["interval95"] is None
+    lines = [*markdown(rows)]
     assert lines[2] == "| row-first, forward | 91.00 | ± 2.48 | 3 | 2.00 | 82.5 | - |"
-    assert lines[3] == "| random | 80.00 | - | 1 | 2.00 | 81.5 | - |"
-    write_results(table, runs, tmp_path / "table5")
+    assert lines[3] == "| random | 80.00 | - | 1 | 0.50 | 81.5 | - |"
+    write_results(table, runs, outcomes, tmp_path / "table5")
     [row, _] = csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines())
     assert (row["row"], row["scores"], row["seeds"]) == ("row-first, forward", "90.0 92.0 91.0", "0 1 2")
     assert (tmp_path / "table5" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_is_enough_of_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where folders and checkpoints are gone, as on another machine: such runs are not run again, others are begun."""
+    table = read_table(5, "digits", rows=TWO)
+    runs = runs_of(table, [0, 1], tmp_path / "out")
+    for number, run in enumerate(runs[:3]):
+        record(run, Outcome(top1=90 + number / 3, gpu_hours=0.25), tmp_path / "out")
+    assert read_outcomes(tmp_path / "out")[runs[1].name] == Outcome(90 + 1 / 3, 0.25)
+    worked: list[Run] = []
+    monkeypatch.setattr(Bench, "work", lambda bench, left: worked.extend(left))
+    command = ["5", "--preset", "digits", "--output", str(tmp_path / "out"), "--row", TWO[0], "--row", TWO[1]]
+    main(command)
+    assert worked == runs[3:]
+    main([*command, "--list"])
+    assert capsys.readouterr().out.count("finished") == 2 * 3
+    main([*command, "finetune.epochs=7"])
+    assert len(worked) == 1 + 4  # other settings, other runs
+    main(command)
+    [_, random] = csv.DictReader((tmp_path / "out" / "table5" / "results.csv").read_text().splitlines())
+    assert (random["row"], float(random["top1"]), random["seeds"]) == ("random", 90 + 1 / 3, "0")
+
+
+def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
+    """And nothing else there changes, however often, or is run."""
+    heading = "### Prediction orders (paper, table 5), preset digits"
+    document = tmp_path / "page" / "RESULTS.md"
+    document.parent.mkdir()
+    runs = runs_of(read_table(5, "digits", rows=TWO), [0], tmp_path / "out")
+    record(runs[0], Outcome(top1=50, gpu_hours=0), tmp_path / "out")
+    command = ["5", "--preset", "digits", "--output", str(tmp_path / "out"), "--row", TWO[0], "--into", str(document)]
+    document.write_text("# Page\n")
+    with pytest.raises(SystemExit, match=f"has no line '{re.escape(heading)}', under which the table goes"):
+        main(command)
+    document.write_text(f"# Page\n\nBefore.\n\n{heading}\n\nold\n\n## After\n\nText.\n")
+    for _ in range(2):
+        main(command)
+        before, text = document.read_text().split(f"{heading}\n\n")
+        table, after = text.split("\n\n## After\n")
+        assert before == "# Page\n\nBefore.\n\n" and after == "\nText.\n"
+        assert "| row-first, forward | 50.00 | - | 1 |" in table and "old" not in table
+        assert table.endswith("![Prediction orders (paper, table 5)](../out/table5/figure.png)")
+    assert (document.parent / "../out/table5/figure.png").is_file() and not runs[1].folder.exists()
+
+
+def test_the_page_of_results_has_a_place_for_each_table(repo: Path) -> None:
+    page = (repo / "recipes" / "RESULTS.md").read_text().splitlines()
+    for number in NUMBERS:
+        title = yaml.safe_load((ABLATIONS / f"table{number}.yaml").read_text())["title"]
+        assert page.count(f"### {title}, preset short") == 1
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +291,8 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert ablate.device_groups(1) == ["0", "1", "2", "3"]
     assert ablate.device_groups(2) == ["0,1", "2,3"] and ablate.device_groups(3) == ["0,1,2"]
+    assert ablate.places(["0", "1", "2"], 2) == ["0", "1", "2", "1", "2", "0"]
+    assert ablate.places(["0,1"], 3) == ["0,1"] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,GPU-ab,7")
     assert ablate.device_groups(2) == ["5,2", "GPU-ab,7"]
     with pytest.raises(RunError, match="--gpus-per-run is 5, but there are 4 GPUs; allowed: up to as many, or 1"):
@@ -228,7 +312,7 @@ place.mkdir(parents=True, exist_ok=True)
 with (place / "started").open("a") as file:
     file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 deadline = time.monotonic() + 30
-while len([*Path(__file__).parents[1].rglob("started")]) < 2:  # none goes on alone
+while len([*Path(__file__).parents[1].rglob("started")]) < 4:  # none goes on alone
     assert time.monotonic() < deadline
     time.sleep(0.02)
 if words["seed"] == "1" and not (place / "again").exists():
@@ -242,7 +326,7 @@ if words["seed"] == "1" and not (place / "again").exists():
 def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each on a GPU of its own; what failed is tried again by the next command, what ended is not."""
+    """Two on each GPU at the same time; what failed is tried again by the next command, what ended is not."""
     (tmp_path / "recipes").mkdir()
     for phase in PHASES:
         (tmp_path / "recipes" / f"{phase}.py").write_text(STAND_IN)
@@ -251,7 +335,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     runs = runs_of(read_table(5, "digits", rows=TWO), [0, 1], tmp_path / "out")
     ended: list[Run] = []
-    bench = Bench(["0", "1"], StopRequest(), ended.append)
+    bench = Bench(["0", "1", "0", "1"], StopRequest(), ended.append)
     bench.work(runs)
     assert {run.seed for run in ended} == {0} and {run.seed for run, _ in bench.failed} == {1}
     assert all("a failure" in log.read_text() for _, log in bench.failed)
@@ -259,7 +343,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
     assert {gpu for file in tmp_path.rglob("started") for gpu in file.read_text().splitlines()} == {"0", "1"}
     for _ in PHASES[1:]:  # seed 1 fails once in each phase
         bench = Bench(["0"], StopRequest(), ended.append)
-        bench.work(runs)
+        bench.work([run for run in runs if run not in ended])
     assert not bench.failed and len(ended) == 4
     assert all(len(file.read_text().splitlines()) <= 2 for file in tmp_path.rglob("started"))
 
