@@ -68,7 +68,7 @@ def one_of_two(process: int, store: Path) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    multiprocessing.start_processes(one_of_two, (tmp_path / "store",), nprocs=2, start_method="spawn")
+    multiprocessing.spawn(one_of_two, (tmp_path / "store",), nprocs=2)
 
 
 def losses(folder: Path, command: list[str], *settings: str) -> list[float]:
