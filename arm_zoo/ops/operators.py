@@ -5,8 +5,7 @@ Custom operators are opaque to torch.compile and torch.export, which read schema
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -61,25 +60,12 @@ def _refuse_second_derivatives(*_: Any) -> None:
     )
 
 
-@contextmanager
-def without_autocast(device: str) -> Iterator[None]:
-    """As `torch.autocast(device, enabled=False)`, which takes a third of a millisecond to ask for the GPUs (2.11)."""
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    torch.set_autocast_enabled(device, False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, True)
-
-
 def _by_backend(compute: Callable[..., Any]) -> Callable[..., Any]:
     """`compute(module, *inputs)` as a function of the inputs and the name of the backend that has the module."""
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        with without_autocast(inputs[0].device.type):  # matrix products keep float32 sums
+        with torch.autocast(inputs[0].device.type, enabled=False):  # matrix products keep float32 sums
             return compute(importlib.import_module(BACKENDS[backend].module), *inputs)
 
     return run
