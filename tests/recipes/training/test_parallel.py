@@ -76,7 +76,7 @@ def losses(folder: Path, command: list[str], *settings: str) -> list[float]:
     tiny = ["epochs=3", "global_batch=256", "model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2"]
     done = subprocess.run(
         [*command, *tiny, f"output_dir={folder}", "tracker=none", *settings],
-        capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
