@@ -81,7 +81,6 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
         "images_train_skipped": train.skipped,
         "images_test_skipped": test.skipped,
         "features": train.width,
-        "images_per_second": train.images_per_second,
         "seed": config.seed,
         **summary(found),
         "scores": [score.row() for score in found],
@@ -158,8 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = probe(arguments.weights, config)
         if PartialState().is_main_process:
             show(result)
-            if speed := result["images_per_second"]:
-                print(f"extracted {speed:,.0f} images a second in each process")
             print(f"{result['images_test']:,} images; wrote {config.output}")
         command_line.leave_process_group()
 

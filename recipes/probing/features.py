@@ -21,7 +21,7 @@ from arm_zoo.images.tars import Member
 from recipes.data.batches import Batch, Images
 from recipes.data.loader import taken_ahead
 from recipes.data.sampling import Key, ScoringOrder
-from recipes.data.sources import Split
+from recipes.data.sources import Split, tell
 from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.data.workers import WorkerLoader
@@ -43,7 +43,6 @@ class Extracted(NamedTuple):
     skipped: int  # images that could not
     width: int  # of one block's features
     purpose: str  # of the split, for messages
-    images_per_second: float | None = None  # that this process extracted; None: not measured
 
     @property
     def images(self) -> int:
@@ -73,7 +72,7 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
 
     All processes must call it. Streams, which tell no listing, are read by each process, and not kept.
     """
-    config, written = extractor.config, list[tuple[float, int]]()
+    config = extractor.config
     if not isinstance(split, ImageTable):
         arrays, classes, skipped = gathered(extractor(split, ScoringOrder(split, config.batch, 0, 1), purpose))
         rows_kept = None
@@ -85,17 +84,20 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
         own = batches[state.process_index :: state.num_processes]  # whatever others have written meanwhile
         todo = [[Key(0, place, None) for place in batch] for batch in own if missing[batch].any()]
+        written = list[tuple[float, int]]()
         for batch, values in extractor(split, todo, purpose):
             if values:
                 store.write(batch.indices, values)
             written.append((time.perf_counter(), len(batch.classes)))
+        if speed := steady_speed(written):
+            tell(f"features of the {purpose} images: {speed:,.0f} images a second in this process")
         state.wait_for_everyone()
         arrays, missing = store.tensors(), store.missing()
         skipped = int(missing.sum())
         rows_kept = torch.from_numpy(~missing).nonzero()[:, 0] if skipped else None
     images = len(classes) if isinstance(split, ImageTable) else len(classes) + skipped
     check_undecodable(skipped, images, purpose, config.data.max_undecodable)
-    return Extracted(arrays, classes, rows_kept, skipped, extractor.width, purpose, steady_speed(written))
+    return Extracted(arrays, classes, rows_kept, skipped, extractor.width, purpose)
 
 
 def steady_speed(written: Sequence[tuple[float, int]]) -> float | None:
@@ -173,7 +175,7 @@ def gathered(batches: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[dict[s
         skipped += len(batch.undecodable)
         classes.append(batch.classes)
         for name, part in values.items():
-            arrays[name].append(part.cpu())
+            arrays[name].append(part.clone())  # out of memory that is pinned for copies from a GPU
     return {name: torch.cat(parts) for name, parts in arrays.items()}, torch.cat(classes), skipped
 
 
