@@ -1,4 +1,4 @@
-"""Makes the leaderboard from measured and reported rows: LEADERBOARD.md, README's table, leaderboard.html.
+"""Makes the leaderboard of measured and reported rows: LEADERBOARD.md, leaderboard.html, README's and RESULTS' tables.
 
 Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval`,
 `python -m eval.throughput` and `python -m recipes.probe`, reported ones from eval/board: the paper's tables, and what
@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from arm_zoo import loading
 from arm_zoo.files import write_text
-from eval.board.chart import speed_chart
+from eval.board.chart import frozen_chart, speed_chart
 from eval.board.columns import SPEEDS, TEXT_COLUMNS, TITLES, accuracy_rows, board, shown
 from eval.board.curves import curves
 from eval.board.entries import Entry, paper_table, read_entries, read_speeds
@@ -26,7 +26,6 @@ from eval.board.frozen import frozen_rows, read_frozen, titles_of
 from eval.tables import RESULTS
 
 HERE = Path(__file__).resolve().parent  # has the templates of the files, page.md and page.html
-BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -60,16 +59,22 @@ def ablation(paper: Path, name: str) -> list[dict[str, str]]:
     return [{title: text or "-" for title, text in row.items() if title not in ("kind", "source")} for row in rows]
 
 
+def between_marks(file: Path, name: str, text: str) -> str:
+    """A file's text with a new one between its marks; ValueError if it has not these once each, in order."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = file.read_text(encoding="utf-8")
+    whole, count = re.subn(f"(?s)(?<={begin}\n).*?(?=\n{end})", lambda _: text, old)
+    if count != 1:
+        raise ValueError(f"{file.name} needs the lines {begin} and {end}; the table goes between them")
+    return whole
+
+
 def make(
-    measured: Path, throughput: Path, paper: Path, peers: Path, frozen: Path, anchors: Path, readme: Path
+    measured: Path, throughput: Path, paper: Path, peers: Path, frozen: Path, anchors: Path, folder: Path
 ) -> dict[str, str]:
-    """File name at the root -> its text; raises ValueError if README has not the markers once each, in order."""
+    """File name in the folder -> its text; raises ValueError if a file there lacks the marks of its table."""
     speeds = read_speeds(throughput)
     entries, frozen_entries = read_entries(measured, speeds, paper, peers), read_frozen(frozen, anchors)
-    table = readme_table(entries)
-    text, count = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: table, readme.read_text(encoding="utf-8"))
-    if count != 1:
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END}; the table goes between them")
     rows = accuracy_rows(entries)
     sets = {name: title for name, title in TITLES.items() if title in rows[0]}
     values = {
@@ -90,17 +95,21 @@ def make(
         "table": markdown_table,
         "ablation": partial(ablation, paper),
         "chart": speed_chart(speeds),
+        "frozen_chart": frozen_chart(frozen_entries),
     }
     environment = Environment(
-        loader=FileSystemLoader(HERE / "board"), autoescape=select_autoescape(), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        loader=FileSystemLoader(HERE / "board"), autoescape=select_autoescape(("html", "svg")),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the page shows sets in the order of sets.csv
+    results = environment.get_template("frozen.md").render(values, up="../").rstrip()
+    charts = {"speed.svg": "chart.svg"} | ({"frozen.svg": "frozen.svg"} if values["frozen_measured"] else {})
     return {
-        "LEADERBOARD.md": environment.get_template("page.md").render(values),
-        "README.md": text,
+        "LEADERBOARD.md": environment.get_template("page.md").render(values, up=""),
+        "README.md": between_marks(folder / "README.md", "leaderboard", readme_table(entries)),
+        "recipes/RESULTS.md": between_marks(folder / "recipes" / "RESULTS.md", "frozen", results),
         "leaderboard.html": environment.get_template("page.html").render(values),
-        "eval/speed.svg": environment.get_template("chart.svg").render(values),
+        **{f"eval/{name}": environment.get_template(template).render(values) for name, template in charts.items()},
     }
 
 
@@ -116,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--frozen", default=HERE / "frozen.csv", metavar="FILE", help="of recipes.probe (%(default)s)")
     anchors = HERE / "board" / "anchors.csv"
     add("--anchors", default=anchors, metavar="FILE", help="frozen features, reported by others (%(default)s)")
-    add("--folder", default=HERE.parent, help="has README.md and gets the files (%(default)s)")
+    add("--folder", default=HERE.parent, help="has README.md and recipes/RESULTS.md, and gets the files (%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not current")
     args = parser.parse_args(argv)
     try:
@@ -125,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not (path := getattr(args, option)).exists() and path != parser.get_default(option):
                 raise ValueError(f"--{option}: no file {str(path)!r}")
         tables = (args.results, args.throughput, args.paper, args.peers, args.frozen, args.anchors)
-        files = make(*tables, args.folder / "README.md")
+        files = make(*tables, args.folder)
         for name, text in files.items():
             path = args.folder / name
             if args.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):

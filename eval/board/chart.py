@@ -1,9 +1,14 @@
-"""The README's chart: how fast one of our models is, compared with a ViT of its size, at growing image sizes."""
+"""Charts: how fast one of our models is, compared with a ViT of its size, and how good frozen features are."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from eval.board.frozen import FrozenEntry, titles_of
+
+COLOURS = ("#1f4e79", "#d1661c", "#3a8a4d", "#8a3a7d", "#7a7a7a")  # of a panel's models, over again if there are more
+LEFT, COLUMN, LETTER = 50, 80, 7  # pixels: widths of the axis, of a protocol and of a letter in the legend
+PANEL, HEAD, PLOT = 290, 46, 210  # pixels: heights of a panel, of what is above its plot, and of that
 MODEL, PEER = "arm_base_patch16_224", "vit_base_patch16_224"
 WIDTH, HEIGHT, MARGIN = 700, 240, 50  # pixels of the plot and what is left around it
 
@@ -36,3 +41,37 @@ def speed_chart(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
 
     points = [{"size": n, "ratio": ratio, "x": place_of(n), "y": height_of(ratio)} for n, ratio in ratios.items()]
     return {"device": device, "points": points, "one": height_of(1), "bottom": height_of(0)}
+
+
+def frozen_chart(entries: Sequence[FrozenEntry]) -> dict[str, Any]:
+    """What the template frozen.svg draws of measured entries: for each data set a panel with a dot for each figure."""
+    measured = [entry for entry in entries if entry.kind == "measured"]
+    places = {title: LEFT + COLUMN * (0.5 + i) for i, title in enumerate(titles_of(measured))}
+    sets = dict.fromkeys(entry.data_set for entry in measured)
+    own = [[entry for entry in measured if entry.data_set == data_set] for data_set in sets]
+    panels = [_frozen_panel(some, places, PANEL * row) for row, some in enumerate(own)]
+    right = LEFT + COLUMN * len(places)
+    longest = max((len(model["name"]) for panel in panels for model in panel["models"]), default=0)
+    size = {"width": right + 40 + LETTER * longest, "height": PANEL * len(panels)}
+    return {**size, "left": LEFT, "right": right, "places": places, "panels": panels}
+
+
+def _frozen_panel(entries: Sequence[FrozenEntry], places: Mapping[str, float], top: int) -> dict[str, Any]:
+    """A panel's title, horizontal lines, and figures of each model: where they are, and where their intervals end."""
+    most = 1.1 * max(float(figure) for entry in entries for figure in entry.figures.values())
+    step = next(step for step in (1, 5, 10, 20) if most / step < 7)
+
+    def height_of(top1: float | str) -> float:
+        return round(top + HEAD + PLOT * (1 - float(top1) / most), 1)
+
+    models = []
+    for row, entry in enumerate(entries):
+        aside = 8 * (row - (len(entries) - 1) / 2)
+        points = []
+        for title, figure in entry.figures.items():
+            low, high = map(height_of, entry.intervals[title].split(" to "))
+            points.append({"x": places[title] + aside, "y": height_of(figure), "low": low, "high": high})
+        name, colour = entry.notes[0].partition(" (")[0].removesuffix(".safetensors"), COLOURS[row % len(COLOURS)]
+        models.append({"name": name, "colour": colour, "y": top + HEAD + 20 * row, "points": points})
+    lines = [{"value": value, "y": height_of(value)} for value in range(0, int(most) + 1, step)]
+    return {"title": entries[0].data_set, "top": top + 26, "bottom": height_of(0), "lines": lines, "models": models}

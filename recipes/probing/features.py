@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -18,8 +19,9 @@ from arm_zoo.files import sha256_of_tensors
 from arm_zoo.images.tables import Encoded, ImageTable
 from arm_zoo.images.tars import Member
 from recipes.data.batches import Batch, Images
+from recipes.data.loader import taken_ahead
 from recipes.data.sampling import Key, ScoringOrder
-from recipes.data.sources import Split
+from recipes.data.sources import Split, tell
 from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.data.workers import WorkerLoader
@@ -82,9 +84,13 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
         own = batches[state.process_index :: state.num_processes]  # whatever others have written meanwhile
         todo = [[Key(0, place, None) for place in batch] for batch in own if missing[batch].any()]
+        written = list[tuple[float, int]]()
         for batch, values in extractor(split, todo, purpose):
             if values:
                 store.write(batch.indices, values)
+            written.append((time.perf_counter(), len(batch.classes)))
+        if speed := steady_speed(written):
+            tell(f"features of the {purpose} images: {speed:,.0f} images a second in this process")
         state.wait_for_everyone()
         arrays, missing = store.tensors(), store.missing()
         skipped = int(missing.sum())
@@ -92,6 +98,17 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
     images = len(classes) if isinstance(split, ImageTable) else len(classes) + skipped
     check_undecodable(skipped, images, purpose, config.data.max_undecodable)
     return Extracted(arrays, classes, rows_kept, skipped, extractor.width, purpose)
+
+
+def steady_speed(written: Sequence[tuple[float, int]]) -> float | None:
+    """Images per second of the second half of batches, (seconds, images) each; None of fewer than four.
+
+    In the first half kernels are compiled, while images are loaded in advance.
+    """
+    if len(written) < 4:
+        return None
+    (start, _), *counted = written[len(written) // 2 :]
+    return sum(images for _, images in counted) / (counted[-1][0] - start)
 
 
 class Extractor:
@@ -123,22 +140,32 @@ class Extractor:
     def __call__(
         self, split: Split, order: Iterable[list[Key]], purpose: str
     ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        """Batches without the images that cannot be decoded, and their arrays in float32, none without images."""
+        """Batches without the images that cannot be decoded, and their arrays in float32, none without images.
+
+        A GPU works on the next batch while the caller has this one.
+        """
         images = Images(split, scoring_transform(self._inputs))
         loader = WorkerLoader(images.batch, order, self.config.data.workers, self._half)
         normalise = Normalisation(self._inputs["mean"], self._inputs["std"], self._device)
         hidden, named = not (sys.stdout.isatty() and PartialState().is_main_process), set[str]()
         total = len(order) if isinstance(order, list) else None
         title = f"features of the {purpose} images"
-        for batch in track(loader, title, total, transient=True, disable=hidden):
+        batches = track(loader, title, total, transient=True, disable=hidden)
+        for batch, values, made in taken_ahead((batch, *self._begin(batch, normalise)) for batch in batches):
             name_once(batch.undecodable, named)
-            if len(batch.classes) == 0:
-                yield batch, {}
-                continue
-            ready = batch.ready(self._device, normalise)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-                made = outputs(self._model, ready.images, self.rows)
-            yield batch, {name: values.float() for name, values in made.items()}
+            if made is not None:
+                made.synchronize()
+            yield batch, values
+
+    def _begin(self, batch: Batch, normalise: Normalisation) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """Arrays in the CPU's memory, and what tells that a GPU has made them."""
+        if len(batch.classes) == 0:
+            return {}, None
+        ready = batch.ready(self._device, normalise)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            made = outputs(self._model, ready.images, self.rows)
+        values = {name: values.float().to("cpu", non_blocking=True) for name, values in made.items()}
+        return values, torch.cuda.current_stream(self._device).record_event() if self._half else None
 
 
 def gathered(batches: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[dict[str, Tensor], Tensor, int]:
@@ -148,7 +175,7 @@ def gathered(batches: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[dict[s
         skipped += len(batch.undecodable)
         classes.append(batch.classes)
         for name, part in values.items():
-            arrays[name].append(part.cpu())
+            arrays[name].append(part.clone())  # out of memory that is pinned for copies from a GPU
     return {name: torch.cat(parts) for name, parts in arrays.items()}, torch.cat(classes), skipped
 
 

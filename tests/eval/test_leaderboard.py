@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -174,7 +175,9 @@ def made(tmp_path: Path, repo: Path) -> Path:
         writer.writerow({**speed, "model": "arm_base_patch16_224", "mode": "finetune", "img_per_s": 500})
         writer.writerow({**speed, "model": "vit_base_patch16_224", "img_per_s": 3456.7})
     tables.append(tmp_path / "frozen.csv", map(frozen_row, *zip(*FROZEN_SCORES, strict=True)), frozen.COLUMNS)
-    shutil.copy(repo / "README.md", tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for name in ("README.md", "recipes/RESULTS.md"):
+        shutil.copy(repo / name, tmp_path / name)
     options = [
         "--frozen",
         tmp_path / "frozen.csv",
@@ -248,6 +251,7 @@ def test_frozen_features_are_measured_or_reported(made: Path, repo: Path) -> Non
     notes = "w.safetensors (efefefef); 50,000 images to train on, 10,000 scored; "
     notes += "features: pooled (k-NN, 1 label, 10 labels); token (linear)"
     assert f"| arm_tiny | **measured** | pets\\|cats | {figures} | {notes} |" in measured
+    assert figures in (made / "recipes" / "RESULTS.md").read_text()
     assert "MoCo" not in measured and "arm_tiny" not in reported.partition("## Speed")[0]
     assert "| DINOv3 ViT-L | *reported* | ImageNet-1k | 82.0 | 83.5 | arXiv:2508.10104; " in reported
     anchors = frozen.reported_entries(repo / "eval" / "board" / "anchors.csv")
@@ -257,6 +261,18 @@ def test_frozen_features_are_measured_or_reported(made: Path, repo: Path) -> Non
     expected = {f"MAE ViT-{size}": top1 for size, top1 in mae.items()}
     expected |= {f"MoCo v3 ViT-{size}": top1 for size, top1 in moco.items()}
     assert linear == {**expected, "DINOv3 ViT-L": "83.5"}
+
+
+def test_the_chart_of_frozen_features_has_a_dot_for_each_figure(made: Path) -> None:
+    drawn = ElementTree.parse(made / "eval" / "frozen.svg").getroot()
+    dots = [node for node in drawn.findall(".//{*}circle")]
+    texts = [node.text for node in drawn.findall(".//{*}text")]
+    assert len(dots) == 1 + 4 and "w" in texts and "10 labels" in texts  # one in the legend
+    few, most = (float(node.get("cy", "")) for node in (dots[2], dots[4]))
+    assert most < few  # the linear probe's is higher than that of one label
+    [interval] = [node for node in drawn.findall(".//{*}line") if node.get("x1") == dots[1].get("cx")]
+    assert float(interval.get("y1", "")) > float(dots[1].get("cy", "")) > float(interval.get("y2", ""))
+    assert chart.frozen_chart([])["panels"] == []
 
 
 def test_reported_frozen_features_can_be_hidden(page: Page, made: Path) -> None:
@@ -313,9 +329,11 @@ def test_without_measurements_it_says_so(tmp_path: Path, repo: Path) -> None:
     board = repo / "eval" / "board"
     files = leaderboard.make(
         tmp_path / "no.csv", tmp_path / "none.csv", board / "paper", board / "peers.csv", tmp_path / "gone.csv",
-        board / "anchors.csv", repo / "README.md",
+        board / "anchors.csv", repo,
     )  # fmt: skip
     assert "circle" not in files.pop("eval/speed.svg")
+    assert "eval/frozen.svg" not in files
+    assert "Nothing has been measured yet" in files.pop("recipes/RESULTS.md")
     for text in files.values():
         assert "No ImageNet accuracy has been measured by this project yet" in text
         assert "ObjectNet" not in text  # sets that no row has a figure of have no column

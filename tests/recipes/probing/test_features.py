@@ -17,7 +17,7 @@ from recipes.data.sources import open_digits, open_source
 from recipes.errors import RunError
 from recipes.probing import features
 from recipes.probing.config import ProbeConfig
-from recipes.probing.features import Extracted, Extractor, extract, listed
+from recipes.probing.features import Extracted, Extractor, extract, listed, steady_speed
 from recipes.probing.store import Store
 from tests.helpers.images import write_folder
 
@@ -140,6 +140,12 @@ def test_a_disk_that_is_too_small_is_told(model: Any, tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
     with pytest.raises(RunError, match=r"features take 0.0 GiB, but .* has 0.0 GiB left; name another folder"):
         digits(model, tmp_path)
+
+
+def test_the_speed_is_that_of_the_second_half() -> None:
+    assert steady_speed([(0.0, 50), (9.0, 50), (9.1, 50)]) is None
+    assert steady_speed([(0.0, 50), (9.0, 50), (9.5, 50), (10.0, 30)]) == 60
+    assert steady_speed([(0.0, 9), (5.0, 9), (6.0, 9), (7.0, 20), (8.0, 10)]) == 15
 
 
 def test_other_images_have_another_listing(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """The linear probe's grid, against a plain loop with a model and an optimizer for each head."""
 
+import time
+from collections.abc import Sequence
+from statistics import median
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from recipes.probing import linear
 from recipes.probing.config import ProbeConfig
-from recipes.probing.linear import Head, Standardised
+from recipes.probing.linear import Stacked
 from tests.helpers.probing import clusters, extracted
 
 CPU = torch.device("cpu")
@@ -33,17 +37,51 @@ def alone(values: Tensor, classes: Tensor, number: int, rate: float, epochs: int
 def test_the_grid_in_one_pass_is_each_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "BATCH", 16)
     values, classes = clusters(100, 4, 6, distance=0.3, seed=1)
-    inputs = {"token": Standardised(values, values, CPU), "average": Standardised(values[:, :3], values[:, :3], CPU)}
-    heads = [Head(name, rate) for name in inputs for rate in (0.01, 0.3)]
-    fitted = linear.fit(inputs, classes, torch.arange(100), 4, heads, epochs=3, seed=3)
-    counts = linear.right(fitted, inputs, classes, torch.arange(100))
-    for place, (name, rate) in enumerate(heads):
-        plain = inputs[name][torch.arange(100)]
-        layer = alone(plain, classes, 4, rate, epochs=3)
-        weights, biases = fitted[name]
-        assert torch.allclose(weights[place % 2], layer.weight, rtol=1e-4, atol=1e-6)
-        assert torch.allclose(biases[place % 2], layer.bias, rtol=1e-4, atol=1e-6)
-        assert counts[place] == int((layer(plain).argmax(dim=1) == classes).sum())
+    kinds, rates, every = [values, values[:, :3]], (0.01, 0.3), torch.arange(100)
+    inputs = Stacked(kinds, kinds, CPU)
+    weights = linear.fit(inputs, classes, every, 4, rates, epochs=3, seed=3)
+    counts = iter(linear.right(weights, inputs, classes, every))
+    for kind, features in enumerate(kinds):
+        plain = (features - features.mean(dim=0)) / (features.std(dim=0) + 1e-6)
+        for place, rate in enumerate(rates):
+            layer = alone(plain, classes, 4, rate, epochs=3)
+            own = weights[kind, :, place]
+            assert torch.allclose(own[: plain.shape[1]], layer.weight.T, rtol=1e-4, atol=1e-6)
+            assert not own[plain.shape[1] : -1].any()  # nothing grows where there are no features
+            assert torch.allclose(own[-1], layer.bias, rtol=1e-4, atol=1e-6)
+            assert next(counts) == int((layer(plain).argmax(dim=1) == classes).sum())
+
+
+def test_features_that_do_not_fit_the_device_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    kinds, places = [values, values[:, :2]], torch.tensor([7, 0, 3])
+    held = Stacked(kinds, kinds, CPU)[places]
+    monkeypatch.setattr(linear, "free_bytes", lambda device: 0)
+    assert torch.equal(Stacked(kinds, kinds, CPU)[places], held)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("width", "number"), [(192, 10), (192, 200)], ids=["CIFAR-10", "Tiny-ImageNet"])
+def test_the_whole_grid_takes_little_longer_than_one_head(width: int, number: int) -> None:
+    """Of the small models here; `pytest -s` shows the ratio."""
+    device, images = torch.device("cuda"), 20_480
+    blocks = [torch.randn(images, part, device="cpu") for part in (width, width, 4 * width, 4 * width)]
+    classes = torch.randint(number, (images,), device=device)
+    grid, one = Stacked(blocks, blocks, device), Stacked(blocks[:1], blocks[:1], device)
+    every = torch.arange(images, device=device)
+
+    def seconds(inputs: Stacked, rates: Sequence[float]) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        linear.fit(inputs, classes, every, number, rates, epochs=4, seed=0)
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    seconds(grid, linear.RATES), seconds(one, [0.1])  # the first, slow ones
+    pairs = [(seconds(grid, linear.RATES), seconds(one, [0.1])) for _ in range(5)]
+    ratio = median(whole / single for whole, single in pairs)
+    print(f"{number} classes: the grid takes {ratio:.2f} x one head, {1e6 * pairs[0][0] / 320:.0f} us a step")
+    assert ratio < 1.3
 
 
 def test_the_best_features_are_chosen_without_the_test_images() -> None:
