@@ -74,10 +74,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
 def losses(folder: Path, command: list[str], *settings: str) -> list[float]:
     """Of the epochs of a pretraining in a process of its own."""
     tiny = ["epochs=3", "global_batch=256", "model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2"]
-    done = subprocess.run(
-        [*command, *tiny, f"output_dir={folder}", "tracker=none", *settings],
-        capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    command = [*command, *tiny, f"output_dir={folder}", "tracker=none", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
