@@ -85,6 +85,8 @@ class DataConfig:
     train_size: int | None = limited(None, ONE_OR_MORE)  # training images, where a stream does not tell
     shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # images of a stream, kept encoded, to draw from at random
     num_classes: int | None = limited(None, ONE_OR_MORE)  # null: as many as the source has; else checked
+    # Training images of each class, drawn by the run's seed, where labels are needed; null: all.
+    labels_per_class: int | None = limited(None, ONE_OR_MORE)
     image_column: str | None = None  # null: the only one that holds images
     label_column: str | None = None  # null: the only one that looks like a class
     # Processes that decode, for each training process; 0: none but itself. As many as it has cores, at most 12.
@@ -198,6 +200,9 @@ class TrainConfig(Config):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and fsdp=false"
         if self.data.decode == "gpu" and self.device == "cpu":
             found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
+        if self.data.labels_per_class is not None and not self.labels_needed:
+            problem = f"data.labels_per_class is {self.data.labels_per_class}, but nothing here learns from labels"
+            found["data.labels_per_class"] = f"{problem}; leave it out"
         if self.data.cache == "gpu" and self.device == "cpu":
             found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
         for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():

@@ -82,7 +82,8 @@ def survey(config: FinetuneConfig) -> Survey:
         raise classes_without_images(data.source, [name for name, count in classes.items() if count == 0])
     if fraction and max(images) == 1:
         raise none_to_hold_out(data.source)
-    train = sum(count - held_out(count, fraction) if fraction else count for count in images)
+    most = data.labels_per_class or max(images)
+    train = sum(min(most, count - held_out(count, fraction) if fraction else count) for count in images)
     return Survey(train, len(images), held_out=fraction)
 
 

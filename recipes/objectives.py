@@ -54,7 +54,7 @@ class TrainingObjective:
     export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
-    open: Callable[[Any], Any] = lambda config: open_source(config.data, config.labels_needed)  # the images
+    open: Callable[[Any], Any] = lambda config: open_source(config.data, config.labels_needed, config.seed)  # images
     hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
 
 

@@ -48,7 +48,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
         raise RunError(f"output is {config.output}; allowed: a file that ends in {' or '.join(KINDS)}")
     rows_of(Path(config.output))  # which may be another table's
     state = PartialState(cpu=config.device == "cpu")
-    source: Any = open_source(config.data)  # with images to score on, since labels are needed
+    source: Any = open_source(config.data, seed=config.seed)  # with images to score on, since labels are needed
     frozen = load_backbone(weights, config)
     inputs = {"mean": source.mean, "std": source.std, **frozen.inputs}
     if (channels := inputs["input_size"][0]) != source.channels:

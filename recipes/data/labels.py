@@ -1,7 +1,10 @@
-"""The classes of a validation split among those of the training images."""
+"""The classes of a validation split among those of the training images, and few labels of each."""
 
 import re
 from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 from arm_zoo.images.labels import Labels
 from arm_zoo.images.listing import SourceError, listed, plural
@@ -32,3 +35,11 @@ def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Label
 
 def _all_numbers(names: Iterable[str]) -> bool:
     return all(re.fullmatch("0|[1-9][0-9]*", name) for name in names)
+
+
+def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:
+    """Places of so many images of each class, at random; all of a class that has fewer."""
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
+    shuffled, by_class = classes[order].sort(stable=True)
+    starts = torch.searchsorted(shuffled, shuffled)  # where each image's class begins
+    return order[by_class[torch.arange(len(classes), device=classes.device) - starts < labels]]

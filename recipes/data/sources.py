@@ -17,11 +17,12 @@ import functools
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -32,7 +33,7 @@ from arm_zoo.images.listing import SourceError, listed
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
 from recipes.config import DataConfig
-from recipes.data.labels import match_labels
+from recipes.data.labels import drawn, match_labels
 from recipes.data.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
 from recipes.data.streams import DatasetStream, ImageStream, TarStream
 
@@ -67,8 +68,29 @@ def tell(text: str) -> None:
         log.warning(text)
 
 
-def open_source(config: DataConfig, labels_needed: bool = True) -> Source:
-    """Open what `data.source` and `data.validation` name; without labels every class index is -1."""
+def open_source(config: DataConfig, labels_needed: bool = True, seed: int = 0) -> Source:
+    """Open what `data.source` and `data.validation` name; without labels every class index is -1.
+
+    The seed decides which images are trained on with `data.labels_per_class`.
+    """
+    source = _open_source(config, labels_needed)
+    if not labels_needed or config.labels_per_class is None:
+        return source
+    if isinstance(source.train, ImageStream):
+        problem = "of a stream no images of each class can be drawn"
+        raise SourceError(f"{problem}; leave out data.streaming, or data.labels_per_class")
+    return replace(source, train=_labelled(source.train, config.labels_per_class, seed))
+
+
+def _labelled(images: ImageTable, labels: int, seed: int) -> ImageTable:
+    """So many images of each class, in stored order."""
+    classes, _ = images.classes_and_names()
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(classes))}
+    places = drawn(torch.tensor([numbers[value] for value in classes]), labels, seed)
+    return images.select(sorted(places.tolist()))
+
+
+def _open_source(config: DataConfig, labels_needed: bool) -> Source:
     if config.source == "digits":
         if config.validation is not None or config.streaming:
             own = "the digits are small and have their own validation images"

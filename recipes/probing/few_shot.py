@@ -11,6 +11,7 @@ from scipy.stats import t
 from torch import Tensor
 from torch.nn import functional as F
 
+from recipes.data.labels import drawn
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted
 from recipes.probing.scores import CONFIDENCE, Features, Score
@@ -42,14 +43,6 @@ def half_width(figures: Tensor) -> float:
     """Of the 95% interval of the mean of independent figures."""
     quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(figures) - 1))
     return quantile * figures.std().item() / math.sqrt(len(figures))
-
-
-def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:
-    """Places of so many images of each class, at random; all of a class that has fewer."""
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
-    shuffled, by_class = classes[order].sort(stable=True)
-    starts = torch.searchsorted(shuffled, shuffled)  # where each image's class begins
-    return order[by_class[torch.arange(len(classes), device=classes.device) - starts < labels]]
 
 
 def top1(known: Features, asked: Features) -> float:

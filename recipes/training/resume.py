@@ -24,7 +24,7 @@ OPERATION = (
     "checkpoint_minutes", "keep_last", "keep_every", "data.workers", "data.decode", "data.cache", "evaluate_every",
 )  # fmt: skip
 # Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
-ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size")
+ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size", "data.labels_per_class")
 # Keys without which the weights, or the images that are still to come, would be others.
 IDENTITY = ("model", "model_args", "objective", "dvae", "head", "frozen", "seed", "global_batch")
 LATER = {"objective": DEFAULT_OBJECTIVE}  # defaults of keys that older checkpoints lack

@@ -67,7 +67,7 @@ def train(
         tables: Any = source  # as images are held out of tables only
         _, names = tables.test.classes_and_names()  # for whoever scores or trains on from here
         write_text(output / HELD_OUT, "".join(f"{name}\n" for name in names))
-        found = f"{100 * source.held_out:g}% of the images ({len(names)} of {len(names) + len(tables.train)})"
+        found = f"{100 * source.held_out:g}% of the images ({len(names)})"
         console.print(f"{found} are held out for validation; {output / HELD_OUT} lists them", soft_wrap=True)
     history = trainer.fit()
     weights = model_state(models[winner(history[-1])])

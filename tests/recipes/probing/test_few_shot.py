@@ -12,14 +12,6 @@ from recipes.probing.scores import Features
 from tests.helpers.probing import clusters, extracted
 
 
-def test_draws_have_so_many_of_each_class() -> None:
-    classes = torch.tensor([2, 0, 0, 2, 0, 5, 2, 2])
-    places = few_shot.drawn(classes, 2, seed=0)
-    assert sorted(classes[places].tolist()) == [0, 0, 2, 2, 5] and len(set(places.tolist())) == 5  # 5 has one image
-    draws = {tuple(sorted(few_shot.drawn(classes, 2, seed).tolist())) for seed in range(100)}
-    assert len(draws) == 3 * 6  # all pairs of three, and of four
-
-
 def test_the_nearest_mean_by_hand() -> None:
     # The means are (2, 0) of class 1 and (0, 1) of class 4.
     known = Features(torch.tensor([[1.0, 0], [3, 0], [0, 1]]), torch.tensor([1, 1, 4]))
