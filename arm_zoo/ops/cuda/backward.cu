@@ -19,14 +19,15 @@
 //
 // Macros: those of common.cuh, and MEAN 1 where the output is the directions' mean, else their sum.
 
-// times the slope of softplus where its value is `size`: 1 - exp(-size)
+// times the slope of softplus where its value is `size`: 1 - exp(-size), or the value itself where it is so small that
+// little of that difference would be left by rounding; both are right to 5e-4
 __device__ __forceinline__ float times_slope(float v, float size) {
 #if !SOFTPLUS
     return v;
 #elif DTYPE == 0
     return v * -expm1f(-size);
 #else
-    return fmaf(v, -exp2_fast(size * -LOG2E), v);
+    return size < 1.0f / 2048 ? v * size : fmaf(v, -exp2_fast(size * -LOG2E), v);
 #endif
 }
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
