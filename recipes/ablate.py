@@ -304,22 +304,29 @@ def places(groups: Sequence[str], runs_per_gpu: int) -> list[str]:
     return [groups[(number + turn) % len(groups)] for turn in rounds for number in range(len(groups))]
 
 
+def recorded(output: Path) -> list[dict[str, str]]:
+    """The lines of `runs.csv`, one for each run that has ended."""
+    file = output / RUNS
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+
+
 def read_outcomes(output: Path) -> dict[str, Outcome]:
     """Of all runs that have ended, as far as `runs.csv` tells."""
-    file = output / RUNS
-    lines = csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
-    return {line["run"]: Outcome(float(line["top1"]), float(line["gpu_hours"])) for line in lines}
+    try:
+        return {line["run"]: Outcome(float(line["top1"]), float(line["gpu_hours"])) for line in recorded(output)}
+    except (KeyError, TypeError, ValueError):
+        allowed = "run,row,seed,top1,gpu_hours, and below it lines of which the last two are numbers"
+        raise RunError(f"{output / RUNS} is damaged; allowed: {allowed}; take out what is not") from None
 
 
 def record(run: Run, outcome: Outcome, output: Path) -> None:
     """Add a run that has ended to `runs.csv`."""
-    file = output / RUNS
     line = {"run": run.name, "row": run.row.name, "seed": run.seed, **dataclasses.asdict(outcome)}
-    before = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
-    write_text(file, as_csv([*before, line]))
+    write_text(output / RUNS, as_csv([*recorded(output), line]))
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A heading, which is the keys of the first row, and a line for each row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -380,14 +387,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def put_into(document: Path, heading: str, lines: Sequence[str]) -> None:
     """Put lines into a Markdown file, in place of what is between a heading, which must be there, and the next one."""
-    before, found, after = document.read_text(encoding="utf-8").partition(f"\n{heading}\n")
-    if not found:
+    section, text = "\n".join([heading, "", *lines, "", ""]), document.read_text(encoding="utf-8")
+    whole, count = re.subn(rf"(?ms)^{re.escape(heading)}$.*?(?=^#|\Z)", lambda _: section, text, count=1)
+    if not count:
         raise RunError(
             f"{document} has no line {heading!r}, under which the table goes; write it where that should be"
         )
-    following = re.search(r"^#", after, re.MULTILINE)
-    rest = after[following.start() :] if following else ""
-    write_text(document, "\n".join([before, heading, "", *lines, "", rest]).rstrip("\n") + "\n")
+    write_text(document, whole.rstrip("\n") + "\n")
 
 
 def plan(
@@ -474,14 +480,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="for models so small that one leaves it idle (%(default)s)",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--into",
         type=Path,
         metavar="FILE",
         help="run nothing: write the table of the runs that have ended, and put it into this Markdown file, under the "
         "line `### TITLE, preset PRESET`",
     )
-    parser.add_argument("--list", action="store_true", help="show what would run, and for how long, and end")
+    instead.add_argument("--list", action="store_true", help="show what would run, and for how long, and end")
     parser.add_argument(
         "--speed",
         action="append",
@@ -517,6 +524,9 @@ def ablate(settings: argparse.Namespace) -> None:
         return
     folder = output / f"table{settings.table}"
     if settings.into is not None:
+        if not any(run.name in outcomes for run in runs):  # the document may have figures of others
+            problem = f"{output / RUNS} has none of the {len(runs)} runs of {table.title} with these settings"
+            raise RunError(f"{problem}; type those with which they were trained, data.source too")
         write_results(table, runs, outcomes, folder)
         figure = f"![{table.title}]({os.path.relpath(folder / FIGURE, settings.into.parent)})"
         lines = [*markdown(results(table, runs, outcomes)), "", figure]

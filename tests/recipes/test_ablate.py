@@ -160,6 +160,7 @@ def test_wrong_rows_and_settings_are_refused_at_once(monkeypatch: pytest.MonkeyP
         (["5", "epochs"], "'epochs' is no override; type key=value"),
         (["5", "--gpus-per-run", "0"], "--gpus-per-run is 0; allowed: a whole number, 1 or more"),
         (["5", "--runs-per-gpu", "0"], "--runs-per-gpu is 0; allowed: a whole number, 1 or more"),
+        (["5", "--list", "--into", "RESULTS.md"], "--into: not allowed with argument --list"),
         (["3"], "invalid choice: 3"),
         (["5", "--list", "--speed", "fast"], "expected one of dvae, pretrain, finetune, and a number above 0, as in"),
         (["5", "--list", "--speed", "pretrain=inf"], "got 'pretrain=inf'"),
@@ -257,6 +258,13 @@ def test_a_line_is_enough_of_a_finished_run(
     assert (random["row"], float(random["top1"]), random["seeds"]) == ("random", 90 + 1 / 3, "0")
 
 
+@pytest.mark.parametrize("line", ["ab,random,0,90", "ab,random,0,,", "<<<<<<< HEAD"])
+def test_a_damaged_record_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(f"run,row,seed,top1,gpu_hours\n{line}\n")
+    with pytest.raises(RunError, match=r"runs\.csv is damaged; allowed: run,row,seed,top1,gpu_hours"):
+        read_outcomes(tmp_path)
+
+
 def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
     """And nothing else there changes, however often, or is run."""
     heading = "### Prediction orders (paper, table 5), preset digits"
@@ -268,6 +276,13 @@ def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
     document.write_text("# Page\n")
     with pytest.raises(SystemExit, match=f"has no line '{re.escape(heading)}', under which the table goes"):
         main(command)
+    document.write_text(f"{heading}\n\nfigures of other settings\n")
+    with pytest.raises(SystemExit, match=r"has none of the 2 runs of .* with these settings; type those with which"):
+        main([*command, "finetune.epochs=7"])
+    assert document.read_text().endswith("figures of other settings\n")
+    document.write_text(heading)  # all there is
+    main(command)
+    assert document.read_text().startswith(f"{heading}\n\n| row |")
     document.write_text(f"# Page\n\nBefore.\n\n{heading}\n\nold\n\n## After\n\nText.\n")
     for _ in range(2):
         main(command)
