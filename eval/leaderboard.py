@@ -60,12 +60,12 @@ def ablation(paper: Path, name: str) -> list[dict[str, str]]:
 
 
 def between_marks(file: Path, name: str, text: str) -> str:
-    """A file's text with a new one between its marks; ValueError if it has not these once each, in order."""
+    """The file's content with `text` between its two marks; raises ValueError unless it has both once, in order."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     old = file.read_text(encoding="utf-8")
     whole, count = re.subn(f"(?s)(?<={begin}\n).*?(?=\n{end})", lambda _: text, old)
     if count != 1:
-        raise ValueError(f"{file.name} needs the lines {begin} and {end}; the table goes between them")
+        raise ValueError(f"{file} needs the lines {begin} and {end} once each, in this order; the table goes between")
     return whole
 
 

@@ -161,7 +161,7 @@ class TrainConfig(Config):
     # Larger parts of the global batch take several forward passes, whose gradients add up; null: all at once.
     max_batch_per_device: int | None = limited(None, ("a whole number, 2 or more", lambda x: x >= 2))
     compile: bool = False
-    cuda_graphs: bool = False  # with compile, on GPUs: replay a step's launches, for which it would wait
+    cuda_graphs: bool = False  # with compile, on GPUs: replay a step's kernel launches all at once
     fused_adamw: bool = True  # on CUDA; elsewhere the plain one is used
     gradient_checkpointing: bool = False  # recompute the blocks' activations: less memory, a third more work
     fsdp: bool = False  # shard parameters, gradients and optimizer over the processes

@@ -5,8 +5,8 @@ python -m recipes.cost --real-images FILE   # of python -m recipes.loader_speed 
 python -m recipes.cost --throughput eval/throughput.csv   # of python -m eval.throughput --mode pretrain --output FILE
 python -m recipes.cost --images-per-second 1500
 
-The first two count the time in which the GPUs wait for images, the third one the step alone; the table says so. Of
-speeds on several numbers of GPUs that of the nearest one counts, and how they scale tells what other numbers reach.
+The first two count the time in which the GPUs wait for images, the third one the step alone; the table says so. Where
+a model was measured on several numbers of GPUs, the nearest of them counts, and scaling efficiency is as measured.
 """
 
 import argparse
@@ -91,7 +91,10 @@ def from_throughput(file: Path) -> list[Measured]:
 
 
 def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float, str]:
-    """The speed of N GPUs by N times that of one, and where it is from, of what was measured on several numbers."""
+    """Scaling efficiency, the speed of N GPUs over N times that of one, and where this figure is from.
+
+    It is measured where `measured` has several numbers of GPUs, unless `assumed` says otherwise.
+    """
     fewest, most = (choose(measured, key=lambda one: one.gpus) for choose in (min, max))
     if assumed is None and fewest.gpus < most.gpus:
         efficiency = most.images_per_second * fewest.gpus / (fewest.images_per_second * most.gpus)
@@ -100,7 +103,7 @@ def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float,
 
 
 def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterator[str]:
-    """Lines of a Markdown table, from what was measured on the nearest number of GPUs; the last one is the paper's."""
+    """Lines of a Markdown table, each from the speed on the nearest number of GPUs; the last line is the paper's."""
     yield HEADINGS
     kinds: dict[tuple[str, ...], list[Measured]] = {}
     for one in measured:

@@ -58,7 +58,7 @@ def frozen_chart(entries: Sequence[FrozenEntry]) -> dict[str, Any]:
 
 def _frozen_panel(entries: Sequence[FrozenEntry], places: Mapping[str, float], top: int) -> dict[str, Any]:
     """A panel's title, horizontal lines, and figures of each model: where they are, and where their intervals end."""
-    most = 1.1 * max(float(figure) for entry in entries for figure in entry.figures.values())
+    most = 1.1 * max(1.0, *(float(figure) for entry in entries for figure in entry.figures.values()))
     step = next(step for step in (1, 5, 10, 20) if most / step < 7)
 
     def height_of(top1: float | str) -> float:

@@ -126,7 +126,7 @@ def shard(model: Any, accelerator: Accelerator) -> None:
 
 
 def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """The callable that trains `model`: compiled if asked for; `Gradients` averages where it is no DDP."""
+    """The callable that trains `model`: compiled if asked for, and in DDP if that is to average gradients."""
     kind = accelerator.device.type
     if config.cuda_graphs and kind != "cuda":
         raise RunError(f"cuda_graphs is true, but the device is {kind}; allowed: a GPU (cuda), or cuda_graphs=false")

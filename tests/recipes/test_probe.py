@@ -323,13 +323,13 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         same | {"images": "decode=gpu", "processes": n, "images_per_second": v} for n, v in ((1, 500.0), (4, 1800.0))
     ]
     (tmp_path / "real.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table))
-    scaled = ["--real-images", str(tmp_path / "real.jsonl"), "--epochs", "1", "--images", "360000", "--gpus"]
+    scaled = ["--real-images", str(tmp_path / "real.jsonl"), "--epochs", "1", "--images", "36000000", "--gpus"]
     cost.main([*scaled, "1", "4", "8"])
     of_one, of_four, of_eight = (row[3:] for row in cells(capsys.readouterr().out)[:-1])
-    assert of_one == ["0.2", "0", "500 img/s with real images (decode=gpu) measured on 1 GPU"]
-    assert of_four == ["0.1", "0", "1,800 img/s with real images (decode=gpu) measured on 4 GPU"]
+    assert of_one == ["20.0", "20", "500 img/s with real images (decode=gpu) measured on 1 GPU"]
+    assert of_four == ["5.6", "22", "1,800 img/s with real images (decode=gpu) measured on 4 GPU"]
     measured = f"{of_four[2]}, 90% scaling efficiency as measured from 1 to 4"
-    assert of_eight == ["0.0", "0", measured]
+    assert of_eight == ["3.1", "25", measured]  # 3,240 img/s
     cost.main([*scaled, "8", "--efficiency", "0.5"])
     assert cells(capsys.readouterr().out)[0][5] == f"{of_four[2]}, 50% scaling efficiency assumed"
 
