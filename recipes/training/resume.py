@@ -129,7 +129,7 @@ def compare_steps(start: Start, steps_per_epoch: int) -> None:
     if (before := start.state["steps_per_epoch"]) != steps_per_epoch:
         raise RunError(
             f"{start.checkpoint} has {before} steps per epoch, this run {steps_per_epoch}: the training images are "
-            "others; allowed: the same data.source, another output_dir, or --resume none"
+            "others; allowed: the same data.source and data.labels_per_class, another output_dir, or --resume none"
         )
 
 
