@@ -21,12 +21,12 @@ DRAWS = 5
 
 
 def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
-    """For each number of labels the mean of five draws, and Student's interval of that mean."""
+    """For each number of labels that a class has the mean of five draws, and Student's interval of that mean."""
     known, asked = (part.of(config.features).to(device) for part in (train, test))
     mean = known.values.mean(dim=0)
     known, asked = (part._replace(values=F.normalize(part.values - mean, dim=1)) for part in (known, asked))
-    scores = []
-    for labels in LABELS:
+    most, scores = int(known.classes.bincount().max()), []
+    for labels in (labels for labels in LABELS if labels <= most):
         figures = torch.tensor([top1(known.rows(drawn(known.classes, labels, s)), asked) for s in seeds(config.seed)])
         middle, half = figures.mean().item(), half_width(figures)
         ends = max(0.0, middle - half), min(100.0, middle + half)

@@ -26,6 +26,12 @@ def test_the_interval_by_hand() -> None:
     assert few_shot.half_width(torch.tensor(figures)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_numbers_of_labels_that_no_class_has_get_no_score() -> None:
+    values, classes = clusters(14, 2, 8, distance=0.7, seed=1)  # seven of each
+    scores = few_shot.score(*2 * [extracted(classes, 8, pooled=values)], ProbeConfig(), torch.device("cpu"))
+    assert [score.settings["labels"] for score in scores] == [1, 5]
+
+
 def test_more_labels_give_more() -> None:
     values, classes = clusters(400, 4, 8, distance=0.7, seed=1)
     answers, truth = clusters(200, 4, 8, distance=0.7, seed=2)
