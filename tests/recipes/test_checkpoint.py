@@ -40,7 +40,7 @@ from recipes.pretrain import pretrain
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
 from recipes.training import checkpoint, engine
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
-from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes
+from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes, compare_steps
 from tests import ROOT
 from tests.helpers.images import write_folder
 
@@ -384,6 +384,13 @@ def test_classes_are_compared_by_name_and_place() -> None:
         compare_classes(start, ("A", "a", *map(str, range(10))))
     with pytest.raises(RunError, match="12 classes before, 2 now; no longer there: '0', '1', '2' and 7 more"):
         compare_classes(start, ("a", "A"))
+
+
+def test_another_number_of_training_images_is_refused() -> None:
+    start = Start(Path("step-00000015"), {"steps_per_epoch": 5})
+    compare_steps(start, 5)
+    with pytest.raises(RunError, match=r"5 steps per epoch, this run 6: .* the same data\.source and data\.labels"):
+        compare_steps(start, 6)
 
 
 def test_order_of_images_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
