@@ -63,10 +63,10 @@ def _loops_inputs(scan: ScanInputs) -> loops.Scan:
     delta, A, B, C, D = (t.to(u.dtype) for t in others)
     directions, _, length, _ = scan.shape
     bias = torch.zeros_like(D) if scan.delta_bias is None else scan.delta_bias.to(u.dtype)
-    rates = A.detach() * _LOG2E
+    rates = _copy(A.transpose(1, 2)) * np.float32(_LOG2E)
     return loops.Scan(
-        _rows(u.expand(scan.shape)), _rows(delta), _copy(rates.transpose(1, 2)),
-        rates.amin(-1).numpy(), rates.amax(-1).numpy(), _rows(B), _rows(C), _copy(D), _copy(bias),
+        _rows(u.expand(scan.shape)), _rows(delta), rates, rates.min(axis=1), rates.max(axis=1),
+        _rows(B), _rows(C), _copy(D), _copy(bias),
         _table("selective_scan", scan.rows, directions, length),
         _table("selective_scan", scan.order, directions, length),
         np.float32(scan.share), scan.delta_softplus, CHUNK, _FUNCTIONS,
