@@ -1,6 +1,7 @@
 """The compiled loops for the CPU: against the plain loops in float64, at the edges of float32, in any threads."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from arm_zoo.ops.fused import gate_halves
 from tests.arm_zoo.test_scan import largest
 
 pytest.importorskip("numba", reason="the extra `cpu` is not installed")
+TASKS = Path("/proc/self/task")  # a folder for each thread
 
 
 def inputs(directions: int, length: int, channels: int, d_state: int, batch: int = 2) -> list[torch.Tensor]:
@@ -171,6 +173,21 @@ def test_runs_and_threads_change_no_bit(operation: Operation, make: Callable[...
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="only Linux lists a process's threads there")
+def test_idle_threads_of_torch_make_room() -> None:
+    """OpenMP's would look for work for milliseconds, on the cores that a loop's threads want."""
+    tensors, before = torch.zeros(2, 3, 64), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.randn(10**6).exp()
+        beside = len(list(TASKS.iterdir()))
+        with arm_zoo.scan_backend("numba"):
+            causal_conv(tensors, torch.zeros(2, 64, 4), torch.zeros(2, 64))
+        assert len(list(TASKS.iterdir())) < beside
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_gradients_of_some_inputs_alone() -> None:

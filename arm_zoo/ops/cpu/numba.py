@@ -1,7 +1,9 @@
 """The `numba` backend: loops over float32 sequences on the CPU, compiled by Numba, in torch's number of threads."""
 
+import ctypes
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +27,7 @@ _LOG1P = [
     -0.0032439809, 0.0198512636, -0.0569591597, 0.1060362174, -0.1530556977,
     0.1967593133, -0.2495413273, 0.3332996368, -0.4999990165, 1.0,
 ]  # fmt: skip
+_SOFT_PAUSE = 1  # `omp_pause_soft` of OpenMP: what it lets go is there again when it is asked for
 _FUNCTIONS = loops.Functions(
     loops.Exp2(np.float32(-125), np.float32(1.5 * 2**23), tuple(map(np.float32, _EXP2))),
     tuple(map(np.float32, _LOG1P)),
@@ -73,11 +76,23 @@ def _loops_inputs(scan: ScanInputs) -> loops.Scan:
     )  # fmt: skip
 
 
+def _let_openmp_rest() -> None:
+    """End the threads of PyTorch's last operator, which else look for more work on the cores that a loop wants.
+
+    They do so for milliseconds after each operator; the next one starts them anew. Where PyTorch has no OpenMP of
+    version 5 this does nothing.
+    """
+    pause = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    if pause is not None:
+        pause(_SOFT_PAUSE)
+
+
 def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
     """Run a compiled loop's tasks in as many threads as torch takes."""
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1:
         return loop(0, tasks, *arguments)
+    _let_openmp_rest()
     bounds = [tasks * i // threads for i in range(threads + 1)]
     own, *others = itertools.pairwise(bounds)
     with ThreadPoolExecutor(len(others)) as pool:
