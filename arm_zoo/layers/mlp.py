@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.layers.sizes import Device
-from arm_zoo.ops.fused import gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
+from arm_zoo.ops.fused import gate_halves, gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
 
@@ -27,8 +27,7 @@ class SwiGLU(nn.Module):
                 return self._forward_padded(x, -self.fc2.in_features % _ALIGNMENT)
             if gates_in_kernel(x, self.fc1.weight, self.fc1.bias):
                 return self.fc2(gated_linear(x, self.fc1.weight, self.fc1.bias))
-        gate, value = run_linear(self.fc1, x).chunk(2, dim=-1)
-        return run_linear(self.fc2, F.silu(gate) * value)
+        return run_linear(self.fc2, gate_halves(run_linear(self.fc1, x)))
 
     def _forward_padded(self, x: Tensor, missing: int) -> Tensor:
         """The same with more hidden channels, all zero: ARM-L's 2730 keep matrix products off the fast kernels."""

@@ -1,19 +1,25 @@
 """The compiled loops for the CPU: against the plain loops in float64, at the edges of float32, in any threads."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import arm_zoo
+from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
+from arm_zoo.ops.fused import gate_halves
 from tests.arm_zoo.test_scan import largest
 
 pytest.importorskip("numba", reason="the extra `cpu` is not installed")
+TASKS = Path("/proc/self/task")  # a folder for each thread
 
 
 def inputs(directions: int, length: int, channels: int, d_state: int, batch: int = 2) -> list[torch.Tensor]:
@@ -120,6 +126,35 @@ def test_convolutions(taps: int) -> None:
     assert worst_error(tensors, causal_conv) < 2e-6
 
 
+@pytest.mark.parametrize("rows, channels", [((2, 3), 5), ((7,), 200), ((0, 4), 8)])
+def test_gates_of_halves(rows: tuple[int, ...], channels: int) -> None:
+    halves = 4 * torch.randn(*rows, 2 * channels + 1)[..., 1:]  # rows that do not adjoin
+    gate, value = halves.double().chunk(2, dim=-1)
+    assert torch.allclose(gate_halves(halves).double(), F.silu(gate) * value, rtol=2e-6, atol=1e-6)
+
+
+def test_gates_of_halves_at_the_edges_of_their_range() -> None:
+    gates = torch.tensor([-100.0, -20.0, 0.0, 20.0, 100.0, 1e30, torch.inf, torch.nan])
+    product = gate_halves(torch.cat([gates, torch.ones(8)])[None])
+    assert torch.allclose(product[0], F.silu(gates), equal_nan=True)
+
+
+def test_only_inference_takes_the_loop_for_gates() -> None:
+    mlp, x, taken = SwiGLU(8, 24), torch.randn(2, 3, 8), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            taken.append(operator is torch.ops.arm_zoo.gate_halves.default)
+            return operator(*args, **(kwargs or {}))
+
+    with Record():
+        trained = mlp(x)
+    assert not any(taken) and trained.requires_grad
+    with torch.no_grad(), Record():
+        inferred = mlp(x)
+    assert any(taken) and torch.allclose(inferred, trained, atol=1e-6)
+
+
 def test_a_convolution_of_tokens_that_are_not_there_is_refused() -> None:
     tensors = torch.zeros(1, 3, 4), torch.zeros(1, 4, 2), torch.zeros(1, 4)
     with pytest.raises(IndexError, match="causal_conv: order must number 3 tokens"), arm_zoo.scan_backend("numba"):
@@ -138,6 +173,21 @@ def test_runs_and_threads_change_no_bit(operation: Operation, make: Callable[...
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="only Linux lists a process's threads there")
+def test_idle_threads_of_torch_make_room() -> None:
+    """OpenMP's would look for work for milliseconds, on the cores that a loop's threads want."""
+    tensors, before = torch.zeros(2, 3, 64), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.randn(10**6).exp()
+        beside = len(list(TASKS.iterdir()))
+        with arm_zoo.scan_backend("numba"):
+            causal_conv(tensors, torch.zeros(2, 64, 4), torch.zeros(2, 64))
+        assert len(list(TASKS.iterdir())) < beside
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_gradients_of_some_inputs_alone() -> None:

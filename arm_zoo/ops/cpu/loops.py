@@ -427,6 +427,16 @@ def conv_backward(first, last, batch, grad, x, weight, bias, order, functions, g
 
 
 @_compiled
+def gate_forward(first, last, channels, gate, value, functions, product):
+    """Tasks are rows of so many channels: SiLU(gate) * value."""
+    for row in range(first, last):
+        z, y = _row(gate, 0, 0, row, 0, channels), _row(value, 0, 0, row, 0, channels)
+        gated = product[row]
+        for d in range(channels):
+            gated[d] = y[d] * z[d] * _sigmoid(z[d], _exp_minus(z[d], functions))
+
+
+@_compiled
 def gate_backward(first, last, channels, grad, gate, value, functions, grad_gate, grad_value):
     """Tasks are rows of so many channels: gradients of the factors of SiLU(gate) * value."""
     for row in range(first, last):

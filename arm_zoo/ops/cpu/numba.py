@@ -1,7 +1,9 @@
 """The `numba` backend: loops over float32 sequences on the CPU, compiled by Numba, in torch's number of threads."""
 
+import ctypes
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +27,7 @@ _LOG1P = [
     -0.0032439809, 0.0198512636, -0.0569591597, 0.1060362174, -0.1530556977,
     0.1967593133, -0.2495413273, 0.3332996368, -0.4999990165, 1.0,
 ]  # fmt: skip
+_SOFT_PAUSE = 1  # `omp_pause_soft` of OpenMP: what it lets go is there again when it is asked for
 _FUNCTIONS = loops.Functions(
     loops.Exp2(np.float32(-125), np.float32(1.5 * 2**23), tuple(map(np.float32, _EXP2))),
     tuple(map(np.float32, _LOG1P)),
@@ -50,11 +53,12 @@ def _table(operation: str, order: Tensor | None, directions: int, length: int) -
     """The table (1, K, L), or (B, K, L), of whose numbers none leads code out of the memory of the tokens."""
     if order is None:
         order = torch.arange(length).expand(directions, -1)
-    elif order.min() < 0 or order.max() >= length:
+    table = _copy(order if is_per_image(order) else order[None])
+    if table.size and (table.min() < 0 or table.max() >= length):
         raise IndexError(
-            f"{operation}: order must number {length} tokens from 0 on, got {order.min()} to {order.max()}"
+            f"{operation}: order must number {length} tokens from 0 on, got {table.min()} to {table.max()}"
         )
-    return _copy(order if is_per_image(order) else order[None])
+    return table
 
 
 def _loops_inputs(scan: ScanInputs) -> loops.Scan:
@@ -62,14 +66,25 @@ def _loops_inputs(scan: ScanInputs) -> loops.Scan:
     delta, A, B, C, D = (t.to(u.dtype) for t in others)
     directions, _, length, _ = scan.shape
     bias = torch.zeros_like(D) if scan.delta_bias is None else scan.delta_bias.to(u.dtype)
-    rates = A.detach() * _LOG2E
+    rates = _copy(A.transpose(1, 2)) * np.float32(_LOG2E)
     return loops.Scan(
-        _rows(u.expand(scan.shape)), _rows(delta), _copy(rates.transpose(1, 2)),
-        rates.amin(-1).numpy(), rates.amax(-1).numpy(), _rows(B), _rows(C), _copy(D), _copy(bias),
+        _rows(u.expand(scan.shape)), _rows(delta), rates, rates.min(axis=1), rates.max(axis=1),
+        _rows(B), _rows(C), _copy(D), _copy(bias),
         _table("selective_scan", scan.rows, directions, length),
         _table("selective_scan", scan.order, directions, length),
         np.float32(scan.share), scan.delta_softplus, CHUNK, _FUNCTIONS,
     )  # fmt: skip
+
+
+def _let_openmp_rest() -> None:
+    """End the threads of PyTorch's last operator, which else look for more work on the cores that a loop wants.
+
+    They do so for milliseconds after each operator; the next one starts them anew. Where PyTorch has no OpenMP of
+    version 5 this does nothing.
+    """
+    pause = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    if pause is not None:
+        pause(_SOFT_PAUSE)
 
 
 def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
@@ -77,9 +92,13 @@ def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1:
         return loop(0, tasks, *arguments)
+    _let_openmp_rest()
     bounds = [tasks * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(loop, *part, *arguments) for part in itertools.pairwise(bounds)]:
+    own, *others = itertools.pairwise(bounds)
+    with ThreadPoolExecutor(len(others)) as pool:
+        running = [pool.submit(loop, *part, *arguments) for part in others]
+        loop(*own, *arguments)
+        for done in running:
             done.result()
 
 
@@ -111,6 +130,15 @@ def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) 
     weight, bias = (t.to(x.dtype) for t in (weight, bias))
     table = _table("causal_conv", order, len(weight), x.shape[1])
     return _rows(x), _copy(weight.transpose(1, 2)), _copy(bias), table, _FUNCTIONS
+
+
+def gate(halves: Tensor) -> Tensor:
+    """SiLU(gate) * value (..., N) of (gate, value), the two halves of rows (..., 2 * N)."""
+    product = halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2)
+    rows, channels = product.shape[:-1].numel(), product.shape[-1]
+    inputs = (_rows(half) for half in halves.flatten(0, -2).chunk(2, dim=-1))
+    _run(loops.gate_forward, rows, channels, *inputs, _FUNCTIONS, product.view(rows, channels).numpy())
+    return product
 
 
 def gate_backward(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor) -> None:
