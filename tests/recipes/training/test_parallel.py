@@ -67,6 +67,7 @@ def one_of_two(process: int, store: Path) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(one_of_two, (tmp_path / "store",), nprocs=2)
 
