@@ -621,6 +621,7 @@ def test_revisions_that_are_none(hub: HubServer, client: Client, files: dict[str
     assert "it has no such revision" in client.refused("arm_zoo", "ada/pico@v9", cache_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_time_out(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
     hub.add("ada/silent", files, hub_server.silent(0.5))
     message = client.refused("arm_zoo", "ada/silent", cache_dir=tmp_path)

@@ -546,7 +546,7 @@ def test_files_have_the_ordinary_mode(umask: int, mode: int, tmp_path: Path) -> 
     assert {found for path, found in written.items() if path.is_dir()} == {0o777 & ~umask}, written
 
 
-@pytest.mark.parametrize("command", ["convert", "official", "pt2", "onnx"])
+@pytest.mark.parametrize("command", ["convert", "official", "pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_disks_that_are_full(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line, what was there before stays, and nothing half-written; a limit of the system stands for the disk."""
     run, place = tmp_path / "run", tmp_path / "place"
@@ -570,6 +570,7 @@ def test_disks_that_are_full(command: str, tmp_path: Path, capsys: pytest.Captur
     assert names_in(run) == ["config.json", "model.safetensors"] and arm_zoo.from_pretrained(run).num_classes == 5
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_the_folder_of_before(tmp_path: Path, repo: Path) -> None:
     file, out = official_file(tmp_path / "checkpoint.pth", small()), tmp_path / "out"
     convert(file, out)

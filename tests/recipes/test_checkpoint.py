@@ -240,7 +240,7 @@ def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bit
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_stopped_while_it_waits_for_images_loses_nothing(
     batch: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,6 +518,7 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Monk
     assert not psutil.wait_procs(group, timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_no_process(tmp_path: Path) -> None:
     test = KillTest("pretrain", [], tmp_path, seed=0)
     process = test._context.Process(target=fail_beside_a_worker, args=(tmp_path / "worker",))

@@ -99,6 +99,7 @@ def test_flops_are_counted_without_tokens() -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 def test_random_orders_are_the_same_when_a_run_goes_on(tmp_path: Path) -> None:
     settings = ["model_args.prediction_order=random", "epochs=2", "checkpoint_steps=3", "keep_last=9"]
     whole = pretraining(tmp_path / "whole", *settings)

@@ -750,6 +750,7 @@ def test_exports_are_of_their_run_alone_and_for_whom_the_umask_lets(tmp_path: Pa
         assert sum(file.endswith(".safetensors") for file in modes) >= 3 and set(modes.values()) == {0o640}, modes
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_and_recomputing_change_nothing(tmp_path: Path) -> None:
     runs = {"whole": [], "parts": ["max_batch_per_device=64"], "recomputed": ["gradient_checkpointing=true"]}
     results = {name: pretraining(tmp_path / name, *overrides) for name, overrides in runs.items()}
