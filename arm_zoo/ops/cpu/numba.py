@@ -28,6 +28,8 @@ _LOG1P = [
     0.1967593133, -0.2495413273, 0.3332996368, -0.4999990165, 1.0,
 ]  # fmt: skip
 _SOFT_PAUSE = 1  # `omp_pause_soft` of OpenMP: what it lets go is there again when it is asked for
+# Ends the idle threads of PyTorch's operators. OpenMP has it from version 5 on; where PyTorch has none it is None.
+_pause_openmp = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
 _FUNCTIONS = loops.Functions(
     loops.Exp2(np.float32(-125), np.float32(1.5 * 2**23), tuple(map(np.float32, _EXP2))),
     tuple(map(np.float32, _LOG1P)),
@@ -76,23 +78,13 @@ def _loops_inputs(scan: ScanInputs) -> loops.Scan:
     )  # fmt: skip
 
 
-def _let_openmp_rest() -> None:
-    """End the threads of PyTorch's last operator, which else look for more work on the cores that a loop wants.
-
-    They do so for milliseconds after each operator; the next one starts them anew. Where PyTorch has no OpenMP of
-    version 5 this does nothing.
-    """
-    pause = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
-    if pause is not None:
-        pause(_SOFT_PAUSE)
-
-
 def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
     """Run a compiled loop's tasks in as many threads as torch takes."""
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1:
         return loop(0, tasks, *arguments)
-    _let_openmp_rest()
+    if _pause_openmp is not None:  # they look for more work for milliseconds, on the cores that the loop wants
+        _pause_openmp(_SOFT_PAUSE)
     bounds = [tasks * i // threads for i in range(threads + 1)]
     own, *others = itertools.pairwise(bounds)
     with ThreadPoolExecutor(len(others)) as pool:
