@@ -119,8 +119,8 @@ def show(summary: dict[str, Any], output: Path) -> None:
     table.add_row("pretrained", epochs, f"{summary['finetuned_top1']:.2f}%", before, after)
     table.add_row("from scratch", epochs, f"{summary['scratch_top1']:.2f}%", "-", scratch)
     console.print(table, "Less than two points apart is noise: on so few images either may end ahead.", sep="\n")
-    little = f"{summary['pretrain_epochs']} epochs on {summary['images_train']:,} images of 8x8 pixels"
-    console.print(f"This shows the way, not the gain: expect a start pretrained for {little} to be no better than none.")
+    little = f"pretrained for {summary['pretrain_epochs']} epochs on {summary['images_train']:,} images of 8x8 pixels"
+    console.print(f"This shows the way, not the gain: expect a start {little} to be no better than none.")
     for row in summary["examples"]:
         verdict = "right" if row["predicted"] == row["label"] else f"wrong, it is {row['label']}"
         console.print(f'image {row["image"]}: "{row["predicted"]}" ({row["probability"]:.0%}), {verdict}')
