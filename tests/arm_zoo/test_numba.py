@@ -1,7 +1,7 @@
 """The compiled loops for the CPU: against the plain loops in float64, at the edges of float32, in any threads."""
 
+import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +18,7 @@ from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.fused import gate_halves
 from tests.arm_zoo.test_scan import largest
 
-pytest.importorskip("numba", reason="the extra `cpu` is not installed")
-TASKS = Path("/proc/self/task")  # a folder for each thread
+numba_backend = pytest.importorskip("arm_zoo.ops.cpu.numba", reason="the extra `cpu` is not installed")
 
 
 def inputs(directions: int, length: int, channels: int, d_state: int, batch: int = 2) -> list[torch.Tensor]:
@@ -175,19 +174,28 @@ def test_runs_and_threads_change_no_bit(operation: Operation, make: Callable[...
         assert all(torch.equal(ours, first) for ours, first in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.skipif(not TASKS.is_dir(), reason="only Linux lists a process's threads there")
-def test_idle_threads_of_torch_make_room() -> None:
-    """OpenMP's would look for work for milliseconds, on the cores that a loop's threads want."""
-    tensors, before = torch.zeros(2, 3, 64), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        torch.randn(10**6).exp()
-        beside = len(list(TASKS.iterdir()))
-        with arm_zoo.scan_backend("numba"):
-            causal_conv(tensors, torch.zeros(2, 64, 4), torch.zeros(2, 64))
-        assert len(list(TASKS.iterdir())) < beside
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("parallel", [numba_backend._in_openmp, numba_backend._in_own_threads])
+def test_threads_work_side_by_side_and_fail_in_the_caller(
+    parallel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parallel is numba_backend._in_openmp and numba_backend._parallel is not parallel:
+        pytest.skip("this PyTorch has no OpenMP that is compatible with GNU's")
+    monkeypatch.setattr(numba_backend, "_parallel", parallel)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    meeting, done = threading.Barrier(3, timeout=60), []
+
+    def loop(first: int, last: int, name: str) -> None:
+        meeting.wait()
+        done.append((first, last, name))
+
+    numba_backend._run(loop, 7, "x")
+    assert sorted(done) == [(0, 2, "x"), (2, 4, "x"), (4, 7, "x")]
+
+    def failing(first: int, last: int) -> None:
+        raise MemoryError(f"of tasks {first} to {last}")
+
+    with pytest.raises(MemoryError, match="of tasks"):
+        numba_backend._run(failing, 7)
 
 
 def test_gradients_of_some_inputs_alone() -> None:

@@ -1,7 +1,6 @@
 """The `numba` backend: loops over float32 sequences on the CPU, compiled by Numba, in torch's number of threads."""
 
 import ctypes
-import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -27,9 +26,6 @@ _LOG1P = [
     -0.0032439809, 0.0198512636, -0.0569591597, 0.1060362174, -0.1530556977,
     0.1967593133, -0.2495413273, 0.3332996368, -0.4999990165, 1.0,
 ]  # fmt: skip
-_SOFT_PAUSE = 1  # `omp_pause_soft` of OpenMP: what it lets go is there again when it is asked for
-# Ends the idle threads of PyTorch's operators. OpenMP has it from version 5 on; where PyTorch has none it is None.
-_pause_openmp = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
 _FUNCTIONS = loops.Functions(
     loops.Exp2(np.float32(-125), np.float32(1.5 * 2**23), tuple(map(np.float32, _EXP2))),
     tuple(map(np.float32, _LOG1P)),
@@ -78,20 +74,45 @@ def _loops_inputs(scan: ScanInputs) -> loops.Scan:
     )  # fmt: skip
 
 
+_TEAM_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _in_openmp(work: Callable[[], None], threads: int) -> None:
+    """Do the work in every thread of OpenMP's team."""
+    ctypes.CDLL(None).GOMP_parallel(_TEAM_MEMBER(lambda _: work()), None, ctypes.c_uint(threads), ctypes.c_uint(0))
+
+
+def _in_own_threads(work: Callable[[], None], threads: int) -> None:
+    """Do the work in as many threads, the calling one among them."""
+    with ThreadPoolExecutor(threads - 1) as pool:
+        for _ in range(threads - 1):
+            pool.submit(work)
+        work()
+
+
+# PyTorch's operators run in OpenMP's threads, which look for more work for milliseconds after each operator, on the
+# cores that other threads would want. Other threads serve where its OpenMP has no entry point like GNU's.
+_parallel = _in_openmp if sys.platform != "win32" and hasattr(ctypes.CDLL(None), "GOMP_parallel") else _in_own_threads
+
+
 def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
     """Run a compiled loop's tasks in as many threads as torch takes."""
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1:
         return loop(0, tasks, *arguments)
-    if _pause_openmp is not None:  # they look for more work for milliseconds, on the cores that the loop wants
-        _pause_openmp(_SOFT_PAUSE)
-    bounds = [tasks * i // threads for i in range(threads + 1)]
-    own, *others = itertools.pairwise(bounds)
-    with ThreadPoolExecutor(len(others)) as pool:
-        running = [pool.submit(loop, *part, *arguments) for part in others]
-        loop(*own, *arguments)
-        for done in running:
-            done.result()
+    parts = iter([(tasks * i // threads, tasks * (i + 1) // threads) for i in range(threads)])
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for part in parts:  # of the others too, where a team is smaller than was asked for
+                loop(*part, *arguments)
+        except BaseException as error:  # which must not leave a thread of a team
+            failed.append(error)
+
+    _parallel(work, threads)
+    if failed:
+        raise failed[0]
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
