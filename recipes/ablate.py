@@ -34,12 +34,13 @@ import yaml
 
 from arm_zoo.files import WEIGHTS, write_text
 from recipes.command_line import RECIPES, interrupted
-from recipes.config import TrainConfig, load_config
+from recipes.config import SEED, TrainConfig, load_config
 from recipes.cost import Measured, from_run
 from recipes.errors import RunError, reporting_mistakes
 from recipes.parsing import ConfigError, flatten, missing
 from recipes.probing.few_shot import half_width
 from recipes.signals import EXIT_CODE, StopRequest
+from recipes.training.alone import alone_in
 from recipes.training.ema import FIGURES, winner
 from recipes.training.export import EXPORT
 from recipes.training.plots import plot_intervals
@@ -441,11 +442,15 @@ def measured(runs: Sequence[Run], run: Run, phase: str) -> float | None:
 
 
 def read_seeds(text: str) -> list[int]:
-    """Whole numbers between commas, each once."""
+    """Seeds between commas, each once."""
+    allowed, holds = SEED
     try:
-        return [*dict.fromkeys(int(seed) for seed in text.split(","))]
+        seeds = [*dict.fromkeys(int(seed) for seed in text.split(","))]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers, as in 0,1,2, got {text!r}") from None
+        seeds = []
+    if not seeds or not all(map(holds, seeds)):
+        raise argparse.ArgumentTypeError(f"expected {allowed}, or several as in 0,1,2, got {text!r}")
+    return seeds
 
 
 def read_speed(text: str) -> tuple[str, float]:
@@ -544,8 +549,9 @@ def ablate(settings: argparse.Namespace) -> None:
     bench = Bench(places(device_groups(settings.gpus_per_run), settings.runs_per_gpu), stop, told)
     if left := [run for run in runs if run.name not in outcomes]:
         check(table, output)
-    bench.work(left)
-    write_results(table, runs, outcomes, folder)
+    with alone_in(output):
+        bench.work(left)
+        write_results(table, runs, outcomes, folder)
     say(f"wrote {folder}")
     if stop.name is not None:
         say(f"{stop.name}: stopped; the same command goes on")

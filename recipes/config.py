@@ -33,6 +33,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
 WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
+SEED: Limit = ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)  # as NumPy takes
 ABOVE_ZERO: Limit = ("a number above 0, and finite", lambda x: 0 < x < math.inf)
 ZERO_OR_MORE: Limit = ("a number, 0 or more, and finite", lambda x: 0 <= x < math.inf)
 BELOW_ONE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
@@ -144,7 +145,7 @@ class TrainConfig(Config):
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = limited("", ("a folder to write to, as in output_dir=runs/first", bool))
-    seed: int = limited(0, WHOLE)
+    seed: int = limited(0, SEED)
 
     epochs: int = limited(100, ONE_OR_MORE)
     global_batch: int = limited(1024, ONE_OR_MORE)  # images per optimizer step, over all processes

@@ -27,7 +27,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from recipes.command_line import RECIPES, leave_process_group, read_config, say
-from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, PretrainConfig, TrainConfig
+from recipes.config import ONE_OR_MORE, SEED, BatchPlan, Config, DataConfig, PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
 from recipes.data.generated import SUBSAMPLINGS, write_images
 from recipes.data.loader import decodes_on_gpu
@@ -52,7 +52,7 @@ class LoaderConfig(Config):
     data: DataConfig = field(default_factory=DataConfig)
     image_size: int = limited(224, ONE_OR_MORE)
     batch: int = limited(256, ("an even number, 2 or more", lambda x: x > 1 and x % 2 == 0))  # of each process
-    seed: int = limited(0, WHOLE)
+    seed: int = limited(0, SEED)
 
     def conflicts(self) -> dict[str, str]:
         """Those of the data."""
