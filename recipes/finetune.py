@@ -28,6 +28,7 @@ from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
 from recipes.data.batches import Batch
+from recipes.data.labels import check_several
 from recipes.errors import RunError
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
@@ -52,6 +53,7 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     A head that comes with the weights is kept whole if it is one of the same classes in the same order. Otherwise the
     head starts anew, weight and bias, and that is said.
     """
+    check_several(class_names, config.data.source)
     classes = len(class_names)
     if (asked := config.model_args.get("num_classes", classes)) != classes:
         problem = f"model_args.num_classes is {asked}, but {config.data.source} has {classes} classes"
