@@ -73,6 +73,7 @@ def evaluation(
     inputs: InputConfig,
 ) -> Callable[[int], Metrics]:
     """A function of the epochs done that scores the model on the validation images: mIoU in percent."""
+    source.test.check()  # before an epoch is trained, at whose end they are needed
     accelerator, model = collectives.accelerator, models["model"]
     device, window = accelerator.device, inputs["input_size"][1:]
     places = range(accelerator.process_index, len(source.test), accelerator.num_processes)

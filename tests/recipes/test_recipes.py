@@ -469,6 +469,8 @@ def test_a_classifier_of_the_same_classes_keeps_its_head(tmp_path: Path) -> None
     saved.save_pretrained(tmp_path)
     names = saved.pretrained_cfg["label_names"]
     config = load_config(FinetuneConfig, FINETUNE, [f"pretrained={tmp_path}"])
+    with pytest.raises(SourceError, match="digits has no class but zero; allowed: two classes or more"):
+        create_classifier(config, ["zero"])
     kept = create_classifier(config, names).get_classifier()
     assert torch.equal(kept.weight, saved.head.weight) and torch.equal(kept.bias, saved.head.bias)
     for others in (names[::-1], names[:9], [*names[:9], "ten"]):
