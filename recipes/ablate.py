@@ -115,15 +115,24 @@ class Run:
         return ["--config", str(config), *overrides, f"seed={self.seed}", f"output_dir={self.place(phase)}"]
 
     def history(self, phase: str) -> list[dict[str, float]]:
-        """The figures of its epochs so far."""
+        """The figures of its epochs so far; RunError if their file is damaged."""
         file = self.place(phase) / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        try:
+            return [dict(json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+        except (TypeError, ValueError):
+            raise self._damaged(file) from None
 
     def outcome(self, runs_per_gpu: int) -> Outcome:
-        """Of a run that has ended."""
-        ends = [self.history(phase)[-1] for phase in self.row.phases]
-        seconds = sum(end["seconds"] * end["processes"] for end in ends)
-        return Outcome(ends[-1][FIGURES[winner(ends[-1])]], seconds / 3600 / runs_per_gpu)
+        """Of a run that has ended; RunError if its figures are damaged."""
+        try:
+            ends = [self.history(phase)[-1] for phase in self.row.phases]
+            seconds = sum(end["seconds"] * end["processes"] for end in ends)
+            return Outcome(ends[-1][FIGURES[winner(ends[-1])]], seconds / 3600 / runs_per_gpu)
+        except (IndexError, KeyError):
+            raise self._damaged(self.folder / "*" / "metrics.jsonl") from None
+
+    def _damaged(self, file: Path) -> RunError:
+        return RunError(f"{file} is damaged; delete {self.folder}, and the same command trains this run anew")
 
 
 def words(phase: str, phases: Mapping[str, Settings], folder: Path = Path()) -> tuple[Path, list[str]]:
@@ -314,10 +323,18 @@ def recorded(output: Path) -> list[dict[str, str]]:
 def read_outcomes(output: Path) -> dict[str, Outcome]:
     """Of all runs that have ended, as far as `runs.csv` tells."""
     try:
-        return {line["run"]: Outcome(float(line["top1"]), float(line["gpu_hours"])) for line in recorded(output)}
+        return {line["run"]: outcome_of(line) for line in recorded(output)}
     except (KeyError, TypeError, ValueError):
         allowed = "run,row,seed,top1,gpu_hours, and below it lines of which the last two are numbers"
         raise RunError(f"{output / RUNS} is damaged; allowed: {allowed}; take out what is not") from None
+
+
+def outcome_of(line: Mapping[str, str]) -> Outcome:
+    """What a line of `runs.csv` tells; KeyError, TypeError or ValueError if it is damaged."""
+    outcome = Outcome(float(line["top1"]), float(line["gpu_hours"]))
+    if None in line or not math.isfinite(outcome.top1 + outcome.gpu_hours):  # None has what is beyond the heading
+        raise ValueError(line)
+    return outcome
 
 
 def record(run: Run, outcome: Outcome, output: Path) -> None:

@@ -260,11 +260,22 @@ def test_a_line_is_enough_of_a_finished_run(
     assert (random["row"], float(random["top1"]), random["seeds"]) == ("random", 90 + 1 / 3, "0")
 
 
-@pytest.mark.parametrize("line", ["ab,random,0,90", "ab,random,0,,", "<<<<<<< HEAD"])
+@pytest.mark.parametrize(
+    "line", ["ab,random,0,90", "ab,random,0,,", "<<<<<<< HEAD", "ab,random,0,nan,1", "ab,random,0,90,1,7"]
+)
 def test_a_damaged_record_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text(f"run,row,seed,top1,gpu_hours\n{line}\n")
     with pytest.raises(RunError, match=r"runs\.csv is damaged; allowed: run,row,seed,top1,gpu_hours"):
         read_outcomes(tmp_path)
+
+
+@pytest.mark.parametrize("figures", ["", '{"epoch": 1, "seco', "[1]", '{"epoch": 1}', "\0"])
+def test_damaged_figures_of_a_run_are_named(figures: str, tmp_path: Path) -> None:
+    [run] = runs_of(read_table(5, "digits", rows=TWO[1:]), [0], tmp_path)
+    finish(run, 90)
+    (run.place("finetune") / "metrics.jsonl").write_text(figures)
+    with pytest.raises(SystemExit, match=rf"metrics.jsonl is damaged; delete {run.folder}, and the same command"):
+        main(["5", "--preset", "digits", "--output", str(tmp_path), "--row", TWO[1], "--seeds", "0"])
 
 
 def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
