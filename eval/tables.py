@@ -42,8 +42,8 @@ def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """All rows of a .csv file as text, or of a .json file; none where the file is empty or does not exist.
 
-    ValueError if the file is no table, if it lacks any of the columns but those of CLEAN, or if FIGURES are none. It may
-    have more columns, and empty cells.
+    ValueError if the file is no table, if it lacks any of the columns but those of CLEAN, or if FIGURES are none.
+    It may have more columns, and empty cells.
     """
     try:  # Excel begins with a byte order mark
         text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
