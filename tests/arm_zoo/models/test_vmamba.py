@@ -26,7 +26,7 @@ from arm_zoo.weights.tensor_names import under_our_names
 from hub.check import check_folder
 from hub.convert import convert
 from hub.export import export
-from tests.arm_zoo.test_models import (
+from tests.arm_zoo.models.test_models import (
     Distribution,
     by_our_name,
     close,

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import arm_zoo
 from arm_zoo.layers.ss2d import SS2D, order_for
 from arm_zoo.ops import fused
-from tests.arm_zoo.test_scan import Recorder
-from tests.arm_zoo.test_triton import LIMITS, run_in_the_interpreter
+from tests.arm_zoo.ops.test_scan import Recorder
+from tests.arm_zoo.ops.test_triton import LIMITS, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
 

@@ -526,7 +526,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 
 def test_a_backbone_starts_from_the_file(tmp_path: Path) -> None:
-    """Through create_model, at another image size; tests/arm_zoo/test_weights.py compares every tensor."""
+    """Through create_model, at another image size; tests/arm_zoo/weights/test_weights.py compares every tensor."""
     model = create_pretraining_model("arm_tiny", **NINE_CLUSTERS)
     model.save_pretrained(tmp_path)
     overlay = {"file": str(tmp_path / "model.safetensors")}

@@ -35,7 +35,7 @@ from arm_zoo.models.arm import ARM, DIRECTIONS
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
 from arm_zoo.weights.hosted import TABLE, bundled_file
-from tests.arm_zoo.test_scan import Recorder
+from tests.arm_zoo.ops.test_scan import Recorder
 from tests.helpers.golden import golden_cases, in_both_sets
 
 Weights = dict[str, torch.Tensor]
