@@ -68,6 +68,11 @@ def in_type_of(weight: Tensor, x: Tensor) -> Tensor:
     return x.to(weight.dtype) if x.dtype == torch.float32 else x
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or in its own type if that is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def run_norm(layer: Any, x: Tensor) -> Tensor:
     """`layer(x)`; what a norm makes of a residual kept in float32 has the type of its weight, or autocast's.
 

@@ -6,9 +6,7 @@ arguments are the switches of the paper's ablations (tables 4 to 7): the cluster
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,13 +21,12 @@ from arm_zoo.layers.order import ORDERS, cluster_order, in_order, sorted_cluster
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
 from arm_zoo.models import arm, vim
-from arm_zoo.models._sequence import SequenceBackbone
-from arm_zoo.ops.fused import is_plain_layer, run_norm
-from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
+from arm_zoo.ops.fused import at_least_float32, is_plain_layer, run_norm
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective
+from arm_zoo.pretraining._sequence import SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
-from arm_zoo.pretraining.noise import noise
+from arm_zoo.pretraining.noise import drawn_seeds, noise
 from arm_zoo.pretraining.targets import NORMED_PIXEL, PIXEL_TARGETS, patchify, statistics, unpatchify
-from arm_zoo.weights.adapt import sincos_grid
 
 _TAPS = 4
 _DIRECTIONS = 1  # of scans, over tokens as `cluster_order` lays them
@@ -40,11 +37,9 @@ TARGETS = (*PIXEL_TARGETS, DVAE_TOKENS)
 DVAE_VOCABULARY = 8192  # of the published dVAE
 
 
-class ARMPretrain(PretrainingModel):
+class ARMPretrain(SequencePretrain):
     """Autoregressive pretraining of an ARM or a Vim encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
-    backbone: type[SequenceBackbone] = arm.ARM
-    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
     official_names = arm.ARM.official_names
     keys = (*vim.Vim.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
@@ -154,7 +149,7 @@ class ARMPretrain(PretrainingModel):
         """
         order = self.order if order is None else order
         x = in_order(self.patch_embed(images) + self.pos_embed, order[..., : -self.cluster_tokens])
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x
+        x = at_least_float32(x) if self.float32_residual else x
         outputs = run_blocks(self.blocks, x, None, self.taps, self.grad_checkpointing)
         taps = zip(self.skip_norms, self.taps, strict=True)
         normed = [run_norm(norm, outputs[tap]) for norm, tap in taps]
@@ -191,18 +186,17 @@ class ARMPretrain(PretrainingModel):
         """
         order = self.random_orders(images, seeds) if self.prediction_order == RANDOM else None
         prediction = self.forward_decoder(self.forward_encoder(images, order), order)
-        exact = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        exact = at_least_float32(prediction)
         if self.target == DVAE_TOKENS:
             target = self._predicted(self._checked(tokens)[..., None], order)[..., 0]
             return F.cross_entropy(exact.flatten(0, 1), target.flatten()), prediction, target
         patches = self._predicted(patchify(images.detach(), self.patch_size), order)  # constants for autograd
-        target = PIXEL_TARGETS[self.target](patches.to(torch.promote_types(patches.dtype, torch.float32)))
+        target = PIXEL_TARGETS[self.target](at_least_float32(patches))
         return F.mse_loss(exact.to(target.dtype), target), prediction, target
 
     def random_orders(self, images: Tensor, seeds: Tensor | None = None) -> Tensor:
         """A cluster order for each image, (B, N), by seeds as of the forward pass."""
-        if seeds is None:
-            seeds = torch.randint(2**63 - 1, (len(images),), device=images.device)
+        seeds = drawn_seeds(images) if seeds is None else seeds
         return sorted_clusters(self.order, noise(seeds, len(self.order) // self.cluster_tokens))
 
     @torch.no_grad()
@@ -230,23 +224,18 @@ class ARMPretrain(PretrainingModel):
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
         """As `ZooModel.read_shapes`; the cluster size is read from the official mask, else it is 4x4 patches."""
-        name = cls.name_of_backbone(source)
-        sizes, patches = cls.backbones[name].read_shapes(source)
-        del sizes["num_classes"]
-        patches += 1  # for a backbone, one is the class token
-        patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
+        encoder, patches = cls.read_encoder(source)
+        patch = to_2tuple(encoder["patch_size"])
         mask = source.get("mask")  # which the official model saves; it leaves one cluster out
         side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
         arguments = {
-            **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
+            **encoder,
             "cluster_size": one_or_two((side * patch[0], side * patch[1])),
-            **sizes,
-            "backbone": name,
             "decoder_dim": source["query_token"].shape[-1],
             "decoder_depth": len({name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}),
         }
         outputs = len(source["decoder_pred.weight"])
-        if outputs != math.prod(patch) * sizes["in_chans"]:
+        if outputs != math.prod(patch) * encoder["in_chans"]:
             arguments |= {"target": DVAE_TOKENS, "vocab_size": outputs}
         return arguments, patches
 
@@ -301,14 +290,9 @@ def _check_switches(order: str, target: str, vocab_size: int | None, pixels: int
         raise ValueError("a patch of a single value cannot be normalised; choose target pixel, or a larger patch_size")
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
 OBJECTIVES["autoregressive"] = Objective(
     ARMPretrain,
-    {
-        f"{family}_{name}": {"backbone": family, **size}
-        for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
-        for name, size in {"pico": _PICO, **sizes}.items()
-    },
+    sizes_of_encoders({"pico": {"cluster_size": 4}}),
     description="a causal encoder and the decoder that predicts the next part of an image from it",
     outputs="loss, prediction, target",
 )

@@ -5,13 +5,11 @@ through one; a decoder of ViT blocks, a mask token in the place of each patch th
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block as ViTBlock
 from torch import Tensor, nn
@@ -21,28 +19,25 @@ from arm_zoo.layers.block import init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import visible_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import Device, Size, check_positive, nearest_multiple, one_or_two
-from arm_zoo.models import arm, vim
-from arm_zoo.models._sequence import SequenceBackbone
-from arm_zoo.ops.fused import run_norm
-from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
+from arm_zoo.layers.sizes import Device, Size, check_positive, nearest_multiple
+from arm_zoo.models import vim
+from arm_zoo.ops.fused import at_least_float32, run_norm
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective
+from arm_zoo.pretraining._sequence import SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.noise import noise
+from arm_zoo.pretraining.noise import drawn_seeds, noise
 from arm_zoo.pretraining.targets import normalised, patchify, statistics, unpatchify
-from arm_zoo.weights.adapt import sincos_grid
 
 _HEAD_DIM = 32  # of the published decoder: 512 channels, 16 heads
 
 
-class MAEPretrain(PretrainingModel):
+class MAEPretrain(SequencePretrain):
     """Masked autoencoding of an encoder; `arm_zoo.create_pretraining_model(NAME, "mae")` has the sizes.
 
     The encoder has the parts of its family's backbones, under the same names, but no head. Vim's class token stands
     in the middle of the patches that are left; ARM has none before finetuning.
     """
 
-    backbone: type[SequenceBackbone] = arm.ARM
-    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
     keys = (*vim.Vim.keys, "decoder_embed.weight", "mask_token", "decoder_blocks.*.attn.qkv.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
 
@@ -157,7 +152,7 @@ class MAEPretrain(PretrainingModel):
         if self.cls_token is not None:
             middle = kept.shape[1] // 2
             x = torch.cat([x[:, :middle], self.cls_token.expand(len(x), -1, -1).to(x.dtype), x[:, middle:]], dim=1)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x
+        x = at_least_float32(x) if self.float32_residual else x
         order = visible_order(kept, *self.patch_embed.grid_size, self.directions, middle)
         last = len(self.blocks)
         return run_norm(self.norm, run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing)[last])
@@ -183,17 +178,14 @@ class MAEPretrain(PretrainingModel):
         PyTorch's generator. The prediction is (B, N, pixels), row by row; the mask (B, N) is 1 where a patch is
         missing. The loss, in at least float32, is the mean squared error over the missing ones.
         """
-        if seeds is None:
-            seeds = torch.randint(2**63 - 1, (len(images),), device=images.device)
-        kept = self.kept(seeds)
+        kept = self.kept(drawn_seeds(images) if seeds is None else seeds)
         prediction = self.forward_decoder(self.forward_encoder(images, kept), kept)
         mask = missing(kept, self.patch_embed.num_patches)
         return masked_loss(prediction, self.target(images), mask), prediction, mask
 
     def target(self, images: Tensor) -> Tensor:
         """What is predicted of all patches, (B, N, pixels), in at least float32."""
-        patches = patchify(images.detach(), self.patch_embed.patch_size)  # constants for autograd
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        patches = at_least_float32(patchify(images.detach(), self.patch_embed.patch_size))  # constants for autograd
         return normalised(patches) if self.normed_pixels else patches
 
     @torch.no_grad()
@@ -225,17 +217,10 @@ class MAEPretrain(PretrainingModel):
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
         """As `ZooModel.read_shapes`; of what shapes cannot tell (mask, target, heads) it has nothing."""
-        name = cls.name_of_backbone(source)
-        family: type[SequenceBackbone] = cls.backbones[name]
-        sizes, patches = family.read_shapes(source)
-        del sizes["num_classes"]
-        patches += 1  # for a backbone, one is the class token
-        patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
+        encoder, patches = cls.read_encoder(source)
         scans = next(len(value) for key, value in source.items() if key.endswith(".A_log"))
         arguments = {
-            "backbone": name,
-            **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
-            **sizes,
+            **encoder,
             "one_scan": scans == 1,
             "decoder_dim": source["mask_token"].shape[-1],
             "decoder_depth": len({key.split(".")[1] for key in source if key.startswith("decoder_blocks.")}),
@@ -259,15 +244,10 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (errors * mask).sum() / mask.sum()
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
 _DECODERS = {"pico": {"decoder_dim": 64, "decoder_depth": 2}, "tiny": {"decoder_dim": 256, "decoder_depth": 4}}
 OBJECTIVES["mae"] = Objective(
     MAEPretrain,
-    {
-        f"{family}_{name}": {"backbone": family, **size, **_DECODERS.get(name, {})}
-        for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
-        for name, size in {"pico": _PICO, **sizes}.items()
-    },
+    sizes_of_encoders(_DECODERS),
     description="an encoder of a part of the patches and the decoder that predicts the others from it",
     outputs="loss, prediction, mask",
 )

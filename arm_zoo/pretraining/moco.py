@@ -8,7 +8,6 @@ import copy
 import math
 from contextlib import nullcontext
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -18,10 +17,9 @@ from torch.nn import functional as F
 from arm_zoo.files import StateDict
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.sizes import Device, Size, check_positive
-from arm_zoo.models import arm, vim
-from arm_zoo.models.arm import ARM
-from arm_zoo.models.vim import Vim
-from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
+from arm_zoo.ops.fused import at_least_float32
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective
+from arm_zoo.pretraining._sequence import SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.weights.adapt import whole_backbone
 
@@ -50,7 +48,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     def _over(self: Any, processes: int, x: Tensor) -> Tensor:
         from torch.distributed.nn.functional import all_reduce  # differentiable; takes long to import
 
-        values, count = x.to(torch.promote_types(x.dtype, torch.float32)), processes * len(x)
+        values, count = at_least_float32(x), processes * len(x)
         mean = all_reduce(values.sum(0)) / count
         centred = values - mean
         variance = all_reduce(centred.square().sum(0)) / count
@@ -122,7 +120,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, process:
 
 
 def _of_length_1(features: Tensor) -> Tensor:
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+    return F.normalize(at_least_float32(features), dim=1)
 
 
 def gathered(features: Tensor) -> Tensor:
@@ -138,15 +136,13 @@ def _gathered_from(processes: int, features: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-class MoCoPretrain(PretrainingModel):
+class MoCoPretrain(SequencePretrain):
     """MoCo v3 of a backbone with all its scans; `arm_zoo.create_pretraining_model` has the sizes.
 
     `base_encoder` is the backbone, whose head is the projector. As MoCo v3 advises, the projection of patches stays at
     its random start, like the position embeddings, which are sines and cosines.
     """
 
-    backbone = ARM
-    backbones = MappingProxyType({"arm": ARM, "vim": Vim})
     keys = ("base_encoder.blocks.*.mixer.A_log", "momentum_encoder.blocks.*.mixer.A_log", "predictor.*.weight")
     parts_to_shard = ()
     feature_std: Tensor
@@ -261,16 +257,9 @@ class MoCoPretrain(PretrainingModel):
         return {"features": features, "projections": self.base_encoder.head(features)}
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
-_PICO |= {"hidden_dim": 256, "output_dim": 64}
-_SIZES = {
-    f"{family}_{name}": {"backbone": family, **size}
-    for family, module in (("arm", arm), ("vim", vim))
-    for name, size in {"pico": _PICO, **module.SIZES}.items()
-}
 OBJECTIVES["moco"] = Objective(
     MoCoPretrain,
-    _SIZES,
+    sizes_of_encoders({"pico": {"hidden_dim": 256, "output_dim": 64}}),
     description="an encoder, its moving average, and the heads by which they compare two views of an image",
     outputs="loss, deviation",
 )

@@ -15,3 +15,8 @@ def mixed_bits(x: Tensor) -> Tensor:
         shifted = x >> shift & 2 ** (64 - shift) - 1  # filled up with zeros
         x = (x ^ shifted) * (factor - 2**64 if factor >= 2**63 else factor)
     return x
+
+
+def drawn_seeds(images: Tensor) -> Tensor:
+    """A seed (B,), int64, for each image, drawn from PyTorch's generator."""
+    return torch.randint(2**63 - 1, (len(images),), device=images.device)
