@@ -130,7 +130,7 @@ class VMambaBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks over one map, after the step down from the map before it."""
+    """Blocks over one map, which `downsample` makes from the map of the stage before."""
 
     def __init__(self, downsample: nn.Module, blocks: list[VMambaBlock]) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class VMamba(Backbone):
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:
-        """Widths, depths and strides of the stages, for `python -m arm_zoo info`."""
+        """See `Backbone.geometry`; widths, depths and strides are those of the stages."""
         width, stride = (", ".join(str(info[key]) for info in self.feature_info) for key in ("num_chs", "reduction"))
         stages: Any = self.stages
         depth = ", ".join(str(len(stage.blocks)) for stage in stages)
