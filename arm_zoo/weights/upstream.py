@@ -63,7 +63,7 @@ class RemoteFile:
             return read_contents(file, self.name, weights.choice)
 
     def _opened_on_the_hub(self, token: Token) -> Any:
-        """The file, opened to read parts of it; a server that answers with more than the block asked for is refused."""
+        """The file, opened to read parts of it; a server that sends more than a block at once is refused."""
         from huggingface_hub import HfFileSystem
 
         file = HfFileSystem(token=token).open(self.address, block_size=_BLOCK, cache_type="blockcache")
