@@ -52,18 +52,18 @@ def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels:
 
 
 def decode_tensor(encoded: bytes, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Tensor:
-    """What `decode_image` shows or raises, as (C, H, W), uint8; plain JPEGs by torchcodec where it is installed."""
+    """The same as a tensor (C, H, W), uint8, with the same errors; torchcodec, if installed, decodes plain JPEGs."""
     header, decode_jpeg = read_header(encoded), jpeg_decoder()
     if decode_jpeg and header and header.height * header.width <= max_pixels:
         with suppress(RuntimeError):  # damaged: Pillow says whether it can be shown, and names the cause
-            if mode == "RGB" or header.components == 1:  # Pillow's grey of colours is not the file's luma
+            if mode == "RGB" or header.components == 1:  # of colours Pillow makes another grey than the file's luma
                 return decode_jpeg(encoded, mode=mode if mode == "RGB" else "GRAY")
     return pil_to_tensor(decode_image(encoded, name, mode, max_pixels))
 
 
 @cache
 def jpeg_decoder() -> Callable[..., Any] | None:
-    """torchcodec's, which is faster than Pillow's; None if it is not installed or does not fit this torch."""
+    """torchcodec's decoder, which is faster than Pillow's; None if it is not installed or does not fit this torch."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):

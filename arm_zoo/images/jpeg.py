@@ -1,4 +1,4 @@
-"""JPEG files that every decoder shows alike, told from their bytes, without decoding them."""
+"""Tells from its bytes, without decoding it, whether a JPEG file looks alike in every decoder."""
 
 import re
 import struct

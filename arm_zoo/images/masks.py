@@ -73,6 +73,7 @@ class LabelledPixels:
         return image
 
     def _labels(self, numbers: np.ndarray, mask: Path) -> Tensor:
+        """The numbers in a mask as labels, from 0 and with IGNORED; SourceError for numbers of no class."""
         last = self.first + len(self.class_names) - 1
         nowhere = 0 if self.first == 1 else IGNORED
         known = (numbers >= self.first) & (numbers <= last)
@@ -111,7 +112,7 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
 
 
 def _names(folder: Path, first: int) -> tuple[str, ...]:
-    """Of the classes, in the order of their numbers."""
+    """The names of the classes, in the order of their numbers."""
     own, ade = folder / "classes.txt", folder / "objectInfo150.txt"
     if own.is_file():
         names = tuple(filter(None, map(str.strip, own.read_text(encoding="utf-8").splitlines())))
