@@ -225,7 +225,7 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
     else:
         config = resolve_input_data_config(model)
     if (channels := config["input_size"][0]) not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
+        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}; choose another model")
     return config
 
 

@@ -43,7 +43,7 @@ class ZooModel(nn.Module):
         self.register_load_state_dict_post_hook(_fill_tables)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise as the official code does; without `needs_reset` the layers must have been made just now."""
+        """Initialise as the official code does; `needs_reset=False` is for layers made just now."""
         for module in reversed(list(self.modules())) if needs_reset else ():  # outer ones last: they may know better
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

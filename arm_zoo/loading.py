@@ -357,7 +357,8 @@ def _check_architecture(config: Mapping[str, Any], wanted: str | None, where: ob
     """Refuse weights of another model than the wanted one, if one is wanted."""
     if wanted is not None and config.get("architecture") != architecture_of(wanted):
         found = config.get("architecture") or "no timm model"
-        raise ValueError(f"the weights in {where} are of {found}, not of {architecture_of(wanted)}")
+        said = f"the weights in {where} are of {found}, not of {architecture_of(wanted)}"
+        raise ValueError(f"{said}; name the model that they are of, or other weights")
 
 
 def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) -> None:

@@ -28,7 +28,8 @@ def load_from_hub(name: str, in_sequence: bool) -> dict[str, datasets.Dataset | 
             splits.setdefault(word, data)
     if not splits:
         names = ", ".join(map(str, loaded))
-        raise SourceError(f"hf://{name} has the splits {names}; none is called train, val or test")
+        said = f"hf://{name} has the splits {names}; none is called train, val or test"
+        raise SourceError(f"{said}: download it, and name the files of each split by these words")
     return splits
 
 

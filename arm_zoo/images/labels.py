@@ -58,7 +58,8 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
         first = {name: number for number, name in reversed(raw.items())}
         for number, name in raw.items():
             if first[name] != number:
-                raise SourceError(f"{where} has two classes that are called {name!r}, {first[name]} and {number}")
+                said = f"{where} has two classes that are called {name!r}, {first[name]} and {number}"
+                raise SourceError(f"{said}; rename one of them")
     elif by_name:
         raw = {label: class_name(label) for label in found or () if label}
     else:
@@ -71,7 +72,8 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
     rows = None if found is None else _rows_of_classes(found, raw, by_name, where)
     names = natural_order(set(raw.values())) if by_name else raw.values()
     if count not in (None, len(names)):
-        raise SourceError(f"{where} has {len(names)} classes, but data.num_classes is {count}")
+        said = f"{where} has {len(names)} classes, but data.num_classes is {count}"
+        raise SourceError(f"{said}; set it to {len(names)}, or leave it out")
     return Labels(tuple(names), raw, rows, numbered=not declared and not by_name)
 
 

@@ -50,7 +50,7 @@ class LabelledPixels:
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
         """An image (3, H, W), uint8, and its labels (H, W), int64; SourceError if the two do not fit.
 
-        Images are not turned as EXIF data may say, since their masks are of the pixels as they are stored.
+        The orientation in EXIF data is ignored, since masks belong to the pixels as they are stored.
         """
         image, mask = self._opened(self.images[place]).convert("RGB"), self._opened(self.masks[place])
         if image.size != mask.size:
@@ -86,7 +86,7 @@ class LabelledPixels:
 
 
 def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
-    """A split of a folder in either layout; SourceError if it is none, or an image or a mask is missing."""
+    """A split of a folder in either layout; SourceError if it has neither, or lacks an image or a mask."""
     folder = Path(root).expanduser()
     if (folder / "annotations" / split).is_dir():
         images, masks = folder / "images" / split, folder / "annotations" / split
@@ -104,7 +104,7 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
         if lacking := [name for name in names if name not in have]:
             raise SourceError(f"of {split} in {folder} these have no {kind}: {listed(lacking)}; add or remove them")
     if not names:
-        raise SourceError(f"{folder} has no {split} images")
+        raise SourceError(f"{folder} has no {split} images; {_ALLOWED}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
     files = tuple(found[name] for name in names), tuple(masks / f"{name}.png" for name in names)
@@ -125,7 +125,9 @@ def _names(folder: Path, first: int) -> tuple[str, ...]:
     else:
         raise SourceError(f"{folder} tells no names of classes; write classes.txt there, a name in each line")
     if not 1 < len(names) < IGNORED or len(set(names)) < len(names):
-        raise SourceError(f"the {len(names)} names of classes in {folder} must differ, and be 2 to {IGNORED - 1}")
+        raise SourceError(
+            f"the {len(names)} names of classes in {folder} must differ, and be 2 to {IGNORED - 1}: {listed(names)}"
+        )
     return names
 
 

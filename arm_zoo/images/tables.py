@@ -177,9 +177,16 @@ def open_split(
     hub: Data | None = None,
     one_class: bool = False,
 ) -> OpenedSplit:
-    """Open one split of a source, "" where the source has a single split; `hub` is the split as it came from the Hub.
+    """Open one split of a source.
 
-    With `one_class` images that lie in the split's folder itself are of the class that is called like it.
+    Args:
+        located: the source.
+        split: train, val or test, or "" if the source is a single split.
+        choices: what the user says about it.
+        labels_needed: whether images have classes.
+        in_sequence: whether it is read as a stream.
+        hub: the split's data, if it came from the Hub.
+        one_class: images directly in the split's folder form one class, named as the folder.
     """
     name, files = f"{located.name} [{split}]" if split else located.name, located.splits.get(split, [])
     note, by_folder = "", False
@@ -197,7 +204,7 @@ def open_split(
     values = None
     if isinstance(data, datasets.Dataset):
         if not len(data):
-            raise SourceError(f"{name} holds no images")
+            raise SourceError(f"{name} holds no images; name a source that has some")
         tops = {path: path if path in features else path.partition(".")[0] for path in columns if path}
         # Columns as they are stored: with their declaration goes the decoding of images. `datasets` also copies it at
         # every step, and the names of thousands of classes take longer than all else.
@@ -223,7 +230,8 @@ def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
         cause: BaseException = error
         while cause.__cause__ is not None:  # which `datasets` wraps in general words
             cause = cause.__cause__
-        raise SourceError(f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}") from error
+        said = f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}"
+        raise SourceError(f"{said}; fetch or write the files again") from error
 
 
 def _load_folder(folder: str, labels_needed: bool, located_note: str, one_class: bool) -> tuple[Data, Any, str]:

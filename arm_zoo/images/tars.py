@@ -132,7 +132,7 @@ def read_samples(
             sample = Sample(key, {}, {})
             for _, ending, info in files_of_sample:
                 if ending in sample.files:
-                    raise SourceError(f"{path} holds {printable(f'{key}.{ending}')} twice")
+                    raise SourceError(f"{path} holds {printable(f'{key}.{ending}')} twice; pack it with one of them")
                 sample.files[ending] = Member(path, info.offset_data, info.size)
                 if number >= first and is_read(ending):
                     sample.contents[ending] = archive.extractfile(info).read()  # type: ignore[union-attr]

@@ -67,7 +67,8 @@ def cluster_order(
     (height * width,) has numbers of patches.
     """
     if height % cluster_height or width % cluster_width:
-        raise ValueError(f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid")
+        said = f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid"
+        raise ValueError(f"{said}; its sides must be multiples of theirs")
     rows, columns = height // cluster_height, width // cluster_width
     grid = torch.arange(height * width, device=device).reshape(rows, cluster_height, columns, cluster_width)
     clusters = grid.transpose(1, 2).flatten(2).flatten(0, 1)

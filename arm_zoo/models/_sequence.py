@@ -288,7 +288,8 @@ class SequenceBackbone(Backbone):
         if (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
             shapes = f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
             names = "A_log, patch_embed.proj.weight and pos_embed"
-            raise CheckpointError(f"this is no {cls.__name__} checkpoint: {names} have the shapes {shapes}")
+            said = f"this is no {cls.__name__} checkpoint: {names} have the shapes {shapes}"
+            raise CheckpointError(f"{said}; expected 3, 4 and 3 axes")
         refuse_foreign_head(source)
         sizes: dict[str, Any] = {"embed_dim": table.shape[2], "depth": depth, "d_state": states.shape[2]}
         sizes |= {"patch_size": one_or_two(patches.shape[2:]), "in_chans": patches.shape[1]}

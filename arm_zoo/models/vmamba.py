@@ -231,7 +231,8 @@ class VMamba(Backbone):
         if (stem.ndim, patches.ndim) != (4, 4) or in_proj.ndim < 2 or in_proj.shape[1] == 0:
             shapes = f"{tuple(stem.shape)}, {tuple(patches.shape)} and {tuple(in_proj.shape)}"
             raise CheckpointError(
-                f"this is no VMamba checkpoint: the convolutions of patch_embed and in_proj have the shapes {shapes}"
+                f"this is no VMamba checkpoint: the convolutions of patch_embed and in_proj have the shapes {shapes}; "
+                "expected 4, 4 and at least 2 axes"
             )
         refuse_foreign_head(source)
         names = (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in source)

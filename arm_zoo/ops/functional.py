@@ -179,7 +179,9 @@ def mamba_inner(
     _check_axes("mamba_inner", "xz", xz, "batch", "length", "2 * channels")
     (batch, length, both), directions = xz.shape, len(conv_weight)
     if both % 2:
-        raise ValueError(f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {both} in all")
+        raise ValueError(
+            f"mamba_inner: the last axis of xz has as many gates as channels, so its size is even, got {both}"
+        )
     _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
     channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]
     channel = (directions, channels)

@@ -72,7 +72,7 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
 
 
 def whole_backbone(source: StateDict) -> StateDict:
-    """The tensors, without head, of the backbone that a pretraining model contains whole; none if it has no such."""
+    """The tensors, without head, of the backbone that a pretraining model contains whole; empty if it has none."""
     found = {key.removeprefix(_WHOLE): value for key, value in source.items() if key.startswith(_WHOLE)}
     return {key: value for key, value in found.items() if not key.startswith("head.")}
 

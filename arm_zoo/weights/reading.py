@@ -72,7 +72,7 @@ def is_safetensors(path: str | Path) -> bool:
 
 
 def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDict:
-    """The tensors by name in a .safetensors or .pth file; no code in it is run, and it cannot unpack to more data.
+    """The tensors by name in a .safetensors or .pth file; no code in it is run, nor more unpacked than it has bytes.
 
     Args:
         path: the file. Beside tensors and plain values, a .pth may only contain `argparse.Namespace`, the settings of
@@ -266,7 +266,8 @@ def weights_of(contents: Any, weights: Choice | None = None, path: object = "the
     `weights` is as in `read_checkpoint`, `path` for messages; CheckpointError if it has no dict of plain tensors.
     """
     if not isinstance(contents, Mapping):
-        raise CheckpointError(f"{path} holds no tensors by name but a {type(contents).__name__}")
+        said = f"{path} holds no tensors by name but a {type(contents).__name__}"
+        raise CheckpointError(f"{said}; save a state dict: torch.save(model.state_dict(), FILE)")
     places = {choice: [name for name in names if contents.get(name) is not None] for choice, names in _PLACES.items()}
     if weights == "ema" and not places["ema"]:
         held = quoted(contents)

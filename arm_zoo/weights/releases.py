@@ -140,7 +140,8 @@ def _whole_size(response: Any, start: int) -> int:
     told = response.headers.get("Content-Range", "")
     part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", told)
     if part is None:
-        raise DownloadError(f"{response.url.host} ignores range requests (HTTP {response.status_code})")
+        said = f"{response.url.host} ignores range requests (HTTP {response.status_code})"
+        raise DownloadError(f"{said}; ARM_ZOO_GITHUB_ENDPOINT names a mirror that takes them")
     if int(part[1]) != start:
         raise DownloadError(f"{response.url.host} sends {told!r} where the bytes from {start} on were asked for")
     return int(part[2])
