@@ -18,8 +18,7 @@ from arm_zoo.identify import find_variant
 from arm_zoo.models.vim import Vim
 from hub.convert import convert
 from tests.arm_zoo.models.test_models import Distribution, Weights, close, expected_distribution, gradients, images
-from tests.arm_zoo.pretraining.test_pretrain import trained_gradients
-from tests.helpers.golden import in_both_sets
+from tests.helpers.golden import in_both_sets, trained_gradients
 
 TAGS = {
     "vim_pico_patch2_8": "untrained",
