@@ -67,6 +67,12 @@ class Run:
         return 1e-10 if exact else 1e-7
 
 
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to a part of the largest number; NaN is never close."""
+    difference = (actual.double() - expected.double()).abs().max()
+    return actual.shape == expected.shape and bool(difference <= tolerance * expected.double().abs().max())
+
+
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
     """Equal within a fraction of the tensor's largest value."""
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"

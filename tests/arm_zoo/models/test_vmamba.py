@@ -29,13 +29,13 @@ from hub.export import export
 from tests.arm_zoo.models.test_models import (
     Distribution,
     by_our_name,
-    close,
     gradients,
     normal,
     official_names,
     step_bias,
     uniform,
 )
+from tests.helpers.golden import close
 
 NAMES = ["vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15"]
 CASES = ["vmamba_b_64", "vmamba_t_96x64"]
