@@ -181,7 +181,7 @@ class MAEPretrain(SequencePretrain):
         """
         kept = self.kept(drawn_seeds(images) if seeds is None else seeds)
         prediction = self.forward_decoder(self.forward_encoder(images, kept), kept)
-        mask = missing(kept, self.patch_embed.num_patches)
+        mask = mask_of(kept, self.patch_embed.num_patches)
         return masked_loss(prediction, self.target(images), mask), prediction, mask
 
     def target(self, images: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class MAEPretrain(SequencePretrain):
         if self.normed_pixels:
             mean, deviation = statistics(patches)
             prediction = prediction * deviation + mean
-        is_missing = missing(kept, patches.shape[1])[..., None] > 0
+        is_missing = mask_of(kept, patches.shape[1])[..., None] > 0
         patches = torch.where(is_missing, prediction, patches)
         return unpatchify(patches, self.patch_embed.patch_size, self.patch_embed.grid_size)
 
@@ -234,7 +234,7 @@ def lowest(noise: Tensor, count: int) -> Tensor:
     return noise.argsort(dim=1)[:, :count].sort(dim=1).values
 
 
-def missing(kept: Tensor, patches: int) -> Tensor:
+def mask_of(kept: Tensor, patches: int) -> Tensor:
     """The mask (B, N): 0 for the visible patches, whose indices are `kept` (B, K), and 1 for the others."""
     return torch.ones(len(kept), patches, device=kept.device).scatter(1, kept, 0.0)
 

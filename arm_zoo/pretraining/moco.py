@@ -28,7 +28,7 @@ _POOLING = {"arm": "avg", "vim": "token"}  # what each family classifies with
 START = 0.99  # the momentum when training starts; it ends at 1
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """The rank of this process, and how many processes train together."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -42,14 +42,14 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        processes = place()[1]
-        return self._over(processes, x) if self.training and processes > 1 else super().forward(x)
+        _, world_size = rank_and_world_size()
+        return self._forward_global(x, world_size) if self.training and world_size > 1 else super().forward(x)
 
     @torch.compiler.disable
-    def _over(self: Any, processes: int, x: Tensor) -> Tensor:
+    def _forward_global(self: Any, x: Tensor, world_size: int) -> Tensor:
         from torch.distributed.nn.functional import all_reduce  # differentiable; takes long to import
 
-        values, count = at_least_float32(x), processes * len(x)
+        values, count = at_least_float32(x), world_size * len(x)
         mean = all_reduce(values.sum(0)) / count
         centred = values - mean
         variance = all_reduce(centred.square().sum(0)) / count
@@ -81,12 +81,12 @@ def momentum_at(done: float) -> float:
 
 
 @torch.no_grad()
-def follow(momentum_encoder: nn.Module, base_encoder: nn.Module, momentum: float) -> None:
+def update_moving_average(momentum_encoder: nn.Module, base_encoder: nn.Module, momentum: float) -> None:
     """Move all parameters towards those of the trained encoder; buffers, such as those of batch norms, stay."""
     torch._foreach_lerp_(list(momentum_encoder.parameters()), list(base_encoder.parameters()), 1 - momentum)
 
 
-def contrast(
+def two_view_loss(
     base_encoder: nn.Module,
     momentum_encoder: nn.Module,
     predictor: nn.Module,
@@ -100,38 +100,38 @@ def contrast(
     """
     queries = [predictor(base_encoder(view)) for view in views]
     with torch.no_grad():
-        keys = [gathered(momentum_encoder(view)) for view in views]
-        deviation = _of_length_1(keys[0]).std(dim=0, correction=0).mean()
-    process, _ = place()
-    losses = [contrastive_loss(*pair, temperature, process) for pair in zip(queries, keys[::-1], strict=True)]
+        keys = [all_gathered(momentum_encoder(view)) for view in views]
+        deviation = _unit_length(keys[0]).std(dim=0, correction=0).mean()
+    rank, _ = rank_and_world_size()
+    losses = [contrastive_loss(*pair, temperature, rank) for pair in zip(queries, keys[::-1], strict=True)]
     return losses[0] + losses[1], deviation
 
 
-def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, process: int = 0) -> Tensor:
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, rank: int = 0) -> Tensor:
     """2 * temperature times the cross entropy, in at least float32, of finding each image's key among all keys.
 
     The queries (n, dim) are those of the process with this rank; the keys (n * processes, dim) are those of all
     processes, in the order of their ranks. At chance the loss is 2 * temperature * ln(n * processes).
     """
     with nullcontext() if queries.is_meta else torch.autocast(queries.device.type, enabled=False):
-        logits = _of_length_1(queries) @ _of_length_1(keys).T / temperature
-        right = torch.arange(len(queries), device=queries.device) + len(queries) * process
+        logits = _unit_length(queries) @ _unit_length(keys).T / temperature
+        right = torch.arange(len(queries), device=queries.device) + len(queries) * rank
         return 2 * temperature * F.cross_entropy(logits, right)
 
 
-def _of_length_1(features: Tensor) -> Tensor:
+def _unit_length(features: Tensor) -> Tensor:
     return F.normalize(at_least_float32(features), dim=1)
 
 
-def gathered(features: Tensor) -> Tensor:
+def all_gathered(features: Tensor) -> Tensor:
     """Features (n, dim) -> those of all processes (n * processes, dim), in the order of ranks and without gradient."""
-    processes = place()[1]
-    return features if processes == 1 else _gathered_from(processes, features)
+    _, world_size = rank_and_world_size()
+    return features if world_size == 1 else _gather(features, world_size)
 
 
 @torch.compiler.disable
-def _gathered_from(processes: int, features: Tensor) -> Tensor:
-    parts = [torch.empty_like(features) for _ in range(processes)]
+def _gather(features: Tensor, world_size: int) -> Tensor:
+    parts = [torch.empty_like(features) for _ in range(world_size)]
     distributed.all_gather(parts, features.contiguous())
     return torch.cat(parts)
 
@@ -226,16 +226,17 @@ class MoCoPretrain(SequencePretrain):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(2 N, C, H, W) images, first one view of N images and then the other -> loss, deviation of features.
 
-        Training must call `update_momentum_encoder` before each step. See `contrast`.
+        Training must call `update_momentum_encoder` before each step. See `two_view_loss`.
         """
         views = cast(tuple[Tensor, Tensor], images.unflatten(0, (2, -1)).unbind(0))
-        loss, deviation = contrast(self.base_encoder, self.momentum_encoder, self.predictor, views, self.temperature)
+        encoders = self.base_encoder, self.momentum_encoder, self.predictor
+        loss, deviation = two_view_loss(*encoders, views, self.temperature)
         self.feature_std.copy_(deviation)
         return loss, deviation
 
     def update_momentum_encoder(self, done: float) -> None:
         """Move the momentum encoder towards the trained one, when a fraction `done` of the training is over."""
-        follow(self.momentum_encoder, self.base_encoder, momentum_at(done))
+        update_moving_average(self.momentum_encoder, self.base_encoder, momentum_at(done))
 
     def loss_at_chance(self, images: int) -> float:
         """The loss of features that say nothing about their images, of which all processes together have this many."""
