@@ -13,6 +13,7 @@ from arm_zoo.models._sequence import SequenceBackbone
 from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.adapt import sincos_grid
 
+ENCODER_KEYS = vim.Vim.keys  # in checkpoints of both families: ARM's keys are these and one more
 # Ours, for 8x8 images; the backbones have it as arm_pico_patch2_8 and vim_pico_patch2_8.
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
 

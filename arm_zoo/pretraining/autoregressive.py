@@ -21,10 +21,10 @@ from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import ORDERS, cluster_order, in_order, sorted_clusters
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
-from arm_zoo.models import arm, vim
+from arm_zoo.models import arm
 from arm_zoo.ops.fused import at_least_float32, is_plain_layer, run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective
-from arm_zoo.pretraining._sequence import SequencePretrain, sizes_of_encoders
+from arm_zoo.pretraining._sequence import ENCODER_KEYS, SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
 from arm_zoo.pretraining.noise import drawn_seeds, noise
 from arm_zoo.pretraining.targets import NORMED_PIXEL, PIXEL_TARGETS, patchify, statistics, unpatchify
@@ -42,7 +42,7 @@ class ARMPretrain(SequencePretrain):
     """Autoregressive pretraining of an ARM or a Vim encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
     official_names = arm.ARM.official_names
-    keys = (*vim.Vim.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
+    keys = (*ENCODER_KEYS, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
     order: Tensor
     decoder_mask: Tensor

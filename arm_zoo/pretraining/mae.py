@@ -24,7 +24,7 @@ from arm_zoo.layers.sizes import Device, Size, check_positive, nearest_multiple
 from arm_zoo.models import vim
 from arm_zoo.ops.fused import at_least_float32, run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective
-from arm_zoo.pretraining._sequence import SequencePretrain, sizes_of_encoders
+from arm_zoo.pretraining._sequence import ENCODER_KEYS, SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.pretraining.noise import drawn_seeds, noise
 from arm_zoo.pretraining.targets import normalised, patchify, statistics, unpatchify
@@ -39,7 +39,7 @@ class MAEPretrain(SequencePretrain):
     in the middle of the visible patches; ARM has none before finetuning.
     """
 
-    keys = (*vim.Vim.keys, "decoder_embed.weight", "mask_token", "decoder_blocks.*.attn.qkv.weight")
+    keys = (*ENCODER_KEYS, "decoder_embed.weight", "mask_token", "decoder_blocks.*.attn.qkv.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
 
     def __init__(
