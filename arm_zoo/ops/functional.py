@@ -180,7 +180,7 @@ def mamba_inner(
     (batch, length, both), directions = xz.shape, len(conv_weight)
     if both % 2:
         raise ValueError(
-            f"mamba_inner: the last axis of xz has as many gates as channels, so its size is even, got {both}"
+            f"mamba_inner: the last axis of xz must hold channels and as many gates, an even number, got {both}"
         )
     _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
     channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]

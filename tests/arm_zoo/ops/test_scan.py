@@ -763,7 +763,7 @@ def test_sequences_are_floating_point_with_all_axes_and_a_step(tensor: torch.Ten
         selective_scan(torch.zeros(2, 0, 4), *[torch.zeros(1)] * 5)
     with pytest.raises(ValueError, match=r"delta is \(1, 2, 3, 4\), u \(2, 3, 4\) needs \(5, 2, 3, 4\)"):
         selective_scan(torch.zeros(2, 3, 4), torch.zeros(1, 2, 3, 4), torch.zeros(5, 4, 1), *[torch.zeros(1)] * 3)
-    with pytest.raises(ValueError, match="side by side, got 7 in all"):
+    with pytest.raises(ValueError, match="channels and as many gates, an even number, got 7"):
         mamba_inner(torch.zeros(2, 3, 7), *[torch.zeros(1)] * 7)
 
 
