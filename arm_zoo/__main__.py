@@ -47,6 +47,7 @@ from arm_zoo.see.sheet import draw
 from arm_zoo.weights.find import whereabouts
 from arm_zoo.weights.hosted import TABLE, Weights
 
+# Python's own packages that find and start a program.
 _SEARCH = ("runpy", "importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil", "zipimport")
 
 _LEGEND = """\
@@ -58,7 +59,7 @@ weights     of pretrained=True: bundled with the package; hosted by us or upstre
 
 
 def create(name: str) -> Any:
-    """The model untrained, on the meta device, where it has sizes but costs neither time nor memory."""
+    """An entry's model on the meta device, where it has sizes but takes neither time nor memory."""
     if name not in entries():
         raise unknown_model(name, entries())
     return timm.create_model(name, device="meta")
@@ -124,6 +125,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def _by(*sizes: int) -> str:
+    """Sizes as in 3x224x224."""
     return "x".join(map(str, sizes))
 
 
@@ -137,12 +139,12 @@ def run_predict(args: argparse.Namespace) -> int:
     transform = create_transform(**data_config)
     names = class_names(model)
     status = 0
-    found = [(place, *(contents(place) if os.path.isdir(place) else ([], []))) for place in args.images]
-    if note := left_out(path for _, _, others in found for path in others):
-        print(note, file=sys.stderr)
-    for path in (path for place, images, _ in found for path in images or [place]):
+    paths, others = images_at(args.images)
+    if others:
+        print(left_out(others), file=sys.stderr)
+    for path in paths:
         try:
-            if os.path.isdir(path):  # as is left where one holds no images
+            if os.path.isdir(path):  # only those without images are left
                 endings = ", ".join(IMAGE_ENDINGS)
                 raise FileNotFoundError(f"{path}: no images in this folder; their names end in {endings}")
             image = open_image(path, data_config)
@@ -158,20 +160,31 @@ def run_predict(args: argparse.Namespace) -> int:
     return status
 
 
+def images_at(places: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paths of images, where a folder stands for all in and below it, if there are any; and of other files there."""
+    paths: list[str] = []
+    others: list[str] = []
+    for place in places:
+        images, beside = contents(place) if os.path.isdir(place) else ([], [])
+        paths += images or [place]
+        others += beside
+    return paths, others
+
+
 def run_see(args: argparse.Namespace) -> int:
-    """Draw what a model sees in an image into a PNG, and print what does not apply to the model."""
+    """Draw what a model sees in an image as a PNG, and print which panels were left out, and why."""
     if args.output.exists() and os.path.exists(args.image) and args.output.samefile(args.image):
         raise ValueError(f"{args.output} is the image itself, which would be lost; name another file with --output")
     loaded = load_model(args.model, args.weights)
     model, data_config = loaded.model.to(args.device).eval(), preprocessing(loaded)
     if args.img_size is not None:
         data_config["input_size"] = (data_config["input_size"][0], args.img_size, args.img_size)
-        if hasattr(model, "set_input_size"):  # others take any size, or say which they take
+        if hasattr(model, "set_input_size"):  # models without it take any size, or refuse it below
             model.set_input_size(img_size=args.img_size)
     image = create_transform(**data_config)(open_image(args.image, data_config))[None].to(args.device)
     try:
         shown, missing = panels(model, image, data_config["mean"], data_config["std"], args.patch, args.layer)
-    except AssertionError as error:  # as timm's models refuse a size
+    except AssertionError as error:  # by which timm's models refuse a size
         raise ValueError(f"the model takes no image of {_by(*image.shape[2:])} pixels: {error}") from error
     with replacing_files(args.output.parent) as beside:
         draw(shown).save(beside / args.output.name, "PNG")
@@ -182,7 +195,7 @@ def run_see(args: argparse.Namespace) -> int:
 
 
 def load_model(source: str | None, weights: Path | None) -> Loaded:
-    """The model that was asked for, as `arm_zoo.loading.load` gives it."""
+    """The model that --model and --weights name, as `arm_zoo.loading.load` gives it."""
     where = weights or source
     if where is None:
         raise ValueError("no model: name an entry or a folder with --model, or weights with --weights")
@@ -190,7 +203,7 @@ def load_model(source: str | None, weights: Path | None) -> Loaded:
 
 
 def as_classifier(model: Any, where: str | Path) -> Any:
-    """The model itself; a CheckpointError, with the place that it came from, if it cannot classify images."""
+    """The model itself; CheckpointError, which names where it came from, if it cannot classify images."""
     if isinstance(model, Segmenter):
         raise CheckpointError(f"{where} classifies pixels, not images; `python -m eval.segmentation` scores it")
     if isinstance(model, PretrainingModel):
@@ -201,9 +214,9 @@ def as_classifier(model: Any, where: str | Path) -> Any:
 
 
 def preprocessing(loaded: Loaded) -> dict[str, Any]:
-    """How a model's images are prepared, in timm's terms: for a pretraining model with the statistics saved beside it.
+    """How a model's images are prepared, in timm's terms.
 
-    Without these they are ImageNet's.
+    A pretraining model has the statistics that were saved beside it, or else ImageNet's.
     """
     model = loaded.model
     if isinstance(model, PretrainingModel):
@@ -214,12 +227,12 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
     else:
         config = resolve_input_data_config(model)
     if (channels := config["input_size"][0]) not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
+        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}; choose another model")
     return config
 
 
 def open_image(path: str, data_config: dict[str, Any]) -> Image.Image:
-    """The image of a file, in grey for models of one channel."""
+    """The image in a file, in grey for models that take one channel."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
     if os.path.isdir(path):
@@ -228,9 +241,9 @@ def open_image(path: str, data_config: dict[str, Any]) -> Image.Image:
 
 
 def class_names(model: Any) -> list[str]:
-    """Names of the classes: those saved with the weights, ImageNet's for 1000 classes, else numbers, which is said.
+    """Names of the classes: those saved with the weights, ImageNet's for 1000 classes, or else numbers, with a note.
 
-    ImageNet's classes are told in words where the saved name is WordNet's number, as n01443537.
+    Saved names that are WordNet's numbers of ImageNet's classes, such as n01443537, become words.
     """
     imagenet, classes = ImageNetInfo(), model.num_classes
     saved = model.pretrained_cfg.get("label_names") or ()
@@ -247,9 +260,9 @@ def class_names(model: Any) -> list[str]:
 
 
 def run_script(args: argparse.Namespace) -> int:
-    """Run a program of somebody else that makes timm models, as `python SCRIPT` or `python -m MODULE` would.
+    """Run a program that makes timm models, as `python SCRIPT` or `python -m MODULE` would, with ours registered.
 
-    What it raises and its exit code are its own. It can write the models as ONNX if the packages for that are there.
+    Its exceptions and its exit code are passed on. It can export the models to ONNX if the packages are installed.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("arm_zoo.onnx")
@@ -273,14 +286,14 @@ def run_script(args: argparse.Namespace) -> int:
 
 
 def _is_of_program(error: Exception) -> bool:
-    """Whether code of the program had begun to run, and not only Python's search for it."""
+    """Whether an error came from the program itself, not from Python's search for it."""
     _, *frames = traceback.walk_tb(error.__traceback__)
     modules = (frame.f_globals.get("__name__", "") for frame, _ in frames)
     return any(module.partition(".")[0] not in _SEARCH for module in modules)
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
-    """What `load_model` takes, and where the model runs."""
+    """The options that `load_model` takes, and the device."""
     command.add_argument(
         "--model",
         help="an entry, as `list` shows it; or a model of your own: a folder with config.json, a .safetensors or .pth "
@@ -328,7 +341,7 @@ def create_parser() -> argparse.ArgumentParser:
     add_model_options(command)
     command.add_argument("--top", metavar="K", type=positive, default=5, help="classes to print (%(default)s)")
 
-    command = commands.add_parser("see", help="draw what a model sees in an image, the work of its scans too")
+    command = commands.add_parser("see", help="draw what a model sees in an image, and how its scans work")
     command.set_defaults(run=run_see)
     command.add_argument("image", metavar="IMAGE", help="an image that Pillow reads")
     add_model_options(command)
@@ -337,7 +350,7 @@ def create_parser() -> argparse.ArgumentParser:
         metavar=("ROW", "COLUMN"),
         nargs=2,
         type=int,
-        help="whose receptive field and attention are drawn, in the map of features and from 0 (the centre)",
+        help="the patch whose receptive field and attention are drawn, in the map of features, from 0 (the centre)",
     )
     command.add_argument(
         "--layer",
@@ -347,7 +360,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="the block, or of models with maps of several sizes the stage: 0 is the first, -1 the last (%(default)s)",
     )
     command.add_argument(
-        "--img-size", metavar="PIXELS", type=positive, help="the side of the square that it gets (the model's own)"
+        "--img-size", metavar="PIXELS", type=positive, help="the side of the square that the model gets (its own)"
     )
     command.add_argument(
         "--output", metavar="FILE", type=png_to_write, default="see.png", help="PNG to write (%(default)s)"

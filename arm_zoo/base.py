@@ -15,22 +15,26 @@ from arm_zoo.weights.tensor_names import OfficialNames
 class ZooModel(nn.Module):
     """A backbone or a pretraining model of any family.
 
-    Its buffers are tables, computed from sizes and never saved: those lost on the meta device return when weights are
-    loaded, or are moved.
+    Its buffers are tables, which are computed from sizes and never saved. Tables that lost their values on the meta
+    device are filled again when weights are loaded into the model or the model is moved.
     """
 
-    official_names = OfficialNames()
-    keys: tuple[str, ...] = ()  # our names of tensors, * for a number, that all checkpoints have
-    # With the arguments and the result of that function, which says what position embeddings it resizes: those of
-    # patches, with a class token's in their middle. A class overrides it whose class token stands elsewhere, whose
-    # table has another form, or whose checkpoints have tensors to rename or to reshape.
+    official_names = OfficialNames()  # the authors' names of its tensors
+    keys: tuple[str, ...] = ()  # tensors that all checkpoints have, by our names, with * for a number
+    # Fits a checkpoint to a model of this class. A class overrides it if its class token is not in the middle of the
+    # position embeddings, if these have another shape than `adapt_state_dict` expects, or if tensors of checkpoints
+    # must be renamed or reshaped.
     adapt = staticmethod(adapt_state_dict)
     parts_to_shard: tuple[str, ...] = ("blocks",)  # lists of modules, each of which FSDP shards by itself
     blocks: nn.ModuleList
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
-        """From tensors under our names, the model's arguments, and its patches if told; ValueError for odd shapes."""
+        """A model's arguments from its tensors, under our names, and its number of patches (None: not told).
+
+        Raises:
+            ValueError: if no model has tensors of these shapes.
+        """
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -39,8 +43,8 @@ class ZooModel(nn.Module):
         self.register_load_state_dict_post_hook(_fill_tables)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """The official initialisation; without `needs_reset` the parts must just have initialised themselves."""
-        for module in reversed(list(self.modules())) if needs_reset else ():  # an outer part may know better
+        """Initialise as the official code does; `needs_reset=False` is for layers made just now."""
+        for module in reversed(list(self.modules())) if needs_reset else ():  # outer ones last: they may know better
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
         self.init_non_persistent_buffers()
@@ -50,10 +54,10 @@ class ZooModel(nn.Module):
         raise NotImplementedError
 
     def init_non_persistent_buffers(self) -> None:
-        """Fill the tables; a family or an objective without any need not say so."""
+        """Fill the tables; models without any leave this as it is."""
 
     def fill_table(self, name: str, table: Tensor) -> None:
-        """Fill one of the tables; one that is on the meta device is made anew, where the weights are."""
+        """Fill one of the tables; a table on the meta device is replaced by one on the device of the weights."""
         buffer = self.get_buffer(name)
         if buffer.is_meta:
             setattr(self, name, table.to(next(self.parameters()).device))
@@ -61,7 +65,7 @@ class ZooModel(nn.Module):
             buffer.copy_(table)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        """Every move to another device or type comes through here; what has no values cannot be moved."""
+        """Called by every move to another device or type; tables without values, which cannot be moved, are filled."""
         lost = any(table.is_meta for table in self.buffers(recurse=False))
         if lost and not any(parameter.is_meta for parameter in self.parameters()):
             self.init_non_persistent_buffers()
@@ -69,7 +73,7 @@ class ZooModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed: those of which a part of the model, as `MambaMixer`, says so."""
+        """Names of the parameters without weight decay, as parts of the model, such as `MambaMixer`, tell them."""
         parts = {path: getattr(part, "no_weight_decay", None) for path, part in self.named_modules() if path}
         return {f"{path}.{name}" for path, names in parts.items() if callable(names) for name in names()}
 
@@ -80,7 +84,7 @@ class ZooModel(nn.Module):
 
     @torch.jit.ignore
     def official_extras(self) -> StateDict:
-        """What the authors' code saves besides parameters, computed, under its names."""
+        """Tensors that the authors' code saves although it computes them, under its names."""
         return {}
 
     @torch.jit.ignore
@@ -90,7 +94,7 @@ class ZooModel(nn.Module):
 
     @torch.jit.ignore
     def save_pretrained(self: Any, folder: str | Path) -> None:
-        """Write model.safetensors and config.json, each whole, to `folder`, which timm's `local-dir:` takes."""
+        """Write model.safetensors and config.json, each whole, to `folder`; timm loads it as local-dir:FOLDER."""
         save_model(folder, self.state_dict(), self.hub_config())
 
 

@@ -1,4 +1,4 @@
-"""What the command lines share: types of options, and messages in one line."""
+"""What command lines share: types of options, and errors in one line."""
 
 import argparse
 
@@ -13,7 +13,7 @@ def positive(text: str) -> int:
 
 
 def usable_device(text: str) -> torch.device:
-    """A device that is here and can compute."""
+    """A device that this machine has and that can compute."""
     try:
         device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
@@ -24,6 +24,6 @@ def usable_device(text: str) -> torch.device:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message, whose lines are joined by semicolons."""
+    """The message of an error, its lines joined by semicolons."""
     lines = (str(error) or type(error).__name__).splitlines()
     return "; ".join(line.strip() for line in lines).replace(":; ", ": ")

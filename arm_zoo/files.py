@@ -21,26 +21,26 @@ from torch import nn
 StateDict = dict[str, torch.Tensor]
 
 WEIGHTS = "model.safetensors"
-PICKLED_WEIGHTS = "pytorch_model.bin"  # what timm.models.save_for_hf writes unless it is asked for safetensors
+PICKLED_WEIGHTS = "pytorch_model.bin"  # as timm.models.save_for_hf writes unless it is asked for safetensors
 CONFIG = "config.json"
-_RECIPES = {"objective": "pretrain", "head": "segment"}  # a setting -> the recipe that alone has it
+_RECIPES = {"objective": "pretrain", "head": "segment"}  # a setting that only one recipe has -> this recipe
 
 
 class CheckpointError(RuntimeError):
-    """Weights that cannot be had or read, or whose tensors are not those of the model."""
+    """Weights that cannot be found or read, or do not fit the model."""
 
 
 class DownloadError(CheckpointError):
-    """Weights that could not be fetched; `__cause__` is what the client met, if it was not we who refused them."""
+    """Weights that could not be fetched; `__cause__` is the client's error, if this package did not refuse them."""
 
 
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
-    """Give an empty folder to write files into; if the block ends well, they replace those of `folder`.
+    """An empty folder to write files into; when the block ends, they replace the files of the same names in `folder`.
 
-    Every file is whole: it is flushed to the disk before it gets its name, and the names before the block is left.
-    Files of `folder`, which is made if it is not there, with other names stay. If the block raises, nothing changes;
-    the set is not atomic: who is killed between two names leaves new files beside old ones.
+    `folder` is made if it is missing. Each file is replaced atomically: it is flushed to the disk before it gets its
+    name, and the names are on the disk when the block is left. If the block raises, nothing changes. The set of files
+    is not atomic: a process that is killed while they get their names leaves new files beside old ones.
     """
     folder = Path(folder)
     try:
@@ -90,7 +90,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def is_plain_tensor(value: torch.Tensor) -> bool:
-    """Whether it is dense numbers in memory, as safetensors holds them; subclasses mostly are not."""
+    """Whether it holds dense numbers in memory, as safetensors can save them; most subclasses of Tensor do not."""
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     return type(value) in (torch.Tensor, nn.Parameter) and plain
 
@@ -102,7 +102,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes, for weights of which no file is known."""
+    """SHA-256 of tensors with their names, types and shapes, for weights whose file is not known."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -140,13 +140,13 @@ def of_run(folder: Path) -> str | None:
 
 
 def described_by_folder(file: Path) -> bool:
-    """Whether the file is the one that the config.json beside it describes, rather than one that stands alone."""
+    """Whether the config.json beside a file describes it, so that the two are a folder of weights."""
     named = file.name in (WEIGHTS, PICKLED_WEIGHTS) and (file.parent / CONFIG).is_file()
     return named and weights_in(file.parent) == file
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """What config.json in a folder of weights says."""
+    """The content of config.json in a folder of weights."""
     file = Path(folder) / CONFIG
     if not file.is_file():
         expected = of_run(Path(folder)) or f"a folder of weights holds {WEIGHTS} and {CONFIG}"
@@ -165,7 +165,7 @@ def save_model(
 ) -> None:
     """Write model.safetensors, with `metadata` in its header, and config.json, each whole; see `replacing_files`.
 
-    Tensors that are not plain numbers are refused; no two share memory in the file.
+    Tensors that are not plain numbers are refused. Tensors that share memory are written separately.
     """
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor) or not is_plain_tensor(value):
@@ -188,7 +188,7 @@ def save_model(
 
 
 def in_own_memory(tensors: Mapping[str, torch.Tensor]) -> StateDict:
-    """The tensors on the CPU, none of which shares memory with another or with numbers that are not its own."""
+    """The tensors on the CPU, copied where they share memory with each other or are part of a larger storage."""
     alone: StateDict = {}
     storages: set[int] = set()
     for name, value in tensors.items():
@@ -206,7 +206,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, metadata
     mode = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata=dict(metadata))
-    except SafetensorError as error:  # has the system's error in its words only
+    except SafetensorError as error:  # which tells the system's error in its text only
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
         raise

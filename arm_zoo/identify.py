@@ -1,7 +1,7 @@
-"""Which model a checkpoint is of, read from its tensors' shapes: size, image, patches, classes, phase.
+"""Finds out from the shapes of its tensors which model a checkpoint is of.
 
-What shapes cannot tell is taken from the registered entry that fits them best: 55x55 patches of 16 pixels are those
-of stride 8 at 448 pixels, which has an entry, rather than 880 pixels without overlap.
+Where shapes allow several models, the registered entry that fits best decides. For example, 55x55 patches of 16 pixels
+are taken for images of 448 pixels with stride 8, which have an entry, and not for 880 pixels without overlap.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from arm_zoo.pretraining._registry import OBJECTIVES, PretrainingModel
 from arm_zoo.weights.adapt import grid_of
 from arm_zoo.weights.tensor_names import under_our_names
 
-# Far above any real model: a damaged file that claims more would exhaust the memory.
+# Far above any real model: a damaged file that claims more could exhaust the memory.
 MAX_DEPTH = 512
 
 
@@ -31,12 +31,12 @@ MAX_DEPTH = 512
 class Variant:
     """A model that a checkpoint fits."""
 
-    architecture: str  # the registered entry, without a tag; of a pretraining model, that of its backbone
-    model_args: dict[str, Any]  # what differs from the entry
+    architecture: str  # the registered entry without a tag; for a pretraining model that of its backbone
+    model_args: dict[str, Any]  # the arguments that differ from the entry's
     num_classes: int = 0  # 0 without a head
     pretraining: dict[str, Any] | None = None  # arguments of the objective's class; None for a backbone
     objective: str | None = None  # a key of `OBJECTIVES`; None for a backbone
-    official: bool = False  # the checkpoint has the authors' names
+    official: bool = False  # whether the checkpoint has the authors' names
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -55,7 +55,7 @@ class Variant:
         return OBJECTIVES[self.objective].model_class(**{**self.pretraining, **kwargs})
 
     def load(self, state_dict: Mapping[str, torch.Tensor]) -> Any:
-        """The model in evaluation mode with the weights, which are compared before memory is taken for the model."""
+        """The model with these weights, in evaluation mode; refused before it takes memory if they do not fit."""
         model = self.create(device="meta")
         adapted = model.adapt(state_dict, model, timm_adapts=False)
         model = self.create()
@@ -66,10 +66,15 @@ class Variant:
 def find_variant(
     state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, objective: str | None = None
 ) -> Variant:
-    """The model that a checkpoint is of, under official or our names.
+    """The model that a checkpoint, under official or our names, is of.
 
-    `config` has arguments that shapes cannot tell, where somebody knows them: of the backbone, or of the pretraining
-    model for its checkpoint. `objective` tells apart objectives whose models have the same tensors.
+    Args:
+        state_dict: the checkpoint.
+        config: known arguments of the model, backbone or pretraining model, for what shapes cannot tell.
+        objective: the objective, where models of several objectives have the same tensors.
+
+    Raises:
+        CheckpointError: if no model has such tensors.
     """
     backbones = dict.fromkeys(architecture.model_class for architecture in ARCHITECTURES.values())
     classes: dict[Any, str | None] = {**dict.fromkeys(backbones)}
@@ -93,7 +98,8 @@ def find_variant(
 
 
 def _check_limits(arguments: dict[str, Any], patches: int | None, pretraining: bool) -> None:
-    kind, most = ("pretraining model", 2**12) if pretraining else ("backbone", 2**14)  # a mask is the square of it
+    # fewer patches for pretraining models: a mask has the square of their number
+    kind, most = ("pretraining model", 2**12) if pretraining else ("backbone", 2**14)
     for key, value in arguments.items():
         blocks = sum(value) if key == "depths" else value
         if key.endswith(("depth", "depths")) and not 1 <= blocks <= MAX_DEPTH:
@@ -132,7 +138,7 @@ def _backbone(model_class: Any, arguments: dict[str, Any], patches: int | None, 
 
 
 def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, int]:
-    """Image size of a square grid without overlap."""
+    """The image size for this number of patches, if they are a square grid without overlap."""
     side = math.isqrt(patches)
     if side * side != patches:
         problem = f"{patches} patches are no square grid, and nothing says how many rows they have"
@@ -150,7 +156,7 @@ def _check_grid(img_size: Any, patch_size: Any, patch_stride: Any, patches: int)
 
 
 def _sizes_of_entries(model_class: Any) -> list[dict[str, Any]]:
-    """Of a family's entries the arguments with their values, the name and, where they have patches, how many."""
+    """The arguments of each entry of a family, with its name and, if the family has patches, their number."""
     entries = []
     for name, architecture in ARCHITECTURES.items():
         if architecture.model_class is model_class:
@@ -164,7 +170,7 @@ def _sizes_of_entries(model_class: Any) -> list[dict[str, Any]]:
 
 
 def _by_likeness(entries: list[dict[str, Any]], sizes: dict[str, Any], patches: int | None) -> list[dict[str, Any]]:
-    """The entries, those first that the checkpoint fits best: by their patches, then by sizes in their order."""
+    """The entries, best fit first: by patch size, then by the other sizes in turn, then by the number of patches."""
     order = sorted(sizes.keys() - {"in_chans"}, key=lambda key: (key != "patch_size", [*sizes].index(key)))
 
     def unlike(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -177,11 +183,12 @@ def _by_likeness(entries: list[dict[str, Any]], sizes: dict[str, Any], patches: 
 
 
 def _different(arguments: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """The arguments whose values are not the entry's."""
     return {key: value for key, value in arguments.items() if value != entry[key]}
 
 
 def describe(variant: Variant, model: ZooModel) -> str:
-    """One line for people: what was found."""
+    """One line that tells people which model was found."""
     count = sum(parameter.numel() for parameter in model.parameters())
     _, height, width = model.input_size()
     phase = "pretraining model" if variant.pretraining else "backbone"

@@ -1,4 +1,4 @@
-"""A model with its weights in one line: by name, from the Hub, from a folder or from a file."""
+"""Loads a model with its weights by a name, from the Hub, a folder or a file."""
 
 import difflib
 import inspect
@@ -30,33 +30,33 @@ from arm_zoo.weights.upstream import CHECKPOINTS, fetch_address, fetch_upstream,
 
 _REPOSITORY = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
 
-# What a config.json may say, by the types of timm and of the models. Not where weights are: they lie beside it.
+# What a config.json must not say, as the weights lie beside it, and the types of what it may say.
 _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "device", "dtype", "return"}
 _NAMES_OF_CLASSES = {"label_names": list[str] | dict[str, str] | None, "label_descriptions": Any}
 _PRETRAINED_CFG = {**get_type_hints(PretrainedCfg), **_NAMES_OF_CLASSES, "custom_load": Literal[False]}
-_MAX_CLASSES = 1_000_000  # more are a damaged file, and a head for them would take all memory
+_MAX_CLASSES = 1_000_000  # only a damaged file has more; a head for them could exhaust the memory
 
 
 class Loaded(NamedTuple):
-    """A model with its weights, in training mode, like what `timm.create_model` gives."""
+    """A model with its weights, in training mode as `timm.create_model` returns it."""
 
-    model: Any  # an nn.Module whose attributes type checkers do not know
-    file: Path | None  # that the weights were read from; None where timm does not say
-    source: str  # what tables call the weights: a repository, a URL, or the name of a file or folder
-    config: dict[str, Any]  # what the config.json beside the weights says; empty where there is none
+    model: Any  # an nn.Module, with attributes that type checkers do not know
+    file: Path | None  # the file of the weights; None if timm does not tell it
+    source: str  # what tables show as origin: a repository, a URL, or the name of a file or folder
+    config: dict[str, Any]  # the content of the config.json beside the weights; empty if there is none
 
 
 def load(name: str | Path, weights: str | Path | None = None, *, as_backbone: bool = False, **kwargs: Any) -> Loaded:
-    """A model of ours or of timm with its weights, never with weights drawn at random.
+    """Load a model of ours or of timm with its weights, never with random ones.
 
     See `from_pretrained` for the other arguments and what is raised.
 
     Args:
-        name: an entry of ours or timm's, or what names its model itself: "hf-hub:ORG/NAME@REVISION", a folder with
-            config.json ("local-dir:FOLDER" too), or a file with the weights of one of our models, which may be one of
-            a repository of the Hub ("hf://ORG/NAME/FILE").
-        weights: a file, a folder, "hf-hub:..." or "hf://..." in place of the entry's own weights. The classes of a
-            bare file count, and of our models its channels; without a head in the file the model has none.
+        name: an entry of ours or timm's, or a source that tells its model itself: "hf-hub:ORG/NAME@REVISION", a folder
+            with config.json (also "local-dir:FOLDER"), or a file with weights of one of our models, also one in a
+            repository of the Hub ("hf://ORG/NAME/FILE").
+        weights: a file, a folder, "hf-hub:..." or "hf://..." in place of the entry's own weights. A bare file decides
+            how many classes the model has, none if it has no head, and how many channels a model of ours takes.
     """
     return _Loader(as_backbone, kwargs).load(name, weights)
 
@@ -70,28 +70,27 @@ def from_pretrained(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> Backbone | PretrainingModel | AttentiveProbe | Segmenter:
-    """A model of ours with its weights: a backbone, or what else they are of: see the result.
+    """Load a model of ours with its weights, in training mode as `timm.create_model` returns it.
 
     Args:
         source: an entry ("arm_large", "arm_base_patch16_224.arm_in1k"), a repository of the Hub ("ORG/NAME",
             "hf-hub:ORG/NAME@REVISION"), a folder with config.json and model.safetensors or pytorch_model.bin
-            ("local-dir:FOLDER" too), a .safetensors or .pth file of this project, the authors or timm's scripts, or
-            such a file of a repository of the Hub ("hf://ORG/NAME/FILE").
-        as_backbone: make a backbone also of a pretraining model, for finetuning or features.
+            (also "local-dir:FOLDER"), a .safetensors or .pth file of this project, the authors or timm's scripts, or
+            such a file in a repository of the Hub ("hf://ORG/NAME/FILE").
+        as_backbone: of a pretraining model's weights, too, make a backbone, for finetuning or features.
         revision: branch, tag or commit of the repository.
         cache_dir: instead of the default cache of huggingface_hub.
         token: see `huggingface_hub.hf_hub_download`.
         kwargs: arguments of the model that replace the saved ones, such as num_classes, img_size, drop_path_rate.
 
     Returns:
-        A backbone, a pretraining model, or, of a folder that `recipes.probe` or `recipes.segment` has written, a
-        backbone of any kind with its head; in training mode like what timm.create_model gives: `.eval()` is the
-        caller's.
+        What the weights are of: a backbone, a pretraining model, or, for a folder written by `recipes.probe` or
+        `recipes.segment`, a backbone of any kind with its head. Call `.eval()` before using it.
 
     Raises:
         CheckpointError: if the weights are not hosted, cannot be fetched or read, or are another model's.
         FileNotFoundError: if there is no such file or folder.
-        ValueError: if `source` is nothing of the above.
+        ValueError: if `source` is none of the above.
     """
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) and not Path(source).exists()
     if is_repository and not str(source).endswith(CHECKPOINTS):
@@ -100,17 +99,17 @@ def from_pretrained(
 
 
 def unknown_model(name: str, known: Collection[str]) -> ValueError:
-    """The error for a name that is not known."""
+    """The error for an unknown name; it suggests similar ones."""
     close = difflib.get_close_matches(name, sorted(known))
     hint = f"did you mean {', '.join(close)}?" if close else "`python -m arm_zoo list` shows the entries"
     return ValueError(f"unknown model {name!r}; {hint}")
 
 
 def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """Names of the classes by index, where a configuration has one for each; otherwise none.
+    """The names of the classes by index, if a configuration has one for each class; else none.
 
-    transformers gives a model other classes and saves the names of the old ones with it, or, where it had none,
-    LABEL_0, LABEL_1 and so on.
+    Names may be of other classes than the model's: transformers saves those that a model had before it got a new head,
+    or, if it had none, LABEL_0, LABEL_1 and so on.
     """
     saved = cfg.get("label_names") or ()
     pairs = saved.items() if isinstance(saved, Mapping) else enumerate(saved)
@@ -122,24 +121,24 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 
 def entries() -> set[str]:
-    """Names of all entries of ours, with and without tags."""
+    """The names of all our entries, with and without tags."""
     tagged = {name for architecture in ARCHITECTURES for name in get_arch_pretrained_cfgs(architecture)}
     return {*ARCHITECTURES, *SHORT_NAMES, *tagged}
 
 
 def list_entries() -> set[str]:
-    """Names of all models that timm knows, ours among them, with and without tags."""
+    """The names of all models that timm knows, including ours, with and without tags."""
     return {*timm.list_models(), *timm.list_models(include_tags=True)}
 
 
 def architecture_of(name: str) -> str:
-    """The entry's name without its tag; the long name of a short one."""
+    """The name of an entry without its tag; for a short name the long one."""
     architecture: str = split_model_name_tag(name)[0]
     return SHORT_NAMES.get(architecture, architecture)
 
 
 def entry_of(name: str) -> str:
-    """The name with its tag, of an entry that may be named without, or by a short name."""
+    """The full name, with a tag, of an entry that is given with or without one, or by a short name."""
     architecture, tag = architecture_of(name), split_model_name_tag(name)[1]
     default: Any = get_pretrained_cfg(architecture)
     return f"{architecture}.{tag or default.tag}"
@@ -147,17 +146,17 @@ def entry_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Loader:
-    """What `load` or `from_pretrained` is asked for beside the names."""
+    """The arguments of `load` or `from_pretrained` apart from the names."""
 
     as_backbone: bool
     kwargs: dict[str, Any]
     revision: str | None = None
     cache_dir: str | Path | None = None
     token: str | bool | None = None
-    timms_too: bool = True
+    timms_too: bool = True  # whether models of timm are loaded, or only ours
 
     def load(self, name: str | Path, weights: str | Path | None = None) -> Loaded:
-        """By what the source is: a repository, an entry, a folder or a file; see `arm_zoo.loading.load`."""
+        """Load from a repository, an entry, a folder or a file, as the source tells; see `arm_zoo.loading.load`."""
         source, wanted = (str(name), None) if weights is None else (str(weights), str(name))
         scheme, _, rest = source.partition(":")
         path = Path(os.path.expanduser(rest if scheme == "local-dir" else source))
@@ -189,7 +188,7 @@ class _Loader:
         raise unknown_model(source, known)
 
     def from_upstream(self, name: str, entry: str) -> Loaded:
-        """From the authors' file: the pretraining model where it is of one, unless a backbone is asked for."""
+        """Load the authors' file: a pretraining model if it is of one and no backbone is asked for."""
         if self.revision is not None:
             said = f"{name} is fetched from its authors at the revision {TABLE[entry].revision!r}"
             raise ValueError(f"{said}; a file of another is named by its address, hf://ORG/NAME@REVISION/FILE")
@@ -202,17 +201,17 @@ class _Loader:
         return Loaded(model, file, read_record(file)["source"], {})
 
     def with_tensors(self, tensors: StateDict) -> dict[str, Any]:
-        """The caller's arguments of `timm.create_model`, and in its configuration the tensors to load."""
+        """The caller's arguments for `timm.create_model`, with the tensors to load in its configuration."""
         overlay = {**(self.kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": tensors}
         return {**self.kwargs, "pretrained_cfg_overlay": overlay}
 
     def brings_weights(self) -> bool:
-        """Whether the caller names other weights for an entry, as timm lets one do."""
+        """Whether the caller replaces an entry's weights by timm's `pretrained_cfg_overlay`."""
         overlay = self.kwargs.get("pretrained_cfg_overlay") or {}
         return any(overlay.get(key) for key in ("file", "state_dict", "url", "hf_hub_id"))
 
     def from_timm(self, name: str) -> Loaded:
-        """By `timm.create_model`, and which file that read, where a cache still has it."""
+        """Load by `timm.create_model`, and find out which file that has read, if a cache still has it."""
         model: Any = timm.create_model(name, pretrained=True, cache_dir=self.cache_dir, **self.kwargs)
         cfg = getattr(model, "pretrained_cfg", {})
         if cfg.get("file"):
@@ -229,7 +228,7 @@ class _Loader:
         return Loaded(model, file if file.is_file() else None, url, {})
 
     def from_hub(self, repo: str, wanted: str | None) -> Loaded:
-        """From the cache's folder with a repository's configuration and weights of one and the same commit."""
+        """Load a repository's configuration and weights, both of the same commit."""
         name, _, at = repo.partition("@")
         revision = self.revision or at or None
         folder = download(name, CONFIG, revision, self.cache_dir, self.token).parent
@@ -245,26 +244,26 @@ class _Loader:
         return self.from_folder(folder, wanted)
 
     def is_timms(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of a model that timm loads: a head of ours on a backbone, or timm's own."""
+        """Whether timm loads the model of a config.json: a backbone with a head of ours, or a model of timm's own."""
         name = config.get("architecture")
         ours = "pretraining_model" in config or name in [*entries()]  # a list: the name may be whatever JSON has
         taken = self.timms_too or name in [*HEADED]
         return taken and not ours and isinstance(name, str) and timm.is_model(name)
 
     def from_described(self, name: str, config: dict[str, Any], folder: Path) -> Loaded:
-        """What timm makes of the config.json in a folder; CheckpointError if it is damaged or not of the weights."""
+        """Load what config.json describes by timm; CheckpointError if that is damaged or does not fit the weights."""
         if headed := HEADED.get(config["architecture"]):
             _check_table(config.get("model_args", {}), get_type_hints(headed.__init__), "model_args", folder)
         try:
             return self.from_timm(name)._replace(config=config)
-        except (OSError, ValueError):  # which tell what is wrong
+        except (OSError, ValueError):  # these say what is wrong
             raise
         except Exception as error:  # from damaged files timm and PyTorch raise all sorts
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(f"no model can be made of {name}: {reason}") from error
 
     def from_folder(self, folder: Path, wanted: str | None) -> Loaded:
-        """What config.json describes, with the weights beside it; CheckpointError if the two do not fit together."""
+        """Load what config.json describes, with the weights beside it; CheckpointError if they do not fit together."""
         config = files.read_config(folder)
         own, name = config.get("pretraining_model"), f"local-dir:{folder}"
         if self.is_timms(config):
@@ -295,7 +294,7 @@ class _Loader:
         return Loaded(model, file, "", config)
 
     def from_file(self, file: Path) -> Any:
-        """The model that the shapes of a file's tensors tell."""
+        """The model in a file, as the shapes of its tensors tell it."""
         tensors = read_checkpoint(file)
         variant = find_variant(tensors)
         if variant.pretraining is not None and variant.objective is not None and not self.as_backbone:
@@ -306,7 +305,7 @@ class _Loader:
         return timm.create_model(variant.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
 
     def from_named_file(self, name: str, file: Path) -> Any:
-        """An entry's model, ours or timm's, with as many classes as the file says, so that none is drawn at random."""
+        """An entry's model, ours or timm's, with as many classes as the file has, so that no head stays random."""
         tensors = read_checkpoint(file)
         if name in entries():
             tensors = under_our_names(tensors, ARCHITECTURES[architecture_of(name)].model_class.official_names)
@@ -328,7 +327,7 @@ class _Loader:
         return model
 
     def pretraining_model(self, objective: str, saved: Mapping[str, Any], file: Path, tensors: StateDict) -> Any:
-        """The objective's model, by the arguments saved with it and the caller's in their place."""
+        """The objective's model, made by the saved arguments, or the caller's instead, with the tensors loaded."""
         model_class = OBJECTIVES[objective].model_class
         allowed = inspect.signature(model_class).parameters
         if unknown := sorted(set(self.kwargs) - set(allowed)):
@@ -343,7 +342,7 @@ class _Loader:
 
 
 def objective_of(config: Mapping[str, Any], file: Path, tensors: StateDict) -> str:
-    """What the config.json beside a pretraining model's weights names; CheckpointError if the two do not fit."""
+    """The objective in the config.json beside a pretraining model's weights; CheckpointError if the two do not fit."""
     objective, arguments = config.get("objective", DEFAULT_OBJECTIVE), config["pretraining_model"]
     if objective not in [*OBJECTIVES]:  # a list: the name may be whatever JSON has
         said = f"{file.parent / CONFIG} names the objective {_short(objective)}"
@@ -355,14 +354,15 @@ def objective_of(config: Mapping[str, Any], file: Path, tensors: StateDict) -> s
 
 
 def _check_architecture(config: Mapping[str, Any], wanted: str | None, where: object) -> None:
-    """Refuse weights of another model than the one that they are named for."""
+    """Refuse weights of another model than the wanted one, if one is wanted."""
     if wanted is not None and config.get("architecture") != architecture_of(wanted):
         found = config.get("architecture") or "no timm model"
-        raise ValueError(f"the weights in {where} are of {found}, not of {architecture_of(wanted)}")
+        said = f"the weights in {where} are of {found}, not of {architecture_of(wanted)}"
+        raise ValueError(f"{said}; name the model that they are of, or other weights")
 
 
 def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) -> None:
-    """Refuse keys that nobody reads and values of other types."""
+    """Refuse a part of config.json with unknown keys, values of other types, or absurd sizes."""
     allowed = sorted(set(types) - _ELSEWHERE)
     unknown = sorted(set(table) - set(allowed)) if isinstance(table, dict) else [_short(table)]
     if unknown:
@@ -381,7 +381,7 @@ def _short(value: Any) -> str:
 
 
 def _is_a(value: Any, wanted: Any) -> bool:
-    """Whether a value of JSON is of a type; lists stand for tuples, whole numbers for any."""
+    """Whether a JSON value fits a type; lists may stand for tuples, whole numbers for floats."""
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
         return any(_is_a(value, part) for part in parts)
@@ -398,9 +398,9 @@ def _is_a(value: Any, wanted: Any) -> bool:
 
 
 def _check_description(file: Path, tensors: StateDict, build: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Compare what config.json describes with the weights beside it before memory is taken for it.
+    """CheckpointError if the weights beside a config.json do not fit the model that it describes.
 
-    The model is built on the meta device, where it costs nothing, and without the arguments of the caller.
+    The model is built without the caller's arguments, and on the meta device, so that it takes no memory.
     """
     config = file.parent / CONFIG
     try:

@@ -1,8 +1,8 @@
-"""How ONNX writes the two operators of arm_zoo; `arm_zoo/ops/reference.py` defines them.
+"""Translates the operators of arm_zoo, which `arm_zoo/ops/reference.py` defines, to ONNX.
 
-Importing this module tells `torch.onnx.export(..., dynamo=True)` of them. It needs the packages onnx and onnxscript.
-All directions are one `Scan` node, whatever the number of patches, along the first axis and without values from the
-graph around it, which some runtimes ask for. Annotations here are ONNX's types, not Python's.
+Importing this module registers the translations for `torch.onnx.export(..., dynamo=True)`. It needs the packages onnx
+and onnxscript. A scan becomes one `Scan` node for all directions and any number of patches. It runs along the first
+axis and uses no values from the graph around it, as some runtimes require. Annotations here are types of ONNX.
 """
 
 # mypy: ignore-errors
@@ -26,7 +26,7 @@ except ImportError as error:
     needs = "arm_zoo.onnx needs onnx, and onnxscript 0.7 or newer"
     raise ImportError(f"{needs} ({error}): pip install --upgrade onnx 'onnxscript>=0.7'") from error
 
-# Of the graph that is being built: in PyTorch float32, to which torch.onnx holds the model by these annotations.
+# Values of the graph that is being built; by these annotations torch.onnx requires float32 of the model.
 Value = FLOAT
 Table = INT64
 OptionalValue = Optional[FLOAT]  # noqa: UP045  (onnxscript does not read the newer form)
@@ -59,11 +59,11 @@ def _silu(x: Value) -> Value:
 
 
 def _softplus(x: Value) -> Value:
-    """relu(x) + log1p(exp(-|x|)): as exact as ONNX's own Softplus, which onnxruntime computes number by number."""
+    """relu(x) + log1p(exp(-|x|)): as exact as ONNX's own Softplus, which onnxruntime does not vectorise."""
     one = op.Constant(value_float=1.0)
     small = op.Exp(op.Neg(op.Abs(x)))
     sum_ = op.Add(small, one)
-    lost = op.Div(op.Sub(op.Sub(sum_, one), small), sum_)  # what rounding the sum did to its logarithm
+    lost = op.Div(op.Sub(op.Sub(sum_, one), small), sum_)  # the error of its logarithm by rounding the sum
     return op.Add(op.Relu(x), op.Sub(op.Log(sum_), lost))
 
 
@@ -117,7 +117,7 @@ def _selective_scan(
     delta_rows, into, C_rows = (op.Unsqueeze(t, row) for t in (delta, op.Mul(delta, u), _by_step(C)))
     y = recurrence(state, rates, delta_rows, into, op.Unsqueeze(_by_step(B), _ints(4)), C_rows)
     y = op.Add(op.Squeeze(y, row), op.Mul(op.Unsqueeze(D, _ints(1)), u))  # (L, K, B, D)
-    if order is not None:  # of every token its steps' rows among the L * K
+    if order is not None:  # for every token the rows, among L * K, in which the directions visit it
         directions = order.shape[0]
         zero, one, count = (op.Constant(value_int=value) for value in (0, 1, directions))
         steps = op.Expand(op.Range(zero, op.Squeeze(op.Shape(order, start=1)), one), op.Shape(order))
@@ -128,7 +128,7 @@ def _selective_scan(
     y = (op.ReduceMean if mean else op.ReduceSum)(y, _ints(1), keepdims=0)
     y = op.Transpose(y, perm=[1, 0, 2])  # (B, L, D)
     no_states = op.ConstantOfShape(op.Concat(directions_and_batch, _ints(0), op.Shape(rates, start=2), axis=0))
-    return y if gate is None else op.Mul(y, _silu(gate)), no_states  # which only a backward pass would read
+    return y if gate is None else op.Mul(y, _silu(gate)), no_states  # only a backward pass needs states
 
 
 _TRANSLATIONS: dict[str, Callable[..., Any]] = {"causal_conv": _causal_conv, "selective_scan": _selective_scan}
@@ -137,5 +137,5 @@ for _name, _translation in _TRANSLATIONS.items():
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For `torch.onnx.export(..., custom_translation_table=...)`: our operators and what writes them in ONNX."""
+    """Our operators and their translations, for `torch.onnx.export(..., custom_translation_table=...)`."""
     return {getattr(torch.ops.arm_zoo, name).default: translation for name, translation in _TRANSLATIONS.items()}

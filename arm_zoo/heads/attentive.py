@@ -10,21 +10,18 @@ MOST_HEADS = 12  # AIM's number, for widths that it divides
 class AttentiveClassifier(nn.Module):
     """Patches (B, N, dim) -> logits (B, num_classes): batch norm, attention of a learned query, a linear layer.
 
-    As AIM's, the norm has no parameters and no layer a bias. There are 12 heads of attention, or as many fewer as it
-    takes to divide the width.
+    As in AIM, the norm has no parameters and no layer has a bias. There are 12 attention heads, or the next smaller
+    number that divides the width.
     """
 
-    def __init__(
-        self, dim: int, num_classes: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.num_heads = next(heads for heads in range(MOST_HEADS, 0, -1) if dim % heads == 0)
-        self.norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False, device=device, dtype=dtype)
-        self.query = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
-        self.key = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
-        self.value = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
-        linear = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype) if num_classes else None
-        self.head = linear or nn.Identity()
+        self.norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False)
+        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.head = nn.Linear(dim, num_classes, bias=False) if num_classes else nn.Identity()
         nn.init.normal_(self.query, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backbones with a head that was trained on their features, as models of timm: it builds them from a config.json.
+"""Backbones with a head that was trained on their features, as timm models, which timm builds from a config.json.
 
 Importing this module registers them. They take any backbone that timm knows and that has `forward_intermediates`.
 """
@@ -19,13 +19,15 @@ from arm_zoo.heads.attentive import AttentiveClassifier
 from arm_zoo.heads.segmentation import HEADS
 
 _CLASSIFIER = "head.head"
+# Arguments of timm's models that name files to read.
 _READING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def create_backbone(name: str, arguments: Mapping[str, Any]) -> Any:
-    """A model of timm without its head or weights; ValueError if it has no maps, or the arguments name files.
+    """An untrained timm model without head; ValueError if it gives no feature maps, or an argument names a file.
 
-    A config.json, which may be anybody's, must not have more read than the weights beside it.
+    The arguments may stand in anybody's config.json, which must not make a program read more than the weights beside
+    it.
     """
     if not timm.is_model(name) or (reading := sorted(_READING.intersection(arguments))):
         problem = f"arguments {', '.join(reading)}" if timm.is_model(name) else f"backbone {name!r}"
@@ -96,7 +98,7 @@ class Segmenter(nn.Module):
         self.backbone, self.frozen = model.requires_grad_(not frozen), frozen
         self.num_classes, self.in_chans = num_classes, arguments["in_chans"]
         info = [model.feature_info[place] for place in map_places(model.feature_info)]
-        channels, reductions = ([one[key] for one in info] for key in ("num_chs", "reduction"))
+        channels, reductions = ([of_map[key] for of_map in info] for key in ("num_chs", "reduction"))
         self.num_features = channels[-1]
         self.head = HEADS[head](channels, reductions, num_classes)
 
@@ -138,9 +140,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def map_places(info: Sequence[Any]) -> list[int]:
-    """Which maps a segmentation head takes: four at equal distances of a plain backbone, else the last four."""
+    """Indices of the maps for a segmentation head: four evenly spaced ones of a plain backbone, else the last four."""
     count = min(4, len(info))
-    if len({one["reduction"] for one in info}) > 1:
+    if len({of_map["reduction"] for of_map in info}) > 1:
         return list(range(len(info) - count, len(info)))
     return [(place + 1) * len(info) // count - 1 for place in range(count)]
 
@@ -158,9 +160,9 @@ def attentive_probe(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def save_attentive_probe(
     folder: Path, backbone: Any, head: AttentiveClassifier, inputs: Mapping[str, Any], label_names: list[str]
 ) -> None:
-    """Write the two as what `timm.create_model("local-dir:FOLDER", pretrained=True)` loads after `import arm_zoo`.
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads after `import arm_zoo`.
 
-    `inputs` tell how images are prepared, by timm's names. Names of classes are written if there is one for each.
+    `inputs` say in timm's terms how images are prepared. Names of classes are written if there is one for each class.
     """
     classes: Any = head.head.out_features
     _save(folder, "attentive_probe", {"backbone": backbone, "head": head}, {}, classes, inputs, label_names)
@@ -169,7 +171,7 @@ def save_attentive_probe(
 def save_segmenter(
     folder: Path, model: Segmenter, head: str, inputs: Mapping[str, Any], label_names: list[str]
 ) -> None:
-    """The same of a model whose head is one of `arm_zoo.heads.segmentation.HEADS`."""
+    """The same as `save_attentive_probe` for a model with the head `HEADS[head]` of `arm_zoo.heads.segmentation`."""
     parts = {"backbone": model.backbone, "head": model.head}
     _save(folder, "segmenter", parts, {"head": head}, model.num_classes, inputs, label_names)
 
@@ -183,7 +185,7 @@ def _save(
     inputs: Mapping[str, Any],
     label_names: list[str],
 ) -> None:
-    """`arguments` are those of the model beside its backbone's."""
+    """Write the folder; `arguments` are those of the model apart from `backbone` and `backbone_args`."""
     backbone = parts["backbone"]
     tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     of_backbone = {key: value for key, value in get_model_args(backbone).items() if key != "num_classes"}

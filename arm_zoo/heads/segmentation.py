@@ -1,4 +1,4 @@
-"""Segmentation heads on the feature maps of a backbone, and how a whole image is segmented window by window."""
+"""Segmentation heads on the feature maps of a backbone, and the segmentation of a whole image by windows."""
 
 from collections.abc import Sequence
 
@@ -49,11 +49,11 @@ class FPNHead(nn.Module):
 
 
 def _rescaling(channels: int, doublings: int) -> nn.Module:
-    """Makes a map 2 ** doublings times as high and as wide."""
+    """A layer that makes a map 2 ** doublings times as high and as wide."""
     if doublings <= 0:
         return nn.MaxPool2d(2**-doublings, ceil_mode=True) if doublings else nn.Identity()
     doubling: list[nn.Module] = [nn.ConvTranspose2d(channels, channels, 2, stride=2) for _ in range(doublings)]
-    return nn.Sequential(*[layer for one in doubling for layer in (one, nn.GELU())][:-1])
+    return nn.Sequential(*[layer for upsample in doubling for layer in (upsample, nn.GELU())][:-1])
 
 
 HEADS = {"linear": LinearHead, "fpn": FPNHead}
@@ -81,9 +81,8 @@ def segment(
     values = image.to(device)[None].float() / 255
     if size != (height, width):
         values = F.interpolate(values, size, mode="bilinear", antialias=True)
-    values = (values - torch.tensor(mean, device=device)[:, None, None]) / torch.tensor(std, device=device)[
-        :, None, None
-    ]
+    means, stds = (torch.tensor(numbers, device=device)[:, None, None] for numbers in (mean, std))
+    values = (values - means) / stds
     windows = [(top, left) for top in starts(size[0], window[0]) for left in starts(size[1], window[1])]
     sums, counts = torch.zeros(1, 1, *size, device=device), torch.zeros(size, device=device)
     for top, left in windows:

@@ -1,4 +1,5 @@
-"""Images in files: which files are images, in which order they come, and how they are decoded, everywhere the same.
+"""Images in files: which files are images, in which order they come, and how they are decoded, in all programs alike.
 
-What needs `datasets`, filelock or pyarrow comes with the extras train and eval: columns, hub, labels, shards, tables.
+The modules columns, hub, labels, shards and tables need `datasets`, filelock or pyarrow, which the extras train
+and eval bring.
 """

@@ -1,4 +1,4 @@
-"""Which columns of a data set hold image and class, as the library `datasets` declares them.
+"""Finds the columns of a data set that hold image and class, by their declarations in the library `datasets`.
 
 A dot leads into a column of mappings, as in `json.label`.
 """
@@ -20,10 +20,10 @@ _IMAGES = ("PIL.Image.Image", "binary", "large_binary")
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user says of a source that does not tell it itself."""
+    """What a user says about a source that does not tell it itself."""
 
-    image_column: str | None = None  # None: the only one that holds images. Of tars, the ending of the image files
-    label_column: str | None = None  # None: the only one that looks like a class. Of tars, an ending or JSON's field
+    image_column: str | None = None  # None: the only column of images. For tars, the ending of image files
+    label_column: str | None = None  # None: the only column of classes. For tars, an ending or JSON's field
     num_classes: int | None = None  # None: as many as the source has
     max_pixels: int = MAX_PIXELS  # larger images are not decoded
     by_name: bool = False  # with several candidates, prefer the usual names, then the first, as ImageNet's sets do
@@ -35,7 +35,7 @@ class Choices:
 
 
 class Columns(NamedTuple):
-    """The columns of image, class and name."""
+    """The names of the columns of image, class and name."""
 
     image: str
     label: str | None
@@ -80,7 +80,7 @@ def _holds_images(feature: Any) -> bool:
 
 
 def leaves(features: Mapping[str, Any]) -> dict[str, Any]:
-    """What columns, and fields of columns of mappings, are declared to be, by their dotted paths."""
+    """The declared types of columns, and of the fields in columns of mappings, by dotted path."""
     found: dict[str, Any] = {}
     for name, feature in features.items():
         inside = feature if isinstance(feature, Mapping) else {}

@@ -52,18 +52,18 @@ def decode_image(encoded: bytes | str, name: str, mode: str = "RGB", max_pixels:
 
 
 def decode_tensor(encoded: bytes, name: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Tensor:
-    """What `decode_image` shows or raises, as (C, H, W), uint8; plain JPEGs by torchcodec where it is installed."""
+    """As `decode_image`, but a tensor (C, H, W), uint8; torchcodec decodes plain JPEGs if it is installed."""
     header, decode_jpeg = read_header(encoded), jpeg_decoder()
     if decode_jpeg and header and header.height * header.width <= max_pixels:
         with suppress(RuntimeError):  # damaged: Pillow says whether it can be shown, and names the cause
-            if mode == "RGB" or header.components == 1:  # Pillow's grey of colours is not the file's luma
+            if mode == "RGB" or header.components == 1:  # of colours Pillow makes another grey than the file's luma
                 return decode_jpeg(encoded, mode=mode if mode == "RGB" else "GRAY")
     return pil_to_tensor(decode_image(encoded, name, mode, max_pixels))
 
 
 @cache
 def jpeg_decoder() -> Callable[..., Any] | None:
-    """torchcodec's, which is faster than Pillow's; None if it is not installed or does not fit this torch."""
+    """torchcodec's decoder, which is faster than Pillow's; None if it is not installed or does not fit this torch."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):
@@ -101,7 +101,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
             raise ValueError(f"pixels from {values.min()} to {values.max()}; allowed: up to 16 bits")
         return Image.fromarray(np.round(values * (255 / _WHITE_16_BIT)).astype(np.uint8)).convert(mode)
     if image.mode == "F":
-        raise ValueError("floating-point pixels, whose white is unknown")
+        raise ValueError("floating-point pixels, whose white is unknown; allowed: integers of up to 16 bits")
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")

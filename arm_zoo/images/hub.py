@@ -10,7 +10,7 @@ from arm_zoo.images.locate import SCORED, split_of
 
 
 def quiet_in_logs() -> None:
-    """Progress bars of `datasets` are for terminals."""
+    """Switch the progress bars of `datasets` off unless stderr is a terminal."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
@@ -28,12 +28,13 @@ def load_from_hub(name: str, in_sequence: bool) -> dict[str, datasets.Dataset | 
             splits.setdefault(word, data)
     if not splits:
         names = ", ".join(map(str, loaded))
-        raise SourceError(f"hf://{name} has the splits {names}; none is called train, val or test")
+        said = f"hf://{name} has the splits {names}; none is called train, val or test"
+        raise SourceError(f"{said}: download it, and name the files of each split by these words")
     return splits
 
 
 def load_split_from_hub(name: str, revision: str | None, split: str | None) -> datasets.Dataset:
-    """One split of a data set on the Hub, without the files of the others; None: the one to score."""
+    """One split of a data set on the Hub, by default the one to score, without the files of other splits."""
     quiet_in_logs()
     from_cache = datasets.config.HF_HUB_OFFLINE and revision is None
     try:
@@ -56,7 +57,7 @@ def load_split_from_hub(name: str, revision: str | None, split: str | None) -> d
 
 
 def split_to_score(splits: Sequence[str], name: str) -> str:
-    """The only split, or the first one that training would validate with."""
+    """The only split, or the one by which training would validate."""
     of_word = {split_of(split): split for split in reversed(splits)}
     scored = [of_word[word] for word in SCORED if word in of_word and word != "train"]
     if scored or len(splits) == 1:

@@ -1,4 +1,4 @@
-"""JPEG files that every decoder shows alike, told from their bytes, without decoding them."""
+"""Tells from its bytes, without decoding it, whether a JPEG file looks alike in every decoder."""
 
 import re
 import struct
@@ -37,8 +37,8 @@ class JpegHeader(NamedTuple):
 def read_header(encoded: bytes) -> JpegHeader | None:
     """The header of a plain JPEG file; None for any other bytes, which are left to Pillow.
 
-    Plain is what is 8-bit, grey or YCbCr, upright, baseline or progressive, and neither damaged up to its first scan
-    nor cut off.
+    Plain means 8-bit, grey or YCbCr, upright, baseline or progressive, not cut off, and not damaged before its first
+    scan.
     """
     if not (encoded.startswith(_START) and encoded.endswith(_END)):
         return None

@@ -1,4 +1,4 @@
-"""What the classes of labelled images are: their names, their order, and which labels are none of them."""
+"""The classes of labelled images: their names, their order, and which labels are invalid."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Labels:
         return {raw: place[name] for raw, name in self.raw.items() if name in place}
 
     def renamed(self, names: Sequence[str]) -> "Labels":
-        """Numbered classes with these names, as far as they go."""
+        """The same classes, which had numbers only, with as many of these names as there are."""
         new = dict(zip(self.names, [*names, *self.names[len(names) :]], strict=False))
         rows = None if self.rows is None else {new[name]: count for name, count in self.rows.items()}
         return Labels(tuple(new.values()), {raw: new[name] for raw, name in self.raw.items()}, rows, numbered=False)
@@ -58,7 +58,8 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
         first = {name: number for number, name in reversed(raw.items())}
         for number, name in raw.items():
             if first[name] != number:
-                raise SourceError(f"{where} has two classes that are called {name!r}, {first[name]} and {number}")
+                said = f"{where} has two classes that are called {name!r}, {first[name]} and {number}"
+                raise SourceError(f"{said}; rename one of them")
     elif by_name:
         raw = {label: class_name(label) for label in found or () if label}
     else:
@@ -71,17 +72,18 @@ def read_labels(feature: Any, values: pa.ChunkedArray | None, column: str, count
     rows = None if found is None else _rows_of_classes(found, raw, by_name, where)
     names = natural_order(set(raw.values())) if by_name else raw.values()
     if count not in (None, len(names)):
-        raise SourceError(f"{where} has {len(names)} classes, but data.num_classes is {count}")
+        said = f"{where} has {len(names)} classes, but data.num_classes is {count}"
+        raise SourceError(f"{said}; set it to {len(names)}, or leave it out")
     return Labels(tuple(names), raw, rows, numbered=not declared and not by_name)
 
 
 def counted(values: pa.ChunkedArray) -> dict[Any, int]:
-    """What stands in a column -> how often."""
+    """Each value in a column -> how often it occurs."""
     return {found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()}
 
 
 def _rows_of_classes(found: Mapping[Any, int], raw: Mapping[Any, str], by_name: bool, where: str) -> dict[str, int]:
-    """Class -> number of its rows; labels that are no class are refused with the number of theirs."""
+    """Class -> number of its rows; SourceError, which counts them, for labels that are no class."""
     if wrong := {label: rows for label, rows in found.items() if label not in raw}:
         shown = {"none" if label is None else repr(label): plural(rows, "row") for label, rows in wrong.items()}
         values = [f"{label} in {rows}" for label, rows in shown.items()]

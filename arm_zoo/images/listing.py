@@ -58,7 +58,7 @@ def class_name(name: str) -> str:
 
 
 def entries_of(folder: str) -> Iterator[os.DirEntry[str]]:
-    """What is visible directly in a folder, in no order; raises `SourceError` if it cannot be listed."""
+    """The visible entries of a folder, in no order; raises `SourceError` if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             yield from (entry for entry in entries if not entry.name.startswith("."))
@@ -79,9 +79,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a regular file or a link to one, or to nothing: who reads that one finds out and names it.
+    """Whether it is a regular file or a link to one; broken links count too, as reading them gives a clear error.
 
-    Pipes and devices are none: reading them may never end. Only links cost a look at the disk.
+    Pipes and devices do not count: reading them may never end. Only links cost a look at the disk.
     """
     if not entry.is_symlink():
         return entry.is_file(follow_symlinks=False)
@@ -123,7 +123,7 @@ def contents(folder: str) -> tuple[list[str], list[str]]:
 def class_folders(folder: str) -> tuple[dict[str, list[str]], list[str]]:
     """The images of each class, both in natural order, and the visible files beside them that are none, by path.
 
-    Every folder of `folder` is a class, also one without images, whatever lies below it; its name is `class_name`'s.
+    Every subfolder is a class, even one without images, whatever lies below it; `class_name` normalises its name.
     """
     images: dict[str, list[str]] = {}
     others: list[str] = []

@@ -50,7 +50,7 @@ class LabelledPixels:
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
         """An image (3, H, W), uint8, and its labels (H, W), int64; SourceError if the two do not fit.
 
-        Images are not turned as EXIF data may say, since their masks are of the pixels as they are stored.
+        The orientation in EXIF data is ignored, since masks belong to the pixels as they are stored.
         """
         image, mask = self._opened(self.images[place]).convert("RGB"), self._opened(self.masks[place])
         if image.size != mask.size:
@@ -78,6 +78,7 @@ class LabelledPixels:
         return image
 
     def _labels(self, numbers: np.ndarray, mask: Path) -> Tensor:
+        """The numbers in a mask as labels, from 0 and with IGNORED; SourceError for numbers of no class."""
         last = self.first + len(self.class_names) - 1
         nowhere = 0 if self.first == 1 else IGNORED
         known = (numbers >= self.first) & (numbers <= last)
@@ -90,7 +91,7 @@ class LabelledPixels:
 
 
 def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
-    """A split of a folder in either layout; SourceError if it is none, or an image or a mask is missing."""
+    """A split of a folder in either layout; SourceError if it has neither, or lacks an image or a mask."""
     folder = Path(root).expanduser()
     if (folder / "annotations" / split).is_dir():
         images, masks = folder / "images" / split, folder / "annotations" / split
@@ -108,7 +109,7 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
         if lacking := [name for name in names if name not in have]:
             raise SourceError(f"of {split} in {folder} these have no {kind}: {listed(lacking)}; add or remove them")
     if not names:
-        raise SourceError(f"{folder} has no {split} images")
+        raise SourceError(f"{folder} has no {split} images; {_ALLOWED}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
     files = tuple(found[name] for name in names), tuple(masks / f"{name}.png" for name in names)
@@ -121,7 +122,7 @@ def no_class(where: str | Path) -> str:
 
 
 def _names(folder: Path, first: int) -> tuple[str, ...]:
-    """Of the classes, in the order of their numbers."""
+    """The names of the classes, in the order of their numbers."""
     own, ade = folder / "classes.txt", folder / "objectInfo150.txt"
     if own.is_file():
         names = tuple(filter(None, map(str.strip, own.read_text(encoding="utf-8").splitlines())))
@@ -134,7 +135,9 @@ def _names(folder: Path, first: int) -> tuple[str, ...]:
     else:
         raise SourceError(f"{folder} tells no names of classes; write classes.txt there, a name in each line")
     if not 1 < len(names) < IGNORED or len(set(names)) < len(names):
-        raise SourceError(f"the {len(names)} names of classes in {folder} must differ, and be 2 to {IGNORED - 1}")
+        raise SourceError(
+            f"the {len(names)} names of classes in {folder} must differ, and be 2 to {IGNORED - 1}: {listed(names)}"
+        )
     return names
 
 

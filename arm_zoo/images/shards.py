@@ -1,8 +1,8 @@
-"""WebDataset tars: an index of what they hold, by which images are read where they lie.
+"""WebDataset tars: an index of their samples, by which images are read where they lie.
 
-A sample is a row: its image is the file with the ending of one, its class stands in `.cls` or in `.json` beside it.
-Where no sample has either, the folders inside the tars are the classes. The index is kept in the cache of `datasets`;
-uncompressed tars are read in place, images of compressed ones are copied into the index.
+A sample is one row: its image is the file with an image's ending, and its class is in a `.cls` or `.json` file beside
+it. If no sample has either, the folders inside the tars are the classes. The index is kept in the cache of `datasets`.
+Uncompressed tars are read in place; the images of compressed ones are copied into the index.
 """
 
 import hashlib
@@ -46,9 +46,9 @@ def sizes_of_shards(rows: datasets.Dataset, files: Sequence[str]) -> list[int]:
 
 
 def open_index(files: Sequence[str], where: str, choices: Choices, labels_needed: bool, in_sequence: bool) -> Index:
-    """Read the index of the tars of one split, called `where`, from the cache, or make it.
+    """The index of the tars of one split, which messages call `where`; it is made if the cache does not have it.
 
-    To be read in sequence, compressed tars need no copy of their images.
+    If rows are read `in_sequence`, the images of compressed tars are not copied.
     """
     places = list(map(os.path.abspath, files))
     copied = not in_sequence and any(is_compressed(Path(file)) for file in places)
@@ -96,6 +96,7 @@ def _batches(files: Sequence[str], choices: Choices, labels_needed: bool, copied
 
 
 def _rows(file: str, choices: Choices, labels_needed: bool, copied: bool) -> Iterator[dict[str, Any]]:
+    """The rows of the index for one tar; with `copied` they have the images' bytes."""
     column = choices.label_column
     labels = {column, column.rpartition(".")[0]} if column else {*TEXT_LABELS, JSON_LABEL.partition(".")[0]}
 
@@ -154,7 +155,7 @@ def _label(sample: Sample, file: str, column: str | None) -> str | None:
 
 
 def _first_sample(files: Sequence[str]) -> str:
-    """What is in it, for a message."""
+    """The files of the first sample, for a message."""
     for file in files:
         for sample in read_samples(Path(file), lambda ending: ending == "json"):
             names = list(sample.files)

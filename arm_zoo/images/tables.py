@@ -1,4 +1,4 @@
-"""Labelled images of a source as a table in a fixed order, whose bytes are read by index, for training and scoring.
+"""The labelled images of a source, for training and scoring: a table in a fixed order, read by index.
 
 Images stay encoded as they were until they are needed. Folders and uncompressed tars are read in place; parquet files,
 compressed tars and downloads are unpacked once into the cache of `datasets`.
@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     max_pixels: int = MAX_PIXELS  # larger images are not decoded
 
     def open(self) -> IO[bytes]:
-        """The file; raises `OSError` or `UndecodableImage` if it cannot be had."""
+        """The file, opened; raises `OSError` or `UndecodableImage` if that fails."""
         if self.data is None:
             raise UndecodableImage(self.name, "there is no image in this row")
         if not isinstance(self.data, str):
@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
         return open(self.data, "rb")
 
     def read(self) -> bytes:
-        """The file's bytes; raises `UndecodableImage` if they cannot be had."""
+        """The file's bytes; raises `UndecodableImage` if they cannot be read."""
         try:
             with self.open() as file:
                 return file.read()
@@ -118,7 +118,7 @@ class ImageTable(Sequence[Labelled]):
         return ImageTable(self._rows.select(indices), self._reading, [self._numbers[index] for index in indices])
 
     def classes_and_names(self) -> tuple[list[Any], list[str]]:
-        """Row by row, what stands in the label column (None: not asked for), and the image's file, key or row."""
+        """Of all rows, the values of the label column (None: not asked for) and the images' files, keys or numbers."""
         table = self._rows[:]
         columns = self._reading.columns
         image: pa.ChunkedArray = values_at(table, columns.image)
@@ -164,7 +164,7 @@ class OpenedSplit:
         return read_labels(leaves(self.features)[column], self.values, column, self.choices.num_classes, self.name)
 
     def reading(self, classes: Mapping[Any, int] | None) -> Reading:
-        """How its rows become images, with the class index of what stands in the label column."""
+        """How its rows become images; `classes` maps values of the label column to class indices."""
         return Reading(self.name, self.columns, classes, max_pixels=self.choices.max_pixels)
 
 
@@ -177,9 +177,16 @@ def open_split(
     hub: Data | None = None,
     one_class: bool = False,
 ) -> OpenedSplit:
-    """Open one split of a source, "" where the source has a single split; `hub` is the split as it came from the Hub.
+    """Open one split of a source.
 
-    With `one_class` images that lie in the split's folder itself are of the class that is called like it.
+    Args:
+        located: the source.
+        split: train, val or test, or "" if the source is a single split.
+        choices: what the user says about it.
+        labels_needed: whether images have classes.
+        in_sequence: whether it is read as a stream.
+        hub: the split's data, if it came from the Hub.
+        one_class: images directly in the split's folder form one class, named as the folder.
     """
     name, files = f"{located.name} [{split}]" if split else located.name, located.splits.get(split, [])
     note, by_folder = "", False
@@ -197,7 +204,7 @@ def open_split(
     values = None
     if isinstance(data, datasets.Dataset):
         if not len(data):
-            raise SourceError(f"{name} holds no images")
+            raise SourceError(f"{name} holds no images; name a source that has some")
         tops = {path: path if path in features else path.partition(".")[0] for path in columns if path}
         # Columns as they are stored: with their declaration goes the decoding of images. `datasets` also copies it at
         # every step, and the names of thousands of classes take longer than all else.
@@ -223,14 +230,15 @@ def _load_parquet(located: Located, split: str, in_sequence: bool) -> Data:
         cause: BaseException = error
         while cause.__cause__ is not None:  # which `datasets` wraps in general words
             cause = cause.__cause__
-        raise SourceError(f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}") from error
+        said = f"cannot read {located.name!r} as parquet: {type(cause).__name__}: {cause}"
+        raise SourceError(f"{said}; fetch or write the files again") from error
 
 
 def _load_folder(folder: str, labels_needed: bool, located_note: str, one_class: bool) -> tuple[Data, Any, str]:
-    """Paths and classes of a folder of images, a class for each subfolder in natural order; what columns are; a note.
+    """The paths and classes in a folder of images, the declared columns, and a note on files left out.
 
-    `datasets` has a reader of its own for this, which guesses splits from any word in the path, leaves labels out in
-    silence where folders differ in depth, and copies the list of files into its cache.
+    Each subfolder is a class, in natural order. The reader of `datasets` for this guesses splits from any word in the
+    path, silently drops labels where folders differ in depth, and copies the list of files into its cache.
     """
     below = os.path.join(folder, "")
     if not labels_needed:
@@ -252,8 +260,8 @@ def _load_folder(folder: str, labels_needed: bool, located_note: str, one_class:
 
 
 def _table_of_paths(paths: Sequence[str], **columns: pa.Array) -> datasets.Dataset:
-    """Image files as a data set that holds their paths only: as bytes, since not every name is text."""
+    """Image files as a data set of their paths, which are bytes, since not every name of a file is text."""
     files = [pa.nulls(len(paths), pa.binary()), pa.array(map(os.fsencode, paths), pa.binary())]
     table = pa.table({"image": pa.StructArray.from_arrays(files, names=["bytes", "path"]), **columns})
-    # A fingerprint of one's own: to find one, datasets would pickle the table.
+    # Without a fingerprint of its own, datasets would pickle the table to compute one.
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid4().hex)

@@ -32,9 +32,9 @@ class Member:
 
 
 class _Header(tarfile.TarInfo):
-    """A header that has to be there: Python's own takes a tar that is cut before or inside one for a whole tar.
+    """A header that must not be missing: Python takes a tar that is cut before or inside a header for a whole one.
 
-    A whole tar ends with a block of zeros, most have two.
+    A whole tar ends with at least one block of zeros.
     """
 
     @classmethod
@@ -61,6 +61,7 @@ def read_members(path: Path) -> dict[str, Member]:
 
 @contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a damaged tar into a SourceError."""
     try:
         yield
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -108,14 +109,14 @@ class Sample(NamedTuple):
 def read_samples(
     path: Path, is_read: Callable[[str], bool], is_counted: Callable[[Sample], bool] | None = None, first: int = 0
 ) -> Iterator[Sample]:
-    """The samples of a WebDataset shard from number `first` on, in stored order; compressed ones, too.
+    """The samples of a WebDataset shard, compressed or not, from number `first` on and in stored order.
 
     Folders, hidden files and names without a dot belong to no sample.
 
     Args:
-        is_read: called with a file's ending, as in `Sample.files`; whether its bytes are wanted.
-        is_counted: called with a whole sample; whether it is one. None: all are.
-        first: samples before it are passed over without being read.
+        is_read: tells by a file's ending, as in `Sample.files`, whether its bytes are read.
+        is_counted: tells whether a sample counts as one; by default all do.
+        first: samples before this number are skipped without reading their bytes.
     """
     number = 0  # of samples before this one
 
@@ -131,7 +132,7 @@ def read_samples(
             sample = Sample(key, {}, {})
             for _, ending, info in files_of_sample:
                 if ending in sample.files:
-                    raise SourceError(f"{path} holds {printable(f'{key}.{ending}')} twice")
+                    raise SourceError(f"{path} holds {printable(f'{key}.{ending}')} twice; pack it with one of them")
                 sample.files[ending] = Member(path, info.offset_data, info.size)
                 if number >= first and is_read(ending):
                     sample.contents[ending] = archive.extractfile(info).read()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The block that backbones and pretraining models are made of, stacks of it, and what holds for its parameters."""
+"""The block of ARM and Vim, how a stack of blocks runs, and how its parameters are initialised."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     @torch.jit.ignore
     def forward_deferred(self, tokens: Residual, order: Tensor | None) -> Residual:
-        """The block up to its last sum, which is left to the norm that follows it, as its own are to its norms."""
+        """The block without its last residual sum, which the norm after it computes, on GPUs in the same kernel."""
         x, y = tokens.normed(self.norm1)
         tokens = add_branch(x, self.mixer(y, order), self.drop_path)
         if self.mlp is None:
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Residual:
-    """x plus what drop-path leaves of the branch: the factors that it draws are applied with the sum."""
+    """x plus the branch after drop-path, whose random factors are applied together with the sum."""
     if is_plain(branch) and drop_path.training and is_bare(drop_path, DropPath):
         return Residual(x, branch, drop_path(branch.new_ones(branch.shape[0], 1, 1)).flatten())
     return Residual(x, drop_path(branch))
@@ -73,9 +73,12 @@ def run_blocks(
     order: Tensor | None,
     kept: Collection[int],
     checkpointing: bool = False,
-    kind: type[nn.Module] = Block,  # whose method `forward_deferred` gives what its forward pass does
+    kind: type[nn.Module] = Block,  # the class whose blocks may run by `forward_deferred`
 ) -> dict[int, Tensor]:
-    """What the blocks with the numbers `kept`, from 1 on, make of tokens (B, ..., dim); 0 stands for the tokens."""
+    """Run blocks one after the other on tokens (B, ..., dim), and return the outputs of those in `kept` by number.
+
+    The first block is number 1; number 0 stands for the tokens themselves.
+    """
     results = {0: x} if 0 in kept else {}
     tokens = Residual(x)
     block: Any  # which type checkers do not know of a list of modules

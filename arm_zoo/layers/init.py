@@ -16,7 +16,7 @@ def zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Copy values into a parameter of the same shape, of which this process may hold a part (FSDP2 and its like)."""
+    """Copy values into a parameter of the same shape, which may be sharded over several processes (as by FSDP2)."""
     values = values.to(parameter.dtype)
     if not is_plain(parameter):
         from torch.distributed.tensor import DTensor, distribute_tensor  # takes long to import

@@ -17,7 +17,7 @@ torch.fx.wrap("mamba_inner")  # it asks for shapes, types and devices, which are
 
 @register_notrace_module
 class MambaMixer(nn.Module):
-    """Mamba token mixer over K = 1, 2 or 4 directions that share projections; all between them is stacked over K."""
+    """Mamba token mixer over K = 1, 2 or 4 directions, which share both projections; other parameters are stacked."""
 
     def __init__(
         self,

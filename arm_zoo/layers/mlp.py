@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
         return run_linear(self.fc2, gate_halves(run_linear(self.fc1, x)))
 
     def _forward_padded(self, x: Tensor, missing: int) -> Tensor:
-        """The same with more hidden channels, all zero: ARM-L's 2730 keep matrix products off the fast kernels."""
+        """The same with hidden channels of zeros added, as 2730, ARM-L's number, makes matrix products slow."""
         halves = (2, self.fc2.in_features)
         weight = F.pad(self.fc1.weight.unflatten(0, halves), (0, 0, 0, missing)).flatten(0, 1)
         bias = F.pad(self.fc1.bias.unflatten(0, halves), (0, missing)).flatten()

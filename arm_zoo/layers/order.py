@@ -7,8 +7,8 @@ from torch import Tensor
 
 from arm_zoo.layers.sizes import Device
 
-# From the numbers of patches where they lie, (height, width), to these in the order of the visit. A new order is one
-# more row; with `_reversed` behind its name it is the way back.
+# Name -> function from the indices of patches as they lie, (height, width), to these indices in visiting order. A new
+# order is one more row; a name followed by `_reversed` means the way back.
 ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
     "row": lambda grid: grid.flatten(),
     "column": lambda grid: grid.t().flatten(),
@@ -40,14 +40,15 @@ def scan_order(
 
 
 def visible_order(kept: Tensor, height: int, width: int, names: Sequence[str], cls_index: int | None = None) -> Tensor:
-    """Visiting orders of the patches that are left of every image of a `height` x `width` grid, as `scan_order` has.
+    """Visiting orders as of `scan_order` for images of which only some patches are visible, other ones in each image.
 
-    `kept` (B, K) has their numbers, ascending, which is how the tokens are stored, with a class token at `cls_index`
-    if it is given. The int64 table (B, directions, length) has numbers of tokens.
+    `kept` (B, K) has the indices of the visible patches, ascending. Their tokens are stored in this order, with a
+    class token at `cls_index` if it is given. Entry [b, k, t] of the int64 table (B, directions, length) is the token
+    of image b that direction k visits at step t.
     """
     bases = [name.removesuffix("_reversed") for name in names]
     whole = scan_order(height, width, bases, device=kept.device)
-    steps = whole.argsort(dim=1)  # at which patches come
+    steps = whole.argsort(dim=1)  # the step at which each patch comes
     order = steps[:, kept].argsort(dim=-1)  # (directions, B, K)
     if cls_index is not None:
         order, cls_token = order + (order >= cls_index), order.new_full((*order.shape[:2], 1), cls_index)
@@ -66,7 +67,8 @@ def cluster_order(
     (height * width,) has numbers of patches.
     """
     if height % cluster_height or width % cluster_width:
-        raise ValueError(f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid")
+        said = f"clusters of {cluster_height}x{cluster_width} patches do not tile a {height}x{width} grid"
+        raise ValueError(f"{said}; its sides must be multiples of theirs")
     rows, columns = height // cluster_height, width // cluster_width
     grid = torch.arange(height * width, device=device).reshape(rows, cluster_height, columns, cluster_width)
     clusters = grid.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -79,7 +81,7 @@ def sorted_clusters(order: Tensor, keys: Tensor) -> Tensor:
 
 
 def in_order(tokens: Tensor, order: Tensor) -> Tensor:
-    """Tokens (B, N, dim) as an order (T,), or one for each image (B, T), visits them; of B = 1 for all images."""
+    """Tokens (B, N, dim) in the order (T,), or in each image's own order (B, T); B = 1 serves all images."""
     if order.ndim == 1:
         return tokens[:, order]
     return torch.take_along_dim(tokens, order[..., None], dim=1)

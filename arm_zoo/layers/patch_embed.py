@@ -38,6 +38,7 @@ def _run_patch_conv(layer: nn.Module, x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def check_images(x: Tensor, channels: int, size: Pair | None, factory: str) -> None:
+    """ValueError, advising arguments of `factory`, for images of other channels or size (None: any size)."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
             f"expected images (batch, {channels}, height, width), got {tuple(x.shape)}; "
@@ -53,7 +54,7 @@ def check_images(x: Tensor, channels: int, size: Pair | None, factory: str) -> N
 
 @register_notrace_module
 class PatchEmbed(nn.Module):
-    """Image to patch tokens, row by row, overlapping where the stride, which timm's own lacks, is below the patch."""
+    """Image to patch tokens, row by row; unlike timm's own it has a stride, so that patches may overlap."""
 
     img_size: Pair
     grid_size: Pair
@@ -74,7 +75,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = to_2tuple(patch_size)
         self.patch_stride = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
         self.in_chans, self.strict_img_size = in_chans, strict_img_size
-        self.factory = factory  # what makes the model, for messages
+        self.factory = factory  # the function that makes the model, for messages
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
         self.reset_parameters()

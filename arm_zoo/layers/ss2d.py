@@ -76,7 +76,7 @@ class SS2D(nn.Module):
         return self.out_proj(self.out_norm(self.scan(u.flatten(1, 2), order).unflatten(1, x.shape[1:3])))
 
     def scan(self, u: Tensor, order: Tensor, norm: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-        """The sum of all directions' scans of tokens (B, L, inner), or its norm: weight, bias and eps."""
+        """The sum of all directions' scans of tokens (B, L, inner), or its layer norm by weight, bias and eps."""
         directions = self.x_proj_weight.shape[0]
         projected = F.linear(u, self.x_proj_weight.flatten(0, 1))  # of tokens, so one product for all directions
         projected = projected.unflatten(-1, (directions, -1)).permute(2, 0, 1, 3)  # (K, B, L, rank + 2)

@@ -1,4 +1,4 @@
-"""The families of backbones, a file each; one that is imported here is registered."""
+"""The families of backbones, one file each; importing a file registers its models with timm."""
 
 from arm_zoo.models import arm as arm
 from arm_zoo.models import vim as vim

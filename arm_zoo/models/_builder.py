@@ -1,4 +1,4 @@
-"""What makes the models of any family timm's: entry points, arguments, weights and config.json."""
+"""How the models of a family become timm models: entry points, arguments, weights and config.json."""
 
 import dataclasses
 import inspect
@@ -43,23 +43,23 @@ class Architecture:
     arguments: Mapping[str, Any]
 
     def sizes(self, name: str) -> dict[str, Any]:
-        """All arguments with their values: of the class, of the configuration, of the table."""
+        """All arguments with values: the class's defaults, the entry's input size, and its own arguments."""
         defaults = {key: value.default for key, value in inspect.signature(self.model_class).parameters.items()}
         cfg: Any = get_pretrained_cfg(name)
         return {**defaults, "in_chans": cfg.input_size[0], "img_size": cfg.input_size[1:], **self.arguments}
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
-SHORT_NAMES: dict[str, str] = {}  # to the long ones
+SHORT_NAMES: dict[str, str] = {}  # short name -> architecture
 
 
 def register_family(
     model_class: "type[Backbone]", table: Mapping[str, Mapping[str, Any]], short_names: Mapping[str, str]
 ) -> None:
-    """Register models by the arguments that make them; the module of the class has timm's `default_cfgs`."""
+    """Register models, name -> arguments, with timm; the module of the class must define timm's `default_cfgs`."""
     ARCHITECTURES.update((name, Architecture(model_class, arguments)) for name, arguments in table.items())
     SHORT_NAMES.update(short_names)
-    for name, architecture in {**dict(zip(table, table, strict=True)), **short_names}.items():
+    for name, architecture in {**{name: name for name in table}, **short_names}.items():
         _register_entry_point(name, architecture, model_class.__module__)
 
 
@@ -72,7 +72,7 @@ def _register_entry_point(name: str, architecture: str, module: str) -> None:
     setattr(sys.modules[module], name, register_model(entry_point))
 
 
-_CONFIG = {  # of an entry for ImageNet-1k, where its own says nothing else
+_CONFIG = {  # timm's configuration of an entry for ImageNet-1k; entries overrule parts of it
     "num_classes": 1000,
     "input_size": (3, 224, 224),
     "pool_size": None,
@@ -88,11 +88,12 @@ _CONFIG = {  # of an entry for ImageNet-1k, where its own says nothing else
 
 
 def entry_configs(cfgs: Mapping[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
-    """timm's `default_cfgs`, plus where the weights are, which `timm.list_pretrained()` reads."""
+    """timm's `default_cfgs`, with the places of weights, by which `timm.list_pretrained()` knows them."""
     return dict(generate_default_cfgs({entry: {**_CONFIG, **cfg, **_place(entry)} for entry, cfg in cfgs.items()}))
 
 
 def _place(entry: str) -> dict[str, str]:
+    """Where an entry's weights are, as timm's configurations say it; empty if they cannot be fetched."""
     weights = TABLE.get(entry)
     if weights is not None and weights.where == "bundled":
         return {"file": str(bundled_file(entry))}
@@ -141,7 +142,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDict:
-    """A checkpoint for a model with a head for as many classes as timm, which drops or keeps it, is told here."""
+    """Fit a checkpoint to a model, and tell timm how many classes it has: timm keeps or drops the head by that."""
     cfg = model.pretrained_cfg
     head = cfg["classifier"]
     state_dict = under_our_names(state_dict, model.official_names)
@@ -159,7 +160,7 @@ def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDic
 
 
 def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:
-    """The tensors: the caller's, the package's own, or fetched, from the Hub or from the authors; None: timm looks."""
+    """The tensors that the caller gives or names, or else those of the entry; None leaves the reading to timm."""
     entry = f"{name}.{cfg.tag}" if cfg.tag else name
     own = (get_pretrained_cfg(entry) if entry in TABLE else None) or PretrainedCfg()
     path = Path(cfg.file or "")
@@ -184,9 +185,9 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
 class Backbone(ZooModel):
     """A model of any family that is saved in timm's Hub form."""
 
-    feature_maps = 3  # of the last ones, that `features_only` gives unless it is told which
-    pretraining_keys: frozenset[str] = frozenset()  # those that only the pretraining models of this class have
-    untrained = ("cls_token", "norm.", "head.")  # how names of tensors start that pretraining does not train
+    feature_maps = 3  # how many of the last ones `features_only` gives by default
+    pretraining_keys: frozenset[str] = frozenset()  # `keys` that only its pretraining models have
+    untrained = ("cls_token", "norm.", "head.")  # prefixes of the tensors that pretraining does not train
     global_pools: tuple[str, ...] = ("avg", "token", "")  # the poolings that the model has, '' for none
     pretrained_cfg: dict[str, Any]  # set by timm
 
@@ -198,7 +199,7 @@ class Backbone(ZooModel):
         self.global_pool = global_pool
 
     def make_head(self: Any, **dd: Any) -> nn.Module:
-        """The last layer, or none without classes, of a device and type."""
+        """A new head on a device and of a type: one linear layer, or an identity if there are no classes."""
         return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
 
     def _init_head(self: Any) -> None:
@@ -221,7 +222,7 @@ class Backbone(ZooModel):
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:
-        """What people want to know of the layers: their width, depth and patches."""
+        """Width, depth and patches in words, for `python -m arm_zoo info`."""
         raise NotImplementedError
 
     @torch.jit.ignore

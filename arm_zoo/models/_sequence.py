@@ -1,4 +1,4 @@
-"""Backbones of one sequence of patches with a class token in its middle: what ARM, Vim and their like share."""
+"""What ARM, Vim and similar backbones share: one sequence of patches with a class token in its middle."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,17 +37,17 @@ def order_for(directions: list[str], height: int, width: int, device: torch.devi
 class SequenceBackbone(Backbone):
     """Patches and a class token, learned position embeddings, blocks of Mamba mixers, a norm and a linear head.
 
-    The class of a family says which directions its mixers scan, and what its blocks have. A `block_class` of its own
-    is called as `Block` is, with the tokens' width, the number of directions and the states per channel, then by name
-    `drop_path`, `norm_layer`, `device`, `dtype` and what `block` adds. Its `forward(x, order)` turns tokens
-    (B, N + 1, dim), which `float32_residual` keeps in float32, and the order table (directions, N + 1) into such
-    tokens. A `MambaMixer` is initialised and exempt from weight decay as in `Block`, wherever in the block it is; a
-    family without one overrides `read_shapes`.
+    A family's class says in which directions its mixers scan and what its blocks are. A `block_class` of its own is
+    called like `Block`: with the width of tokens, the number of directions and the states per channel, then by keyword
+    with `drop_path`, `norm_layer`, `device`, `dtype` and all that `block` holds. Its `forward(x, order)` takes tokens
+    (B, N + 1, dim), in float32 if `float32_residual`, and the order table (directions, N + 1), and returns such
+    tokens. A `MambaMixer` anywhere in such a block is initialised and exempt from weight decay as in `Block`; a family
+    without `MambaMixer` overrides `read_shapes`.
     """
 
     directions: list[str]  # names for `scan_order`
     block_class: Callable[..., nn.Module] = Block
-    block: Mapping[str, Any] = MappingProxyType({})  # its arguments that all sizes share
+    block: Mapping[str, Any] = MappingProxyType({})  # arguments of the block that all sizes share
     float32_residual = False  # whether tokens stay in float32 between blocks of a lower type
     default_norm: Callable[..., nn.Module] = staticmethod(partial(nn.LayerNorm, eps=1e-5))
     dynamic_img_size: bool
@@ -129,12 +129,12 @@ class SequenceBackbone(Backbone):
     def make_block(
         cls, embed_dim: int, directions: int, d_state: int, norm_layer: Callable[..., nn.Module], **keywords: Any
     ) -> nn.Module:
-        """A block of the family, which a pretraining model has too."""
+        """A block of the family; pretraining models make theirs by it too."""
         return cls.block_class(embed_dim, directions, d_state, norm_layer=norm_layer, **cls.block, **keywords)
 
     @classmethod
     def drop_path_rates(cls, drop_path_rate: float, depth: int) -> list[float]:
-        """The rates of the blocks in turn."""
+        """The drop-path rate of each block."""
         return cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))
 
     def _init_own_weights(self) -> None:
@@ -159,7 +159,7 @@ class SequenceBackbone(Backbone):
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:
-        """What people want to know of the layers: their width, depth and patches."""
+        """See `Backbone.geometry`."""
         embed = self.patch_embed
         patch, stride, grid = ("x".join(map(str, s)) for s in (embed.patch_size, embed.patch_stride, embed.grid_size))
         patches = f"{patch}, stride {stride}, grid {grid}"
@@ -288,7 +288,8 @@ class SequenceBackbone(Backbone):
         if (states.ndim, patches.ndim, table.ndim) != (3, 4, 3):
             shapes = f"{tuple(states.shape)}, {tuple(patches.shape)} and {tuple(table.shape)}"
             names = "A_log, patch_embed.proj.weight and pos_embed"
-            raise CheckpointError(f"this is no {cls.__name__} checkpoint: {names} have the shapes {shapes}")
+            said = f"this is no {cls.__name__} checkpoint: {names} have the shapes {shapes}"
+            raise CheckpointError(f"{said}; expected 3, 4 and 3 axes")
         refuse_foreign_head(source)
         sizes: dict[str, Any] = {"embed_dim": table.shape[2], "depth": depth, "d_state": states.shape[2]}
         sizes |= {"patch_size": one_or_two(patches.shape[2:]), "in_chans": patches.shape[1]}

@@ -13,7 +13,7 @@ from arm_zoo.weights.tensor_names import MIXER_NAMES, OfficialNames
 
 DIRECTIONS = ["row", "row_reversed", "column", "column_reversed"]  # of the scans (paper, section 3.3)
 
-# Of the backbone, and of its pretraining model, whose checkpoints become backbones too.
+# Of the backbone, and of its pretraining model, whose checkpoints are loaded into backbones too.
 OFFICIAL_NAMES = OfficialNames(
     [
         *MIXER_NAMES,
@@ -47,7 +47,7 @@ class ARM(SequenceBackbone):
 
     @classmethod
     def drop_path_rates(cls, drop_path_rate: float, depth: int) -> list[float]:
-        """Block i has the linear rule's rate of i - 1, as in the official training: none has the full rate."""
+        """As in the official training, block i has the rate that the linear rule gives to block i - 1."""
         return [0.0, *super().drop_path_rates(drop_path_rate, depth)[:-1]]
 
 

@@ -33,6 +33,7 @@ GlobalPool = Literal["avg", ""]
 _MLP_RATIO = 4
 
 torch.fx.wrap("check_images")  # sizes are not known while a model is traced
+torch.fx.wrap("order_for")
 
 _BLOCK = "layers.{}.blocks.{}.", "stages.{}.blocks.{}."
 OFFICIAL_NAMES = OfficialNames(
@@ -130,7 +131,7 @@ class VMambaBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks over one map, after the step down from the map before it."""
+    """Blocks over one map, which `downsample` makes from the map of the stage before."""
 
     def __init__(self, downsample: nn.Module, blocks: list[VMambaBlock]) -> None:
         super().__init__()
@@ -231,7 +232,8 @@ class VMamba(Backbone):
         if (stem.ndim, patches.ndim) != (4, 4) or in_proj.ndim < 2 or in_proj.shape[1] == 0:
             shapes = f"{tuple(stem.shape)}, {tuple(patches.shape)} and {tuple(in_proj.shape)}"
             raise CheckpointError(
-                f"this is no VMamba checkpoint: the convolutions of patch_embed and in_proj have the shapes {shapes}"
+                f"this is no VMamba checkpoint: the convolutions of patch_embed and in_proj have the shapes {shapes}; "
+                "expected 4, 4 and at least 2 axes"
             )
         refuse_foreign_head(source)
         names = (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in source)
@@ -249,7 +251,7 @@ class VMamba(Backbone):
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:
-        """Widths, depths and strides of the stages, for `python -m arm_zoo info`."""
+        """See `Backbone.geometry`; widths, depths and strides are those of the stages."""
         width, stride = (", ".join(str(info[key]) for info in self.feature_info) for key in ("num_chs", "reduction"))
         stages: Any = self.stages
         depth = ", ".join(str(len(stage.blocks)) for stage in stages)

@@ -1,8 +1,8 @@
 """The selective scan of Mamba over images: K directions at once, channels last, with named backends.
 
-Sequences lie in scan order. The tables of `arm_zoo.layers.order` say which token a step is; they are read where a
-sequence is made (`causal_conv`) and where the directions meet again (`selective_scan`), and nowhere else. Directions
-that share their input need no sequences: then `selective_scan` reads tokens where they lie, step by step.
+Sequences lie in scan order. The tables of `arm_zoo.layers.order` say which token each step visits. They are needed
+only where sequences are made from tokens (`causal_conv`) and where the directions are merged (`selective_scan`). If
+all directions share their input, no sequences are made: `selective_scan` reads each step's token where it lies.
 """
 
 from arm_zoo.ops.backends import available_backends, get_scan_backend, scan_backend, set_scan_backend

@@ -1,4 +1,4 @@
-"""Which code runs the scan: backends by name, chosen per process or per block of code, or by ARM_ZOO_SCAN at start."""
+"""The backends that can run the scan, chosen by name for the process, a block of code, or by ARM_ZOO_SCAN at start."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ _logger = logging.getLogger("arm_zoo.ops")
 
 
 class Package(NamedTuple):
-    """A package that a backend needs: its module, its name, how to install it, and what old versions lack."""
+    """A package that a backend needs: its module, its name, how to install it, and names that old versions lack."""
 
     module: str
     name: str
@@ -27,16 +27,22 @@ class Package(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """Requirements, accepted calls and traits of a backend. Its module gets checked inputs and defines:
-    causal_conv(x, weight, bias, order) -> u: (B, L, D) -> (K, B, L, D), as `arm_zoo.ops` says; order (K, L) or None
-    causal_conv_backward(grad, x, weight, bias, order) -> gradients of x, weight, bias, from that of u
-    selective_scan(scan, save_states, gate) -> y (B, L, D) of `ScanInputs`, also with steps of low rank, times
-        SiLU(gate) (B, L, D) if that is not None; and `empty_states`, to be filled if save_states
-    selective_scan_backward(grad, scan, saved) -> gradients of u, whole delta, A, B, C, D, delta_bias, from that of y
-    With own_kernels also these, whose last inputs are memory for results: gate_backward(grad, z, y, grad_z, grad_y),
-    selective_scan(..., y without gate), causal_conv_backward(..., grad_x); and selective_scan(..., norm=`Norm`) gives
-    the layer norm of y. `reference` has only the first without gradient and selective_scan(scan) -> y, which autograd
-    derives.
+    """What a backend needs, which calls it takes, and how it computes.
+
+    Its module gets inputs that were checked, and defines these functions (shapes are as in `arm_zoo.ops`):
+
+    causal_conv(x, weight, bias, order) -> u: tokens (B, L, D) -> sequences (K, B, L, D); order (K, L) may be None.
+    causal_conv_backward(grad, x, weight, bias, order) -> the gradients of x, weight and bias, given that of u.
+    selective_scan(scan, save_states, gate) -> y (B, L, D) and saved states. `scan` is `ScanInputs`, also with step
+        sizes of low rank; y is multiplied by SiLU(gate), (B, L, D), unless gate is None; the states are memory by
+        `empty_states`, filled if save_states.
+    selective_scan_backward(grad, scan, saved) -> the gradients of u, whole delta, A, B, C, D and delta_bias, given
+        that of y.
+
+    With own_kernels there is also gate_backward(grad, z, y, grad_z, grad_y). Its last two inputs are memory for the
+    results, and so is one more input of selective_scan, for y without gate, and of causal_conv_backward, for grad_x.
+    Then selective_scan(..., norm=`Norm`) gives the layer norm of y. The module of `reference` has only causal_conv and
+    selective_scan(scan) -> y, whose gradients autograd derives.
     """
 
     module: str
@@ -44,13 +50,13 @@ class Backend(NamedTuple):
     device: str | None = None  # the type of device that it runs on; None for any
     dtypes: tuple[torch.dtype, ...] = ()  # of the sequences; none for any
     compute_capability: tuple[int, int] | None = None  # the least, of NVIDIA GPUs; None for any GPU
-    auto: int = 0  # its place in the choice of "auto", which takes the highest that fits and runs; 0: never
-    plain: bool = False  # gates and norms run in PyTorch too; with other backends Triton kernels do them
-    interpreted: bool = False  # runs on the CPU, too, with TRITON_INTERPRET=1
-    saves_states: bool = True  # for the backward pass; else that scans again
-    directions_inside: bool = False  # convolved sequences have steps before directions in memory
-    token_order: bool = True  # takes sequences in token order where they lie; else they are copied in scan order
-    own_kernels: bool = False  # kernels that train through one operator, and save states of 16-bit sequences in 16
+    auto: int = 0  # its rank for "auto", which chooses the highest that fits and runs; 0: never chosen
+    plain: bool = False  # gates and norms run in PyTorch, too; with all other backends Triton's kernels may run them
+    interpreted: bool = False  # runs on the CPU, too, if TRITON_INTERPRET=1
+    saves_states: bool = True  # for the backward pass, which scans again if there are none
+    directions_inside: bool = False  # in memory, convolved sequences have the axis of steps before that of directions
+    token_order: bool = True  # reads tokens where they lie; else they are copied into scan order first
+    own_kernels: bool = False  # trains a mixer as one operator, and saves states of 16-bit sequences in 16 bits
 
     def why_not_here(self) -> str | None:
         """Why the backend cannot run here, with what to do about it; None if it can."""
@@ -145,10 +151,11 @@ class _Choice:
 
 
 def _thread() -> int | None:
-    return None if torch.compiler.is_compiling() else threading.get_ident()  # which compiled code cannot ask for
+    return None if torch.compiler.is_compiling() else threading.get_ident()  # compiled code cannot ask for it
 
 
-# The process's own choice, then those of open blocks, in any thread; the last one counts. Every change is one step.
+# The choice of the process, then those of the open blocks of all threads; the last one is in force. Each change to the
+# list is atomic.
 _choices = [_Choice(_from_environment())]
 
 
@@ -160,8 +167,9 @@ def get_scan_backend() -> str:
 def set_scan_backend(name: str) -> None:
     """Choose the backend of every later scan in this process; in a `scan_backend` block, until the block ends.
 
-    "auto" takes `cuda` or else `triton` on CUDA, and `numba` for float32 on the CPU, each where it is installed; else,
-    and always for float64, `torch`; and `reference` for derivatives by torch.func and forward-mode ones.
+    "auto" chooses `cuda` or else `triton` on CUDA devices, and `numba` for float32 on the CPU, if they are installed.
+    Otherwise, and always for float64, it chooses `torch`. For derivatives by torch.func and in forward mode it chooses
+    `reference`.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here; the message says what can, or what to install.
@@ -186,17 +194,17 @@ def scan_backend(name: str) -> Iterator[None]:
         _choices.remove(choice)
 
 
-# Runs as it is while a model is traced, where transforms are at work as they are outside.
+# Runs as plain Python while a model is traced, where the same transforms are active as outside.
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether derivatives are at work that custom operators drop without a word: torch.func's or forward-mode ones."""
+    """Whether torch.func or forward mode is differentiating, which custom operators would silently ignore."""
     derivatives = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(level.key() in derivatives for level in levels)
 
 
 def resolve_backend(x: Tensor) -> str:
-    """The backend that a call on `x` runs on; ValueError if the one in force takes no such tensors or derivatives."""
+    """The backend to run a call on `x`; ValueError if the one in force takes no such tensors or derivatives."""
     if x.is_meta:  # nothing is computed: the shapes are the same for all
         return "torch"
     selected = get_scan_backend()
@@ -216,10 +224,10 @@ def resolve_backend(x: Tensor) -> str:
     return selected
 
 
-# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
+# Runs as plain Python while a model is traced: within a trace, some versions of torch take all compilation for export.
 @torch.compiler.assume_constant_result
 def _choose(device: str, dtype: torch.dtype) -> str:
-    """The best backend for such tensors that is installed, `torch` in exports, which run anywhere."""
+    """The best installed backend for such tensors; `torch` for exports, which may run anywhere."""
     _check_onnx_export(dtype)
     if torch.compiler.is_exporting():
         return "torch"
@@ -234,7 +242,7 @@ def _choose(device: str, dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result
 def _check_onnx_export(dtype: torch.dtype) -> None:
-    """Refuse an export to ONNX that cannot end well, before its own error, which does not say what to do."""
+    """Refuse an export to ONNX that would fail later with an error that does not say what to do."""
     if not torch.onnx.is_in_onnx_export():
         return
     if torch.jit.is_tracing() or "arm_zoo.onnx" not in sys.modules:

@@ -15,6 +15,7 @@ _Shaped = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
 
 
 def _check_axes(operation: str, name: str, tensor: Tensor, *axes: str) -> None:
+    """ValueError unless the tensor has floating-point numbers and these axes, with at least one step or state."""
     needed = next(axis for axis in axes if axis in _SINGULAR)
     if tensor.ndim != len(axes) or not tensor.is_floating_point() or tensor.shape[axes.index(needed)] == 0:
         raise ValueError(
@@ -24,7 +25,7 @@ def _check_axes(operation: str, name: str, tensor: Tensor, *axes: str) -> None:
 
 
 def _check(operation: str, name: str, first: Tensor, others: _Shaped) -> None:
-    """Compiled kernels do not look: what is missing, or on another device, would be read from whatever lies there."""
+    """ValueError for other shapes or devices than needed: kernels do not check, and would read any memory."""
     for other, (tensor, shape) in others.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{operation}: {other} is {(*tensor.shape,)}, {name} {(*first.shape,)} needs {shape}")
@@ -35,7 +36,7 @@ def _check(operation: str, name: str, first: Tensor, others: _Shaped) -> None:
 
 
 def _table(order: Tensor | None) -> Tensor | None:
-    """Kernels read a table of orders as it lies in memory: direction by direction, in 64 bits."""
+    """The table of orders as kernels read it: contiguous and in 64 bits."""
     return None if order is None else order.to(torch.int64).contiguous()
 
 
@@ -44,7 +45,7 @@ def _shape_of_table(order: Tensor | None, batch: int, directions: int, length: i
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of any of these, or of a model that torch.jit.trace makes may."""
+    """Whether autograd will need the gradient of any of these; models traced by torch.jit may need it later."""
     asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return asked or torch.jit.is_tracing()
 
@@ -58,18 +59,19 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend
 def _scan(scan: ScanInputs, z: Tensor | None, backend: str, norm: Norm | None = None) -> Tensor:
     if not BACKENDS[backend].token_order or is_per_image(scan.order):
         scan = scan.in_scan_order()
+    *inputs, _ = scan  # by name or by unpacking: torch 2.8 compiles no slice of a named tuple
     if scan.log_rates:
-        return torch.ops.arm_zoo.selective_scan_log(*scan[:-1], z, backend)
+        return torch.ops.arm_zoo.selective_scan_log(*inputs, z, backend)
+    needed = needs_gradient(scan.u, scan.delta, scan.A, scan.B, scan.C, scan.D, scan.delta_bias, scan.delta_weight)
     if backend == "reference":
         y = reference.selective_scan(scan)
-    elif norm is not None and BACKENDS[backend].own_kernels and not needs_gradient(*scan[:8], *norm[:2]):
-        y, norm = torch.ops.arm_zoo.selective_scan_norm(*scan[:-1], *norm, backend), None
+    elif norm is not None and BACKENDS[backend].own_kernels and not (needed or needs_gradient(norm.weight, norm.bias)):
+        y, norm = torch.ops.arm_zoo.selective_scan_norm(*inputs, *norm, backend), None
     else:
-        save_states = needs_gradient(*scan[:8])
         # training applies the gate outside, where autograd and the compiler see it
         fits = norm is None and z is not None and z.dtype == scan.u.dtype
-        inside = fits and not (save_states or needs_gradient(z))
-        y = torch.ops.arm_zoo.selective_scan(*scan[:-1], save_states, z if inside else None, backend)[0]
+        inside = fits and not (needed or needs_gradient(z))
+        y = torch.ops.arm_zoo.selective_scan(*inputs, needed, z if inside else None, backend)[0]
         z = None if inside else z
     if norm is not None:
         y = F.layer_norm(y, norm.weight.shape, *norm).to(scan.u.dtype)
@@ -91,7 +93,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None = 
         (directions, batch, length, channels) in scan order and the dtype of x, computed in at least float32.
 
     Raises:
-        ValueError: for tensors whose shapes do not fit each other, or on several devices; as for all operations here.
+        ValueError: for shapes that do not fit together, or tensors on several devices; so do all operations here.
     """
     _check_axes("causal_conv", "x", x, "batch", "length", "channels")
     (batch, length, channels), directions = x.shape, len(weight)
@@ -106,17 +108,17 @@ def selective_scan(
     delta_bias: Tensor | None = None, delta_softplus: bool = True, order: Tensor | None = None,
     delta_weight: Tensor | None = None, mean: bool = True, norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Selective scan of K directions at once, their mean in token order, gated by SiLU(z) (paper, section 3.1).
+    """Selective scan of K directions at once: their mean in token order, gated by SiLU(z) (paper, section 3.1).
 
     Per direction and channel, from h = 0 and with d = softplus(delta + delta_bias):
-    h_t = exp(d_t A) h_{t-1} + d_t u_t B_t and y_t = C_t . h_t + D u_t. The gate is a factor per token, so gating the
-    mean equals the mean of gated directions. FLOP counters count the matrix products around the recurrence, not the
-    recurrence itself, which takes about 6 operations per direction, step, channel and state.
+    h_t = exp(d_t A) h_{t-1} + d_t u_t B_t and y_t = C_t . h_t + D u_t. The gate is a factor of each token, so the
+    gated mean equals the mean of the gated directions. FLOP counters count the matrix products around the recurrence,
+    not the recurrence itself, which takes about 6 operations per direction, step, channel and state.
 
     Args:
-        u: (directions, batch, length, channels) inputs in scan order; or (batch, length, channels), the same for all
-            directions, in token order, and so are then delta, B and C, of which kernels take the rows by `order`; a
-            table for each image copies them.
+        u: (directions, batch, length, channels) inputs in scan order; or (batch, length, channels), the same inputs
+            for all directions, in token order. In the second case delta, B and C are in token order, too, and kernels
+            read their rows by `order`; if each image has its own table, they are copied.
         delta: (directions, batch, length, channels), the step size before its bias and softplus; with `delta_weight`,
             its last size is the rank.
         A: (directions, channels, d_state), negative.
@@ -125,9 +127,9 @@ def selective_scan(
         z: (batch, length, channels) gate in token order; None leaves the output ungated.
         delta_softplus: apply softplus to the step size.
         order: as in `causal_conv`.
-        delta_weight: (directions, channels, rank); step sizes are delta times its transpose, not kept for backward.
-        mean: the mean of the directions, as in ARM and Vim; False for their sum, as in VMamba.
-        norm: weight and bias (channels) and eps of a layer norm of that, before the gate; None for none.
+        delta_weight: (directions, channels, rank); step sizes are delta times its transpose, made anew in backward.
+        mean: return the mean of the directions, as in ARM and Vim, or else their sum, as in VMamba.
+        norm: weight and bias (channels) and eps of a layer norm after the merge and before the gate.
 
     Returns:
         (batch, length, channels) in token order and the dtype of u. State and sums are float32 (float64 for float64).
@@ -157,19 +159,20 @@ def mamba_inner(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor,
     dt_proj_bias: Tensor, A: Tensor, D: Tensor, order: Tensor | None = None, log_rates: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Everything between a Mamba mixer's projections in and out: convolution, x_proj, `selective_scan` and gate.
+    """Everything between the input and output projections of a Mamba mixer: convolution, x_proj, scan and gate.
 
-    In training our kernels do it as one operator, which recomputes convolved sequences and whole step sizes.
+    In training, our kernels run it as one operator, whose backward pass computes convolved sequences and whole step
+    sizes anew.
 
     Args:
-        xz: (batch, length, 2 * channels) tokens, then their gates, as the projection in makes them.
+        xz: (batch, length, 2 * channels) tokens and their gates, side by side, as the input projection makes them.
         conv_weight: (directions, channels, taps).
         conv_bias, dt_proj_bias, D: (directions, channels).
         x_proj_weight: (directions, rank + 2 * d_state, channels): step sizes of low rank, B and C, in this order.
         dt_proj_weight: (directions, channels, rank).
         A: (directions, channels, d_state), negative.
         order: as in `causal_conv`.
-        log_rates: A holds log(-A) instead, as models train it; in inference our kernels make rates of it themselves.
+        log_rates: whether A holds log(-A), as models train it; in inference our kernels take it as it is.
 
     Returns:
         (batch, length, channels) in token order and the dtype of xz.
@@ -177,7 +180,9 @@ def mamba_inner(
     _check_axes("mamba_inner", "xz", xz, "batch", "length", "2 * channels")
     (batch, length, both), directions = xz.shape, len(conv_weight)
     if both % 2:
-        raise ValueError(f"mamba_inner: xz has as many gates as tokens' channels, side by side, got {both} in all")
+        raise ValueError(
+            f"mamba_inner: the last axis of xz must hold channels and as many gates, an even number, got {both}"
+        )
     _check_axes("mamba_inner", "A", A, "directions", "channels", "d_state")
     channels, rank, d_state = both // 2, dt_proj_weight.shape[-1], A.shape[-1]
     channel = (directions, channels)

@@ -1,4 +1,4 @@
-"""Custom operators for the fused gate, SwiGLU, residual + norm and convolution + SiLU kernels, and their uses."""
+"""Custom operators for fused kernels (gates, SwiGLU, residual sum with norm, convolution with SiLU), and their use."""
 
 import importlib
 import math
@@ -18,30 +18,30 @@ from arm_zoo.ops.operators import register
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-_MANY_ROWS = 4096  # from so many tokens on the kernels are faster than PyTorch's own
+_MANY_ROWS = 4096  # from this number of tokens on the kernels are faster than PyTorch
 _HALVES = (torch.bfloat16, torch.float16)
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def is_bare(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the layer does what its class does and no more: not wrapped, replaced, patched or hooked."""
+    """Whether a call of the layer runs its class's `forward` and no more: no subclass, patch, hook or compilation."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     changed = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
     return type(layer) is kind and not changed and not any(hooks) and not _has_any_global_hook()
 
 
 def is_plain(tensor: Any) -> TypeGuard[Tensor]:
-    """Whether this tensor holds its numbers itself: not quantised, sharded, sparse, or a symbol of torch.fx."""
+    """Whether this is an ordinary dense tensor: not quantised, sharded, sparse, or a symbol of torch.fx."""
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
 
 def is_plain_layer(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Whether other code may do in the layer's stead what its class does with its weight and bias."""
+    """Whether other code may compute the layer's result from its weight and bias instead of calling it."""
     return is_bare(layer, kind) and all(t is None or is_plain(t) for t in (layer.weight, getattr(layer, "bias", None)))
 
 
 def layer_norm_of(layer: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and eps of a layer norm that the operation before it may do in its stead; else None."""
+    """Weight, bias and eps of a layer norm that may be computed by the operation before it; else None."""
     if not is_plain_layer(layer, nn.LayerNorm) or layer.weight is None or layer.bias is None:
         return None
     return layer.weight, layer.bias, layer.eps
@@ -64,14 +64,19 @@ def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 @torch.fx.wrap  # the type is not known while a model is traced
 def in_type_of(weight: Tensor, x: Tensor) -> Tensor:
-    """Tokens kept in float32, in the type of the weights that take them; others as they are."""
+    """Float32 tokens in the type of the weights that are applied to them; tokens of other types unchanged."""
     return x.to(weight.dtype) if x.dtype == torch.float32 else x
 
 
-def run_norm(layer: Any, x: Tensor) -> Tensor:
-    """`layer(x)`; what a norm makes of a residual kept in float32 has the type of its weight, or autocast's.
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or in its own type if that is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    PyTorch's own RMSNorm is computed in the type of x, and others in that of their weight.
+
+def run_norm(layer: Any, x: Tensor) -> Tensor:
+    """`layer(x)`; for a residual kept in float32, the result has the type of the norm's weight, or autocast's.
+
+    PyTorch's own RMSNorm computes in the type of x, other norms in that of their weight.
     """
     if (weight := getattr(layer, "weight", None)) is None:
         return layer(x)
@@ -98,7 +103,7 @@ def gate_halves(halves: Tensor) -> Tensor:
 
 
 def _kernel(module: str, name: str) -> Callable[..., Any]:
-    """A function of `arm_zoo.ops.triton`, loaded when it is called: not every build of torch brings Triton."""
+    """A function of `arm_zoo.ops.triton`, imported when it is called, as not every build of torch has Triton."""
     return lambda *inputs: getattr(importlib.import_module(f"arm_zoo.ops.triton.{module}"), name)(*inputs)
 
 
@@ -175,7 +180,7 @@ register(
     "(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)",
     _kernel("conv2d", "conv2d_silu_backward"),
     fake=lambda grad, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-    flops=lambda grad, x, *_, **__: 2 * _conv2d_flops(x),  # what is made anew does not count
+    flops=lambda grad, x, *_, **__: 2 * _conv2d_flops(x),  # what is computed anew does not count
 )
 register(
     "conv2d_silu",
@@ -189,12 +194,12 @@ register(
 
 
 def _has_kernel(device: int, *, hopper: bool) -> bool:
-    """Whether this GPU may run Triton's kernels, or that for Hopper GPUs: not exported, transformed or refused."""
+    """Whether this GPU can run Triton's kernels (`hopper`: that for Hopper GPUs), and nothing speaks against it."""
     plain = (name := get_scan_backend()) in BACKENDS and BACKENDS[name].plain
     return not (plain or is_transformed()) and _runs_kernels(device, hopper)
 
 
-# Runs as it is while a model is traced: within a trace, some versions of torch say that every compilation exports.
+# Runs as plain Python while a model is traced: within a trace, some versions of torch take all compilation for export.
 @torch.compiler.assume_constant_result
 def _runs_kernels(device: int, hopper: bool) -> bool:
     if torch.compiler.is_exporting() or why_not("triton") is not None:
@@ -203,18 +208,18 @@ def _runs_kernels(device: int, hopper: bool) -> bool:
 
 
 def _fit(*tensors: Tensor) -> bool:
-    """Whether the kernels take tensors of these types, all of one unless autocast brings them together."""
+    """Whether the kernels take these types: no float64, and all the same unless autocast converts them."""
     autocast = torch.is_autocast_enabled("cuda")
     return all(t.dtype != torch.float64 and (autocast or t.dtype == tensors[0].dtype) for t in tensors)
 
 
 def _are_many(x: Tensor) -> bool:
-    """Whether so many tokens are faster in a kernel; asked last, as it binds a compiled model to the answer."""
+    """Whether a kernel is faster for that many tokens; asked last, as compiled models are bound to the answer."""
     return math.prod(x.shape[:-1]) >= _MANY_ROWS
 
 
 def adds_in_norm(x: Tensor, norm: nn.Module) -> bool:
-    """Whether one kernel makes a residual sum like these tokens (B, ..., D) and this norm of it."""
+    """Whether one kernel can compute a residual sum of this type and shape (B, ..., D) together with its norm."""
     if not (is_plain(x) and x.is_cuda and (is_plain_layer(norm, nn.LayerNorm) or is_plain_layer(norm, nn.RMSNorm))):
         return False
     if norm.normalized_shape != x.shape[-1:] or norm.weight is None or norm.eps is None:
@@ -227,7 +232,7 @@ def adds_in_norm(x: Tensor, norm: nn.Module) -> bool:
 
 
 class Residual(NamedTuple):
-    """Tokens (B, ..., D) whose last sum, x + scale * branch, waits for the norm after it: one kernel makes both."""
+    """Tokens (B, ..., D) as a sum not yet added up, x + scale * branch, so that one kernel can make it and a norm."""
 
     x: Tensor
     branch: Tensor | None = None
@@ -242,9 +247,9 @@ class Residual(NamedTuple):
         return self.x + self.branch * self.scale.view(-1, *[1] * (self.branch.ndim - 1))
 
     def normed(self, norm: Any) -> tuple[Tensor, Tensor]:
-        """The tokens and their norm, in the type that autocast gives a linear layer, which is what follows."""
+        """The tokens, and their norm in the type that autocast gives the linear layer after it."""
         x, branch, scale = self
-        # the sum may have another type: in float16 under autocast to bfloat16, say
+        # the sum may have another type, for example of float16 tokens under autocast to bfloat16
         if branch is None or not adds_in_norm(x, norm) or torch.promote_types(x.dtype, branch.dtype) != x.dtype:
             total = self.sum()
             return total, run_norm(norm, total)
@@ -254,7 +259,7 @@ class Residual(NamedTuple):
 
 
 def gates_in_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `gated_linear` is for these tokens and this layer."""
+    """Whether `gated_linear` can compute this layer for these tokens, and is faster."""
     if bias is None or not (x.is_cuda and _fit(x, weight, bias)):
         return False
     if needs_gradient(x, weight, bias):
@@ -272,7 +277,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def convolves_in_kernel(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    """Whether this is a depth-wise 3x3 convolution that one kernel does with SiLU, for maps (B, H, W, C) like this."""
+    """Whether one kernel can compute this convolution, depth-wise 3x3, of a map (B, H, W, C) together with SiLU."""
     if not (is_plain(x) and x.is_cuda and is_plain_layer(layer, nn.Conv2d) and layer.bias is None):
         return False
     spatial = (layer.stride, layer.padding, layer.dilation, layer.padding_mode)
@@ -282,7 +287,7 @@ def convolves_in_kernel(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
 
 
 def convolve(layer: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of what a convolution gives for a map (B, H, W, C), channels last in memory."""
+    """SiLU(layer(x)) for a convolution and a map (B, H, W, C), channels last in memory."""
     if convolves_in_kernel(layer, x):
         return torch.ops.arm_zoo.conv2d_silu(*(t.to(_dtype_of_products(x)) for t in (x, layer.weight)))
     return F.silu(layer(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

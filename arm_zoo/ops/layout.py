@@ -1,4 +1,4 @@
-"""What the backends share: the record of a scan's inputs, the saved states, and how kernels want tensors to lie."""
+"""What the backends share: the inputs of a scan, its saved states, and the memory layout of kernels' tensors."""
 
 from typing import NamedTuple, Self, TypeGuard
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
 
-CHUNK = 16  # steps between saved states, which then weigh d_state / 16 of one activation
+CHUNK = 16  # steps between saved states, which then take d_state / 16 times the memory of one activation
 
 
 class Norm(NamedTuple):
-    """Weight and bias (D) of a layer norm, and what it adds to variances."""
+    """Weight and bias (D) of a layer norm, and the eps that it adds to variances."""
 
     weight: Tensor
     bias: Tensor
@@ -19,9 +19,9 @@ class Norm(NamedTuple):
 
 
 class ScanInputs(NamedTuple):
-    """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them; u of three axes is in token order.
+    """The inputs of a scan, as `arm_zoo.ops.selective_scan` describes them; a u of three axes is in token order.
 
-    With `log_rates`, A holds the logarithms of -A, which kernels then turn into rates themselves.
+    With `log_rates`, A holds log(-A), which kernels exponentiate themselves.
     """
 
     u: Tensor
@@ -44,32 +44,32 @@ class ScanInputs(NamedTuple):
 
     @property
     def share(self) -> float:
-        """What every direction's output is multiplied by before they are added up."""
+        """The factor of every direction's output in their sum."""
         return 1 / len(self.A) if self.mean else 1.0
 
     @property
     def rows(self) -> Tensor | None:
-        """The table that says which row of u, delta, B and C a step reads; None if they are in scan order."""
+        """The table of the rows of u, delta, B and C that the steps read; None if these are in scan order."""
         return self.order if self.u.ndim == 3 else None
 
     @property
     def order_of_outputs(self) -> Tensor | None:
-        """The table by which a kernel's outputs, laid out as its inputs, get token order; None if they have it."""
+        """The table that brings outputs, which lie like the inputs, into token order; None if they have it."""
         return self.order if self.u.ndim == 4 else None
 
     def in_scan_order(self) -> Self:
-        """The same scan with a u of every direction, and all sequences in scan order."""
+        """The same scan with a u for each direction, and all sequences in scan order."""
         if self.u.ndim == 4:
             return self
         u, delta, B, C = (in_order(s, self.order) for s in (self.u.expand(self.shape), self.delta, self.B, self.C))
         return self._replace(u=u, delta=delta, B=B, C=C)
 
     def with_rates(self) -> Self:
-        """The same scan with the rates themselves, not their logarithms."""
+        """The same scan with A instead of its logarithms."""
         return self._replace(A=decay_rates(self.A), log_rates=False) if self.log_rates else self
 
     def with_whole_steps(self) -> Self:
-        """The same scan with its step sizes as large as u."""
+        """The same scan with step sizes of full rank."""
         if self.delta_weight is None:
             return self
         return self._replace(delta=project(self.delta, self.delta_weight), delta_weight=None)
@@ -82,12 +82,12 @@ def decay_rates(A_log: Tensor) -> Tensor:
 
 
 def is_per_image(order: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a table of orders has those of each image, (B, K, L), instead of one for all, (K, L)."""
+    """Whether a table has orders for each image, (B, K, L), and not the same for all, (K, L)."""
     return order is not None and order.ndim == 3
 
 
 def in_order(sequences: Tensor, order: Tensor | None) -> Tensor:
-    """Sequences (K, B, L, N), or one for all directions (1, B, L, N), in every direction's order (K, B, L, N)."""
+    """Tokens (K, B, L, N), or (1, B, L, N) for all directions alike, in each direction's order (K, B, L, N)."""
     if order is None:
         return sequences
     table = order.transpose(0, 1) if is_per_image(order) else order[:, None]  # (K, B or 1, L)
@@ -95,25 +95,25 @@ def in_order(sequences: Tensor, order: Tensor | None) -> Tensor:
 
 
 def state_dtype(dtype: torch.dtype, *, half: bool = False) -> torch.dtype:
-    """The type that inputs are computed in: at least float32; with `half` bfloat16 (float16's range is too small)."""
+    """The type to compute in: at least float32, or with `half` bfloat16 for both 16-bit types (for its range)."""
     return torch.bfloat16 if half and dtype.itemsize == 2 else torch.promote_types(dtype, torch.float32)
 
 
 def empty_states(like: Tensor, A: Tensor, dtype: torch.dtype, *, save: bool) -> Tensor:
-    """Memory, like u (..., B, L, D), for the states (K, B, chunks, S, D) at the start of every chunk; or no chunks."""
+    """Memory for the states (K, B, chunks, S, D) before each chunk of `like` (..., B, L, D), if `save`."""
     batch, length, channels = like.shape[-3:]
     chunks = -(-length // CHUNK) if save else 0
     return like.new_empty(len(A), batch, chunks, A.shape[-1], channels, dtype=dtype)
 
 
 def inner(sequence: Tensor) -> Tensor:
-    """The tensor itself, or a copy, with its last axis side by side and offsets of steps that fit 32 bits."""
+    """The tensor, copied if its last axis is not contiguous or offsets of steps do not fit into 32 bits."""
     near = sequence.shape[-2] * sequence.stride(-2) < 2**31
     return sequence if sequence.stride(-1) == 1 and near else sequence.contiguous()
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy, side by side in memory and where several numbers can be read at once."""
+    """The tensor, copied if it is not contiguous or not aligned to 16 bytes, at which kernels read several numbers."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 

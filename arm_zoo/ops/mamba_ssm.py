@@ -1,8 +1,8 @@
 """The `mamba_ssm` backend: the CUDA extensions of mamba-ssm and causal-conv1d, for comparison with the other kernels.
 
 They take (batch, channels, length), so sequences are copied; the directions become groups of channels of one call. The
-backward pass scans once more. The packages take multiples of 8 channels, their gradients differ from run to run, and
-what they make of sequences of one step is wrong, so that those are refused.
+backward pass scans once more. The packages take multiples of 8 channels only, and their gradients differ from run to
+run. Sequences of one step are refused, as the packages compute them wrongly.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def causal_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, 
 
 
 def _arguments(scan: ScanInputs) -> list[Any]:
-    """What the extension takes between u and the switches, the gate left out."""
+    """The arguments of the extension from u to the gate, which is left out."""
     u, delta, A, B, C, D, delta_bias, *_ = scan
     B, C = (t.to(u.dtype).permute(1, 0, 3, 2).contiguous() for t in (B, C))  # (B, K, S, L)
     bias = None if delta_bias is None else delta_bias.flatten().float()

@@ -1,6 +1,6 @@
-"""The convolution, the scan and what stands between a mixer's projections, as PyTorch custom operators.
+"""The convolution, the scan and all between a mixer's projections, as custom operators of PyTorch.
 
-Custom operators are opaque to torch.compile and torch.export, which read schemas, fake kernels and gradients.
+torch.compile and torch.export do not look into custom operators; they use the schemas, fakes and gradients given here.
 """
 
 import importlib
@@ -35,8 +35,8 @@ def register(
     fake: Callable[..., Any],  # `compute` for tensors without data
     *,
     save: Callable[..., None] | None = None,  # autograd's `setup_context`
-    gradient: Callable[..., Any] | None = None,  # autograd's `backward`, which operators that end in it refuse
-    flops: Callable[..., int] | None = None,  # of matrix products, from the inputs' shapes
+    gradient: Callable[..., Any] | None = None,  # autograd's `backward`; that of a ..._backward refuses
+    flops: Callable[..., int] | None = None,  # inputs' shapes -> operations in matrix products
 ) -> None:
     """Register the custom operator `arm_zoo::name`, the first of whose inputs is a tensor."""
 
@@ -61,7 +61,7 @@ def _refuse_second_derivatives(*_: Any) -> None:
 
 
 def _by_backend(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute(module, *inputs)` as a function of the inputs and the name of the backend that has the module."""
+    """`compute(module, *inputs)` as a function of the inputs and of the name of the module's backend."""
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
@@ -79,7 +79,7 @@ def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, ba
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)  # of those there are none
+    ctx.set_materialize_grads(False)  # no zeros in place of missing gradients
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *(() if isinstance(output, Tensor) else output[1:]))
 
@@ -125,7 +125,7 @@ def _states_fake(like: Tensor, A: Tensor, save: bool, backend: str) -> Tensor:
 
 
 def _scan_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
-    """The backend's gradients of u, delta, A, B, C, D and delta_bias, and that of delta_weight (empty without one)."""
+    """The gradients of u, delta, A, B, C, D, delta_bias and delta_weight; that of the last is empty without one."""
     *inputs, saved = args
     scan = ScanInputs(*inputs)
     whole = scan.with_whole_steps()  # low-rank step sizes are recomputed at full rank: cheaper than storing them
@@ -140,7 +140,7 @@ def _scan_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
 
 
 def _differentiable(scan: ScanInputs) -> Tensors:
-    """u, delta, A, B, C, D and delta_bias; D stands for a bias that is not there, whose gradient nobody asks for."""
+    """u, delta, A, B, C, D and delta_bias; D stands in for a missing bias, as its gradient is dropped."""
     return *scan[:6], scan.D if scan.delta_bias is None else scan.delta_bias
 
 
@@ -213,7 +213,7 @@ register(
 
 
 def _scan_log(module: ModuleType, *args: Any) -> Tensor:
-    """The gated scan, in inference, of A that holds the logarithms of the rates' amounts."""
+    """The gated scan in inference, where A holds log(-A)."""
     *inputs, gate = args
     return module.selective_scan(ScanInputs(*inputs)._replace(log_rates=True), False, gate)[0]
 
@@ -228,13 +228,13 @@ register(
 
 
 def split(projected: Tensor, rank: int) -> Tensors:
-    """Step sizes of low rank, B and C, which the mixer projects side by side."""
+    """Step sizes of low rank, B and C from the projection that makes all three side by side."""
     d_state = (projected.shape[-1] - rank) // 2
     return projected.split([rank, d_state, d_state], dim=-1)
 
 
 def _inner(module: ModuleType, *args: Any) -> Tensors:
-    """The gated mean of the scans, and what the backward pass needs: the mean, the projected inputs, saved states."""
+    """The gated mean of the scans, and for the backward pass the mean, x_proj's result and the saved states."""
     xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, order = args
     x, z = xz.chunk(2, dim=-1)
     u = module.causal_conv(x, conv_weight, conv_bias, order)
@@ -247,7 +247,7 @@ def _inner(module: ModuleType, *args: Any) -> Tensors:
 
 
 def _inner_backward(module: ModuleType, grad: Tensor, *args: Any) -> Tensors:
-    """Gradients of xz, the weights, A and D; the scans' inputs are convolved anew, as their memory is worth more."""
+    """Gradients of xz, the weights, A and D; sequences are convolved anew, which is cheaper than keeping them."""
     xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, order, y, projected, saved = args
     (x, z), grad_xz, grad_y = xz.chunk(2, dim=-1), xz.new_empty(xz.shape), y.new_empty(y.shape)
     grad_x, grad_z = grad_xz.chunk(2, dim=-1)
@@ -283,7 +283,7 @@ register(
     f"(Tensor grad, {_INNER_INPUTS}, Tensor y, Tensor projected, Tensor saved, str backend) -> {_EIGHT}",
     _by_backend(_inner_backward),
     fake=lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:8]),
-    flops=lambda grad, *shapes, **_: 2 * _inner_flops(*shapes),  # what is made anew does not count
+    flops=lambda grad, *shapes, **_: 2 * _inner_flops(*shapes),  # what is computed anew does not count
 )
 register(
     "mamba_inner",

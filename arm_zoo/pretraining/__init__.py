@@ -1,4 +1,4 @@
-"""The pretraining objectives, a file each; one that is imported here is registered."""
+"""The pretraining objectives, one file each; importing a file registers its objective."""
 
 from arm_zoo.pretraining import autoregressive as autoregressive
 from arm_zoo.pretraining import mae as mae

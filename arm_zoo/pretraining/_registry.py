@@ -1,4 +1,4 @@
-"""The pretraining objectives: what they share, and a row each, which the objective's own file writes."""
+"""What all pretraining objectives share, and the table of objectives, to which each objective's file adds its row."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from arm_zoo.models._builder import Backbone
 
 
 class PretrainingModel(ZooModel):
-    """A model of any objective; its image, patch size and channels have the names that backbones give them."""
+    """A pretraining model. Its arguments for image size, patch size and channels have the names that backbones use."""
 
-    backbone: type[Backbone]  # the class of what is pretrained, unless the argument `backbone` names another
-    backbones: Mapping[str, type[Backbone]] = MappingProxyType({})  # which that argument may name
-    config: dict[str, Any]  # the arguments that make it
+    backbone: type[Backbone]  # the class that is pretrained unless the argument `backbone` names another
+    backbones: Mapping[str, type[Backbone]] = MappingProxyType({})  # the classes that it may name
+    config: dict[str, Any]  # the arguments of its constructor
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -26,7 +26,7 @@ class PretrainingModel(ZooModel):
 
     @classmethod
     def backbone_named(cls, name: str | None) -> type[Backbone]:
-        """The class of what is pretrained, for a value of the argument `backbone`; ValueError for an unknown one."""
+        """The class that the argument `backbone` names; ValueError for an unknown name."""
         if name is None:
             return cls.backbone
         if name not in cls.backbones:
@@ -35,7 +35,7 @@ class PretrainingModel(ZooModel):
 
     @classmethod
     def name_of_backbone(cls, source: StateDict) -> str:
-        """The name in `backbones` of the family whose tensors a checkpoint has, most of all that it may be of."""
+        """The family, a key of `backbones`, whose tensors a checkpoint has; of several the one with most `keys`."""
         known = [name for name, each in cls.backbones.items() if each.official_names.covers(each.keys, source)]
         return max(known or cls.backbones, key=lambda name: len(cls.backbones[name].keys))
 
@@ -45,20 +45,20 @@ class PretrainingModel(ZooModel):
         return {"objective": objective, "pretraining_model": self.config}
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
-        """What is computed of images, without anything random, by name: the golden answers of converted weights."""
+        """Results for images by name, without randomness; converted weights keep them to be checked against later."""
         raise NotImplementedError
 
 
 class Objective(NamedTuple):
-    """A way of pretraining: the class of its models, their arguments by name, and what cards say of them."""
+    """A way of pretraining: the class of its models, their named sizes, and what model cards say of them."""
 
     model_class: type[PretrainingModel]
-    sizes: Mapping[str, Mapping[str, Any]]
-    description: str  # of a model, in a clause
-    outputs: str  # names of what its forward gives
+    sizes: Mapping[str, Mapping[str, Any]]  # name, such as arm_base -> arguments of the class
+    description: str  # of such a model, in one clause
+    outputs: str  # the names of what `forward` returns
 
 
-DEFAULT_OBJECTIVE = "autoregressive"  # also of a config.json that names none, as all did once
+DEFAULT_OBJECTIVE = "autoregressive"  # also of a config.json that names none, as older ones do not
 OBJECTIVES: dict[str, Objective] = {}
 
 
@@ -66,9 +66,9 @@ def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **ov
     """The pretraining model of a size, e.g. `create_pretraining_model("arm_base", img_size=224, cluster_size=32)`.
 
     Args:
-        name: arm_tiny, arm_small, arm_base, arm_large or arm_huge; arm_pico for 8x8 images; of objectives that take
-            other backbones, these too, as in vim_base.
-        objective: what it learns, a key of `OBJECTIVES`.
+        name: arm_tiny, arm_small, arm_base, arm_large, arm_huge, or arm_pico for 8x8 images; where the objective
+            pretrains other families too, their sizes have such names as well, for example vim_base.
+        objective: the way of pretraining, a key of `OBJECTIVES`.
         overrides: arguments of the objective's class.
 
     Raises:

@@ -1,14 +1,13 @@
-"""The pretraining model: the backbone's blocks with one causal scan, and a decoder that predicts the next cluster.
+"""ARM's autoregressive pretraining: an encoder scans an image in clusters of patches, and a decoder predicts the next.
 
-Paper, section 3.2.2. Clusters of patches (64x64 pixels by default) are scanned in row order; for all but the first,
-queries that know only their position attend to the features of those before and predict its normalised pixels. The
-arguments are the switches of the paper's ablations (tables 4 to 7): the cluster, the order, the decoder, the target.
+See section 3.2.2 of the paper. A cluster is 64x64 pixels by default. The encoder has the backbone's blocks with one
+causal scan over the clusters. The decoder's queries know only their own position; they attend to the features of all
+earlier clusters and predict the normalised pixels of their own. The arguments of the model include the switches of the
+paper's ablations (tables 4 to 7): cluster size, order of prediction, decoder and target.
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,17 +21,16 @@ from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import ORDERS, cluster_order, in_order, sorted_clusters
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Pair, Size, check_positive, nearest_multiple, one_or_two
-from arm_zoo.models import arm, vim
-from arm_zoo.models._sequence import SequenceBackbone
-from arm_zoo.ops.fused import is_plain_layer, run_norm
-from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
+from arm_zoo.models import arm
+from arm_zoo.ops.fused import at_least_float32, is_plain_layer, run_norm
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective
+from arm_zoo.pretraining._sequence import ENCODER_KEYS, SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import HEAD_DIM, DecoderBlock, sincos_pos_embed
-from arm_zoo.pretraining.noise import noise
+from arm_zoo.pretraining.noise import drawn_seeds, noise
 from arm_zoo.pretraining.targets import NORMED_PIXEL, PIXEL_TARGETS, patchify, statistics, unpatchify
-from arm_zoo.weights.adapt import sincos_grid
 
 _TAPS = 4
-_DIRECTIONS = 1  # of scans, over tokens as `cluster_order` lays them
+_DIRECTIONS = 1  # the encoder scans once, as its tokens already lie in the order of `cluster_order`
 RANDOM = "random"  # a new order of clusters for every image
 PREDICTION_ORDERS = (*(f"{name}{way}" for name in ORDERS for way in ("", "_reversed")), RANDOM)
 DVAE_TOKENS = "dvae_tokens"
@@ -40,13 +38,11 @@ TARGETS = (*PIXEL_TARGETS, DVAE_TOKENS)
 DVAE_VOCABULARY = 8192  # of the published dVAE
 
 
-class ARMPretrain(PretrainingModel):
+class ARMPretrain(SequencePretrain):
     """Autoregressive pretraining of an ARM or a Vim encoder; `arm_zoo.create_pretraining_model` has the sizes."""
 
-    backbone: type[SequenceBackbone] = arm.ARM
-    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
     official_names = arm.ARM.official_names
-    keys = (*vim.Vim.keys, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
+    keys = (*ENCODER_KEYS, "encoder_to_decoder.weight", "query_token", "decoder_blocks.*.norm_query.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
     order: Tensor
     decoder_mask: Tensor
@@ -76,11 +72,11 @@ class ARMPretrain(PretrainingModel):
             cluster_size: pixels of a cluster, the unit of prediction.
             d_state: states per channel of the scan.
             decoder_dim: width of the decoder, a multiple of 64.
-            prediction_order: of the clusters: row, column, one of them with _reversed behind it, or random: a new one
-                for every image of a forward pass, and row where nothing may be random.
-            target: what is predicted of each patch: normed_pixel, pixel, or dvae_tokens, whose numbers the forward
-                pass then takes beside the images.
-            vocab_size: of these tokens, with target dvae_tokens only; None: 8192.
+            prediction_order: of the clusters: row, column, row_reversed, column_reversed, or random, which draws an
+                order for every image in `forward` and means row where results must not be random.
+            target: what is predicted for each patch: normed_pixel, pixel or dvae_tokens. The last are what `forward`
+                takes as `tokens`.
+            vocab_size: how many different tokens the dVAE has, for target dvae_tokens only; None means 8192.
             backbone: the family of the encoder, arm or vim.
         """
         super().__init__()
@@ -150,11 +146,11 @@ class ARMPretrain(PretrainingModel):
     def forward_encoder(self, images: Tensor, order: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> latents (B, T, decoder_dim, decoder_depth) in cluster order, without the last cluster.
 
-        `order` is a cluster order for each image (B, N) in place of the model's own.
+        `order` (B, N) gives each image a cluster order of its own, in place of the model's.
         """
         order = self.order if order is None else order
         x = in_order(self.patch_embed(images) + self.pos_embed, order[..., : -self.cluster_tokens])
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x
+        x = at_least_float32(x) if self.float32_residual else x
         outputs = run_blocks(self.blocks, x, None, self.taps, self.grad_checkpointing)
         taps = zip(self.skip_norms, self.taps, strict=True)
         normed = [run_norm(norm, outputs[tap]) for norm, tap in taps]
@@ -163,14 +159,14 @@ class ARMPretrain(PretrainingModel):
         layer, depth = self.encoder_to_decoder, len(self.decoder_blocks)
         if not is_plain_layer(layer, nn.Linear):
             return layer(skips).unflatten(-1, (-1, depth))
-        # made layer by layer, so that the norms of the decoder's layers read whole lines of memory
+        # computed layer by layer, so that the norm of each decoder layer reads contiguous memory
         weight, bias = (t.unflatten(0, (-1, depth)).transpose(0, 1).flatten(0, 1) for t in (layer.weight, layer.bias))
         return F.linear(skips, weight, bias).unflatten(-1, (depth, -1)).transpose(-1, -2)
 
     def forward_decoder(self, latent: Tensor, order: Tensor | None = None) -> Tensor:
-        """Latents -> what is predicted of the patches (B, T, pixels or vocabulary) of all clusters but the first.
+        """Latents -> predictions (B, T, pixels or vocabulary) for the patches of all clusters but the first.
 
-        They are in cluster order; `order` as for `forward_encoder`.
+        They are in cluster order; `order` is as in `forward_encoder`.
         """
         query = self._predicted(self.query_token + self.decoder_pos_embed, order)
         for k, block in enumerate(self.decoder_blocks):
@@ -187,29 +183,29 @@ class ARMPretrain(PretrainingModel):
         prediction is (B, T, pixels or vocabulary), the target (B, T, pixels) or (B, T), in cluster order without the
         first cluster.
 
-        Random orders are functions of each image's seed (B,), int64; without seeds PyTorch's generator draws these.
+        `seeds` (B,), int64, decide the random order of each image; by default PyTorch's generator draws them.
         """
         order = self.random_orders(images, seeds) if self.prediction_order == RANDOM else None
         prediction = self.forward_decoder(self.forward_encoder(images, order), order)
-        exact = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        exact = at_least_float32(prediction)
         if self.target == DVAE_TOKENS:
             target = self._predicted(self._checked(tokens)[..., None], order)[..., 0]
             return F.cross_entropy(exact.flatten(0, 1), target.flatten()), prediction, target
         patches = self._predicted(patchify(images.detach(), self.patch_size), order)  # constants for autograd
-        target = PIXEL_TARGETS[self.target](patches.to(torch.promote_types(patches.dtype, torch.float32)))
+        target = PIXEL_TARGETS[self.target](at_least_float32(patches))
         return F.mse_loss(exact.to(target.dtype), target), prediction, target
 
     def random_orders(self, images: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """A cluster order for each image, (B, N), by seeds as of the forward pass."""
-        if seeds is None:
-            seeds = torch.randint(2**63 - 1, (len(images),), device=images.device)
+        """A random cluster order for each image, (B, N); `seeds` are as in `forward`."""
+        seeds = drawn_seeds(images) if seeds is None else seeds
         return sorted_clusters(self.order, noise(seeds, len(self.order) // self.cluster_tokens))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) with all clusters but the first as predicted, in the model's order.
+        """Images (B, C, H, W) in which all clusters but the first, in the model's order, are predictions.
 
-        Normalised pixels get the mean and deviation of the targets. ValueError for a model that predicts tokens.
+        Normalised predictions are scaled by the mean and deviation of the true patches. ValueError for a model that
+        predicts tokens.
         """
         if self.target == DVAE_TOKENS:
             raise ValueError("the model predicts tokens of a dVAE, not pixels; there is nothing to draw")
@@ -223,45 +219,40 @@ class ARMPretrain(PretrainingModel):
 
     @torch.jit.ignore
     def official_extras(self) -> StateDict:
-        """The decoder's mask as numbers that attention adds."""
+        """The decoder's mask as numbers that attention adds to its scores: 0 or minus infinity."""
         visible = self.decoder_mask
         return {"mask": torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)}
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
-        """As `ZooModel.read_shapes`; the cluster size is read from the official mask, else it is 4x4 patches."""
-        name = cls.name_of_backbone(source)
-        sizes, patches = cls.backbones[name].read_shapes(source)
-        del sizes["num_classes"]
-        patches += 1  # for a backbone, one is the class token
-        patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
-        mask = source.get("mask")  # which the official model saves; it leaves one cluster out
+        """See `ZooModel.read_shapes`. The official mask tells the cluster size; without it 4x4 patches are assumed."""
+        encoder, patches = cls.read_encoder(source)
+        patch = to_2tuple(encoder["patch_size"])
+        mask = source.get("mask")  # saved by the official code; it has a row for each patch but those of one cluster
         side = 4 if mask is None else math.isqrt(max(patches - len(mask), 0))
         arguments = {
-            **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
+            **encoder,
             "cluster_size": one_or_two((side * patch[0], side * patch[1])),
-            **sizes,
-            "backbone": name,
             "decoder_dim": source["query_token"].shape[-1],
             "decoder_depth": len({name.split(".")[1] for name in source if name.startswith("decoder_blocks.")}),
         }
         outputs = len(source["decoder_pred.weight"])
-        if outputs != math.prod(patch) * sizes["in_chans"]:
+        if outputs != math.prod(patch) * encoder["in_chans"]:
             arguments |= {"target": DVAE_TOKENS, "vocab_size": outputs}
         return arguments, patches
 
     def shown(self, images: Tensor) -> Tensor:
-        """The number (B, 1), row by row, of the cluster that is given where nothing is random: the first one."""
+        """The index (B, 1), row by row, of the only cluster that `reconstruct` does not predict: the first one."""
         (height, width), columns = self.cluster_grid, self.patch_embed.grid_size[1]
         row, column = divmod(int(self.order[0]), columns)
         return torch.tensor([[row // height * (columns // width) + column // width]]).expand(len(images), 1)
 
     def _predicted(self, patches: Tensor, order: Tensor | None = None) -> Tensor:
-        """Those of all clusters but the first, in cluster order."""
+        """The patches to be predicted, in cluster order: those of all clusters but the first."""
         return in_order(patches, (self.order if order is None else order)[..., self.cluster_tokens :])
 
     def _checked(self, tokens: Tensor | None) -> Tensor:
-        """The numbers of tokens (B, N), if they are there for every patch."""
+        """The dVAE's tokens (B, N); ValueError unless there is one for every patch."""
         patches = self.patch_embed.num_patches
         if tokens is None or tokens.shape[1:] != (patches,):
             came = "none" if tokens is None else f"{tuple(tokens.shape)}"
@@ -269,7 +260,7 @@ class ARMPretrain(PretrainingModel):
         return tokens
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
-        """The decoder's latents, and the predictions."""
+        """The latents that the decoder gets, and its predictions."""
         features = self.forward_encoder(images)
         return {"features": features, "prediction": self.forward_decoder(features)}
 
@@ -301,14 +292,9 @@ def _check_switches(order: str, target: str, vocab_size: int | None, pixels: int
         raise ValueError("a patch of a single value cannot be normalised; choose target pixel, or a larger patch_size")
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "cluster_size": 4, "in_chans": 1}
 OBJECTIVES["autoregressive"] = Objective(
     ARMPretrain,
-    {
-        f"{family}_{name}": {"backbone": family, **size}
-        for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
-        for name, size in {"pico": _PICO, **sizes}.items()
-    },
+    sizes_of_encoders({"pico": {"cluster_size": 4}}),
     description="a causal encoder and the decoder that predicts the next part of an image from it",
     outputs="loss, prediction, target",
 )

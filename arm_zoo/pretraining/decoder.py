@@ -14,13 +14,13 @@ HEAD_DIM = 64
 
 
 def sincos_pos_embed(dim: int, height: int, width: int, device: Device = None) -> Tensor:
-    """Fixed position table (1, height * width, dim), rows first: column's sines, cosines, then the row's."""
+    """Fixed position embeddings (1, height * width, dim): sines and cosines of the column, then of the row."""
     if dim % 4:
         raise ValueError(
             f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}; "
             f"for example {nearest_multiple(dim, 4)}"
         )
-    # by NumPy as in the official code: its float32 power has another last bit, which is 1.4e-6 in the table
+    # by NumPy as in the official code: PyTorch's float32 power has another last bit, 1.4e-6 in the embeddings
     frequencies = torch.from_numpy(1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float32) / (dim / 4.0)))
     sides = (torch.arange(side, dtype=torch.float32, device=device) for side in (height, width))
     row, column = torch.cartesian_prod(*sides).unbind(1)

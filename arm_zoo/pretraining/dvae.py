@@ -1,7 +1,7 @@
-"""The discrete VAE of DALL-E: a picture as numbers of tokens, one for every 8x8 pixels, which a model can predict.
+"""The discrete VAE (dVAE) of DALL-E, which turns a picture into token indices, one for every 8x8 pixels.
 
-The encoder is OpenAI's, whose weights `read_dvae` takes (github.com/openai/DALL-E, modified MIT licence); `DVAE`
-trains a smaller one with its decoder.
+`read_dvae` reads OpenAI's encoder (github.com/openai/DALL-E, modified MIT licence); `DVAE` trains a smaller encoder
+together with its decoder.
 """
 
 import re
@@ -36,7 +36,7 @@ def _conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
 
 
 class _Block(nn.Module):
-    """Four convolutions, each behind a ReLU, beside a path that changes the width only."""
+    """Four convolutions, each after a ReLU, added to a skip path that changes the width only."""
 
     def __init__(self, inputs: int, outputs: int, kernels: tuple[int, ...], gain: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Block(nn.Module):
 
 
 def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...], resize: nn.Module) -> dict[str, nn.Module]:
-    """The four groups of blocks from the first width to the others, by name; `resize` ends all but the last."""
+    """The four groups of blocks by name, each from one width to the next; all but the last end with `resize`."""
     gain, groups = 1 / (_GROUPS * blocks) ** 2, dict[str, nn.Module]()
     for group, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         parts: dict[str, nn.Module] = {
@@ -85,12 +85,12 @@ class DVAEEncoder(nn.Module):
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor, grid: Pair) -> Tensor:
-        """Numbers of tokens (B, rows * columns), row by row, of pixels (B, C, H, W) in 0..1.
+        """Token indices (B, rows * columns), row by row, for pixels (B, C, H, W) in 0..1.
 
         Pictures of another size than the grid's, 8 pixels for each token, are resized first: bicubic, antialiased.
         """
         size = [STRIDE * side for side in grid]
-        with torch.autocast(pixels.device.type, enabled=False):  # its rounding would choose other tokens
+        with torch.autocast(pixels.device.type, enabled=False):  # whose rounding would choose other tokens
             pixels = pixels.float()
             if list(pixels.shape[2:]) != size:
                 pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -98,11 +98,11 @@ class DVAEEncoder(nn.Module):
 
 
 class DVAE(ZooModel):
-    """The encoder with a decoder, to be trained: a smaller tokenizer for small pictures.
+    """The encoder with a decoder, to train a smaller tokenizer for small pictures.
 
-    A picture goes through one token for every 8x8 pixels, drawn by the Gumbel-softmax trick and passed on whole, with
-    straight-through gradients. The loss is the squared error of the mapped pixels, plus `prior` times the divergence
-    of the tokens' distribution from the uniform one over the batch, which keeps the vocabulary in use.
+    Every 8x8 pixels become one token, drawn by the Gumbel-softmax trick: the decoder gets it one-hot, and its gradient
+    goes straight through to the logits. The loss is the mean squared error of the mapped pixels, plus `prior` times
+    the divergence of the batch's distribution of tokens from the uniform one, which keeps the vocabulary in use.
     """
 
     parts_to_shard = ()
@@ -122,7 +122,7 @@ class DVAE(ZooModel):
             img_size: pixels of a side, a multiple of 8.
             n_hid: channels of the first group, a multiple of 4; the last has eight times as many.
             vocab_size: how many tokens there are.
-            n_blocks: in each of the four groups.
+            n_blocks: number of blocks in each of the four groups.
             prior: weight of the divergence in the loss.
         """
         super().__init__()
@@ -156,7 +156,7 @@ class DVAE(ZooModel):
         return self.in_chans, self.config["img_size"], self.config["img_size"]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, C, H, W) in 0..1 -> (loss, pictures as decoded, mean use of each token (vocab_size,))."""
+        """Pixels (B, C, H, W) in 0..1 -> (loss, decoded pictures, mean probability of each token (vocab_size,))."""
         pictures = map_pixels(pixels)
         logits = self._run(self.encoder.blocks, pictures).float()
         decoded = self._run(self.decoder, F.gumbel_softmax(logits, tau=1.0, hard=True, dim=1)).float()
@@ -169,7 +169,7 @@ class DVAE(ZooModel):
 
 
 def fetched(where: str) -> Path:
-    """The file that `where`, a path or an http(s) address, names; one from an address is fetched once and kept."""
+    """The file at `where`, a path or an http(s) address; a file from an address is fetched once and kept."""
     if not where.startswith(("https://", "http://")):
         return Path(where)
     from huggingface_hub import cached_assets_path
@@ -189,7 +189,7 @@ def fetched(where: str) -> Path:
 def read_dvae(file: str | Path) -> DVAEEncoder:
     """The encoder in a file: OpenAI's pickled module, a state dict under its names, or a `DVAE` of ours.
 
-    No code in the file is run. The sizes are those of its tensors; CheckpointError if they are no encoder's.
+    No code in the file is run. Sizes are told by the tensors; CheckpointError if these are not an encoder's.
     """
     tensors = _named(read_checkpoint(file))
     try:
@@ -205,6 +205,6 @@ def read_dvae(file: str | Path) -> DVAEEncoder:
 
 
 def _named(tensors: StateDict) -> StateDict:
-    """The encoder's tensors under our names: OpenAI's are w and b, and a `DVAE` has a decoder beside it."""
+    """The encoder's tensors under our names; OpenAI calls them w and b, and a `DVAE` also has its decoder's."""
     own = {name.removeprefix("encoder."): value for name, value in tensors.items() if not name.startswith("decoder.")}
     return {re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", name)): value.float() for name, value in own.items()}

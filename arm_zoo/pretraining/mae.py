@@ -1,17 +1,16 @@
 """Masked autoencoding (MAE, https://arxiv.org/abs/2111.06377) of ARM and Vim encoders.
 
-Most patches of every image are left out. The encoder sees the others, row by row, through the scans of finetuning, or
-through one; a decoder of ViT blocks, a mask token in the place of each patch that is missing, predicts its pixels.
+Most patches of every image are masked. The encoder sees only the others, in row order, through all the scans of
+finetuning or through one. A decoder of ViT blocks gets a mask token in place of each masked patch and predicts its
+pixels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block as ViTBlock
 from torch import Tensor, nn
@@ -21,29 +20,26 @@ from arm_zoo.layers.block import init_block_weights, run_blocks
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import visible_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import Device, Size, check_positive, nearest_multiple, one_or_two
-from arm_zoo.models import arm, vim
-from arm_zoo.models._sequence import SequenceBackbone
-from arm_zoo.ops.fused import run_norm
-from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
+from arm_zoo.layers.sizes import Device, Size, check_positive, nearest_multiple
+from arm_zoo.models import vim
+from arm_zoo.ops.fused import at_least_float32, run_norm
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective
+from arm_zoo.pretraining._sequence import ENCODER_KEYS, SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.noise import noise
+from arm_zoo.pretraining.noise import drawn_seeds, noise
 from arm_zoo.pretraining.targets import normalised, patchify, statistics, unpatchify
-from arm_zoo.weights.adapt import sincos_grid
 
 _HEAD_DIM = 32  # of the published decoder: 512 channels, 16 heads
 
 
-class MAEPretrain(PretrainingModel):
+class MAEPretrain(SequencePretrain):
     """Masked autoencoding of an encoder; `arm_zoo.create_pretraining_model(NAME, "mae")` has the sizes.
 
     The encoder has the parts of its family's backbones, under the same names, but no head. Vim's class token stands
-    in the middle of the patches that are left; ARM has none before finetuning.
+    in the middle of the visible patches; ARM has none before finetuning.
     """
 
-    backbone: type[SequenceBackbone] = arm.ARM
-    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
-    keys = (*vim.Vim.keys, "decoder_embed.weight", "mask_token", "decoder_blocks.*.attn.qkv.weight")
+    keys = (*ENCODER_KEYS, "decoder_embed.weight", "mask_token", "decoder_blocks.*.attn.qkv.weight")
     parts_to_shard = ("blocks", "decoder_blocks")
 
     def __init__(
@@ -70,11 +66,11 @@ class MAEPretrain(PretrainingModel):
             img_size: pixels, one number or (height, width).
             patch_size: pixels of a patch.
             d_state: states per channel of the scan.
-            one_scan: scan row by row only, which is cheaper, instead of all ways that the backbone scans.
-            mask_ratio: the fraction of the patches that is left out; those that are kept are rounded down.
-            normed_pixels: predict pixels less the mean of their patch, by its deviation, instead of plain ones.
+            one_scan: scan in row order only, which is cheaper, instead of in all directions of the backbone.
+            mask_ratio: the fraction of patches that is masked; the number of visible ones is rounded down.
+            normed_pixels: predict pixels normalised by the mean and deviation of their patch instead of plain ones.
             decoder_dim: width of the decoder, a multiple of 4 and of its heads.
-            decoder_heads: None means one for 32 channels, as the published decoder has.
+            decoder_heads: attention heads; None means one for 32 channels, as the published decoder has.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -90,7 +86,7 @@ class MAEPretrain(PretrainingModel):
         if not isinstance(mask_ratio, int | float):
             raise ValueError(f"mask_ratio must be a number between 0 and 1, got {mask_ratio!r}")
         heads = decoder_heads or max(1, decoder_dim // _HEAD_DIM)
-        if decoder_dim % (unit := math.lcm(4, heads)):  # 4: for its table of positions
+        if decoder_dim % (unit := math.lcm(4, heads)):  # 4: for its position embeddings
             raise ValueError(
                 f"decoder_dim {decoder_dim} with {heads} heads must be a multiple of {unit}, "
                 f"for example {nearest_multiple(decoder_dim, unit)}"
@@ -109,7 +105,7 @@ class MAEPretrain(PretrainingModel):
                 f"mask_ratio {mask_ratio} of {patches} patches keeps {self.kept_patches}; from 1 to {patches - 1} can "
                 "be kept, for example with mask_ratio 0.5"
             )
-        has_token = family is vim.Vim  # whose feature it is
+        has_token = family is vim.Vim  # which classifies with it
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if has_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim, **dd), requires_grad=False)
         norm = family.default_norm
@@ -143,13 +139,13 @@ class MAEPretrain(PretrainingModel):
                     nn.init.zeros_(layer.bias)
 
     def kept(self, seeds: Tensor) -> Tensor:
-        """The numbers (B, K) of the patches that are kept, ascending, as each image's seed (B,), int64, decides."""
+        """The indices (B, K) of the visible patches, ascending, as decided by each image's seed (B,), int64."""
         return lowest(noise(seeds, self.patch_embed.num_patches), self.kept_patches)
 
     def forward_encoder(self, images: Tensor, kept: Tensor) -> Tensor:
-        """(B, C, H, W) images and the patches (B, K) that are kept of them -> their normed tokens (B, K, dim).
+        """(B, C, H, W) images and the indices (B, K) of their visible patches -> normed tokens (B, K, dim).
 
-        A class token stands in their middle, at K // 2, if there is one.
+        If there is a class token, it stands in their middle, at K // 2, and there are K + 1.
         """
         x = self.patch_embed(images) + self.pos_embed
         x = torch.take_along_dim(x, kept[..., None], dim=1)
@@ -157,7 +153,7 @@ class MAEPretrain(PretrainingModel):
         if self.cls_token is not None:
             middle = kept.shape[1] // 2
             x = torch.cat([x[:, :middle], self.cls_token.expand(len(x), -1, -1).to(x.dtype), x[:, middle:]], dim=1)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x
+        x = at_least_float32(x) if self.float32_residual else x
         order = visible_order(kept, *self.patch_embed.grid_size, self.directions, middle)
         last = len(self.blocks)
         return run_norm(self.norm, run_blocks(self.blocks, x, order, (last,), self.grad_checkpointing)[last])
@@ -179,28 +175,25 @@ class MAEPretrain(PretrainingModel):
     def forward(self, images: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) images -> (loss, prediction, mask).
 
-        Which patches are kept is a function of each image's seed (B,), int64; without seeds they are drawn from
-        PyTorch's generator. The prediction is (B, N, pixels), row by row; the mask (B, N) is 1 where a patch is
-        missing. The loss, in at least float32, is the mean squared error over the missing ones.
+        `seeds` (B,), int64, decide which patches of each image are visible; by default PyTorch's generator draws them.
+        The prediction is (B, N, pixels), row by row; the mask (B, N) is 1 where a patch is masked. The loss, in at
+        least float32, is the mean squared error over the masked patches.
         """
-        if seeds is None:
-            seeds = torch.randint(2**63 - 1, (len(images),), device=images.device)
-        kept = self.kept(seeds)
+        kept = self.kept(drawn_seeds(images) if seeds is None else seeds)
         prediction = self.forward_decoder(self.forward_encoder(images, kept), kept)
-        mask = missing(kept, self.patch_embed.num_patches)
+        mask = mask_of(kept, self.patch_embed.num_patches)
         return masked_loss(prediction, self.target(images), mask), prediction, mask
 
     def target(self, images: Tensor) -> Tensor:
-        """What is predicted of all patches, (B, N, pixels), in at least float32."""
-        patches = patchify(images.detach(), self.patch_embed.patch_size)  # constants for autograd
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        """What is to be predicted for all patches, (B, N, pixels), in at least float32."""
+        patches = at_least_float32(patchify(images.detach(), self.patch_embed.patch_size))  # constants for autograd
         return normalised(patches) if self.normed_pixels else patches
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) with the missing patches as predicted; `shown` are kept.
+        """Images (B, C, H, W) in which all patches but those of `shown` are predictions.
 
-        Normalised pixels get the mean and deviation of the targets.
+        Normalised predictions are scaled by the mean and deviation of the true patches.
         """
         kept = self.shown(images)
         prediction = self.forward_decoder(self.forward_encoder(images, kept), kept).to(images.dtype)
@@ -208,34 +201,27 @@ class MAEPretrain(PretrainingModel):
         if self.normed_pixels:
             mean, deviation = statistics(patches)
             prediction = prediction * deviation + mean
-        is_missing = missing(kept, patches.shape[1])[..., None] > 0
+        is_missing = mask_of(kept, patches.shape[1])[..., None] > 0
         patches = torch.where(is_missing, prediction, patches)
         return unpatchify(patches, self.patch_embed.patch_size, self.patch_embed.grid_size)
 
     def shown(self, images: Tensor) -> Tensor:
-        """The numbers (B, K) of the patches that are kept where nothing is random: as the images' places decide."""
+        """The visible patches (B, K) where results must not be random: each image's place in the batch is its seed."""
         return self.kept(torch.arange(len(images), device=images.device))
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
-        """The encoder's tokens of the patches that are shown, and the predictions."""
+        """The encoder's tokens of the visible patches, and the predictions."""
         kept = self.shown(images)
         features = self.forward_encoder(images, kept)
         return {"features": features, "prediction": self.forward_decoder(features, kept)}
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int]:
-        """As `ZooModel.read_shapes`; of what shapes cannot tell (mask, target, heads) it has nothing."""
-        name = cls.name_of_backbone(source)
-        family: type[SequenceBackbone] = cls.backbones[name]
-        sizes, patches = family.read_shapes(source)
-        del sizes["num_classes"]
-        patches += 1  # for a backbone, one is the class token
-        patch, grid = to_2tuple(sizes["patch_size"]), sincos_grid(source["pos_embed"])
+        """See `ZooModel.read_shapes`. Shapes do not tell the mask ratio, the target and the heads."""
+        encoder, patches = cls.read_encoder(source)
         scans = next(len(value) for key, value in source.items() if key.endswith(".A_log"))
         arguments = {
-            "backbone": name,
-            **({"img_size": one_or_two((grid[0] * patch[0], grid[1] * patch[1]))} if grid else {}),
-            **sizes,
+            **encoder,
             "one_scan": scans == 1,
             "decoder_dim": source["mask_token"].shape[-1],
             "decoder_depth": len({key.split(".")[1] for key in source if key.startswith("decoder_blocks.")}),
@@ -244,12 +230,12 @@ class MAEPretrain(PretrainingModel):
 
 
 def lowest(noise: Tensor, count: int) -> Tensor:
-    """The places (B, count) of each row's lowest numbers (B, N), ascending: neither depends on the others' order."""
+    """The indices (B, count) of the lowest numbers in each row of (B, N), in ascending order."""
     return noise.argsort(dim=1)[:, :count].sort(dim=1).values
 
 
-def missing(kept: Tensor, patches: int) -> Tensor:
-    """The mask (B, N): 0 for patches whose numbers (B, K) are kept, 1 for the others."""
+def mask_of(kept: Tensor, patches: int) -> Tensor:
+    """The mask (B, N): 0 for the visible patches, whose indices are `kept` (B, K), and 1 for the others."""
     return torch.ones(len(kept), patches, device=kept.device).scatter(1, kept, 0.0)
 
 
@@ -259,15 +245,10 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (errors * mask).sum() / mask.sum()
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
 _DECODERS = {"pico": {"decoder_dim": 64, "decoder_depth": 2}, "tiny": {"decoder_dim": 256, "decoder_depth": 4}}
 OBJECTIVES["mae"] = Objective(
     MAEPretrain,
-    {
-        f"{family}_{name}": {"backbone": family, **size, **_DECODERS.get(name, {})}
-        for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
-        for name, size in {"pico": _PICO, **sizes}.items()
-    },
+    sizes_of_encoders(_DECODERS),
     description="an encoder of a part of the patches and the decoder that predicts the others from it",
     outputs="loss, prediction, mask",
 )

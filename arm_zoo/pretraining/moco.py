@@ -1,14 +1,14 @@
-"""Contrastive pretraining as in MoCo v3 (https://arxiv.org/abs/2104.02057), of a whole backbone of any family here.
+"""Contrastive pretraining of whole ARM and Vim backbones, as in MoCo v3 (https://arxiv.org/abs/2104.02057).
 
-Two views of each image are encoded. What a predictor makes of one view must resemble what the momentum encoder, a
-slowly moving average of the trained one, makes of the other view, and differ from what it makes of other images.
+The encoder and a predictor embed one view of an image, the momentum encoder the other view. The two embeddings must
+resemble each other and differ from those of other images. The momentum encoder is a slowly moving average of the
+trained one.
 """
 
 import copy
 import math
 from contextlib import nullcontext
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -18,39 +18,38 @@ from torch.nn import functional as F
 from arm_zoo.files import StateDict
 from arm_zoo.layers.init import fill
 from arm_zoo.layers.sizes import Device, Size, check_positive
-from arm_zoo.models import arm, vim
-from arm_zoo.models.arm import ARM
-from arm_zoo.models.vim import Vim
-from arm_zoo.pretraining._registry import OBJECTIVES, Objective, PretrainingModel
+from arm_zoo.ops.fused import at_least_float32
+from arm_zoo.pretraining._registry import OBJECTIVES, Objective
+from arm_zoo.pretraining._sequence import SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.weights.adapt import whole_backbone
 
 _POOLING = {"arm": "avg", "vim": "token"}  # what each family classifies with
-START = 0.99  # of the momentum, which ends at 1
+START = 0.99  # the momentum when training starts; it ends at 1
 
 
-def place() -> tuple[int, int]:
-    """The number of this process, and how many train together."""
+def rank_and_world_size() -> tuple[int, int]:
+    """The rank of this process, and how many processes train together."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
-    """Batch norm of features (n, dim) with the statistics of all processes' batches, which have the same size.
+    """Batch norm of features (n, dim) with the statistics of all processes' batches, which must have the same size.
 
-    PyTorch's SyncBatchNorm is for GPUs alone.
+    PyTorch's own SyncBatchNorm runs on GPUs only.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        processes = place()[1]
-        return self._over(processes, x) if self.training and processes > 1 else super().forward(x)
+        _, world_size = rank_and_world_size()
+        return self._forward_global(x, world_size) if self.training and world_size > 1 else super().forward(x)
 
     @torch.compiler.disable
-    def _over(self: Any, processes: int, x: Tensor) -> Tensor:
+    def _forward_global(self: Any, x: Tensor, world_size: int) -> Tensor:
         from torch.distributed.nn.functional import all_reduce  # differentiable; takes long to import
 
-        values, count = x.to(torch.promote_types(x.dtype, torch.float32)), processes * len(x)
+        values, count = at_least_float32(x), world_size * len(x)
         mean = all_reduce(values.sum(0)) / count
         centred = values - mean
         variance = all_reduce(centred.square().sum(0)) / count
@@ -63,7 +62,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
 
 
 def mlp(*widths: int, device: Device = None, dtype: torch.dtype | None = None) -> nn.Sequential:
-    """Linear layers of these widths without biases, each with a batch norm; ReLUs between them.
+    """Linear layers of these widths, without biases and each followed by a batch norm; ReLUs between them.
 
     The last batch norm has no parameters.
     """
@@ -77,76 +76,73 @@ def mlp(*widths: int, device: Device = None, dtype: torch.dtype | None = None) -
 
 
 def momentum_at(done: float) -> float:
-    """The momentum when this fraction of the training is done: half a cosine from START to 1."""
+    """The momentum when a fraction `done` of the training is over: half a cosine from START to 1."""
     return 1 - (1 - START) * (1 + math.cos(math.pi * done)) / 2
 
 
 @torch.no_grad()
-def follow(momentum_encoder: nn.Module, base_encoder: nn.Module, momentum: float) -> None:
-    """Move every parameter towards that of the trained encoder; buffers, as of batch norms, stay what they are."""
+def update_moving_average(momentum_encoder: nn.Module, base_encoder: nn.Module, momentum: float) -> None:
+    """Move all parameters towards those of the trained encoder; buffers, such as those of batch norms, stay."""
     torch._foreach_lerp_(list(momentum_encoder.parameters()), list(base_encoder.parameters()), 1 - momentum)
 
 
-def contrast(
+def two_view_loss(
     base_encoder: nn.Module,
     momentum_encoder: nn.Module,
     predictor: nn.Module,
     views: tuple[Tensor, Tensor],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of two views of n images for any encoders that end in a projector, and how far features are apart.
+    """The loss of two views of n images, and how much the features of images differ; for any encoders with projectors.
 
     The latter is the standard deviation over all images of the momentum encoder's projections of length 1, averaged
-    over channels: 1 / sqrt(channels) where all is well, 0 after a collapse. The momentum encoder must have followed
-    the trained one already.
+    over channels: 1 / sqrt(channels) where all is well, 0 after a collapse. Update the momentum encoder before this.
     """
     queries = [predictor(base_encoder(view)) for view in views]
     with torch.no_grad():
-        keys = [gathered(momentum_encoder(view)) for view in views]
-        deviation = _of_length_1(keys[0]).std(dim=0, correction=0).mean()
-    process, _ = place()
-    losses = [contrastive_loss(*pair, temperature, process) for pair in zip(queries, keys[::-1], strict=True)]
+        keys = [all_gathered(momentum_encoder(view)) for view in views]
+        deviation = _unit_length(keys[0]).std(dim=0, correction=0).mean()
+    rank, _ = rank_and_world_size()
+    losses = [contrastive_loss(*pair, temperature, rank) for pair in zip(queries, keys[::-1], strict=True)]
     return losses[0] + losses[1], deviation
 
 
-def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, process: int = 0) -> Tensor:
-    """Cross entropy times 2 temperature, in at least float32, of telling each image's key from those of the others.
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, rank: int = 0) -> Tensor:
+    """2 * temperature times the cross entropy, in at least float32, of finding each image's key among all keys.
 
-    The n queries (n, dim) are of this process; the keys (n * processes, dim) are those of all, in their order. At
-    chance it is 2 temperature ln(n * processes).
+    The queries (n, dim) are those of the process with this rank; the keys (n * processes, dim) are those of all
+    processes, in the order of their ranks. At chance the loss is 2 * temperature * ln(n * processes).
     """
     with nullcontext() if queries.is_meta else torch.autocast(queries.device.type, enabled=False):
-        logits = _of_length_1(queries) @ _of_length_1(keys).T / temperature
-        right = torch.arange(len(queries), device=queries.device) + len(queries) * process
+        logits = _unit_length(queries) @ _unit_length(keys).T / temperature
+        right = torch.arange(len(queries), device=queries.device) + len(queries) * rank
         return 2 * temperature * F.cross_entropy(logits, right)
 
 
-def _of_length_1(features: Tensor) -> Tensor:
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+def _unit_length(features: Tensor) -> Tensor:
+    return F.normalize(at_least_float32(features), dim=1)
 
 
-def gathered(features: Tensor) -> Tensor:
-    """The features (n, dim) of all processes, one after the other, as constants for autograd."""
-    processes = place()[1]
-    return features if processes == 1 else _gathered_from(processes, features)
+def all_gathered(features: Tensor) -> Tensor:
+    """Features (n, dim) -> those of all processes (n * processes, dim), in the order of ranks and without gradient."""
+    _, world_size = rank_and_world_size()
+    return features if world_size == 1 else _gather(features, world_size)
 
 
 @torch.compiler.disable
-def _gathered_from(processes: int, features: Tensor) -> Tensor:
-    parts = [torch.empty_like(features) for _ in range(processes)]
+def _gather(features: Tensor, world_size: int) -> Tensor:
+    parts = [torch.empty_like(features) for _ in range(world_size)]
     distributed.all_gather(parts, features.contiguous())
     return torch.cat(parts)
 
 
-class MoCoPretrain(PretrainingModel):
+class MoCoPretrain(SequencePretrain):
     """MoCo v3 of a backbone with all its scans; `arm_zoo.create_pretraining_model` has the sizes.
 
-    `base_encoder` is the backbone, whose head is the projector. As MoCo v3 advises, the projection of patches stays at
-    its random start, like the position embeddings, which are sines and cosines.
+    `base_encoder` is the backbone, with the projector as its head. As MoCo v3 advises, the patch embedding stays as it
+    was initialised and is not trained; neither are the position embeddings, which are sines and cosines.
     """
 
-    backbone = ARM
-    backbones = MappingProxyType({"arm": ARM, "vim": Vim})
     keys = ("base_encoder.blocks.*.mixer.A_log", "momentum_encoder.blocks.*.mixer.A_log", "predictor.*.weight")
     parts_to_shard = ()
     feature_std: Tensor
@@ -168,13 +164,13 @@ class MoCoPretrain(PretrainingModel):
     ) -> None:
         """
         Args:
-            backbone: the family: arm, or vim, whose feature is the class token instead of the average of patches.
+            backbone: the family of the encoder: arm, which averages its patches, or vim, which has a class token.
             img_size: pixels, one number or (height, width).
             patch_size: pixels of a patch.
             d_state: states per channel of the scan.
-            hidden_dim: width of the layers within projector and predictor.
-            output_dim: width of what they give, in which images are compared.
-            temperature: what similarities are divided by.
+            hidden_dim: width of the hidden layers of projector and predictor.
+            output_dim: width of their outputs, by which images are compared.
+            temperature: the divisor of similarities.
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -198,7 +194,7 @@ class MoCoPretrain(PretrainingModel):
 
     @property
     def patch_embed(self) -> nn.Module:
-        """That of the trained encoder."""
+        """The patch embedding of the trained encoder."""
         return cast(nn.Module, self.base_encoder.patch_embed)
 
     def _init_own_weights(self) -> None:
@@ -206,13 +202,13 @@ class MoCoPretrain(PretrainingModel):
         encoder._init_own_weights()
         rows, columns = encoder.patch_embed.grid_size
         table = sincos_pos_embed(encoder.embed_dim, rows, columns, device=encoder.pos_embed.device)
-        middle = table.shape[1] // 2  # where the class token stands, which has no position
+        middle = table.shape[1] // 2  # the class token stands there and has no position
         fill(encoder.pos_embed, torch.cat([table[:, :middle], 0 * table[:, :1], table[:, middle:]], dim=1))
         for moving, parameter in zip(self.momentum_encoder.parameters(), encoder.parameters(), strict=True):
             fill(moving, parameter)
 
     def init_non_persistent_buffers(self) -> None:
-        """Fill the encoders' order tables, and the deviation of features, which is not known yet."""
+        """Fill the encoders' order tables, and the deviation of features with 0, as it is not known yet."""
         self.fill_table("feature_std", torch.zeros(()))
         for encoder in (self.base_encoder, self.momentum_encoder):
             encoder.init_non_persistent_buffers()
@@ -228,26 +224,27 @@ class MoCoPretrain(PretrainingModel):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(2 N, C, H, W), the first views of N images and then their second ones -> loss, deviation of features.
+        """(2 N, C, H, W) images, first one view of N images and then the other -> loss, deviation of features.
 
-        Before each step of a training `update_momentum_encoder` must be called. See `contrast`.
+        Training must call `update_momentum_encoder` before each step. See `two_view_loss`.
         """
         views = cast(tuple[Tensor, Tensor], images.unflatten(0, (2, -1)).unbind(0))
-        loss, deviation = contrast(self.base_encoder, self.momentum_encoder, self.predictor, views, self.temperature)
+        encoders = self.base_encoder, self.momentum_encoder, self.predictor
+        loss, deviation = two_view_loss(*encoders, views, self.temperature)
         self.feature_std.copy_(deviation)
         return loss, deviation
 
     def update_momentum_encoder(self, done: float) -> None:
-        """Let the momentum encoder follow the trained one, at the pace for this fraction of the training done."""
-        follow(self.momentum_encoder, self.base_encoder, momentum_at(done))
+        """Move the momentum encoder towards the trained one, when a fraction `done` of the training is over."""
+        update_moving_average(self.momentum_encoder, self.base_encoder, momentum_at(done))
 
     def loss_at_chance(self, images: int) -> float:
-        """The loss for this many images, of all processes, whose features say nothing."""
+        """The loss of features that say nothing about their images, of which all processes together have this many."""
         return 4 * self.temperature * math.log(images)
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:
-        """As `ZooModel.read_shapes`; the temperature is one that no shape tells."""
+        """See `ZooModel.read_shapes`. Shapes do not tell the temperature."""
         encoder = whole_backbone(source)
         name = cls.name_of_backbone(encoder)
         sizes, patches = cls.backbones[name].read_shapes(encoder)
@@ -256,21 +253,14 @@ class MoCoPretrain(PretrainingModel):
         return {"backbone": name, **sizes, "hidden_dim": hidden_dim, "output_dim": output_dim}, patches
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
-        """The encoder's features, and their projections."""
+        """The encoder's features and their projections."""
         features = self.forward_encoder(images)
         return {"features": features, "projections": self.base_encoder.head(features)}
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
-_PICO |= {"hidden_dim": 256, "output_dim": 64}
-_SIZES = {
-    f"{family}_{name}": {"backbone": family, **size}
-    for family, module in (("arm", arm), ("vim", vim))
-    for name, size in {"pico": _PICO, **module.SIZES}.items()
-}
 OBJECTIVES["moco"] = Objective(
     MoCoPretrain,
-    _SIZES,
+    sizes_of_encoders({"pico": {"hidden_dim": 256, "output_dim": 64}}),
     description="an encoder, its moving average, and the heads by which they compare two views of an image",
     outputs="loss, deviation",
 )

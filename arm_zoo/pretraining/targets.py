@@ -1,4 +1,4 @@
-"""The targets of pretraining: images as patches, and patches normalised one by one."""
+"""The targets of pretraining: the pixels of patches, plain or normalised patch by patch."""
 
 from collections.abc import Callable
 
@@ -19,18 +19,18 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
 
 
 def statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (..., 1) of every patch; the variance is the unbiased one."""
+    """Mean and standard deviation (..., 1) of every patch; the variance is the unbiased one."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def normalised(patches: Tensor) -> Tensor:
-    """Every patch less its mean, by its deviation."""
+    """Every patch minus its mean, divided by its standard deviation."""
     mean, deviation = statistics(patches)
     return (patches - mean) / deviation
 
 
 NORMED_PIXEL, PIXEL = "normed_pixel", "pixel"
-PIXEL_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {  # what is predicted of patches (paper, table 7)
+PIXEL_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {  # what is predicted for patches (paper, table 7)
     NORMED_PIXEL: normalised,
     PIXEL: lambda patches: patches,
 }

@@ -1,4 +1,4 @@
-"""The panels of the picture: what they show, in numbers for every patch or pixel."""
+"""Computes the panels that show what a model sees in an image: values for every patch or pixel."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ _DECADES = 3  # that logarithmic panels show below their largest value
 
 
 class Panel(NamedTuple):
-    """A title, what it shows, and values in 0..1, NaN for none: colours (C, h, w) or numbers (h, w)."""
+    """A title, a note on what is shown, and values in 0..1, NaN for none: colours (C, h, w) or numbers (h, w)."""
 
     title: str
     note: str
@@ -24,7 +24,7 @@ class Panel(NamedTuple):
     mark: tuple[float, float, float, float] | None = None  # a box: left, top, right and bottom in 0..1
 
 
-@scan_backend("torch")  # which compiles nothing and runs on any device
+@scan_backend("torch")  # it compiles nothing and runs on any device
 def panels(
     model: Any,
     images: Tensor,
@@ -33,14 +33,14 @@ def panels(
     patch: tuple[int, int] | None = None,
     layer: int = -1,
 ) -> tuple[list[Panel], list[str]]:
-    """The panels that apply to a model, and what does not and why.
+    """The panels that apply to a model, and for each other one the reason why not.
 
     Args:
         model: one of ours or of timm with `forward_intermediates`, or a pretraining model, in evaluation mode.
         images: (1, C, H, W), one image as the model takes it.
         mean, std: by which its channels were normalised.
-        patch: its row and column in the map of features, from 0; None for the centre, above and left of it if need be.
-        layer: the index of a block, or of a stage where stages have maps of their own; negative ones from the last.
+        patch: row and column in the map of features, from 0; None for the centre, rounded towards the top and left.
+        layer: the index of a block, or of a stage if stages have maps of their own; negative ones count from the end.
 
     Raises:
         ValueError: if there is no such patch or layer, or the model gives no features of patches.
@@ -60,12 +60,7 @@ def panels(
     image = _denormalised(images, mean, std)
     shown, missing = [Panel("image", f"as the model gets it, {_by(image)}", image, mark)], []
     if isinstance(model, ARMPretrain) and model.target != DVAE_TOKENS:
-        predicted = _denormalised(model.reconstruct(images), mean, std)
-        down, across = model.cluster_grid
-        top, left = divmod(int(model.shown(images)), columns // across)
-        given = (left * across / columns, top * down / rows, (left + 1) * across / columns, (top + 1) * down / rows)
-        note = "each from those before it; the marked one is given"
-        shown.append(Panel("predicted clusters", note, predicted, given))
+        shown.append(_predicted_clusters(model, images, mean, std))
     else:
         missing.append("predicted clusters: this is no pretraining model of pixels")
     note = f"first three principal components, {_by(features)}"
@@ -86,6 +81,15 @@ def panels(
     return [*shown, *_direction_panels(getattr(model, "directions", DIRECTIONS), parts)], missing
 
 
+def _predicted_clusters(model: ARMPretrain, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Panel:
+    """The model's prediction of every cluster but the first, which is marked."""
+    (down, across), (rows, columns) = model.cluster_grid, model.patch_embed.grid_size
+    top, left = divmod(int(model.shown(images)), columns // across)
+    given = (left * across / columns, top * down / rows, (left + 1) * across / columns, (top + 1) * down / rows)
+    note = "each from those before it; the marked one is given"
+    return Panel("predicted clusters", note, _denormalised(model.reconstruct(images), mean, std), given)
+
+
 def _direction_panels(names: Sequence[str], parts: Tensor) -> Iterator[Panel]:
     """A panel for each direction, of its contributions (directions, rows, columns) as shares."""
     for name, part in zip(names, parts, strict=True):
@@ -94,7 +98,7 @@ def _direction_panels(names: Sequence[str], parts: Tensor) -> Iterator[Panel]:
 
 
 def patch_features(model: Any, images: Tensor, layer: int) -> Tensor:
-    """Features (C, rows, columns); of a pretraining model those that its decoder gets, NaN in the last cluster."""
+    """Features (C, rows, columns) of a layer, or of ARMPretrain those for its decoder, NaN in the last cluster."""
     if isinstance(model, ARMPretrain):
         if layer != -1:
             raise ValueError(f"a pretraining model shows what its decoder gets, not a layer; got the layer {layer}")
@@ -112,7 +116,7 @@ def patch_features(model: Any, images: Tensor, layer: int) -> Tensor:
 
 
 def patches_of_tokens(model: Any, patches: int, tokens: int) -> Tensor:
-    """The number of the patch, row by row, that each token of a scan stands for; -1 for the class token."""
+    """The index, row by row, of the patch that each token of a scan stands for; -1 for the class token."""
     if isinstance(model, ARMPretrain):
         return model.order[:tokens].cpu()
     numbers = torch.arange(patches)
@@ -140,23 +144,23 @@ def principal_colours(features: Tensor) -> Tensor:
 
 
 def receptive_field(images: Tensor, vector: Tensor) -> Tensor:
-    """How much each pixel (H, W) of the image moves a patch's features.
+    """How much each pixel (H, W) of the image influences the features of a patch, `vector`.
 
-    That is the absolute gradient of their Euclidean norm by the pixels, summed over the channels of the image.
+    That is the absolute gradient of the features' Euclidean norm by the pixels, summed over the image's channels.
     """
     [gradient] = torch.autograd.grad(vector.norm(), images)
     return gradient[0].abs().sum(0)
 
 
 def _map_of(values: Tensor, patches: Tensor, rows: int, columns: int) -> Tensor:
-    """Values (..., tokens) where the patches lie: (..., rows, columns), NaN for patches without a token."""
+    """Values (..., tokens) at the places of their patches (..., rows, columns), NaN for patches without a token."""
     placed = values.new_full((*values.shape[:-1], rows * columns), torch.nan)
     placed[..., patches[patches >= 0]] = values[..., patches >= 0]
     return placed.unflatten(-1, (rows, columns))
 
 
 def _logarithmic(values: Tensor) -> Tensor:
-    """Values from 0 on as 0..1: 1 for the largest, and 0 for those that are smaller by all decades shown."""
+    """Values from 0 on at a logarithmic scale: 1 for the largest, 0 for those smaller by `_DECADES` decades."""
     return ((values / values.nan_to_num().max()).log10() / _DECADES + 1).clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""What a selective scan makes of its tokens: which directions its output comes from, and which tokens."""
+"""Where the output of a selective scan comes from: which directions and which tokens."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _OPERATORS = (torch.ops.arm_zoo.selective_scan, torch.ops.arm_zoo.selective_scan
 
 
 class ScanRecorder(TorchFunctionMode):
-    """A context that keeps the inputs of the scan that ran last in it.
+    """A context that keeps the inputs of the last scan that ran inside it.
 
-    The backend must have an operator for the scan alone, as "torch" has: the reference has none, and the kernels of
-    GPUs one for a whole mixer where gradients are asked for.
+    The backend must run the scan as an operator of its own, as "torch" does. The reference has no operators, and
+    backends with kernels of their own have one for the whole mixer when gradients are needed.
     """
 
     last: ScanInputs | None = None

@@ -1,4 +1,4 @@
-"""Checkpoints fitted to a model: one scan to four, position embeddings to other grids, names and shapes compared."""
+"""Fits checkpoints to models: copies one scan to four, resizes position embeddings, compares names and shapes."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_na
 _logger = logging.getLogger(__name__)
 _TABLES = {"pos_embed", "decoder_pos_embed"}
 _PATCHES = "patch_embed.proj.weight"
-_WHOLE = "base_encoder."  # how the names of a backbone start in a pretraining model that holds it whole
+_WHOLE = "base_encoder."  # prefix of the names of a whole backbone inside a pretraining model
 
 
 def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -72,7 +72,7 @@ def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, t
 
 
 def whole_backbone(source: StateDict) -> StateDict:
-    """The tensors of the backbone that a pretraining model holds whole, but for its head; none if it holds none."""
+    """The tensors, without head, of the backbone that a pretraining model contains whole; empty if it has none."""
     found = {key.removeprefix(_WHOLE): value for key, value in source.items() if key.startswith(_WHOLE)}
     return {key: value for key, value in found.items() if not key.startswith("head.")}
 
@@ -80,8 +80,8 @@ def whole_backbone(source: StateDict) -> StateDict:
 def _adapt_to_backbone(source: StateDict, target: StateDict, model: Any, timm_adapts: bool) -> StateDict:
     source = whole_backbone(source) or source
     if "pos_embed" in target and "pos_embed" not in source:
-        return source  # not of the family: the check that follows says what is missing
-    if not any(map(_is_foreign_head, target)):  # a head of the user's own is what the model says
+        return source  # another family's: the check that follows says what is missing
+    if not any(map(_is_foreign_head, target)):  # else the user has replaced the head, and the checkpoint must fit that
         if any(key.startswith("head.") for key in target):
             refuse_foreign_head(source)
         source = {key: value for key, value in source.items() if not _is_foreign_head(key)}
@@ -112,18 +112,19 @@ def _adapt_to_backbone(source: StateDict, target: StateDict, model: Any, timm_ad
 
 
 def _is_resized(target: StateDict, model: Any) -> bool:
-    """Whether the rows of a backbone's position embeddings are what `adapt_state_dict` expects."""
+    """Whether a backbone's position embeddings have the rows that `adapt_state_dict` can resize."""
     if "pos_embed" not in target or not hasattr(model.patch_embed, "num_patches"):
         return False
     return target["pos_embed"].shape[1:-1] == (model.patch_embed.num_patches + ("cls_token" in target),)
 
 
 def _of_pixels(tensors: StateDict) -> bool:
-    """Whether every token is a single pixel, whose embedding tells nothing about patches."""
+    """Whether every token is a single pixel; such an embedding says nothing about larger patches."""
     return _PATCHES in tensors and tensors[_PATCHES].shape[2:].numel() == 1
 
 
 def _is_foreign_head(key: str) -> bool:
+    """Whether a tensor is of a head that is more than one linear layer."""
     return key.startswith("head.") and key not in ("head.weight", "head.bias")
 
 
@@ -138,12 +139,12 @@ def refuse_foreign_head(source: Mapping[str, torch.Tensor]) -> None:
 
 
 def sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
-    """Grid of a fixed sine-cosine table (1, patches, dim), whose halves depend on the column and on the row alone."""
+    """The grid of sine-cosine embeddings (1, patches, dim), half of column and half of row; None for others."""
     if table.is_meta:
         return None
     column, row = table[0].chunk(2, dim=-1)
     width = int((row == row[0]).all(dim=-1).sum())
-    if not width or len(row) % width:  # none is equal to itself where there are NaN
+    if not width or len(row) % width:  # width is 0 where there are NaN, which equal nothing
         return None
     columns, rows = column.unflatten(0, (-1, width)), row.unflatten(0, (-1, width))
     matches = torch.equal(columns, columns[:1].expand_as(columns)) and torch.equal(rows, rows[:, :1].expand_as(rows))
@@ -151,10 +152,10 @@ def sincos_grid(table: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _source_grid(model: nn.Module, patches: int, timm_adapts: bool) -> tuple[int, int]:
-    """Patch grid of a checkpoint: what its configuration or the caller says, else the model's own, else square.
+    """Patch grid of a checkpoint: the one that its configuration or the caller tells, else the model's, else a square.
 
-    Only where timm loads the checkpoint (`timm_adapts`) does the model's configuration describe it. Where only the
-    entry's default says otherwise than the model, the file is refused: neither is sure to be right.
+    The model's configuration describes the checkpoint only where timm loads it (`timm_adapts`). If only the entry's
+    default contradicts the model, the file is refused, as either may be right.
     """
     arguments = getattr(model, "pretrained_model_args", {})
     patch_embed: Any = model.patch_embed
@@ -187,22 +188,23 @@ def _source_grid(model: nn.Module, patches: int, timm_adapts: bool) -> tuple[int
 
 
 def grid_of(img_size: Any, patch_size: Any, patch_stride: Any) -> tuple[int, int]:
-    """Rows and columns of the patches; every size is one number or two."""
+    """Rows and columns of the patches of an image; every size is one number or a pair."""
     sides = zip(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_stride), strict=True)
     rows, columns = ((side - patch) // stride + 1 for side, patch, stride in sides)
     return rows, columns
 
 
 def _join(patches: torch.Tensor, cls_row: torch.Tensor) -> torch.Tensor:
+    """Rows of patches (1, N, dim) with those of a class token (1, 0 or 1, dim) put into their middle."""
     middle = patches.shape[1] // 2
     return torch.cat([patches[:, :middle], cls_row, patches[:, middle:]], dim=1)
 
 
 def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Resize (1, old patches, dim) position embeddings, or (1, old patches + 1, dim) around the row in their middle.
+    """Resize position embeddings (1, old patches, dim), or (1, old patches + 1, dim) with a class token.
 
-    That is the class token's. Bicubic without antialiasing in float32, as the official finetuning does; unchanged if
-    the grids are equal.
+    The class token's row is in the middle and keeps its values. Bicubic without antialiasing in float32, as in the
+    official finetuning; unchanged if the grids are equal.
     """
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
@@ -215,7 +217,7 @@ def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_g
 
 
 def _check(source: StateDict, target: StateDict, first_conv: str | None) -> None:
-    """Compare names and shapes, but not channels of images and the head where `first_conv`, for timm, adapts them."""
+    """CheckpointError unless names and shapes agree; with `first_conv`, timm still adapts that layer and the head."""
     free = ("head.",) if first_conv else ()
     missing = [key for key in target if key not in source and not key.startswith(free)]
     unexpected = [key for key in source if key not in target and not key.startswith(free)]

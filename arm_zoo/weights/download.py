@@ -1,4 +1,4 @@
-"""Weights fetched from the Hub, compared with their sha256 before they are used, and what to do if that fails."""
+"""Downloads from the Hub, verified by sha256, and clear messages for whatever goes wrong."""
 
 import errno
 import logging
@@ -25,11 +25,11 @@ def download(
     token: str | bool | None = None,
     sha256: str | None = None,
 ) -> Path:
-    """One file of a model repository, in the cache of huggingface_hub and checked.
+    """Fetch one file of a model repository into the cache of huggingface_hub, and verify it.
 
     The endpoint, the cache, tokens and offline mode are those of huggingface_hub and its environment variables.
-    Weights that the table has, at its revision or none in particular, must have its sha256. Of others none is known:
-    one log line says so, and files that the Hub names by their sha256 are still compared with it.
+    Weights in the table of hosted weights, asked for at its revision or at none, must have its sha256. No sha256 is
+    known of others: a log line says so, and if the Hub names the file by its sha256 it is compared with that.
 
     Args:
         repo: ORG/NAME or ORG/NAME@REVISION.
@@ -63,11 +63,11 @@ def download(
 def fetch_from_hub(
     repo: str, filename: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None
 ) -> Path:
-    """A file of a repository in the cache, not yet compared with anything."""
+    """Fetch a file of a repository into the cache, without verifying it."""
     from huggingface_hub import hf_hub_download
 
     fetch = partial(hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir, token=token)
-    path = Path(again_if_cut(fetch))  # not every version of the client does so, or always
+    path = Path(again_if_cut(fetch))  # the client itself does not always try again, nor in every version
     blob = _blob(path)
     blobs = os.path.normpath(path.parents[len(Path(filename).parts) + 1] / "blobs")
     if blob is not None and str(blob.parent) != blobs:
@@ -78,7 +78,7 @@ def fetch_from_hub(
 
 
 def verified(path: Path, sha256: str | None, said: str) -> Path:
-    """A file of a cache, if it has this sha256 and, where the Hub names it by one, that; else it is taken out."""
+    """A file of the cache with this sha256, or else with the one in its name on the Hub; a wrong file is deleted."""
     blob = _blob(path)
     # the Hub names large files by their sha256, and its client keeps the name
     named = blob.name if blob is not None and re.fullmatch("[0-9a-f]{64}", blob.name) else None
@@ -90,7 +90,7 @@ def verified(path: Path, sha256: str | None, said: str) -> Path:
 
 
 def check_sha256(path: Path, sha256: str | None, advice: str) -> Path:
-    """The file, if it can be read and has this sha256 or None is known; else CheckpointError with the advice."""
+    """The file, if it can be read and has the sha256 (None: any); else CheckpointError, which ends with the advice."""
     try:
         actual = sha256_of(path)
     except OSError as error:
@@ -102,12 +102,12 @@ def check_sha256(path: Path, sha256: str | None, advice: str) -> Path:
 
 
 def _blob(path: Path) -> Path | None:
-    """What the cache's link to a file points to, maybe a link too (to a store that caches share); None without one."""
+    """What a link in the cache points to, maybe a link into a store that caches share; None if it is no link."""
     return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else None
 
 
 def discard(path: Path) -> None:
-    """Take a file out of the cache, where that may be written to; otherwise the next load fails alike."""
+    """Delete a file from the cache; if that may not be written to, a log line says so, and the next load fails too."""
     blob, stored = _blob(path) or path, path.resolve()
     in_shared_store = stored.is_relative_to((blob.parents[2] / "blobs").resolve())
     for file in {path, blob, stored if in_shared_store else path}:
@@ -119,7 +119,7 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def explained(doing: str, repo: str, cache_dir: str | Path | None = None, **known: str) -> Iterator[None]:
-    """Make one clear error of whatever happens on the way; `known` are further arguments of `explain`."""
+    """Turn any error inside the block into one DownloadError that says what to do; `known` goes to `explain`."""
     try:
         yield
     except CheckpointError:
@@ -133,7 +133,9 @@ def explain(
 ) -> str:
     """What happened, and what to do about it.
 
-    `right` is what a token must have; `authors` is the host, "hub" or "github", if `repo` is one of a model's authors.
+    Args:
+        right: what a token must allow, "read" or "write".
+        authors: the host, "hub" or "github", if `repo` belongs to a model's authors; empty for ours.
     """
     from huggingface_hub import constants, errors
 

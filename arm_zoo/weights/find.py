@@ -19,20 +19,20 @@ from arm_zoo.weights.upstream import fetch_upstream
 
 
 def organisation() -> str:
-    """The entries' Hub organisation; the environment variable ARM_ZOO_HUB_ORG, read at every call, overrides it."""
+    """The organisation on the Hub that has the weights; the environment variable ARM_ZOO_HUB_ORG may name another."""
     return os.environ.get("ARM_ZOO_HUB_ORG") or ORGANISATION
 
 
-def find_weights(entry: str, cache_dir: str | Path | None = None, token: str | bool | None = None) -> Path:
+def find_weights(entry: str, cache_dir: str | Path | None = None) -> Path:
     """The file with an entry's weights: the package's, ours on the Hub, or its authors'; CheckpointError if none."""
     weights = TABLE.get(entry)
     if weights is not None and weights.where == "bundled":
         return check_sha256(bundled_file(entry), weights.sha256, "install arm-zoo anew")
     repository = hub_repository(entry)
     if repository is not None:
-        return download(repository, cache_dir=cache_dir, token=token)
+        return download(repository, cache_dir=cache_dir)
     if is_upstream(entry):
-        return fetch_upstream(entry, cache_dir, token)
+        return fetch_upstream(entry, cache_dir)
     raise CheckpointError(ways_on(entry))
 
 
@@ -43,10 +43,10 @@ def is_upstream(entry: str) -> bool:
 
 
 def hub_repository(entry: str) -> str | None:
-    """ORG/NAME of an entry's weights on the Hub, of ours with @REVISION; None if they are not there.
+    """ORG/NAME of an entry's weights on the Hub, with @REVISION in our organisation; None if they are not there.
 
-    Another organisation than ours is asked for every entry of the table but the bundled ones: its copies are its own,
-    so the table's revision and sha256 do not count for them.
+    If ARM_ZOO_HUB_ORG names another organisation, that is taken to have all entries of the table but the bundled ones,
+    with files of its own: the table's revision and sha256 do not count for them.
     """
     weights = TABLE.get(entry)
     if weights is None or weights.where == "bundled":

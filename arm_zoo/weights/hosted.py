@@ -1,9 +1,9 @@
 """Where the weights of the entries are, and the commands that train those that are not hosted.
 
-No weights are hosted by us yet. An entry is hosted from the commit on whose row says so, with the revision and the
-sha256 that `python -m hub publish` prints. It is bundled when its file lies in `arm_zoo/bundled/`, its row says so,
-and the golden answers that `python -m hub convert` wrote with it lie in `hub/golden/`. It is upstream if the file of
-its authors is fetched, whose sha256 the row has only if somebody has seen the file.
+No weights are hosted by us yet. To host an entry, publish it and give its row the revision and the sha256 that
+`python -m hub publish` prints. To bundle one, put its file into `arm_zoo/bundled/` and the golden answers that
+`python -m hub convert` wrote with it into `hub/golden/`, and say so in its row. The weights of an upstream entry are
+fetched from its authors; its row has a sha256 only if somebody has seen the file.
 """
 
 import os
@@ -29,24 +29,25 @@ class Weights:
     sha256: str | None = None  # of model.safetensors, of the bundled file, or of the authors' file; None: not known
     revision: str = "main"  # branch, tag or commit of the repository to load; the tag of a release
     repository: str | None = None  # ORG/NAME, where it is not the entry's name within our organisation
-    configs: tuple[str, ...] = ()  # of `recipes/configs`, that train them; of bundled ones those named as their set
-    # of upstream ones
+    # names of `recipes/configs` that train them; empty for bundled ones, whose configs are named after their data set
+    configs: tuple[str, ...] = ()
+    # for upstream weights only:
     host: Literal["hub", "github"] = "hub"  # a repository of the Hub, or a release on GitHub
-    file: str | None = None  # its name there; None: no public text has it, so it is found by `shapes`
+    file: str | None = None  # its name there; None: nobody has published it, so the file is found by `shapes`
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of some tensors, by the authors' names
-    # averaged or trained weights, whichever the authors report on; None takes the averaged ones where there are any
+    # which weights the authors report on, averaged ("ema") or trained ones; None takes averaged ones if there are any
     choice: Choice | None = None
     license: str | None = None  # SPDX identifier of what the authors state; None if they state nothing
 
 
 def _arm(width: int, patches: int, *configs: str) -> Weights:
-    """A finetuned ARM: its size is told by the width, its image size by the patches."""
+    """A finetuned ARM: the width tells its size, the number of patches its image size."""
     shapes = {"pos_embed": (1, patches + 1, width), "head.weight": (1000, width)}
     return Weights("upstream", repository=ARM_REPOSITORY, shapes=shapes, configs=configs)
 
 
 def _arm_pretrained(width: int, config: str) -> Weights:
-    """A pretrained ARM, the only kind with a projection to the decoder, which is 512 wide."""
+    """A pretrained ARM: no other checkpoint has a projection to the decoder, which is 512 wide."""
     shapes = {"enc2dec.weight": (512 * 4, width * 4)}
     return Weights("upstream", repository=ARM_REPOSITORY, shapes=shapes, configs=(config,))
 
@@ -103,7 +104,7 @@ TABLE: dict[str, Weights] = {
 
 
 def repository_of(entry: str) -> str:
-    """ORG/NAME of an entry's weights, which are or will be there."""
+    """ORG/NAME of the repository that has an entry's weights, or will have them."""
     return TABLE[entry].repository or f"{ORGANISATION}/{entry}"
 
 
@@ -118,14 +119,14 @@ def bundled_entries() -> list[str]:
 
 
 def known_sha256(repo: str, revision: str | None) -> str | None:
-    """What the table has for the weights of a repository at a revision; None if it does not know them."""
+    """The sha256 that the table has for the weights of one of our repositories at a revision, or None."""
     hosted = {repository_of(entry): weights for entry, weights in TABLE.items() if weights.where == "hosted"}
     weights = hosted.get(repo, Weights())
     return weights.sha256 if revision in (None, weights.revision) else None
 
 
 def training_commands(entry: str) -> str:
-    """How the weights of an entry are trained, from a checkout."""
+    """The commands, typed in a checkout, that train the weights of an entry."""
     architecture, _, tag = entry.partition(".")
     weights, trained_on = TABLE.get(entry, Weights()), tag.rpartition("_ft_")[2]
     bundled = [f"pretrain_{trained_on}", f"finetune_{trained_on}"] if weights.where == "bundled" else []
@@ -142,15 +143,15 @@ def training_commands(entry: str) -> str:
 
 
 def upstream_is_on() -> bool:
-    """Whether entries' weights are fetched from authors; the environment variable ARM_ZOO_UPSTREAM=0 forbids it.
+    """Whether weights may be fetched from their authors; the environment variable ARM_ZOO_UPSTREAM=0 forbids it.
 
-    It is read at every call, but for timm's lists of what can be fetched, which are made at import.
+    It is read at every call. Only timm's list of models with weights is made once, at import.
     """
     return os.environ.get("ARM_ZOO_UPSTREAM") != "0"
 
 
 def ways_on(entry: str) -> str:
-    """What a person can do when weights cannot be loaded by name."""
+    """What to do instead if an entry's weights cannot be loaded by name."""
     weights = TABLE.get(entry, Weights())
     off = f"published only by their authors ({weights.repository}), and ARM_ZOO_UPSTREAM=0 forbids fetching them"
     return (

@@ -1,4 +1,4 @@
-"""Checkpoints read without running anything in them, whatever program wrote them."""
+"""Reads checkpoints of any program without running any code in them."""
 
 import argparse
 import json
@@ -21,19 +21,17 @@ from arm_zoo.images.listing import listed
 
 Choice = Literal["ema", "model"]
 
-_PLACES: dict[Choice, tuple[str, ...]] = {  # where checkpoints of a training keep their weights
+_PLACES: dict[Choice, tuple[str, ...]] = {  # the keys under which checkpoints of a training keep their weights
     "ema": ("model_ema", "state_dict_ema"),
     "model": ("model", "state_dict"),
 }
-
-
-_MOST_READ = 2**28  # bytes of a file that is only looked at: far more than its header or its directory and pickle
+_MOST_READ = 2**28  # bytes read of a file without its numbers: far more than any header, or directory and pickle
 
 
 class _Inert:
-    """Stands in for a class whose code is not run: what comes of it is an `OrderedDict` with the pickled attributes.
+    """Stands in for a class whose code must not run: its objects become an `OrderedDict` with the pickled attributes.
 
-    That is the only kind of dict that torch's reader lets have attributes too.
+    torch's reader allows attributes on no other kind of dict.
     """
 
     def __new__(cls) -> Any:
@@ -41,8 +39,8 @@ class _Inert:
 
 
 _INERT = (
-    "yacs.config.CfgNode",  # with which VMamba's checkpoints keep their settings
-    "dall_e.encoder.Encoder",  # a module pickled whole, as OpenAI published the dVAE's
+    "yacs.config.CfgNode",  # the settings in VMamba's checkpoints
+    "dall_e.encoder.Encoder",  # this and all below: the dVAE's encoder, which OpenAI published as a pickled module
     "dall_e.encoder.EncoderBlock",
     "dall_e.utils.Conv2d",
     "torch.nn.modules.container.Sequential",
@@ -50,37 +48,37 @@ _INERT = (
     "torch.nn.modules.pooling.MaxPool2d",
     "torch.nn.modules.linear.Identity",
 )
-# What a pickle may name beside tensors and plain values; making one has no effect.
+# What a pickle may contain beside tensors and plain values: classes whose creation has no effect.
 _HARMLESS: list[Any] = [argparse.Namespace, *((_Inert, name) for name in _INERT)]
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds, told without its numbers."""
+    """What a checkpoint holds, as far as that can be told without reading its numbers."""
 
     tensors: StateDict  # the weights, on the meta device
-    beside: list[str]  # names of what else lies there, such as "optimizer"
+    beside: list[str]  # the keys of everything else in it, such as "optimizer"
     arguments: dict[str, Any]  # of the program that trained them, where it saved those
-    bytes_read: int  # to learn this
+    bytes_read: int  # how many bytes of the file were read to learn this
 
 
 def quoted(names: Iterable[object]) -> str:
-    """The first of some names in a file, for messages: long ones are cut, and no terminal obeys one."""
+    """The first few names in a file, for messages: long ones are cut, and control characters escaped."""
     return listed([repr(name)[:80] for name in names], 8)
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """By its name; every other file is taken for a pickle."""
+    """Whether a file is a .safetensors, by its name; all others are taken for pickles."""
     return Path(path).suffix.lower() == ".safetensors"
 
 
 def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDict:
-    """Tensors by name in a .safetensors file or a .pth; no code in it is run, and no more read than the file holds.
+    """The tensors by name in a .safetensors or .pth file; no code in it is run, nor more unpacked than it has bytes.
 
     Args:
-        path: the file. From a .pth, `argparse.Namespace`, the settings of yacs and the modules of OpenAI's dVAE, which
-            become dicts, are the only objects taken beside tensors and plain values.
-        weights: of a training's checkpoint, the averaged weights ("ema") or the trained ones ("model"); None takes
-            the averaged ones where there are any.
+        path: the file. Beside tensors and plain values, a .pth may only contain `argparse.Namespace`, the settings of
+            yacs, and the modules of OpenAI's dVAE; the last two become dicts.
+        weights: which weights to take from a training's checkpoint, the averaged ones ("ema") or the trained ones
+            ("model"); None takes the averaged ones if there are any.
     """
     path = Path(path)
     if not path.is_file():
@@ -94,10 +92,10 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
 
 
 def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> Contents:
-    """What a file holds, from a .safetensors' header, or a .pth's directory and pickle, without its numbers.
+    """What a file holds, without its numbers: from the header of a .safetensors, the directory and pickle of a .pth.
 
-    `file` may be far away: it is read in a few places only. A .pth of before torch 1.6 is refused, since it is one
-    pickle with all the numbers in it. `weights` as for `read_checkpoint`.
+    Only a few parts of `file` are read, so it may lie on a server. A .pth of torch before 1.6 is refused, as it is one
+    pickle with all the numbers in it. `weights` is as in `read_checkpoint`.
     """
     path, metered = Path(name), _Metered(file, name)
     try:
@@ -116,7 +114,7 @@ def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> C
 
 
 class _Metered:
-    """A file that counts the bytes that are read, gives `_MOST_READ` at most, and keeps the error of a failed read."""
+    """A file that counts the bytes read, refuses more than `_MOST_READ`, and keeps the error of a failed read."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name, self.bytes_read = file, name, 0
@@ -142,6 +140,7 @@ class _Metered:
 
 
 def _size(file: Any) -> int:
+    """The bytes of an open file."""
     before = file.tell()
     size: int = file.seek(0, os.SEEK_END)
     file.seek(before)
@@ -149,19 +148,19 @@ def _size(file: Any) -> int:
 
 
 def _read_header(file: Any) -> StateDict:
-    """Tensors without values from the start of a .safetensors file: eight bytes of length, then JSON."""
+    """The tensors, without values, that a .safetensors file's header tells: eight bytes of length, then JSON."""
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
 
 
 def _is_beside(key: Any, value: Any) -> bool:
-    """Whether an entry of a training's checkpoint is something else than weights."""
+    """Whether an entry of a training's checkpoint is anything but weights."""
     return not isinstance(value, torch.Tensor) and all(key not in places for places in _PLACES.values())
 
 
 def _unreadable(file: Any, path: Path, error: Exception) -> CheckpointError:
-    """One clear error for whatever a damaged or hostile file led to."""
+    """One clear error for whatever error a damaged or hostile file caused."""
     reason = f"{type(error).__name__}: {error}".removesuffix(": ")
     wanted = [] if is_safetensors(path) else _refused_globals(file)
     if isinstance(error, pickle.UnpicklingError):
@@ -173,9 +172,9 @@ def _unreadable(file: Any, path: Path, error: Exception) -> CheckpointError:
 
 
 def _read_pickle_alone(file: Any) -> Any:
-    """A .pth without reading its numbers: its tensors have the right shapes and any values.
+    """A .pth without its numbers: its tensors have the right shapes but arbitrary values.
 
-    For these torch reserves as much address space as the file has, but touches no page of it.
+    torch reserves address space for the values, but never touches its pages.
     """
     with zipfile.ZipFile(file) as archive:
         _check_archive(archive, _size(file))
@@ -186,7 +185,7 @@ def _read_pickle_alone(file: Any) -> Any:
 
 def _read_pickle(file: BinaryIO, path: Path) -> Any:
     zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:  # PyTorch would unpack it to more than it is, and not notice a flipped bit
+    if zipped:  # PyTorch would unpack any amount of data from it, and not notice a flipped bit
         with zipfile.ZipFile(file) as archive:
             _check_archive(archive, path.stat().st_size)
             if damaged := archive.testzip():
@@ -204,13 +203,13 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
 
 def _load(file: Any, mmap: bool = False) -> Any:
     with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of protocols and formats, which the errors tell better
+        warnings.simplefilter("ignore")  # about protocols and formats: the errors say it better
         contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     return dict(_tensors_of_module(contents)) if "_modules" in getattr(contents, "__dict__", {}) else contents
 
 
 def _tensors_of_module(module: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of a module that was pickled whole, of which `_Inert` stands for every part, by dotted name."""
+    """The parameters, by dotted name, of a module that was pickled whole; `_Inert` stands in for it and its parts."""
     for name, tensor in vars(module)["_parameters"].items():
         yield f"{prefix}{name}", tensor
     for name, part in vars(module)["_modules"].items():
@@ -218,7 +217,7 @@ def _tensors_of_module(module: Any, prefix: str = "") -> Iterator[tuple[str, tor
 
 
 def _refused_globals(file: Any) -> list[str]:
-    """Names of the functions and classes that a pickle wants and does not get; reading them runs nothing."""
+    """Names of the functions and classes that a pickle asks for and must not have; finding them runs nothing."""
     file.seek(0)
     try:
         with torch.serialization.safe_globals(_HARMLESS):
@@ -229,10 +228,10 @@ def _refused_globals(file: Any) -> list[str]:
 
 
 def _globals_of_pickle(file: Any) -> set[str]:
-    """Names in a file without archive, which is a row of pickles with data behind."""
+    """Names of functions and classes in a .pth that is no zip archive but several pickles followed by data."""
     file.seek(0)
     found: set[str] = set()
-    strings, memo = ["", ""], [""]  # the two pushed last; those that later parts of the pickle refer to by number
+    strings, memo = ["", ""], [""]  # the two pushed last; all memoized ones, which later code refers to by number
     try:
         while True:
             for code, argument, _ in pickletools.genops(file):
@@ -251,6 +250,7 @@ def _globals_of_pickle(file: Any) -> set[str]:
 
 
 def _advice(file: Any, path: Path) -> str:
+    """What to do about an unreadable file, by how it starts and is named."""
     file.seek(0)
     start = file.read(9)
     if start.startswith((b"PK", b"\x80")) and is_safetensors(path):
@@ -261,12 +261,13 @@ def _advice(file: Any, path: Path) -> str:
 
 
 def weights_of(contents: Any, weights: Choice | None = None, path: object = "the checkpoint") -> StateDict:
-    """The tensors by name of a checkpoint, alone or beside a training's state, without the prefixes of wrappers.
+    """The state dict in a checkpoint, which may hold a training's state too, without the prefixes of wrappers.
 
-    `weights` as of `read_checkpoint`, `path` for messages; CheckpointError for what is no state dict of plain tensors.
+    `weights` is as in `read_checkpoint`, `path` for messages; CheckpointError if it has no dict of plain tensors.
     """
     if not isinstance(contents, Mapping):
-        raise CheckpointError(f"{path} holds no tensors by name but a {type(contents).__name__}")
+        said = f"{path} holds no tensors by name but a {type(contents).__name__}"
+        raise CheckpointError(f"{said}; save a state dict: torch.save(model.state_dict(), FILE)")
     places = {choice: [name for name in names if contents.get(name) is not None] for choice, names in _PLACES.items()}
     if weights == "ema" and not places["ema"]:
         held = quoted(contents)

@@ -1,6 +1,6 @@
-"""Files of GitHub releases, read in part or fetched whole, from GitHub's own hosts and no others.
+"""Reads parts of files of GitHub releases, or fetches whole ones, from GitHub's own hosts and no others.
 
-GitHub answers with a redirect to the store where the file lies. The environment variable ARM_ZOO_GITHUB_ENDPOINT
+GitHub redirects a request to the server that stores the file. The environment variable ARM_ZOO_GITHUB_ENDPOINT
 names a mirror, as HF_ENDPOINT does for the Hub. Offline mode and proxies are those of huggingface_hub, whose HTTP
 client this uses; it sends no token.
 """
@@ -31,22 +31,22 @@ T = TypeVar("T")
 
 
 def endpoint() -> str:
-    """Where releases are asked for."""
+    """The server to ask for releases: GitHub or its mirror."""
     return (os.environ.get("ARM_ZOO_GITHUB_ENDPOINT") or _GITHUB).rstrip("/")
 
 
 def release_url(repository: str, tag: str, file: str) -> str:
-    """The address of a file of a release at GitHub, whatever mirror is asked for it."""
+    """The address at GitHub of a file of a release, even if a mirror will be asked for it."""
     return f"{_GITHUB}/{repository}/releases/download/{quote(tag, safe='')}/{quote(file, safe='')}"
 
 
 def without_login(url: str) -> str:
-    """An address for people, without the name and password that it may have."""
+    """An address without any user name and password, to be shown."""
     return re.sub(r"^([a-z][a-z0-9+.-]*://)?[^/]*@", r"\1", url)
 
 
 def again_if_cut(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-    """What a call gives, made again if the connection breaks off, up to three times in a row without progress."""
+    """The result of a call, which is repeated when the connection breaks off, until three calls made no progress."""
     idle, before = 0, progress()
     while True:
         try:
@@ -60,7 +60,7 @@ def again_if_cut(call: Callable[[], T], progress: Callable[[], int] = lambda: 0)
 
 
 class ReleaseFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
-    """A file of a release, opened for reading in a few places; blocks of it are kept."""
+    """A file of a release, of which only the blocks that are asked for are read and kept."""
 
     def __init__(self, url: str) -> None:
         with _answer(url, 0, 1) as (_, size):
@@ -71,7 +71,7 @@ class ReleaseFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no 
 
 
 def download_release(url: str, target: Path, most_bytes: int) -> None:
-    """Fetch a file of a release, going on where it was whenever the connection breaks off."""
+    """Fetch a file of a release; whenever the connection breaks off, go on where it stopped."""
     from huggingface_hub.utils import tqdm
 
     first = None  # size and ETag of the first answer
@@ -98,6 +98,7 @@ def download_release(url: str, target: Path, most_bytes: int) -> None:
 
 
 def _read_range(url: str, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` up to but not including `end`."""
     contents = b""
     with _answer(url, start, end) as (response, _):
         for chunk in response.iter_raw():
@@ -113,7 +114,7 @@ def _read_range(url: str, start: int, end: int) -> bytes:
 def _answer(url: str, start: int, end: int | None = None) -> Iterator[tuple[Any, int]]:
     """The answer to a request for the bytes from `start` up to but not including `end`, and the whole file's size.
 
-    With None for `end` it has all bytes that follow.
+    If `end` is None, all bytes from `start` on are requested.
     """
     from huggingface_hub import constants, get_session
 
@@ -135,18 +136,19 @@ def _answer(url: str, start: int, end: int | None = None) -> Iterator[tuple[Any,
 
 
 def _whole_size(response: Any, start: int) -> int:
-    """Size of the file of which an answer has the part from `start` on."""
+    """The size of the whole file, told by an answer that must begin at byte `start`."""
     told = response.headers.get("Content-Range", "")
     part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", told)
     if part is None:
-        raise DownloadError(f"{response.url.host} ignores range requests (HTTP {response.status_code})")
+        said = f"{response.url.host} ignores range requests (HTTP {response.status_code})"
+        raise DownloadError(f"{said}; ARM_ZOO_GITHUB_ENDPOINT names a mirror that takes them")
     if int(part[1]) != start:
         raise DownloadError(f"{response.url.host} sends {told!r} where the bytes from {start} on were asked for")
     return int(part[2])
 
 
 def _allowed(url: str) -> str:
-    """The address, if files of releases may be fetched from there."""
+    """The address, if it is that of a server that may send files of releases; else DownloadError."""
     own, wanted = urlsplit(endpoint()), urlsplit(url)
     host = without_login(own.netloc)
     allowed = [(own.scheme, own.netloc), (own.scheme, host), *(("https", store) for store in _STORES)]

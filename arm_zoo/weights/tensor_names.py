@@ -1,4 +1,4 @@
-"""Names of tensors: the authors' to ours and back, by the table of a family or an objective.
+"""Names of tensors translated from the authors' to ours and back, by the table of a family or an objective.
 
 Ours differ from the official ones in that the directions' parameters are stacked on a leading axis (`A_log`,
 `A_b_log`, ... -> `A_log[0]`, `A_log[1]`, ...) and that the two input matrices of SwiGLU are one.
@@ -14,8 +14,8 @@ from torch import nn
 
 from arm_zoo.files import CheckpointError, StateDict
 
-_DIRECTION_SUFFIXES = ("", "_b", "_c", "_c_b")  # official names of our directions 0 to 3
-_STACKED = {  # ours: official with {} for the direction
+_DIRECTION_SUFFIXES = ("", "_b", "_c", "_c_b")  # of the official names of our directions 0 to 3
+_STACKED = {  # our name: the official one, with {} for the suffix of the direction
     "conv_weight": "conv1d{}.weight",
     "conv_bias": "conv1d{}.bias",
     "x_proj_weight": "x_proj{}.weight",
@@ -24,8 +24,8 @@ _STACKED = {  # ours: official with {} for the direction
     "A_log": "A{}_log",
     "D": "D{}",
 }
-Row = tuple[str, str, int | None]  # official, ours, position inside our tensor
-# Of the mixer, in all families.
+Row = tuple[str, str, int | None]  # official name, our name, position inside our tensor (None: it is the whole)
+# Of `MambaMixer`, in all families that have it.
 MIXER_NAMES: list[Row] = [
     (f"layers.{{}}.mixer.{official.format(suffix)}", f"blocks.{{}}.mixer.{ours}", k)
     for ours, official in _STACKED.items()
@@ -36,12 +36,14 @@ MIXER_NAMES: list[Row] = [
 class OfficialNames:
     """A table of names, row by row.
 
-    {} is a number, a name that ends in a dot stands for all below it, and the first row that matches counts. A name
-    with the prefix, which none of ours has, tells that all are those of the code at `origin_url`.
+    In a row, {} stands for a number, and a name that ends in a dot for all names that start with it. The first row
+    that matches counts. The official names are those of the code at `origin_url`.
     """
 
-    def __init__(self, rows: Sequence[Row] = (), origin_url: str | None = None, prefix: str = "layers.") -> None:
-        self.origin_url, self.prefix = origin_url, prefix
+    prefix = "layers."  # some official names start with it, and none of ours
+
+    def __init__(self, rows: Sequence[Row] = (), origin_url: str | None = None) -> None:
+        self.origin_url = origin_url
         self.from_official = [(_pattern(official), ours, position) for official, ours, position in rows]
         self.to_official = [(_pattern(ours), official, position) for official, ours, position in rows]
 
@@ -50,14 +52,14 @@ class OfficialNames:
         return any(key.startswith(self.prefix) for key in state_dict)
 
     def covers(self, keys: Iterable[str], state_dict: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a state dict, under either names, has all these; * is a number."""
+        """Whether a state dict, under our or the official names, has all these of ours; * stands for a number."""
         official = self.are_in(state_dict)
         ours = (self.translate(key)[0][0] if official else key for key in state_dict)
         return {re.sub(r"\.\d+\.", ".*.", key) for key in ours}.issuperset(keys)
 
-    @lru_cache(4096)  # noqa: B019 (the tables stay)
+    @lru_cache(4096)  # noqa: B019 (tables live as long as the process)
     def translate(self, key: str, to_official: bool = False) -> list[tuple[str, int | None]]:
-        """All names of a tensor on the other side, with their positions; its own if the table does not know it."""
+        """The names of a tensor on the other side, with positions; its own name if the table has none."""
         found: list[tuple[str, int | None]] = []
         for pattern, name, position in self.to_official if to_official else self.from_official:
             match = pattern.match(key)
@@ -74,11 +76,12 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def is_stacked(key: str) -> bool:
+    """Whether our tensor of this name has the directions on its first axis."""
     return ".mixer." in key and key.rsplit(".", 1)[-1] in _STACKED
 
 
 def under_our_names(state_dict: Mapping[str, torch.Tensor], names: OfficialNames) -> StateDict:
-    """The dict under our names, whichever it comes with; CheckpointError if parts of a tensor do not fit together."""
+    """A state dict of ours or the authors', under our names; CheckpointError if parts of a tensor do not fit."""
     if not names.are_in(state_dict):
         return dict(state_dict)
     parts: dict[str, dict[int | None, torch.Tensor]] = {}

@@ -1,8 +1,8 @@
-"""Weights from where their authors published them: told apart without a download, fetched once, kept as safetensors.
+"""Weights as their authors published them: found by a look into files, fetched once, kept as safetensors.
 
-Beside the safetensors in the cache lies `source.json`, with the address, the revision, the sha256 and the licence of
-the file that they were read from. What is in the cache is used without asking anybody, but for an address without a
-commit: where there is a network, the Hub is asked whether the branch or tag still has that file.
+The cache keeps `source.json` beside the safetensors, with the address, revision, sha256 and licence of the file that
+they were made from. What is in the cache is used without asking any server. The exception is an address that names a
+branch or tag instead of a commit: then the Hub is asked, if it can be reached, whether it still has the same file.
 """
 
 import json
@@ -33,9 +33,9 @@ from arm_zoo.weights.releases import ReleaseFile, download_release, release_url
 _logger = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files that may hold weights
 RECORD = "source.json"
-_MOST_BYTES = 2**35  # of a file; the largest ARM with the state of its training has about a third
+_MOST_BYTES = 2**35  # of a file; the largest ARM with its training state has about a third of this
 _ADDRESS = re.compile(r"hf://?([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+)")  # a `Path` keeps one slash of two
-_BLOCK = 2**16  # bytes of a request where a file is read in part
+_BLOCK = 2**16  # bytes of one request when only parts of a file are read
 Token = str | bool | None
 
 
@@ -47,23 +47,23 @@ class RemoteFile:
     name: str
     revision: str  # the commit, or the tag of the release
     on_github: bool
-    size: int | None = None  # bytes; None where nobody was asked
-    sha256: str | None = None  # that the Hub names it by
+    size: int | None = None  # bytes; None: no server was asked
+    sha256: str | None = None  # as told by the Hub
 
     @property
     def address(self) -> str:
-        """Address of the file, for people and for the record."""
+        """The address of the file, to be shown and recorded."""
         if self.on_github:
             return release_url(self.repository, self.revision, self.name)
         return f"hf://{self.repository}@{self.revision}/{self.name}"
 
     def contents(self, weights: Weights, token: Token = None) -> Contents:
-        """What it holds, from a few reads of its header or its directory."""
+        """What the file holds, from a few reads of its header or directory."""
         with ReleaseFile(self.address) if self.on_github else self._opened_on_the_hub(token) as file:
             return read_contents(file, self.name, weights.choice)
 
     def _opened_on_the_hub(self, token: Token) -> Any:
-        """Opened for reading in a few places; blocks of it are kept in memory, so none may be the whole file."""
+        """The file, opened to read parts of it; a server that sends more than a block at once is refused."""
         from huggingface_hub import HfFileSystem
 
         file = HfFileSystem(token=token).open(self.address, block_size=_BLOCK, cache_type="blockcache")
@@ -80,10 +80,10 @@ class RemoteFile:
 
     @contextmanager
     def fetched(self, folder: Path, cache_dir: str | Path | None, token: Token) -> Iterator[Path]:
-        """The whole file, in the Hub's cache or from GitHub in `folder`, removed afterwards unless it is to stay.
+        """The whole file, in the Hub's cache or, from GitHub, in `folder`; it is deleted when the block ends.
 
-        The environment variable ARM_ZOO_KEEP_PICKLES=1 lets it stay; so does what was in the Hub's cache before, at
-        this commit or another.
+        It stays if the environment variable ARM_ZOO_KEEP_PICKLES is 1, or if the Hub's cache had it before, for this
+        commit or another.
         """
         from huggingface_hub import constants, try_to_load_from_cache
         from huggingface_hub.file_download import repo_folder_name
@@ -106,16 +106,16 @@ class RemoteFile:
 
 
 def fetch_upstream(entry: str, cache_dir: str | Path | None = None, token: Token = None) -> Path:
-    """The safetensors with the weights of an entry that its authors published, from the cache or from them."""
+    """The safetensors with the weights of an entry that its authors published, fetched if the cache lacks it."""
     return _fetch(entry, TABLE[entry], cache_dir, token)
 
 
 def fetch_address(
     address: str, revision: str | None = None, cache_dir: str | Path | None = None, token: Token = None
 ) -> Path:
-    """The safetensors with the weights of a file named hf://ORG/NAME/FILE or hf://ORG/NAME@REVISION/FILE.
+    """The safetensors with the weights of the file at hf://ORG/NAME/FILE or hf://ORG/NAME@REVISION/FILE.
 
-    ARM_ZOO_UPSTREAM=0 does not concern it: whoever writes the address asks for this very file.
+    ARM_ZOO_UPSTREAM=0 does not forbid this, as the caller asks for this very file.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None or not match[3].endswith(CHECKPOINTS):
@@ -124,7 +124,7 @@ def fetch_address(
     repository, at, file = match.groups()
     revision = revision or at or "main"
     theirs = (row for row in TABLE.values() if (row.host, row.repository) == ("hub", repository))
-    row = next(theirs, Weights())  # has the licence, and which of the weights in a file count
+    row = next(theirs, Weights())  # tells the licence, and which of the weights in a file to take
     weights = replace(
         row, where="upstream", repository=repository, revision=revision, file=file, shapes={}, sha256=None
     )
@@ -133,7 +133,7 @@ def fetch_address(
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What `source.json` beside a file of the cache says; empty if there is none that can be read."""
+    """The content of `source.json` beside a file of the cache; empty if it is missing or damaged."""
     try:
         record = json.loads((file.parent / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -142,9 +142,9 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def list_files(weights: Weights, token: Token = None) -> list[RemoteFile]:
-    """The checkpoints at an upstream place; of a release, whose files nobody lists, the one that the table names.
+    """The checkpoints in a repository of the Hub; of a release, which cannot be listed, the file in the table.
 
-    File names with control characters are left out.
+    Files whose names have control characters are left out.
     """
     from huggingface_hub import HfApi
 
@@ -163,7 +163,7 @@ def list_files(weights: Weights, token: Token = None) -> list[RemoteFile]:
 
 
 def choose(entry: str, weights: Weights, token: Token = None) -> RemoteFile:
-    """The file with the weights of an entry; looks into all files if the table does not name it."""
+    """The file with the weights of an entry; if the table does not name it, by a look into all files."""
     files = _named(list_files(weights, token), weights)
     if weights.file is not None:
         return files[0]
@@ -179,7 +179,7 @@ def choose(entry: str, weights: Weights, token: Token = None) -> RemoteFile:
 
 
 def _named(files: list[RemoteFile], weights: Weights) -> list[RemoteFile]:
-    """Those of the files that the table or the environment names, all if neither does."""
+    """The files that the table or the environment variable names; all files if neither names any."""
     names = _names(weights)
     if missing := names - {file.name for file in files}:
         there = ", ".join(repr(file.name) for file in files) or "no checkpoints"
@@ -189,7 +189,7 @@ def _named(files: list[RemoteFile], weights: Weights) -> list[RemoteFile]:
 
 
 def _names(weights: Weights) -> set[str]:
-    """Names of files to choose from: the table's, or those, by commas, in ARM_ZOO_ARM_FILE; empty means all."""
+    """Names of the files to choose from: the table's, or those in ARM_ZOO_ARM_FILE, by commas; empty means all."""
     if weights.file is not None:
         return {weights.file}
     said = os.environ.get("ARM_ZOO_ARM_FILE", "") if weights.repository == ARM_REPOSITORY else ""
@@ -197,7 +197,7 @@ def _names(weights: Weights) -> set[str]:
 
 
 def look(file: RemoteFile, weights: Weights, token: Token = None) -> Contents | CheckpointError:
-    """What a file holds, or why that cannot be told: an unreadable file must not hide the others."""
+    """What a file holds, or the error if it cannot be read, which must not keep others from being found."""
     try:
         return file.contents(weights, token)
     except CheckpointError as error:
@@ -205,12 +205,12 @@ def look(file: RemoteFile, weights: Weights, token: Token = None) -> Contents | 
 
 
 def fits(contents: Contents | CheckpointError, weights: Weights) -> bool:
-    """Whether a file has the shapes that the table expects."""
+    """Whether a file's tensors have the shapes in the table."""
     return isinstance(contents, Contents) and _shapes(contents, weights.shapes) == dict(weights.shapes)
 
 
 def _shapes(contents: Contents, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of those of the tensors that are there."""
+    """The shapes of the named tensors, as far as the file has them."""
     return {name: tuple(contents.tensors[name].shape) for name in names if name in contents.tensors}
 
 
@@ -226,7 +226,7 @@ def tell(file: RemoteFile, contents: Contents | CheckpointError, weights: Weight
 
 
 def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:
-    """The safetensors of an entry or address in the cache; None if there are none for it, or damaged ones."""
+    """The safetensors of an entry or address in the cache; None if it is missing, damaged or of another file."""
     file = cache_folder(name, weights, cache_dir) / WEIGHTS
     record, named = read_record(file), _names(weights)
     asked = {"repository": weights.repository, "revision": weights.revision, "choice": weights.choice}
@@ -241,7 +241,7 @@ def cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> 
 
 
 def cache_folder(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path:
-    """The folder for what an entry's or address's weights become, one for each file named; made if it is not there."""
+    """The folder of the cache for an entry or address, and for the files named for it; made if it is missing."""
     from huggingface_hub import cached_assets_path
 
     assets = None if cache_dir is None else Path(cache_dir) / "assets"
@@ -250,9 +250,9 @@ def cache_folder(name: str, weights: Weights, cache_dir: str | Path | None = Non
 
 
 def _fetch(name: str, weights: Weights, cache_dir: str | Path | None, token: Token, moving: bool = False) -> Path:
-    """The safetensors in the cache; where they are not, one process fetches them and the others wait.
+    """The safetensors in the cache; if it is not there, one process fetches it while others wait.
 
-    With `moving` those in the cache count only as long as the Hub has the same file.
+    If `moving`, the one in the cache counts only as long as the Hub has the same file.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -274,7 +274,7 @@ def _fetch(name: str, weights: Weights, cache_dir: str | Path | None, token: Tok
 
 
 def _is_replaced(record: dict[str, Any], weights: Weights, token: Token) -> bool:
-    """Whether the Hub has another file by this name than the one fetched; False where the network does not answer."""
+    """Whether the Hub now has another file under this name; False if it cannot be reached."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -287,7 +287,7 @@ def _is_replaced(record: dict[str, Any], weights: Weights, token: Token) -> bool
 
 
 def _convert(source: RemoteFile, weights: Weights, folder: Path, cache_dir: str | Path | None, token: Token) -> None:
-    """Fetch a file and write what it holds into a folder of the cache, all or nothing."""
+    """Fetch a file and write its weights and record into a folder of the cache, both or neither."""
     if (source.size or 0) > _MOST_BYTES:
         raise DownloadError(f"{source.address} has {source.size:,} bytes; at most {_MOST_BYTES:,} are fetched")
     license = weights.license or "unknown"
@@ -314,7 +314,7 @@ def _convert(source: RemoteFile, weights: Weights, folder: Path, cache_dir: str 
 
 
 def _compared(file: Path, source: RemoteFile, weights: Weights) -> str:
-    """The sha256 of a fetched file, which is that of the table and of the Hub; a log line if neither has one."""
+    """The sha256 of a fetched file, verified by the table's and the Hub's; a log line says if neither has one."""
     known = [sha256 for sha256 in (weights.sha256, source.sha256) if sha256]
     for sha256 in known:
         verified(file, sha256, source.address)

@@ -23,7 +23,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHANNELS = 64  # of a block: one warp in the forward scan (or twice as many), two in the backward scan
 _WARPS_OF_WIDE_LANES = 12  # a multiprocessor: fewer would wait for each other's memory
 _SCHEDULERS = 4  # of a multiprocessor: each issues the instructions of its warps
-# of lanes that share a pair of channels: nanoseconds of a warp's step alone on a scheduler, and among many (one H200)
+# lanes that share a pair of channels -> nanoseconds of a warp's step, alone on a scheduler and among many (one H200)
 _STEP = {1: (346, 201), 2: (265, 140), 4: (175, 83)}
 _PARTS_OF_A_BLOCK = 4  # of a sequence whose step sizes are whole; else as many as there would be images
 _STATES = (1, 2, 4, 8, 16)  # other numbers, and sequences of different types, take Triton's kernels
@@ -68,9 +68,9 @@ def _limits(device: int) -> tuple[int, int]:
 def forward_split(warps: int, length: int, d_state: int, team: int, processors: int, cluster: int) -> tuple[int, int]:
     """How the forward scan fills a GPU: lanes that share a pair of channels, and parts of the length.
 
-    There are so many warps without either; a part is a warp, of which a block has `team`, and a sequence up to
-    `cluster` blocks. A model says which takes the least time: the chunks that a warp walks, times what a step takes
-    alone, or what the steps of all warps of a scheduler take to issue their instructions, if that is more.
+    Without either there would be `warps` warps. A part is one warp; a block has `team` parts, and a sequence up to
+    `cluster` blocks. The split of least predicted time is taken: the number of chunks that a warp walks, times
+    the time of a step alone on a scheduler, or of one step of all its warps together, whichever is longer.
     """
     chunks = -(-length // CHUNK)
 
@@ -87,27 +87,27 @@ def forward_split(warps: int, length: int, d_state: int, team: int, processors: 
 
 
 def backward_split(blocks: int, length: int, d_state: int, processors: int, cluster: int) -> int:
-    """Parts of the length, each a block, in the backward scan; there are so many blocks without."""
+    """The number of parts of the length, each a block, in the backward scan; without parts it has `blocks` blocks."""
     resident = (12 if d_state == 1 else 6) * processors
     most = min(cluster, -(-length // CHUNK), resident // blocks)
     return max((parts for parts in (2, 4, 8) if parts <= most), default=1)
 
 
 def _fits(scan: ScanInputs, *others: Tensor) -> bool:
-    """Whether the CUDA kernels take these: some numbers of states, and one type."""
+    """Whether the CUDA kernels take this number of states and these types, which must all be one."""
     sequences = (scan.delta, scan.B, scan.C, *others)
     return scan.A.shape[-1] in _STATES and all(t.dtype == scan.u.dtype for t in sequences) and scan.u.numel() > 0
 
 
 def _are_aligned(group: int, channels: int, *sequences: Tensor) -> bool:
-    """Whether so many adjacent channels can be read at once."""
+    """Whether all sequences are aligned so that `group` adjacent channels can be read at once."""
     strides = [stride for sequence in sequences for stride in sequence.stride()[:-1]]
     aligned = all(sequence.data_ptr() % (group * sequence.element_size()) == 0 for sequence in sequences)
     return aligned and not any(size % group for size in (channels, *strides))
 
 
 def _pairs_of_lanes(scan: ScanInputs, rank: int) -> int:
-    """Pairs of channels that a lane of the forward kernel takes: two of a single state, if enough warps are left."""
+    """Pairs of channels for a lane of the forward kernel: two if there is a single state and enough warps are left."""
     directions, batch, _, channels = scan.shape
     fits = scan.A.shape[-1] == 1 and 0 < rank <= 48 and _are_aligned(4, channels, scan.u)  # 48 KB of shared memory
     if not fits:
@@ -117,7 +117,7 @@ def _pairs_of_lanes(scan: ScanInputs, rank: int) -> int:
 
 
 def _rows(sequences: Tensor) -> Tensor:
-    """The tensor itself if the steps of each sequence adjoin in memory, else a copy where they do."""
+    """The tensor, copied if the steps of a sequence are not contiguous."""
     return sequences if sequences.stride()[-2:] == (sequences.shape[-1], 1) else sequences.contiguous()
 
 
@@ -134,7 +134,7 @@ def _projection(delta: Tensor, weight: Tensor | None, dtype: torch.dtype) -> dic
 
 
 def _parameter(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The tensor itself, or a copy, as the kernels read it: in the sequences' type or float32."""
+    """The tensor as the kernels read it, in the sequences' type or float32 and aligned; copied if need be."""
     return None if tensor is None else aligned(tensor if tensor.dtype == dtype else tensor.float())
 
 
@@ -142,7 +142,7 @@ def _launch(
     pass_name: str, scan: ScanInputs, others: tuple[Tensor | None, ...], images: int, width: int, threads: int,
     **macros: int,
 ) -> None:  # fmt: skip
-    """Start a kernel on the current stream: a block of so many threads takes `width` channels of so many images."""
+    """Start a kernel on the current stream; a block has `threads` threads for `width` channels of `images` images."""
     u, delta, A, B, C, D, delta_bias, *_ = scan
     u = u.expand(scan.shape)
     directions, batch, length, channels = scan.shape
@@ -169,7 +169,7 @@ def _launch(
 def selective_scan(
     scan: ScanInputs, save_states: bool, gate: Tensor | None, kept: Tensor | None = None, norm: Norm | None = None
 ) -> Tensors:
-    """See `arm_zoo.ops.selective_scan`: its output and the saved states; what a gate multiplies goes to `kept`."""
+    """See `arm_zoo.ops.selective_scan`: its output and the saved states; `kept` gets the output before the gate."""
     directions, batch, length, channels = scan.shape
     projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
     if not projection["RANK"]:

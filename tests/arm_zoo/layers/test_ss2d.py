@@ -13,7 +13,7 @@ from arm_zoo.layers.ss2d import DIRECTIONS, SS2D, order_for
 from arm_zoo.models.vmamba import OFFICIAL_NAMES
 from arm_zoo.ops import scan_backend
 from arm_zoo.weights.tensor_names import under_our_names
-from tests.helpers.golden import in_both_sets
+from tests.helpers.golden import close, in_both_sets
 
 PREFIX = "layers.0.blocks.0.op.", "stages.0.blocks.0.ss2d."
 
@@ -22,11 +22,6 @@ def under_mixers_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     """Of a mixer alone, from the authors' names."""
     ours = under_our_names({PREFIX[0] + name: value for name, value in tensors.items()}, OFFICIAL_NAMES)
     return {name.removeprefix(PREFIX[1]): value for name, value in ours.items()}
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    difference = (actual.double() - expected.double()).abs().max()
-    return actual.shape == expected.shape and bool(difference <= tolerance * expected.double().abs().max())
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ from arm_zoo import from_official, from_pretrained, to_official
 from arm_zoo.identify import find_variant
 from arm_zoo.models.vim import Vim
 from hub.convert import convert
-from tests.arm_zoo.test_models import Distribution, Weights, close, expected_distribution, gradients, images
-from tests.arm_zoo.test_pretrain import trained_gradients
-from tests.helpers.golden import in_both_sets
+from tests.arm_zoo.models.test_models import Distribution, Weights, expected_distribution, gradients, images
+from tests.helpers.golden import close, in_both_sets, trained_gradients
 
 TAGS = {
     "vim_pico_patch2_8": "untrained",

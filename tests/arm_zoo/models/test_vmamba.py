@@ -26,16 +26,16 @@ from arm_zoo.weights.tensor_names import under_our_names
 from hub.check import check_folder
 from hub.convert import convert
 from hub.export import export
-from tests.arm_zoo.test_models import (
+from tests.arm_zoo.models.test_models import (
     Distribution,
     by_our_name,
-    close,
     gradients,
     normal,
     official_names,
     step_bias,
     uniform,
 )
+from tests.helpers.golden import close
 
 NAMES = ["vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15"]
 CASES = ["vmamba_b_64", "vmamba_t_96x64"]

@@ -1,6 +1,6 @@
 """An order of steps for each image: every backend against the plain loop, which is held to the images one by one.
 
-`tests/arm_zoo/test_triton.py` runs Triton's kernels in its interpreter.
+`tests/arm_zoo/ops/test_triton.py` runs Triton's kernels in its interpreter.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 import arm_zoo
 from arm_zoo.ops import available_backends, causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.layout import ScanInputs
-from tests.arm_zoo.test_scan import largest, run
+from tests.arm_zoo.ops.test_scan import largest, run
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 SIZES = [(1, 1, 1, 3, 1), (4, 1, 3, 5, 2), (2, 3, 17, 70, 4), (4, 2, 37, 20, 16), (4, 5, 16, 33, 1)]

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,16 @@ from torch import nn
 from arm_zoo import ARMPretrain, create_pretraining_model, from_official, to_official
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.pretraining.targets import patchify
-from tests.helpers.golden import golden_cases, in_both_sets
-
-StateDict = dict[str, torch.Tensor]
+from tests.helpers.golden import (
+    PRECISIONS,
+    Run,
+    StateDict,
+    assert_near,
+    golden_cases,
+    in_both_sets,
+    trained_gradients,
+    under_official_names,
+)
 
 SMALL: dict[str, Any] = {"embed_dim": 24, "depth": 6, "decoder_dim": 64, "decoder_depth": 2}
 NINE_CLUSTERS: dict[str, Any] = {**SMALL, "img_size": 48, "patch_size": 8, "cluster_size": 16}
@@ -44,14 +50,6 @@ def images_for(model: ARMPretrain, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=parameter.dtype)
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
-    """Equal within a fraction of the tensor's largest value."""
-    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = (actual.double() - expected.double()).abs().max().item()
-    limit = tolerance * expected.abs().max().item()
-    assert error <= limit, f"{name} is off by {error:.2e}, allowed are {limit:.2e}"
-
-
 def authors(golden: Path, case: str) -> ARMPretrain:
     """The authors' model, with the arguments and the weights of a golden case."""
     arguments = json.loads((golden / case / "meta.json").read_text())["constructor"]
@@ -61,55 +59,10 @@ def authors(golden: Path, case: str) -> ARMPretrain:
     return model
 
 
-def under_official_names(model: nn.Module, values: dict[str, torch.Tensor]) -> StateDict:
-    """Values by our parameters' names, each as large as its parameter, under the authors' names."""
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
-        official = to_official(model)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(before[name])
-    return official
-
-
-def trained_gradients(model: nn.Module) -> StateDict:
-    """Gradients under the authors' names; of frozen parameters NaN."""
-    return under_official_names(
-        model,
-        {
-            name: torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
-            for name, parameter in model.named_parameters()
-        },
-    )
-
-
 # the authors' numbers
 
 
-@dataclass
-class Run:
-    """The golden case arm_pretrain_d12, run at one precision."""
-
-    dtype: torch.dtype
-    outputs: StateDict
-    gradients: StateDict
-
-    def tolerance(self, exact: bool, gradient: bool = False) -> float:
-        """Fraction of a tensor's maximum; `exact` tells that the golden one is stored in float64."""
-        if self.dtype == torch.float32:
-            return 1e-3 if gradient else 1e-4
-        return 1e-10 if exact else 1e-7
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(("cpu", torch.float64), id="float64"),
-        pytest.param(("cpu", torch.float32), id="float32"),
-        pytest.param(("cuda", torch.float32), id="float32-gpu", marks=pytest.mark.gpu),
-    ],
-)
+@pytest.fixture(scope="module", params=PRECISIONS)
 def run(request: pytest.FixtureRequest, golden: Path) -> Run:
     folder = golden / "arm_pretrain_d12"
     device, dtype = request.param
@@ -136,7 +89,7 @@ def run(request: pytest.FixtureRequest, golden: Path) -> Run:
     outputs["loss"] = loss.view(1)
     outputs["loss_per_token"] = (outputs["pred"] - outputs["target"]).square().mean(dim=(0, 2))
     outputs = {key: value.detach().cpu() for key, value in outputs.items()}
-    return Run(dtype, outputs, trained_gradients(model.cpu()))
+    return Run(folder, dtype, outputs, trained_gradients(model.cpu()))
 
 
 def test_outputs_are_the_authors(run: Run, golden: Path) -> None:
@@ -526,7 +479,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 
 def test_a_backbone_starts_from_the_file(tmp_path: Path) -> None:
-    """Through create_model, at another image size; tests/arm_zoo/test_weights.py compares every tensor."""
+    """Through create_model, at another image size; tests/arm_zoo/weights/test_weights.py compares every tensor."""
     model = create_pretraining_model("arm_tiny", **NINE_CLUSTERS)
     model.save_pretrained(tmp_path)
     overlay = {"file": str(tmp_path / "model.safetensors")}

@@ -23,7 +23,7 @@ from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.fused import Residual
 from arm_zoo.ops.layout import inner
-from tests.arm_zoo.test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
+from tests.arm_zoo.ops.test_scan import MIXERS, Mixer, Recorder, check_mixer, largest
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
 
@@ -31,11 +31,12 @@ HEADER = """
 from pathlib import Path
 import torch
 from tests.arm_zoo.ops.test_order_per_image import worst_error as error_with_own_orders
-from tests.arm_zoo.test_scan import MIXERS, check_mixer, largest, saved_for_backward
-from tests.arm_zoo.test_triton import CASES, add_norm_errors, check_operators
-from tests.arm_zoo.test_triton import check_deferred_root_mean_squares, check_deferred_sums, check_mixer_norms_inside
-from tests.arm_zoo.test_triton import check_special_values, extreme_error, gate_errors
-from tests.arm_zoo.test_triton import gated_product_error, inference_error, inner_error, merged_norm_error, worst_error
+from tests.arm_zoo.ops.test_scan import MIXERS, check_mixer, largest, saved_for_backward
+from tests.arm_zoo.ops.test_triton import (
+    CASES, add_norm_errors, check_deferred_root_mean_squares, check_deferred_sums, check_mixer_norms_inside,
+    check_operators, check_special_values, extreme_error, gate_errors, gated_product_error, inference_error,
+    inner_error, merged_norm_error, worst_error,
+)
 import arm_zoo
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.triton import conv, merge

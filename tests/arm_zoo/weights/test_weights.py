@@ -6,7 +6,6 @@ import importlib.util
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,17 @@ from arm_zoo import CheckpointError, create_pretraining_model, from_official, fr
 from arm_zoo.files import save_model
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.weights.adapt import resample_pos_embed
-from tests.helpers.golden import add_other_blocks, golden_cases, in_both_sets
+from tests.helpers.golden import (
+    PRECISIONS,
+    Run,
+    StateDict,
+    add_other_blocks,
+    assert_near,
+    golden_cases,
+    in_both_sets,
+    trained_gradients,
+)
 from tests.helpers.official import RunsCode
-
-StateDict = dict[str, torch.Tensor]
 
 BASE, PICO = "arm_base_patch16_224", "arm_pico_patch2_8"
 FINETUNED = ("arm_ft_img64_gp", "arm_ft_224_gp")
@@ -34,14 +40,6 @@ PRETRAINED = ("arm_pretrain_d12", "arm_pretrain_train_steps")
 SIZES = ("num_classes", "embed_dim", "depth", "img_size", "patch_size")
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "img_size": 64, "num_classes": 5}
 PRETRAIN: dict[str, Any] = {"embed_dim": 32, "depth": 2, "img_size": 128, "decoder_dim": 64}
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
-    """Equal within a fraction of the tensor's largest value."""
-    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = (actual.double() - expected.double()).abs().max().item()
-    limit = tolerance * expected.abs().max().item()
-    assert error <= limit, f"{name} is off by {error:.2e}, allowed are {limit:.2e}"
 
 
 def assert_same(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -83,32 +81,7 @@ def surgery_result(golden: Path) -> StateDict:
     return load_file(folder / "mapped.safetensors") | load_file(folder / "missing_init.safetensors")
 
 
-def official_gradients(model: nn.Module) -> StateDict:
-    """Gradients of all trained parameters under official names."""
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter, source in zip(twin.parameters(), model.parameters(), strict=True):
-            parameter.copy_(torch.full_like(source, torch.nan) if source.grad is None else source.grad)
-    return to_official(twin)
-
-
 # the authors' numbers
-
-
-@dataclass
-class Run:
-    """One golden case, run at one precision."""
-
-    folder: Path
-    dtype: torch.dtype
-    outputs: StateDict
-    gradients: StateDict
-
-    def tolerance(self, exact: bool, gradient: bool = False) -> float:
-        """Fraction of a tensor's maximum; `exact` tells that the golden one is stored in float64."""
-        if self.dtype == torch.float32:
-            return 1e-3 if gradient else 1e-4
-        return 1e-10 if exact else 1e-7
 
 
 @pytest.fixture(scope="module", params=FINETUNED)
@@ -116,14 +89,7 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(("cpu", torch.float64), id="float64"),
-        pytest.param(("cpu", torch.float32), id="float32"),
-        pytest.param(("cuda", torch.float32), id="float32-gpu", marks=pytest.mark.gpu),
-    ],
-)
+@pytest.fixture(scope="module", params=PRECISIONS)
 def run(request: pytest.FixtureRequest, golden: Path, case: str) -> Run:
     """Everything that a golden case of finetuning stores, by our model."""
     device, dtype = request.param
@@ -148,7 +114,7 @@ def run(request: pytest.FixtureRequest, golden: Path, case: str) -> Run:
     (outputs["logits"] * inputs["cotangent"]).sum().backward()
     assert images.grad is not None
     outputs["grad_input"] = images.grad
-    gradients = official_gradients(model.cpu())
+    gradients = trained_gradients(model.cpu())
     model.to(device)
     model.reset_classifier(model.num_classes, "token")  # a new head, which is then the old one again
     model.load_state_dict(finetuned(golden, case).state_dict())

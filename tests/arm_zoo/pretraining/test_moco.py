@@ -14,7 +14,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from arm_zoo import ARM, MoCoPretrain, Vim, create_pretraining_model, from_pretrained
 from arm_zoo.identify import find_variant
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.moco import contrast, contrastive_loss, follow, mlp, momentum_at
+from arm_zoo.pretraining.moco import contrastive_loss, mlp, momentum_at, two_view_loss, update_moving_average
 from tests.helpers.golden import in_both_sets
 
 SMALL: dict[str, Any] = {"embed_dim": 16, "depth": 2, "d_state": 2, "hidden_dim": 32, "output_dim": 8}
@@ -64,7 +64,7 @@ def authors(case: Path) -> nn.ModuleDict:
     parts.load_state_dict(load_file(case / "state_dict.safetensors"))
     parts["momentum_encoder"].requires_grad_(False)
     momentum = json.loads((case / "meta.json").read_text())["momentum"]
-    follow(parts.double()["momentum_encoder"], parts["base_encoder"], momentum)
+    update_moving_average(parts.double()["momentum_encoder"], parts["base_encoder"], momentum)
     return parts
 
 
@@ -95,7 +95,7 @@ def test_a_step_is_the_authors(golden: Path, dtype: torch.dtype, tolerance: floa
     for name in ("predictor", "momentum_encoder"):
         parts[name].register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
     views = load_file(case / "inputs.safetensors")
-    loss, _ = contrast(*parts.values(), (views["x1"].to(dtype), views["x2"].to(dtype)), temperature=0.2)
+    loss, _ = two_view_loss(*parts.values(), (views["x1"].to(dtype), views["x2"].to(dtype)), temperature=0.2)
     loss.backward()
     found = {"loss": loss.detach(), **dict(zip(("q1", "q2", "k1", "k2"), outputs, strict=True))}
     found |= {f"after.{name}": value for name, value in parts.state_dict().items()}
@@ -108,7 +108,7 @@ def half_a_step(process: int, case: Path, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=process, world_size=2)
     parts, views = authors(case), load_file(case / "inputs.safetensors")
     own = tuple(views[name].double().chunk(2)[process] for name in ("x1", "x2"))
-    loss, deviation = contrast(*parts.values(), own, temperature=0.2)
+    loss, deviation = two_view_loss(*parts.values(), own, temperature=0.2)
     loss.backward()
     found = {f"after.{name}": value for name, value in parts.state_dict().items()}
     found |= {"loss": loss.detach(), "deviation": deviation, **gradients_of(parts)}

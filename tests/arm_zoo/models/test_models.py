@@ -35,8 +35,8 @@ from arm_zoo.models.arm import ARM, DIRECTIONS
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
 from arm_zoo.weights.hosted import TABLE, bundled_file
-from tests.arm_zoo.test_scan import Recorder
-from tests.helpers.golden import golden_cases, in_both_sets
+from tests.arm_zoo.ops.test_scan import Recorder
+from tests.helpers.golden import close, golden_cases, in_both_sets
 
 Weights = dict[str, torch.Tensor]
 
@@ -76,12 +76,6 @@ def tiny(name: str = "arm_base_patch16_224", **kwargs: Any) -> Any:
 
 def images(model: Any, batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=dtype)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    """Equal up to a part of the largest number; NaN is never close."""
-    difference = (actual.double() - expected.double()).abs().max()
-    return actual.shape == expected.shape and bool(difference <= tolerance * expected.double().abs().max())
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

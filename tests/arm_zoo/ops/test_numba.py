@@ -16,7 +16,7 @@ from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
 from arm_zoo.ops.fused import gate_halves
-from tests.arm_zoo.test_scan import largest
+from tests.arm_zoo.ops.test_scan import largest
 
 numba_backend = pytest.importorskip("arm_zoo.ops.cpu.numba", reason="the extra `cpu` is not installed")
 

@@ -15,7 +15,7 @@ from arm_zoo.identify import find_variant
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.pretraining.decoder import sincos_pos_embed
-from arm_zoo.pretraining.mae import lowest, masked_loss, missing
+from arm_zoo.pretraining.mae import lowest, mask_of, masked_loss
 from arm_zoo.pretraining.noise import mixed_bits, noise
 from arm_zoo.pretraining.targets import patchify, unpatchify
 from tests.helpers.golden import in_both_sets
@@ -43,7 +43,7 @@ def test_masks_targets_and_losses_are_the_authors(golden: Path, dtype: torch.dty
     inputs, expected = load_file(case / "inputs.safetensors"), load_file(case / "outputs_f64.safetensors")
     kept = lowest(inputs["noise"], 9)
     assert torch.equal(kept, expected["ids_keep"].sort(dim=1).values)
-    mask = missing(kept, 36)
+    mask = mask_of(kept, 36)
     assert torch.equal(mask.double(), expected["mask"])
     pictures, prediction = inputs["images"].to(dtype), inputs["pred"].to(dtype)
     assert torch.equal(patchify(pictures, (4, 4)).double(), expected["patches"])
@@ -90,7 +90,7 @@ def test_the_decoder_is_the_authors(golden: Path) -> None:
     prediction = model.forward_decoder(torch.cat([patches[:, :8], token, patches[:, 8:]], dim=1), kept)
     if "pred" in expected:
         torch.testing.assert_close(prediction, expected["pred"], rtol=0, atol=1e-10)
-    loss = masked_loss(prediction, model.target(inputs["images"].double()), missing(kept, 64))
+    loss = masked_loss(prediction, model.target(inputs["images"].double()), mask_of(kept, 64))
     assert loss.item() == pytest.approx(expected["loss"].item(), rel=1e-10)
     loss.backward()
     for name, norm in json.loads((case / "grad_norms.json").read_text()).items():
@@ -132,7 +132,7 @@ def test_masks_are_functions_of_the_seeds_and_keep_every_patch_alike() -> None:
     assert torch.equal(model.kept(torch.tensor([17, 3999])), kept[[17, 3999]])
     share = kept.flatten().bincount(minlength=144) / 4000
     assert (share - 0.25).abs().max() < 4.5 * (0.25 * 0.75 / 4000) ** 0.5
-    chosen = 1 - missing(kept, 144)
+    chosen = 1 - mask_of(kept, 144)
     pairs, expected = chosen.T @ chosen / 4000, 36 * 35 / (144 * 143)
     of_others = pairs[~torch.eye(144, dtype=torch.bool)]
     assert (of_others - expected).abs().max() < 6 * (expected * (1 - expected) / 4000) ** 0.5
@@ -165,7 +165,7 @@ def test_nothing_flows_from_missing_patches_to_kept_ones(family: str, one_scan: 
     model, seeds = small(family, one_scan=one_scan).double(), torch.tensor([1, 2, 3])
     pictures = images().double().requires_grad_()
     kept = model.kept(seeds)
-    is_missing = missing(kept, 16).bool()
+    is_missing = mask_of(kept, 16).bool()
     latent = model.forward_encoder(pictures, kept)
     prediction = model.forward_decoder(latent, kept)
     for output in (latent, prediction):
@@ -257,7 +257,7 @@ def test_tables_stay_and_everything_else_learns() -> None:
 
 def test_reconstructions_keep_what_is_shown() -> None:
     model, pictures = small(), images()
-    kept = missing(model.shown(pictures), 16) == 0
+    kept = mask_of(model.shown(pictures), 16) == 0
     before, after = (patchify(each, (2, 2)) for each in (pictures, model.reconstruct(pictures)))
     assert torch.equal(before[kept], after[kept]) and not (before == after).all(-1)[~kept].any()
     mean = (
