@@ -68,7 +68,6 @@ class Trainer:
         self.position, device = Position(), self.accelerator.device
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._gradients = Gradients(self._forward, self.model, self.config, self.accelerator)
-        self._parameters = list(self.model.parameters())  # to find them takes a millisecond of every step
         self._loss_sum = torch.zeros((), device=device)
         self._figures: Figures = {}
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
@@ -154,9 +153,10 @@ class Trainer:
             self._first_bad = torch.minimum(self._first_bad, bad_here)
         self._figures = self.hooks.figures(self.model, self._figures)
         if self.config.clip_grad is not None:
-            self._grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip_grad)
+            self._grad_norm = nn.utils.clip_grad_norm_(self._gradients.parameters, self.config.clip_grad)
         elif self._is_logged(step + 1):
-            self._grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            gradients = [p.grad for p in self._gradients.parameters if p.grad is not None]
+            self._grad_norm = nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
