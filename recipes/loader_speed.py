@@ -129,7 +129,8 @@ def measurements(turns: Mapping[str, Sequence[Row]], gpu_gib: float, workers: in
 
 def loader_speed(config: LoaderConfig, rounds: int, batches: int) -> list[Measurement]:
     """The loader alone: the ways to decode take turns, and nothing else runs."""
-    state, source = PartialState(), open_source(config.data, labels_needed=False)
+    by_class = config.data.labels_per_class is not None  # else no labels are needed
+    state, source = PartialState(), open_source(config.data, by_class, config.seed)
     processes, size = state.num_processes, (config.image_size, config.image_size)
     batch = min(config.batch, max(2, (source.train.size or config.batch) // (2 * processes) * 2))  # of few, all
     training = TrainConfig(data=config.data, seed=config.seed, global_batch=batch * processes)

@@ -81,6 +81,8 @@ def test_speed_of_the_loader_alone(
     assert "batch 12, " in capsys.readouterr().out
     loader_speed.main([*settings, "data.cache=memory"])
     assert "| cache=memory | " in capsys.readouterr().out
+    loader_speed.main([*settings, "data.labels_per_class=2", "data.decode=cpu"])  # of one class: two images in all
+    assert "batch 2, " in capsys.readouterr().out
 
 
 class Steps(list[Any]):
