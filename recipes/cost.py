@@ -43,7 +43,10 @@ class Measured:
             raise ValueError(f"{problem}; allowed: a number above 0, and finite")
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
-        """Time of so many epochs, where `efficiency` is the speed of `gpus` GPUs by that of as many separate ones."""
+        """Hours for so many epochs, where `efficiency` is the speed of `gpus` GPUs over that of as many separate ones.
+
+        It counts whenever `gpus` is not the number that was measured: fewer GPUs may need less time than this says.
+        """
         kept = 1.0 if gpus == self.gpus else efficiency
         return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
 
@@ -135,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="NAME", help="to show for --images-per-second")
     parser.add_argument("--measured-gpus", type=int, metavar="N", help="that gave --images-per-second")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="to compute for %(default)s")
-    does = f"speed of N by N times one's ({ASSUMED}, or as measured where FILE has several N)"
-    parser.add_argument("--efficiency", type=float, help=does)
+    does = "speed of N GPUs over N times that of one, used for all N but the number measured, larger or smaller"
+    default = f"default: as measured where FILE has several numbers of GPUs, else {ASSUMED}"
+    parser.add_argument("--efficiency", type=float, metavar="FRACTION", help=f"{does} ({default})")
     parser.add_argument("--epochs", type=int, nargs="+", default=[300, 800, 1600], help="to compute for %(default)s")
     parser.add_argument("--images", type=int, default=IMAGENET_TRAIN_IMAGES, help="per epoch (%(default)s)")
     settings = parser.parse_args(argv)
