@@ -27,13 +27,13 @@ BACKGROUND = 1  # number in masks; a digit's is two more than itself
 PHOTOGRAPHS: dict[SplitName, str] = {"training": "china.jpg", "validation": "flower.jpg"}
 
 
-def write_scenes(folder: Path, split: SplitName, scenes: int, seed: int = 0) -> None:
+def write_scenes(folder: Path, split: SplitName, scenes: int) -> None:
     """Write images and masks of a split, and `classes.txt`."""
     from sklearn.datasets import load_sample_image
 
     photograph = load_sample_image(PHOTOGRAPHS[split])
     digits: Any = open_digits().train if split == "training" else open_digits().test
-    draws = np.random.default_rng([seed, len(split)])
+    draws = np.random.default_rng([0, len(split)])
     images, masks = folder / "images" / split, folder / "annotations" / split
     for made in (images, masks):
         made.mkdir(parents=True, exist_ok=True)
