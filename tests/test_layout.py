@@ -56,7 +56,8 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("objectives",),
         ("training/setup",),
         ("cost", "digit_scenes", "dvae", "finetune", "kill_test", "pretrain", "probe", "segment"),
-        ("ablate", "loader_speed", "quickstart"),
+        ("ablations", "loader_speed", "quickstart"),
+        ("ablate",),
         ("__init__", "__main__"),
     ),
     "eval": (
