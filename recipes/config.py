@@ -7,52 +7,41 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import math
-import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.locate import locate
-from recipes.data.splits import fewer_training_images, validation_fraction
-from recipes.parsing import ConfigError, Limit, filled, limited, missing, read_yaml
+from recipes.data.config import DataConfig
+from recipes.data.splits import fewer_training_images, too_large_a_batch, validation_fraction
+from recipes.parsing import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    ONE_OR_MORE,
+    PROBABILITY,
+    WHOLE,
+    ZERO_OR_MORE,
+    ConfigError,
+    Limit,
+    filled,
+    limited,
+    missing,
+    read_yaml,
+)
 
 if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told without them
     from torch import nn
 
 ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # an entry's name, with or without a tag; libraries tell which there are
 ConfigT = TypeVar("ConfigT", bound="Config")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
-WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
-ABOVE_ZERO: Limit = ("a number above 0, and finite", lambda x: 0 < x < math.inf)
-ZERO_OR_MORE: Limit = ("a number, 0 or more, and finite", lambda x: 0 <= x < math.inf)
-BELOW_ONE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
-PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
-SOURCE: Limit = (
-    "a folder of images, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 handwritten "
-    "digits), as in data.source=digits",
-    bool,
-)
-VALIDATION: Limit = (
-    "a fraction of the training images above 0 and below 1, as in 0.2, or another source (a folder called 1 is "
-    "written ./1)",
-    lambda x: isinstance(x, str) or 0 < x < 1,
-)
-CROP: Limit = ("two fractions of the image's area, as in [0.2, 1.0]", lambda x: 0 < x[0] <= x[1] <= 1)
-RANDAUGMENT: Limit = (
-    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1: rand, then any of m, mmax and inc with a whole number, "
-    "n with one above 0, mstd and p with a number",
-    lambda x: re.fullmatch(r"rand(-((m|mmax|inc)\d+|n0*[1-9]\d*|(mstd|p)\d+(\.\d+)?))*", x, re.ASCII) is not None,
-)
 CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
 # Keys whose values must be among these for it, and why.
 TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -66,57 +55,6 @@ TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.randaugment": ((None,), "which changes colours in its own way"),
 }
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the images come from and how those of the training are augmented (keys `data.NAME`).
-
-    `source` and `validation` are written in one syntax (`arm_zoo.images.locate`). Nothing is augmented unless asked
-    for; it happens in the order random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together,
-    erase.
-    """
-
-    source: str = limited("", SOURCE)
-    # Another source, or the fraction of the training images that is held out instead of being trained on; null: the
-    # validation (or test) split of `source`, or a fifth where labels are needed and there is none.
-    validation: float | str | None = limited(None, VALIDATION)
-    streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
-    train_size: int | None = limited(None, ONE_OR_MORE)  # training images, where a stream does not tell
-    shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # images of a stream, kept encoded, to draw from at random
-    num_classes: int | None = limited(None, ONE_OR_MORE)  # null: as many as the source has; else checked
-    # Training images of each class, drawn by the run's seed, where labels are needed; null: all.
-    labels_per_class: int | None = limited(None, ONE_OR_MORE)
-    image_column: str | None = None  # null: the only one that holds images
-    label_column: str | None = None  # null: the only one that looks like a class
-    # Processes that decode, for each training process; 0: none but itself. As many as it has cores, at most 12.
-    workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
-    # Where JPEG files of the training are decoded; auto: on the GPU, if the run has one and torchcodec is installed.
-    decode: Literal["auto", "cpu", "gpu"] = "auto"
-    # Where the training images are kept, if they fit: gpu, decoded, which gives small sets as fast as they are trained
-    # on; memory, decoded if all have one size, else as files. They are read before the first step.
-    cache: Literal["none", "memory", "gpu"] = "none"
-    # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
-    max_undecodable: float | None = limited(None, BELOW_ONE)
-    max_pixels: int | None = limited(None, ONE_OR_MORE)  # larger images count as corrupt; null: 89,478,485
-    random_crop: tuple[float, float] | None = limited(None, CROP)  # fraction of the area; null: all, squashed
-    flip: float = limited(0.0, PROBABILITY)  # left to right
-    randaugment: str | None = limited(None, RANDAUGMENT)
-    erase: float = limited(0.0, PROBABILITY)  # one rectangle becomes noise
-    max_shift: float = limited(0.0, BELOW_ONE)  # of the image's side
-    max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
-    max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
-
-    def conflicts(self) -> dict[str, str]:
-        """Between values that are fine on their own: key -> problem."""
-        found = {}
-        if self.cache != "none" and self.streaming:
-            problem = f"data.cache is {self.cache} but data.streaming is true"
-            found["data.cache"] = f"{problem}; allowed: data.cache=none, or data.streaming=false"
-        if self.cache == self.decode == "gpu":
-            problem = "data.decode is gpu but data.cache is gpu, for which the CPU decodes each image once"
-            found["data.decode"] = f"{problem}; allowed: data.decode=auto"
-        return found
 
 
 @dataclass(frozen=True)
@@ -250,11 +188,6 @@ class TrainConfig(Config):
             given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
             return {"model": f"model {self.model!r}{f' with {given}' if given else ''}: {error}"}
         return {}
-
-
-def too_large_a_batch(global_batch: int, images: int) -> str:
-    """The message for a step that would see training images twice."""
-    return f"global_batch is {global_batch}; allowed: up to the {images} training images"
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -452,27 +385,6 @@ class SegmentConfig(TrainConfig):
             key: f"{key} is {name}, which is no folder; allowed: one of images with masks"
             for key, name in missing.items()
         }
-
-
-class BatchPlan(NamedTuple):
-    """How one process works through its part of a global batch."""
-
-    per_device: int  # images in one forward pass
-    accumulation: int  # forward passes per optimizer step
-
-
-def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
-    """Split a global batch into equal, even parts of at most `max_per_device` images: mixup mixes pairs."""
-    part, unit = global_batch // processes, 2 * processes
-    if global_batch % unit:
-        below = global_batch // unit * unit
-        nearest = f"{below} or {below + unit}" if below else str(unit)
-        problem = f"global_batch {global_batch} does not split over {processes} processes into equal, even parts"
-        raise ConfigError({"global_batch": f"{problem}; allowed: a multiple of {unit}, such as {nearest}"})
-    accumulation = -(-part // (max_per_device or part))
-    while part % (2 * accumulation):  # ends at the latest with two images a pass
-        accumulation += 1
-    return BatchPlan(part // accumulation, accumulation)
 
 
 def load_config(

@@ -27,15 +27,17 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from recipes.command_line import RECIPES, leave_process_group, read_config, say
-from recipes.config import ONE_OR_MORE, WHOLE, BatchPlan, Config, DataConfig, PretrainConfig, TrainConfig
+from recipes.config import Config, PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
+from recipes.data.config import DataConfig
 from recipes.data.generated import SUBSAMPLINGS, write_images
 from recipes.data.loader import decodes_on_gpu
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.errors import reporting_mistakes
 from recipes.finetune import CLASSIFICATION
 from recipes.objectives import TRAINING
-from recipes.parsing import limited
+from recipes.parsing import ONE_OR_MORE, WHOLE, limited
 from recipes.training.setup import train
 from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns, endless, memory, steps
 

@@ -4,6 +4,7 @@ Values count as they are typed: `${...}` and `???`, which OmegaConf would replac
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import Field, field, fields, is_dataclass
@@ -18,6 +19,13 @@ from yaml import YAMLError
 
 Limit = tuple[str, Callable[[Any], bool]]  # the allowed values in words and as a test, which None need not pass
 T = TypeVar("T")
+
+ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
+WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
+ABOVE_ZERO: Limit = ("a number above 0, and finite", lambda x: 0 < x < math.inf)
+ZERO_OR_MORE: Limit = ("a number, 0 or more, and finite", lambda x: 0 <= x < math.inf)
+BELOW_ONE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
+PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
 
 
 class ConfigError(ValueError):

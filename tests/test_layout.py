@@ -49,6 +49,7 @@ PACKAGE_RANKS = {  # the same of the other packages
     ),
     "recipes": (
         ("data/splits", "parsing", "signals"),
+        ("data/config",),
         ("config", "errors"),
         ("data",),
         ("first_run", "probing", "training"),

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from arm_zoo.images.decode import UndecodableImage, decode_tensor
 from arm_zoo.images.jpeg import read_baseline_header
 from arm_zoo.images.tables import Encoded, ImageTable
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.draws import Box, Drawing, Draws
 from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, StoredBlock, none_in_a_row
 from recipes.data.sampling import Key

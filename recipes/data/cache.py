@@ -12,8 +12,8 @@ from torch import Tensor
 
 from arm_zoo.images.decode import UndecodableImage
 from arm_zoo.images.tables import ImageTable
-from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, EncodedImages, decoded, read
+from recipes.data.config import DataConfig
 from recipes.data.kept import BlockT, DecodedBlock, DecodedSplit, StoredBlock, StoredSplit, starts
 from recipes.data.resample import RaggedImages
 from recipes.data.sources import tell

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.randaugment import Operation, RandAugment
 from recipes.data.transforms import AUGMENTATION, global_generators_restored, seed_global_generators, seed_of
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, Batch, Files, Loaded
+from recipes.data.config import DataConfig
 from recipes.data.draws import Box, Draws
 from recipes.data.erasing import erase
 from recipes.data.gpu_decode import Decoder

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from arm_zoo.images.listing import SourceError
-from recipes.config import CORES
+from recipes.data.config import CORES
 
 WIDTH, HEIGHT = 500, 375
 SCENE_WIDTH, SCENE_HEIGHT = 640, 480

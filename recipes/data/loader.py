@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 
 from arm_zoo.images.decode import jpeg_decoder
-from recipes.config import BatchPlan, DataConfig, TrainConfig
+from recipes.config import TrainConfig
 from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images, KeptImages
 from recipes.data.cache import fill
+from recipes.data.config import DataConfig
 from recipes.data.finishing import Finishing
 from recipes.data.gpu_decode import decoder_missing
-from recipes.data.sampling import ScoringOrder, training_order
+from recipes.data.sampling import BatchPlan, ScoringOrder, training_order
 from recipes.data.sources import Source, Split, tell
 from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from arm_zoo.images.masks import IGNORED, LabelledPixels, compare_class_names, open_masks
-from recipes.config import BatchPlan, SegmentConfig
+from recipes.config import SegmentConfig
 from recipes.data.batches import Batch
 from recipes.data.loader import Pauses
-from recipes.data.sampling import Key, TableOrder
+from recipes.data.sampling import BatchPlan, Key, TableOrder
 from recipes.data.transforms import AUGMENTATION, Normalisation, seed_of
 from recipes.data.workers import WorkerLoader
 

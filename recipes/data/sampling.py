@@ -15,12 +15,35 @@ import torch
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
-from recipes.config import BatchPlan, TrainConfig, too_large_a_batch
+from recipes.config import TrainConfig
 from recipes.data.sources import Split
+from recipes.data.splits import too_large_a_batch
 from recipes.data.streams import ImageStream
 from recipes.data.transforms import LANE, ORDER, seed_of
+from recipes.parsing import ConfigError
 
 MOST_LANES = 16
+
+
+class BatchPlan(NamedTuple):
+    """How one process works through its part of a global batch."""
+
+    per_device: int  # images in one forward pass
+    accumulation: int  # forward passes per optimizer step
+
+
+def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
+    """Split a global batch into equal, even parts of at most `max_per_device` images: mixup mixes pairs."""
+    part, unit = global_batch // processes, 2 * processes
+    if global_batch % unit:
+        below = global_batch // unit * unit
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        problem = f"global_batch {global_batch} does not split over {processes} processes into equal, even parts"
+        raise ConfigError({"global_batch": f"{problem}; allowed: a multiple of {unit}, such as {nearest}"})
+    accumulation = -(-part // (max_per_device or part))
+    while part % (2 * accumulation):  # ends at the latest with two images a pass
+        accumulation += 1
+    return BatchPlan(part // accumulation, accumulation)
 
 
 class Key(NamedTuple):

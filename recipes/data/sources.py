@@ -32,7 +32,7 @@ from arm_zoo.images.hub import load_from_hub
 from arm_zoo.images.listing import SourceError, listed
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.labels import drawn, match_labels
 from recipes.data.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
 from recipes.data.streams import DatasetStream, ImageStream, TarStream

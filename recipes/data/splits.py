@@ -61,3 +61,8 @@ def fewer_training_images(located: Located, needed: int, fraction: float | None,
         if total >= needed:
             return None
     return total
+
+
+def too_large_a_batch(global_batch: int, images: int) -> str:
+    """The message for a step that would see training images twice."""
+    return f"global_batch is {global_batch}; allowed: up to the {images} training images"

@@ -17,7 +17,7 @@ from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, Resize, v2
 
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 
 ORDER, LANE, AUGMENTATION = range(3)  # what a random stream is for
 Transform = Callable[[Tensor], Tensor]  # of one image (C, H, W), uint8

@@ -22,8 +22,8 @@ from torchvision.transforms.functional import (
     to_pil_image,
 )
 
-from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, Loaded, places
+from recipes.data.config import DataConfig
 from recipes.data.draws import Drawing, Draws, random_bits
 from recipes.data.sampling import Key
 from recipes.data.sources import Source

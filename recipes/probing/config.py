@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recipes.config import ABOVE_ZERO, ONE_OR_MORE, WHOLE, Config, DataConfig
-from recipes.parsing import limited
+from recipes.config import Config
+from recipes.data.config import DataConfig
+from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, WHOLE, limited
 
 
 @dataclass(frozen=True)

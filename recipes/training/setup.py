@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from arm_zoo.files import write_text
-from recipes.config import TrainConfig, batch_plan
+from recipes.config import TrainConfig
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import batch_plan
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
 from recipes.training.checkpoint import CheckpointFolder

@@ -33,8 +33,9 @@ from eval import tables
 from eval.scoring import labels, models
 from eval.scoring import predict as scoring
 from eval.scoring.custom import AS_USUAL
-from recipes.config import DataConfig, FinetuneConfig, load_config
+from recipes.config import FinetuneConfig, load_config
 from recipes.data.batches import Images
+from recipes.data.config import DataConfig
 from recipes.data.sampling import Key
 from recipes.data.sources import DIGIT_NAMES, open_source
 from recipes.data.transforms import scoring_transform

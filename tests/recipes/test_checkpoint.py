@@ -29,9 +29,9 @@ import arm_zoo
 from arm_zoo.images.tables import ImageTable
 from recipes import command_line, kill_test, objectives
 from recipes import finetune as finetuning
-from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import FinetuneConfig, PretrainConfig, load_config
 from recipes.data import batches as data
-from recipes.data.sampling import training_order
+from recipes.data.sampling import batch_plan, training_order
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.kill_test import KillTest

@@ -24,7 +24,8 @@ from arm_zoo import CheckpointError
 from arm_zoo.images.listing import SourceError
 from recipes import command_line
 from recipes.command_line import read_command
-from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
+from recipes.config import ConfigError, FinetuneConfig, load_config
+from recipes.data.config import DataConfig
 from recipes.data.sources import open_source
 from recipes.data.splits import held_out, split_rows
 from recipes.data.undecodable import check_undecodable

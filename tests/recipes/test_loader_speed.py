@@ -11,8 +11,10 @@ import torch
 from PIL import Image, JpegImagePlugin
 
 from recipes import loader_speed
-from recipes.config import BatchPlan, DataConfig, TrainConfig
+from recipes.config import TrainConfig
+from recipes.data.config import DataConfig
 from recipes.data.generated import HEIGHT, WIDTH
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns
 from tests.helpers.decoding import stand_in_for_gpu

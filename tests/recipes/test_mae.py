@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import arm_zoo
-from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import FinetuneConfig, PretrainConfig, load_config
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import batch_plan
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import finetune

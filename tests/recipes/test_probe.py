@@ -23,7 +23,8 @@ from eval import tables
 from eval.board import frozen
 from hub import catalog
 from recipes import cost, probe
-from recipes.config import ConfigError, DataConfig, load_config
+from recipes.config import ConfigError, load_config
+from recipes.data.config import DataConfig
 from recipes.data.sources import open_digits
 from recipes.probe import ProbeConfig
 from recipes.probing import attentive, logistic

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from timm.data import random_erasing, transforms
 
 from arm_zoo.pretraining import noise
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.draws import ATTEMPTS, CROP, ERASED, Drawing, Draws, mixed_bits, random_bits
 
 VARIED = DataConfig(source="x", random_crop=(0.2, 1.0), flip=0.3, erase=0.6, randaugment="rand-m9-mstd0.5-inc1")
