@@ -24,7 +24,7 @@ from recipes.parsing import ConfigError
 from recipes.pretrain import pretrain
 from recipes.signals import Stopped, StopRequest
 from tests import ROOT
-from tests.recipes.test_checkpoint import on_two_processes
+from tests.recipes.training.test_checkpoint import on_two_processes
 
 CONFIG = ROOT / "recipes" / "configs" / "pretrain_mae_digits.yaml"
 TINY = ["epochs=3", "global_batch=256", "tracker=none", "model_args.embed_dim=16", "model_args.depth=1",
