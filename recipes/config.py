@@ -43,7 +43,7 @@ ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # an entry's name, with or without a ta
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
-# Keys whose values must be among these for it, and why.
+# What that objective restricts: key -> the values that it allows, and the reason.
 TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_batch_per_device": (
         (None,),
@@ -59,10 +59,10 @@ BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: 
 
 @dataclass(frozen=True)
 class Config:
-    """What `load_config` fills and checks; each method gives key -> problem."""
+    """What `load_config` fills in and checks; each method returns the problems it finds, by key."""
 
     def conflicts(self) -> dict[str, str]:
-        """Between values that are fine on their own."""
+        """Values that are fine on their own, but do not go together."""
         return {}
 
     def unready(self) -> dict[str, str]:
@@ -70,13 +70,13 @@ class Config:
         return {}
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """Of the model, which takes seconds of imports: asked when all else is right."""
+        """Why the model cannot be built. That takes seconds of imports, so it is asked once all else is right."""
         return {}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """What both phases share; a key means the same in every YAML file."""
+    """The settings that all trainings share; a key means the same in every YAML file."""
 
     model: str = limited("", ("a model name; `python -m arm_zoo list` shows them", bool))
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
@@ -116,7 +116,7 @@ class TrainConfig(Config):
 
     @property
     def views(self) -> int:
-        """How many of each image a step takes."""
+        """How many views of each image a step trains on."""
         return 1
 
     def build(self, **keywords: Any) -> "nn.Module":
@@ -314,8 +314,9 @@ class FinetuneConfig(TrainConfig):
 class SegmentConfig(TrainConfig):
     """A segmentation head on the feature maps of any model of timm, frozen or trained with it.
 
-    `data.source` is a folder in the layout of ADE20K or Pascal VOC (`arm_zoo.images.masks`), `data.validation` another
-    one whose validation split counts. Of the other keys of `data` only `workers` and `flip` have a use.
+    `data.source` is a folder in the layout of ADE20K or Pascal VOC (`arm_zoo.images.masks`). `data.validation` may
+    name another such folder, whose validation images are then scored. Of the other keys of `data`, only `workers` and
+    `flip` may be set.
     """
 
     epochs: int = limited(40, ONE_OR_MORE)
@@ -378,13 +379,11 @@ class SegmentConfig(TrainConfig):
         return super().conflicts() | problems
 
     def _missing_images(self) -> dict[str, str]:
-        folders = {"data.source": self.data.source, "data.validation": self.data.validation}
-        given = {key: str(name) for key, name in folders.items() if isinstance(name, str) and name}
-        missing = {key: name for key, name in given.items() if not Path(name).expanduser().is_dir()}
-        return {
-            key: f"{key} is {name}, which is no folder; allowed: one of images with masks"
-            for key, name in missing.items()
-        }
+        found = {}
+        for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
+            if isinstance(name, str) and name and not Path(name).expanduser().is_dir():
+                found[key] = f"{key} is {name}, which is no folder; allowed: a folder of images with masks"
+        return found
 
 
 def load_config(
@@ -394,11 +393,11 @@ def load_config(
     to_run: bool = True,
     fit: Callable[[ConfigT, Set[str]], tuple[Mapping[str, Any], str]] | None = None,
 ) -> ConfigT:
-    """Read a YAML file, lay overrides such as "data.source=digits" over it (the last one wins) and check the whole.
+    """Read a YAML file, apply overrides such as "data.source=digits" (the last one wins) and check the result.
 
-    A `ConfigError` tells all problems at once, those of the model when all else is right. With `to_run`, nothing may
-    be missing, files must exist and the output be writable. `fit` takes the configuration so far and the keys that
-    were set; it gives values for others, and what to tell of them.
+    A `ConfigError` names all problems at once, and those of the model once all else is right. With `to_run`, nothing
+    may be missing, files must exist and the output folder must be writable. `fit` is called with the configuration so
+    far and the keys that were set; it returns values for other keys, and a text about them to print.
     """
     problems: dict[str, str] = {}
     values = {} if file is None else read_yaml(file)
@@ -417,7 +416,7 @@ def load_config(
             fitted, told = ({}, "") if problems else fit(config, values.keys())
         except ConfigError as error:
             problems = error.problems
-        if problems:  # what is wrong with values that are not fitted yet would mislead
+        if problems:  # those of keys that are not fitted yet would mislead
             unready = config.unready().items() if to_run else ()
             raise ConfigError({key: problem for key, problem in unready if key in values} | problems)
         config = filled(kind, {**fitted, **values}, problems)
@@ -426,7 +425,7 @@ def load_config(
         found = missing(config) | config.unready() | found
     if problems := found | problems or config.unbuildable(to_run):
         given = {key: problems[key] for key in values if key in problems}
-        raise ConfigError(given if given and fit else problems)  # from which those of fitted values follow
+        raise ConfigError(given if given and fit else problems)  # problems of fitted values follow from the given ones
     if told:
         print(told, file=sys.stderr)
     return config

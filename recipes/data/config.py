@@ -37,8 +37,8 @@ class DataConfig:
     """
 
     source: str = limited("", SOURCE)
-    # Another source, or the fraction of the training images that is held out instead of being trained on; null: the
-    # validation (or test) split of `source`, or a fifth where labels are needed and there is none.
+    # Another source, or the fraction of the training images to hold out for validation; null: the validation (or test)
+    # split of `source`, or a fifth of the training images where labels are needed and there is no such split.
     validation: float | str | None = limited(None, VALIDATION)
     streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
     train_size: int | None = limited(None, ONE_OR_MORE)  # training images, where a stream does not tell
@@ -48,12 +48,13 @@ class DataConfig:
     labels_per_class: int | None = limited(None, ONE_OR_MORE)
     image_column: str | None = None  # null: the only one that holds images
     label_column: str | None = None  # null: the only one that looks like a class
-    # Processes that decode, for each training process; 0: none but itself. As many as it has cores, at most 12.
+    # Processes that decode images for each training process, by default one for each of its cores, at most 12; 0: the
+    # training process decodes its images itself.
     workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
     # Where JPEG files of the training are decoded; auto: on the GPU, if the run has one and torchcodec is installed.
     decode: Literal["auto", "cpu", "gpu"] = "auto"
-    # Where the training images are kept, if they fit: gpu, decoded, which gives small sets as fast as they are trained
-    # on; memory, decoded if all have one size, else as files. They are read before the first step.
+    # Where all training images are kept, read before the first step, if they fit: gpu, decoded, so that small sets
+    # load as fast as a step takes them; memory, decoded if all have one size, else as files.
     cache: Literal["none", "memory", "gpu"] = "none"
     # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
     max_undecodable: float | None = limited(None, BELOW_ONE)
@@ -67,7 +68,7 @@ class DataConfig:
     max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
 
     def conflicts(self) -> dict[str, str]:
-        """Between values that are fine on their own: key -> problem."""
+        """The problem of each key whose value is fine on its own, but does not go with another's."""
         found = {}
         if self.cache != "none" and self.streaming:
             problem = f"data.cache is {self.cache} but data.streaming is true"
