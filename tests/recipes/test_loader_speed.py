@@ -150,6 +150,7 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--make", "1", str(tmp_path), "--seed", "-1"], "--seed is -1; allowed: 0 or more"),
         (["--make", "none", str(tmp_path)], "allowed: a number of files, 1 or more, then a folder"),
         (["--step", "pretrain", "data.source=digits"], "model is missing"),
+        (["--step", "segment", "data.source=digits"], "invalid choice: 'segment'"),
     ):
         with pytest.raises(SystemExit) as stop:
             loader_speed.main(argv)
