@@ -103,17 +103,20 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name, speed in (("text", "fast"), ("still", 0)):
         (damaged / f"{name}.jsonl").write_text(json.dumps({**row, "images_per_second": speed}))
     for argv, message in (
-        (["--run", str(damaged)], f"{damaged} is damaged, or of something else"),
-        (["--throughput", str(damaged / "speed.csv")], f"{damaged / 'speed.csv'} is damaged, or of something else"),
+        (["--run", str(damaged)], f"{damaged} is damaged, or no run and no file of"),
+        (
+            ["--throughput", str(damaged / "speed.csv")],
+            f"{damaged / 'speed.csv'} is damaged, or no run and no file of",
+        ),
         (["--run", str(tmp_path / "nowhere")], "allowed: the output_dir of a pretraining run"),
         (["--run", str(tmp_path)], "holds no images_per_second with the number of processes"),
         (["--run", str(tmp_path), "--measured-gpus", "2"], "--measured-gpus go with --images-per-second"),
         (["--throughput", str(tmp_path / "speed.json"), "--model", "x"], "--model and --measured-gpus go with"),
         (["--throughput", str(tmp_path / "speed.json")], "no rows of pretraining; measure with --mode pretrain"),
-        (["--real-images", str(tmp_path / "metrics.jsonl")], "is damaged, or of something else"),
+        (["--real-images", str(tmp_path / "metrics.jsonl")], "is damaged, or no run and no file of"),
         (["--real-images", str(tmp_path / "real.jsonl")], "no rows of pretraining; measure with --step pretrain"),
-        (["--real-images", str(damaged / "bytes.jsonl")], "bytes.jsonl is damaged, or of something else"),
-        (["--real-images", str(damaged / "text.jsonl")], "text.jsonl is damaged, or of something else"),
+        (["--real-images", str(damaged / "bytes.jsonl")], "bytes.jsonl is damaged, or no run and no file of"),
+        (["--real-images", str(damaged / "text.jsonl")], "text.jsonl is damaged, or no run and no file of"),
         (["--real-images", str(damaged / "still.jsonl")], "arm_base was measured at 0 images per second; allowed"),
         (["--images-per-second", "-3"], "must be above 0"),
         (["--images-per-second", "nan"], "model was measured at nan images per second; allowed: a number above 0"),
