@@ -1,9 +1,9 @@
 """What a checkpoint keeps, and how it survives what kills a run: whole or not there, checked before it is used.
 
 OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds `model.safetensors`, `ema.safetensors` (if there is an average),
-`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch, `Position`) and `manifest.json`
-(size and SHA-256 of each). There is no random state in it: order, augmentation, mixing and drop path are functions of
-the seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
+`optimizer.safetensors`, `state.json` (`identity_of` the run, and its `Position`) and `manifest.json` (size and SHA-256
+of each). There is no random state in it: order, augmentation, mixing and drop path are functions of the seed, the
+epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import Optimizer
 
 from arm_zoo.files import flush, save_tensors, sha256_of
+from arm_zoo.pretraining.dvae import fetched
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.training.ema import candidates
@@ -45,9 +46,16 @@ class Position:
     undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
 
 
-def kept_state(config: TrainConfig, class_names: Sequence[str], steps: int, now: Position) -> dict[str, Any]:
-    """The content of `state.json`; so many steps are an epoch."""
-    return {"config": asdict(config), "class_names": class_names, "steps_per_epoch": steps, "position": asdict(now)}
+def identity_of(config: TrainConfig, class_names: Sequence[str], steps_per_epoch: int) -> dict[str, Any]:
+    """What `state.json` says of the run that wrote it."""
+    run = {"config": asdict(config), "class_names": class_names, "steps_per_epoch": steps_per_epoch}
+    return run | {"dvae_sha256": dvae_sha256(config)}
+
+
+def dvae_sha256(config: TrainConfig) -> str | None:
+    """SHA-256 of the dVAE's file, which tells it from others wherever it lies; None for trainings without a dVAE."""
+    file = getattr(config, "dvae", None)
+    return None if file is None else sha256_of(fetched(file))
 
 
 def kept_tensors(model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer) -> dict[str, Tensors]:

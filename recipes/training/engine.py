@@ -22,7 +22,7 @@ from recipes.data.transforms import seed_of
 from recipes.errors import RunError
 from recipes.parsing import flatten
 from recipes.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
-from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_state, kept_tensors, restore
+from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, identity_of, kept_tensors, restore
 from recipes.training.optim import learning_rate
 from recipes.training.parallel import Collectives, Gradients, for_training
 from recipes.training.progress import ProgressDisplay
@@ -66,6 +66,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
+        self._identity = identity_of(self.config, self.loader.class_names, self._steps)
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._gradients = Gradients(self._forward, self.model, self.config, self.accelerator)
         self._loss_sum = torch.zeros((), device=device)
@@ -232,7 +233,7 @@ class Trainer:
         seconds = time.monotonic() - self._started
         figures = self._read_figures()
         now = dataclasses.replace(self.position, loss_sum=total, figures=figures, seconds=seconds, undecodable=found)
-        state = kept_state(self.config, self.loader.class_names, self._steps, now)
+        state = {**self._identity, "position": dataclasses.asdict(now)}
         tensors = kept_tensors(self.model, self.ema, self.optimizer)
 
         def save() -> None:

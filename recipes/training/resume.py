@@ -14,7 +14,7 @@ from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.parsing import flatten
-from recipes.training.checkpoint import STATE, CheckpointFolder, check, read_state, step_of
+from recipes.training.checkpoint import STATE, CheckpointFolder, check, dvae_sha256, read_state, step_of
 from recipes.training.parallel import Collectives
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
@@ -92,9 +92,15 @@ def choose(checkpoints: CheckpointFolder, resume: str) -> Path | None:
 
 
 def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ."""
+    """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ.
+
+    A dVAE is compared by the content of its file, or by its path if the checkpoint is too old to tell the content.
+    """
     before = dict(flatten(start.state["config"]))
     now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
+    hashes = start.state.get("dvae_sha256"), dvae_sha256(config)
+    if None not in hashes:
+        before["dvae"], now["dvae"] = (f"a file with sha256 {sha256}" for sha256 in hashes)
     pairs = {key: (before.get(key, LATER.get(key)), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
