@@ -1,4 +1,4 @@
-"""The classes of a validation split among those of the training images, and few labels of each."""
+"""Matching the classes of training and validation images, and drawing a few labelled images of each class."""
 
 import re
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from arm_zoo.images.listing import SourceError, listed, plural
 
 
 def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Labels]:
-    """The classes of the training split and of a validation split, called `where`, under the same names.
+    """The classes of the training split and of a validation split, which messages call `where`, under the same names.
 
-    Numbers stand for the names in their order, unless all names are numbers themselves. The validation split may lack
-    images of some classes, but have no others: `SourceError`.
+    If one split has numbers and the other names, the numbers count the names in their order, unless all names are
+    numbers themselves. The validation split may lack classes; if it has others, `SourceError` is raised.
     """
     counts = f"{where} has {len(test.names)} classes, the training images have {len(train.names)}"
     if train.numbered and not (test.numbered or _all_numbers(test.names)):
@@ -38,7 +38,7 @@ def _all_numbers(names: Iterable[str]) -> bool:
 
 
 def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:
-    """Places of so many images of each class, at random; all of a class that has fewer."""
+    """Choose `labels` images of each class at random, or all images of a class that has fewer; gives their places."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
     shuffled, by_class = classes[order].sort(stable=True)
     starts = torch.searchsorted(shuffled, shuffled)  # where each image's class begins

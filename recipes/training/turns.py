@@ -37,7 +37,7 @@ class Turns(TrainLoader):
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds in which training stood still for want of images."""
+        """Seconds for which training has waited for images."""
         return sum(loader.seconds_waited for loader in self._loaders)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
