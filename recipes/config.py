@@ -341,9 +341,7 @@ class SegmentConfig(TrainConfig):
         from arm_zoo.loading import list_entries
 
         if self.model not in list_entries():
-            raise ValueError(
-                "unknown; `timm.list_models()` tells those that are known, and `python -m arm_zoo list` ours"
-            )
+            raise ValueError("unknown; allowed: a model of `timm.list_models()` or of `python -m arm_zoo list`")
         with torch.device(keywords.pop("device", "cpu")):
             classes = keywords.pop("num_classes", 2)
             return Segmenter(self.model, self.model_args, self.head, classes, frozen=self.frozen)
