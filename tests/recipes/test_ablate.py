@@ -46,6 +46,11 @@ def test_bad_input_ends_in_a_message(
     assert not (tmp_path / "out").exists()
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from recipes.ablate import main; assert 'torch' not in sys.modules; main(['--help'])"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
 def test_the_list_tells_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Hours from a speed that is given, or was measured by any run; what has ended takes none."""
     command = ["5", "--preset", "digits", "--output", str(tmp_path), "--list", "--seeds", "0,1", "--row", TWO[0]]
