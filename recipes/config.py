@@ -1,6 +1,6 @@
 """Typed training configurations: a YAML file and `key=value` overrides, checked before anything is built.
 
-Importing this module brings neither torch nor timm: what is wrong with keys, values and files is told at once.
+Importing this module imports neither torch nor timm, so that mistakes in keys, values and files are reported at once.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ from recipes.parsing import (
     read_yaml,
 )
 
-if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told without them
+if TYPE_CHECKING:  # torch takes seconds to import, and most mistakes can be found without it
     from torch import nn
 
-ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # an entry's name, with or without a tag; libraries tell which there are
+ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # a text that may be an entry's name, with or without a tag
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
@@ -151,7 +151,7 @@ class TrainConfig(Config):
         return found
 
     def unready(self) -> dict[str, str]:
-        """The images, as far as files tell without being read, the folder to write to and the tracker."""
+        """Images, output folder, tracker and decoder, as far as they can be checked without reading an image."""
         found = self._missing_images()
         if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
             found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
@@ -180,7 +180,7 @@ class TrainConfig(Config):
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """The model must be known, and its sizes fit each other."""
+        """An unknown model, or sizes that do not fit each other."""
         try:
             if self.model:
                 self.build(device="meta")
@@ -216,7 +216,7 @@ class PretrainConfig(TrainConfig):
     dvae: str | None = None  # file or address of the dVAE's encoder, for model_args.target=dvae_tokens
 
     def conflicts(self) -> dict[str, str]:
-        """The same, and a dVAE must be there if its tokens are predicted, and only then."""
+        """Also, predicted tokens without a dVAE, or a dVAE whose tokens are not predicted."""
         found, predicted = super().conflicts(), self.model_args.get("target")
         if (predicted == "dvae_tokens") != (self.dvae is not None):
             problem = f"dvae is {self.dvae} but model_args.target is {predicted or 'normed_pixel'}"
@@ -224,7 +224,7 @@ class PretrainConfig(TrainConfig):
         return found
 
     def unready(self) -> dict[str, str]:
-        """The same, and the dVAE's file, unless it is fetched."""
+        """Also, the file of the dVAE, unless it is an address."""
         found = super().unready()
         is_address = str(self.dvae).startswith(("https://", "http://"))
         if self.dvae is not None and not is_address and not Path(self.dvae).is_file():
@@ -289,11 +289,11 @@ class FinetuneConfig(TrainConfig):
         return timm.create_model(self.model, drop_path_rate=self.drop_path, **{**self.model_args, **keywords})
 
     def unready(self) -> dict[str, str]:
-        """The same, and the weights to start from, unless they may be an entry's."""
+        """Also, the weights to start from, unless they may be an entry."""
         return super().unready() | ({} if ENTRY.fullmatch(self.pretrained or "") else self._missing_start(()))
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """The same, and an entry that `pretrained` names must be known."""
+        """Also, an unknown entry in `pretrained`."""
         from arm_zoo.loading import entries
 
         return super().unbuildable(to_run) | (self._missing_start(entries()) if to_run else {})
@@ -347,7 +347,7 @@ class SegmentConfig(TrainConfig):
             return Segmenter(self.model, self.model_args, self.head, classes, frozen=self.frozen)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation by which images are normalised: the weights' own, for grey ones ImageNet's."""
+        """Mean and standard deviation to normalise images by: those of the weights, or ImageNet's for grey models."""
         import timm
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -363,7 +363,7 @@ class SegmentConfig(TrainConfig):
         return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     def conflicts(self) -> dict[str, str]:
-        """The same, and keys of `data` that have no use here."""
+        """Also, keys of `data` that have no use here."""
         unused = {
             field.name
             for field in dataclasses.fields(DataConfig)

@@ -38,7 +38,7 @@ def _all_numbers(names: Iterable[str]) -> bool:
 
 
 def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:
-    """Choose `labels` images of each class at random, or all images of a class that has fewer; gives their places."""
+    """The places of `labels` images of each class, drawn at random; a class with fewer images gives all of them."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
     shuffled, by_class = classes[order].sort(stable=True)
     starts = torch.searchsorted(shuffled, shuffled)  # where each image's class begins
