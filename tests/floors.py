@@ -8,7 +8,7 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def floors() -> list[str]:
-    """`NAME==VERSION` for each `NAME>=VERSION` of the package and its extras, each once.
+    """`NAME==VERSION` for each `NAME>=VERSION` of the package and its extras, each once, with the marker that it had.
 
     Raises:
         ValueError: for a requirement without a lower bound, or one with two different bounds.
@@ -22,7 +22,7 @@ def floors() -> list[str]:
     for requirement in wanted:
         if requirement.startswith(f"{project['name']}["):  # an extra that includes others
             continue
-        bound = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
+        bound = re.fullmatch(r"([\w.-]+)>=([\w.]+(?:; .+)?)", requirement)
         if bound is None:
             raise ValueError(f"{requirement!r} in {PYPROJECT.name} has no lower bound; write it as NAME>=VERSION")
         name, version = bound.groups()

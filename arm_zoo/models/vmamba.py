@@ -33,6 +33,7 @@ GlobalPool = Literal["avg", ""]
 _MLP_RATIO = 4
 
 torch.fx.wrap("check_images")  # sizes are not known while a model is traced
+torch.fx.wrap("order_for")
 
 _BLOCK = "layers.{}.blocks.{}.", "stages.{}.blocks.{}."
 OFFICIAL_NAMES = OfficialNames(

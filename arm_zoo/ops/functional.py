@@ -58,18 +58,19 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, backend
 def _scan(scan: ScanInputs, z: Tensor | None, backend: str, norm: Norm | None = None) -> Tensor:
     if not BACKENDS[backend].token_order or is_per_image(scan.order):
         scan = scan.in_scan_order()
+    *inputs, _ = scan  # by name or by unpacking: torch 2.8 compiles no slice of a named tuple
     if scan.log_rates:
-        return torch.ops.arm_zoo.selective_scan_log(*scan[:-1], z, backend)
+        return torch.ops.arm_zoo.selective_scan_log(*inputs, z, backend)
+    needed = needs_gradient(scan.u, scan.delta, scan.A, scan.B, scan.C, scan.D, scan.delta_bias, scan.delta_weight)
     if backend == "reference":
         y = reference.selective_scan(scan)
-    elif norm is not None and BACKENDS[backend].own_kernels and not needs_gradient(*scan[:8], *norm[:2]):
-        y, norm = torch.ops.arm_zoo.selective_scan_norm(*scan[:-1], *norm, backend), None
+    elif norm is not None and BACKENDS[backend].own_kernels and not (needed or needs_gradient(norm.weight, norm.bias)):
+        y, norm = torch.ops.arm_zoo.selective_scan_norm(*inputs, *norm, backend), None
     else:
-        save_states = needs_gradient(*scan[:8])
         # training applies the gate outside, where autograd and the compiler see it
         fits = norm is None and z is not None and z.dtype == scan.u.dtype
-        inside = fits and not (save_states or needs_gradient(z))
-        y = torch.ops.arm_zoo.selective_scan(*scan[:-1], save_states, z if inside else None, backend)[0]
+        inside = fits and not (needed or needs_gradient(z))
+        y = torch.ops.arm_zoo.selective_scan(*inputs, needed, z if inside else None, backend)[0]
         z = None if inside else z
     if norm is not None:
         y = F.layer_norm(y, norm.weight.shape, *norm).to(scan.u.dtype)

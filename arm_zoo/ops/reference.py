@@ -24,7 +24,7 @@ def selective_scan(scan: ScanInputs) -> Tensor:
     """See `arm_zoo.ops.selective_scan`, before the gate; one step of the recurrence at a time."""
     scan = scan.with_whole_steps()
     dtype = state_dtype(scan.u.dtype)
-    u, delta, A, B, C, D = (t.to(dtype) for t in scan[:6])
+    u, delta, A, B, C, D = (t.to(dtype) for t in (scan.u, scan.delta, scan.A, scan.B, scan.C, scan.D))
     if scan.delta_bias is not None:
         delta = delta + scan.delta_bias.to(dtype)[:, None, None]
     if scan.delta_softplus:

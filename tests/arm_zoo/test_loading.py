@@ -623,8 +623,8 @@ def test_revisions_that_are_none(hub: HubServer, client: Client, files: dict[str
 
 @pytest.mark.slow
 def test_time_out(hub: HubServer, client: Client, files: dict[str, bytes], tmp_path: Path) -> None:
-    hub.add("ada/silent", files, hub_server.silent(0.5))
-    message = client.refused("arm_zoo", "ada/silent", cache_dir=tmp_path)
+    hub.add("ada/silent", files, hub_server.silent)
+    message = client.refused("arm_zoo", "ada/silent", cache_dir=tmp_path, impatient=True)
     assert "cannot fetch model.safetensors of ada/silent: no whole answer from http://127.0.0.1" in message
     assert "timed out" in message and "HF_ENDPOINT names a mirror" in message
 

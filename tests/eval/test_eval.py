@@ -234,7 +234,7 @@ def test_any_number_of_processes_counts_the_same(processes: int, world: World, t
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     rows = tables.read(output)

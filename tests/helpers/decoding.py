@@ -2,24 +2,26 @@
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-from torchcodec.decoders import decode_jpeg
 
+from arm_zoo.images.decode import UndecodableImage, decode_tensor, jpeg_decoder
 from recipes.data import finishing, gpu_decode, loader
 from recipes.data.resample import RaggedImages
 from recipes.data.transforms import Normalisation, cropped
 
 
 def decode(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor | None]:
-    """torchcodec's decoder of the CPU."""
+    """torchcodec's decoder of the CPU; without one that fits this torch, Pillow's."""
+    decoded = jpeg_decoder() or partial(decode_tensor, name="")
     images: list[Tensor | None] = []
     for file in encoded:
         try:
-            images.append(decode_jpeg(file.numpy().tobytes()))
-        except RuntimeError:
+            images.append(decoded(file.numpy().tobytes()))
+        except (RuntimeError, UndecodableImage):
             images.append(None)
     return images
 

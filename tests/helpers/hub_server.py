@@ -272,7 +272,16 @@ def refuses(status: int, code: str = "", only: str = "") -> Fault:
     return fault
 
 
-def silent(seconds: float) -> Fault:
+def silent(request: Handler, name: str) -> bool:
+    """The weights do not come before an impatient client hangs up."""
+    if request.command == "HEAD" or not name.endswith(LARGE):
+        return False
+    time.sleep(3)
+    request.close_connection = True
+    return True
+
+
+def late(seconds: float) -> Fault:
     """The weights do not come for a while."""
 
     def fault(request: Handler, name: str) -> bool:
@@ -365,7 +374,6 @@ import timm, torch
 import arm_zoo
 from huggingface_hub import constants, file_download
 
-constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3
 constants.DOWNLOAD_CHUNK_SIZE = 4096  # what came before a cut is kept by the chunk
 time.sleep = lambda seconds: None  # between the client's retries
 lines = []
@@ -423,6 +431,7 @@ for line in sys.stdin:
     for name, row in task.get("table", {}).items():
         shapes = {key: tuple(shape) for key, shape in row.pop("shapes", {}).items()}
         arm_zoo.weights.hosted.TABLE[name] = arm_zoo.weights.hosted.Weights(**row, shapes=shapes)
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3 if task.get("impatient") else 60
     file_download.http_get = full_disk if task.get("full") else http_get
     arm_zoo.weights.releases.open = (lambda path, mode: FullFile(path, "w")) if task.get("full") else open
     if task.get("nobody") and os.geteuid() == 0:
@@ -441,6 +450,8 @@ for line in sys.stdin:
     print(json.dumps({**reply, "log": list(lines), "hosts": sorted(set(contacted))}), flush=True)
 """
 
+OF_THE_TASK = ("environment", "table", "full", "impatient", "nobody")
+
 
 @dataclass
 class Client:
@@ -449,7 +460,7 @@ class Client:
     process: subprocess.Popen[str]
 
     def load(self, call: str, *args: Any, **task: Any) -> dict[str, Any]:
-        kwargs = {key: task.pop(key) for key in list(task) if key not in ("environment", "table", "full", "nobody")}
+        kwargs = {key: task.pop(key) for key in list(task) if key not in OF_THE_TASK}
         request = {"call": call, "args": [str(arg) for arg in args], "kwargs": kwargs, **task}
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(request, default=str), file=self.process.stdin, flush=True)

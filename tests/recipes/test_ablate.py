@@ -128,11 +128,11 @@ def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
 def test_a_table_of_the_digits_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     """By the ordinary commands: stopped in the middle of a run, finished by the same command, then nothing is left."""
     command = [sys.executable, "-m", "recipes.ablate", "5", "--preset", "digits", "--output", str(tmp_path)]
-    command += ["--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=3"]
+    command += ["--row", TWO[1], "--seeds", "0,1", *TINY, "pretrain.checkpoint_steps=1", "epochs=6"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("step-*")):
         assert process.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate()
     assert process.returncode == EXIT_CODE and "SIGTERM: stopped; the same command goes on" in told

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -238,9 +238,8 @@ def begun(
         try:
             yield process
         finally:
-            for each in psutil.process_iter():
-                if each.pid == process.pid or os.getpgid(each.pid) == process.pid:
-                    each.kill()
+            with suppress(ProcessLookupError):  # nothing of it is left
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def ending(process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -336,4 +335,4 @@ def test_killed_worker_ends_all_processes(tmp_path: Path) -> None:
         workers_of(runs[0])[0].kill()
         code, printed = ending(process)
     assert code == 1 and printed.count(KILLED) == 1 and printed.count("another process cannot go on") == 1, printed
-    assert not any(run.is_running() for run in runs)
+    assert not psutil.wait_procs(runs, timeout=SECONDS)[1]

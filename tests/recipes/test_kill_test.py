@@ -18,8 +18,8 @@ from tests.recipes.training.test_checkpoint import CONFIG, TINY
 def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARM_ZOO_SCAN", "torch")  # nothing to compile in each of the processes
     command = ["--config", str(CONFIG), *TINY, "checkpoint_steps=1"]
-    hits = KillTest("pretrain", command, tmp_path, seed=0).run(kills=3)
-    assert hits >= 1  # the first is aimed at a checkpoint's writing
+    tests = (KillTest("pretrain", command, tmp_path / str(seed), seed) for seed in range(5))
+    assert any(test.run(kills=3) for test in tests)  # hits: the first is aimed at a checkpoint's writing, and may miss
 
 
 def test_a_command_that_no_run_takes_is_refused_before_any_is_killed(
@@ -40,8 +40,7 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Monk
     while not any((tmp_path / "run" / "checkpoints").glob("step-*")):
         assert process.is_alive()
         time.sleep(0.01)
-    servers = psutil.Process().children(recursive=True)
-    group = [one for one in servers if one.pid != process.pid and os.getpgid(one.pid) == process.pid]
+    group = psutil.Process(process.pid).children()
     assert group and not test._kill(process, tmp_path / "run", 0, aimed=False)
     assert not psutil.wait_procs(group, timeout=10)[1]
 

@@ -121,7 +121,7 @@ def test_killed_in_the_middle_of_epochs_it_ends_with_equal_bits(
 def test_two_processes_have_the_losses_of_one(whole: Path, tmp_path: Path) -> None:
     arguments = ["--config", str(CONFIG), *TINY, f"output_dir={tmp_path}", "device=cpu"]
     with on_two_processes(arguments) as process:
-        _, printed = process.communicate(timeout=120)
+        _, printed = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-4)
 

@@ -131,12 +131,36 @@ def _row(sequences, k, b, row, start, count):
     return sequences.memory[first : first + count]
 
 
+@intrinsic
+def _fetch_first(context, row):
+    """Have the cache fetch what lies where the row begins, while other code runs."""
+
+    def codegen(context, builder, signature, arguments):
+        memory, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prefetch = ir.FunctionType(ir.VoidType(), [memory, integer, integer, integer])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [memory], prefetch)
+        first = builder.bitcast(context.make_array(signature.args[0])(context, builder, arguments[0]).data, memory)
+        to_read, to_all_levels, data = (ir.Constant(integer, number) for number in (0, 3, 1))
+        builder.call(prefetch, [first, to_read, to_all_levels, data])
+        return context.get_dummy_value()
+
+    return types.void(row), codegen
+
+
+@_inlined
+def _fetch(row):
+    """Have the cache fetch a row of numbers, whose order may be one that a processor does not foresee."""
+    for d in range(0, len(row), _LINE):
+        _fetch_first(row[d:])
+
+
 @njit
 def _of_image(tables, b):
     """The table of an image, or that of all."""
     return tables[b if len(tables) > 1 else 0]
 
 
+_LINE = 16  # numbers that come into a cache together
 WIDTH = 192  # the most channels of a block: in the first-level cache there are then 16 states with their rates
 
 
@@ -210,6 +234,9 @@ def scan_forward(first, last, width, scan, gate, y, gated, saved):
                 u, delta = _row(scan.u, k, b, row, start, count), _row(scan.delta, k, b, row, start, count)
                 B, C = _row(scan.B, k, b, row, 0, d_state), _row(scan.C, k, b, row, 0, d_state)
                 _load_step(step[0], channel[0], u, delta, scan.softplus, functions)
+                following = rows[k, min(t + 1, length - 1)]
+                _fetch(_row(scan.u, k, b, following, start, count))
+                _fetch(_row(scan.delta, k, b, following, start, count))
                 size, into, out, skip = step[0]["size"], step[0]["into"], step[0]["out"], channel[0]["skip"]
                 for d in range(count):
                     out[d] = skip[d] * u[d]
@@ -334,6 +361,10 @@ def scan_backward(first, last, scan, grad, saved, grad_u, grad_delta, grad_A, gr
                         row = rows[k, begin + t]
                         u, delta = _row(scan.u, k, b, row, start, count), _row(scan.delta, k, b, row, start, count)
                         of_token = grad[b, order[k, begin + t], start:stop]
+                        following = begin + min(t + 1, steps - 1)
+                        _fetch(_row(scan.u, k, b, rows[k, following], start, count))
+                        _fetch(_row(scan.delta, k, b, rows[k, following], start, count))
+                        _fetch(grad[b, order[k, following], start:stop])
                         _load_step_back(work[t], channel[0], u, delta, of_token, scan.softplus, scan.share, functions)
                     for s in range(d_state):
                         work[0]["before"][:count] = saved[k, b, begin // chunk, s, start:stop]
@@ -381,6 +412,7 @@ def conv_forward(first, last, x, weight, bias, order, functions, out):
         stop, steps = min(start + WIDTH, channels), _of_image(order, b)
         for t in range(length):
             step = out[k, b, t, start:stop]
+            _fetch(_row(x, 0, b, steps[k, min(t + 1, length - 1)], start, stop - start))
             _convolve(step, x, weight, bias, steps, b, k, t, start, stop)
             for d in range(stop - start):
                 step[d] *= _sigmoid(step[d], _exp_minus(step[d], functions))

@@ -217,7 +217,7 @@ def test_releases_of_github(hub: HubServer, client: Client, model: nn.Module, tm
             hub_server.refuses(500),
             "(it is out of order); try again later; the environment variable ARM_ZOO_GITHUB_END",
         ),
-        (hub_server.silent(0.5), "timed out"),
+        (hub_server.silent, "timed out"),
         (hub_server.redirects_to("https://evil.example/x.pth"), "redirects to https://evil.example; allowed are"),
         (hub_server.redirects_to("http://objects.githubusercontent.com/x"), "redirects to http://objects.github"),
         (hub_server.redirects_to("https://objects.githubusercontent.com:8443/x"), "githubusercontent.com:8443; all"),
@@ -231,7 +231,8 @@ def test_refusals_of_github(
     fault: hub_server.Fault, message: str, hub: HubServer, client: Client, contents: bytes, tmp_path: Path
 ) -> None:
     hub.release(VMAMBA, TAG, {FILE: contents}, fault)
-    reply = client.load("timm", ENTRY, table={ENTRY: ON_GITHUB}, cache_dir=tmp_path, **TIMM)
+    impatient = message == "timed out"
+    reply = client.load("timm", ENTRY, table={ENTRY: ON_GITHUB}, cache_dir=tmp_path, impatient=impatient, **TIMM)
     assert reply["own"] and reply["error"] == "DownloadError" and message in reply["message"], reply
     assert not kept(tmp_path) and "\n" not in reply["message"]
 
@@ -421,8 +422,8 @@ def test_of_two_processes_one_fetches_and_the_other_waits(
     contents: bytes,
     tmp_path: Path,
 ) -> None:
-    hub.add(ARM, {"b_ft.pth": contents}, hub_server.silent(0.25))
-    hub.release(VMAMBA, TAG, {FILE: contents}, hub_server.silent(0.25))
+    hub.add(ARM, {"b_ft.pth": contents}, hub_server.late(0.25))
+    hub.release(VMAMBA, TAG, {FILE: contents}, hub_server.late(0.25))
     hub.requests.clear()
     arguments = {"table": {ENTRY: row}, "cache_dir": tmp_path, **TIMM}
     with ThreadPoolExecutor() as pool:

@@ -540,7 +540,7 @@ def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: d
         workers = [child for child in psutil.Process(process.pid).children() if "recipes.pretrain" in child.cmdline()]
         assert len(workers) == 2
         workers[1].send_signal(signal.SIGUSR1)
-        _, printed = process.communicate(timeout=120)
+        _, printed = process.communicate(timeout=300)
     assert process.returncode != 0 and printed.count("exitcode  : 75") == 2, printed
     result = run(folder, *longer)
     losses = [[row["loss"] for row in history] for history in (result.history, expected.history)]
@@ -552,7 +552,7 @@ def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: d
 
 def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -> None:
     with on_two_processes(["--config", str(CONFIG), *settings(tmp_path), "device=cpu"]) as process:
-        _, printed = process.communicate(timeout=120)
+        _, printed = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (tmp_path, whole)]
     assert [{row["processes"] for row in run_rows} for run_rows in rows] == [{2}, {1}]
