@@ -160,6 +160,8 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def run_see(args: argparse.Namespace) -> int:
     """Draw what a model sees in an image into a PNG, and print what does not apply to the model."""
+    if args.output.exists() and os.path.exists(args.image) and args.output.samefile(args.image):
+        raise ValueError(f"{args.output} is the image itself, which would be lost; name another file with --output")
     loaded = load_model(args.model, args.weights)
     model, data_config = loaded.model.to(args.device).eval(), preprocessing(loaded)
     if args.img_size is not None:
@@ -220,6 +222,8 @@ def open_image(path: str, data_config: dict[str, Any]) -> Image.Image:
     """The image of a file, in grey for models of one channel."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder; name one of the images in it")
     return decode_image(path, path, "L" if data_config["input_size"][0] == 1 else "RGB")
 
 
@@ -292,6 +296,14 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ... (%(default)s)")
 
 
+def png_to_write(text: str) -> Path:
+    """A file's name, as an option."""
+    path = Path(text)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file to write to whose name ends in .png, got {text!r}")
+    return path
+
+
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m arm_zoo",
@@ -337,7 +349,9 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--img-size", metavar="PIXELS", type=positive, help="the side of the square that it gets (the model's own)"
     )
-    command.add_argument("--output", metavar="FILE", type=Path, default="see.png", help="PNG to write (%(default)s)")
+    command.add_argument(
+        "--output", metavar="FILE", type=png_to_write, default="see.png", help="PNG to write (%(default)s)"
+    )
 
     command = commands.add_parser(
         "run",

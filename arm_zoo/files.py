@@ -1,5 +1,6 @@
 """Reading weight files and writing them atomically, with their sha256 and config.json."""
 
+import errno
 import hashlib
 import json
 import os
@@ -42,12 +43,19 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     the set is not atomic: who is killed between two names leaves new files beside old ones.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as beside:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.TemporaryDirectory(prefix=".partial-", dir=folder)
+    except OSError as error:
+        error.filename = str(folder)  # which people know, not the folder within
+        raise
+    with partial as beside:
         try:
             yield Path(beside)
             files = sorted(Path(beside).iterdir())
             for file in files:
+                if (folder / file.name).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "A folder has the name of the file", str(folder / file.name))
                 flush(file)
         except OSError as error:
             if error.errno is not None and error.filename is None:  # as on a full disk
@@ -108,14 +116,16 @@ def weights_in(folder: str | Path) -> Path:
         if file.is_file():
             return file
     both = f"neither {WEIGHTS} nor {PICKLED_WEIGHTS} in {folder}"
-    expected = unfinished_run(Path(folder)) or f"a folder of weights holds one of the two beside {CONFIG}"
+    expected = of_run(Path(folder)) or f"a folder of weights holds one of the two beside {CONFIG}"
     raise FileNotFoundError(f"{both}; {expected}")
 
 
-def unfinished_run(folder: Path) -> str | None:
-    """Of a run of the recipes that has not written its model yet: how far it is, and how it goes on; else None."""
+def of_run(folder: Path) -> str | None:
+    """Of a run of the recipes: where a pretraining has its models, or how a run goes on that has none; else None."""
+    if (folder / "pretraining_model").exists():
+        return f"its run has written {folder / 'pretraining_model'}, and {folder / 'backbone'} for use in timm"
     states = sorted(folder.glob("checkpoints/step-*/state.json"))
-    if not states or (folder / WEIGHTS).exists() or (folder / "pretraining_model").exists():
+    if not states or (folder / WEIGHTS).exists():
         return None
     try:
         state = json.loads(states[-1].read_text(encoding="utf-8"))
@@ -139,7 +149,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """What config.json in a folder of weights says."""
     file = Path(folder) / CONFIG
     if not file.is_file():
-        expected = unfinished_run(Path(folder)) or f"a folder of weights holds {WEIGHTS} and {CONFIG}"
+        expected = of_run(Path(folder)) or f"a folder of weights holds {WEIGHTS} and {CONFIG}"
         raise FileNotFoundError(f"no {CONFIG} in {folder}; {expected}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

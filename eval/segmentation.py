@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from arm_zoo.command_line import usable_device
 from arm_zoo.heads.models import Segmenter
 from arm_zoo.heads.segmentation import segment
-from arm_zoo.images.masks import IGNORED, compare_class_names, open_masks
+from arm_zoo.images.masks import IGNORED, compare_class_names, no_class, open_masks
 from eval import tables
 from eval.scoring import models
 from eval.scoring.options import guarded
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         metric.update(found[None], labels[None].to(args.device))
     each = metric.compute()
     there = metric.confmat.sum(dim=0) + metric.confmat.sum(dim=1) > 0  # all other classes have no IoU
+    if not there.any():
+        raise ValueError(no_class(args.data))
     miou = f"{100 * each[there].mean().item():.4f}"
     row = {
         **{"model": args.model, "weights": candidate.weights, "weights_sha256": candidate.weights_sha256},

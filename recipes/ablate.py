@@ -20,15 +20,20 @@ import yaml
 
 from recipes.ablations import FOLDER, PHASES
 from recipes.command_line import interrupted
+from recipes.parsing import SEED
 from recipes.signals import EXIT_CODE, StopRequest
 
 
 def read_seeds(text: str) -> list[int]:
-    """Read whole numbers separated by commas; each counts once."""
+    """Read seeds separated by commas; each counts once."""
+    allowed, holds = SEED
     try:
-        return [*dict.fromkeys(int(seed) for seed in text.split(","))]
+        seeds = [*dict.fromkeys(int(seed) for seed in text.split(","))]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers, as in 0,1,2, got {text!r}") from None
+        seeds = []
+    if not seeds or not all(map(holds, seeds)):
+        raise argparse.ArgumentTypeError(f"expected {allowed}, or several as in 0,1,2, got {text!r}")
+    return seeds
 
 
 def read_speed(text: str) -> tuple[str, float]:
@@ -107,6 +112,7 @@ def ablate(settings: argparse.Namespace) -> None:
     from recipes.ablations import report, runs
     from recipes.ablations.tables import read_table
     from recipes.errors import RunError
+    from recipes.training.alone import alone_in
 
     table = read_table(settings.table, settings.preset, settings.overrides, settings.row)
     output = (settings.output or Path("runs", "ablations", settings.preset)).absolute()
@@ -140,8 +146,9 @@ def ablate(settings: argparse.Namespace) -> None:
     scheduler = runs.Scheduler(slots, stop, on_end)
     if left := [run for run in all_runs if run.name not in outcomes]:
         runs.check(table, output)
-    scheduler.carry_out(left)
-    report.write_results(table, all_runs, outcomes, folder)
+    with alone_in(output):
+        scheduler.carry_out(left)
+        report.write_results(table, all_runs, outcomes, folder)
     runs.say(f"wrote {folder}")
     if stop.name is not None:
         runs.say(f"{stop.name}: stopped; the same command goes on")

@@ -6,8 +6,10 @@ Importing this module imports neither torch nor timm, so that most mistakes are 
 import argparse
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -87,9 +89,10 @@ def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any
     from recipes.data.workers import end_workers
     from recipes.errors import reporting_mistakes
     from recipes.signals import StopRequest
+    from recipes.training.alone import alone_in
 
-    stop = StopRequest().listen()
-    with reporting_mistakes(program):
+    stop, is_main = StopRequest().listen(), os.environ.get("RANK", "0") == "0"
+    with reporting_mistakes(program), alone_in(Path(config.output_dir)) if is_main else nullcontext():
         try:
             run(config, resume, stop)
             leave_process_group()

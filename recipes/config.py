@@ -26,7 +26,7 @@ from recipes.parsing import (
     BELOW_ONE,
     ONE_OR_MORE,
     PROBABILITY,
-    WHOLE,
+    SEED,
     ZERO_OR_MORE,
     ConfigError,
     Limit,
@@ -82,7 +82,7 @@ class TrainConfig(Config):
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = limited("", ("a folder to write to, as in output_dir=runs/first", bool))
-    seed: int = limited(0, WHOLE)
+    seed: int = limited(0, SEED)
 
     epochs: int = limited(100, ONE_OR_MORE)
     global_batch: int = limited(1024, ONE_OR_MORE)  # images per optimizer step, over all processes

@@ -42,6 +42,8 @@ class Measured:
         if not 0 < self.images_per_second < math.inf:
             problem = f"{self.model} was measured at {self.images_per_second} images per second"
             raise ValueError(f"{problem}; allowed: a number above 0, and finite")
+        if type(self.gpus) is not int or self.gpus < 1:
+            raise ValueError(f"{self.model} was measured on {self.gpus!r} GPUs; allowed: a whole number, 1 or more")
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
         """Hours for so many epochs, where `efficiency` is the speed of `gpus` GPUs over that of as many separate ones.
@@ -151,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         numbers = value if isinstance(value, list) else [value]
         if any(number <= 0 for number in numbers if isinstance(number, int | float)):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if settings.efficiency is not None and not settings.efficiency < math.inf:
+        parser.error(f"--efficiency is {settings.efficiency}; allowed: a number above 0, as in 0.9")
     given = settings.run or settings.real_images or settings.throughput
     damaged = f"{given} is damaged, or no run and no file of recipes.loader_speed or eval.throughput"
     try:

@@ -28,6 +28,7 @@ from recipes import command_line
 from recipes.command_line import say
 from recipes.config import FinetuneConfig
 from recipes.data.batches import Batch
+from recipes.data.labels import check_several
 from recipes.errors import RunError
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
@@ -52,6 +53,7 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     The head of the weights is kept if it was trained on the same classes in the same order. Otherwise the head is new,
     and a message says so.
     """
+    check_several(class_names, config.data.source)
     classes = len(class_names)
     if (asked := config.model_args.get("num_classes", classes)) != classes:
         problem = f"model_args.num_classes is {asked}, but {config.data.source} has {classes} classes"

@@ -37,7 +37,7 @@ from recipes.data.sources import open_source
 from recipes.errors import reporting_mistakes
 from recipes.finetune import CLASSIFICATION
 from recipes.objectives import TRAINING
-from recipes.parsing import ONE_OR_MORE, WHOLE, limited
+from recipes.parsing import ONE_OR_MORE, SEED, limited
 from recipes.training.setup import train
 from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns, endless, memory, steps
 
@@ -55,7 +55,7 @@ class LoaderConfig(Config):
     data: DataConfig = field(default_factory=DataConfig)
     image_size: int = limited(224, ONE_OR_MORE)
     batch: int = limited(256, ("an even number, 2 or more", lambda x: x > 1 and x % 2 == 0))  # of each process
-    seed: int = limited(0, WHOLE)
+    seed: int = limited(0, SEED)
 
     def conflicts(self) -> dict[str, str]:
         """The conflicts of the data's settings."""

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
 WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
+SEED: Limit = ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)  # what NumPy takes
 ABOVE_ZERO: Limit = ("a number above 0, and finite", lambda x: 0 < x < math.inf)
 ZERO_OR_MORE: Limit = ("a number, 0 or more, and finite", lambda x: 0 <= x < math.inf)
 BELOW_ONE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)

@@ -23,6 +23,7 @@ from arm_zoo.heads.models import save_attentive_probe
 from arm_zoo.images.listing import SourceError
 from recipes import command_line
 from recipes.config import why_not_writable
+from recipes.data.labels import check_several
 from recipes.data.sources import open_source
 from recipes.errors import RunError, reporting_mistakes
 from recipes.probing import scores
@@ -46,6 +47,11 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     protocols = chosen(config.protocols)
     if Path(config.output).suffix not in KINDS:
         raise RunError(f"output is {config.output}; allowed: a file that ends in {' or '.join(KINDS)}")
+    for name, folder in (("output", Path(config.output).parent), ("cache", config.cache), ("export", config.export)):
+        if folder is not None and (reason := why_not_writable(Path(folder))):
+            raise RunError(f"{name} is {getattr(config, name)}, but {reason}; allowed: a place to write to")
+    if Path(config.output).is_dir():
+        raise RunError(f"output is {config.output}, which is a folder; allowed: a file to write to")
     rows_of(Path(config.output))  # fails now if the file is another table
     state = PartialState(cpu=config.device == "cpu")
     source: Any = open_source(config.data, seed=config.seed)  # has images to score on, as labels are needed
@@ -53,18 +59,19 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     inputs = {"mean": source.mean, "std": source.std, **frozen.inputs}
     if (channels := inputs["input_size"][0]) != source.channels:
         raise SourceError(f"{config.data.source!r} has {source.channels} channels, the model takes {channels}")
+    check_several(source.class_names, config.data.source)
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", state.local_process_index) if on_gpu else torch.device("cpu")
     model = frozen.model.eval().to(device)
     arrays = arrays_of(model)
     if config.export and not ("attentive" in protocols and PATCHES in arrays):
         raise RunError(f"export is {config.export}; allowed: with protocols=attentive, of a model that gives patches")
-    if config.export and (reason := why_not_writable(Path(config.export))):
-        raise RunError(f"export is {config.export}, but {reason}; allowed: a folder to write to")
     wanted = arrays_for(protocols, config.features, arrays)
     extractor = Extractor(model, inputs, config, wanted)
     train = extract(extractor, source.train, "training")
     test = extract(extractor, source.test, "validation")
+    if train.images < 2:
+        raise RunError(f"{config.data.source} has one training image; allowed: two or more")
     found = []
     if state.is_main_process:
         found = [score for name in protocols for score in PROTOCOLS[name].score(train, test, config, device)]

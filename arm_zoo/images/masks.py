@@ -64,6 +64,11 @@ class LabelledPixels:
             )
         return pil_to_tensor(image), self._labels(np.asarray(mask).astype(np.int64), self.masks[place])
 
+    def check(self) -> None:
+        """Read all of them, whose faults are told before they are needed; SourceError too if no pixel has a class."""
+        if not any([(self[place][1] != IGNORED).any() for place in range(len(self))]):
+            raise SourceError(no_class(self.masks[0].parent))
+
     def _opened(self, file: Path) -> Image.Image:
         try:
             image = Image.open(file)
@@ -108,6 +113,11 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
         raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
     files = tuple(found[name] for name in names), tuple(masks / f"{name}.png" for name in names)
     return LabelledPixels(*files, _names(folder, first), first)
+
+
+def no_class(where: str | Path) -> str:
+    """The message for masks by which nothing can be scored."""
+    return f"no pixel of the masks in {where} has a class; allowed: masks of which some pixels count"
 
 
 def _names(folder: Path, first: int) -> tuple[str, ...]:

@@ -101,7 +101,10 @@ def patch_features(model: Any, images: Tensor, layer: int) -> Tensor:
         latents = model.forward_encoder(images)[0].flatten(1)
         return _map_of(latents.T, model.order[: len(latents)], *model.patch_embed.grid_size)
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"{type(model).__name__} gives no features of patches: it has no forward_intermediates")
+        problem = f"{type(model).__name__} gives no features of patches: it has no forward_intermediates"
+        raise ValueError(
+            f"{problem}; allowed: models of timm that have it, as the backbone/ beside a pretraining_model/"
+        )
     layers = len(model.feature_info)
     if not -layers <= layer < layers:
         raise ValueError(f"no layer {layer}: the model has the layers 0 to {layers - 1}, or -{layers} to -1")

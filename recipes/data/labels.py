@@ -1,7 +1,7 @@
 """Matching the classes of training and validation images, and drawing a few labelled images of each class."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Label
 
 def _all_numbers(names: Iterable[str]) -> bool:
     return all(re.fullmatch("0|[1-9][0-9]*", name) for name in names)
+
+
+def check_several(names: Sequence[str], where: str) -> None:
+    """Refuse images, those of `where`, that a classifier always gets right: SourceError."""
+    if len(names) < 2:
+        raise SourceError(f"{where} has no class but {listed(names)}; allowed: two classes or more")
 
 
 def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from recipes.config import Config
 from recipes.data.config import DataConfig
-from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, WHOLE, limited
+from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, SEED, limited
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ProbeConfig(Config):
     untrained: bool = False  # weights drawn at random from the seed, in place of an entry's own
     output: str = limited("probe.json", ("a .json or .csv file to write to, as in output=probe.json", bool))
     cache: str = limited("runs/features", ("a folder to keep features in, as in cache=runs/features", bool))
-    seed: int = limited(0, WHOLE)
+    seed: int = limited(0, SEED)
     device: Literal["auto", "cpu"] = "auto"
     batch: int = limited(256, ONE_OR_MORE)  # images per forward pass
     protocols: str = limited("knn,linear", ("names joined by commas, as in protocols=knn,linear, or all", bool))

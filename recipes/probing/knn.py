@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recipes.data.sources import tell
+from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted
 from recipes.probing.scores import Features, Score
@@ -15,14 +17,20 @@ TRAINING_AT_ONCE, COMPARED_AT_ONCE = 65_536, 1024  # training and test images wh
 
 
 def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
-    """Score each number of neighbours."""
+    """Score each number of neighbours, but for larger numbers than there are training images, which are logged."""
+    asked = NEIGHBOURS if config.neighbours is None else (config.neighbours,)
+    numbers = [k for k in asked if k <= train.images]
+    if config.neighbours and not numbers:
+        raise RunError(f"neighbours is {config.neighbours}; allowed: up to the {train.images} training images")
+    if left := asked[len(numbers) :]:
+        tell(f"there are {train.images} training images: there is no k-NN of {' and '.join(map(str, left))} of them")
+    if not numbers:
+        return []
     features = train.of(config.features), test.of(config.features).to(device)
-    numbers = NEIGHBOURS if config.neighbours is None else (config.neighbours,)
-    images = len(features[1].classes)
     settings = [{"neighbours": k, "temperature": config.temperature} for k in numbers]
     counts = right(*features, numbers, config.temperature)
     return [
-        Score.of_images("knn", config.features, setting, count, images)
+        Score.of_images("knn", config.features, setting, count, test.images)
         for setting, count in zip(settings, counts, strict=True)
     ]
 

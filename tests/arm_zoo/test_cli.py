@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import arm_zoo
 from arm_zoo.__main__ import main, preprocessing
-from arm_zoo.files import save_model
+from arm_zoo.files import replacing_files, save_model
 from arm_zoo.heads.models import Segmenter, save_segmenter
 from arm_zoo.loading import load
 from arm_zoo.models._builder import ARCHITECTURES
@@ -358,6 +358,35 @@ def test_see_refuses_in_one_line(
     assert "nowhere.png: no such file or folder" in mistake(
         capsys, "see", "nowhere.png", "--model", "arm_tiny_patch8_64"
     )
+
+
+def test_see_writes_a_png_beside_the_image(
+    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Never over it, under no other ending, and not in the place of a folder."""
+    (tmp_path / "a.png").mkdir()
+    see = ["see", image_file, "--model", "arm_tiny_patch8_64", "--output"]
+    for output in (tmp_path / "a.png", tmp_path / "a.jpg", "", tmp_path):
+        with pytest.raises(SystemExit):
+            main([*map(str, see), str(output)])
+        assert f"expected a file to write to whose name ends in .png, got {str(output)!r}" in capsys.readouterr().err
+    before = image_file.read_bytes()
+    assert f"{image_file} is the image itself, which would be lost" in mistake(capsys, *see, image_file)
+    assert image_file.read_bytes() == before
+    assert mistake(capsys, *see, image_file / "b.png").endswith(
+        f"'{image_file}'\n"
+    )  # of the folder, not of one within
+    said = mistake(capsys, "see", tmp_path, *see[2:], tmp_path / "b.png")
+    assert f"{tmp_path} is a folder; name one of the images in it" in said
+
+
+def test_files_do_not_replace_folders(tmp_path: Path) -> None:
+    """All or nothing: the others of a set are not replaced either."""
+    (tmp_path / "b.txt").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"'{tmp_path / 'b.txt'}'$"), replacing_files(tmp_path) as beside:
+        for name in "abc":
+            (beside / f"{name}.txt").touch()
+    assert [*tmp_path.iterdir()] == [tmp_path / "b.txt"]
 
 
 # which model
@@ -736,6 +765,9 @@ def test_folder_of_an_unfinished_run(
     assert message.endswith(f"type python -m recipes.{recipe} --config '{run}/config.yaml'\n")
     (checkpoint / "state.json").write_text("{")
     assert "a folder of weights holds model.safetensors" in mistake(capsys, "predict", image_file, "--model", run)
+    (run / "pretraining_model").mkdir()
+    message = mistake(capsys, "predict", image_file, "--model", run)
+    assert f"its run has written {run / 'pretraining_model'}, and {run / 'backbone'} for use in timm" in message
 
 
 def test_weights_without_a_head(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

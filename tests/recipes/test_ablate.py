@@ -33,7 +33,9 @@ TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "model_args.embed_dim
         (["3"], "invalid choice: 3"),
         (["5", "--list", "--speed", "fast"], "expected one of dvae, pretrain, finetune, and a number above 0, as in"),
         (["5", "--list", "--speed", "pretrain=inf"], "got 'pretrain=inf'"),
-        (["5", "--list", "--seeds", "0,a"], "--seeds: expected whole numbers, as in 0,1,2, got '0,a'"),
+        (["5", "--list", "--seeds", "0,a"], "--seeds: expected a whole number from 0 to 4294967295, or several as in"),
+        (["5", "--list", "--seeds=0,-1"], "got '0,-1'"),
+        (["5", "--list", "--seeds", "4294967296"], "got '4294967296'"),
     ],
     ids=str,
 )

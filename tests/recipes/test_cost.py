@@ -102,6 +102,8 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     row = {"recipe": "pretrain", "images": "decode=cpu", "model": "arm_base", "device": "x", "processes": 1}
     for name, speed in (("text", "fast"), ("still", 0)):
         (damaged / f"{name}.jsonl").write_text(json.dumps({**row, "images_per_second": speed}))
+    for gpus in (0, "8"):
+        (damaged / f"on{gpus}.jsonl").write_text(json.dumps({**row, "images_per_second": 3, "processes": gpus}))
     for argv, message in (
         (["--run", str(damaged)], f"{damaged} is damaged, or no run and no file of"),
         (
@@ -118,6 +120,9 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--real-images", str(damaged / "bytes.jsonl")], "bytes.jsonl is damaged, or no run and no file of"),
         (["--real-images", str(damaged / "text.jsonl")], "text.jsonl is damaged, or no run and no file of"),
         (["--real-images", str(damaged / "still.jsonl")], "arm_base was measured at 0 images per second; allowed"),
+        (["--real-images", str(damaged / "on0.jsonl")], "arm_base was measured on 0 GPUs; allowed: a whole number"),
+        (["--real-images", str(damaged / "on8.jsonl")], "arm_base was measured on '8' GPUs; allowed: a whole number"),
+        (["--images-per-second", "3", "--efficiency", "nan"], "--efficiency is nan; allowed: a number above 0"),
         (["--images-per-second", "-3"], "must be above 0"),
         (["--images-per-second", "nan"], "model was measured at nan images per second; allowed: a number above 0"),
         (["--images-per-second", "3", "--gpus", "0"], "--gpus must be above 0"),

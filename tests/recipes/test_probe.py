@@ -172,6 +172,28 @@ def test_damaged_images_are_counted_named_and_limited(
         run(colour, tmp_path / "probe.json", *settings, "data.max_undecodable=0.99")
 
 
+def test_sets_too_small_for_a_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One image or one class is no basis, and fewer images than neighbours are not called so many."""
+    write_folder(tmp_path / "few" / "train", {"a": 6, "b": 6})
+    write_folder(tmp_path / "few" / "val", {"a": 3, "b": 3})
+    write_folder(tmp_path / "one" / "train", {"a": 1, "b": 1})
+    write_folder(tmp_path / "one" / "val", {"a": 1, "b": 1})
+    (tmp_path / "one" / "train" / "b" / "1.jpg").write_bytes(b"gone")
+    write_folder(tmp_path / "alike" / "train", {"a": 4})
+    write_folder(tmp_path / "alike" / "val", {"a": 4})
+    save_for_hf(timm.create_model("arm_pico_patch2_8", in_chans=3), str(tmp_path / "model"), safe_serialization=True)
+    scores = run(tmp_path / "model", tmp_path / "probe.json", f"data.source={tmp_path / 'few'}", "protocols=knn")
+    assert [row["settings"] for row in scores["scores"]] == ["neighbours=10, temperature=0.07"]
+    assert "there are 12 training images: there is no k-NN of 20 of them" in caplog.text
+    settings = ["protocols=all", "data.max_undecodable=0.9", "attentive_epochs=1"]
+    for folder, message in (
+        ("one", "one has one training image"),
+        ("alike", "alike has no class but a; allowed"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path / "model", tmp_path / "probe.json", f"data.source={tmp_path / folder}", *settings)
+
+
 def test_rows_of_all_protocols(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +265,9 @@ def test_the_evaluator_scores_the_exported_probe_alike(
     [
         ("export=probe", "export is probe; allowed: with protocols=attentive, of a model that gives patches"),
         ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear, attentive"),
+        ("output=pretraining_model0/config.json/x.csv", "config.json is a file; allowed: a place to write to"),
+        ("cache=pretraining_model0/config.json", "config.json is a file; allowed: a place to write to"),
+        ("neighbours=1438", "neighbours is 1438; allowed: up to the 1437 training images"),
         ("output=scores.txt", "output is scores.txt; allowed: a file that ends in .json or .csv"),
         ("features=average_last4", "the model gives no features=average_last4; allowed: pooled"),
         ("untrained=true", "unknown model 'pretraining_model0'"),

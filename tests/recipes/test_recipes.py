@@ -336,7 +336,7 @@ TYPED = {  # override: what it comes to; a message where it is refused
     "base_lr=1e-3": 1e-3,
     "base_lr=true": "a number above 0, and finite",
     "clip_grad=null": None,
-    "seed=7.0": "a whole number, 0 or more",
+    "seed=7.0": "a whole number from 0 to 4294967295",
     "epochs=true": "a whole number, 1 or more",
     "epochs=null": "a whole number, 1 or more",
     "betas=[true, 0.9]": "a list of two numbers",
@@ -471,6 +471,8 @@ def test_a_classifier_of_the_same_classes_keeps_its_head(tmp_path: Path) -> None
     saved.save_pretrained(tmp_path)
     names = saved.pretrained_cfg["label_names"]
     config = load_config(FinetuneConfig, FINETUNE, [f"pretrained={tmp_path}"])
+    with pytest.raises(SourceError, match="digits has no class but zero; allowed: two classes or more"):
+        create_classifier(config, ["zero"])
     kept = create_classifier(config, names).get_classifier()
     assert torch.equal(kept.weight, saved.head.weight) and torch.equal(kept.bias, saved.head.bias)
     for others in (names[::-1], names[:9], [*names[:9], "ten"]):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from arm_zoo.heads.segmentation import segment as segment_image
@@ -149,6 +150,22 @@ def test_what_cannot_be_trained_is_told(
     monkeypatch.delattr(timm.models.VisionTransformer, "forward_intermediates")
     with pytest.raises(ConfigError, match="test_vit gives no feature maps"):
         load_config(SegmentConfig, None, [*whole, *images])
+
+
+def test_masks_that_cannot_be_scored_by_are_told_before_training(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digit_scenes.main([str(tmp_path / "other"), "--training", "1", "--validation", "2"])
+    words = [*SETTINGS, *MODEL, f"data.source={scenes}", f"data.validation={tmp_path / 'other'}", "epochs=1"]
+    last, first = sorted((tmp_path / "other" / "annotations" / "validation").iterdir(), reverse=True)
+    for number, message in ((77, f"{last} has the numbers 77"), (0, f"no pixel of the masks in {last.parent} has a")):
+        for mask in (first, last):
+            Image.new("L", (64, 64), number if mask == last else 0).save(mask)
+        assert message in refusal(capsys, *words, f"output_dir={tmp_path / 'run'}")
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    trained(scenes, tmp_path / "run", "epochs=1")
+    assert segmentation.main(["--model", f"local-dir:{tmp_path / 'run'}", "--data", str(tmp_path / "other")]) == 1
+    assert f"no pixel of the masks in {tmp_path / 'other'} has a class; allowed" in capsys.readouterr().err
 
 
 def test_the_evaluator_refuses_other_models(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
