@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ COLUMNS = (
     *("weights", "weights_sha256", "listing_sha256"),
     *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "pillow", "arm_zoo", "date"),
 )
+FIGURES = {  # columns of any table that hold numbers of 0 or more
+    *("n", "top1", "top5", "top1_low", "top1_high", "low", "high", "knn", "linear", "miou", "params_m", "img_per_s"),
+    *(spec.paper_column for spec in SETS.values() if spec.paper_column),
+}
 RENAMED = {"marks": "warnings", "pictures": "images"}  # name of a column in older files -> its name now
 
 
@@ -37,7 +42,8 @@ def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Read all rows of a .csv file, as text, or of a .json file; none if the file is empty or does not exist.
 
-    ValueError if the file is no table or lacks a column, except those of CLEAN; it may have more columns.
+    ValueError if the file is no table, lacks a column (except those of CLEAN), or has FIGURES that are no numbers. It
+    may have more columns, and empty cells.
     """
     try:  # Excel begins with a byte order mark
         text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
@@ -55,7 +61,18 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     there = {RENAMED.get(name, name) for name in head}.union(newer).intersection(*rows)
     if missing := [column for column in columns if column not in there]:
         raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")
+    for row in (row for row in rows if str(row.get("n")) != "0"):  # those of no images have no figures
+        if wrong := [column for column in FIGURES & row.keys() if not _is_figure(row[column])]:
+            what = f"{min(wrong)} is {row[min(wrong)]!r} in the row of {row.get('model')}"
+            raise ValueError(f"{path}: {what}; allowed: a number of 0 or more, or an empty cell")
     return rows
+
+
+def _is_figure(value: Any) -> bool:
+    try:
+        return value in ("", None) or 0 <= float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
 
 
 def label(row: Mapping[str, str]) -> str:

@@ -48,16 +48,29 @@ class Store:
             for name, shape in missing.items():  # the array last: if it is there, so is the record of its written rows
                 self._create(f"{name}.written", (images,), np.bool_)
                 self._create(name, shape, _type_of(name))
-        self._arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in rows}
-        self._written = {name: np.load(self._file(f"{name}.written"), mmap_mode="r+") for name in rows}
+        self._arrays = {name: self._open(name) for name in rows}
+        self._written = {name: self._open(f"{name}.written") for name in rows}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
         partial = self.folder / f".partial-{name}.npy"
-        np.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
+        try:
+            np.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
+        except OSError as error:
+            error.filename = str(partial)  # NumPy does not name it
+            raise
         os.replace(partial, self._file(name))
+
+    def _open(self, name: str) -> Any:
+        """An array, to be changed; RunError for one that was cut off, as by a copy that did not end."""
+        try:
+            np.load(self._file(name), mmap_mode="r")  # where it could be changed, NumPy would add what lacks as zeros
+        except (EOFError, ValueError) as error:
+            problem = f"{self._file(name)} is damaged ({error})"
+            raise RunError(f"{problem}; delete {self.folder}, and its features are extracted anew") from None
+        return np.load(self._file(name), mmap_mode="r+")
 
     def _check_manifest(self, text: str) -> None:
         file = self.folder / MANIFEST

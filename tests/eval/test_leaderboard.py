@@ -396,6 +396,20 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
     assert "other.csv is another table" in refusal("--peers", str(tmp_path / "other.csv"))
     assert "other.csv is another table" in refusal("--anchors", str(tmp_path / "other.csv"))
     assert "--frozen: no file 'gone.csv'" in refusal("--frozen", "gone.csv")
+    heads = {
+        "--peers": entries.PEER_COLUMNS,
+        "--anchors": frozen.ANCHOR_COLUMNS,
+        "--throughput": entries.SPEED_COLUMNS,
+    }
+    for option, head in heads.items():
+        figure = {"--peers": "params_m", "--anchors": "knn", "--throughput": "img_per_s"}[option]
+        for value in ("fast", "nan", "-1"):
+            row = ["x" if title == "model" else value if title == figure else "" for title in head]
+            (tmp_path / "torn.csv").write_text(f"{','.join(head)}\n{','.join(row)}\n")
+            said = refusal(option, str(tmp_path / "torn.csv"))
+            assert f"torn.csv: {figure} is {value!r} in the row of x; allowed: a number of 0 or more, or an" in said
+    (tmp_path / "none.csv").write_text("")  # nothing reported is a table without rows
+    assert leaderboard.main(["--folder", str(made), "--anchors", str(tmp_path / "none.csv")]) == 0
     assert "LEADERBOARD.md is not current; run python -m eval.leaderboard" in refusal("--check")
     (made / "README.md").write_text("# no markers\n")
     assert "README.md needs the lines <!-- leaderboard:begin -->" in refusal()

@@ -136,6 +136,18 @@ def test_a_folder_of_other_weights_is_refused(model: Any, tmp_path: Path) -> Non
         digits(model, tmp_path, ("pooled",))
 
 
+@pytest.mark.parametrize("array", ["pooled", "pooled.written"])
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_an_array_that_was_cut_off_is_no_features(array: str, kept: int, model: Any, tmp_path: Path) -> None:
+    """NumPy fills such a file up with zeros, which would be scored as features of the images."""
+    digits(model, tmp_path, ("pooled",))
+    [folder] = tmp_path.iterdir()
+    file = folder / f"{array}.npy"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(RunError, match=rf"{file} is damaged \(.*; delete {folder}, and its features are extracted"):
+        digits(model, tmp_path, ("pooled",))
+
+
 def test_a_disk_that_is_too_small_is_told(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
     with pytest.raises(RunError, match=r"features take 0.0 GiB, but .* has 0.0 GiB left; name another folder"):
