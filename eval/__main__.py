@@ -1,4 +1,4 @@
-"""Scores timm models, ours or not, on the ImageNet test sets, and appends one row for each model and set to a CSV.
+"""Score timm models, ours or others, on the ImageNet test sets, and append a row for each model and set to a CSV file.
 
 Run from the repository root, for example
 `python -m eval --models arm_base_patch16_224 --weights arm_base.safetensors --sets in1k=imagenet real a=imagenet-a`;
@@ -31,12 +31,12 @@ python -m eval.throughput                                         images per sec
 python -m eval.scan                                               the scan's kernels one by one, on a GPU
 python -m eval.leaderboard                                        LEADERBOARD.md and its page, from the results
 
-The sets, and where they are got:
+The sets, and where to get them:
 """
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-    """The rows for people; the CSV has more."""
+    """The rows as a table for people; the CSV file has more columns."""
     lines = []
     for row in rows:
         names = ("top1", "top1_low", "top1_high", "top5", f"{SETS[row['set']].clean}top1", "ece")
@@ -52,13 +52,17 @@ def as_table(rows: Sequence[Row]) -> Table:
 def make_parser() -> argparse.ArgumentParser:
     parser = scoring_parser("python -m eval", __doc__)
     add = parser.add_argument
-    named = "of timm, ours or not; a model folder; or hf-hub:, hf://, local-dir:"
+    named = "timm's names, ours or others; a model folder; or hf-hub:, hf://, local-dir:"
     add("--models", nargs="+", default=[], metavar="NAME", help=named)
-    where = "file, folder, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE; MODEL=FILE for several; without: the entry's"
+    where = (
+        "file, folder, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE; MODEL=FILE for several models; default: the entry's"
+    )
     add("--weights", nargs="+", default=[], metavar="FILE", help=where)
-    add("--output", type=Path, default=tables.RESULTS, metavar="FILE", help="CSV that gets the rows (%(default)s)")
-    add("--resume", action="store_true", help="go on within the set at which a run died, by OUTPUT.partial")
-    add("--recompute", action="store_true", help="score again what the CSV has already, and append it anew")
+    add(
+        "--output", type=Path, default=tables.RESULTS, metavar="FILE", help="CSV file to add the rows to (%(default)s)"
+    )
+    add("--resume", action="store_true", help="go on within the set at which a run died, from OUTPUT.partial")
+    add("--recompute", action="store_true", help="score again what the CSV file has already, and append it anew")
     add("--speed", action="store_true", help="score nothing: time the loader alone, the model alone, and both")
     add("--show-mapping", action="store_true", help="first print which classes are right for three images of each set")
     return parser

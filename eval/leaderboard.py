@@ -1,9 +1,10 @@
-"""Makes the leaderboard of measured and reported rows: LEADERBOARD.md, leaderboard.html, README's and RESULTS' tables.
+"""Make the leaderboard: LEADERBOARD.md, leaderboard.html, and the tables in README.md and recipes/RESULTS.md.
 
-Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSVs of `python -m eval`,
-`python -m eval.throughput` and `python -m recipes.probe`, reported ones from eval/board: the paper's tables, and what
-the authors of other models report, in peers.csv and, of frozen features, in anchors.csv. No row mixes accuracies of
-the two; the chart may set a reported accuracy beside a speed that was measured of the same architecture.
+Run from the repository root: `python -m eval.leaderboard`. Measured figures come from the CSV files of `python -m
+eval`, `python -m eval.throughput` and `python -m recipes.probe`. Reported figures come from eval/board: the paper's
+tables, and what the authors of other models report (peers.csv, and anchors.csv for frozen features). No row mixes
+measured with reported accuracies, but the chart may show a reported accuracy at the measured speed of the same
+architecture.
 """
 
 import argparse
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent  # has the templates of the files, page.m
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The first column and TEXT_COLUMNS are text, the others figures."""
+    """A Markdown table; the first column and TEXT_COLUMNS are text, all others are figures."""
     titles = list(rows[0])
     rule = ["---" if title in (titles[0], *TEXT_COLUMNS) else "---:" for title in titles]
     lines = [titles, rule, *(row.values() for row in rows)]
@@ -37,7 +38,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def readme_table(entries: Sequence[Entry]) -> str:
-    """Rows measured in fp32 on sets that are canonical, and what the paper reports of weights that are our entries."""
+    """Rows measured in fp32 on canonical sets, and what the paper reports of the weights of our entries."""
     ours = {name for name in loading.entries() if "." in name}
     rows = []
     for entry, figures in zip(entries, board(entries), strict=True):
@@ -60,7 +61,7 @@ def ablation(paper: Path, name: str) -> list[dict[str, str]]:
 
 
 def between_marks(file: Path, name: str, text: str) -> str:
-    """The file's content with `text` between its two marks; raises ValueError unless it has both once, in order."""
+    """A file's content with `text` between two marks; ValueError unless it has both marks once, in order."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     old = file.read_text(encoding="utf-8")
     whole, count = re.subn(f"(?s)(?<={begin}\n).*?(?=\n{end})", lambda _: text, old)
@@ -72,7 +73,7 @@ def between_marks(file: Path, name: str, text: str) -> str:
 def make(
     measured: Path, throughput: Path, paper: Path, peers: Path, frozen: Path, anchors: Path, folder: Path
 ) -> dict[str, str]:
-    """File name in the folder -> its text; raises ValueError if a file there lacks the marks of its table."""
+    """Make the text of each file in `folder`, by name; ValueError if a file there lacks the marks of its table."""
     speeds = read_speeds(throughput)
     entries, frozen_entries = read_entries(measured, speeds, paper, peers), read_frozen(frozen, anchors)
     rows = accuracy_rows(entries)
@@ -118,18 +119,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m eval.leaderboard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add: Callable[..., object] = partial(parser.add_argument, type=Path)
-    add("--results", default=RESULTS, metavar="FILE", help="of python -m eval (%(default)s)")
-    add("--throughput", default=HERE / "throughput.csv", metavar="FILE", help="of eval.throughput (%(default)s)")
+    add("--results", default=RESULTS, metavar="FILE", help="output of python -m eval (%(default)s)")
+    throughput = HERE / "throughput.csv"
+    add("--throughput", default=throughput, metavar="FILE", help="output of python -m eval.throughput (%(default)s)")
     add("--paper", default=HERE / "board" / "paper", metavar="FOLDER", help="the paper's tables (%(default)s)")
     add("--peers", default=HERE / "board" / "peers.csv", metavar="FILE", help="reported by others (%(default)s)")
-    add("--frozen", default=HERE / "frozen.csv", metavar="FILE", help="of recipes.probe (%(default)s)")
+    add(
+        "--frozen", default=HERE / "frozen.csv", metavar="FILE", help="output of python -m recipes.probe (%(default)s)"
+    )
     anchors = HERE / "board" / "anchors.csv"
     add("--anchors", default=anchors, metavar="FILE", help="frozen features, reported by others (%(default)s)")
-    add("--folder", default=HERE.parent, help="has README.md and recipes/RESULTS.md, and gets the files (%(default)s)")
+    folder = "where to write the files; it has README.md and recipes/RESULTS.md already (%(default)s)"
+    add("--folder", default=HERE.parent, help=folder)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not current")
     args = parser.parse_args(argv)
     try:
-        # a default that is not there is a project without measurements
+        # a default file may be missing: nothing has been measured yet
         for option in ("results", "throughput", "frozen"):
             if not (path := getattr(args, option)).exists() and path != parser.get_default(option):
                 raise ValueError(f"--{option}: no file {str(path)!r}")

@@ -1,4 +1,4 @@
-"""Times the scan's kernels one by one, on each backend in turn, with their rates of bytes and exponentials.
+"""Time the scan's kernels one by one, on each backend in turn, with their rates of bytes and exponentials.
 
 Run from the repository root on a machine with a GPU: `python -m eval.scan`.
 """
@@ -23,7 +23,7 @@ from eval.scoring.predict import DTYPES
 from eval.speed.timing import circumstances, table, timed
 from eval.tables import Row, append, check_output
 
-DEVICE = "cuda"  # of the backends that are timed
+DEVICE = "cuda"  # the backends for this device are timed
 REPEATS = 20
 SIZES = ("batch_size", "grid", "directions", "channels", "states", "dtype")
 COLUMNS = (
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of one call on the GPU, caches cleared first; all are queued before any is waited for."""
+    """Median time of a call on the GPU with cleared caches; all calls are queued before the first is waited for."""
     flush = torch.empty(512 << 20, dtype=torch.int8, device=DEVICE)
     readings = []
     for _ in range(REPEATS + 3):
@@ -45,14 +45,14 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read plus written, of a copy on the device."""
+    """Bytes per second, read plus written, of a copy on the device."""
     source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     return 2e3 * source.numel() / milliseconds(lambda: target.copy_(source))
 
 
 def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
-    """Inputs of convolution and scan as a model has them: tokens, step sizes, B and C are parts of projections."""
+    """Random inputs of convolution and scan, laid out as in a model, where tokens, steps, B and C are views."""
     K, B, D, S = args.directions, args.batch_size, args.channels, args.states
     order = scan_order(args.grid, args.grid, DIRECTIONS[:K], args.grid**2 // 2 if K == 4 else None, device=DEVICE)
     L, dtype = order.shape[1], DTYPES[args.dtype]
@@ -70,7 +70,7 @@ def draw(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[Any]]:
 
 
 def measure(backend: str, args: argparse.Namespace) -> list[Row]:
-    """One row a kernel: milliseconds, bytes it cannot do without, and exponentials of the decays."""
+    """A row for each kernel: milliseconds, the bytes that it has to move, and the exponentials of the decays."""
     conv, scan = draw(args)
     ops = torch.ops.arm_zoo
     u, gate, decays = scan[0], torch.randn_like(conv[0]), scan[0].numel() * args.states
@@ -95,14 +95,14 @@ def measure(backend: str, args: argparse.Namespace) -> list[Row]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.scan", description=__doc__)
     add = parser.add_argument
-    add("--backends", nargs="+", metavar="NAME", help="default: all for GPUs that run here")
+    add("--backends", nargs="+", metavar="NAME", help="default: all GPU backends that run here")
     add("--batch-size", type=positive, default=128)
-    add("--grid", type=positive, default=14, help="patches a side; four directions have a class token too")
+    add("--grid", type=positive, default=14, help="patches per side; with four directions there is a class token too")
     add("--directions", type=int, choices=(1, 2, 4), default=4)
     add("--channels", type=positive, default=768)
     add("--states", type=positive, default=16)
     add("--dtype", choices=list(DTYPES), default="bf16")
-    add("--output", type=Path, metavar="FILE", help=".csv or .json file that the rows are added to")
+    add("--output", type=Path, metavar="FILE", help="add the rows to this .csv or .json file")
     return parser
 
 

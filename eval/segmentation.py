@@ -1,7 +1,7 @@
-"""Scores a segmentation model on images with masks: mIoU, and the IoU of each class.
+"""Score a segmentation model on images with masks: mIoU, and the IoU of each class.
 
-Run from the repository root, for example `python -m eval.segmentation --model local-dir:runs/segment --data ADE20K`,
-where the folder is in the layout of ADE20K or Pascal VOC. `python -m recipes.segment` trains such models.
+Run from the repository root, for example `python -m eval.segmentation --model local-dir:runs/segment --data ADE20K`.
+The folder of images is laid out as ADE20K or Pascal VOC is. `python -m recipes.segment` trains such models.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--split", choices=("training", "validation"), default="validation", help="(%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=usable_device, default=device, help="(%(default)s)")
-    add("--output", type=Path, metavar="FILE", help="a .csv or .json file that gets a row")
+    add("--output", type=Path, metavar="FILE", help="add a row to this .csv or .json file")
     return parser
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         found = segment(model, image, config["input_size"][1:], config["mean"], config["std"])
         metric.update(found[None], labels[None].to(args.device))
     each = metric.compute()
-    there = metric.confmat.sum(dim=0) + metric.confmat.sum(dim=1) > 0  # others have no IoU
+    there = metric.confmat.sum(dim=0) + metric.confmat.sum(dim=1) > 0  # all other classes have no IoU
     if not there.any():
         raise ValueError(no_class(args.data))
     miou = f"{100 * each[there].mean().item():.4f}"

@@ -14,9 +14,9 @@ from arm_zoo.files import write_text
 from eval.scoring.sets import SETS, SUBSETS
 
 Row = dict[str, Any]
-RESULTS = Path(__file__).parent / "results.csv"  # what the leaderboard reads and hub's cards
+RESULTS = Path(__file__).parent / "results.csv"  # read by the leaderboard and by the model cards of hub
 
-# Scores that are equal in these are the same measurement: of the same model, on the same images, seen alike.
+# Rows that agree in WAY score the same model with the same preprocessing; in KEY, also on the same images.
 WAY = ("model", "weights_sha256", "img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "dtype")
 KEY = (*WAY, "set", "listing_sha256", "limit")
 CLEAN = tuple(SETS[name].clean + figure for name in SUBSETS for figure in ("n", "top1", "top5"))
@@ -32,7 +32,7 @@ FIGURES = {  # columns of any table that hold numbers of 0 or more
     *("n", "top1", "top5", "top1_low", "top1_high", "low", "high", "knn", "linear", "miou", "params_m", "img_per_s"),
     *(spec.paper_column for spec in SETS.values() if spec.paper_column),
 }
-RENAMED = {"marks": "warnings", "pictures": "images"}  # name of a column in files of older versions -> name
+RENAMED = {"marks": "warnings", "pictures": "images"}  # name of a column in older files -> its name now
 
 
 def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]:
@@ -40,10 +40,10 @@ def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
-    """All rows of a .csv file as text, or of a .json file; none where the file is empty or does not exist.
+    """Read all rows of a .csv file, as text, or of a .json file; none if the file is empty or does not exist.
 
-    ValueError if the file is no table, if it lacks any of the columns but those of CLEAN, or if FIGURES are none.
-    It may have more columns, and empty cells.
+    ValueError if the file is no table, lacks a column (except those of CLEAN), or has FIGURES that are no numbers. It
+    may have more columns, and empty cells.
     """
     try:  # Excel begins with a byte order mark
         text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
@@ -54,10 +54,10 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
             rows = [dict(zip(head, line, strict=True)) for line in lines]
         if not isinstance(rows, list):
             raise TypeError("a table is a list of rows")
-        newer = {column: "" for column in columns if column in CLEAN}  # perhaps of a set that came after the file
+        newer = {column: "" for column in columns if column in CLEAN}  # of sets that may be newer than the file
         rows = [newer | {RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error):
-        raise ValueError(f"{path} is there and holds no table in UTF-8; name another file") from None
+        raise ValueError(f"{path} exists, but is no table in UTF-8; name another file") from None
     there = {RENAMED.get(name, name) for name in head}.union(newer).intersection(*rows)
     if missing := [column for column in columns if column not in there]:
         raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")
@@ -76,14 +76,14 @@ def _is_figure(value: Any) -> bool:
 
 
 def label(row: Mapping[str, str]) -> str:
-    """Of a row of speeds the model, and what its scans ran on."""
+    """The model of a row of speeds, with the backend of its scans."""
     return f"{row['model']} ({row['scan_backend']})" if row.get("scan_backend") else row["model"]
 
 
 def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> list[Row]:
-    """Add rows to a table, or begin it: the file is replaced whole, under a lock that other runs wait for.
+    """Add rows to a table, which is created if needed: the file is replaced under a lock that other runs wait for.
 
-    Columns that people have added stay. Returns the new rows as they were written, see `with_clean_columns`.
+    Columns that people have added stay. Returns the new rows as written; see `with_clean_columns`.
     """
     with FileLock(path.with_name(f".{path.name}.lock")):
         old = read(path, columns)
@@ -102,7 +102,7 @@ def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) ->
 
 
 def check_output(path: Path | None, columns: Sequence[str]) -> None:
-    """Raises ValueError for a file to which rows of these columns could not be added in the end."""
+    """Raise ValueError now if rows with these columns could not be added to the file later."""
     if path is None:
         return
     if path.suffix not in (".csv", ".json") or not path.parent.is_dir() or path.is_dir():
@@ -111,9 +111,9 @@ def check_output(path: Path | None, columns: Sequence[str]) -> None:
 
 
 def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
-    """The rows, those of subsets with what in1k's newest row of the same measurement says of their classes.
+    """The rows; those of subsets get the figures of their classes from in1k's newest row with the same WAY and limit.
 
-    Whichever of the sets was scored first, and in whichever run: later rows complete earlier ones.
+    It does not matter which set was scored first, or in which run: later rows complete earlier ones.
     """
     same = (*WAY, "limit")
     clean = {key(row, same): row for row in rows if row.get("set") == "in1k"}

@@ -1,4 +1,4 @@
-"""Times models in turn in one process: seconds per step, images per second, memory, ratio to the last model named.
+"""Time models in turn in one process: seconds per step, images per second, memory, and the ratio to the last model.
 
 Run from the repository root, for example `python -m eval.throughput --device cpu`.
 """
@@ -32,12 +32,12 @@ from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
 from eval.tables import Row, append, check_output, label
 
-DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # of which the first can be pretrained
+DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # only the first can be pretrained
 NUM_CLASSES = 1000
 PRETRAIN_IMG_SIZE = 192
 DEFAULT_BATCH_SIZE = 8
 SWEEPS = {"img-size": [224, 384, 512, 768, 1024, 1536, 2048], "batch-size": [2**power for power in range(9)]}
-FULL_BATCH_SIZE = {"cpu": 8, "cuda": 256}  # of images of SWEEPS's first size: it keeps the device busy
+FULL_BATCH_SIZE = {"cpu": 8, "cuda": 256}  # images of the first size in SWEEPS that keep a device busy
 WARM_UP_STEPS = 3
 COLUMNS = (
     *("model", "img_size", "median_s", "min_s", "max_s", "img_per_s", "ratio", "pairwise_ratio", "peak_mib"),
@@ -49,7 +49,7 @@ Step = Callable[[], None]
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what cannot run, before anything is built."""
+    """Raise ValueError for options that cannot run, before anything is built."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if args.cuda_graphs and not (args.compile and args.device == "cuda"):
@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def is_pretrained_alike(name: str) -> bool:
-    """Whether a pretraining model has the sizes of an entry, and its patches, which do not overlap."""
+    """Whether there is a pretraining model with the sizes and the patches of an entry."""
     size = name.partition("_patch")[0]
     if name not in entries() or size not in OBJECTIVES[DEFAULT_OBJECTIVE].sizes:
         return False
@@ -78,15 +78,15 @@ def is_pretrained_alike(name: str) -> bool:
 
 
 def resolved(backend: str, args: argparse.Namespace) -> str:
-    """What scans run on with a backend: itself, or what "auto" takes; ValueError where device or type do not fit."""
+    """The backend itself, or the one that "auto" chooses; ValueError if device or type do not fit it."""
     with scan_backend(backend):
         return resolve_backend(torch.empty(0, device=args.device, dtype=DTYPES[args.dtype]))
 
 
 def sizes_and_batches(args: argparse.Namespace) -> list[tuple[int | None, int]]:
-    """Of each group that is timed the image size in pixels, None for each model's own, and the batch size.
+    """The image size in pixels (None: each model's own) and the batch size of each group that is timed.
 
-    A sweep of image sizes keeps the pixels of a batch about the same; batch sizes that are given hold at all sizes.
+    A sweep of image sizes keeps the pixels of a batch about the same, unless batch sizes are given.
     """
     if args.sweep == "img-size" and args.batch_size is None:
         return [(size, filling_batch_size(size, args.device)) for size in args.img_size or SWEEPS["img-size"]]
@@ -96,7 +96,7 @@ def sizes_and_batches(args: argparse.Namespace) -> list[tuple[int | None, int]]:
 
 
 def filling_batch_size(img_size: int, device: str) -> int:
-    """The power of two whose images have as many pixels as fill the device, or the next larger one."""
+    """The smallest power of two whose images have enough pixels to keep the device busy."""
     return 2 ** max(0, math.ceil(math.log2(FULL_BATCH_SIZE[device] * (SWEEPS["img-size"][0] / img_size) ** 2)))
 
 
@@ -106,14 +106,14 @@ def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, int]:
         img_size = args.img_size or PRETRAIN_IMG_SIZE
         return arm_zoo.create_pretraining_model(name.partition("_patch")[0], img_size=img_size), img_size
     if args.img_size is not None:
-        with contextlib.suppress(TypeError):  # models without such an argument, as convnets, take any size
+        with contextlib.suppress(TypeError):  # models without this argument, such as convnets, take any size
             return timm.create_model(name, num_classes=NUM_CLASSES, img_size=args.img_size), args.img_size
     model = timm.create_model(name, num_classes=NUM_CLASSES)
     return model, args.img_size or resolve_model_data_config(model)["input_size"][-1]
 
 
 def inference_step(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> Step:
-    """A forward pass of images (batch, channels, height, width); without --autocast in weights cast to --dtype."""
+    """A forward pass of images (batch, channels, height, width); without --autocast, weights are cast to --dtype."""
     dtype = DTYPES[args.dtype]
     if not args.autocast:
         model, images = model.to(dtype), images.to(dtype)
@@ -127,7 +127,7 @@ def inference_step(model: nn.Module, images: torch.Tensor, args: argparse.Namesp
 
 
 def training_step(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> Step:
-    """Loss, backward pass and AdamW step of images (batch, channels, height, width), with labels at random."""
+    """Loss, backward pass and AdamW step on images (batch, channels, height, width) with random labels."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=args.device == "cuda")
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
     labels = torch.randint(NUM_CLASSES, (len(images),), device=images.device)
@@ -172,7 +172,7 @@ def prepare(name: str, backend: str, args: argparse.Namespace) -> tuple[Step, Ro
 
 
 def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
-    """Seconds per step and speed of each model; a ratio above 1 is slower than the last model, the peer."""
+    """Seconds per step and speed of each model; a ratio above 1 means slower than the last model, the peer."""
     rows = []
     for times in readings:
         row = {"median_s": median(times), "min_s": min(times), "max_s": max(times)}
@@ -183,7 +183,7 @@ def compare(readings: Sequence[Sequence[float]], batch_size: int) -> list[Row]:
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-    """The rows for people: times in milliseconds; title and caption say what all have in common."""
+    """The rows as a table for people, in milliseconds; title and caption say what all rows have in common."""
     figures = ["ms/step", "min - max", "img/s", "ratio", "pairwise", "peak MiB"]
     lines = []
     for row in rows:
@@ -200,7 +200,7 @@ def as_table(rows: Sequence[Row]) -> Table:
 
 
 def profile(step: Step, device: str) -> list[tuple[str, float, float]]:
-    """Kernels of one step on a GPU, operations on the CPU: name, calls and milliseconds of each, longest first."""
+    """The kernels of a step on a GPU, or its operations on a CPU: name, calls and milliseconds, longest first."""
     activity = getattr(torch.profiler.ProfilerActivity, device.upper())
     spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     count = STEPS_PER_READING[device]
@@ -214,7 +214,7 @@ def profile(step: Step, device: str) -> list[tuple[str, float, float]]:
 
 
 def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: int) -> Table:
-    """The longest entries of a profile, with their fractions of all; names are cut, as kernels' may be endless."""
+    """The longest entries of a profile, with their fractions of the total; very long names are cut."""
     total = sum(milliseconds for *_, milliseconds in times)
     lines = [[f"{key:.100}", f"{calls:g}", f"{ms:.3f}", f"{ms / total:.1%}"] for key, calls, ms in times[:longest]]
     title = f"{name}: {total:.2f} ms a step in all"
@@ -223,10 +223,10 @@ def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: in
 
 @contextlib.contextmanager
 def fitting(what: str) -> Iterator[None]:
-    """Ends the block, and says so, when memory runs out in it; ValueError for all else that keeps it from running."""
+    """End the block, with a message, if memory runs out in it; raise ValueError if it cannot run for other reasons."""
     try:
         yield
-    except (AssertionError, ValueError, RuntimeError) as error:  # as timm and torch say what does not fit
+    except (AssertionError, ValueError, RuntimeError) as error:  # timm's and torch's errors for what does not fit
         if not should_reduce_batch_size(error):
             raise ValueError(f"{what} does not run so: {error}") from error
         print(f"{what} is left out: memory ran out", file=sys.stderr)
@@ -235,12 +235,12 @@ def fitting(what: str) -> Iterator[None]:
 def measure(args: argparse.Namespace) -> list[Row]:
     """Time all models in turn at one image size and one batch size, print the table and add its rows to --output.
 
-    Models that memory does not suffice for have no row; ratios are then to the last that has one.
+    A model that needs more memory than there is has no row; ratios are then to the last model with a row.
     """
     size = f"{args.img_size} pixels, " if args.img_size else ""
     group = f"{args.mode}, {size}batch {args.batch_size}, {args.device}"
     print(f"timing {', '.join(args.models)}: {group}", file=sys.stderr)
-    torch.compiler.reset()  # or a second size would be compiled as one that varies
+    torch.compiler.reset()  # else a second size would be compiled for varying sizes
     shared = vars(args) | circumstances(args.device)
     steps, facts, rows = [], [], []
     for name in args.models:
@@ -267,7 +267,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME", help="timm names, ours or not; the last one is the peer of the ratios")
+    add("--models", nargs="+", metavar="NAME", help="timm's names, ours or others; ratios are to the last one")
     modes = ("infer", "finetune", "pretrain")
     what = f"training includes the AdamW step; of pretraining only the {DEFAULT_OBJECTIVE} objective is timed"
     add("--mode", choices=modes, default=modes[0], help=what)
@@ -283,12 +283,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(DTYPES), default="fp32", help="infer casts the weights, training runs under autocast")
     add("--autocast", action="store_true", help="infer: keep fp32 weights and run under autocast too")
     add("--compile", action="store_true", help="through torch.compile")
-    add("--cuda-graphs", action="store_true", help="with --compile: replay a step's launches, which then cost no time")
-    add("--scan-backend", nargs="+", default=[arm_zoo.get_scan_backend()], metavar="NAME", help="each is timed")
+    add("--cuda-graphs", action="store_true", help="with --compile: replay all kernel launches of a step at once")
+    add("--scan-backend", nargs="+", default=[arm_zoo.get_scan_backend()], metavar="NAME", help="backends to time")
     add("--repeats", type=positive, default=10, help="readings per model")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
-    add("--profile", type=positive, default=0, metavar="N", help="then print the N longest kernels of a step")
-    add("--output", type=Path, metavar="FILE", help=".csv or .json file that the rows are added to")
+    add("--profile", type=positive, default=0, metavar="N", help="also print the N longest kernels of a step")
+    add("--output", type=Path, metavar="FILE", help="add the rows to this .csv or .json file")
     return parser
 
 
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if not any(timed):
-        parser.error("nothing was timed: memory does not suffice for any model; type a smaller --batch-size")
+        parser.error("nothing was timed: no model fits into memory; type a smaller --batch-size")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Scores a model afresh and compares top-1 with the figures on its card; exits with 1 where they differ.
+"""Score a model and compare top-1 with the figures on its card; exit with 1 if they differ.
 
 Run from the repository root, for example
 `python -m eval.verify arm_base_patch16_224 --weights FOLDER --sets in1k=imagenet`.
-The card is README.md in the folder or Hub repository of the weights, or --card FILE; its figures are the accuracies
-under model-index, as Hugging Face's cards have them.
+The card is README.md in the folder or Hub repository of the weights, or --card FILE. Its figures are the accuracies
+under model-index, as in all cards of Hugging Face.
 """
 
 import argparse
@@ -25,30 +25,30 @@ from eval.scoring.rows import Scorer
 from eval.scoring.sets import SETS
 from eval.speed.timing import table
 
-TRAINERS_TAG = "generated_from_trainer"  # cards of transformers' Trainer have fractions of 1, all others percent
+TRAINERS_TAG = "generated_from_trainer"  # cards of transformers' Trainer have fractions, all others percent
 TOP1 = {"accuracy", "acc", "top1", "top1accuracy", "acctop1", "accuracytop1", "acc1"}
 
 
 def set_of(result: EvalResult) -> str | None:
-    """Which of our sets a result is on, by its data set's name, else by its Hub id; None for others."""
+    """Which of our sets a result is on, by the name of its data set or else its Hub id; None for other sets."""
     for text in (result.dataset_name, result.dataset_type):
         if text in SETS:
             return text
-        for name, spec in reversed(SETS.items()):  # in1k's pattern, the first, would find some of the others' names
+        for name, spec in reversed(SETS.items()):  # in1k is first, and its pattern fits the names of some other sets
             if spec.card_pattern and re.search(spec.card_pattern, (text or "").lower()):
                 return name
     return None
 
 
 def read_card(model: str, weights: str | None, card: Path | None) -> tuple[str, dict[str, float]]:
-    """Where the card is, and its top-1 in percent by set, without other metrics and sets; ValueError for none."""
+    """Where the card is, and its top-1 in percent for each of our sets; ValueError if it has none."""
     source = str(card) if card else _card_beside(model, weights)
     if card is not None and not card.is_file():
         raise ValueError(f"there is no card {card}; name a README.md with --card FILE")
     figures: dict[str, float] = {}
     try:
         data = ModelCard.load(source, ignore_metadata_errors=True).data
-        # figures do not tell whether they are fractions: 0.83 may be either
+        # the figures alone do not say whether they are fractions: 0.83 may be either
         scale = 100 if TRAINERS_TAG in (data.get("tags") or ()) else 1
         for result in data.eval_results or []:
             texts = (result.metric_type, result.metric_name)
@@ -56,15 +56,15 @@ def read_card(model: str, weights: str | None, card: Path | None) -> tuple[str, 
             name = set_of(result)
             if name is not None and metric in TOP1 and "5" not in title:
                 figures.setdefault(name, float(result.metric_value) * scale)
-    except Exception as error:  # from the Hub and YAML come classes of all sorts
+    except Exception as error:  # the errors of the Hub and of YAML have no common class
         raise ValueError(f"cannot read the card {source}: {' '.join(str(error).split())}") from error
     if not figures:
-        raise ValueError(f"the card {source} has no accuracy on a set of ours under model-index; see --card")
+        raise ValueError(f"the card {source} has no accuracy under model-index on a set known here; see --card")
     return source, figures
 
 
 def _card_beside(model: str, weights: str | None) -> str:
-    """README.md of the folder, or the id of the Hub repository, that the weights are in."""
+    """README.md in the folder of the weights, or the id of their Hub repository."""
     place = weights or model
     if on_hub := re.match(r"(?:hf-hub:|hf_hub:|hf://)([\w.-]+/[\w.-]+)", place):
         return on_hub[1]
@@ -85,9 +85,9 @@ def _card_beside(model: str, weights: str | None) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = scoring_parser("python -m eval.verify", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="of timm, ours or not; a model folder; or hf-hub:, hf://, local-dir:")
-    add("--weights", metavar="FILE", help="file, folder, hf-hub:ORG/NAME or hf://ORG/NAME/FILE; without: the entry's")
-    add("--card", type=Path, metavar="FILE", help="the card, where it does not lie with the weights")
+    add("model", metavar="MODEL", help="timm's name, ours or another; a model folder; or hf-hub:, hf://, local-dir:")
+    add("--weights", metavar="FILE", help="file, folder, hf-hub:ORG/NAME or hf://ORG/NAME/FILE; default: the entry's")
+    add("--card", type=Path, metavar="FILE", help="the card, if it is not beside the weights")
     add("--tolerance", type=float, default=0.1, help="points by which top-1 may differ (default: %(default)s)")
     return parser
 

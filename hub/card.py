@@ -1,6 +1,6 @@
 """Model cards: hub/templates, filled from the folder itself, the catalogue and the evaluator's figures.
 
-What the template writes stands between two marks; what people write outside them, and keys that they add to the
+The text of the template stands between two marks. Text that people write outside them, and keys that they add to the
 metadata, stay when a card is written anew.
 """
 
@@ -23,11 +23,11 @@ BEGIN = "<!-- arm-zoo: written by python -m hub, from here -->"
 END = "<!-- arm-zoo: to here; what you write outside the two marks stays -->"
 OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"}  # metadata that the template writes
 
-RGB = 3  # channels: all that the image processor of transformers opens
-OWN_SIZES = ("embed_dim", "depth", "d_state", "patch_size")  # with one of them a model is none of the paper's
+RGB = 3  # channels: the image processor of transformers opens no other images
+OWN_SIZES = ("embed_dim", "depth", "d_state", "patch_size")  # a model with one of these arguments is not the paper's
 TEMPLATES = Path(__file__).parent / "templates"
 UNKNOWN = dict.fromkeys(("license", "dtype", "source_sha256", "library_version"), "unknown")
-SNIPPETS = {  # of each kind of model, headings in parts.md
+SNIPPETS = {  # kind of model -> headings in parts.md
     "classifier": ("classify", "features", "transformers"),
     "encoder": ("embed", "features", "finetune"),
     "pretraining": ("pretraining", "latents", "finetune"),
@@ -39,8 +39,8 @@ def write_card(
 ) -> None:
     """Write README.md of a folder with model.safetensors and config.json.
 
-    What people wrote into the card `old` is kept, if it exists. The snippets name `repo`; the CSVs `results`, of the
-    evaluator, and `frozen`, of the probe, may be missing.
+    What people wrote into the card `old`, if it exists, is kept. The snippets name `repo`. The CSV files `results`, of
+    the evaluator, and `frozen`, of the probe, may be missing.
     """
     config, sha256 = read_config(folder), sha256_of(folder / WEIGHTS)
     facts = {**UNKNOWN, **read_header(folder / WEIGHTS), "sha256": sha256, "repo": repo}
@@ -58,7 +58,7 @@ def write_card(
 
 
 def _metadata(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any]) -> dict[str, Any]:
-    """The card's YAML block; its model-index has measured figures only."""
+    """The card's YAML block; its model-index has only measured figures."""
     license = facts["license"]
     pretraining = "pretraining_model" in config
     colour = not pretraining and config["pretrained_cfg"]["input_size"][0] == RGB
@@ -76,7 +76,7 @@ def _metadata(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any
 
 
 def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any], frozen: list[dict[str, str]]) -> str:
-    """The template, first with the parts for this model and then with the facts, which may hold any characters."""
+    """Fill the template with the parts for this model, and then with the facts, which may have any characters."""
     architecture, cfg, arguments = config["architecture"], config["pretrained_cfg"], config["model_args"]
     own, objective = config.get("pretraining_model", {}), OBJECTIVES[config.get("objective", DEFAULT_OBJECTIVE)]
     kind = "pretraining" if own else "classifier" if config["num_classes"] else "encoder"
@@ -128,7 +128,7 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any], f
 
 
 def _paper(name: str | None, number: str | None) -> str:
-    """In Markdown what is known of a paper, whose number is arXiv's."""
+    """The name and the arXiv number of a paper in Markdown, as far as they are known."""
     link = f"[{number}](https://arxiv.org/abs/{number.removeprefix('arXiv:')})" if number else ""
     if name and link:
         return f"*{name}* ({link})"
@@ -136,7 +136,7 @@ def _paper(name: str | None, number: str | None) -> str:
 
 
 def _figures(entries: list[str], rows: dict[str, Any]) -> str:
-    """What was measured on these weights, and apart from it what the paper reports for models of this shape."""
+    """What was measured on these weights, and separately, what the paper reports for models of this shape."""
     names = set_names()
     lines = ["*Measured* on this file: nothing yet."]
     if rows:
@@ -154,7 +154,7 @@ def _figures(entries: list[str], rows: dict[str, Any]) -> str:
 
 
 def _frozen_figures(rows: list[dict[str, str]]) -> str:
-    """What was measured on features of these weights, nothing where there are no rows."""
+    """What was measured on features of these weights; no text without rows."""
     if not rows:
         return ""
     said = "*Measured* on frozen features of this file by `python -m recipes.probe`, with 95% intervals:"

@@ -1,7 +1,7 @@
-"""What is known about the weights of each entry beside where they are: the paper's name and figures.
+"""The catalogue of the entries: their names in the paper, and their figures.
 
-`arm_zoo.weights.hosted` has what loading needs. Figures *reported* are the paper's and those *measured* are our own;
-both are read from the tables in eval/, where the evaluator and the leaderboard keep them.
+`arm_zoo.weights.hosted` has what loading needs. *Reported* figures are the paper's, *measured* figures are ours; both
+are read from the tables in eval/, where the evaluator and the leaderboard keep them.
 """
 
 import csv
@@ -17,7 +17,7 @@ RESULTS = EVALUATION / "results.csv"
 FROZEN = EVALUATION / "frozen.csv"
 
 
-# What the paper calls the models that are its own, by entry.
+# Entry -> the paper's name for the model, for the paper's own models.
 PAPER_NAMES: dict[str, str] = {
     "arm_base_patch16_224.arm_in1k_ft_in1k": "ARM-B",
     "arm_base_patch16_224.arm_in1k": "ARM-B, pretrained",
@@ -35,13 +35,13 @@ PAPER_NAMES: dict[str, str] = {
 
 
 def state(name: str) -> Literal["hosted", "upstream", "ours"]:
-    """Whether an entry's weights are in our organisation, at their authors', or come from our own training."""
+    """Whether an entry's weights are hosted by us, are at their authors', or come from our own training."""
     where = TABLE[name].where
     return where if where in ("hosted", "upstream") else "ours"
 
 
 def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]:
-    """Entries that weights of such a shape may be of; shapes do not tell a pretrained model from one from scratch."""
+    """Entries whose weights have this shape; a shape does not tell pretraining from training from scratch."""
     if not standard or num_classes not in (0, 1000):
         return []
     return [
@@ -52,12 +52,12 @@ def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]
 
 
 def set_names() -> dict[str, str]:
-    """What cards call the evaluation sets."""
+    """The names of the evaluation sets on cards."""
     return {row["name"]: row["card_name"] or row["name"] for row in _read(SETS)}
 
 
 def reported(name: str) -> dict[str, float]:
-    """Top-1 in percent of an entry by the paper (tables 2 and 3), by set."""
+    """Top-1 in percent that the paper (tables 2 and 3) reports for an entry, by set."""
     sets = {row["paper_column"]: row["name"] for row in _read(SETS) if row["paper_column"]}
     for row in _read(EVALUATION / "board" / "paper" / "table3_robustness.csv"):
         if row["model"] == PAPER_NAMES.get(name):
@@ -69,20 +69,20 @@ def reported(name: str) -> dict[str, float]:
 
 
 def measured(sha256: str | None, results: Path) -> dict[str, dict[str, str]]:
-    """Rows of eval's CSV for these weights, by set; the last whole row of a set counts, none of a part of it."""
+    """Rows of eval's CSV file for these weights, by set; the last row counts, without those of a part of a set."""
     rows = _of_weights(sha256, results, {"set", "n", "top1"}, "python -m eval")
     return {row["set"]: row for row in rows if not row.get("limit")}
 
 
 def measured_frozen(sha256: str, frozen: Path) -> list[dict[str, str]]:
-    """Rows of the probe's CSV for features of these weights; the last one of a protocol, set and setting counts."""
+    """Rows of the probe's CSV file for these weights; the last row of each protocol, set and setting counts."""
     what = ("data_set", "images_train", "images_test", "protocol", "features", "settings")
     rows = _of_weights(sha256, frozen, {*what, "top1", "low", "high"}, "python -m recipes.probe")
     return list({tuple(row[name] for name in what): row for row in rows}.values())
 
 
 def _of_weights(sha256: str | None, table: Path, columns: set[str], program: str) -> list[dict[str, str]]:
-    """Rows of a table that a program has written, which may not be there, for these weights."""
+    """The rows for these weights in a table that a program has written; none if the table does not exist."""
     if not sha256 or not table.exists():
         return []
     with table.open(newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Whether published and bundled weights are what they should be: sha256, names and shapes, golden answers."""
+"""Checking published and bundled weights: sha256, names and shapes, golden answers."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ from arm_zoo.weights.hosted import TABLE, repository_of
 from hub.convert import answers
 from hub.folders import GOLDEN, TOLERANCE, check_complete, read_header, relative_error
 
-BUNDLED_GOLDEN = Path(__file__).parent / "golden"  # of each bundled entry what a hosted one has in its repository
+BUNDLED_GOLDEN = Path(__file__).parent / "golden"  # golden answers of bundled entries; hosted ones have a repository
 
 
 def check(folders: Sequence[Path] = ()) -> Iterator[str]:
-    """Check folders up to the first that fails, or without any all hosted and bundled entries; one line for each."""
+    """Check folders up to the first that fails, or without folders all hosted and bundled entries; a line for each."""
     for folder in folders:
         yield f"{folder}: {check_folder(folder)}"
     if folders:
@@ -43,17 +43,17 @@ def check(folders: Sequence[Path] = ()) -> Iterator[str]:
     if not any(weights.where == "hosted" for weights in TABLE.values()):
         yield "no entry is hosted yet"
     if failed:
-        raise CheckpointError(f"{failed} of the entries failed; their lines say why")
+        raise CheckpointError(f"{failed} of the entries failed; the lines above say why")
 
 
 def check_folder(folder: Path) -> str:
-    """Load a folder strictly, compare its answers with the golden ones and say how well they agree."""
+    """Load a folder strictly, compare the model's answers with the golden ones, and say how well they agree."""
     check_complete(folder, (WEIGHTS, CONFIG, GOLDEN))
     return _meet(folder / GOLDEN, from_pretrained(folder), sha256_of(folder / WEIGHTS))
 
 
 def _meet(golden_file: Path, model: Any, sha256: str) -> str:
-    """Compare a model's answers with the golden ones, which are those of the weights with this sha256."""
+    """Compare a model's answers with the golden ones, which belong to the weights with this sha256."""
     of = read_header(golden_file).get("model_sha256")
     if of != sha256:
         raise CheckpointError(f"{golden_file} belongs to weights with sha256 {of}; convert them together")
@@ -68,7 +68,7 @@ def _meet(golden_file: Path, model: Any, sha256: str) -> str:
 
 
 def check_hosted(entry: str) -> str:
-    """Fetch a hosted entry at the table's revision, and check it as its users load it."""
+    """Fetch a hosted entry at the revision in the table, and check it as users load it."""
     repo, revision = repository_of(entry), TABLE[entry].revision
     files = [download(repo, name, revision) for name in (CONFIG, GOLDEN, WEIGHTS)]
     model = from_pretrained(entry)

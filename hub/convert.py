@@ -1,4 +1,4 @@
-"""A checkpoint of the official code, of the recipes or of timm -> a folder that anyone loads in one line."""
+"""Converting a checkpoint of the official code, the recipes or timm to a folder that anyone can load in one line."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from hub.card import write_card
 from hub.folders import CARD, GOLDEN, UsageError, check_destination, read_header
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CROPPED_UP_TO = 224  # pixels: up to this size images are evaluated on their middle (the official evaluation)
+CROPPED_UP_TO = 224  # pixels: up to this size, the official evaluation crops the middle of the images
 Test = tuple[Callable[[Any], bool], str]
 
 
@@ -34,9 +34,9 @@ def convert(
 ) -> list[str]:
     """Write model.safetensors, config.json, golden.safetensors and README.md to `out`, all or nothing.
 
-    A config.json beside the file says what shapes cannot: names of classes, preprocessing, a grid that is no square.
-    Of a file that comes with the package its entry names the classes. What people wrote into the card of a folder that
-    is replaced stays. The lines that come back say what was found, and how to load it.
+    A config.json beside the file says what shapes cannot: names of classes, preprocessing, a grid that is not square.
+    For a file that comes with the package, its entry names the classes. If a folder is replaced, what people wrote
+    into its card stays. Gives lines that say what was found and how to load it.
     """
     file = files.weights_in(file) if file.is_dir() else file
     if not file.is_file():
@@ -81,7 +81,7 @@ def convert(
 
 
 def _told_by_entry(file: Path) -> dict[str, Any]:
-    """Names of the classes of a file that comes with the package, also of a copy; of other files nothing."""
+    """The class names of a file that comes with the package, or of a copy of it; nothing for other files."""
     sha256 = sha256_of(file)
     entry = next((name for name in bundled_entries() if TABLE[name].sha256 == sha256), None)
     cfg: Any = get_pretrained_cfg(entry) if entry else None
@@ -89,7 +89,7 @@ def _told_by_entry(file: Path) -> dict[str, Any]:
 
 
 def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors with the values that they will have in the file, in float32; those that count stay whole numbers."""
+    """The tensors in float32, rounded to the type of the file; counters stay whole numbers."""
     rounded = {}
     for name, value in state_dict.items():
         if name.endswith(".num_batches_tracked"):  # of a batch norm
@@ -106,7 +106,7 @@ def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict
 
 @torch.inference_mode()
 def answers(model: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model makes of an image (1, C, H, W), for golden.safetensors: of a backbone `features` and `logits`."""
+    """A model's answers to an image (1, C, H, W), for golden.safetensors: `features` and `logits` of a backbone."""
     with arm_zoo.scan_backend("torch"):
         if isinstance(model, PretrainingModel):
             results = model.answers(image)
@@ -126,7 +126,7 @@ def _are_pixels(value: Any) -> bool:
     return _list_of(sides, int) and all(0 < side < 2**16 for side in sides)
 
 
-# what a config.json tells beside the weights: the test of a value, and what is expected
+# The values that are read from a config.json beside the weights: name -> test of a value, what is expected.
 _ARGUMENTS: dict[str, Test] = dict.fromkeys(("img_size", "patch_stride"), (_are_pixels, "pixels, one number or two"))
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 _PREPROCESSING: dict[str, Test] = {
@@ -140,14 +140,14 @@ _PREPROCESSING: dict[str, Test] = {
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the model in a config.json, of the recipes or of timm; a pretraining model's are checked before."""
+    """The model's arguments in a config.json of the recipes or of timm; a pretraining model's were checked before."""
     given = config.get("pretraining_model") or _checked(config, "model_args", _ARGUMENTS)
     sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     return sizes | ({"global_pool": "token"} if config.get("global_pool") == "token" else {})
 
 
 def _checked(config: Mapping[str, Any], key: str, tests: dict[str, Test]) -> dict[str, Any]:
-    """The values in a table of a config.json that there are tests for; names of classes may also stand beside it."""
+    """The values in a table of a config.json that have tests; class names may also stand beside the table."""
     table = config.get(key, {})
     if not isinstance(table, dict):
         raise CheckpointError(f"{CONFIG}: {key} is a {type(table).__name__}, not a table")
@@ -162,7 +162,7 @@ def _checked(config: Mapping[str, Any], key: str, tests: dict[str, Test]) -> dic
 
 
 def _hub_config(model: Any, variant: Variant, preprocessing: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
-    """config.json in timm's Hub form; of a pretraining model that of its backbone, and its own arguments beside."""
+    """config.json in timm's form for the Hub; a pretraining model's is its backbone's, plus its own arguments."""
     backbone = variant.backbone(device="meta")
     cfg = backbone.pretrained_cfg
     for key in ("tag", "origin_url"):

@@ -1,4 +1,4 @@
-"""Diagnoses loading an entry's weights step by step."""
+"""Diagnosis of loading an entry's weights, step by step."""
 
 import os
 import shutil
@@ -29,9 +29,9 @@ from arm_zoo.weights.upstream import (
 
 
 def doctor(entry: str, fetch: bool = False) -> Iterator[str]:
-    """Repeat what `pretrained=True` does, up to the download; `fetch` downloads and loads too. Gives lines for people.
+    """Repeat the steps of `pretrained=True` up to the download, or with `fetch` all of them; gives lines for people.
 
-    Raises CheckpointError at the first step that fails, after its line.
+    Raises CheckpointError after the line of the first step that fails.
     """
     if entry not in entries():
         raise unknown_model(entry, entries())
@@ -59,7 +59,7 @@ class _Diagnosis:
         return TABLE.get(self.entry, Weights())
 
     def steps(self, fetch: bool) -> Iterator[tuple[str, str, Callable[[], str]]]:
-        """The title of each, what it expects, and the step."""
+        """The title of each step, what it expects, and the step itself."""
         weights = self.weights
         yield "read the table", "a row whose weights are bundled, hosted or upstream", self.read_the_table
         if weights.where != "upstream" or organisation() != ORGANISATION:
@@ -67,7 +67,7 @@ class _Diagnosis:
             return
         yield "read the settings", "upstream on; other settings only where they are meant", self.read_the_settings
         yield "open the cache", "a folder that can be written to, or that has the weights", self.open_the_cache
-        if weights.host == "hub":  # nobody lists the files of a release
+        if weights.host == "hub":  # the files of a release on GitHub are not listed
             files = f"{repr(weights.file) if weights.file else 'checkpoints'} at {weights.revision!r}"
             yield "list the files", files, self.list_the_files
         shapes = ", ".join(f"{name} {shape}" for name, shape in weights.shapes.items())

@@ -1,7 +1,7 @@
-"""Models for other programs: ONNX for onnxruntime, pt2 for torch.export, and the authors' names for their code.
+"""Export for other programs: ONNX for onnxruntime, pt2 for torch.export, and the authors' names for their code.
 
-`arm_zoo.onnx` says how ONNX writes the operators of arm_zoo. In pt2 they stay what they are, and whoever loads the
-program must import arm_zoo.
+`arm_zoo.onnx` translates the operators of arm_zoo to ONNX. In pt2 they stay, so that whoever loads the program must
+import arm_zoo.
 """
 
 import io
@@ -20,10 +20,10 @@ from hub.folders import TOLERANCE, UsageError, relative_error
 
 
 def export(source: str, file: Path, format: str) -> list[str]:
-    """Write a model to `file`, compare what the file computes with what the model does, and say what was written.
+    """Write a model to `file`, compare the file's answers with the model's, and say what was written.
 
-    'onnx' and 'pt2' take any number of images of the model's size; 'official' is a state dict (.safetensors) under
-    the names of the authors' code.
+    'onnx' and 'pt2' programs take any number of images of the model's size; 'official' is a state dict (.safetensors)
+    with the names of the authors' code.
     """
     if file.is_dir():
         raise UsageError(f"{file} is a folder; name a file to write to")
@@ -36,7 +36,7 @@ def export(source: str, file: Path, format: str) -> list[str]:
 
 
 def _images(model: Any) -> torch.Tensor:
-    """Two images, so that no number of images is taken for the only one."""
+    """Two images, so that the exporter does not take the number of images for a constant."""
     return torch.randn(2, *model.input_size(), generator=torch.Generator().manual_seed(0))
 
 
@@ -58,7 +58,7 @@ def _write_pt2(model: Any, file: Path) -> str:
     with arm_zoo.scan_backend("torch"):
         batch = torch.export.Dim("batch", min=1, max=4096)
         program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    archive = io.BytesIO()  # writing to a full disk, PyTorch would end the process
+    archive = io.BytesIO()  # if PyTorch wrote to a full disk itself, it would end the process
     torch.export.save(program, archive)
     file.write_bytes(archive.getbuffer())
     said = _compare(torch.export.load(file).module()(images[:1]), model(images[:1]))
@@ -73,13 +73,13 @@ def _write_onnx(model: Any, file: Path) -> str:
         from arm_zoo.onnx import translation_table
 
         with warnings.catch_warnings(), arm_zoo.scan_backend("torch"):
-            warnings.simplefilter("ignore")  # of the exporter to its own developers
+            warnings.simplefilter("ignore")  # those of the exporter are for its own developers
             names = {"input_names": ["images"], "output_names": ["logits" if model.num_classes else "features"]}
             options: dict[str, Any] = {**names, "custom_translation_table": translation_table(), "opset_version": 18}
             program: Any = torch.onnx.export(
                 model, (images,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False, **options
             )
-    except ImportError as error:  # the exporter too imports what a version of onnxscript may lack
+    except ImportError as error:  # the exporter imports what some versions of onnxscript lack
         needs = "--format onnx needs onnx, onnxscript and onnxruntime: pip install --upgrade -e '.[hub]'"
         raise UsageError(f"{needs} ({error})") from error
     program.save(file)

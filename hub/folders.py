@@ -1,4 +1,4 @@
-"""Folders of converted weights: the files in one, and what is refused."""
+"""Folders of converted weights: their files, and the checks of a folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, read_config, save_mo
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
 FILES = (WEIGHTS, CONFIG, GOLDEN, CARD)
-TOLERANCE = 1e-4  # of the largest value: float32 on other machines and in other programs
+TOLERANCE = 1e-4  # of the largest value: float32 differs between machines and programs
 
 
 class UsageError(ValueError):
-    """What a person asked for cannot be done; the message says what to ask instead."""
+    """What a person asked for cannot be done; the message says what to type instead."""
 
 
 def check_complete(folder: Path, names: Sequence[str] = FILES) -> None:
@@ -34,7 +34,8 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder to write to")
-    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".partial-"))  # of a killed one
+    names = (path.name for path in folder.iterdir())
+    there = sorted(name for name in names if not name.startswith(".partial-"))  # which a killed conversion leaves
     if foreign := [name for name in there if name not in FILES]:
         raise UsageError(f"{folder} holds other files ({', '.join(foreign[:4])}); name a new folder")
     if there and not overwrite:
@@ -51,7 +52,7 @@ def read_header(file: Path) -> dict[str, str]:
 
 
 def set_license(folder: Path, license: str) -> None:
-    """State a licence in the header of a folder's weights and in its config.json; the golden answers stay theirs."""
+    """Write a licence into the header of a folder's weights and its config.json; the golden answers stay valid."""
     config, header = read_config(folder), read_header(folder / WEIGHTS)
     config["pretrained_cfg"]["license"] = license
     save_model(folder, load_file(folder / WEIGHTS), config, **{**header, "license": license})

@@ -1,4 +1,4 @@
-"""A converted folder -> a repository on the Hub: shown first, uploaded on request, verified by fetching it back."""
+"""Publishing a converted folder on the Hub: changes are shown, uploaded if asked for, and fetched back to compare."""
 
 import difflib
 import re
@@ -27,13 +27,13 @@ MOST_DIFF_LINES = 60
 
 @dataclass(frozen=True)
 class Remote:
-    """What is on the Hub, at its newest commit."""
+    """A repository on the Hub, at its newest commit."""
 
     unasked: str = ""  # why the Hub could not be asked
     commit: str | None = None  # None: there is no such repository
     files: dict[str, RepoSibling] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)  # of each the commit
-    card: Path | None = None  # a copy of it
+    tags: dict[str, str] = field(default_factory=dict)  # tag -> commit
+    card: Path | None = None  # a copy of the card
 
 
 def publish(
@@ -48,9 +48,9 @@ def publish(
 ) -> Iterator[str]:
     """Show what would be uploaded, and with `yes` upload it, tag it and fetch it back; gives lines for people.
 
-    The card is written anew for this repository. Without `yes` nothing changes anywhere, and no network is needed:
-    what is there is then not compared. Weights without a licence in their header are uploaded with `license` only:
-    whose they are cannot be told from a file, so whoever publishes them states under what they may be passed on.
+    The card is written anew for this repository. Without `yes` nothing changes anywhere. That works without a network
+    too, but then nothing is compared with the repository. Weights without a licence in their header are uploaded only
+    with `license`: a file does not say whose weights they are, so whoever publishes them has to state their licence.
     """
     if not HUB_ID.fullmatch(repo):
         raise UsageError(f"--repo must be ORG/NAME, got {repo!r}")
@@ -98,15 +98,15 @@ def publish(
 
 
 def _ask(api: HfApi, repo: str, cache: Path, needed: bool) -> Remote:
-    """Ask the Hub; without a network the answer is empty, unless it is needed."""
+    """Ask the Hub what it has; without a network the answer is empty, or an error if `needed`."""
     try:
         info = api.model_info(repo, files_metadata=True)
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
     except RepositoryNotFoundError:
         return Remote()
-    except HfHubHTTPError:  # an answer
+    except HfHubHTTPError:  # the Hub has answered, so this is not for want of a network
         raise
-    except Exception as error:  # the network's errors have no common parent
+    except Exception as error:  # the errors of the network have no common class
         if needed:
             raise
         return Remote("offline mode is on (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else explain(error, repo))
@@ -116,7 +116,7 @@ def _ask(api: HfApi, repo: str, cache: Path, needed: bool) -> Remote:
 
 
 def _change(file: Path, remote: Remote) -> str:
-    """The Hub names large files by their sha256, others as Git does."""
+    """How a file differs from the Hub's, which knows large files by their sha256, and others by Git's hash."""
     there = remote.files.get(file.name)
     if there is None:
         return "not compared" if remote.unasked else "new"
@@ -144,7 +144,7 @@ def _plan(staged: Path, repo: str, remote: Remote, changes: dict[str, str], tag:
 def _upload(
     api: HfApi, staged: Path, cache: Path, repo: str, remote: Remote, uploads: list[str], tag: str, private: bool
 ) -> str:
-    """One commit on top of the one that was compared with, and its tag, which may be all that is missing; verified."""
+    """Make a commit on top of the one that was compared, if needed, tag it, and compare what can be fetched."""
     commit = remote.commit
     if commit is None:
         api.create_repo(repo, private=private)

@@ -1,4 +1,4 @@
-"""What the authors' files on the Hub are, told without a download, and what is known about every entry."""
+"""Listing every entry, and what the authors' files on the Hub are, without downloading them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,13 +13,18 @@ from arm_zoo.weights.reading import quoted
 from arm_zoo.weights.upstream import RemoteFile, fits, list_files, look
 from hub.catalog import PAPER_NAMES, RESULTS, measured, reported, state
 
-_TOLD = ("model", "input_size", "epochs", "nb_classes")  # arguments of the authors' programs that tell a file's kind
+_TOLD = (
+    "model",
+    "input_size",
+    "epochs",
+    "nb_classes",
+)  # the arguments of the authors' programs that are worth showing
 
 
 def list_sources(repo: str = ARM_REPOSITORY) -> Iterator[str]:
-    """Lines for people: the entries of the catalogue, for which no network is needed, then a repository's checkpoints.
+    """Lines for people: the entries, which need no network, then a repository's checkpoints and what each of them is.
 
-    The latter are told with what each is; DownloadError if they cannot be listed.
+    Raises DownloadError if these cannot be listed.
     """
     yield "The entries, and where their weights come from:"
     width = max(map(len, TABLE))
@@ -44,7 +49,7 @@ def origin(name: str) -> str:
 
 
 def _known(name: str) -> str:
-    """Origin, licence and figures; the paper's and ours apart."""
+    """The origin, licence and figures of an entry, the paper's and ours apart."""
     ours = {key: float(row["top1"]) for key, row in measured(TABLE[name].sha256, RESULTS).items()}
     cfg: Any = get_pretrained_cfg(name)
     parts = [PAPER_NAMES.get(name, "none of the paper's"), f"from {origin(name)}", f"licence {cfg.license}"]
@@ -55,7 +60,7 @@ def _known(name: str) -> str:
 
 
 def _what(file: RemoteFile, weights: Weights) -> str:
-    """What a file is, which entries it fits, and what lies beside its weights; an unreadable one hides no other."""
+    """What a file is, which entries it fits, and what it holds besides weights; errors are part of the text."""
     contents = look(file, weights)
     if isinstance(contents, CheckpointError):
         return f"cannot be told: {contents}"

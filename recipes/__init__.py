@@ -5,16 +5,16 @@ import os
 import sys
 from importlib.machinery import PathFinder
 
-# Queues from which the GPU takes what streams have to do. With CUDA's default of 8, streams that make images ahead
-# share one with the step that trains, and wait for it; CUDA reads this when it starts.
+# The number of queues from which the GPU takes the work of streams. With CUDA's default of 8, streams that make images
+# ahead share a queue with the training step, and wait for it. CUDA reads this variable when it starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def _open_images() -> None:
-    """Let `arm_zoo.images` be imported without `arm_zoo`, which brings torch and timm and so takes seconds.
+    """Import `arm_zoo.images` without `arm_zoo`, which would import torch and timm and so take seconds.
 
-    A mistake in what a person typed is to be told at once. The package stands in `sys.modules` under its own name,
-    where a later import of `arm_zoo` finds it, so that its classes exist once.
+    So a mistake in what a person typed can be reported at once. The package is in `sys.modules` under its own name,
+    where a later import of `arm_zoo` finds it, so that its classes exist only once.
     """
     found = importlib.util.find_spec("arm_zoo")
     if found is None:

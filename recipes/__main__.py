@@ -10,7 +10,7 @@ python -m recipes.segment data.source=FOLDER ...   train a segmentation head, on
 python -m recipes.digit_scenes FOLDER              images with masks to try that with: digits on two photographs
 python -m recipes.cost --run RUN                   hours of pretraining, from a measured speed
 python -m recipes.loader_speed data.source=FOLDER  images per second, alone or behind a training step
-python -m recipes.kill_test --config FILE          check that a run that is killed ends with the same weights
+python -m recipes.kill_test --config FILE          check that a killed run that goes on ends with the same weights
 
 `--help` after any of them lists its options. With several GPUs, `accelerate launch -m` takes the place of `python -m`.
 """

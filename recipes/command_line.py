@@ -1,6 +1,6 @@
-"""The command line of the trainings: configuration, where to start, and mistakes told in one message.
+"""The command line of the trainings: it reads the configuration, starts the recipe and reports mistakes.
 
-Importing this module brings neither torch nor timm, so that most mistakes are told at once.
+Importing this module imports neither torch nor timm, so that most mistakes are reported at once.
 """
 
 import argparse
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from recipes.signals import StopRequest
 
 
-Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used where there is no --config
-RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {  # what recipes/NAME.py takes, and what it does
+Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used without --config
+# Name of a recipe -> its configuration, what it does, and what fits its settings to the images.
+RECIPES: dict[str, tuple[type[TrainConfig], str, Fit | None]] = {
     "pretrain": (PretrainConfig, "Pretrain a model without labels.", None),
     "dvae": (DVAEConfig, "Train a small dVAE, whose tokens a pretraining can predict.", None),
     "finetune": (FinetuneConfig, "Train a classifier, from pretrained weights or from scratch.", fitted),
@@ -51,19 +52,19 @@ def main(recipe: str, argv: Sequence[str] | None = None) -> None:
 
 
 def read_command(recipe: str, argv: Sequence[str] | None = None) -> tuple[str, TrainConfig, str]:
-    """The program's name, its configuration and where to start; a wrong configuration ends the program with 2."""
+    """The program's name, its configuration and --resume; a wrong configuration ends the program with 2."""
     kind, does, fit = RECIPES[recipe]
     does = f"{does} Run it from the top of the repository."
     parser = argparse.ArgumentParser(prog=f"python -m recipes.{recipe}", description=does)
-    without = "" if fit is None else "; without one, settings are fitted to the images of data.source and told"
+    without = "" if fit is None else "; without one, settings are fitted to the images of data.source and printed"
     parser.add_argument("--config", type=Path, help=f"YAML file, for example one of recipes/configs{without}")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|none|PATH",
-        help="start from the newest checkpoint in OUTPUT_DIR if there is one (auto, the default), from the beginning "
-        "(none), or from a checkpoint's folder",
+        help="start from the newest checkpoint in OUTPUT_DIR, if there is one (auto, the default), from the beginning "
+        "(none), or from the checkpoint in folder PATH",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     arguments = parser.parse_intermixed_args(argv)
@@ -76,7 +77,7 @@ def read_command(recipe: str, argv: Sequence[str] | None = None) -> tuple[str, T
 
 
 def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments: Any) -> ConfigT:
-    """`load_config`, where mistakes end the program with 2."""
+    """Call `load_config`; mistakes end the program with 2."""
     try:
         return load_config(kind, *arguments)
     except (ConfigError, OSError) as error:
@@ -84,7 +85,7 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
 
 
 def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, "StopRequest"], None]) -> None:
-    """Call `run(config, resume, stop)`, where `stop` notes what asks this process to stop."""
+    """Call `run(config, resume, stop)`, where `stop` takes note of requests to stop."""
     from recipes.data.workers import end_workers
     from recipes.errors import reporting_mistakes
     from recipes.signals import StopRequest
@@ -106,7 +107,7 @@ def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any
 
 
 def leave_process_group() -> None:
-    """End what several processes share; models that still hold it would keep its threads until Python itself ends."""
+    """Leave the process group, after freeing models that hold it: its threads would run until Python itself ends."""
     from accelerate import PartialState
 
     gc.collect()

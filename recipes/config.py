@@ -1,61 +1,49 @@
 """Typed training configurations: a YAML file and `key=value` overrides, checked before anything is built.
 
-Importing this module brings neither torch nor timm: what is wrong with keys, values and files is told at once.
+Importing this module imports neither torch nor timm, so that mistakes in keys, values and files are reported at once.
 """
 
 import dataclasses
 import difflib
 import importlib.util
 import json
-import math
-import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.locate import locate
-from recipes.data.splits import fewer_training_images, validation_fraction
-from recipes.parsing import ConfigError, Limit, filled, limited, missing, read_yaml
+from recipes.data.config import DataConfig
+from recipes.data.splits import fewer_training_images, too_large_a_batch, validation_fraction
+from recipes.parsing import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    ONE_OR_MORE,
+    PROBABILITY,
+    SEED,
+    ZERO_OR_MORE,
+    ConfigError,
+    Limit,
+    filled,
+    limited,
+    missing,
+    read_yaml,
+)
 
-if TYPE_CHECKING:  # they take seconds to import, and most mistakes can be told without them
+if TYPE_CHECKING:  # torch takes seconds to import, and most mistakes can be found without it
     from torch import nn
 
-ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # an entry's name, with or without a tag; libraries tell which there are
+ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # a text that may be an entry's name, with or without a tag
 ConfigT = TypeVar("ConfigT", bound="Config")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
-WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
-SEED: Limit = ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)  # as NumPy takes
-ABOVE_ZERO: Limit = ("a number above 0, and finite", lambda x: 0 < x < math.inf)
-ZERO_OR_MORE: Limit = ("a number, 0 or more, and finite", lambda x: 0 <= x < math.inf)
-BELOW_ONE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
-PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
-SOURCE: Limit = (
-    "a folder of images, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 handwritten "
-    "digits), as in data.source=digits",
-    bool,
-)
-VALIDATION: Limit = (
-    "a fraction of the training images above 0 and below 1, as in 0.2, or another source (a folder called 1 is "
-    "written ./1)",
-    lambda x: isinstance(x, str) or 0 < x < 1,
-)
-CROP: Limit = ("two fractions of the image's area, as in [0.2, 1.0]", lambda x: 0 < x[0] <= x[1] <= 1)
-RANDAUGMENT: Limit = (
-    "timm's words for RandAugment, as in rand-m9-mstd0.5-inc1: rand, then any of m, mmax and inc with a whole number, "
-    "n with one above 0, mstd and p with a number",
-    lambda x: re.fullmatch(r"rand(-((m|mmax|inc)\d+|n0*[1-9]\d*|(mstd|p)\d+(\.\d+)?))*", x, re.ASCII) is not None,
-)
 CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
-# Keys whose values must be among these for it, and why.
+# What that objective restricts: key -> the values that it allows, and the reason.
 TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_batch_per_device": (
         (None,),
@@ -70,62 +58,11 @@ BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: 
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the images come from and how those of the training are augmented (keys `data.NAME`).
-
-    `source` and `validation` are written in one syntax (`arm_zoo.images.locate`). Nothing is augmented unless asked
-    for; it happens in the order random_crop, flip, randaugment, then (normalised) shift, rotation and zoom together,
-    erase.
-    """
-
-    source: str = limited("", SOURCE)
-    # Another source, or the fraction of the training images that is held out instead of being trained on; null: the
-    # validation (or test) split of `source`, or a fifth where labels are needed and there is none.
-    validation: float | str | None = limited(None, VALIDATION)
-    streaming: bool = False  # read in sequence, without unpacking first; for parquet, tars and the Hub
-    train_size: int | None = limited(None, ONE_OR_MORE)  # training images, where a stream does not tell
-    shuffle_buffer: int = limited(4096, ONE_OR_MORE)  # images of a stream, kept encoded, to draw from at random
-    num_classes: int | None = limited(None, ONE_OR_MORE)  # null: as many as the source has; else checked
-    # Training images of each class, drawn by the run's seed, where labels are needed; null: all.
-    labels_per_class: int | None = limited(None, ONE_OR_MORE)
-    image_column: str | None = None  # null: the only one that holds images
-    label_column: str | None = None  # null: the only one that looks like a class
-    # Processes that decode, for each training process; 0: none but itself. As many as it has cores, at most 12.
-    workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
-    # Where JPEG files of the training are decoded; auto: on the GPU, if the run has one and torchcodec is installed.
-    decode: Literal["auto", "cpu", "gpu"] = "auto"
-    # Where the training images are kept, if they fit: gpu, decoded, which gives small sets as fast as they are trained
-    # on; memory, decoded if all have one size, else as files. They are read before the first step.
-    cache: Literal["none", "memory", "gpu"] = "none"
-    # Largest tolerated fraction of corrupt images of each split; null: 0.001, but at least 3 images.
-    max_undecodable: float | None = limited(None, BELOW_ONE)
-    max_pixels: int | None = limited(None, ONE_OR_MORE)  # larger images count as corrupt; null: 89,478,485
-    random_crop: tuple[float, float] | None = limited(None, CROP)  # fraction of the area; null: all, squashed
-    flip: float = limited(0.0, PROBABILITY)  # left to right
-    randaugment: str | None = limited(None, RANDAUGMENT)
-    erase: float = limited(0.0, PROBABILITY)  # one rectangle becomes noise
-    max_shift: float = limited(0.0, BELOW_ONE)  # of the image's side
-    max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
-    max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
-
-    def conflicts(self) -> dict[str, str]:
-        """Between values that are fine on their own: key -> problem."""
-        found = {}
-        if self.cache != "none" and self.streaming:
-            problem = f"data.cache is {self.cache} but data.streaming is true"
-            found["data.cache"] = f"{problem}; allowed: data.cache=none, or data.streaming=false"
-        if self.cache == self.decode == "gpu":
-            problem = "data.decode is gpu but data.cache is gpu, for which the CPU decodes each image once"
-            found["data.decode"] = f"{problem}; allowed: data.decode=auto"
-        return found
-
-
-@dataclass(frozen=True)
 class Config:
-    """What `load_config` fills and checks; each method gives key -> problem."""
+    """What `load_config` fills in and checks; each method returns the problems it finds, by key."""
 
     def conflicts(self) -> dict[str, str]:
-        """Between values that are fine on their own."""
+        """Values that are fine on their own, but do not go together."""
         return {}
 
     def unready(self) -> dict[str, str]:
@@ -133,13 +70,13 @@ class Config:
         return {}
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """Of the model, which takes seconds of imports: asked when all else is right."""
+        """Why the model cannot be built. That takes seconds of imports, so it is asked once all else is right."""
         return {}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """What both phases share; a key means the same in every YAML file."""
+    """The settings that all trainings share; a key means the same in every YAML file."""
 
     model: str = limited("", ("a model name; `python -m arm_zoo list` shows them", bool))
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
@@ -179,7 +116,7 @@ class TrainConfig(Config):
 
     @property
     def views(self) -> int:
-        """How many of each image a step takes."""
+        """How many views of each image a step trains on."""
         return 1
 
     def build(self, **keywords: Any) -> "nn.Module":
@@ -214,7 +151,7 @@ class TrainConfig(Config):
         return found
 
     def unready(self) -> dict[str, str]:
-        """The images, as far as files tell without being read, the folder to write to and the tracker."""
+        """Images, output folder, tracker and decoder, as far as they can be checked without reading an image."""
         found = self._missing_images()
         if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
             found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
@@ -243,7 +180,7 @@ class TrainConfig(Config):
         return found
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """The model must be known, and its sizes fit each other."""
+        """An unknown model, or sizes that do not fit each other."""
         try:
             if self.model:
                 self.build(device="meta")
@@ -251,11 +188,6 @@ class TrainConfig(Config):
             given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
             return {"model": f"model {self.model!r}{f' with {given}' if given else ''}: {error}"}
         return {}
-
-
-def too_large_a_batch(global_batch: int, images: int) -> str:
-    """The message for a step that would see training images twice."""
-    return f"global_batch is {global_batch}; allowed: up to the {images} training images"
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -284,7 +216,7 @@ class PretrainConfig(TrainConfig):
     dvae: str | None = None  # file or address of the dVAE's encoder, for model_args.target=dvae_tokens
 
     def conflicts(self) -> dict[str, str]:
-        """The same, and a dVAE must be there if its tokens are predicted, and only then."""
+        """Also, predicted tokens without a dVAE, or a dVAE whose tokens are not predicted."""
         found, predicted = super().conflicts(), self.model_args.get("target")
         if (predicted == "dvae_tokens") != (self.dvae is not None):
             problem = f"dvae is {self.dvae} but model_args.target is {predicted or 'normed_pixel'}"
@@ -292,7 +224,7 @@ class PretrainConfig(TrainConfig):
         return found
 
     def unready(self) -> dict[str, str]:
-        """The same, and the dVAE's file, unless it is fetched."""
+        """Also, the file of the dVAE, unless it is an address."""
         found = super().unready()
         is_address = str(self.dvae).startswith(("https://", "http://"))
         if self.dvae is not None and not is_address and not Path(self.dvae).is_file():
@@ -357,11 +289,11 @@ class FinetuneConfig(TrainConfig):
         return timm.create_model(self.model, drop_path_rate=self.drop_path, **{**self.model_args, **keywords})
 
     def unready(self) -> dict[str, str]:
-        """The same, and the weights to start from, unless they may be an entry's."""
+        """Also, the weights to start from, unless they may be an entry."""
         return super().unready() | ({} if ENTRY.fullmatch(self.pretrained or "") else self._missing_start(()))
 
     def unbuildable(self, to_run: bool) -> dict[str, str]:
-        """The same, and an entry that `pretrained` names must be known."""
+        """Also, an unknown entry in `pretrained`."""
         from arm_zoo.loading import entries
 
         return super().unbuildable(to_run) | (self._missing_start(entries()) if to_run else {})
@@ -382,8 +314,9 @@ class FinetuneConfig(TrainConfig):
 class SegmentConfig(TrainConfig):
     """A segmentation head on the feature maps of any model of timm, frozen or trained with it.
 
-    `data.source` is a folder in the layout of ADE20K or Pascal VOC (`arm_zoo.images.masks`), `data.validation` another
-    one whose validation split counts. Of the other keys of `data` only `workers` and `flip` have a use.
+    `data.source` is a folder in the layout of ADE20K or Pascal VOC (`arm_zoo.images.masks`). `data.validation` may
+    name another such folder, whose validation images are then scored. Of the other keys of `data`, only `workers` and
+    `flip` may be set.
     """
 
     epochs: int = limited(40, ONE_OR_MORE)
@@ -408,15 +341,13 @@ class SegmentConfig(TrainConfig):
         from arm_zoo.loading import list_entries
 
         if self.model not in list_entries():
-            raise ValueError(
-                "unknown; `timm.list_models()` tells those that are known, and `python -m arm_zoo list` ours"
-            )
+            raise ValueError("unknown; allowed: a model of `timm.list_models()` or of `python -m arm_zoo list`")
         with torch.device(keywords.pop("device", "cpu")):
             classes = keywords.pop("num_classes", 2)
             return Segmenter(self.model, self.model_args, self.head, classes, frozen=self.frozen)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation by which images are normalised: the weights' own, for grey ones ImageNet's."""
+        """Mean and standard deviation to normalise images by: those of the weights, or ImageNet's for grey models."""
         import timm
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -432,7 +363,7 @@ class SegmentConfig(TrainConfig):
         return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     def conflicts(self) -> dict[str, str]:
-        """The same, and keys of `data` that have no use here."""
+        """Also, keys of `data` that have no use here."""
         unused = {
             field.name
             for field in dataclasses.fields(DataConfig)
@@ -446,34 +377,11 @@ class SegmentConfig(TrainConfig):
         return super().conflicts() | problems
 
     def _missing_images(self) -> dict[str, str]:
-        folders = {"data.source": self.data.source, "data.validation": self.data.validation}
-        given = {key: str(name) for key, name in folders.items() if isinstance(name, str) and name}
-        missing = {key: name for key, name in given.items() if not Path(name).expanduser().is_dir()}
-        return {
-            key: f"{key} is {name}, which is no folder; allowed: one of images with masks"
-            for key, name in missing.items()
-        }
-
-
-class BatchPlan(NamedTuple):
-    """How one process works through its part of a global batch."""
-
-    per_device: int  # images in one forward pass
-    accumulation: int  # forward passes per optimizer step
-
-
-def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
-    """Split a global batch into equal, even parts of at most `max_per_device` images: mixup mixes pairs."""
-    part, unit = global_batch // processes, 2 * processes
-    if global_batch % unit:
-        below = global_batch // unit * unit
-        nearest = f"{below} or {below + unit}" if below else str(unit)
-        problem = f"global_batch {global_batch} does not split over {processes} processes into equal, even parts"
-        raise ConfigError({"global_batch": f"{problem}; allowed: a multiple of {unit}, such as {nearest}"})
-    accumulation = -(-part // (max_per_device or part))
-    while part % (2 * accumulation):  # ends at the latest with two images a pass
-        accumulation += 1
-    return BatchPlan(part // accumulation, accumulation)
+        found = {}
+        for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
+            if isinstance(name, str) and name and not Path(name).expanduser().is_dir():
+                found[key] = f"{key} is {name}, which is no folder; allowed: a folder of images with masks"
+        return found
 
 
 def load_config(
@@ -483,11 +391,11 @@ def load_config(
     to_run: bool = True,
     fit: Callable[[ConfigT, Set[str]], tuple[Mapping[str, Any], str]] | None = None,
 ) -> ConfigT:
-    """Read a YAML file, lay overrides such as "data.source=digits" over it (the last one wins) and check the whole.
+    """Read a YAML file, apply overrides such as "data.source=digits" (the last one wins) and check the result.
 
-    A `ConfigError` tells all problems at once, those of the model when all else is right. With `to_run`, nothing may
-    be missing, files must exist and the output be writable. `fit` takes the configuration so far and the keys that
-    were set; it gives values for others, and what to tell of them.
+    A `ConfigError` names all problems at once, and those of the model once all else is right. With `to_run`, nothing
+    may be missing, files must exist and the output folder must be writable. `fit` is called with the configuration so
+    far and the keys that were set; it returns values for other keys, and a text about them to print.
     """
     problems: dict[str, str] = {}
     values = {} if file is None else read_yaml(file)
@@ -506,7 +414,7 @@ def load_config(
             fitted, told = ({}, "") if problems else fit(config, values.keys())
         except ConfigError as error:
             problems = error.problems
-        if problems:  # what is wrong with values that are not fitted yet would mislead
+        if problems:  # those of keys that are not fitted yet would mislead
             unready = config.unready().items() if to_run else ()
             raise ConfigError({key: problem for key, problem in unready if key in values} | problems)
         config = filled(kind, {**fitted, **values}, problems)
@@ -515,7 +423,7 @@ def load_config(
         found = missing(config) | config.unready() | found
     if problems := found | problems or config.unbuildable(to_run):
         given = {key: problems[key] for key in values if key in problems}
-        raise ConfigError(given if given and fit else problems)  # from which those of fitted values follow
+        raise ConfigError(given if given and fit else problems)  # problems of fitted values follow from the given ones
     if told:
         print(told, file=sys.stderr)
     return config

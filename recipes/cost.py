@@ -1,12 +1,13 @@
-"""What pretraining on ImageNet-1k would take, from a speed that was measured: hours and GPU-hours, beside the paper's.
+"""Hours and GPU-hours that pretraining on ImageNet-1k would take, from a measured speed, beside the paper's.
 
 python -m recipes.cost --run runs/pretrain_base --gpus 8 --efficiency 0.9
-python -m recipes.cost --real-images FILE   # of python -m recipes.loader_speed --step pretrain ... --json FILE
-python -m recipes.cost --throughput eval/throughput.csv   # of python -m eval.throughput --mode pretrain --output FILE
+python -m recipes.cost --real-images FILE   # written by python -m recipes.loader_speed --step pretrain ... --json FILE
+python -m recipes.cost --throughput FILE    # written by python -m eval.throughput --mode pretrain --output FILE
 python -m recipes.cost --images-per-second 1500
 
-The first two count the time in which the GPUs wait for images, the third one the step alone; the table says so. Where
-a model was measured on several numbers of GPUs, the nearest of them counts, and scaling efficiency is as measured.
+The speeds of the first two include the time in which the GPUs wait for images, those of the third do not; the table
+says so. If a model was measured on several numbers of GPUs, the nearest number counts, and the scaling efficiency is
+the measured one.
 """
 
 import argparse
@@ -23,19 +24,19 @@ import yaml
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 HEADINGS = "| model | GPUs | epochs | hours | GPU-hours | speed |\n|---|---|---|---|---|---|"
-ASSUMED = 0.9  # scaling efficiency where nothing tells
+ASSUMED = 0.9  # scaling efficiency where it is neither given nor measured
 PAPER = "| ARM-B | 8 A5000 | 300 | 34.0 | 272 | *reported by the paper* |"  # section 4.4
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A speed that was measured: images per second of all the GPUs together."""
+    """A measured speed: images per second of all GPUs together."""
 
     model: str
     images_per_second: float
     gpus: int = 1
-    device: str = ""  # what they were, where that is known
-    what: str = ""  # of what, where that is known: real images, or the step alone
+    device: str = ""  # the name of the GPUs, where it is known
+    what: str = ""  # what was measured, where that is known: "with real images" or "of the step alone"
 
     def __post_init__(self) -> None:
         if not 0 < self.images_per_second < math.inf:
@@ -45,13 +46,16 @@ class Measured:
             raise ValueError(f"{self.model} was measured on {self.gpus!r} GPUs; allowed: a whole number, 1 or more")
 
     def hours(self, epochs: int, gpus: int, efficiency: float, images: int = IMAGENET_TRAIN_IMAGES) -> float:
-        """Time of so many epochs, where `efficiency` is the speed of `gpus` GPUs by that of as many separate ones."""
+        """Hours for so many epochs, where `efficiency` is the speed of `gpus` GPUs over that of as many separate ones.
+
+        It counts whenever `gpus` is not the number that was measured: fewer GPUs may need less time than this says.
+        """
         kept = 1.0 if gpus == self.gpus else efficiency
         return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
 
 
 def from_run(folder: Path) -> Measured:
-    """The median speed of a run's epochs on the GPUs it had last, without the first one, if possible: it warms up."""
+    """The median speed of a run's epochs on its last number of GPUs; the first epoch, a warm-up, counts if alone."""
     file = folder / "metrics.jsonl"
     allowed = "allowed: the output_dir of a pretraining run, or --images-per-second SPEED --measured-gpus N"
     if not file.exists():
@@ -67,7 +71,7 @@ def from_run(folder: Path) -> Measured:
 
 
 def from_real_images(file: Path) -> list[Measured]:
-    """The newest row of each model, device, number of GPUs and way to load that `recipes.loader_speed` wrote."""
+    """The newest row of each model, device, number of GPUs and way to load, as `recipes.loader_speed` wrote them."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["recipe"] == "pretrain" and row["images"] != "fixed batch"]
     if not rows:
@@ -80,7 +84,7 @@ def from_real_images(file: Path) -> list[Measured]:
 
 
 def from_throughput(file: Path) -> list[Measured]:
-    """The newest row of each model and device that `eval.throughput --mode pretrain --output FILE` wrote."""
+    """The newest row of each model and device, as `eval.throughput --mode pretrain --output FILE` wrote them."""
     text = file.read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines())) if file.suffix == ".csv" else json.loads(text)
     newest = {(row["model"], row.get("device", "")): row for row in rows if row.get("mode") == "pretrain"}
@@ -93,11 +97,11 @@ def from_throughput(file: Path) -> list[Measured]:
 
 
 def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float, str]:
-    """Scaling efficiency, the speed of N GPUs over N times that of one, and where this figure is from.
+    """Scaling efficiency, the speed of N GPUs over N times that of one, and where this figure comes from.
 
-    It is measured where `measured` has several numbers of GPUs, unless `assumed` says otherwise.
+    It is `assumed` if that is given, else computed where `measured` has several numbers of GPUs.
     """
-    fewest, most = (choose(measured, key=lambda one: one.gpus) for choose in (min, max))
+    fewest, most = (choose(measured, key=lambda speed: speed.gpus) for choose in (min, max))
     if assumed is None and fewest.gpus < most.gpus:
         efficiency = most.images_per_second * fewest.gpus / (fewest.images_per_second * most.gpus)
         return efficiency, f"as measured from {fewest.gpus} to {most.gpus}"
@@ -107,21 +111,19 @@ def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float,
 def table(measured: Sequence[Measured], settings: argparse.Namespace) -> Iterator[str]:
     """Lines of a Markdown table, each from the speed on the nearest number of GPUs; the last line is the paper's."""
     yield HEADINGS
-    kinds: dict[tuple[str, ...], list[Measured]] = {}
-    for one in measured:
-        kinds.setdefault((one.model, one.device, one.what), []).append(one)
-    for alike in kinds.values():
-        efficiency, origin = scaling(alike, settings.efficiency)
+    groups: dict[tuple[str, ...], list[Measured]] = {}
+    for speed in measured:
+        groups.setdefault((speed.model, speed.device, speed.what), []).append(speed)
+    for group in groups.values():
+        efficiency, origin = scaling(group, settings.efficiency)
         for gpus in settings.gpus:
-            one = min(alike, key=lambda one: abs(math.log(one.gpus / gpus)))
-            speed = " ".join(
-                f"{one.images_per_second:,.0f} img/s {one.what} measured on {one.gpus} {one.device}".split()
-            )
-            if gpus != one.gpus:
-                speed += f", {efficiency:.0%} scaling efficiency {origin}"
+            near = min(group, key=lambda speed: abs(math.log(speed.gpus / gpus)))
+            words = f"{near.images_per_second:,.0f} img/s {near.what} measured on {near.gpus} {near.device}".split()
+            scaled = f", {efficiency:.0%} scaling efficiency {origin}" if gpus != near.gpus else ""
             for epochs in settings.epochs:
-                hours = one.hours(epochs, gpus, efficiency, settings.images)
-                yield f"| {one.model} | {gpus} | {epochs} | {hours:,.1f} | {hours * gpus:,.0f} | {speed} |"
+                hours = near.hours(epochs, gpus, efficiency, settings.images)
+                figures = f"{gpus} | {epochs} | {hours:,.1f} | {hours * gpus:,.0f}"
+                yield f"| {near.model} | {figures} | {' '.join(words)}{scaled} |"
     yield PAPER
 
 
@@ -131,19 +133,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run", type=Path, metavar="FOLDER", help="output_dir of a pretraining run")
-    where.add_argument("--real-images", type=Path, metavar="FILE", help="of recipes.loader_speed --step --json")
-    where.add_argument("--throughput", type=Path, metavar="FILE", help="of eval.throughput --mode pretrain --output")
+    where.add_argument("--real-images", type=Path, metavar="FILE", help="from recipes.loader_speed --step --json")
+    where.add_argument("--throughput", type=Path, metavar="FILE", help="from eval.throughput --mode pretrain --output")
     where.add_argument("--images-per-second", type=float, metavar="SPEED", help="any other measurement")
-    parser.add_argument("--model", metavar="NAME", help="to show for --images-per-second")
-    parser.add_argument("--measured-gpus", type=int, metavar="N", help="that gave --images-per-second")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="to compute for %(default)s")
-    does = f"speed of N by N times one's ({ASSUMED}, or as measured where FILE has several N)"
-    parser.add_argument("--efficiency", type=float, help=does)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[300, 800, 1600], help="to compute for %(default)s")
-    parser.add_argument("--images", type=int, default=IMAGENET_TRAIN_IMAGES, help="per epoch (%(default)s)")
+    parser.add_argument("--model", metavar="NAME", help="name to show with --images-per-second")
+    parser.add_argument("--measured-gpus", type=int, metavar="N", help="GPUs that reached --images-per-second (1)")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers to compute for %(default)s")
+    does = "speed of N GPUs over N times that of one, used for all N but the number measured, larger or smaller"
+    default = f"default: as measured where FILE has several numbers of GPUs, else {ASSUMED}"
+    parser.add_argument("--efficiency", type=float, metavar="FRACTION", help=f"{does} ({default})")
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", default=[300, 800, 1600], help="numbers to compute for %(default)s"
+    )
+    parser.add_argument("--images", type=int, default=IMAGENET_TRAIN_IMAGES, help="images of an epoch (%(default)s)")
     settings = parser.parse_args(argv)
     if settings.images_per_second is None and (settings.model or settings.measured_gpus):
-        parser.error("--model and --measured-gpus go with --images-per-second; runs and measured files tell both")
+        parser.error("--model and --measured-gpus go with --images-per-second; runs and measured files name both")
     for name, value in vars(settings).items():
         numbers = value if isinstance(value, list) else [value]
         if any(number <= 0 for number in numbers if isinstance(number, int | float)):
@@ -151,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.efficiency is not None and not settings.efficiency < math.inf:
         parser.error(f"--efficiency is {settings.efficiency}; allowed: a number above 0, as in 0.9")
     given = settings.run or settings.real_images or settings.throughput
-    damaged = f"{given} is damaged, or of something else than a run, recipes.loader_speed or eval.throughput"
+    damaged = f"{given} is damaged, or no run and no file of recipes.loader_speed or eval.throughput"
     try:
         if settings.run is not None:
             measured = [from_run(settings.run)]

@@ -1,10 +1,10 @@
-"""Writes a small set of images with masks, in the layout of ADE20K: handwritten digits on photographs.
+"""Write a small data set of images with masks, in the layout of ADE20K: handwritten digits on photographs.
 
 python -m recipes.digit_scenes FOLDER
 
-Digits and photographs are real and come with scikit-learn, the scenes are put together here: each is a part of a
-photograph with up to four digits on it, three times as large as they are stored, and the mask is where their ink is
-stronger than half. Training and validation images share no digit and no photograph.
+The digits and photographs are real and come with scikit-learn. Each scene is a part of a photograph with up to four
+digits on it, enlarged three times; the mask covers the pixels where their ink is stronger than half. Training and
+validation images share no digit and no photograph.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from recipes.data.sources import DIGIT_NAMES, open_digits
 from recipes.errors import reporting_mistakes
 
 SIDE, CELL, DIGIT = 64, 32, 24  # pixels of a scene, of the place of a digit, of a digit
-BACKGROUND = 1  # number in masks; a digit's is two more than itself
+BACKGROUND = 1  # its number in masks; that of a digit is two more than the digit
 PHOTOGRAPHS: dict[SplitName, str] = {"training": "china.jpg", "validation": "flower.jpg"}
 
 
-def write_scenes(folder: Path, split: SplitName, scenes: int, seed: int = 0) -> None:
-    """Write images and masks of a split, and `classes.txt`."""
+def write_scenes(folder: Path, split: SplitName, scenes: int) -> None:
+    """Write the images and masks of a split, and `classes.txt`."""
     from sklearn.datasets import load_sample_image
 
     photograph = load_sample_image(PHOTOGRAPHS[split])
     digits: Any = open_digits().train if split == "training" else open_digits().test
-    draws = np.random.default_rng([seed, len(split)])
+    draws = np.random.default_rng([0, len(split)])
     images, masks = folder / "images" / split, folder / "annotations" / split
     for made in (images, masks):
         made.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_scenes(folder: Path, split: SplitName, scenes: int, seed: int = 0) -> 
 def _draw(
     image: NDArray[np.uint8], mask: NDArray[np.uint8], ink: Image.Image, label: int, colour: NDArray[np.int64]
 ) -> None:
-    """Put a digit on a part of a scene and of its mask, both of DIGIT pixels a side."""
+    """Put a digit on a part of a scene and on the same part of its mask, both of DIGIT pixels a side."""
     strong = np.asarray(ink.resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)) > 127
     image[strong], mask[strong] = colour, BACKGROUND + 1 + label
 
@@ -67,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="is made if it is not there")
-    add("--training", type=positive, default=1000, metavar="N", help="training images (%(default)s)")
-    add("--validation", type=positive, default=200, metavar="N", help="validation images (%(default)s)")
+    add("folder", type=Path, metavar="FOLDER", help="folder to write to; it is made if it does not exist")
+    add("--training", type=positive, default=1000, metavar="N", help="number of training images (%(default)s)")
+    add("--validation", type=positive, default=200, metavar="N", help="number of validation images (%(default)s)")
     arguments = parser.parse_args(argv)
-    if (arguments.folder / "images").exists():  # what stays there of a larger set would count too
+    if (arguments.folder / "images").exists():  # images left there by a larger set would count too
         parser.error(f"{arguments.folder} has images already; name another folder")
     with reporting_mistakes(parser.prog):
         write_scenes(arguments.folder, "training", arguments.training)

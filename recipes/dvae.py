@@ -1,11 +1,11 @@
-"""Training of a small dVAE, whose tokens a pretraining can predict in place of pixels (paper, table 7).
+"""Training of a small dVAE, whose tokens pretraining can predict instead of pixels (paper, table 7).
 
 accelerate launch -m recipes.dvae --config recipes/configs/dvae_tiny_imagenet.yaml data.source=FOLDER
 
-It is for small images: the paper's tokens are those of OpenAI's dVAE, whose file `recipes.pretrain` takes too.
+It is meant for small images. The paper uses the tokens of OpenAI's dVAE, whose file `recipes.pretrain` takes too.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds, so that mistakes in the command are told at once
+if __name__ == "__main__":  # before the imports, which take seconds, so that mistakes are reported at once
     from recipes import command_line
 
     command_line.main("dvae")
@@ -40,7 +40,7 @@ def reconstruction_loss(config: DVAEConfig, source: Source) -> LossFunction:
 
 
 def export_dvae(trained: Trained) -> None:
-    """Write the weights, and say how many of the tokens are in use: few are where the training has collapsed."""
+    """Write the weights, and print how many of the tokens are in use: few, if the training has collapsed."""
     model, source = trained.model.eval(), trained.source
     model.save_pretrained(trained.folder)
     batch: Any = next(iter(EvalLoader(source.test or source.train, trained.inputs, IMAGES_LOOKED_AT)))

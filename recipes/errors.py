@@ -13,7 +13,7 @@ from recipes.parsing import ConfigError
 
 
 class RunError(RuntimeError):
-    """A run that cannot start or go on; the message says what happened and what to type."""
+    """The run cannot start or go on; the message says what happened and what to type."""
 
 
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
@@ -21,7 +21,7 @@ MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, Safete
 
 @contextmanager
 def reporting_mistakes(program: str) -> Iterator[None]:
-    """Let the program end with 1 and one message where the block cannot start or go on."""
+    """End the program with exit code 1 and one message if the block raises a mistake that a user can fix."""
     try:
         yield
     except MISTAKES as error:
@@ -29,12 +29,12 @@ def reporting_mistakes(program: str) -> Iterator[None]:
 
 
 def described(error: Exception) -> str:
-    """The message of a mistake; where the system's words name no file, with the place in the code they come from."""
+    """The message of a mistake; if it is the system's and names no file, with the line of code that it comes from."""
     nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
     return located(error) if nameless or isinstance(error, SafetensorError) else str(error)
 
 
 def located(error: Exception) -> str:
-    """An error in words, with the place in the code that it comes from."""
+    """An error as text, with the line of code that it comes from."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

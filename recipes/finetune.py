@@ -4,7 +4,7 @@ python -m recipes.finetune data.source=FOLDER
 accelerate launch -m recipes.finetune --config recipes/configs/finetune_digits.yaml key=value ...
 """
 
-if __name__ == "__main__":  # before the imports that take seconds, so that mistakes in the command are told at once
+if __name__ == "__main__":  # before the imports, which take seconds, so that mistakes are reported at once
     from recipes import command_line
 
     command_line.main("finetune")
@@ -37,21 +37,21 @@ from recipes.training.export import save_timm_model
 from recipes.training.scoring import evaluation
 from recipes.training.setup import train
 
-PRETRAINED_HEAD_STD = 2e-5  # the paper's: the encoder's features decide from the first step, not a random head
+PRETRAINED_HEAD_STD = 2e-5  # the paper's: so small that the random head decides nothing in the first steps
 
 
 def finetune(
     config: FinetuneConfig, title: str = "finetune", resume: str = "auto", stop: StopRequest | None = None
 ) -> Trained:
-    """Train with labels; `model.safetensors` and `config.json` are written. See `train`."""
+    """Train with labels, and write `model.safetensors` and `config.json`. See `train`."""
     return train(config, CLASSIFICATION, title, resume, stop)
 
 
 def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.Module:
-    """The backbone with a head: around the pretrained encoder if `config.pretrained` names one, else fresh.
+    """A classifier with the weights that `config.pretrained` names, or with random ones.
 
-    A head that comes with the weights is kept whole if it is one of the same classes in the same order. Otherwise the
-    head starts anew, weight and bias, and that is said.
+    The head of the weights is kept if it was trained on the same classes in the same order. Otherwise the head is new,
+    and a message says so.
     """
     check_several(class_names, config.data.source)
     classes = len(class_names)
@@ -64,13 +64,13 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     try:
         model: Any = config.build(num_classes=classes, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except RuntimeError as error:
-        reason = " ".join(str(error).split())  # torch's has a line for each name
+        reason = " ".join(str(error).split())  # torch's message has a line for each name
         raise RunError(f"pretrained={config.pretrained} does not fit {config.model}: {reason}") from error
     if tuple(class_names) == pretrained_names:
-        say(f"the head of {config.pretrained} is kept: it is one of the same {classes} classes")
+        say(f"the head of {config.pretrained} is kept: it was trained on the same {classes} classes")
         return model
     if pretrained_names:
-        say(f"the head of {config.pretrained} is left out, and a new one trained: it was trained on other classes")
+        say(f"the head of {config.pretrained} was trained on other classes: a new head takes its place")
     head = model.get_classifier()
     nn.init.trunc_normal_(head.weight, std=PRETRAINED_HEAD_STD)
     nn.init.zeros_(head.bias)
@@ -78,7 +78,7 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
 
 
 def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
-    """The file of weights that `pretrained` names, and the names of the classes of its head as far as it tells."""
+    """The file of weights that `pretrained` names, and the class names of its head, none if they are not known."""
     path = Path(pretrained)
     if not path.exists():
         entry = entry_of(pretrained)
@@ -92,8 +92,8 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
 def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunction:
     """Cross-entropy with smoothed labels, of mixed images if mixup or cutmix is on.
 
-    timm's batch mode mixes every image with the one at the mirrored place of the micro-batch, which the loader deals
-    so that it is the same for any number of processes; fraction and box come from NumPy, seeded per step.
+    timm's batch mode mixes every image with the image at the mirrored place of the micro-batch. The loader gives it
+    the same partner for any number of processes; fraction and box come from NumPy, which is seeded in every step.
     """
     if config.mixup == config.cutmix == 0:
         cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -127,7 +127,7 @@ CLASSIFICATION = TrainingObjective(
 
 
 def run(config: FinetuneConfig, resume: str, stop: StopRequest) -> None:
-    """Train, then say how well, and what to do with the result."""
+    """Train, then print the accuracy and what to do with the result."""
     result = finetune(config, resume=resume, stop=stop)
     last, folder = result.history[-1], config.output_dir
     scored, damaged = int(last["images_scored"]), int(last["undecodable"]) + int(last["images_skipped"])

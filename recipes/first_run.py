@@ -1,8 +1,8 @@
-"""`python -m recipes.finetune data.source=FOLDER` and nothing else: settings fitted to the images, and told.
+"""`python -m recipes.finetune data.source=FOLDER` and nothing else: settings fitted to the images, and printed.
 
-The defaults of `FinetuneConfig` are the paper's, for a million images on many GPUs. Where no YAML file says what to
-do, this module chooses what nobody set so that the command succeeds for a folder of a few dozen images as well as for
-thousands. What a person sets always wins. A folder is looked at without importing torch.
+The defaults of `FinetuneConfig` are the paper's, for a million images on many GPUs. Without a YAML file, this module
+chooses all other settings so that the command works for a folder of a few dozen images as well as for thousands. What
+a person sets always wins. Counting the images of a folder does not import torch.
 """
 
 import json
@@ -30,12 +30,12 @@ RUNS = Path("runs")
 
 
 class Survey(NamedTuple):
-    """What there is to train on: images, of which some are to be held out for validation, and classes."""
+    """What there is to train on."""
 
-    train: int
+    train: int  # training images, without those held out
     classes: int
     grey: bool = False
-    held_out: float | None = None
+    held_out: float | None = None  # the fraction of the images to hold out for validation, if any
 
 
 class Choice(NamedTuple):
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
 
 def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tuple[dict[str, Any], str]:
-    """Values for the keys that are not `given`, and a table that says what they are and why."""
+    """Values for keys that are not `given`, and a table of them with the reasons; `going_on` is `--resume auto`."""
     if not config.data.source:
         raise ConfigError({"data.source": "data.source is missing; type data.source=FOLDER, with a folder per class"})
     try:
@@ -54,17 +54,17 @@ def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tu
     except SourceError as error:
         raise ConfigError({"data.source": f"data.source: {error}"}) from error
     choices = choose(config, given, found, going_on)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes the first one speaks
+    first = os.environ.get("RANK", "0") == "0"  # of several processes only the first one prints
     values = {key: value for choice in choices for key, value in choice.values.items()}
     return values, described(config, found, choices) if first else ""
 
 
 def survey(config: FinetuneConfig) -> Survey:
-    """Count images and classes: of a folder by its names alone, of other sources by opening them."""
+    """Count images and classes: in a folder by listing it, in other sources by opening them."""
     data = config.data
     located = None if data.source == "digits" else locate(data.source, one_split=data.validation is not None)
     if located is None or located.kind != "images" or "train" not in located.splits:
-        from recipes.data.sources import open_source  # with libraries that read them, which take seconds to import
+        from recipes.data.sources import open_source  # imports the libraries that read them, which takes seconds
 
         source = open_source(data)
         if source.train.size is None:
@@ -88,9 +88,9 @@ def survey(config: FinetuneConfig) -> Survey:
 
 
 def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: bool = True) -> list[Choice]:
-    """The settings that nobody set, fitted to the images and to those that somebody did set."""
+    """Choose the settings that were not given, to fit the images and the settings that were given."""
     output = Path(config.output_dir) if "output_dir" in given else _free_folder(config.data.source)
-    trained_on, earlier = _source_and_batch(output)  # a run can go on only with its batch, also if images were added
+    trained_on, earlier = _source_and_batch(output)  # a run goes on only with its own batch, even if images were added
     if not going_on or trained_on != config.data.source or not any((output / "checkpoints").glob("step-*")):
         earlier = None
     batch = config.global_batch if "global_batch" in given else earlier or _batch(found.train)
@@ -131,7 +131,7 @@ def choose(config: FinetuneConfig, given: Set[str], found: Survey, going_on: boo
 
 
 def _start(config: FinetuneConfig, given: Set[str], found: Survey) -> Choice:
-    """Model and starting weights."""
+    """Choose the model and the weights to start from."""
     bundled = GREY if found.grey else COLOUR
     if "model" in given:
         reason = f"from scratch, as model was named; pretrained={config.model} starts trained"
@@ -145,28 +145,28 @@ def _start(config: FinetuneConfig, given: Set[str], found: Survey) -> Choice:
 
 
 def _architecture(pretrained: str) -> str:
-    """The entry whose weights these are; "" if nothing says so."""
+    """The model that these weights belong to; "" if neither their name nor a config.json says so."""
     path = Path(pretrained)
     if not path.exists():
         return pretrained.partition(".")[0] if ENTRY.fullmatch(pretrained) else ""
     if path.name == "pretraining_model":  # the backbone made of it lies beside it
         path = path.with_name("backbone")
     try:
-        told = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8"))
-        return str(told.get("architecture", ""))
+        config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("architecture", ""))
     except (OSError, ValueError, AttributeError):
         return ""
 
 
 def _batch(images: int) -> int:
-    """Three steps or more in an epoch; even parts for all processes."""
+    """A global batch that gives three or more steps an epoch, and an even part to each process."""
     unit = 2 * int(os.environ.get("WORLD_SIZE", "1"))
     most = min(images // 3, max(unit, LARGEST_BATCH)) // unit
     return unit * 2 ** max(0, most.bit_length() - 1)
 
 
 def _free_folder(source: str) -> Path:
-    """`runs/NAME`, with a number where another source of this name has been trained on."""
+    """`runs/NAME`, with a number behind it if that folder belongs to another source of this name."""
     parts = Path(source.removeprefix("hf://").rstrip("/")).expanduser().absolute().parts
     name = next((part for part in reversed(parts) if not set(part) & set("*?[{/")), "run")  # a pattern is no name
     folders = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
@@ -174,18 +174,18 @@ def _free_folder(source: str) -> Path:
 
 
 def _source_and_batch(run: Path) -> tuple[str | None, int | None]:
-    """What the run in a folder is trained on, and its global batch; None where there is no run."""
+    """The data.source and global_batch of the run in a folder: None if the folder is empty, "" if it is no run's."""
     try:
-        told = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return str(told["data"]["source"]), int(told["global_batch"])
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return str(config["data"]["source"]), int(config["global_batch"])
     except FileNotFoundError:
         return "" if run.is_dir() and any(run.iterdir()) else None, None
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError):
-        return "", None  # something else: another folder is taken
+        return "", None
 
 
 def described(config: FinetuneConfig, found: Survey, choices: list[Choice]) -> str:
-    """The table of what was chosen, as a person would type it."""
+    """The table of the chosen settings, as a person would type them."""
     typed = [" ".join(f"{key}={shlex.quote(_text(value))}" for key, value in each.values.items()) for each in choices]
     width = max(map(len, typed))
     images = f"{plural(found.train, 'image')} of {found.classes} classes"

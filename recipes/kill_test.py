@@ -1,4 +1,4 @@
-"""Kill a run at random moments, go on each time, and compare what comes out with an uninterrupted run, bit by bit.
+"""Kill a run at random moments, go on each time, and compare the result with an uninterrupted run, bit by bit.
 
 python -m recipes.kill_test --kills 20 --config recipes/configs/pretrain_digits.yaml epochs=3
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from recipes import command_line
 
-AIMED = 3  # every so many kills one waits until a checkpoint is being written
+AIMED = 3  # every so many kills, one waits until a checkpoint is being written
 PATIENCE = 600.0  # seconds that one process may take
 
 
@@ -25,17 +25,17 @@ class KillTest:
     """Runs of one command, in processes forked from a server that has everything imported already."""
 
     def __init__(self, recipe: str, arguments: Sequence[str], folder: Path, seed: int) -> None:
-        """Take the command line without `output_dir`, a folder for the runs, and the seed of the moments."""
+        """Take the recipe's arguments without `output_dir`, a folder for the runs, and the seed of the moments."""
         self._recipe, self._arguments, self._folder = recipe, list(arguments), folder
         self._random = random.Random(seed)
         self._context = multiprocessing.get_context("forkserver")
-        # with what a run imports late
+        # the last two are imported by a run when it has started
         self._context.set_forkserver_preload([f"recipes.{recipe}", "sklearn.datasets", "sklearn.model_selection"])
 
     def run(self, kills: int) -> int:
-        """Kill `kills` times, over as many runs as that takes; the number that hit the writing of a checkpoint."""
+        """Kill `kills` times, over as many runs as that takes; gives the number that hit a checkpoint's writing."""
         whole = self._folder / "whole"
-        server = self._context.Process(target=print)  # whose start must not count
+        server = self._context.Process(target=print)  # starts the server, whose start must not count as the run's
         server.start()
         self._finish(server)
         started = time.monotonic()
@@ -89,7 +89,7 @@ class KillTest:
 
 
 def end(process: BaseProcess) -> None:
-    """Kill a run, and the workers that load images for it, which may outlive it."""
+    """Kill a run and its workers, which may outlive it."""
     process.kill()
     process.join()
     with contextlib.suppress(ProcessLookupError):
@@ -102,24 +102,24 @@ def being_written(folder: Path) -> bool:
 
 
 def _train(recipe: str, arguments: list[str], log: Path) -> None:
-    os.setsid()  # a process group with its workers: forked from a server, they would not notice its end
+    os.setsid()  # a process group with its workers, which are forked from a server and would not notice its end
     with log.open("a") as stream:
         sys.stdout = sys.stderr = stream
         command_line.main(recipe, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; all that it does not know goes to the recipe."""
+    """Read the command line; all arguments that it does not know go to the recipe."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.kill_test",
         usage="%(prog)s [options] --config FILE [key=value ...]",
         description="Kill a training run at random moments and check what it ends with.",
         epilog="All further words, as in --config FILE key=value, are handed on to the recipe.",
     )
-    parser.add_argument("--kills", type=int, default=20, help="how often (%(default)s)")
-    parser.add_argument("--recipe", choices=command_line.RECIPES, default="pretrain", help="(%(default)s)")
+    parser.add_argument("--kills", type=int, default=20, help="how often to kill (%(default)s)")
+    parser.add_argument("--recipe", choices=command_line.RECIPES, default="pretrain", help="what to run (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/kill_test"), help="empty folder (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (%(default)s)")
     arguments, command = parser.parse_known_args(argv)
     if arguments.kills < 1:
         parser.error(f"--kills is {arguments.kills}; allowed: a whole number, 1 or more")

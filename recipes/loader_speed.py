@@ -1,14 +1,14 @@
-"""How fast images are loaded: by the training loader alone, or while a real step trains on them.
+"""How fast images are loaded, by the training loader alone or while a real step trains on them.
 
 python -m recipes.loader_speed --make 30000 FOLDER   # JPEG files to measure with
 python -m recipes.loader_speed data.source=FOLDER data.random_crop=[0.2,1] data.flip=0.5 image_size=192 data.workers=8
 python -m recipes.loader_speed --step pretrain --config recipes/configs/pretrain_base.yaml data.source=FOLDER \
     global_batch=256 compile=true
 
-With `data.decode=auto` all ways to decode that this machine has take turns. `--step` trains as the recipe would, on
-these images and, in the same process with the same compiled step, on one batch that stays in memory: by how much the
-real images are slower is the share of time that goes by waiting for them. With several GPUs, start it by `torchrun`
-or `accelerate launch`; speeds are those of all processes together.
+With `data.decode=auto`, all ways to decode that this machine has take turns. `--step` trains as the recipe would, both
+on these images and on one batch that stays in memory, in the same process with the same compiled step: the difference
+in speed is what loading costs. With several GPUs, start it with `torchrun` or `accelerate launch`; speeds are those of
+all processes together.
 """
 
 import argparse
@@ -27,22 +27,25 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from recipes.command_line import RECIPES, leave_process_group, read_config, say
-from recipes.config import ONE_OR_MORE, SEED, BatchPlan, Config, DataConfig, PretrainConfig, TrainConfig
+from recipes.config import Config, PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
+from recipes.data.config import DataConfig
 from recipes.data.generated import SUBSAMPLINGS, write_images
 from recipes.data.loader import decodes_on_gpu
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.errors import reporting_mistakes
 from recipes.finetune import CLASSIFICATION
 from recipes.objectives import TRAINING
-from recipes.parsing import limited
+from recipes.parsing import ONE_OR_MORE, SEED, limited
 from recipes.training.setup import train
 from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns, endless, memory, steps
 
+STEPS = ("pretrain", "finetune")
 HEADINGS = """
 | images | img/s | of a process | of a worker | ratio | waits | GiB on the GPU | growth there, on the host |
 |---|---|---|---|---|---|---|---|"""
-Row = dict[str, Any]  # figures of one way in one round, called as in `metrics.jsonl`, and those of `memory`
+Row = dict[str, Any]  # figures of one way in one round, with their names in `metrics.jsonl`, and those of `memory`
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,22 @@ class LoaderConfig(Config):
     seed: int = limited(0, SEED)
 
     def conflicts(self) -> dict[str, str]:
-        """Those of the data."""
+        """The conflicts of the data's settings."""
         return self.data.conflicts()
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The speed of one way to get images; `--json` writes one a line."""
+    """The speed of one way to get images; `--json` writes one in each line."""
 
     images: str  # a name of `ways`, or FIXED
     rounds: list[float]  # images per second of all processes together, in each round
     images_per_second: float  # their median
-    ratio: float  # to the first way, the fixed batch if there is one: median of the rounds' ratios
-    data_wait: float  # fraction of the time in which training stands still for want of images; of the loader alone 1
-    gpu_gib: float  # the most that is taken on the first process's GPU, beyond the step's own
-    gpu_growth: float  # GiB, from the first to the last round
-    host_growth: float  # GiB, the same of the first process's memory, without its workers'
+    ratio: float  # to the speed of the first way, the fixed batch if there is one: the median of the rounds' ratios
+    data_wait: float  # fraction of the time in which training waits for images; 1 for the loader alone
+    gpu_gib: float  # the most memory in use on the first process's GPU, beyond what the step needs
+    gpu_growth: float  # growth of that memory from the first to the last round, in GiB
+    host_growth: float  # the same of the first process's main memory, without its workers'
     image_size: int
     batch: int  # of all processes
     processes: int  # one for each GPU
@@ -95,7 +98,7 @@ def table(found: Sequence[Measurement]) -> Iterator[str]:
 
 
 def ways(config: DataConfig, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Ways to load images: name -> keys of `DataConfig`. There are several only if none is asked for."""
+    """Ways to load images: name -> changes to `DataConfig`. There are several only where none was asked for."""
     if config.cache != "none":
         return {f"cache={config.cache}": {}}
     if config.decode != "auto":
@@ -105,7 +108,7 @@ def ways(config: DataConfig, device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 def measurements(turns: Mapping[str, Sequence[Row]], gpu_gib: float, workers: int, **same: Any) -> list[Measurement]:
-    """One for each way, from its row in each round, where `gpu_gib` are not its own."""
+    """One measurement for each way, from its row in each round; `gpu_gib` is the GPU memory that others use."""
     state = PartialState()
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     same |= {"processes": state.num_processes, "workers": workers, "device": device}
@@ -128,8 +131,9 @@ def measurements(turns: Mapping[str, Sequence[Row]], gpu_gib: float, workers: in
 
 
 def loader_speed(config: LoaderConfig, rounds: int, batches: int) -> list[Measurement]:
-    """The loader alone: the ways to decode take turns, and nothing else runs."""
-    state, source = PartialState(), open_source(config.data, labels_needed=False)
+    """Measure the loader alone: the ways to decode take turns, and nothing else runs."""
+    by_class = config.data.labels_per_class is not None  # else no labels are needed
+    state, source = PartialState(), open_source(config.data, by_class, config.seed)
     processes, size = state.num_processes, (config.image_size, config.image_size)
     batch = min(config.batch, max(2, (source.train.size or config.batch) // (2 * processes) * 2))  # of few, all
     training = TrainConfig(data=config.data, seed=config.seed, global_batch=batch * processes)
@@ -152,7 +156,7 @@ def loader_speed(config: LoaderConfig, rounds: int, batches: int) -> list[Measur
 
 
 def take(stream: Iterator[list[Batch]], batches: int) -> None:
-    """Let so many batches come; those of a GPU are there."""
+    """Take so many batches, and wait until a GPU has finished them."""
     for _ in range(batches):
         next(stream)
     if torch.cuda.is_available():
@@ -160,7 +164,7 @@ def take(stream: Iterator[list[Batch]], batches: int) -> None:
 
 
 def step_speed(recipe: str, config: TrainConfig, rounds: int, batches: int) -> list[Measurement]:
-    """A run, of which nothing is kept, that trains on a fixed batch and on the images of each way in turn."""
+    """Train on a fixed batch and on the images of each way in turn; nothing of this run is kept."""
     objective = TRAINING[config.objective] if isinstance(config, PretrainConfig) else CLASSIFICATION
     objective = dataclasses.replace(objective, export=lambda trained: None, evaluation=None)
     device = PartialState(cpu=config.device == "cpu").device
@@ -192,16 +196,14 @@ def step_speed(recipe: str, config: TrainConfig, rounds: int, batches: int) -> l
 def main(argv: Sequence[str] | None = None) -> None:
     does = "Speed of the training loader, alone or behind a training step. Run it from the repository's root."
     parser = argparse.ArgumentParser(prog="python -m recipes.loader_speed", description=does)
-    parser.add_argument("--step", choices=RECIPES, help="train as this recipe does; key=value are then its settings")
-    parser.add_argument("--config", type=Path, help="YAML file of --step, for example one of recipes/configs")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="how often each way to decode has its turn (%(default)s)"
-    )
-    parser.add_argument("--batches", type=int, default=60, help="timed in a turn (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="to add a line for each measurement to")
+    parser.add_argument("--step", choices=STEPS, help="train as this recipe does; key=value are then its settings")
+    parser.add_argument("--config", type=Path, help="YAML file for --step, for example one of recipes/configs")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each way to decode has (%(default)s)")
+    parser.add_argument("--batches", type=int, default=60, help="batches timed in a turn (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each measurement to this file")
     parser.add_argument("--make", nargs=2, metavar=("N", "FOLDER"), help="only write N JPEG files into a new folder")
-    parser.add_argument("--subsampling", choices=SUBSAMPLINGS, help="of the colours that --make writes (4:2:0)")
-    parser.add_argument("--seed", type=int, help="of --make (0)")
+    parser.add_argument("--subsampling", choices=SUBSAMPLINGS, help="colour subsampling for --make (4:2:0)")
+    parser.add_argument("--seed", type=int, help="seed for --make (0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., image_size=224, ...")
     settings = parser.parse_intermixed_args(argv)
     if min(settings.rounds, settings.batches) < 1:
@@ -223,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"wrote {int(number):,} JPEG files, in class folders below {folder}")
             return
         if settings.json is not None:
-            settings.json.open("a").close()  # what prevents it is told before minutes of measuring
+            settings.json.open("a").close()  # to fail now, not after minutes of measuring
         often = (settings.rounds, settings.batches)
         if settings.step is None:
             found = loader_speed(read_config(parser, LoaderConfig, None, settings.overrides), *often)

@@ -1,7 +1,7 @@
-"""What sets one way to train apart from another: a record for each, which `recipes.training.setup` carries out.
+"""The training objectives: a record of the parts in which they differ, which `recipes.training.setup` puts together.
 
-A new pretraining objective is one more row of `TRAINING`, under the name that its models have in
-`arm_zoo.pretraining`; the record of training with labels stands in `recipes.finetune`.
+To add a pretraining objective, add a row to `TRAINING`, under the name of its models in `arm_zoo.pretraining`. The
+records of the other recipes are in recipes/finetune.py, segment.py and dvae.py.
 """
 
 from collections.abc import Callable
@@ -30,38 +30,39 @@ from recipes.training.plots import draw_predictions
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that has ended; `folder` has its weights."""
+    """A run that has ended."""
 
     config: TrainConfig
     source: Source
     inputs: InputConfig
     model: Any  # on the CPU; only the main process has its trained weights
     history: list[Metrics]  # one row of figures per epoch
-    folder: Path
+    folder: Path  # where the weights are written
 
     @property
     def top1(self) -> float:
-        """Of the weights that count, after the last epoch, in percent."""
+        """Top-1 after the last epoch, in percent, of the trained weights or their average, whichever is better."""
         return self.history[-1][FIGURES[winner(self.history[-1])]]
 
 
 @dataclass(frozen=True)
 class TrainingObjective:
-    """The parts of a run that depend on what is trained for."""
+    """The parts of a run that depend on the objective."""
 
-    create: Callable[[Any, Any], nn.Module]  # the model to train, for a configuration
-    loss: Callable[[Any, Any], LossFunction]
-    export: Callable[[Trained], None]  # writes the results, beside curves and figures, which all runs have
+    create: Callable[[Any, Any], nn.Module]  # (configuration, source) -> the model to train
+    loss: Callable[[Any, Any], LossFunction]  # (configuration, source) -> the loss
+    export: Callable[[Trained], None]  # writes the results, beside the curves and metrics that all runs have
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
-    folders: tuple[str, ...] = (".",)  # of OUTPUT_DIR, for the results; the first one gets the trained weights
-    open: Callable[[Any], Any] = lambda config: open_source(config.data, config.labels_needed, config.seed)  # images
-    hooks: StepHooks = NO_HOOKS  # what every step does beside the loss
+    folders: tuple[str, ...] = (".",)  # in OUTPUT_DIR, for the results; the first one gets the trained weights
+    # configuration -> the source
+    open: Callable[[Any], Any] = lambda config: open_source(config.data, config.labels_needed, config.seed)
+    hooks: StepHooks = NO_HOOKS  # what every step does besides the loss
 
 
 def export_autoregressive(trained: Trained) -> None:
-    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets.
+    """Write `pretraining_model/`, `backbone/`, and `predictions.png`: predictions of validation images and targets.
 
-    There is no picture of what predicts a dVAE's tokens, whose file and sha256 the model's config.json gets instead.
+    A model that predicts a dVAE's tokens gets no picture; the file and sha256 of the dVAE go to its config.json.
     """
     model, source, inputs = trained.model, trained.source, trained.inputs
     config: Any = trained.config
@@ -75,7 +76,7 @@ def export_autoregressive(trained: Trained) -> None:
 
 
 def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
-    """Of pixels or of a dVAE's tokens, in one order or in those that the batch's seeds decide."""
+    """The loss of predicting pixels or a dVAE's tokens, in one order or in orders drawn by the batch's seeds."""
     if config.dvae is not None:
         return token_loss(config, source)
     if config.model_args.get("prediction_order") == RANDOM:
@@ -84,7 +85,7 @@ def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
 
 
 def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
-    """Of the tokens of a dVAE, whose file is read here; RunError if the model predicts others."""
+    """The loss of predicting the tokens of a dVAE, which is read here; RunError if it does not fit the model."""
     file, built = fetched(str(config.dvae)), cast(Any, config.build(device="meta"))
     encoder, grid = read_dvae(file), built.patch_embed.grid_size
     for key, has, wanted in (
@@ -104,13 +105,13 @@ def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
 
 
 def in_unit_range(images: Tensor, source: Source) -> Tensor:
-    """Normalised images (B, C, H, W) of a source as pixels in 0..1."""
+    """Undo the normalisation of a source's images (B, C, H, W): pixels in 0..1."""
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
     return (images * std + mean).clamp(0, 1)
 
 
 def export_mae(trained: Trained) -> None:
-    """Write `pretraining_model/`, `backbone/`, and `predictions.png` of validation images, beside the targets."""
+    """Write `pretraining_model/`, `backbone/`, and `predictions.png`: predictions of validation images and targets."""
     model, config, source, inputs = trained.model, trained.config, trained.source, trained.inputs
     save_pretraining(model, config, inputs)
     file, patch = Path(config.output_dir) / "predictions.png", model.patch_embed.patch_size
@@ -119,7 +120,7 @@ def export_mae(trained: Trained) -> None:
 
 
 def seeded_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Of masks or orders that the batch's seeds decide: functions of the run's seed, the epoch and the image."""
+    """The loss with masks or orders from the batch's seeds: functions of the run's seed, the epoch and the image."""
     seeds = batch.seeds.to(batch.images.device, non_blocking=True)
     return cast(Tensor, model(batch.images, seeds)[0])
 
@@ -139,7 +140,7 @@ MAE = TrainingObjective(
 
 
 def watch_for_collapse(model: Any, before: Figures) -> Figures:
-    """How far features are apart now, and the epoch's largest gradient norm in the first block."""
+    """The spread of the features in this step, and the largest gradient norm of the first block in this epoch."""
     first_block = (parameter.grad for parameter in model.base_encoder.blocks[0].parameters())
     norm = nn.utils.get_total_norm([gradient for gradient in first_block if gradient is not None])
     largest = torch.maximum(norm, before.get("first_block_grad_norm", norm))

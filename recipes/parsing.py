@@ -4,6 +4,7 @@ Values count as they are typed: `${...}` and `???`, which OmegaConf would replac
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import Field, field, fields, is_dataclass
@@ -16,12 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-Limit = tuple[str, Callable[[Any], bool]]  # the allowed values in words and as a test, which None need not pass
+Limit = tuple[str, Callable[[Any], bool]]  # the allowed values in words, and a test that all but None must pass
 T = TypeVar("T")
+
+ONE_OR_MORE: Limit = ("a whole number, 1 or more", lambda x: x >= 1)
+WHOLE: Limit = ("a whole number, 0 or more", lambda x: x >= 0)
+SEED: Limit = ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)  # what NumPy takes
+ABOVE_ZERO: Limit = ("a number above 0, and finite", lambda x: 0 < x < math.inf)
+ZERO_OR_MORE: Limit = ("a number, 0 or more, and finite", lambda x: 0 <= x < math.inf)
+BELOW_ONE: Limit = ("0 up to, not including, 1", lambda x: 0 <= x < 1)
+PROBABILITY: Limit = ("0 to 1", lambda x: 0 <= x <= 1)
 
 
 class ConfigError(ValueError):
-    """Every problem of a configuration at once: key -> one line that names what came and what is allowed."""
+    """All problems of a configuration: for each key, a line that says what was given and what is allowed."""
 
     def __init__(self, problems: Mapping[str, str]) -> None:
         self.problems = dict(problems)
@@ -30,12 +39,12 @@ class ConfigError(ValueError):
 
 
 def limited(default: Any, limit: Limit) -> Any:
-    """A dataclass field whose value is checked; a text with a limit must not be empty when a run starts."""
+    """A dataclass field with a limit on its value; a text with a limit must not be empty when a run starts."""
     return field(default=default, metadata={"limit": limit})
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The values in a file by dotted key."""
+    """Read the values in a YAML file, by dotted key."""
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(file))
         if not isinstance(content, dict):
@@ -47,7 +56,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as dotted keys: {data: {source: digits}} -> data.source."""
+    """Flatten nested mappings to dotted keys: {data: {source: digits}} gives data.source."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -56,7 +65,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def filled(kind: type[T], values: Mapping[str, Any], problems: dict[str, str]) -> T:
-    """A `kind` with these values by dotted key; those that it cannot take become problems, and are left out."""
+    """A `kind` with these values, by dotted key; a value that it cannot take is left out and added to `problems`."""
     known = dict(_fields(kind))
     settings = OmegaConf.structured(kind)
     for part in (settings, *filter(OmegaConf.is_config, settings.values())):
@@ -79,14 +88,14 @@ def filled(kind: type[T], values: Mapping[str, Any], problems: dict[str, str]) -
 
 
 def missing(config: Any) -> dict[str, str]:
-    """Key -> problem of every text that a run cannot do without and that is empty."""
+    """The problem of each key whose text is empty although a run needs it."""
     limits = {key: setting for key, setting in _fields(type(config)) if "limit" in setting.metadata}
     empty = [key for key in limits if attrgetter(key)(config) == ""]
     return {key: f"{key} is missing; allowed: {_allowed(limits[key])}" for key in empty}
 
 
 def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """Every dotted key with its field; those of a dict are called NAME."""
+    """Every dotted key with its field; the keys of a dict are written KEY.NAME."""
     for setting in fields(kind):
         if is_dataclass(setting.type):
             yield from _fields(cast(type[Any], setting.type), f"{prefix}{setting.name}.")
@@ -95,7 +104,7 @@ def _fields(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]
 
 
 def _allowed(setting: Field[Any]) -> str:
-    """What a field takes, in words."""
+    """The values that a field takes, in words."""
     if get_origin(setting.type) is Literal:
         return ", ".join(get_args(setting.type))
     words, _ = setting.metadata.get("limit", ("true or false" if setting.type is bool else "text", None))
@@ -103,7 +112,7 @@ def _allowed(setting: Field[Any]) -> str:
 
 
 def _takes(settings: DictConfig, key: str, value: Any, setting: Field[Any]) -> bool:
-    """Set a value that is within the field's type, to which OmegaConf converts it, and limit; False if it is not."""
+    """Set a value, which OmegaConf converts to the field's type; False if the type or the limit does not allow it."""
     try:
         before = deepcopy(OmegaConf.select(settings, key))  # a list is changed in place
         OmegaConf.update(settings, key, _meant(value, setting.type))
@@ -118,7 +127,7 @@ def _takes(settings: DictConfig, key: str, value: Any, setting: Field[Any]) -> b
 
 
 def _meant(value: Any, hint: Any) -> Any:
-    """What YAML reads in a text, where 1e-3 is a number; but text stays text where the field takes text, or null."""
+    """A text as YAML reads it, where 1e-3 is a number; but text stays text, or null, where the field takes text."""
     takes_text = hint in (str, str | None)
     if takes_text and not isinstance(value, str | None):
         raise ValueError(value)  # its text may be another: 7 for 007

@@ -1,9 +1,9 @@
-"""Self-supervised pretraining: predict each cluster of patches from those before it.
+"""Self-supervised pretraining, by default by predicting each cluster of patches from those before it.
 
 accelerate launch -m recipes.pretrain --config recipes/configs/pretrain_digits.yaml key=value ...
 """
 
-if __name__ == "__main__":  # before the imports that take seconds, so that mistakes in the command are told at once
+if __name__ == "__main__":  # before the imports, which take seconds, so that mistakes are reported at once
     from recipes import command_line
 
     command_line.main("pretrain")
@@ -23,7 +23,7 @@ from recipes.training.setup import train
 def pretrain(
     config: PretrainConfig, title: str = "pretrain", resume: str = "auto", stop: StopRequest | None = None
 ) -> Trained:
-    """Train without labels; `pretraining_model/`, `backbone/` and predictions are written. See `train`."""
+    """Train without labels, and write `pretraining_model/`, `backbone/` and predictions. See `train`."""
     if config.objective not in TRAINING:
         raise ConfigError({"objective": f"objective is {config.objective!r}; allowed: {', '.join(TRAINING)}"})
     return train(config, TRAINING[config.objective], title, resume, stop)

@@ -1,4 +1,4 @@
-"""How good are frozen features? The field's protocols on them, the quick check of a pretrained model.
+"""Scores of frozen features by the usual protocols: a quick check of a pretrained model.
 
 python -m recipes.probe --weights runs/pretrain_digits/pretraining_model data.source=digits
 python -m recipes.probe --weights ENTRY data.source=FOLDER protocols=all
@@ -40,9 +40,9 @@ COLUMNS = (*OF_ALL_SCORES, *scores.COLUMNS)
 
 
 def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
-    """Score the frozen features of weights as `load_backbone` takes them; the main process writes `config.output`.
+    """Score the frozen features of `weights`, which `load_backbone` loads; the main process writes `config.output`.
 
-    Processes that `torchrun` started share the extraction. The result has `scores`, which are only the main process's.
+    Processes that `torchrun` has started share the extraction. Only the main process has `scores` in its result.
     """
     protocols = chosen(config.protocols)
     if Path(config.output).suffix not in KINDS:
@@ -52,9 +52,9 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
             raise RunError(f"{name} is {getattr(config, name)}, but {reason}; allowed: a place to write to")
     if Path(config.output).is_dir():
         raise RunError(f"output is {config.output}, which is a folder; allowed: a file to write to")
-    rows_of(Path(config.output))  # which may be another table's
+    rows_of(Path(config.output))  # fails now if the file is another table
     state = PartialState(cpu=config.device == "cpu")
-    source: Any = open_source(config.data, seed=config.seed)  # with images to score on, since labels are needed
+    source: Any = open_source(config.data, seed=config.seed)  # has images to score on, as labels are needed
     frozen = load_backbone(weights, config)
     inputs = {"mean": source.mean, "std": source.std, **frozen.inputs}
     if (channels := inputs["input_size"][0]) != source.channels:
@@ -98,7 +98,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
 
 
 def summary(found: Sequence[Score]) -> dict[str, Any]:
-    """The last score of k-NN and of the linear probe, under names of their own."""
+    """The last scores of k-NN and of the linear probe, as entries of their own."""
     last = {score.protocol: score for score in found}
     figures: dict[str, Any] = {}
     if "knn" in last:
@@ -110,7 +110,7 @@ def summary(found: Sequence[Score]) -> dict[str, Any]:
 
 
 def write(file: Path, result: Mapping[str, Any]) -> None:
-    """The whole result as JSON; as CSV a row for each score, after those of other commands."""
+    """Write the whole result to a JSON file, or add a row for each score to a CSV file."""
     if file.suffix == ".json":
         write_text(file, json.dumps(result, indent=2) + "\n")
         return
@@ -124,7 +124,7 @@ def write(file: Path, result: Mapping[str, Any]) -> None:
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
-    """Of a CSV file that `write` has written to, if there is one; RunError if it is another table."""
+    """The rows of a CSV file, if it exists; RunError if it is not a table that `write` has written."""
     if file.suffix != ".csv" or not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as opened:
@@ -136,12 +136,12 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 
 def data_set(source: str) -> str:
-    """What tables call a source: its own name, without where it lies on this machine."""
+    """The name of a source in tables, without its path on this machine."""
     return source.removeprefix("hf://") if source.startswith("hf://") else Path(source).name
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """A short table."""
+    """Print a short table."""
     table = Table("protocol", "features", "settings", "top-1", "95% interval", box=None, pad_edge=False)
     for row in result["scores"]:
         ends = f"{row['low']:.2f} to {row['high']:.2f}"
@@ -151,11 +151,11 @@ def show(result: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     rows = "".join(f"\n  {name:<10} {protocol.does}" for name, protocol in PROTOCOLS.items())
-    does = f"Score frozen features; from the repository's top. protocols=NAME,NAME or protocols=all, of\n{rows}"
+    does = f"Score frozen features. Run it from the top of the repository.\n\nprotocols=NAME,NAME or all, of:{rows}"
     parser = argparse.ArgumentParser(
         prog="python -m recipes.probe", description=does, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = "pretraining_model/, backbone/, a finetuned folder, a file, an entry's name, or hf-hub:ORG/NAME"
+    kinds = "the folder pretraining_model/, backbone/ or of a finetuned model, a file, an entry, or hf-hub:ORG/NAME"
     parser.add_argument("--weights", type=Path, required=True, help=kinds)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., neighbours=20, ...")
     arguments = parser.parse_intermixed_args(argv)

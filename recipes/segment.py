@@ -1,10 +1,10 @@
-"""A segmentation head on the feature maps of any model of timm, frozen or finetuned.
+"""Training of a segmentation head on the feature maps of any timm model, frozen or finetuned.
 
 python -m recipes.segment model=arm_base_patch16_224 pretrained=FOLDER data.source=ADE20K output_dir=runs/segment
 accelerate launch -m recipes.segment model=vit_small_patch16_224 pretrained=vit_small_patch16_224.dino head=fpn ...
 """
 
-if __name__ == "__main__":  # before the imports that take seconds, so that mistakes in the command are told at once
+if __name__ == "__main__":  # before the imports, which take seconds, so that mistakes are reported at once
     from recipes import command_line
 
     command_line.main("segment")
@@ -40,7 +40,7 @@ from recipes.training.setup import train
 
 
 def create_segmenter(config: SegmentConfig, source: PixelSource) -> nn.Module:
-    """The backbone, with the weights that `config.pretrained` names, under a head drawn at random."""
+    """A random head on a backbone with the weights that `config.pretrained` names, or with random ones."""
     try:
         model: Any = config.build(num_classes=len(source.class_names))
         if config.pretrained is not None:
@@ -49,7 +49,7 @@ def create_segmenter(config: SegmentConfig, source: PixelSource) -> nn.Module:
             loaded = load(*names, as_backbone=True, num_classes=0, **{"in_chans": model.in_chans, **config.model_args})
             model.backbone.load_state_dict(loaded.model.state_dict())
         elif config.frozen:
-            tell("pretrained names no weights: the head learns on a backbone drawn at random, which stays as it is")
+            tell("pretrained names no weights: the head learns on a frozen backbone with random weights")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunError(
@@ -59,7 +59,7 @@ def create_segmenter(config: SegmentConfig, source: PixelSource) -> nn.Module:
 
 
 def pixel_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy, mean of the pixels that have a class; 0 where none has."""
+    """Cross-entropy, the mean over the pixels that have a class; 0 if none has."""
     logits, labels = model(batch.images).float(), batch.classes.long()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
@@ -72,8 +72,8 @@ def evaluation(
     source: PixelSource,
     inputs: InputConfig,
 ) -> Callable[[int], Metrics]:
-    """A function of the epochs done that scores the model on the validation images: mIoU in percent."""
-    source.test.check()  # before an epoch is trained, at whose end they are needed
+    """A function that scores the model on the validation images, given the epochs done: mIoU in percent."""
+    source.test.check()  # now, not at the end of the first epoch
     accelerator, model = collectives.accelerator, models["model"]
     device, window = accelerator.device, inputs["input_size"][1:]
     places = range(accelerator.process_index, len(source.test), accelerator.num_processes)
@@ -85,7 +85,7 @@ def evaluation(
         metric, was_training = MulticlassJaccardIndex(len(source.class_names), ignore_index=IGNORED), model.training
         metric = metric.to(device)
         model.eval()
-        broadcast(list(model.buffers()))  # statistics of batch norms: those of the main process are exported
+        broadcast(list(model.buffers()))  # score with the batch norms' statistics of the main process, as exported
         with whole_parameters(model), half, collectives.together():
             for place in places:
                 image, labels = source.test[place]
@@ -98,7 +98,7 @@ def evaluation(
 
 
 def export(trained: Trained) -> None:
-    """Write what `timm.create_model` loads and `python -m eval.segmentation` scores."""
+    """Write a folder that `timm.create_model` loads and `python -m eval.segmentation` scores."""
     config: Any = trained.config
     save_segmenter(trained.folder, trained.model, config.head, trained.inputs, list(trained.source.class_names))
 
@@ -113,7 +113,7 @@ SEGMENTATION = TrainingObjective(
 
 
 def run(config: SegmentConfig, resume: str, stop: StopRequest) -> None:
-    """Train, then say how well."""
+    """Train, then print the mIoU."""
     trained = train(config, SEGMENTATION, "segment", resume, stop, PixelLoader)
     last, folder = trained.history[-1], config.output_dir
     say(f"mIoU {last['miou']:.2f}% of {int(last['images_scored'])} validation images; wrote {folder}")

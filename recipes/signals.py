@@ -1,4 +1,4 @@
-"""Being asked to stop, by the signals that schedulers send."""
+"""Requests to stop: the signals that schedulers send."""
 
 import signal
 import threading
@@ -15,26 +15,26 @@ class Stopped(SystemExit):
 
 
 class StopWaiting(BaseException):
-    """Raised where a process is asked to stop while it waits for images; no `Exception`, which a damaged image is."""
+    """Raised if a process is asked to stop while it waits for images; not an `Exception`, as damaged images raise."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop; `name` is the signal's, or None."""
+    """Whether this process was asked to stop; `name` is the name of the signal, or None."""
 
     name: str | None = None
     ends_waiting = False  # of the class: signals are the whole process's
 
     def listen(self) -> "StopRequest":
-        """Note SIGTERM and SIGUSR1 from now on, and give this object; only a program's main thread may call it."""
+        """Take note of SIGTERM and SIGUSR1 from now on; return this object. Only the main thread may call it."""
         for number in SIGNALS:
             signal.signal(number, self._note)
         return self
 
     def ignore(self) -> None:
-        """Neither note nor obey them from now on: the program is at its end.
+        """Ignore both signals from now on, as the program is about to end.
 
-        Launchers send SIGTERM to processes that are still leaving when the first one has left. Python takes handlers
-        away before it ends, so such a process would end with the signal instead of its exit code.
+        When one process has ended, launchers send SIGTERM to those that are still ending. Python removes its handlers
+        before it ends, so the signal would kill such a process, and its exit code would be lost.
         """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -48,7 +48,7 @@ class StopRequest:
 
 @contextmanager
 def stop_ends_waiting() -> Iterator[None]:
-    """Let a request to stop that comes in the block end it by `StopWaiting`."""
+    """Raise `StopWaiting` in the block when a request to stop comes."""
     StopRequest.ends_waiting = threading.current_thread() is threading.main_thread()  # which alone gets signals
     try:
         yield

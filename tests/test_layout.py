@@ -49,6 +49,7 @@ PACKAGE_RANKS = {  # the same of the other packages
     ),
     "recipes": (
         ("data/splits", "parsing", "signals"),
+        ("data/config",),
         ("config", "errors"),
         ("data",),
         ("first_run", "probing", "training"),
@@ -56,7 +57,8 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("objectives",),
         ("training/setup",),
         ("cost", "digit_scenes", "dvae", "finetune", "kill_test", "pretrain", "probe", "segment"),
-        ("ablate", "loader_speed", "quickstart"),
+        ("ablations", "loader_speed", "quickstart"),
+        ("ablate",),
         ("__init__", "__main__"),
     ),
     "eval": (

@@ -1,4 +1,4 @@
-"""Charts: how fast one of our models is, compared with a ViT of its size, and how good frozen features are."""
+"""Charts: the speed of one of our models against a ViT of its size, and the scores of frozen features."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.board.frozen import FrozenEntry, titles_of
 
-COLOURS = ("#1f4e79", "#d1661c", "#3a8a4d", "#8a3a7d", "#7a7a7a")  # of a panel's models, over again if there are more
+COLOURS = ("#1f4e79", "#d1661c", "#3a8a4d", "#8a3a7d", "#7a7a7a")  # of a panel's models; repeated if there are more
 LEFT, COLUMN, LETTER = 50, 80, 7  # pixels: widths of the axis, of a protocol and of a letter in the legend
 PANEL, HEAD, PLOT = 290, 46, 210  # pixels: heights of a panel, of what is above its plot, and of that
 MODEL, PEER = "arm_base_patch16_224", "vit_base_patch16_224"
@@ -17,8 +17,8 @@ def speed_chart(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
     """What the template chart.svg draws: the device, and for each image size the two models' ratio and its place.
 
     Args:
-        rows: of `python -m eval.throughput`; of compiled inference, those of the device that was used last count, and
-            of a size the largest batch of which both models were timed in one run, and of it the last one.
+        rows: rows of `python -m eval.throughput`. Compiled inference on the device of the newest row counts; for each
+            size, the last run with the largest batch in which both models were timed.
     """
     timed = [row for row in rows if row["mode"] == "infer" and row["compile"] == "True"]
     device = timed[-1]["device"] if timed else ""

@@ -1,7 +1,7 @@
 """The columns of the leaderboard's tables.
 
-A new figure of entries is a line of `board`, once `Entry` of `eval.board.entries` has it; one of speeds is a row of
-SPEEDS.
+To add a column of accuracies, add a field to `Entry` of `eval.board.entries` and a line to `board`; to add a column of
+speeds, add a row to SPEEDS.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ TEXT_COLUMNS = (
     *("note", "direction", "target", "paradigm", "data set"),
 )
 
-Figure = tuple[float | None, int]  # and its digits: the paper's own of what it reports
+Figure = tuple[float | None, int]  # value and decimals, as many as the paper has for what it reports
 
 
 def shown(value: float | None, digits: int) -> str:
@@ -24,7 +24,7 @@ def shown(value: float | None, digits: int) -> str:
 
 
 def board(entries: Sequence[Entry]) -> list[dict[str, Figure]]:
-    """For each entry, title -> figure; columns that no entry has a figure of are left out."""
+    """For each entry, title -> figure; columns without any figure are left out."""
     rows: list[dict[str, Figure]] = [
         {
             "params (M)": (entry.params_m, 1 if entry.measured else 0),
@@ -39,7 +39,7 @@ def board(entries: Sequence[Entry]) -> list[dict[str, Figure]]:
 
 
 def accuracy_rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """Of a table of accuracies in Markdown; the page has the same columns."""
+    """The rows of a Markdown table of accuracies; the page has the same columns."""
     return [
         {
             "model": entry.model,

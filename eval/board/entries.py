@@ -1,4 +1,4 @@
-"""What the leaderboard has: measured rows, the paper's tables and its peers as entries, never mixed in one."""
+"""The entries of the leaderboard: measured rows, the paper's tables and its peers, which are never mixed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +22,10 @@ class Entry:
     params_m: float | None
     source: str
     architecture: str = ""  # the model of this zoo or of timm whose speed is the entry's; a tag names its weights
-    dtype: str = ""  # of measured ones
+    dtype: str = ""  # if it was measured
     peer: bool = False  # reported by the authors of another model, not by the paper
     top1: dict[str, float] = field(default_factory=dict)
-    clean: dict[str, float] = field(default_factory=dict)  # by subset, of clean images of its classes
+    clean: dict[str, float] = field(default_factory=dict)  # by subset, on the clean images of its classes
     speeds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -39,12 +39,12 @@ def paper_table(paper: Path, name: str) -> list[dict[str, str]]:
 
 
 def reported_top1(row: Mapping[str, str]) -> dict[str, float]:
-    """By set, what a row in the form of the paper's table 3 has figures of."""
+    """The figures, by set, of a row in the form of the paper's table 3."""
     return {name: float(top1) for name, spec in SETS.items() if (top1 := row.get(spec.paper_column))}
 
 
 def peer_entries(peers: Path) -> list[Entry]:
-    """What the authors of other models report, a row each."""
+    """The rows that the authors of other models report."""
     rows = tables.read(peers.resolve(strict=True), PEER_COLUMNS)
     return [
         Entry(
@@ -117,9 +117,9 @@ def circumstances(row: Mapping[str, str]) -> str:
 
 
 def add_speeds(entries: Iterable[Entry], speeds: Sequence[Mapping[str, str]]) -> None:
-    """Give entries the inference speeds that were measured of their architecture at their size.
+    """Give entries the inference speeds that were measured for their architecture and size.
 
-    The newest row of a backend of the scans counts, and of several backends the fastest.
+    For each backend of the scans the newest row counts, and of several backends the fastest.
     """
     for entry in entries:
         newest: dict[str, dict[str, float]] = {}

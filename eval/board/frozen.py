@@ -1,4 +1,4 @@
-"""How good frozen features are: rows of `python -m recipes.probe`, and apart from them what other authors report."""
+"""The scores of frozen features: rows of `python -m recipes.probe`, and apart from them, what other authors report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ COLUMNS = (  # of the table that `python -m recipes.probe output=FILE.csv` adds 
     *("protocol", "features", "settings", "top1", "low", "high"),
 )
 ANCHOR_COLUMNS = ("model", "data_set", "knn", "linear", "note", "kind", "source")
-FIGURES = {  # title -> the protocol of its rows, and a setting that they have
+FIGURES = {  # title of a column -> the protocol of its rows, and one of their settings
     "k-NN": ("knn", "neighbours=20"),
     "1 label": ("few_shot", "labels=1"),
     "5 labels": ("few_shot", "labels=5"),
@@ -32,18 +32,18 @@ class FrozenEntry:
     data_set: str
     figures: dict[str, str] = field(default_factory=dict)
     intervals: dict[str, str] = field(default_factory=dict)
-    features: dict[str, str] = field(default_factory=dict)  # that the figures are of
+    features: dict[str, str] = field(default_factory=dict)  # which features were scored
     notes: list[str] = field(default_factory=list)
 
 
 def title_of(row: Mapping[str, str]) -> str | None:
-    """The column of a measured row; None for one that has none, such as k-NN by other numbers of neighbours."""
+    """The column of a measured row; None for rows without one, such as k-NN with other numbers of neighbours."""
     settings = ["", *row["settings"].split(", ")]
     return next((title for title, (name, has) in FIGURES.items() if row["protocol"] == name and has in settings), None)
 
 
 def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[FrozenEntry]:
-    """Rows by model, weights and images; the newest one of a column counts."""
+    """One entry for each model, weights and images; in each column the newest row counts."""
     entries: dict[tuple[str, ...], FrozenEntry] = {}
     for row in rows:
         if (title := title_of(row)) is None:
@@ -64,7 +64,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[FrozenEntry]:
 
 
 def reported_entries(anchors: Path) -> list[FrozenEntry]:
-    """What the authors of other models report, a row each."""
+    """The rows that the authors of other models report."""
     entries = []
     for row in tables.read(anchors.resolve(strict=True), ANCHOR_COLUMNS):
         figures = {title: row[protocol] for title, (protocol, _) in FIGURES.items() if row.get(protocol)}
@@ -74,19 +74,19 @@ def reported_entries(anchors: Path) -> list[FrozenEntry]:
 
 
 def read_frozen(measured: Path, anchors: Path) -> list[FrozenEntry]:
-    """Measured lines, then reported ones; of a data set the best linear classifier first."""
+    """Measured entries, then reported ones; for each data set, the best linear classifier comes first."""
     entries = [*measured_entries(tables.read(measured, COLUMNS)), *reported_entries(anchors)]
     best = {id(entry): -float(entry.figures.get("linear", 0)) for entry in entries}
     return sorted(entries, key=lambda entry: (entry.kind, entry.data_set, best[id(entry)]))
 
 
 def titles_of(entries: Sequence[FrozenEntry]) -> list[str]:
-    """Of the columns that an entry has a figure of."""
+    """The titles of the columns that have any figures."""
     return [title for title in FIGURES if any(title in entry.figures for entry in entries)]
 
 
 def frozen_rows(entries: Sequence[FrozenEntry]) -> list[dict[str, str]]:
-    """Of a table in Markdown."""
+    """The rows of a Markdown table."""
     return [
         {
             "model": entry.model,

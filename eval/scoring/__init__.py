@@ -1,1 +1,1 @@
-"""From sets and models to rows of scores."""
+"""Scoring: from sets and models to rows of scores."""

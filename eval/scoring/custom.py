@@ -1,4 +1,4 @@
-"""Images of the user's own, `--sets custom=...`: found and decoded as in training, so that top-1 agrees with it."""
+"""`--sets custom=...`: images of the user's own, found and decoded as in training, so that top-1 is the same."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ AS_USUAL = Choices(in_training=False)
 
 
 def open_own(locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
-    """The labelled images at one location, or in several tars or parquet files; raises `SourceError` if unclear."""
+    """The labelled images at one location, or in several tars or parquet files; `SourceError` if that is unclear."""
     reading = f"read as in training, up to {choices.max_pixels} pixels"
     if listing := open_hub(locations, choices, reading):
         return listing
@@ -34,10 +34,12 @@ def open_own(locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
 
 
 def _to_score(location: str) -> tuple[Located, list[str], str]:
-    """What a location is, its files to score, and a note if others are left out; a file named by itself is meant."""
+    """What a location is, its files to score, and a note if other splits of it are left out."""
     located = locate(location, one_split=True)
     if located.kind == "hub":
-        raise SourceError(f"{location}: of the Hub one data set is scored at a time, without files beside it")
+        raise SourceError(
+            f"{location}: a data set of the Hub is scored alone; name it without other files or data sets"
+        )
     chosen, *others = [split for split in SCORED if split in located.splits]
     note = ""
     if others:

@@ -1,4 +1,4 @@
-"""What the labels of a set mean: from what a source calls its classes to class indices of the model."""
+"""What the labels of a set mean: from a source's names or numbers of classes to class indices of the model."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def _list(file: str) -> str:
 
 @cache
 def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
-    """What a set's release calls its classes -> the indices of the classes of ImageNet-1k that each stands for.
+    """The name of each class in a set's release -> the indices of the classes of ImageNet-1k that it stands for.
 
     ObjectNet's are those of mappings/objectnet_to_imagenet_1k.json in its release 1.0.
     """
@@ -51,7 +51,7 @@ def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
     if file.endswith(".csv"):
         rows = tables.read(CLASSES / file, ("class", "wnids"))
         groups = {row["class"]: tuple(map(wnids.index, row["wnids"].split())) for row in rows}
-        if len({indices[0] for indices in groups.values()}) < len(set(groups.values())):  # images are told apart by it
+        if len({indices[0] for indices in groups.values()}) < len(set(groups.values())):  # the first one names a class
             raise ValueError(f"classes/{file}: classes that differ have the same first wnid; put another one first")
         return groups
     indices = map(int, _list(file).split()) if file else range(len(wnids))
@@ -59,13 +59,13 @@ def class_list(name: str) -> Mapping[str, tuple[int, ...]]:
 
 
 def candidates(name: str) -> Sequence[int] | None:
-    """The class indices that images of a set are ranked among, None for all."""
+    """The class indices that images of a set are ranked among; None for all."""
     return [i for (i,) in class_list(name).values()] if SETS[name].is_subset else None
 
 
 @cache
 def real_labels() -> tuple[tuple[int, ...], ...]:
-    """Right classes of ILSVRC2012_val_00000001 ... 00050000, from timm's list; 3,163 of them have none."""
+    """The right classes of ILSVRC2012_val_00000001 ... 00050000, from timm's list; 3,163 images have none."""
     return tuple(map(tuple, json.loads(_list("imagenet_real_labels.json"))))
 
 
@@ -75,21 +75,21 @@ class LabelledSet:
 
     name: str
     listing: Listing  # its N images
-    right: np.ndarray  # (N, K) class indices of the model by the labels of each image, NO_CLASS where there are fewer
+    right: np.ndarray  # (N, K) class indices of the model for each image's labels, filled up with NO_CLASS
     warnings: tuple[str, ...] = ()  # what is not canonical about it
 
     @property
     def targets(self) -> np.ndarray:
-        """(N,) class indices of the model, the first where several are right."""
+        """(N,) class indices of the model; the first if several are right."""
         return self.right[:, 0]
 
     @property
     def classes(self) -> np.ndarray:
-        """The class indices, in order, that any image is of."""
+        """The class indices that images have, in order."""
         return np.unique(self.right[self.right != NO_CLASS])
 
     def answers(self, real: bool) -> dict[str, np.ndarray]:
-        """By row, ReaL's if asked: (N, K) classes that are right for each image, NO_CLASS where there are fewer."""
+        """For the set's row, and for ReaL's if asked: (N, K) right classes of each image, filled up with NO_CLASS."""
         groups = {indices[0]: indices for indices in class_list(self.name).values()} if self.name != CUSTOM else {}
         groups[NO_CLASS] = ()
         label_sets: dict[str, Sequence[Sequence[int]]] = {
@@ -105,7 +105,7 @@ class LabelledSet:
         return answers
 
     def fingerprint(self) -> str:
-        """Tells sets with other files, sizes of files, labels, places in the listing or another reading apart."""
+        """A SHA-256 that changes with the files, their sizes, labels and order, and with the way they are read."""
         reading = [self.listing.reading] if self.listing.reading else []
         targets = (" ".join(map(str, row)) for row in self.right.tolist())
         facts = zip(self.listing.files, targets, self.listing.sizes, strict=True)
@@ -114,9 +114,10 @@ class LabelledSet:
 
 
 def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -> Listing:
-    """The images of a set, labels as they are there; see `open_source`, for custom `open_own`.
+    """The images of a set with the labels of the source; see `open_source` and, for custom sets, `open_own`.
 
-    Without images of unlisted classes where the set's own names are listed, but with all if none is, to be refused.
+    Of a set with class names of its own, images of unlisted classes are left out, unless no class is listed: then all
+    images stay, and `label` refuses them.
     """
     spec = SETS[name]
     try:
@@ -134,7 +135,7 @@ def open_set(name: str, locations: Sequence[str], choices: Choices = AS_USUAL) -
 
 
 def _refuse_labels(listing: Listing, classes: int, what: str) -> None:
-    """Labels below 0 must not get any further, either: as an index of Python's, -1 is the last class."""
+    """Raise ValueError for labels outside 0 ... classes - 1; as an index, -1 would be taken for the last class."""
     outside = (listing.labels < 0) | (listing.labels >= classes)
     if not outside.any():
         return
@@ -146,7 +147,10 @@ def _refuse_labels(listing: Listing, classes: int, what: str) -> None:
 
 
 def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_classes: int = 1000) -> LabelledSet:
-    """Class indices for the images of a set, of custom those of a model with these classes; ValueError if unclear."""
+    """The images of a set with class indices; those of custom sets are of a model with these classes.
+
+    Raises ValueError if the labels are unclear.
+    """
     try:
         if listing.label_sets is None:
             labelled = LabelledSet(name, listing, _targets(name, listing, label_names, num_classes)[:, None])
@@ -168,7 +172,7 @@ def label(name: str, listing: Listing, label_names: Sequence[str] = (), num_clas
 
 
 def _targets(name: str, listing: Listing, label_names: Sequence[str], num_classes: int) -> np.ndarray:
-    """Class indices of the model for the labels of a listing."""
+    """The class indices of the model for the labels of a listing."""
     if name == CUSTOM:
         return _custom_targets(listing, label_names, num_classes)
     if listing.class_names is None:
@@ -182,12 +186,12 @@ def _some(names: Sequence[object], most: int = 5) -> str:
 
 
 def _targets_of_names(spec: ImageSet, listing: Listing, names: Sequence[str]) -> np.ndarray:
-    """Folders or ClassLabel names -> class indices."""
+    """From names of folders or of a ClassLabel to class indices."""
     used = sorted({names[i] for i in np.unique(listing.labels)})
     allowed = class_list(spec.name)
     coded = any(WNID.fullmatch(name) or name.isdecimal() for name in names)
     if listing.named_by == "declaration" and len(names) == 1000 and not coded:
-        return listing.labels  # descriptions of all the classes: their positions are the indices
+        return listing.labels  # descriptions of all 1000 classes, in the order of the indices
     is_tree = listing.named_by == "folders"
     if is_tree and len(used) == 1 and used[0] not in allowed and not WNID.fullmatch(used[0]):
         how = SORT_VAL if VAL_FILE.search(listing.files[0]) else "each class needs a folder of its own"
@@ -204,7 +208,7 @@ def _targets_of_names(spec: ImageSet, listing: Listing, names: Sequence[str]) ->
 
 
 def _targets_of_numbers(spec: ImageSet, numbers: np.ndarray) -> np.ndarray:
-    """Bare numbers -> class indices: those of the 1000, or positions among a subset's where that is certain."""
+    """From bare numbers to class indices: numbers are indices, or positions in a subset if that is certain."""
     if spec.has_own_names:
         raise ValueError(f"numbers do not tell the classes of {spec.card_name}; name them as the release does")
     if not spec.is_subset:
@@ -222,7 +226,7 @@ def _targets_of_numbers(spec: ImageSet, numbers: np.ndarray) -> np.ndarray:
 
 
 def _custom_targets(listing: Listing, label_names: Sequence[str], num_classes: int) -> np.ndarray:
-    """By name where both have names, else by position; numbers count as names where the model has only such names."""
+    """Match classes by name if both sides have names, else by position; numbers are names if all the model's are."""
     names = listing.class_names
     if names is None and not (label_names and all(re.fullmatch("0|[1-9][0-9]*", name) for name in label_names)):
         _refuse_labels(listing, num_classes, "the model's classes")
@@ -265,7 +269,7 @@ def real_label_sets(listing: Listing) -> list[tuple[int, ...]]:
 
 
 def mapping(labelled: LabelledSet, real: bool) -> list[str]:
-    """Lines that show, for three images across an ImageNet set, which classes are right for them."""
+    """Lines that show the right classes of three images from an ImageNet set."""
     listing, info, lines = labelled.listing, ImageNetInfo(), []
     for name, answers in labelled.answers(real).items():
         for i in map(int, np.linspace(0, len(listing) - 1, min(3, len(listing)))):

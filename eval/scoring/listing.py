@@ -17,7 +17,7 @@ from arm_zoo.images.listing import printable
 from arm_zoo.images.tables import Encoded, ImageTable, OpenedSplit
 from eval.scoring.metrics import NO_CLASS
 
-# Where names of classes come from: folders, a ClassLabel, whose order is theirs, or words, whose order means nothing.
+# Where class names come from: folders, a ClassLabel, which fixes their order, or words in any order.
 NamedBy = Literal["folders", "declaration", "words"]
 
 
@@ -25,30 +25,30 @@ NamedBy = Literal["folders", "declaration", "words"]
 class Listing:
     """Labelled images in an order that does not depend on how the disk lists them."""
 
-    location: str  # what the user called it
-    files: list[str]  # '/'-separated path of each image inside the source, '' where the source has no file names
-    labels: np.ndarray  # (N,) indices into `class_names`, or the source's numbers where it names no classes; the first
-    class_names: tuple[str, ...] | None  # None where labels are bare numbers
+    location: str  # as the user wrote it
+    files: list[str]  # '/'-separated path of each image inside the source, '' if the source has no file names
+    labels: np.ndarray  # (N,) the first label of each image: an index into `class_names`, or the source's number
+    class_names: tuple[str, ...] | None  # None if labels are bare numbers
     named_by: NamedBy
-    stored: Callable[[int], Encoded]  # the image of an index, not decoded
+    stored: Callable[[int], Encoded]  # index -> the image as it is stored
     sizes: np.ndarray  # (N,) bytes of each image
-    reading: str = ""  # where it is not timm's; in fingerprints, so that rows of another are not taken for finished
+    reading: str = ""  # how images are read if not as timm does; part of fingerprints, so that other readings differ
     notes: tuple[str, ...] = ()  # what was left out, for the rows' warnings
-    places: np.ndarray | None = None  # (N,) what `stored` calls each image, None where it is the index
-    border: int = 0  # pixels at each side that are cut off
-    label_sets: np.ndarray | None = None  # (N, K) all labels of images that have several, NO_CLASS where one has fewer
+    places: np.ndarray | None = None  # (N,) the index of each image for `stored`; None: its own
+    border: int = 0  # pixels that are cut off at each side
+    label_sets: np.ndarray | None = None  # (N, K) all labels of each image, filled up with NO_CLASS; None: one each
 
     def __len__(self) -> int:
         return len(self.files)
 
     def describe(self, index: int) -> str:
-        """A name for messages."""
+        """The name of an image in messages."""
         return printable(self.files[index]) or f"image {index}"
 
     def decode(self, index: int, mode: str) -> Image.Image:
-        """The image of an index in Pillow's mode; whatever the decoder raises where it is damaged.
+        """Decode an image into one of Pillow's modes; a damaged image raises whatever the decoder raises.
 
-        Without a reading of its own it is what timm.data.ImageDataset reads; Pillow's draft mode would change pixels.
+        Without a `reading`, the pixels are those of timm.data.ImageDataset; Pillow's draft mode would change them.
         """
         encoded, border = self.stored(index if self.places is None else int(self.places[index])), self.border
         if self.reading:
@@ -58,23 +58,23 @@ class Listing:
         return image.crop((border, border, image.width - border, image.height - border)) if border else image
 
     def select(self, places: np.ndarray) -> "Listing":
-        """Some images, in this order, of a listing that is whole."""
+        """The images at these places, in this order; the listing must not be a selection itself."""
         files = [self.files[i] for i in places]
         sets = None if self.label_sets is None else self.label_sets[places]
         labels, sizes = self.labels[places], self.sizes[places]
         return replace(self, files=files, labels=labels, label_sets=sets, sizes=sizes, places=places)
 
     def labels_of(self, index: int) -> list[int]:
-        """The labels of an image, each of which is right."""
+        """All labels of an image."""
         if self.label_sets is None:
             return [int(self.labels[index])]
         return [label for label in self.label_sets[index].tolist() if label != NO_CLASS]
 
 
 def listing_of(split: OpenedSplit, reading: str, notes: Sequence[str] = ()) -> Listing:
-    """A split as training opens it; raises `SourceError` if there are labels that are no class.
+    """The listing of a split, opened as for training; raises `SourceError` for labels that are no class.
 
-    A column of lists holds all labels of each image, perhaps none.
+    A label column of lists holds all labels of each image, perhaps none.
     """
     column, counts = str(split.columns.label), None
     feature = leaves(split.features)[column]
@@ -106,7 +106,7 @@ def listing_of(split: OpenedSplit, reading: str, notes: Sequence[str] = ()) -> L
 
 
 def _files_and_sizes(split: OpenedSplit) -> tuple[list[str], np.ndarray]:
-    """Path of each image inside the source, '' where it has none, and (N,) its bytes, -1 where it is not there."""
+    """The path of each image inside the source, '' if it has none, and its bytes (N,), -1 if it is missing."""
     table = split.data.with_format("arrow")[:]
     image = values_at(table, split.columns.image)
     fields = image.type.names if pa.types.is_struct(image.type) else []
@@ -127,7 +127,7 @@ def _files_and_sizes(split: OpenedSplit) -> tuple[list[str], np.ndarray]:
 
 
 def size_of(file: str) -> int:
-    """In bytes; -1 where a link leads nowhere, which is an undecodable image like others."""
+    """The size of a file in bytes; -1 for a broken link, which counts as an undecodable image."""
     try:
         return os.stat(file).st_size
     except OSError:

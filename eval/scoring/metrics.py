@@ -1,4 +1,4 @@
-"""Label maths of the scores, without any reading or writing: ranks, hits, calibration, intervals."""
+"""The arithmetic of scores: ranks, hits, calibration, intervals."""
 
 import math
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ import numpy as np
 import torch
 
 TOP = 5
-NO_CLASS = -2  # in arrays of right classes, where an image has fewer than others
+NO_CLASS = -2  # fills up the rows of images that have fewer right classes than others
 BINS = 15  # of the calibration error
-WILSON_Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
+WILSON_Z = 1.959963984540054  # 95% of a normal distribution lies within so many standard deviations
 
 
 def rank(logits: torch.Tensor, subset: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(N, classes) logits -> (N, 5) most probable classes, best first, and (N,) probability of the best.
 
-    With a subset, only its classes are candidates, before the argmax. Equal logits rank by class index, so that no
-    batch size or device changes a tie. Fewer than five classes leave -1 at the end; a row of -1 is an image whose
-    logits are not numbers.
+    With a subset, only its classes are candidates. Equal logits rank by class index, so that neither batch size nor
+    device changes a tie. Fewer than five classes leave -1 at the end; an image whose logits are not numbers has -1
+    everywhere.
     """
     indices = np.arange(logits.shape[1]) if subset is None else np.asarray(subset)
     candidates = logits.float()[:, torch.as_tensor(indices, device=logits.device)]
@@ -31,7 +31,7 @@ def rank(logits: torch.Tensor, subset: Sequence[int] | None = None) -> tuple[np.
 
 
 def score(classes: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """Figures in percent of N images from `rank`, by their (N, K) right classes, NO_CLASS where there are fewer."""
+    """Figures in percent for N images from `rank`, whose right classes are (N, K), filled up with NO_CLASS."""
     hits = (classes[:, :, None] == right[:, None, :]).any(axis=2)
     n, correct = len(hits), int(hits[:, 0].sum())
     top1, top5 = (100 * int(count) / n if n else math.nan for count in (correct, hits.any(axis=1).sum()))
@@ -41,7 +41,7 @@ def score(classes: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> dic
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Mean distance, in points, of confidence from accuracy over bins of equal width, by images in the bin."""
+    """Mean distance, in points, between confidence and accuracy over bins of equal width, weighted by their images."""
     if not len(confidence):
         return math.nan
     # bins are open below and closed above, as in Guo et al. 2017

@@ -1,4 +1,4 @@
-"""Models to be scored, with the weights that the user named: never with weights drawn at random."""
+"""Models to score, with the weights that the user named, never with random weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ SOURCES = ("hf-hub:", "hf_hub:", "hf://", "local-dir:")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model ready to be scored, and what its rows say about it."""
+    """A model that is ready to be scored, and what its rows say about it."""
 
     name: str
     model: nn.Module
@@ -35,27 +35,27 @@ class Candidate:
 
 
 def parse_weights(entries: Sequence[str], models: Sequence[str]) -> dict[str, str]:
-    """The words of `--weights` -> weights by model: one for a single model, MODEL=FILE for several."""
+    """Read `--weights`: FILE for a single model, MODEL=FILE for several; gives the weights of each model."""
     if len(models) == 1 and len(entries) == 1 and entries[0].partition("=")[0] != models[0]:
         return {models[0]: entries[0]}
     out: dict[str, str] = {}
     for entry in entries:
         model, separator, weights = entry.partition("=")
         if not separator or model not in models or not weights or model in out:
-            each = f"each is MODEL=FILE, once for a model, MODEL one of {', '.join(models)}"
-            raise ValueError(f"--weights {entry}: with several models {each}")
+            each = f"type MODEL=FILE once for each model, with MODEL one of {', '.join(models)}"
+            raise ValueError(f"--weights {entry}: with several models, {each}")
         out[model] = weights
     return out
 
 
 def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
-    """Raises ValueError for names and files that are not there, before anything is loaded."""
+    """Raise ValueError for unknown names and missing files, before anything is loaded."""
     known, ours = list_entries(), entries()
     for name in models:
         hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
         if name.startswith(SOURCES) or (name not in known and Path(name).is_dir()):
             if name in weights:
-                raise ValueError(f"{name} names its weights itself; leave out --weights {weights[name]}")
+                raise ValueError(f"{name} comes with its weights; leave out --weights {weights[name]}")
         elif name not in known:
             raise unknown_model(name, known)
         elif name not in weights and not hosted:
@@ -72,14 +72,14 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
 def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     """The model in evaluation mode on the CPU, and its preprocessing by the rule of timm's validation script.
 
-    Weights are a file, a folder, a source such as 'hf-hub:OWNER/NAME', which a name may be too, or None for those of
-    the entry; ValueError if they are not to be had, damaged, another model's or without a classifier.
+    `weights` are a file, a folder, a source such as 'hf-hub:OWNER/NAME' (which `name` may be too), or None for those
+    of the entry. Raises ValueError if they are missing, damaged, another model's or without a classifier.
     """
     try:
         model, file, source, _ = arm_zoo.loading.load(name, weights)
     except ValueError:
         raise
-    except Exception as error:  # from files, timm and the Hub come classes of all sorts
+    except Exception as error:  # the errors of files, timm and the Hub have no common class
         lines = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load {name} with {weights or 'its hosted weights'}: {lines}") from error
     if isinstance(model, PretrainingModel):
@@ -88,7 +88,7 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
     if (channels := config["input_size"][0]) not in (1, 3):
         raise ValueError(f"{name} takes images of {channels} channels; allowed: models of 1 or 3, as images have")
     num_classes = getattr(model, "num_classes", None)
-    if num_classes is None:  # not one of timm's, which all say
+    if num_classes is None:  # not one of timm's models, which all have it
         num_classes = model(torch.zeros(1, *config["input_size"])).shape[1]
     if not num_classes:
         raise ValueError(f"{name} with {source} has no classifier head: finetune it first")
@@ -98,6 +98,6 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide the numbers, under the names of their columns."""
+    """Versions of the packages that decide the figures, under the names of their columns."""
     packages = {"torch": torch, "timm": timm, "pillow": PIL, "arm_zoo": arm_zoo}
     return {name: package.__version__ for name, package in packages.items()}

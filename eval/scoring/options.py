@@ -1,4 +1,4 @@
-"""What the command lines that score share: options, processes, and how mistakes of the user are reported."""
+"""The common part of the programs that score: options, processes, and how mistakes are reported."""
 
 import argparse
 import os
@@ -20,8 +20,8 @@ from eval.scoring.sets import CUSTOM, REAL, SETS
 
 NAMES = [name for name, spec in SETS.items() if not spec.images_of]
 SETS_HELP = (
-    f"NAME of {', '.join(NAMES)}, and real beside in1k; PATH a folder, tar or parquet file, a pattern or folder of "
-    "these, or a Hub dataset OWNER/NAME[@REVISION][:SPLIT]; NAME=PATH again adds files"
+    f"NAME is one of {', '.join(NAMES)}; `real` may follow in1k. PATH is a folder, tar or parquet file, a pattern or "
+    "folder of these, or a Hub dataset OWNER/NAME[@REVISION][:SPLIT]; a repeated NAME=PATH adds files"
 )
 PATIENCE = timedelta(hours=12)  # how long a process waits for slower ones
 
@@ -31,24 +31,26 @@ def whole(text: str) -> int:
 
 
 def scoring_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """With the options of all programs that score."""
+    """A parser with the options of all programs that score."""
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--sets", nargs="+", required=True, metavar="NAME=PATH", help=SETS_HELP)
     for what in ("image", "label"):
-        add(f"--{what}-column", metavar="NAME", help=f"of custom's {what}s, in parquet files, tars or a Hub dataset")
-    add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="of an image of custom (%(default)s)")
+        place = f"the column of custom's {what}s, in parquet files, tars or a Hub dataset"
+        add(f"--{what}-column", metavar="NAME", help=place)
+    pixels = "larger images of custom count as damaged (%(default)s)"
+    add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help=pixels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=usable_device, default=device, help="of several processes each takes a GPU (%(default)s)")
-    add("--batch-size", type=positive, default=64, help="of each process (default: %(default)s)")
+    add("--device", type=usable_device, default=device, help="with several processes, each takes a GPU (%(default)s)")
+    add("--batch-size", type=positive, default=64, help="images per forward pass of each process (%(default)s)")
     add("--dtype", choices=list(DTYPES), default="fp32", help="bf16 and fp16: fp32 weights under autocast")
-    add("--limit", type=positive, metavar="N", help="score N images across each set only; the rows get a warning")
-    add("--train-size", action="store_true", help="leave out the test size and crop of the model's configuration")
+    add("--limit", type=positive, metavar="N", help="score only N images across each set; the rows get a warning")
+    add("--train-size", action="store_true", help="ignore the test size and crop of the model's configuration")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    add("--workers", type=whole, default=workers, help="processes that decode images, beside each (%(default)s)")
+    add("--workers", type=whole, default=workers, help="processes that decode images for each process (%(default)s)")
     return parser
 
 
@@ -57,12 +59,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def parse_sets(words: Sequence[str]) -> dict[str, list[str]]:
-    """`in1k=PATH v2=PATH real` -> locations by set; a set given twice has several files, `real` has none."""
+    """Read `in1k=PATH v2=PATH real`: the locations of each set, several if a set is repeated, none of `real`."""
     locations: dict[str, list[str]] = {}
     for word in words:
         name, _, location = word.partition("=")
         if name == REAL and location:
-            raise ValueError(f"--sets {word}: real takes no path, its images are in1k's: --sets in1k=PATH real")
+            raise ValueError(f"--sets {word}: real takes no path, as its images are in1k's: --sets in1k=PATH real")
         if word != REAL and (name not in NAMES or not location):
             raise ValueError(f"--sets {word}: allowed are real and NAME=PATH with NAME one of {', '.join(NAMES)}")
         locations.setdefault(name, []).append(location)
@@ -72,7 +74,7 @@ def parse_sets(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def open_requests(args: argparse.Namespace) -> list[Request]:
-    """All sets, in1k first because its clean images go into the rows of A and R. Labels are tried before models."""
+    """Open all sets, in1k first because its clean images go into the rows of A and R; check labels before models."""
     locations = parse_sets(args.sets)
     choices = Choices(args.image_column, args.label_column, max_pixels=args.max_pixels, in_training=False)
     if choices != AS_USUAL and CUSTOM not in locations:
@@ -88,7 +90,7 @@ def open_requests(args: argparse.Namespace) -> list[Request]:
 
 
 def start_processes(device: torch.device) -> PartialState:
-    """This process's part of the job; ValueError if the launcher started more processes than take part."""
+    """Join the launcher's processes; ValueError if it started more processes than would take part."""
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != launched:
@@ -100,7 +102,7 @@ def start_processes(device: torch.device) -> PartialState:
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, stopped: str = "stopped") -> int:
-    """The exit code of a run. Mistakes of the user, and `stopped` on Ctrl-C, are reported in one line on stderr."""
+    """Run a program; gives its exit code. A mistake of the user, or `stopped` after Ctrl-C, is a line on stderr."""
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         return run(args)

@@ -1,4 +1,4 @@
-"""One pass over the images of a set: every image once, whatever the number of processes, for all heads at once."""
+"""One pass over the images of a set: every image once, with any number of processes, for all heads at once."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ Batch = tuple[list[int], torch.Tensor | None, dict[int, str]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How images go through a model."""
+    """The settings of a pass."""
 
     batch_size: int
     workers: int
@@ -39,7 +39,7 @@ class Settings:
 
 
 class Images(Dataset[tuple[int, torch.Tensor | str]]):
-    """Images as the model takes them but for normalisation, in 8 bits; the reason instead where one is damaged."""
+    """Images in 8 bits, prepared for the model except for normalisation; the reason instead if one is damaged."""
 
     def __init__(self, listing: Listing, data_config: dict[str, Any]) -> None:
         self.listing = listing
@@ -51,13 +51,13 @@ class Images(Dataset[tuple[int, torch.Tensor | str]]):
             image = self.listing.decode(index, self.mode)
         except UndecodableImage as error:
             return index, error.cause
-        except Exception as error:  # from damaged images Pillow raises all sorts: OSError, SyntaxError, ...
+        except Exception as error:  # Pillow's errors for damaged images have no common class
             return index, (str(error) or type(error).__name__).splitlines()[0]
         return index, self.transform(image)
 
 
 def collate(samples: Sequence[tuple[int, torch.Tensor | str]]) -> Batch:
-    """Indices and stacked images of those that could be decoded; reasons for those that could not."""
+    """The indices and stacked images that could be decoded, and the reasons for those that could not."""
     good = {i: image for i, image in samples if isinstance(image, torch.Tensor)}
     bad = {i: reason for i, reason in samples if isinstance(reason, str)}
     return list(good), torch.stack(list(good.values())) if good else None, bad
@@ -75,10 +75,10 @@ def load_batches(
 
 
 class Forward:
-    """A model on its device: 8-bit images in, logits out. Normalises as timm's loader does, on the device."""
+    """A model on its device, from 8-bit images to logits; it normalises them on the device as timm's loader does."""
 
     def __init__(self, candidate: Candidate, device: torch.device, dtype: str) -> None:
-        if dtype == "fp32":  # else NVIDIA GPUs round the factors of convolutions to TF32
+        if dtype == "fp32":  # NVIDIA GPUs would round the inputs of convolutions to TF32
             torch.backends.cudnn.allow_tf32 = False
             torch.set_float32_matmul_precision("highest")
         self.model, self.device, self.dtype = candidate.model.to(device), device, DTYPES[dtype]
@@ -93,13 +93,13 @@ class Forward:
 
 
 def record_type(heads: Heads) -> np.dtype:
-    """Of one image's predictions in arrays and files."""
+    """The type of one image's predictions in arrays and files."""
     ranks = [("classes", "<i4", (len(heads), TOP)), ("confidence", "<f4", (len(heads),))]
     return np.dtype([("index", "<i4"), ("undecodable", "<i4"), *ranks])
 
 
 def cut(count: int, settings: Settings) -> list[list[int]]:
-    """Batches of indices: of all images, or of `limit` at equal distances, so that all classes have their part."""
+    """Batches of indices: of all images, or of `limit` images at equal distances, so that all classes are there."""
     limit = count if settings.limit is None else min(settings.limit, count)
     indices = [i * count // limit for i in range(limit)]
     return [indices[i : i + settings.batch_size] for i in range(0, limit, settings.batch_size)]
@@ -111,10 +111,11 @@ def predict(
 ) -> tuple[np.ndarray, dict[int, str], int, float]:  # fmt: skip
     """Run the model over the images, divided among the processes; every process gets all predictions.
 
-    Batches are cut from the one order of the listing and then dealt out, so that each has the same images
-    whatever the number of processes, and so do its logits. Kept are records of an earlier run that died.
+    Batches are cut from the listing and then dealt out, so that their images and logits are the same for any number
+    of processes. `kept` are records of an earlier run that died.
 
-    Returns records of all images in order, reasons of undecodable ones, how many were computed now, and the seconds.
+    Returns the records of all images in order, the reasons of undecodable ones, the number of records computed now,
+    and the seconds that took.
     """
     batches = cut(len(listing), settings)
     done = set(kept["index"].tolist())

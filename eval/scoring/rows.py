@@ -1,4 +1,4 @@
-"""From a model and the sets to rows of the table: who scores what, and what each row says."""
+"""From a model and the sets to rows of the table."""
 
 import platform
 import sys
@@ -46,7 +46,7 @@ def label(request: Request, candidate: Candidate) -> LabelledSet:
 
 
 def base_row(candidate: Candidate, labelled: LabelledSet, settings: Settings) -> Row:
-    """What is known before scoring."""
+    """The columns that are known before scoring."""
     config, images = candidate.data_config, len(labelled.listing)
     weights = {"weights": candidate.weights, "weights_sha256": candidate.weights_sha256}
     counts = {"images": images, "classes": len(labelled.classes), "batch_size": settings.batch_size}
@@ -65,7 +65,7 @@ def base_row(candidate: Candidate, labelled: LabelledSet, settings: Settings) ->
 def make_rows(
     labelled: LabelledSet, real: bool, records: np.ndarray, undecodable: Sequence[int], row: Row
 ) -> list[Row]:
-    """The rows of one pass: the set's own, and ReaL's."""
+    """The rows of one pass: the set's own, and ReaL's if asked."""
     warnings = list(labelled.warnings)
     if row["limit"] != "":
         warnings.append(f"limited to {row['limit']} of {row['images']} images")
@@ -91,7 +91,7 @@ def make_rows(
 
 
 def figures(records: np.ndarray, head: int, answers: np.ndarray) -> Row:
-    """Columns of a head's score over the images that have an answer; answers are (N, K) by index of the image."""
+    """The columns of a head's score over all images with a right class; `answers` (N, K) are by index of the image."""
     right = answers[records["index"]]
     chosen = right[:, 0] != NO_CLASS
     result = score(records["classes"][chosen, head], records["confidence"][chosen, head], right[chosen])
@@ -99,7 +99,7 @@ def figures(records: np.ndarray, head: int, answers: np.ndarray) -> Row:
 
 
 class Scorer:
-    """Scores candidates on sets with all processes, and keeps the table."""
+    """Scores models on sets with all processes, and writes the table."""
 
     def __init__(self, output: Path, settings: Settings, state: PartialState, resume: bool, recompute: bool) -> None:
         self.output, self.settings, self.state = output, settings, state
@@ -110,7 +110,7 @@ class Scorer:
             print(f"{kind}{row['model']}, {row['set']}: {text}", file=sys.stderr)
 
     def rows(self, candidate: Candidate, requests: Sequence[Request]) -> Iterator[Row]:
-        """The row of each set, computed now or found in the table; stderr says which, and the row's warnings."""
+        """The row of each set, computed now or found in the table; messages on stderr say which, and its warnings."""
         known = {}
         if self.state.is_main_process and not self.recompute:
             known = {tables.key(row): row for row in tables.read(self.output)}
@@ -139,7 +139,7 @@ class Scorer:
         cpu = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         row = {**row, "device": name, "processes": self.state.num_processes}
-        # what the row says of a pass holds for all of it
+        # an earlier run's predictions count only if these columns are the same
         way = [str(row[column]) for column in ("batch_size", "device", *models.versions())]
         unfinished = Unfinished(self.output, tables.key(row), way, record_type(heads))
         kept, said = unfinished.begin(self.resume) if self.state.is_main_process else (None, "")

@@ -1,4 +1,4 @@
-"""The record of the evaluation sets, sets.csv, which `hub` reads too. A new set is a row and a list of its classes."""
+"""The evaluation sets, from sets.csv, which `hub` reads too. To add a set, add a row and a list of its classes."""
 
 import csv
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ CUSTOM = "custom"  # images of the user's own
 class ImageSet:
     """A row of sets.csv.
 
-    Its list of classes is what the release calls them. Empty: the 1000 wnids. `numbers`: 0 ... 999. A .txt file in
-    classes/ or of timm's: the wnids of these indices, and images are ranked among them only. A .csv file in classes/:
-    names of its own, each for one or several of the 1000 classes, which are all right for its images; others' are left
-    out. With any of these an image may have several labels: its label is a list then.
+    `class_list` says how the release names its classes. Empty: by the 1000 wnids. `numbers`: by 0 ... 999. A .txt file
+    in classes/ or of timm: by the wnids of the indices in it, and images are ranked among these classes only. A .csv
+    file in classes/: by names of its own, each for one or several of the 1000 classes, which are all right for its
+    images; images of other classes are left out. In all cases, the label of an image may be a list of several labels.
     """
 
     name: str  # in `--sets` and in the rows of results
-    title: str  # head of its column on the leaderboard; empty for sets that have none there
-    card_name: str  # what our model cards call it
-    card_pattern: str  # how other cards call it, in small letters; empty for none
-    paper_column: str  # of eval/board/paper/table3_robustness.csv; empty if the paper has no figures
-    images: int | None  # None where any number is right, as below
-    classes: int | None
+    title: str  # of its column on the leaderboard; empty for sets without one
+    card_name: str  # its name on our model cards
+    card_pattern: str  # a pattern for its name on other cards, in small letters; empty for none
+    paper_column: str  # in eval/board/paper/table3_robustness.csv; empty if the paper has no figures
+    images: int | None  # their number in the release; None if any number is right
+    classes: int | None  # the same of the classes
     images_of: str  # the set whose images it scores by other labels
-    folder: str  # of the release, with the class folders inside
+    folder: str  # the folder of the release that has the class folders
     class_list: str
-    border: int  # pixels at each side of an image that are cut off first: of ObjectNet two, as its authors do
-    source: str  # where it is got
+    border: int  # pixels to cut off at each side of an image: two for ObjectNet, as its authors do
+    source: str  # where to get it
 
     @property
     def is_subset(self) -> bool:
@@ -40,7 +40,7 @@ class ImageSet:
 
     @property
     def clean(self) -> str:
-        """How the columns begin that tell of in1k's images of the set's classes."""
+        """The beginning of the columns for in1k's images of this set's classes."""
         return f"clean{self.classes}_{self.name}_"
 
     @property

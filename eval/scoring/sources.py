@@ -1,7 +1,7 @@
-"""ImageNet's sets: a folder tree, tars of one, WebDataset shards, parquet files, the Hub.
+"""Opening ImageNet's sets: a tree of folders, tars of a tree, WebDataset shards, parquet files, the Hub.
 
-Trees and pixels are read exactly as timm reads them, which published scores are based on: timm's endings, the
-innermost folder as the class, a plain conversion of the pixels. Images of the user's own are for `custom`.
+Trees and pixels are read exactly as timm reads them, since published scores are based on that: timm's endings, the
+innermost folder as the class, a plain conversion of the pixels. The user's own images are read by `custom`.
 """
 
 import glob
@@ -32,19 +32,19 @@ ONE_KIND = "{}: expected one folder, or tar files only, or parquet files only"
 
 
 def open_source(locations: Sequence[str], folder: str = "") -> Listing:
-    """The images at one location, or in several tars or parquet files of one set; raises `SourceError` if none are.
+    """The images at one location, or in several tars or parquet files of one set; `SourceError` if there are none.
 
-    Locations are folders, files, patterns such as 'val-*.tar', or one Hub id 'OWNER/NAME[@REVISION][:SPLIT]'. Below
-    them the folder is looked for in which the set's release keeps its class folders.
+    Locations are folders, files, patterns such as 'val-*.tar', or one Hub id 'OWNER/NAME[@REVISION][:SPLIT]'. `folder`
+    is the folder of the release that has the class folders; it may lie anywhere below.
     """
     location = printable(" ".join(locations))
     if listing := open_hub(locations, BY_NAME, ""):
         return listing
-    patterns = [os.path.expanduser(item) for item in locations]  # not all shells do it after NAME=
+    patterns = [os.path.expanduser(item) for item in locations]  # not all shells expand ~ after NAME=
     paths = [Path(path) for item in patterns for path in sorted(glob.glob(item)) or [item]]
     if missing := [path for path in paths if not path.exists()]:
         raise SourceError(f"no file or folder {str(missing[0])!r}, and it is no Hub dataset id (OWNER/NAME) either")
-    # where a release was unpacked, or sorted, beside its tars, the folder counts
+    # if a release was unpacked beside its tars, the folder counts
     if len(paths) == 1 and paths[0].is_dir() and not (folder and (paths[0] / folder).is_dir()):
         paths = _files_of_folder(paths[0]) or paths
     if len(paths) == 1 and paths[0].is_dir():
@@ -59,7 +59,7 @@ def open_source(locations: Sequence[str], folder: str = "") -> Listing:
             tree: dict[str, Member] = {}
             for tar, members in tars.items():
                 if twice := tree.keys() & members.keys():
-                    raise SourceError(f"{location}: {min(twice)} is there twice, the second time in {tar}")
+                    raise SourceError(f"{location}: {min(twice)} is in two tars, the second is {tar}")
                 tree |= members
             return _open_tree(location, tree, folder)
     located = Located(location, kind, {"": list(map(str, paths))})
@@ -67,7 +67,7 @@ def open_source(locations: Sequence[str], folder: str = "") -> Listing:
 
 
 def open_hub(locations: Sequence[str], choices: Choices, reading: str) -> Listing | None:
-    """The images of one data set on the Hub; None for files and folders, there or not."""
+    """The images of one data set on the Hub; None if the locations are files or folders, whether they exist or not."""
     found = HUB_SPLIT.fullmatch(locations[0].removeprefix("hf://").removeprefix("datasets/"))
     if len(locations) > 1 or found is None or os.path.exists(locations[0]):
         return None
@@ -76,7 +76,7 @@ def open_hub(locations: Sequence[str], choices: Choices, reading: str) -> Listin
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """Tars or parquet files of a folder that holds the set as such; empty for a tree of images."""
+    """The tars or parquet files of a folder that holds a set in such files; none for a tree of images."""
     tars = sorted(path for path in folder.iterdir() if path.name.endswith(TAR_ENDINGS))
     files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
     of_splits = ([path for path in files if split_of(path.name) == split] for split in SCORED)
@@ -87,26 +87,26 @@ def _open_folder(location: str, root: Path, folder: str) -> Listing:
     root = root / folder if (root / folder).is_dir() else root
     paths = [Path(parent, name) for parent, _, names in os.walk(root, followlinks=True) for name in names]
     tree = {path.relative_to(root).as_posix(): str(path) for path in paths}
-    own = Path(os.path.abspath(root)).name  # a single class folder is known by it
+    own = Path(os.path.abspath(root)).name  # the class, if the folder is a single class folder
     return _open_tree(location, tree, folder, above=f"{own}/")
 
 
 def _are_samples(members: Collection[str]) -> bool:
-    """Whether files of a tar are those of WebDataset, whose images have files with labels beside them."""
+    """Whether the files of a tar are WebDataset's: images with files of labels beside them."""
     endings = (*TEXT_LABELS, JSON_LABEL.partition(".")[0])
     keys = (split_key(file)[0] for file in _images_below(members))
     return any(f"{key}.{ending}" in members for key in keys for ending in endings)
 
 
 def _images_below(paths: Iterable[str], folder: str = "") -> list[str]:
-    """The images, in order, that lie in a folder of this name; all where none does."""
+    """The images, in order, that lie in a folder of this name; all images if none does."""
     names = ((path, posixpath.basename(path)) for path in paths)
     images = sorted(path for path, name in names if name.lower().endswith(TIMM_ENDINGS) and not name.startswith("."))
     return [path for path in images if folder in path.split("/")[:-1]] or images
 
 
 def _open_tree(location: str, tree: Mapping[str, str | Member], folder: str, above: str = "") -> Listing:
-    """The images of a tree, path -> place, whose innermost folders are the classes."""
+    """The images of a tree (path -> where to read it), whose innermost folders are the classes."""
     places = {f"{above}{file}": tree[file] for file in _images_below(tree, folder)}
     if not places:
         raise SourceError(f"no images ({', '.join(TIMM_ENDINGS)}) in {location}")

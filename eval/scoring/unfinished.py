@@ -1,4 +1,4 @@
-"""Predictions of a pass that is under way, kept beside the results so that a killed run goes on from there."""
+"""The predictions of an unfinished pass, kept beside the results so that a killed run can go on from there."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ import numpy as np
 
 
 class Unfinished:
-    """Each process appends records of one fixed size to its own file; a record cut short by the kill is left out."""
+    """Each process appends records of a fixed size to its own file; a record that a kill cut short is left out."""
 
     def __init__(self, output: Path, row: Sequence[str], way: Sequence[str], record: np.dtype) -> None:
-        """By what the row of the table measures, and what else must be the same for the rest of a pass to fit."""
+        """`row` is the key of the table's row; `way` is what else must be the same for a pass to go on."""
         self._folder = Path(f"{output}.partial")
         self._row, rest = (hashlib.sha256("\t".join(part).encode()).hexdigest()[:16] for part in (row, way))
         self._name, self._record = f"{self._row}-{rest}", record
 
     def begin(self, resume: bool) -> tuple[np.ndarray, str]:
-        """Whole records of a run that died, each image once, if it is resumed, and what to tell; others are gone."""
+        """The whole records of a run that died, each image once, if `resume`, and a message; others are deleted."""
         records, said = [np.zeros(0, self._record)], ""
         for file in sorted(self._folder.glob(f"{self._row}-*")):
             if file.name.startswith(f"{self._name}."):

@@ -13,7 +13,7 @@ from eval.speed.timing import table, timed
 
 
 def measure(candidate: Candidate, listing: Listing, settings: Settings, state: PartialState) -> list[str]:
-    """A row of the table, from three passes over the images; starting the loader's processes is part of the time."""
+    """Time three passes over the images: a row of the table. The start of the loader's processes counts."""
     batches = cut(len(listing), settings)
     pin, config = state.device.type == "cuda", candidate.data_config
     forward = Forward(candidate, state.device, settings.dtype)

@@ -1,4 +1,4 @@
-"""How speeds are measured and shown: by the clock of the CPU, or by events in a GPU's queue of kernels."""
+"""Measuring and showing speeds: by the clock of the CPU, or by events in a GPU's queue of kernels."""
 
 import platform
 import time
@@ -15,13 +15,13 @@ from rich.table import Table
 from eval.scoring.models import versions
 from eval.tables import Row
 
-# Steps in a row under one reading: on a GPU they overlap with their launches, as they do in real work.
+# Steps in one reading: on a GPU they overlap with their launches, as they do in real work.
 STEPS_PER_READING = {"cpu": 1, "cuda": 10}
 
 
 @contextmanager
 def timed(device: str | torch.device) -> Iterator[Callable[[], float]]:
-    """Time a block with the kernels that it launches; yields what waits for them after it, and gives the seconds."""
+    """Time a block and the kernels that it launches; yields a function that waits for them and returns the seconds."""
     if torch.device(device).type == "cuda":
         stream = torch.cuda.current_stream(device)
         first = stream.record_event(torch.cuda.Event(enable_timing=True))
@@ -43,7 +43,7 @@ def time_in_turn(steps: Sequence[Callable[[], object]], device: str, repeats: in
     """Readings of each step in seconds, taken A B A B so that a slow spell of the machine hits every model."""
     count = STEPS_PER_READING[device]
     readings: list[list[float]] = [[] for _ in steps]
-    # No refresh thread: it would run beside the models.
+    # No refresh thread, which would run beside the models.
     for _ in track(range(repeats), "timing in turn", console=Console(stderr=True), auto_refresh=False):
         for step, own in zip(steps, readings, strict=True):
             with timed(device) as seconds:
@@ -54,7 +54,7 @@ def time_in_turn(steps: Sequence[Callable[[], object]], device: str, repeats: in
 
 
 def circumstances(device: str) -> Row:
-    """The machine and the versions that a row of speeds names."""
+    """The columns of a row of speeds that describe the machine and the versions."""
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {"device": name, **versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -63,7 +63,7 @@ def circumstances(device: str) -> Row:
 def table(
     title: str, texts: Sequence[str], figures: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
 ) -> Table:
-    """Rows for people: columns of text, which fold where the terminal is narrow, and then columns of figures."""
+    """A table for people: columns of text, which fold in a narrow terminal, then columns of figures."""
     shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     for head in texts:
         shown.add_column(head, overflow="fold")

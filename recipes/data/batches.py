@@ -1,4 +1,4 @@
-"""Images of a split as batches, as far as the processes that load them go; the rest happens on the device."""
+"""Batches of a split, as far as the processes that load images make them; the rest happens on the device."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from arm_zoo.images.decode import UndecodableImage, decode_tensor
 from arm_zoo.images.jpeg import read_baseline_header
 from arm_zoo.images.tables import Encoded, ImageTable
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.draws import Box, Drawing, Draws
 from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, StoredBlock, none_in_a_row
 from recipes.data.sampling import Key
@@ -23,28 +23,28 @@ from recipes.data.transforms import Normalisation, Transform, cropped
 class Batch(NamedTuple):
     """Images of one forward pass.
 
-    Between processes they travel in 8 bits: a quarter of the memory, and the GPU normalises for nothing. In training
-    another image stands in the place of one that cannot be decoded, in scoring it is left out.
+    Between processes, images travel in 8 bits, which takes a quarter of the memory, and the GPU normalises them. In
+    training, another image takes the place of one that cannot be decoded; in scoring, such an image is left out.
     """
 
     images: Tensor  # (N, C, H, W), float32, normalised
     classes: Tensor  # (N,), class indices
     indices: Tensor  # (N,), places of the images in their split (for streams: in the epoch's order)
     undecodable: list[str]  # a line for every image that could not be decoded, with its name and the reason
-    seeds: Tensor = torch.empty(0, dtype=torch.long)  # (N,), of what an objective draws; none in scoring
+    seeds: Tensor = torch.empty(0, dtype=torch.long)  # (N,), for the random draws of an objective; none in scoring
 
     def ready(self, device: torch.device, normalise: Normalisation) -> "Batch":
-        """The batch on a device, normalised; copies from pinned memory do not wait."""
+        """Copy the batch to a device and normalise it; copies from pinned memory do not block."""
         images, classes = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.classes))
         return self._replace(images=normalise(images), classes=classes)
 
 
 @dataclass(frozen=True)
 class Files:
-    """N image files of a batch; those with a box wait to be decoded on the GPU, of the others that is done."""
+    """The N image files of a batch. Those with a box are to be decoded on the GPU, the others are decoded already."""
 
     stored: StoredBlock
-    boxes: list[Box | None]  # what is to be cut out of each decoded image
+    boxes: list[Box | None]  # the part to crop from each decoded image
 
     def encoded(self) -> list[Encoded]:
         """The images as they are stored."""
@@ -53,25 +53,25 @@ class Files:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch of training images as a worker gives it; see `recipes.data.finishing` for what is left to do."""
+    """A batch of N training images as a worker leaves it; `recipes.data.finishing` does the rest."""
 
-    images: Tensor  # (M, C, H, W), uint8, cropped and resized: all N, or those that the GPU does not decode
+    images: Tensor  # (M, C, H, W), uint8, cropped and resized: all N, or only those that the GPU does not decode
     classes: Tensor  # (N,)
     indices: Tensor  # (N,)
     undecodable: list[str]
     draws: Draws
-    files: Files | None  # None: all are decoded, flipped, and changed by RandAugment, or the GPU keeps all
-    boxes: Tensor | None = None  # (N, 4), what is to be cut out of images that the GPU keeps, at `indices`
+    files: Files | None  # None: all are decoded, flipped and changed by RandAugment, or the GPU keeps all images
+    boxes: Tensor | None = None  # (N, 4), the parts to crop from the images at `indices` that the GPU keeps
 
 
 class Images:
-    """One split as batches of images in 8 bits."""
+    """Makes batches of a split to score on, in 8 bits."""
 
     def __init__(self, split: Split, transform: Transform) -> None:
         self._split, self._transform = split, transform
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        """Decode a batch; what cannot be decoded is left out."""
+        """Decode a batch; images that cannot be decoded are left out."""
         images, classes, indices, undecodable = [], [], [], []
         for key, encoded in zip(keys, stored(self._split, keys), strict=True):
             try:
@@ -87,16 +87,16 @@ class Images:
 
 
 class AugmentedImages:
-    """Training images, cropped, flipped and changed by RandAugment, each as the draws for its place say."""
+    """Makes batches of training images, cropped, flipped and changed by RandAugment as their draws say."""
 
     def __init__(self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
         self.split = source.train
-        self.kept: DecodedSplit | None = None  # the same, if it is in memory
+        self.kept: DecodedSplit | None = None  # the same split decoded, if it is in memory
         self._shape = (source.channels, *image_size)
         self.drawing = Drawing(config, image_size, source.mean, seed)
 
     def batch(self, keys: Sequence[Key]) -> Loaded:
-        """Decode a batch; in place of an image that cannot be decoded comes the next one."""
+        """Decode a batch; the next image takes the place of one that cannot be decoded."""
         draws, undecodable = self._draw(keys), list[str]()
         images = torch.empty(len(keys), *self._shape, dtype=torch.uint8)
         classes = torch.empty(len(keys), dtype=torch.long)
@@ -107,7 +107,7 @@ class AugmentedImages:
         return Loaded(images, classes, places(keys), undecodable, draws, None)
 
     def _opened(self, keys: Sequence[Key], undecodable: list[str]) -> Iterator[tuple[Tensor, int]]:
-        """Image and class of each key, as `decoded` gives them."""
+        """The image and class of each key, as `decoded` gives them."""
         if self.kept is None:
             encoded = stored(self.split, keys)
             yield from (self.decoded(encoded, row, key.place, undecodable) for row, key in enumerate(keys))
@@ -117,9 +117,10 @@ class AugmentedImages:
             yield self.kept.image(key.place), int(self.kept.labels[key.place])
 
     def decoded(self, batch: Sequence[Encoded], row: int, place: int, undecodable: list[str]) -> tuple[Tensor, int]:
-        """Image and class, or those of the next one that can be decoded: of the split, or of the batch of a stream.
+        """The image and class in a row of the batch, or those of the next image that can be decoded.
 
-        Each one that cannot is a line more in `undecodable`.
+        The next image is that of the split, or in a stream that of the batch. Each image that cannot be decoded adds a
+        line to `undecodable`.
         """
         table = self.split if isinstance(self.split, ImageTable) else None
         for ahead in range(min(len(batch if table is None else table), DAMAGED_IN_A_ROW)):
@@ -140,17 +141,17 @@ class AugmentedImages:
         return cropped(image, self.drawing.box(draws.crops[row], *image.shape[1:]), self._shape[1:])
 
     def _changed(self, image: Tensor, draws: Draws, row: int) -> Tensor:
-        """An image after RandAugment, which is Pillow's work."""
+        """Apply RandAugment, which Pillow does, to an image."""
         if self.drawing.randaugment is None or not draws.operations[row]:
             return image
         return pil_to_tensor(self.drawing.randaugment.apply_to_image(to_pil_image(image), draws.operations[row]))
 
 
 class EncodedImages(AugmentedImages):
-    """Training images for a GPU that decodes JPEG files; all others are decoded, cropped and resized here."""
+    """Makes batches for a GPU that decodes JPEG files; all other files are decoded, cropped and resized here."""
 
     def batch(self, keys: Sequence[Key]) -> Loaded:
-        """Read a batch, as far as its files can be read."""
+        """Read the files of a batch, and decode those that the GPU cannot."""
         encoded, draws, undecodable = stored(self.split, keys), self._draw(keys), list[str]()
         contents = [read(row) for row in encoded]
         rows = [row._replace(data=data or row.data) for row, data in zip(encoded, contents, strict=True)]
@@ -167,7 +168,7 @@ class EncodedImages(AugmentedImages):
         return Loaded(small, torch.tensor(classes), places(keys), undecodable, draws, files)
 
     def _box(self, content: bytes, encoded: Encoded, draws: Draws, row: int) -> Box | None:
-        """What is cut out of a JPEG file that the GPU can decode; None for all else."""
+        """The part to crop from a JPEG file that the GPU can decode; None for all other files."""
         header = read_baseline_header(content) if self.split.mode == "RGB" else None
         if header is None or header.height * header.width > encoded.max_pixels:
             return None
@@ -175,12 +176,12 @@ class EncodedImages(AugmentedImages):
 
 
 class KeptImages(AugmentedImages):
-    """Training images that the GPU keeps decoded."""
+    """Makes batches of training images that the GPU keeps decoded."""
 
-    kept: DecodedSplit  # without pixels; from the first batch on
+    kept: DecodedSplit  # without pixels; set before the first batch
 
     def batch(self, keys: Sequence[Key]) -> Loaded:
-        """Draw what becomes of a batch."""
+        """Draw the augmentation of a batch."""
         draws, indices = self._draw(keys), places(keys)
         sizes = self.kept.sizes[indices].numpy().astype(np.int64)
         boxes = torch.from_numpy(self.drawing.boxes(draws.crops, sizes))
@@ -190,19 +191,19 @@ class KeptImages(AugmentedImages):
 
 
 def stored(split: Split, keys: Sequence[Key]) -> list[Encoded]:
-    """The images of a batch, not decoded."""
+    """The images of a batch as they are stored."""
     if isinstance(split, ImageTable):
         return split.encoded([key.place for key in keys])
     return [key.encoded for key in keys if key.encoded is not None]
 
 
 def decoded(encoded: Encoded, mode: str) -> Tensor:
-    """An image (C, H, W), uint8; raises `UndecodableImage`."""
+    """Decode an image: (C, H, W), uint8; raises `UndecodableImage`."""
     return decode_tensor(encoded.read(), encoded.name, mode, encoded.max_pixels)
 
 
 def read(encoded: Encoded) -> bytes:
-    """The file's bytes; none if it cannot be read, which whoever decodes it will tell."""
+    """The bytes of a file, or no bytes if it cannot be read: decoding it will then report why."""
     try:
         return encoded.read()
     except UndecodableImage:

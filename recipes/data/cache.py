@@ -1,4 +1,4 @@
-"""Training sets that fit into memory (`data.cache`): read or decoded once, before the first step."""
+"""`data.cache`: training sets that fit into memory are read or decoded once, before the first step."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from arm_zoo.images.decode import UndecodableImage
 from arm_zoo.images.tables import ImageTable
-from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, EncodedImages, decoded, read
+from recipes.data.config import DataConfig
 from recipes.data.kept import BlockT, DecodedBlock, DecodedSplit, StoredBlock, StoredSplit, starts
 from recipes.data.resample import RaggedImages
 from recipes.data.sources import tell
@@ -22,23 +22,23 @@ from recipes.data.workers import WorkerLoader
 from recipes.errors import RunError
 
 CPU = torch.device("cpu")
-BLOCK = 64  # images at most in a block, which goes from one process to another
+BLOCK = 64  # images at most in a block, the unit that workers send
 CGROUP = Path("/sys/fs/cgroup")  # where a container on Linux sees its own limits
 MIB = 2**20
 
 
 class TooLarge(RunError):
-    """The set does not fit."""
+    """The training images do not fit into memory."""
 
 
 def fill(images: AugmentedImages, config: DataConfig, device: torch.device) -> RaggedImages | None:
-    """Keep the training images as `data.cache` says, and give those that the GPU keeps.
+    """Keep the training images as `data.cache` says, and return them if the GPU keeps them.
 
-    A GPU keeps decoded images. In main memory images of one size are kept decoded, unless the GPU decodes them or they
-    do not fit; all others as the files they are stored in. Raises `RunError` if they do not fit.
+    A GPU keeps decoded images. Main memory keeps images of one size decoded, unless the GPU decodes them or they do
+    not fit; all other images are kept as files. Raises `RunError` if they do not fit.
     """
     table = images.split
-    if config.cache == "none" or isinstance(table, ImageStream):  # which configurations do not ask for
+    if config.cache == "none" or isinstance(table, ImageStream):  # a cached stream is refused as a configuration
         return None
     if config.cache == "gpu":
         kept = DecodedSplit.of(list(collected(table, decode_block, config.workers, device)))
@@ -52,7 +52,7 @@ def fill(images: AugmentedImages, config: DataConfig, device: torch.device) -> R
 
 
 def decoded_in_memory(table: ImageTable, workers: int) -> DecodedSplit | None:
-    """The split decoded; None if its images have several sizes or do not fit."""
+    """Decode the whole split; None if its images have several sizes or do not fit."""
     blocks, shapes = list[DecodedBlock](), set[tuple[int, ...]]()
     try:
         for block in collected(table, decode_block, workers, CPU):
@@ -68,7 +68,7 @@ def decoded_in_memory(table: ImageTable, workers: int) -> DecodedSplit | None:
 def collected(
     table: ImageTable, make: Callable[[ImageTable, Sequence[int]], BlockT], workers: int, device: torch.device
 ) -> Iterator[BlockT]:
-    """A split's blocks in the memory of a device; raises `TooLarge` as soon as they show that all will not fit."""
+    """The blocks of a split, in the memory of a device; raises `TooLarge` once it is clear that not all will fit."""
     count = -(-len(table) // BLOCK)
     order = [list(range(first, len(table), count)) for first in range(count)]
     what = "files" if make is read_block else "decoded images"
@@ -76,7 +76,7 @@ def collected(
     where, own = ("main memory", processes) if device == CPU else (f"the memory of {device}", 1)
     room, size, images = free_bytes(device) // 2 // own, 0, 0
     for block in WorkerLoader(partial(make, table), order, workers, pin=False):
-        yield replace(block, content=block.content.to(device, copy=True))  # out of memory shared with the worker
+        yield replace(block, content=block.content.to(device, copy=True))  # leaves the memory shared with the worker
         size, images = size + len(block.content), images + len(block)
         needed = size * len(table) // images
         takes = f"{len(table):,} {what} take about {needed / MIB:,.1f} MiB of {where}"
@@ -90,7 +90,7 @@ def collected(
 
 
 def decode_block(table: ImageTable, places: Sequence[int]) -> DecodedBlock:
-    """Some images, decoded."""
+    """Decode some images."""
     pixels, labels, problems = list[Tensor](), list[int](), list[str]()
     for encoded in table.encoded(places):
         labels.append(encoded.label)
@@ -106,15 +106,15 @@ def decode_block(table: ImageTable, places: Sequence[int]) -> DecodedBlock:
 
 
 def read_block(table: ImageTable, places: Sequence[int]) -> StoredBlock:
-    """Some image files."""
+    """Read some image files."""
     rows = table.encoded(places)
     return StoredBlock.of(rows, list(map(read, rows)))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nothing uses: of a GPU, or of this machine or container."""
+    """Free memory in bytes, of a GPU, or of this machine or container."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, but not in use
         return torch.cuda.mem_get_info(device)[0] + held
     free: int = psutil.virtual_memory().available
     try:
@@ -122,4 +122,4 @@ def free_bytes(device: torch.device) -> int:
         used = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or one without limit
         return free
-    return min(free, limit - int(used["anon"]) - int(used["shmem"]))  # files that the system caches make way
+    return min(free, limit - int(used["anon"]) - int(used["shmem"]))  # the system's file cache does not count as used

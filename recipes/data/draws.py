@@ -1,7 +1,7 @@
-"""Everything random about augmentation, known before an image is decoded: a function of seed, epoch and place.
+"""The random draws of augmentation, made before an image is decoded: functions of seed, epoch and place.
 
-Crop and erased rectangle have the distributions of timm's transforms. Nothing here reads or changes a global
-generator, but RandAugment, whose draws are timm's own.
+The crop and the erased rectangle have the distributions of timm's transforms. Only RandAugment, whose draws are timm's
+own, uses global random generators; they are restored afterwards.
 """
 
 import math
@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.randaugment import Operation, RandAugment
 from recipes.data.transforms import AUGMENTATION, global_generators_restored, seed_global_generators, seed_of
 
-ATTEMPTS = 10  # at a rectangle that fits, timm's number
+ATTEMPTS = 10  # tries to find a rectangle that fits, as many as timm's
 ASPECTS = (3 / 4, 4 / 3)  # width by height of a random crop
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 1 / 3), (1 / 0.3, 0.3)  # fractions of the image; timm's are height by width
-# What the numbers of an image are for: single ones first, then four for each attempt at a rectangle.
+# Which random numbers of an image are for what: single numbers first, then four for each attempt at a rectangle.
 FLIP, ERASE, NOISE, WARP = 0, 1, 2, slice(3, 7)
 CROP, ERASED = slice(7, 7 + 4 * ATTEMPTS), slice(7 + 4 * ATTEMPTS, 7 + 8 * ATTEMPTS)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -34,18 +34,18 @@ class Draws(NamedTuple):
     operations: list[list[Operation]]  # of RandAugment, for each image
     warps: NDArray[np.float32]  # (N, 4) in -1..1: rotation, zoom and two shifts
     erased: NDArray[np.int32]  # (N, 4), rectangles; height 0: none
-    noise_seeds: NDArray[np.int64]  # (N,), of what fills the rectangles, and of what objectives draw
+    noise_seeds: NDArray[np.int64]  # (N,), for the noise in the rectangles and the random draws of objectives
 
 
 class Drawing:
-    """Draws as `config` says for images of a size (height, width) after the crop."""
+    """Draws the augmentation that `config` asks for; images are `image_size` (height, width) after the crop."""
 
     def __init__(self, config: DataConfig, image_size: tuple[int, int], mean: tuple[float, ...], seed: int) -> None:
         self._config, self._image_size, self._seed = config, image_size, seed
         self.randaugment = RandAugment(config.randaugment, image_size, mean) if config.randaugment else None
 
     def __call__(self, epoch: int, places: Sequence[int]) -> Draws:
-        """The draws of the images at these places of an epoch: the same in any batch and any order."""
+        """The draws for the images at these places of an epoch: the same in any batch and any order."""
         count = (ERASED if self._config.erase else CROP).stop
         bits = random_bits(self._seed, epoch, places, count)
         numbers = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in 0..1, without 1
@@ -59,9 +59,9 @@ class Drawing:
         )
 
     def boxes(self, crops: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What is cut out of images of these sizes (N, 2), as timm's random crop: (N, 4), as `Box`.
+        """The parts to crop from images of these sizes (N, 2), as timm's random crop does: (N, 4), each a `Box`.
 
-        The first box that fits, else the central part.
+        It is the first box that fits, or the central part if none does.
         """
         if self._config.random_crop is None:
             return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
@@ -73,7 +73,7 @@ class Drawing:
         return boxes
 
     def box(self, crop: NDArray[np.float64], height: int, width: int) -> Box:
-        """As `boxes`, of one image: a tenth of the time, where images come one by one."""
+        """The same as `boxes` for one image, in a tenth of the time."""
         side = math.sqrt(height * width)
         for part_height, part_width, top, left in crop.tolist() if self._config.random_crop else ():
             box_height, box_width = max(1, round(side * part_height)), max(1, round(side * part_width))
@@ -108,10 +108,11 @@ class Drawing:
 def rectangles(
     numbers: NDArray[np.float64], areas: tuple[float, float], aspects: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """Attempts (N, ATTEMPTS, 4) at a rectangle, as fractions: its height and width, where the image is a square, and
-    where it lies between the first and the last possible row and column.
+    """Turn random numbers (N, 4 * ATTEMPTS) in 0..1 into attempts (N, ATTEMPTS, 4) at a rectangle.
 
-    `numbers` (N, 4 * ATTEMPTS) are in 0..1: for area, aspect (width by height; evenly in its logarithm), top and left.
+    The four numbers of an attempt decide area, aspect (width by height, evenly in its logarithm), top and left. An
+    attempt holds height and width as fractions of the side of a square image of the same area, then top and left as
+    fractions of the way from the first to the last possible row and column.
     """
     attempts = numbers.reshape(len(numbers), -1, 4).copy()
     area = areas[0] + (areas[1] - areas[0]) * attempts[..., 0]
@@ -124,10 +125,10 @@ def rectangles(
 def fitting_boxes(
     attempts: NDArray[np.float64], sizes: NDArray[np.int64], inside: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The first attempts at a rectangle that leave `inside` rows and columns of the images free, or more.
+    """For each image, the first attempt at a rectangle that leaves at least `inside` rows and columns free.
 
-    Of `attempts` (N, any number, 4), as `rectangles` gives them, and images of the sizes (N, 2): boxes (N, 4), as
-    `Box`, and (N,) whether there is one.
+    `attempts` (N, any number, 4) are those of `rectangles`, `sizes` (N, 2) those of the images. Returns boxes (N, 4),
+    each a `Box`, and whether each image has one, (N,).
     """
     sides = np.sqrt(sizes[:, 0] * sizes[:, 1])[:, None, None]
     extents = np.maximum(np.rint(sides * attempts[..., :2]), 1)
@@ -139,14 +140,17 @@ def fitting_boxes(
 
 
 def random_bits(seed: int, epoch: int, places: Sequence[int], count: int) -> NDArray[np.uint64]:
-    """64 random bits (images, count) for each place and number of a draw, from the generator SplitMix64."""
+    """Random numbers of 64 bits, `count` for each place: (images, count), from the generator SplitMix64."""
     first = np.array([seed_of(seed, epoch, AUGMENTATION)], np.uint64)
     streams = mixed_bits(first + GOLDEN * np.array(places, np.uint64))
     return mixed_bits(streams[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
 
 
 def mixed_bits(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014).
+
+    `arm_zoo.pretraining.noise` has it for tensors; for a batch's few numbers NumPy takes a third of their time.
+    """
     states = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     states = (states ^ (states >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return states ^ (states >> np.uint64(31))

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def erase(images: Tensor, rectangles: NDArray[np.int32], seeds: NDArray[np.int64]) -> None:
-    """Fill a rectangle of each image (N, C, H, W), normalised, with noise of mean 0 and deviation 1, in place.
+    """Fill a rectangle of each normalised image (N, C, H, W) with noise of mean 0 and deviation 1, in place.
 
-    `rectangles` (N, 4) are top, left, height and width in pixels, of height 0 where nothing is erased. The noise of an
-    image is a function of its seed, but another one on GPUs than on CPUs. The host waits for nothing.
+    `rectangles` (N, 4) are top, left, height and width in pixels, with height 0 where nothing is erased. The noise of
+    an image follows from its seed, but differs between GPUs and CPUs. The host does not wait for the device.
     """
     generator = torch.Generator(images.device)
     for place in np.flatnonzero(rectangles[:, 2]):

@@ -1,4 +1,4 @@
-"""The last part of a training batch, on the device that trains: what is not decoded yet, and all after the crop."""
+"""The last steps of a training batch, on the device that trains: decoding what is left, and all after the crop."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, Batch, Files, Loaded
+from recipes.data.config import DataConfig
 from recipes.data.draws import Box, Draws
 from recipes.data.erasing import erase
 from recipes.data.gpu_decode import Decoder
@@ -21,11 +21,11 @@ class Begun(NamedTuple):
     """A batch whose files are being decoded."""
 
     loaded: Loaded
-    decoded: Callable[[], list[Tensor | None]]  # waits for the images of the files that have a box
+    decoded: Callable[[], list[Tensor | None]]  # waits for the files that have a box; None: the GPU refused the file
 
 
 class Finishing:
-    """Makes batches of what workers load; the host waits for the device only where it is not done with decoding."""
+    """Makes batches of what workers load; the host waits for the device only until it has decoded the files."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class Finishing:
         self._affine = config if config.max_shift or config.max_rotation or config.max_zoom else None
 
     def begin(self, loaded: Loaded) -> Begun:
-        """Begin to decode what workers did not."""
+        """Begin to decode the files that the workers did not decode."""
         files = loaded.files
         boxes = [] if files is None else files.boxes
         content = [files.stored[row] for row, box in enumerate(boxes) if files is not None and box is not None]
         return Begun(loaded, self._decoder.begin(content))
 
     def finish(self, begun: Begun) -> Batch:
-        """Crop and resize where workers did not; then RandAugment, warp, normalise and erase."""
+        """Crop, resize and apply RandAugment where the workers did not; then warp, normalise and erase."""
         loaded, decoded = begun
         draws, undecodable = loaded.draws, list(loaded.undecodable)
         images, classes = loaded.images, loaded.classes
@@ -69,10 +69,10 @@ class Finishing:
     def _opened(
         self, loaded: Loaded, files: Files, decoded: list[Tensor | None], classes: Tensor, undecodable: list[str]
     ) -> tuple[RaggedImages, Tensor]:
-        """Files decoded here and crops of those that workers decoded, and what is to be cut out of them (N, 4).
+        """The images decoded here and the crops that workers made of others, and the part to crop from each (N, 4).
 
-        A JPEG file that the GPU refuses is decoded by the CPU; one that this cannot decode either gives its place to
-        the next image, whose class goes to `classes`.
+        The CPU decodes a JPEG file that the GPU refuses. If it cannot either, the next image takes the file's place,
+        and its class goes to `classes`.
         """
         draws, drawing, boxes = loaded.draws, self._images.drawing, list(files.boxes)
         by_gpu = iter(decoded)
@@ -88,7 +88,7 @@ class Finishing:
         return RaggedImages.of(images), torch.tensor([box or whole for box in boxes])
 
     def _cropped(self, draws: Draws, images: RaggedImages, boxes: Tensor) -> Tensor:
-        """What is in boxes (N, 4) of images, resized and flipped; then changed by RandAugment, or normalised."""
+        """Crop the boxes (N, 4) of images, resize and flip them, then apply RandAugment or normalise."""
         randaugment = self._images.drawing.randaugment
         fused = () if randaugment is not None or self._affine is not None else self._statistics
         crops = crop_resize(images, boxes, torch.from_numpy(draws.flips), self._size, *fused)

@@ -1,8 +1,8 @@
 """Generated JPEG files with the statistics of photographs, for measuring how fast images are loaded.
 
-Photographs' spectra fall off as 1 over the frequency, their surfaces end in edges, and their channels differ little.
-The same is true here, so that decoders have as much to do as with photographs: files of 500x375 pixels, ImageNet's
-usual size, take 60 to 110 kB.
+The spectra of photographs fall off as 1 over the frequency, their surfaces end in edges, and their channels differ
+little. The same is true here, so that decoders have as much to do: files of 500x375 pixels, ImageNet's usual size,
+take 60 to 110 kB.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,21 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from arm_zoo.images.listing import SourceError
-from recipes.config import CORES
+from recipes.data.config import CORES
 
 WIDTH, HEIGHT = 500, 375
 SCENE_WIDTH, SCENE_HEIGHT = 640, 480
 IMAGES_OF_A_SCENE = 100
 CLASSES = 100
 SUBSAMPLINGS = ("4:2:0", "4:4:4")
-SURFACES, SMALLEST_SURFACE = 200, 10  # in a scene; pixels
-QUALITY, CONTRAST, NOISE = 88, 52, 0.02  # the last one is a fraction of the contrast, a deviation in grey levels
+SURFACES, SMALLEST_SURFACE = 200, 10  # their number in a scene; pixels
+QUALITY = 88  # of the JPEG files
+CONTRAST, NOISE = 52, 0.02  # standard deviation in grey levels; a fraction of it
 OPPONENT_COLOURS = np.array([[1, 1, 1], [0.3, 0, -0.3], [0.1, -0.2, 0.1]], np.float32)  # light, then two of colour
 
 
 def write_images(folder: Path, count: int, seed: int = 0, subsampling: str = SUBSAMPLINGS[0]) -> None:
-    """Write `count` JPEGs as FOLDER/CLASS/NUMBER.jpg, the same for the same seed whatever the number of processes."""
+    """Write `count` JPEG files as FOLDER/CLASS/NUMBER.jpg; a seed gives the same files on any number of cores."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SourceError(f"{str(folder)!r} exists and is not an empty folder; allowed: a new folder, or an empty one")
     for number in range(min(CLASSES, count)):
@@ -47,7 +48,7 @@ def _write_scene(folder: Path, seed: int, subsampling: str, numbers: Sequence[in
 
 
 def scene(generator: np.random.Generator) -> NDArray[np.float32]:
-    """Surfaces that hide each other, and texture on them; (SCENE_HEIGHT, SCENE_WIDTH, 3), of deviation 1."""
+    """Draw textured surfaces that hide each other: (SCENE_HEIGHT, SCENE_WIDTH, 3), of deviation 1."""
     image = Image.new("RGB", (SCENE_WIDTH, SCENE_HEIGHT))
     draw = ImageDraw.Draw(image)
     for x, y, size, flatness in generator.random((SURFACES, 4)):
@@ -62,7 +63,7 @@ def scene(generator: np.random.Generator) -> NDArray[np.float32]:
 
 
 def _texture(generator: np.random.Generator) -> NDArray[np.float32]:
-    """Noise whose amplitude is 1 over the spatial frequency, of deviation 1."""
+    """Draw noise whose amplitude is 1 over the spatial frequency, of deviation 1."""
     rows, columns = np.fft.fftfreq(SCENE_HEIGHT)[:, None], np.fft.rfftfreq(SCENE_WIDTH)
     frequency = np.hypot(rows, columns)
     frequency[0, 0] = np.inf  # no mean
@@ -72,7 +73,7 @@ def _texture(generator: np.random.Generator) -> NDArray[np.float32]:
 
 
 def view(whole: NDArray[np.float32], generator: np.random.Generator) -> Image.Image:
-    """A part of a scene, perhaps mirrored, in another light: brightness, contrast and hue are drawn."""
+    """Cut a part from a scene, perhaps mirrored, and change its brightness, contrast and hue at random."""
     top, left = generator.integers(0, (SCENE_HEIGHT - HEIGHT + 1, SCENE_WIDTH - WIDTH + 1))
     part = whole[top : top + HEIGHT, left : left + WIDTH][:, :: generator.choice((-1, 1))]
     angle, gain, mean = generator.uniform((-0.5, 0.8, 100), (0.5, 1.2, 150))

@@ -1,7 +1,7 @@
 """Images of a training split that stay in memory, decoded or as they are stored.
 
-They lie in blocks of bytes, which the processes that load images share. Of K blocks number k holds the images k,
-k + K, k + 2 K and so on: each block is a sample of the split.
+They lie in blocks of bytes, which the processes that load images share. Of K blocks, block k holds the images k,
+k + K, k + 2 K and so on, so that each block is a sample of the split.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.data.resample import RaggedImages
 
-DAMAGED_IN_A_ROW = 100  # more than chance: a disk is gone, or the files are no images
+DAMAGED_IN_A_ROW = 100  # so many are no chance: a disk is gone, or the files are no images
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Block:
     """Some images, one after the other."""
 
     content: Tensor  # (bytes,), uint8
-    starts: list[int]  # of each image, and the end of the last; what could not be read or decoded has no bytes
+    starts: list[int]  # of each image, and the end of the last; an image that could not be read or decoded is empty
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -38,11 +38,11 @@ class Block:
 class StoredBlock(Block):
     """Image files."""
 
-    rows: list[Encoded]  # what else is known of each, and its data where they could not be read
+    rows: list[Encoded]  # what else is known of each; `data` is None where the content is here
 
     @classmethod
     def of(cls, rows: Sequence[Encoded], contents: Sequence[bytes]) -> "StoredBlock":
-        """Images and their files, which are empty where they could not be read."""
+        """Make a block of images and the contents of their files, which are empty where they could not be read."""
         content = torch.from_numpy(np.frombuffer(bytearray().join(contents), np.uint8))
         known = [row._replace(data=None) if data else row for row, data in zip(rows, contents, strict=True)]
         return cls(content, starts(list(map(len, contents))), known)
@@ -59,7 +59,7 @@ class DecodedBlock(Block):
 
     shapes: list[tuple[int, ...]]  # (C, H, W) of each image
     labels: list[int]
-    problems: list[str]  # a line for what could not be decoded, with its name and the reason; else ""
+    problems: list[str]  # for each image "", or a line with its name and the reason why it could not be decoded
 
 
 BlockT = TypeVar("BlockT", bound=Block)
@@ -79,17 +79,17 @@ class StoredSplit(ImageTable):
 
 @dataclass(frozen=True)
 class DecodedSplit:
-    """A split whose N images are decoded; in place of one that could not be stands the next one."""
+    """A split whose N images are decoded; the next image takes the place of one that could not be."""
 
-    taken: Tensor  # (N,), the place of the image that stands at each place
+    taken: Tensor  # (N,), the image that stands at each place
     labels: Tensor  # (N,)
     sizes: Tensor  # (N, 2), height and width
-    undecodable: dict[int, list[str]]  # place -> lines of the damaged images there, up to the one that stands for them
-    blocks: Sequence[DecodedBlock]  # the pixels, if they are here
+    undecodable: dict[int, list[str]]  # place -> a line for each damaged image up to the one that takes the place
+    blocks: Sequence[DecodedBlock]  # the pixels; empty if they are on the GPU
 
     @classmethod
     def of(cls, blocks: Sequence[DecodedBlock]) -> "DecodedSplit":
-        """The split in these blocks; raises `SourceError` if very many in a row could not be decoded."""
+        """Make a split of its blocks; raises `SourceError` if very many images in a row could not be decoded."""
         size = sum(map(len, blocks))
         rows = list(located(blocks, range(size)))
         taken, undecodable = list(range(size)), {}
@@ -124,7 +124,7 @@ class DecodedSplit:
 
 
 def located(blocks: Sequence[BlockT], places: Sequence[int]) -> Iterator[tuple[BlockT, int]]:
-    """The block and the row therein of each place of a split."""
+    """The block of each place of a split, and the row in that block."""
     return ((blocks[place % len(blocks)], place // len(blocks)) for place in places)
 
 
@@ -133,5 +133,5 @@ def starts(lengths: Sequence[int]) -> list[int]:
 
 
 def none_in_a_row(last: str) -> SourceError:
-    """`last` is the line of one of them."""
+    """An error for a row of damaged images; `last` is the line of one of them."""
     return SourceError(f"no image among many in a row can be decoded; the last one: {last}")

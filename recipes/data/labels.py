@@ -1,4 +1,4 @@
-"""The classes of a validation split among those of the training images, and few labels of each."""
+"""Matching the classes of training and validation images, and drawing a few labelled images of each class."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,10 @@ from arm_zoo.images.listing import SourceError, listed, plural
 
 
 def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Labels]:
-    """The classes of the training split and of a validation split, called `where`, under the same names.
+    """The classes of the training split and of a validation split, which messages call `where`, under the same names.
 
-    Numbers stand for the names in their order, unless all names are numbers themselves. The validation split may lack
-    images of some classes, but have no others: `SourceError`.
+    If one split has numbers and the other names, the numbers count the names in their order, unless all names are
+    numbers themselves. The validation split may lack classes; if it has others, `SourceError` is raised.
     """
     counts = f"{where} has {len(test.names)} classes, the training images have {len(train.names)}"
     if train.numbered and not (test.numbered or _all_numbers(test.names)):
@@ -44,7 +44,7 @@ def check_several(names: Sequence[str], where: str) -> None:
 
 
 def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:
-    """Places of so many images of each class, at random; all of a class that has fewer."""
+    """The places of `labels` images of each class, drawn at random; a class with fewer images gives all of them."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
     shuffled, by_class = classes[order].sort(stable=True)
     starts = torch.searchsorted(shuffled, shuffled)  # where each image's class begins

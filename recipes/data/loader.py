@@ -1,7 +1,7 @@
-"""The loaders of training and scoring: batches in an order that seed and epoch decide, a step ahead of their use.
+"""The loaders for training and for scoring. Training batches are made one step ahead of their use.
 
-The order of an epoch is a function of (seed, epoch), the augmentation of an image one of (seed, epoch, index). So the
-position (epoch, step) is all that a resumed run has to know about its data, for any number of workers.
+The order of an epoch is a function of (seed, epoch), and the augmentation of an image one of (seed, epoch, index). So
+the position (epoch, step) is all that a resumed run has to know about its data, for any number of workers.
 """
 
 import time
@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 
 from arm_zoo.images.decode import jpeg_decoder
-from recipes.config import BatchPlan, DataConfig, TrainConfig
+from recipes.config import TrainConfig
 from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images, KeptImages
 from recipes.data.cache import fill
+from recipes.data.config import DataConfig
 from recipes.data.finishing import Finishing
 from recipes.data.gpu_decode import decoder_missing
-from recipes.data.sampling import ScoringOrder, training_order
+from recipes.data.sampling import BatchPlan, ScoringOrder, training_order
 from recipes.data.sources import Source, Split, tell
 from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once
@@ -31,15 +32,15 @@ from recipes.signals import StopWaiting
 
 ItemT = TypeVar("ItemT")
 CPU = torch.device("cpu")
-BLOCKS_UNKNOWN = 5  # measured ones that the GPU may not have come to; a step has two
+BLOCKS_UNKNOWN = 5  # measured blocks that the GPU may still have to do; a step has two
 Prepared = tuple[list[Batch], torch.cuda.Event | None]  # micro-batches of a step; when the GPU has made them
 
 
 class TrainLoader:
-    """This process's part of each global batch of the training images, augmented as `config.data` says.
+    """Gives this process its part of each global batch of training images, augmented as `config.data` says.
 
-    The workers go on with the next epoch's images at the end of one, so that an epoch starts without waiting. On a GPU
-    images are made on a stream of their own, while it trains on others.
+    At the end of an epoch the workers go on with the images of the next one, so that it starts without waiting. On a
+    GPU, images are made on a stream of their own while the GPU trains on others.
     """
 
     def __init__(
@@ -63,24 +64,24 @@ class TrainLoader:
         self._finishing = Finishing(self.images, source, config.data, image_size, device)
         self._plan, self._config, self._device = plan, config, device
         self._is_filled = False
-        # Ahead of training, or each of the decoder's many small kernels waits for a large one: 153 images a second
-        # beside large matrix products, 20,451 alone.
+        # A high priority, or each of the decoder's many small kernels waits for a large one of the training: 153
+        # images a second beside large matrix products, 20,451 alone.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._steps: Iterator[Prepared] = iter(())
         self._ahead: Prepared | BaseException | None = None  # the next step, or why there is none
         self._next: tuple[int, int] | None = None
         self._pauses = Pauses(device)
-        self.undecodable: set[str] = set()  # a line for each damaged image; the trainer adds the other processes'
+        self.undecodable: set[str] = set()  # a line for each damaged image; the trainer adds those of other processes
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds in which training stood still for want of images."""
+        """Seconds for which training has waited for images."""
         return self._pauses.seconds
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, from `first_step` on.
 
-        It stops if this process alone knows of more damaged images than `data.max_undecodable` tolerates.
+        Raises if this process alone has found more damaged images than `data.max_undecodable` tolerates.
         """
         if self._next != (epoch, first_step):
             self._order.start = (epoch, first_step)
@@ -97,9 +98,9 @@ class TrainLoader:
             yield batches
 
     def look_ahead(self) -> Prepared | BaseException:
-        """Begin with the images of the next step, if that is not done: best while the device works on a step.
+        """Begin to make the images of the next step, unless that was done; best called while the device is busy.
 
-        What prevents it, such as a worker's end, is not raised before that step is asked for.
+        An error, such as a worker that died, is raised only when that step is asked for.
         """
         if self._ahead is None:
             with self._pauses.measured():
@@ -127,17 +128,17 @@ class TrainLoader:
             yield batches, made
 
     def _handed_over(self, batches: list[Batch], made: torch.cuda.Event | None) -> list[Batch]:
-        """A step that was prepared, for the stream that trains."""
+        """Hand a prepared step over to the stream that trains."""
         if made is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(made)
             for tensor in (tensor for batch in batches for tensor in (batch.images, batch.classes)):
-                tensor.record_stream(stream)  # its memory may be used anew only after this stream's work on it
+                tensor.record_stream(stream)  # its memory may be reused only after this stream's work on it
         return batches
 
 
 def taken_ahead(items: Iterable[ItemT]) -> Iterator[ItemT]:
-    """The items, each given when the next one has been taken."""
+    """Give each item only after the next one has been taken from `items`."""
     iterator = iter(items)
     for item in islice(iterator, 1):
         for following in iterator:
@@ -147,14 +148,14 @@ def taken_ahead(items: Iterable[ItemT]) -> Iterator[ItemT]:
 
 
 class Pauses:
-    """How long a device stands still in measured blocks; of a GPU the time between its work before and after them.
+    """Measures how long a device stands still in blocks of code: a GPU between its work before and after a block.
 
-    A GPU's time is known when it gets there. The host waits for it if it is more than two steps behind: that bounds
-    the memory of images that wait, and leaves the GPU work to do.
+    The time of a GPU is known only when the GPU has got there. If it is more than two steps behind, the host waits for
+    it, which bounds the memory of the images that wait, while the GPU still has work to do.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = 0.0  # in all blocks that are known
+        self.seconds = 0.0  # in all blocks whose time is known
         self._device = device
         self._unknown: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -177,10 +178,10 @@ class Pauses:
 
 
 class EvalLoader:
-    """Each image of a split exactly once over all processes, with a model's own evaluation transform.
+    """Gives each image of a split exactly once over all processes, with the evaluation transform of `data_config`.
 
-    The transform is that of `timm.data.resolve_model_data_config(model)`, with the mean and std of the training. What
-    cannot be decoded is left out and logged once; every pass counts it again in its batches.
+    `data_config` is that of `timm.data.resolve_model_data_config`, with the mean and std of the training. An image
+    that cannot be decoded is left out and logged once, but counted in the batches of every pass.
     """
 
     def __init__(
@@ -207,14 +208,14 @@ class EvalLoader:
 
 
 def kind_of_images(config: DataConfig, device: torch.device) -> type[AugmentedImages]:
-    """What loads training images, as `data.cache` and `data.decode` say."""
+    """The class that makes training batches, as `data.cache` and `data.decode` say."""
     if keeps_on_gpu(config.cache, device):
         return KeptImages
     return EncodedImages if decodes_on_gpu(config.decode, device) else AugmentedImages
 
 
 def keeps_on_gpu(cache: str, device: torch.device) -> bool:
-    """Whether the GPU keeps decoded images, as `data.cache` says; raises `RunError` if it asks that in vain."""
+    """Whether the GPU keeps decoded images, as `data.cache` says; raises `RunError` if it should but cannot."""
     missing = resizer_missing(device) if cache == "gpu" else None
     if missing is not None:
         raise RunError(f"data.cache is gpu, but {missing}; allowed: data.cache=memory or data.cache=none")
@@ -222,7 +223,7 @@ def keeps_on_gpu(cache: str, device: torch.device) -> bool:
 
 
 def decodes_on_gpu(decode: str, device: torch.device) -> bool:
-    """Whether JPEG files are decoded on the GPU, as `data.decode` says; raises `RunError` if it asks that in vain."""
+    """Whether the GPU decodes JPEG files, as `data.decode` says; raises `RunError` if it should but cannot."""
     if decode == "cpu":
         return False
     missing = resizer_missing(device) or decoder_missing(device)
@@ -234,7 +235,7 @@ def decodes_on_gpu(decode: str, device: torch.device) -> bool:
 
 
 def resizer_missing(device: torch.device) -> str | None:
-    """Why images that lie on this device cannot be cropped and resized there; None if they can."""
+    """The reason why images cannot be cropped and resized on this device; None if they can."""
     if device.type != "cuda":
         return f"the run's device is {device}"
     return None if find_spec("triton") else "Triton is not installed, which comes with torch for CUDA on Linux"

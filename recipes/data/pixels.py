@@ -10,17 +10,17 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from arm_zoo.images.masks import IGNORED, LabelledPixels, compare_class_names, open_masks
-from recipes.config import BatchPlan, SegmentConfig
+from recipes.config import SegmentConfig
 from recipes.data.batches import Batch
 from recipes.data.loader import Pauses
-from recipes.data.sampling import Key, TableOrder
+from recipes.data.sampling import BatchPlan, Key, TableOrder
 from recipes.data.transforms import AUGMENTATION, Normalisation, seed_of
 from recipes.data.workers import WorkerLoader
 
 
 @dataclass(frozen=True)
 class PixelSource:
-    """A data set; the rest is what `recipes.training` asks of any source."""
+    """A data set with masks; `mean` to `held_out` are what `recipes.training` reads from any source."""
 
     train: LabelledPixels
     test: LabelledPixels
@@ -35,7 +35,10 @@ class PixelSource:
 
 
 def open_pixels(config: SegmentConfig) -> PixelSource:
-    """Training images of `data.source`, others of `data.validation` or of it; SourceError if their classes differ."""
+    """Open the training images of `data.source`, and the validation images of `data.validation` or else of it too.
+
+    Raises SourceError if their classes differ.
+    """
     train = open_masks(config.data.source, "training")
     other = config.data.validation or config.data.source
     test = open_masks(str(other), "validation")
@@ -44,7 +47,7 @@ def open_pixels(config: SegmentConfig) -> PixelSource:
 
 
 class AugmentedPixels:
-    """Images (C, H, W) and labels (H, W) of one size, uint8, each as a function of seed, epoch and place."""
+    """Makes batches of images (C, H, W) and labels (H, W), uint8, as functions of seed, epoch and place."""
 
     def __init__(
         self, split: LabelledPixels, config: SegmentConfig, size: tuple[int, int], fill: Sequence[float]
@@ -53,7 +56,7 @@ class AugmentedPixels:
         self._fill = torch.tensor([round(255 * value) for value in fill], dtype=torch.uint8)[:, None, None]
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        """Images of 8 bits and their labels, IGNORED where there is no image."""
+        """A batch of images in 8 bits and their labels, which are IGNORED where the image does not reach."""
         images, labels = zip(*(self._augmented(key) for key in keys), strict=True)
         return Batch(torch.stack(images), torch.stack(labels), torch.tensor([key.place for key in keys]), [])
 
@@ -75,7 +78,7 @@ class AugmentedPixels:
 
 
 class PixelLoader:
-    """This process's part of each global batch; what the trainer asks of a `recipes.data.loader.TrainLoader`."""
+    """Gives this process its part of each global batch; the trainer uses it as a `recipes.data.loader.TrainLoader`."""
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class PixelLoader:
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds in which training stood still for want of images."""
+        """Seconds for which training has waited for images."""
         return self._pauses.seconds
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
@@ -115,7 +118,7 @@ class PixelLoader:
             yield batches
 
     def look_ahead(self) -> None:
-        """The workers are ahead by themselves."""
+        """Do nothing: the workers are ahead by themselves."""
 
     def check_undecodable(self) -> None:
-        """No image is left out."""
+        """Do nothing: a damaged image has ended the run."""

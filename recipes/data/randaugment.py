@@ -1,7 +1,7 @@
-"""RandAugment whose draws and whose work are apart: images can be changed one by one, or as a batch where they are.
+"""RandAugment, with its random draws apart from its work: on images one by one, or on batches on any device.
 
-timm draws the operations, for both. One by one they are timm's functions, which are Pillow's. On batches they follow
-Pillow's rules in torch, on any device; every operation that timm's `rand` words can select has its rule:
+In both cases timm draws the operations. On single images they are timm's own functions, which use Pillow. On batches
+they are written in torch by Pillow's rules, for every operation that timm's `rand` words can select:
 
     equal to Pillow: AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd, Brightness, Contrast, Color,
         Sharpness
@@ -23,19 +23,19 @@ from timm.data import create_transform
 from torch import Tensor
 
 GREY_LEVELS = Image.frombytes("L", (256, 1), bytes(range(256)))
-# Decimals of interpolated values are cut off; in 32 bits a sum may lack this much to the whole number it stands for.
+# Interpolated values are cut to whole numbers; in 32 bits, a sum may be this much below the number that it should be.
 ROUNDING = 2**-12
 
 
 class Operation(NamedTuple):
-    """One operation of an image: timm's name, such as ShearX, and what it is called with beside the image."""
+    """One operation on an image: timm's name for it, such as ShearX, and its arguments besides the image."""
 
     name: str
     arguments: tuple[float, ...]
 
 
 class RandAugment:
-    """timm's RandAugment for images (H, W) of one size: bicubic, with the mean colour where an image does not reach.
+    """timm's RandAugment for images (H, W) of one size: bicubic, and the mean colour where an image does not reach.
 
     `words` are timm's, as in rand-m9-mstd0.5-inc1; `mean` is a value in 0..1 for each channel.
     """
@@ -64,15 +64,15 @@ class RandAugment:
         return self._drawing([])
 
     def apply_to_image(self, image: Image.Image, operations: Sequence[Operation]) -> Image.Image:
-        """The image after its operations."""
+        """Apply its operations to an image."""
         for name, arguments in operations:
             image = self._functions[name](image, *arguments)
         return image
 
     def apply_to_batch(self, images: Tensor, operations: Sequence[Sequence[Operation]]) -> Tensor:
-        """Change images (N, C, H, W) of 8 bits and 1 or 3 channels, each by its own operations, in place.
+        """Apply to each image of (N, C, H, W), of 8 bits and 1 or 3 channels, its own operations, in place.
 
-        The host knows which images an operation is for, and waits for nothing.
+        The host does not wait for the device.
         """
         for layer in range(max(map(len, operations), default=0)):
             places: dict[Rule, list[int]] = defaultdict(list)
@@ -89,7 +89,7 @@ class RandAugment:
         return images
 
     def _numbers(self, operations: Sequence[Operation], images: Tensor) -> NDArray[Any]:
-        """What a rule takes beside images: a row for each operation."""
+        """The arguments of a rule besides the images: a row for each operation."""
         height, width = images.shape[-2:]
         rows: list[Any] = []
         for operation in operations:
@@ -105,42 +105,42 @@ class RandAugment:
 
 
 def recorded(name: str, operations: list[Operation], *arguments: float, **_: Any) -> list[Operation]:
-    """Stands in for timm's function of an operation, and a list of operations for the image."""
+    """Record an operation instead of applying it: the list of operations takes the place of the image."""
     return [*operations, Operation(name, arguments)]
 
 
 def posterized(
     image: Image.Image, bits: int, *, posterize: Callable[..., Image.Image], **keywords: Any
 ) -> Image.Image:
-    """timm's operation; 0 bits or fewer, which Pillow refuses from release 13 on, leave black as they did before."""
+    """timm's operation, but 0 bits or fewer, which Pillow refuses since release 13, give black as they did before."""
     return posterize(image, bits, **keywords) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def plain_name(operation: Operation) -> str:
-    """The name of what is done to the image: timm has two for some, with different strengths."""
+    """The name of the operation without timm's suffix, which only says how strengths grow."""
     return operation.name.removesuffix("Increasing")
 
 
 def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    """The values as a tensor there; the copy does not wait."""
+    """The values as a tensor on a device, without waiting for the copy."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @lru_cache(maxsize=1024)
 def table(function: Callable[..., Image.Image], *arguments: float) -> NDArray[np.uint8]:
-    """What becomes of each of the 256 grey levels."""
+    """What the function makes of each of the 256 grey levels."""
     return np.frombuffer(function(GREY_LEVELS, *arguments).tobytes(), np.uint8)
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Each value (K, C, H, W) replaced by the one at its place in the table (K, 256) or (K, C, 256)."""
+    """Replace each value (K, C, H, W) by its entry in a table (K, 256) or (K, C, 256)."""
     tables = tables.byte().view(len(images), -1, 256).expand(-1, images.shape[1], -1)
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """Each channel's values spread, so that they reach from 0 to 255."""
+    """Spread the values of each channel, so that they reach from 0 to 255."""
     lowest, highest = (values.double()[..., None] for values in images.flatten(2).aminmax(dim=2))
     levels = torch.arange(256, device=images.device)
     scale = highest.new_full((1,), 255) / (highest - lowest)  # a plain 255 would be multiplied by the reciprocal
@@ -149,7 +149,7 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, _: Tensor) -> Tensor:
-    """Each channel's values spread, so that all are about equally frequent."""
+    """Spread the values of each channel, so that all are about equally frequent."""
     values = images.flatten(2).long()
     ones = values.new_ones(1, 1, 1).expand_as(values)
     counts = values.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, ones)
@@ -161,19 +161,19 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """The distance of every value from the image's mean grey level multiplied."""
+    """Multiply the distance of every value from the image's mean grey level."""
     pixels = images[0, 0].numel()
     total = grey(images).sum(dim=(1, 2, 3), keepdim=True)
     return blend((2 * total + pixels) // (2 * pixels), images, factors)  # the mean, rounded half up
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
-    """The distance of every value from the pixel's grey level multiplied."""
+    """Multiply the distance of every value from the pixel's grey level."""
     return blend(grey(images), images, factors)
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """The distance of every value from the mean of its surroundings multiplied; the outermost pixels stay."""
+    """Multiply the distance of every value from the mean of its surroundings; the outermost pixels stay."""
     values = images.short()
     rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * values[:, :, 1:-1, 1:-1]
@@ -190,16 +190,17 @@ def grey(images: Tensor) -> Tensor:
 
 
 def blend(plain: Tensor, images: Tensor, factors: Tensor) -> Tensor:
-    """From the plain images' values by `factors` (K, 1) of the way to the images', and beyond where above 1."""
+    """Go from the plain images' values `factors` (K, 1) of the way to the images', or beyond them if above 1."""
     plain = plain.float()
     return ((images - plain) * factors.float().view(-1, 1, 1, 1) + plain).clamp_(0, 255).byte()
 
 
 def resample(images: Tensor, numbers: Tensor, axes: str) -> Tensor:
-    """Images (K, C, H, W) as an affine map draws them, by bicubic interpolation along x, y or both.
+    """Map images (K, C, H, W) by affine maps, with bicubic interpolation along `axes`: x, y or xy.
 
-    `numbers` (K, 8 + C) are, for x and for y in the image: factors of x and y in the result and a shift, in pixels,
-    and the image's size; then the colour outside. Edges repeat; the cubic kernel's slope is -1 at a distance of 1.
+    `numbers` (K, 8 + C) hold, for x and then for y in the image, the factors of x and y in the result, a shift in
+    pixels and the image's size; then the colour outside. Edges repeat; the cubic kernel's slope is -1 at a distance
+    of 1.
     """
     height, width = images.shape[-2:]
     maps = numbers[:, :8].view(-1, 2, 4, 1, 1)
@@ -222,7 +223,7 @@ def resample(images: Tensor, numbers: Tensor, axes: str) -> Tensor:
 
 
 def cubic_weights(fraction: Tensor) -> Tensor:
-    """The weights (K, 2, 4, H, W) of the four values around a place, which is this fraction beyond the second."""
+    """The weights (K, 2, 4, H, W) of the four values around a place that lies this fraction beyond the second one."""
     rest = 1 - fraction
     product = fraction * rest
     inner, outer = 1 + product, -product

@@ -1,8 +1,8 @@
-"""Which process gets which images when: a function of seed, epoch and step.
+"""Which process gets which images at which step, as a function of seed and epoch.
 
-A global batch is the same for any number of processes and accumulation steps, and its images i and B - 1 - i always
-stand at mirrored places of one micro-batch: mixup, which mixes a micro-batch with its reverse, then mixes the same
-images. An incomplete last batch of an epoch is left out.
+A global batch of B images is the same for any number of processes and accumulation steps. Its images i and B - 1 - i
+always stand at mirrored places of one micro-batch, so that mixup, which mixes a micro-batch with its reverse, always
+mixes the same images. An incomplete last batch of an epoch is left out.
 """
 
 import random
@@ -15,16 +15,39 @@ import torch
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
-from recipes.config import BatchPlan, TrainConfig, too_large_a_batch
+from recipes.config import TrainConfig
 from recipes.data.sources import Split
+from recipes.data.splits import too_large_a_batch
 from recipes.data.streams import ImageStream
 from recipes.data.transforms import LANE, ORDER, seed_of
+from recipes.parsing import ConfigError
 
 MOST_LANES = 16
 
 
+class BatchPlan(NamedTuple):
+    """How one process works through its part of a global batch."""
+
+    per_device: int  # images in one forward pass
+    accumulation: int  # forward passes per optimizer step
+
+
+def batch_plan(global_batch: int, processes: int, max_per_device: int | None = None) -> BatchPlan:
+    """Split a global batch into equal parts of at most `max_per_device` images, an even number for mixup's pairs."""
+    part, unit = global_batch // processes, 2 * processes
+    if global_batch % unit:
+        below = global_batch // unit * unit
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        problem = f"global_batch {global_batch} does not split over {processes} processes into equal, even parts"
+        raise ConfigError({"global_batch": f"{problem}; allowed: a multiple of {unit}, such as {nearest}"})
+    accumulation = -(-part // (max_per_device or part))
+    while part % (2 * accumulation):  # two images in each pass always work
+        accumulation += 1
+    return BatchPlan(part // accumulation, accumulation)
+
+
 class Key(NamedTuple):
-    """What a worker gets told of an image: where it stands, and for streams the image itself."""
+    """What a worker needs to know of an image: its epoch and place, and in streams the image itself."""
 
     epoch: int
     place: int
@@ -32,7 +55,10 @@ class Key(NamedTuple):
 
 
 class TrainingOrder(ABC):
-    """Keys of one process's micro-batches of `size` images, from `start` = (epoch, step) to the end of training."""
+    """The keys of one process's micro-batches from a split of `size` images.
+
+    Iterating gives them from `start` = (epoch, step), which may be set, to the end of training.
+    """
 
     def __init__(self, size: int, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
         if config.global_batch > size:
@@ -57,11 +83,11 @@ class TrainingOrder(ABC):
 
     @abstractmethod
     def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
-        """For each step number i -> images i and B - 1 - i of the global batch; those of this process at least."""
+        """For each step, i -> the images i and B - 1 - i of the global batch, at least for this process's i."""
 
 
 class TableOrder(TrainingOrder):
-    """A new order of all images in every epoch."""
+    """All images in a new order in every epoch."""
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[dict[int, tuple[Key, Key]]]:
         generator = torch.Generator().manual_seed(seed_of(self._config.seed, epoch, ORDER))
@@ -74,11 +100,11 @@ class TableOrder(TrainingOrder):
 
 
 class StreamOrder(TrainingOrder):
-    """Shards in a new order in every epoch, cut into lanes of one length that are read side by side.
+    """Shards in a new order in every epoch, divided into lanes of equal length that are read side by side.
 
     Every lane gives the same number of pairs to each global batch, always at the same places, so a process reads only
-    the lanes that its places belong to. Where the sizes of the shards are not known (on the Hub) there is one lane,
-    which every process reads. Lanes are mixed by buffers, of `data.shuffle_buffer` images over all lanes.
+    the lanes of its own places. If the sizes of the shards are not known (on the Hub), there is one lane, which every
+    process reads. A buffer mixes the images of each lane; the buffers hold `data.shuffle_buffer` images together.
     """
 
     def __init__(self, split: ImageStream, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> None:
@@ -114,7 +140,7 @@ class StreamOrder(TrainingOrder):
             yield Key(epoch, place, encoded)
 
     def _cut(self, start: int, shards: Sequence[int]) -> Iterator[Encoded]:
-        """One lane: `start` is its first image in the shards one after the other."""
+        """The images of one lane, which begins at image `start` of the shards laid end to end."""
         left = self._length
         for shard in shards:
             if self._split.shard_sizes is not None and start >= self._split.shard_sizes[shard]:
@@ -126,19 +152,19 @@ class StreamOrder(TrainingOrder):
             start = 0
             if left == 0:
                 return
-        expected = f"{self.size} are expected (data.train_size, or what the source tells)"
+        expected = f"{self.size} are expected (data.train_size, or the size that the source states)"
         raise SourceError(f"the training stream ended {left} images before its end: {expected}")
 
 
 def training_order(split: Split, config: TrainConfig, plan: BatchPlan, process: int, processes: int) -> TrainingOrder:
-    """The order of a split of either kind."""
+    """The training order of a table or a stream."""
     if isinstance(split, ImageTable):
         return TableOrder(len(split), config, plan, process, processes)
     return StreamOrder(split, config, plan, process, processes)
 
 
 def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random) -> Iterator[Encoded]:
-    """The stream in an order that is random within about `buffer_size` places."""
+    """Mix a stream, so that its order is random within about `buffer_size` places."""
     stream = iter(stream)
     buffer = list(islice(stream, buffer_size))
     for encoded in stream:
@@ -150,7 +176,7 @@ def mixed(stream: Iterable[Encoded], buffer_size: int, generator: random.Random)
 
 
 class ScoringOrder:
-    """Keys of one process's images: every image once over all processes, none twice."""
+    """The keys of one process's images in batches; over all processes, every image comes exactly once."""
 
     def __init__(self, split: Split, batch_size: int, process: int, processes: int) -> None:
         self._split, self._batch_size = split, batch_size

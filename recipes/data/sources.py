@@ -32,7 +32,7 @@ from arm_zoo.images.hub import load_from_hub
 from arm_zoo.images.listing import SourceError, listed
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.labels import drawn, match_labels
 from recipes.data.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
 from recipes.data.streams import DatasetStream, ImageStream, TarStream
@@ -58,20 +58,20 @@ class Source:
 
     @property
     def channels(self) -> int:
-        """3, or 1 for grey images."""
+        """Channels of the images: 3, or 1 for grey images."""
         return len(self.mean)
 
 
 def tell(text: str) -> None:
-    """Log what was taken for granted, once and not in each of several processes."""
+    """Log a note about the images or the machine; of several processes, only the first one does."""
     if text and os.environ.get("RANK", "0") == "0":
         log.warning(text)
 
 
 def open_source(config: DataConfig, labels_needed: bool = True, seed: int = 0) -> Source:
-    """Open what `data.source` and `data.validation` name; without labels every class index is -1.
+    """Open what `data.source` and `data.validation` name; if no labels are needed, every class index is -1.
 
-    The seed decides which images are trained on with `data.labels_per_class`.
+    With `data.labels_per_class`, the seed decides which images are trained on.
     """
     source = _open_source(config, labels_needed)
     if not labels_needed or config.labels_per_class is None:
@@ -83,7 +83,7 @@ def open_source(config: DataConfig, labels_needed: bool = True, seed: int = 0) -
 
 
 def _labelled(images: ImageTable, labels: int, seed: int) -> ImageTable:
-    """So many images of each class, in stored order."""
+    """Keep `labels` images of each class, in stored order."""
     classes, _ = images.classes_and_names()
     numbers = {value: number for number, value in enumerate(dict.fromkeys(classes))}
     places = drawn(torch.tensor([numbers[value] for value in classes]), labels, seed)
@@ -128,12 +128,12 @@ def _open_source(config: DataConfig, labels_needed: bool) -> Source:
         return Source(images, None, names)
     scored = _read(test, test_classes)
     if labels_needed and isinstance(scored, ImageStream) and test.values is None:
-        next(scored.encoded(), None)  # hidden labels are met now, not after the first epoch
+        next(scored.encoded(), None)  # fails now, not after the first epoch, if the labels are hidden
     return Source(images, scored, names)
 
 
 def _read(split: OpenedSplit, classes: Mapping[Any, int] | None, train_size: int | None = None) -> Split:
-    """The images of a split, with the class index of what stands in the label column."""
+    """The images of a split, each with the class index of its label."""
     if not split.in_sequence:
         images: Split = ImageTable(split.data, split.reading(classes))
     else:

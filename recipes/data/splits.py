@@ -1,4 +1,4 @@
-"""A fraction of the training images held out for validation, by a rule that gives the same images on every machine."""
+"""Holding out a fraction of the training images for validation, by a rule that gives the same images everywhere."""
 
 import hashlib
 import os
@@ -8,18 +8,18 @@ from collections.abc import Hashable, Sequence
 from arm_zoo.images.listing import SourceError, images_below, listed, subfolders
 from arm_zoo.images.locate import Located
 
-FRACTION = 0.2  # where labels are needed, and the source has no validation split and the configuration names none
+FRACTION = 0.2  # if labels are needed, the source has no validation split, and the configuration does not name one
 
 
 def validation_fraction(asked: float | str | None, has_own: bool, labels_needed: bool) -> float | None:
-    """The fraction to hold out: asked for by `data.validation`, or needed to score where the source has no split."""
+    """The fraction to hold out, given by `data.validation` or needed to score; None if nothing is held out."""
     if isinstance(asked, float):
         return asked
     return FRACTION if asked is None and labels_needed and not has_own else None
 
 
 def held_out(images: int, fraction: float) -> int:
-    """How many images of a class are held out: of two or more at least one, and never all."""
+    """How many images of a class are held out: at least one of two or more, and never all."""
     return 0 if images < 2 else min(max(int(fraction * images + 0.5), 1), images - 1)
 
 
@@ -35,9 +35,9 @@ def none_to_hold_out(name: str) -> SourceError:
 def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
     """The rows to train on and the rows held out, both in stored order.
 
-    Of each class those are held out whose file names have the smallest hashes. So the split depends on these names
-    alone, not on the run's seed, the machine or the folder's place, and images that are added later move few others.
-    Of equal file names within a class, the first rows are held out.
+    In each class, the images whose file names have the smallest hashes are held out. So the split depends on the file
+    names alone, not on the run's seed, the machine or the folder's place, and adding images moves few others. Among
+    equal file names in a class, the first rows are held out.
     """
     by_class: dict[Hashable, list[int]] = defaultdict(list)
     for row, label in enumerate(classes):
@@ -50,7 +50,7 @@ def split_rows(classes: Sequence[Hashable], names: Sequence[str], fraction: floa
 
 
 def fewer_training_images(located: Located, needed: int, fraction: float | None, labels_needed: bool) -> int | None:
-    """How many training images a folder has if fewer than `needed`, as far as it counts; None for all else."""
+    """The number of training images in a folder if that is below `needed`; None otherwise, and for other sources."""
     if located.kind != "images" or "train" not in located.splits:
         return None
     [folder] = located.splits["train"]
@@ -61,3 +61,8 @@ def fewer_training_images(located: Located, needed: int, fraction: float | None,
         if total >= needed:
             return None
     return total
+
+
+def too_large_a_batch(global_batch: int, images: int) -> str:
+    """The problem of a step that takes more images than there are."""
+    return f"global_batch is {global_batch}; allowed: up to the {images} training images"

@@ -17,9 +17,9 @@ from arm_zoo.images.tars import Sample, read_samples
 
 
 class ImageStream(ABC):
-    """A split that was opened to be read in sequence; iterating gives (image, class index, name) in stored order."""
+    """A split that is read in sequence; iterating gives (image, class index, name) in stored order."""
 
-    size: int | None  # images in it, None if nobody tells
+    size: int | None  # number of images, None if it is not known
     shard_sizes: Sequence[int] | None = None  # images in each of its shards (files, as a rule), if they can be counted
     num_shards: int
 
@@ -40,7 +40,7 @@ class ImageStream(ABC):
 
     @abstractmethod
     def _rows(self, number: int, first_row: int) -> Iterator[tuple[Any, Any, str]]:
-        """Image, label and name of each of these rows."""
+        """The image, label and name of each of these rows."""
 
 
 class DatasetStream(ImageStream):

@@ -1,4 +1,4 @@
-"""What happens to the pixels of decoded images: cut out, brought to size, and on the device warped and normalised."""
+"""Transforms of decoded images: cropping and resizing, and on the device warping and normalising."""
 
 import hashlib
 import math
@@ -17,20 +17,20 @@ from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, Resize, v2
 
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 
-ORDER, LANE, AUGMENTATION = range(3)  # what a random stream is for
+ORDER, LANE, AUGMENTATION = range(3)  # purposes of random numbers, as parts of the key of `seed_of`
 Transform = Callable[[Tensor], Tensor]  # of one image (C, H, W), uint8
 
 
 def seed_of(*key: int) -> int:
-    """63 random bits for every key, for example (seed, epoch, purpose)."""
+    """A random number of 63 bits for every key, for example (seed, epoch, purpose)."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_global_generators(*key: int) -> None:
-    """Seed those of Python, NumPy and torch (CPU), which transforms draw from."""
+    """Seed the generators of Python, NumPy and torch (CPU), which transforms draw from."""
     number = seed_of(*key)
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
@@ -55,7 +55,7 @@ def cropped(
     size: Sequence[int],
     interpolation: InterpolationMode = InterpolationMode.BICUBIC,
 ) -> Tensor:
-    """A part (top, left, height, width) of an image (C, H, W) of 8 bits, brought to a size with antialiasing."""
+    """Crop a box (top, left, height, width) of an image (C, H, W) of 8 bits, and resize it with antialiasing."""
     top, left, height, width = box
     part = image[None, :, top : top + height, left : left + width]
     part = part.contiguous(memory_format=torch.channels_last)  # the layout that is resized fastest
@@ -65,15 +65,15 @@ def cropped(
 def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
     """timm's evaluation transform of a model's data configuration, for tensors of 8 bits, without normalising.
 
-    Sizes and places are timm's; the resizing is torchvision's for tensors, which rounds otherwise than Pillow's.
+    Sizes and places are timm's; the resize is torchvision's for tensors, which rounds differently from Pillow's.
     """
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean")
     timms = create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
-    return Compose([on_tensors(step) for step in timms.transforms[:-1]])  # without the conversion to a tensor
+    return Compose([on_tensors(step) for step in timms.transforms[:-1]])  # the last step converts to a tensor
 
 
 def on_tensors(step: Any) -> Transform:
-    """A step of timm's evaluation transform, without the detour over 32 bits that those for tensors take."""
+    """A step of timm's evaluation transform that keeps tensors in 8 bits, where timm's own would use 32."""
     if isinstance(step, Resize):
         return v2.Resize(step.size, step.interpolation)
     if isinstance(step, ResizeKeepRatio):
@@ -95,7 +95,7 @@ def pad_and_crop(step: CenterCropOrPad, image: Tensor) -> Tensor:
 
 
 class Normalisation:
-    """Images (N, C, H, W), 8 bits or float32 in 0..1 (changed in place), as float32 of mean 0 and deviation 1."""
+    """Normalises images (N, C, H, W), of 8 bits or float32 in 0..1 (changed in place), to mean 0 and deviation 1."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self._mean, self._std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
@@ -109,7 +109,7 @@ def warp(images: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
     """Rotate, zoom and shift images (N, C, H, W) by draws (N, 4) from -1..1, each times its largest value."""
     rotation, zoom, shift_x, shift_y = draws.unbind(1)
     angle = rotation * math.radians(config.max_rotation)
-    scale = 1 / (1 + zoom * config.max_zoom)  # 1 over: the matrix maps output places to input places
+    scale = 1 / (1 + zoom * config.max_zoom)  # the inverse, as the matrix maps places in the output to the input
     cos, sin = scale * angle.cos(), scale * angle.sin()
     reach = 2 * config.max_shift  # affine_grid's coordinates run from -1 to 1 over the side
     rows = [torch.stack([cos, -sin, shift_x * reach], dim=-1), torch.stack([sin, cos, shift_y * reach], dim=-1)]

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: name each once, and stop a run that has too many of them."""
+"""Images that cannot be decoded: each is named once, and too many of them stop the run."""
 
 import logging
 from collections.abc import Iterable
@@ -7,20 +7,21 @@ from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError
 
 log = logging.getLogger(__name__)
-FRACTION, IMAGES = 0.001, 3  # that are tolerated where `data.max_undecodable` says nothing: the larger of the two
+FRACTION, IMAGES = 0.001, 3  # the default of `data.max_undecodable`: the larger of the two
 
 
 def name_once(lines: Iterable[str], named: set[str]) -> None:
-    """Log the damaged images that are not yet among the named, and add them."""
+    """Log the damaged images that are not in `named` yet, and add them to it."""
     for line in sorted(set(lines) - named):
         log.warning("skipped: %s", line)
         named.add(line)
 
 
 def check_undecodable(undecodable: int, images: int, purpose: str, limit: float | None) -> None:
-    """Stop if none of the images, for a purpose such as "training", can be decoded, or if too large a fraction cannot.
+    """Raise if none of the images can be decoded, or if too large a fraction cannot.
 
-    The limit None stands for 0.001, but at least 3 images, so that a damaged one does not stop a run on a few dozen.
+    `purpose` is a word for messages, such as "training". The limit None stands for 0.001, but at least 3 images, so
+    that one damaged image does not stop a run on a few dozen.
     """
     if undecodable >= images:
         raise RunError(f"none of the {images} {purpose} images can be decoded; the log names them")

@@ -1,7 +1,7 @@
 """Two views of each training image, made as MoCo v3 makes them: cropped, changed in colour, blurred, flipped.
 
-Crop, flip and what `recipes.data.finishing` does later are those of the configuration. The rest is Pillow's work, as
-in the authors' code. Only the bilinear resizing is torchvision's for tensors, which rounds otherwise than Pillow's.
+Crop, flip and what `recipes.data.finishing` does later follow the configuration. Pillow does the rest, as in the
+authors' code. Only the bilinear resize is torchvision's for tensors, which rounds differently from Pillow's.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from torchvision.transforms.functional import (
     to_pil_image,
 )
 
-from recipes.config import DataConfig
 from recipes.data.batches import AugmentedImages, Loaded, places
+from recipes.data.config import DataConfig
 from recipes.data.draws import Drawing, Draws, random_bits
 from recipes.data.sampling import Key
 from recipes.data.sources import Source
@@ -31,7 +31,7 @@ from recipes.data.transforms import cropped, seed_of
 
 
 class Pipeline(NamedTuple):
-    """With what probability a view is blurred, and solarised."""
+    """The probabilities that a view is blurred, and solarised."""
 
     blur: float
     solarise: float
@@ -42,7 +42,7 @@ JITTER, GREY = 0.8, 0.2  # probabilities, in both views
 THRESHOLD = 128  # from which on solarising inverts values
 SIGMAS = (0.1, 2.0)  # of the blur, in pixels of an image of 224: scaled for others, as small ones would be wiped out
 SIDE = 224
-# What colour jitter does, in an order that is drawn, and between which factors (of hue: shifts).
+# The adjustments of colour jitter, made in random order: function, smallest and largest factor (for hue: shift).
 Adjustment = tuple[Callable[[Image.Image, float], Image.Image], float, float]
 ADJUSTMENTS: tuple[Adjustment, ...] = (
     (adjust_brightness, 0.6, 1.4),
@@ -50,14 +50,14 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
     (adjust_saturation, 0.8, 1.2),
     (adjust_hue, -0.1, 0.1),
 )
-# What the numbers of a view are for: the strength and the place of each adjustment, then the single ones.
+# Which random numbers of a view are for what: strength and place of each adjustment, then single numbers.
 STRENGTHS, PLACES = slice(0, 4), slice(4, 8)
 IS_JITTERED, IS_GREY, IS_BLURRED, SIGMA, IS_SOLARISED, NUMBERS = range(8, 14)
 ARRAYS = [name for name in Draws._fields if name != "operations"]
 
 
 class TwoViews(AugmentedImages):
-    """Training images whose batches hold the first views of all, then the second ones."""
+    """Makes batches of training images that hold the first views of all images, then the second views."""
 
     def __init__(self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
         super().__init__(source, config, image_size, seed)
@@ -65,7 +65,7 @@ class TwoViews(AugmentedImages):
         self._drawings = [Drawing(config, image_size, source.mean, own) for own in self._seeds]
 
     def batch(self, keys: Sequence[Key]) -> Loaded:
-        """Decode a batch; in place of an image that cannot be decoded comes the next one."""
+        """Decode a batch; the next image takes the place of one that cannot be decoded."""
         epoch, indices, undecodable = keys[0].epoch, [key.place for key in keys], list[str]()
         draws = [drawing(epoch, indices) for drawing in self._drawings]
         numbers = [drawn(own, epoch, indices) for own in self._seeds]
@@ -82,13 +82,13 @@ class TwoViews(AugmentedImages):
 
 
 def drawn(seed: int, epoch: int, indices: Sequence[int]) -> NDArray[np.float64]:
-    """The numbers in 0..1 (images, NUMBERS) of a view, apart from those of `Drawing`."""
+    """Random numbers in 0..1 for a view, (images, NUMBERS), independent of those of `Drawing`."""
     bits = random_bits(seed_of(seed, NUMBERS), epoch, indices, NUMBERS)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def changed(image: Tensor, pipeline: Pipeline, numbers: NDArray[np.float64]) -> Tensor:
-    """An image (C, H, W) of 8 bits and 1 or 3 channels after what stands between crop and flip."""
+    """Change the colours of an image (C, H, W) of 8 bits and 1 or 3 channels, then blur and solarise it."""
     picture: Any = to_pil_image(image)
     if numbers[IS_JITTERED] < JITTER:
         for place in np.argsort(numbers[PLACES]):
@@ -105,6 +105,6 @@ def changed(image: Tensor, pipeline: Pipeline, numbers: NDArray[np.float64]) -> 
 
 
 def joined(first: Draws, second: Draws) -> Draws:
-    """The draws of the first views, then those of the second ones."""
+    """Join the draws of the first views with those of the second views."""
     arrays = {name: np.concatenate([getattr(draws, name) for draws in (first, second)]) for name in ARRAYS}
     return Draws(operations=first.operations + second.operations, **arrays)

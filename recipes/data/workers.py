@@ -1,10 +1,10 @@
-"""The processes that decode images for a run: what they do with signals, how their failures are told, how they end.
+"""The worker processes that decode images for a run: how they treat signals, report failures and end.
 
-torch's own loader leaves four things to do. It raises for a dead worker from a signal handler, at any place in the
-training; here it is found where the run waits for images, so that several processes stop together. It waits without
-end for the rest of a batch whose worker dies while it sends it; here what is sent is short. It sends the traceback of
-a worker as message; here the message is the error's. And it waits without end for workers that do not obey SIGTERM, as
-ours must not; here they are killed when the program ends.
+torch's own loader has four gaps that this module fills. It reports a dead worker from a signal handler, at any point
+of the training; here the death is found where the run waits for images, so that several processes stop together. It
+waits forever for the rest of a batch whose worker dies while sending; here a worker sends little. Its message for an
+error in a worker is a traceback; here it is the error's message. And it waits forever for workers that ignore SIGTERM,
+as ours have to; here they are killed when the program ends.
 """
 
 import atexit
@@ -30,15 +30,15 @@ from recipes.signals import stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
 BatchT = TypeVar("BatchT")  # a tuple or a dataclass, of tensors and other values
-DYING = 1.0  # seconds between a worker's last sign, such as a broken connection, and its end
+DYING = 1.0  # seconds that a worker may take to end after its last sign, such as a broken connection
 started: WeakSet[BaseProcess] = WeakSet()  # all workers of this program
 
 
 class Packed(Generic[BatchT]):
-    """A batch in shared memory as a whole, so that what goes through the pipe to the run is short.
+    """A batch that is in shared memory as a whole, so that little goes through the pipe to the run.
 
-    torch would put its tensors there on the way, where an error loses them, and write all else into the pipe, which
-    may be more than a pipe holds.
+    torch would move its tensors to shared memory while sending, where an error would lose them, and write all else
+    into the pipe, which might be more than a pipe holds.
     """
 
     def __init__(self, batch: BatchT) -> None:
@@ -56,7 +56,7 @@ class Packed(Generic[BatchT]):
             raise RunError(f"a batch does not fit into shared memory: {error}; try {ways}") from error
 
     def pin_memory(self) -> "Packed[BatchT]":
-        """What torch's loader calls for a GPU."""
+        """Pin the tensors; torch's loader calls this for a GPU."""
         self._tensors = [tensor.pin_memory() for tensor in self._tensors]
         return self
 
@@ -67,7 +67,7 @@ class Packed(Generic[BatchT]):
 
 
 class TensorPickler(pickle.Pickler):
-    """Pickles all but tensors, which it collects."""
+    """Pickles everything but tensors, which it collects."""
 
     def __init__(self, file: BytesIO) -> None:
         super().__init__(file)
@@ -94,13 +94,13 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
-    """Batches whose errors do not leave a worker as exceptions: those would bring their traceback as message."""
+    """Makes batches; in a worker, errors are returned, as torch would turn raised ones into tracebacks."""
 
     def __init__(self, make_batch: Callable[[Sequence[KeyT]], BatchT]) -> None:
         self._make_batch = make_batch
 
     def __getitem__(self, keys: Sequence[KeyT]) -> BatchT | Packed[BatchT] | Exception:
-        """A batch, in a worker packed; or there what prevented it."""
+        """A batch; in a worker, the packed batch or the error that prevented it."""
         if get_worker_info() is None:
             return self._make_batch(keys)
         try:
@@ -113,7 +113,7 @@ class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
 
 
 class WorkerLoader(Generic[KeyT, BatchT]):
-    """torch's loader over whole batches: `make_batch` makes one of its keys. Workers stay for the next pass."""
+    """torch's loader over whole batches, which `make_batch` makes of keys; its workers stay for the next pass."""
 
     def __init__(
         self, make_batch: Callable[[Sequence[KeyT]], BatchT], order: Iterable[list[KeyT]], workers: int, pin: bool
@@ -145,9 +145,9 @@ class WorkerLoader(Generic[KeyT, BatchT]):
             yield batch.unpacked() if isinstance(batch, Packed) else batch
 
     def _begin(self) -> Iterator[BatchT | Packed[BatchT] | Exception]:
-        """A pass of torch's loader, whose workers start with the first one."""
+        """Begin a pass of torch's loader; the first pass starts the workers."""
         before = set(multiprocessing.active_children())
-        waiting = stop_ends_waiting() if self._workers else nullcontext()  # their start must not be torn apart
+        waiting = stop_ends_waiting() if self._workers else nullcontext()  # starting workers must not be interrupted
         try:
             with no_child_handler(), waiting, nothing_collected_by_children():
                 return iter(self._loader)
@@ -174,15 +174,15 @@ def death(worker: BaseProcess) -> str:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Schedulers and Ctrl-C signal every process; the training process decides when its workers end."""
+    """Ignore the signals that schedulers and Ctrl-C send to every process: the training process ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers(workers: Collection[BaseProcess] = started) -> None:
-    """Kill workers whose loader is gone, or all at the end: torch and Python send SIGTERM, which they ignore."""
-    alive = set(workers).intersection(multiprocessing.active_children())  # in another process's copy there are none
+    """Kill the workers of a loader that is gone, or all workers at the end, as they ignore the SIGTERM of torch."""
+    alive = set(workers).intersection(multiprocessing.active_children())  # a forked copy of this process has none
     with no_child_handler():
         for worker in alive:
             worker.kill()
@@ -192,9 +192,9 @@ def end_workers(workers: Collection[BaseProcess] = started) -> None:
 
 @contextmanager
 def nothing_collected_by_children() -> Iterator[None]:
-    """Keep processes that are forked in the block from collecting this one's garbage, such as streams of CUDA.
+    """Keep processes that are forked in the block from collecting this one's garbage, such as CUDA streams.
 
-    Only the process that made those can free them; another one would be aborted.
+    Only the process that made those can free them; any other would be aborted.
     """
     gc.freeze()
     try:
@@ -205,8 +205,8 @@ def nothing_collected_by_children() -> Iterator[None]:
 
 @contextmanager
 def no_child_handler() -> Iterator[None]:
-    """Suspend the SIGCHLD handler during the block: torch's raises at whatever line is running."""
-    if threading.current_thread() is not threading.main_thread():  # which alone has handlers
+    """Suspend the SIGCHLD handler during the block: torch's handler raises at whatever line is running."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -1,6 +1,6 @@
 """Attentive probe: AIM's head (arXiv:2401.08541) on the patches of the last block.
 
-The head is AIM's; how it is trained here is not, as the kept patches are those of images without augmentation.
+The head is AIM's, its training here is not: the patches that are kept come from images without augmentation.
 """
 
 import torch
@@ -16,12 +16,12 @@ from recipes.probing.outputs import PATCHES
 from recipes.probing.scores import Score
 
 BATCH = 256
-RATE = 1e-3  # at the start, of AdamW; it falls to zero as a cosine does
+RATE = 1e-3  # AdamW's at the start; it falls to zero along a cosine
 WEIGHT_DECAY = 0.1
 
 
 def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
-    """Of a head after all epochs; none where the model gives no patches, which is told."""
+    """Score a head after its training; no score, but a note in the log, if the model gives no patches."""
     if PATCHES not in train.arrays:
         tell("the model gives no patches: there is no attentive probe of it")
         return []
@@ -32,7 +32,7 @@ def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.
 
 
 def decodable(split: Extracted) -> Tensor:
-    """Places of the images that have features; patches may be more than memory holds, so they stay where they are."""
+    """The places of the images that have features; patches, which may not fit into memory, stay on the disk."""
     return torch.arange(len(split.classes)) if split.rows is None else split.rows
 
 
@@ -42,7 +42,7 @@ def batch_of(split: Extracted, places: Tensor, device: torch.device) -> tuple[Te
 
 
 def fit(train: Extracted, epochs: int, seed: int, device: torch.device) -> AttentiveClassifier:
-    """A head that saw every training image once in each epoch: AdamW, cosine decay."""
+    """Train a head by AdamW with cosine decay; it sees every training image once in each epoch."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = AttentiveClassifier(train.width, int(train.classes.max()) + 1).to(device)
@@ -64,7 +64,7 @@ def fit(train: Extracted, epochs: int, seed: int, device: torch.device) -> Atten
 
 @torch.inference_mode()
 def right(head: AttentiveClassifier, test: Extracted, device: torch.device) -> int:
-    """How many images get their class."""
+    """The number of images that the head classifies correctly."""
     count = 0
     for places in decodable(test).split(BATCH):
         patches, classes = batch_of(test, places, device)

@@ -15,19 +15,19 @@ from recipes.probing.config import ProbeConfig
 
 
 class Frozen(NamedTuple):
-    """A model that gives pooled features, and what is known of it."""
+    """A model whose features are scored, and what is known of its weights."""
 
     model: Any  # an nn.Module whose attributes type checkers do not know
-    inputs: dict[str, Any]  # how images are prepared, with mean and std where the weights tell those of the training
-    file: Path | None  # that the weights were read from
-    weights: str  # what tables call them
+    inputs: dict[str, Any]  # how images are prepared, with the training's mean and std where the weights tell them
+    file: Path | None  # the file that the weights were read from
+    weights: str  # the name of the weights in tables
 
 
 def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
-    """A model with its weights; RunError if there is none of that name, or if it does not take the arguments.
+    """Load a model; RunError if there is none of that name, or if it does not take the arguments.
 
-    The weights are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or
-    "hf-hub:ORG/NAME"; with `config.untrained` an entry, whose weights are drawn at random instead.
+    `weights` are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or
+    "hf-hub:ORG/NAME". With `config.untrained` they are an entry, whose weights are drawn at random instead.
     """
     known, entry = list_entries(), str(weights) if config.untrained else config.model
     if entry and entry not in known:
@@ -35,7 +35,7 @@ def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
     names = (config.model, weights) if config.model else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
     own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
-    torch.manual_seed(config.seed)  # pretraining has no class token: that of the backbone is new
+    torch.manual_seed(config.seed)  # a backbone made of a pretraining model may get a new class token
     size, said = {"img_size": own["img_size"]} if own else {}, dict[str, Any]()
     model: Any
     file, called = None, "untrained"
@@ -51,11 +51,11 @@ def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
             "with values as it takes them"
         ) from error
     inputs = resolve_model_data_config(model)
-    channels, *sides = inputs["input_size"]  # of the configuration, where timm does not put what it is asked for
+    channels, *sides = inputs["input_size"]  # of timm's configuration, which the arguments below do not change
     asked = config.model_args.get("in_chans", channels), *to_2tuple(config.model_args.get("img_size", sides))
     inputs["input_size"] = asked
     if own := said.get("pretraining_model"):
         inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
-    if own or (weights.exists() and not said) or channels != asked[0]:  # an entry's own configuration tells them
+    if own or (weights.exists() and not said) or channels != asked[0]:  # else those of the configuration are right
         del inputs["mean"], inputs["std"]
     return Frozen(model, inputs, file, called)

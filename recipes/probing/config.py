@@ -1,18 +1,19 @@
-"""What `python -m recipes.probe` takes as `key=value`."""
+"""The settings that `python -m recipes.probe` takes as `key=value`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recipes.config import ABOVE_ZERO, ONE_OR_MORE, SEED, Config, DataConfig
-from recipes.parsing import limited
+from recipes.config import Config
+from recipes.data.config import DataConfig
+from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, SEED, limited
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Config):
-    """Where images come from, how they are scored, and where features and scores are written."""
+    """Where images come from, how features are scored, and where features and scores are written."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: str = ""  # a timm entry, for a bare file of weights; folders tell theirs, which must be it
+    model: str = ""  # a timm entry, needed with a bare file of weights; folders name their own, which must be the same
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     untrained: bool = False  # weights drawn at random from the seed, in place of an entry's own
     output: str = limited("probe.json", ("a .json or .csv file to write to, as in output=probe.json", bool))
@@ -21,8 +22,8 @@ class ProbeConfig(Config):
     device: Literal["auto", "cpu"] = "auto"
     batch: int = limited(256, ONE_OR_MORE)  # images per forward pass
     protocols: str = limited("knn,linear", ("names joined by commas, as in protocols=knn,linear, or all", bool))
-    # Which features the protocols take that do not try several: those that the model itself pools, the class token,
-    # or the average of all patches; of the last block, or of the last four side by side.
+    # The features for the protocols that do not choose theirs: those that the model itself pools, the class token, or
+    # the average of all patches, of the last block or of the last four side by side.
     features: Literal["pooled", "token", "average", "token_last4", "average_last4"] = "pooled"
     neighbours: int | None = limited(None, ONE_OR_MORE)  # of k-NN; null: 10, and 20
     temperature: float = limited(0.07, ABOVE_ZERO)  # of k-NN

@@ -1,4 +1,4 @@
-"""The features of a data set: extracted once, by one process or several, and kept for the next command."""
+"""The features of a data set: they are extracted once, by one process or several, and kept on the disk."""
 
 import hashlib
 import os
@@ -35,27 +35,27 @@ LISTED_AT_ONCE = 1000  # rows of a table
 
 
 class Extracted(NamedTuple):
-    """All that was extracted of one split."""
+    """The features of one split."""
 
     arrays: dict[str, Tensor]  # (N, ...), in memory or on the disk, see `outputs`
     classes: Tensor  # (N,)
-    rows: Tensor | None  # of those that could be decoded; None: all
-    skipped: int  # images that could not
-    width: int  # of one block's features
-    purpose: str  # of the split, for messages
+    rows: Tensor | None  # the images that could be decoded; None: all
+    skipped: int  # number of images that could not
+    width: int  # width of one block's features
+    purpose: str  # a word for the split in messages
 
     @property
     def images(self) -> int:
-        """How many could be decoded."""
+        """The number of images that could be decoded."""
         return len(self.classes if self.rows is None else self.rows)
 
     @property
     def names(self) -> list[str]:
-        """Of the features that `of` gives."""
+        """The names of the features that `of` can give."""
         return [name for name, (array, _) in FEATURES.items() if array in self.arrays]
 
     def of(self, name: str) -> Features:
-        """Features by their name, a key of FEATURES or PATCHES; RunError if some are not finite numbers."""
+        """Features by name, a key of FEATURES or PATCHES; RunError if some are not finite numbers."""
         array, whole = FEATURES.get(name, (name, True))
         values, classes = self.arrays[array], self.classes
         if self.rows is not None:
@@ -68,9 +68,9 @@ class Extracted(NamedTuple):
 
 
 def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
-    """Arrays of every image that can be decoded, without augmentation: from the cache as far as they are there.
+    """Extract the features of every image that can be decoded, without augmentation, unless the cache has them.
 
-    All processes must call it. Streams, which tell no listing, are read by each process, and not kept.
+    All processes must call this. A stream, whose images cannot be listed, is read by every process and not cached.
     """
     config = extractor.config
     if not isinstance(split, ImageTable):
@@ -82,7 +82,7 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
         store = Store(Path(config.cache), made_of, len(split), extractor.rows)
         state, missing = PartialState(), store.missing()
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
-        own = batches[state.process_index :: state.num_processes]  # whatever others have written meanwhile
+        own = batches[state.process_index :: state.num_processes]
         todo = [[Key(0, place, None) for place in batch] for batch in own if missing[batch].any()]
         written = list[tuple[float, int]]()
         for batch, values in extractor(split, todo, purpose):
@@ -101,9 +101,9 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
 
 
 def steady_speed(written: Sequence[tuple[float, int]]) -> float | None:
-    """Images per second of the second half of batches, (seconds, images) each; None of fewer than four.
+    """Images per second over the second half of the batches, each (time, images); None for fewer than four batches.
 
-    In the first half kernels are compiled, while images are loaded in advance.
+    During the first half, kernels are compiled while images are loaded in advance.
     """
     if len(written) < 4:
         return None
@@ -112,19 +112,19 @@ def steady_speed(written: Sequence[tuple[float, int]]) -> float | None:
 
 
 class Extractor:
-    """A model that makes arrays of images, whichever split they are of."""
+    """Extracts features from the images of any split by a model."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], config: ProbeConfig, names: Sequence[str]) -> None:
         self._model, self._inputs, self.config = model, inputs, config
         self._device = next(model.parameters()).device
         self._half = self._device.type == "cuda"
         found = shapes(model, inputs["input_size"])
-        self.rows = {name: found[name] for name in names}  # name of each array -> shape of one image's part
-        self.width = found.get(PATCHES, found["pooled"])[-1]  # of one block's features
+        self.rows = {name: found[name] for name in names}  # name of each array -> shape of one image's row
+        self.width = found.get(PATCHES, found["pooled"])[-1]  # width of one block's features
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All that decides on the features, but for the images."""
+        """All that decides the features besides the images."""
         model: Any = self._model
         return {
             "model": getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__,
@@ -140,9 +140,9 @@ class Extractor:
     def __call__(
         self, split: Split, order: Iterable[list[Key]], purpose: str
     ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        """Batches without the images that cannot be decoded, and their arrays in float32, none without images.
+        """Give each batch, without the images that cannot be decoded, and its features in float32.
 
-        A GPU works on the next batch while the caller has this one.
+        A batch without images has no features. A GPU works on the next batch while the caller has this one.
         """
         images = Images(split, scoring_transform(self._inputs))
         loader = WorkerLoader(images.batch, order, self.config.data.workers, self._half)
@@ -158,7 +158,7 @@ class Extractor:
             yield batch, values
 
     def _begin(self, batch: Batch, normalise: Normalisation) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """Arrays in the CPU's memory, and what tells that a GPU has made them."""
+        """Begin to extract features into the CPU's memory; the event says when a GPU has done it."""
         if len(batch.classes) == 0:
             return {}, None
         ready = batch.ready(self._device, normalise)
@@ -169,20 +169,20 @@ class Extractor:
 
 
 def gathered(batches: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Arrays and classes of all batches of a stream, and how many images could not be decoded."""
+    """The features and classes of all batches of a stream, and how many images could not be decoded."""
     arrays, classes, skipped = defaultdict[str, list[Tensor]](list), [torch.empty(0, dtype=torch.long)], 0
     for batch, values in batches:
         skipped += len(batch.undecodable)
         classes.append(batch.classes)
         for name, part in values.items():
-            arrays[name].append(part.clone())  # out of memory that is pinned for copies from a GPU
+            arrays[name].append(part.clone())  # not in the memory that is pinned for copies from a GPU
     return {name: torch.cat(parts) for name, parts in arrays.items()}, torch.cat(classes), skipped
 
 
 def listed(table: ImageTable) -> tuple[str, Tensor]:
-    """SHA-256 of what tells images apart without decoding them, and their classes, (N,).
+    """A SHA-256 that tells sets of images apart without decoding them, and the classes of the images, (N,).
 
-    That is name, class, and size and time of the file; of images within parquet files and the like the bytes.
+    It covers names, classes, and the size and time of each file, or the bytes of images in parquet files and the like.
     """
     digest, classes = hashlib.sha256(), list[int]()
     for start in range(0, len(table), LISTED_AT_ONCE):
@@ -193,7 +193,7 @@ def listed(table: ImageTable) -> tuple[str, Tensor]:
 
 
 def mark(image: Encoded) -> object:
-    """What changes if an image is replaced by another one of the same name."""
+    """A value that changes if an image is replaced by another one of the same name."""
     if isinstance(image.data, bytes):
         return hashlib.sha256(image.data).hexdigest()
     file = image.data.tar if isinstance(image.data, Member) else image.data

@@ -1,7 +1,7 @@
 """Few-shot: the nearest class mean of a few labelled images, SimpleShot's rule (arXiv:1911.04623).
 
-The mean of all training features, for which no labels are needed, is taken out of every feature, which then is brought
-to length one.
+The mean of all training features, which needs no labels, is subtracted from every feature, and the result is scaled to
+length one.
 """
 
 import math
@@ -16,12 +16,12 @@ from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted
 from recipes.probing.scores import CONFIDENCE, Features, Score
 
-LABELS = (1, 5, 10)  # a class
+LABELS = (1, 5, 10)  # labelled images of each class
 DRAWS = 5
 
 
 def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
-    """For each number of labels that a class has the mean of five draws, and Student's interval of that mean."""
+    """Score each number of labels that some class has: the mean of five draws, with its Student's interval."""
     known, asked = (part.of(config.features).to(device) for part in (train, test))
     mean = known.values.mean(dim=0)
     known, asked = (part._replace(values=F.normalize(part.values - mean, dim=1)) for part in (known, asked))
@@ -35,18 +35,18 @@ def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.
 
 
 def seeds(seed: int) -> range:
-    """Of the draws: those of one seed are not another's."""
+    """The seeds of the draws, which differ from those of any other `seed`."""
     return range(DRAWS * seed, DRAWS * (seed + 1))
 
 
 def half_width(figures: Tensor) -> float:
-    """Of the 95% interval of the mean of independent figures."""
+    """Half the width of the 95% interval of the mean of independent figures."""
     quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(figures) - 1))
     return quantile * figures.std().item() / math.sqrt(len(figures))
 
 
 def top1(known: Features, asked: Features) -> float:
-    """Of classes by the nearest mean, in percent."""
+    """Top-1 in percent, where the nearest class mean decides."""
     present, places, counts = known.classes.unique(return_inverse=True, return_counts=True)
     sums = known.values.new_zeros(len(present), known.values.shape[1]).index_add_(0, places, known.values)
     means = sums / counts[:, None]

@@ -13,12 +13,11 @@ from recipes.probing.features import Extracted
 from recipes.probing.scores import Features, Score
 
 NEIGHBOURS = (10, 20)
-TRAINING_AT_ONCE = 65_536  # training images and
-COMPARED_AT_ONCE = 1024  # test images whose similarities are held in memory: 256 MiB
+TRAINING_AT_ONCE, COMPARED_AT_ONCE = 65_536, 1024  # training and test images whose similarities take 256 MiB
 
 
 def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
-    """For each number of neighbours up to that of the training images; which are left out is told."""
+    """Score each number of neighbours, but for larger numbers than there are training images, which are logged."""
     asked = NEIGHBOURS if config.neighbours is None else (config.neighbours,)
     numbers = [k for k in asked if k <= train.images]
     if config.neighbours and not numbers:
@@ -37,13 +36,13 @@ def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.
 
 
 def right(train: Features, test: Features, neighbours: Sequence[int], temperature: float) -> list[int]:
-    """How many test images get their class by the vote of so many neighbours, for each number of these.
+    """How many test images the vote of their neighbours classifies correctly, for each number of neighbours.
 
-    Each neighbour's vote is exp(similarity / temperature).
+    Each neighbour's vote weighs exp(similarity / temperature).
     """
     number, most = max(train.number, test.number), min(max(neighbours), len(train.classes))
     similarity, places = nearest(train.values, test.values, most)
-    # Less the nearest one's similarity, which changes no vote's fraction: exp would overflow at low temperatures.
+    # Subtracting the largest similarity changes no vote's share, but keeps exp from overflowing at low temperatures.
     weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
     classes = train.classes.to(places.device)[places]
     counts = []
@@ -56,7 +55,8 @@ def right(train: Features, test: Features, neighbours: Sequence[int], temperatur
 def nearest(train: Tensor, test: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Cosine similarities and places of the `count` most similar training images, (tests, count), best first.
 
-    Exact, and on the tests' device: all pairs are compared, block by block, as the training's need not fit there.
+    The result is exact, and on the tests' device. All pairs are compared in blocks, as not all training features may
+    fit there.
     """
     tests = F.normalize(test, dim=1).split(COMPARED_AT_ONCE)
     best = [(values.new_empty(len(values), 0), values.new_empty(len(values), 0, dtype=torch.long)) for values in tests]

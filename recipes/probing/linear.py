@@ -1,7 +1,8 @@
 """Linear probe: linear classifiers of several features and learning rates, all trained in one pass.
 
-The grid is DINOv2's (arXiv:2304.07193, section A.1) but for its rates, as features are standardised here: learning
-rates, one block or the last four, class token or average of the patches. A tenth of the training images chooses.
+The grid is DINOv2's (arXiv:2304.07193, section A.1): learning rates, one block or the last four, class token or
+average of the patches. Only the rates are others, as features are standardised here. The best of the grid is chosen on
+a tenth of the training images.
 """
 
 import math
@@ -19,15 +20,15 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 GRID = ("token", "average", "token_last4", "average_last4")
 BATCH = 256
 MADE_AT_ONCE = 4096
-HELD_OUT = 0.1  # of the training images, to choose on
+HELD_OUT = 0.1  # fraction of the training images to choose on
 MOMENTUM = 0.9
 
 
 class Stacked:
-    """Several features of the same images, each (N, D) with a D of its own, as one tensor to multiply by.
+    """Several kinds of features of the same images, each (N, D) with a D of its own, as one tensor to multiply.
 
-    That is (kinds, N, widest D + 1): features less the training's mean, over its deviation, then zeros up to the
-    widest ones, to which no weights grow, and a one, whose weights are the biases.
+    The tensor is (kinds, N, widest D + 1). A row has the features, standardised by the training's mean and deviation,
+    then zeros up to the widest D, whose weights stay zero, then a one, whose weights are the biases.
     """
 
     def __init__(self, features: Sequence[Tensor], like: Sequence[Tensor], device: torch.device) -> None:
@@ -35,7 +36,7 @@ class Stacked:
         self._statistics = [torch.std_mean(values, dim=0) for values in like]
         images = len(features[0])
         self.shape = (len(features), images, max(values.shape[1] for values in features) + 1)
-        if 4 * math.prod(self.shape) < free_bytes(device) / 2:  # else rows are made as they are needed
+        if 4 * math.prod(self.shape) < free_bytes(device) / 2:  # else rows are made when they are needed
             parts = [self._rows(places) for places in torch.arange(images).split(MADE_AT_ONCE)]
             self._made = torch.cat(parts, dim=1)
 
@@ -52,7 +53,7 @@ class Stacked:
 
 
 def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
-    """Of the head that is best on the held-out images, trained anew on all."""
+    """Score the head that is best on the held-out images, after training it anew on all training images."""
     names = [name for name in GRID if name in train.names] or ["pooled"]
     parts = {name: (train.of(name), test.of(name)) for name in names}
     classes, answers = (part.classes.to(device) for part in parts[names[0]])
@@ -75,11 +76,11 @@ def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.
 def fit(
     inputs: Stacked, classes: Tensor, places: Tensor, number: int, rates: Sequence[float], epochs: int, seed: int
 ) -> Tensor:
-    """Weights (kinds, widest D + 1, rates, `number` of classes) of heads, each trained as it would be alone.
+    """Train all heads at once: weights (kinds, widest D + 1, rates, `number` of classes).
 
-    It trains on the images at `places`, by SGD with momentum and cosine decay; all heads start at zero and see the
-    same batches. The gradient of a head's cross entropy by its logits is its probabilities less the answers, so that
-    a step of all heads is two products of matrices.
+    They train on the images at `places`, by SGD with momentum and cosine decay, start at zero and see the same
+    batches, so that each ends as it would alone. The gradient of a cross entropy by the logits is the probabilities
+    minus the answers, so that a step of all heads is two matrix products.
     """
     kinds, _, width = inputs.shape
     each = torch.tensor(rates, device=classes.device).repeat_interleave(number)
@@ -101,7 +102,7 @@ def fit(
 
 
 def right(weights: Tensor, inputs: Stacked, classes: Tensor, places: Tensor) -> list[int]:
-    """How many of the images at `places` each head gets right, all rates of the first kind first."""
+    """How many of the images at `places` each head classifies correctly, all rates of the first kind first."""
     total = torch.zeros(weights.shape[0], weights.shape[2], dtype=torch.long, device=classes.device)
     for batch in places.split(MADE_AT_ONCE):
         chosen = (inputs[batch] @ weights.flatten(2)).unflatten(2, weights.shape[2:]).argmax(dim=3)

@@ -1,4 +1,4 @@
-"""Logistic regression on features of length one, as DINOv2 does (arXiv:2304.07193): L-BFGS, C by held-out images."""
+"""Logistic regression on features of length one, as in DINOv2 (arXiv:2304.07193); held-out images choose C."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted
 from recipes.probing.scores import Features, Score, held_out
 
-GRID = tuple(10.0**power for power in range(-6, 6))  # of C: DINOv2's range, a quarter as fine
-HELD_OUT = 0.1  # of the training images, to choose C on
-MOST_STEPS = 300  # for each C, which goes on from the one before it
-IMAGES_AT_ONCE = 65_536  # whose logits are held in memory: 250 MiB for a thousand classes
+GRID = tuple(10.0**power for power in range(-6, 6))  # values of C: DINOv2's range, a quarter as fine
+HELD_OUT = 0.1  # fraction of the training images to choose C on
+MOST_STEPS = 300  # of L-BFGS for each C, from the solution for the C before
+IMAGES_AT_ONCE = 65_536  # their logits take 250 MiB for a thousand classes
 
 
 def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.device) -> list[Score]:
@@ -33,10 +33,10 @@ def unit_length(features: Features) -> Features:
 
 
 def fit(features: Features, strength: float, start: Tensor) -> Tensor:
-    """Weights with the bias as last column, (classes, D + 1), where the loss is least, searched from `start` on.
+    """Minimise the loss from `start` on; gives weights (classes, D + 1) with the bias as last column.
 
-    The loss is scikit-learn's: C times the sum of cross entropies plus half the squared weights, without the biases.
-    It is divided by C and the number of images here, so that tolerances mean the same for all.
+    The loss is scikit-learn's, C (`strength`) times the sum of cross entropies plus half the squared weights without
+    biases, divided by C and the number of images, so that tolerances mean the same for all.
     """
     parameters = start.clone().requires_grad_()
     images = len(features.classes)
@@ -71,7 +71,7 @@ def logits_of(parameters: Tensor, values: Tensor) -> Tensor:
 
 
 def right(parameters: Tensor, features: Features) -> int:
-    """How many images get their class."""
+    """The number of images that are classified correctly."""
     parts = features.values.split(IMAGES_AT_ONCE)
     chosen = torch.cat([logits_of(parameters, values).argmax(dim=1) for values in parts])
     return int((chosen == features.classes).sum())

@@ -1,4 +1,4 @@
-"""What a frozen model makes of images: the features that it pools, and those of its last blocks."""
+"""The features of a frozen model: those that it pools itself, and those of its last blocks."""
 
 import inspect
 from collections.abc import Collection
@@ -10,8 +10,8 @@ from torch import Tensor
 from recipes.errors import RunError
 
 LAST = 4  # blocks whose features are taken
-PATCHES = "patches"  # (N, P, D) patches of the last block, normed
-# name of features -> the array that holds them, and whether of all its blocks, or of the last one, which comes first
+PATCHES = "patches"  # the array of the last block's patches, normed
+# name of features -> the array that holds them, and whether they are of all blocks or only of the last, which is first
 FEATURES = {
     "pooled": ("pooled", True),
     "token": ("token", False),
@@ -22,9 +22,9 @@ FEATURES = {
 
 
 def arrays_of(model: Any) -> tuple[str, ...]:
-    """The arrays that `outputs` can make: of the model's own pooling, and of blocks where timm gives these.
+    """The arrays that `outputs` can make of a model: its own pooling, and its blocks if timm gives access to them.
 
-    A class token is told from other tokens before the patches, such as registers, by its name.
+    A class token is told from other tokens before the patches, such as registers, by its attribute's name.
     """
     if not hasattr(model, "forward_intermediates"):
         return ("pooled",)
@@ -37,9 +37,9 @@ def _has_token(model: Any) -> bool:
 
 
 def outputs(model: Any, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Arrays by name, in one forward pass: pooled (N, D), average and token (N, up to 4 D), patches (N, P, D).
+    """Compute arrays in one forward pass: pooled (N, D), average and token (N, up to 4 D), patches (N, P, D).
 
-    Blocks stand side by side, the last one first; the model's last norm is applied to each, where timm does so.
+    Blocks stand side by side, the last one first; the model's last norm is applied to each if timm does that.
     """
     if set(wanted) == {"pooled"}:
         return {"pooled": model(images)}
@@ -58,7 +58,7 @@ def outputs(model: Any, images: Tensor, wanted: Collection[str]) -> dict[str, Te
 
 
 def shapes(model: Any, input_size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shape of one image's part of each array; RunError for a model that does not give features."""
+    """The shape of one image's row in each array; RunError for a model that does not give features."""
     parameter = next(model.parameters())
     try:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The protocols by name: a file each, which gives a function `score`, and a row here."""
+"""The protocols by name: each has a row here, and a file of its own with a function `score`."""
 
 from collections.abc import Callable, Collection
 from itertools import chain
@@ -16,11 +16,11 @@ from recipes.probing.scores import Score
 
 
 class Protocol(NamedTuple):
-    """How frozen features are scored."""
+    """A way to score frozen features."""
 
     does: str
     score: Callable[[Extracted, Extracted, ProbeConfig, torch.device], list[Score]]
-    arrays: tuple[str, ...] | None = None  # of `outputs` that it takes, if the model has them; None: of `features`
+    arrays: tuple[str, ...] | None = None  # those of `outputs` that it uses, if the model has them; None: `features`
 
 
 PROTOCOLS = {
@@ -33,7 +33,7 @@ PROTOCOLS = {
 
 
 def chosen(names: str) -> list[str]:
-    """The protocols that a text names, in the table's order; ConfigError for one that is not there."""
+    """The protocols that a text names, in the order of PROTOCOLS; ConfigError for an unknown name."""
     words = list(PROTOCOLS) if names == "all" else [word.strip() for word in names.split(",")]
     if unknown := [word for word in words if word not in PROTOCOLS]:
         allowed = f"allowed: {', '.join(PROTOCOLS)}, joined by commas, or all"
@@ -42,7 +42,7 @@ def chosen(names: str) -> list[str]:
 
 
 def arrays_for(names: list[str], features: str, had: Collection[str]) -> list[str]:
-    """The arrays that protocols take, of those that the model has; RunError where it has no such features."""
+    """The arrays that protocols use, of those that the model has; RunError if it does not have `features`."""
     taken = [PROTOCOLS[name].arrays for name in names]
     own = FEATURES[features][0]
     if None in taken and own not in had:

@@ -1,4 +1,4 @@
-"""What protocols take and give."""
+"""The features that protocols take, and the scores that they give."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -10,7 +10,7 @@ from torch import Tensor
 from arm_zoo.heads.attentive import AttentiveClassifier
 
 CONFIDENCE = 0.95
-COLUMNS = ("protocol", "features", "settings", "top1", "low", "high")  # of tables
+COLUMNS = ("protocol", "features", "settings", "top1", "low", "high")  # of a score in tables
 
 
 class Features(NamedTuple):
@@ -24,18 +24,18 @@ class Features(NamedTuple):
         return self._replace(values=self.values.to(device), classes=self.classes.to(device))
 
     def rows(self, places: Tensor) -> Self:
-        """Those of some images."""
+        """The features of the images at `places`."""
         return self._replace(values=self.values[places], classes=self.classes[places])
 
     @property
     def number(self) -> int:
-        """Of classes, where these are the training's."""
+        """The number of classes, as far as these images have them."""
         return int(self.classes.max()) + 1
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of a protocol: top-1 in percent, with the ends of its 95% interval."""
+    """A score of a protocol: top-1 in percent, with the ends of its 95% interval."""
 
     protocol: str
     features: str
@@ -43,7 +43,7 @@ class Score:
     top1: float
     low: float
     high: float
-    head: AttentiveClassifier | None = None  # what was trained, where it can be exported
+    head: AttentiveClassifier | None = None  # the trained head, if it can be exported
 
     @classmethod
     def of_images(
@@ -55,19 +55,19 @@ class Score:
         images: int,
         head: AttentiveClassifier | None = None,
     ) -> Self:
-        """By the images that are right; the interval is Wilson's."""
+        """The score for so many correctly classified images; the interval is Wilson's."""
         ends = binomtest(right, images).proportion_ci(CONFIDENCE, "wilson")
         top1, low, high = (100 * float(part) for part in (right / images, ends.low, ends.high))
         return cls(protocol, features, settings, top1, low, high, head)
 
     def row(self) -> dict[str, Any]:
-        """For tables."""
+        """The row of this score in a table."""
         setting = ", ".join(f"{name}={value:g}" for name, value in self.settings.items())
         return {**{name: getattr(self, name) for name in COLUMNS}, "settings": setting}
 
 
 def held_out(classes: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of images to choose settings on, that fraction but at least one, and of all the others, at random."""
+    """Split images at random: the places of a fraction, at least one, to choose settings on, and of all others."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
     chosen_on, kept = order.tensor_split([max(1, round(fraction * len(order)))])
     return chosen_on, kept

@@ -1,4 +1,4 @@
-"""Features on the disk: arrays with a row for each image, memory-mapped, filled by any number of processes."""
+"""Features on the disk: memory-mapped arrays with a row for each image, which any number of processes fill."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from arm_zoo.files import write_text
 from recipes.errors import RunError
 
 MANIFEST = "features.json"
-IN_HALF = ("patches",)  # arrays of float16, being hundreds of times larger; the others are float32
+IN_HALF = ("patches",)  # arrays in float16, as they are hundreds of times larger; all others are in float32
 
 
 class Store:
-    """Arrays of one split, each (images, ...), in a folder that is called by what they are made of.
+    """The arrays of one split, each (images, ...), in a folder whose name follows from all that decides their values.
 
-    A row counts as written once the disk has its values, so whoever is killed goes on where it was. The processes
-    must run on one machine, as they share what is not on the disk yet.
+    A row counts as written once its values are on the disk, so that a killed process can go on where it was. All
+    processes must run on one machine, as they share what is not on the disk yet.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class Store:
     ) -> None:
         """
         Args:
-            cache: where the folder is, or is made.
-            made_of: the model's name, as 'model', and all else that decides on the values.
-            images: rows of each array.
+            cache: the folder above this one's; it is made if it is not there.
+            made_of: the model's name, as 'model', and all else that decides the values.
+            images: number of rows of each array.
             rows: name of an array -> shape of a row.
         """
         text = json.dumps({**made_of, "images": images}, indent=2, sort_keys=True, default=str) + "\n"
@@ -45,7 +45,7 @@ class Store:
             self._check_manifest(text)
             missing = {name: (images, *row) for name, row in rows.items() if not self._file(name).exists()}
             self._check_space(sum(_bytes(name, shape) for name, shape in missing.items()))
-            for name, shape in missing.items():  # its file last: what is there has rows that are known to be written
+            for name, shape in missing.items():  # the array last: if it is there, so is the record of its written rows
                 self._create(f"{name}.written", (images,), np.bool_)
                 self._create(name, shape, _type_of(name))
         self._arrays = {name: self._open(name) for name in rows}
@@ -77,7 +77,7 @@ class Store:
         if not file.exists():
             write_text(file, text)
         elif file.read_text(encoding="utf-8") != text:
-            raise RunError(f"{file} tells of features of other weights, images or settings; delete {self.folder}")
+            raise RunError(f"{file} is of features of other weights, images or settings; delete {self.folder}")
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -86,11 +86,11 @@ class Store:
             raise RunError(f"{takes}; name another folder (cache=FOLDER) or fewer protocols")
 
     def missing(self) -> NDArray[np.bool_]:
-        """(images,), where a row of any array is not written."""
+        """Which images (images,) lack a written row in any array."""
         return ~np.logical_and.reduce(list(self._written.values()))
 
     def write(self, places: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Rows of every array, at places (N,)."""
+        """Write the rows of every array at places (N,)."""
         rows = places.numpy()
         for name, part in values.items():
             self._arrays[name][rows] = part.cpu().numpy().astype(_type_of(name))
@@ -98,7 +98,7 @@ class Store:
             self._written[name][rows] = True
 
     def tensors(self) -> dict[str, Tensor]:
-        """The arrays, not to be changed: they are the files."""
+        """The arrays, which must not be changed: they are the files."""
         return {name: torch.from_numpy(array) for name, array in self._arrays.items()}
 
 

@@ -1,9 +1,9 @@
-"""What a checkpoint keeps, and how it survives what kills a run: whole or not there, checked before it is used.
+"""Checkpoints: a folder that is either complete or not there, whatever kills the run, and is checked before use.
 
 OUTPUT_DIR/checkpoints/step-XXXXXXXX/ holds `model.safetensors`, `ema.safetensors` (if there is an average),
-`optimizer.safetensors`, `state.json` (configuration, class names, steps per epoch, `Position`) and `manifest.json`
-(size and SHA-256 of each). There is no random state in it: order, augmentation, mixing and drop path are functions of
-the seed, the epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
+`optimizer.safetensors`, `state.json` (`identity_of` the run, and its `Position`) and `manifest.json` (size and SHA-256
+of each). There is no random state in it: order, augmentation, mixing and drop path are functions of the seed, the
+epoch and the step, so the position says it all. Nothing in it depends on the number of processes.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import Optimizer
 
 from arm_zoo.files import flush, save_tensors, sha256_of
+from arm_zoo.pretraining.dvae import fetched
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.training.ema import candidates
@@ -34,26 +35,33 @@ Metrics = dict[str, float]
 
 @dataclass
 class Position:
-    """Where a run is: all that changes beside tensors."""
+    """The position of a run: all that changes besides tensors."""
 
     epoch: int = 0  # epochs done
-    step: int = 0  # optimizer steps done in the epoch that is going on
+    step: int = 0  # optimizer steps done in the current epoch
     loss_sum: float = 0.0  # over these steps, mean of all processes
-    figures: Metrics = field(default_factory=dict)  # of these steps, as the objective gives them
-    seconds: float = 0.0  # trained before this process started
+    figures: Metrics = field(default_factory=dict)  # of these steps, from the hooks of the objective
+    seconds: float = 0.0  # of training, up to this checkpoint
     history: list[Metrics] = field(default_factory=list)  # one row per epoch done
     undecodable: list[str] = field(default_factory=list)  # a line for each damaged training image found so far
 
 
-def kept_state(config: TrainConfig, class_names: Sequence[str], steps: int, now: Position) -> dict[str, Any]:
-    """The content of `state.json`; so many steps are an epoch."""
-    return {"config": asdict(config), "class_names": class_names, "steps_per_epoch": steps, "position": asdict(now)}
+def identity_of(config: TrainConfig, class_names: Sequence[str], steps_per_epoch: int) -> dict[str, Any]:
+    """What `state.json` says of the run that wrote it."""
+    run = {"config": asdict(config), "class_names": class_names, "steps_per_epoch": steps_per_epoch}
+    return run | {"dvae_sha256": dvae_sha256(config)}
+
+
+def dvae_sha256(config: TrainConfig) -> str | None:
+    """SHA-256 of the dVAE's file, which tells it from others wherever it lies; None for trainings without a dVAE."""
+    file = getattr(config, "dvae", None)
+    return None if file is None else sha256_of(fetched(file))
 
 
 def kept_tensors(model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer) -> dict[str, Tensors]:
-    """Whole tensors by file, on the main process; every process must call it.
+    """The whole tensors of each file, on the main process; every process must call this.
 
-    Of the optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter of the model.
+    The optimizer's are `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` for every parameter NAME of the model.
     """
     state: Any = dcp_state.get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
     by_name = {f"{kind}/{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
@@ -63,7 +71,7 @@ def kept_tensors(model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer)
 def restore(
     checkpoint: Path, state: Mapping[str, Any], model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer
 ) -> Position:
-    """Take over what `kept_tensors` gave, file after file; rates and decay stay those of `optimizer`."""
+    """Load what `kept_tensors` gave, one file after the other; `optimizer` keeps its own rates and weight decay."""
     options = dcp_state.StateDictOptions(full_state_dict=True)
     for name, each in candidates(model, ema).items():
         weights: Any = load_file(checkpoint / f"{name}.safetensors")
@@ -79,12 +87,12 @@ def restore(
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` holds."""
+    """The content of `state.json`."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 class DamagedCheckpoint(RunError):
-    """A checkpoint whose files are not those that were written."""
+    """The files of a checkpoint are not as they were written."""
 
 
 def check(checkpoint: Path) -> None:
@@ -104,17 +112,17 @@ def fingerprint(file: Path) -> dict[str, Any]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done when it was written."""
+    """The number of optimizer steps after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 @dataclass
 class CheckpointFolder:
-    """The checkpoints of one run; only the main process may use it."""
+    """The checkpoints of one run; only the main process may use this."""
 
     folder: Path  # usually OUTPUT_DIR/checkpoints
     keep_last: int  # how many of the newest to keep
-    keep_every: int | None  # also keep those at the end of every so many epochs; None: none of them
+    keep_every: int | None  # also keep the checkpoint at the end of every so many epochs
     console: Console  # where warnings go
 
     def all(self) -> list[Path]:
@@ -131,7 +139,7 @@ class CheckpointFolder:
             shutil.rmtree(leftover)
 
     def newest_intact(self) -> Path | None:
-        """The checkpoint to go on from; damaged ones are named in a warning and set aside as `damaged-step-...`."""
+        """The newest undamaged checkpoint; damaged ones are renamed to `damaged-step-...`, with a warning."""
         self.clean()
         for checkpoint in reversed(self.all()):
             try:
@@ -145,7 +153,7 @@ class CheckpointFolder:
         return None
 
     def set_aside(self, after_step: int) -> None:
-        """Move checkpoints of more than `after_step` steps out of the way of a run that starts over from there."""
+        """Move the checkpoints after `after_step` out of the way of a run that starts over from there."""
         if abandoned := [path for path in self.all() if step_of(path) > after_step]:
             aside = free_name(self.folder.with_name(f"{self.folder.name}-before"))
             aside.mkdir()
@@ -154,7 +162,7 @@ class CheckpointFolder:
             self.console.print(f"moved {len(abandoned)} checkpoints of the earlier run to {aside}", soft_wrap=True)
 
     def save(self, step: int, steps_per_epoch: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
-        """Write a checkpoint beside the others, rename it into place, then drop those that need not be kept."""
+        """Write a checkpoint under another name, rename it, then delete the checkpoints that need not be kept."""
         final = self.folder / f"step-{step:08d}"
         partial, old = (self.folder / f".{kind}-{final.name}" for kind in ("partial", "old"))
         try:
@@ -189,6 +197,6 @@ class CheckpointFolder:
 
 
 def free_name(path: Path) -> Path:
-    """The path itself if nothing is there, else with the first free number after it."""
+    """The path itself if it does not exist, else the path with the first free number behind it."""
     names = (path.with_name(f"{path.name}-{number}") for number in range(1, 10**6))
     return path if not path.exists() else next(name for name in names if not name.exists())

@@ -1,4 +1,4 @@
-"""The moving average of the weights (EMA): making it, its names beside the trained model's, and which of them wins."""
+"""The moving average of the weights (EMA), and which wins in the end: the average or the trained model."""
 
 from collections.abc import Mapping
 
@@ -7,21 +7,21 @@ from torch import nn
 
 from recipes.config import TrainConfig
 
-FIGURES = {"model": "top1", "ema": "top1_ema"}  # of the trained model and its average, whose name ends so
+FIGURES = {"model": "top1", "ema": "top1_ema"}  # the scores of the trained model and of its average in `metrics.jsonl`
 
 
 def moving_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
-    """Starts as the model and is updated after every step, without a warm-up of the decay; None if not asked for."""
+    """An average that starts as the model, with a constant decay; None where `config` has no `ema_decay`."""
     decay = getattr(config, "ema_decay", None)
     return None if decay is None else ModelEmaV3(model, decay=decay)
 
 
 def candidates(model: nn.Module, ema: ModelEmaV3 | None) -> dict[str, nn.Module]:
-    """The trained model and, if there is one, its average, by their names in `FIGURES`."""
+    """The trained model and, if there is one, its average, under their names in `FIGURES`."""
     return {"model": model} if ema is None else {"model": model, "ema": ema.module}
 
 
 def winner(last: Mapping[str, float]) -> str:
-    """The name of the weights that count: the average's if it scored higher in the last epoch's row, else "model"."""
+    """Whose weights a run exports: "ema" if the average scored higher in the last epoch's row, else "model"."""
     scored = [name for name, figure in FIGURES.items() if figure in last]
     return max(scored, key=lambda name: last[FIGURES[name]], default="model")

@@ -22,7 +22,7 @@ from recipes.data.transforms import seed_of
 from recipes.errors import RunError
 from recipes.parsing import flatten
 from recipes.signals import EXIT_CODE, Stopped, StopRequest, StopWaiting
-from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, kept_state, kept_tensors, restore
+from recipes.training.checkpoint import CheckpointFolder, Metrics, Position, identity_of, kept_tensors, restore
 from recipes.training.optim import learning_rate
 from recipes.training.parallel import Collectives, Gradients, for_training
 from recipes.training.progress import ProgressDisplay
@@ -36,10 +36,11 @@ NEVER = 2**62
 
 @dataclass(frozen=True)
 class StepHooks:
-    """What is done in every optimizer step beside the loss, with the bare model; nothing may wait for the device."""
+    """What every optimizer step does besides the loss, on the bare model; nothing here may wait for the device."""
 
-    begin: Callable[[Any, float], None] = lambda model, done: None  # with the fraction of the training that is done
-    # With all gradients, and the figures of the epoch so far: gives them anew, for the epoch's row of metrics.
+    begin: Callable[[Any, float], None] = lambda model, done: None  # `done`: the fraction of the training that is over
+    # Called once all gradients are there, with the epoch's figures so far; returns the updated figures, which end up
+    # in the epoch's row of metrics.
     figures: Callable[[Any, Figures], Figures] = lambda model, before: before
 
 
@@ -50,13 +51,15 @@ NO_HOOKS = StepHooks()
 class Trainer:
     """One training run; `config.yaml` and `metrics.jsonl` go to `config.output_dir`."""
 
-    collectives: Collectives  # of the processes, whose accelerator holds the device
+    collectives: Collectives  # its accelerator holds the device
     model: nn.Module  # bare, on its device, sharded if `config.fsdp`; it is trained in place
     ema: ModelEmaV3 | None  # moving average of the weights, updated after every step
     optimizer: Optimizer
-    loader: TrainLoader  # of this process's micro-batches
+    loader: TrainLoader  # gives this process's micro-batches
     loss_function: LossFunction
-    evaluate: Callable[[int], Metrics] | None  # of the epochs done, after each epoch, whose figures the result joins
+    evaluate: (
+        Callable[[int], Metrics] | None
+    )  # called after each epoch with the epochs done; joins the epoch's figures
     config: TrainConfig
     checkpoints: CheckpointFolder
     display: ProgressDisplay
@@ -66,21 +69,21 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator, self._steps = self.collectives.accelerator, self.loader.steps_per_epoch
         self.position, device = Position(), self.accelerator.device
+        self._identity = identity_of(self.config, self.loader.class_names, self._steps)
         self._forward = for_training(self.model, self.config, self.accelerator)
         self._gradients = Gradients(self._forward, self.model, self.config, self.accelerator)
-        self._parameters = list(self.model.parameters())  # to find them takes a millisecond of every step
         self._loss_sum = torch.zeros((), device=device)
         self._figures: Figures = {}
         self._first_bad = torch.full((), NEVER, device=device)  # step of the first loss that is not finite
-        self._started = time.monotonic()  # less what earlier, interrupted processes trained
+        self._started = time.monotonic()  # moved back by the time that earlier, interrupted processes trained
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps since the run's beginning."""
+        """Optimizer steps since the beginning of the run."""
         return self.position.epoch * self._steps + self.position.step
 
     def resume(self, start: Start | None) -> None:
-        """Take over what a checkpoint holds, if there is one, unless its classes or images are others."""
+        """Go on from a checkpoint, if there is one; RunError if its classes or its number of images are others."""
         if start is None:
             return
         compare_classes(start, self.loader.class_names)
@@ -90,13 +93,13 @@ class Trainer:
         self._loss_sum.fill_(self.position.loss_sum)
         device = self._loss_sum.device
         self._figures = {name: torch.tensor(value, device=device) for name, value in self.position.figures.items()}
-        if not changed_settings(start, self.config).keys() & set(ORDER):  # these are the same images
+        if not changed_settings(start, self.config).keys() & set(ORDER):  # the images are the same
             self.loader.undecodable.update(self.position.undecodable)
 
     def fit(self) -> list[Metrics]:
         """Train up to `config.epochs` and return one row of figures per epoch, as in `metrics.jsonl`."""
         self._write("config.yaml", to_yaml(self.config))
-        project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # the former's is a folder
+        project = "tensorboard" if self.config.tracker == "tensorboard" else "arm-zoo"  # tensorboard's is a folder
         settings = {key: str(value) for key, value in flatten(dataclasses.asdict(self.config))}
         self.accelerator.init_trackers(project, settings)
         self._saved_at = time.monotonic()
@@ -118,7 +121,7 @@ class Trainer:
         self._epoch_started = (time.monotonic(), self.loader.seconds_waited, self.position.step)
         steps = self.loader.epoch(self.position.epoch, self.position.step)
         while self.position.step < self._steps:
-            with self.collectives.together():  # without images on one process, all stop
+            with self.collectives.together():  # if one process gets no images, all stop
                 micro_batches = next(steps)
             self._optimizer_step(micro_batches)
             self.loader.look_ahead()
@@ -140,7 +143,7 @@ class Trainer:
         epoch, step = self.position.epoch, self.position.step
         self._rate = learning_rate(epoch + step / self._steps, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate * group.get("lr_scale", 1.0)  # of the whole value, `min_lr` included
+            group["lr"] = self._rate * group.get("lr_scale", 1.0)  # which scales `min_lr` too
         self.hooks.begin(self.model, (epoch + step / self._steps) / self.config.epochs)
         half = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         for number, batch in enumerate(micro_batches):
@@ -154,9 +157,10 @@ class Trainer:
             self._first_bad = torch.minimum(self._first_bad, bad_here)
         self._figures = self.hooks.figures(self.model, self._figures)
         if self.config.clip_grad is not None:
-            self._grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip_grad)
+            self._grad_norm = nn.utils.clip_grad_norm_(self._gradients.parameters, self.config.clip_grad)
         elif self._is_logged(step + 1):
-            self._grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            gradients = [p.grad for p in self._gradients.parameters if p.grad is not None]
+            self._grad_norm = nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -166,7 +170,7 @@ class Trainer:
         return {name: value.item() for name, value in self._figures.items()}
 
     def _total_loss(self) -> float:
-        """Of the epoch's steps so far, mean of all processes; an error if the loss of one was not finite."""
+        """The loss summed over the epoch's steps, mean of all processes; RunError if any loss was not finite."""
         first_bad = int(self.accelerator.gather(self._first_bad.reshape(1)).min().item())
         if first_bad != NEVER:
             raise self._not_finite("loss", first_bad)
@@ -203,13 +207,13 @@ class Trainer:
         self._checkpoint(max(self._due(), SAVE if at_end else GO_ON))
 
     def _undecodable(self) -> set[str]:
-        """The damaged training images that all processes have found; too many of them are an error on all."""
+        """The damaged training images that all processes have found; too many are an error on every process."""
         self.loader.undecodable = set().union(*self.collectives.gather(self.loader.undecodable))
         self.loader.check_undecodable()
         return self.loader.undecodable
 
     def _due(self) -> int:
-        """Whether a checkpoint must be written now, the same on every process: the clocks and signals differ."""
+        """Whether to write a checkpoint now. All processes agree, although their clocks and signals differ."""
         every, minutes = self.config.checkpoint_steps, self.config.checkpoint_minutes
         due = every is not None and self.steps_done % every == 0
         due = due or (minutes is not None and time.monotonic() - self._saved_at > 60 * minutes)
@@ -232,7 +236,7 @@ class Trainer:
         seconds = time.monotonic() - self._started
         figures = self._read_figures()
         now = dataclasses.replace(self.position, loss_sum=total, figures=figures, seconds=seconds, undecodable=found)
-        state = kept_state(self.config, self.loader.class_names, self._steps, now)
+        state = {**self._identity, "position": dataclasses.asdict(now)}
         tensors = kept_tensors(self.model, self.ema, self.optimizer)
 
         def save() -> None:
@@ -248,9 +252,9 @@ class Trainer:
 
 
 def seed_step(seed: int, epoch: int, step: int, micro_batch: int, process: int) -> None:
-    """Make the randomness of a forward pass a function of where it is, so that none has to be saved.
+    """Make the randomness of a forward pass a function of its position, so that no random state has to be saved.
 
-    Mixup draws from NumPy: the same for all parts of a global batch. Drop path draws from torch: each part its own.
+    Mixup draws from NumPy, the same for all parts of a global batch; drop path draws from torch, anew for each part.
     """
     np.random.seed(seed_of(seed, epoch, step) & 0xFFFFFFFF)
     torch.manual_seed(seed_of(seed, epoch, step, micro_batch, process))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: folders with `model.safetensors` and `config.json`."""
+"""The export of a run's weights: folders with `model.safetensors` and `config.json`."""
 
 import inspect
 from pathlib import Path
@@ -16,12 +16,12 @@ from recipes.errors import RunError
 
 EXPORT, BACKBONE = "pretraining_model", "backbone"
 InputConfig = dict[str, Any]  # timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode
-# What an entry says of its own weights, which those of a run are not; where they lie is left out by the model itself.
+# Keys of an entry's configuration that describe the entry's own weights; the address is left out by the model itself.
 OF_THE_ENTRYS_WEIGHTS = ("tag", "license", "origin_url", "description", "notes")
 
 
 def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig:
-    """How images are prepared for scoring: the entry's way, at the model's size, with the source's statistics."""
+    """How images are prepared for scoring: as the entry says, at the model's size, with the source's statistics."""
     if model.in_chans != source.channels:
         raise RunError(
             f"the model takes {model.in_chans} channels, the images have {source.channels}; "
@@ -35,7 +35,7 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
 
 
 def backbone_entry(config: TrainConfig, model: Any) -> str:
-    """The timm entry of a pretraining model: that of its patch and image size, else one of its width and depth."""
+    """The timm entry for a pretraining model: of its patch and image size, else one of its width and depth."""
     exact = f"{config.model}_patch{model.patch_embed.patch_size[0]}_{model.patch_embed.img_size[0]}"
     entries = [exact, f"{config.model}_patch16_224", *timm.list_models(f"{config.model}_patch*")]
     return next(entry for entry in entries if timm.is_model(entry))
@@ -49,10 +49,10 @@ def save_timm_model(model: Any, folder: Path, inputs: InputConfig, **labels: lis
 
 
 def save_pretraining(model: Any, config: TrainConfig, inputs: InputConfig, **facts: Any) -> None:
-    """Write `pretraining_model/`, of any objective, and `backbone/`, its encoder as a timm model without head.
+    """Write `pretraining_model/`, and `backbone/`, which is its encoder as a timm model without a head.
 
-    Where pretraining has no class token, that of the backbone is new: drawn from `config.seed`. `facts` about the
-    training join the former's config.json.
+    If pretraining has no class token, the backbone gets a new one, drawn from `config.seed`. `facts` about the
+    training go to the config.json of `pretraining_model/`.
     """
     whole, backbone = (Path(config.output_dir) / name for name in (EXPORT, BACKBONE))
     statistics = {key: inputs[key] for key in ("input_size", "mean", "std")}

@@ -10,10 +10,10 @@ from recipes.config import TrainConfig
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW over what is trained; the rate starts at 0 and is set before every step.
+    """AdamW over the trained parameters; the learning rate is 0 until the trainer sets it, before every step.
 
-    The groups have `weight_decay`, but 0 for biases, 1-D parameters and `model.no_weight_decay()`. With `layer_decay`,
-    the factor of the rate from one layer to the one below it, they have `lr_scale` too.
+    Groups have the configuration's weight decay, or 0 for biases, 1-D parameters and `model.no_weight_decay()`. With
+    `layer_decay`, by which the rate falls from each layer to the one below it, they also have an `lr_scale`.
     """
     fused = config.fused_adamw and next(model.parameters()).device.type == "cuda"
     decay = getattr(config, "layer_decay", None)

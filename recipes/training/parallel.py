@@ -1,7 +1,7 @@
-"""One model on many processes: their start, gradients averaged (DDP) or all sharded (FSDP), state and collectives.
+"""One model on many processes: how they start, average gradients (DDP) or shard everything (FSDP), and communicate.
 
-accelerate's `prepare` is left out on purpose: it also patches `forward` of the bare model, which is scored, averaged
-and saved here, and its FSDP needs the optimizer to be rebuilt. Its processes and devices are used.
+accelerate provides the processes and devices, but its `prepare` is not used: it would also patch `forward` of the bare
+model, which is scored, averaged and saved here, and its FSDP needs the optimizer to be rebuilt.
 """
 
 import inspect
@@ -25,14 +25,14 @@ from recipes.signals import StopWaiting
 
 Tensors = dict[str, Tensor]
 ResultT = TypeVar("ResultT")
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; the others get nothing
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the main process gets all, the others nothing
 NEWER, OLDER = "forward_sync_buffers", "broadcast_buffers"  # torch 2.14 deprecates what 2.8 knows
 BUFFERS_TRAVEL = NEWER if NEWER in inspect.signature(DistributedDataParallel).parameters else OLDER
-ENDED, STOPPED, FAILED = range(3)  # ways out of a block, the worst one last
+ENDED, STOPPED, FAILED = range(3)  # how a block ends, the worst way last
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Seed everything and find device and processes, which the launcher decides."""
+    """Seed all generators and join the launcher's processes; RunError if they would not work together."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     advice = (
         f"WORLD_SIZE is {asked} in the environment, but each process would train alone. Start them with `torchrun "
@@ -61,9 +61,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 class Collectives:
-    """Collectives by which all processes act on what any one of them found; all must make the same calls in order.
+    """Collective calls that let all processes act on what one of them found; all must make the same calls in order.
 
-    They run on the CPU (gloo), so that no process waits for what its GPU still has to do.
+    They run on the CPU (gloo), so that no process waits for its GPU.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -71,14 +71,14 @@ class Collectives:
         self._group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def gather(self, value: ResultT) -> list[ResultT]:
-        """All processes' values, in their order."""
+        """The values of all processes, in their order."""
         values = [value] * self.accelerator.num_processes
         if self._group is not None:
             distributed.all_gather_object(values, value, self._group)
         return values
 
     def largest(self, number: int) -> int:
-        """The largest of all processes' numbers."""
+        """The largest of the processes' numbers."""
         numbers = torch.tensor(number)
         if self._group is not None:
             distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
@@ -86,7 +86,7 @@ class Collectives:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raise on every process if the block fails, or stops waiting, on any, so that none deadlocks.
+        """Raise on every process if the block fails or is asked to stop on any of them, so that none waits forever.
 
         Nothing in the block may wait for other processes.
         """
@@ -104,7 +104,7 @@ class Collectives:
             raise StopWaiting
 
     def on_main(self, action: Callable[[], ResultT]) -> ResultT:
-        """Do something on the main process; all get its result, and all end if it fails."""
+        """Do something on the main process; all processes get its result, or raise if it fails."""
         result: Any = None
         with self.together():
             if self.accelerator.is_main_process:
@@ -126,7 +126,7 @@ def shard(model: Any, accelerator: Accelerator) -> None:
 
 
 def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """The callable that trains `model`: compiled if asked for, and in DDP if that is to average gradients."""
+    """What is called to train `model`: compiled if asked for, and wrapped in DDP if DDP averages the gradients."""
     kind = accelerator.device.type
     if config.cuda_graphs and kind != "cuda":
         raise RunError(f"cuda_graphs is true, but the device is {kind}; allowed: a GPU (cuda), or cuda_graphs=false")
@@ -139,11 +139,11 @@ def for_training(model: nn.Module, config: TrainConfig, accelerator: Accelerator
 
 
 class Gradients:
-    """Adds up the gradients of a step's micro-batches, and averages them over the processes with the last one.
+    """Adds up the gradients of a step's micro-batches, and averages them over the processes after the last one.
 
-    DDP and FSDP do that on their own. CUDA graphs write gradients where their next replay writes others, so these are
-    moved into one tensor, which all processes exchange at once: DDP would take as many copies as there are
-    parameters, or split the graphs at its buckets.
+    DDP and FSDP do that on their own. With CUDA graphs, the next replay overwrites the gradients. So they are moved
+    into one tensor, which all processes exchange at once; DDP would need a copy for each parameter, or split the
+    graphs at its buckets.
     """
 
     _sum: Tensor  # of the micro-batches' gradients so far, one after the other
@@ -151,11 +151,11 @@ class Gradients:
     def __init__(self, forward: nn.Module, model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
         self._forward, self._model = forward, model
         self._graphs, self._processes = config.cuda_graphs, accelerator.num_processes
-        self._parameters = list(model.parameters())
+        self.parameters = list(model.parameters())  # to find them takes a millisecond of every step
 
     @contextmanager
     def of_micro_batch(self, number: int, count: int) -> Iterator[None]:
-        """Around forward and backward pass of one of so many micro-batches, counted from 0."""
+        """Surround the forward and backward pass of micro-batch `number` of `count`, counted from 0."""
         last = number == count - 1
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(last)
@@ -168,7 +168,7 @@ class Gradients:
                 self._exchange()
 
     def _move(self, first: bool) -> None:
-        self._trained = [parameter for parameter in self._parameters if parameter.grad is not None]
+        self._trained = [parameter for parameter in self.parameters if parameter.grad is not None]
         moved = torch.cat([cast(Tensor, parameter.grad).flatten() for parameter in self._trained])
         self._sum = moved if first else self._sum.add_(moved)
         for parameter in self._trained:
@@ -185,7 +185,7 @@ class Gradients:
 
 @contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Hold all parameters of a sharded model on every process, so that each can run forward passes on its own."""
+    """Gather all parameters of a sharded model on every process, so that each can run forward passes on its own."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False)
@@ -200,5 +200,5 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def model_state(model: nn.Module) -> Tensors:
-    """Names -> whole tensors on the CPU of the main process; every process must call it."""
+    """The whole tensors of a model by name, on the CPU of the main process; every process must call this."""
     return cast(Tensors, get_model_state_dict(model, options=WHOLE))

@@ -1,4 +1,4 @@
-"""The two figures of a run: its curves, and what a pretraining model predicts."""
+"""The figures: curves of a run, scores with intervals, and what a pretraining model predicts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ LOSS, TOP1 = "training loss", "top-1 on validation images (%)"
 
 
 def plot_run(file: Path, history: Sequence[Metrics]) -> None:
-    """Draw the curves of one run: loss, learning rate, and top-1 where there is one; `history` is `metrics.jsonl`."""
+    """Draw loss, learning rate and, where there is one, top-1 of a run; `history` is `metrics.jsonl`."""
     scores = zip(("model", "moving average"), FIGURES.values(), strict=True)
     found = {label: (history, key) for label, key in scores if any(key in row for row in history)}
     panels: dict[str, Curves] = {LOSS: {"": (history, "loss")}, "learning rate": {"": (history, "lr")}}
@@ -42,7 +42,7 @@ def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapp
 
 
 def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
-    """Draw curves over epochs into a PNG, a panel for each title."""
+    """Draw curves over epochs into a PNG file, with a panel for each title."""
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for colour, (label, (history, key)) in zip(COLOURS, curves.items(), strict=False):
@@ -60,13 +60,13 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
 def plot_intervals(
     file: Path, title: str, rows: Sequence[str], scores: Mapping[str, Sequence[tuple[float | None, float | None]]]
 ) -> None:
-    """Draw figures with their intervals, mean and half width, as points into a PNG: a panel for each source."""
+    """Draw scores (mean, half width of the interval) of each row into a PNG file, with a panel for each source."""
     figure = Figure(figsize=(4 + 3.5 * len(scores), 1.2 + 0.4 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
     for axes, colour, (source, found) in zip(panels, COLOURS, scores.items(), strict=False):
-        shown = [(place, *one) for place, one in enumerate(found) if one[0] is not None]
-        for place, middle, half in shown:
-            axes.errorbar(middle, place, xerr=half, fmt="o", color=colour, capsize=4)
+        for place, (mean, half) in enumerate(found):
+            if mean is not None:
+                axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=4)
         axes.set(title=source, xlabel="top-1 (%)", ylim=(len(rows) - 0.5, -0.5))
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(alpha=0.3)
@@ -85,16 +85,17 @@ def draw_predictions(
     said: str,
     given: Callable[[Tensor], Tensor],
 ) -> None:
-    """Draw images, validation ones if there are any, as targets, of which some units are given, and as predicted.
+    """Draw images, from the validation split if there is one, beside what the model predicts.
 
-    The images are drawn blindly from the seed and prepared as `export.input_config` says; the model, whose
-    `reconstruct` predicts, is on the CPU. A unit has so many rows and columns of pixels; `given` tells the numbers
-    (N, K), row by row, of those that images (N, C, H, W) are predicted from; `said` explains the figure.
+    The images are chosen at random from the seed and prepared as `export.input_config` says. The model, whose
+    `reconstruct` predicts, is on the CPU. It predicts in units of `unit` rows and columns of pixels; `given` takes
+    images (N, C, H, W) and returns the numbers (N, K), row by row, of the units that the prediction starts from, which
+    are hatched. `said` is the explanation above the figure.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
         _, batch = drawn_blindly(split, IMAGES_DRAWN, seed, inputs)
-    else:  # a stream has no places to choose from
+    else:  # from a stream only the first images can be taken
         batch = next(iter(EvalLoader(split, inputs, IMAGES_DRAWN)))
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} images drawn for {file} can be decoded; the log names them")
@@ -123,13 +124,13 @@ def draw_predictions(
 
 
 def _pixels(images: Tensor, source: Source) -> NDArray[Any]:
-    """Normalised (N, C, H, W) -> values in 0..1, (N, H, W, C)."""
+    """Turn normalised images (N, C, H, W) into values in 0..1, (N, H, W, C)."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
     return (images * std + mean).movedim(1, -1).clamp(0, 1).numpy()
 
 
 def drawn_blindly(split: ImageTable, count: int, seed: int, inputs: Mapping[str, Any]) -> tuple[list[int], Batch]:
-    """The indices of a few images of a split, and these images as a model takes them."""
+    """The indices of `count` images chosen at random, and these images as a model takes them."""
     indices = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     return indices, next(iter(EvalLoader(split.select(indices), inputs, count)))
 

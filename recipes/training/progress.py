@@ -1,4 +1,4 @@
-"""Progress of a run: bar, epoch lines, figures for trackers, and the fraction of the GPUs' speed that is reached."""
+"""Progress of a run: the bar, a line for each epoch, figures for trackers, and the MFU."""
 
 import time
 from collections.abc import Callable
@@ -20,42 +20,41 @@ GEMM_SIZE, GEMM_RUNS = 8192, 20
 
 
 def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int], views: int = 1) -> int:
-    """Floating-point operations of the matrix products of one image's forward and backward pass.
+    """Floating-point operations in the matrix products of one image's forward and backward pass.
 
-    Counted on the meta device, for views of a shape (channels, height, width). The scans are no matrix products and
-    are left out, as is what gradient checkpointing does twice: what is told is the fraction of the peak for useful
-    products.
+    They are counted on the meta device, for views of a shape (channels, height, width). Scans are not matrix products
+    and do not count, nor does what gradient checkpointing computes twice: the MFU is about useful products.
     """
     model: Any = build(device="meta").eval()
     tokens = {}
-    if getattr(model, "target", None) == DVAE_TOKENS:  # without which there is no loss
+    if getattr(model, "target", None) == DVAE_TOKENS:  # the forward pass needs them for its loss
         tokens["tokens"] = torch.empty(views, model.patch_embed.num_patches, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(views, *shape, device="meta"), **tokens)
     counts, kind = counter.get_flop_counts(), type(model).__name__
     idle = [name for name, part in model.named_children() if not any(p.requires_grad for p in part.parameters())]
     forward_only = sum(sum(counts[f"{kind}.{name}"].values()) for name in idle if f"{kind}.{name}" in counts)
-    # backward: two products for each of the forward pass, but of parts that no gradient reaches
+    # a backward pass has two products for each product of the forward pass, but none in parts without gradients
     return 3 * counter.get_total_flops() - 2 * forward_only
 
 
 def peak_speed(config: TrainConfig, shape: tuple[int, int, int], accelerator: Accelerator) -> float | None:
-    """Images per second if all GPUs did useful products as fast as a large square one; None where there is no GPU."""
+    """Images per second if all GPUs computed as fast as in a large square matrix product; None without a GPU."""
     if accelerator.device.type != "cuda":
         return None
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=accelerator.device, dtype=dtype)
-    from torch.utils.benchmark import Timer  # which looks for a CUDA compiler, and warns where there is no GPU
+    from torch.utils.benchmark import Timer  # its import looks for a CUDA compiler, and warns where there is no GPU
 
     timer = Timer("a @ b", globals={"a": a, "b": b})
-    timer.timeit(GEMM_RUNS)  # the clocks rise
+    timer.timeit(GEMM_RUNS)  # a warm-up, in which the clocks rise
     flops_per_second = 2 * GEMM_SIZE**3 / timer.timeit(GEMM_RUNS).mean
     return flops_per_second * accelerator.num_processes / image_flops(config.build, shape, config.views)
 
 
 @dataclass
 class ProgressDisplay:
-    """Progress bar, epoch lines and trackers of one run, on the main process; the others show nothing."""
+    """Progress bar, epoch lines and trackers of one run; only the main process shows anything."""
 
     accelerator: Accelerator  # its trackers, if any, get the figures
     console: Console
@@ -77,14 +76,14 @@ class ProgressDisplay:
         self._last = (step, time.perf_counter())
 
     def speed(self, images_per_second: float) -> dict[str, float]:
-        """Speed, and memory: the most that tensors took on a GPU, what the process takes now on a CPU."""
+        """Speed and memory: on a GPU the most that tensors have taken, on a CPU what the process takes now."""
         device = self.accelerator.device
         used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
         figures = {"images_per_second": images_per_second, "memory_gib": used / 2**30}
         return figures if self.peak is None else figures | {"mfu": images_per_second / self.peak}
 
     def step(self, step: int, figures: dict[str, Any]) -> None:
-        """Show where the run is after `step` optimizer steps, with at least `loss`."""
+        """Show and log the figures, at least `loss`, after `step` optimizer steps."""
         now = time.perf_counter()
         figures = figures | self.speed((step - self._last[0]) * self.config.global_batch / (now - self._last[1]))
         self._last = (step, now)
@@ -94,7 +93,7 @@ class ProgressDisplay:
         self.accelerator.log({f"step/{name}": value for name, value in figures.items()}, step=step)
 
     def epoch(self, step: int, row: dict[str, float]) -> None:
-        """Log an epoch's figures, as a line too where no bar can be drawn."""
+        """Log an epoch's figures, and print them in a line where no bar can be drawn."""
         self.accelerator.log({f"epoch/{name}": value for name, value in row.items()}, step=step)
         if not self.console.is_terminal:
             shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in row.items()}

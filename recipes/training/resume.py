@@ -14,7 +14,7 @@ from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.parsing import flatten
-from recipes.training.checkpoint import STATE, CheckpointFolder, check, read_state, step_of
+from recipes.training.checkpoint import STATE, CheckpointFolder, check, dvae_sha256, read_state, step_of
 from recipes.training.parallel import Collectives
 
 # Keys that say how a run is carried out, not what it computes: they may change from one start to the next.
@@ -23,11 +23,11 @@ OPERATION = (
     "gradient_checkpointing", "fsdp", "log_every", "tracker", "checkpoint_epochs", "checkpoint_steps",
     "checkpoint_minutes", "keep_last", "keep_every", "data.workers", "data.decode", "data.cache", "evaluate_every",
 )  # fmt: skip
-# Keys that decide which images of an epoch are still to come: they may change where an epoch begins, not within one.
+# Keys that decide which images of an epoch are still to come: they may change between epochs, not within one.
 ORDER = ("data.source", "data.streaming", "data.shuffle_buffer", "data.train_size", "data.labels_per_class")
-# Keys without which the weights, or the images that are still to come, would be others.
+# Keys that decide what the weights mean, or which images are still to come: they may never change.
 IDENTITY = ("model", "model_args", "objective", "dvae", "head", "frozen", "seed", "global_batch")
-LATER = {"objective": DEFAULT_OBJECTIVE}  # defaults of keys that older checkpoints lack
+LATER = {"objective": DEFAULT_OBJECTIVE}  # the values of keys that older checkpoints lack
 VALIDATION = "data.validation"
 CURVES = "curves.png"  # written last: a run that has it has ended
 
@@ -46,10 +46,10 @@ class Start(NamedTuple):
 def starting_point(
     config: TrainConfig, resume: str, collectives: Collectives, checkpoints: CheckpointFolder, folders: Sequence[str]
 ) -> Start | None:
-    """The checkpoint to go on from, which the main process chooses, or None for the beginning.
+    """The checkpoint to go on from, as the main process chooses, or None to start from the beginning.
 
-    `resume` is "auto" (the newest undamaged one, if any), "none", or a checkpoint's folder. `folders` are those of
-    the output that the run writes to: what a killed process was writing there is removed.
+    `resume` is "auto" (the newest undamaged checkpoint, if any), "none", or the folder of a checkpoint. `folders` are
+    the folders of the output that the run writes to; files that a killed process left half-written there are removed.
     """
     output = Path(config.output_dir)
     start = None
@@ -67,7 +67,9 @@ def starting_point(
             raise AlreadyFinished(0)
         checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
     if is_main:
-        (output / CURVES).unlink(missing_ok=True)  # of a run with fewer epochs: this one has not finished yet
+        (output / CURVES).unlink(
+            missing_ok=True
+        )  # left by the same run with fewer epochs; it is not finished any more
     if is_main and resume != "auto":
         is_own = checkpoint is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
         checkpoints.set_aside(after_step=step_of(checkpoint) if checkpoint and is_own else -1)
@@ -75,7 +77,7 @@ def starting_point(
 
 
 def choose(checkpoints: CheckpointFolder, resume: str) -> Path | None:
-    """The checkpoint that `resume` asks for; see `starting_point`."""
+    """Choose the checkpoint that `resume` asks for; see `starting_point`."""
     if resume == "auto":
         return checkpoints.newest_intact()
     checkpoints.clean()
@@ -92,15 +94,21 @@ def choose(checkpoints: CheckpointFolder, resume: str) -> Path | None:
 
 
 def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ."""
+    """Key -> the checkpoint's value and the run's, as JSON holds them, where they differ.
+
+    A dVAE is compared by the content of its file, or by its path if the checkpoint is too old to tell the content.
+    """
     before = dict(flatten(start.state["config"]))
     now = dict(flatten(json.loads(json.dumps(dataclasses.asdict(config)))))
+    hashes = start.state.get("dvae_sha256"), dvae_sha256(config)
+    if None not in hashes:
+        before["dvae"], now["dvae"] = (f"a file with sha256 {sha256}" for sha256 in hashes)
     pairs = {key: (before.get(key, LATER.get(key)), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
 def compare(config: TrainConfig, start: Start, console: Console) -> None:
-    """Refuse the checkpoint of another run, with every difference, and name settings that have changed."""
+    """Raise RunError with all differences if the checkpoint is of another run; warn of other settings that changed."""
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
     if ("pretrained" in start.state["config"]) != hasattr(config, "pretrained"):
         raise RunError(f"{start.checkpoint} was written by the other recipe (pretrain or finetune). {ways}")
@@ -108,9 +116,9 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
     described = {key: f"{key} was {before}, is {now}" for key, (before, now) in changed.items()}
     impossible = [described[key] for key in changed if key.partition(".")[0] in IDENTITY]
     if None in changed.get("ema_decay", ()):
-        impossible.append(described["ema_decay"])  # an average cannot begin, or be thrown away, in the middle
+        impossible.append(described["ema_decay"])  # an average cannot begin or end in the middle of a run
     if float in map(type, changed.get(VALIDATION, ())):
-        impossible.append(described[VALIDATION])  # images that were trained on would be scored on
+        impossible.append(described[VALIDATION])  # the run would be scored on images that it was trained on
     if impossible:
         raise RunError(f"{start.checkpoint} is of another run: {'; '.join(impossible)}. {ways}")
     reordered = [described[key] for key in ORDER if key in changed]
@@ -125,7 +133,7 @@ def compare(config: TrainConfig, start: Start, console: Console) -> None:
 
 
 def compare_steps(start: Start, steps_per_epoch: int) -> None:
-    """Refuse a checkpoint of another number of training images."""
+    """Raise RunError if the checkpoint is of another number of training images."""
     if (before := start.state["steps_per_epoch"]) != steps_per_epoch:
         raise RunError(
             f"{start.checkpoint} has {before} steps per epoch, this run {steps_per_epoch}: the training images are "
@@ -134,9 +142,9 @@ def compare_steps(start: Start, steps_per_epoch: int) -> None:
 
 
 def compare_classes(start: Start, names: Sequence[str]) -> None:
-    """Refuse a checkpoint whose classes are others, or have other numbers: its head would be read wrongly.
+    """Raise RunError if the checkpoint has other classes, or the same in another order: its head would not fit them.
 
-    Older checkpoints, which have no class names, are not compared. `names` are in index order, none without labels.
+    Older checkpoints, which have no class names, are not compared. `names` are in index order; none without labels.
     """
     before = start.state.get("class_names", names)
     if list(before) == list(names):

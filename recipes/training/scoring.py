@@ -1,4 +1,4 @@
-"""Top-1 on the validation images; over all processes every image counts once."""
+"""Top-1 on the validation images, each of which counts once over all processes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,9 +20,9 @@ BATCH = 256
 def evaluation(
     config: FinetuneConfig, collectives: Collectives, models: Mapping[str, nn.Module], source: Any, inputs: InputConfig
 ) -> Callable[[int], Metrics]:
-    """A function of the epochs done that scores models, as `ema.candidates` names them, on the validation images.
+    """A function that scores the models of `ema.candidates` on the validation images, given the epochs done.
 
-    The models are bare: a wrapper's collective calls would hang, as processes have unequal numbers of images.
+    The models are bare: the collective calls of a wrapper would hang, as processes have unequal numbers of images.
     """
     accelerator, device = collectives.accelerator, collectives.accelerator.device
     process = (accelerator.process_index, accelerator.num_processes)
@@ -30,7 +30,7 @@ def evaluation(
     half = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
     @torch.no_grad()  # inference mode would spoil the tensors that sharded parameters are gathered into
-    def count(model: nn.Module) -> list[int]:  # images that are right, scored, damaged; of all processes
+    def count(model: nn.Module) -> list[int]:  # images of all processes that are right, scored, damaged
         counts, was_training = torch.zeros(3, dtype=torch.long, device=device), model.training
         model.eval()
         with whole_parameters(model), half, collectives.together():

@@ -1,4 +1,4 @@
-"""From a configuration and an objective to a trained model in its folder: the one way that all recipes go."""
+"""From a configuration and an objective to a trained model in its folder: all recipes train by this function."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from arm_zoo.files import write_text
-from recipes.config import TrainConfig, batch_plan
+from recipes.config import TrainConfig
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import batch_plan
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
 from recipes.training.checkpoint import CheckpointFolder
@@ -32,10 +33,10 @@ def train(
     stop: StopRequest | None,
     create_loader: Callable[..., Any] = TrainLoader,
 ) -> Trained:
-    """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, what the objective exports, and curves.
+    """Train, and write `config.yaml`, `metrics.jsonl`, checkpoints, the objective's exports and the curves.
 
-    `title` stands before the progress bar; `resume` is "auto", "none" or a checkpoint's folder, as `--resume`; `stop`
-    asks this process to stop. `create_loader` takes what `TrainLoader` takes.
+    `title` stands before the progress bar. `resume` is "auto", "none" or the folder of a checkpoint, as in `--resume`.
+    `stop` says whether this process was asked to stop. `create_loader` is called with the arguments of `TrainLoader`.
     """
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
@@ -63,9 +64,9 @@ def train(
         stop or StopRequest(), objective.hooks,
     )  # fmt: skip
     trainer.resume(start)
-    if source.held_out is not None and accelerator.is_main_process:  # only of a run that goes ahead
-        tables: Any = source  # as images are held out of tables only
-        _, names = tables.test.classes_and_names()  # for whoever scores or trains on from here
+    if source.held_out is not None and accelerator.is_main_process:  # written once nothing can refuse the run any more
+        tables: Any = source  # images are held out of tables only
+        _, names = tables.test.classes_and_names()
         write_text(output / HELD_OUT, "".join(f"{name}\n" for name in names))
         found = f"{100 * source.held_out:g}% of the images ({len(names)})"
         console.print(f"{found} are held out for validation; {output / HELD_OUT} lists them", soft_wrap=True)

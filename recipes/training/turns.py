@@ -1,4 +1,4 @@
-"""A run whose images come from several places in turn, so that their speeds can be compared within one process."""
+"""A loader whose images come from several places in turn, so that one process can compare their speeds."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,13 +15,13 @@ from recipes.data.sources import Source
 
 FIXED = "fixed batch"
 ENDLESS = 1_000_000  # epochs
-EPOCHS_OF_A_TURN = 2  # the first one uses up what was loaded while others had their turn, the last one counts
+EPOCHS_OF_A_TURN = 2  # the first uses up what was loaded during the other turns, the second is measured
 
 
 class Turns(TrainLoader):
-    """In the place of a run's loader: in turn one batch that stays in memory, and the images of each way to load.
+    """Takes the place of a run's loader: one batch that stays in memory and the images of each way to load have turns.
 
-    A way is the keys of `DataConfig` that differ. An epoch has `batches` steps, a turn `EPOCHS_OF_A_TURN` epochs.
+    A way is given by its changes to `DataConfig`. An epoch has `batches` steps, and a turn `EPOCHS_OF_A_TURN` epochs.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class Turns(TrainLoader):
         fixed = next(endless(source, config, *arguments, decode="cpu", cache="none", workers=0).epoch(0))
         self._streams = [repeat(fixed), *map(steps, self._loaders)]
         self.steps_per_epoch = batches
-        self._turn = 0  # of the fixed batch, then of the loaders
+        self._turn = 0  # 0: the fixed batch, k: loader k - 1
         self.memory: list[dict[str, float]] = []  # at the end of each epoch
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds in which training stood still for want of images."""
+        """Seconds for which training has waited for images."""
         return sum(loader.seconds_waited for loader in self._loaders)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
@@ -50,7 +50,7 @@ class Turns(TrainLoader):
             yield batches
 
     def look_ahead(self) -> Any:
-        """Begin with the images of the next step, where it has others."""
+        """Begin to load the images of the next step, unless it is the fixed batch's turn."""
         if self._turn > 0:
             self._loaders[self._turn - 1].look_ahead()
 
@@ -66,6 +66,6 @@ def steps(loader: TrainLoader) -> Iterator[list[Batch]]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """What this process takes, without its workers, and what is taken on its GPU by whatever (0 on a CPU)."""
+    """Memory of this process without its workers, and all memory in use on its GPU (0 without one), in GiB."""
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     return {"host_gib": psutil.Process().memory_info().rss / 2**30, "gpu_gib": (total - free) / 2**30}

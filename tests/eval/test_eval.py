@@ -731,7 +731,7 @@ def test_verify_needs_figures(world: World, tmp_path: Path, capsys: pytest.Captu
     empty = tmp_path / "empty.md"
     empty.write_text("# no figures\n")
     assert verify.main([*words, "--card", str(empty)]) == 1
-    assert "has no accuracy on a set of ours under model-index" in capsys.readouterr().err
+    assert "has no accuracy under model-index on a set known here" in capsys.readouterr().err
     assert verify.main([*words, "--card", str(card(tmp_path / "card.md", {"1k": 80.0}))]) == 1
     assert "has no top-1 for v2, only for in1k" in capsys.readouterr().err
 
@@ -817,7 +817,7 @@ def test_a_folder_is_a_model(source: str, tmp_path: Path) -> None:
     assert torch.equal(models.load(name, None).model.head.weight, model.head.weight)
     with pytest.raises(ValueError, match=r"no card at .*README\.md"):
         verify.read_card(name, None, None)  # it is sought in the folder
-    with pytest.raises(ValueError, match=r"names its weights itself; leave out --weights gone\.pth"):
+    with pytest.raises(ValueError, match=r"comes with its weights; leave out --weights gone\.pth"):
         models.check([name], {name: "gone.pth"})
     with pytest.raises(ValueError, match="unknown model"):
         models.check([f"{tmp_path / 'none'}"], {})

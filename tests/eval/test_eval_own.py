@@ -33,8 +33,9 @@ from eval import tables
 from eval.scoring import labels, models
 from eval.scoring import predict as scoring
 from eval.scoring.custom import AS_USUAL
-from recipes.config import DataConfig, FinetuneConfig, load_config
+from recipes.config import FinetuneConfig, load_config
 from recipes.data.batches import Images
+from recipes.data.config import DataConfig
 from recipes.data.sampling import Key
 from recipes.data.sources import DIGIT_NAMES, open_source
 from recipes.data.transforms import scoring_transform
@@ -700,4 +701,4 @@ def test_thousands_of_classes_are_matched_at_once(tmp_path: Path) -> None:
 
 def test_one_data_set_of_the_hub_is_scored_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--sets", "custom=owner/name", f"custom={shard_of(tmp_path / 'x.tar', [0])}"]
-    assert "owner/name: of the Hub one data set is scored at a time" in refusal(capsys, *words)
+    assert "owner/name: a data set of the Hub is scored alone" in refusal(capsys, *words)

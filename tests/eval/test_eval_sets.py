@@ -380,7 +380,7 @@ def test_models_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     message = refused("--models", f"local-dir:{tmp_path / 'four'}")
     assert "takes images of 4 channels; allowed: models of 1 or 3" in message
     assert "no file or folder 'gone.pth'" in refused("--models", "test_vit", "--weights", "gone.pth")
-    assert "with several models each is MODEL=FILE" in refused(
+    assert "with several models, type MODEL=FILE once for each" in refused(
         "--models", "test_vit", "test_vit2", "--weights", str(file)
     )
     assert "names a model twice" in refused("--models", "test_vit", "test_vit", "--weights", f"test_vit={file}")

@@ -390,7 +390,7 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
         assert "other.csv is another table: it lacks the columns model, " in refusal(
             option, str(tmp_path / "other.csv")
         )
-        assert "torn.csv is there and holds no table" in refusal(option, str(tmp_path / "torn.csv"))
+        assert "torn.csv exists, but is no table" in refusal(option, str(tmp_path / "torn.csv"))
     assert "no_such" in refusal("--paper", str(tmp_path / "no_such"))
     assert "no_such" in refusal("--peers", str(tmp_path / "no_such"))
     assert "other.csv is another table" in refusal("--peers", str(tmp_path / "other.csv"))

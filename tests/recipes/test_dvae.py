@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from arm_zoo.files import sha256_of
@@ -13,10 +14,13 @@ from arm_zoo.pretraining.dvae import DVAE
 from recipes import command_line, dvae
 from recipes.command_line import read_command
 from recipes.config import PretrainConfig, load_config
+from recipes.errors import RunError
 from recipes.objectives import Trained
 from recipes.pretrain import pretrain
 from recipes.signals import StopRequest
+from recipes.training.checkpoint import identity_of, read_state
 from recipes.training.progress import image_flops
+from recipes.training.resume import Start, changed_settings, compare
 from tests import ROOT
 
 CONFIGS = ROOT / "recipes" / "configs"
@@ -63,6 +67,24 @@ def test_tokens_are_learnt_and_their_file_is_recorded(
     assert config["dvae"] == {"file": str(tokenizer), "sha256": sha256}
     assert config["pretraining_model"]["vocab_size"] == 16
     assert not (tmp_path / "run" / "predictions.png").exists()
+    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert read_state(checkpoint)["dvae_sha256"] == sha256
+
+
+def test_going_on_takes_a_dvae_of_the_same_content(tokenizer: Path, tmp_path: Path) -> None:
+    def config(file: Path) -> PretrainConfig:
+        overrides = [*MODEL, "output_dir=unused", f"dvae={file}", *TOKENS]
+        return load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", overrides, to_run=False)
+
+    state = {**identity_of(config(tokenizer), (), 6), "position": {"step": 0}}
+    start = Start(Path("step-00000006"), json.loads(json.dumps(state)))
+    older = Start(start.checkpoint, {**start.state, "dvae_sha256": None})
+    moved = tokenizer.rename(tmp_path / "moved.safetensors")
+    assert changed_settings(start, config(moved)) == {}
+    assert changed_settings(older, config(moved)) == {"dvae": (str(tokenizer), str(moved))}
+    moved.write_bytes(b"another dVAE")
+    with pytest.raises(RunError, match=r"dvae was a file with sha256 \w+, is a file with"):
+        compare(config(moved), start, Console(stderr=True))
 
 
 def test_tokens_that_do_not_fit_are_refused_before_training(

@@ -24,7 +24,8 @@ from arm_zoo import CheckpointError
 from arm_zoo.images.listing import SourceError
 from recipes import command_line
 from recipes.command_line import read_command
-from recipes.config import ConfigError, DataConfig, FinetuneConfig, load_config
+from recipes.config import ConfigError, FinetuneConfig, load_config
+from recipes.data.config import DataConfig
 from recipes.data.sources import open_source
 from recipes.data.splits import held_out, split_rows
 from recipes.data.undecodable import check_undecodable
@@ -335,12 +336,12 @@ def test_an_entry_is_a_start_and_its_head_is_kept_for_its_own_classes(capsys: py
     for entry in ("arm_pico_patch2_8", "arm_pico_patch2_8.arm_digits_ft_digits"):
         same = classifier(entry, *digits)
         assert all(torch.equal(a, b) for a, b in zip(same.parameters(), bundled.parameters(), strict=True))
-        assert "is kept: it is one of the same 10 classes" in capsys.readouterr().out
+        assert "is kept: it was trained on the same 10 classes" in capsys.readouterr().out
     for names in (digits[::-1], digits[:3]):  # another order, another number
         other = classifier("arm_pico_patch2_8", *names)
         assert torch.equal(other.blocks[0].mlp.fc1.weight, bundled.blocks[0].mlp.fc1.weight)
         assert other.head.weight.std() < 1e-4 and not other.head.bias.any()  # anew, both
-        assert "is left out, and a new one trained" in capsys.readouterr().out
+        assert "was trained on other classes: a new head" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])

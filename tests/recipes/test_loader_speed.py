@@ -11,8 +11,10 @@ import torch
 from PIL import Image, JpegImagePlugin
 
 from recipes import loader_speed
-from recipes.config import BatchPlan, DataConfig, TrainConfig
+from recipes.config import TrainConfig
+from recipes.data.config import DataConfig
 from recipes.data.generated import HEIGHT, WIDTH
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.training.turns import EPOCHS_OF_A_TURN, FIXED, Turns
 from tests.helpers.decoding import stand_in_for_gpu
@@ -81,6 +83,8 @@ def test_speed_of_the_loader_alone(
     assert "batch 12, " in capsys.readouterr().out
     loader_speed.main([*settings, "data.cache=memory"])
     assert "| cache=memory | " in capsys.readouterr().out
+    loader_speed.main([*settings, "data.labels_per_class=2", "data.decode=cpu"])  # of one class: two images in all
+    assert "batch 2, " in capsys.readouterr().out
 
 
 class Steps(list[Any]):
@@ -146,6 +150,7 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--make", "1", str(tmp_path), "--seed", "-1"], "--seed is -1; allowed: 0 or more"),
         (["--make", "none", str(tmp_path)], "allowed: a number of files, 1 or more, then a folder"),
         (["--step", "pretrain", "data.source=digits"], "model is missing"),
+        (["--step", "segment", "data.source=digits"], "invalid choice: 'segment'"),
     ):
         with pytest.raises(SystemExit) as stop:
             loader_speed.main(argv)

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import arm_zoo
-from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import FinetuneConfig, PretrainConfig, load_config
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import batch_plan
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import finetune
@@ -23,7 +24,7 @@ from recipes.parsing import ConfigError
 from recipes.pretrain import pretrain
 from recipes.signals import Stopped, StopRequest
 from tests import ROOT
-from tests.recipes.test_checkpoint import on_two_processes
+from tests.recipes.training.test_checkpoint import on_two_processes
 
 CONFIG = ROOT / "recipes" / "configs" / "pretrain_mae_digits.yaml"
 TINY = ["epochs=3", "global_batch=256", "tracker=none", "model_args.embed_dim=16", "model_args.depth=1",

@@ -35,9 +35,11 @@ from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import RECIPES, carry_out, read_command
-from recipes.config import CORES, ConfigError, FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from recipes.data.batches import Batch
+from recipes.data.config import CORES
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import batch_plan
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.finetune import classification_loss, create_classifier, finetune
@@ -90,7 +92,7 @@ def test_shipped_configurations_load_and_their_models_can_be_built(file: Path) -
 
 @pytest.mark.parametrize(("processes", "workers"), [("1", min(12, CORES)), (str(CORES), 1), (str(10 * CORES), 1)])
 def test_training_processes_of_a_machine_share_its_cores(processes: str, workers: int) -> None:
-    code = "from recipes.config import DataConfig; print(DataConfig().workers)"
+    code = "from recipes.data.config import DataConfig; print(DataConfig().workers)"
     environment = os.environ | {"LOCAL_WORLD_SIZE": processes}
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert int(told.stdout) == workers

@@ -12,12 +12,14 @@ from PIL import Image
 
 from arm_zoo.images import tables
 from arm_zoo.images.listing import SourceError
-from recipes.config import BatchPlan, ConfigError, DataConfig, PretrainConfig, load_config
+from recipes.config import ConfigError, PretrainConfig, load_config
 from recipes.data import cache, loader
 from recipes.data.batches import Batch
 from recipes.data.cache import free_bytes
+from recipes.data.config import DataConfig
 from recipes.data.kept import StoredSplit
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from tests.helpers.decoding import stand_in_for_gpu

@@ -17,11 +17,12 @@ from timm.data import IMAGENET_DEFAULT_STD
 from arm_zoo.images import decode
 from arm_zoo.images.decode import UndecodableImage, decode_tensor
 from arm_zoo.images.listing import SourceError
-from recipes.config import BatchPlan, ConfigError, PretrainConfig, load_config
+from recipes.config import ConfigError, PretrainConfig, load_config
 from recipes.data import batches as loading
 from recipes.data import gpu_decode, loader
 from recipes.data.batches import Batch
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.signals import StopWaiting

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from timm.data import random_erasing, transforms
 
-from recipes.config import DataConfig
-from recipes.data.draws import ATTEMPTS, CROP, ERASED, Drawing, Draws, random_bits
+from arm_zoo.pretraining import noise
+from recipes.data.config import DataConfig
+from recipes.data.draws import ATTEMPTS, CROP, ERASED, Drawing, Draws, mixed_bits, random_bits
 
 VARIED = DataConfig(source="x", random_crop=(0.2, 1.0), flip=0.3, erase=0.6, randaugment="rand-m9-mstd0.5-inc1")
 MEAN = (0.5, 0.4, 0.3)
@@ -132,3 +133,9 @@ def test_global_generators_are_left_alone() -> None:
     drawing()(0, range(3))
     assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index]
     assert torch.equal(states[2], torch.get_rng_state())
+
+
+def test_bits_are_mixed_as_those_of_tensors() -> None:
+    states = np.random.default_rng(0).integers(2**64, size=1000, dtype=np.uint64)
+    mixed = noise.mixed_bits(torch.from_numpy(states.view(np.int64)))
+    assert np.array_equal(mixed_bits(states), mixed.numpy().view(np.uint64))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from arm_zoo.images.listing import SourceError
-from recipes.config import ConfigError, DataConfig, FinetuneConfig, PretrainConfig, load_config
+from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from recipes.data.config import DataConfig
 from recipes.data.labels import drawn
 from recipes.data.sources import open_digits, open_source
 from recipes.finetune import CLASSIFICATION

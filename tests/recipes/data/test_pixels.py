@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from arm_zoo.images.masks import IGNORED, open_masks
-from recipes.config import DataConfig, SegmentConfig
+from recipes.config import SegmentConfig
+from recipes.data.config import DataConfig
 from recipes.data.pixels import AugmentedPixels
 from recipes.data.sampling import Key
 

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
-from recipes.config import RANDAUGMENT
+from recipes.data.config import RANDAUGMENT
 from recipes.data.randaugment import MATRICES, RULES, Operation, RandAugment, plain_name, posterized
 
 MEAN = (0.485, 0.456, 0.406)

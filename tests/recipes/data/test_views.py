@@ -12,9 +12,10 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from recipes.config import BatchPlan, ConfigError, PretrainConfig, load_config
+from recipes.config import ConfigError, PretrainConfig, load_config
 from recipes.data import views
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.data.transforms import cropped
 from recipes.data.views import PIPELINES, Pipeline, changed, drawn

@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.sources import open_digits, open_source
 from recipes.errors import RunError
 from recipes.probing import features

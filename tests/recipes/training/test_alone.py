@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes import ablate, finetune
+from recipes.ablations.runs import Scheduler
 from tests import ROOT
 
 HOLD = "import sys; from pathlib import Path; from recipes.training.alone import alone_in\n"
@@ -17,7 +18,7 @@ HOLD += "with alone_in(Path(sys.argv[1])): print('in', flush=True); sys.stdin.re
 def test_a_folder_that_another_process_writes_to_is_refused(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ablate.Bench, "work", lambda bench, left: None)
+    monkeypatch.setattr(Scheduler, "carry_out", lambda scheduler, left: None)
     monkeypatch.setattr(finetune, "run", lambda config, resume, stop: None)
     monkeypatch.setattr("recipes.command_line.leave_process_group", lambda: None)
     command = {

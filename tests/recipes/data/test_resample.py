@@ -85,7 +85,7 @@ def check_select(device: str) -> None:
 def test_crops_in_the_interpreter_equal_torchvision() -> None:
     pytest.importorskip("triton", reason="no triton in this build of torch")
     script = (
-        "from tests.recipes.test_resample import SMALL, check_equal, check_select\n"
+        "from tests.recipes.data.test_resample import SMALL, check_equal, check_select\n"
         "for case, layout in zip(SMALL, ('interleaved', 'view', 'planar'), strict=True):\n"
         "    check_equal(case, 3 if layout == 'interleaved' else 1, layout, 'cpu')\n"
         "check_select('cpu')\nprint('the crops are equal')"

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,13 @@ from safetensors.torch import load_file
 
 import arm_zoo
 from arm_zoo.images.tables import ImageTable
-from recipes import command_line, kill_test, objectives
+from recipes import command_line, objectives
 from recipes import finetune as finetuning
-from recipes.config import FinetuneConfig, PretrainConfig, batch_plan, load_config
+from recipes.config import FinetuneConfig, PretrainConfig, load_config
 from recipes.data import batches as data
-from recipes.data.sampling import training_order
+from recipes.data.sampling import batch_plan, training_order
 from recipes.data.sources import open_source
 from recipes.errors import RunError
-from recipes.kill_test import KillTest
 from recipes.objectives import AUTOREGRESSIVE, TRAINING, Trained
 from recipes.pretrain import pretrain
 from recipes.signals import EXIT_CODE, SIGNALS, Stopped, StopRequest
@@ -484,61 +483,6 @@ def test_checkpoints_come_by_steps_minutes_and_epochs(tmp_path: Path) -> None:
     assert names(tmp_path / "steps") == [f"step-{step:08d}" for step in (2, 4, 6, 8, 10, 12, 14, 15)]
     run(tmp_path / "minutes", "checkpoint_minutes=1e-9", "checkpoint_epochs=3", "keep_last=99")
     assert names(tmp_path / "minutes") == [f"step-{step:08d}" for step in range(1, 16)]
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_ends_with_equal_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ARM_ZOO_SCAN", "torch")  # nothing to compile in each of the processes
-    command = ["--config", str(CONFIG), *TINY, "checkpoint_steps=1"]
-    tests = (KillTest("pretrain", command, tmp_path / str(seed), seed) for seed in range(5))
-    assert any(test.run(kills=3) for test in tests)  # hits: the first is aimed at a checkpoint's writing, and may miss
-
-
-def test_a_command_that_no_run_takes_is_refused_before_any_is_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as refused:
-        kill_test.main(["--output", str(tmp_path / "runs")])
-    assert refused.value.code == 2 and "model is missing" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that load its images neither."""
-    monkeypatch.setenv("ARM_ZOO_SCAN", "torch")
-    test = KillTest("pretrain", ["--config", str(CONFIG), *TINY, "epochs=100", "data.workers=1"], tmp_path, seed=0)
-    process = test._start(tmp_path / "run")
-    while not any((tmp_path / "run" / "checkpoints").glob("step-*")):
-        assert process.is_alive()
-        time.sleep(0.01)
-    group = psutil.Process(process.pid).children()
-    assert group and not test._kill(process, tmp_path / "run", 0, aimed=False)
-    assert not psutil.wait_procs(group, timeout=10)[1]
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_leaves_no_process(tmp_path: Path) -> None:
-    test = KillTest("pretrain", [], tmp_path, seed=0)
-    process = test._context.Process(target=fail_beside_a_worker, args=(tmp_path / "worker",))
-    process.start()
-    with pytest.raises(RuntimeError, match="ended with 3; see the logs"):
-        test._finish(process)
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(int((tmp_path / "worker").read_text())).wait(timeout=10)
-
-
-def fail_beside_a_worker(file: Path) -> None:
-    """End with 3, as a run with a process group of its own whose worker sleeps on."""
-    os.setsid()
-    file.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
-    os._exit(3)
-
-
-def test_kills_are_counted_from_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        kill_test.main(["--kills", "0", "--output", str(tmp_path / "runs")])
-    assert "--kills is 0; allowed: a whole number, 1 or more" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- earlier runs

@@ -18,10 +18,11 @@ from timm.data import create_transform
 
 from arm_zoo.images.listing import SourceError
 from arm_zoo.images.tables import Encoded
-from recipes.config import BatchPlan, DataConfig, PretrainConfig, load_config
+from recipes.config import PretrainConfig, load_config
 from recipes.data.batches import Batch
+from recipes.data.config import DataConfig
 from recipes.data.loader import EvalLoader, TrainLoader
-from recipes.data.sampling import Key, mixed, training_order
+from recipes.data.sampling import BatchPlan, Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
 from recipes.data.transforms import warp

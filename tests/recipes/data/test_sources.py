@@ -30,7 +30,7 @@ from arm_zoo.images.listing import SourceError, class_folders, images_in
 from arm_zoo.images.locate import locate
 from arm_zoo.images.tables import ImageTable
 from arm_zoo.images.tars import read_members, read_samples
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.labels import match_labels
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream

@@ -20,7 +20,7 @@ from tests.helpers.images import write_parquet
 COMMIT = "a" * 40
 PROGRAM = """
 import json, sys
-from recipes.config import DataConfig
+from recipes.data.config import DataConfig
 from recipes.data.sources import open_source
 for streaming in json.loads(sys.argv[1]):
     source = open_source(DataConfig(source="hf://some/images", streaming=streaming))

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from arm_zoo.images.decode import UndecodableImage, decode_image
-from recipes.config import BatchPlan, PretrainConfig, load_config
+from recipes.config import PretrainConfig, load_config
 from recipes.data.loader import TrainLoader
+from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from tests.helpers.decoding import stand_in_for_gpu
 from tests.helpers.images import encode, pixels

@@ -1,0 +1,171 @@
+"""What is left to run of a table, what has ended, and the table of results."""
+
+import csv
+import dataclasses
+import io
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arm_zoo.files import write_text
+from recipes.ablations.runs import Outcome, Run
+from recipes.ablations.tables import Table
+from recipes.cost import Measured, from_run
+from recipes.errors import RunError
+from recipes.probing.few_shot import half_width
+from recipes.training.plots import plot_intervals
+
+RUNS = "runs.csv"  # in the output folder: a line for each run, of any table, that has ended
+FIGURE = "figure.png"
+
+Outcomes = Mapping[str, Outcome]  # by the runs' names
+
+
+def recorded(output: Path) -> list[dict[str, str]]:
+    """The lines of `runs.csv`, one for each run that has ended."""
+    file = output / RUNS
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+
+
+def read_outcomes(output: Path) -> dict[str, Outcome]:
+    """The results of all runs that `runs.csv` has a line for."""
+    try:
+        return {line["run"]: outcome_of(line) for line in recorded(output)}
+    except (KeyError, TypeError, ValueError):
+        allowed = "run,row,seed,top1,gpu_hours, and below it lines of which the last two are numbers"
+        raise RunError(f"{output / RUNS} is damaged; allowed: {allowed}; delete all other lines") from None
+
+
+def outcome_of(line: Mapping[str, str]) -> Outcome:
+    """The result in a line of `runs.csv`; KeyError, TypeError or ValueError if the line is damaged."""
+    outcome = Outcome(float(line["top1"]), float(line["gpu_hours"]))
+    if None in line or not math.isfinite(outcome.top1 + outcome.gpu_hours):  # None has what is beyond the heading
+        raise ValueError(line)
+    return outcome
+
+
+def record(run: Run, outcome: Outcome, output: Path) -> None:
+    """Add a run that has ended to `runs.csv`."""
+    line = {"run": run.name, "row": run.row.name, "seed": run.seed, **dataclasses.asdict(outcome)}
+    write_text(output / RUNS, as_csv([*recorded(output), line]))
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The keys of the first row as heading, then a line for each row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def results(table: Table, runs: Sequence[Run], outcomes: Outcomes) -> list[dict[str, Any]]:
+    """The figures of each row of the table, over the seeds that have ended."""
+    found = []
+    for row in table.rows:
+        ended = [run for run in runs if run.row == row and run.name in outcomes]
+        scores = [outcomes[run.name].top1 for run in ended]
+        found.append(
+            {
+                "row": row.name,
+                "top1": statistics.fmean(scores) if scores else None,
+                "interval95": half_width(torch.tensor(scores, dtype=torch.float64)) if len(scores) > 1 else None,
+                "scores": " ".join(map(str, scores)),
+                "seeds": " ".join(str(run.seed) for run in ended),
+                "gpu_hours": statistics.fmean(outcomes[run.name].gpu_hours for run in ended) if ended else None,
+                "paper_top1": row.reported.get("top1"),
+                "paper_hours": row.reported.get("hours"),
+            }
+        )
+    return found
+
+
+def write_results(table: Table, runs: Sequence[Run], outcomes: Outcomes, folder: Path) -> list[str]:
+    """Write `results.csv`, `table.md` and `figure.png` of the runs that have ended; give the lines of the table."""
+    rows = results(table, runs, outcomes)
+    lines = [*markdown(rows)]
+    write_text(folder / "results.csv", as_csv(rows))
+    write_text(folder / "table.md", "\n".join([f"# {table.title}", "", *lines]) + "\n")
+    scored = {"here": [(row["top1"], row["interval95"]) for row in rows]}
+    scored["the paper, ImageNet-1k"] = [(row["paper_top1"], None) for row in rows]
+    plot_intervals(folder / FIGURE, table.title, [row["row"] for row in rows], scored)
+    return lines
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of a table of results; the intervals are Student's, of the mean over seeds."""
+    yield "| row | top-1 (%) | 95% interval | seeds | GPU-hours of a run | paper: top-1 (%) | hours on 8 A5000 |"
+    yield "|---|---|---|---|---|---|---|"
+    formats = {"top1": ".2f", "interval95": ".2f", "gpu_hours": ".2f", "paper_top1": ".1f", "paper_hours": "g"}
+    for row in rows:
+        top1, half, hours, paper, paper_hours = (
+            "-" if row[key] is None else format(row[key], form) for key, form in formats.items()
+        )
+        interval = half if half == "-" else f"± {half}"
+        seeds = len(row["seeds"].split())
+        yield f"| {row['row']} | {top1} | {interval} | {seeds} | {hours} | {paper} | {paper_hours} |"
+
+
+def replace_section(document: Path, heading: str, lines: Sequence[str]) -> None:
+    """Replace what a Markdown file has between a heading, which must be there, and the next heading."""
+    section, text = "\n".join([heading, "", *lines, "", ""]), document.read_text(encoding="utf-8")
+    whole, count = re.subn(rf"(?ms)^{re.escape(heading)}$.*?(?=^#|\Z)", lambda _: section, text, count=1)
+    if not count:
+        raise RunError(
+            f"{document} has no line {heading!r}, under which the table goes; write it where that should be"
+        )
+    write_text(document, whole.rstrip("\n") + "\n")
+
+
+def plan(
+    table: Table,
+    runs: Sequence[Run],
+    outcomes: Outcomes,
+    speeds: Mapping[str, float | None],
+    gpus: int,
+    at_once: int,
+) -> Iterator[str]:
+    """Lines of a Markdown table of what is left to run, and for how many hours; equal runs count once.
+
+    `speeds` are images per second of one GPU, by phase; without one, the speed is that of a run that has begun.
+    """
+    yield "| row | seed | phase | epochs | state | hours |"
+    yield "|---|---|---|---|---|---|"
+    known, unknown, listed = list[float](), False, set[Path]()
+    for run in runs:
+        for phase, config in run.row.configs.items():
+            done, shown = len(run.history(phase)), "0.00"
+            if run.output_dir(phase) in listed:
+                state = "as above"
+            elif run.name in outcomes or run.has_ended(phase):
+                state = "finished"
+            else:
+                state = f"{done} epochs done" if done else "to do"
+                speed = speeds.get(phase) or measured_speed(runs, run, phase)
+                if speed is None:
+                    unknown, shown = True, "unknown"
+                else:
+                    known.append(Measured(run.row.name, speed).hours(config.epochs - done, gpus, 1.0, table.images))
+                    shown = f"{known[-1]:.2f}"
+            listed.add(run.output_dir(phase))
+            yield f"| {run.row.name} | {run.seed} | {phase} | {config.epochs} | {state} | {shown} |"
+    yield ""
+    total = sum(known)
+    side_by_side = f", {total / at_once:,.1f} with {at_once} side by side" if at_once > 1 else ""
+    yield f"{total:,.1f} hours in all{side_by_side}{', without those unknown' if unknown else ''}"
+    if unknown:
+        yield "to know them, type the speed of one GPU: --speed pretrain=IMAGES_PER_SECOND --speed finetune=..."
+
+
+def measured_speed(runs: Sequence[Run], run: Run, phase: str) -> float | None:
+    """Images per second of one GPU in a phase of this run; if that has not begun, of its row, else of any run."""
+    for other in (run, *(other for other in runs if other.row == run.row), *runs):
+        if any("images_per_second" in row for row in other.history(phase)):
+            found = from_run(other.output_dir(phase))
+            return found.images_per_second / found.gpus
+    return None

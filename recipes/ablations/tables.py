@@ -1,0 +1,114 @@
+"""The rows of a table: the settings of each phase, from the YAML files here, and the configurations they make."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arm_zoo.files import WEIGHTS
+from recipes.ablations import FOLDER, PHASES
+from recipes.command_line import RECIPES
+from recipes.config import TrainConfig, load_config
+from recipes.errors import RunError
+from recipes.parsing import ConfigError
+from recipes.training.export import EXPORT
+
+CONFIGS = FOLDER.parent / "configs"
+HANDED_ON = {"dvae": ("dvae", WEIGHTS), "pretrain": ("pretrained", EXPORT)}  # phase -> key of the next, file or folder
+
+Settings = dict[str, Any]  # by dotted key; `config` is the name of a file in recipes/configs
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what is run for it, by phase, and what the paper reports."""
+
+    name: str
+    phases: Mapping[str, Settings]
+    configs: Mapping[str, TrainConfig]  # the same settings, resolved
+    reported: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper in one preset."""
+
+    title: str
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    images: int  # in an epoch
+
+
+def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> Table:
+    """Read a table in a preset, with overrides that are `key=value` for all phases or `PHASE.key=value` for one.
+
+    `rows` are the names of the rows to keep; without names, all are kept. Raises RunError for an unknown row and for
+    an override of a phase that no row has, and one ConfigError for all rows whose settings are wrong.
+    """
+    read = yaml.safe_load((FOLDER / f"table{number}.yaml").read_text(encoding="utf-8"))
+    shared = yaml.safe_load((FOLDER / "presets.yaml").read_text(encoding="utf-8"))[preset]
+    fallback = shared.pop("rows", preset)  # the preset whose settings a row has where it has none for this one
+    read_rows = [{**row, preset: row.get(preset, row.get(fallback, {}))} for row in read["rows"]]
+    found = [row for row in read_rows if row[preset] is not None]
+    if unknown := set(rows) - {row["name"] for row in found}:
+        names = ", ".join(repr(row["name"]) for row in found)
+        raise RunError(f"table {number} has no row {min(unknown)!r} in preset {preset}; allowed: {names}")
+    configured = cache(lambda phase, file, *typed: load_config(RECIPES[phase][0], file, typed, to_run=False))
+    made, problems = [], {}
+    for row in (row for row in found if not rows or row["name"] in rows):
+        phases, configs = phases_of(row, preset, shared, overrides), dict[str, TrainConfig]()
+        for phase in phases:
+            try:
+                file, typed = file_and_overrides(phase, phases)
+                configs[phase] = configured(phase, file, *typed)  # built once where rows share it
+            except ConfigError as error:
+                reasons = "; ".join(error.problems.values())
+                problems[f"{row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {reasons}"
+        made.append(Row(row["name"], phases, configs, row.get("reported", {})))
+    if problems:
+        raise ConfigError(problems)
+    named = {override.partition(".")[0] for override in overrides} & {*PHASES}
+    if idle := named - {phase for row in made for phase in row.phases}:
+        raise RunError(
+            f"none of these rows of table {number} has the phase {min(idle)}; leave out {min(idle)}.KEY=..."
+        )
+    return Table(read["title"], made, shared["seeds"], shared["images"])
+
+
+def phases_of(row: Mapping[str, Any], preset: str, shared: Settings, overrides: Sequence[str]) -> dict[str, Settings]:
+    """The settings of a row by phase: the preset's, the row's, the row's in this preset, then the overrides."""
+    own: Mapping[str, Any] = row[preset]
+    present = {"dvae": "dvae" in own, "pretrain": row.get("pretrain", {}) is not None, "finetune": True}
+    phases = {
+        phase: {**shared[phase], **row.get(phase, {}), **own.get(phase, {})} for phase in PHASES if present[phase]
+    }
+    for override in overrides:
+        key, _, value = override.partition("=")
+        phase, _, rest = key.partition(".")
+        of_one_phase = bool(rest) and phase in PHASES
+        for target in ({phase} if of_one_phase else set(PHASES)) & phases.keys():
+            phases[target][rest if of_one_phase else key] = value
+    return phases
+
+
+def file_and_overrides(phase: str, phases: Mapping[str, Settings], folder: Path = Path()) -> tuple[Path, list[str]]:
+    """A phase's configuration file and its overrides; the phase before it leaves its weights in `folder`.
+
+    Raises ConfigError for settings that a table sets itself.
+    """
+    order = [*phases]
+    before = order[order.index(phase) - 1] if phase != order[0] else None
+    given: Settings = {"pretrained": None} if phase == "finetune" else {}
+    if before is not None:
+        key, name = HANDED_ON[before]
+        given = {key: str(folder / before / name)}
+    if taken := sorted(phases[phase].keys() & {"seed", "output_dir", *given}):
+        says = "{} is set for each run; leave it out (--seeds and --output say which seeds, and where)"
+        raise ConfigError({key: says.format(key) for key in taken})
+    settings = phases[phase] | given
+    typed = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return CONFIGS / typed.pop("config"), [f"{key}={value}" for key, value in typed.items()]

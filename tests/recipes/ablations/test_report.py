@@ -1,0 +1,59 @@
+"""The table of results: means and intervals over seeds, and the record of the runs that have ended."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from recipes.ablations import FOLDER
+from recipes.ablations.report import markdown, read_outcomes, results, write_results
+from recipes.ablations.runs import Outcome, runs_of
+from recipes.ablations.tables import read_table
+from recipes.errors import RunError
+from tests.helpers.ablations import TWO, finish
+
+
+def test_intervals_are_students(tmp_path: Path) -> None:
+    """Against scipy, and by hand: 4.303 standard errors of three scores, 12.706 of two."""
+    table = read_table(5, "digits", rows=TWO)
+    runs = runs_of(table, [0, 1, 2], tmp_path)
+    scores, outcomes = [90.0, 92.0, 91.0], dict[str, Outcome]()
+    for run, score in zip(runs[::2], scores, strict=True):  # every other one: a seed's rows follow each other
+        finish(run, score)
+        outcomes[run.name] = run.outcome(runs_per_gpu=1)
+    first, second = results(table, runs, outcomes)
+    low, high = stats.t.interval(0.95, 2, loc=91, scale=stats.sem(scores))
+    assert first["top1"] == 91 and first["interval95"] == pytest.approx((high - low) / 2)
+    assert first["interval95"] == pytest.approx(4.303 * 1 / math.sqrt(3), rel=1e-3)
+    assert first["gpu_hours"] == 2 * 2 * 0.5  # two phases of half an hour on two GPUs
+    assert second["top1"] is None and second["interval95"] is None
+    finish(runs[3], 80.0)
+    outcomes[runs[3].name] = runs[3].outcome(runs_per_gpu=4)
+    rows = results(table, runs, outcomes)
+    assert rows[1]["top1"] == 80 and rows[1]["interval95"] is None
+    lines = [*markdown(rows)]
+    assert lines[2] == "| row-first, forward | 91.00 | ± 2.48 | 3 | 2.00 | 82.5 | - |"
+    assert lines[3] == "| random | 80.00 | - | 1 | 0.50 | 81.5 | - |"
+    write_results(table, runs, outcomes, tmp_path / "table5")
+    [row, _] = csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines())
+    assert (row["row"], row["scores"], row["seeds"]) == ("row-first, forward", "90.0 92.0 91.0", "0 1 2")
+    assert (tmp_path / "table5" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "line", ["ab,random,0,90", "ab,random,0,,", "<<<<<<< HEAD", "ab,random,0,nan,1", "ab,random,0,90,1,7"]
+)
+def test_a_damaged_record_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(f"run,row,seed,top1,gpu_hours\n{line}\n")
+    with pytest.raises(RunError, match=r"runs\.csv is damaged; allowed: run,row,seed,top1,gpu_hours"):
+        read_outcomes(tmp_path)
+
+
+def test_the_page_of_results_has_a_place_for_each_table(repo: Path) -> None:
+    page = (repo / "recipes" / "RESULTS.md").read_text().splitlines()
+    for number in range(4, 9):
+        title = yaml.safe_load((FOLDER / f"table{number}.yaml").read_text())["title"]
+        assert page.count(f"### {title}, preset short") == 1
