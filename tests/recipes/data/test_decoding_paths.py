@@ -261,6 +261,7 @@ def test_a_gpu_asked_for_in_vain_is_told(folder: Path) -> None:
         configure(folder, "data.decode=tpu")
 
 
+@pytest.mark.skipif(decode.jpeg_decoder() is None, reason="no torchcodec that fits this torch")
 def test_without_torchcodec_pillow_gives_the_same_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

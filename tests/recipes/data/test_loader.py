@@ -332,7 +332,7 @@ def test_the_next_image_takes_the_place_of_a_damaged_one(
         found = by_index(list(run.epoch(0)))
         list(run.epoch(1))
     assert torch.equal(found[4][0], found[6][0]) and torch.equal(found[29][0], found[0][0])
-    assert len(run.undecodable) == 3 and len(caplog.records) == 3  # each is named once
+    assert len(run.undecodable) == 3 and caplog.text.count("skipped: ") == 3  # each is named once
     for number in (4, 5, 29):
         assert caplog.text.count(f"cat/{number}.jpg cannot be decoded: ") == 1
 
