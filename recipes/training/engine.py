@@ -57,9 +57,8 @@ class Trainer:
     optimizer: Optimizer
     loader: TrainLoader  # gives this process's micro-batches
     loss_function: LossFunction
-    evaluate: (
-        Callable[[int], Metrics] | None
-    )  # called after each epoch with the epochs done; joins the epoch's figures
+    # Called after each epoch with the number of epochs done; the result joins the epoch's figures.
+    evaluate: Callable[[int], Metrics] | None
     config: TrainConfig
     checkpoints: CheckpointFolder
     display: ProgressDisplay
