@@ -144,6 +144,7 @@ def worker_of(batches: Iterator[Numbers], before: set[BaseProcess]) -> BaseProce
     return worker
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_found_where_the_run_waits(pinned: bool) -> None:
     """Not by a signal handler at any place, in the middle of a step or of a checkpoint's writing."""
     handler = signal.getsignal(signal.SIGCHLD)

@@ -57,6 +57,7 @@ def test_generated_files_are_like_photographs(tmp_path: Path) -> None:
         make(tmp_path / "seed")
 
 
+@pytest.mark.slow
 def test_speed_of_the_loader_alone(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -412,6 +412,7 @@ def test_full_disks(row: dict[str, Any], hub: HubServer, client: Client, content
     assert not kept(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [ON_HUB, ON_GITHUB], ids=["hub", "github"])
 def test_of_two_processes_one_fetches_and_the_other_waits(
     row: dict[str, Any],
