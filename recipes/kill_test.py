@@ -34,6 +34,7 @@ class KillTest:
 
     def run(self, kills: int) -> int:
         """Kill `kills` times, over as many runs as that takes; gives the number that hit a checkpoint's writing."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         whole = self._folder / "whole"
         server = self._context.Process(target=print)  # starts the server, whose start must not count as the run's
         server.start()
@@ -124,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.kills < 1:
         parser.error(f"--kills is {arguments.kills}; allowed: a whole number, 1 or more")
     command_line.read_command(arguments.recipe, [*command, f"output_dir={arguments.output}"])  # ends where it is wrong
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if any(arguments.output.iterdir()):
+    if arguments.output.exists() and any(arguments.output.iterdir()):
         parser.error(f"--output {arguments.output} is not empty; delete it or name another folder")
     KillTest(arguments.recipe, command, arguments.output, arguments.seed).run(arguments.kills)
 
