@@ -349,7 +349,7 @@ def damaged(draw: st.DrawFn, text: str) -> bytes:
             return json.dumps(document).encode()
 
 
-@pytest.mark.parametrize("kind", ["backbone", "pretraining", "both"])
+@pytest.mark.parametrize("kind", ["backbone", "pretraining", pytest.param("both", marks=pytest.mark.slow)])
 def test_damaged_configurations_end_in_our_error(kind: str, model: nn.Module, tmp_path: Path) -> None:
     """Whatever config.json says: our error, or a model with the very weights of the file."""
     saved = model if kind == "backbone" else arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64, depth=2)

@@ -1188,6 +1188,7 @@ def test_measured_figures_come_from_the_evaluator(tmp_path: Path, monkeypatch: p
     assert _known(entry).endswith("licence apache-2.0; measured by us: custom 99.17")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classifier", "encoder", "pretraining"])
 def test_the_snippets_of_cards_run(
     kind: str, server: HubServer, client: Client, classifier: Path, tmp_path: Path

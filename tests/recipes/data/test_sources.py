@@ -612,6 +612,7 @@ def test_hidden_labels_of_a_stream_from_the_hub_are_met_at_the_start(
     assert open_named("hf://some/images", labels_needed=False, streaming=True).class_names == ()
 
 
+@pytest.mark.slow
 def test_names_and_numbers_of_classes_are_matched(tmp_path: Path) -> None:
     """Numbers stand for names in their order, unless the names are numbers themselves."""
     strings, integers = Value("string"), Value("int64")

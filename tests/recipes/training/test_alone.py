@@ -14,7 +14,7 @@ HOLD = "import sys; from pathlib import Path; from recipes.training.alone import
 HOLD += "with alone_in(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
 
 
-@pytest.mark.parametrize("program", ["finetune", "ablate"])
+@pytest.mark.parametrize("program", ["finetune", pytest.param("ablate", marks=pytest.mark.slow)])
 def test_a_folder_that_another_process_writes_to_is_refused(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

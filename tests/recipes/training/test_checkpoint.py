@@ -478,6 +478,7 @@ def test_loss_that_is_not_finite_stops_the_run(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_checkpoints_come_by_steps_minutes_and_epochs(tmp_path: Path) -> None:
     run(tmp_path / "steps", "checkpoint_steps=2", "checkpoint_epochs=3", "keep_last=99")
     assert names(tmp_path / "steps") == [f"step-{step:08d}" for step in (2, 4, 6, 8, 10, 12, 14, 15)]
@@ -550,6 +551,7 @@ def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: d
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -> None:
     with on_two_processes(["--config", str(CONFIG), *settings(tmp_path), "device=cpu"]) as process:
         _, printed = process.communicate(timeout=300)
