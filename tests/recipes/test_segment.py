@@ -96,6 +96,7 @@ def test_the_evaluator_scores_what_the_recipe_scored(
     assert all(torch.equal(value, model.backbone.state_dict()[name]) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(scenes: Path, tmp_path: Path) -> None:
     """With the same bits, whether the backbone is trained too or not."""
     settings = ["head=fpn", "frozen=false", "checkpoint_steps=1", "evaluate_every=5"]

@@ -485,6 +485,7 @@ def test_upstream_can_be_turned_off(hub: HubServer, client: Client, contents: by
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_timm_lists_what_can_be_fetched(repo: Path) -> None:
     code = "import arm_zoo, timm; print(*timm.list_pretrained('arm_*'))"
     environment = {**os.environ, "ARM_ZOO_UPSTREAM": "0"}

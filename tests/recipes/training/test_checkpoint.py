@@ -424,6 +424,7 @@ def test_start_removes_what_a_killed_one_was_writing_and_nothing_else(whole: Pat
     assert not own[0].exists()
 
 
+@pytest.mark.slow
 def test_starting_over_and_going_back(whole: Path, tmp_path: Path) -> None:
     copy_of(whole, tmp_path)
     first, second = names(tmp_path)
