@@ -75,11 +75,13 @@ def _loops_inputs(scan: ScanInputs) -> loops.Scan:
 
 
 _TEAM_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# The function by which GNU's OpenMP, and others that are compatible with it, run code in all threads of a team.
+_openmp_parallel: Any = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "GOMP_parallel", None)
 
 
 def _in_openmp(work: Callable[[], None], threads: int) -> None:
     """Do the work in every thread of OpenMP's team."""
-    ctypes.CDLL(None).GOMP_parallel(_TEAM_MEMBER(lambda _: work()), None, ctypes.c_uint(threads), ctypes.c_uint(0))
+    _openmp_parallel(_TEAM_MEMBER(lambda _: work()), None, ctypes.c_uint(threads), ctypes.c_uint(0))
 
 
 def _in_own_threads(work: Callable[[], None], threads: int) -> None:
@@ -91,8 +93,8 @@ def _in_own_threads(work: Callable[[], None], threads: int) -> None:
 
 
 # PyTorch's operators run in OpenMP's threads, which look for more work for milliseconds after each operator, on the
-# cores that other threads would want. Other threads serve where its OpenMP has no entry point like GNU's.
-_parallel = _in_openmp if sys.platform != "win32" and hasattr(ctypes.CDLL(None), "GOMP_parallel") else _in_own_threads
+# cores that other threads would want. Other threads serve where its OpenMP has no such function.
+_parallel = _in_own_threads if _openmp_parallel is None else _in_openmp
 
 
 def _run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
