@@ -13,7 +13,6 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from arm_zoo.files import sha256_of
 from arm_zoo.pretraining.autoregressive import RANDOM
 from arm_zoo.pretraining.dvae import fetched, read_dvae
 from recipes.command_line import say
@@ -21,7 +20,7 @@ from recipes.config import PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
 from recipes.data.sources import Source, open_source
 from recipes.errors import RunError
-from recipes.training.checkpoint import Metrics
+from recipes.training.checkpoint import Metrics, dvae_sha256
 from recipes.training.ema import FIGURES, winner
 from recipes.training.engine import NO_HOOKS, Figures, LossFunction, StepHooks
 from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
@@ -67,7 +66,7 @@ def export_autoregressive(trained: Trained) -> None:
     model, source, inputs = trained.model, trained.source, trained.inputs
     config: Any = trained.config
     if config.dvae is not None:
-        save_pretraining(model, config, inputs, dvae={"file": config.dvae, "sha256": sha256_of(fetched(config.dvae))})
+        save_pretraining(model, config, inputs, dvae={"file": config.dvae, "sha256": dvae_sha256(config)})
         return
     save_pretraining(model, config, inputs)
     file, cluster = Path(config.output_dir) / "predictions.png", to_2tuple(model.config["cluster_size"])
@@ -86,15 +85,15 @@ def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
 
 def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
     """The loss of predicting the tokens of a dVAE, which is read here; RunError if it does not fit the model."""
-    file, built = fetched(str(config.dvae)), cast(Any, config.build(device="meta"))
-    encoder, grid = read_dvae(file), built.patch_embed.grid_size
+    built = cast(Any, config.build(device="meta"))
+    encoder, grid = read_dvae(fetched(str(config.dvae))), built.patch_embed.grid_size
     for key, has, wanted in (
         ("vocab_size", encoder.vocab_size, built.vocab_size),
         ("in_chans", encoder.in_chans, built.in_chans),
     ):
         if has != wanted:
             raise RunError(f"dvae={config.dvae} has {key} {has}, the model {wanted}; allowed: model_args.{key}={has}")
-    say(f"tokens are those of {config.dvae}: a vocabulary of {encoder.vocab_size:,}, sha256 {sha256_of(file)}")
+    say(f"tokens are those of {config.dvae}: a vocabulary of {encoder.vocab_size:,}, sha256 {dvae_sha256(config)}")
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         pixels = in_unit_range(batch.images, source)

@@ -73,7 +73,7 @@ def evaluation(
     inputs: InputConfig,
 ) -> Callable[[int], Metrics]:
     """A function that scores the model on the validation images, given the epochs done: mIoU in percent."""
-    source.test.check()  # now, not at the end of the first epoch
+    collectives.on_main(source.test.check)  # now, not at the end of the first epoch
     accelerator, model = collectives.accelerator, models["model"]
     device, window = accelerator.device, inputs["input_size"][1:]
     places = range(accelerator.process_index, len(source.test), accelerator.num_processes)
