@@ -37,6 +37,9 @@ def test_what_is_saved_is_loaded(name: str, arguments: dict[str, Any], tmp_path:
         [maps] = backbone.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
         expected = head(maps.flatten(2).transpose(1, 2))
         for model in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), arm_zoo.from_pretrained(tmp_path)):
+            for part, saved in ((model.backbone, backbone), (model.head, head)):
+                kept = part.state_dict()
+                assert all(torch.equal(kept[key], tensor) for key, tensor in saved.state_dict().items())
             torch.testing.assert_close(model.eval()(images), expected)  # last bits follow the weights' addresses
             assert (model.num_classes, model.in_chans) == (3, 1)
     config = timm.data.resolve_model_data_config(model)

@@ -552,7 +552,6 @@ def test_one_two_and_one_processes_train_the_same(tmp_path: Path, before_step: d
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(whole: Path, tmp_path: Path) -> None:
     with on_two_processes(["--config", str(CONFIG), *settings(tmp_path), "device=cpu"]) as process:
         _, printed = process.communicate(timeout=300)
