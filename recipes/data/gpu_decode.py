@@ -12,8 +12,10 @@ from torch import Tensor
 
 _OUT_OF_MEMORY = re.compile(r"memory|nvjpeg.*: 5\b", re.IGNORECASE)  # PyTorch's words, NVJPEG_STATUS_ALLOCATOR_FAILURE
 # Parts of a batch that are decoded at a time, each by a thread: the decoder waits for its small kernels one by one,
-# which beside training takes several times as long as the decoding.
-THREADS = 4
+# which beside training takes several times as long as the decoding. A thread uses some 14 streams of nvJPEG's. With
+# more than two threads, streams outnumber the GPU's 32 queues, and a call of the host for a stream that shares the
+# queue of the training waits until the step that is running has ended.
+THREADS = 2
 
 
 class Decoder:
