@@ -81,11 +81,11 @@ def convert(
 
 
 def _told_by_entry(file: Path) -> dict[str, Any]:
-    """The class names of a file that comes with the package, or of a copy of it; nothing for other files."""
+    """The class names of a classifier that comes with the package, or of a copy of its file; nothing for others."""
     sha256 = sha256_of(file)
     entry = next((name for name in bundled_entries() if TABLE[name].sha256 == sha256), None)
     cfg: Any = get_pretrained_cfg(entry) if entry else None
-    return {"label_names": list(cfg.label_names)} if cfg else {}
+    return {"label_names": list(cfg.label_names)} if cfg and cfg.label_names else {}
 
 
 def _rounded(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

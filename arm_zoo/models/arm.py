@@ -83,6 +83,7 @@ default_cfgs = entry_configs(
             crop_pct=1.0,
             label_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         ),
+        "arm_tiny_patch4_32.arm_cifar10": _ours(num_classes=0, input_size=(3, 32, 32), crop_pct=1.0),
         "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": _ours(
             num_classes=200,
             input_size=(3, 64, 64),
@@ -90,6 +91,7 @@ default_cfgs = entry_configs(
             # WordNet numbers, sorted
             label_names=tuple((BUNDLED_FOLDER / "tiny_imagenet.txt").read_text(encoding="utf-8").split()),
         ),
+        "arm_tiny_patch8_64.arm_tiny_imagenet": _ours(num_classes=0, input_size=(3, 64, 64), crop_pct=1.0),
         "arm_tiny_patch16_224.untrained": _ours(),
         "arm_small_patch16_224.untrained": _ours(),
         "arm_base_patch16_224.arm_in1k_ft_in1k": _cfg(),

@@ -29,7 +29,7 @@ class Weights:
     sha256: str | None = None  # of model.safetensors, of the bundled file, or of the authors' file; None: not known
     revision: str = "main"  # branch, tag or commit of the repository to load; the tag of a release
     repository: str | None = None  # ORG/NAME, where it is not the entry's name within our organisation
-    # names of `recipes/configs` that train them; empty for bundled ones, whose configs are named after their data set
+    # names of `recipes/configs` that train them
     configs: tuple[str, ...] = ()
     # for upstream weights only:
     host: Literal["hub", "github"] = "hub"  # a repository of the Hub, or a release on GitHub
@@ -38,6 +38,10 @@ class Weights:
     # which weights the authors report on, averaged ("ema") or trained ones; None takes averaged ones if there are any
     choice: Choice | None = None
     license: str | None = None  # SPDX identifier of what the authors state; None if they state nothing
+
+
+def _bundled(sha256: str, *configs: str) -> Weights:
+    return Weights("bundled", sha256, configs=configs)
 
 
 def _arm(width: int, patches: int, *configs: str) -> Weights:
@@ -67,14 +71,22 @@ def _vmamba(file: str, config: str) -> Weights:
 
 TABLE: dict[str, Weights] = {
     # small ones of our own, in fp16: recipes/RESULTS.md
-    "arm_pico_patch2_8.arm_digits_ft_digits": Weights(
-        "bundled", "ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4"
+    "arm_pico_patch2_8.arm_digits_ft_digits": _bundled(
+        "ca52358e2046918e7fc139fcedd5d91f320c54711bb84143dc304bccb050d4c4", "pretrain_digits", "finetune_digits"
     ),
-    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": Weights(
-        "bundled", "25d469f0755eaf57fad300d6a9a7f2f7736f6879e7f267d41b69b0c0ed4ce712"
+    "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": _bundled(
+        "25d469f0755eaf57fad300d6a9a7f2f7736f6879e7f267d41b69b0c0ed4ce712", "pretrain_cifar10", "finetune_cifar10"
     ),
-    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": Weights(
-        "bundled", "d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2"
+    "arm_tiny_patch4_32.arm_cifar10": _bundled(
+        "874d27ad041f0fdb2c8190f5553ec89c34c350c1a7f0c6a836d003c8c8b4bac8", "pretrain_cifar10"
+    ),
+    "arm_tiny_patch8_64.arm_tiny_imagenet_ft_tiny_imagenet": _bundled(
+        "d0e401c50d022ba24e9b94224e1570b9329cc45b188479c86a4df52076ea6af2",
+        "pretrain_tiny_imagenet",
+        "finetune_tiny_imagenet",
+    ),
+    "arm_tiny_patch8_64.arm_tiny_imagenet": _bundled(
+        "1a6775710400726b9060522cdace8ca26cd3345c39117a4218ce669719058576", "pretrain_tiny_imagenet"
     ),
     "arm_base_patch16_224.arm_in1k_ft_in1k": _arm(768, 14**2, "pretrain_base", "finetune_base"),
     "arm_base_patch16_224.arm_in1k": _arm_pretrained(768, "pretrain_base"),
@@ -128,13 +140,11 @@ def known_sha256(repo: str, revision: str | None) -> str | None:
 def training_commands(entry: str) -> str:
     """The commands, typed in a checkout, that train the weights of an entry."""
     architecture, _, tag = entry.partition(".")
-    weights, trained_on = TABLE.get(entry, Weights()), tag.rpartition("_ft_")[2]
-    bundled = [f"pretrain_{trained_on}", f"finetune_{trained_on}"] if weights.where == "bundled" else []
     family = re.match("vim_|vmamba_", architecture)
     commands = ", then ".join(
         f"accelerate launch -m recipes.{'pretrain' if path.startswith('pretrain') else 'finetune'} "
         f"--config recipes/configs/{path} data.source=PATH"
-        for path in [f"{name}.yaml" for name in weights.configs or bundled]
+        for path in [f"{name}.yaml" for name in TABLE.get(entry, Weights()).configs]
         or [f"supervised_{family[0] if family else ''}base.yaml model={architecture}"]
     )
     if tag == "in1k" and f"{architecture}.arm_in1k_ft_in1k" in TABLE:

@@ -27,12 +27,11 @@ FIGURES = {  # title of a column -> the protocol of its rows, and one of their s
 class FrozenEntry:
     """One line of the table: top-1 in percent by title, with the ends of the 95% interval where it was measured."""
 
-    model: str
+    model: str  # and its weights, where they were measured
     kind: str  # measured or reported
     data_set: str
     figures: dict[str, str] = field(default_factory=dict)
     intervals: dict[str, str] = field(default_factory=dict)
-    features: dict[str, str] = field(default_factory=dict)  # which features were scored
     notes: list[str] = field(default_factory=list)
 
 
@@ -45,22 +44,24 @@ def title_of(row: Mapping[str, str]) -> str | None:
 def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[FrozenEntry]:
     """One entry for each model, weights and images; in each column the newest row counts."""
     entries: dict[tuple[str, ...], FrozenEntry] = {}
+    chosen: dict[tuple[str, ...], str] = {}
     for row in rows:
         if (title := title_of(row)) is None:
             continue
-        sha256 = row["weights_sha256"][:8]
-        images = f"{int(row['images_train']):,} images to train on, {int(row['images_test']):,} scored"
-        new = FrozenEntry(row["model"], "measured", row["data_set"], notes=[f"{row['weights']} ({sha256})", images])
         key = tables.key(row, ("model", "weights_sha256", "data_set", "images_train", "images_test"))
-        entry = entries.setdefault(key, new)
+        entry = entries.setdefault(key, FrozenEntry(name_of(row), "measured", row["data_set"]))
         entry.figures[title] = shown(float(row["top1"]), 2)
         entry.intervals[title] = f"{shown(float(row['low']), 2)} to {shown(float(row['high']), 2)}"
-        entry.features[title] = row["features"]
-    for entry in entries.values():
-        names = dict.fromkeys(entry.features.values())
-        titles = {name: ", ".join(title for title in FIGURES if entry.features.get(title) == name) for name in names}
-        entry.notes.append("features: " + "; ".join(f"{name} ({titles[name]})" for name in names))
+        images = f"{int(row['images_train']):,} images to train on, {int(row['images_test']):,} scored"
+        chosen |= {key: f"linear on {row['features']}"} if title == "linear" else {}
+        entry.notes = [f"sha256 {row['weights_sha256'][:8]}", images, *filter(None, [chosen.get(key)])]
     return list(entries.values())
+
+
+def name_of(row: Mapping[str, str]) -> str:
+    """An entry if the weights are named after one, as in MODEL.TAG.safetensors; else the model and the weights."""
+    weights = row["weights"].removesuffix(".safetensors")
+    return weights if weights.startswith(row["model"]) else f"{row['model']} ({weights})"
 
 
 def reported_entries(anchors: Path) -> list[FrozenEntry]:

@@ -435,7 +435,7 @@ def test_a_url_of_the_caller_counts_before_bundled_weights(tmp_path: Path, monke
 def test_every_bundled_entry_loads() -> None:
     """Those that the package has: registered, there, and what their line says."""
     bundled = [entry for entry, weights in table.TABLE.items() if weights.where == "bundled"]
-    assert len(bundled) == 3 == len(list(table.BUNDLED_FOLDER.glob("*.safetensors")))
+    assert len(bundled) == 5 == len(list(table.BUNDLED_FOLDER.glob("*.safetensors")))
     for entry in bundled:
         assert timm.create_model(entry, pretrained=True)(torch.zeros(1, *_input_size(entry))).isfinite().all()
         assert table.bundled_file(entry).stat().st_size <= 15e6

@@ -248,10 +248,11 @@ def test_frozen_features_are_measured_or_reported(made: Path, repo: Path) -> Non
     measured, _, reported = (made / "LEADERBOARD.md").read_text().partition("### Reported by their authors")
     assert "| model | figures | data set | k-NN | 1 label | 10 labels | linear | notes |" in measured
     figures = "51.50 (50.50 to 52.50) | 20.00 (19.00 to 21.00) | 40.00 (39.00 to 41.00) | 61.25 (60.25 to 62.25)"
-    notes = "w.safetensors (efefefef); 50,000 images to train on, 10,000 scored; "
-    notes += "features: pooled (k-NN, 1 label, 10 labels); token (linear)"
-    assert f"| arm_tiny | **measured** | pets\\|cats | {figures} | {notes} |" in measured
+    notes = "sha256 efefefef; 50,000 images to train on, 10,000 scored; linear on token"
+    assert f"| arm_tiny (w) | **measured** | pets\\|cats | {figures} | {notes} |" in measured
     assert figures in (made / "recipes" / "RESULTS.md").read_text()
+    row = frozen_row("knn", "neighbours=20", 50) | {"weights": "arm_tiny.arm_pets.safetensors"}
+    assert frozen.name_of(row) == "arm_tiny.arm_pets"
     assert "MoCo" not in measured and "arm_tiny" not in reported.partition("## Speed")[0]
     assert "| DINOv3 ViT-L | *reported* | ImageNet-1k | 82.0 | 83.5 | arXiv:2508.10104; " in reported
     anchors = frozen.reported_entries(repo / "eval" / "board" / "anchors.csv")
@@ -267,7 +268,7 @@ def test_the_chart_of_frozen_features_has_a_dot_for_each_figure(made: Path) -> N
     drawn = ElementTree.parse(made / "eval" / "frozen.svg").getroot()
     dots = [node for node in drawn.findall(".//{*}circle")]
     texts = [node.text for node in drawn.findall(".//{*}text")]
-    assert len(dots) == 1 + 4 and "w" in texts and "10 labels" in texts  # one in the legend
+    assert len(dots) == 1 + 4 and "arm_tiny (w)" in texts and "10 labels" in texts  # one in the legend
     few, most = (float(node.get("cy", "")) for node in (dots[2], dots[4]))
     assert most < few  # the linear probe's is higher than that of one label
     [interval] = [node for node in drawn.findall(".//{*}line") if node.get("x1") == dots[1].get("cx")]
@@ -287,7 +288,7 @@ def test_reported_frozen_features_can_be_hidden(page: Page, made: Path) -> None:
     head = "[...document.querySelectorAll('#frozen thead button')].find((button) => button.textContent === 'linear')"
     page.run(f"{head}.click()")
     assert column(page, 0, "frozen")[:2] == ["DINOv3 ViT-L", "MAE ViT-H"]
-    assert column(page, 0, "frozen")[-1] == "arm_tiny"
+    assert column(page, 0, "frozen")[-1] == "arm_tiny (w)"
 
 
 def test_tables_given_beside_the_checkout_are_the_same(repo: Path) -> None:
