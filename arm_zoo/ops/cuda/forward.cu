@@ -270,7 +270,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
     const int chunks = (length + CHUNK - 1) / CHUNK;
     const int begin = first_chunk(part, chunks) * CHUNK, end = min(first_chunk(part + 1, chunks) * CHUNK, length);
     const int d = block * WIDE + channel;
-    const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS, writes = first_state == 0;  // the lanes' sum
+    const bool ok0 = d < CHANNELS, ok1 = d + 1 < CHANNELS;
 #if VEC
     const int d0 = ok0 ? d : 0, d1 = d0 + 1;
 #else
@@ -438,6 +438,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
             for (int j = 0; j < CHUNK / STEPS_BC; ++j) BC[j * STEPS_BC + first_BC][row] = to_float(raw_BC[j]);
             if (AHEAD) load_BC(start + CHUNK, next_token);
             __syncwarp();
+            const auto store = [&](int step, float2 sum) {
+                const int t = row_of<TOKENS || TO_TOKENS>(step, token);
+                store_pair(y + t * CHANNELS, d, ok0 && step < length, ok1 && step < length, pack(sum.x, sum.y));
+            };
 #pragma unroll 1
             for (int first = start; first < min(start + CHUNK, end); first += GROUP) {
                 Pair raw_u[GROUP];
@@ -460,20 +464,28 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
                     next_delta[j] = load_pairs(delta + t * CHANNELS, d0, d1);
 #endif
                 }
+                float2 sums[GROUP];
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
                     if (!AHEAD && first + j >= length) break;
-                    float2 sum = advance(0, raw_u[j], of_steps[j], BC[first - start + j]);
-                    if (whole) {
+                    sums[j] = advance(0, raw_u[j], of_steps[j], BC[first - start + j]);
+                    if (whole && LANES == 1) store(first + j, sums[j]);
+                }
+                if (whole && LANES > 1) {
+                    // each lane of a pair gives away the sums of half the steps that it has, until it has its own ones
 #pragma unroll
-                        for (int i = 32 / LANES; i < 32; i *= 2) {
-                            sum.x += __shfl_xor_sync(0xffffffffu, sum.x, i);
-                            sum.y += __shfl_xor_sync(0xffffffffu, sum.y, i);
+                    for (int apart = 32 / LANES, left = GROUP / 2; apart < 32; apart *= 2, left /= 2) {
+                        const bool odd = lane & apart;
+#pragma unroll
+                        for (int i = 0; i < left; ++i) {
+                            const float2 given = odd ? sums[2 * i] : sums[2 * i + 1];
+                            sums[i] = odd ? sums[2 * i + 1] : sums[2 * i];
+                            sums[i].x += __shfl_xor_sync(0xffffffffu, given.x, apart);
+                            sums[i].y += __shfl_xor_sync(0xffffffffu, given.y, apart);
                         }
-                        const bool here = writes && (!AHEAD || first + j < length);
-                        const int t = row_of<TOKENS || TO_TOKENS>(first + j, token);
-                        store_pair(y + t * CHANNELS, d, ok0 && here, ok1 && here, pack(sum.x, sum.y));
                     }
+#pragma unroll
+                    for (int i = 0; i < GROUP / LANES; ++i) store(first + i * LANES + lane / (32 / LANES), sums[i]);
                 }
             }
 #endif
