@@ -50,8 +50,6 @@ TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
         "which compares all images of a step, so that they go through the model at once",
     ),
     "fsdp": ((False,), "whose momentum encoder needs whole parameters"),
-    "data.decode": (("auto", "cpu"), "whose views the CPU makes"),
-    "data.cache": (("memory", "none"), "whose views the CPU makes"),
     "data.randaugment": ((None,), "which changes colours in its own way"),
 }
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))

@@ -41,10 +41,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """The N image files of a batch. Those with a box are to be decoded on the GPU, the others are decoded already."""
+    """The N image files of a batch. Those with boxes are to be decoded on the GPU, the others are decoded already."""
 
     stored: StoredBlock
-    boxes: list[Box | None]  # the part to crop from each decoded image
+    boxes: list[Box | None]  # the parts to crop from the decoded images: N for the first views, then for the others
 
     def encoded(self) -> list[Encoded]:
         """The images as they are stored."""
@@ -53,15 +53,18 @@ class Files:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch of N training images as a worker leaves it; `recipes.data.finishing` does the rest."""
+    """A batch of N training images as a worker leaves it; `recipes.data.finishing` does the rest.
 
-    images: Tensor  # (M, C, H, W), uint8, cropped and resized: all N, or only those that the GPU does not decode
+    V views of each image make V * N crops: the first views of all images, then the second ones.
+    """
+
+    images: Tensor  # (M, C, H, W), uint8, cropped and resized: all V * N, or only what the GPU does not decode
     classes: Tensor  # (N,)
     indices: Tensor  # (N,)
     undecodable: list[str]
-    draws: Draws
-    files: Files | None  # None: all are decoded, flipped and changed by RandAugment, or the GPU keeps all images
-    boxes: Tensor | None = None  # (N, 4), the parts to crop from the images at `indices` that the GPU keeps
+    draws: Draws  # of V * N crops
+    files: Files | None  # None: all are decoded, flipped and changed, or the GPU keeps all images
+    boxes: Tensor | None = None  # (V * N, 4), the parts to crop from the images at `indices` that the GPU keeps
 
 
 class Images:
@@ -87,23 +90,31 @@ class Images:
 
 
 class AugmentedImages:
-    """Makes batches of training images, cropped, flipped and changed by RandAugment as their draws say."""
+    """Makes batches of views of training images, cropped, flipped and changed as the draws of `drawing` say."""
 
-    def __init__(self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        image_size: tuple[int, int],
+        seed: int,
+        drawing: type[Drawing] = Drawing,
+    ) -> None:
         self.split = source.train
         self.kept: DecodedSplit | None = None  # the same split decoded, if it is in memory
         self._shape = (source.channels, *image_size)
-        self.drawing = Drawing(config, image_size, source.mean, seed)
+        self.drawing = drawing(config, image_size, source.mean, seed)
 
     def batch(self, keys: Sequence[Key]) -> Loaded:
         """Decode a batch; the next image takes the place of one that cannot be decoded."""
         draws, undecodable = self._draw(keys), list[str]()
-        images = torch.empty(len(keys), *self._shape, dtype=torch.uint8)
+        images = torch.empty(len(draws.flips), *self._shape, dtype=torch.uint8)
         classes = torch.empty(len(keys), dtype=torch.long)
         for row, (image, label) in enumerate(self._opened(keys, undecodable)):
             classes[row] = label
-            image = self._cropped(image, draws, row)
-            images[row] = self._changed(image.flip(-1) if draws.flips[row] else image, draws, row)
+            for place in range(row, len(images), len(keys)):
+                crop = self._cropped(image, draws, place)
+                images[place] = self._changed(crop.flip(-1) if draws.flips[place] else crop, draws, place)
         return Loaded(images, classes, places(keys), undecodable, draws, None)
 
     def _opened(self, keys: Sequence[Key], undecodable: list[str]) -> Iterator[tuple[Tensor, int]]:
@@ -137,14 +148,15 @@ class AugmentedImages:
     def _draw(self, keys: Sequence[Key]) -> Draws:
         return self.drawing(keys[0].epoch, [key.place for key in keys])
 
-    def _cropped(self, image: Tensor, draws: Draws, row: int) -> Tensor:
-        return cropped(image, self.drawing.box(draws.crops[row], *image.shape[1:]), self._shape[1:])
+    def _cropped(self, image: Tensor, draws: Draws, place: int) -> Tensor:
+        box = self.drawing.box(draws.crops[place], *image.shape[1:])
+        return cropped(image, box, self._shape[1:], self.drawing.interpolation)
 
-    def _changed(self, image: Tensor, draws: Draws, row: int) -> Tensor:
-        """Apply RandAugment, which Pillow does, to an image."""
-        if self.drawing.randaugment is None or not draws.operations[row]:
+    def _changed(self, image: Tensor, draws: Draws, place: int) -> Tensor:
+        """Apply to a crop what Pillow does: RandAugment, or the changes of two views."""
+        if self.drawing.changes is None or len(draws.changes[place]) == 0:
             return image
-        return pil_to_tensor(self.drawing.randaugment.apply_to_image(to_pil_image(image), draws.operations[row]))
+        return pil_to_tensor(self.drawing.changes.apply_to_image(to_pil_image(image), draws.changes[place]))
 
 
 class EncodedImages(AugmentedImages):
@@ -155,24 +167,27 @@ class EncodedImages(AugmentedImages):
         encoded, draws, undecodable = stored(self.split, keys), self._draw(keys), list[str]()
         contents = [read(row) for row in encoded]
         rows = [row._replace(data=data or row.data) for row, data in zip(encoded, contents, strict=True)]
-        images, classes, boxes = list[Tensor](), list[int](), list[Box | None]()
+        crops, classes, boxes = dict[int, Tensor](), list[int](), dict[int, Box]()
         for row, key in enumerate(keys):
-            box, label = self._box(contents[row], rows[row], draws, row), rows[row].label
-            if box is None:
+            size, label = self._size(contents[row], rows[row]), rows[row].label
+            views = range(row, len(draws.crops), len(keys))
+            if size is None:
                 image, label = self.decoded(rows, row, key.place, undecodable)
-                images.append(self._cropped(image, draws, row))
-            boxes.append(box)
+                crops |= {place: self._cropped(image, draws, place) for place in views}
+            else:
+                boxes |= {place: self.drawing.box(draws.crops[place], *size) for place in views}
             classes.append(label)
-        small = torch.stack(images) if images else torch.empty(0, *self._shape, dtype=torch.uint8)
-        files = Files(StoredBlock.of(encoded, contents), boxes)
+        ordered = [crops[place] for place in sorted(crops)]
+        small = torch.stack(ordered) if ordered else torch.empty(0, *self._shape, dtype=torch.uint8)
+        files = Files(StoredBlock.of(encoded, contents), list(map(boxes.get, range(len(draws.crops)))))
         return Loaded(small, torch.tensor(classes), places(keys), undecodable, draws, files)
 
-    def _box(self, content: bytes, encoded: Encoded, draws: Draws, row: int) -> Box | None:
-        """The part to crop from a JPEG file that the GPU can decode; None for all other files."""
+    def _size(self, content: bytes, encoded: Encoded) -> tuple[int, int] | None:
+        """Height and width of a JPEG file that the GPU can decode; None for all other files."""
         header = read_baseline_header(content) if self.split.mode == "RGB" else None
         if header is None or header.height * header.width > encoded.max_pixels:
             return None
-        return self.drawing.box(draws.crops[row], header.height, header.width)
+        return header.height, header.width
 
 
 class KeptImages(AugmentedImages):
@@ -183,7 +198,7 @@ class KeptImages(AugmentedImages):
     def batch(self, keys: Sequence[Key]) -> Loaded:
         """Draw the augmentation of a batch."""
         draws, indices = self._draw(keys), places(keys)
-        sizes = self.kept.sizes[indices].numpy().astype(np.int64)
+        sizes = self.kept.sizes[indices].repeat(self.drawing.views, 1).numpy().astype(np.int64)
         boxes = torch.from_numpy(self.drawing.boxes(draws.crops, sizes))
         undecodable = [line for key in keys for line in self.kept.undecodable.get(key.place, ())]
         none = torch.empty(0, *self._shape, dtype=torch.uint8)

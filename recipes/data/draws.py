@@ -6,10 +6,13 @@ own, uses global random generators; they are restored afterwards.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
 from recipes.data.config import DataConfig
 from recipes.data.randaugment import Operation, RandAugment
@@ -26,12 +29,22 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 
+class Changes(Protocol):
+    """Changes of images after crop and flip, as drawn for each, in 8 bits and 1 or 3 channels."""
+
+    def apply_to_image(self, image: Image.Image, drawn: Any, /) -> Image.Image:
+        """Change one image by Pillow."""
+
+    def apply_to_batch(self, images: Tensor, drawn: Any, /) -> Tensor:
+        """Change images (N, C, H, W) on any device, in place."""
+
+
 class Draws(NamedTuple):
     """The augmentation of N images."""
 
     crops: NDArray[np.float64]  # (N, ATTEMPTS, 4), for `Drawing.boxes`, which needs the sizes of the images
     flips: NDArray[np.bool_]  # (N,)
-    operations: list[list[Operation]]  # of RandAugment, for each image
+    changes: Sequence[Any] | NDArray[np.float64]  # of each image, for `Drawing.changes`
     warps: NDArray[np.float32]  # (N, 4) in -1..1: rotation, zoom and two shifts
     erased: NDArray[np.int32]  # (N, 4), rectangles; height 0: none
     noise_seeds: NDArray[np.int64]  # (N,), for the noise in the rectangles and the random draws of objectives
@@ -40,9 +53,13 @@ class Draws(NamedTuple):
 class Drawing:
     """Draws the augmentation that `config` asks for; images are `image_size` (height, width) after the crop."""
 
+    views = 1  # of each image
+    interpolation = InterpolationMode.BICUBIC  # of the resize after the crop
+
     def __init__(self, config: DataConfig, image_size: tuple[int, int], mean: tuple[float, ...], seed: int) -> None:
         self._config, self._image_size, self._seed = config, image_size, seed
-        self.randaugment = RandAugment(config.randaugment, image_size, mean) if config.randaugment else None
+        self._randaugment = RandAugment(config.randaugment, image_size, mean) if config.randaugment else None
+        self.changes: Changes | None = self._randaugment
 
     def __call__(self, epoch: int, places: Sequence[int]) -> Draws:
         """The draws for the images at these places of an epoch: the same in any batch and any order."""
@@ -52,7 +69,7 @@ class Drawing:
         return Draws(
             crops=rectangles(numbers[:, CROP], self._config.random_crop or (1.0, 1.0), ASPECTS),
             flips=numbers[:, FLIP] < self._config.flip,
-            operations=self._operations(epoch, places),
+            changes=self._operations(epoch, places),
             warps=(2 * numbers[:, WARP] - 1).astype(np.float32),
             erased=self._erased(numbers),
             noise_seeds=(bits[:, NOISE] >> np.uint64(1)).astype(np.int64),
@@ -95,13 +112,13 @@ class Drawing:
         return erased
 
     def _operations(self, epoch: int, places: Sequence[int]) -> list[list[Operation]]:
-        if self.randaugment is None:
+        if self._randaugment is None:
             return [[] for _ in places]
         operations = []
         with global_generators_restored():
             for place in places:
                 seed_global_generators(self._seed, epoch, AUGMENTATION, place)
-                operations.append(self.randaugment.draw())
+                operations.append(self._randaugment.draw())
         return operations
 
 

@@ -45,19 +45,21 @@ class Finishing:
     def begin(self, loaded: Loaded) -> Begun:
         """Begin to decode the files that the workers did not decode."""
         files = loaded.files
-        boxes = [] if files is None else files.boxes
+        boxes = [] if files is None else files.boxes[: len(files.stored)]  # of the first views
         content = [files.stored[row] for row, box in enumerate(boxes) if files is not None and box is not None]
         return Begun(loaded, self._decoder.begin(content))
 
     def finish(self, begun: Begun) -> Batch:
-        """Crop, resize and apply RandAugment where the workers did not; then warp, normalise and erase."""
+        """Crop, resize, flip and change where the workers did not; then warp, normalise and erase."""
         loaded, decoded = begun
         draws, undecodable = loaded.draws, list(loaded.undecodable)
         images, classes = loaded.images, loaded.classes
         if loaded.files is not None:
             images = self._cropped(draws, *self._opened(loaded, loaded.files, decoded(), classes, undecodable))
         elif self.kept is not None and loaded.boxes is not None:
-            images = self._cropped(draws, self.kept.select(loaded.indices), loaded.boxes)
+            images = self._cropped(
+                draws, self.kept.select(loaded.indices.repeat(self._images.drawing.views)), loaded.boxes
+            )
         images, classes = (tensor.to(self._device, non_blocking=True) for tensor in (images, classes))
         if self._affine is not None:
             images = warp(images.float().div_(255), on_device(draws.warps, self._device), self._affine)
@@ -69,7 +71,7 @@ class Finishing:
     def _opened(
         self, loaded: Loaded, files: Files, decoded: list[Tensor | None], classes: Tensor, undecodable: list[str]
     ) -> tuple[RaggedImages, Tensor]:
-        """The images decoded here and the crops that workers made of others, and the part to crop from each (N, 4).
+        """For each view, the image decoded here or the crop that workers made, and the part to crop (V * N, 4).
 
         The CPU decodes a JPEG file that the GPU refuses. If it cannot either, the next image takes the file's place,
         and its class goes to `classes`.
@@ -77,19 +79,25 @@ class Finishing:
         draws, drawing, boxes = loaded.draws, self._images.drawing, list(files.boxes)
         by_gpu = iter(decoded)
         by_workers = iter(loaded.images.to(self._device, non_blocking=True))
-        images = []
-        for row, box in enumerate(boxes):
+        images = list[Tensor]()
+        for place, box in enumerate(boxes):
+            row = place % len(classes)
+            if box is not None and place > row:
+                images.append(images[row])  # that of the first view
+                continue
             image = next(by_workers if box is None else by_gpu)
             if image is None:
                 image, classes[row] = self._images.decoded(files.encoded(), row, int(loaded.indices[row]), undecodable)
-                boxes[row] = drawing.box(draws.crops[row], *image.shape[1:])
+                for view in range(row, len(boxes), len(classes)):
+                    boxes[view] = drawing.box(draws.crops[view], *image.shape[1:])
             images.append(image.to(self._device))
         whole: Box = (0, 0, *self._size)
         return RaggedImages.of(images), torch.tensor([box or whole for box in boxes])
 
     def _cropped(self, draws: Draws, images: RaggedImages, boxes: Tensor) -> Tensor:
-        """Crop the boxes (N, 4) of images, resize and flip them, then apply RandAugment or normalise."""
-        randaugment = self._images.drawing.randaugment
-        fused = () if randaugment is not None or self._affine is not None else self._statistics
-        crops = crop_resize(images, boxes, torch.from_numpy(draws.flips), self._size, *fused)
-        return crops if randaugment is None else randaugment.apply_to_batch(crops, draws.operations)
+        """Crop the boxes (N, 4) of images, resize and flip them, then change or normalise them."""
+        drawing = self._images.drawing
+        flips, normalise = torch.from_numpy(draws.flips), drawing.changes is None and self._affine is None
+        mean, std = self._statistics if normalise else (None, None)
+        crops = crop_resize(images, boxes, flips, self._size, mean, std, drawing.interpolation)
+        return crops if drawing.changes is None else drawing.changes.apply_to_batch(crops, draws.changes)

@@ -19,6 +19,7 @@ from recipes.config import TrainConfig
 from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images, KeptImages
 from recipes.data.cache import fill
 from recipes.data.config import DataConfig
+from recipes.data.draws import Drawing
 from recipes.data.finishing import Finishing
 from recipes.data.gpu_decode import decoder_missing
 from recipes.data.sampling import BatchPlan, ScoringOrder, training_order
@@ -58,8 +59,8 @@ class TrainLoader:
         self.class_names = source.class_names
         if jpeg_decoder() is None:
             tell("torchcodec is not installed, or not one for this torch: Pillow decodes, which takes twice as long")
-        images = TwoViews if config.views == 2 else kind_of_images(config.data, device)
-        self.images = images(source, config.data, image_size, config.seed)
+        images, drawing = kind_of_images(config.data, device), TwoViews if config.views == 2 else Drawing
+        self.images = images(source, config.data, image_size, config.seed, drawing)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")
         self._finishing = Finishing(self.images, source, config.data, image_size, device)
         self._plan, self._config, self._device = plan, config, device

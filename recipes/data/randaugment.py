@@ -162,9 +162,7 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Multiply the distance of every value from the image's mean grey level."""
-    pixels = images[0, 0].numel()
-    total = grey(images).sum(dim=(1, 2, 3), keepdim=True)
-    return blend((2 * total + pixels) // (2 * pixels), images, factors)  # the mean, rounded half up
+    return blend(mean(grey(images)), images, factors)
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
@@ -187,6 +185,12 @@ def grey(images: Tensor) -> Tensor:
         return images
     red, green, blue = images.int().split(1, dim=1)
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+
+
+def mean(levels: Tensor) -> Tensor:
+    """The mean (K, 1, 1, 1) of grey levels (K, 1, H, W), rounded half up."""
+    pixels = levels.shape[2] * levels.shape[3]
+    return (2 * levels.sum(dim=(1, 2, 3), keepdim=True) + pixels) // (2 * pixels)
 
 
 def blend(plain: Tensor, images: Tensor, factors: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Crops of images of many sizes, resized, mirrored and normalised on the GPU in one go.
 
-The resize is that of `torchvision.transforms.v2.functional.resized_crop` for images of 8 bits on the CPU, bicubic and
-antialiased, computed in the same whole numbers: it gives the same values to the bit, but for weights within rounding
-of a half, which may come to one grey level.
+The resize is that of `torchvision.transforms.v2.functional.resized_crop` for images of 8 bits on the CPU, bicubic or
+bilinear and antialiased, computed in the same whole numbers: it gives the same values to the bit, but for weights
+within rounding of a half, which may come to one grey level.
 """
 
 import math
@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
+REACHES = {InterpolationMode.BILINEAR: 1, InterpolationMode.BICUBIC: 2}  # of a filter to either side, in pixels
 WHOLE = (torch.int32, torch.int64)
 # Pixels that a program of the kernel makes, rows of the crop that it reads at a time (powers of two), and its warps.
 BLOCK = {"ROWS": 32, "COLUMNS": 64, "CHUNK": 16, "num_warps": 4}
@@ -70,6 +72,7 @@ def crop_resize(
     size: tuple[int, int],
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
 ) -> Tensor:
     """What is in the boxes as images (N, C, *size): uint8, or with mean and deviation float32 normalised.
 
@@ -82,10 +85,13 @@ def crop_resize(
         size: height and width of the result.
         mean: of each channel's values from 0 to 1, subtracted as `recipes.data.transforms.Normalisation` does.
         std: of each channel, what is then divided by.
+        interpolation: BICUBIC or BILINEAR.
     """
     _check_crops(images, boxes, flips)
     if min(size) < 1:
         raise ValueError(f"images are resized to one pixel or more, got {size[0]} x {size[1]}")
+    if interpolation not in REACHES:
+        raise ValueError(f"interpolation is {interpolation}; allowed: {', '.join(map(str, REACHES))}")
     factors = summands = None
     if mean is not None and std is not None and len(mean) == len(std) == images.channels:
         factors = tuple(1 / (255 * deviation) for deviation in std)
@@ -97,7 +103,7 @@ def crop_resize(
     if len(boxes):
         corners = images.addresses + (images.strides[:, 1:] * boxes[:, :2]).sum(dim=1)
         crops = torch.column_stack([corners, images.strides, boxes[:, 2:], flips])
-        _launch(crops, boxes[:, 2:].amax(dim=0).tolist(), out, factors, summands)
+        _launch(crops, boxes[:, 2:].amax(dim=0).tolist(), REACHES[interpolation], out, factors, summands)
     return out
 
 
@@ -126,11 +132,12 @@ def _check_crops(images: RaggedImages, boxes: Tensor, flips: Tensor) -> None:
 def _launch(
     crops: Tensor,
     largest: Sequence[int],
+    reach: int,
     out: Tensor,
     factors: tuple[float, ...] | None,
     summands: tuple[float, ...] | None,
 ) -> None:
-    """Run the kernels over the table of crops, of which the largest height and width are known on the host."""
+    """Run the kernels over the table of crops, of which the largest height and width are known here."""
     import triton  # not every build of torch brings it
 
     from recipes.data.resample_kernels import resample_kernel, weights_kernel
@@ -140,14 +147,14 @@ def _launch(
     elif isinstance(resample_kernel, triton.JITFunction):  # it is none in Triton's interpreter
         raise ValueError(f"images are cropped and resized on a GPU, got some on {out.device}; move them there")
     number, channels, height, width = out.shape
-    taps = 2 * math.ceil(2 * max(1, largest[0] / height, largest[1] / width)) + 1
+    taps = 2 * math.ceil(reach * max(1, largest[0] / height, largest[1] / width)) + 1
     length = triton.next_power_of_2(max(height, width, BLOCK["ROWS"], BLOCK["COLUMNS"]))
     weights = torch.empty(number, 2, length * taps, dtype=torch.int16, device=out.device)
     reaches = torch.empty(number, 2, 2, length, dtype=torch.int32, device=out.device)
     precisions = torch.empty(number, 2, dtype=torch.int32, device=out.device)
     programs = number * channels * triton.cdiv(height, BLOCK["ROWS"]) * triton.cdiv(width, BLOCK["COLUMNS"])
     with torch.cuda.device_of(out):
-        weights_kernel[number, 2](crops, weights, reaches, precisions, height, width, taps, SIZE=length)
+        weights_kernel[number, 2](crops, weights, reaches, precisions, height, width, taps, SIZE=length, REACH=reach)
         resample_kernel[(programs,)](
             crops, weights, reaches, precisions, out, channels, height, width, taps, factors, summands,
             SIZE=length, **BLOCK,

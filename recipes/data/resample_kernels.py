@@ -1,4 +1,4 @@
-"""Triton's part of `recipes.data.resample`: the weights of an antialiased bicubic resize, and the resize itself.
+"""Triton's part of `recipes.data.resample`: the weights of an antialiased resize, and the resize itself.
 
 The arithmetic is that of torch's CPU kernel for 8 bits: weights are computed in double precision and rounded to whole
 numbers of 16 bits, with as many binary places as the largest weight of an image's axis leaves room for. Pixels are
@@ -15,16 +15,20 @@ FIELDS = tl.constexpr(7)
 
 
 @triton.jit
-def _cubic(x):
-    """Keys' filter with a = -0.5, as Pillow has it."""
+def _filter(x, REACH: tl.constexpr):
+    """The weight at a distance: linear if the filter reaches 1, Keys' cubic with a = -0.5 if it reaches 2."""
     x = tl.abs(x)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+    if REACH == 1:
+        weight = tl.maximum(1.0 - x, 0.0)
+    else:
+        near = (1.5 * x - 2.5) * x * x + 1.0
+        far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+        weight = tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+    return weight
 
 
 @triton.jit
-def weights_kernel(crops, weights, reaches, precisions, height, width, taps, SIZE: tl.constexpr):
+def weights_kernel(crops, weights, reaches, precisions, height, width, taps, SIZE: tl.constexpr, REACH: tl.constexpr):
     """For the rows (axis 0) or columns of an image: which of its crop's go into each, and their weights of 16 bits.
 
     The reaches (2, SIZE) are the first of them and their number. The weights are (SIZE, taps) for the rows and
@@ -37,8 +41,8 @@ def weights_kernel(crops, weights, reaches, precisions, height, width, taps, SIZ
     scale = length.to(tl.float64) / size
     stretch = tl.maximum(scale, 1.0)
     centre = scale * (tl.minimum(position, size - 1) + 0.5)
-    first = tl.maximum((centre - 2.0 * stretch + 0.5).to(tl.int32), 0)
-    count = tl.minimum((centre + 2.0 * stretch + 0.5).to(tl.int32), length) - first
+    first = tl.maximum((centre - REACH * stretch + 0.5).to(tl.int32), 0)
+    count = tl.minimum((centre + REACH * stretch + 0.5).to(tl.int32), length) - first
     reaches += (image * 2 + axis) * 2 * SIZE + position
     tl.store(reaches, first)
     tl.store(reaches + SIZE, count)
@@ -47,7 +51,7 @@ def weights_kernel(crops, weights, reaches, precisions, height, width, taps, SIZ
     total = tl.zeros([SIZE], tl.float64)
     largest = tl.zeros([SIZE], tl.float64)
     for tap in range(most_taps):
-        weight = tl.where(tap < count, _cubic((first + tap - centre + 0.5) * (1.0 / stretch)), 0.0)
+        weight = tl.where(tap < count, _filter((first + tap - centre + 0.5) * (1.0 / stretch), REACH), 0.0)
         total += weight
         largest = tl.maximum(largest, weight)
     most = tl.max(largest / total)
@@ -58,7 +62,7 @@ def weights_kernel(crops, weights, reaches, precisions, height, width, taps, SIZ
 
     weights += (image.to(tl.int64) * 2 + axis) * SIZE * taps + position * tl.where(axis == 0, taps, 1)
     for tap in range(most_taps):
-        weight = tl.where(tap < count, _cubic((first + tap - centre + 0.5) * (1.0 / stretch)), 0.0)
+        weight = tl.where(tap < count, _filter((first + tap - centre + 0.5) * (1.0 / stretch), REACH), 0.0)
         weight = weight / total * (1 << precision)
         rounded = (weight + tl.where(weight < 0.0, -0.5, 0.5)).to(tl.int32)  # halves away from zero
         tl.store(weights + tap * tl.where(axis == 0, 1, SIZE), rounded.to(tl.int16))

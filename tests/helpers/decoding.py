@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
 from arm_zoo.images.decode import UndecodableImage, decode_tensor, jpeg_decoder
 from recipes.data import finishing, gpu_decode, loader
@@ -37,12 +38,19 @@ def at(images: RaggedImages) -> Iterator[Tensor]:
 
 
 def crop_resize(
-    images: RaggedImages, boxes: Tensor, flips: Tensor, size: tuple[int, int], *statistics: Sequence[float]
+    images: RaggedImages,
+    boxes: Tensor,
+    flips: Tensor,
+    size: tuple[int, int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    interpolation: InterpolationMode,
 ) -> Tensor:
     """torchvision's."""
-    parts = [cropped(image, tuple(box), size) for image, box in zip(at(images), boxes.tolist(), strict=True)]
+    each = zip(at(images), boxes.tolist(), strict=True)
+    parts = [cropped(image, tuple(box), size, interpolation) for image, box in each]
     crops = torch.stack([part.flip(-1) if flip else part for part, flip in zip(parts, flips.tolist(), strict=True)])
-    return Normalisation(*statistics, crops.device)(crops) if statistics else crops
+    return crops if mean is None or std is None else Normalisation(mean, std, crops.device)(crops)
 
 
 def stand_in_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
