@@ -162,7 +162,7 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Multiply the distance of every value from the image's mean grey level."""
-    return blend(mean(grey(images)), images, factors)
+    return blend(mean_level(grey(images)), images, factors)
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
@@ -184,13 +184,13 @@ def grey(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
     red, green, blue = images.int().split(1, dim=1)
-    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return (19595 * red).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000) >> 16
 
 
-def mean(levels: Tensor) -> Tensor:
+def mean_level(levels: Tensor) -> Tensor:
     """The mean (K, 1, 1, 1) of grey levels (K, 1, H, W), rounded half up."""
     pixels = levels.shape[2] * levels.shape[3]
-    return (2 * levels.sum(dim=(1, 2, 3), keepdim=True) + pixels) // (2 * pixels)
+    return (levels.sum(dim=(1, 2, 3), keepdim=True) + pixels // 2) // pixels
 
 
 def blend(plain: Tensor, images: Tensor, factors: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import adjust_brightness, adjust_contrast
 
 from recipes.data.config import DataConfig
 from recipes.data.draws import Drawing, Draws, random_bits
-from recipes.data.randaugment import blend, grey, mean, on_device
+from recipes.data.randaugment import blend, grey, mean_level, on_device
 from recipes.data.transforms import seed_of
 
 
@@ -115,12 +115,11 @@ def jitter(images: Tensor, drawn: Drawn) -> Tensor:
     All but hue go a factor of the way from a plain image to the given one. So every image has three turns, and the
     turn of hue comes before, between or after them.
     """
-    turns = np.argsort(drawn[:, TURNS][:, :HUE], axis=1)
-    before_hue = (drawn[:, TURNS][:, :HUE] < drawn[:, TURNS][:, HUE:]).sum(axis=1)
-    factors = np.take_along_axis(drawn[:, FACTORS], turns, axis=1)
-    by_turn = np.stack([turns == CONTRAST, turns == SATURATION, factors]).transpose(2, 0, 1)  # (turns, 3, K)
+    factors, times = drawn[:, FACTORS].T, drawn[:, TURNS].T  # (4, K)
+    turns, before_hue = np.argsort(times[:HUE], axis=0), (times[:HUE] < times[HUE]).sum(axis=0)
+    by_turn = np.stack([turns == CONTRAST, turns == SATURATION, np.take_along_axis(factors, turns, axis=0)], axis=1)
     numbers = on_device(by_turn.astype(np.float32), images.device)[..., None, None, None]
-    shifts = (drawn[:, FACTORS][:, HUE] * 255).astype(np.int32).astype(np.uint8)  # cut off, and backwards by wrapping
+    shifts = (factors[HUE] * 255).astype(np.int32).astype(np.uint8)  # cut to whole numbers; backwards is to wrap
     for turn in range(HUE + 1):
         if len(rows := np.flatnonzero(before_hue == turn)) and images.shape[1] == 3:
             places = on_device(rows, images.device)
@@ -128,7 +127,7 @@ def jitter(images: Tensor, drawn: Drawn) -> Tensor:
         if turn < HUE:
             is_contrast, is_saturation, factor = numbers[turn]
             levels = grey(images)
-            images = blend(levels * is_saturation + mean(levels) * is_contrast, images, factor)
+            images = blend(levels * is_saturation + mean_level(levels) * is_contrast, images, factor)
     return images
 
 
@@ -138,7 +137,7 @@ def shift_hue(images: Tensor, shifts: Tensor) -> Tensor:
     pixels = images.new_zeros(len(images), *images.shape[2:], 4)
     pixels[..., :3] = images.movedim(1, -1)
     pixels = to_hsv.index_select(0, pixels.view(torch.int32).flatten()).view(torch.uint8).view_as(pixels)
-    pixels[..., 0] += shifts[:, None, None]
+    pixels[..., 0].add_(shifts[:, None, None])
     pixels = to_rgb.index_select(0, pixels.view(torch.int32).flatten()).view(torch.uint8).view_as(pixels)
     return pixels[..., :3].movedim(-1, 1)
 
@@ -172,8 +171,8 @@ def blur(images: Tensor, drawn: Drawn) -> Tensor:
     """
     weights = box_weights(drawn[:, SIGMA])
     offsets = (1 << 23) + 128 * (weights.sum(axis=1, keepdims=True) - (1 << 24))  # to round, as if from 0 on
-    table = np.concatenate([offsets, weights], axis=1).T.astype(np.int32)
-    offset, *taps = on_device(np.ascontiguousarray(table), images.device)[..., None, None, None]
+    table = np.ascontiguousarray(np.concatenate([offsets, weights], axis=1).T, np.int32)
+    offset, *taps = on_device(table, images.device)[..., None, None, None]
     values = (images ^ 128).view(torch.int8)
     for axis in (3, 2):
         size = images.shape[axis]
@@ -183,7 +182,7 @@ def blur(images: Tensor, drawn: Drawn) -> Tensor:
             sums = torch.addcmul(offset, padded.narrow(axis, 0, size), taps[0])
             for place, weight in enumerate(taps[1:], 1):
                 sums.addcmul_(padded.narrow(axis, place, size), weight)
-            values = (sums >> 24).to(torch.int8)
+            values = sums.view(torch.int8)[..., 3::4]
     return values.view(torch.uint8) ^ 128
 
 

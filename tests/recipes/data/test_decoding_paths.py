@@ -116,13 +116,13 @@ def both(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, **share: int) 
     return by_workers, batches(create(config, **share))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("objective, workers", [("autoregressive", 0), ("autoregressive", 2), ("moco", 0)])
 @pytest.mark.parametrize("source", ["folder", "tar"])
 def test_both_paths_train_on_the_same_images(
-    source: str, workers: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    source: str, objective: str, workers: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streaming = STREAM if source == "tar" else []
-    config = configure(request.getfixturevalue(source), *VARIED, f"data.workers={workers}", *streaming)
+    more = [f"objective={objective}", f"data.workers={workers}", *(STREAM if source == "tar" else [])]
+    config = configure(request.getfixturevalue(source), *VARIED, *more)
     by_workers, by_gpu = both(config, monkeypatch)
     assert_equal(by_workers, by_gpu)
     assert len({line for batch in by_gpu for line in batch.undecodable}) == 3
@@ -140,8 +140,11 @@ def test_each_kind_of_augmentation_is_the_same_on_both_paths(
         assert (levels <= 1.2).float().mean() > 0.98
 
 
-def test_what_the_gpu_refuses_is_decoded_or_named_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure(folder, *VARIED)
+@pytest.mark.parametrize("objective", ["autoregressive", "moco"])  # one view of each image, and two
+def test_what_the_gpu_refuses_is_decoded_or_named_here(
+    folder: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(folder, *VARIED, f"objective={objective}")
     expected = batches(create(config))
     stand_in_for_gpu(monkeypatch)
     by_gpu: Callable[..., Any] = gpu_decode.decode
@@ -149,13 +152,14 @@ def test_what_the_gpu_refuses_is_decoded_or_named_here(folder: Path, monkeypatch
     assert_equal(expected, batches(create(config)))
 
 
+@pytest.mark.parametrize("objective", ["autoregressive", "moco"])
 @pytest.mark.parametrize("source", ["folder", "tar"])
 def test_damage_that_only_decoding_shows_is_named_and_replaced_as_by_workers(
-    source: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    source: str, objective: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Headers promise images that none of the decoders gets."""
-    streaming = STREAM if source == "tar" else []
-    config = configure(request.getfixturevalue(source), *VARIED, *streaming, "data.max_undecodable=0.9")
+    more = [f"objective={objective}", "data.max_undecodable=0.9", *(STREAM if source == "tar" else [])]
+    config = configure(request.getfixturevalue(source), *VARIED, *more)
 
     def by_cpu(content: bytes, name: str, mode: str, max_pixels: int) -> torch.Tensor:
         if len(content) % 3 == 0:

@@ -109,7 +109,7 @@ def test_draws_depend_on_neither_batch_nor_order() -> None:
 def test_draws_change_with_seed_and_epoch(seed: int, epoch: int) -> None:
     one, two = drawing()(2, range(50)), drawing(seed=seed)(epoch, range(50))
     assert not np.isin(one.crops, two.crops).any() and not np.isin(one.noise_seeds, two.noise_seeds).any()
-    assert not np.array_equal(one.flips, two.flips) and one.operations != two.operations
+    assert not np.array_equal(one.flips, two.flips) and one.changes != two.changes
 
 
 def test_draws_are_even_and_independent() -> None:
