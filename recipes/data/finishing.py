@@ -57,9 +57,8 @@ class Finishing:
         if loaded.files is not None:
             images = self._cropped(draws, *self._opened(loaded, loaded.files, decoded(), classes, undecodable))
         elif self.kept is not None and loaded.boxes is not None:
-            images = self._cropped(
-                draws, self.kept.select(loaded.indices.repeat(self._images.drawing.views)), loaded.boxes
-            )
+            kept = self.kept.select(loaded.indices.repeat(self._images.drawing.views))
+            images = self._cropped(draws, kept, loaded.boxes)
         images, classes = (tensor.to(self._device, non_blocking=True) for tensor in (images, classes))
         if self._affine is not None:
             images = warp(images.float().div_(255), on_device(draws.warps, self._device), self._affine)

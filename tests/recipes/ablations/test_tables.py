@@ -68,6 +68,13 @@ def test_settings_of_the_paper() -> None:
     assert (supervised.pretrained, supervised.epochs) == (None, 300)
 
 
+@pytest.mark.parametrize("number", NUMBERS)
+def test_tables_for_one_gpu_keep_their_images_there(number: int) -> None:
+    """So that no row needs more than the two processes that draw."""
+    configs = [config for row in as_shipped(number, "small").rows for config in row.configs.values()]
+    assert {(config.data.cache, config.data.workers) for config in configs} == {("gpu", 2)}
+
+
 @pytest.mark.parametrize("number, preset", [(4, "short"), (8, "cifar10-short")])
 def test_short_presets_are_the_long_ones_in_fewer_epochs(number: int, preset: str) -> None:
     """Row by row; supervised training alone is again twice as long as finetuning."""
