@@ -5,7 +5,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arm_zoo.layers.sizes import Device
-from arm_zoo.ops.fused import gate_halves, gated_linear, gates_in_kernel, is_plain, is_plain_layer, run_linear
+from arm_zoo.ops.fused import (
+    gate_halves,
+    gated_linear,
+    gated_transposed,
+    gates_in_kernel,
+    gates_transposed,
+    is_plain,
+    is_plain_layer,
+    run_linear,
+)
 
 _ALIGNMENT = 64  # of the hidden width on CUDA: the matrix products' tiles
 
@@ -27,6 +36,9 @@ class SwiGLU(nn.Module):
                 return self._forward_padded(x, -self.fc2.in_features % _ALIGNMENT)
             if gates_in_kernel(x, self.fc1.weight, self.fc1.bias):
                 return self.fc2(gated_linear(x, self.fc1.weight, self.fc1.bias))
+        if gates_transposed(self.fc1, x) and is_plain_layer(self.fc2, nn.Linear):
+            hidden = gated_transposed(x, self.fc1.weight, self.fc1.bias)
+            return F.linear(hidden.t(), self.fc2.weight, self.fc2.bias).view(*x.shape[:-1], -1)
         return run_linear(self.fc2, gate_halves(run_linear(self.fc1, x)))
 
     def _forward_padded(self, x: Tensor, missing: int) -> Tensor:

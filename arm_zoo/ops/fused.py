@@ -52,14 +52,43 @@ def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
     With one thread PyTorch takes MKL for convolutions too, and then copies the bias.
     """
+    if not _runs_in_onednn(layer, x):
+        return layer(x)
+    rows = _convolve_rows(x.reshape(-1, layer.in_features), layer.weight, layer.bias)
+    return rows.reshape(*x.shape[:-1], layer.out_features)
+
+
+def _runs_in_onednn(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.get_num_threads() == 1)
     if not (_ONEDNN and eager and is_plain(x) and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()):
-        return layer(x)
-    if not is_plain_layer(layer, nn.Linear):
-        return layer(x)
-    rows = x.reshape(1, -1, 1, layer.in_features).permute(0, 3, 1, 2)  # channels innermost in memory
-    rows = F.conv2d(rows, layer.weight[:, :, None, None], layer.bias)
-    return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], layer.out_features)
+        return False
+    return is_plain_layer(layer, nn.Linear)
+
+
+def _convolve_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear layer (L, M) of rows (L, N) with a weight (M, N)."""
+    pixels = rows[None, :, None].permute(0, 3, 1, 2)  # channels innermost in memory
+    return F.conv2d(pixels, weight[:, :, None, None], bias)[0, :, :, 0].t()
+
+
+def gates_transposed(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `gated_transposed` can compute this layer for these tokens, and is faster, also with what follows.
+
+    That holds for few tokens in inference. Not with AVX-512: a Zen 5 would lose by the next layer, which MKL computes.
+    """
+    if not _runs_in_onednn(layer, x) or layer.bias is None or 4 * x.numel() > layer.weight.numel():
+        return False
+    measured = torch.backends.cpu.get_cpu_capability() == "AVX2" and resolve_backend(x) == "numba"
+    return measured and not needs_gradient(x, layer.weight, layer.bias)
+
+
+def gated_transposed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU(gate) * value (N, L) of (gate, value), the halves of the linear layer of tokens (..., M), L in all.
+
+    In every product oneDNN brings the numbers of one factor into another order first, which takes longer for a weight
+    (2 * N, M) than for few tokens.
+    """
+    return torch.ops.arm_zoo.gate_transposed(_convolve_rows(weight, x.reshape(-1, x.shape[-1])), bias)
 
 
 @torch.fx.wrap  # the type is not known while a model is traced
@@ -155,6 +184,12 @@ register(
     "(Tensor halves) -> Tensor",
     lambda halves: importlib.import_module(BACKENDS["numba"].module).gate(halves),
     fake=lambda halves: halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2),
+)
+register(
+    "gate_transposed",
+    "(Tensor halves, Tensor bias) -> Tensor",
+    lambda *inputs: importlib.import_module(BACKENDS["numba"].module).gate_transposed(*inputs),
+    fake=lambda halves, bias: halves.new_empty(len(halves) // 2, halves.shape[1]),
 )
 register(
     "add_norm_backward",

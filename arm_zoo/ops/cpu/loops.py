@@ -459,13 +459,14 @@ def conv_backward(first, last, batch, grad, x, weight, bias, order, functions, g
 
 
 @_compiled
-def gate_forward(first, last, channels, gate, value, functions, product):
-    """Tasks are rows of so many channels: SiLU(gate) * value."""
+def gate_forward(first, last, channels, gate, value, bias, functions, product):
+    """Tasks are rows of so many channels: SiLU(gate) * value, after a bias (2, rows) was added to each."""
     for row in range(first, last):
         z, y = _row(gate, 0, 0, row, 0, channels), _row(value, 0, 0, row, 0, channels)
-        gated = product[row]
+        gated, of_gate, of_value = product[row], bias[0, row], bias[1, row]
         for d in range(channels):
-            gated[d] = y[d] * z[d] * _sigmoid(z[d], _exp_minus(z[d], functions))
+            x = z[d] + of_gate
+            gated[d] = (y[d] + of_value) * x * _sigmoid(x, _exp_minus(x, functions))
 
 
 @_compiled

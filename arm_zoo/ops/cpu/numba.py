@@ -3,7 +3,7 @@
 import ctypes
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -150,10 +150,22 @@ def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) 
 def gate(halves: Tensor) -> Tensor:
     """SiLU(gate) * value (..., N) of (gate, value), the two halves of rows (..., 2 * N)."""
     product = halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2)
-    rows, channels = product.shape[:-1].numel(), product.shape[-1]
-    inputs = (_rows(half) for half in halves.flatten(0, -2).chunk(2, dim=-1))
-    _run(loops.gate_forward, rows, channels, *inputs, _FUNCTIONS, product.view(rows, channels).numpy())
+    rows = product.flatten(0, -2)
+    _gate(halves.flatten(0, -2).chunk(2, dim=-1), halves.new_zeros(2, len(rows)), rows)
     return product
+
+
+def gate_transposed(halves: Tensor, bias: Tensor) -> Tensor:
+    """The same (N, L) of (gate, value), the first and the last N of the rows (2 * N, L) plus their bias (2 * N)."""
+    product = halves.new_empty(len(halves) // 2, halves.shape[1])
+    _gate(halves.chunk(2), bias.view(2, -1), product)
+    return product
+
+
+def _gate(halves: Sequence[Tensor], bias: Tensor, product: Tensor) -> None:
+    rows, channels = product.shape
+    inputs = (_rows(half) for half in halves)
+    _run(loops.gate_forward, rows, channels, *inputs, _copy(bias), _FUNCTIONS, product.numpy())
 
 
 def gate_backward(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor) -> None:

@@ -15,7 +15,7 @@ from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops import causal_conv, mamba_inner, selective_scan
-from arm_zoo.ops.fused import gate_halves
+from arm_zoo.ops.fused import gate_halves, gated_transposed, gates_transposed
 from tests.arm_zoo.ops.test_scan import largest
 
 numba_backend = pytest.importorskip("arm_zoo.ops.cpu.numba", reason="the extra `cpu` is not installed")
@@ -132,10 +132,39 @@ def test_gates_of_halves(rows: tuple[int, ...], channels: int) -> None:
     assert torch.allclose(gate_halves(halves).double(), F.silu(gate) * value, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [(1, 3), (2, 1), (7,)])
+def test_gates_of_transposed_halves(tokens: tuple[int, ...]) -> None:
+    """Weights and tokens may be parts of others, whose rows do not adjoin."""
+    x, weight, bias = torch.randn(*tokens, 20)[..., 3:19], torch.randn(48, 17)[:, 1:], torch.randn(48)
+    gate, value = F.linear(x.double(), weight.double(), bias.double()).flatten(0, -2).chunk(2, dim=-1)
+    assert torch.allclose(gated_transposed(x, weight, bias).double(), (F.silu(gate) * value).t(), atol=1e-5)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX2", reason="it is for processors with AVX2")
+def test_few_tokens_are_transposed_and_weights_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    mlp = SwiGLU(8, 24)
+    few, many = torch.randn(2, 6, 8), torch.randn(2, 7, 8)
+    assert not gates_transposed(mlp.fc1, few)  # autograd needs what the layer makes
+    with torch.inference_mode():
+        assert gates_transposed(mlp.fc1, few) and not gates_transposed(mlp.fc1, many)
+        for change in (lambda t: None, lambda t: t.mul_(2), lambda t: t.data.neg_()):
+            for parameter in mlp.parameters():
+                change(parameter)
+            hidden = F.linear(few, mlp.fc1.weight, mlp.fc1.bias)
+            gate, value = hidden.chunk(2, dim=-1)
+            assert torch.allclose(mlp(few), F.linear(F.silu(gate) * value, mlp.fc2.weight, mlp.fc2.bias), atol=1e-5)
+    mlp.fc2.register_forward_hook(lambda layer, inputs, output: output.zero_())
+    with torch.no_grad():
+        assert mlp(few).count_nonzero() == 0
+
+
 def test_gates_of_halves_at_the_edges_of_their_range() -> None:
     gates = torch.tensor([-100.0, -20.0, 0.0, 20.0, 100.0, 1e30, torch.inf, torch.nan])
-    product = gate_halves(torch.cat([gates, torch.ones(8)])[None])
-    assert torch.allclose(product[0], F.silu(gates), equal_nan=True)
+    halves = torch.cat([gates, torch.ones(8)])
+    assert torch.allclose(gate_halves(halves[None])[0], F.silu(gates), equal_nan=True)
+    transposed = torch.ops.arm_zoo.gate_transposed(halves[:, None], torch.zeros(16))
+    assert torch.allclose(transposed[:, 0], F.silu(gates), equal_nan=True)
 
 
 def test_only_inference_takes_the_loop_for_gates() -> None:
@@ -143,7 +172,7 @@ def test_only_inference_takes_the_loop_for_gates() -> None:
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            taken.append(operator is torch.ops.arm_zoo.gate_halves.default)
+            taken.append(operator.name() in ("arm_zoo::gate_halves", "arm_zoo::gate_transposed"))
             return operator(*args, **(kwargs or {}))
 
     with Record():
