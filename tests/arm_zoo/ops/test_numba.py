@@ -125,7 +125,7 @@ def test_convolutions(taps: int) -> None:
     assert worst_error(tensors, causal_conv) < 2e-6
 
 
-@pytest.mark.parametrize("rows, channels", [((2, 3), 5), ((7,), 200), ((0, 4), 8)])
+@pytest.mark.parametrize("rows, channels", [((2, 3), 5), ((7,), 200), ((0, 4), 8), ((), 3)])
 def test_gates_of_halves(rows: tuple[int, ...], channels: int) -> None:
     halves = 4 * torch.randn(*rows, 2 * channels + 1)[..., 1:]  # rows that do not adjoin
     gate, value = halves.double().chunk(2, dim=-1)
