@@ -159,6 +159,15 @@ def test_few_tokens_are_transposed_and_weights_read_anew(monkeypatch: pytest.Mon
         assert mlp(few).count_nonzero() == 0
 
 
+def test_layers_of_mixed_types_are_left_to_pytorch_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for dtype in (torch.bfloat16, torch.float64):
+        mlp = SwiGLU(8, 24)
+        mlp.fc1.bias.data = mlp.fc1.bias.data.to(dtype)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
+            mlp(torch.randn(2, 6, 8))
+
+
 def test_gates_of_halves_at_the_edges_of_their_range() -> None:
     gates = torch.tensor([-100.0, -20.0, 0.0, 20.0, 100.0, 1e30, torch.inf, torch.nan])
     halves = torch.cat([gates, torch.ones(8)])
