@@ -76,7 +76,9 @@ def gates_transposed(layer: nn.Module, x: Tensor) -> bool:
 
     That holds for few tokens in inference. Not with AVX-512: a Zen 5 would lose by the next layer, which MKL computes.
     """
-    if not _runs_in_onednn(layer, x) or layer.bias is None or 4 * x.numel() > layer.weight.numel():
+    if not _runs_in_onednn(layer, x) or layer.bias is None or layer.bias.dtype != x.dtype:
+        return False
+    if 4 * x.numel() > layer.weight.numel():
         return False
     measured = torch.backends.cpu.get_cpu_capability() == "AVX2" and resolve_backend(x) == "numba"
     return measured and not needs_gradient(x, layer.weight, layer.bias)

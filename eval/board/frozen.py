@@ -61,7 +61,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[FrozenEntry]:
 def name_of(row: Mapping[str, str]) -> str:
     """An entry if the weights are named after one, as in MODEL.TAG.safetensors; else the model and the weights."""
     weights = row["weights"].removesuffix(".safetensors")
-    return weights if weights.startswith(row["model"]) else f"{row['model']} ({weights})"
+    return weights if weights.partition(".")[0] == row["model"] else f"{row['model']} ({weights})"
 
 
 def reported_entries(anchors: Path) -> list[FrozenEntry]:

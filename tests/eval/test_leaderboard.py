@@ -251,8 +251,9 @@ def test_frozen_features_are_measured_or_reported(made: Path, repo: Path) -> Non
     notes = "sha256 efefefef; 50,000 images to train on, 10,000 scored; linear on token"
     assert f"| arm_tiny (w) | **measured** | pets\\|cats | {figures} | {notes} |" in measured
     assert figures in (made / "recipes" / "RESULTS.md").read_text()
-    row = frozen_row("knn", "neighbours=20", 50) | {"weights": "arm_tiny.arm_pets.safetensors"}
-    assert frozen.name_of(row) == "arm_tiny.arm_pets"
+    row = frozen_row("knn", "neighbours=20", 50)
+    assert frozen.name_of(row | {"weights": "arm_tiny.arm_pets.safetensors"}) == "arm_tiny.arm_pets"
+    assert frozen.name_of(row | {"weights": "arm_tiny_scratch"}) == "arm_tiny (arm_tiny_scratch)"
     assert "MoCo" not in measured and "arm_tiny" not in reported.partition("## Speed")[0]
     assert "| DINOv3 ViT-L | *reported* | ImageNet-1k | 82.0 | 83.5 | arXiv:2508.10104; " in reported
     anchors = frozen.reported_entries(repo / "eval" / "board" / "anchors.csv")

@@ -150,8 +150,8 @@ def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None) 
 def gate(halves: Tensor) -> Tensor:
     """SiLU(gate) * value (..., N) of (gate, value), the two halves of rows (..., 2 * N)."""
     product = halves.new_empty(*halves.shape[:-1], halves.shape[-1] // 2)
-    rows = product.flatten(0, -2)
-    _gate(halves.flatten(0, -2).chunk(2, dim=-1), halves.new_zeros(2, len(rows)), rows)
+    rows = product.view(-1, product.shape[-1])
+    _gate(halves.reshape(-1, halves.shape[-1]).chunk(2, dim=-1), halves.new_zeros(2, len(rows)), rows)
     return product
 
 

@@ -125,7 +125,7 @@ def test_convolutions(taps: int) -> None:
     assert worst_error(tensors, causal_conv) < 2e-6
 
 
-@pytest.mark.parametrize("rows, channels", [((2, 3), 5), ((7,), 200), ((0, 4), 8)])
+@pytest.mark.parametrize("rows, channels", [((2, 3), 5), ((7,), 200), ((0, 4), 8), ((), 3)])
 def test_gates_of_halves(rows: tuple[int, ...], channels: int) -> None:
     halves = 4 * torch.randn(*rows, 2 * channels + 1)[..., 1:]  # rows that do not adjoin
     gate, value = halves.double().chunk(2, dim=-1)
@@ -157,6 +157,15 @@ def test_few_tokens_are_transposed_and_weights_read_anew(monkeypatch: pytest.Mon
     mlp.fc2.register_forward_hook(lambda layer, inputs, output: output.zero_())
     with torch.no_grad():
         assert mlp(few).count_nonzero() == 0
+
+
+def test_layers_of_mixed_types_are_left_to_pytorch_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for dtype in (torch.bfloat16, torch.float64):
+        mlp = SwiGLU(8, 24)
+        mlp.fc1.bias.data = mlp.fc1.bias.data.to(dtype)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
+            mlp(torch.randn(2, 6, 8))
 
 
 def test_gates_of_halves_at_the_edges_of_their_range() -> None:
