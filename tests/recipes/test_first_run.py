@@ -139,7 +139,7 @@ def test_the_images_package_is_run_where_it_is_imported_alone(repo: Path) -> Non
     assert done.stdout.startswith("Images in files:"), done.stderr
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "pretrain"])
+@pytest.mark.parametrize("recipe", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_ctrl_c_during_the_imports_ends_in_one_line(recipe: str, images: str, repo: Path) -> None:
     fake = Path("imports", "timm")  # the first of the imports that take seconds
     fake.mkdir(parents=True)

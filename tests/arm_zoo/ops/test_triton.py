@@ -70,6 +70,7 @@ for size, rate, dtype in ((1e-6, -1e4, torch.bfloat16), (50.0, -1e-4, torch.floa
     assert error < {torch.float32: 1e-4}.get(dtype, 1e-2), (size, rate, dtype, error)
 """,
     "what is around the scans": """
+check_mixer_norms_inside("cpu")
 check_operators("cpu")
 for shape in ((3, 130, 20), (1, 600), (1, 1, 2)):
     errors = gate_errors(shape, torch.float32, "cpu")
@@ -94,7 +95,6 @@ for shape in ((2, 130, 64, 72), (1, 3, 96, 264), (1, 1, 200, 136)):
 assert gated_product_error(2, 3, 72, 64, torch.float16, "cpu") < 1e-3
 """,
     "memory, limits and a model": """
-check_mixer_norms_inside("cpu")
 for most, dtype, limit in ((0, torch.float32, 1e-6), (2**23, torch.float32, 1e-6), (2**23, torch.float16, 1e-3)):
     merge.FEW = most
     error = inference_error(dtype, "cpu")
