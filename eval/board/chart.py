@@ -71,7 +71,7 @@ def _frozen_panel(entries: Sequence[FrozenEntry], places: Mapping[str, float], t
         for title, figure in entry.figures.items():
             low, high = map(height_of, entry.intervals[title].split(" to "))
             points.append({"x": places[title] + aside, "y": height_of(figure), "low": low, "high": high})
-        look = {"colour": COLOURS[row % len(COLOURS)], "y": top + HEAD + 20 * row}
-        models.append({"name": entry.model, **look, "points": points})
+        colour = COLOURS[row % len(COLOURS)]
+        models.append({"name": entry.model, "colour": colour, "y": top + HEAD + 20 * row, "points": points})
     lines = [{"value": value, "y": height_of(value)} for value in range(0, int(most) + 1, step)]
     return {"title": entries[0].data_set, "top": top + 26, "bottom": height_of(0), "lines": lines, "models": models}

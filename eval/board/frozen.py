@@ -44,17 +44,18 @@ def title_of(row: Mapping[str, str]) -> str | None:
 def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[FrozenEntry]:
     """One entry for each model, weights and images; in each column the newest row counts."""
     entries: dict[tuple[str, ...], FrozenEntry] = {}
-    chosen: dict[tuple[str, ...], str] = {}
     for row in rows:
         if (title := title_of(row)) is None:
             continue
         key = tables.key(row, ("model", "weights_sha256", "data_set", "images_train", "images_test"))
-        entry = entries.setdefault(key, FrozenEntry(name_of(row), "measured", row["data_set"]))
+        images = f"{int(row['images_train']):,} images to train on, {int(row['images_test']):,} scored"
+        notes = [f"sha256 {row['weights_sha256'][:8]}", images]
+        new = FrozenEntry(name_of(row), "measured", row["data_set"], notes=notes)
+        entry = entries.setdefault(key, new)
         entry.figures[title] = shown(float(row["top1"]), 2)
         entry.intervals[title] = f"{shown(float(row['low']), 2)} to {shown(float(row['high']), 2)}"
-        images = f"{int(row['images_train']):,} images to train on, {int(row['images_test']):,} scored"
-        chosen |= {key: f"linear on {row['features']}"} if title == "linear" else {}
-        entry.notes = [f"sha256 {row['weights_sha256'][:8]}", images, *filter(None, [chosen.get(key)])]
+        if title == "linear":
+            entry.notes[2:] = [f"linear on {row['features']}"]
     return list(entries.values())
 
 

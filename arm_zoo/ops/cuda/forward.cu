@@ -472,7 +472,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
                     if (whole && LANES == 1) store(first + j, sums[j]);
                 }
                 if (whole && LANES > 1) {
-                    // each lane of a pair gives away the sums of half the steps that it has, until it has its own ones
+                    // each of the lanes that share a pair gives away the sums of half its steps, until one or two are left
 #pragma unroll
                     for (int apart = 32 / LANES, left = GROUP / 2; apart < 32; apart *= 2, left /= 2) {
                         const bool odd = lane & apart;
