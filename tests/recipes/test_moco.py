@@ -56,7 +56,9 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 def test_an_odd_batch_is_refused_for_the_reason_of_all_recipes(images: Path, tmp_path: Path) -> None:
     """Not for the two views of an image, of which there are two with any batch."""
-    with pytest.raises(ConfigError, match="global_batch is 7; allowed: an even number, such as 8, as every recipe draws"):
+    with pytest.raises(
+        ConfigError, match="global_batch is 7; allowed: an even number, such as 8, as every recipe draws"
+    ):
         load_config(PretrainConfig, CONFIG, settings(tmp_path, images, "global_batch=7"))
 
 
