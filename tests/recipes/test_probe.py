@@ -231,6 +231,22 @@ def test_rows_of_all_protocols(
     )
 
 
+def test_a_table_to_add_to_is_checked_before_anything_is_scored() -> None:
+    head, row = ",".join(probe.COLUMNS), ",".join("1" for _ in probe.COLUMNS)
+    cells = f"; allowed: {len(probe.COLUMNS)}, one for each column"
+    for text, message in (
+        (f"{head}\n{row}\n\n{row},1\n", f"scores.csv, whose line 4 has too many cells{cells}"),
+        (f"{head}\n{row[:-2]}\n", f"scores.csv, whose line 2 has too few cells{cells}"),
+        ("model\udce9\n", "scores.csv, which is no table in UTF-8; allowed: a new file"),  # é in Latin-1
+    ):
+        Path("scores.csv").write_text(text, errors="surrogateescape")
+        with pytest.raises(RunError) as refused:
+            probe.rows_of(Path("scores.csv"))
+        assert message in str(refused.value)
+    Path("scores.csv").write_text(f"\ufeff{head}\n{row}\n")  # as Excel writes it
+    assert probe.rows_of(Path("scores.csv")) == [dict.fromkeys(probe.COLUMNS, "1")]
+
+
 @pytest.mark.parametrize(
     ("weights", "others", "message"),
     [
