@@ -356,9 +356,9 @@ def objective_of(config: Mapping[str, Any], file: Path, tensors: StateDict) -> s
 def _check_architecture(config: Mapping[str, Any], wanted: str | None, where: object) -> None:
     """Refuse weights of another model than the wanted one, if one is wanted."""
     if wanted is not None and config.get("architecture") != architecture_of(wanted):
-        found = config.get("architecture") or "no timm model"
-        said = f"the weights in {where} are of {found}, not of {architecture_of(wanted)}"
-        raise ValueError(f"{said}; name the model that they are of, or other weights")
+        found = config.get("architecture")
+        said = f"the weights in {where} are of {found or 'no timm model'}, not of {architecture_of(wanted)}"
+        raise ValueError(f"{said}; name {found or 'the model that they are of'}, or other weights")
 
 
 def _check_table(table: Any, types: Mapping[str, Any], name: str, folder: Path) -> None:

@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock
@@ -28,8 +30,29 @@ COLUMNS = (
     *("weights", "weights_sha256", "listing_sha256"),
     *("device", "processes", "batch_size", "seconds", "img_per_s", "torch", "timm", "pillow", "arm_zoo", "date"),
 )
-FIGURES = {  # columns of any table that hold numbers of 0 or more
-    *("n", "top1", "top5", "top1_low", "top1_high", "low", "high", "knn", "linear", "miou", "params_m", "img_per_s"),
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The numbers that the cells of a column may hold, in words, and how they are read."""
+
+    allowed: str
+    read: Callable[[str], float]
+    holds: Callable[[float], bool]
+
+    def allows(self, value: Any) -> bool:
+        try:
+            return self.holds(self.read(str(value)))
+        except ValueError:
+            return False
+
+
+FIGURE = Limit("a number of 0 or more", float, lambda number: 0 <= number < math.inf)
+ABOVE_ZERO = Limit("a number above 0", float, lambda number: 0 < number < math.inf)
+COUNT = Limit("a whole number of 1 or more", int, lambda number: number >= 1)
+FIGURES = {  # columns of any table that hold a FIGURE, or nothing
+    *("n", "top1", "top5", "top1_low", "top1_high", "low", "high", "miou", "params_m", "img_per_s", "peak_mib"),
+    *("knn", "few_shot", "logistic", "linear", "attentive", "throughput_a5000_img_s", *CLEAN),
     *(spec.paper_column for spec in SETS.values() if spec.paper_column),
 }
 RENAMED = {"marks": "warnings", "pictures": "images"}  # name of a column in older files -> its name now
@@ -39,40 +62,65 @@ def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]
     return tuple(str(row.get(column, "")) for column in columns)
 
 
-def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
+def read(
+    path: Path, columns: Sequence[str] = COLUMNS, needed: Mapping[str, Limit] = MappingProxyType({})
+) -> list[Row]:
     """Read all rows of a .csv file, as text, or of a .json file; none if the file is empty or does not exist.
 
-    ValueError if the file is no table, lacks a column (except those of CLEAN), or has FIGURES that are no numbers. It
-    may have more columns, and empty cells.
+    It may have more columns, and empty cells, except where a number is `needed` in a row with images. ValueError if
+    the file is no table, lacks a column (except those of CLEAN), or has a row with a cell too many, too few or wrong.
     """
-    try:  # Excel begins with a byte order mark
-        text = path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
-        if path.suffix == ".json":
-            head, rows = columns, json.loads(text or "[]")
-        else:
-            head, *lines = filter(None, csv.reader(io.StringIO(text or ",".join(columns), newline="")))
-            rows = [dict(zip(head, line, strict=True)) for line in lines]
-        if not isinstance(rows, list):
-            raise TypeError("a table is a list of rows")
-        newer = {column: "" for column in columns if column in CLEAN}  # of sets that may be newer than the file
-        rows = [newer | {RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
+    try:
+        head, lines = (_json_lines if path.suffix == ".json" else _csv_lines)(path, columns)
     except (ValueError, TypeError, AttributeError, csv.Error):
         raise ValueError(f"{path} exists, but is no table in UTF-8; name another file") from None
-    there = {RENAMED.get(name, name) for name in head}.union(newer).intersection(*rows)
+    newer = {column: "" for column in columns if column in CLEAN}  # of sets that may be newer than the file
+    there = {RENAMED.get(name, name) for name in head} | newer.keys()
     if missing := [column for column in columns if column not in there]:
         raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")
-    for row in (row for row in rows if str(row.get("n")) != "0"):  # those of no images have no figures
-        if wrong := [column for column in FIGURES & row.keys() if not _is_figure(row[column])]:
-            what = f"{min(wrong)} is {row[min(wrong)]!r} in the row of {row.get('model')}"
-            raise ValueError(f"{path}: {what}; allowed: a number of 0 or more, or an empty cell")
+    rows = []
+    for place, names, cells in lines:
+        if len(cells) != len(names):
+            raise ValueError(f"{path}, {place}: it has {len(cells)} cells; allowed: {len(names)}, one for each column")
+        row = newer | {RENAMED.get(name, name): cell for name, cell in zip(names, cells, strict=True)}
+        if str(row.get("n")) != "0" and (problem := next(_problems(row, needed), None)):  # no images, no figures
+            raise ValueError(f"{path}, {place}: {problem}")
+        rows.append(row)
     return rows
 
 
-def _is_figure(value: Any) -> bool:
-    try:
-        return value in ("", None) or 0 <= float(value) < math.inf
-    except (TypeError, ValueError):
-        return False
+Line = tuple[str, Sequence[str], Sequence[Any]]  # where a row is in its file, the names of its columns, and its cells
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig") if path.exists() else ""  # Excel begins with a byte order mark
+
+
+def _csv_lines(path: Path, columns: Sequence[str]) -> tuple[Sequence[str], list[Line]]:
+    """The names of the columns, and the lines below them that hold anything."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    lines = [(f"line {reader.line_num}", cells) for cells in reader if "".join(cells).strip()]
+    head = lines[0][1] if lines else columns
+    return head, [(place, head, cells) for place, cells in lines[1:]]
+
+
+def _json_lines(path: Path, columns: Sequence[str]) -> tuple[Sequence[str], list[Line]]:
+    """The names that all rows have, and the rows."""
+    rows = json.loads(_text(path).strip() or "[]")
+    if not isinstance(rows, list):
+        raise TypeError("a table is a list of rows")
+    lines: list[Line] = [(f"row {number}", list(row.keys()), list(row.values())) for number, row in enumerate(rows, 1)]
+    return (list(set(rows[0]).intersection(*rows)) if rows else columns), lines
+
+
+def _problems(row: Row, needed: Mapping[str, Limit]) -> Iterator[str]:
+    """What is wrong with each cell that is not as FIGURES and `needed` say."""
+    for column, value in row.items():
+        limit = needed.get(column, FIGURE if column in FIGURES else None)
+        is_empty, may_be_empty = value in ("", None), column not in needed
+        if limit is not None and not (may_be_empty if is_empty else limit.allows(value)):
+            allowed = f"{limit.allowed}, or an empty cell" if may_be_empty else limit.allowed
+            yield f"{column} is {'empty' if is_empty else repr(value)}; allowed: {allowed}"
 
 
 def label(row: Mapping[str, str]) -> str:

@@ -5,6 +5,8 @@ are read from the tables in eval/, where the evaluator and the leaderboard keep 
 """
 
 import csv
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -70,26 +72,43 @@ def reported(name: str) -> dict[str, float]:
 
 def measured(sha256: str | None, results: Path) -> dict[str, dict[str, str]]:
     """Rows of eval's CSV file for these weights, by set; the last row counts, without those of a part of a set."""
-    rows = _of_weights(sha256, results, {"set", "n", "top1"}, "python -m eval")
+    rows = _of_weights(sha256, results, {"set", "n"}, ("top1",), "python -m eval")
     return {row["set"]: row for row in rows if not row.get("limit")}
 
 
 def measured_frozen(sha256: str, frozen: Path) -> list[dict[str, str]]:
     """Rows of the probe's CSV file for these weights; the last row of each protocol, set and setting counts."""
     what = ("data_set", "images_train", "images_test", "protocol", "features", "settings")
-    rows = _of_weights(sha256, frozen, {*what, "top1", "low", "high"}, "python -m recipes.probe")
+    rows = _of_weights(sha256, frozen, {*what}, ("top1", "low", "high"), "python -m recipes.probe")
     return list({tuple(row[name] for name in what): row for row in rows}.values())
 
 
-def _of_weights(sha256: str | None, table: Path, columns: set[str], program: str) -> list[dict[str, str]]:
-    """The rows for these weights in a table that a program has written; none if the table does not exist."""
+def _of_weights(
+    sha256: str | None, table: Path, columns: set[str], figures: Sequence[str], program: str
+) -> list[dict[str, str]]:
+    """The rows with images for these weights in a table that a program has written; none if there is no table.
+
+    UsageError if it lacks one of the `columns` or `figures`, or if one of the `figures` is no number.
+    """
     if not sha256 or not table.exists():
         return []
-    with table.open(newline="", encoding="utf-8") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a byte order mark
         reader = csv.DictReader(file)
-        if missing := {*columns, "weights_sha256"} - set(reader.fieldnames or ()):
+        if missing := {*columns, *figures, "weights_sha256"} - set(reader.fieldnames or ()):
             raise UsageError(f"{table} lacks the columns {', '.join(sorted(missing))} of `{program}`")
-        return [row for row in reader if row["weights_sha256"] == sha256]
+        lines = [(reader.line_num, row) for row in reader if row["weights_sha256"] == sha256 and row.get("n") != "0"]
+    for line, row in lines:
+        if wrong := next((column for column in figures if not _is_figure(row[column])), None):
+            came = repr(row[wrong]) if row[wrong] else "empty"
+            raise UsageError(f"{table}, line {line}: {wrong} is {came}; allowed: a number of 0 or more")
+    return [row for _, row in lines]
+
+
+def _is_figure(text: str | None) -> bool:
+    try:
+        return 0 <= float(text or "") < math.inf
+    except ValueError:
+        return False
 
 
 def _read(file: Path) -> list[dict[str, str]]:

@@ -131,7 +131,10 @@ class TrainConfig(Config):
                 f"min_lr is {self.min_lr:g} but the peak is {peak:g} (base_lr * global_batch / 256); allowed: up to it"
             )
         if self.global_batch % 2:
-            found["global_batch"] = f"global_batch is {self.global_batch}; allowed: an even number, for image pairs"
+            even = f"an even number, such as {self.global_batch + 1}"
+            why = "every recipe draws the images of a step in twos, so that mixup, where it is on, mixes the same ones"
+            said = f"global_batch is {self.global_batch}; allowed: {even}, as {why} on any number of processes"
+            found["global_batch"] = said
         if self.cuda_graphs and (not self.compile or self.fsdp):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and fsdp=false"
         if self.data.decode == "gpu" and self.device == "cpu":

@@ -12,6 +12,7 @@ the measured one.
 
 import argparse
 import csv
+import io
 import json
 import math
 import statistics
@@ -85,15 +86,31 @@ def from_real_images(file: Path) -> list[Measured]:
 
 def from_throughput(file: Path) -> list[Measured]:
     """The newest row of each model and device, as `eval.throughput --mode pretrain --output FILE` wrote them."""
-    text = file.read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines())) if file.suffix == ".csv" else json.loads(text)
-    newest = {(row["model"], row.get("device", "")): row for row in rows if row.get("mode") == "pretrain"}
+    text = file.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
+    rows: dict[str, dict[str, Any]]
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        rows = {f"line {reader.line_num}": row for row in reader}
+    else:
+        rows = {f"row {number}": row for number, row in enumerate(json.loads(text), 1)}
+    pretraining = {place: row for place, row in rows.items() if row.get("mode") == "pretrain"}
+    newest = {(row["model"], row.get("device", "")): (place, row) for place, row in pretraining.items()}
     if not newest:
         raise ValueError(f"{file} has no rows of pretraining; measure with --mode pretrain")
     return [
-        Measured(model, float(row["img_per_s"]), device=device, what="of the step alone")
-        for (model, device), row in newest.items()
+        Measured(model, speed_of(row["img_per_s"], f"{file}, {place}"), device=device, what="of the step alone")
+        for (model, device), (place, row) in newest.items()
     ]
+
+
+def speed_of(cell: Any, where: str) -> float:
+    """The number in a cell of the column img_per_s; ValueError if it is none."""
+    try:
+        if 0 < (speed := float(cell)) < math.inf:
+            return speed
+    except (TypeError, ValueError):  # None is a cell that is not there
+        pass
+    raise ValueError(f"{where}: img_per_s is {repr(cell) if cell else 'empty'}; allowed: a number above 0")
 
 
 def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float, str]:

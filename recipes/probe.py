@@ -127,12 +127,20 @@ def rows_of(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, if it exists; RunError if it is not a table that `write` has written."""
     if file.suffix != ".csv" or not file.exists():
         return []
-    with file.open(newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            problem = f"output is {file}, which is another table"
-            raise RunError(f"{problem}; allowed: a new file, or one with the columns {', '.join(COLUMNS)}")
-        return list(reader)
+    allowed = f"allowed: a new file, or one with the columns {', '.join(COLUMNS)}"
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:  # Excel begins with a byte order mark
+            reader = csv.DictReader(opened)
+            lines = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RunError(f"output is {file}, which is no table in UTF-8; {allowed}") from error
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise RunError(f"output is {file}, which is another table; {allowed}")
+    for line, row in lines:
+        if None in row or None in row.values():  # what is beyond the heading, or is not there
+            problem = f"output is {file}, whose line {line} has too {'many' if None in row else 'few'} cells"
+            raise RunError(f"{problem}; allowed: {len(COLUMNS)}, one for each column")
+    return [row for _, row in lines]
 
 
 def data_set(source: str) -> str:

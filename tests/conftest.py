@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,17 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def precisions() -> Iterator[None]:
+    """What a test sets of TF32, by torch's older or newer interface, is gone once it is over."""
+    backends: Any = torch.backends
+    yield
+    backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        backends.fp32_precision = backends.cudnn.fp32_precision = backends.cuda.matmul.fp32_precision = "none"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from eval import tables
 from eval.scoring.sets import SETS, SUBSETS
@@ -10,6 +11,20 @@ from eval.scoring.sets import SETS, SUBSETS
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
 PEER_COLUMNS = ("model", "img_size", "params_m", "note", "entry", "kind", "source")
 SPEED_COLUMNS = ("model", "mode", "img_size", "batch_size", "dtype", "compile", "img_per_s", "device")
+SPEED_NUMBERS = {"img_size": tables.COUNT, "batch_size": tables.COUNT, "img_per_s": tables.ABOVE_ZERO}
+MEASURED_NUMBERS = {"top1": tables.FIGURE, "params_m": tables.FIGURE}
+TABLE_2_COLUMNS = (
+    "model",
+    "img_size",
+    "params_m",
+    "throughput_a5000_img_s",
+    "top1",
+    "note",
+    "entry",
+    "kind",
+    "source",
+)
+TABLE_3_COLUMNS = ("model", "entry", "kind", "source")
 
 
 @dataclass
@@ -34,8 +49,10 @@ class Entry:
         return self.kind == "measured"
 
 
-def paper_table(paper: Path, name: str) -> list[dict[str, str]]:
-    return tables.read((paper / f"{name}.csv").resolve(strict=True), ())
+def paper_table(
+    paper: Path, name: str, columns: Sequence[str] = (), needed: Mapping[str, tables.Limit] = MappingProxyType({})
+) -> list[dict[str, str]]:
+    return tables.read((paper / f"{name}.csv").resolve(strict=True), columns, needed)
 
 
 def reported_top1(row: Mapping[str, str]) -> dict[str, float]:
@@ -58,14 +75,14 @@ def peer_entries(peers: Path) -> list[Entry]:
 def reported_entries(paper: Path) -> list[Entry]:
     """Tables 2 and 3 of the paper, joined by model at 224 pixels."""
     entries: dict[tuple[str, str], Entry] = {}  # by model and size
-    for row in paper_table(paper, "table2_imagenet"):
+    for row in paper_table(paper, "table2_imagenet", TABLE_2_COLUMNS, {"params_m": tables.FIGURE}):
         entry = Entry(row["model"], row["kind"], row["img_size"], float(row["params_m"]), row["source"], row["entry"])
         speed = row["throughput_a5000_img_s"]
         entry.top1 = {"in1k": float(row["top1"])} if row["top1"] else {}
         entry.speeds = {PAPER_SPEED: float(speed)} if speed else {}
         entry.notes = list(filter(None, [row["note"]]))
         entries[entry.model, entry.img_size] = entry
-    for row in paper_table(paper, "table3_robustness"):
+    for row in paper_table(paper, "table3_robustness", TABLE_3_COLUMNS):
         new = Entry(row["model"], row["kind"], "224", None, row["source"], row["entry"])
         entry = entries.setdefault((new.model, new.img_size), new)
         if entry is not new:
@@ -101,7 +118,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
 
 def read_speeds(path: Path) -> list[dict[str, str]]:
     """Rows of `python -m eval.throughput`, of a CSV or JSON file, as text."""
-    rows = tables.read(path, SPEED_COLUMNS)
+    rows = tables.read(path, SPEED_COLUMNS, SPEED_NUMBERS)
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
@@ -132,6 +149,7 @@ def add_speeds(entries: Iterable[Entry], speeds: Sequence[Mapping[str, str]]) ->
 
 def read_entries(measured: Path, speeds: Sequence[Mapping[str, str]], paper: Path, peers: Path) -> list[Entry]:
     """All entries with their speeds, the most accurate on in1k first."""
-    entries = [*measured_entries(tables.read(measured)), *reported_entries(paper), *peer_entries(peers)]
+    rows = tables.read(measured, needed=MEASURED_NUMBERS)
+    entries = [*measured_entries(rows), *reported_entries(paper), *peer_entries(peers)]
     add_speeds(entries, speeds)
     return sorted(entries, key=lambda entry: -entry.top1.get("in1k", -1))

@@ -11,6 +11,10 @@ COLUMNS = (  # of the table that `python -m recipes.probe output=FILE.csv` adds 
     *("model", "weights", "weights_sha256", "data_set", "images_train", "images_test"),
     *("protocol", "features", "settings", "top1", "low", "high"),
 )
+NUMBERS = {
+    **dict.fromkeys(("images_train", "images_test"), tables.COUNT),
+    **dict.fromkeys(("top1", "low", "high"), tables.FIGURE),
+}
 ANCHOR_COLUMNS = ("model", "data_set", "knn", "linear", "note", "kind", "source")
 FIGURES = {  # title of a column -> the protocol of its rows, and one of their settings
     "k-NN": ("knn", "neighbours=20"),
@@ -77,7 +81,7 @@ def reported_entries(anchors: Path) -> list[FrozenEntry]:
 
 def read_frozen(measured: Path, anchors: Path) -> list[FrozenEntry]:
     """Measured entries, then reported ones; for each data set, the best linear classifier comes first."""
-    entries = [*measured_entries(tables.read(measured, COLUMNS)), *reported_entries(anchors)]
+    entries = [*measured_entries(tables.read(measured, COLUMNS, NUMBERS)), *reported_entries(anchors)]
     best = {id(entry): -float(entry.figures.get("linear", 0)) for entry in entries}
     return sorted(entries, key=lambda entry: (entry.kind, entry.data_set, best[id(entry)]))
 

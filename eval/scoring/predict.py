@@ -74,13 +74,25 @@ def load_batches(
     )
 
 
+def forbid_tf32() -> None:
+    """Keep NVIDIA GPUs from rounding inputs to TF32, as they do those of convolutions unless they are told not to.
+
+    From version 2.9 on torch has `fp32_precision`, which wins where a program has set it for everything.
+    """
+    backends: Any = torch.backends
+    backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        for operation in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+            operation.fp32_precision = "ieee"
+
+
 class Forward:
     """A model on its device, from 8-bit images to logits; it normalises them on the device as timm's loader does."""
 
     def __init__(self, candidate: Candidate, device: torch.device, dtype: str) -> None:
-        if dtype == "fp32":  # NVIDIA GPUs would round the inputs of convolutions to TF32
-            torch.backends.cudnn.allow_tf32 = False
-            torch.set_float32_matmul_precision("highest")
+        if dtype == "fp32":
+            forbid_tf32()
         self.model, self.device, self.dtype = candidate.model.to(device), device, DTYPES[dtype]
         scales = ([255 * x for x in candidate.data_config[name]] for name in ("mean", "std"))
         self.mean, self.std = (torch.tensor(scale, device=device).view(1, -1, 1, 1) for scale in scales)

@@ -8,8 +8,8 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 
-from arm_zoo.files import described_by_folder, read_config
-from arm_zoo.loading import list_entries, load, unknown_model
+from arm_zoo.files import CheckpointError, DownloadError, described_by_folder, read_config
+from arm_zoo.loading import architecture_of, list_entries, load, unknown_model
 from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
 
@@ -23,16 +23,43 @@ class Frozen(NamedTuple):
     weights: str  # the name of the weights in tables
 
 
+def named_by_entry(weights: Path, config: ProbeConfig) -> bool:
+    """Whether `weights` are an entry; RunError if a name is unknown, or if `config.model` is another one."""
+    known = list_entries()
+    if config.model and config.model not in known:
+        raise RunError(str(unknown_model(config.model, known)))
+    if config.untrained and str(weights) not in known:
+        problem = f"untrained is true, but --weights is {weights}; allowed: an entry, to draw its weights at random"
+        raise RunError(f"{problem}: {unknown_model(str(weights), known)}")
+    is_entry = config.untrained or (str(weights) in known and not weights.exists())
+    if is_entry and config.model and architecture_of(config.model) != architecture_of(str(weights)):
+        ways = f"type either --weights {weights} or --weights {config.model}, and leave out model="
+        raise RunError(f"--weights {weights} and model={config.model} name two models; {ways}")
+    return is_entry
+
+
+def not_made(weights: Path, config: ProbeConfig, error: Exception) -> str:
+    """The message about an error of making the model: what was given, the reason and what is allowed."""
+    given, allowed = [f"--weights {weights}"], []
+    if config.model:
+        given.append(f"model={config.model}")
+        theirs = "as entries, folders and files of arm_zoo's models tell theirs"
+        allowed.append(f"weights of {config.model}, or no model=, {theirs}")
+    if config.model_args:
+        given += [f"model_args.{name}={value}" for name, value in config.model_args.items()]
+        allowed.append("as model_args.NAME the model's keywords, with values as it takes them")
+    problem = f"no model can be made of {' '.join(given)}: {type(error).__name__}: {error}"
+    return f"{problem}; allowed: {'; '.join(allowed)}" if allowed else problem
+
+
 def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
     """Load a model; RunError if there is none of that name, or if it does not take the arguments.
 
     `weights` are a `pretraining_model/`, a folder that timm's `local-dir:` takes, a file, an entry or
     "hf-hub:ORG/NAME". With `config.untrained` they are an entry, whose weights are drawn at random instead.
     """
-    known, entry = list_entries(), str(weights) if config.untrained else config.model
-    if entry and entry not in known:
-        raise RunError(str(unknown_model(entry, known)))
-    names = (config.model, weights) if config.model else (weights, None)
+    is_entry = named_by_entry(weights, config)
+    names = (config.model, weights) if config.model and not is_entry else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
     own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
     torch.manual_seed(config.seed)  # a backbone made of a pretraining model may get a new class token
@@ -41,15 +68,13 @@ def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
     file, called = None, "untrained"
     try:
         if config.untrained:
-            model = timm.create_model(entry, num_classes=0, **config.model_args)
+            model = timm.create_model(str(weights), num_classes=0, **config.model_args)
         else:
             model, file, called, said = load(*names, as_backbone=True, num_classes=0, **{**size, **config.model_args})
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(
-            f"no model can be made of {weights} with model={config.model!r} and model_args={config.model_args}: "
-            f"{type(error).__name__}: {error}; allowed: weights of that model, and as model_args.NAME its keywords "
-            "with values as it takes them"
-        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, DownloadError if config.model else CheckpointError):  # these say all themselves
+            raise
+        raise RunError(not_made(weights, config, error)) from error
     inputs = resolve_model_data_config(model)
     channels, *sides = inputs["input_size"]  # of timm's configuration, which the arguments below do not change
     asked = config.model_args.get("in_chans", channels), *to_2tuple(config.model_args.get("img_size", sides))

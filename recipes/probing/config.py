@@ -13,7 +13,8 @@ class ProbeConfig(Config):
     """Where images come from, how features are scored, and where features and scores are written."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: str = ""  # a timm entry, needed with a bare file of weights; folders name their own, which must be the same
+    # A timm entry, needed with a bare file of its weights; folders and entries tell theirs, which must be the same.
+    model: str = ""
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     untrained: bool = False  # weights drawn at random from the seed, in place of an entry's own
     output: str = limited("probe.json", ("a .json or .csv file to write to, as in output=probe.json", bool))

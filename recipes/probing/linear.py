@@ -6,8 +6,10 @@ a tenth of the training images.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,13 +109,21 @@ def fit(
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Let matrix products round their inputs to TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    """Let a GPU's matrix products round their inputs to TF32.
+
+    From version 2.9 on torch has `fp32_precision`. Once a program has set that, the older interface cannot be read.
+    """
+    products: Any = torch.backends.cuda.matmul
+    is_newer = hasattr(products, "fp32_precision")
+    before = products.fp32_precision if is_newer else torch.get_float32_matmul_precision()
+    change: Callable[[str], None] = torch.set_float32_matmul_precision
+    if is_newer:
+        change = partial(setattr, products, "fp32_precision")
+    change("tf32" if is_newer else "high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        change(before)
 
 
 def right(weights: Tensor, inputs: Stacked, classes: Tensor, places: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -399,6 +400,22 @@ def own_batches(candidate: models.Candidate, folder: Path, order: list[str]) -> 
     forward = scoring.Forward(candidate, torch.device("cpu"), "fp32")
     loaded = scoring.load_batches(listing, candidate.data_config, batches, 0, False)
     return [forward(images) for _, images, _ in loaded]
+
+
+@pytest.mark.usefixtures("precisions")
+def test_fp32_is_not_rounded_in_programs_that_allow_tf32() -> None:
+    """By torch's older interface or its newer one, which torch has from version 2.9 on."""
+    backends: Any = torch.backends
+    backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    newer = hasattr(backends.cuda.matmul, "fp32_precision")
+    if newer:
+        backends.fp32_precision = backends.cudnn.fp32_precision = "tf32"
+    candidate = models.Candidate("x", torch.nn.Identity(), {"mean": [0.0], "std": [1.0]}, 1, (), "", "")
+    scoring.Forward(candidate, torch.device("cpu"), "fp32")
+    assert torch.get_float32_matmul_precision() == "highest" and not backends.cudnn.allow_tf32
+    operations = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn) if newer else ()
+    assert all(operation.fp32_precision == "ieee" for operation in operations)
 
 
 @pytest.mark.parametrize(

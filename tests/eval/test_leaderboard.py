@@ -392,29 +392,102 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
         assert "other.csv is another table: it lacks the columns model, " in refusal(
             option, str(tmp_path / "other.csv")
         )
-        assert "torn.csv exists, but is no table" in refusal(option, str(tmp_path / "torn.csv"))
+        assert "torn.csv is another table: it lacks the columns model, " in refusal(option, str(tmp_path / "torn.csv"))
     assert "no_such" in refusal("--paper", str(tmp_path / "no_such"))
     assert "no_such" in refusal("--peers", str(tmp_path / "no_such"))
     assert "other.csv is another table" in refusal("--peers", str(tmp_path / "other.csv"))
     assert "other.csv is another table" in refusal("--anchors", str(tmp_path / "other.csv"))
     assert "--frozen: no file 'gone.csv'" in refusal("--frozen", "gone.csv")
-    heads = {
-        "--peers": entries.PEER_COLUMNS,
-        "--anchors": frozen.ANCHOR_COLUMNS,
-        "--throughput": entries.SPEED_COLUMNS,
-    }
-    for option, head in heads.items():
-        figure = {"--peers": "params_m", "--anchors": "knn", "--throughput": "img_per_s"}[option]
-        for value in ("fast", "nan", "-1"):
-            row = ["x" if title == "model" else value if title == figure else "" for title in head]
-            (tmp_path / "torn.csv").write_text(f"{','.join(head)}\n{','.join(row)}\n")
-            said = refusal(option, str(tmp_path / "torn.csv"))
-            assert f"torn.csv: {figure} is {value!r} in the row of x; allowed: a number of 0 or more, or an" in said
     (tmp_path / "none.csv").write_text("")  # nothing reported is a table without rows
     assert leaderboard.main(["--folder", str(made), "--anchors", str(tmp_path / "none.csv")]) == 0
     assert "LEADERBOARD.md is not current; run python -m eval.leaderboard" in refusal("--check")
     (made / "README.md").write_text("# no markers\n")
     assert "README.md needs the lines <!-- leaderboard:begin -->" in refusal()
+
+
+ZERO_OR_MORE = "a number of 0 or more"
+COUNT = "a whole number of 1 or more"
+# For each option, a row of its table and what the columns with numbers allow.
+NUMBERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "--results": (
+        measured_row(),
+        {"top1": ZERO_OR_MORE, "params_m": ZERO_OR_MORE, "clean200_a_top1": f"{ZERO_OR_MORE}, or an empty cell"},
+    ),
+    "--frozen": (
+        {column: "" for column in frozen.COLUMNS} | frozen_row("knn", "neighbours=20", 50.0),
+        dict.fromkeys(("images_train", "images_test"), COUNT) | dict.fromkeys(("top1", "low", "high"), ZERO_OR_MORE),
+    ),
+    "--throughput": (
+        dict.fromkeys(entries.SPEED_COLUMNS, "x")
+        | {"img_size": 224, "batch_size": 8, "img_per_s": 9.5, "peak_mib": 7},
+        dict.fromkeys(("img_size", "batch_size"), COUNT)
+        | {"img_per_s": "a number above 0", "peak_mib": f"{ZERO_OR_MORE}, or an empty cell"},
+    ),
+    "--peers": (
+        dict.fromkeys(entries.PEER_COLUMNS, "x") | {"params_m": 86, "in1k": 83},
+        dict.fromkeys(("params_m", "in1k"), f"{ZERO_OR_MORE}, or an empty cell"),
+    ),
+    "--anchors": (
+        dict.fromkeys(frozen.ANCHOR_COLUMNS, "x") | {"knn": 82, "linear": 83, "logistic": 84},
+        dict.fromkeys(("knn", "linear", "logistic"), f"{ZERO_OR_MORE}, or an empty cell"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "option, column", [(option, column) for option, (_, all_) in NUMBERS.items() for column in all_]
+)
+def test_a_wrong_cell_is_named_by_its_file_line_and_column(
+    option: str, column: str, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty line, and a row of empty cells as spreadsheets leave them, count as lines of the file only."""
+    row, limits = NUMBERS[option]
+    file = made / "edited.csv"
+
+    def said(cell: str) -> str:
+        rows = [row, row | {column: cell}]
+        lines = [",".join(f'"{value}"' for value in each.values()) for each in rows]
+        file.write_text("\n".join([",".join(row), "", lines[0], "," * (len(row) - 1), lines[1], ""]))
+        leaderboard.main(["--folder", str(made), option, str(file)])
+        return capsys.readouterr().err
+
+    assert said(str(row[column] or 1)) == ""
+    for cell in ("fast", "nan", "inf", "-1", *(("0.5",) if limits[column] == COUNT else ())):
+        assert said(cell) == f"error: {file}, line 5: {column} is {cell!r}; allowed: {limits[column]}\n"
+    is_needed = "empty" not in limits[column]
+    assert said("") == (f"error: {file}, line 5: {column} is empty; allowed: {limits[column]}\n" if is_needed else "")
+
+
+def test_a_row_with_a_cell_too_few_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = made / "frozen.csv"
+    lines = file.read_text().splitlines()
+    lines[3] = lines[3].rpartition(",")[0]
+    file.write_text("\n".join(lines))
+    assert leaderboard.main(["--folder", str(made), "--frozen", str(file)]) == 1
+    number = len(frozen.COLUMNS)
+    said = f"line 4: it has {number - 1} cells; allowed: {number}, one for each column"
+    assert f"{file}, {said}" in capsys.readouterr().err
+
+
+def test_a_wrong_value_in_a_json_file_is_named_by_its_row(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row, _ = NUMBERS["--throughput"]
+    (made / "speed.json").write_text(json.dumps([row, row | {"img_per_s": None}]))
+    assert leaderboard.main(["--folder", str(made), "--throughput", str(made / "speed.json")]) == 1
+    assert "speed.json, row 2: img_per_s is empty; allowed: a number above 0" in capsys.readouterr().err
+
+
+def test_the_papers_tables_are_checked_alike(repo: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(repo / "eval" / "board" / "paper", made / "paper")
+    file = made / "paper" / "table2_imagenet.csv"
+    whole = file.read_text()
+    for edited, message in (
+        (whole.replace(",84,870,", ",,870,"), "line 2: params_m is empty; allowed: a number of 0 or more"),
+        (whole.replace(",84,870,", ",84,fast,"), "line 2: throughput_a5000_img_s is 'fast'; allowed: a number of 0"),
+        (whole.replace("params_m", "size"), "is another table: it lacks the columns params_m"),
+    ):
+        file.write_text(edited)
+        assert leaderboard.main(["--folder", str(made), "--paper", str(made / "paper")]) == 1
+        assert message in capsys.readouterr().err
 
 
 def column(page: Page, index: int, table: str = "board") -> list[str]:

@@ -163,7 +163,11 @@ def test_output_is_checked_before_anything_is_timed(
         ("speed.json", "{1", "exists, but is no table"),
         ("speed.json", "[3]", "exists, but is no table"),
         ("speed.json", "{}", "exists, but is no table"),
-        ("speed.csv", f"{','.join(throughput.COLUMNS)}\n{'1,' * len(throughput.COLUMNS)}1\n", "is no table"),
+        (
+            "speed.csv",
+            f"{','.join(throughput.COLUMNS)}\n{'1,' * len(throughput.COLUMNS)}1\n",
+            "line 2: it has 24 cells",
+        ),
         ("speed.csv", f"\ufeff\n{','.join(throughput.COLUMNS)}\n", None),  # as Excel writes it, with an empty line
         ("speed.csv", "model\udce9\n", "speed.csv exists, but is no table in UTF-8"),  # é in Latin-1
     ],

@@ -48,11 +48,11 @@ from arm_zoo.weights.hosted import TABLE, training_commands
 from arm_zoo.weights.reading import Choice, read_checkpoint
 from hub.__main__ import main
 from hub.card import BEGIN, END, write_card
-from hub.catalog import PAPER_NAMES, candidates, measured, reported, state
+from hub.catalog import PAPER_NAMES, candidates, measured, measured_frozen, reported, state
 from hub.check import BUNDLED_GOLDEN, check_folder
 from hub.convert import convert
 from hub.export import export
-from hub.folders import read_header, set_license
+from hub.folders import UsageError, read_header, set_license
 from hub.upstream import _known
 from tests.helpers.golden import add_other_blocks, golden_cases
 from tests.helpers.hub_server import Client, HubServer, sends_other_contents
@@ -914,6 +914,23 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
     (tmp_path / "frozen.csv").rename(tmp_path / "results.csv")
     with pytest.raises(ValueError, match="lacks the columns n, set, weights_sha256"):
         write_card(folder, results=tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize(("cell", "came"), [("", "empty"), ("high", "'high'"), ("nan", "'nan'"), ("-1", "'-1'")])
+def test_a_wrong_figure_is_named_by_its_file_line_and_column(cell: str, came: str, tmp_path: Path) -> None:
+    """Those of other weights, and of no images, do not matter."""
+    results, probed = tmp_path / "results.csv", tmp_path / "frozen.csv"
+    results.write_text(f"set,n,top1,weights_sha256\nv2,0,nan,ours\nv2,9,x,theirs\n\nin1k,9,{cell},ours\n")
+    with pytest.raises(
+        UsageError, match=re.escape(f"{results}, line 5: top1 is {came}; allowed: a number of 0 or more")
+    ):
+        measured("ours", results)
+    head = "data_set,images_train,images_test,protocol,features,settings,top1,low,high,weights_sha256"
+    probed.write_text(f"\ufeff{head}\npets,9,9,knn,token,k=1,50,{cell},60,ours\n")
+    with pytest.raises(
+        UsageError, match=re.escape(f"{probed}, line 2: low is {came}; allowed: a number of 0 or more")
+    ):
+        measured_frozen("ours", probed)
 
 
 def test_what_shapes_do_not_tell_is_not_claimed() -> None:

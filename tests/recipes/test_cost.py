@@ -98,6 +98,8 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (damaged / "metrics.jsonl").write_text('{"images_per_second": 3, "processes": 1}\n')
     (damaged / "config.yaml").write_text("model: [")
     (damaged / "speed.csv").write_text("mode,img_per_s\npretrain,3\n")
+    for name, cells in (("fast", "a,fast"), ("few", "a")):
+        (damaged / f"{name}.csv").write_text(f"mode,model,img_per_s\n\npretrain,b,3\npretrain,{cells}\n")
     (damaged / "bytes.jsonl").write_bytes(b"\xff\xfe")
     row = {"recipe": "pretrain", "images": "decode=cpu", "model": "arm_base", "device": "x", "processes": 1}
     for name, speed in (("text", "fast"), ("still", 0)):
@@ -106,6 +108,13 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (damaged / f"on{gpus}.jsonl").write_text(json.dumps({**row, "images_per_second": 3, "processes": gpus}))
     for argv, message in (
         (["--run", str(damaged)], f"{damaged} is damaged, or no run and no file of"),
+        *(
+            (
+                ["--throughput", str(damaged / file)],
+                f"{damaged / file}, {place}: img_per_s is {came}; allowed: a number",
+            )
+            for file, place, came in (("fast.csv", "line 4", "'fast'"), ("few.csv", "line 4", "empty"))
+        ),
         (
             ["--throughput", str(damaged / "speed.csv")],
             f"{damaged / 'speed.csv'} is damaged, or no run and no file of",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from arm_zoo import MoCoPretrain, from_pretrained
-from recipes.config import FinetuneConfig, PretrainConfig, load_config
+from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from recipes.finetune import finetune
 from recipes.objectives import Trained
 from recipes.pretrain import pretrain
@@ -52,6 +52,14 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_odd_batch_is_refused_for_the_reason_of_all_recipes(images: Path, tmp_path: Path) -> None:
+    """Not for the two views of an image, of which there are two with any batch."""
+    with pytest.raises(
+        ConfigError, match="global_batch is 7; allowed: an even number, such as 8, as every recipe draws"
+    ):
+        load_config(PretrainConfig, CONFIG, settings(tmp_path, images, "global_batch=7"))
 
 
 @pytest.mark.parametrize("step", [3, 5])  # within the first epoch, and at its end, before its row was written

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -26,6 +27,7 @@ from recipes import probe
 from recipes.config import ConfigError, load_config
 from recipes.data.config import DataConfig
 from recipes.data.sources import open_digits
+from recipes.errors import RunError
 from recipes.probe import ProbeConfig
 from recipes.probing import attentive, logistic
 from recipes.probing.protocols import PROTOCOLS
@@ -84,7 +86,9 @@ def test_probing_every_kind_of_weights(pretrained: Path, tmp_path: Path, capsys:
     digits = ["data.source=digits", "data.workers=0", "device=cpu", "model=arm_base_patch16_224"]
     message = refusal("--weights", str(tmp_path / "backbone"), *digits)
     assert "are of arm_pico_patch2_8, not of arm_base_patch16_224" in message
-    assert "with model='arm_base_patch16_224'" in refusal("--weights", str(pretrained), *digits)
+    mixed = refusal("--weights", str(pretrained), *digits)
+    assert f"no model can be made of --weights {pretrained} model=arm_base_patch16_224: " in mixed
+    assert "; allowed: weights of arm_base_patch16_224, or no model=, as entries, folders and files" in mixed
 
 
 def test_probing_an_entry_by_name(tmp_path: Path) -> None:
@@ -129,7 +133,7 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
     keyword = refusal("--weights", str(pretrained), "model_args.width=3", *digits)
     assert "unknown keyword width; the model takes" in keyword and "embed_dim" in keyword
     value = refusal("--weights", file, "model=arm_pico_patch2_8", "model_args.depth=deep", *digits)
-    assert "model_args={'depth': 'deep'}" in value and "allowed: weights of that model" in value
+    assert "model=arm_pico_patch2_8 model_args.depth=deep: " in value and "; as model_args.NAME the model's" in value
     (tmp_path / "damaged.safetensors").write_text("no weights")
     damaged = refusal("--weights", str(tmp_path / "damaged.safetensors"), "model=arm_pico_patch2_8", *digits)
     assert "cannot read the checkpoint" in damaged and "damaged.safetensors" in damaged
@@ -225,6 +229,65 @@ def test_rows_of_all_protocols(
     assert "other.csv, which is another table; allowed: a new file, or one with the columns model, " in refusal(
         "--weights", "test_vit", *settings, "output=other.csv"
     )
+
+
+def test_a_table_to_add_to_is_checked_before_anything_is_scored() -> None:
+    head, row = ",".join(probe.COLUMNS), ",".join("1" for _ in probe.COLUMNS)
+    cells = f"; allowed: {len(probe.COLUMNS)}, one for each column"
+    for text, message in (
+        (f"{head}\n{row}\n\n{row},1\n", f"scores.csv, whose line 4 has too many cells{cells}"),
+        (f"{head}\n{row[:-2]}\n", f"scores.csv, whose line 2 has too few cells{cells}"),
+        ("model\udce9\n", "scores.csv, which is no table in UTF-8; allowed: a new file"),  # é in Latin-1
+    ):
+        Path("scores.csv").write_text(text, errors="surrogateescape")
+        with pytest.raises(RunError) as refused:
+            probe.rows_of(Path("scores.csv"))
+        assert message in str(refused.value)
+    Path("scores.csv").write_text(f"\ufeff{head}\n{row}\n")  # as Excel writes it
+    assert probe.rows_of(Path("scores.csv")) == [dict.fromkeys(probe.COLUMNS, "1")]
+
+
+@pytest.mark.parametrize(
+    ("weights", "others", "message"),
+    [
+        (
+            "arm_pico_patch2_8",
+            {"model": "test_vit"},
+            "--weights arm_pico_patch2_8 and model=test_vit name two models; "
+            "type either --weights arm_pico_patch2_8 or --weights test_vit, and leave out model=",
+        ),
+        (
+            "test_vit",
+            {"model": "arm_pico_patch2_8", "untrained": True},
+            "--weights test_vit and model=arm_pico_patch2_8",
+        ),
+        (
+            "FOLDER",
+            {"model": "test_vit"},
+            "--weights FOLDER model=test_vit: RuntimeError: .*; allowed: weights of test_",
+        ),
+        (
+            "FOLDER/model.safetensors",
+            {"model": "test_vit"},
+            "model.safetensors model=test_vit: RuntimeError: .*; allowed",
+        ),
+        ("FOLDER", {"model": "arm_tiny_patch8_64"}, "--weights FOLDER model=arm_tiny_patch8_64: CheckpointError: "),
+        ("FOLDER", {"untrained": True}, "untrained is true, but --weights is FOLDER; allowed: an entry, to draw"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    weights: str, others: dict[str, Any], message: str, pretrained: Path
+) -> None:
+    place = str(pretrained)
+    with pytest.raises(RunError, match=message.replace("FOLDER", place)):
+        probe.load_backbone(Path(weights.replace("FOLDER", place)), ProbeConfig(**others))
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_an_entry_may_be_named_twice(untrained: bool) -> None:
+    config = ProbeConfig(model="arm_pico_patch2_8", untrained=untrained)
+    frozen = probe.load_backbone(Path("arm_pico_patch2_8.arm_digits_ft_digits"), config)
+    assert frozen.weights == ("untrained" if untrained else "arm_pico_patch2_8.arm_digits_ft_digits.safetensors")
 
 
 @pytest.mark.parametrize(

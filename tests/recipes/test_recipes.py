@@ -169,7 +169,7 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "model_args.width=9"): "unknown keyword width; the model takes",
     ("pretrain", "output_dir=FILE/run"): "FILE is a file; allowed: a folder to write to",
     ("pretrain", "device=gpu"): "device is gpu; allowed: auto, cpu",
-    ("pretrain", "global_batch=63"): "global_batch is 63; allowed: an even number",
+    ("pretrain", "global_batch=63"): "global_batch is 63; allowed: an even number, such as 64, as every recipe draws",
     ("pretrain", "global_batch=2048"): "global_batch is 2048; allowed: up to the 1437 training images",
     ("pretrain", "dvae=DVAE"): "dvae is DVAE but model_args.target is normed_pixel; allowed: dvae=FILE with",
     ("pretrain", "model_args.target=dvae_tokens"): "dvae is None but model_args.target is dvae_tokens; allowed: dvae=",

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,60 @@ def test_features_that_do_not_fit_the_device_are_the_same(monkeypatch: pytest.Mo
     held = Stacked(kinds, kinds, CPU)[places]
     monkeypatch.setattr(linear, "free_bytes", lambda device: 0)
     assert torch.equal(Stacked(kinds, kinds, CPU)[places], held)
+
+
+NEWER = pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has fp32_precision from version 2.9 on"
+)
+
+
+@NEWER
+@pytest.mark.usefixtures("precisions")
+@pytest.mark.parametrize("older", ["highest", "high", "medium"])
+def test_tf32_of_the_older_interface_is_put_back(older: str) -> None:
+    products: Any = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision(older)
+    before = products.fp32_precision
+    with linear.tf32():
+        assert products.fp32_precision == "tf32"
+    assert (torch.get_float32_matmul_precision(), products.fp32_precision) == (older, before)
+
+
+@NEWER
+@pytest.mark.usefixtures("precisions")
+@pytest.mark.parametrize("newer", ["none", "ieee", "tf32"])
+@pytest.mark.parametrize("place", [torch.backends, torch.backends.cuda.matmul], ids=["everything", "products"])
+def test_tf32_of_the_newer_interface_is_put_back(newer: str, place: Any) -> None:
+    """With "tf32" the older interface raises an error when it is read."""
+    place.fp32_precision = newer
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    with pytest.raises(KeyError, match="stopped"), linear.tf32():
+        assert products.fp32_precision == "tf32"
+        raise KeyError("stopped")
+    assert (place.fp32_precision, products.fp32_precision) == (newer, before)
+
+
+@pytest.mark.usefixtures("precisions")
+def test_tf32_is_put_back_in_torch_without_the_newer_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    torch.set_float32_matmul_precision("medium")
+    with linear.tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.gpu
+@NEWER
+@pytest.mark.usefixtures("precisions")
+@pytest.mark.parametrize("newer", ["ieee", "tf32"])
+def test_a_gpu_fits_heads_in_programs_that_use_the_newer_interface(newer: str) -> None:
+    torch.backends.fp32_precision = newer  # type: ignore[misc]
+    device = torch.device("cuda")
+    values, classes = clusters(100, 4, 6, distance=9, seed=1)
+    inputs, every = Stacked([values], [values], device), torch.arange(100, device=device)
+    weights = linear.fit(inputs, classes.to(device), every, 4, [0.1], epochs=3, seed=3)
+    assert linear.right(weights, inputs, classes.to(device), every) == [100]
 
 
 @pytest.mark.gpu
