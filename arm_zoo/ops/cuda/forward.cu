@@ -20,7 +20,8 @@
 //
 // Macros: those of common.cuh; TO_TOKENS 1 where the rows of y are tokens, also if others are steps; LANES, 1 unless
 // every lane then still has a quad of states; VEC 1 where pairs of channels are aligned (even number of channels and
-// even strides); PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to
+// even strides); BC_AT_ONCE, the numbers of B or C, all of one step, that are aligned together (1, 2 or 4, of a single
+// state 1); PAIRS of a lane, 2 only of a single state in 16 bits and where both are aligned together; SAVE 1 to
 // store the states before every chunk for the backward scan; TEAM, the warps of a block: each has its image, or its
 // part of the same one; RANK of the step sizes, 0 if they are whole, and PIECE bytes (4, 8 or 16) that their rows are
 // copied in.
@@ -48,6 +49,24 @@ __device__ __forceinline__ float2 unpack(Pair p) {
     return make_float2(to_float((T)(p & 0xffffu)), to_float((T)(p >> 16)));
 #endif
 }
+// numbers that are read or written at once
+template <class X, int COUNT> struct alignas(COUNT * sizeof(X)) Several {
+    X at[COUNT];
+};
+#if BC_AT_ONCE == 1
+typedef T RawBC;
+typedef float ValuesOfBC;
+__device__ __forceinline__ ValuesOfBC unpack(RawBC raw) { return to_float(raw); }
+#else
+typedef Several<Pair, BC_AT_ONCE / 2> RawBC;
+typedef Several<float2, BC_AT_ONCE / 2> ValuesOfBC;
+__device__ __forceinline__ ValuesOfBC unpack(const RawBC &raw) {
+    ValuesOfBC values;
+#pragma unroll
+    for (int i = 0; i < BC_AT_ONCE / 2; ++i) values.at[i] = unpack(raw.at[i]);
+    return values;
+}
+#endif
 __device__ __forceinline__ Pair pack_states(float x, float y) {
 #if DTYPE == 0
     return make_float2(x, y);
@@ -105,13 +124,10 @@ __device__ __forceinline__ void store_pairs(T *row, int d, bool ok0, bool ok1, c
     if (ok0) *(Pairs *)(row + d) = p;
 #endif
 }
-template <class X> struct alignas(2 * sizeof(X)) Two {
-    X x, y;
-};
 template <class X> __device__ __forceinline__ float2 load_float2(const X *row, int d0, int d1) {
 #if VEC
-    const Two<X> both = *(const Two<X> *)(row + d0);
-    return make_float2(to_float(both.x), to_float(both.y));
+    const Several<X, 2> both = *(const Several<X, 2> *)(row + d0);
+    return make_float2(to_float(both.at[0]), to_float(both.at[1]));
 #else
     return make_float2(to_float(row[d0]), to_float(row[d1]));
 #endif
@@ -281,8 +297,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
 #if S == 1
     const int row = lane / CHUNK;  // of B, or of C
 #else
-    constexpr int STEPS_BC = 32 / (2 * S);  // steps whose B and C the lanes load together
-    const int row = lane % (2 * S), first_BC = lane / (2 * S);
+    constexpr int LANES_BC = 2 * S / BC_AT_ONCE, STEPS_BC = 32 / LANES_BC;  // lanes load B and C of so many steps together
+    const int row = lane % LANES_BC * BC_AT_ONCE, first_BC = lane / LANES_BC;
 #endif
     const T *row_BC = row < S ? B + k * B_k + b * B_b + row : C + k * C_k + b * C_b + (row - S);
     const int time_BC = row < S ? B_t : C_t;
@@ -345,10 +361,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
         // of this chunk and of the next one, which is asked for two chunks ahead
         int token = token_at(order, k, begin + lane % CHUNK, length);
         int next_token = token_at(order, k, begin + CHUNK + lane % CHUNK, length);
+        const T *in = u + d0;  // the lane's channels
+        T *out = y + d;
+        HOLD(in);
+        HOLD(out);
         Pairs next_u[GROUP];
 #pragma unroll
         for (int j = 0; j < GROUP; ++j)
-            next_u[j] = load_pairs(u + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
+            next_u[j] = load_pairs(in + row_of(min(begin + j, length - 1), token) * CHANNELS, 0, d1 - d0);
 #if RANK
         T(*rows)[CHUNK][WIDTH] = of_chunk.rows;  // even chunks of a part, odd chunks
         Sizes(*sizes)[SIZES] = of_chunk.sizes;
@@ -356,28 +376,22 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
         __syncwarp();
         fetch(rows[0], delta + (i64)row_of(min(begin + lane / 2, length - 1), token) * delta_t, lane);
 #else
+        const T *delta_in = delta + d0;
+        HOLD(delta_in);
         Pairs next_delta[GROUP];
 #pragma unroll
         for (int j = 0; j < GROUP; ++j)
-            next_delta[j] = load_pairs(delta + row_of(min(begin + j, length - 1), token) * CHANNELS, d0, d1);
+            next_delta[j] = load_pairs(delta_in + row_of(min(begin + j, length - 1), token) * CHANNELS, 0, d1 - d0);
 #endif
 #if S == 1
         T next_BC = row_BC[token * time_BC];
-        const T *in = u + d0;
-        T *out = y + d;
-        HOLD(in);
-        HOLD(out);
-#if !RANK
-        const T *delta_in = delta + d0;
-        HOLD(delta_in);
-#endif
 #else
-        T raw_BC[CHUNK / STEPS_BC];
+        RawBC raw_BC[CHUNK / STEPS_BC];
         const auto load_BC = [&](int start, int token) {
 #pragma unroll
             for (int j = 0; j < CHUNK / STEPS_BC; ++j) {
                 const int t = row_of(min(start + j * STEPS_BC + first_BC, length - 1), token);
-                raw_BC[j] = row_BC[t * time_BC];
+                raw_BC[j] = *(const RawBC *)(row_BC + t * time_BC);
             }
         };
         if (AHEAD) load_BC(begin, token);
@@ -435,12 +449,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
 #else
             if (!AHEAD) load_BC(start, token);
 #pragma unroll
-            for (int j = 0; j < CHUNK / STEPS_BC; ++j) BC[j * STEPS_BC + first_BC][row] = to_float(raw_BC[j]);
+            for (int j = 0; j < CHUNK / STEPS_BC; ++j) {
+                *(ValuesOfBC *)&BC[j * STEPS_BC + first_BC][row] = unpack(raw_BC[j]);
+            }
             if (AHEAD) load_BC(start + CHUNK, next_token);
             __syncwarp();
             const auto store = [&](int step, float2 sum) {
                 const int t = row_of<TOKENS || TO_TOKENS>(step, token);
-                store_pair(y + t * CHANNELS, d, ok0 && step < length, ok1 && step < length, pack(sum.x, sum.y));
+                store_pair(out + t * CHANNELS, 0, ok0 && step < length, ok1 && step < length, pack(sum.x, sum.y));
             };
 #pragma unroll 1
             for (int first = start; first < min(start + CHUNK, end); first += GROUP) {
@@ -459,9 +475,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * TEAM, WARPS / TEAM) 
                 for (int j = 0; j < GROUP; ++j) {
                     const int step = min(first + GROUP + j, length - 1);
                     const int t = row_of(step, step < start + CHUNK ? token : next_token);
-                    next_u[j] = load_pairs(u + t * CHANNELS, d0, d1);
+                    next_u[j] = load_pairs(in + t * CHANNELS, 0, d1 - d0);
 #if !RANK
-                    next_delta[j] = load_pairs(delta + t * CHANNELS, d0, d1);
+                    next_delta[j] = load_pairs(delta_in + t * CHANNELS, 0, d1 - d0);
 #endif
                 }
                 float2 sums[GROUP];

@@ -100,7 +100,7 @@ def _fits(scan: ScanInputs, *others: Tensor) -> bool:
 
 
 def _are_aligned(group: int, channels: int, *sequences: Tensor) -> bool:
-    """Whether all sequences are aligned so that `group` adjacent channels can be read at once."""
+    """Whether all sequences are aligned so that `group` adjacent channels (or states) can be read at once."""
     strides = [stride for sequence in sequences for stride in sequence.stride()[:-1]]
     aligned = all(sequence.data_ptr() % (group * sequence.element_size()) == 0 for sequence in sequences)
     return aligned and not any(size % group for size in (channels, *strides))
@@ -191,7 +191,9 @@ def selective_scan(
     lanes, parts = (1, 1) if pairs == 2 else forward_split(warps, length, scan.A.shape[-1], team, *limits)
     team = team if parts > 1 else projection["TEAM"]
     to_tokens = scan.A.shape[-1] > 1 and stores_by_token(scan)  # of one state the rows of y are always those of u
+    at_once = next(number for number in (4, 2, 1) if _are_aligned(number, scan.A.shape[-1], scan.B, scan.C))
     projection |= {"TO_TOKENS": int(to_tokens), "VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
+    projection |= {"BC_AT_ONCE": at_once}
     projection |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
     order = scan.order if to_tokens else scan.rows  # that the kernel asks
     others = weight, order, y, states
