@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
-from recipes.data.transforms import scoring_transform
+from recipes.data.transforms import ScoringTransform
 
 
 def photograph(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -28,7 +28,7 @@ def test_scoring_is_timms_up_to_rounding(
         "input_size": (3, *image_size), "crop_mode": crop_mode, "crop_pct": crop_pct, "interpolation": interpolation,
         "mean": (0.2, 0.5, 0.9),
     }  # fmt: skip
-    timms, ours = create_transform(**config, is_training=False, normalize=False), scoring_transform(config)
+    timms, ours = create_transform(**config, is_training=False, normalize=False), ScoringTransform(config)
     for size in ((97, 130), (130, 97), (31, 33), (48, 48), (300, 20)):
         image = photograph(*size)
         levels = (timms(image).int() - ours(pil_to_tensor(image)).int()).abs()
@@ -36,4 +36,4 @@ def test_scoring_is_timms_up_to_rounding(
     config |= {"mean": (0.5,), "input_size": (1, *image_size)}
     image = photograph(60, 90, "L")
     expected = create_transform(**config, is_training=False, normalize=False)(image)
-    assert (expected.int() - scoring_transform(config)(pil_to_tensor(image)).int()).abs().max() <= 2
+    assert (expected.int() - ScoringTransform(config)(pil_to_tensor(image)).int()).abs().max() <= 2
