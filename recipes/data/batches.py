@@ -68,8 +68,10 @@ class Loaded:
 
     def left_encoded(self) -> list[Tensor]:
         """The files to be decoded on the GPU, in the order of the first views."""
-        boxes = [] if self.files is None else self.files.boxes[: len(self.files.stored)]
-        return [self.files.stored[row] for row, box in enumerate(boxes) if self.files is not None and box is not None]
+        if self.files is None:
+            return []
+        boxes = self.files.boxes[: len(self.files.stored)]
+        return [self.files.stored[row] for row, box in enumerate(boxes) if box is not None]
 
 
 @dataclass(frozen=True)
