@@ -17,7 +17,7 @@ from recipes.data.draws import Box, Drawing, Draws
 from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, StoredBlock, none_in_a_row
 from recipes.data.sampling import Key
 from recipes.data.sources import Source, Split
-from recipes.data.transforms import Normalisation, Transform, cropped
+from recipes.data.transforms import Normalisation, ScoringTransform, Transform, Window, cropped
 
 
 class Batch(NamedTuple):
@@ -66,6 +66,29 @@ class Loaded:
     files: Files | None  # None: all are decoded, flipped and changed, or the GPU keeps all images
     boxes: Tensor | None = None  # (V * N, 4), the parts to crop from the images at `indices` that the GPU keeps
 
+    def left_encoded(self) -> list[Tensor]:
+        """The files to be decoded on the GPU, in the order of the first views."""
+        if self.files is None:
+            return []
+        boxes = self.files.boxes[: len(self.files.stored)]
+        return [self.files.stored[row] for row, box in enumerate(boxes) if box is not None]
+
+
+@dataclass(frozen=True)
+class LoadedToScore:
+    """A batch of N images to score on as a worker leaves it; `recipes.data.finishing` does the rest."""
+
+    images: Tensor  # (M, C, H, W), uint8, transformed: those that the GPU does not decode
+    classes: Tensor  # (N,)
+    indices: Tensor  # (N,)
+    undecodable: list[str]
+    files: StoredBlock  # the N - M others, in colour
+    windows: list[Window | None]  # N: what the GPU makes of each file; None: an image of `images`
+
+    def left_encoded(self) -> list[Tensor]:
+        """The files to be decoded on the GPU."""
+        return [self.files[row] for row in range(len(self.files))]
+
 
 class Images:
     """Makes batches of a split to score on, in 8 bits."""
@@ -75,18 +98,46 @@ class Images:
 
     def batch(self, keys: Sequence[Key]) -> Batch:
         """Decode a batch; images that cannot be decoded are left out."""
-        images, classes, indices, undecodable = [], [], [], []
+        images, classes, indices, undecodable = [], [], [], list[str]()
         for key, encoded in zip(keys, stored(self._split, keys), strict=True):
-            try:
-                image = decoded(encoded, self._split.mode)
-            except UndecodableImage as error:
-                undecodable.append(str(error))
-                continue
-            images.append(self._transform(image))
-            classes.append(encoded.label)
-            indices.append(key.place)
+            image = transformed(encoded, self._split.mode, self._transform, undecodable)
+            if image is not None:
+                images.append(image)
+                classes.append(encoded.label)
+                indices.append(key.place)
         batch = torch.stack(images) if images else torch.empty(0, len(self._split.mode), 1, 1)  # "RGB" or "L"
         return Batch(batch, torch.tensor(classes).long(), torch.tensor(indices).long(), undecodable)
+
+
+class EncodedImagesToScore:
+    """Makes batches to score on for a GPU that decodes JPEG files; others are decoded and transformed here."""
+
+    def __init__(self, split: Split, transform: ScoringTransform) -> None:
+        self._split, self._transform = split, transform
+
+    def batch(self, keys: Sequence[Key]) -> LoadedToScore:
+        """Read the files of a batch, and decode those that the GPU cannot; what nobody can decode is left out."""
+        images, windows, classes, indices, undecodable = [], list[Window | None](), [], [], list[str]()
+        rows, contents = list[Encoded](), list[bytes]()
+        for key, encoded in zip(keys, stored(self._split, keys), strict=True):
+            content = read(encoded)
+            size = size_for_gpu(content, encoded, self._split.mode)
+            if size is not None:
+                rows.append(encoded)
+                contents.append(content)
+                windows.append(self._transform.window(*size))
+            else:
+                read_already = encoded._replace(data=content or encoded.data)
+                image = transformed(read_already, self._split.mode, self._transform, undecodable)
+                if image is None:
+                    continue
+                images.append(image)
+                windows.append(None)
+            classes.append(encoded.label)
+            indices.append(key.place)
+        small = torch.stack(images) if images else torch.empty(0, len(self._split.mode), 1, 1, dtype=torch.uint8)
+        numbers = torch.tensor(classes).long(), torch.tensor(indices).long()
+        return LoadedToScore(small, *numbers, undecodable, StoredBlock.of(rows, contents), windows)
 
 
 class AugmentedImages:
@@ -169,7 +220,7 @@ class EncodedImages(AugmentedImages):
         rows = [row._replace(data=data or row.data) for row, data in zip(encoded, contents, strict=True)]
         crops, classes, boxes = dict[int, Tensor](), list[int](), dict[int, Box]()
         for row, key in enumerate(keys):
-            size, label = self._size(contents[row], rows[row]), rows[row].label
+            size, label = size_for_gpu(contents[row], rows[row], self.split.mode), rows[row].label
             views = range(row, len(draws.crops), len(keys))
             if size is None:
                 image, label = self.decoded(rows, row, key.place, undecodable)
@@ -181,13 +232,6 @@ class EncodedImages(AugmentedImages):
         small = torch.stack(ordered) if ordered else torch.empty(0, *self._shape, dtype=torch.uint8)
         files = Files(StoredBlock.of(encoded, contents), list(map(boxes.get, range(len(draws.crops)))))
         return Loaded(small, torch.tensor(classes), places(keys), undecodable, draws, files)
-
-    def _size(self, content: bytes, encoded: Encoded) -> tuple[int, int] | None:
-        """Height and width of a JPEG file that the GPU can decode; None for all other files."""
-        header = read_baseline_header(content) if self.split.mode == "RGB" else None
-        if header is None or header.height * header.width > encoded.max_pixels:
-            return None
-        return header.height, header.width
 
 
 class KeptImages(AugmentedImages):
@@ -215,6 +259,23 @@ def stored(split: Split, keys: Sequence[Key]) -> list[Encoded]:
 def decoded(encoded: Encoded, mode: str) -> Tensor:
     """Decode an image: (C, H, W), uint8; raises `UndecodableImage`."""
     return decode_tensor(encoded.read(), encoded.name, mode, encoded.max_pixels)
+
+
+def transformed(encoded: Encoded, mode: str, transform: Transform, undecodable: list[str]) -> Tensor | None:
+    """An image to score on; if it cannot be decoded, none, but a line in `undecodable`."""
+    try:
+        return transform(decoded(encoded, mode))
+    except UndecodableImage as error:
+        undecodable.append(str(error))
+        return None
+
+
+def size_for_gpu(content: bytes, encoded: Encoded, mode: str) -> tuple[int, int] | None:
+    """Height and width of a JPEG file that the GPU can decode; None for all other files."""
+    header = read_baseline_header(content) if mode == "RGB" else None
+    if header is None or header.height * header.width > encoded.max_pixels:
+        return None
+    return header.height, header.width
 
 
 def read(encoded: Encoded) -> bytes:

@@ -51,7 +51,8 @@ class DataConfig:
     # Processes that decode images for each training process, by default one for each of its cores, at most 12; 0: the
     # training process decodes its images itself.
     workers: int = limited(min(12, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))), WHOLE)
-    # Where JPEG files of the training are decoded; auto: on the GPU, if the run has one and torchcodec is installed.
+    # Where JPEG files are decoded, but the CPU decodes those on which training is scored; auto: on the GPU, if the run
+    # has one and torchcodec is installed.
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     # Where all training images are kept, read before the first step, if they fit: gpu, decoded, so that small sets
     # load as fast as a step takes them; memory, decoded if all have one size, else as files.

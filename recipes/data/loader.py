@@ -10,31 +10,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from arm_zoo.images.decode import jpeg_decoder
 from recipes.config import TrainConfig
-from recipes.data.batches import AugmentedImages, Batch, EncodedImages, Images, KeptImages
+from recipes.data.batches import AugmentedImages, Batch, EncodedImages, EncodedImagesToScore, Images, KeptImages
 from recipes.data.cache import fill
 from recipes.data.config import DataConfig
 from recipes.data.draws import Drawing
-from recipes.data.finishing import Finishing
+from recipes.data.finishing import Prepared, ScoringFinishing, TrainFinishing
 from recipes.data.gpu_decode import decoder_missing
-from recipes.data.sampling import BatchPlan, ScoringOrder, training_order
+from recipes.data.sampling import BatchPlan, Key, ScoringOrder, training_order
 from recipes.data.sources import Source, Split, tell
-from recipes.data.transforms import Normalisation, scoring_transform
+from recipes.data.transforms import Normalisation, ScoringTransform
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.data.views import TwoViews
 from recipes.data.workers import WorkerLoader
 from recipes.errors import RunError
 from recipes.signals import StopWaiting
 
-ItemT = TypeVar("ItemT")
 CPU = torch.device("cpu")
 BLOCKS_UNKNOWN = 5  # measured blocks that the GPU may still have to do; a step has two
-Prepared = tuple[list[Batch], torch.cuda.Event | None]  # micro-batches of a step; when the GPU has made them
 
 
 class TrainLoader:
@@ -62,12 +60,9 @@ class TrainLoader:
         images, drawing = kind_of_images(config.data, device), TwoViews if config.views == 2 else Drawing
         self.images = images(source, config.data, image_size, config.seed, drawing)
         self._loader = WorkerLoader(self.images.batch, self._order, config.data.workers, device.type == "cuda")
-        self._finishing = Finishing(self.images, source, config.data, image_size, device)
+        self._finishing = TrainFinishing(self.images, source, config.data, image_size, device)
         self._plan, self._config, self._device = plan, config, device
         self._is_filled = False
-        # A high priority, or each of the decoder's many small kernels waits for a large one of the training: 153
-        # images a second beside large matrix products, 20,451 alone.
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._steps: Iterator[Prepared] = iter(())
         self._ahead: Prepared | BaseException | None = None  # the next step, or why there is none
         self._next: tuple[int, int] | None = None
@@ -92,7 +87,7 @@ class TrainLoader:
             if isinstance(ahead, BaseException):
                 raise ahead
             with self._pauses.measured():
-                batches = self._handed_over(*ahead)
+                batches = self._finishing.handed_over(*ahead)
             name_once((line for batch in batches for line in batch.undecodable), self.undecodable)
             self.check_undecodable()
             self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
@@ -117,35 +112,11 @@ class TrainLoader:
 
     def _prepared(self) -> Iterator[Prepared]:
         if not self._is_filled:
-            with torch.cuda.stream(self._stream):
+            with self._finishing.on_its_stream():
                 self._finishing.kept = fill(self.images, self._config.data, self._device)
             self._is_filled = True
         loaded = iter(self._loader)
-        steps = iter(lambda: list(islice(loaded, self._plan.accumulation)), [])
-        for begun in taken_ahead(list(map(self._finishing.begin, step)) for step in steps):
-            with torch.cuda.stream(self._stream):  # None: as everywhere
-                batches = list(map(self._finishing.finish, begun))
-                made = None if self._stream is None else self._stream.record_event()
-            yield batches, made
-
-    def _handed_over(self, batches: list[Batch], made: torch.cuda.Event | None) -> list[Batch]:
-        """Hand a prepared step over to the stream that trains."""
-        if made is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(made)
-            for tensor in (tensor for batch in batches for tensor in (batch.images, batch.classes)):
-                tensor.record_stream(stream)  # its memory may be reused only after this stream's work on it
-        return batches
-
-
-def taken_ahead(items: Iterable[ItemT]) -> Iterator[ItemT]:
-    """Give each item only after the next one has been taken from `items`."""
-    iterator = iter(items)
-    for item in islice(iterator, 1):
-        for following in iterator:
-            yield item
-            item = following
-        yield item
+        yield from self._finishing.prepared(iter(lambda: list(islice(loaded, self._plan.accumulation)), []))
 
 
 class Pauses:
@@ -195,7 +166,7 @@ class EvalLoader:
         workers: int = 0,
         device: torch.device = CPU,
     ) -> None:
-        images = Images(split, scoring_transform(data_config))
+        images = Images(split, ScoringTransform(data_config))
         order = ScoringOrder(split, batch_size, process, processes)
         self._loader = WorkerLoader(images.batch, order, workers, device.type == "cuda")
         self._device = device
@@ -206,6 +177,32 @@ class EvalLoader:
         for batch in self._loader:
             name_once(batch.undecodable, self._named)
             yield batch.ready(self._device, self._normalise)
+
+
+class ScoringLoader:
+    """Gives batches of any split to score on, prepared as by `EvalLoader`, but decoded where `data.decode` says.
+
+    Only what the GPU decodes is made ahead. The classes of a batch are on the device, too.
+    """
+
+    def __init__(self, data_config: Mapping[str, Any], config: DataConfig, device: torch.device) -> None:
+        self._data_config, self._workers, self._device = data_config, config.workers, device
+        self._transform = ScoringTransform(data_config)
+        self.decodes_on_gpu = decodes_on_gpu(config.decode, device, self._transform.no_window)
+        self._finishing = ScoringFinishing(data_config, self._transform, device) if self.decodes_on_gpu else None
+
+    def batches(self, split: Split, order: Iterable[list[Key]]) -> Iterator[Batch]:
+        """The batches of these keys; images that cannot be decoded are left out."""
+        pin = self._device.type == "cuda"
+        if self._finishing is None:
+            normalise = Normalisation(self._data_config["mean"], self._data_config["std"], self._device)
+            images = Images(split, self._transform)
+            for batch in WorkerLoader(images.batch, order, self._workers, pin):
+                yield batch.ready(self._device, normalise)
+            return
+        loaded = WorkerLoader(EncodedImagesToScore(split, self._transform).batch, order, self._workers, pin)
+        for prepared in self._finishing.prepared([batch] for batch in loaded):
+            yield from self._finishing.handed_over(*prepared)
 
 
 def kind_of_images(config: DataConfig, device: torch.device) -> type[AugmentedImages]:
@@ -223,11 +220,14 @@ def keeps_on_gpu(cache: str, device: torch.device) -> bool:
     return cache == "gpu"
 
 
-def decodes_on_gpu(decode: str, device: torch.device) -> bool:
-    """Whether the GPU decodes JPEG files, as `data.decode` says; raises `RunError` if it should but cannot."""
+def decodes_on_gpu(decode: str, device: torch.device, no_window: str | None = None) -> bool:
+    """Whether the GPU decodes JPEG files, as `data.decode` says; raises `RunError` if it should but cannot.
+
+    `no_window` is that of `ScoringTransform`, for images to score on.
+    """
     if decode == "cpu":
         return False
-    missing = resizer_missing(device) or decoder_missing(device)
+    missing = resizer_missing(device) or no_window or decoder_missing(device)
     if missing is not None and decode == "gpu":
         raise RunError(f"data.decode is gpu, but {missing}; allowed: data.decode=auto or data.decode=cpu")
     if missing is not None and device.type == "cuda":

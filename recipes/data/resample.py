@@ -73,10 +73,12 @@ def crop_resize(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    windows: Tensor | None = None,
 ) -> Tensor:
     """What is in the boxes as images (N, C, *size): uint8, or with mean and deviation float32 normalised.
 
-    Nothing outside a box goes into its image, and the host does not wait for the device.
+    With windows, each image is a part of its resized box, of which no more is made. Nothing outside a box goes into
+    its image, and the host does not wait for the device.
 
     Args:
         images: those to crop, N in all.
@@ -86,10 +88,15 @@ def crop_resize(
         mean: of each channel's values from 0 to 1, subtracted as `recipes.data.transforms.Normalisation` does.
         std: of each channel, what is then divided by.
         interpolation: BICUBIC or BILINEAR.
+        windows: (N, 4) whole numbers on the CPU: height and width to which each box is resized, then top and left of
+            the part of it that is its image. None: each box is resized to `size`, and all of it is.
     """
     _check_crops(images, boxes, flips)
     if min(size) < 1:
         raise ValueError(f"images are resized to one pixel or more, got {size[0]} x {size[1]}")
+    if windows is None:
+        windows = torch.tensor([[*size, 0, 0]]).expand(len(boxes), 4)
+    _check_windows(windows, len(boxes), size)
     if interpolation not in REACHES:
         raise ValueError(f"interpolation is {interpolation}; allowed: {', '.join(map(str, REACHES))}")
     factors = summands = None
@@ -102,8 +109,9 @@ def crop_resize(
     out = torch.empty(len(boxes), images.channels, *size, dtype=dtype, device=images.device)
     if len(boxes):
         corners = images.addresses + (images.strides[:, 1:] * boxes[:, :2]).sum(dim=1)
-        crops = torch.column_stack([corners, images.strides, boxes[:, 2:], flips])
-        _launch(crops, boxes[:, 2:].amax(dim=0).tolist(), REACHES[interpolation], out, factors, summands)
+        crops = torch.column_stack([corners, images.strides, boxes[:, 2:], windows, flips])
+        most = float((boxes[:, 2:].double() / windows[:, :2]).max())
+        _launch(crops, most, REACHES[interpolation], out, factors, summands)
     return out
 
 
@@ -129,15 +137,31 @@ def _check_crops(images: RaggedImages, boxes: Tensor, flips: Tensor) -> None:
         )
 
 
+def _check_windows(windows: Tensor, number: int, size: tuple[int, int]) -> None:
+    if windows.dtype not in WHOLE or windows.shape != (number, 4) or windows.device.type != "cpu":
+        raise ValueError(
+            f"windows of {number} images are ({number}, 4) of int32 or int64 on the CPU, got {tuple(windows.shape)} "
+            f"of {windows.dtype} on {windows.device}"
+        )
+    resized, corners = windows[:, :2], windows[:, 2:]
+    outside = ((corners < 0) | (resized - torch.tensor(size) < corners)).any(dim=1)
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise ValueError(
+            f"window {i} is not within its image: {size[0]} x {size[1]} pixels from top and left "
+            f"{windows[i, 2:].tolist()} on, of {windows[i, 0]} x {windows[i, 1]} (height x width)"
+        )
+
+
 def _launch(
     crops: Tensor,
-    largest: Sequence[int],
+    most: float,
     reach: int,
     out: Tensor,
     factors: tuple[float, ...] | None,
     summands: tuple[float, ...] | None,
 ) -> None:
-    """Run the kernels over the table of crops, of which the largest height and width are known here."""
+    """Run the kernels over the table of crops; along no axis, a crop is more than `most` times its resized size."""
     import triton  # not every build of torch brings it
 
     from recipes.data.resample_kernels import resample_kernel, weights_kernel
@@ -147,7 +171,7 @@ def _launch(
     elif isinstance(resample_kernel, triton.JITFunction):  # it is none in Triton's interpreter
         raise ValueError(f"images are cropped and resized on a GPU, got some on {out.device}; move them there")
     number, channels, height, width = out.shape
-    taps = 2 * math.ceil(reach * max(1, largest[0] / height, largest[1] / width)) + 1
+    taps = 2 * math.ceil(reach * max(1, most)) + 1
     length = triton.next_power_of_2(max(height, width, BLOCK["ROWS"], BLOCK["COLUMNS"]))
     weights = torch.empty(number, 2, length * taps, dtype=torch.int16, device=out.device)
     reaches = torch.empty(number, 2, 2, length, dtype=torch.int32, device=out.device)

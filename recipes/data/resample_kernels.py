@@ -5,13 +5,14 @@ numbers of 16 bits, with as many binary places as the largest weight of an image
 resampled along their rows first, rounded to 8 bits, and then along the columns.
 
 A row of `crops` is FIELDS numbers of 64 bits about an image: the address of its crop's first byte, the bytes from a
-channel, row and column to the next, the crop's height and width, and whether it is mirrored.
+channel, row and column to the next, the crop's height and width, those to which it is resized, the first row and
+column of the window of the resized crop that is made, and whether that is mirrored.
 """
 
 import triton
 import triton.language as tl
 
-FIELDS = tl.constexpr(7)
+FIELDS = tl.constexpr(11)
 
 
 @triton.jit
@@ -28,42 +29,63 @@ def _filter(x, REACH: tl.constexpr):
 
 
 @triton.jit
+def _reach(position, scale, length, REACH: tl.constexpr):
+    """The place of resized pixels in the crop, the first of its pixels that go into each, and their number."""
+    centre = scale * (position.to(tl.float64) + 0.5)
+    reach = REACH * tl.maximum(scale, 1.0)
+    first = tl.maximum((centre - reach + 0.5).to(tl.int32), 0)
+    return centre, first, tl.minimum((centre + reach + 0.5).to(tl.int32), length) - first
+
+
+@triton.jit
+def _weight(tap, centre, first, count, scale, REACH: tl.constexpr):
+    return tl.where(tap < count, _filter((first + tap - centre + 0.5) * (1.0 / tl.maximum(scale, 1.0)), REACH), 0.0)
+
+
+@triton.jit
+def _total_and_largest(centre, first, count, scale, SIZE: tl.constexpr, REACH: tl.constexpr):
+    """The sum of the weights of each resized pixel, and the largest weight of all once the sums are one."""
+    total = tl.zeros([SIZE], tl.float64)
+    largest = tl.zeros([SIZE], tl.float64)
+    for tap in range(tl.max(count)):
+        weight = _weight(tap, centre, first, count, scale, REACH)
+        total += weight
+        largest = tl.maximum(largest, weight)
+    return total, tl.max(largest / total)
+
+
+@triton.jit
 def weights_kernel(crops, weights, reaches, precisions, height, width, taps, SIZE: tl.constexpr, REACH: tl.constexpr):
     """For the rows (axis 0) or columns of an image: which of its crop's go into each, and their weights of 16 bits.
 
     The reaches (2, SIZE) are the first of them and their number. The weights are (SIZE, taps) for the rows and
-    (taps, SIZE) for the columns: as each is read.
+    (taps, SIZE) for the columns: as each is read. Those outside the window only count for the precision.
     """
     image, axis = tl.program_id(0), tl.program_id(1)
-    length = tl.load(crops + image * FIELDS + 4 + axis).to(tl.int32)
-    size = tl.where(axis == 0, height, width)
-    position = tl.arange(0, SIZE)
+    crop = crops + image * FIELDS + axis
+    length, size = tl.load(crop + 4).to(tl.int32), tl.load(crop + 6).to(tl.int32)
+    start = tl.load(crop + 8).to(tl.int32)
+    made = tl.where(axis == 0, height, width)
+    lane = tl.arange(0, SIZE)
     scale = length.to(tl.float64) / size
-    stretch = tl.maximum(scale, 1.0)
-    centre = scale * (tl.minimum(position, size - 1) + 0.5)
-    first = tl.maximum((centre - REACH * stretch + 0.5).to(tl.int32), 0)
-    count = tl.minimum((centre + REACH * stretch + 0.5).to(tl.int32), length) - first
-    reaches += (image * 2 + axis) * 2 * SIZE + position
+    centre, first, count = _reach(start + tl.minimum(lane, made - 1), scale, length, REACH)
+    reaches += (image * 2 + axis) * 2 * SIZE + lane
     tl.store(reaches, first)
     tl.store(reaches + SIZE, count)
 
-    most_taps = tl.max(count)
-    total = tl.zeros([SIZE], tl.float64)
-    largest = tl.zeros([SIZE], tl.float64)
-    for tap in range(most_taps):
-        weight = tl.where(tap < count, _filter((first + tap - centre + 0.5) * (1.0 / stretch), REACH), 0.0)
-        total += weight
-        largest = tl.maximum(largest, weight)
-    most = tl.max(largest / total)
+    total, most = _total_and_largest(centre, first, count, scale, SIZE, REACH)
+    for passed in range(made, size, SIZE):
+        outside, first_outside, count_outside = _reach((start + passed + lane) % size, scale, length, REACH)
+        _, largest = _total_and_largest(outside, first_outside, count_outside, scale, SIZE, REACH)
+        most = tl.maximum(most, largest)
     precision = 0
     for places in range(22):
         precision += (most * (2 << places) + 0.5 < 32768.0).to(tl.int32)
     tl.store(precisions + image * 2 + axis, precision)
 
-    weights += (image.to(tl.int64) * 2 + axis) * SIZE * taps + position * tl.where(axis == 0, taps, 1)
-    for tap in range(most_taps):
-        weight = tl.where(tap < count, _filter((first + tap - centre + 0.5) * (1.0 / stretch), REACH), 0.0)
-        weight = weight / total * (1 << precision)
+    weights += (image.to(tl.int64) * 2 + axis) * SIZE * taps + lane * tl.where(axis == 0, taps, 1)
+    for tap in range(tl.max(count)):
+        weight = _weight(tap, centre, first, count, scale, REACH) / total * (1 << precision)
         rounded = (weight + tl.where(weight < 0.0, -0.5, 0.5)).to(tl.int32)  # halves away from zero
         tl.store(weights + tap * tl.where(axis == 0, 1, SIZE), rounded.to(tl.int16))
 
@@ -96,7 +118,7 @@ def resample_kernel(
     crop_height = tl.load(crop + 4).to(tl.int32)
     reaches += image * 4 * SIZE
     first_row, row_taps = tl.load(reaches + row), tl.load(reaches + SIZE + row)
-    seen = tl.where(tl.load(crop + 6) == 0, column, tl.maximum(width - 1 - column, 0))  # before the image is mirrored
+    seen = tl.where(tl.load(crop + 10) == 0, column, tl.maximum(width - 1 - column, 0))  # before the image is mirrored
     first_column, column_taps = tl.load(reaches + 2 * SIZE + seen), tl.load(reaches + 3 * SIZE + seen)
     row_weights = weights + image * 2 * SIZE * taps + row[:, None] * taps
     column_weights = weights + (image * 2 + 1) * SIZE * taps + seen

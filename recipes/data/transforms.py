@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from timm.data import create_transform
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
-from torchvision.transforms import Compose, InterpolationMode, Resize, v2
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, v2
 
 from recipes.data.config import DataConfig
+from recipes.data.resample import REACHES
 
 ORDER, LANE, AUGMENTATION = range(3)  # purposes of random numbers, as parts of the key of `seed_of`
 Transform = Callable[[Tensor], Tensor]  # of one image (C, H, W), uint8
+Window = tuple[int, int, int, int]  # height and width to which an image is resized; top and left of what is kept
 
 
 def seed_of(*key: int) -> int:
@@ -62,14 +64,45 @@ def cropped(
     return v2.functional.resize(part, list(size), interpolation, antialias=True)[0]
 
 
-def scoring_transform(data_config: Mapping[str, Any]) -> Transform:
+class ScoringTransform:
     """timm's evaluation transform of a model's data configuration, for tensors of 8 bits, without normalising.
 
     Sizes and places are timm's; the resize is torchvision's for tensors, which rounds differently from Pillow's.
     """
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean")
-    timms = create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
-    return Compose([on_tensors(step) for step in timms.transforms[:-1]])  # the last step converts to a tensor
+
+    def __init__(self, data_config: Mapping[str, Any]) -> None:
+        keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean")
+        timms = create_transform(is_training=False, normalize=False, **{key: data_config[key] for key in keys})
+        self._resize, self._crop, _ = timms.transforms  # the last step converts to a tensor
+        self._steps = Compose([on_tensors(self._resize), on_tensors(self._crop)])
+        self.size: tuple[int, int] = self._crop.size
+        self.interpolation: InterpolationMode = self._resize.interpolation
+        self._said = ", ".join(f"{key}={data_config[key]}" for key in ("crop_mode", "crop_pct", "interpolation"))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Transform an image (C, H, W)."""
+        return self._steps(image)
+
+    @property
+    def no_window(self) -> str | None:
+        """Why a GPU cannot make these images as windows of resized ones; None if it can."""
+        sides = [self._resize.size] * 2 if isinstance(self._resize.size, int) else self._resize.size
+        padded = not isinstance(self._crop, CenterCrop) or any(map(int.__lt__, sides, self.size))
+        if not padded and self.interpolation in REACHES:
+            return None
+        known = "crop_mode center or squash, crop_pct up to 1, interpolation bicubic or bilinear"
+        return f"the model's images have {self._said}, of which a GPU makes none (it knows {known})"
+
+    def window(self, height: int, width: int) -> Window:
+        """What this makes of an image of this size, if it is a window."""
+        if isinstance(self._resize, ResizeKeepRatio):
+            resized = size_keeping_ratio(self._resize, torch.empty(1, height, width, device="meta"))
+        elif isinstance(self._resize.size, int):  # of the shorter side
+            resized = [int(self._resize.size * side / min(height, width)) for side in (height, width)]
+        else:
+            resized = self._resize.size
+        top, left = (round((side - kept) / 2) for side, kept in zip(resized, self.size, strict=True))
+        return resized[0], resized[1], top, left
 
 
 def on_tensors(step: Any) -> Transform:
@@ -84,8 +117,11 @@ def on_tensors(step: Any) -> Transform:
 
 
 def resize_keeping_ratio(step: ResizeKeepRatio, image: Tensor) -> Tensor:
-    size = step.get_params(image, step.size, step.longest)
-    return v2.functional.resize(image, size, step.interpolation, antialias=True)
+    return v2.functional.resize(image, size_keeping_ratio(step, image), step.interpolation, antialias=True)
+
+
+def size_keeping_ratio(step: ResizeKeepRatio, image: Tensor) -> list[int]:
+    return step.get_params(image, step.size, step.longest)
 
 
 def pad_and_crop(step: CenterCropOrPad, image: Tensor) -> Tensor:

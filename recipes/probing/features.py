@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from arm_zoo.files import sha256_of_tensors
 from arm_zoo.images.tables import Encoded, ImageTable
 from arm_zoo.images.tars import Member
-from recipes.data.batches import Batch, Images
-from recipes.data.loader import taken_ahead
+from recipes.data.batches import Batch
+from recipes.data.finishing import taken_ahead
+from recipes.data.loader import ScoringLoader
 from recipes.data.sampling import Key, ScoringOrder
 from recipes.data.sources import Split, tell
-from recipes.data.transforms import Normalisation, scoring_transform
 from recipes.data.undecodable import check_undecodable, name_once
-from recipes.data.workers import WorkerLoader
 from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
 from recipes.probing.outputs import FEATURES, PATCHES, outputs, shapes
@@ -118,6 +117,7 @@ class Extractor:
         self._model, self._inputs, self.config = model, inputs, config
         self._device = next(model.parameters()).device
         self._half = self._device.type == "cuda"
+        self._loader = ScoringLoader(inputs, config.data, self._device)
         found = shapes(model, inputs["input_size"])
         self.rows = {name: found[name] for name in names}  # name of each array -> shape of one image's row
         self.width = found.get(PATCHES, found["pooled"])[-1]  # width of one block's features
@@ -133,6 +133,7 @@ class Extractor:
             "structure_sha256": hashlib.sha256(repr(model).encode()).hexdigest(),
             "weights_sha256": sha256_of_tensors(model.state_dict()),
             "preprocessing": {name: self._inputs[name] for name in sorted(self._inputs)},
+            "decoded_on": "gpu" if self._loader.decodes_on_gpu else "cpu",
             "precision": "bf16" if self._half else "fp32",
         }
 
@@ -144,26 +145,22 @@ class Extractor:
 
         A batch without images has no features. A GPU works on the next batch while the caller has this one.
         """
-        images = Images(split, scoring_transform(self._inputs))
-        loader = WorkerLoader(images.batch, order, self.config.data.workers, self._half)
-        normalise = Normalisation(self._inputs["mean"], self._inputs["std"], self._device)
         hidden, named = not (sys.stdout.isatty() and PartialState().is_main_process), set[str]()
         total = len(order) if isinstance(order, list) else None
         title = f"features of the {purpose} images"
-        batches = track(loader, title, total, transient=True, disable=hidden)
-        for batch, values, made in taken_ahead((batch, *self._begin(batch, normalise)) for batch in batches):
+        batches = track(self._loader.batches(split, order), title, total, transient=True, disable=hidden)
+        for batch, values, made in taken_ahead((batch, *self._begin(batch)) for batch in batches):
             name_once(batch.undecodable, named)
             if made is not None:
                 made.synchronize()
             yield batch, values
 
-    def _begin(self, batch: Batch, normalise: Normalisation) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    def _begin(self, batch: Batch) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Begin to extract features into the CPU's memory; the event says when a GPU has done it."""
         if len(batch.classes) == 0:
             return {}, None
-        ready = batch.ready(self._device, normalise)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-            made = outputs(self._model, ready.images, self.rows)
+            made = outputs(self._model, batch.images, self.rows)
         values = {name: values.float().to("cpu", non_blocking=True) for name, values in made.items()}
         return values, torch.cuda.current_stream(self._device).record_event() if self._half else None
 
@@ -173,7 +170,7 @@ def gathered(batches: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[dict[s
     arrays, classes, skipped = defaultdict[str, list[Tensor]](list), [torch.empty(0, dtype=torch.long)], 0
     for batch, values in batches:
         skipped += len(batch.undecodable)
-        classes.append(batch.classes)
+        classes.append(batch.classes.cpu())
         for name, part in values.items():
             arrays[name].append(part.clone())  # not in the memory that is pinned for copies from a GPU
     return {name: torch.cat(parts) for name, parts in arrays.items()}, torch.cat(classes), skipped

@@ -38,7 +38,7 @@ from recipes.data.batches import Images
 from recipes.data.config import DataConfig
 from recipes.data.sampling import Key
 from recipes.data.sources import DIGIT_NAMES, open_source
-from recipes.data.transforms import scoring_transform
+from recipes.data.transforms import ScoringTransform
 from recipes.finetune import finetune
 from tests import ROOT
 from tests.helpers.images import Counted, encode, jpeg, pixels, png_16_bit_colour, png_header
@@ -200,7 +200,7 @@ def test_pixels_equal_the_recipes_but_for_rounding(model: str, tmp_path: Path) -
     split = open_source(DataConfig(source=str(tmp_path))).test
     split.mode = "L" if inputs["input_size"][0] == 1 else "RGB"
     names = [Path(encoded.name).name for encoded in split.encoded(range(len(split)))]
-    images = Images(split, scoring_transform(inputs))
+    images = Images(split, ScoringTransform(inputs))
     theirs = {name: images.batch([Key(0, i)]) for i, name in enumerate(names)}
     listing = listed(tmp_path / "val")
     refused = []

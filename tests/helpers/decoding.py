@@ -45,17 +45,23 @@ def crop_resize(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     interpolation: InterpolationMode,
+    windows: Tensor | None = None,
 ) -> Tensor:
     """torchvision's."""
-    each = zip(at(images), boxes.tolist(), strict=True)
-    parts = [cropped(image, tuple(box), size, interpolation) for image, box in each]
+    numbers = [[*size, 0, 0]] * len(boxes) if windows is None else windows.tolist()
+    parts = []
+    for image, box, (height, width, top, left) in zip(at(images), boxes.tolist(), numbers, strict=True):
+        resized = cropped(image, tuple(box), (height, width), interpolation)
+        parts.append(resized[:, top : top + size[0], left : left + size[1]])
     crops = torch.stack([part.flip(-1) if flip else part for part, flip in zip(parts, flips.tolist(), strict=True)])
     return crops if mean is None or std is None else Normalisation(mean, std, crops.device)(crops)
 
 
 def stand_in_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let training loaders go the ways of `data.decode=gpu` and `data.cache=gpu` on the CPU."""
-    monkeypatch.setattr(loader, "decodes_on_gpu", lambda decode, device: decode != "cpu")
+    """Let loaders go the ways of `data.decode=gpu` and `data.cache=gpu` on the CPU."""
+    monkeypatch.setattr(
+        loader, "decodes_on_gpu", lambda decode, device, no_window=None: decode != "cpu" and no_window is None
+    )
     monkeypatch.setattr(gpu_decode, "decode", decode)
     monkeypatch.setattr(finishing, "crop_resize", crop_resize)
     monkeypatch.setattr(loader, "keeps_on_gpu", lambda cache, device: cache == "gpu")

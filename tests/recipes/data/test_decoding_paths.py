@@ -21,8 +21,8 @@ from recipes.config import ConfigError, PretrainConfig, load_config
 from recipes.data import batches as loading
 from recipes.data import gpu_decode, loader
 from recipes.data.batches import Batch
-from recipes.data.loader import TrainLoader
-from recipes.data.sampling import BatchPlan
+from recipes.data.loader import ScoringLoader, TrainLoader
+from recipes.data.sampling import BatchPlan, ScoringOrder
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.signals import StopWaiting
@@ -33,6 +33,7 @@ from tests.helpers.images import pixels
 SIZE = (20, 20)
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.erase=0.5", "data.max_rotation=20"]
 STREAM = ["data.streaming=true", "data.num_classes=2", "data.shuffle_buffer=8"]
+PREPARATIONS = [{}, {"crop_mode": "squash", "interpolation": "bilinear"}, {"crop_pct": 1.0}]  # for scoring
 RANDAUGMENT = "data.randaugment=rand-m9-mstd0.5-inc1"
 CPU = torch.device("cpu")
 
@@ -318,6 +319,95 @@ def test_images_are_cropped_and_resized_as_by_timm_but_for_rounding(tmp_path: Pa
         expected = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC), np.float32).transpose(2, 0, 1)
         mean, std = (np.array(values).reshape(3, 1, 1) for values in (source.mean, source.std))
         assert np.abs((image.numpy() * std + mean) * 255 - expected).max() < 5.1
+
+
+def to_score(
+    source: Path, *overrides: str, device: torch.device = CPU, batch: int = 10, **preparation: Any
+) -> list[Batch]:
+    """All batches of the training images, prepared as for scoring."""
+    config = configure(source, *overrides)
+    opened = open_source(config.data, labels_needed=True)
+    inputs = {"input_size": (3, *SIZE), "crop_mode": "center", "crop_pct": 0.9, "interpolation": "bicubic"}
+    inputs |= {"mean": opened.mean, "std": opened.std, **preparation}
+    order = ScoringOrder(opened.train, batch, 0, 1)
+    return list(ScoringLoader(inputs, config.data, device).batches(opened.train, order))
+
+
+@pytest.mark.parametrize("preparation", PREPARATIONS, ids=str)
+@pytest.mark.parametrize("source, workers", [("folder", 0), ("folder", 2), ("tar", 0)])
+def test_images_to_score_on_are_the_same_on_both_paths(
+    source: str,
+    workers: int,
+    preparation: dict[str, Any],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = [f"data.workers={workers}", *(STREAM if source == "tar" else [])]
+    by_workers = to_score(request.getfixturevalue(source), *settings, **preparation)
+    stand_in_for_gpu(monkeypatch)
+    by_gpu = to_score(request.getfixturevalue(source), *settings, **preparation)
+    assert_equal(by_workers, by_gpu)
+    assert sum(len(batch.images) for batch in by_gpu) == 27
+    assert sum(len(batch.undecodable) for batch in by_gpu) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+def test_what_the_gpu_refuses_to_score_on_is_decoded_or_named_here(
+    folder: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers promise some images that none of the decoders gets, so that batches of one are empty."""
+
+    def by_cpu(content: bytes, name: str, mode: str, max_pixels: int) -> torch.Tensor:
+        if len(content) % 3 == 0:
+            raise UndecodableImage(name, "damaged")
+        return decode_tensor(content, name, mode, max_pixels)
+
+    monkeypatch.setattr(loading, "decode_tensor", by_cpu)
+    expected = to_score(folder, batch=batch)
+    assert sum(len(batch.undecodable) for batch in expected) > 5
+    stand_in_for_gpu(monkeypatch)
+    by_gpu: Callable[..., Any] = gpu_decode.decode
+
+    def refuse_most(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor | None]:
+        return [by_gpu([file], device)[0] if len(file) % 3 == 1 else None for file in files]
+
+    monkeypatch.setattr(gpu_decode, "decode", refuse_most)
+    found = to_score(folder, batch=batch)
+    assert [len(batch.images) for batch in expected] == [len(batch.images) for batch in found]
+    assert [sorted(batch.undecodable) for batch in expected] == [sorted(batch.undecodable) for batch in found]
+    whole = [(one, two) for one, two in zip(expected, found, strict=True) if len(one.images)]
+    assert_equal([one for one, _ in whole], [two for _, two in whole])
+
+
+def test_images_that_no_gpu_prepares_are_decoded_by_the_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loader, "resizer_missing", lambda device: None)
+    monkeypatch.setattr(loader, "decoder_missing", lambda device: None)
+    said = "the model's images have crop_mode=border, crop_pct=0.9, interpolation=bicubic, of which a GPU makes none"
+    with pytest.raises(RunError, match=f"decode is gpu, but {said} .*; allowed: data.decode=auto or data.decode=cpu"):
+        to_score(folder, "data.decode=gpu", crop_mode="border")
+    [first, *_] = to_score(folder, crop_mode="border")
+    assert first.images.shape == (8, 3, *SIZE) and not caplog.text.count("the CPU decodes")
+    assert not loader.decodes_on_gpu("auto", torch.device("cuda"), said)
+    assert caplog.text.count(f"the CPU decodes, for which the GPU may have to wait: {said}") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preparation", PREPARATIONS, ids=str)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_the_gpu_to_score_on_are_those_of_the_cpu(
+    folder: Path, workers: int, preparation: dict[str, Any]
+) -> None:
+    """PNG, CMYK, progressive and damaged files among them."""
+    gpu, settings = torch.device("cuda"), f"data.workers={workers}"
+    by_workers = to_score(folder, settings, "data.decode=cpu", device=gpu, **preparation)
+    by_gpu = to_score(folder, settings, "data.decode=gpu", device=gpu, **preparation)
+    for one, two in zip(by_workers, by_gpu, strict=True):
+        assert torch.equal(one.indices, two.indices) and torch.equal(one.classes, two.classes)
+        assert sorted(one.undecodable) == sorted(two.undecodable)
+        std = torch.tensor(IMAGENET_DEFAULT_STD, device=gpu).view(3, 1, 1)
+        assert ((one.images - two.images).abs() * std * 255).max() < 1.1
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
 from recipes.data.resample import RaggedImages, crop_resize
-from recipes.data.transforms import Normalisation
+from recipes.data.transforms import Normalisation, ScoringTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILTERS = ("bicubic", "bilinear")
@@ -32,6 +33,10 @@ LARGE: list[Case] = [
     ([(375, 500)] * 3, [[0, 0, 375, 500], [100, 20, 201, 198], [30, 299, 150, 201]], (192, 192)),
     ([(3000, 4000), (10, 8), (333, 500)], [[1, 2, 2998, 3997], [0, 0, 10, 8], [7, 9, 326, 41]], (224, 160)),
 ]
+# Sizes of images and of the result. Where images are enlarged, the largest weights often lie outside the window.
+WINDOWS_SMALL = [([(6, 9), (40, 31), (14, 14)], (14, 14)), ([(10, 10), (61, 12)], (16, 12))]
+WINDOWS_LARGE = [([(375, 500), (500, 375), (97, 130), (8, 12), (2000, 1300)], (224, 224)), ([(256, 341)], (192, 160))]
+PREPARATIONS = (*product(FILTERS, ["center", "squash"], [0.875, 0.9, 1.0]), ("bicubic", "center", 0.5))
 
 
 def pictures(sizes: list[tuple[int, int]], channels: int) -> list[Tensor]:
@@ -93,19 +98,51 @@ def check_select(device: str) -> None:
     assert none.shape == (0, 3, 9, 17) and none.dtype == torch.float32
 
 
-def test_crops_in_the_interpreter_equal_torchvision() -> None:
+def check_windows(
+    sizes: list[tuple[int, int]], size: tuple[int, int], preparations: Sequence[tuple[str, str, float]], device: str
+) -> None:
+    """The very same values as the transform that models are scored with."""
+    images, names = pictures(sizes, 1), ("interpolation", "crop_mode", "crop_pct")
+    batch = RaggedImages.of([image.to(device) for image in images])
+    boxes, flips = torch.tensor([(0, 0, *size) for size in sizes]), torch.zeros(len(sizes), dtype=torch.bool)
+    for preparation in preparations:
+        config = dict(zip(names, preparation, strict=True), input_size=(1, *size), mean=(0.5,))
+        transform = ScoringTransform(config)
+        windows = torch.tensor([transform.window(*size) for size in sizes])
+        actual = crop_resize(batch, boxes, flips, size, interpolation=transform.interpolation, windows=windows)
+        assert torch.equal(actual.cpu(), torch.stack(list(map(transform, images)))), preparation
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "size"), WINDOWS_SMALL + WINDOWS_LARGE)
+def test_windows_on_the_gpu_equal_the_scoring_transform(sizes: list[tuple[int, int]], size: tuple[int, int]) -> None:
+    check_windows(sizes, size, PREPARATIONS, "cuda")
+
+
+def run_in_the_interpreter(script: str) -> None:
     pytest.importorskip("triton", reason="no triton in this build of torch")
-    script = (
-        "from tests.recipes.data.test_resample import SMALL, check_equal, check_select\n"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-c", f"from tests.recipes.data.test_resample import *\n{script}\nprint('all are equal')"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "all are equal" in done.stdout
+
+
+def test_crops_in_the_interpreter_equal_torchvision() -> None:
+    run_in_the_interpreter(
         "for case, layout in zip(SMALL, ('interleaved', 'view', 'planar'), strict=True):\n"
         "    filters = ('bicubic', 'bilinear') if layout == 'view' else ('bicubic',)\n"
         "    check_equal(case, 3 if layout == 'interleaved' else 1, layout, 'cpu', filters)\n"
-        "check_select('cpu')\nprint('the crops are equal')"
+        "check_select('cpu')"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "the crops are equal" in done.stdout
+
+
+def test_windows_in_the_interpreter_equal_the_scoring_transform() -> None:
+    run_in_the_interpreter(
+        "for first, case in enumerate(WINDOWS_SMALL):\n"
+        "    check_windows(*case, PREPARATIONS[first::2], 'cpu')\n"
+        "check_windows([(187, 250)], (112, 112), [('bicubic', 'center', 0.875)], 'cpu')"
+    )
 
 
 @pytest.mark.gpu
@@ -165,6 +202,14 @@ def test_images_that_are_no_batch(images: list[Tensor], message: str) -> None:
         ({"boxes": torch.zeros(1, 4)}, "of torch.float32"),
         ({"boxes": torch.zeros(1, 4, dtype=torch.int32, device="meta")}, "on the CPU, got .* on meta"),
         ({"flips": torch.tensor([0])}, r"flips of 1 images are \(1,\) of bool on the CPU, got \(1,\) of torch.int64"),
+        ({"windows": torch.tensor([[3, 3, 0, 0]] * 2)}, r"windows of 1 images are \(1, 4\) of int32 .* got \(2, 4\)"),
+        ({"windows": torch.zeros(1, 4)}, r"windows of 1 images are .* got \(1, 4\) of torch.float32"),
+        (
+            {"windows": torch.tensor([[2, 3, 0, 0]])},
+            r"window 0 is not .*: 3 x 3 .* \[0, 0\] on, of 2 x 3 \(height",
+        ),
+        ({"windows": torch.tensor([[9, 9, 0, 7]])}, r"window 0 is not within its image: .* \[0, 7\] on, of 9 x 9"),
+        ({"windows": torch.tensor([[9, 9, -1, 0]])}, "window 0 is not within its image"),
         ({"size": (0, 4)}, "to one pixel or more, got 0 x 4"),
         ({"mean": (0.5,)}, r"mean and std are 1 numbers each, or both None; got \(0.5,\) and None"),
         ({"mean": MEAN, "std": STD}, "mean and std are 1 numbers each"),

@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
-from recipes.data.transforms import scoring_transform
+from recipes.data.transforms import ScoringTransform, cropped
 
 
 def photograph(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -28,7 +28,7 @@ def test_scoring_is_timms_up_to_rounding(
         "input_size": (3, *image_size), "crop_mode": crop_mode, "crop_pct": crop_pct, "interpolation": interpolation,
         "mean": (0.2, 0.5, 0.9),
     }  # fmt: skip
-    timms, ours = create_transform(**config, is_training=False, normalize=False), scoring_transform(config)
+    timms, ours = create_transform(**config, is_training=False, normalize=False), ScoringTransform(config)
     for size in ((97, 130), (130, 97), (31, 33), (48, 48), (300, 20)):
         image = photograph(*size)
         levels = (timms(image).int() - ours(pil_to_tensor(image)).int()).abs()
@@ -36,4 +36,32 @@ def test_scoring_is_timms_up_to_rounding(
     config |= {"mean": (0.5,), "input_size": (1, *image_size)}
     image = photograph(60, 90, "L")
     expected = create_transform(**config, is_training=False, normalize=False)(image)
-    assert (expected.int() - scoring_transform(config)(pil_to_tensor(image)).int()).abs().max() <= 2
+    assert (expected.int() - ScoringTransform(config)(pil_to_tensor(image)).int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("image_size", [(48, 48), (40, 56)])
+@pytest.mark.parametrize("crop_pct", [0.8, 0.875, 0.9, 1.0])
+def test_what_is_kept_is_a_window_of_the_resized_image(
+    crop_mode: str, image_size: tuple[int, int], crop_pct: float
+) -> None:
+    config = {
+        "input_size": (3, *image_size), "crop_mode": crop_mode, "crop_pct": crop_pct, "interpolation": "bicubic",
+        "mean": (0.5,) * 3,
+    }  # fmt: skip
+    transform = ScoringTransform(config)
+    assert transform.no_window is None and transform.size == image_size
+    for size in [(97, 130), (130, 97), (48, 48), (300, 20), *((side, 37) for side in range(1, 100, 3))]:
+        image = pil_to_tensor(photograph(*size))
+        height, width, top, left = transform.window(*size)
+        resized = cropped(image, (0, 0, *size), (height, width))
+        assert transform(image).equal(resized[:, top : top + image_size[0], left : left + image_size[1]])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"crop_mode": "border"}, {"crop_pct": 1.1}, {"interpolation": "lanczos"}, {"interpolation": "nearest"}]
+)
+def test_what_is_no_window_is_told(changes: dict[str, Any]) -> None:
+    config = {"input_size": (3, 32, 32), "crop_mode": "center", "crop_pct": 0.9, "interpolation": "bicubic"} | changes
+    said = ", ".join(f"{key}={config[key]}" for key in ("crop_mode", "crop_pct", "interpolation"))
+    assert f"the model's images have {said}, of" in str(ScoringTransform(config | {"mean": (0.5,) * 3}).no_window)

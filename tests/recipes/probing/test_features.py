@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import resolve_model_data_config
 
 from recipes.data.config import DataConfig
@@ -19,7 +20,8 @@ from recipes.probing import features
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted, Extractor, extract, listed, steady_speed
 from recipes.probing.store import Store
-from tests.helpers.images import write_folder
+from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.images import encode, jpeg, write_folder
 
 ARRAYS = ("pooled", "token", "average", "patches")
 
@@ -125,6 +127,44 @@ def test_what_decides_on_features_is_in_their_name(model: Any, tmp_path: Path) -
     assert folders() == 4
     digits(model, tmp_path, ("pooled",), seed=5, temperature=1.0)  # which decide on nothing here
     assert folders() == 4
+
+
+def photographs(folder: Path, decode: str, device: str = "cpu") -> Extracted:
+    """Of 20 images of a folder to train on, one of them a PNG file, one grey and one damaged."""
+    if not folder.exists():
+        write_folder(folder / "train", {"a": 10, "b": 10})
+        for number, (kind, mode) in {3: ("PNG", "RGB"), 4: ("JPEG", "L"), 5: ("JPEG", "CMYK")}.items():
+            path = folder / "train" / "a" / f"{number}.jpg"
+            path.write_bytes(encode(Image.open(path).convert(mode), kind))
+        (folder / "train" / "b" / "12.jpg").write_bytes(jpeg()[:-40])
+    torch.manual_seed(0)
+    model: Any = timm.create_model("test_vit", num_classes=0, img_size=16, patch_size=8).eval().to(device)
+    data = DataConfig(source=str(folder), workers=0, decode=decode)  # type: ignore[arg-type]
+    config = ProbeConfig(data, cache=str(folder / "cache"), batch=8)
+    inputs = resolve_model_data_config(model) | {"input_size": (3, 16, 16)}
+    return extract(Extractor(model, inputs, config, ARRAYS), open_source(data).train, "training")
+
+
+def test_features_of_images_that_the_gpu_decodes_are_others_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_cpu = photographs(tmp_path / "images", "cpu")
+    stand_in_for_gpu(monkeypatch)
+    by_gpu = photographs(tmp_path / "images", "gpu")
+    assert by_cpu.skipped == by_gpu.skipped == 1 and torch.equal(by_cpu.classes, by_gpu.classes)
+    for name in ARRAYS:
+        assert torch.equal(by_cpu.of(name).values, by_gpu.of(name).values)
+    manifests = [json.loads(file.read_text()) for file in (tmp_path / "images" / "cache").glob("*/features.json")]
+    assert sorted(manifest["decoded_on"] for manifest in manifests) == ["cpu", "gpu"]
+
+
+@pytest.mark.gpu
+def test_features_of_images_that_the_gpu_decodes_are_those_of_the_cpu(tmp_path: Path) -> None:
+    by_cpu, by_gpu = (photographs(tmp_path / "images", decode, "cuda") for decode in ("cpu", "gpu"))
+    assert by_cpu.skipped == by_gpu.skipped == 1 and torch.equal(by_cpu.classes, by_gpu.classes)
+    for name in ARRAYS:
+        one, two = by_cpu.of(name).values.float().flatten(1), by_gpu.of(name).values.float().flatten(1)
+        assert len(one) == 19 and torch.cosine_similarity(one, two).min() > 0.999
 
 
 def test_a_folder_of_other_weights_is_refused(model: Any, tmp_path: Path) -> None:
