@@ -27,6 +27,7 @@ from recipes.data.undecodable import check_undecodable, name_once
 from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
 from recipes.probing.outputs import FEATURES, PATCHES, outputs, shapes
+from recipes.probing.replayed import Replayed
 from recipes.probing.scores import Features
 from recipes.probing.store import Store
 
@@ -118,6 +119,7 @@ class Extractor:
         self._device = next(model.parameters()).device
         self._half = self._device.type == "cuda"
         self._loader = ScoringLoader(inputs, config.data, self._device)
+        self._outputs = Replayed(self._features)
         found = shapes(model, inputs["input_size"])
         self.rows = {name: found[name] for name in names}  # name of each array -> shape of one image's row
         self.width = found.get(PATCHES, found["pooled"])[-1]  # width of one block's features
@@ -159,10 +161,13 @@ class Extractor:
         """Begin to extract features into the CPU's memory; the event says when a GPU has done it."""
         if len(batch.classes) == 0:
             return {}, None
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-            made = outputs(self._model, batch.images, self.rows)
-        values = {name: values.float().to("cpu", non_blocking=True) for name, values in made.items()}
+        values = {name: values.to("cpu", non_blocking=True) for name, values in self._outputs(batch.images).items()}
         return values, torch.cuda.current_stream(self._device).record_event() if self._half else None
+
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            made = outputs(self._model, images, self.rows)
+        return {name: values.float() for name, values in made.items()}
 
 
 def gathered(batches: Iterable[tuple[Batch, dict[str, Tensor]]]) -> tuple[dict[str, Tensor], Tensor, int]:
