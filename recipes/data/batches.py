@@ -110,10 +110,13 @@ class Images:
 
 
 class EncodedImagesToScore:
-    """Makes batches to score on for a GPU that decodes JPEG files; others are decoded and transformed here."""
+    """Makes batches to score on for a GPU that decodes JPEG files; others are decoded and transformed here.
 
-    def __init__(self, split: Split, transform: ScoringTransform) -> None:
-        self._split, self._transform = split, transform
+    Files of fewer than `least` pixels are others.
+    """
+
+    def __init__(self, split: Split, transform: ScoringTransform, least: int = 0) -> None:
+        self._split, self._transform, self._least = split, transform, least
 
     def batch(self, keys: Sequence[Key]) -> LoadedToScore:
         """Read the files of a batch, and decode those that the GPU cannot; what nobody can decode is left out."""
@@ -121,7 +124,7 @@ class EncodedImagesToScore:
         rows, contents = list[Encoded](), list[bytes]()
         for key, encoded in zip(keys, stored(self._split, keys), strict=True):
             content = read(encoded)
-            size = size_for_gpu(content, encoded, self._split.mode)
+            size = size_for_gpu(content, encoded, self._split.mode, self._least)
             if size is not None:
                 rows.append(encoded)
                 contents.append(content)
@@ -270,10 +273,10 @@ def transformed(encoded: Encoded, mode: str, transform: Transform, undecodable: 
         return None
 
 
-def size_for_gpu(content: bytes, encoded: Encoded, mode: str) -> tuple[int, int] | None:
-    """Height and width of a JPEG file that the GPU can decode; None for all other files."""
+def size_for_gpu(content: bytes, encoded: Encoded, mode: str, least: int = 0) -> tuple[int, int] | None:
+    """Height and width of a JPEG file of `least` pixels or more that the GPU can decode; None for all other files."""
     header = read_baseline_header(content) if mode == "RGB" else None
-    if header is None or header.height * header.width > encoded.max_pixels:
+    if header is None or not least <= header.height * header.width <= encoded.max_pixels:
         return None
     return header.height, header.width
 

@@ -33,6 +33,8 @@ from recipes.signals import StopWaiting
 
 CPU = torch.device("cpu")
 BLOCKS_UNKNOWN = 5  # measured blocks that the GPU may still have to do; a step has two
+# Pixels below which the CPU decodes images to score on: nvJPEG's time for a small one is that of its many calls.
+SMALL = 128 * 128
 
 
 class TrainLoader:
@@ -182,11 +184,14 @@ class EvalLoader:
 class ScoringLoader:
     """Gives batches of any split to score on, prepared as by `EvalLoader`, but decoded where `data.decode` says.
 
+    With `auto`, small images are left to the CPU.
+
     Only what the GPU decodes is made ahead. The classes of a batch are on the device, too.
     """
 
     def __init__(self, data_config: Mapping[str, Any], config: DataConfig, device: torch.device) -> None:
         self._data_config, self._workers, self._device = data_config, config.workers, device
+        self._least = SMALL if config.decode == "auto" else 0
         self._transform = ScoringTransform(data_config)
         self.decodes_on_gpu = decodes_on_gpu(config.decode, device, self._transform.no_window)
         self._finishing = ScoringFinishing(data_config, self._transform, device) if self.decodes_on_gpu else None
@@ -200,7 +205,7 @@ class ScoringLoader:
             for batch in WorkerLoader(images.batch, order, self._workers, pin):
                 yield batch.ready(self._device, normalise)
             return
-        loaded = WorkerLoader(EncodedImagesToScore(split, self._transform).batch, order, self._workers, pin)
+        loaded = WorkerLoader(EncodedImagesToScore(split, self._transform, self._least).batch, order, self._workers, pin)
         for prepared in self._finishing.prepared([batch] for batch in loaded):
             yield from self._finishing.handed_over(*prepared)
 

@@ -46,8 +46,6 @@ class Replayed:
         except RuntimeError as error:
             self._refused = True
             reason = str(error).partition("\n")[0]
-            tell(
-                f"no CUDA graph can hold the model, so its kernels are launched one by one, which takes longer: {reason}"
-            )
+            tell(f"no CUDA graph can hold the model, so its kernels are launched one by one, more slowly: {reason}")
             return
         self._graph = graph

@@ -130,7 +130,7 @@ def test_what_decides_on_features_is_in_their_name(model: Any, tmp_path: Path) -
 
 
 def photographs(folder: Path, decode: str, device: str = "cpu") -> Extracted:
-    """Of 20 images of a folder to train on, one of them a PNG file, one grey and one damaged."""
+    """Of 20 images of a folder, a fifth of them held out: one is a PNG file, one grey, one CMYK and one damaged."""
     if not folder.exists():
         write_folder(folder / "train", {"a": 10, "b": 10})
         for number, (kind, mode) in {3: ("PNG", "RGB"), 4: ("JPEG", "L"), 5: ("JPEG", "CMYK")}.items():
@@ -164,7 +164,7 @@ def test_features_of_images_that_the_gpu_decodes_are_those_of_the_cpu(tmp_path: 
     assert by_cpu.skipped == by_gpu.skipped == 1 and torch.equal(by_cpu.classes, by_gpu.classes)
     for name in ARRAYS:
         one, two = by_cpu.of(name).values.float().flatten(1), by_gpu.of(name).values.float().flatten(1)
-        assert len(one) == 19 and torch.cosine_similarity(one, two).min() > 0.999
+        assert len(one) == 15 and torch.cosine_similarity(one, two).min() > 0.999
 
 
 def test_a_folder_of_other_weights_is_refused(model: Any, tmp_path: Path) -> None:
