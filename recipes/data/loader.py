@@ -205,7 +205,9 @@ class ScoringLoader:
             for batch in WorkerLoader(images.batch, order, self._workers, pin):
                 yield batch.ready(self._device, normalise)
             return
-        loaded = WorkerLoader(EncodedImagesToScore(split, self._transform, self._least).batch, order, self._workers, pin)
+        loaded = WorkerLoader(
+            EncodedImagesToScore(split, self._transform, self._least).batch, order, self._workers, pin
+        )
         for prepared in self._finishing.prepared([batch] for batch in loaded):
             yield from self._finishing.handed_over(*prepared)
 

@@ -345,7 +345,7 @@ def test_images_to_score_on_are_the_same_on_both_paths(
     settings = [f"data.workers={workers}", *(STREAM if source == "tar" else [])]
     by_workers = to_score(request.getfixturevalue(source), *settings, **preparation)
     stand_in_for_gpu(monkeypatch)
-    by_gpu = to_score(request.getfixturevalue(source), *settings, **preparation)
+    by_gpu = to_score(request.getfixturevalue(source), *settings, "data.decode=gpu", **preparation)
     assert_equal(by_workers, by_gpu)
     assert sum(len(batch.images) for batch in by_gpu) == 27
     assert sum(len(batch.undecodable) for batch in by_gpu) == 3
@@ -372,11 +372,33 @@ def test_what_the_gpu_refuses_to_score_on_is_decoded_or_named_here(
         return [by_gpu([file], device)[0] if len(file) % 3 == 1 else None for file in files]
 
     monkeypatch.setattr(gpu_decode, "decode", refuse_most)
-    found = to_score(folder, batch=batch)
+    found = to_score(folder, "data.decode=gpu", batch=batch)
     assert [len(batch.images) for batch in expected] == [len(batch.images) for batch in found]
     assert [sorted(batch.undecodable) for batch in expected] == [sorted(batch.undecodable) for batch in found]
     whole = [(one, two) for one, two in zip(expected, found, strict=True) if len(one.images)]
     assert_equal([one for one, _ in whole], [two for _, two in whole])
+
+
+@pytest.mark.parametrize("decode, widths", [("gpu", {127, 128}), ("auto", {128})])
+def test_small_images_to_score_on_are_left_to_the_cpu_unless_the_gpu_is_asked_for(
+    decode: str, widths: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, width in enumerate((127, 128, 127, 128)):
+        path = tmp_path / "ab"[number // 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images.encode(Image.new("RGB", (width, 128)), "JPEG"))
+    stand_in_for_gpu(monkeypatch)
+    by_gpu: Callable[..., list[torch.Tensor]] = gpu_decode.decode
+    seen = set[int]()
+
+    def watched(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        made = by_gpu(files, device)
+        seen.update(image.shape[2] for image in made)
+        return made
+
+    monkeypatch.setattr(gpu_decode, "decode", watched)
+    [batch] = to_score(tmp_path, f"data.decode={decode}", f"data.validation={tmp_path}")
+    assert len(batch.images) == 4 and seen == widths
 
 
 def test_images_that_no_gpu_prepares_are_decoded_by_the_cpu(
