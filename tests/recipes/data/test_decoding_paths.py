@@ -397,7 +397,7 @@ def test_small_images_to_score_on_are_left_to_the_cpu_unless_the_gpu_is_asked_fo
         return made
 
     monkeypatch.setattr(gpu_decode, "decode", watched)
-    [batch] = to_score(tmp_path, f"data.decode={decode}", f"data.validation={tmp_path}")
+    [batch] = to_score(tmp_path, f"data.decode={decode}", "global_batch=4")
     assert len(batch.images) == 4 and seen == widths
 
 
