@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from safetensors import SafetensorError
 
 from arm_zoo import CheckpointError
@@ -16,6 +17,10 @@ class RunError(RuntimeError):
     """The run cannot start or go on; the message says what happened and what to type."""
 
 
+WHAT_NEEDS_LESS = (
+    "type a smaller max_batch_per_device, which leaves the results of a training as they are, or in recipes.probe a "
+    "smaller batch, or see by nvidia-smi which other programs use the GPU"
+)
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
 
 
@@ -26,6 +31,15 @@ def reporting_mistakes(program: str) -> Iterator[None]:
         yield
     except MISTAKES as error:
         sys.exit(f"{program}: {described(error)}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"{program}: the GPU's memory is full; {WHAT_NEEDS_LESS} ({str(error).splitlines()[0]})")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had no memory left, for a tensor or for the program itself."""
+    return isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error: out of memory")
 
 
 def described(error: Exception) -> str:
