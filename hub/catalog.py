@@ -88,15 +88,19 @@ def _of_weights(
 ) -> list[dict[str, str]]:
     """The rows with images for these weights in a table that a program has written; none if there is no table.
 
-    UsageError if it lacks one of the `columns` or `figures`, or if one of the `figures` is no number.
+    UsageError if it is no table, lacks one of the `columns` or `figures`, or if one of the `figures` is no number.
     """
     if not sha256 or not table.exists():
         return []
-    with table.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a byte order mark
-        reader = csv.DictReader(file)
-        if missing := {*columns, *figures, "weights_sha256"} - set(reader.fieldnames or ()):
-            raise UsageError(f"{table} lacks the columns {', '.join(sorted(missing))} of `{program}`")
-        lines = [(reader.line_num, row) for row in reader if row["weights_sha256"] == sha256 and row.get("n") != "0"]
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a byte order mark
+            reader = csv.DictReader(file)
+            if missing := {*columns, *figures, "weights_sha256"} - set(reader.fieldnames or ()):
+                raise UsageError(f"{table} lacks the columns {', '.join(sorted(missing))} of `{program}`")
+            ours = [(reader.line_num, row) for row in reader if row["weights_sha256"] == sha256]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{table} is no table in UTF-8; allowed: one that `{program}` has written") from error
+    lines = [(line, row) for line, row in ours if row.get("n") != "0"]
     for line, row in lines:
         if wrong := next((column for column in figures if not _is_figure(row[column])), None):
             came = repr(row[wrong]) if row[wrong] else "empty"

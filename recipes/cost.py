@@ -106,11 +106,12 @@ def from_throughput(file: Path) -> list[Measured]:
 def speed_of(cell: Any, where: str) -> float:
     """The number in a cell of the column img_per_s; ValueError if it is none."""
     try:
-        if 0 < (speed := float(cell)) < math.inf:
+        if 0 < (speed := float(str(cell))) < math.inf:
             return speed
-    except (TypeError, ValueError):  # None is a cell that is not there
+    except ValueError:
         pass
-    raise ValueError(f"{where}: img_per_s is {repr(cell) if cell else 'empty'}; allowed: a number above 0")
+    came = "empty" if cell in ("", None) else repr(cell)  # None is a cell that is not there
+    raise ValueError(f"{where}: img_per_s is {came}; allowed: a number above 0")
 
 
 def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float, str]:
@@ -183,7 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured = from_throughput(settings.throughput)
         else:
             measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (
+        *(AttributeError, KeyError, TypeError),
+        *(csv.Error, json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError),
+    ) as error:
         parser.exit(2, f"{parser.prog}: {damaged}: {type(error).__name__}: {' '.join(str(error).split())}\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -131,10 +131,11 @@ def rows_of(file: Path) -> list[dict[str, str]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:  # Excel begins with a byte order mark
             reader = csv.DictReader(opened)
+            columns = tuple(reader.fieldnames or ())
             lines = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise RunError(f"output is {file}, which is no table in UTF-8; {allowed}") from error
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    if columns != COLUMNS:
         raise RunError(f"output is {file}, which is another table; {allowed}")
     for line, row in lines:
         if None in row or None in row.values():  # what is beyond the heading, or is not there

@@ -184,17 +184,18 @@ class EvalLoader:
 class ScoringLoader:
     """Gives batches of any split to score on, prepared as by `EvalLoader`, but decoded where `data.decode` says.
 
-    With `auto`, small images are left to the CPU.
-
-    Only what the GPU decodes is made ahead. The classes of a batch are on the device, too.
+    With `auto`, a GPU leaves small images to the CPU; `decoded_on` says so. Only what the GPU decodes is made ahead.
+    The classes of a batch are on the device, too.
     """
 
     def __init__(self, data_config: Mapping[str, Any], config: DataConfig, device: torch.device) -> None:
         self._data_config, self._workers, self._device = data_config, config.workers, device
         self._least = SMALL if config.decode == "auto" else 0
         self._transform = ScoringTransform(data_config)
-        self.decodes_on_gpu = decodes_on_gpu(config.decode, device, self._transform.no_window)
-        self._finishing = ScoringFinishing(data_config, self._transform, device) if self.decodes_on_gpu else None
+        self.decoded_on, self._finishing = "cpu", None
+        if decodes_on_gpu(config.decode, device, self._transform.no_window):
+            self.decoded_on = f"gpu, below {self._least} pixels cpu" if self._least else "gpu"
+            self._finishing = ScoringFinishing(data_config, self._transform, device)
 
     def batches(self, split: Split, order: Iterable[list[Key]]) -> Iterator[Batch]:
         """The batches of these keys; images that cannot be decoded are left out."""

@@ -24,7 +24,7 @@ class Frozen(NamedTuple):
 
 
 def named_by_entry(weights: Path, config: ProbeConfig) -> bool:
-    """Whether `weights` are an entry; RunError if a name is unknown, or if `config.model` is another one."""
+    """Whether `weights` are an entry; RunError if a name is unknown, or if `config.model` names other weights."""
     known = list_entries()
     if config.model and config.model not in known:
         raise RunError(str(unknown_model(config.model, known)))
@@ -32,9 +32,9 @@ def named_by_entry(weights: Path, config: ProbeConfig) -> bool:
         problem = f"untrained is true, but --weights is {weights}; allowed: an entry, to draw its weights at random"
         raise RunError(f"{problem}: {unknown_model(str(weights), known)}")
     is_entry = config.untrained or (str(weights) in known and not weights.exists())
-    if is_entry and config.model and architecture_of(config.model) != architecture_of(str(weights)):
+    if is_entry and config.model and config.model not in (str(weights), architecture_of(str(weights))):
         ways = f"type either --weights {weights} or --weights {config.model}, and leave out model="
-        raise RunError(f"--weights {weights} and model={config.model} name two models; {ways}")
+        raise RunError(f"--weights {weights} and model={config.model} are not the same; {ways}")
     return is_entry
 
 
@@ -61,7 +61,7 @@ def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
     is_entry = named_by_entry(weights, config)
     names = (config.model, weights) if config.model and not is_entry else (weights, None)
     folder = weights.parent if described_by_folder(weights) else weights
-    own = read_config(folder).get("pretraining_model") if folder.is_dir() else None
+    own = read_config(folder).get("pretraining_model") if folder.is_dir() and not is_entry else None
     torch.manual_seed(config.seed)  # a backbone made of a pretraining model may get a new class token
     size, said = {"img_size": own["img_size"]} if own else {}, dict[str, Any]()
     model: Any
@@ -72,7 +72,8 @@ def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
         else:
             model, file, called, said = load(*names, as_backbone=True, num_classes=0, **{**size, **config.model_args})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, DownloadError if config.model else CheckpointError):  # these say all themselves
+        may_not_fit = config.model or config.model_args
+        if isinstance(error, DownloadError if may_not_fit else CheckpointError):  # these say all themselves
             raise
         raise RunError(not_made(weights, config, error)) from error
     inputs = resolve_model_data_config(model)
@@ -81,6 +82,7 @@ def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
     inputs["input_size"] = asked
     if own := said.get("pretraining_model"):
         inputs |= {"input_size": (model.in_chans, *model.patch_embed.img_size), "crop_pct": 1.0}
-    if own or (weights.exists() and not said) or channels != asked[0]:  # else those of the configuration are right
+    undescribed = weights.exists() and not is_entry and not said
+    if own or undescribed or channels != asked[0]:  # else those of the configuration are right
         del inputs["mean"], inputs["std"]
     return Frozen(model, inputs, file, called)

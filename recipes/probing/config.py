@@ -31,3 +31,8 @@ class ProbeConfig(Config):
     linear_epochs: int = limited(100, ONE_OR_MORE)
     attentive_epochs: int = limited(20, ONE_OR_MORE)
     export: str | None = None  # a folder for the model with the attentive probe as its head; null: it is not kept
+
+    def conflicts(self) -> dict[str, str]:
+        """Keywords of the model that features leave no choice of."""
+        key, kept = "model_args.num_classes", self.model_args.get("num_classes")
+        return {} if kept is None else {key: f"{key} is {kept}, but features need no classifier; leave it out"}

@@ -135,7 +135,7 @@ class Extractor:
             "structure_sha256": hashlib.sha256(repr(model).encode()).hexdigest(),
             "weights_sha256": sha256_of_tensors(model.state_dict()),
             "preprocessing": {name: self._inputs[name] for name in sorted(self._inputs)},
-            "decoded_on": "gpu" if self._loader.decodes_on_gpu else "cpu",
+            "decoded_on": self._loader.decoded_on,
             "precision": "bf16" if self._half else "fp32",
         }
 

@@ -916,6 +916,15 @@ def test_the_card_tells_reported_from_measured(tmp_path: Path) -> None:
         write_card(folder, results=tmp_path / "results.csv")
 
 
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfes\0e\0t\0", b"set,n,top1,weights_sha256\n" + b"9" * 200_000], ids=["UTF-16", "long"]
+)
+def test_what_is_no_table_of_figures_is_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_bytes(text)
+    with pytest.raises(UsageError, match=r"results.csv is no table in UTF-8; allowed: one that `python -m eval` has"):
+        measured("ours", tmp_path / "results.csv")
+
+
 @pytest.mark.parametrize(("cell", "came"), [("", "empty"), ("high", "'high'"), ("nan", "'nan'"), ("-1", "'-1'")])
 def test_a_wrong_figure_is_named_by_its_file_line_and_column(cell: str, came: str, tmp_path: Path) -> None:
     """Those of other weights, and of no images, do not matter."""

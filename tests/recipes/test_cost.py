@@ -100,6 +100,9 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (damaged / "speed.csv").write_text("mode,img_per_s\npretrain,3\n")
     for name, cells in (("fast", "a,fast"), ("few", "a")):
         (damaged / f"{name}.csv").write_text(f"mode,model,img_per_s\n\npretrain,b,3\npretrain,{cells}\n")
+    (damaged / "long.csv").write_text(f"mode,model,img_per_s\npretrain,{'a' * 200_000},3\n")
+    for name, speed in (("zero", 0), ("true", True), ("null", None), ("huge", 10**400)):
+        (damaged / f"{name}.json").write_text(json.dumps([{"mode": "pretrain", "model": "a", "img_per_s": speed}]))
     (damaged / "bytes.jsonl").write_bytes(b"\xff\xfe")
     row = {"recipe": "pretrain", "images": "decode=cpu", "model": "arm_base", "device": "x", "processes": 1}
     for name, speed in (("text", "fast"), ("still", 0)):
@@ -113,8 +116,16 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
                 ["--throughput", str(damaged / file)],
                 f"{damaged / file}, {place}: img_per_s is {came}; allowed: a number",
             )
-            for file, place, came in (("fast.csv", "line 4", "'fast'"), ("few.csv", "line 4", "empty"))
+            for file, place, came in (
+                ("fast.csv", "line 4", "'fast'"),
+                ("few.csv", "line 4", "empty"),
+                ("zero.json", "row 1", "0"),
+                ("true.json", "row 1", "True"),
+                ("null.json", "row 1", "empty"),
+                ("huge.json", "row 1", str(10**400)),
+            )
         ),
+        (["--throughput", str(damaged / "long.csv")], "long.csv is damaged, or no run and no file of"),
         (
             ["--throughput", str(damaged / "speed.csv")],
             f"{damaged / 'speed.csv'} is damaged, or no run and no file of",

@@ -133,6 +133,10 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
     keyword = refusal("--weights", str(pretrained), "model_args.width=3", *digits)
     assert "unknown keyword width; the model takes" in keyword and "embed_dim" in keyword
     value = refusal("--weights", file, "model=arm_pico_patch2_8", "model_args.depth=deep", *digits)
+    with pytest.raises(
+        ConfigError, match=r"model_args.num_classes is 3, but features need no classifier; leave it out"
+    ):
+        load_config(ProbeConfig, None, ["model_args.num_classes=3", *digits])
     assert "model=arm_pico_patch2_8 model_args.depth=deep: " in value and "; as model_args.NAME the model's" in value
     (tmp_path / "damaged.safetensors").write_text("no weights")
     damaged = refusal("--weights", str(tmp_path / "damaged.safetensors"), "model=arm_pico_patch2_8", *digits)
@@ -238,6 +242,8 @@ def test_a_table_to_add_to_is_checked_before_anything_is_scored() -> None:
         (f"{head}\n{row}\n\n{row},1\n", f"scores.csv, whose line 4 has too many cells{cells}"),
         (f"{head}\n{row[:-2]}\n", f"scores.csv, whose line 2 has too few cells{cells}"),
         ("model\udce9\n", "scores.csv, which is no table in UTF-8; allowed: a new file"),  # é in Latin-1
+        ("", "scores.csv, which is another table; allowed: a new file"),
+        ("\n\n", "scores.csv, which is another table; allowed: a new file"),
     ):
         Path("scores.csv").write_text(text, errors="surrogateescape")
         with pytest.raises(RunError) as refused:
@@ -251,9 +257,19 @@ def test_a_table_to_add_to_is_checked_before_anything_is_scored() -> None:
     ("weights", "others", "message"),
     [
         (
+            "arm_tiny_patch4_32.arm_cifar10",
+            {"model": "arm_tiny_patch4_32.arm_cifar10_ft_cifar10"},
+            "--weights arm_tiny_patch4_32.arm_cifar10 and model=arm_tiny_patch4_32.arm_cifar10_ft_cifar10 are not",
+        ),
+        (
+            "arm_pico_patch2_8",
+            {"model_args": {"depth": 1}},
+            "--weights arm_pico_patch2_8 model_args.depth=1: CheckpointError: the",
+        ),
+        (
             "arm_pico_patch2_8",
             {"model": "test_vit"},
-            "--weights arm_pico_patch2_8 and model=test_vit name two models; "
+            "--weights arm_pico_patch2_8 and model=test_vit are not the same; "
             "type either --weights arm_pico_patch2_8 or --weights test_vit, and leave out model=",
         ),
         (
@@ -281,6 +297,13 @@ def test_weights_of_another_model_are_refused(
     place = str(pretrained)
     with pytest.raises(RunError, match=message.replace("FOLDER", place)):
         probe.load_backbone(Path(weights.replace("FOLDER", place)), ProbeConfig(**others))
+
+
+def test_an_untrained_entry_is_not_looked_for_in_a_folder_of_its_name() -> None:
+    entry = Path("arm_pico_patch2_8")
+    beside = probe.load_backbone(entry, ProbeConfig(untrained=True))
+    entry.mkdir()
+    assert probe.load_backbone(entry, ProbeConfig(untrained=True)).inputs == beside.inputs
 
 
 @pytest.mark.parametrize("untrained", [False, True])
