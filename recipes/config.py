@@ -365,12 +365,7 @@ class SegmentConfig(TrainConfig):
 
     def conflicts(self) -> dict[str, str]:
         """Also, keys of `data` that have no use here."""
-        unused = {
-            field.name
-            for field in dataclasses.fields(DataConfig)
-            if getattr(self.data, field.name) != getattr(DataConfig(), field.name)
-        } - {"source", "validation", "workers", "flip"}
-        problems = {f"data.{name}": f"data.{name} has no use in segmentation; leave it out" for name in sorted(unused)}
+        problems = self.data.unused({"source", "validation", "workers", "flip"}, "segmentation")
         if isinstance(self.data.validation, float):
             problems["data.validation"] = (
                 f"data.validation is {self.data.validation}; allowed: another folder, or null"

@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from recipes.parsing import BELOW_ONE, ONE_OR_MORE, PROBABILITY, WHOLE, Limit, limited
@@ -67,6 +68,15 @@ class DataConfig:
     max_shift: float = limited(0.0, BELOW_ONE)  # of the image's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
     max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
+
+    def unused(self, used: Collection[str], purpose: str) -> dict[str, str]:
+        """A problem for each key that is typed, but not among those that are used for a purpose."""
+        typed = [
+            field.name for field in fields(self) if getattr(self, field.name) != getattr(DataConfig(), field.name)
+        ]
+        return {
+            f"data.{name}": f"data.{name} has no use in {purpose}; leave it out" for name in typed if name not in used
+        }
 
     def conflicts(self) -> dict[str, str]:
         """The problem of each key whose value is fine on its own, but does not go with another's."""

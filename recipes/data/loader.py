@@ -34,7 +34,7 @@ from recipes.signals import StopWaiting
 CPU = torch.device("cpu")
 BLOCKS_UNKNOWN = 5  # measured blocks that the GPU may still have to do; a step has two
 # Pixels below which the CPU decodes images to score on: nvJPEG's time for a small one is that of its many calls.
-SMALL = 128 * 128
+LEAST_PIXELS = 128 * 128
 
 
 class TrainLoader:
@@ -190,7 +190,7 @@ class ScoringLoader:
 
     def __init__(self, data_config: Mapping[str, Any], config: DataConfig, device: torch.device) -> None:
         self._data_config, self._workers, self._device = data_config, config.workers, device
-        self._least = SMALL if config.decode == "auto" else 0
+        self._least = LEAST_PIXELS if config.decode == "auto" else 0
         self._transform = ScoringTransform(data_config)
         self.decoded_on, self._finishing = "cpu", None
         if decodes_on_gpu(config.decode, device, self._transform.no_window):

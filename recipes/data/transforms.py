@@ -91,7 +91,7 @@ class ScoringTransform:
         if not padded and self.interpolation in REACHES:
             return None
         known = "crop_mode center or squash, crop_pct up to 1, interpolation bicubic or bilinear"
-        return f"the model's images have {self._said}, of which a GPU makes none (it knows {known})"
+        return f"the model's images have {self._said}, which the GPU does not prepare (it does for {known})"
 
     def window(self, height: int, width: int) -> Window:
         """What this makes of an image of this size, if it is a window."""

@@ -7,6 +7,11 @@ from recipes.config import Config
 from recipes.data.config import DataConfig
 from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, SEED, limited
 
+USED = {  # keys of `data`
+    *("source", "validation", "streaming", "train_size", "num_classes", "labels_per_class", "image_column"),
+    *("label_column", "workers", "decode", "max_undecodable", "max_pixels"),
+}
+
 
 @dataclass(frozen=True)
 class ProbeConfig(Config):
@@ -33,6 +38,11 @@ class ProbeConfig(Config):
     export: str | None = None  # a folder for the model with the attentive probe as its head; null: it is not kept
 
     def conflicts(self) -> dict[str, str]:
-        """Keywords of the model that features leave no choice of."""
-        key, kept = "model_args.num_classes", self.model_args.get("num_classes")
-        return {} if kept is None else {key: f"{key} is {kept}, but features need no classifier; leave it out"}
+        """Keys that have no use here, and conflicts of the images with the device."""
+        found = self.data.unused(USED, "recipes.probe, which reads each image once, as it is")
+        if (kept := self.model_args.get("num_classes")) is not None:
+            key = "model_args.num_classes"
+            found[key] = f"{key} is {kept}, but features need no classifier; leave it out"
+        if self.data.decode == "gpu" and self.device == "cpu":
+            found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
+        return found

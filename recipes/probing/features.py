@@ -119,7 +119,6 @@ class Extractor:
         self._device = next(model.parameters()).device
         self._half = self._device.type == "cuda"
         self._loader = ScoringLoader(inputs, config.data, self._device)
-        self._outputs = Replayed(self._features)
         found = shapes(model, inputs["input_size"])
         self.rows = {name: found[name] for name in names}  # name of each array -> shape of one image's row
         self.width = found.get(PATCHES, found["pooled"])[-1]  # width of one block's features
@@ -151,17 +150,18 @@ class Extractor:
         total = len(order) if isinstance(order, list) else None
         title = f"features of the {purpose} images"
         batches = track(self._loader.batches(split, order), title, total, transient=True, disable=hidden)
-        for batch, values, made in taken_ahead((batch, *self._begin(batch)) for batch in batches):
+        forward = Replayed(self._features)  # whose memory is free again at the end
+        for batch, values, made in taken_ahead((batch, *self._begin(batch, forward)) for batch in batches):
             name_once(batch.undecodable, named)
             if made is not None:
                 made.synchronize()
             yield batch, values
 
-    def _begin(self, batch: Batch) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    def _begin(self, batch: Batch, forward: Replayed) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Begin to extract features into the CPU's memory; the event says when a GPU has done it."""
         if len(batch.classes) == 0:
             return {}, None
-        values = {name: values.to("cpu", non_blocking=True) for name, values in self._outputs(batch.images).items()}
+        values = {name: values.to("cpu", non_blocking=True) for name, values in forward(batch.images).items()}
         return values, torch.cuda.current_stream(self._device).record_event() if self._half else None
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:

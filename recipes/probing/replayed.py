@@ -38,14 +38,14 @@ class Replayed:
         return self._made
 
     def _capture(self, images: Tensor) -> None:
-        graph, self._images = torch.cuda.CUDAGraph(), images.clone()
+        graph, read = torch.cuda.CUDAGraph(), images.clone()
         try:
             # other threads, which decode images, may go on to ask for memory
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._made = self._function(self._images)
+                made = self._function(read)
         except RuntimeError as error:
             self._refused = True
             reason = str(error).partition("\n")[0]
             tell(f"no CUDA graph can hold the model, so its kernels are launched one by one, more slowly: {reason}")
             return
-        self._graph = graph
+        self._graph, self._images, self._made = graph, read, made

@@ -158,6 +158,15 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
         probe.probe(pretrained, ProbeConfig(data=DataConfig(source="nowhere")))
 
 
+def test_settings_that_a_probe_has_no_use_for_are_refused() -> None:
+    idle = ["data.cache=memory", "data.flip=0.5", "data.decode=gpu", "device=cpu"]
+    with pytest.raises(ConfigError) as refused:
+        load_config(ProbeConfig, None, ["data.source=digits", *idle])
+    said = str(refused.value)
+    assert "data.cache has no use in recipes.probe, which reads each image once" in said and "data.flip has no" in said
+    assert "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto" in said
+
+
 def test_damaged_images_are_counted_named_and_limited(
     pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

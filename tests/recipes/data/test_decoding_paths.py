@@ -406,7 +406,9 @@ def test_images_that_no_gpu_prepares_are_decoded_by_the_cpu(
 ) -> None:
     monkeypatch.setattr(loader, "resizer_missing", lambda device: None)
     monkeypatch.setattr(loader, "decoder_missing", lambda device: None)
-    said = "the model's images have crop_mode=border, crop_pct=0.9, interpolation=bicubic, of which a GPU makes none"
+    said = (
+        "the model's images have crop_mode=border, crop_pct=0.9, interpolation=bicubic, which the GPU does not prepare"
+    )
     with pytest.raises(RunError, match=f"decode is gpu, but {said} .*; allowed: data.decode=auto or data.decode=cpu"):
         to_score(folder, "data.decode=gpu", crop_mode="border")
     [first, *_] = to_score(folder, crop_mode="border")
