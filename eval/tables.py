@@ -1,4 +1,4 @@
-"""Tables of measurements, CSV or JSON: the one place that reads them and appends rows."""
+"""Tables of measurements, CSV or JSON: their columns, what these hold, and how rows are read and added."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
