@@ -1,11 +1,7 @@
-"""Tables of measurements, CSV or JSON: the one place that reads them and appends rows."""
+"""Tables of measurements, CSV or JSON: their columns, what these hold, and how rows are read and added."""
 
-import csv
-import io
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +9,10 @@ from typing import Any
 from filelock import FileLock
 
 from arm_zoo.files import write_text
+from arm_zoo.tables import FIGURE, Limit, Row, csv_text, one_of
+from arm_zoo.tables import read as read_table
 from eval.scoring.sets import SETS, SUBSETS
 
-Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results.csv"  # read by the leaderboard and by the model cards of hub
 
 # Rows that agree in WAY score the same model with the same preprocessing; in KEY, also on the same images.
@@ -32,29 +29,15 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The numbers that the cells of a column may hold, in words, and how they are read."""
-
-    allowed: str
-    read: Callable[[str], float]
-    holds: Callable[[float], bool]
-
-    def allows(self, value: Any) -> bool:
-        try:
-            return self.holds(self.read(str(value)))
-        except ValueError:
-            return False
-
-
-FIGURE = Limit("a number of 0 or more", float, lambda number: 0 <= number < math.inf)
-ABOVE_ZERO = Limit("a number above 0", float, lambda number: 0 < number < math.inf)
-COUNT = Limit("a whole number of 1 or more", int, lambda number: number >= 1)
-FIGURES = {  # columns of any table that hold a FIGURE, or nothing
-    *("n", "top1", "top5", "top1_low", "top1_high", "low", "high", "miou", "params_m", "img_per_s", "peak_mib"),
-    *("knn", "few_shot", "logistic", "linear", "attentive", "throughput_a5000_img_s", *CLEAN),
-    *(spec.paper_column for spec in SETS.values() if spec.paper_column),
-}
+KIND = one_of("measured", "reported")
+LIMITS = dict.fromkeys(  # of columns of any table
+    (
+        *("n", "top1", "top5", "top1_low", "top1_high", "low", "high", "miou", "params_m", "img_per_s", "peak_mib"),
+        *("knn", "few_shot", "logistic", "linear", "attentive", "throughput_a5000_img_s", *CLEAN),
+        *(spec.paper_column for spec in SETS.values() if spec.paper_column),
+    ),
+    FIGURE.or_empty(),
+)
 RENAMED = {"marks": "warnings", "pictures": "images"}  # name of a column in older files -> its name now
 
 
@@ -65,62 +48,15 @@ def key(row: Mapping[str, Any], columns: Sequence[str] = KEY) -> tuple[str, ...]
 def read(
     path: Path, columns: Sequence[str] = COLUMNS, needed: Mapping[str, Limit] = MappingProxyType({})
 ) -> list[Row]:
-    """Read all rows of a .csv file, as text, or of a .json file; none if the file is empty or does not exist.
+    """Read all rows as `arm_zoo.tables.read` does, but none if there is no file; LIMITS hold but for `needed` cells.
 
-    It may have more columns, and empty cells, except where a number is `needed` in a row with images. ValueError if
-    the file is no table, lacks a column (except those of CLEAN), or has a row with a cell too many, too few or wrong.
+    The file may be older than a set, and so lack columns of CLEAN, which are empty then.
     """
-    try:
-        head, lines = (_json_lines if path.suffix == ".json" else _csv_lines)(path, columns)
-    except (ValueError, TypeError, AttributeError, csv.Error):
-        raise ValueError(f"{path} exists, but is no table in UTF-8; name another file") from None
-    newer = {column: "" for column in columns if column in CLEAN}  # of sets that may be newer than the file
-    there = {RENAMED.get(name, name) for name in head} | newer.keys()
-    if missing := [column for column in columns if column not in there]:
-        raise ValueError(f"{path} is another table: it lacks the columns {', '.join(missing[:5])}; name another file")
-    rows = []
-    for place, names, cells in lines:
-        if len(cells) != len(names):
-            raise ValueError(f"{path}, {place}: it has {len(cells)} cells; allowed: {len(names)}, one for each column")
-        row = newer | {RENAMED.get(name, name): cell for name, cell in zip(names, cells, strict=True)}
-        if str(row.get("n")) != "0" and (problem := next(_problems(row, needed), None)):  # no images, no figures
-            raise ValueError(f"{path}, {place}: {problem}")
-        rows.append(row)
-    return rows
-
-
-Line = tuple[str, Sequence[str], Sequence[Any]]  # where a row is in its file, the names of its columns, and its cells
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig") if path.exists() else ""  # Excel begins with a byte order mark
-
-
-def _csv_lines(path: Path, columns: Sequence[str]) -> tuple[Sequence[str], list[Line]]:
-    """The names of the columns, and the lines below them that hold anything."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""))
-    lines = [(f"line {reader.line_num}", cells) for cells in reader if "".join(cells).strip()]
-    head = lines[0][1] if lines else columns
-    return head, [(place, head, cells) for place, cells in lines[1:]]
-
-
-def _json_lines(path: Path, columns: Sequence[str]) -> tuple[Sequence[str], list[Line]]:
-    """The names that all rows have, and the rows."""
-    rows = json.loads(_text(path).strip() or "[]")
-    if not isinstance(rows, list):
-        raise TypeError("a table is a list of rows")
-    lines: list[Line] = [(f"row {number}", list(row.keys()), list(row.values())) for number, row in enumerate(rows, 1)]
-    return (list(set(rows[0]).intersection(*rows)) if rows else columns), lines
-
-
-def _problems(row: Row, needed: Mapping[str, Limit]) -> Iterator[str]:
-    """What is wrong with each cell that is not as FIGURES and `needed` say."""
-    for column, value in row.items():
-        limit = needed.get(column, FIGURE if column in FIGURES else None)
-        is_empty, may_be_empty = value in ("", None), column not in needed
-        if limit is not None and not (may_be_empty if is_empty else limit.allows(value)):
-            allowed = f"{limit.allowed}, or an empty cell" if may_be_empty else limit.allowed
-            yield f"{column} is {'empty' if is_empty else repr(value)}; allowed: {allowed}"
+    if not path.exists():
+        return []
+    newer = dict.fromkeys((column for column in columns if column in CLEAN), "")
+    rows = read_table(path, [column for column in columns if column not in newer], {**LIMITS, **needed}, RENAMED)
+    return [newer | row for row in rows]
 
 
 def label(row: Mapping[str, str]) -> str:
@@ -140,11 +76,7 @@ def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) ->
         if path.suffix == ".json":
             text = json.dumps([{column: row.get(column) for column in columns} for row in table], indent=2) + "\n"
         else:
-            file = io.StringIO()
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
-            text = file.getvalue()
+            text = csv_text(table, columns)
         write_text(path, text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
     return table[len(old) :]
 

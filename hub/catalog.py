@@ -4,12 +4,11 @@
 are read from the tables in eval/, where the evaluator and the leaderboard keep them.
 """
 
-import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from arm_zoo.tables import FIGURE, has_images, read
 from arm_zoo.weights.hosted import TABLE
 from hub.folders import UsageError
 
@@ -55,16 +54,16 @@ def candidates(architecture: str, num_classes: int, standard: bool) -> list[str]
 
 def set_names() -> dict[str, str]:
     """The names of the evaluation sets on cards."""
-    return {row["name"]: row["card_name"] or row["name"] for row in _read(SETS)}
+    return {row["name"]: row["card_name"] or row["name"] for row in read(SETS)}
 
 
 def reported(name: str) -> dict[str, float]:
     """Top-1 in percent that the paper (tables 2 and 3) reports for an entry, by set."""
-    sets = {row["paper_column"]: row["name"] for row in _read(SETS) if row["paper_column"]}
-    for row in _read(EVALUATION / "board" / "paper" / "table3_robustness.csv"):
+    sets = {row["paper_column"]: row["name"] for row in read(SETS) if row["paper_column"]}
+    for row in read(EVALUATION / "board" / "paper" / "table3_robustness.csv"):
         if row["model"] == PAPER_NAMES.get(name):
             return {sets[column]: float(value) for column, value in row.items() if column in sets}
-    for row in _read(EVALUATION / "board" / "paper" / "table2_imagenet.csv"):
+    for row in read(EVALUATION / "board" / "paper" / "table2_imagenet.csv"):
         if row["entry"] == name:
             return {"in1k": float(row["top1"])}
     return {}
@@ -72,49 +71,25 @@ def reported(name: str) -> dict[str, float]:
 
 def measured(sha256: str | None, results: Path) -> dict[str, dict[str, str]]:
     """Rows of eval's CSV file for these weights, by set; the last row counts, without those of a part of a set."""
-    rows = _of_weights(sha256, results, {"set", "n"}, ("top1",), "python -m eval")
+    rows = _of_weights(sha256, results, ("set", "n"), ("top1",), "python -m eval")
     return {row["set"]: row for row in rows if not row.get("limit")}
 
 
 def measured_frozen(sha256: str, frozen: Path) -> list[dict[str, str]]:
     """Rows of the probe's CSV file for these weights; the last row of each protocol, set and setting counts."""
     what = ("data_set", "images_train", "images_test", "protocol", "features", "settings")
-    rows = _of_weights(sha256, frozen, {*what}, ("top1", "low", "high"), "python -m recipes.probe")
+    rows = _of_weights(sha256, frozen, what, ("top1", "low", "high"), "python -m recipes.probe")
     return list({tuple(row[name] for name in what): row for row in rows}.values())
 
 
 def _of_weights(
-    sha256: str | None, table: Path, columns: set[str], figures: Sequence[str], program: str
+    sha256: str | None, table: Path, columns: Sequence[str], figures: Sequence[str], program: str
 ) -> list[dict[str, str]]:
-    """The rows with images for these weights in a table that a program has written; none if there is no table.
-
-    UsageError if it is no table, lacks one of the `columns` or `figures`, or if one of the `figures` is no number.
-    """
+    """The rows with images for these weights in a table that a program has written; none if there is no table."""
     if not sha256 or not table.exists():
         return []
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a byte order mark
-            reader = csv.DictReader(file)
-            if missing := {*columns, *figures, "weights_sha256"} - set(reader.fieldnames or ()):
-                raise UsageError(f"{table} lacks the columns {', '.join(sorted(missing))} of `{program}`")
-            ours = [(reader.line_num, row) for row in reader if row["weights_sha256"] == sha256]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{table} is no table in UTF-8; allowed: one that `{program}` has written") from error
-    lines = [(line, row) for line, row in ours if row.get("n") != "0"]
-    for line, row in lines:
-        if wrong := next((column for column in figures if not _is_figure(row[column])), None):
-            came = repr(row[wrong]) if row[wrong] else "empty"
-            raise UsageError(f"{table}, line {line}: {wrong} is {came}; allowed: a number of 0 or more")
-    return [row for _, row in lines]
-
-
-def _is_figure(text: str | None) -> bool:
-    try:
-        return 0 <= float(text or "") < math.inf
-    except ValueError:
-        return False
-
-
-def _read(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
+        rows = read(table, (*columns, *figures, "weights_sha256"), dict.fromkeys(figures, FIGURE))
+    except ValueError as error:
+        raise UsageError(f"{error}; `{program}` writes such tables") from error
+    return [row for row in rows if row["weights_sha256"] == sha256 and has_images(row)]

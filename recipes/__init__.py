@@ -10,19 +10,20 @@ from importlib.machinery import PathFinder
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
-def _open_images() -> None:
-    """Import `arm_zoo.images` without `arm_zoo`, which would import torch and timm and so take seconds.
+def _open(name: str) -> None:
+    """Import a module of `arm_zoo` without `arm_zoo`, which would import torch and timm and so take seconds.
 
-    So a mistake in what a person typed can be reported at once. The package is in `sys.modules` under its own name,
+    So a mistake in what a person typed can be reported at once. The module is in `sys.modules` under its own name,
     where a later import of `arm_zoo` finds it, so that its classes exist only once.
     """
     found = importlib.util.find_spec("arm_zoo")
     if found is None:
         raise ModuleNotFoundError("arm_zoo is not installed; type `pip install .` at the top of the checkout")
-    spec = PathFinder.find_spec("arm_zoo.images", found.submodule_search_locations)
-    module = sys.modules["arm_zoo.images"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec = PathFinder.find_spec(name, found.submodule_search_locations)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
 
 
-if not {"arm_zoo", "arm_zoo.images"} & sys.modules.keys():
-    _open_images()
+for _name in ("arm_zoo.images", "arm_zoo.tables"):
+    if not {"arm_zoo", _name} & sys.modules.keys():
+        _open(_name)

@@ -130,7 +130,7 @@ def ablate(settings: argparse.Namespace) -> None:
             )
             raise RunError(f"{problem}; type those with which they were trained, data.source too")
         lines = report.write_results(table, all_runs, outcomes, folder)
-        figure = f"![{table.title}]({os.path.relpath(folder / report.FIGURE, settings.into.parent)})"
+        figure = f"![{table.title}]({os.path.relpath(folder / report.PLOT, settings.into.parent)})"
         report.replace_section(settings.into, f"### {table.title}, preset {settings.preset}", [*lines, "", figure])
         runs.say(f"wrote {folder} and the table in {settings.into}")
         return

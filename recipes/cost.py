@@ -11,17 +11,16 @@ the measured one.
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
+
+from arm_zoo.tables import ABOVE_ZERO, read
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 HEADINGS = "| model | GPUs | epochs | hours | GPU-hours | speed |\n|---|---|---|---|---|---|"
@@ -86,32 +85,14 @@ def from_real_images(file: Path) -> list[Measured]:
 
 def from_throughput(file: Path) -> list[Measured]:
     """The newest row of each model and device, as `eval.throughput --mode pretrain --output FILE` wrote them."""
-    text = file.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
-    rows: dict[str, dict[str, Any]]
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        rows = {f"line {reader.line_num}": row for row in reader}
-    else:
-        rows = {f"row {number}": row for number, row in enumerate(json.loads(text), 1)}
-    pretraining = {place: row for place, row in rows.items() if row.get("mode") == "pretrain"}
-    newest = {(row["model"], row.get("device", "")): (place, row) for place, row in pretraining.items()}
+    rows = read(file, ("mode", "model", "img_per_s"), {"img_per_s": ABOVE_ZERO})
+    newest = {(row["model"], row.get("device", "")): row for row in rows if row["mode"] == "pretrain"}
     if not newest:
         raise ValueError(f"{file} has no rows of pretraining; measure with --mode pretrain")
     return [
-        Measured(model, speed_of(row["img_per_s"], f"{file}, {place}"), device=device, what="of the step alone")
-        for (model, device), (place, row) in newest.items()
+        Measured(model, float(row["img_per_s"]), device=device, what="of the step alone")
+        for (model, device), row in newest.items()
     ]
-
-
-def speed_of(cell: Any, where: str) -> float:
-    """The number in a cell of the column img_per_s; ValueError if it is none."""
-    try:
-        if 0 < (speed := float(str(cell))) < math.inf:
-            return speed
-    except ValueError:
-        pass
-    came = "empty" if cell in ("", None) else repr(cell)  # None is a cell that is not there
-    raise ValueError(f"{where}: img_per_s is {came}; allowed: a number above 0")
 
 
 def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float, str]:
@@ -184,10 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured = from_throughput(settings.throughput)
         else:
             measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
-    except (
-        *(AttributeError, KeyError, TypeError),
-        *(csv.Error, json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError),
-    ) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: {damaged}: {type(error).__name__}: {' '.join(str(error).split())}\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

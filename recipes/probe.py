@@ -5,8 +5,6 @@ python -m recipes.probe --weights ENTRY data.source=FOLDER protocols=all
 """
 
 import argparse
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from rich.table import Table
 from arm_zoo.files import sha256_of, write_text
 from arm_zoo.heads.models import save_attentive_probe
 from arm_zoo.images.listing import SourceError
+from arm_zoo.tables import Row, csv_text, read
 from recipes import command_line
 from recipes.config import why_not_writable
 from recipes.data.labels import check_several
@@ -116,32 +115,16 @@ def write(file: Path, result: Mapping[str, Any]) -> None:
         return
     new = [{**{name: result[name] for name in OF_ALL_SCORES}, **row} for row in result["scores"]]
     with FileLock(file.with_name(f".{file.name}.lock")):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows_of(file), *new])
-        write_text(file, text.getvalue())
+        old = rows_of(file)
+        write_text(file, csv_text([*old, *new], dict.fromkeys([*COLUMNS, *(old[0] if old else ())])))
 
 
-def rows_of(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, if it exists; RunError if it is not a table that `write` has written."""
-    if file.suffix != ".csv" or not file.exists():
-        return []
-    allowed = f"allowed: a new file, or one with the columns {', '.join(COLUMNS)}"
+def rows_of(file: Path) -> list[Row]:
+    """The rows of a CSV file, if it exists; people may have added columns. RunError if it is another table."""
     try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:  # Excel begins with a byte order mark
-            reader = csv.DictReader(opened)
-            columns = tuple(reader.fieldnames or ())
-            lines = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RunError(f"output is {file}, which is no table in UTF-8; {allowed}") from error
-    if columns != COLUMNS:
-        raise RunError(f"output is {file}, which is another table; {allowed}")
-    for line, row in lines:
-        if None in row or None in row.values():  # what is beyond the heading, or is not there
-            problem = f"output is {file}, whose line {line} has too {'many' if None in row else 'few'} cells"
-            raise RunError(f"{problem}; allowed: {len(COLUMNS)}, one for each column")
-    return [row for _, row in lines]
+        return read(file, COLUMNS) if file.suffix == ".csv" and file.exists() else []
+    except ValueError as error:
+        raise RunError(f"output: {error}") from error
 
 
 def data_set(source: str) -> str:

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from arm_zoo.tables import ABOVE_ZERO, COUNT, FIGURE, Limit, has_images
 from eval import tables
 from eval.scoring.sets import SETS, SUBSETS
 
 PAPER_SPEED = "NVIDIA A5000, reported by the paper"
 PEER_COLUMNS = ("model", "img_size", "params_m", "note", "entry", "kind", "source")
 SPEED_COLUMNS = ("model", "mode", "img_size", "batch_size", "dtype", "compile", "img_per_s", "device")
-SPEED_NUMBERS = {"img_size": tables.COUNT, "batch_size": tables.COUNT, "img_per_s": tables.ABOVE_ZERO}
-MEASURED_NUMBERS = {"top1": tables.FIGURE, "params_m": tables.FIGURE}
+SPEED_NUMBERS = {"img_size": COUNT, "batch_size": COUNT, "img_per_s": ABOVE_ZERO}
+MEASURED_NUMBERS = {"top1": FIGURE, "params_m": FIGURE}
 TABLE_2_COLUMNS = (
     "model",
     "img_size",
@@ -50,9 +51,9 @@ class Entry:
 
 
 def paper_table(
-    paper: Path, name: str, columns: Sequence[str] = (), needed: Mapping[str, tables.Limit] = MappingProxyType({})
+    paper: Path, name: str, columns: Sequence[str] = (), needed: Mapping[str, Limit] = MappingProxyType({})
 ) -> list[dict[str, str]]:
-    return tables.read((paper / f"{name}.csv").resolve(strict=True), columns, needed)
+    return tables.read((paper / f"{name}.csv").resolve(strict=True), columns, {"kind": tables.KIND, **needed})
 
 
 def reported_top1(row: Mapping[str, str]) -> dict[str, float]:
@@ -62,7 +63,7 @@ def reported_top1(row: Mapping[str, str]) -> dict[str, float]:
 
 def peer_entries(peers: Path) -> list[Entry]:
     """The rows that the authors of other models report."""
-    rows = tables.read(peers.resolve(strict=True), PEER_COLUMNS)
+    rows = tables.read(peers.resolve(strict=True), PEER_COLUMNS, {"kind": tables.KIND})
     return [
         Entry(
             row["model"], row["kind"], row["img_size"], float(row["params_m"]) if row["params_m"] else None,
@@ -75,7 +76,7 @@ def peer_entries(peers: Path) -> list[Entry]:
 def reported_entries(paper: Path) -> list[Entry]:
     """Tables 2 and 3 of the paper, joined by model at 224 pixels."""
     entries: dict[tuple[str, str], Entry] = {}  # by model and size
-    for row in paper_table(paper, "table2_imagenet", TABLE_2_COLUMNS, {"params_m": tables.FIGURE}):
+    for row in paper_table(paper, "table2_imagenet", TABLE_2_COLUMNS, {"params_m": FIGURE}):
         entry = Entry(row["model"], row["kind"], row["img_size"], float(row["params_m"]), row["source"], row["entry"])
         speed = row["throughput_a5000_img_s"]
         entry.top1 = {"in1k": float(row["top1"])} if row["top1"] else {}
@@ -99,7 +100,7 @@ def measured_entries(rows: Iterable[Mapping[str, str]]) -> list[Entry]:
     entries: dict[tuple[str, ...], Entry] = {}
     for row in rows:
         name = row["set"]
-        if row["limit"] or row["n"] == "0" or name not in SETS or not SETS[name].title:
+        if row["limit"] or not has_images(row) or name not in SETS or not SETS[name].title:
             continue
         crop = f"crop {row['crop_pct']} {row['crop_mode']}, {row['interpolation']}, {row['dtype']}"
         height, _, width = row["img_size"].partition("x")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arm_zoo.tables import COUNT, FIGURE
 from eval import tables
 from eval.board.columns import shown
 
@@ -12,8 +13,8 @@ COLUMNS = (  # of the table that `python -m recipes.probe output=FILE.csv` adds 
     *("protocol", "features", "settings", "top1", "low", "high"),
 )
 NUMBERS = {
-    **dict.fromkeys(("images_train", "images_test"), tables.COUNT),
-    **dict.fromkeys(("top1", "low", "high"), tables.FIGURE),
+    **dict.fromkeys(("images_train", "images_test"), COUNT),
+    **dict.fromkeys(("top1", "low", "high"), FIGURE),
 }
 ANCHOR_COLUMNS = ("model", "data_set", "knn", "linear", "note", "kind", "source")
 FIGURES = {  # title of a column -> the protocol of its rows, and one of their settings
@@ -72,7 +73,7 @@ def name_of(row: Mapping[str, str]) -> str:
 def reported_entries(anchors: Path) -> list[FrozenEntry]:
     """The rows that the authors of other models report."""
     entries = []
-    for row in tables.read(anchors.resolve(strict=True), ANCHOR_COLUMNS):
+    for row in tables.read(anchors.resolve(strict=True), ANCHOR_COLUMNS, {"kind": tables.KIND}):
         figures = {title: row[protocol] for title, (protocol, _) in FIGURES.items() if row.get(protocol)}
         notes = list(filter(None, [row["source"], row["note"]]))
         entries.append(FrozenEntry(row["model"], row["kind"], row["data_set"], figures, notes=notes))

@@ -1,9 +1,6 @@
 """What is left to run of a table, what has ended, and the table of results."""
 
-import csv
 import dataclasses
-import io
-import math
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +10,7 @@ from typing import Any
 import torch
 
 from arm_zoo.files import write_text
+from arm_zoo.tables import FIGURE, Row, csv_text, read
 from recipes.ablations.runs import Outcome, Run
 from recipes.ablations.tables import Table
 from recipes.cost import Measured, from_run
@@ -21,47 +19,30 @@ from recipes.probing.few_shot import half_width
 from recipes.training.plots import plot_intervals
 
 RUNS = "runs.csv"  # in the output folder: a line for each run, of any table, that has ended
-FIGURE = "figure.png"
+NUMBERS = tuple(field.name for field in dataclasses.fields(Outcome))
+LINE = ("run", "row", "seed", *NUMBERS)
+PLOT = "figure.png"
 
 Outcomes = Mapping[str, Outcome]  # by the runs' names
 
 
-def recorded(output: Path) -> list[dict[str, str]]:
-    """The lines of `runs.csv`, one for each run that has ended."""
-    file = output / RUNS
-    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+def recorded(output: Path) -> list[Row]:
+    """The lines of `runs.csv`, one for each run that has ended; RunError if one is damaged."""
+    try:
+        return read(output / RUNS, LINE, dict.fromkeys(NUMBERS, FIGURE)) if (output / RUNS).is_file() else []
+    except ValueError as error:
+        raise RunError(f"{error}; delete damaged lines") from error
 
 
 def read_outcomes(output: Path) -> dict[str, Outcome]:
     """The results of all runs that `runs.csv` has a line for."""
-    try:
-        return {line["run"]: outcome_of(line) for line in recorded(output)}
-    except (KeyError, TypeError, ValueError):
-        allowed = "run,row,seed,top1,gpu_hours, and below it lines of which the last two are numbers"
-        raise RunError(f"{output / RUNS} is damaged; allowed: {allowed}; delete all other lines") from None
-
-
-def outcome_of(line: Mapping[str, str]) -> Outcome:
-    """The result in a line of `runs.csv`; KeyError, TypeError or ValueError if the line is damaged."""
-    outcome = Outcome(float(line["top1"]), float(line["gpu_hours"]))
-    if None in line or not math.isfinite(outcome.top1 + outcome.gpu_hours):  # None has what is beyond the heading
-        raise ValueError(line)
-    return outcome
+    return {line["run"]: Outcome(*(float(line[name]) for name in NUMBERS)) for line in recorded(output)}
 
 
 def record(run: Run, outcome: Outcome, output: Path) -> None:
     """Add a run that has ended to `runs.csv`."""
     line = {"run": run.name, "row": run.row.name, "seed": run.seed, **dataclasses.asdict(outcome)}
-    write_text(output / RUNS, as_csv([*recorded(output), line]))
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The keys of the first row as heading, then a line for each row."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    write_text(output / RUNS, csv_text([*recorded(output), line], line))
 
 
 def results(table: Table, runs: Sequence[Run], outcomes: Outcomes) -> list[dict[str, Any]]:
@@ -89,11 +70,11 @@ def write_results(table: Table, runs: Sequence[Run], outcomes: Outcomes, folder:
     """Write `results.csv`, `table.md` and `figure.png` of the runs that have ended; give the lines of the table."""
     rows = results(table, runs, outcomes)
     lines = [*markdown(rows)]
-    write_text(folder / "results.csv", as_csv(rows))
+    write_text(folder / "results.csv", csv_text(rows, rows[0]))
     write_text(folder / "table.md", "\n".join([f"# {table.title}", "", *lines]) + "\n")
     scored = {"here": [(row["top1"], row["interval95"]) for row in rows]}
     scored["the paper, ImageNet-1k"] = [(row["paper_top1"], None) for row in rows]
-    plot_intervals(folder / FIGURE, table.title, [row["row"] for row in rows], scored)
+    plot_intervals(folder / PLOT, table.title, [row["row"] for row in rows], scored)
     return lines
 
 

@@ -407,6 +407,7 @@ def test_refusals(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
 
 ZERO_OR_MORE = "a number of 0 or more"
 COUNT = "a whole number of 1 or more"
+KINDS = "measured or reported"
 # For each option, a row of its table and what the columns with numbers allow.
 NUMBERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "--results": (
@@ -424,12 +425,12 @@ NUMBERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         | {"img_per_s": "a number above 0", "peak_mib": f"{ZERO_OR_MORE}, or an empty cell"},
     ),
     "--peers": (
-        dict.fromkeys(entries.PEER_COLUMNS, "x") | {"params_m": 86, "in1k": 83},
-        dict.fromkeys(("params_m", "in1k"), f"{ZERO_OR_MORE}, or an empty cell"),
+        dict.fromkeys(entries.PEER_COLUMNS, "x") | {"params_m": 86, "in1k": 83, "kind": "reported"},
+        dict.fromkeys(("params_m", "in1k"), f"{ZERO_OR_MORE}, or an empty cell") | {"kind": KINDS},
     ),
     "--anchors": (
-        dict.fromkeys(frozen.ANCHOR_COLUMNS, "x") | {"knn": 82, "linear": 83, "logistic": 84},
-        dict.fromkeys(("knn", "linear", "logistic"), f"{ZERO_OR_MORE}, or an empty cell"),
+        dict.fromkeys(frozen.ANCHOR_COLUMNS, "x") | {"knn": 82, "linear": 83, "logistic": 84, "kind": "reported"},
+        dict.fromkeys(("knn", "linear", "logistic"), f"{ZERO_OR_MORE}, or an empty cell") | {"kind": KINDS},
     ),
 }
 
@@ -483,6 +484,7 @@ def test_the_papers_tables_are_checked_alike(repo: Path, made: Path, capsys: pyt
     for edited, message in (
         (whole.replace(",84,870,", ",,870,"), "line 2: params_m is empty; allowed: a number of 0 or more"),
         (whole.replace(",84,870,", ",84,fast,"), "line 2: throughput_a5000_img_s is 'fast'; allowed: a number of 0"),
+        (whole.replace(",reported,", ",guessed,", 1), "line 2: kind is 'guessed'; allowed: measured or reported"),
         (whole.replace("params_m", "size"), "is another table: it lacks the columns params_m"),
     ):
         file.write_text(edited)

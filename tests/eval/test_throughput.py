@@ -160,16 +160,20 @@ def test_output_is_checked_before_anything_is_timed(
         ("speed.csv", "", None),
         ("speed.csv", "model,set,top1\n", "is another table: it lacks the columns "),
         ("speed.json", '[{"set": 1}]', "is another table: it lacks the columns "),
-        ("speed.json", "{1", "exists, but is no table"),
-        ("speed.json", "[3]", "exists, but is no table"),
-        ("speed.json", "{}", "exists, but is no table"),
+        (
+            "speed.json",
+            "{1",
+            "speed.json cannot be read as a table in UTF-8: Expecting property name enclosed in double quotes: line 1",
+        ),
+        ("speed.json", "[3]", "its JSON is no list of rows, each an object"),
+        ("speed.json", "{}", "its JSON is no list of rows, each an object"),
         (
             "speed.csv",
             f"{','.join(throughput.COLUMNS)}\n{'1,' * len(throughput.COLUMNS)}1\n",
             "line 2: it has 24 cells",
         ),
         ("speed.csv", f"\ufeff\n{','.join(throughput.COLUMNS)}\n", None),  # as Excel writes it, with an empty line
-        ("speed.csv", "model\udce9\n", "speed.csv exists, but is no table in UTF-8"),  # é in Latin-1
+        ("speed.csv", "model\udce9\n", "speed.csv cannot be read as a table in UTF-8"),  # é in Latin-1
     ],
 )
 def test_output_of_something_else_is_left_alone(

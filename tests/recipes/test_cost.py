@@ -30,7 +30,10 @@ def test_cost_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first[5] == "1,000 img/s measured on 1, 90% scaling efficiency assumed"
     assert paper == ["ARM-B", "8 A5000", "300", "34.0", "272", "*reported by the paper*"]
 
-    speeds = [{"mode": "pretrain", "model": "arm_large", "img_per_s": 500.0}, {"mode": "infer", "model": "x"}]
+    speeds = [
+        {"mode": "pretrain", "model": "arm_large", "img_per_s": 500.0},
+        {"mode": "infer", "model": "x", "img_per_s": 1.0},
+    ]
     (tmp_path / "speed.json").write_text(json.dumps(speeds))
     (tmp_path / "speed.csv").write_text("mode,model,img_per_s\npretrain,arm_large,500.0\ninfer,x,1\n")
     for name in ("speed.json", "speed.csv"):
@@ -98,7 +101,7 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (damaged / "metrics.jsonl").write_text('{"images_per_second": 3, "processes": 1}\n')
     (damaged / "config.yaml").write_text("model: [")
     (damaged / "speed.csv").write_text("mode,img_per_s\npretrain,3\n")
-    for name, cells in (("fast", "a,fast"), ("few", "a")):
+    for name, cells in (("fast", "a,fast"), ("empty", "a,")):
         (damaged / f"{name}.csv").write_text(f"mode,model,img_per_s\n\npretrain,b,3\npretrain,{cells}\n")
     (damaged / "long.csv").write_text(f"mode,model,img_per_s\npretrain,{'a' * 200_000},3\n")
     for name, speed in (("zero", 0), ("true", True), ("null", None), ("huge", 10**400)):
@@ -118,17 +121,18 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
             )
             for file, place, came in (
                 ("fast.csv", "line 4", "'fast'"),
-                ("few.csv", "line 4", "empty"),
+                ("empty.csv", "line 4", "empty"),
                 ("zero.json", "row 1", "0"),
                 ("true.json", "row 1", "True"),
                 ("null.json", "row 1", "empty"),
                 ("huge.json", "row 1", str(10**400)),
             )
         ),
-        (["--throughput", str(damaged / "long.csv")], "long.csv is damaged, or no run and no file of"),
+        (["--throughput", str(tmp_path / "gone.csv")], "No such file or directory"),
+        (["--throughput", str(damaged / "long.csv")], "long.csv cannot be read as a table in UTF-8: by line 2, a"),
         (
             ["--throughput", str(damaged / "speed.csv")],
-            f"{damaged / 'speed.csv'} is damaged, or no run and no file of",
+            f"{damaged / 'speed.csv'} is another table: it lacks the columns model; mend it",
         ),
         (["--run", str(tmp_path / "nowhere")], "allowed: the output_dir of a pretraining run"),
         (["--run", str(tmp_path)], "holds no images_per_second with the number of processes"),

@@ -29,7 +29,7 @@ from recipes.data.config import DataConfig
 from recipes.data.sources import open_digits
 from recipes.errors import RunError
 from recipes.probe import ProbeConfig
-from recipes.probing import attentive, logistic
+from recipes.probing import attentive, logistic, scores
 from recipes.probing.protocols import PROTOCOLS
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -239,20 +239,18 @@ def test_rows_of_all_protocols(
     )
     assert len(catalog.measured_frozen(rows[0]["weights_sha256"], Path("scores.csv"))) == len(rows)
     Path("other.csv").write_text("model,top1\n")
-    assert "other.csv, which is another table; allowed: a new file, or one with the columns model, " in refusal(
+    assert "output: other.csv is another table: it lacks the columns weights, " in refusal(
         "--weights", "test_vit", *settings, "output=other.csv"
     )
 
 
 def test_a_table_to_add_to_is_checked_before_anything_is_scored() -> None:
     head, row = ",".join(probe.COLUMNS), ",".join("1" for _ in probe.COLUMNS)
-    cells = f"; allowed: {len(probe.COLUMNS)}, one for each column"
+    number = len(probe.COLUMNS)
     for text, message in (
-        (f"{head}\n{row}\n\n{row},1\n", f"scores.csv, whose line 4 has too many cells{cells}"),
-        (f"{head}\n{row[:-2]}\n", f"scores.csv, whose line 2 has too few cells{cells}"),
-        ("model\udce9\n", "scores.csv, which is no table in UTF-8; allowed: a new file"),  # é in Latin-1
-        ("", "scores.csv, which is another table; allowed: a new file"),
-        ("\n\n", "scores.csv, which is another table; allowed: a new file"),
+        (f"{head}\n{row}\n\n{row},1\n", f"line 4: it has {number + 1} cells; allowed: {number}, one for each column"),
+        (f"{head}\n{row[:-2]}\n", f"line 2: it has {number - 1} cells; allowed: {number}, one for each column"),
+        ("model\udce9\n", "output: scores.csv cannot be read as a table in UTF-8: "),  # é in Latin-1
     ):
         Path("scores.csv").write_text(text, errors="surrogateescape")
         with pytest.raises(RunError) as refused:
@@ -260,6 +258,16 @@ def test_a_table_to_add_to_is_checked_before_anything_is_scored() -> None:
         assert message in str(refused.value)
     Path("scores.csv").write_text(f"\ufeff{head}\n{row}\n")  # as Excel writes it
     assert probe.rows_of(Path("scores.csv")) == [dict.fromkeys(probe.COLUMNS, "1")]
+
+
+def test_columns_that_people_added_to_a_table_stay() -> None:
+    head, row = ",".join(probe.COLUMNS), ",".join("1" for _ in probe.COLUMNS)
+    Path("scores.csv").write_text(f"comment,{head}\nkeep,{row}\n")
+    result = dict.fromkeys(probe.OF_ALL_SCORES, "2") | {"scores": [dict.fromkeys(scores.COLUMNS, "2")]}
+    probe.write(Path("scores.csv"), result)
+    old, new = probe.rows_of(Path("scores.csv"))
+    assert old == dict.fromkeys(probe.COLUMNS, "1") | {"comment": "keep"}
+    assert new == dict.fromkeys(probe.COLUMNS, "2") | {"comment": ""}
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,18 @@ def test_intervals_are_students(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["ab,random,0,90", "ab,random,0,,", "<<<<<<< HEAD", "ab,random,0,nan,1", "ab,random,0,90,1,7"]
+    ("line", "problem"),
+    [
+        ("ab,random,0,90", "it has 4 cells; allowed: 5, one for each column"),
+        ("ab,random,0,90,1,7", "it has 6 cells; allowed: 5, one for each column"),
+        ("<<<<<<< HEAD", "it has 1 cells; allowed: 5, one for each column"),
+        ("ab,random,0,90,", "gpu_hours is empty; allowed: a number of 0 or more"),
+        ("ab,random,0,nan,1", "top1 is 'nan'; allowed: a number of 0 or more"),
+    ],
 )
-def test_a_damaged_record_is_named(line: str, tmp_path: Path) -> None:
+def test_a_damaged_record_is_named(line: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text(f"run,row,seed,top1,gpu_hours\n{line}\n")
-    with pytest.raises(RunError, match=r"runs\.csv is damaged; allowed: run,row,seed,top1,gpu_hours"):
+    with pytest.raises(RunError, match=rf"runs\.csv, line 2: {problem}; delete damaged lines"):
         read_outcomes(tmp_path)
 
 

@@ -1055,11 +1055,12 @@ def test_tables_without_rows_are_refused(tmp_path: Path, streaming: bool, labels
 
 
 @pytest.mark.slow
-def test_images_have_one_identity_with_and_without_the_models(repo: Path) -> None:
-    """`recipes` takes `arm_zoo.images` from its folder, so that torch is not imported for a refusal."""
+def test_images_and_tables_have_one_identity_with_and_without_the_models(repo: Path) -> None:
+    """`recipes` takes them from their folder, so that torch is not imported for a refusal."""
     program = (
         "import sys, recipes; from arm_zoo.images.locate import SourceError as early; "
-        "assert 'arm_zoo' not in sys.modules; import arm_zoo; "
-        "from arm_zoo.images.tables import SourceError as late; assert early is late"
+        "from arm_zoo.tables import Limit; assert 'arm_zoo' not in sys.modules; import arm_zoo; "
+        "from arm_zoo.images.tables import SourceError as late; assert early is late; "
+        "from arm_zoo import tables; assert tables.Limit is Limit"
     )
     subprocess.run([sys.executable, "-c", program], cwd=repo, check=True)
