@@ -64,4 +64,6 @@ def test_what_is_kept_is_a_window_of_the_resized_image(
 def test_what_is_no_window_is_told(changes: dict[str, Any]) -> None:
     config = {"input_size": (3, 32, 32), "crop_mode": "center", "crop_pct": 0.9, "interpolation": "bicubic"} | changes
     said = ", ".join(f"{key}={config[key]}" for key in ("crop_mode", "crop_pct", "interpolation"))
-    assert f"the model's images have {said}, of" in str(ScoringTransform(config | {"mean": (0.5,) * 3}).no_window)
+    assert f"the model's images have {said}, which the GPU" in str(
+        ScoringTransform(config | {"mean": (0.5,) * 3}).no_window
+    )
