@@ -23,6 +23,11 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had no memory left, for a tensor or for the program itself."""
+    return isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error: out of memory")
+
+
 def one_line(error: Exception) -> str:
     """The message of an error, its lines joined by semicolons."""
     lines = (str(error) or type(error).__name__).splitlines()

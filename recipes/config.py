@@ -123,7 +123,7 @@ class TrainConfig(Config):
 
     def conflicts(self) -> dict[str, str]:
         """Conflicts of the data, the schedule, the batch size, CUDA graphs and the device."""
-        found = self.data.conflicts()
+        found = self.data.conflicts(self.device)
         if (warmup := self.warmup_epochs) >= self.epochs:
             found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
         if self.min_lr > (peak := self.base_lr * self.global_batch / 256):
@@ -137,13 +137,9 @@ class TrainConfig(Config):
             found["global_batch"] = said
         if self.cuda_graphs and (not self.compile or self.fsdp):
             found["cuda_graphs"] = "cuda_graphs is true; allowed: only with compile=true and fsdp=false"
-        if self.data.decode == "gpu" and self.device == "cpu":
-            found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
         if self.data.labels_per_class is not None and not self.labels_needed:
             problem = f"data.labels_per_class is {self.data.labels_per_class}, but nothing here learns from labels"
             found["data.labels_per_class"] = f"{problem}; leave it out"
-        if self.data.cache == "gpu" and self.device == "cpu":
-            found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
         for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():
             value = getattr(self.data if key.startswith("data.") else self, key.rpartition(".")[2])
             if value not in allowed:

@@ -5,10 +5,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from safetensors import SafetensorError
 
 from arm_zoo import CheckpointError
+from arm_zoo.command_line import is_out_of_memory
 from arm_zoo.images.listing import SourceError
 from recipes.parsing import ConfigError
 
@@ -18,8 +18,8 @@ class RunError(RuntimeError):
 
 
 WHAT_NEEDS_LESS = (
-    "type a smaller max_batch_per_device, which leaves the results of a training as they are, or in recipes.probe a "
-    "smaller batch, or see by nvidia-smi which other programs use the GPU"
+    "type a smaller max_batch_per_device, which leaves the results of a training as they are, or a smaller batch of "
+    "recipes.probe or global_batch of objective=moco, or see by nvidia-smi which other programs use the GPU"
 )
 MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, SafetensorError)
 
@@ -35,11 +35,6 @@ def reporting_mistakes(program: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         sys.exit(f"{program}: the GPU's memory is full; {WHAT_NEEDS_LESS} ({str(error).splitlines()[0]})")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU had no memory left, for a tensor or for the program itself."""
-    return isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error: out of memory")
 
 
 def described(error: Exception) -> str:

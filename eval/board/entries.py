@@ -14,17 +14,7 @@ PEER_COLUMNS = ("model", "img_size", "params_m", "note", "entry", "kind", "sourc
 SPEED_COLUMNS = ("model", "mode", "img_size", "batch_size", "dtype", "compile", "img_per_s", "device")
 SPEED_NUMBERS = {"img_size": COUNT, "batch_size": COUNT, "img_per_s": ABOVE_ZERO}
 MEASURED_NUMBERS = {"top1": FIGURE, "params_m": FIGURE}
-TABLE_2_COLUMNS = (
-    "model",
-    "img_size",
-    "params_m",
-    "throughput_a5000_img_s",
-    "top1",
-    "note",
-    "entry",
-    "kind",
-    "source",
-)
+TABLE_2_COLUMNS = (*PEER_COLUMNS, "throughput_a5000_img_s", "top1")
 TABLE_3_COLUMNS = ("model", "entry", "kind", "source")
 
 

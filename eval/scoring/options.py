@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
-from arm_zoo.command_line import one_line, positive, usable_device
+from arm_zoo.command_line import is_out_of_memory, one_line, positive, usable_device
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
 from eval.scoring import labels
@@ -110,7 +110,9 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, 
         if speaks:
             print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         print(f"error: the GPU's memory is full, use a smaller --batch-size: {reason}", file=sys.stderr)
         return 1

@@ -78,8 +78,8 @@ class DataConfig:
             f"data.{name}": f"data.{name} has no use in {purpose}; leave it out" for name in typed if name not in used
         }
 
-    def conflicts(self) -> dict[str, str]:
-        """The problem of each key whose value is fine on its own, but does not go with another's."""
+    def conflicts(self, device: str = "auto") -> dict[str, str]:
+        """The problem of each key whose value is fine on its own, but not with another's or on the device."""
         found = {}
         if self.cache != "none" and self.streaming:
             problem = f"data.cache is {self.cache} but data.streaming is true"
@@ -87,4 +87,8 @@ class DataConfig:
         if self.cache == self.decode == "gpu":
             problem = "data.decode is gpu but data.cache is gpu, for which the CPU decodes each image once"
             found["data.decode"] = f"{problem}; allowed: data.decode=auto"
+        if self.decode == "gpu" and device == "cpu":
+            found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
+        if self.cache == "gpu" and device == "cpu":
+            found["data.cache"] = "data.cache is gpu but device is cpu; allowed: data.cache=memory, or device=auto"
         return found

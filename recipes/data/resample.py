@@ -96,7 +96,8 @@ def crop_resize(
         raise ValueError(f"images are resized to one pixel or more, got {size[0]} x {size[1]}")
     if windows is None:
         windows = torch.tensor([[*size, 0, 0]]).expand(len(boxes), 4)
-    _check_windows(windows, len(boxes), size)
+    else:
+        _check_windows(windows, len(boxes), size)
     if interpolation not in REACHES:
         raise ValueError(f"interpolation is {interpolation}; allowed: {', '.join(map(str, REACHES))}")
     factors = summands = None

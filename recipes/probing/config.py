@@ -39,10 +39,9 @@ class ProbeConfig(Config):
 
     def conflicts(self) -> dict[str, str]:
         """Keys that have no use here, and conflicts of the images with the device."""
-        found = self.data.unused(USED, "recipes.probe, which reads each image once, as it is")
+        unused = self.data.unused(USED, "recipes.probe, which reads each image once, as it is")
+        found = self.data.conflicts(self.device) | unused
         if (kept := self.model_args.get("num_classes")) is not None:
             key = "model_args.num_classes"
             found[key] = f"{key} is {kept}, but features need no classifier; leave it out"
-        if self.data.decode == "gpu" and self.device == "cpu":
-            found["data.decode"] = "data.decode is gpu but device is cpu; allowed: data.decode=auto, or device=auto"
         return found
