@@ -82,7 +82,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of a table of results; the intervals are Student's, of the mean over seeds."""
     yield "| row | top-1 (%) | 95% interval | seeds | GPU-hours of a run | paper: top-1 (%) | hours on 8 A5000 |"
     yield "|---|---|---|---|---|---|---|"
-    formats = {"top1": ".2f", "interval95": ".2f", "gpu_hours": ".2f", "paper_top1": ".1f", "paper_hours": "g"}
+    formats = {"top1": ".2f", "interval95": ".2f", "gpu_hours": ".3g", "paper_top1": ".1f", "paper_hours": "g"}
     for row in rows:
         top1, half, hours, paper, paper_hours = (
             "-" if row[key] is None else format(row[key], form) for key, form in formats.items()
