@@ -35,7 +35,7 @@ def test_intervals_are_students(tmp_path: Path) -> None:
     rows = results(table, runs, outcomes)
     assert rows[1]["top1"] == 80 and rows[1]["interval95"] is None
     lines = [*markdown(rows)]
-    assert lines[2] == "| row-first, forward | 91.00 | ± 2.48 | 3 | 2.00 | 82.5 | - |"
+    assert lines[2] == "| row-first, forward | 91.00 | ± 2.48 | 3 | 2 | 82.5 | - |"
     assert lines[3] == "| random | 80.00 | - | 1 | 0.5 | 81.5 | - |"
     write_results(table, runs, outcomes, tmp_path / "table5")
     [row, _] = csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines())
