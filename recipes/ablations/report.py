@@ -104,19 +104,20 @@ def replace_section(document: Path, heading: str, lines: Sequence[str]) -> None:
 
 
 def plan(
-    table: Table,
+    tables: Sequence[Table],
     runs: Sequence[Run],
     outcomes: Outcomes,
     speeds: Mapping[str, float | None],
     gpus: int,
     at_once: int,
 ) -> Iterator[str]:
-    """Lines of a Markdown table of what is left to run, and for how many hours; equal runs count once.
+    """Lines of a Markdown table of what is left to run of tables, and for how many hours; equal runs count once.
 
     `speeds` are images per second of one GPU, by phase; without one, the speed is that of a run that has begun.
     """
-    yield "| row | seed | phase | epochs | state | hours |"
-    yield "|---|---|---|---|---|---|"
+    yield "| table | row | seed | phase | epochs | state | hours |"
+    yield "|---|---|---|---|---|---|---|"
+    images = {table.number: table.images for table in tables}
     known, unknown, listed = list[float](), False, set[Path]()
     for run in runs:
         for phase, config in run.row.configs.items():
@@ -131,10 +132,11 @@ def plan(
                 if speed is None:
                     unknown, shown = True, "unknown"
                 else:
-                    known.append(Measured(run.row.name, speed).hours(config.epochs - done, gpus, 1.0, table.images))
+                    measured = Measured(run.row.name, speed)
+                    known.append(measured.hours(config.epochs - done, gpus, 1.0, images[run.row.table]))
                     shown = f"{known[-1]:.2f}"
             listed.add(run.output_dir(phase))
-            yield f"| {run.row.name} | {run.seed} | {phase} | {config.epochs} | {state} | {shown} |"
+            yield f"| {run.row.table} | {run.row.name} | {run.seed} | {phase} | {config.epochs} | {state} | {shown} |"
     yield ""
     total = sum(known)
     side_by_side = f", {total / at_once:,.1f} with {at_once} side by side" if at_once > 1 else ""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,10 +103,10 @@ def digest(row: Row, seed: int) -> str:
     return hashlib.sha256(json.dumps([computed, seed], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check(table: Table, output: Path) -> None:
+def check(tables: Iterable[Table], output: Path) -> None:
     """Raise ConfigError for whatever the first phase of a row needs and this machine does not have."""
     problems: dict[str, str] = {}
-    for row in table.rows:
+    for row in (row for table in tables for row in table.rows):
         config = dataclasses.replace(next(iter(row.configs.values())), output_dir=str(output))
         problems |= missing(config) | config.unready()
     if problems:

@@ -1,7 +1,7 @@
 """The rows of a table: the settings of each phase, from the YAML files here, and the configurations they make."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ Settings = dict[str, Any]  # by dotted key; `config` is the name of a file in re
 class Row:
     """A row of a table: what is run for it, by phase, and what the paper reports."""
 
+    table: int  # its number
     name: str
     phases: Mapping[str, Settings]
     configs: Mapping[str, TrainConfig]  # the same settings, resolved
@@ -37,51 +38,63 @@ class Row:
 class Table:
     """A table of the paper in one preset."""
 
+    number: int
     title: str
     rows: Sequence[Row]
     seeds: Sequence[int]
     images: int  # in an epoch
 
 
-def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> Table:
-    """Read a table in a preset, with overrides that are `key=value` for all phases or `PHASE.key=value` for one.
+def read_tables(
+    numbers: Iterable[int], preset: str, overrides: Sequence[str] = (), rows: Sequence[str] = ()
+) -> list[Table]:
+    """Read tables in a preset, with overrides that are `key=value` for all phases or `PHASE.key=value` for one.
 
-    `rows` are the names of the rows to keep; without names, all are kept. Raises RunError for an unknown row and for
-    an override of a phase that no row has, and one ConfigError for all rows whose settings are wrong.
+    `rows` are the names of the rows to keep, and tables without any are left out; without names, all are kept. Raises
+    RunError for an unknown row and for an override of a phase that no row has, and one ConfigError for all rows whose
+    settings are wrong.
     """
-    read = yaml.safe_load((FOLDER / f"table{number}.yaml").read_text(encoding="utf-8"))
     shared = yaml.safe_load((FOLDER / "presets.yaml").read_text(encoding="utf-8"))[preset]
     fallback = shared.pop("rows", preset)  # the preset whose settings a row has where it has none for this one
-    read_rows = [{**row, preset: row.get(preset, row.get(fallback, {}))} for row in read["rows"]]
-    found = [row for row in read_rows if row[preset] is not None]
-    if unknown := set(rows) - {row["name"] for row in found}:
-        names = ", ".join(repr(row["name"]) for row in found)
-        raise RunError(f"table {number} has no row {min(unknown)!r} in preset {preset}; allowed: {names}")
+    read = {number: yaml.safe_load((FOLDER / f"table{number}.yaml").read_text(encoding="utf-8")) for number in numbers}
+    every = [(number, row, row.get(preset, row.get(fallback, {}))) for number in read for row in read[number]["rows"]]
+    found = [(number, row, own) for number, row, own in every if own is not None]
+    names = [row["name"] for _, row, _ in found]
+    which = f"table{'s' if len(read) > 1 else ''} {', '.join(map(str, read))}"
+    if unknown := set(rows) - {*names}:
+        allowed = ", ".join(map(repr, dict.fromkeys(names)))
+        raise RunError(f"no row of {which} is called {min(unknown)!r} in preset {preset}; allowed: {allowed}")
     configured = cache(lambda phase, file, *typed: load_config(RECIPES[phase][0], file, typed, to_run=False))
-    made, problems = [], {}
-    for row in (row for row in found if not rows or row["name"] in rows):
-        phases, configs = phases_of(row, preset, shared, overrides), dict[str, TrainConfig]()
+    made, problems = list[Row](), {}
+    for number, row, own in found:
+        if rows and row["name"] not in rows:
+            continue
+        phases, configs = phases_of(row, own, shared, overrides), dict[str, TrainConfig]()
         for phase in phases:
             try:
                 file, typed = file_and_overrides(phase, phases)
                 configs[phase] = configured(phase, file, *typed)  # built once where rows share it
             except ConfigError as error:
                 reasons = "; ".join(error.problems.values())
-                problems[f"{row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {reasons}"
-        made.append(Row(row["name"], phases, configs, row.get("reported", {})))
+                problems[f"table {number}, {row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {reasons}"
+        made.append(Row(number, row["name"], phases, configs, row.get("reported", {})))
     if problems:
         raise ConfigError(problems)
     named = {override.partition(".")[0] for override in overrides} & {*PHASES}
     if idle := named - {phase for row in made for phase in row.phases}:
-        raise RunError(
-            f"none of these rows of table {number} has the phase {min(idle)}; leave out {min(idle)}.KEY=..."
-        )
-    return Table(read["title"], made, shared["seeds"], shared["images"])
+        raise RunError(f"none of these rows of {which} has the phase {min(idle)}; leave out {min(idle)}.KEY=...")
+    kept = {number: [row for row in made if row.table == number] for number in read}
+    return [
+        Table(number, read[number]["title"], kept[number], shared["seeds"], shared["images"])
+        for number in read
+        if kept[number]
+    ]
 
 
-def phases_of(row: Mapping[str, Any], preset: str, shared: Settings, overrides: Sequence[str]) -> dict[str, Settings]:
-    """The settings of a row by phase: the preset's, the row's, the row's in this preset, then the overrides."""
-    own: Mapping[str, Any] = row[preset]
+def phases_of(
+    row: Mapping[str, Any], own: Mapping[str, Any], shared: Settings, overrides: Sequence[str]
+) -> dict[str, Settings]:
+    """The settings of a row by phase: the preset's, the row's, its own in this preset, then the overrides."""
     present = {"dvae": "dvae" in own, "pretrain": row.get("pretrain", {}) is not None, "finetune": True}
     phases = {
         phase: {**shared[phase], **row.get(phase, {}), **own.get(phase, {})} for phase in PHASES if present[phase]

@@ -1,8 +1,17 @@
-"""Rows of table 5, and what a run leaves that has ended."""
+"""Rows of table 5, a table alone, and what a run leaves that has ended."""
+
+from collections.abc import Sequence
 
 from recipes.ablations.runs import Run
+from recipes.ablations.tables import Table, read_tables
 
 TWO = ["row-first, forward", "random"]
+
+
+def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> Table:
+    """One table, as `read_tables` reads several."""
+    [table] = read_tables([number], preset, overrides, rows)
+    return table
 
 
 def finish(run: Run, top1: float, seconds: float = 1800.0) -> None:

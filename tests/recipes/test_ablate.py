@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,9 @@ import pytest
 from recipes.ablate import main
 from recipes.ablations.report import read_outcomes, record
 from recipes.ablations.runs import Outcome, Run, Scheduler, runs_of
-from recipes.ablations.tables import read_table
 from recipes.signals import EXIT_CODE
 from tests import ROOT
-from tests.helpers.ablations import TWO, finish
+from tests.helpers.ablations import TWO, finish, read_table
 
 TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "model_args.embed_dim=16", "model_args.depth=1"]
 
@@ -26,11 +26,12 @@ TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "model_args.embed_dim
     [
         (["5"], "data.source is missing"),
         (["5", "data.source=nowhere"], "there is no 'nowhere'"),
-        (["5", "epochs"], "'epochs' is no override; type key=value"),
+        (["5", "epochs"], "'epochs' is no table and no override; allowed: 4, 5, 6, 7, 8, or key=value as in"),
         (["5", "--gpus-per-run", "0"], "--gpus-per-run is 0; allowed: a whole number, 1 or more"),
         (["5", "--runs-per-gpu", "0"], "--runs-per-gpu is 0; allowed: a whole number, 1 or more"),
         (["5", "--list", "--into", "RESULTS.md"], "--into: not allowed with argument --list"),
-        (["3"], "invalid choice: 3"),
+        (["5", "3"], "'3' is no table and no override; allowed: 4, 5, 6, 7, 8, or"),
+        (["data.source=nowhere"], "no table is given; allowed: one or more of"),
         (["5", "--list", "--speed", "fast"], "expected one of dvae, pretrain, finetune, and a number above 0, as in"),
         (["5", "--list", "--speed", "pretrain=inf"], "got 'pretrain=inf'"),
         (["5", "--list", "--seeds", "0,a"], "--seeds: expected a whole number from 0 to 4294967295, or several as in"),
@@ -62,15 +63,15 @@ def test_the_list_tells_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixtu
     main([*command, "epochs=1000", "--speed", "pretrain=100", "--speed", "finetune=50"])
     told = capsys.readouterr().out
     hours = 1000 * 1437 / 100 / 3600
-    assert f"| {TWO[0]} | 1 | pretrain | 1000 | to do | {hours:.2f} |" in told
-    assert f"| {TWO[0]} | 0 | finetune | 1000 | to do | {2 * hours:.2f} |" in told
+    assert f"| 5 | {TWO[0]} | 1 | pretrain | 1000 | to do | {hours:.2f} |" in told
+    assert f"| 5 | {TWO[0]} | 0 | finetune | 1000 | to do | {2 * hours:.2f} |" in told
     assert f"{6 * hours:.1f} hours in all\n" in told
     runs = runs_of(read_table(5, "digits", ["epochs=1000"], [TWO[0]]), [0, 1], tmp_path)
     finish(runs[0], 90)  # at 100 images per second on two GPUs
     main([*command, "epochs=1000"])
     told = capsys.readouterr().out
-    assert f"| {TWO[0]} | 0 | finetune | 1000 | finished | 0.00 |" in told
-    assert f"| {TWO[0]} | 1 | pretrain | 1000 | to do | {2 * hours:.2f} |" in told
+    assert f"| 5 | {TWO[0]} | 0 | finetune | 1000 | finished | 0.00 |" in told
+    assert f"| 5 | {TWO[0]} | 1 | pretrain | 1000 | to do | {2 * hours:.2f} |" in told
     assert not (tmp_path / "table5").exists()
 
 
@@ -97,6 +98,32 @@ def test_a_line_is_enough_of_a_finished_run(
     assert (random["row"], float(random["top1"]), random["seeds"]) == ("random", 90 + 1 / 3, "0")
 
 
+def test_several_tables_run_their_common_rows_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All seeds of the first table, then those of the next; an override of a phase needs a row of any table."""
+    command = ["7", "5", "--preset", "digits", "--output", str(tmp_path)]
+    main([*command, "--list", "--seeds", "0", "dvae.epochs=3"])  # of which only table 7 has one
+    told = capsys.readouterr().out
+    assert told.index("| 7 | tokens of a dVAE | 0 | dvae |") < told.index("| 5 | random | 0 | pretrain |")
+    assert "| 7 | normalised pixels | 0 | pretrain | 3 | to do |" in told
+    assert "| 5 | row-first, forward | 0 | pretrain | 3 | as above |" in told
+
+    def carry_out(scheduler: Scheduler, left: Sequence[Run]) -> None:
+        for run in {run.folder: run for run in left}.values():
+            finish(run, 90.5)
+            scheduler._on_end(run)
+
+    monkeypatch.setattr(Scheduler, "carry_out", carry_out)
+    main([*command, "--seeds", "0", "--row", "normalised pixels", "--row", TWO[0]])
+    assert capsys.readouterr().out.count("top-1 90.50%") == 1
+    for number, name in ((7, "normalised pixels"), (5, TWO[0])):
+        [row] = csv.DictReader((tmp_path / f"table{number}" / "results.csv").read_text().splitlines())
+        assert (row["row"], row["scores"]) == (name, "90.5")
+    main([*command, "--seeds", "0", "--row", "pixels"])
+    assert "table5" not in capsys.readouterr().out  # has no such row
+
+
 @pytest.mark.parametrize("figures", ["", '{"epoch": 1, "seco', "[1]", '{"epoch": 1}', "\0"])
 def test_damaged_figures_of_a_run_are_named(figures: str, tmp_path: Path) -> None:
     [run] = runs_of(read_table(5, "digits", rows=TWO[1:]), [0], tmp_path)
@@ -118,7 +145,7 @@ def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"has no line '{re.escape(heading)}', under which the table goes"):
         main(command)
     document.write_text(f"{heading}\n\nfigures of other settings\n")
-    with pytest.raises(SystemExit, match=r"has none of the 2 runs of .* with these settings; type those with which"):
+    with pytest.raises(SystemExit, match=r"has no run of .* with these settings; type those with which"):
         main([*command, "finetune.epochs=7"])
     assert document.read_text().endswith("figures of other settings\n")
     document.write_text(heading)  # all there is

@@ -11,9 +11,8 @@ from scipy import stats
 from recipes.ablations import FOLDER
 from recipes.ablations.report import markdown, read_outcomes, results, write_results
 from recipes.ablations.runs import Outcome, runs_of
-from recipes.ablations.tables import read_table
 from recipes.errors import RunError
-from tests.helpers.ablations import TWO, finish
+from tests.helpers.ablations import TWO, finish, read_table
 
 
 def test_intervals_are_students(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ import torch
 from recipes.ablations import PHASES
 from recipes.ablations import runs as runs_module
 from recipes.ablations.runs import Run, Scheduler, gpu_groups, runs_of, slots_of
-from recipes.ablations.tables import read_table
 from recipes.errors import RunError
 from recipes.signals import StopRequest
-from tests.helpers.ablations import TWO
+from tests.helpers.ablations import TWO, read_table
 
 
 def test_equal_rows_of_several_tables_are_one_run() -> None:
