@@ -14,7 +14,7 @@ from recipes.config import SegmentConfig
 from recipes.data.batches import Batch
 from recipes.data.loader import Pauses
 from recipes.data.sampling import BatchPlan, Key, TableOrder
-from recipes.data.transforms import AUGMENTATION, Normalisation, seed_of
+from recipes.data.transforms import AUGMENTATION, Normalisation, resized, seed_of
 from recipes.data.workers import WorkerLoader
 
 
@@ -67,7 +67,7 @@ class AugmentedPixels:
         (height, width), (window, across) = image.shape[1:], self._size
         scale = draws.uniform(*self._config.scale) * max(window / height, across / width)
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        image = v2.functional.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
+        image = resized(image[None], size, InterpolationMode.BILINEAR)[0]
         labels = v2.functional.resize(labels[None], size, InterpolationMode.NEAREST_EXACT)[0]
         top, left = draws.randint(0, max(0, size[0] - window)), draws.randint(0, max(0, size[1] - across))
         image, labels = (x[..., top : top + window, left : left + across] for x in (image, labels))

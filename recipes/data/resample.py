@@ -1,8 +1,8 @@
 """Crops of images of many sizes, resized, mirrored and normalised on the GPU in one go.
 
-The resize is that of `torchvision.transforms.v2.functional.resized_crop` for images of 8 bits on the CPU, bicubic or
-bilinear and antialiased, computed in the same whole numbers: it gives the same values to the bit, but for weights
-within rounding of a half, which may come to one grey level.
+The resize is that of `recipes.data.transforms.cropped` on the CPU, bicubic or bilinear and antialiased, computed in
+the same whole numbers: it gives the same values to the bit, but for weights within rounding of a half, which may come
+to one grey level.
 """
 
 import math

@@ -61,7 +61,18 @@ def cropped(
     top, left, height, width = box
     part = image[None, :, top : top + height, left : left + width]
     part = part.contiguous(memory_format=torch.channels_last)  # the layout that is resized fastest
-    return v2.functional.resize(part, list(size), interpolation, antialias=True)[0]
+    return resized(part, size, interpolation)[0]
+
+
+def resized(images: Tensor, size: Sequence[int], interpolation: InterpolationMode) -> Tensor:
+    """Resize images (N, C, H, W) of 8 bits with antialiasing, in whole numbers: to the same values on every CPU.
+
+    torchvision's resize is bilinear in floating point on some CPUs, and differs by one grey level in a sixth of the
+    values.
+    """
+    if interpolation in REACHES:
+        return F.interpolate(images, tuple(size), mode=interpolation.value, align_corners=False, antialias=True)
+    return v2.functional.resize(images, list(size), interpolation, antialias=True)
 
 
 class ScoringTransform:
@@ -95,33 +106,31 @@ class ScoringTransform:
 
     def window(self, height: int, width: int) -> Window:
         """What this makes of an image of this size, if it is a window."""
-        if isinstance(self._resize, ResizeKeepRatio):
-            resized = size_keeping_ratio(self._resize, torch.empty(1, height, width, device="meta"))
-        elif isinstance(self._resize.size, int):  # of the shorter side
-            resized = [int(self._resize.size * side / min(height, width)) for side in (height, width)]
-        else:
-            resized = self._resize.size
-        top, left = (round((side - kept) / 2) for side, kept in zip(resized, self.size, strict=True))
-        return resized[0], resized[1], top, left
+        whole = size_after(self._resize, torch.empty(1, height, width, device="meta"))
+        top, left = (round((side - kept) / 2) for side, kept in zip(whole, self.size, strict=True))
+        return whole[0], whole[1], top, left
 
 
 def on_tensors(step: Any) -> Transform:
     """A step of timm's evaluation transform that keeps tensors in 8 bits, where timm's own would use 32."""
-    if isinstance(step, Resize):
-        return v2.Resize(step.size, step.interpolation)
-    if isinstance(step, ResizeKeepRatio):
-        return partial(resize_keeping_ratio, step)
+    if isinstance(step, (Resize, ResizeKeepRatio)):
+        return partial(resized_by, step)
     if isinstance(step, CenterCropOrPad):
         return partial(pad_and_crop, step)
     return step
 
 
-def resize_keeping_ratio(step: ResizeKeepRatio, image: Tensor) -> Tensor:
-    return v2.functional.resize(image, size_keeping_ratio(step, image), step.interpolation, antialias=True)
+def resized_by(step: Resize | ResizeKeepRatio, image: Tensor) -> Tensor:
+    return resized(image[None], size_after(step, image), step.interpolation)[0]
 
 
-def size_keeping_ratio(step: ResizeKeepRatio, image: Tensor) -> list[int]:
-    return step.get_params(image, step.size, step.longest)
+def size_after(step: Resize | ResizeKeepRatio, image: Tensor) -> list[int]:
+    """Height and width of an image (C, H, W) after a step of timm's transform."""
+    if isinstance(step, ResizeKeepRatio):
+        return step.get_params(image, step.size, step.longest)
+    if isinstance(step.size, int):  # of the shorter side
+        return [int(step.size * side / min(image.shape[1:])) for side in image.shape[1:]]
+    return list(step.size)
 
 
 def pad_and_crop(step: CenterCropOrPad, image: Tensor) -> Tensor:

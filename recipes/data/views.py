@@ -3,7 +3,7 @@
 Crop, flip and what `recipes.data.finishing` does later follow the configuration. The rest is Pillow's, as in the
 authors' code: on single images its own functions, on batches on any device its rules in torch. Brightness, contrast,
 saturation, hue, grey, blur and solarising give the same values on both, to the bit. Only the bilinear resize before
-them is torchvision's for tensors, which rounds differently from Pillow's.
+them is torch's for tensors, which rounds differently from Pillow's.
 """
 
 from collections.abc import Callable, Sequence

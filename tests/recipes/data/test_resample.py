@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 
 import pytest
@@ -12,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resized_crop
 
 from recipes.data.resample import RaggedImages, crop_resize
-from recipes.data.transforms import Normalisation, ScoringTransform
+from recipes.data.transforms import Normalisation, ScoringTransform, cropped
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILTERS = ("bicubic", "bilinear")
@@ -57,8 +55,7 @@ def on_the_cpu(
     size: tuple[int, int],
     interpolation: InterpolationMode = InterpolationMode.BICUBIC,
 ) -> Tensor:
-    resized = partial(resized_crop, size=list(size), interpolation=interpolation, antialias=True)
-    each = [resized(image, *box) for image, box in zip(images, boxes, strict=True)]
+    each = [cropped(image, (*box,), size, interpolation) for image, box in zip(images, boxes, strict=True)]
     return torch.stack([image.flip(-1) if flip else image for image, flip in zip(each, flips, strict=True)])
 
 

@@ -1,5 +1,8 @@
 """timm's evaluation transform on tensors: the same sizes and places, and the same pixels up to rounding."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
 from recipes.data.transforms import ScoringTransform, cropped
+from tests import ROOT
 
 
 def photograph(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -37,6 +41,24 @@ def test_scoring_is_timms_up_to_rounding(
     image = photograph(60, 90, "L")
     expected = create_transform(**config, is_training=False, normalize=False)(image)
     assert (expected.int() - ScoringTransform(config)(pil_to_tensor(image)).int()).abs().max() <= 2
+
+
+def test_a_cpus_instructions_do_not_change_images() -> None:
+    """A run may go on on another machine. torchvision's bilinear resize is another one where a CPU has no AVX2."""
+    code = (
+        "import torch; from recipes.data.transforms import InterpolationMode, cropped;"
+        "image = torch.randint(0, 256, (3, 61, 83), dtype=torch.uint8, generator=torch.Generator().manual_seed(0));"
+        "filters = map(InterpolationMode, ('bilinear', 'bicubic'));"
+        "print([cropped(image, (3, 5, 50, 70), (32, 47), filtered).tolist() for filtered in filters])"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
+            env=os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {}),
+        ).stdout
+        for capability in ("", "default")
+    }  # fmt: skip
+    assert len(told) == 1 and len(told.pop()) > 2 * 3 * 32 * 47
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
