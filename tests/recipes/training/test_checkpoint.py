@@ -326,7 +326,7 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
     newest = tmp_path / "checkpoints" / before[-1]
     with pytest.raises(SystemExit) as refused:
         command_line.main("finetune", ["--config", str(FINETUNE), f"output_dir={tmp_path}", "--resume", str(newest)])
-    assert f"{newest} was written by the other recipe (pretrain or finetune)" in str(refused.value.code)
+    assert f"{newest} was written by recipes.pretrain, not by recipes.finetune" in str(refused.value.code)
     for where in ("nowhere", str(tmp_path)):
         with pytest.raises(SystemExit) as refused:
             command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path), "--resume", where])
