@@ -827,3 +827,14 @@ def test_see_on_a_gpu(image_file: Path, tmp_path: Path) -> None:
         assert main(["see", str(image_file), *options]) == 0
         pictures.append(np.asarray(Image.open(tmp_path / f"{device}.png")).astype(int))
     assert np.abs(pictures[0] - pictures[1]).mean() < 1
+
+
+@pytest.mark.parametrize("words", ["arm_zoo list", f"hub doctor {PICO}", "eval"])
+def test_output_that_nobody_reads_is_no_mistake(words: str, repo: Path) -> None:
+    """As in `python -m arm_zoo list | head`, which closes the pipe after its first lines."""
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", *words.split()]
+    ended = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, cwd=repo, text=True, timeout=120)
+    os.close(written)
+    assert (ended.returncode, ended.stderr) == (0, "")
