@@ -237,6 +237,8 @@ def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bit
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (stopped, whole)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
+    assert [row.get("images_per_second", 0) > 0 for row in rows[0]] == [True, True, False]
+    assert not {"images_per_second", "data_wait"} & rows[0][-1].keys()  # after step 15 nothing was left to train on
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 9])
