@@ -34,16 +34,16 @@ class Candidate:
     weights_sha256: str
 
 
-def parse_weights(entries: Sequence[str], models: Sequence[str]) -> dict[str, str]:
+def parse_weights(words: Sequence[str], models: Sequence[str]) -> dict[str, str]:
     """Read `--weights`: FILE for a single model, MODEL=FILE for several; gives the weights of each model."""
-    if len(models) == 1 and len(entries) == 1 and entries[0].partition("=")[0] != models[0]:
-        return {models[0]: entries[0]}
+    if len(models) == 1 and len(words) == 1 and words[0].partition("=")[0] != models[0]:
+        return {models[0]: words[0]}
     out: dict[str, str] = {}
-    for entry in entries:
-        model, separator, weights = entry.partition("=")
+    for word in words:
+        model, separator, weights = word.partition("=")
         if not separator or model not in models or not weights or model in out:
             each = f"type MODEL=FILE once for each model, with MODEL one of {', '.join(models)}"
-            raise ValueError(f"--weights {entry}: with several models, {each}")
+            raise ValueError(f"--weights {word}: with several models, {each}")
         out[model] = weights
     return out
 
