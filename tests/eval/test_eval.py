@@ -618,6 +618,14 @@ def test_undecodable_images_are_counted_and_named(
     assert "warning: test_vit, v2:" in errors and "2 undecodable" in errors
 
 
+def test_no_workers_are_a_number_of_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = program.make_parser()
+    assert parser.parse_args(["--sets", "real", "--workers", "0"]).workers == 0
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--sets", "real", "--workers", "-1"])
+    assert "--workers: expected a whole number of at least 0, got '-1'" in capsys.readouterr().err
+
+
 def test_custom_images_go_by_the_models_own_names(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     names = ["zebra", "ape", "cat", "dog"]
