@@ -185,6 +185,17 @@ def test_being_asked_to_stop_ends_waiting_and_nothing_else() -> None:
     assert stop.name == "SIGUSR1"
 
 
+def test_signals_that_a_system_lacks_are_not_missed(repo: Path) -> None:
+    """Windows has neither SIGUSR1 nor SIGCHLD."""
+    script = (
+        "import signal\ndel signal.SIGUSR1, signal.SIGCHLD\n"
+        "from recipes.data.workers import leave_signals_to_parent, no_child_handler\n"
+        "from recipes.signals import StopRequest\n"
+        "StopRequest().listen().ignore()\nleave_signals_to_parent(0)\nwith no_child_handler():\n    pass\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=repo, check=True, timeout=120)
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 LOST = "def fail(*_): raise KeyError('lost')\n"
