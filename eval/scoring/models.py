@@ -52,6 +52,7 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
     """Raise ValueError for unknown names and missing files, before anything is loaded."""
     known, ours = list_entries(), entries()
     for name in models:
+        given = weights.get(name, "")
         hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
         if name.startswith(SOURCES) or (name not in known and Path(name).is_dir()):
             if name in weights:
@@ -63,8 +64,8 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
                 f"the weights of {name} are not hosted yet: give them with --weights FILE (.safetensors or .pth), a "
                 "folder with config.json, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE"
             )
-        elif name in weights and not weights[name].startswith(SOURCES) and not Path(weights[name]).exists():
-            raise ValueError(f"--weights: no file or folder {weights[name]!r}")
+        elif given and not given.startswith(SOURCES) and not Path(given).expanduser().exists():
+            raise ValueError(f"--weights: no file or folder {given!r}")
     if len(set(models)) < len(models):
         raise ValueError("--models names a model twice")
 

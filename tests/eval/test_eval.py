@@ -803,6 +803,17 @@ def test_weights_of_another_organisation_are_scored_and_compared_with_its_card(
         assert verify._card_beside("arm_base", weights) == "group/base"
 
 
+def test_weights_may_lie_in_the_home_folder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all shells expand the ~ of --weights MODEL=~/FILE."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(world.weights, tmp_path / world.weights.name)
+    (tmp_path / "README.md").write_text("# a card\n")
+    weights = f"~/{world.weights.name}"
+    models.check([MODEL], {MODEL: weights})
+    assert models.load(MODEL, weights).weights_sha256 == models.load(MODEL, str(world.weights)).weights_sha256
+    assert verify._card_beside(MODEL, weights) == str(tmp_path / "README.md")
+
+
 def test_weights_of_the_package_are_called_by_name() -> None:
     candidate = models.load("arm_pico_patch2_8.arm_digits_ft_digits", None)
     assert candidate.weights == "arm_pico_patch2_8.arm_digits_ft_digits.safetensors"
