@@ -649,14 +649,22 @@ def test_custom_images_go_by_the_models_own_names(tmp_path: Path) -> None:
     assert row["warnings"] == ""
 
 
-def test_logits_that_are_not_numbers_are_wrong_and_said(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("logits", [math.nan, math.inf])
+def test_logits_that_are_no_finite_numbers_are_wrong_and_said(logits: float, world: World, tmp_path: Path) -> None:
+    """Infinite ones, to which float16 overflows, would make the calibration error of the whole set no number."""
     state = load_file(world.weights)
-    state["head.bias"][:] = math.nan
-    save_file(state, tmp_path / "nan.safetensors")
+    state["head.bias"][:] = logits
+    save_file(state, tmp_path / "broken.safetensors")
     [row] = run(
-        world, tmp_path / "r.csv", "--sets", f"v2={world.planted['v2'].path}", weights=tmp_path / "nan.safetensors"
+        world, tmp_path / "r.csv", "--sets", f"v2={world.planted['v2'].path}", weights=tmp_path / "broken.safetensors"
     )
-    assert float(row["top5"]) == 0 and "18 images have logits that are not numbers" in row["warnings"]
+    assert float(row["top5"]) == 0 and "18 images have logits that are not finite numbers" in row["warnings"]
+    assert math.isfinite(float(row["ece"]))
+
+
+def test_classes_that_a_model_excludes_have_logits_of_minus_infinity() -> None:
+    found, confidence = metrics.rank(torch.tensor([[-math.inf, 1.0, 2.0]]))
+    assert found.tolist() == [[2, 1, 0, -1, -1]] and confidence == pytest.approx([math.e / (1 + math.e)])
 
 
 def test_any_class_that_objectnets_stands_for_is_right(world: World, tmp_path: Path) -> None:
