@@ -129,7 +129,9 @@ class WorkerLoader(Generic[KeyT, BatchT]):
             worker_init_fn=leave_signals_to_parent,
         )
         self._workers: set[BaseProcess] = set()
-        finalize(self, end_workers, self._workers)
+        # torch's loader is held here, so that it is freed by the count of its references, after this one. Collected as
+        # garbage together with its pipes, it would tell workers to end through pipes that are closed already.
+        finalize(self, end_loader, self._workers, self._loader)
 
     def __iter__(self) -> Iterator[BatchT]:
         """One pass; raises `RunError` if a worker dies or fails, `StopWaiting` if the process is asked to stop."""
@@ -189,6 +191,11 @@ def end_workers(workers: Collection[BaseProcess] = started) -> None:
             worker.kill()
         for worker in alive:
             worker.join(DYING)
+
+
+def end_loader(workers: Collection[BaseProcess], loader: DataLoader[Any]) -> None:
+    """Kill the workers of a loader that is gone, before torch's loader would wait for them."""
+    end_workers(workers)
 
 
 @contextmanager
