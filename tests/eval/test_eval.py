@@ -35,6 +35,7 @@ from eval import __main__ as program
 from eval import tables, verify
 from eval.scoring import metrics, models, sources
 from eval.scoring import predict as scoring
+from eval.scoring.unfinished import Unfinished
 
 MODEL = "test_vit"
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -482,6 +483,26 @@ def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch
     check(rows, world)
     assert sum(calls) == PER_SET * 4 - 4  # one whole batch of v2 was there; the other sets were not begun
     assert not (tmp_path / "results.csv.partial").exists()
+
+
+def test_a_kill_while_a_run_goes_on_from_its_records_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = np.zeros(3, scoring.record_type([None]))
+    records["index"] = range(3)
+
+    def begin() -> list[int]:
+        unfinished = Unfinished(tmp_path / "results.csv", ["row"], ["way"], records.dtype)
+        return list(unfinished.begin(resume=True)[0]["index"])
+
+    Unfinished(tmp_path / "results.csv", ["row"], ["way"], records.dtype).add(0, records)
+    for kind, method in ((Unfinished, "add"), (Path, "unlink")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(kind, method, Mock(side_effect=Killed))
+            begin()
+    for _ in range(2):
+        assert begin() == [0, 1, 2]
+    assert len(list((tmp_path / "results.csv.partial").iterdir())) == 1
 
 
 def test_a_killed_run_of_another_batch_size_is_told_and_forgotten(
