@@ -34,7 +34,7 @@ from timm.data import (
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
-from arm_zoo.command_line import one_line, positive, usable_device
+from arm_zoo.command_line import drop_output, one_line, positive, usable_device
 from arm_zoo.files import CheckpointError, replacing_files
 from arm_zoo.heads.models import Segmenter
 from arm_zoo.images.decode import UndecodableImage, decode_image
@@ -390,8 +390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        drop_output()
         return 0
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

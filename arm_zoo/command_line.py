@@ -1,6 +1,8 @@
-"""What command lines share: types of options, and errors in one line."""
+"""What command lines share: types of options, errors in one line, and output that nobody may read to its end."""
 
 import argparse
+import os
+import sys
 
 import torch
 
@@ -32,3 +34,16 @@ def one_line(error: Exception) -> str:
     """The message of an error, its lines joined by semicolons."""
     lines = (str(error) or type(error).__name__).splitlines()
     return "; ".join(line.strip() for line in lines).replace(":; ", ": ")
+
+
+def show(line: str) -> None:
+    """Print a line. Once nobody reads the output any more, as after `| head`, lines are dropped, and work goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Send what is still to be printed nowhere, as whoever read it, such as `head`, has enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

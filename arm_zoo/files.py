@@ -23,7 +23,6 @@ StateDict = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"  # as timm.models.save_for_hf writes unless it is asked for safetensors
 CONFIG = "config.json"
-_RECIPES = {"objective": "pretrain", "head": "segment"}  # a setting that only one recipe has -> this recipe
 
 
 class CheckpointError(RuntimeError):
@@ -116,11 +115,20 @@ def weights_in(folder: str | Path) -> Path:
         if file.is_file():
             return file
     both = f"neither {WEIGHTS} nor {PICKLED_WEIGHTS} in {folder}"
-    expected = of_run(Path(folder)) or f"a folder of weights holds one of the two beside {CONFIG}"
+    expected = _advice_on_run(Path(folder)) or f"a folder of weights holds one of the two beside {CONFIG}"
     raise FileNotFoundError(f"{both}; {expected}")
 
 
-def of_run(folder: Path) -> str | None:
+def recipe_of(settings: Mapping[str, Any]) -> str:
+    """The name of the recipe that has these settings, by their names as in `recipes.config`."""
+    if "head" in settings:
+        return "segment"
+    if "pretrained" in settings:
+        return "finetune"
+    return "dvae" if settings.get("model") == "dvae" else "pretrain"
+
+
+def _advice_on_run(folder: Path) -> str | None:
     """Of a run of the recipes: where a pretraining has its models, or how a run goes on that has none; else None."""
     if (folder / "pretraining_model").exists():
         return f"its run has written {folder / 'pretraining_model'}, and {folder / 'backbone'} for use in timm"
@@ -130,9 +138,8 @@ def of_run(folder: Path) -> str | None:
     try:
         state = json.loads(states[-1].read_text(encoding="utf-8"))
         config, done = state["config"], state["position"]["epoch"]
-        recipe = next((recipe for key, recipe in _RECIPES.items() if key in config), "finetune")
-        epochs = config["epochs"]
-    except (OSError, ValueError, KeyError, TypeError):
+        recipe, epochs = recipe_of(config), config["epochs"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     far = f"its run has not finished: {states[-1].parent.relative_to(folder)} has {done} of {epochs} epochs"
     again = f"python -m recipes.{recipe} --config {shlex.quote(str(folder / 'config.yaml'))}"
@@ -149,7 +156,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The content of config.json in a folder of weights."""
     file = Path(folder) / CONFIG
     if not file.is_file():
-        expected = of_run(Path(folder)) or f"a folder of weights holds {WEIGHTS} and {CONFIG}"
+        expected = _advice_on_run(Path(folder)) or f"a folder of weights holds {WEIGHTS} and {CONFIG}"
         raise FileNotFoundError(f"no {CONFIG} in {folder}; {expected}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from arm_zoo.command_line import show
 from eval import tables
 from eval.scoring import labels, models
 from eval.scoring.options import guarded, open_requests, scoring_parser, settings_of, start_processes
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if not words:
         sets = (f"  {name:16}{spec.card_name or 'images of your own':28}{spec.source}" for name, spec in SETS.items())
-        print(OVERVIEW + "\n".join(map(str.rstrip, sets)))
+        show(OVERVIEW + "\n".join(map(str.rstrip, sets)))
         return 0
     return guarded(run, make_parser().parse_args(words), "stopped; python -m eval --resume goes on from here")
 

@@ -75,7 +75,7 @@ def _card_beside(model: str, weights: str | None) -> str:
         if not repository:
             raise ValueError(f"{model} has no card on the Hub; name one with --card FILE")
         return str(repository).partition("@")[0]
-    path = Path(rest if kind == "local-dir" else place)
+    path = Path(rest if kind == "local-dir" else place).expanduser()  # as loading does
     readme = (path if path.is_dir() else path.parent) / "README.md"
     if not readme.is_file():
         raise ValueError(f"no card at {readme}; name one with --card FILE")

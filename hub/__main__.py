@@ -5,7 +5,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from arm_zoo.command_line import one_line
+from arm_zoo.command_line import one_line, show
 from arm_zoo.files import CheckpointError
 from arm_zoo.weights.hosted import ARM_REPOSITORY
 from hub.catalog import FROZEN, RESULTS
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = options.pop("run")
     try:
         for line in run(**options):
-            print(line)
+            show(line)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

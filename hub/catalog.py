@@ -62,9 +62,9 @@ def reported(name: str) -> dict[str, float]:
     sets = {row["paper_column"]: row["name"] for row in read(SETS) if row["paper_column"]}
     for row in read(EVALUATION / "board" / "paper" / "table3_robustness.csv"):
         if row["model"] == PAPER_NAMES.get(name):
-            return {sets[column]: float(value) for column, value in row.items() if column in sets}
+            return {sets[column]: float(value) for column, value in row.items() if column in sets and value}
     for row in read(EVALUATION / "board" / "paper" / "table2_imagenet.csv"):
-        if row["entry"] == name:
+        if row["entry"] == name and row["top1"]:  # empty where training collapsed
             return {"in1k": float(row["top1"])}
     return {}
 

@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most mistakes can be fou
 
 ENTRY = re.compile(r"[a-z]\w*(\.\w+)?")  # a text that may be an entry's name, with or without a tag
 ConfigT = TypeVar("ConfigT", bound="Config")
+# The keys of all recipes that name files or folders: the shell leaves the ~ of key=~/folder alone. Those of `data` are
+# expanded where sources are located.
+PATHS = ("output_dir", "pretrained", "dvae", "output", "cache", "export")
 
 CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
 # What that objective restricts: key -> the values that it allows, and the reason.
@@ -397,7 +400,7 @@ def load_config(
             values[key.strip()] = text.strip()
         else:
             problems[override] = f"{override!r} is no override; type key=value, as in epochs=3"
-    for key in ("output_dir", "pretrained", "dvae"):  # sources are expanded where they are located
+    for key in PATHS:
         if str(values.get(key)).startswith("~/"):
             values[key] = str(Path(values[key]).expanduser())
     config, told = filled(kind, values, problems), ""

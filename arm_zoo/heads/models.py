@@ -93,6 +93,8 @@ class Segmenter(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"unknown head {head!r}; choose one of {', '.join(HEADS)}")
         arguments: dict[str, Any] = {"in_chans": in_chans, **(backbone_args or {})}
         model = create_backbone(backbone, arguments)
         self.backbone, self.frozen = model.requires_grad_(not frozen), frozen

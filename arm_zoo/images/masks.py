@@ -103,14 +103,16 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
         names = names_of_split.read_text(encoding="utf-8").split()
     else:
         raise SourceError(f"{folder} has no {split} images with masks; {_ALLOWED}")
-    found = {file.stem: file for file in images.glob("*") if is_image(file.name)}
+    files_of_images = [file for file in images.glob("*") if is_image(file.name)]
+    found = {file.stem: file for file in files_of_images}
     there = {"image": found.keys(), "mask": {file.stem for file in masks.glob("*.png")}}
     for kind, have in there.items():
         if lacking := [name for name in names if name not in have]:
             raise SourceError(f"of {split} in {folder} these have no {kind}: {listed(lacking)}; add or remove them")
     if not names:
         raise SourceError(f"{folder} has no {split} images; {_ALLOWED}")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    same_stem = Counter(file.stem for file in files_of_images)  # as a.jpg and a.png have, either of which may be meant
+    if twice := [name for name, count in Counter(names).items() if max(count, same_stem[name]) > 1]:
         raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
     files = tuple(found[name] for name in names), tuple(masks / f"{name}.png" for name in names)
     return LabelledPixels(*files, _names(folder, first), first)

@@ -1,4 +1,4 @@
-"""The discrete VAE (dVAE) of DALL-E, which turns a picture into token indices, one for every 8x8 pixels.
+"""The discrete VAE (dVAE) of DALL-E, which turns an image into token indices, one for every 8x8 pixels.
 
 `read_dvae` reads OpenAI's encoder (github.com/openai/DALL-E, modified MIT licence); `DVAE` trains a smaller encoder
 together with its decoder.
@@ -87,7 +87,7 @@ class DVAEEncoder(nn.Module):
     def tokens(self, pixels: Tensor, grid: Pair) -> Tensor:
         """Token indices (B, rows * columns), row by row, for pixels (B, C, H, W) in 0..1.
 
-        Pictures of another size than the grid's, 8 pixels for each token, are resized first: bicubic, antialiased.
+        Images of another size than the grid's, 8 pixels for each token, are resized first: bicubic, antialiased.
         """
         size = [STRIDE * side for side in grid]
         with torch.autocast(pixels.device.type, enabled=False):  # whose rounding would choose other tokens
@@ -98,7 +98,7 @@ class DVAEEncoder(nn.Module):
 
 
 class DVAE(ZooModel):
-    """The encoder with a decoder, to train a smaller tokenizer for small pictures.
+    """The encoder with a decoder, to train a smaller tokenizer for small images.
 
     Every 8x8 pixels become one token, drawn by the Gumbel-softmax trick: the decoder gets it one-hot, and its gradient
     goes straight through to the logits. The loss is the mean squared error of the mapped pixels, plus `prior` times
@@ -152,17 +152,17 @@ class DVAE(ZooModel):
         return {"dvae": self.config}
 
     def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures that it is trained on."""
+        """Channels, height and width of the images that it is trained on."""
         return self.in_chans, self.config["img_size"], self.config["img_size"]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, C, H, W) in 0..1 -> (loss, decoded pictures, mean probability of each token (vocab_size,))."""
-        pictures = map_pixels(pixels)
-        logits = self._run(self.encoder.blocks, pictures).float()
+        """Pixels (B, C, H, W) in 0..1 -> (loss, decoded images, mean probability of each token (vocab_size,))."""
+        target = map_pixels(pixels)
+        logits = self._run(self.encoder.blocks, target).float()
         decoded = self._run(self.decoder, F.gumbel_softmax(logits, tau=1.0, hard=True, dim=1)).float()
         use = logits.softmax(dim=1).mean(dim=(0, 2, 3))
         divergence = (use * (use.clamp_min(1e-10) * len(use)).log()).sum()
-        return F.mse_loss(decoded, pictures) + self.prior * divergence, decoded, use
+        return F.mse_loss(decoded, target) + self.prior * divergence, decoded, use
 
     def _run(self, parts: nn.Sequential, x: Tensor) -> Tensor:
         return checkpoint_seq(parts, x) if self.grad_checkpointing else parts(x)

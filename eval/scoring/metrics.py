@@ -16,8 +16,8 @@ def rank(logits: torch.Tensor, subset: Sequence[int] | None = None) -> tuple[np.
     """(N, classes) logits -> (N, 5) most probable classes, best first, and (N,) probability of the best.
 
     With a subset, only its classes are candidates. Equal logits rank by class index, so that neither batch size nor
-    device changes a tie. Fewer than five classes leave -1 at the end; an image whose logits are not numbers has -1
-    everywhere.
+    device changes a tie. Fewer than five classes leave -1 at the end; an image whose logits are not numbers, or have
+    overflowed to infinity, has -1 everywhere.
     """
     indices = np.arange(logits.shape[1]) if subset is None else np.asarray(subset)
     candidates = logits.float()[:, torch.as_tensor(indices, device=logits.device)]
@@ -25,7 +25,7 @@ def rank(logits: torch.Tensor, subset: Sequence[int] | None = None) -> tuple[np.
     order = candidates.argsort(dim=1, descending=True, stable=True)[:, :TOP].cpu().numpy()
     out = np.full((len(logits), TOP), -1, dtype=np.int32)
     out[:, : order.shape[1]] = indices[order]
-    broken = logits.isnan().any(dim=1).cpu().numpy()
+    broken = logits.isnan().any(dim=1).cpu().numpy() | np.isnan(confidence)  # as the probability of infinity is
     out[broken], confidence[broken] = -1, 0
     return out, confidence
 

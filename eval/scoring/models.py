@@ -34,16 +34,16 @@ class Candidate:
     weights_sha256: str
 
 
-def parse_weights(entries: Sequence[str], models: Sequence[str]) -> dict[str, str]:
+def parse_weights(words: Sequence[str], models: Sequence[str]) -> dict[str, str]:
     """Read `--weights`: FILE for a single model, MODEL=FILE for several; gives the weights of each model."""
-    if len(models) == 1 and len(entries) == 1 and entries[0].partition("=")[0] != models[0]:
-        return {models[0]: entries[0]}
+    if len(models) == 1 and len(words) == 1 and words[0].partition("=")[0] != models[0]:
+        return {models[0]: words[0]}
     out: dict[str, str] = {}
-    for entry in entries:
-        model, separator, weights = entry.partition("=")
+    for word in words:
+        model, separator, weights = word.partition("=")
         if not separator or model not in models or not weights or model in out:
             each = f"type MODEL=FILE once for each model, with MODEL one of {', '.join(models)}"
-            raise ValueError(f"--weights {entry}: with several models, {each}")
+            raise ValueError(f"--weights {word}: with several models, {each}")
         out[model] = weights
     return out
 
@@ -52,6 +52,7 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
     """Raise ValueError for unknown names and missing files, before anything is loaded."""
     known, ours = list_entries(), entries()
     for name in models:
+        given = weights.get(name, "")
         hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
         if name.startswith(SOURCES) or (name not in known and Path(name).is_dir()):
             if name in weights:
@@ -63,8 +64,8 @@ def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
                 f"the weights of {name} are not hosted yet: give them with --weights FILE (.safetensors or .pth), a "
                 "folder with config.json, hf-hub:OWNER/NAME or hf://OWNER/NAME/FILE"
             )
-        elif name in weights and not weights[name].startswith(SOURCES) and not Path(weights[name]).exists():
-            raise ValueError(f"--weights: no file or folder {weights[name]!r}")
+        elif given and not given.startswith(SOURCES) and not Path(given).expanduser().exists():
+            raise ValueError(f"--weights: no file or folder {given!r}")
     if len(set(models)) < len(models):
         raise ValueError("--models names a model twice")
 

@@ -26,8 +26,11 @@ SETS_HELP = (
 PATIENCE = timedelta(hours=12)  # how long a process waits for slower ones
 
 
-def whole(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+def zero_or_more(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def scoring_parser(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -50,7 +53,8 @@ def scoring_parser(program: str, description: str | None) -> argparse.ArgumentPa
     add("--train-size", action="store_true", help="ignore the test size and crop of the model's configuration")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    add("--workers", type=whole, default=workers, help="processes that decode images for each process (%(default)s)")
+    decoding = "processes that decode images for each process (%(default)s)"
+    add("--workers", type=zero_or_more, default=workers, help=decoding)
     return parser
 
 

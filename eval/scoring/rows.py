@@ -74,7 +74,7 @@ def make_rows(
         warnings.append(f"{len(undecodable)} undecodable, not in n: {names}")
     records = records[records["undecodable"] == 0]
     if broken := int((records["classes"][:, 0, 0] < 0).sum()):
-        warnings.append(f"{broken} images have logits that are not numbers, counted as wrong")
+        warnings.append(f"{broken} images have logits that are not finite numbers, counted as wrong")
     rows = []
     for name, answers in labelled.answers(real).items():
         own = figures(records, 0, answers)

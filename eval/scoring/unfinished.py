@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +20,24 @@ class Unfinished:
     def begin(self, resume: bool) -> tuple[np.ndarray, str]:
         """The whole records of a run that died, each image once, if `resume`, and a message; others are deleted."""
         records, said = [np.zeros(0, self._record)], ""
-        for file in sorted(self._folder.glob(f"{self._row}-*")):
+        files = sorted(self._folder.glob(f"{self._row}-*"))
+        for file in files:
             if file.name.startswith(f"{self._name}."):
                 data = file.read_bytes()
                 records.append(np.frombuffer(data, self._record, len(data) // self._record.itemsize))
             elif resume:
                 said = "starting over; a run that died had another batch size, device or version of the packages"
-            file.unlink()
         left = np.concatenate(records)
         left = left[np.unique(left["index"], return_index=True)[1]]
         if len(left):
             doing = "going on after" if resume else "starting over; --resume would have gone on after"
             said = f"{doing} {len(left)} images of a run that died"
         kept = left if resume else left[:0]
-        self.add("kept", kept)
+        names = {file.name for file in files}
+        # under a new name, before the old files go, so that a kill in between loses nothing
+        self.add(next(part for part in map("kept{}".format, count()) if f"{self._name}.{part}" not in names), kept)
+        for file in files:
+            file.unlink()
         return kept, said
 
     def add(self, part: int | str, records: np.ndarray) -> None:

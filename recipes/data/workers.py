@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arm_zoo.images.listing import SourceError
 from recipes.errors import RunError, located
-from recipes.signals import stop_ends_waiting
+from recipes.signals import SIGNALS, stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
 BatchT = TypeVar("BatchT")  # a tuple or a dataclass, of tensors and other values
@@ -129,7 +129,9 @@ class WorkerLoader(Generic[KeyT, BatchT]):
             worker_init_fn=leave_signals_to_parent,
         )
         self._workers: set[BaseProcess] = set()
-        finalize(self, end_workers, self._workers)
+        # torch's loader is held here, so that it is freed by the count of its references, after this one. Collected as
+        # garbage together with its pipes, it would tell workers to end through pipes that are closed already.
+        finalize(self, end_loader, self._workers, self._loader)
 
     def __iter__(self) -> Iterator[BatchT]:
         """One pass; raises `RunError` if a worker dies or fails, `StopWaiting` if the process is asked to stop."""
@@ -168,14 +170,15 @@ class WorkerLoader(Generic[KeyT, BatchT]):
 
 
 def death(worker: BaseProcess) -> str:
-    code = worker.exitcode or 0
+    if (code := worker.exitcode or 0) >= 0:
+        return f"ended with code {code}"
     hint = "; the system does so when memory runs out: try a smaller data.workers" if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}" if code < 0 else f"ended with code {code}"
+    return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
 def leave_signals_to_parent(worker: int) -> None:
     """Ignore the signals that schedulers and Ctrl-C send to every process: the training process ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -188,6 +191,11 @@ def end_workers(workers: Collection[BaseProcess] = started) -> None:
             worker.kill()
         for worker in alive:
             worker.join(DYING)
+
+
+def end_loader(workers: Collection[BaseProcess], loader: DataLoader[Any]) -> None:
+    """Kill the workers of a loader that is gone, before torch's loader would wait for them."""
+    end_workers(workers)
 
 
 @contextmanager
@@ -206,7 +214,8 @@ def nothing_collected_by_children() -> Iterator[None]:
 @contextmanager
 def no_child_handler() -> Iterator[None]:
     """Suspend the SIGCHLD handler during the block: torch's handler raises at whatever line is running."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    # only the main thread may set handlers, and Windows has no such signal
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)

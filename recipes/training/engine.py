@@ -191,9 +191,11 @@ class Trainer:
         started, waited, first_step = self._epoch_started
         now = time.monotonic()  # the device has been waited for: the loss is read
         seconds = now - started
-        row |= {"seconds": now - self._started, "data_wait": (self.loader.seconds_waited - waited) / seconds}
-        row |= {"undecodable": len(self._undecodable()), "processes": self.accelerator.num_processes}
-        row |= self.display.speed((position.step - first_step) * self.config.global_batch / seconds)
+        row |= {"seconds": now - self._started, "undecodable": len(self._undecodable())}
+        row |= {"processes": self.accelerator.num_processes}
+        if steps := position.step - first_step:  # none where a run was stopped at the end of an epoch and goes on
+            row |= {"data_wait": (self.loader.seconds_waited - waited) / seconds}
+            row |= self.display.speed(steps * self.config.global_batch / seconds)
         if self.evaluate is not None:
             row |= self.evaluate(position.epoch + 1)
         position.history.append(row)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from arm_zoo.files import remove_leftovers
+from arm_zoo.files import recipe_of, remove_leftovers
 from arm_zoo.images.listing import listed
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
@@ -110,8 +110,9 @@ def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, 
 def compare(config: TrainConfig, start: Start, console: Console) -> None:
     """Raise RunError with all differences if the checkpoint is of another run; warn of other settings that changed."""
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
-    if ("pretrained" in start.state["config"]) != hasattr(config, "pretrained"):
-        raise RunError(f"{start.checkpoint} was written by the other recipe (pretrain or finetune). {ways}")
+    wrote, reads = recipe_of(start.state["config"]), recipe_of(dataclasses.asdict(config))
+    if wrote != reads:
+        raise RunError(f"{start.checkpoint} was written by recipes.{wrote}, not by recipes.{reads}. {ways}")
     changed = {key: pair for key, pair in changed_settings(start, config).items() if key not in OPERATION}
     described = {key: f"{key} was {before}, is {now}" for key, (before, now) in changed.items()}
     impossible = [described[key] for key in changed if key.partition(".")[0] in IDENTITY]

@@ -1,6 +1,7 @@
 """The command line: what it prints, which images and models it takes, and one line for every mistake."""
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.see.sheet import draw
 from arm_zoo.weights import hosted
 from arm_zoo.weights.tensor_names import to_official
+from recipes.command_line import RECIPES
 
 TINY, PICO = "arm_tiny_patch16_224", "arm_pico_patch2_8"
 SMALL: dict[str, Any] = {"depth": 2, "img_size": 32}
@@ -747,18 +749,17 @@ def test_folders_without_a_model(image_file: Path, tmp_path: Path, capsys: pytes
     assert str(tmp_path / "config.json") in mistake(capsys, *options, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("own", "recipe"),
-    [({}, "finetune"), ({"objective": "autoregressive"}, "pretrain"), ({"head": "linear"}, "segment")],
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_folder_of_an_unfinished_run(
-    own: dict[str, str], recipe: str, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str, image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    kind, *_ = RECIPES[recipe]
+    settings = dataclasses.asdict(kind(epochs=16))
     run = tmp_path / "my run"
     for epoch in (1, 2):
         checkpoint = run / "checkpoints" / f"step-{22 * epoch:08d}"
         checkpoint.mkdir(parents=True)
-        state = {"config": {"epochs": 16, **own}, "position": {"epoch": epoch}}
+        state = {"config": settings, "position": {"epoch": epoch}}
         (checkpoint / "state.json").write_text(json.dumps(state))
     message = mistake(capsys, "predict", image_file, "--model", run)
     assert f"no config.json in {run}; its run has not finished: checkpoints/step-00000044 has 2 of 16 epo" in message
@@ -826,3 +827,14 @@ def test_see_on_a_gpu(image_file: Path, tmp_path: Path) -> None:
         assert main(["see", str(image_file), *options]) == 0
         pictures.append(np.asarray(Image.open(tmp_path / f"{device}.png")).astype(int))
     assert np.abs(pictures[0] - pictures[1]).mean() < 1
+
+
+@pytest.mark.parametrize("words", ["arm_zoo list", f"hub doctor {PICO}", "eval"])
+def test_output_that_nobody_reads_is_no_mistake(words: str, repo: Path) -> None:
+    """As in `python -m arm_zoo list | head`, which closes the pipe after its first lines."""
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", *words.split()]
+    ended = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, cwd=repo, text=True, timeout=120)
+    os.close(written)
+    assert (ended.returncode, ended.stderr) == (0, "")

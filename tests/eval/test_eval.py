@@ -35,6 +35,7 @@ from eval import __main__ as program
 from eval import tables, verify
 from eval.scoring import metrics, models, sources
 from eval.scoring import predict as scoring
+from eval.scoring.unfinished import Unfinished
 
 MODEL = "test_vit"
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -484,6 +485,26 @@ def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch
     assert not (tmp_path / "results.csv.partial").exists()
 
 
+def test_a_kill_while_a_run_goes_on_from_its_records_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = np.zeros(3, scoring.record_type([None]))
+    records["index"] = range(3)
+
+    def begin() -> list[int]:
+        unfinished = Unfinished(tmp_path / "results.csv", ["row"], ["way"], records.dtype)
+        return list(unfinished.begin(resume=True)[0]["index"])
+
+    Unfinished(tmp_path / "results.csv", ["row"], ["way"], records.dtype).add(0, records)
+    for kind, method in ((Unfinished, "add"), (Path, "unlink")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(kind, method, Mock(side_effect=Killed))
+            begin()
+    for _ in range(2):
+        assert begin() == [0, 1, 2]
+    assert len(list((tmp_path / "results.csv.partial").iterdir())) == 1
+
+
 def test_a_killed_run_of_another_batch_size_is_told_and_forgotten(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -618,6 +639,14 @@ def test_undecodable_images_are_counted_and_named(
     assert "warning: test_vit, v2:" in errors and "2 undecodable" in errors
 
 
+def test_no_workers_are_a_number_of_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = program.make_parser()
+    assert parser.parse_args(["--sets", "real", "--workers", "0"]).workers == 0
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--sets", "real", "--workers", "-1"])
+    assert "--workers: expected a whole number of at least 0, got '-1'" in capsys.readouterr().err
+
+
 def test_custom_images_go_by_the_models_own_names(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     names = ["zebra", "ape", "cat", "dog"]
@@ -641,14 +670,22 @@ def test_custom_images_go_by_the_models_own_names(tmp_path: Path) -> None:
     assert row["warnings"] == ""
 
 
-def test_logits_that_are_not_numbers_are_wrong_and_said(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("logits", [math.nan, math.inf])
+def test_logits_that_are_no_finite_numbers_are_wrong_and_said(logits: float, world: World, tmp_path: Path) -> None:
+    """Infinite ones, to which float16 overflows, would make the calibration error of the whole set no number."""
     state = load_file(world.weights)
-    state["head.bias"][:] = math.nan
-    save_file(state, tmp_path / "nan.safetensors")
+    state["head.bias"][:] = logits
+    save_file(state, tmp_path / "broken.safetensors")
     [row] = run(
-        world, tmp_path / "r.csv", "--sets", f"v2={world.planted['v2'].path}", weights=tmp_path / "nan.safetensors"
+        world, tmp_path / "r.csv", "--sets", f"v2={world.planted['v2'].path}", weights=tmp_path / "broken.safetensors"
     )
-    assert float(row["top5"]) == 0 and "18 images have logits that are not numbers" in row["warnings"]
+    assert float(row["top5"]) == 0 and "18 images have logits that are not finite numbers" in row["warnings"]
+    assert math.isfinite(float(row["ece"]))
+
+
+def test_classes_that_a_model_excludes_have_logits_of_minus_infinity() -> None:
+    found, confidence = metrics.rank(torch.tensor([[-math.inf, 1.0, 2.0]]))
+    assert found.tolist() == [[2, 1, 0, -1, -1]] and confidence == pytest.approx([math.e / (1 + math.e)])
 
 
 def test_any_class_that_objectnets_stands_for_is_right(world: World, tmp_path: Path) -> None:
@@ -793,6 +830,17 @@ def test_weights_of_another_organisation_are_scored_and_compared_with_its_card(
     for weights in ("hf-hub:group/base@v1", "hf://group/base@v1/model.pth"):
         models.check(["arm_base"], {"arm_base": weights})
         assert verify._card_beside("arm_base", weights) == "group/base"
+
+
+def test_weights_may_lie_in_the_home_folder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all shells expand the ~ of --weights MODEL=~/FILE."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(world.weights, tmp_path / world.weights.name)
+    (tmp_path / "README.md").write_text("# a card\n")
+    weights = f"~/{world.weights.name}"
+    models.check([MODEL], {MODEL: weights})
+    assert models.load(MODEL, weights).weights_sha256 == models.load(MODEL, str(world.weights)).weights_sha256
+    assert verify._card_beside(MODEL, weights) == str(tmp_path / "README.md")
 
 
 def test_weights_of_the_package_are_called_by_name() -> None:

@@ -175,6 +175,19 @@ def test_workers_that_do_not_answer_are_killed_at_the_end(end: str, pinned: bool
     assert worker.exitcode == -signal.SIGKILL and time.monotonic() - began < 8  # torch would wait for it for 10
 
 
+def test_a_loader_whose_workers_outnumber_its_batches_ends_in_silence(
+    pinned: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch tells each worker to end as its loader is freed, some by a pipe that nothing was sent through before."""
+    cycle: list[object] = [WorkerLoader(lambda keys: Numbers(torch.tensor(keys)), [[0]], workers=3, pin=pinned)]
+    assert [batch.values.tolist() for batch in cycle[0]] == [[0]]  # type: ignore[attr-defined]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    time.sleep(0.5)  # the threads that send what is left say what went wrong
+    assert capfd.readouterr().err == ""
+
+
 def test_being_asked_to_stop_ends_waiting_and_nothing_else() -> None:
     stop = StopRequest().listen()
     with pytest.raises(StopWaiting), Collectives(Accelerator(cpu=True)).together(), stop_ends_waiting():
@@ -183,6 +196,17 @@ def test_being_asked_to_stop_ends_waiting_and_nothing_else() -> None:
     assert stop.name == "SIGTERM"
     os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.name == "SIGUSR1"
+
+
+def test_signals_that_a_system_lacks_are_not_missed(repo: Path) -> None:
+    """Windows has neither SIGUSR1 nor SIGCHLD."""
+    script = (
+        "import signal\ndel signal.SIGUSR1, signal.SIGCHLD\n"
+        "from recipes.data.workers import leave_signals_to_parent, no_child_handler\n"
+        "from recipes.signals import StopRequest\n"
+        "StopRequest().listen().ignore()\nleave_signals_to_parent(0)\nwith no_child_handler():\n    pass\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=repo, check=True, timeout=120)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

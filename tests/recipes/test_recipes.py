@@ -46,6 +46,7 @@ from recipes.finetune import classification_loss, create_classifier, finetune
 from recipes.objectives import TRAINING, Trained
 from recipes.parsing import filled
 from recipes.pretrain import pretrain
+from recipes.probing.config import ProbeConfig
 from recipes.quickstart import quickstart, show
 from recipes.training import parallel
 from recipes.training.ema import winner
@@ -324,6 +325,18 @@ def test_all_problems_of_a_configuration_come_at_once() -> None:
     assert "betas is 1; allowed: a list of two numbers" in message
     assert "warmup_epochs is -1; allowed: a number, 0 or more" in message
     assert "model is missing" in message and "output_dir is missing" in message
+
+
+def test_paths_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave the ~ of key=~/folder alone, which would be a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # of Windows
+    keys = {FinetuneConfig: ("output_dir", "pretrained"), PretrainConfig: ("dvae",),
+            ProbeConfig: ("output", "cache", "export")}  # fmt: skip
+    for kind, names in keys.items():
+        tokens = ["model_args.target=dvae_tokens"] if kind is PretrainConfig else []
+        config = load_config(kind, None, [*tokens, *(f"{name}=~/{name}" for name in names)], to_run=False)
+        assert [getattr(config, name) for name in names] == [str(tmp_path / name) for name in names]
 
 
 def test_refused_values_are_left_out() -> None:

@@ -60,6 +60,11 @@ def test_a_model_without_maps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         Segmenter("test_vit")
 
 
+def test_an_unknown_head_is_told() -> None:
+    with pytest.raises(ValueError, match="unknown head 'unet'; choose one of linear, fpn"):
+        timm.create_model("segmenter", head="unet")
+
+
 class Ramp(nn.Module):
     """Logits that depend on the place in the window and on the pixel."""
 

@@ -84,6 +84,9 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     other = voc(tmp_path / "voc")
     (other / "ImageSets" / "Segmentation" / "train.txt").write_text("b c\n")
     assert "these have no image: c" in refusal(other)
+    (other / "ImageSets" / "Segmentation" / "train.txt").write_text("b\n")
+    Image.new("RGB", (3, 2)).save(other / "JPEGImages" / "b.png")  # which of the two is meant?
+    assert "these are there more than once: b; keep one of each" in refusal(other)
 
 
 def test_lists_of_classes_are_compared() -> None:

@@ -237,6 +237,8 @@ def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bit
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (stopped, whole)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3]
+    assert [row.get("images_per_second", 0) > 0 for row in rows[0]] == [True, True, False]
+    assert not {"images_per_second", "data_wait"} & rows[0][-1].keys()  # after step 15 nothing was left to train on
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 9])
@@ -326,7 +328,7 @@ def test_resuming_as_another_run_is_refused(whole: Path, tmp_path: Path, capsys:
     newest = tmp_path / "checkpoints" / before[-1]
     with pytest.raises(SystemExit) as refused:
         command_line.main("finetune", ["--config", str(FINETUNE), f"output_dir={tmp_path}", "--resume", str(newest)])
-    assert f"{newest} was written by the other recipe (pretrain or finetune)" in str(refused.value.code)
+    assert f"{newest} was written by recipes.pretrain, not by recipes.finetune" in str(refused.value.code)
     for where in ("nowhere", str(tmp_path)):
         with pytest.raises(SystemExit) as refused:
             command_line.main("pretrain", ["--config", str(CONFIG), *settings(tmp_path), "--resume", where])
