@@ -35,8 +35,13 @@ def recorded(output: Path) -> list[Row]:
 
 
 def read_outcomes(output: Path) -> dict[str, Outcome]:
-    """The results of all runs that `runs.csv` has a line for."""
-    return {line["run"]: Outcome(*(float(line[name]) for name in NUMBERS)) for line in recorded(output)}
+    """The results of all runs that `runs.csv` has a line for; RunError if two lines of a run differ."""
+    outcomes = dict[str, Outcome]()
+    for line in recorded(output):
+        outcome = Outcome(*(float(line[name]) for name in NUMBERS))
+        if outcomes.setdefault(line["run"], outcome) != outcome:
+            raise RunError(f"{output / RUNS} has two results of run {line['run']}; delete the line of one of them")
+    return outcomes
 
 
 def record(run: Run, outcome: Outcome, output: Path) -> None:
@@ -94,7 +99,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def replace_section(document: Path, heading: str, lines: Sequence[str]) -> None:
     """Replace what a Markdown file has between a heading, which must be there, and the next heading."""
-    section, text = "\n".join([heading, "", *lines, "", ""]), document.read_text(encoding="utf-8")
+    section = "\n".join([heading, "", *lines, "", ""])
+    try:
+        text = document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{document} is no Markdown file, which is text in UTF-8: {error}; name one") from None
     whole, count = re.subn(rf"(?ms)^{re.escape(heading)}$.*?(?=^#|\Z)", lambda _: section, text, count=1)
     if not count:
         raise RunError(

@@ -144,6 +144,9 @@ def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
     document.write_text("# Page\n")
     with pytest.raises(SystemExit, match=f"has no line '{re.escape(heading)}', under which the table goes"):
         main(command)
+    document.write_bytes(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"RESULTS\.md is no Markdown file, which is text in UTF-8: "):
+        main(command)
     document.write_text(f"{heading}\n\nfigures of other settings\n")
     with pytest.raises(SystemExit, match=r"has no run of .* with these settings; type those with which"):
         main([*command, "finetune.epochs=7"])
