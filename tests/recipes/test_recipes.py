@@ -817,6 +817,16 @@ def test_blocks_of_encoder_and_decoder_are_sharded_one_by_one(monkeypatch: pytes
     assert parts == [*model.blocks, *model.decoder_blocks, model]
 
 
+def test_quickstart_refuses_before_it_deletes_or_trains(tmp_path: Path) -> None:
+    (tmp_path / "quickstart_runs").mkdir()
+    with pytest.raises(ConfigError, match="seed is -1; allowed: a whole number from 0 to"):
+        quickstart(tmp_path, seed=-1)
+    assert (tmp_path / "quickstart_runs").is_dir() and not any((tmp_path / "quickstart_runs").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file; allowed: a folder to write to"):
+        quickstart(tmp_path / "file", seed=0)
+
+
 @pytest.mark.slow
 def test_quickstart_writes_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
