@@ -15,7 +15,7 @@ SOURCE: Limit = (
     "digits), as in data.source=digits",
     bool,
 )
-OF_FILES = {"train_size", "image_column", "label_column"}  # keys that say what is in files of images
+OF_FILES = {"train_size", "image_column", "label_column", "max_pixels"}  # keys about files of images
 VALIDATION: Limit = (
     "a fraction of the training images above 0 and below 1, as in 0.2, or another source (a folder called 1 is "
     "written ./1)",

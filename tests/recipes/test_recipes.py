@@ -28,7 +28,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
-from arm_zoo.files import replacing_files
+from arm_zoo.files import replacing_files, save_model
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -50,7 +50,7 @@ from recipes.quickstart import quickstart, show
 from recipes.training import parallel
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
-from recipes.training.export import save_pretraining
+from recipes.training.export import input_config, save_pretraining
 from recipes.training.optim import create_optimizer, learning_rate
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
 from recipes.training.progress import ProgressDisplay, image_flops
@@ -489,6 +489,35 @@ def test_a_classifier_of_the_same_classes_keeps_its_head(tmp_path: Path) -> None
     for others in (names[::-1], names[:9], [*names[:9], "ten"]):
         drawn = create_classifier(config, others).get_classifier()
         assert drawn.weight.std().item() == pytest.approx(2e-5, rel=0.3) and not drawn.bias.any(), others
+
+
+def test_weights_of_other_channels_than_the_entrys_are_adapted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The entry is of grey images; what was pretrained on colour ones tells its own channels."""
+    pretrained = arm_zoo.create_pretraining_model("arm_pico", in_chans=3)
+    described = {**pretrained.hub_config(), "pretrained_cfg": {"input_size": [3, 8, 8]}}
+    save_model(tmp_path, pretrained.state_dict(), described)
+    grey = load_config(FinetuneConfig, FINETUNE, [f"pretrained={tmp_path}"])
+    colour = load_config(FinetuneConfig, FINETUNE, [f"pretrained={tmp_path}", "model_args.in_chans=3"])
+    weight = pretrained.patch_embed.proj.weight
+    assert torch.equal(create_classifier(colour, "ab").get_parameter("patch_embed.proj.weight"), weight)
+    adapted = create_classifier(grey, "ab").get_parameter("patch_embed.proj.weight")
+    torch.testing.assert_close(adapted, weight.sum(dim=1, keepdim=True))  # as timm does it
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("pretrained", [None, "pretraining_model"])
+def test_short_names_of_models_are_trained(pretrained: str | None, tmp_path: Path) -> None:
+    """A backbone is called by the name that it was pretrained under: model=vim_tiny in both recipes."""
+    small = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 1}
+    before = arm_zoo.create_pretraining_model("vim_tiny", cluster_size=4, **small)
+    save_model(tmp_path / "pretraining_model", before.state_dict(), before.hub_config())
+    start = None if pretrained is None else str(tmp_path / pretrained)
+    config = FinetuneConfig(model="vim_tiny", model_args=small, pretrained=start)
+    model = create_classifier(config, "ab")
+    source: Any = SimpleNamespace(channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert input_config(model, config, source)["input_size"] == (3, 8, 8)
 
 
 def mixing(*overrides: str) -> FinetuneConfig:
