@@ -137,6 +137,11 @@ def architecture_of(name: str) -> str:
     return SHORT_NAMES.get(architecture, architecture)
 
 
+def pretrained_cfg_of(name: str) -> Any:
+    """What timm's table says of the weights of an entry, ours or timm's, with or without a tag, or of a short name."""
+    return get_pretrained_cfg(name) or get_pretrained_cfg(architecture_of(name))
+
+
 def entry_of(name: str) -> str:
     """The full name, with a tag, of an entry that is given with or without one, or by a short name."""
     architecture, tag = architecture_of(name), split_model_name_tag(name)[1]

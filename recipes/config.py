@@ -55,6 +55,12 @@ TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
     "fsdp": ((False,), "whose momentum encoder needs whole parameters"),
     "data.randaugment": ((None,), "which changes colours in its own way"),
 }
+# Keywords of a model that are no `model_args`, as the recipe sets them -> the reason, and what to type instead.
+SET_BY_ALL = {
+    "device": "the recipe chooses the device; type device=auto or device=cpu",
+    "dtype": "parameters are float32; type precision=fp32 or precision=bf16 for the computation",
+}
+NO_SETTING = "it is no setting of a model that a recipe takes; leave it out"
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -113,7 +119,9 @@ class TrainConfig(Config):
     keep_last: int = limited(3, ONE_OR_MORE)  # newest checkpoints kept
     keep_every: int | None = limited(None, ONE_OR_MORE)  # and those at the end of every so many epochs
 
-    labels_needed = False  # a constant of the phase, not a setting: without an annotation dataclasses ignore it
+    # constants of the phase, not settings: without an annotation dataclasses ignore them
+    labels_needed = False
+    set_by_recipe = SET_BY_ALL
 
     @property
     def views(self) -> int:
@@ -125,8 +133,8 @@ class TrainConfig(Config):
         raise NotImplementedError
 
     def conflicts(self) -> dict[str, str]:
-        """Conflicts of the data, the schedule, the batch size, CUDA graphs and the device."""
-        found = self.data.conflicts(self.device)
+        """Conflicts of the data, the model, the schedule, the batch size, CUDA graphs and the device."""
+        found = self.data.conflicts(self.device) | refused_keywords(self.model_args, self.set_by_recipe)
         if (warmup := self.warmup_epochs) >= self.epochs:
             found["warmup_epochs"] = f"warmup_epochs is {warmup:g} but epochs is {self.epochs}; allowed: fewer"
         if self.min_lr > (peak := self.base_lr * self.global_batch / 256):
@@ -188,6 +196,12 @@ class TrainConfig(Config):
             given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
             return {"model": f"model {self.model!r}{f' with {given}' if given else ''}: {error}"}
         return {}
+
+
+def refused_keywords(model_args: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, str]:
+    """The problem of each of `model_args` that has a reason, by keyword, not to be typed."""
+    typed = {name: f"model_args.{name}" for name in reasons if name in model_args}
+    return {key: f"{key} is {model_args[name]}, but {reasons[name]}" for name, key in typed.items()}
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -278,6 +292,11 @@ class FinetuneConfig(TrainConfig):
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
     labels_needed = True
+    set_by_recipe = SET_BY_ALL | {
+        **dict.fromkeys(("pretrained", "checkpoint_path"), "the recipe loads the weights; type pretrained=WEIGHTS"),
+        **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"), NO_SETTING),
+        "drop_path_rate": "the recipe has a setting for it; type drop_path=RATE",
+    }
 
     def build(self, **keywords: Any) -> "nn.Module":
         import timm
@@ -333,6 +352,7 @@ class SegmentConfig(TrainConfig):
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
     labels_needed = True
+    set_by_recipe = SET_BY_ALL | {"features_only": NO_SETTING}
 
     def build(self, **keywords: Any) -> "nn.Module":
         import torch
@@ -348,17 +368,16 @@ class SegmentConfig(TrainConfig):
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation to normalise images by: those of the weights, or ImageNet's for grey models."""
-        import timm
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         from arm_zoo.files import described_by_folder, read_config
-        from arm_zoo.loading import architecture_of, list_entries
+        from arm_zoo.loading import list_entries, pretrained_cfg_of
 
         path = Path(self.pretrained or "")
         folder = path.parent if described_by_folder(path) else path
         own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
         name = self.pretrained if self.pretrained in list_entries() else self.model
-        entry: Any = timm.get_pretrained_cfg(name) or timm.get_pretrained_cfg(architecture_of(name))  # short names
+        entry = pretrained_cfg_of(name)
         mean, std = own.get("mean", entry.mean), own.get("std", entry.std)
         return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -374,8 +393,9 @@ class SegmentConfig(TrainConfig):
     def _missing_images(self) -> dict[str, str]:
         found = {}
         for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
-            if isinstance(name, str) and name and not Path(name).expanduser().is_dir():
-                found[key] = f"{key} is {name}, which is no folder; allowed: a folder of images with masks"
+            if isinstance(name, str) and not (name and Path(name).expanduser().is_dir()):
+                problem = f"{key} is {name}, which is no folder" if name else f"{key} is missing"
+                found[key] = f"{problem}; allowed: a folder of images with masks"
         return found
 
 

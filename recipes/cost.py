@@ -24,6 +24,9 @@ from arm_zoo.tables import ABOVE_ZERO, read
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 HEADINGS = "| model | GPUs | epochs | hours | GPU-hours | speed |\n|---|---|---|---|---|---|"
+# What reading a measurement raises: where the content is none, and for all reasons.
+DAMAGED = (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError)
+UNREADABLE = (*DAMAGED, OSError, ValueError)
 ASSUMED = 0.9  # scaling efficiency where it is neither given nor measured
 PAPER = "| ARM-B | 8 A5000 | 300 | 34.0 | 272 | *reported by the paper* |"  # section 4.4
 
@@ -165,9 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured = from_throughput(settings.throughput)
         else:
             measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except DAMAGED as error:
         parser.exit(2, f"{parser.prog}: {damaged}: {type(error).__name__}: {' '.join(str(error).split())}\n")
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print("\n".join(table(measured, settings)))
 

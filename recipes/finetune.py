@@ -16,13 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from arm_zoo.files import described_by_folder, read_config, weights_in
-from arm_zoo.loading import entry_of, label_names
+from arm_zoo.loading import entry_of, label_names, pretrained_cfg_of
 from arm_zoo.weights.find import find_weights
 from recipes import command_line
 from recipes.command_line import say
@@ -60,9 +59,13 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
         raise RunError(f"{problem}; allowed: {classes}, or leave it out")
     if config.pretrained is None:
         return config.build(num_classes=classes)
-    file, pretrained_names = starting_weights(config.pretrained)
+    file, pretrained_names, channels = starting_weights(config.pretrained)
+    own = pretrained_cfg_of(config.model)
+    # timm adapts the patch embedding from the channels of the weights, and takes those for the model's unless told
+    described = {"file": str(file), "input_size": (channels or own.input_size[0], *own.input_size[1:])}
+    keywords = {"in_chans": own.input_size[0], **config.model_args, "num_classes": classes}
     try:
-        model: Any = config.build(num_classes=classes, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+        model: Any = config.build(pretrained=True, pretrained_cfg_overlay=described, **keywords)
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # torch's message has a line for each name
         raise RunError(f"pretrained={config.pretrained} does not fit {config.model}: {reason}") from error
@@ -77,16 +80,18 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     return model
 
 
-def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...]]:
-    """The file of weights that `pretrained` names, and the class names of its head, none if they are not known."""
+def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...], int | None]:
+    """The file of weights that `pretrained` names, the class names of its head, none if they are not known, and the
+    channels of the images that it was trained on, None if they are not known."""
     path = Path(pretrained)
     if not path.exists():
         entry = entry_of(pretrained)
-        cfg: Any = timm.get_pretrained_cfg(entry)
-        return find_weights(entry), tuple(cfg.label_names or ())
+        cfg = pretrained_cfg_of(entry)
+        return find_weights(entry), tuple(cfg.label_names or ()), cfg.input_size[0]
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}
-    return file, label_names(saved, saved.get("num_classes", 0))
+    channels, *_ = (saved.get("pretrained_cfg") or {}).get("input_size") or (None,)
+    return file, label_names(saved, saved.get("num_classes", 0)), channels
 
 
 def classification_loss(config: FinetuneConfig, num_classes: int) -> LossFunction:

@@ -39,11 +39,11 @@ RUNS = "quickstart_runs"  # deleted at the start, hence a name that no user woul
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the three trainings, write the model, the plots and `summary.json` into `output`; give the summary."""
     runs = output / RUNS
-    shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
     settings = [f"seed={seed}", *overrides]
+    before, after = CONFIGS / "pretrain_digits.yaml", CONFIGS / "finetune_digits.yaml"
+    config = load_config(PretrainConfig, before, [*settings, f"output_dir={runs / 'pretrain'}"])
+    shutil.rmtree(runs, ignore_errors=True)  # of an earlier quickstart: it is run anew, never resumed
     with training_from_scratch(runs / "scratch", settings) as scratch:
-        before, after = CONFIGS / "pretrain_digits.yaml", CONFIGS / "finetune_digits.yaml"
-        config = load_config(PretrainConfig, before, [*settings, f"output_dir={runs / 'pretrain'}"])
         pretrained = pretrain(config, "1/2 pretrain, no labels")
         start = [f"pretrained={pretrained.folder}", f"output_dir={runs / 'finetune'}"]
         finetuned = finetune(load_config(FinetuneConfig, after, [*settings, *start]), "2/2 finetune")

@@ -96,7 +96,8 @@ class SequenceBackbone(Backbone):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = {"img_size": img_size, "patch_size": patch_size, "patch_stride": patch_stride, "in_chans": in_chans}
-        check_positive(type(self).__name__, {**sizes, "embed_dim": embed_dim, "depth": depth, "d_state": d_state})
+        sizes |= {"embed_dim": embed_dim, "depth": depth, "d_state": d_state}
+        check_positive(type(self).__name__, sizes, optional=("patch_stride",))
         norm = get_norm_layer(norm_layer) or self.default_norm
         self.num_classes = num_classes
         self.in_chans = in_chans

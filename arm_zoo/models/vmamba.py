@@ -192,7 +192,9 @@ class VMamba(Backbone):
         """
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_positive("VMamba", {"img_size": img_size, "in_chans": in_chans, "embed_dim // 2": embed_dim // 2})
+        sizes = {"img_size": img_size, "in_chans": in_chans, "embed_dim": embed_dim}
+        check_positive("VMamba", sizes, optional=("img_size",))
+        check_positive("VMamba", {"embed_dim // 2": embed_dim // 2})
         _check_stages(embed_dim, depths, expand)
         norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
         self.num_classes = num_classes

@@ -84,7 +84,7 @@ class ARMPretrain(SequencePretrain):
         self.config = {"img_size": img_size, "patch_size": patch_size, "cluster_size": cluster_size}
         self.config |= {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "d_state": d_state}
         self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "vocab_size": vocab_size}
-        check_positive("ARMPretrain", self.config)
+        check_positive("ARMPretrain", self.config, optional=("vocab_size",))
         self.config |= {"prediction_order": prediction_order, "target": target, "backbone": backbone}
         family: Any = self.backbone_named(backbone)
         _check_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(cluster_size), decoder_dim)

@@ -79,7 +79,7 @@ class MAEPretrain(SequencePretrain):
         self.config = {"backbone": backbone, **sizes, "decoder_heads": decoder_heads, "one_scan": one_scan}
         self.config |= {"mask_ratio": mask_ratio, "normed_pixels": normed_pixels}
         family: Any = self.backbone_named(backbone)
-        check_positive("MAEPretrain", {**sizes, "decoder_heads": decoder_heads})
+        check_positive("MAEPretrain", {**sizes, "decoder_heads": decoder_heads}, optional=("decoder_heads",))
         for name, switch in (("one_scan", one_scan), ("normed_pixels", normed_pixels)):
             if not isinstance(switch, bool):  # text such as "no" would count as true
                 raise ValueError(f"{name} must be true or false, got {switch!r}")

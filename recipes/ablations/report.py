@@ -13,7 +13,7 @@ from arm_zoo.files import write_text
 from arm_zoo.tables import FIGURE, Row, csv_text, read
 from recipes.ablations.runs import Outcome, Run
 from recipes.ablations.tables import Table
-from recipes.cost import Measured, from_run
+from recipes.cost import UNREADABLE, Measured, from_run
 from recipes.errors import RunError
 from recipes.probing.few_shot import half_width
 from recipes.training.plots import plot_intervals
@@ -35,8 +35,13 @@ def recorded(output: Path) -> list[Row]:
 
 
 def read_outcomes(output: Path) -> dict[str, Outcome]:
-    """The results of all runs that `runs.csv` has a line for."""
-    return {line["run"]: Outcome(*(float(line[name]) for name in NUMBERS)) for line in recorded(output)}
+    """The results of all runs that `runs.csv` has a line for; RunError if two lines of a run differ."""
+    outcomes = dict[str, Outcome]()
+    for line in recorded(output):
+        outcome = Outcome(*(float(line[name]) for name in NUMBERS))
+        if outcomes.setdefault(line["run"], outcome) != outcome:
+            raise RunError(f"{output / RUNS} has two results of run {line['run']}; delete the line of one of them")
+    return outcomes
 
 
 def record(run: Run, outcome: Outcome, output: Path) -> None:
@@ -94,7 +99,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def replace_section(document: Path, heading: str, lines: Sequence[str]) -> None:
     """Replace what a Markdown file has between a heading, which must be there, and the next heading."""
-    section, text = "\n".join([heading, "", *lines, "", ""]), document.read_text(encoding="utf-8")
+    section = "\n".join([heading, "", *lines, "", ""])
+    try:
+        text = document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{document} is no Markdown file, which is text in UTF-8: {error}; name one") from None
     whole, count = re.subn(rf"(?ms)^{re.escape(heading)}$.*?(?=^#|\Z)", lambda _: section, text, count=1)
     if not count:
         raise RunError(
@@ -149,6 +158,13 @@ def measured_speed(runs: Sequence[Run], run: Run, phase: str) -> float | None:
     """Images per second of one GPU in a phase of this run; if that has not begun, of its row, else of any run."""
     for other in (run, *(other for other in runs if other.row == run.row), *runs):
         if any("images_per_second" in row for row in other.history(phase)):
-            found = from_run(other.output_dir(phase))
+            try:
+                found = from_run(other.output_dir(phase))
+            except UNREADABLE as error:
+                reason = (
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"  # YAML's messages have several lines
+                )
+                problem = f"the speed of {other.output_dir(phase)} cannot be read: {reason}"
+                raise RunError(f"{problem}; type another, as in --speed {phase}=IMAGES_PER_SECOND") from None
             return found.images_per_second / found.gpus
     return None

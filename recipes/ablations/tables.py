@@ -1,5 +1,6 @@
 """The rows of a table: the settings of each phase, from the YAML files here, and the configurations they make."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ def read_tables(
     """Read tables in a preset, with overrides that are `key=value` for all phases or `PHASE.key=value` for one.
 
     `rows` are the names of the rows to keep, and tables without any are left out; without names, all are kept. Raises
-    RunError for an unknown row and for an override of a phase that no row has, and one ConfigError for all rows whose
-    settings are wrong.
+    RunError for an unknown row, for an override of a phase that no row has and for overrides that make a row the same
+    as another one of its table, and one ConfigError for all rows whose settings are wrong.
     """
     shared = yaml.safe_load((FOLDER / "presets.yaml").read_text(encoding="utf-8"))[preset]
     fallback = shared.pop("rows", preset)  # the preset whose settings a row has where it has none for this one
@@ -64,11 +65,10 @@ def read_tables(
     if unknown := set(rows) - {*names}:
         allowed = ", ".join(map(repr, dict.fromkeys(names)))
         raise RunError(f"no row of {which} is called {min(unknown)!r} in preset {preset}; allowed: {allowed}")
+    kept_names = set(rows or names)
     configured = cache(lambda phase, file, *typed: load_config(RECIPES[phase][0], file, typed, to_run=False))
-    made, problems = list[Row](), {}
+    right, problems = list[Row](), {}
     for number, row, own in found:
-        if rows and row["name"] not in rows:
-            continue
         phases, configs = phases_of(row, own, shared, overrides), dict[str, TrainConfig]()
         for phase in phases:
             try:
@@ -76,10 +76,17 @@ def read_tables(
                 configs[phase] = configured(phase, file, *typed)  # built once where rows share it
             except ConfigError as error:
                 reasons = "; ".join(error.problems.values())
-                problems[f"table {number}, {row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {reasons}"
-        made.append(Row(number, row["name"], phases, configs, row.get("reported", {})))
+                if row["name"] in kept_names:
+                    problems[f"table {number}, {row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {reasons}"
+        if configs.keys() == phases.keys():
+            right.append(Row(number, row["name"], phases, configs, row.get("reported", {})))
     if problems:
         raise ConfigError(problems)
+    made = [row for row in right if row.name in kept_names]
+    for row, other in itertools.product(made, right):
+        if row is not other and row.table == other.table and row.configs == other.configs:
+            problem = f"row {row.name!r} of table {row.table} would be the same as row {other.name!r}"
+            raise RunError(f"{problem} with {' '.join(overrides)}; leave out the setting by which they differ")
     named = {override.partition(".")[0] for override in overrides} & {*PHASES}
     if idle := named - {phase for row in made for phase in row.phases}:
         raise RunError(f"none of these rows of {which} has the phase {min(idle)}; leave out {min(idle)}.KEY=...")

@@ -15,6 +15,7 @@ SOURCE: Limit = (
     "digits), as in data.source=digits",
     bool,
 )
+OF_FILES = {"train_size", "image_column", "label_column", "max_pixels"}  # keys about files of images
 VALIDATION: Limit = (
     "a fraction of the training images above 0 and below 1, as in 0.2, or another source (a folder called 1 is "
     "written ./1)",
@@ -81,6 +82,8 @@ class DataConfig:
     def conflicts(self, device: str = "auto") -> dict[str, str]:
         """The problem of each key whose value is fine on its own, but not with another's or on the device."""
         found = {}
+        if self.source == "digits":
+            found = self.unused({field.name for field in fields(self)} - OF_FILES, "data.source=digits")
         if self.cache != "none" and self.streaming:
             problem = f"data.cache is {self.cache} but data.streaming is true"
             found["data.cache"] = f"{problem}; allowed: data.cache=none, or data.streaming=false"

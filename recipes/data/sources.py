@@ -163,6 +163,10 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
     source = locate(config.source, one_split=config.validation is not None)
     if source.kind == "images" and config.streaming:
         raise SourceError(f"{source.name!r} is a folder of images, which needs no data.streaming; leave it out")
+    if source.kind == "images" and not isinstance(config.validation, str):  # else they may be those of its columns
+        for key, column in (("image_column", config.image_column), ("label_column", config.label_column)):
+            if column is not None:
+                raise SourceError(f"{source.name!r} is a folder of images, which has no columns; leave out data.{key}")
     splits = splits_of(source)
     chosen = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
     if chosen not in splits:

@@ -3,13 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recipes.config import Config
+from recipes.config import NO_SETTING, Config, refused_keywords
 from recipes.data.config import DataConfig
 from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, SEED, limited
 
 USED = {  # keys of `data`
     *("source", "validation", "streaming", "train_size", "num_classes", "labels_per_class", "image_column"),
     *("label_column", "workers", "decode", "max_undecodable", "max_pixels"),
+}
+SET_BY_RECIPE = {  # as in `recipes.config`
+    "device": "the recipe chooses the device; type device=auto or device=cpu",
+    **dict.fromkeys(("dtype", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"), NO_SETTING),
+    **dict.fromkeys(("pretrained", "checkpoint_path"), "--weights names the weights; untrained=true draws them"),
+    "num_classes": "features need no classifier; leave it out",
 }
 
 
@@ -40,8 +46,4 @@ class ProbeConfig(Config):
     def conflicts(self) -> dict[str, str]:
         """Keys that have no use here, and conflicts of the images with the device."""
         unused = self.data.unused(USED, "recipes.probe, which reads each image once, as it is")
-        found = self.data.conflicts(self.device) | unused
-        if (kept := self.model_args.get("num_classes")) is not None:
-            key = "model_args.num_classes"
-            found[key] = f"{key} is {kept}, but features need no classifier; leave it out"
-        return found
+        return self.data.conflicts(self.device) | unused | refused_keywords(self.model_args, SET_BY_RECIPE)

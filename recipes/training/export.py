@@ -9,6 +9,7 @@ import torch
 from timm.data import resolve_data_config
 
 from arm_zoo.files import WEIGHTS, save_model
+from arm_zoo.loading import pretrained_cfg_of
 from arm_zoo.models._builder import ARCHITECTURES
 from recipes.config import TrainConfig
 from recipes.data.sources import Source
@@ -30,7 +31,7 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
     own = {"input_size": model.input_size(), "mean": source.mean, "std": source.std}
     if not (config.labels_needed or hasattr(model, "patch_embed")):  # a dVAE, which has no entry
         return {**resolve_data_config(pretrained_cfg={"interpolation": "bicubic"}), **own}
-    cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
+    cfg = pretrained_cfg_of(config.model if config.labels_needed else backbone_entry(config, model))
     return {**resolve_data_config(pretrained_cfg=cfg.to_dict()), **own}
 
 
@@ -57,7 +58,7 @@ def save_pretraining(model: Any, config: TrainConfig, inputs: InputConfig, **fac
     whole, backbone = (Path(config.output_dir) / name for name in (EXPORT, BACKBONE))
     statistics = {key: inputs[key] for key in ("input_size", "mean", "std")}
     save_model(whole, model.state_dict(), {**model.hub_config(), **facts, "pretrained_cfg": statistics})
-    entry, overlay = backbone_entry(config, model), {"file": str(whole / WEIGHTS)}
+    entry, overlay = backbone_entry(config, model), {"file": str(whole / WEIGHTS), "input_size": inputs["input_size"]}
     taken = inspect.signature(ARCHITECTURES[entry].model_class).parameters
     arguments: dict[str, Any] = {name: value for name, value in model.config.items() if name in taken}
     torch.manual_seed(config.seed)

@@ -133,6 +133,28 @@ def test_damaged_figures_of_a_run_are_named(figures: str, tmp_path: Path) -> Non
         main(["5", "--preset", "digits", "--output", str(tmp_path), "--row", TWO[1], "--seeds", "0"])
 
 
+@pytest.mark.parametrize(
+    ("figures", "config"),
+    [
+        ('"processes": 1', ""),
+        ('"processes": 1', "model: ["),
+        ('"epoch": 1', "model: arm_pico"),
+        ('"processes": 1', None),
+    ],
+)
+def test_a_speed_that_cannot_be_read_is_told(figures: str, config: str | None, tmp_path: Path) -> None:
+    [run] = runs_of(read_table(5, "digits", rows=TWO[1:]), [0], tmp_path)
+    folder = run.output_dir("pretrain")
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(f'{{"images_per_second": 3, {figures}}}')
+    if config is not None:
+        (folder / "config.yaml").write_text(config)
+    command = ["5", "--preset", "digits", "--output", str(tmp_path), "--row", TWO[1], "--seeds", "0", "--list"]
+    with pytest.raises(SystemExit, match=rf"the speed of {folder} cannot be read: .*, as in --speed pretrain=IMAGES"):
+        main(command)
+    main([*command, "--speed", "pretrain=100"])
+
+
 def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
     """And nothing else there changes, however often, or is run."""
     heading = "### Prediction orders (paper, table 5), preset digits"
@@ -143,6 +165,9 @@ def test_a_table_goes_into_a_document_under_its_heading(tmp_path: Path) -> None:
     command = ["5", "--preset", "digits", "--output", str(tmp_path / "out"), "--row", TWO[0], "--into", str(document)]
     document.write_text("# Page\n")
     with pytest.raises(SystemExit, match=f"has no line '{re.escape(heading)}', under which the table goes"):
+        main(command)
+    document.write_bytes(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"RESULTS\.md is no Markdown file, which is text in UTF-8: "):
         main(command)
     document.write_text(f"{heading}\n\nfigures of other settings\n")
     with pytest.raises(SystemExit, match=r"has no run of .* with these settings; type those with which"):

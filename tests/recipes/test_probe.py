@@ -137,6 +137,9 @@ def test_bad_input_of_the_probe(pretrained: Path, tmp_path: Path, capsys: pytest
         ConfigError, match=r"model_args.num_classes is 3, but features need no classifier; leave it out"
     ):
         load_config(ProbeConfig, None, ["model_args.num_classes=3", *digits])
+    with pytest.raises(ConfigError) as refused:
+        load_config(ProbeConfig, None, ["model_args.device=meta", "model_args.features_only=true", *digits])
+    assert refused.value.problems.keys() == {"model_args.device", "model_args.features_only"}
     assert "model=arm_pico_patch2_8 model_args.depth=deep: " in value and "; as model_args.NAME the model's" in value
     (tmp_path / "damaged.safetensors").write_text("no weights")
     damaged = refusal("--weights", str(tmp_path / "damaged.safetensors"), "model=arm_pico_patch2_8", *digits)

@@ -28,7 +28,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
-from arm_zoo.files import replacing_files
+from arm_zoo.files import replacing_files, save_model
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -51,7 +51,7 @@ from recipes.quickstart import quickstart, show
 from recipes.training import parallel
 from recipes.training.ema import winner
 from recipes.training.engine import Trainer, seed_step
-from recipes.training.export import save_pretraining
+from recipes.training.export import input_config, save_pretraining
 from recipes.training.optim import create_optimizer, learning_rate
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
 from recipes.training.progress import ProgressDisplay, image_flops
@@ -190,6 +190,17 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "base_lr=inf"): "base_lr is inf; allowed: a number above 0, and finite",
     ("pretrain", "min_lr=10"): "min_lr is 10 but the peak is",
     ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
+    ("pretrain", "data.train_size=12"): "data.train_size has no use in data.source=digits; leave it out",
+    (
+        "pretrain",
+        "model_args.img_size=[8]",
+    ): "ARMPretrain: img_size must be a whole number, or (height, width), got [8]",
+    ("pretrain", "model_args.decoder_dim=null"): "decoder_dim must be a whole number, got None",
+    ("pretrain", "model_args.device=meta"): "model_args.device is meta, but the recipe chooses the device; type",
+    ("finetune", "model_args.dtype=float16"): "model_args.dtype is float16, but parameters are float32; type",
+    ("finetune", "model_args.pretrained=true"): "but the recipe loads the weights; type pretrained=WEIGHTS",
+    ("finetune", "model_args.drop_path_rate=0"): "but the recipe has a setting for it; type drop_path=RATE",
+    ("finetune", "model_args.features_only=true"): "it is no setting of a model that a recipe takes; leave it out",
     ("finetune", "model_args.num_classes=5"): "model_args.num_classes is 5, but digits has 10 classes",
     ("finetune", "data.num_classes=5"): "the digits have 10 classes, but data.num_classes is 5",
     ("finetune", "pretrained=FILE"): "FILE",
@@ -491,6 +502,35 @@ def test_a_classifier_of_the_same_classes_keeps_its_head(tmp_path: Path) -> None
     for others in (names[::-1], names[:9], [*names[:9], "ten"]):
         drawn = create_classifier(config, others).get_classifier()
         assert drawn.weight.std().item() == pytest.approx(2e-5, rel=0.3) and not drawn.bias.any(), others
+
+
+def test_weights_of_other_channels_than_the_entrys_are_adapted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The entry is of grey images; what was pretrained on colour ones tells its own channels."""
+    pretrained = arm_zoo.create_pretraining_model("arm_pico", in_chans=3)
+    described = {**pretrained.hub_config(), "pretrained_cfg": {"input_size": [3, 8, 8]}}
+    save_model(tmp_path, pretrained.state_dict(), described)
+    grey = load_config(FinetuneConfig, FINETUNE, [f"pretrained={tmp_path}"])
+    colour = load_config(FinetuneConfig, FINETUNE, [f"pretrained={tmp_path}", "model_args.in_chans=3"])
+    weight = pretrained.patch_embed.proj.weight
+    assert torch.equal(create_classifier(colour, "ab").get_parameter("patch_embed.proj.weight"), weight)
+    adapted = create_classifier(grey, "ab").get_parameter("patch_embed.proj.weight")
+    torch.testing.assert_close(adapted, weight.sum(dim=1, keepdim=True))  # as timm does it
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("pretrained", [None, "pretraining_model"])
+def test_short_names_of_models_are_trained(pretrained: str | None, tmp_path: Path) -> None:
+    """A backbone is called by the name that it was pretrained under: model=vim_tiny in both recipes."""
+    small = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 1}
+    before = arm_zoo.create_pretraining_model("vim_tiny", cluster_size=4, **small)
+    save_model(tmp_path / "pretraining_model", before.state_dict(), before.hub_config())
+    start = None if pretrained is None else str(tmp_path / pretrained)
+    config = FinetuneConfig(model="vim_tiny", model_args=small, pretrained=start)
+    model = create_classifier(config, "ab")
+    source: Any = SimpleNamespace(channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert input_config(model, config, source)["input_size"] == (3, 8, 8)
 
 
 def mixing(*overrides: str) -> FinetuneConfig:
@@ -822,6 +862,16 @@ def test_blocks_of_encoder_and_decoder_are_sharded_one_by_one(monkeypatch: pytes
     model: Any = arm_zoo.create_pretraining_model("arm_pico")
     parallel.shard(model, SimpleNamespace(num_processes=2, device=torch.device("cpu")))  # type: ignore[arg-type]
     assert parts == [*model.blocks, *model.decoder_blocks, model]
+
+
+def test_quickstart_refuses_before_it_deletes_or_trains(tmp_path: Path) -> None:
+    (tmp_path / "quickstart_runs").mkdir()
+    with pytest.raises(ConfigError, match="seed is -1; allowed: a whole number from 0 to"):
+        quickstart(tmp_path, seed=-1)
+    assert (tmp_path / "quickstart_runs").is_dir() and not any((tmp_path / "quickstart_runs").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file; allowed: a folder to write to"):
+        quickstart(tmp_path / "file", seed=0)
 
 
 @pytest.mark.slow

@@ -142,6 +142,9 @@ def test_what_cannot_be_trained_is_told(
     assert ".png has the numbers " in message and "allowed: 1 to 2, the 2 classes, and 0" in message
     message = refusal(capsys, *whole, *images, f"data.validation={tmp_path / 'gone'}", "data.erase=0.5")
     assert "gone, which is no folder" in message and "data.erase has no use in segmentation" in message
+    message = refusal(capsys, *whole, *MODEL, "model_args.device=meta")
+    assert "data.source is missing; allowed: a folder of images with masks" in message and "digits" not in message
+    assert "model_args.device is meta, but the recipe chooses the device" in message
     message = refusal(capsys, *whole, f"data.source={scenes}", "model=vit_giant")
     assert "model 'vit_giant': unknown" in message
     message = refusal(capsys, *whole, *images, "pretrained=gone")

@@ -296,6 +296,18 @@ def test_sizes_below_one(sizes: dict[str, Any]) -> None:
         timm.create_model("arm_tiny_patch16_224", **sizes)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"depth": 2.5}, {"patch_size": "x"}, {"embed_dim": [1, 2]}, {"img_size": [8]}, {"img_size": [8, 8, 8]}],
+    ids=str,
+)
+def test_sizes_that_are_no_whole_numbers(sizes: dict[str, Any]) -> None:
+    ((name, size),) = sizes.items()
+    pairs = ", or (height, width)" if name in ("patch_size", "img_size") else ""
+    with pytest.raises(ValueError, match=re.escape(f"ARM: {name} must be a whole number{pairs}, got {size!r}")):
+        timm.create_model("arm_tiny_patch16_224", **sizes)
+
+
 def test_intermediates_of_a_wrong_image() -> None:
     with pytest.raises(ValueError, match="expected images"):
         tiny().forward_intermediates(torch.zeros(3, 32, 32))

@@ -58,6 +58,16 @@ def test_a_damaged_record_is_named(line: str, problem: str, tmp_path: Path) -> N
         read_outcomes(tmp_path)
 
 
+def test_two_results_of_a_run_are_told(tmp_path: Path) -> None:
+    """As after copies of two machines were joined; the same line twice does no harm."""
+    lines = ["run,row,seed,top1,gpu_hours", "ab,random,0,90,1", "ab,random,0,90,1"]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    assert read_outcomes(tmp_path) == {"ab": Outcome(top1=90, gpu_hours=1)}
+    (tmp_path / "runs.csv").write_text("\n".join([*lines, "ab,random,0,91,1"]))
+    with pytest.raises(RunError, match=r"runs\.csv has two results of run ab; delete the line of one of them"):
+        read_outcomes(tmp_path)
+
+
 def test_the_page_of_results_has_a_place_for_each_table(repo: Path) -> None:
     page = (repo / "recipes" / "RESULTS.md").read_text().splitlines()
     for number in range(4, 9):

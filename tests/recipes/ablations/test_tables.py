@@ -92,6 +92,13 @@ def test_wrong_rows_and_settings_are_refused_at_once(monkeypatch: pytest.MonkeyP
         read_table(5, "small", rows=["spiral"])
     with pytest.raises(RunError, match=r"none of these rows of table 5 has the phase dvae; leave out dvae\.KEY"):
         read_table(5, "digits", ["dvae.epochs=3"], ["random"])
+    order = "pretrain.model_args.prediction_order=row"  # the table would call by its name what is another row
+    with pytest.raises(
+        RunError, match=rf"row 'random' .* would be the same as row 'row-first, forward' with {order};"
+    ):
+        read_table(5, "digits", [order], ["random"])
+    ratio = "pretrain.model_args.mask_ratio=0.5"  # which only this row takes
+    assert [row.name for row in read_table(8, "digits", [ratio], ["Vim, MAE"]).rows] == ["Vim, MAE"]
     with pytest.raises(ConfigError) as refused:
         read_table(6, "small", ["pretrain.epochs=0"])
     assert len(refused.value.problems) == 6

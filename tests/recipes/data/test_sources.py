@@ -517,6 +517,8 @@ def test_bad_sources_are_refused_in_plain_words(tmp_path: Path, repo: Path, monk
     few = write_parquet(tmp_path / "few" / "few.parquet", [0, 0])
     with pytest.raises(SourceError, match=r"has 2 images, but data.train_size is 3; leave it out"):
         open_named(few, train_size=3, validation=str(few))
+    with pytest.raises(SourceError, match=r"is a folder of images, which has no columns; leave out data.label_column"):
+        open_named(write_folder(tmp_path / "folder", {"cat": 2, "dog": 2}), label_column="species")
     refused[str(hollow.parent)] = r"class folders of .*hollow \[train\] hold no image: dog; fill or remove them"
     for name, message in refused.items():
         with pytest.raises(SourceError, match=message):
