@@ -121,9 +121,9 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 
 def entries() -> set[str]:
-    """The names of all our entries, with and without tags."""
-    tagged = {name for architecture in ARCHITECTURES for name in get_arch_pretrained_cfgs(architecture)}
-    return {*ARCHITECTURES, *SHORT_NAMES, *tagged}
+    """The names of all our entries, long and short, with and without tags."""
+    names = {*ARCHITECTURES, *SHORT_NAMES}
+    return names | {tagged for name in names for tagged in get_arch_pretrained_cfgs(name)}
 
 
 def list_entries() -> set[str]:

@@ -349,13 +349,13 @@ class SegmentConfig(TrainConfig):
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         from arm_zoo.files import described_by_folder, read_config
-        from arm_zoo.loading import architecture_of, list_entries
+        from arm_zoo.loading import list_entries
 
         path = Path(self.pretrained or "")
         folder = path.parent if described_by_folder(path) else path
         own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
         name = self.pretrained if self.pretrained in list_entries() else self.model
-        entry: Any = timm.get_pretrained_cfg(name) or timm.get_pretrained_cfg(architecture_of(name))  # short names
+        entry: Any = timm.get_pretrained_cfg(name)
         mean, std = own.get("mean", entry.mean), own.get("std", entry.std)
         return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 

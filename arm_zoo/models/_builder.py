@@ -17,6 +17,7 @@ from timm.models import (
     build_model_with_cfg,
     filter_pretrained_cfg,
     generate_default_cfgs,
+    get_arch_pretrained_cfgs,
     get_pretrained_cfg,
     register_model,
     resolve_pretrained_cfg,
@@ -57,10 +58,14 @@ def register_family(
     model_class: "type[Backbone]", table: Mapping[str, Mapping[str, Any]], short_names: Mapping[str, str]
 ) -> None:
     """Register models, name -> arguments, with timm; the module of the class must define timm's `default_cfgs`."""
+    module = model_class.__module__
     ARCHITECTURES.update((name, Architecture(model_class, arguments)) for name, arguments in table.items())
     SHORT_NAMES.update(short_names)
+    # timm's scripts look a configuration up by the name that is typed, before they create a model
+    cfgs = sys.modules[module].default_cfgs
+    cfgs.update((short, cfgs[name]) for short, name in short_names.items())
     for name, architecture in {**{name: name for name in table}, **short_names}.items():
-        _register_entry_point(name, architecture, model_class.__module__)
+        _register_entry_point(name, architecture, module)
 
 
 def _register_entry_point(name: str, architecture: str, module: str) -> None:
@@ -115,9 +120,13 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(own))}")
     given, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg: Any = resolve_pretrained_cfg(name, given, overlay)
+    # what is the model's own, whatever a configuration that the caller brings says of it or leaves out
+    default = get_pretrained_cfg(name)
+    own_keys = ("fixed_input_size", "first_conv", "classifier")
+    cfg = dataclasses.replace(cfg, architecture=name, **{key: getattr(default, key) for key in own_keys})
     sources = ("file", "url", "state_dict", "hf_hub_id")
     # names of classes are those of the entry's own weights, or of a configuration that the caller brings
-    if isinstance(given, str | None) and (not pretrained or any(overlay.get(source) for source in sources)):
+    if _is_registered(name, given) and (not pretrained or any(overlay.get(source) for source in sources)):
         cfg = dataclasses.replace(cfg, label_names=overlay.get("label_names"))
     tensors = _read_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else None
     described = cfg.file if cfg.source == "local-dir" else None
@@ -139,6 +148,14 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         feature_cfg={"out_indices": kwargs.pop("out_indices", model_class.feature_maps), "feature_cls": "getter"},
         **{**architecture.arguments, **kwargs},
     )
+
+
+def _is_registered(name: str, given: PretrainedCfg | dict[str, Any] | str | None) -> bool:
+    """Whether the configuration given is an entry's: none, a tag, or the whole, as timm's scripts hand it on."""
+    if isinstance(given, str | None):
+        return True
+    cfg = PretrainedCfg(**given) if isinstance(given, dict) else given
+    return dataclasses.replace(cfg, architecture=name) in get_arch_pretrained_cfgs(name).values()
 
 
 def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDict:

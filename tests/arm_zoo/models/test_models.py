@@ -31,6 +31,7 @@ from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
+from arm_zoo.loading import entries, entry_of
 from arm_zoo.models.arm import ARM, DIRECTIONS
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
@@ -157,6 +158,7 @@ def test_evaluation_squashes_the_image(name: str, resized: int) -> None:
 
 def test_weights_are_listed_that_are_in_the_package_or_at_their_authors() -> None:
     there = {name for name, weights in TABLE.items() if weights.where != "planned" and name.startswith("arm_")}
+    there |= {name.replace("_patch16_224", "") for name in there if name.split(".")[0] in SHORT.values()}
     assert set(timm.list_pretrained("arm_*")) == there and "arm_large_patch16_224.in1k" not in there
     assert timm.list_models("arm_*", pretrained=True) == timm.list_pretrained("arm_*")
     untrained = ["arm_small_patch16_224", "arm_tiny_patch16_224"]
@@ -171,6 +173,43 @@ def test_names_of_classes_belong_to_weights() -> None:
     overlay = {"file": str(bundled_file("arm_pico_patch2_8.arm_digits_ft_digits"))}
     model = timm.create_model("arm_pico_patch2_8", pretrained=True, pretrained_cfg_overlay=overlay)
     assert model.pretrained_cfg.get("label_names") is None
+
+
+def from_script(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    """A model as timm's train.py and validate.py make it: they hand the entry's configuration on as a dict."""
+    return timm.create_model(**timm.models.resolve_model_input_args(name, {}, pretrained=pretrained, **kwargs))
+
+
+@pytest.mark.parametrize("short, name", [*SHORT.items(), ("vim_tiny", "vim_tiny_patch16_224")])
+def test_scripts_of_timm_know_short_names(short: str, name: str) -> None:
+    tagged = timm.models.get_arch_pretrained_cfgs(name)
+    assert tagged
+    for long in (name, *tagged):
+        alias = long.replace(name, short)
+        expected = from_script(long, False, device="meta").pretrained_cfg
+        for make in (from_script, timm.create_model):
+            assert make(alias, pretrained=False, device="meta").pretrained_cfg == expected
+        assert timm.get_pretrained_cfg(alias).crop_mode == expected["crop_mode"]
+        assert alias in entries() and entry_of(alias) == entry_of(long)
+
+
+def test_scripts_of_timm_make_the_same_models() -> None:
+    name = "arm_pico_patch2_8"
+    expected, model = timm.create_model(name, pretrained=True).eval(), from_script(name, True).eval()
+    x = images(expected)
+    assert torch.equal(model(x), expected(x)) and model.pretrained_cfg == expected.pretrained_cfg
+    assert from_script(name, False).pretrained_cfg == timm.create_model(name).pretrained_cfg  # no names of classes
+
+
+@pytest.mark.parametrize("num_classes", [10, 3, 0])
+def test_a_configuration_may_tell_the_file_alone(num_classes: int) -> None:
+    name = "arm_pico_patch2_8"
+    cfg = {"file": str(bundled_file(f"{name}.arm_digits_ft_digits")), "input_size": (1, 8, 8)}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg=cfg, num_classes=num_classes).eval()
+    expected = timm.create_model(name, pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(model.forward_features(x), expected.forward_features(x))
+    assert torch.equal(model(x), expected(x)) if num_classes == 10 else model.num_classes == num_classes
 
 
 @pytest.mark.parametrize("name", ["arm_base_patch16_224.in1k", "arm_large_patch16_224.in1k"])
