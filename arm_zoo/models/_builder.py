@@ -2,15 +2,16 @@
 
 import dataclasses
 import inspect
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_device_dtype
+from timm.layers import get_device_dtype, get_norm_layer
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
@@ -26,8 +27,9 @@ from timm.models._input import get_model_args
 from torch import nn
 
 from arm_zoo.base import ZooModel
-from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
+from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.layers.init import zero_bias
+from arm_zoo.layers.sizes import check_whole
 from arm_zoo.weights.download import download
 from arm_zoo.weights.find import find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, upstream_is_on
@@ -199,6 +201,15 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
     return read_checkpoint(find_weights(entry, cache_dir))
 
 
+def norm_layer_of(norm_layer: str | Callable[..., nn.Module] | None) -> Callable[..., nn.Module] | None:
+    """The norm that a name of `timm.layers`, or a class, stands for; None for None."""
+    try:
+        return cast(Callable[..., nn.Module] | None, get_norm_layer(norm_layer))
+    except (AssertionError, AttributeError, KeyError) as error:
+        allowed = "a name of timm.layers, such as 'layernorm' or 'rmsnorm', or a class"
+        raise ValueError(f"norm_layer must be {allowed}, got {norm_layer!r}") from error
+
+
 class Backbone(ZooModel):
     """A model of any family that is saved in timm's Hub form."""
 
@@ -230,6 +241,7 @@ class Backbone(ZooModel):
 
     def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, freshly initialised, and optionally the pooling."""
+        check_whole(type(self).__name__, {"num_classes": num_classes})
         if global_pool is not None:
             self.set_global_pool(global_pool)
         self.num_classes = num_classes
@@ -249,6 +261,16 @@ class Backbone(ZooModel):
         cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
         named = len(cfg.get("label_names") or ()) == model.num_classes
         labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
+        # num_classes among them would overrule a caller's, and break the timm wrapper of transformers
+        arguments = {key: value for key, value in get_model_args(model).items() if key != "num_classes"}
+        for key, value in arguments.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise CheckpointError(
+                    f"cannot save the model: {CONFIG} cannot hold its argument {key}, {value!r}; make the model with "
+                    "a plain value, such as norm_layer='layernorm', or torch.save(model.state_dict(), FILE) alone"
+                ) from error
         cfg |= {"num_classes": model.num_classes, "input_size": model.input_size()}
         return {
             "architecture": cfg.pop("architecture"),
@@ -256,7 +278,6 @@ class Backbone(ZooModel):
             "num_features": model.num_features,
             **({"global_pool": model.global_pool} if model.global_pool else {}),
             **(labels if named else {}),
-            # with num_classes they would overrule a caller's, and break the timm wrapper of transformers
-            "model_args": {key: value for key, value in get_model_args(model).items() if key != "num_classes"},
+            "model_args": arguments,
             "pretrained_cfg": cfg,
         }

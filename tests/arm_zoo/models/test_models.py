@@ -328,6 +328,42 @@ def test_an_empty_batch_gives_empty_logits_and_no_gradients() -> None:
     assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters())
 
 
+WRONG_TYPES = [{"img_size": size} for size in ("32", 32.0, (32,), (32, 32, 32), (32.5, 32))]
+WRONG_TYPES += [
+    {"in_chans": "3"},
+    {"in_chans": (3, 3)},
+    {"embed_dim": 47.5},
+    {"num_classes": "3"},
+    {"num_classes": 2.0},
+]
+
+
+@pytest.mark.parametrize("name", ["arm_tiny_patch4_32", "vim_tiny_patch4_32", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize("sizes", WRONG_TYPES, ids=str)
+def test_sizes_of_another_type(name: str, sizes: dict[str, Any]) -> None:
+    ((key, size),) = sizes.items()
+    with pytest.raises(
+        TypeError, match=re.escape(f": {key} must be a whole number") + f".*, got {re.escape(repr(size))}"
+    ):
+        timm.create_model(name, device="meta", **sizes)
+
+
+@pytest.mark.parametrize("name", ["arm_tiny_patch4_32", "vim_tiny_patch4_32", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"drop_path_rate": 1.5}, "drop_path_rate must be a number between 0 and 1, got 1.5"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate must be a number between 0 and 1, got '0.1'"),
+        ({"drop_rate": -1}, "drop_rate must be a number between 0 and 1, got -1"),
+        ({"norm_layer": "nope"}, "norm_layer must be a name of timm.layers, such as 'layernorm'.*, got 'nope'"),
+        ({"norm_layer": 5}, "norm_layer must be a name of timm.layers.*, got 5"),
+    ],
+)
+def test_wrong_rates_and_norms(name: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, device="meta", **kwargs)
+
+
 @pytest.mark.parametrize("sizes", [{"depth": 0}, {"patch_size": 0}, {"embed_dim": -4}, {"img_size": (0, 32)}], ids=str)
 def test_sizes_below_one(sizes: dict[str, Any]) -> None:
     ((name, size),) = sizes.items()
@@ -818,6 +854,15 @@ def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:
     assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= set(nodes)
 
 
+def test_a_model_that_a_configuration_cannot_describe(tmp_path: Path) -> None:
+    model = tiny(norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json cannot hold its argument norm_layer, .*partial.*norm_layer='layernorm'"
+    ):
+        model.save_pretrained(tmp_path / "folder")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", ["arm_base_patch16_224", "vim_base_patch16_224"])
 def test_a_model_pruned_of_its_norm_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = tiny(name)
@@ -983,6 +1028,27 @@ def test_refused_sizes_leave_the_model_as_it_was(refused: dict[str, Any]) -> Non
     assert model(x).equal(before)
 
 
+@pytest.mark.parametrize(
+    "refused, message",
+    [
+        ({"patch_size": 0}, "ARM: patch_size must be at least 1, got 0"),
+        ({"patch_size": "8"}, r"ARM: patch_size must be a whole number or two, \(height, width\), got '8'"),
+        ({"img_size": 64.0}, "ARM: img_size must be a whole number"),
+        ({"img_size": (64,)}, "ARM: img_size must be a whole number"),
+    ],
+)
+def test_set_input_size_names_what_it_refuses(refused: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        tiny().set_input_size(**refused)
+
+
+def test_feature_info_follows_the_patches() -> None:
+    model = tiny()
+    model.set_input_size(patch_size=8)
+    made = tiny(patch_size=8)
+    assert model.feature_info == made.feature_info and made.feature_info[0]["reduction"] == 8
+
+
 @pytest.mark.parametrize("in_chans", [1, 5])
 def test_input_channels(in_chans: int) -> None:
     model = tiny(in_chans=in_chans)
@@ -1086,13 +1152,17 @@ def test_bad_images_are_refused(dynamic: bool, shape: tuple[int, ...], message: 
     "call, message",
     [
         (lambda model, x: model.reset_classifier(3, "max"), "global_pool must be"),
+        (lambda model, x: model.reset_classifier("3", ""), "ARM: num_classes must be a whole number, got '3'"),
         (lambda model, x: model.forward_intermediates(x, output_fmt="NHWC"), "output_fmt must be 'NCHW' or 'NLC'"),
     ],
 )
 def test_bad_options_are_refused(call: Callable[..., Any], message: str) -> None:
     model = tiny()
-    with pytest.raises(ValueError, match=message):
-        call(model, images(model))
+    x = images(model)
+    before = model(x)
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(model, x)
+    assert model(x).equal(before) and model.num_classes == 10
 
 
 # ------------------------------------------------------------------------------------------------ groups of parameters
