@@ -174,7 +174,8 @@ def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDic
             f"config.json of {described} says {model.num_classes} classes, but the weights beside it have {classes}: "
             "the two files do not belong together; num_classes=... makes a head of your own"
         )
-    cfg["num_classes"] = classes
+    if cfg["num_classes"] != -1:  # by which timm's train.py asks for a new head
+        cfg["num_classes"] = classes
     return cast(StateDict, model.adapt(state_dict, model))
 
 

@@ -212,6 +212,16 @@ def test_a_configuration_may_tell_the_file_alone(num_classes: int) -> None:
     assert torch.equal(model(x), expected(x)) if num_classes == 10 else model.num_classes == num_classes
 
 
+def test_train_script_of_timm_asks_for_a_new_head() -> None:
+    """With `--pretrained-path FILE`, by a number of classes of -1."""
+    name = "arm_pico_patch2_8"
+    overlay = {"file": str(bundled_file(f"{name}.arm_digits_ft_digits")), "num_classes": -1}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+    expected = timm.create_model(name, pretrained=True)
+    assert torch.equal(model.norm.weight, expected.norm.weight)
+    assert not torch.equal(model.head.weight, expected.head.weight) and model.head.bias.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("name", ["arm_base_patch16_224.in1k", "arm_large_patch16_224.in1k"])
 def test_pretrained_names_the_ways_on(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"weights of \S+ are not hosted yet") as refusal:
