@@ -121,9 +121,9 @@ def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 
 def entries() -> set[str]:
-    """The names of all our entries, with and without tags."""
-    tagged = {name for architecture in ARCHITECTURES for name in get_arch_pretrained_cfgs(architecture)}
-    return {*ARCHITECTURES, *SHORT_NAMES, *tagged}
+    """The names of all our entries, long and short, with and without tags."""
+    names = {*ARCHITECTURES, *SHORT_NAMES}
+    return names | {tagged for name in names for tagged in get_arch_pretrained_cfgs(name)}
 
 
 def list_entries() -> set[str]:
@@ -135,11 +135,6 @@ def architecture_of(name: str) -> str:
     """The name of an entry without its tag; for a short name the long one."""
     architecture: str = split_model_name_tag(name)[0]
     return SHORT_NAMES.get(architecture, architecture)
-
-
-def pretrained_cfg_of(name: str) -> Any:
-    """What timm's table says of the weights of an entry, ours or timm's, with or without a tag, or of a short name."""
-    return get_pretrained_cfg(name) or get_pretrained_cfg(architecture_of(name))
 
 
 def entry_of(name: str) -> str:

@@ -368,16 +368,17 @@ class SegmentConfig(TrainConfig):
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation to normalise images by: those of the weights, or ImageNet's for grey models."""
+        from timm import get_pretrained_cfg
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         from arm_zoo.files import described_by_folder, read_config
-        from arm_zoo.loading import list_entries, pretrained_cfg_of
+        from arm_zoo.loading import list_entries
 
         path = Path(self.pretrained or "")
         folder = path.parent if described_by_folder(path) else path
         own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
         name = self.pretrained if self.pretrained in list_entries() else self.model
-        entry = pretrained_cfg_of(name)
+        entry: Any = get_pretrained_cfg(name)
         mean, std = own.get("mean", entry.mean), own.get("std", entry.std)
         return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 

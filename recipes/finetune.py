@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from timm import get_pretrained_cfg
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from arm_zoo.files import described_by_folder, read_config, weights_in
-from arm_zoo.loading import entry_of, label_names, pretrained_cfg_of
+from arm_zoo.loading import entry_of, label_names
 from arm_zoo.weights.find import find_weights
 from recipes import command_line
 from recipes.command_line import say
@@ -60,7 +61,7 @@ def create_classifier(config: FinetuneConfig, class_names: Sequence[str]) -> nn.
     if config.pretrained is None:
         return config.build(num_classes=classes)
     file, pretrained_names, channels = starting_weights(config.pretrained)
-    own = pretrained_cfg_of(config.model)
+    own: Any = get_pretrained_cfg(config.model)
     # timm adapts the patch embedding from the channels of the weights, and takes those for the model's unless told
     described = {"file": str(file), "input_size": (channels or own.input_size[0], *own.input_size[1:])}
     keywords = {"in_chans": own.input_size[0], **config.model_args, "num_classes": classes}
@@ -86,7 +87,7 @@ def starting_weights(pretrained: str) -> tuple[Path, tuple[str, ...], int | None
     path = Path(pretrained)
     if not path.exists():
         entry = entry_of(pretrained)
-        cfg = pretrained_cfg_of(entry)
+        cfg: Any = get_pretrained_cfg(entry)
         return find_weights(entry), tuple(cfg.label_names or ()), cfg.input_size[0]
     file = weights_in(path) if path.is_dir() else path
     saved = read_config(file.parent) if described_by_folder(file) else {}

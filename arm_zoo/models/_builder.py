@@ -2,21 +2,23 @@
 
 import dataclasses
 import inspect
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_device_dtype
+from timm.layers import get_device_dtype, get_norm_layer
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
     build_model_with_cfg,
     filter_pretrained_cfg,
     generate_default_cfgs,
+    get_arch_pretrained_cfgs,
     get_pretrained_cfg,
     register_model,
     resolve_pretrained_cfg,
@@ -25,8 +27,9 @@ from timm.models._input import get_model_args
 from torch import nn
 
 from arm_zoo.base import ZooModel
-from arm_zoo.files import WEIGHTS, CheckpointError, StateDict, weights_in
+from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.layers.init import zero_bias
+from arm_zoo.layers.sizes import check_whole
 from arm_zoo.weights.download import download
 from arm_zoo.weights.find import find_weights
 from arm_zoo.weights.hosted import TABLE, bundled_file, repository_of, upstream_is_on
@@ -57,10 +60,14 @@ def register_family(
     model_class: "type[Backbone]", table: Mapping[str, Mapping[str, Any]], short_names: Mapping[str, str]
 ) -> None:
     """Register models, name -> arguments, with timm; the module of the class must define timm's `default_cfgs`."""
+    module = model_class.__module__
     ARCHITECTURES.update((name, Architecture(model_class, arguments)) for name, arguments in table.items())
     SHORT_NAMES.update(short_names)
+    # timm's scripts look a configuration up by the name that is typed, before they create a model
+    cfgs = sys.modules[module].default_cfgs
+    cfgs.update((short, cfgs[name]) for short, name in short_names.items())
     for name, architecture in {**{name: name for name in table}, **short_names}.items():
-        _register_entry_point(name, architecture, model_class.__module__)
+        _register_entry_point(name, architecture, module)
 
 
 def _register_entry_point(name: str, architecture: str, module: str) -> None:
@@ -115,9 +122,13 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(own))}")
     given, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg: Any = resolve_pretrained_cfg(name, given, overlay)
+    # what is the model's own, whatever a configuration that the caller brings says of it or leaves out
+    default = get_pretrained_cfg(name)
+    own_keys = ("fixed_input_size", "first_conv", "classifier")
+    cfg = dataclasses.replace(cfg, architecture=name, **{key: getattr(default, key) for key in own_keys})
     sources = ("file", "url", "state_dict", "hf_hub_id")
     # names of classes are those of the entry's own weights, or of a configuration that the caller brings
-    if isinstance(given, str | None) and (not pretrained or any(overlay.get(source) for source in sources)):
+    if _is_registered(name, given) and (not pretrained or any(overlay.get(source) for source in sources)):
         cfg = dataclasses.replace(cfg, label_names=overlay.get("label_names"))
     tensors = _read_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else None
     described = cfg.file if cfg.source == "local-dir" else None
@@ -141,6 +152,14 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     )
 
 
+def _is_registered(name: str, given: PretrainedCfg | dict[str, Any] | str | None) -> bool:
+    """Whether the configuration given is an entry's: none, a tag, or the whole, as timm's scripts hand it on."""
+    if isinstance(given, str | None):
+        return True
+    cfg = PretrainedCfg(**given) if isinstance(given, dict) else given
+    return dataclasses.replace(cfg, architecture=name) in get_arch_pretrained_cfgs(name).values()
+
+
 def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDict:
     """Fit a checkpoint to a model, and tell timm how many classes it has: timm keeps or drops the head by that."""
     cfg = model.pretrained_cfg
@@ -155,7 +174,8 @@ def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDic
             f"config.json of {described} says {model.num_classes} classes, but the weights beside it have {classes}: "
             "the two files do not belong together; num_classes=... makes a head of your own"
         )
-    cfg["num_classes"] = classes
+    if cfg["num_classes"] != -1:  # by which timm's train.py asks for a new head
+        cfg["num_classes"] = classes
     return cast(StateDict, model.adapt(state_dict, model))
 
 
@@ -180,6 +200,15 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
     if cfg.hf_hub_id and cfg.hf_hub_id != own.hf_hub_id:
         return read_checkpoint(download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir))
     return read_checkpoint(find_weights(entry, cache_dir))
+
+
+def norm_layer_of(norm_layer: str | Callable[..., nn.Module] | None) -> Callable[..., nn.Module] | None:
+    """The norm that a name of `timm.layers`, or a class, stands for; None for None."""
+    try:
+        return cast(Callable[..., nn.Module] | None, get_norm_layer(norm_layer))
+    except (AssertionError, AttributeError, KeyError) as error:
+        allowed = "a name of timm.layers, such as 'layernorm' or 'rmsnorm', or a class"
+        raise ValueError(f"norm_layer must be {allowed}, got {norm_layer!r}") from error
 
 
 class Backbone(ZooModel):
@@ -213,6 +242,7 @@ class Backbone(ZooModel):
 
     def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, freshly initialised, and optionally the pooling."""
+        check_whole(type(self).__name__, {"num_classes": num_classes})
         if global_pool is not None:
             self.set_global_pool(global_pool)
         self.num_classes = num_classes
@@ -232,6 +262,16 @@ class Backbone(ZooModel):
         cfg = filter_pretrained_cfg(dict(self.pretrained_cfg), remove_source=True)
         named = len(cfg.get("label_names") or ()) == model.num_classes
         labels = {key: cfg.pop(key) for key in ("label_names", "label_descriptions") if key in cfg}
+        # num_classes among them would overrule a caller's, and break the timm wrapper of transformers
+        arguments = {key: value for key, value in get_model_args(model).items() if key != "num_classes"}
+        for key, value in arguments.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise CheckpointError(
+                    f"cannot save the model: {CONFIG} cannot hold its argument {key}, {value!r}; make the model with "
+                    "a plain value, such as norm_layer='layernorm', or torch.save(model.state_dict(), FILE) alone"
+                ) from error
         cfg |= {"num_classes": model.num_classes, "input_size": model.input_size()}
         return {
             "architecture": cfg.pop("architecture"),
@@ -239,7 +279,6 @@ class Backbone(ZooModel):
             "num_features": model.num_features,
             **({"global_pool": model.global_pool} if model.global_pool else {}),
             **(labels if named else {}),
-            # with num_classes they would overrule a caller's, and break the timm wrapper of transformers
-            "model_args": {key: value for key, value in get_model_args(model).items() if key != "num_classes"},
+            "model_args": arguments,
             "pretrained_cfg": cfg,
         }

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import calculate_drop_path_rates, get_norm_layer
+from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
@@ -16,8 +16,8 @@ from arm_zoo.files import CheckpointError, StateDict
 from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
-from arm_zoo.layers.sizes import Device, Size, check_positive, one_or_two
-from arm_zoo.models._builder import Backbone
+from arm_zoo.layers.sizes import Device, Size, check_positive, check_rates, check_whole, one_or_two
+from arm_zoo.models._builder import Backbone, norm_layer_of
 from arm_zoo.ops.fused import in_type_of, run_norm
 from arm_zoo.weights.adapt import refuse_foreign_head, resample_pos_embed
 
@@ -97,8 +97,11 @@ class SequenceBackbone(Backbone):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = {"img_size": img_size, "patch_size": patch_size, "patch_stride": patch_stride, "in_chans": in_chans}
         sizes |= {"embed_dim": embed_dim, "depth": depth, "d_state": d_state}
-        check_positive(type(self).__name__, sizes, optional=("patch_stride",))
-        norm = get_norm_layer(norm_layer) or self.default_norm
+        name, rates = type(self).__name__, {"drop_rate": drop_rate, "pos_drop_rate": pos_drop_rate}
+        check_positive(name, sizes, optional=("patch_stride",))
+        check_whole(name, {"num_classes": num_classes})
+        check_rates(name, {**rates, "drop_path_rate": drop_path_rate})
+        norm = norm_layer_of(norm_layer) or self.default_norm
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.set_global_pool(global_pool)
@@ -116,8 +119,8 @@ class SequenceBackbone(Backbone):
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         block = partial(self.make_block, embed_dim, len(self.directions), d_state, norm)
-        rates = self.drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(block(drop_path=rate, **dd) for rate in rates)
+        path_rates = self.drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList(block(drop_path=rate, **dd) for rate in path_rates)
         info = {"num_chs": embed_dim, "reduction": max(self.patch_embed.patch_stride)}
         self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(depth)]
         self.norm = norm(embed_dim, **dd) if final_norm else nn.Identity()
@@ -168,9 +171,13 @@ class SequenceBackbone(Backbone):
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change image or patch size; position embeddings are resampled around the class token."""
+        sizes = {"img_size": img_size, "patch_size": patch_size}
+        check_positive(type(self).__name__, sizes, optional=sizes)
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         new_grid = self.patch_embed.grid_size
+        for info in self.feature_info:
+            info["reduction"] = max(self.patch_embed.patch_stride)
         if new_grid != old_grid:
             resampled = resample_pos_embed(self.pos_embed.detach(), old_grid, new_grid)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)

@@ -6,12 +6,12 @@ Nothing depends on the size of the images.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, get_norm_layer
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models._features import feature_take_indices
 from timm.models._input import get_model_input_config, update_model_args
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from arm_zoo.layers.block import add_branch, run_blocks
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.mlp import Mlp
 from arm_zoo.layers.patch_embed import check_images
-from arm_zoo.layers.sizes import Device, Size, check_positive
+from arm_zoo.layers.sizes import Device, Size, check_positive, check_rates, check_whole
 from arm_zoo.layers.ss2d import SS2D, order_for
-from arm_zoo.models._builder import Backbone, entry_configs, register_family
+from arm_zoo.models._builder import Backbone, entry_configs, norm_layer_of, register_family
 from arm_zoo.ops.fused import Residual
 from arm_zoo.weights.adapt import adapt_state_dict, refuse_foreign_head
 from arm_zoo.weights.tensor_names import OfficialNames
@@ -195,8 +195,10 @@ class VMamba(Backbone):
         sizes = {"img_size": img_size, "in_chans": in_chans, "embed_dim": embed_dim}
         check_positive("VMamba", sizes, optional=("img_size",))
         check_positive("VMamba", {"embed_dim // 2": embed_dim // 2})
+        check_whole("VMamba", {"num_classes": num_classes})
+        check_rates("VMamba", {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate})
         _check_stages(embed_dim, depths, expand)
-        norm = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
+        norm = norm_layer_of(norm_layer) or partial(nn.LayerNorm, eps=1e-5)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.set_global_pool(global_pool)
@@ -351,8 +353,9 @@ class VMamba(Backbone):
 
 def _check_stages(embed_dim: int, depths: tuple[int, ...], expand: float) -> None:
     """Refuse depths of no or too many stages, and widths that are not whole; those of later stages are multiples."""
-    if not 1 <= len(depths) <= 4 or min(depths) < 1:
-        raise ValueError(f"VMamba: depths must be one to four numbers of blocks, each at least 1, got {depths}")
+    whole = isinstance(depths, Sequence) and all(isinstance(depth, int) for depth in depths)
+    if not whole or not 1 <= len(depths) <= 4 or min(depths) < 1:
+        raise ValueError(f"VMamba: depths must be one to four numbers of blocks, each at least 1, got {depths!r}")
     inner = expand * embed_dim
     if inner < 0.5 or abs(inner - round(inner)) > 1e-6:
         got = f"got {expand} * {embed_dim} = {inner:g}"

@@ -118,8 +118,15 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+@torch.compiler.assume_constant_result  # for within a trace, some versions of torch take all compilation for export
+def _is_exported() -> bool:
+    return torch.compiler.is_exporting()
+
+
 def project(sequences: Tensor, weight: Tensor) -> Tensor:
     """(K, B, L, N) times the transpose of each direction's weight (K, M, N) -> (K, B, L, M)."""
+    if _is_exported():  # maybe to ONNX, where the reshapes below get lost if B = K: see findings/
+        return sequences @ weight.to(sequences.dtype).transpose(1, 2)[:, None]
     # one batched product over the directions; B * L rows merge without a copy
     product = torch.bmm(sequences.flatten(1, 2), weight.to(sequences.dtype).transpose(1, 2))
     return product.unflatten(1, sequences.shape[1:3])

@@ -9,7 +9,6 @@ import torch
 from timm.data import resolve_data_config
 
 from arm_zoo.files import WEIGHTS, save_model
-from arm_zoo.loading import pretrained_cfg_of
 from arm_zoo.models._builder import ARCHITECTURES
 from recipes.config import TrainConfig
 from recipes.data.sources import Source
@@ -31,7 +30,7 @@ def input_config(model: Any, config: TrainConfig, source: Source) -> InputConfig
     own = {"input_size": model.input_size(), "mean": source.mean, "std": source.std}
     if not (config.labels_needed or hasattr(model, "patch_embed")):  # a dVAE, which has no entry
         return {**resolve_data_config(pretrained_cfg={"interpolation": "bicubic"}), **own}
-    cfg = pretrained_cfg_of(config.model if config.labels_needed else backbone_entry(config, model))
+    cfg: Any = timm.get_pretrained_cfg(config.model if config.labels_needed else backbone_entry(config, model))
     return {**resolve_data_config(pretrained_cfg=cfg.to_dict()), **own}
 
 

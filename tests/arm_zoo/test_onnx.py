@@ -92,6 +92,17 @@ def test_onnxruntime(model: nn.Module, exported: tuple[Path, int]) -> None:
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.parametrize("name, batch", [("arm_tiny_patch16_224", 4), ("vim_tiny_patch16_224", 2)])
+def test_as_many_images_as_directions(name: str, batch: int, tmp_path: Path) -> None:
+    """onnxscript's optimiser has taken the one axis for the other where the file is for that number of images."""
+    importlib.import_module("arm_zoo.onnx")
+    model = timm.create_model(name, img_size=48, embed_dim=32, depth=1, num_classes=0).eval().requires_grad_(False)
+    images, file = images_of(model, batch), tmp_path / "model.onnx"
+    for program in (model, torch.export.export(model, (images,))):
+        torch.onnx.export(program, (images,), file, dynamo=True, verbose=False)
+        check(model, onnxruntime_of(file), batch)
+
+
 @pytest.mark.slow
 def test_maps_of_any_size(tmp_path: Path) -> None:
     importlib.import_module("arm_zoo.onnx")

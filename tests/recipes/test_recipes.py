@@ -191,10 +191,7 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "min_lr=10"): "min_lr is 10 but the peak is",
     ("finetune", "model=resnet50"): "model 'resnet50': unknown; choose one of arm_base",
     ("pretrain", "data.train_size=12"): "data.train_size has no use in data.source=digits; leave it out",
-    (
-        "pretrain",
-        "model_args.img_size=[8]",
-    ): "ARMPretrain: img_size must be a whole number, or (height, width), got [8]",
+    ("pretrain", "model_args.img_size=[8]"): "img_size must be a whole number or two, (height, width), got [8]",
     ("pretrain", "model_args.decoder_dim=null"): "decoder_dim must be a whole number, got None",
     ("pretrain", "model_args.device=meta"): "model_args.device is meta, but the recipe chooses the device; type",
     ("finetune", "model_args.dtype=float16"): "model_args.dtype is float16, but parameters are float32; type",

@@ -31,6 +31,7 @@ from arm_zoo.layers.block import Block, init_block_weights, run_blocks
 from arm_zoo.layers.mlp import SwiGLU
 from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
+from arm_zoo.loading import entries, entry_of
 from arm_zoo.models.arm import ARM, DIRECTIONS
 from arm_zoo.ops import fused, scan_backend
 from arm_zoo.ops.fused import is_plain, is_plain_layer, run_linear
@@ -157,6 +158,7 @@ def test_evaluation_squashes_the_image(name: str, resized: int) -> None:
 
 def test_weights_are_listed_that_are_in_the_package_or_at_their_authors() -> None:
     there = {name for name, weights in TABLE.items() if weights.where != "planned" and name.startswith("arm_")}
+    there |= {name.replace("_patch16_224", "") for name in there if name.split(".")[0] in SHORT.values()}
     assert set(timm.list_pretrained("arm_*")) == there and "arm_large_patch16_224.in1k" not in there
     assert timm.list_models("arm_*", pretrained=True) == timm.list_pretrained("arm_*")
     untrained = ["arm_small_patch16_224", "arm_tiny_patch16_224"]
@@ -171,6 +173,53 @@ def test_names_of_classes_belong_to_weights() -> None:
     overlay = {"file": str(bundled_file("arm_pico_patch2_8.arm_digits_ft_digits"))}
     model = timm.create_model("arm_pico_patch2_8", pretrained=True, pretrained_cfg_overlay=overlay)
     assert model.pretrained_cfg.get("label_names") is None
+
+
+def from_script(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    """A model as timm's train.py and validate.py make it: they hand the entry's configuration on as a dict."""
+    return timm.create_model(**timm.models.resolve_model_input_args(name, {}, pretrained=pretrained, **kwargs))
+
+
+@pytest.mark.parametrize("short, name", [*SHORT.items(), ("vim_tiny", "vim_tiny_patch16_224")])
+def test_scripts_of_timm_know_short_names(short: str, name: str) -> None:
+    tagged = timm.models.get_arch_pretrained_cfgs(name)
+    assert tagged
+    for long in (name, *tagged):
+        alias = long.replace(name, short)
+        expected = from_script(long, False, device="meta").pretrained_cfg
+        for make in (from_script, timm.create_model):
+            assert make(alias, pretrained=False, device="meta").pretrained_cfg == expected
+        assert timm.get_pretrained_cfg(alias).crop_mode == expected["crop_mode"]
+        assert alias in entries() and entry_of(alias) == entry_of(long)
+
+
+def test_scripts_of_timm_make_the_same_models() -> None:
+    name = "arm_pico_patch2_8"
+    expected, model = timm.create_model(name, pretrained=True).eval(), from_script(name, True).eval()
+    x = images(expected)
+    assert torch.equal(model(x), expected(x)) and model.pretrained_cfg == expected.pretrained_cfg
+    assert from_script(name, False).pretrained_cfg == timm.create_model(name).pretrained_cfg  # no names of classes
+
+
+@pytest.mark.parametrize("num_classes", [10, 3, 0])
+def test_a_configuration_may_tell_the_file_alone(num_classes: int) -> None:
+    name = "arm_pico_patch2_8"
+    cfg = {"file": str(bundled_file(f"{name}.arm_digits_ft_digits")), "input_size": (1, 8, 8)}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg=cfg, num_classes=num_classes).eval()
+    expected = timm.create_model(name, pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(model.forward_features(x), expected.forward_features(x))
+    assert torch.equal(model(x), expected(x)) if num_classes == 10 else model.num_classes == num_classes
+
+
+def test_train_script_of_timm_asks_for_a_new_head() -> None:
+    """With `--pretrained-path FILE`, by a number of classes of -1."""
+    name = "arm_pico_patch2_8"
+    overlay = {"file": str(bundled_file(f"{name}.arm_digits_ft_digits")), "num_classes": -1}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+    expected = timm.create_model(name, pretrained=True)
+    assert torch.equal(model.norm.weight, expected.norm.weight)
+    assert not torch.equal(model.head.weight, expected.head.weight) and model.head.bias.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("name", ["arm_base_patch16_224.in1k", "arm_large_patch16_224.in1k"])
@@ -289,22 +338,46 @@ def test_an_empty_batch_gives_empty_logits_and_no_gradients() -> None:
     assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters())
 
 
+WRONG_TYPES = [{"img_size": size} for size in ("32", 32.0, (32,), (32, 32, 32), (32.5, 32))]
+WRONG_TYPES += [
+    {"in_chans": "3"},
+    {"in_chans": (3, 3)},
+    {"embed_dim": 47.5},
+    {"num_classes": "3"},
+    {"num_classes": 2.0},
+]
+
+
+@pytest.mark.parametrize("name", ["arm_tiny_patch4_32", "vim_tiny_patch4_32", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize("sizes", WRONG_TYPES, ids=str)
+def test_sizes_of_another_type(name: str, sizes: dict[str, Any]) -> None:
+    ((key, size),) = sizes.items()
+    with pytest.raises(
+        TypeError, match=re.escape(f": {key} must be a whole number") + f".*, got {re.escape(repr(size))}"
+    ):
+        timm.create_model(name, device="meta", **sizes)
+
+
+@pytest.mark.parametrize("name", ["arm_tiny_patch4_32", "vim_tiny_patch4_32", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"drop_path_rate": 1.5}, "drop_path_rate must be a number between 0 and 1, got 1.5"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate must be a number between 0 and 1, got '0.1'"),
+        ({"drop_rate": -1}, "drop_rate must be a number between 0 and 1, got -1"),
+        ({"norm_layer": "nope"}, "norm_layer must be a name of timm.layers, such as 'layernorm'.*, got 'nope'"),
+        ({"norm_layer": 5}, "norm_layer must be a name of timm.layers.*, got 5"),
+    ],
+)
+def test_wrong_rates_and_norms(name: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, device="meta", **kwargs)
+
+
 @pytest.mark.parametrize("sizes", [{"depth": 0}, {"patch_size": 0}, {"embed_dim": -4}, {"img_size": (0, 32)}], ids=str)
 def test_sizes_below_one(sizes: dict[str, Any]) -> None:
     ((name, size),) = sizes.items()
     with pytest.raises(ValueError, match=re.escape(f"ARM: {name} must be at least 1, got {size}")):
-        timm.create_model("arm_tiny_patch16_224", **sizes)
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [{"depth": 2.5}, {"patch_size": "x"}, {"embed_dim": [1, 2]}, {"img_size": [8]}, {"img_size": [8, 8, 8]}],
-    ids=str,
-)
-def test_sizes_that_are_no_whole_numbers(sizes: dict[str, Any]) -> None:
-    ((name, size),) = sizes.items()
-    pairs = ", or (height, width)" if name in ("patch_size", "img_size") else ""
-    with pytest.raises(ValueError, match=re.escape(f"ARM: {name} must be a whole number{pairs}, got {size!r}")):
         timm.create_model("arm_tiny_patch16_224", **sizes)
 
 
@@ -791,6 +864,15 @@ def test_layers_of_the_mlp_are_nodes_of_the_traced_model() -> None:
     assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= set(nodes)
 
 
+def test_a_model_that_a_configuration_cannot_describe(tmp_path: Path) -> None:
+    model = tiny(norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json cannot hold its argument norm_layer, .*partial.*norm_layer='layernorm'"
+    ):
+        model.save_pretrained(tmp_path / "folder")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", ["arm_base_patch16_224", "vim_base_patch16_224"])
 def test_a_model_pruned_of_its_norm_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = tiny(name)
@@ -956,6 +1038,27 @@ def test_refused_sizes_leave_the_model_as_it_was(refused: dict[str, Any]) -> Non
     assert model(x).equal(before)
 
 
+@pytest.mark.parametrize(
+    "refused, message",
+    [
+        ({"patch_size": 0}, "ARM: patch_size must be at least 1, got 0"),
+        ({"patch_size": "8"}, r"ARM: patch_size must be a whole number or two, \(height, width\), got '8'"),
+        ({"img_size": 64.0}, "ARM: img_size must be a whole number"),
+        ({"img_size": (64,)}, "ARM: img_size must be a whole number"),
+    ],
+)
+def test_set_input_size_names_what_it_refuses(refused: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        tiny().set_input_size(**refused)
+
+
+def test_feature_info_follows_the_patches() -> None:
+    model = tiny()
+    model.set_input_size(patch_size=8)
+    made = tiny(patch_size=8)
+    assert model.feature_info == made.feature_info and made.feature_info[0]["reduction"] == 8
+
+
 @pytest.mark.parametrize("in_chans", [1, 5])
 def test_input_channels(in_chans: int) -> None:
     model = tiny(in_chans=in_chans)
@@ -1059,13 +1162,17 @@ def test_bad_images_are_refused(dynamic: bool, shape: tuple[int, ...], message: 
     "call, message",
     [
         (lambda model, x: model.reset_classifier(3, "max"), "global_pool must be"),
+        (lambda model, x: model.reset_classifier("3", ""), "ARM: num_classes must be a whole number, got '3'"),
         (lambda model, x: model.forward_intermediates(x, output_fmt="NHWC"), "output_fmt must be 'NCHW' or 'NLC'"),
     ],
 )
 def test_bad_options_are_refused(call: Callable[..., Any], message: str) -> None:
     model = tiny()
-    with pytest.raises(ValueError, match=message):
-        call(model, images(model))
+    x = images(model)
+    before = model(x)
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(model, x)
+    assert model(x).equal(before) and model.num_classes == 10
 
 
 # ------------------------------------------------------------------------------------------------ groups of parameters

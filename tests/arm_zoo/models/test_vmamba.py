@@ -442,6 +442,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"depths": ()}, ValueError, r"depths must be one to four numbers of blocks, each at least 1, got \(\)"),
     ({"depths": (1, 1, 1, 1, 1)}, ValueError, r"each at least 1, got \(1, 1, 1, 1, 1\)"),
     ({"depths": (2, 0, 8, 2)}, ValueError, r"each at least 1, got \(2, 0, 8, 2\)"),
+    ({"depths": 3}, ValueError, r"each at least 1, got 3"),
+    ({"depths": "2282"}, ValueError, r"each at least 1, got '2282'"),
     ({"embed_dim": 1}, ValueError, r"embed_dim // 2 must be at least 1, got 0"),
     ({"expand": 0.0}, ValueError, r"expand \* embed_dim must be a whole number, at least 1, got 0.0 \* 12 = 0"),
     ({"embed_dim": 34, "expand": 1.05}, ValueError, r"must be a whole number, at least 1, got 1.05 \* 34 = 35.7"),
