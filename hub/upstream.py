@@ -39,8 +39,10 @@ def list_sources(repo: str = ARM_REPOSITORY) -> Iterator[str]:
 
 
 def origin(name: str) -> str:
-    """Where the weights of an entry come from: an address, or the commands that train them."""
+    """Where the weights of an entry come from: an address, a page, or the commands that train them."""
     weights = TABLE[name]
+    if weights.where == "bundled":
+        return "the runs of recipes/RESULTS.md, which has their commands"
     if weights.where != "upstream":
         return training_commands(name)
     if weights.file is None:
@@ -52,7 +54,11 @@ def _known(name: str) -> str:
     """The origin, licence and figures of an entry, the paper's and ours apart."""
     ours = {key: float(row["top1"]) for key, row in measured(TABLE[name].sha256, RESULTS).items()}
     cfg: Any = get_pretrained_cfg(name)
-    parts = [PAPER_NAMES.get(name, "none of the paper's"), f"from {origin(name)}", f"licence {cfg.license}"]
+    parts = [f"from {origin(name)}", f"licence {cfg.license}"]
+    if name in PAPER_NAMES:
+        parts.insert(0, PAPER_NAMES[name])
+    if TABLE[name].where == "planned":
+        parts.insert(0, "not trained yet")
     for kind, figures in (("reported by the paper", reported(name)), ("measured by us", ours)):
         if figures:
             parts.append(f"{kind}: {', '.join(f'{key} {top1:.2f}' for key, top1 in figures.items())}")

@@ -5,6 +5,11 @@ import os
 import sys
 from importlib.machinery import PathFinder
 
+for _name in ("arm_zoo", "accelerate", "omegaconf", "rich"):  # every command needs them
+    if importlib.util.find_spec(_name) is None:
+        _message = f"{_name} is not installed; type `pip install -e '.[train]'` at the top of the checkout"
+        raise ModuleNotFoundError(_message, name=_name)
+
 # The number of queues from which the GPU takes the work of streams. With CUDA's default of 8, streams that make images
 # ahead share a queue with the training step, and wait for it. CUDA reads this variable when it starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -16,10 +21,8 @@ def _open(name: str) -> None:
     So a mistake in what a person typed can be reported at once. The module is in `sys.modules` under its own name,
     where a later import of `arm_zoo` finds it, so that its classes exist only once.
     """
-    found = importlib.util.find_spec("arm_zoo")
-    if found is None:
-        raise ModuleNotFoundError("arm_zoo is not installed; type `pip install .` at the top of the checkout")
-    spec = PathFinder.find_spec(name, found.submodule_search_locations)
+    package = importlib.util.find_spec("arm_zoo")
+    spec = PathFinder.find_spec(name, package.submodule_search_locations)  # type: ignore[union-attr]
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arm_zoo.pretraining.autoregressive import RANDOM
 from arm_zoo.pretraining.dvae import fetched, read_dvae
+from arm_zoo.pretraining.targets import NORMED_PIXEL
 from recipes.command_line import say
 from recipes.config import PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
@@ -25,6 +26,8 @@ from recipes.training.ema import FIGURES, winner
 from recipes.training.engine import NO_HOOKS, Figures, LossFunction, StepHooks
 from recipes.training.export import BACKBONE, EXPORT, InputConfig, save_pretraining
 from recipes.training.plots import draw_predictions
+
+TRUE_STATISTICS = "\nnormalised pixels are predicted, and drawn with the true mean and deviation of each patch"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def export_autoregressive(trained: Trained) -> None:
     save_pretraining(model, config, inputs)
     file, cluster = Path(config.output_dir) / "predictions.png", to_2tuple(model.config["cluster_size"])
     explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
+    if model.target == NORMED_PIXEL:
+        explanation += TRUE_STATISTICS
     draw_predictions(file, model, source, inputs, config.seed, cluster, explanation, model.shown)
 
 
@@ -115,6 +120,8 @@ def export_mae(trained: Trained) -> None:
     save_pretraining(model, config, inputs)
     file, patch = Path(config.output_dir) / "predictions.png", model.patch_embed.patch_size
     explanation = "the pixels of each patch are predicted from the patches that are given (hatched)"
+    if model.normed_pixels:
+        explanation += TRUE_STATISTICS
     draw_predictions(file, model, source, inputs, config.seed, patch, explanation, model.shown)
 
 

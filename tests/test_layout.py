@@ -1,7 +1,7 @@
 """The rules that keep the packages apart, and what the wheel carries."""
 
 import ast
-import importlib
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -268,3 +268,14 @@ def test_help_names_the_command_to_type(file: Path, capsys: pytest.CaptureFixtur
     assert ended.value.code == 0 and printed.startswith(f"usage: python -m {module.removesuffix('.__main__')} ")
     if module == "recipes.kill_test":
         assert "--config FILE [key=value ...]" in printed and "are handed on to the recipe" in printed
+
+
+@pytest.mark.parametrize("package, extra", [("recipes", "train"), ("eval", "eval")])
+def test_a_program_without_its_requirements_tells_what_to_type(
+    package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, find = importlib.import_module(package), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
+    told = re.escape(f"rich is not installed; type `pip install -e '.[{extra}]'` at the top of the checkout")
+    with pytest.raises(ModuleNotFoundError, match=told):
+        importlib.reload(program)

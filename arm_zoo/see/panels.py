@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from arm_zoo.layers.ss2d import DIRECTIONS
 from arm_zoo.ops import scan_backend
 from arm_zoo.pretraining.autoregressive import DVAE_TOKENS, ARMPretrain
+from arm_zoo.pretraining.targets import NORMED_PIXEL
 from arm_zoo.see.scans import ScanRecorder, attention_row, contributions
 
 _DECADES = 3  # that logarithmic panels show below their largest value
@@ -87,6 +88,8 @@ def _predicted_clusters(model: ARMPretrain, images: Tensor, mean: Sequence[float
     top, left = divmod(int(model.shown(images)), columns // across)
     given = (left * across / columns, top * down / rows, (left + 1) * across / columns, (top + 1) * down / rows)
     note = "each from those before it; the marked one is given"
+    if model.target == NORMED_PIXEL:
+        note = "by the true mean and deviation of each patch"
     return Panel("predicted clusters", note, _denormalised(model.reconstruct(images), mean, std), given)
 
 

@@ -18,6 +18,7 @@ from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknow
 from arm_zoo.pretraining._registry import PretrainingModel
 from arm_zoo.weights.find import whereabouts
 
+HELD_OUT = "validation.txt"  # beside a model of `recipes`, if its run held images out of those that it was given
 SOURCES = ("hf-hub:", "hf_hub:", "hf://", "local-dir:")
 
 
@@ -32,6 +33,7 @@ class Candidate:
     label_names: tuple[str, ...]
     weights: str
     weights_sha256: str
+    held_out: tuple[str, ...] = ()  # the images that its run held out of training, as HELD_OUT lists them
 
 
 def parse_weights(words: Sequence[str], models: Sequence[str]) -> dict[str, str]:
@@ -95,7 +97,9 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         raise ValueError(f"{name} with {source} has no classifier head: finetune it first")
     names = label_names(getattr(model, "pretrained_cfg", {}), num_classes)
     checksum = sha256_of_tensors(model.state_dict()) if file is None else sha256_of(file)
-    return Candidate(name, model.eval(), config, num_classes, names, source, checksum)
+    listed = None if file is None else Path(file).parent / HELD_OUT
+    held_out = listed.read_text(encoding="utf-8").splitlines() if listed is not None and listed.is_file() else ()
+    return Candidate(name, model.eval(), config, num_classes, names, source, checksum, tuple(held_out))
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,7 +42,18 @@ def label(request: Request, candidate: Candidate) -> LabelledSet:
         own = f"{candidate.name} has {candidate.num_classes} classes"
         wrong = f"{own}, {request.name} is for models of ImageNet's 1000"
         raise ValueError(f"{wrong}; score it on images of its own classes: --sets {CUSTOM}=PATH")
-    return labels.label(request.name, request.listing, candidate.label_names, candidate.num_classes)
+    labelled = labels.label(request.name, request.listing, candidate.label_names, candidate.num_classes)
+    held_out, count = _held_out(candidate, request.listing), len(request.listing)
+    if not 0 < held_out < count:
+        return labelled
+    warning = f"the model's run held out {held_out} of these {count} images ({models.HELD_OUT}): the others trained it"
+    return replace(labelled, warnings=(*labelled.warnings, warning))
+
+
+def _held_out(candidate: Candidate, listing: Listing) -> int:
+    """How many of the images the run of a model held out, by the paths below the folder, wherever that lies."""
+    files, names = set(listing.files), (name.split("/") for name in candidate.held_out)
+    return sum(any("/".join(parts[start:]) in files for start in range(len(parts))) for parts in names)
 
 
 def base_row(candidate: Candidate, labelled: LabelledSet, settings: Settings) -> Row:

@@ -60,18 +60,22 @@ def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
 def plot_intervals(
     file: Path, title: str, rows: Sequence[str], scores: Mapping[str, Sequence[tuple[float | None, float | None]]]
 ) -> None:
-    """Draw scores (mean, half width of the interval) of each row into a PNG file, with a panel for each source."""
-    figure = Figure(figsize=(4 + 3.5 * len(scores), 1.2 + 0.4 * len(rows)), layout="constrained")
+    """Draw scores (mean, half width of the interval) of each row into a PNG file, with a panel for each source.
+
+    What has no interval, such as a single run, gets a hollow mark, as it would look exact beside the others.
+    """
+    figure = Figure(figsize=(4 + 3.5 * len(scores), 1.4 + 0.4 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
     for axes, colour, (source, found) in zip(panels, COLOURS, scores.items(), strict=False):
         for place, (mean, half) in enumerate(found):
             if mean is not None:
-                axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=4)
+                inside = "white" if half is None else colour
+                axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, markerfacecolor=inside, capsize=4)
         axes.set(title=source, xlabel="top-1 (%)", ylim=(len(rows) - 0.5, -0.5))
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\nmeans with 95% intervals; hollow: one run, no interval")
     _save(figure, file)
 
 

@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm_zoo.pretraining.autoregressive import DVAE_TOKENS
 from recipes.config import TrainConfig
+from recipes.training.ema import FIGURES
 
 GEMM_SIZE, GEMM_RUNS = 8192, 20
+SCORES = (*FIGURES.values(), "miou")  # of a model on validation images
 
 
 def image_flops(build: Callable[..., nn.Module], shape: tuple[int, int, int], views: int = 1) -> int:
@@ -93,10 +95,14 @@ class ProgressDisplay:
         self.accelerator.log({f"step/{name}": value for name, value in figures.items()}, step=step)
 
     def epoch(self, step: int, row: dict[str, float]) -> None:
-        """Log an epoch's figures, and print them in a line where no bar can be drawn."""
+        """Log an epoch's figures and print them in a line: all where no bar can be drawn, else the scores, if any."""
         self.accelerator.log({f"epoch/{name}": value for name, value in row.items()}, step=step)
-        if not self.console.is_terminal:
-            shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in row.items()}
-            line = "  ".join(f"{name} {value}" for name, value in shown.items() if name != "epoch")
+        names = [name for name in row if name != "epoch"]
+        if self.console.is_terminal:
+            scores = [name for name in SCORES if name in row]
+            names = ["loss", *scores] if scores else []
+        if names:
+            shown = {name: row[name] if isinstance(row[name], int) else f"{row[name]:.4g}" for name in names}
+            line = "  ".join(f"{name} {value}" for name, value in shown.items())
             self.console.print(f"epoch {row['epoch']}/{self.config.epochs}  {line}", soft_wrap=True)
         self._last = (step, time.perf_counter())  # scoring is not training

@@ -167,6 +167,18 @@ def test_a_runs_own_top1_is_evals(tmp_path: Path) -> None:
         assert (row["n"], float(row["top1"]), row["warnings"]) == ("200", pytest.approx(top1, abs=1e-4), marks)
 
 
+def test_images_that_trained_the_model_are_told(tmp_path: Path) -> None:
+    """Of a run that held images out of a folder, and then is scored on the folder."""
+    folder = write_digits(tmp_path / "digits", range(8), "8-bit.png")
+    timm.create_model(PICO, pretrained=True).save_pretrained(tmp_path / "run")
+    files = sorted(file.relative_to(tmp_path).as_posix() for file in folder.rglob("*.png"))
+    for held_out, said in (files[:2], "held out 2 of these 8 images"), (files, ""), (["other/zero/900.png"], ""):
+        (tmp_path / "run" / "validation.txt").write_text("".join(f"{name}\n" for name in held_out))
+        words = ["--sets", f"custom={folder}", "--recompute"]
+        [*_, row] = run(tmp_path / "results.csv", *words, models=[str(tmp_path / "run")])
+        assert ("held out" in row["warnings"]) == bool(said) and said in row["warnings"]
+
+
 def odd_images() -> dict[str, bytes]:
     colour = Image.fromarray(pixels())
     deep = np.arange(24 * 16, dtype=np.uint16).reshape(16, 24) * 170

@@ -180,3 +180,14 @@ def test_another_objective_does_not_go_on_with_a_checkpoint(whole: Path) -> None
     with pytest.raises(RunError, match="objective was mae, is autoregressive"):
         settings = ["objective=autoregressive", "model_args.cluster_size=4", "model_args.decoder_dim=64", "epochs=4"]
         run(whole, *settings)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_predictions_tell_what_is_taken_from_the_true_image(
+    normed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("recipes.objectives.draw_predictions", lambda *arguments: drawn.append(arguments))
+    run(tmp_path, f"model_args.normed_pixels={normed}", "epochs=1", "warmup_epochs=0")
+    [(*_, explanation, _)] = drawn
+    assert ("true mean and deviation" in explanation) == normed

@@ -660,6 +660,23 @@ def test_the_bar_shows_no_figures_before_the_first_reading(peak: float | None) -
     assert ("% of GEMM peak" in shown()) == (peak is not None)
 
 
+@pytest.mark.parametrize(
+    "terminal, lines",
+    [
+        (True, "epoch 2/2  loss 1.5  top1 97.22\n"),
+        (False, "epoch 1/2  loss 2.5  processes 1\nepoch 2/2  loss 1.5  processes 1  top1 97.22\n"),
+    ],
+)
+def test_scores_are_printed_above_the_bar_and_all_figures_where_there_is_none(terminal: bool, lines: str) -> None:
+    printed = io.StringIO()
+    console = Console(file=printed, width=160, force_terminal=terminal, color_system=None)
+    config = FinetuneConfig(epochs=2, global_batch=100, device="cpu", tracker="none")
+    display = ProgressDisplay(start_accelerator(config), console, "train", config, 5, None)
+    display.epoch(5, {"epoch": 1, "loss": 2.5, "processes": 1})
+    display.epoch(10, {"epoch": 2, "loss": 1.5, "processes": 1, "top1": 97.2222})
+    assert printed.getvalue() == lines
+
+
 def test_flops_are_those_of_the_matrix_products() -> None:
     def build(device: str) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 5, device=device))

@@ -92,6 +92,13 @@ def test_a_pretraining_model_shows_predictions() -> None:
         assert torch.equal(values.isnan(), last_cluster.expand_as(values))
 
 
+@pytest.mark.parametrize("target, told", [("normed_pixel", True), ("pixel", False)])
+def test_the_predictions_tell_what_is_taken_from_the_true_image(target: str, told: bool) -> None:
+    shown, _ = shown_of(arm_zoo.create_pretraining_model("arm_pico", target=target), 1, 8, 8)
+    [note] = [panel.note for panel in shown if panel.title == "predicted clusters"]
+    assert ("true mean and deviation" in note) == told
+
+
 def test_pretraining_sees_the_clusters_before() -> None:
     """Both what the pixels do and what the decays let through stop at the patch, in the order of clusters."""
     model = arm_zoo.create_pretraining_model("arm_pico", img_size=12).eval()

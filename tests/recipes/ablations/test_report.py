@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from scipy import stats
 
 from recipes.ablations import FOLDER
 from recipes.ablations.report import markdown, read_outcomes, results, write_results
 from recipes.ablations.runs import Outcome, runs_of
 from recipes.errors import RunError
+from recipes.training import plots
 from tests.helpers.ablations import TWO, finish, read_table
 
 
@@ -40,6 +42,16 @@ def test_intervals_are_students(tmp_path: Path) -> None:
     [row, _] = csv.DictReader((tmp_path / "table5" / "results.csv").read_text().splitlines())
     assert (row["row"], row["scores"], row["seeds"]) == ("row-first, forward", "90.0 92.0 91.0", "0 1 2")
     assert (tmp_path / "table5" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_run_is_drawn_hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure))
+    scores = {"here": [(9, 1), (8, None), (None, None)]}
+    plots.plot_intervals(tmp_path / "a.png", "title", ["three seeds", "one", "none"], scores)
+    [axes] = drawn[0].axes
+    inside = [bars.lines[0].get_markerfacecolor() for bars in axes.containers]
+    assert inside[1] == "white" != inside[0] and len(inside) == 2
 
 
 @pytest.mark.parametrize(
