@@ -14,7 +14,7 @@ _PAIRS = ("img_size", "patch_size", "patch_stride", "cluster_size")  # the sizes
 
 
 def check_whole(model: str, sizes: Mapping[str, Any], optional: Collection[str] = ()) -> None:
-    """Refuse sizes that are no whole number, and no pair of them where that is allowed; `optional` ones may be None."""
+    """Refuse sizes that are no whole number, nor a pair of them where that is allowed; `optional` ones may be None."""
     for name, size in sizes.items():
         if size is None and name in optional:
             continue
