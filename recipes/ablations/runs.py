@@ -149,10 +149,12 @@ class Scheduler:
         gpus = group.count(",") + 1
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
         command = [sys.executable, *launcher, "-m", f"recipes.{phase}", *run.arguments(phase)]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": group} if group else {})
+        # paths are those of the folder in which the command was typed, which need not be the checkout
+        imports = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": imports} | ({"CUDA_VISIBLE_DEVICES": group} if group else {})
         run.folder.mkdir(parents=True, exist_ok=True)
         with log_of(run, phase).open("ab") as log:
-            process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         self._running[slot] = (run, phase, process)
         say(f"{run.row.name}, seed {run.seed}: {phase}{f' on GPU {group}' if group else ''}")
 

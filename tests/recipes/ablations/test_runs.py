@@ -64,6 +64,7 @@ from pathlib import Path
 words = dict(word.split("=", 1) for word in sys.argv if "=" in word)
 place = Path(words["output_dir"])
 place.mkdir(parents=True, exist_ok=True)
+assert Path(words["data.source"]).is_dir()  # where the command was typed
 with (place / "started").open("a") as file:
     file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 deadline = time.monotonic() + 30
@@ -87,8 +88,9 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
         (tmp_path / "recipes" / f"{phase}.py").write_text(STAND_IN)
     monkeypatch.setattr(runs_module, "CHECKOUT", tmp_path)
     monkeypatch.setattr(runs_module, "PAUSE", 0.02)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    runs = runs_of(read_table(5, "digits", rows=TWO), [0, 1], tmp_path / "out")
+    (tmp_path / "elsewhere" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs = runs_of(read_table(5, "digits", ["data.source=images"], TWO), [0, 1], tmp_path / "out")
     ended: list[Run] = []
     scheduler = Scheduler(["0", "1", "0", "1"], StopRequest(), ended.append)
     scheduler.carry_out(runs)
