@@ -67,7 +67,7 @@ def read_tables(
         raise RunError(f"no row of {which} is called {min(unknown)!r} in preset {preset}; allowed: {allowed}")
     kept_names = set(rows or names)
     configured = cache(lambda phase, file, *typed: load_config(RECIPES[phase][0], file, typed, to_run=False))
-    right, problems = list[Row](), {}
+    right, refused = list[Row](), dict[tuple[str, str], list[str]]()  # by phase and reasons, the rows that they refuse
     for number, row, own in found:
         phases, configs = phases_of(row, own, shared, overrides), dict[str, TrainConfig]()
         for phase in phases:
@@ -75,13 +75,13 @@ def read_tables(
                 file, typed = file_and_overrides(phase, phases)
                 configs[phase] = configured(phase, file, *typed)  # built once where rows share it
             except ConfigError as error:
-                reasons = "; ".join(error.problems.values())
                 if row["name"] in kept_names:
-                    problems[f"table {number}, {row['name']}, {phase}"] = f"row {row['name']!r}, {phase}: {reasons}"
+                    refused.setdefault((phase, "; ".join(error.problems.values())), []).append(repr(row["name"]))
         if configs.keys() == phases.keys():
             right.append(Row(number, row["name"], phases, configs, row.get("reported", {})))
-    if problems:
-        raise ConfigError(problems)
+    if refused:
+        said = (f"{phase} of row {', '.join(names)}: {reasons}" for (phase, reasons), names in refused.items())
+        raise ConfigError({problem: problem for problem in said})
     made = [row for row in right if row.name in kept_names]
     for row, other in itertools.product(made, right):
         if row is not other and row.table == other.table and row.configs == other.configs:
