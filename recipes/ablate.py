@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings.overrides = [given for given in settings.given if isinstance(given, str)]
     settings.tables = [*dict.fromkeys(given for given in settings.given if isinstance(given, int))]
     if not settings.tables:
-        parser.error(f"no table is given; allowed: one or more of {', '.join(map(str, TABLES))}")
+        parser.error(f"no table is given; allowed: one or more of {', '.join(TABLES)}")
     for option in ("gpus_per_run", "runs_per_gpu"):
         if (number := getattr(settings, option)) < 1:
             parser.error(f"--{option.replace('_', '-')} is {number}; allowed: a whole number, 1 or more")

@@ -60,7 +60,12 @@ SET_BY_ALL = {
     "device": "the recipe chooses the device; type device=auto or device=cpu",
     "dtype": "parameters are float32; type precision=fp32 or precision=bf16 for the computation",
 }
+SET_BY_FINETUNING = {
+    **dict.fromkeys(("pretrained", "checkpoint_path"), "the recipe loads the weights; type pretrained=WEIGHTS"),
+    "drop_path_rate": "the recipe has a setting for it; type drop_path=RATE",
+}
 NO_SETTING = "it is no setting of a model that a recipe takes; leave it out"
+NOT_TAKEN = dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"), NO_SETTING)
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -292,11 +297,7 @@ class FinetuneConfig(TrainConfig):
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
     labels_needed = True
-    set_by_recipe = SET_BY_ALL | {
-        **dict.fromkeys(("pretrained", "checkpoint_path"), "the recipe loads the weights; type pretrained=WEIGHTS"),
-        **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"), NO_SETTING),
-        "drop_path_rate": "the recipe has a setting for it; type drop_path=RATE",
-    }
+    set_by_recipe = SET_BY_ALL | NOT_TAKEN | SET_BY_FINETUNING
 
     def build(self, **keywords: Any) -> "nn.Module":
         import timm

@@ -98,6 +98,11 @@ def from_throughput(file: Path) -> list[Measured]:
     ]
 
 
+def with_kind(error: Exception) -> str:
+    """The kind of an error and its message in one line, as some name a key alone and YAML's have several lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def scaling(measured: Sequence[Measured], assumed: float | None) -> tuple[float, str]:
     """Scaling efficiency, the speed of N GPUs over N times that of one, and where this figure comes from.
 
@@ -169,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
     except DAMAGED as error:
-        parser.exit(2, f"{parser.prog}: {damaged}: {type(error).__name__}: {' '.join(str(error).split())}\n")
+        parser.exit(2, f"{parser.prog}: {damaged}: {with_kind(error)}\n")
     except UNREADABLE as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print("\n".join(table(measured, settings)))

@@ -13,7 +13,7 @@ from arm_zoo.files import write_text
 from arm_zoo.tables import FIGURE, Row, csv_text, read
 from recipes.ablations.runs import Outcome, Run
 from recipes.ablations.tables import Table
-from recipes.cost import UNREADABLE, Measured, from_run
+from recipes.cost import UNREADABLE, Measured, from_run, with_kind
 from recipes.errors import RunError
 from recipes.probing.few_shot import half_width
 from recipes.training.plots import plot_intervals
@@ -161,10 +161,7 @@ def measured_speed(runs: Sequence[Run], run: Run, phase: str) -> float | None:
             try:
                 found = from_run(other.output_dir(phase))
             except UNREADABLE as error:
-                reason = (
-                    f"{type(error).__name__}: {' '.join(str(error).split())}"  # YAML's messages have several lines
-                )
-                problem = f"the speed of {other.output_dir(phase)} cannot be read: {reason}"
+                problem = f"the speed of {other.output_dir(phase)} cannot be read: {with_kind(error)}"
                 raise RunError(f"{problem}; type another, as in --speed {phase}=IMAGES_PER_SECOND") from None
             return found.images_per_second / found.gpus
     return None

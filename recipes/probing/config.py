@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recipes.config import NO_SETTING, Config, refused_keywords
+from recipes.config import NO_SETTING, NOT_TAKEN, SET_BY_ALL, Config, refused_keywords
 from recipes.data.config import DataConfig
 from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, SEED, limited
 
@@ -12,8 +12,9 @@ USED = {  # keys of `data`
     *("label_column", "workers", "decode", "max_undecodable", "max_pixels"),
 }
 SET_BY_RECIPE = {  # as in `recipes.config`
-    "device": "the recipe chooses the device; type device=auto or device=cpu",
-    **dict.fromkeys(("dtype", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"), NO_SETTING),
+    **SET_BY_ALL,
+    **NOT_TAKEN,
+    "dtype": NO_SETTING,
     **dict.fromkeys(("pretrained", "checkpoint_path"), "--weights names the weights; untrained=true draws them"),
     "num_classes": "features need no classifier; leave it out",
 }
