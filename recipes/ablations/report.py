@@ -159,7 +159,7 @@ def measured_speed(runs: Sequence[Run], run: Run, phase: str) -> float | None:
     for other in (run, *(other for other in runs if other.row == run.row), *runs):
         if any("images_per_second" in row for row in other.history(phase)):
             try:
-                found = from_run(other.output_dir(phase))
+                found = from_run(other.output_dir(phase), phase)
             except UNREADABLE as error:
                 problem = f"the speed of {other.output_dir(phase)} cannot be read: {with_kind(error)}"
                 raise RunError(f"{problem}; type another, as in --speed {phase}=IMAGES_PER_SECOND") from None
