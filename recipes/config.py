@@ -365,7 +365,8 @@ class SegmentConfig(TrainConfig):
             raise ValueError("unknown; allowed: a model of `timm.list_models()` or of `python -m arm_zoo list`")
         with torch.device(keywords.pop("device", "cpu")):
             classes = keywords.pop("num_classes", 2)
-            return Segmenter(self.model, self.model_args, self.head, classes, frozen=self.frozen)
+            arguments = {**self.model_args, **keywords}
+            return Segmenter(self.model, arguments, self.head, classes, frozen=self.frozen)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation to normalise images by: those of the weights, or ImageNet's for grey models."""
