@@ -6,6 +6,7 @@ Importing this module imports neither torch nor timm, so that mistakes in keys, 
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -274,9 +275,12 @@ class DVAEConfig(TrainConfig):
     clip_grad: float | None = limited(1.0, ABOVE_ZERO)
 
     def build(self, **keywords: Any) -> "nn.Module":
+        from arm_zoo.base import check_keywords
         from arm_zoo.pretraining.dvae import DVAE
 
-        return DVAE(**{**self.model_args, **keywords})
+        arguments = {**self.model_args, **keywords}
+        check_keywords(self.model, arguments, inspect.signature(DVAE).parameters)
+        return DVAE(**arguments)
 
 
 @dataclass(frozen=True)
