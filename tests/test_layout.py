@@ -189,6 +189,12 @@ def test_timm_is_used_by_its_public_names(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", PROGRAMS)
+def test_programs_use_the_library_by_its_public_names(package: str) -> None:
+    for file, names in imports_by_file(package).items():
+        assert not [name for name in names if name.startswith("arm_zoo.") and "._" in name], file
+
+
+@pytest.mark.parametrize("package", PROGRAMS)
 def test_programs_meet_in_files_only(package: str) -> None:
     for file, tops in top_levels(package).items():
         assert not tops & (set(PROGRAMS) - {package}), file

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from arm_zoo.files import recipe_of, remove_leftovers
 from arm_zoo.images.listing import listed
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
+from arm_zoo.pretraining import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.parsing import flatten

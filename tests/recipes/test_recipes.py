@@ -31,7 +31,7 @@ import arm_zoo
 from arm_zoo.files import replacing_files, save_model
 from arm_zoo.images.listing import SourceError
 from arm_zoo.layers.mixer import MambaMixer
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import RECIPES, carry_out, read_command
