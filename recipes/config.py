@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.locate import locate
 from recipes.data.config import DataConfig
 from recipes.data.splits import fewer_training_images, too_large_a_batch, validation_fraction

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from arm_zoo.files import sha256_of, write_text
 from arm_zoo.heads.models import save_attentive_probe
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.tables import Row, csv_text, read
 from recipes import command_line
 from recipes.config import why_not_writable

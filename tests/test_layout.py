@@ -22,8 +22,8 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
     (
-        *("command_line", "files", "heads/attentive", "heads/segmentation", "images/jpeg", "images/listing"),
-        *("ops/layout", "tables"),
+        *("command_line", "files", "heads/attentive", "heads/segmentation", "images/jpeg", "messages", "ops/layout"),
+        "tables",
     ),
     ("heads", "images", "ops", "weights/reading", "weights/releases"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),

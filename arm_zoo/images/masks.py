@@ -20,7 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from arm_zoo.images.listing import SourceError, is_image, listed
+from arm_zoo.images.errors import SourceError
+from arm_zoo.images.listing import is_image
+from arm_zoo.messages import listed
 
 IGNORED = 255  # in labels: pixels that count nowhere
 SplitName = Literal["training", "validation"]

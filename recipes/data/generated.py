@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from arm_zoo.files import replacing_files
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.data.config import CORES
 
 WIDTH, HEIGHT = 500, 375

@@ -29,7 +29,7 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.files import replacing_files, save_model
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.masks import IGNORED, compare_class_names, open_masks
 
 MASK = np.array([[0, 1, 2], [3, 1, 0]], np.uint8)
