@@ -265,6 +265,24 @@ def test_no_paths_of_one_machine() -> None:
             assert found is None, f"{path.relative_to(ROOT)}: {found}"
 
 
+def test_the_readme_names_what_is_there() -> None:
+    """What its table for contributors names in a file is in one of the files of that row."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Contributing")[2].partition("\n## ")[0]
+    rows = [set(re.findall(r"`([^`]+)`", line)) for line in table.splitlines() if line.startswith("|")]
+    found = 0
+    for named in rows:
+        files = {name for name in named if name.endswith((".py", ".csv")) and "NAME" not in name}
+        paths = [
+            path for name in files for package in PACKAGES for path in ROOT.glob(f"{package}/**/{Path(name).name}")
+        ]
+        assert all(any(path.as_posix().endswith(f"/{name}") for path in paths) for name in files), files
+        text = " ".join(path.read_text(encoding="utf-8") for path in paths)
+        names = {name for name in named if name.isidentifier()}
+        assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set(), sorted(files)
+        found += len(names)
+    assert found > 10
+
+
 @pytest.mark.parametrize("file", [file for package in PACKAGES for file in programs(package)], ids=str)
 def test_help_names_the_command_to_type(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = ".".join(file.with_suffix("").parts)
