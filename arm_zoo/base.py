@@ -1,6 +1,6 @@
 """What backbones and pretraining models share: initialisation, tables, and what is known of their checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,3 +100,9 @@ class ZooModel(nn.Module):
 
 def _fill_tables(model: Any, _: Any) -> None:
     model.init_non_persistent_buffers()
+
+
+def check_keywords(model: str, given: Iterable[str], taken: Iterable[str]) -> None:
+    """Refuse keywords that a model does not take."""
+    if unknown := sorted({*given} - {*taken}):
+        raise TypeError(f"{model}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(taken))}")

@@ -35,11 +35,12 @@ class DownloadError(CheckpointError):
 
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to write files into; when the block ends, they replace the files of the same names in `folder`.
+    """An empty folder to write into; when the block ends, its files replace those of the same names in `folder`.
 
     `folder` is made if it is missing. Each file is replaced atomically: it is flushed to the disk before it gets its
     name, and the names are on the disk when the block is left. If the block raises, nothing changes. The set of files
-    is not atomic: a process that is killed while they get their names leaves new files beside old ones.
+    is not atomic: a process that is killed while they get their names leaves new files beside old ones. Folders of
+    files are moved too, whole; no folder of their name may be there.
     """
     folder = Path(folder)
     try:
@@ -51,23 +52,27 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     with partial as beside:
         try:
             yield Path(beside)
-            files = sorted(Path(beside).iterdir())
-            for file in files:
-                if (folder / file.name).is_dir():
-                    raise IsADirectoryError(errno.EISDIR, "A folder has the name of the file", str(folder / file.name))
-                flush(file)
+            paths = sorted(Path(beside).iterdir())
+            for path in paths:
+                if (folder / path.name).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "A folder has this name already", str(folder / path.name))
+                flush(path)
         except OSError as error:
             if error.errno is not None and error.filename is None:  # as on a full disk
-                error.filename = str(folder / ", ".join(sorted(file.name for file in Path(beside).iterdir())))
+                names = sorted(path.name for path in Path(beside).iterdir() if path.is_file())
+                error.filename = str(folder / ", ".join(names))
+            elif isinstance(error.filename, str) and Path(error.filename).is_relative_to(beside):
+                error.filename = str(folder / Path(error.filename).relative_to(beside))
             raise
-        for file in files:
-            os.replace(file, folder / file.name)
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        flush(folder)
+        for path in paths:
+            os.replace(path, folder / path.name)
+    flush(folder)
 
 
 def flush(path: Path) -> None:
     """Have the system write a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # there folders cannot be opened
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -16,8 +16,8 @@ from timm.layers import to_2tuple
 
 from arm_zoo.base import ZooModel
 from arm_zoo.files import CheckpointError
-from arm_zoo.images.listing import listed
 from arm_zoo.layers.sizes import one_or_two
+from arm_zoo.messages import listed
 from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.pretraining._registry import OBJECTIVES, PretrainingModel
 from arm_zoo.weights.adapt import grid_of

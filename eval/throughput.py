@@ -27,7 +27,7 @@ from arm_zoo.command_line import positive
 from arm_zoo.loading import entries, list_entries, unknown_model
 from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
 from eval.tables import Row, append, check_output, label

@@ -14,7 +14,7 @@ from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 
 from arm_zoo.files import WEIGHTS, read_config, sha256_of, write_text
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.weights.hosted import training_commands
 from hub.catalog import FROZEN, PAPER_NAMES, RESULTS, candidates, measured, measured_frozen, reported, set_names
 from hub.folders import CARD, read_header

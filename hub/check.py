@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.loading import from_pretrained
-from arm_zoo.models._builder import Backbone
+from arm_zoo.models import Backbone
 from arm_zoo.weights.download import download
 from arm_zoo.weights.hosted import TABLE, repository_of
 from hub.convert import answers

@@ -13,7 +13,7 @@ from arm_zoo import files
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
 from arm_zoo.identify import Variant, describe, find_variant
 from arm_zoo.loading import objective_of
-from arm_zoo.pretraining._registry import PretrainingModel
+from arm_zoo.pretraining import PretrainingModel
 from arm_zoo.weights.hosted import TABLE, bundled_entries
 from arm_zoo.weights.reading import Choice, is_safetensors, read_checkpoint
 from hub.card import write_card

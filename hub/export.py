@@ -15,7 +15,7 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.files import replacing_files, save_tensors
-from arm_zoo.models._builder import Backbone
+from arm_zoo.models import Backbone
 from hub.folders import TOLERANCE, UsageError, relative_error
 
 

@@ -27,6 +27,6 @@ def _open(name: str) -> None:
     spec.loader.exec_module(module)  # type: ignore[union-attr]
 
 
-for _name in ("arm_zoo.images", "arm_zoo.tables"):
+for _name in ("arm_zoo.images", "arm_zoo.messages", "arm_zoo.tables"):
     if not {"arm_zoo", _name} & sys.modules.keys():
         _open(_name)

@@ -6,6 +6,7 @@ Importing this module imports neither torch nor timm, so that mistakes in keys, 
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.locate import locate
 from recipes.data.config import DataConfig
 from recipes.data.splits import fewer_training_images, too_large_a_batch, validation_fraction
@@ -274,9 +275,12 @@ class DVAEConfig(TrainConfig):
     clip_grad: float | None = limited(1.0, ABOVE_ZERO)
 
     def build(self, **keywords: Any) -> "nn.Module":
+        from arm_zoo.base import check_keywords
         from arm_zoo.pretraining.dvae import DVAE
 
-        return DVAE(**{**self.model_args, **keywords})
+        arguments = {**self.model_args, **keywords}
+        check_keywords(self.model, arguments, inspect.signature(DVAE).parameters)
+        return DVAE(**arguments)
 
 
 @dataclass(frozen=True)
@@ -365,7 +369,8 @@ class SegmentConfig(TrainConfig):
             raise ValueError("unknown; allowed: a model of `timm.list_models()` or of `python -m arm_zoo list`")
         with torch.device(keywords.pop("device", "cpu")):
             classes = keywords.pop("num_classes", 2)
-            return Segmenter(self.model, self.model_args, self.head, classes, frozen=self.frozen)
+            arguments = {**self.model_args, **keywords}
+            return Segmenter(self.model, arguments, self.head, classes, frozen=self.frozen)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation to normalise images by: those of the weights, or ImageNet's for grey models."""

@@ -57,10 +57,15 @@ class Measured:
         return epochs * images / (self.images_per_second * gpus / self.gpus * kept) / 3600
 
 
-def from_run(folder: Path) -> Measured:
-    """The median speed of a run's epochs on its last number of GPUs; the first epoch, a warm-up, counts if alone."""
+def from_run(folder: Path, recipe: str) -> Measured:
+    """The median speed of a run's epochs on its last number of GPUs; the first epoch, a warm-up, counts if alone.
+
+    Raises ValueError if the run is of another recipe.
+    """
+    from arm_zoo.files import recipe_of  # imports torch, which takes seconds
+
     file = folder / "metrics.jsonl"
-    allowed = "allowed: the output_dir of a pretraining run, or --images-per-second SPEED --measured-gpus N"
+    allowed = f"allowed: the output_dir of recipes.{recipe}, or --images-per-second SPEED --measured-gpus N"
     if not file.exists():
         raise ValueError(f"there is no {file}; {allowed}")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -70,6 +75,8 @@ def from_run(folder: Path) -> Measured:
     gpus = rows[-1]["processes"]  # one for each
     speeds = [row["images_per_second"] for row in rows if row["processes"] == gpus]
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if (wrote := recipe_of(config)) != recipe:
+        raise ValueError(f"{folder} is a run of recipes.{wrote}, whose speed is another; {allowed}")
     return Measured(config["model"], statistics.median(speeds[1:] or speeds), gpus, what="with real images")
 
 
@@ -166,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     damaged = f"{given} is damaged, or no run and no file of recipes.loader_speed or eval.throughput"
     try:
         if settings.run is not None:
-            measured = [from_run(settings.run)]
+            measured = [from_run(settings.run, "pretrain")]
         elif settings.real_images is not None:
             measured = from_real_images(settings.real_images)
         elif settings.throughput is not None:

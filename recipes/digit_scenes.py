@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from arm_zoo.command_line import positive
-from arm_zoo.files import write_text
+from arm_zoo.files import replacing_files, write_text
 from arm_zoo.images.masks import SplitName
 from recipes.data.sources import DIGIT_NAMES, open_digits
 from recipes.errors import reporting_mistakes
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if (arguments.folder / "images").exists():  # images left there by a larger set would count too
         parser.error(f"{arguments.folder} has images already; name another folder")
-    with reporting_mistakes(parser.prog):
-        write_scenes(arguments.folder, "training", arguments.training)
-        write_scenes(arguments.folder, "validation", arguments.validation)
+    with reporting_mistakes(parser.prog), replacing_files(arguments.folder) as beside:
+        write_scenes(beside, "training", arguments.training)
+        write_scenes(beside, "validation", arguments.validation)
     print(f"wrote {arguments.training} and {arguments.validation} images with masks to {arguments.folder}")
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from arm_zoo import CheckpointError
 from arm_zoo.command_line import is_out_of_memory
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.parsing import ConfigError
 
 

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from arm_zoo.images.listing import SourceError, class_folders, plural
+from arm_zoo.images.errors import SourceError
+from arm_zoo.images.listing import class_folders
 from arm_zoo.images.locate import locate
+from arm_zoo.messages import plural
 from recipes.config import ENTRY, FinetuneConfig
 from recipes.data.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 from recipes.parsing import ConfigError

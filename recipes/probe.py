@@ -18,7 +18,7 @@ from rich.table import Table
 
 from arm_zoo.files import sha256_of, write_text
 from arm_zoo.heads.models import save_attentive_probe
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.tables import Row, csv_text, read
 from recipes import command_line
 from recipes.config import why_not_writable
@@ -81,7 +81,7 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
         "model": extractor.identity["model"],
         "weights": frozen.weights,
         "weights_sha256": sha256_of(frozen.file) if frozen.file else extractor.identity["weights_sha256"],
-        "data_set": data_set(config.data.source),
+        "data_set": config.data.data_set,
         "images_train": train.images,
         "images_test": test.images,
         "images_train_skipped": train.skipped,
@@ -125,11 +125,6 @@ def rows_of(file: Path) -> list[Row]:
         return read(file, COLUMNS) if file.suffix == ".csv" and file.exists() else []
     except ValueError as error:
         raise RunError(f"output: {error}") from error
-
-
-def data_set(source: str) -> str:
-    """The name of a source in tables, without its path on this machine."""
-    return source.removeprefix("hf://") if source.startswith("hf://") else Path(source).name
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
     (
-        *("command_line", "files", "heads/attentive", "heads/segmentation", "images/jpeg", "images/listing"),
-        *("ops/layout", "tables"),
+        *("command_line", "files", "heads/attentive", "heads/segmentation", "images/jpeg", "messages", "ops/layout"),
+        "tables",
     ),
     ("heads", "images", "ops", "weights/reading", "weights/releases"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),
@@ -189,6 +189,12 @@ def test_timm_is_used_by_its_public_names(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", PROGRAMS)
+def test_programs_use_the_library_by_its_public_names(package: str) -> None:
+    for file, names in imports_by_file(package).items():
+        assert not [name for name in names if name.startswith("arm_zoo.") and "._" in name], file
+
+
+@pytest.mark.parametrize("package", PROGRAMS)
 def test_programs_meet_in_files_only(package: str) -> None:
     for file, tops in top_levels(package).items():
         assert not tops & (set(PROGRAMS) - {package}), file
@@ -257,6 +263,24 @@ def test_no_paths_of_one_machine() -> None:
         if "__pycache__" not in path.parts:
             found = absolute.search(path.read_text(errors="ignore"))
             assert found is None, f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_the_readme_names_what_is_there() -> None:
+    """What its table for contributors names in a file is in one of the files of that row."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Contributing")[2].partition("\n## ")[0]
+    rows = [set(re.findall(r"`([^`]+)`", line)) for line in table.splitlines() if line.startswith("|")]
+    found = 0
+    for named in rows:
+        files = {name for name in named if name.endswith((".py", ".csv")) and "NAME" not in name}
+        paths = [
+            path for name in files for package in PACKAGES for path in ROOT.glob(f"{package}/**/{Path(name).name}")
+        ]
+        assert all(any(path.as_posix().endswith(f"/{name}") for path in paths) for name in files), files
+        text = " ".join(path.read_text(encoding="utf-8") for path in paths)
+        names = {name for name in named if name.isidentifier()}
+        assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set(), sorted(files)
+        found += len(names)
+    assert found > 10
 
 
 @pytest.mark.parametrize("file", [file for package in PACKAGES for file in programs(package)], ids=str)

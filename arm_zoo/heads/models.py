@@ -38,6 +38,12 @@ def create_backbone(name: str, arguments: Mapping[str, Any]) -> Any:
     return model
 
 
+def _with_channels(arguments: Mapping[str, Any] | None, in_chans: int | None) -> dict[str, Any]:
+    """A backbone's arguments with the channels that are given, else with their own, else with 3."""
+    given = {} if in_chans is None else {"in_chans": in_chans}
+    return {"in_chans": 3, **(arguments or {}), **given}
+
+
 class AttentiveProbe(nn.Module):
     """Images (B, C, H, W) -> logits (B, num_classes) of an attentive head on the patches of the last block.
 
@@ -45,7 +51,7 @@ class AttentiveProbe(nn.Module):
         backbone: the name of a model of timm, ours or not.
         backbone_args: its arguments.
         num_classes: 0 gives what the head's query has gathered, (B, dim).
-        in_chans: channels of the images, where `backbone_args` do not tell.
+        in_chans: channels of the images; None: as `backbone_args` tell, or 3.
     """
 
     def __init__(
@@ -53,10 +59,10 @@ class AttentiveProbe(nn.Module):
         backbone: str = "arm_base_patch16_224",
         backbone_args: dict[str, Any] | None = None,
         num_classes: int = 1000,
-        in_chans: int = 3,
+        in_chans: int | None = None,
     ) -> None:
         super().__init__()
-        arguments = {"in_chans": in_chans, **(backbone_args or {})}
+        arguments = _with_channels(backbone_args, in_chans)
         model = create_backbone(backbone, arguments)
         self.backbone, self.num_features = model, int(model.feature_info[-1]["num_chs"])
         self.num_classes, self.in_chans = num_classes, arguments["in_chans"]
@@ -79,7 +85,7 @@ class Segmenter(nn.Module):
         backbone_args: its arguments.
         head: a key of `arm_zoo.heads.segmentation.HEADS`.
         num_classes: of pixels.
-        in_chans: channels of the images, where `backbone_args` do not tell.
+        in_chans: channels of the images; None: as `backbone_args` tell, or 3.
         frozen: the backbone stays in evaluation mode and is not trained.
     """
 
@@ -89,13 +95,15 @@ class Segmenter(nn.Module):
         backbone_args: dict[str, Any] | None = None,
         head: str = "linear",
         num_classes: int = 1000,
-        in_chans: int = 3,
+        in_chans: int | None = None,
         frozen: bool = False,
     ) -> None:
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; allowed: 1 or more, as it gives the logits of each pixel")
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}; choose one of {', '.join(HEADS)}")
-        arguments: dict[str, Any] = {"in_chans": in_chans, **(backbone_args or {})}
+        arguments = _with_channels(backbone_args, in_chans)
         model = create_backbone(backbone, arguments)
         self.backbone, self.frozen = model.requires_grad_(not frozen), frozen
         self.num_classes, self.in_chans = num_classes, arguments["in_chans"]

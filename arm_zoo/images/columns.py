@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel
 
 from arm_zoo.images.decode import MAX_PIXELS
-from arm_zoo.images.listing import SourceError, listed
+from arm_zoo.images.errors import SourceError
+from arm_zoo.messages import listed
 
 LABEL_NAMES = ("label", "labels", "cls", "class", "target", "json.label", "wnid")  # where none is a ClassLabel
 STRINGS = ("string", "large_string")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import datasets
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.locate import SCORED, split_of
 
 

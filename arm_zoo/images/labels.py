@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arm_zoo.images.columns import STRINGS
-from arm_zoo.images.listing import SourceError, class_name, listed, natural_order, plural
+from arm_zoo.images.errors import SourceError
+from arm_zoo.images.listing import class_name, natural_order
+from arm_zoo.messages import listed, plural
 
 MOST_CLASSES = 1_000_000  # of labels that are integers; larger ones are something else, such as identifiers
 

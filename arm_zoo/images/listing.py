@@ -3,18 +3,17 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import filterfalse
 from pathlib import Path
+
+from arm_zoo.images.errors import SourceError
+from arm_zoo.messages import listed, printable
 
 # Each also needs a decoder: what decode_image of images/decode.py opens.
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2",
 )  # fmt: skip
-
-
-class SourceError(ValueError):
-    """A source of images that is missing, empty, unclear, or does not fit its use."""
 
 
 def is_image(path: str) -> bool:
@@ -34,22 +33,6 @@ def natural_order(names: Iterable[str]) -> list[str]:
         return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
     return sorted(names, key=key)
-
-
-def printable(path: str | bytes) -> str:
-    """A path for messages and tables, which take text only: bytes that are not UTF-8 are written as in `caf\\xe9`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def listed(names: Sequence[object], most: int = 5) -> str:
-    """The names, or the first of them and how many more there are; "none" without any."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more or "none"
-
-
-def plural(count: int, what: str) -> str:
-    """A number of things, as in `1 row` and `2 rows`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def class_name(name: str) -> str:

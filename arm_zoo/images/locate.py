@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from arm_zoo.images.braces import expand_braces
-from arm_zoo.images.listing import SourceError, entries_of, images_below, images_in, natural_order, subfolders
+from arm_zoo.images.errors import SourceError
+from arm_zoo.images.listing import entries_of, images_below, images_in, natural_order, subfolders
 
 Kind = Literal["images", "parquet", "tars", "hub"]
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")

@@ -20,7 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from arm_zoo.images.listing import SourceError, is_image, listed
+from arm_zoo.images.errors import SourceError
+from arm_zoo.images.listing import is_image
+from arm_zoo.messages import listed
 
 IGNORED = 255  # in labels: pixels that count nowhere
 SplitName = Literal["training", "validation"]
@@ -102,7 +104,8 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
         images, masks, first = folder / "JPEGImages", folder / "SegmentationClass", 0
         names = names_of_split.read_text(encoding="utf-8").split()
     else:
-        raise SourceError(f"{folder} has no {split} images with masks; {_ALLOWED}")
+        problem = f"has no {split} images with masks" if folder.is_dir() else "is no folder"
+        raise SourceError(f"{folder} {problem}; {_ALLOWED}")
     files_of_images = [file for file in images.glob("*") if is_image(file.name)]
     found = {file.stem: file for file in files_of_images}
     there = {"image": found.keys(), "mask": {file.stem for file in masks.glob("*.png")}}

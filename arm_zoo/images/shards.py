@@ -24,10 +24,12 @@ from filelock import FileLock
 
 from arm_zoo.files import remove_leftovers, replacing_files
 from arm_zoo.images.columns import Choices, values_at
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.labels import counted
-from arm_zoo.images.listing import SourceError, class_name, is_image, left_out, listed, printable
+from arm_zoo.images.listing import class_name, is_image, left_out
 from arm_zoo.images.locate import SPLIT_OF_WORD
 from arm_zoo.images.tars import Sample, is_compressed, read_samples
+from arm_zoo.messages import listed, printable
 
 READING_THREADS = 16  # they wait for the disk
 TEXT_LABELS = ("cls", "class")

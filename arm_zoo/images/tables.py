@@ -24,12 +24,14 @@ from PIL import Image
 
 from arm_zoo.images.columns import Choices, Columns, find_columns, leaves, values_at
 from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.hub import quiet_in_logs
 from arm_zoo.images.labels import Labels, read_labels
-from arm_zoo.images.listing import SourceError, class_folders, contents, images_in, left_out, natural_order, printable
+from arm_zoo.images.listing import class_folders, contents, images_in, left_out, natural_order
 from arm_zoo.images.locate import Located
 from arm_zoo.images.shards import READING_THREADS, open_index
 from arm_zoo.images.tars import Member
+from arm_zoo.messages import printable
 
 Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Labelled = tuple[Image.Image, int, str]  # image, class index (-1: labels not asked for), name

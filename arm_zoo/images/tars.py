@@ -14,7 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from arm_zoo.images.listing import SourceError, printable
+from arm_zoo.images.errors import SourceError
+from arm_zoo.messages import printable
 
 
 @dataclass(frozen=True)

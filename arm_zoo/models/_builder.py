@@ -26,7 +26,7 @@ from timm.models import (
 from timm.models._input import get_model_args
 from torch import nn
 
-from arm_zoo.base import ZooModel
+from arm_zoo.base import ZooModel, check_keywords
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, StateDict, weights_in
 from arm_zoo.layers.init import zero_bias
 from arm_zoo.layers.sizes import check_whole
@@ -118,8 +118,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     model_class = architecture.model_class
     own = inspect.signature(model_class).parameters
     timms = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
-    if unknown := sorted(set(kwargs) - set(own) - timms):
-        raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(own))}")
+    check_keywords(name, kwargs.keys() - timms, own)
     given, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg: Any = resolve_pretrained_cfg(name, given, overlay)
     # what is the model's own, whatever a configuration that the caller brings says of it or leaves out

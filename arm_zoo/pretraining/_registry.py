@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from arm_zoo.base import ZooModel
+from arm_zoo.base import ZooModel, check_keywords
 from arm_zoo.files import StateDict
 from arm_zoo.models._builder import Backbone
 
@@ -82,7 +82,5 @@ def create_pretraining_model(name: str, objective: str = DEFAULT_OBJECTIVE, **ov
         backbone_size = name.partition("_patch")[0]
         advice = f"did you mean {backbone_size}?" if backbone_size in sizes else f"choose one of {', '.join(sizes)}"
         raise ValueError(f"unknown pretraining model {name!r}; {advice}")
-    keywords = inspect.signature(model_class).parameters
-    if unknown := sorted(set(overrides) - set(keywords)):
-        raise TypeError(f"{name}: unknown keyword {', '.join(unknown)}; the model takes {', '.join(sorted(keywords))}")
+    check_keywords(name, overrides, inspect.signature(model_class).parameters)
     return model_class(**{**sizes[name], **overrides})

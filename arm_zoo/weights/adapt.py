@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from arm_zoo.files import CheckpointError, StateDict
-from arm_zoo.images.listing import listed
+from arm_zoo.messages import listed
 from arm_zoo.weights.reading import weights_of
 from arm_zoo.weights.tensor_names import OfficialNames, is_stacked, under_our_names
 

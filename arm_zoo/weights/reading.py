@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
 from arm_zoo.files import CheckpointError, StateDict, is_plain_tensor
-from arm_zoo.images.listing import listed
+from arm_zoo.messages import listed
 
 Choice = Literal["ema", "model"]
 

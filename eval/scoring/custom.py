@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from arm_zoo.images.columns import Choices
-from arm_zoo.images.listing import SourceError, printable
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import open_split
+from arm_zoo.messages import printable
 from eval.scoring.listing import Listing, listing_of
 from eval.scoring.sources import ONE_KIND, open_hub
 

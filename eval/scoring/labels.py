@@ -15,7 +15,8 @@ import timm.data
 from timm.data import ImageNetInfo
 
 from arm_zoo.images.columns import Choices
-from arm_zoo.images.listing import class_name, listed
+from arm_zoo.images.listing import class_name
+from arm_zoo.messages import listed
 from eval import tables
 from eval.scoring.custom import AS_USUAL, open_own
 from eval.scoring.listing import Listing

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from arm_zoo.images.columns import leaves, values_at
-from arm_zoo.images.listing import printable
 from arm_zoo.images.tables import Encoded, ImageTable, OpenedSplit
+from arm_zoo.messages import printable
 from eval.scoring.metrics import NO_CLASS
 
 # Where class names come from: folders, a ClassLabel, which fixes their order, or words in any order.

@@ -15,7 +15,7 @@ from torch import nn
 import arm_zoo
 from arm_zoo.files import sha256_of, sha256_of_tensors
 from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknown_model
-from arm_zoo.pretraining._registry import PretrainingModel
+from arm_zoo.pretraining import PretrainingModel
 from arm_zoo.weights.find import whereabouts
 
 HELD_OUT = "validation.txt"  # beside a model of `recipes`, if its run held images out of those that it was given

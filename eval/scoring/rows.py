@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from arm_zoo.images.listing import listed
+from arm_zoo.messages import listed
 from eval import tables
 from eval.scoring import labels, models
 from eval.scoring.labels import LabelledSet

@@ -16,12 +16,14 @@ import numpy as np
 from timm.data import get_img_extensions
 
 from arm_zoo.images.columns import Choices
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.hub import load_split_from_hub
-from arm_zoo.images.listing import SourceError, natural_order, printable
+from arm_zoo.images.listing import natural_order
 from arm_zoo.images.locate import HUB_ID, SCORED, TAR_ENDINGS, Kind, Located, split_of
 from arm_zoo.images.shards import JSON_LABEL, TEXT_LABELS
 from arm_zoo.images.tables import Encoded, open_split
 from arm_zoo.images.tars import Member, read_members, split_key
+from arm_zoo.messages import printable
 from eval.scoring.listing import Listing, listing_of, size_of
 
 # Published scores depend on timm's reading; new formats go into IMAGE_ENDINGS of arm_zoo/images/listing.py.

@@ -76,9 +76,11 @@ def write_results(table: Table, runs: Sequence[Run], outcomes: Outcomes, folder:
     rows = results(table, runs, outcomes)
     lines = [*markdown(rows)]
     write_text(folder / "results.csv", csv_text(rows, rows[0]))
-    write_text(folder / "table.md", "\n".join([f"# {table.title}", "", *lines]) + "\n")
-    scored = {"here": [(row["top1"], row["interval95"]) for row in rows]}
-    scored["the paper, ImageNet-1k"] = [(row["paper_top1"], None) for row in rows]
+    write_text(folder / "table.md", "\n".join([f"# {table.title}, preset {table.preset}", "", *lines]) + "\n")
+    scored = {
+        f"measured here: {table.data_set}, preset {table.preset}": [(row["top1"], row["interval95"]) for row in rows],
+        "reported by the paper: ImageNet-1k": [(row["paper_top1"], None) for row in rows],
+    }
     plot_intervals(folder / PLOT, table.title, [row["row"] for row in rows], scored)
     return lines
 
@@ -159,7 +161,7 @@ def measured_speed(runs: Sequence[Run], run: Run, phase: str) -> float | None:
     for other in (run, *(other for other in runs if other.row == run.row), *runs):
         if any("images_per_second" in row for row in other.history(phase)):
             try:
-                found = from_run(other.output_dir(phase))
+                found = from_run(other.output_dir(phase), phase)
             except UNREADABLE as error:
                 problem = f"the speed of {other.output_dir(phase)} cannot be read: {with_kind(error)}"
                 raise RunError(f"{problem}; type another, as in --speed {phase}=IMAGES_PER_SECOND") from None

@@ -44,6 +44,12 @@ class Table:
     rows: Sequence[Row]
     seeds: Sequence[int]
     images: int  # in an epoch
+    preset: str
+
+    @property
+    def data_set(self) -> str:
+        """The name of the images on which all rows are scored."""
+        return self.rows[0].configs["finetune"].data.data_set
 
 
 def read_tables(
@@ -92,7 +98,7 @@ def read_tables(
         raise RunError(f"none of these rows of {which} has the phase {min(idle)}; leave out {min(idle)}.KEY=...")
     kept = {number: [row for row in made if row.table == number] for number in read}
     return [
-        Table(number, read[number]["title"], kept[number], shared["seeds"], shared["images"])
+        Table(number, read[number]["title"], kept[number], shared["seeds"], shared["images"], preset)
         for number in read
         if kept[number]
     ]

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from recipes.parsing import BELOW_ONE, ONE_OR_MORE, PROBABILITY, WHOLE, Limit, limited
@@ -69,6 +70,11 @@ class DataConfig:
     max_shift: float = limited(0.0, BELOW_ONE)  # of the image's side
     max_rotation: float = limited(0.0, ("0 to 180 (degrees, either way)", lambda x: 0 <= x <= 180))
     max_zoom: float = limited(0.0, BELOW_ONE)  # sizes from 1 - max_zoom to 1 + max_zoom
+
+    @property
+    def data_set(self) -> str:
+        """The name of the source in tables and figures, without its path on this machine."""
+        return self.source.removeprefix("hf://") if self.source.startswith("hf://") else Path(self.source).name
 
     def unused(self, used: Collection[str], purpose: str) -> dict[str, str]:
         """A problem for each key that is typed, but not among those that are used for a purpose."""

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.files import replacing_files
+from arm_zoo.images.errors import SourceError
 from recipes.data.config import CORES
 
 WIDTH, HEIGHT = 500, 375
@@ -29,14 +30,18 @@ OPPONENT_COLOURS = np.array([[1, 1, 1], [0.3, 0, -0.3], [0.1, -0.2, 0.1]], np.fl
 
 
 def write_images(folder: Path, count: int, seed: int = 0, subsampling: str = SUBSAMPLINGS[0]) -> None:
-    """Write `count` JPEG files as FOLDER/CLASS/NUMBER.jpg; a seed gives the same files on any number of cores."""
+    """Write `count` JPEG files as FOLDER/CLASS/NUMBER.jpg; a seed gives the same files on any number of cores.
+
+    If that fails, as on a full disk, none is left.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SourceError(f"{str(folder)!r} exists and is not an empty folder; allowed: a new folder, or an empty one")
-    for number in range(min(CLASSES, count)):
-        (folder / f"{number:02}").mkdir(parents=True)
     scenes = [range(count)[first : first + IMAGES_OF_A_SCENE] for first in range(0, count, IMAGES_OF_A_SCENE)]
-    with ProcessPoolExecutor(min(CORES, len(scenes))) as processes:
-        list(processes.map(partial(_write_scene, folder, seed, subsampling), scenes))
+    with replacing_files(folder) as beside:
+        for number in range(min(CLASSES, count)):
+            (beside / f"{number:02}").mkdir()
+        with ProcessPoolExecutor(min(CORES, len(scenes))) as processes:
+            list(processes.map(partial(_write_scene, beside, seed, subsampling), scenes))
 
 
 def _write_scene(folder: Path, seed: int, subsampling: str, numbers: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.data.resample import RaggedImages
 

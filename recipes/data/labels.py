@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.labels import Labels
-from arm_zoo.images.listing import SourceError, listed, plural
+from arm_zoo.messages import listed, plural
 
 
 def match_labels(train: Labels, test: Labels, where: str) -> tuple[Labels, Labels]:

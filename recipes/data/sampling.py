@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import TrainConfig
 from recipes.data.sources import Split

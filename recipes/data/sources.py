@@ -28,10 +28,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from arm_zoo.images.columns import Choices, Columns
 from arm_zoo.images.decode import MAX_PIXELS
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.hub import load_from_hub
-from arm_zoo.images.listing import SourceError, listed
 from arm_zoo.images.locate import SCORED, Located, locate
 from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
+from arm_zoo.messages import listed
 from recipes.data.config import DataConfig
 from recipes.data.labels import drawn, match_labels
 from recipes.data.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction

@@ -5,8 +5,10 @@ import os
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from arm_zoo.images.listing import SourceError, images_below, listed, subfolders
+from arm_zoo.images.errors import SourceError
+from arm_zoo.images.listing import images_below, subfolders
 from arm_zoo.images.locate import Located
+from arm_zoo.messages import listed
 
 FRACTION = 0.2  # if labels are needed, the source has no validation split, and the configuration does not name one
 

@@ -10,10 +10,10 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
-from arm_zoo.images.listing import printable
 from arm_zoo.images.shards import READING_THREADS, image_of, is_meant, sizes_of_shards
 from arm_zoo.images.tables import Encoded, Labelled, OpenedSplit
 from arm_zoo.images.tars import Sample, read_samples
+from arm_zoo.messages import printable
 
 
 class ImageStream(ABC):

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.errors import RunError
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from weakref import WeakSet, finalize
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.errors import RunError, located
 from recipes.signals import SIGNALS, stop_ends_waiting
 

@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_data_config
 
 from arm_zoo.files import WEIGHTS, save_model
-from arm_zoo.models._builder import ARCHITECTURES
+from arm_zoo.models import ARCHITECTURES
 from recipes.config import TrainConfig
 from recipes.data.sources import Source
 from recipes.errors import RunError

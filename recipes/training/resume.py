@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from arm_zoo.files import recipe_of, remove_leftovers
-from arm_zoo.images.listing import listed
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE
+from arm_zoo.messages import listed
+from arm_zoo.pretraining import DEFAULT_OBJECTIVE
 from recipes.config import TrainConfig
 from recipes.errors import RunError
 from recipes.parsing import flatten

@@ -388,6 +388,9 @@ def test_files_do_not_replace_folders(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match=f"'{tmp_path / 'b.txt'}'$"), replacing_files(tmp_path) as beside:
         for name in "abc":
             (beside / f"{name}.txt").touch()
+    with pytest.raises(IsADirectoryError, match=f"'{tmp_path / 'b.txt'}'$"), replacing_files(tmp_path) as beside:
+        (beside / "a").mkdir()
+        (beside / "b.txt").mkdir()
     assert [*tmp_path.iterdir()] == [tmp_path / "b.txt"]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from recipes.ablations.runs import Run
 from recipes.ablations.tables import Table, read_tables
+from recipes.config import to_yaml
 
 TWO = ["row-first, forward", "random"]
 
@@ -16,9 +17,9 @@ def read_table(number: int, preset: str, overrides: Sequence[str] = (), rows: Se
 
 def finish(run: Run, top1: float, seconds: float = 1800.0) -> None:
     """Leave what a run leaves that has ended."""
-    for phase in run.row.phases:
+    for phase, config in run.row.configs.items():
         run.output_dir(phase).mkdir(parents=True)
         row = f'{{"epoch": 1, "seconds": {seconds}, "processes": 2, "images_per_second": 100.0, "top1": {top1}}}\n'
         (run.output_dir(phase) / "metrics.jsonl").write_text(row)
-        (run.output_dir(phase) / "config.yaml").write_text("model: arm_pico\n")
+        (run.output_dir(phase) / "config.yaml").write_text(to_yaml(config))
         (run.output_dir(phase) / "curves.png").write_bytes(b"")

@@ -41,7 +41,7 @@ from arm_zoo import to_official
 from arm_zoo.files import CheckpointError, sha256_of
 from arm_zoo.identify import find_variant
 from arm_zoo.layers.sizes import Size
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights import hosted as table
 from arm_zoo.weights.hosted import TABLE, training_commands

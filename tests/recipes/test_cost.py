@@ -100,6 +100,11 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
     damaged.mkdir()
     (damaged / "metrics.jsonl").write_text('{"images_per_second": 3, "processes": 1}\n')
     (damaged / "config.yaml").write_text("model: [")
+    of_others = {"finetune": "model: arm_base\npretrained: null", "segment": "head: fpn", "dvae": "model: dvae"}
+    for recipe, config in of_others.items():
+        (tmp_path / recipe).mkdir()
+        (tmp_path / recipe / "config.yaml").write_text(config)
+        (tmp_path / recipe / "metrics.jsonl").write_text('{"images_per_second": 3, "processes": 1}\n')
     (damaged / "speed.csv").write_text("mode,img_per_s\npretrain,3\n")
     for name, cells in (("fast", "a,fast"), ("empty", "a,")):
         (damaged / f"{name}.csv").write_text(f"mode,model,img_per_s\n\npretrain,b,3\npretrain,{cells}\n")
@@ -134,7 +139,15 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
             ["--throughput", str(damaged / "speed.csv")],
             f"{damaged / 'speed.csv'} is another table: it lacks the columns model; mend it",
         ),
-        (["--run", str(tmp_path / "nowhere")], "allowed: the output_dir of a pretraining run"),
+        (["--run", str(tmp_path / "nowhere")], "allowed: the output_dir of recipes.pretrain, or --images-per"),
+        *(
+            (
+                ["--run", str(tmp_path / recipe)],
+                f"{tmp_path / recipe} is a run of recipes.{recipe}, whose speed is another; allowed: the output_dir "
+                "of recipes.pretrain, or --images-per-second",
+            )
+            for recipe in of_others
+        ),
         (["--run", str(tmp_path)], "holds no images_per_second with the number of processes"),
         (["--run", str(tmp_path), "--measured-gpus", "2"], "--measured-gpus go with --images-per-second"),
         (["--throughput", str(tmp_path / "speed.json"), "--model", "x"], "--model and --measured-gpus go with"),

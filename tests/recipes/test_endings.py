@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from timm.models import save_for_hf
 
 import arm_zoo  # noqa: F401 - timm finds our models by it
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.data.workers import Packed, WorkerLoader, end_workers, started
 from recipes.errors import RunError
 from recipes.signals import StopRequest, StopWaiting, stop_ends_waiting

@@ -21,7 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from arm_zoo import CheckpointError
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes import command_line
 from recipes.command_line import read_command
 from recipes.config import ConfigError, FinetuneConfig, load_config

@@ -1,7 +1,10 @@
 """The speed of loading: generated files to measure with, the loader alone, and a step on real and on fixed images."""
 
+import errno
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import pytest
 import torch
 from PIL import Image, JpegImagePlugin
 
-from recipes import loader_speed
+from recipes import digit_scenes, loader_speed
 from recipes.config import TrainConfig
+from recipes.data import generated
 from recipes.data.config import DataConfig
 from recipes.data.generated import HEIGHT, WIDTH
 from recipes.data.sampling import BatchPlan
@@ -55,6 +59,27 @@ def test_generated_files_are_like_photographs(tmp_path: Path) -> None:
     assert JpegImagePlugin.get_sampling(Image.open(tmp_path / "sharp" / "00" / "000000.jpg")) == 0
     with pytest.raises(SystemExit, match="seed' exists and is not an empty folder; allowed: a new folder"):
         make(tmp_path / "seed")
+
+
+@pytest.mark.parametrize("program", [loader_speed, digit_scenes])
+def test_a_full_disk_leaves_no_half_set(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the next attempt would refuse, or a measurement would take for the whole; the message names the folder."""
+    save, folder = Image.Image.save, tmp_path / "set"
+
+    def full(image: Image.Image, file: Any, **options: Any) -> None:
+        if str(file).endswith(("03.jpg", "03.png")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(image, file, **options)
+
+    command = ["--make", "8", str(folder)] if program is loader_speed else [str(folder), "--training", "8"]
+    monkeypatch.setattr(generated, "ProcessPoolExecutor", ThreadPoolExecutor)  # whose workers see the change below
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(SystemExit, match=f"No space left on device: '{folder}'$"):
+            program.main(command)
+    assert not any(folder.iterdir())
+    program.main(command)
+    assert any(folder.rglob("*03.*"))
 
 
 @pytest.mark.slow

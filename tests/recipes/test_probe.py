@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 import arm_zoo
 from arm_zoo import loading
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.models._sequence import SequenceBackbone
 from eval import __main__ as program
 from eval import tables

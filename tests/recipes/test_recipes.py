@@ -29,9 +29,9 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.files import replacing_files, save_model
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.layers.mixer import MambaMixer
-from arm_zoo.pretraining._registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import RECIPES, carry_out, read_command
@@ -177,6 +177,7 @@ BAD = {  # recipe, override: a part of the message
     ("pretrain", "model_args.prediction_order=spiral"): "prediction_order is 'spiral'; choose one of row, row_revers",
     ("pretrain", "model_args.cluster_size=6"): "img_size (8, 8) must be a multiple of cluster_size (6, 6)",
     ("dvae", "model_args.img_size=20"): "DVAE: img_size must be a multiple of 8, got 20",
+    ("dvae", "model_args.width=9"): "dvae: unknown keyword width; the model takes device, img_size, in_chans",
     ("dvae", "model=arm_tiny"): "model is arm_tiny; allowed: dvae",
     ("pretrain", "fsdp=true"): "fsdp is true, but there is one process",
     ("pretrain", "model_args.in_chans=3"): "the model takes 3 channels, the images have 1",

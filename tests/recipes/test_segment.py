@@ -74,6 +74,15 @@ def test_short_names_have_statistics() -> None:
     assert configs[0].statistics() == configs[1].statistics()
 
 
+def test_keywords_of_a_segmenter_are_those_of_its_backbone() -> None:
+    """As in the other recipes they win over `model_args`, and an unknown one is refused."""
+    config = SegmentConfig(model="arm_pico_patch2_8", model_args={"in_chans": 1})
+    assert config.build(device="meta").get_submodule("backbone.patch_embed.proj").weight.shape[1] == 1
+    assert config.build(device="meta", in_chans=2).get_submodule("backbone.patch_embed.proj").weight.shape[1] == 2
+    with pytest.raises(TypeError, match=r"unknown keyword typo; the model takes .*img_size"):
+        config.build(typo=1)
+
+
 def test_the_evaluator_scores_what_the_recipe_scored(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

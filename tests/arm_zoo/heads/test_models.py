@@ -93,5 +93,19 @@ def test_a_configuration_that_is_not_of_its_weights(change: dict[str, Any], mess
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
+def test_keywords_win_over_the_configuration(tmp_path: Path) -> None:
+    """As in every timm model; what the weights do not have is told."""
+    backbone = timm.create_model("test_vit", img_size=16, in_chans=1, num_classes=0)
+    save_attentive_probe(tmp_path, backbone, AttentiveClassifier(64, 3), {"input_size": (1, 16, 16)}, [])
+    source = f"local-dir:{tmp_path}"
+    assert timm.create_model(source, in_chans=2).eval()(torch.zeros(1, 2, 16, 16)).shape == (1, 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for backbone\.patch_embed"):
+        timm.create_model(source, pretrained=True, in_chans=2)
+    headless = timm.create_model(source, pretrained=True, num_classes=0).eval()
+    assert headless(torch.zeros(1, 1, 16, 16)).shape == (1, 64)
+    with pytest.raises(ValueError, match="num_classes is 0; allowed: 1 or more"):
+        timm.create_model("segmenter", backbone="test_vit", num_classes=0)
+
+
 def test_they_are_timms_but_no_entries() -> None:
     assert set(HEADED) <= set(timm.list_models()) and not set(HEADED) & entries()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.masks import IGNORED, compare_class_names, open_masks
 
 MASK = np.array([[0, 1, 2], [3, 1, 0]], np.uint8)
@@ -62,6 +62,7 @@ def refusal(root: Path) -> str:
 
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     assert "has no training images with masks; allowed: a folder with images/training" in refusal(tmp_path)
+    assert f"{tmp_path / 'gone'} is no folder; allowed: a folder with images/training" in refusal(tmp_path / "gone")
     root = ade20k(tmp_path / "ade")
     mask = root / "annotations" / "training" / "a.png"
     Image.fromarray(MASK * 2).save(mask)

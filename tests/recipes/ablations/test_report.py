@@ -44,6 +44,17 @@ def test_intervals_are_students(tmp_path: Path) -> None:
     assert (tmp_path / "table5" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_and_tables_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sees one alone reads on which images, by which preset, and which figures are the paper's."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure))
+    table = read_table(5, "cifar10-short", ["data.source=images/cifar10"], TWO)
+    write_results(table, runs_of(table, [0], tmp_path), {}, tmp_path)
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == ["measured here: cifar10, preset cifar10-short", "reported by the paper: ImageNet-1k"]
+    assert (tmp_path / "table.md").read_text().startswith("# Prediction orders (paper, table 5), preset cifar10-short")
+
+
 def test_a_single_run_is_drawn_hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure))

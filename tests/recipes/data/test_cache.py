@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from arm_zoo.images import tables
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.config import ConfigError, PretrainConfig, load_config
 from recipes.data import cache, loader
 from recipes.data.batches import Batch

@@ -16,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_STD
 
 from arm_zoo.images import decode
 from arm_zoo.images.decode import UndecodableImage, decode_tensor
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.config import ConfigError, PretrainConfig, load_config
 from recipes.data import batches as loading
 from recipes.data import gpu_decode, loader

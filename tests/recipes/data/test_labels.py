@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from recipes.data.config import DataConfig
 from recipes.data.labels import drawn

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from arm_zoo.images.listing import SourceError
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.tables import Encoded
 from recipes.config import PretrainConfig, load_config
 from recipes.data.batches import Batch

@@ -25,8 +25,9 @@ from PIL import Image
 
 from arm_zoo.images.braces import expand_braces
 from arm_zoo.images.decode import UndecodableImage, decode_image
+from arm_zoo.images.errors import SourceError
 from arm_zoo.images.labels import Labels
-from arm_zoo.images.listing import SourceError, class_folders, images_in
+from arm_zoo.images.listing import class_folders, images_in
 from arm_zoo.images.locate import locate
 from arm_zoo.images.tables import ImageTable
 from arm_zoo.images.tars import read_members, read_samples
