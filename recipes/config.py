@@ -20,7 +20,7 @@ import yaml
 
 from arm_zoo.images.errors import SourceError
 from arm_zoo.images.locate import locate
-from recipes.data.config import DataConfig
+from recipes.data.config import BUILT_IN, DataConfig
 from recipes.data.splits import fewer_training_images, too_large_a_batch, validation_fraction
 from recipes.parsing import (
     ABOVE_ZERO,
@@ -180,7 +180,7 @@ class TrainConfig(Config):
     def _missing_images(self) -> dict[str, str]:
         found = {}
         for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
-            if not isinstance(name, str) or name in ("", "digits"):
+            if not isinstance(name, str) or name in ("", *BUILT_IN):
                 continue
             try:
                 located = locate(name, one_split=self.data.validation is not None)

@@ -19,7 +19,7 @@ from PIL import Image
 from arm_zoo.command_line import positive
 from arm_zoo.files import replacing_files, write_text
 from arm_zoo.images.masks import SplitName
-from recipes.data.sources import DIGIT_NAMES, open_digits
+from recipes.data.built_in import DIGIT_NAMES, open_digits
 from recipes.errors import reporting_mistakes
 
 SIDE, CELL, DIGIT = 64, 32, 24  # pixels of a scene, of the place of a digit, of a digit

@@ -20,6 +20,7 @@ from arm_zoo.images.listing import class_folders
 from arm_zoo.images.locate import locate
 from arm_zoo.messages import plural
 from recipes.config import ENTRY, FinetuneConfig
+from recipes.data.config import BUILT_IN
 from recipes.data.splits import classes_without_images, held_out, none_to_hold_out, validation_fraction
 from recipes.parsing import ConfigError
 
@@ -64,7 +65,7 @@ def fitted(config: FinetuneConfig, given: Set[str], going_on: bool = True) -> tu
 def survey(config: FinetuneConfig) -> Survey:
     """Count images and classes: in a folder by listing it, in other sources by opening them."""
     data = config.data
-    located = None if data.source == "digits" else locate(data.source, one_split=data.validation is not None)
+    located = None if data.source in BUILT_IN else locate(data.source, one_split=data.validation is not None)
     if located is None or located.kind != "images" or "train" not in located.splits:
         from recipes.data.sources import open_source  # imports the libraries that read them, which takes seconds
 

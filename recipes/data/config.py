@@ -11,9 +11,13 @@ from recipes.parsing import BELOW_ONE, ONE_OR_MORE, PROBABILITY, WHOLE, Limit, l
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+BUILT_IN = {  # data sets that come with packages
+    "digits": "scikit-learn's 1,797 handwritten digits",
+    "pieces": "of 18 pictures that scikit-image and scikit-learn bring",
+}
 SOURCE: Limit = (
-    "a folder of images, parquet files, WebDataset tars, hf://owner/name, or digits (scikit-learn's 1,797 handwritten "
-    "digits), as in data.source=digits",
+    "a folder of images, parquet files, WebDataset tars, hf://owner/name, "
+    f"{', '.join(f'{name} ({what})' for name, what in BUILT_IN.items())}, as in data.source=digits",
     bool,
 )
 OF_FILES = {"train_size", "image_column", "label_column", "max_pixels"}  # keys about files of images
@@ -88,8 +92,8 @@ class DataConfig:
     def conflicts(self, device: str = "auto") -> dict[str, str]:
         """The problem of each key whose value is fine on its own, but not with another's or on the device."""
         found = {}
-        if self.source == "digits":
-            found = self.unused({field.name for field in fields(self)} - OF_FILES, "data.source=digits")
+        if self.source in BUILT_IN:
+            found = self.unused({field.name for field in fields(self)} - OF_FILES, f"data.source={self.source}")
         if self.cache != "none" and self.streaming:
             problem = f"data.cache is {self.cache} but data.streaming is true"
             found["data.cache"] = f"{problem}; allowed: data.cache=none, or data.streaming=false"

@@ -1,4 +1,4 @@
-"""Training and validation images: one syntax for folders, parquet files, WebDataset tars, the Hub and built-in digits.
+"""Training and validation images: one syntax for folders, parquet files, WebDataset tars, the Hub and built-in sets.
 
 `data.source` and `data.validation` (which may also be a fraction of the training images) are one of
 
@@ -7,60 +7,35 @@
 - `FOLDER`, file or glob of parquet files (`train*.parquet`, `val*.parquet` or `test*.parquet`),
 - `FOLDER`, file, glob or brace list (`shard-{000..146}.tar`) of WebDataset tars, or of tars with class folders,
 - `hf://owner/name`, or `owner/name` where no such path exists: a data set on the Hub,
-- `digits`: scikit-learn's 1,797 handwritten digits, 8x8 grey.
+- `digits` or `pieces`: images that come with packages (`recipes.data.built_in`).
 
 A stream (`data.streaming=true`) reads in sequence (`recipes.data.streams`), all else is read at random
 (`arm_zoo.images.tables`).
 """
 
-import functools
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
-import datasets
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from arm_zoo.images.columns import Choices, Columns
+from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
 from arm_zoo.images.errors import SourceError
 from arm_zoo.images.hub import load_from_hub
 from arm_zoo.images.locate import SCORED, Located, locate
-from arm_zoo.images.tables import ImageTable, OpenedSplit, Reading, open_split
+from arm_zoo.images.tables import ImageTable, OpenedSplit, open_split
 from arm_zoo.messages import listed
+from recipes.data.built_in import OPENERS
 from recipes.data.config import DataConfig
 from recipes.data.labels import drawn, match_labels
+from recipes.data.source import Source, Split
 from recipes.data.splits import classes_without_images, none_to_hold_out, split_rows, validation_fraction
 from recipes.data.streams import DatasetStream, ImageStream, TarStream
 
 log = logging.getLogger(__name__)
-
-Split: TypeAlias = ImageTable | ImageStream
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIGITS_TEST_IMAGES = 360
-SPLIT_SEED = 0  # fixed: a run's seed must not move images between training and test
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set."""
-
-    train: Split
-    test: Split | None  # None where labels are not asked for and there are no images to score on
-    class_names: tuple[str, ...]  # in index order; empty if labels were not asked for
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # of each channel, values in 0..1, for normalisation
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    held_out: float | None = None  # the fraction of the training images that `test` was made of, if it was
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images: 3, or 1 for grey images."""
-        return len(self.mean)
 
 
 def tell(text: str) -> None:
@@ -92,13 +67,14 @@ def _labelled(images: ImageTable, labels: int, seed: int) -> ImageTable:
 
 
 def _open_source(config: DataConfig, labels_needed: bool) -> Source:
-    if config.source == "digits":
+    if (opener := OPENERS.get(config.source)) is not None:
         if config.validation is not None or config.streaming:
-            own = "the digits are small and have their own validation images"
+            own = f"the {config.source} are few and have their own validation images"
             raise SourceError(f"{own}; leave out data.validation and data.streaming")
-        if config.num_classes not in (None, count := len(DIGIT_NAMES)):
-            raise SourceError(f"the digits have {count} classes, but data.num_classes is {config.num_classes}")
-        return open_digits(labels_needed)
+        if config.num_classes not in (None, known := len(opener(True).class_names)):
+            problem = f"the {config.source} have {known} classes, but data.num_classes is {config.num_classes}"
+            raise SourceError(problem)
+        return opener(labels_needed)
     train, test = _open_splits(config, labels_needed)
     names: tuple[str, ...] = ()
     classes = test_classes = None
@@ -182,32 +158,3 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
         splits = splits_of(source)
         scored = [name for name in SCORED if name in splits]
     return train, opened(source, splits, scored[0]) if scored and not isinstance(config.validation, float) else None
-
-
-@functools.cache
-def open_digits(labels_needed: bool = True) -> Source:
-    """1,797 handwritten digits, 8x8 grey: 1,437 to train, 360 held out, each class in the same proportion."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as counts 0..16
-    train, test = train_test_split(
-        np.arange(len(images)), test_size=DIGITS_TEST_IMAGES, stratify=digits.target, random_state=SPLIT_SEED
-    )
-    classes = {number: number for number in range(len(DIGIT_NAMES))} if labels_needed else None
-
-    def split(name: str, rows: NDArray[np.int64]) -> ImageTable:
-        data = datasets.Dataset.from_dict(
-            {"image": list(images[rows]), "label": digits.target[rows]},
-            features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),  # PNG files
-        )
-        return ImageTable(data, Reading(f"digits [{name}]", Columns("image", "label"), classes, "L"))
-
-    return Source(
-        train=split("train", train),
-        test=split("test", test),
-        class_names=DIGIT_NAMES if labels_needed else (),
-        mean=(float(images[train].mean() / 255),),
-        std=(float(images[train].std(ddof=1) / 255),),
-    )

@@ -35,12 +35,6 @@ def plot_run(file: Path, history: Sequence[Metrics]) -> None:
     plot_curves(file, panels | ({TOP1: found} if found else {}))
 
 
-def plot_comparison(file: Path, pretraining: Sequence[Metrics], supervised: Mapping[str, Sequence[Metrics]]) -> None:
-    """Draw the loss of a pretraining and, for each named supervised run, top-1 over its epochs."""
-    curves = {f"{name}: {rows[-1]['top1']:.1f}% at the end": (rows, "top1") for name, rows in supervised.items()}
-    plot_curves(file, {f"Pretraining, without labels: {LOSS}": {"": (pretraining, "loss")}, TOP1: curves})
-
-
 def plot_curves(file: Path, panels: Mapping[str, Curves]) -> None:
     """Draw curves over epochs into a PNG file, with a panel for each title."""
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")

@@ -7,9 +7,10 @@ import torch
 
 from arm_zoo.images.errors import SourceError
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from recipes.data.built_in import open_digits
 from recipes.data.config import DataConfig
 from recipes.data.labels import drawn
-from recipes.data.sources import open_digits, open_source
+from recipes.data.sources import open_source
 from recipes.finetune import CLASSIFICATION
 from recipes.first_run import survey
 from tests.helpers.images import write_folder, write_parquet

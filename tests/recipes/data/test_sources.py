@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Value
+from numpy.typing import NDArray
 from PIL import Image
 
 from arm_zoo.images.braces import expand_braces
@@ -31,6 +32,7 @@ from arm_zoo.images.listing import class_folders, images_in
 from arm_zoo.images.locate import locate
 from arm_zoo.images.tables import ImageTable
 from arm_zoo.images.tars import read_members, read_samples
+from recipes.data import built_in
 from recipes.data.config import DataConfig
 from recipes.data.labels import match_labels
 from recipes.data.sources import Source, open_source
@@ -450,6 +452,45 @@ def test_digits_are_split_once_and_in_proportion() -> None:
         open_named("digits", validation="digits")
     with pytest.raises(SourceError, match=r"the digits have 10 classes, but data.num_classes is 5"):
         open_named("digits", num_classes=5)
+
+
+def test_pieces_are_grey_of_one_contrast_and_from_two_sides_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_named("pieces")
+    assert isinstance(source.train, ImageTable) and isinstance(source.test, ImageTable)
+    assert (len(source.train), len(source.test), source.channels) == (1080, 360, 3)
+    images, labels, _ = zip(*[*source.train, *source.test], strict=True)
+    assert {image.mode for image in images} == {"RGB"} and {image.size for image in images} == {(64, 64)}
+    assert labels == tuple(np.repeat(np.arange(18), 60)) + tuple(np.repeat(np.arange(18), 20))
+    values = np.stack([np.asarray(image) for image in images]) / 255
+    assert (values == values[..., :1]).all()
+    assert np.abs(values.mean((1, 2, 3)) - 0.5).max() < 0.05  # what is beyond black and white is cut off
+    assert np.median(values.std((1, 2, 3))) == pytest.approx(0.25, abs=0.02)
+    assert source.mean == pytest.approx((values[:1080].mean(),) * 3, rel=1e-6)
+
+    picture = np.arange(100 * 400, dtype=np.float32).reshape(100, 400) % 400 / 400  # its values tell columns
+    monkeypatch.setattr(built_in, "read_picture", lambda name: picture)
+    drawn_from: list[NDArray[np.float32]] = []
+    monkeypatch.setattr(
+        built_in, "draw_piece", lambda part, draws: drawn_from.append(part) or np.zeros((64, 64), "u1")
+    )
+    built_in.open_pieces.__wrapped__()
+    left = [part.max() < 0.65 for part in drawn_from]
+    assert left == ([True] * 60 + [False] * 20) * 18 and all(part.min() >= 0.65 for part in drawn_from[60:80])
+
+
+def test_pieces_are_refused_where_their_pictures_are_missing_or_settings_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(SourceError, match=r"the pieces .* have their own validation images"):
+        open_named("pieces", validation=0.5)
+    with pytest.raises(SourceError, match=r"the pieces have 18 classes, but data.num_classes is 5"):
+        open_named("pieces", num_classes=5)
+    monkeypatch.setitem(built_in.PICTURES, "brick", "skimage/data/no_such_picture.png")
+    with pytest.raises(SourceError, match=r"pictures of scikit-image, and data/no_such_picture.png .* pip install"):
+        built_in.read_picture("brick")
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(SourceError, match=r"pip install scikit-image"):
+        built_in.read_picture("grass")
 
 
 BRACES = {  # as bash expands them

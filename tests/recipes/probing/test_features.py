@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 
+from recipes.data.built_in import open_digits
 from recipes.data.config import DataConfig
-from recipes.data.sources import open_digits, open_source
+from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.probing import features
 from recipes.probing.config import ProbeConfig
