@@ -24,7 +24,7 @@ test-oldest: | $(OLDEST)/pip  ## the tests of `make test` with the oldest versio
 	$(OLDEST)/python -m pip install --editable '.[dev]' --constraint .venv-oldest/floors.txt
 	$(OLDEST)/$(PYTEST) -m "not slow"
 
-quickstart: .venv/train.stamp  ## pretrain, finetune and score a small ARM on real images, in minutes on a CPU
+quickstart: .venv/train.stamp  ## compare few labels from scratch and from a pretrained encoder, in minutes on a CPU
 	$(BIN)/python -m recipes.quickstart
 
 clean:  ## remove the environments, caches and what the quickstart wrote

@@ -77,7 +77,6 @@ default_cfgs = entry_configs(
             std=(0.3759592089586701,),
             label_names=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
         ),
-        "arm_pico_patch8_64.arm_tiny_imagenet": _ours(num_classes=0, input_size=(3, 64, 64), crop_pct=1.0),
         "arm_tiny_patch4_32.arm_cifar10_ft_cifar10": _ours(
             num_classes=10,
             input_size=(3, 32, 32),
@@ -111,7 +110,6 @@ default_cfgs = entry_configs(
 )
 
 
-_PICO = {"embed_dim": 64, "depth": 4, "d_state": 8}  # ours, for a CPU
 _TINY, _SMALL = {"embed_dim": 192, "depth": 12}, {"embed_dim": 384, "depth": 12}  # ours, with the widths of DeiT
 _BASE, _LARGE = {"embed_dim": 768, "depth": 12}, {"embed_dim": 1024, "depth": 24}  # the paper's, tables 1 and 2
 _HUGE = {"embed_dim": 1536, "depth": 24}
@@ -119,8 +117,8 @@ SIZES = {"tiny": _TINY, "small": _SMALL, "base": _BASE, "large": _LARGE, "huge":
 register_family(
     ARM,
     {
-        "arm_pico_patch2_8": {"patch_size": 2, **_PICO},  # for 8x8 images such as scikit-learn's digits
-        "arm_pico_patch8_64": {"patch_size": 8, **_PICO},  # the quickstart's
+        # ours, for 8x8 images such as scikit-learn's digits
+        "arm_pico_patch2_8": {"patch_size": 2, "embed_dim": 64, "depth": 4, "d_state": 8},
         "arm_tiny_patch4_32": {"patch_size": 4, **_TINY},
         "arm_tiny_patch8_64": {"patch_size": 8, **_TINY},
         "arm_tiny_patch16_224": _TINY,

@@ -73,6 +73,23 @@ def plot_intervals(
     _save(figure, file)
 
 
+def plot_bars(file: Path, title: str, scores: Mapping[str, Sequence[float]]) -> None:
+    """Draw the mean of each row's scores as a bar, and each score as a dot, into a PNG file; every other row is alike."""
+    figure = Figure(figsize=(9, 1.4 + 0.5 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    for place, found in enumerate(scores.values()):
+        mean, colour = sum(found) / len(found), COLOURS[place % 2]
+        axes.barh(place, mean, color=colour, alpha=0.6)
+        axes.plot(found, [place] * len(found), "o", color=colour, markeredgecolor="white")
+        axes.text(0.01 * mean, place, f" {mean:.1f}%", va="center", weight="bold")
+    axes.set(title=title, xlabel="top-1 (%); a dot is one seed")
+    axes.set_yticks(range(len(scores)), scores)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
 def draw_predictions(
     file: Path,
     model: Any,

@@ -44,7 +44,6 @@ Weights = dict[str, torch.Tensor]
 PAPER = "arm_in1k_ft_in1k"
 TAGS = {  # name: tags, the default one first
     "arm_pico_patch2_8": ["arm_digits_ft_digits"],
-    "arm_pico_patch8_64": ["arm_tiny_imagenet"],
     "arm_tiny_patch16_224": ["untrained"],
     "arm_tiny_patch4_32": ["arm_cifar10_ft_cifar10", "arm_cifar10"],
     "arm_tiny_patch8_64": ["arm_tiny_imagenet_ft_tiny_imagenet", "arm_tiny_imagenet"],
