@@ -74,7 +74,7 @@ def plot_intervals(
 
 
 def plot_bars(file: Path, title: str, scores: Mapping[str, Sequence[float]]) -> None:
-    """Draw the mean of each row's scores as a bar, and each score as a dot, into a PNG file; every other row is alike."""
+    """Draw the mean of each row's scores as a bar and each score as a dot, into a PNG file; the colours take turns."""
     figure = Figure(figsize=(9, 1.4 + 0.5 * len(scores)), layout="constrained")
     axes = figure.subplots()
     for place, found in enumerate(scores.values()):
