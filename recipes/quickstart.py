@@ -43,7 +43,7 @@ CONFIGS = CHECKOUT / "recipes" / "configs"
 IMAGES_NAMED = 3
 SEEDS = 3
 ENCODERS = ("untrained", "pretrained")
-RUNS = "quickstart_runs"  # deleted at the start, hence a name that no user would choose
+RUNS = "quickstart_runs"  # deleted at the start and at the end, hence a name that no user would choose
 
 
 def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -91,6 +91,7 @@ def quickstart(output: Path, seed: int, overrides: Sequence[str] = ()) -> dict[s
         "seconds": time.time() - psutil.Process().create_time(),
     }
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    shutil.rmtree(runs)  # whose checkpoints are more than a gigabyte
     return summary
 
 

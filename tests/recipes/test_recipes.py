@@ -894,7 +894,7 @@ def test_quickstart_writes_what_it_promises(tmp_path: Path, capsys: pytest.Captu
     for runs in ("runs", "quickstart_runs"):  # the user's own, as with --output . in a checkout; an earlier start's
         (tmp_path / runs / "first").mkdir(parents=True)
     summary = quickstart(tmp_path, seed=0, overrides=["epochs=1", "warmup_epochs=0", "tracker=none"])
-    assert (tmp_path / "runs" / "first").is_dir() and not (tmp_path / "quickstart_runs" / "first").exists()
+    assert (tmp_path / "runs" / "first").is_dir() and not (tmp_path / "quickstart_runs").exists()
     images = [summary[f"images_{kind}"] for kind in ("unlabelled", "labelled", "test")]
     assert images == [1080, 18, 360] and summary["seeds"] == [0, 1, 2]
     assert [len(scores) for scores in summary["top1"].values()] == [3, 3, 3, 3]
