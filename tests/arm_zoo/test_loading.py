@@ -33,7 +33,7 @@ from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.weights import hosted as table
 from arm_zoo.weights.hosted import Weights
 from hub.__main__ import main as hub_command
-from recipes.data.sources import open_digits
+from recipes.data.built_in import open_digits
 from tests.helpers import hub_server
 from tests.helpers.hub_server import Client, HubServer, digest
 from tests.helpers.official import RunsCode

@@ -35,9 +35,10 @@ from eval.scoring import predict as scoring
 from eval.scoring.custom import AS_USUAL
 from recipes.config import FinetuneConfig, load_config
 from recipes.data.batches import Images
+from recipes.data.built_in import DIGIT_NAMES
 from recipes.data.config import DataConfig
 from recipes.data.sampling import Key
-from recipes.data.sources import DIGIT_NAMES, open_source
+from recipes.data.sources import open_source
 from recipes.data.transforms import ScoringTransform
 from recipes.finetune import finetune
 from tests import ROOT

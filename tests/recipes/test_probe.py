@@ -25,8 +25,8 @@ from eval.board import frozen
 from hub import catalog
 from recipes import probe
 from recipes.config import ConfigError, load_config
+from recipes.data.built_in import open_digits
 from recipes.data.config import DataConfig
-from recipes.data.sources import open_digits
 from recipes.errors import RunError
 from recipes.probe import ProbeConfig
 from recipes.probing import attentive, logistic, scores
