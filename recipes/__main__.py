@@ -1,6 +1,6 @@
 """Training, from the top of a checkout. The commands, and what they do:
 
-python -m recipes.quickstart                       one label of each class, from scratch and pretrained, in minutes on a CPU
+python -m recipes.quickstart                       one label of each class, pretrained or not, in minutes on a CPU
 python -m recipes.finetune data.source=FOLDER      train a classifier on your own images, a folder for each class
 python -m recipes.pretrain --config FILE           pretrain without labels; recipes/configs has files for both
 python -m recipes.dvae --config FILE               train a small dVAE, whose tokens a pretraining can predict
