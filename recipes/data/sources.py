@@ -71,9 +71,9 @@ def _open_source(config: DataConfig, labels_needed: bool) -> Source:
         if config.validation is not None or config.streaming:
             own = f"the {config.source} are few and have their own validation images"
             raise SourceError(f"{own}; leave out data.validation and data.streaming")
-        if config.num_classes not in (None, known := len(opener(True).class_names)):
-            problem = f"the {config.source} have {known} classes, but data.num_classes is {config.num_classes}"
-            raise SourceError(problem)
+        asked = config.num_classes
+        if asked is not None and asked != (known := len(opener(True).class_names)):
+            raise SourceError(f"the {config.source} have {known} classes, but data.num_classes is {asked}")
         return opener(labels_needed)
     train, test = _open_splits(config, labels_needed)
     names: tuple[str, ...] = ()
