@@ -83,8 +83,9 @@ def find_variant(
     if not found:
         wanted = " or ".join(each.__name__ for each in backbones)
         keys = ", or ".join(", ".join(each.keys) for each in backbones)
+        allowed = "perhaps under the authors' names, or after one prefix that all names share"
         some = f"found {listed(sorted(state_dict), 8)}"
-        raise CheckpointError(f"this is no {wanted} checkpoint: expected {keys} (or the authors' names); {some}")
+        raise CheckpointError(f"this is no {wanted} checkpoint: expected {keys} ({allowed}); {some}")
     model_class = max(found, key=lambda each: (objective is not None and classes[each] == objective, len(each.keys)))
     names, known = model_class.official_names, {k: value for k, value in (config or {}).items() if value is not None}
     try:
