@@ -288,6 +288,11 @@ def test_columns_that_people_added_to_a_table_stay() -> None:
             "--weights arm_pico_patch2_8 model_args.depth=1: CheckpointError: the",
         ),
         (
+            "test_vit",
+            {"untrained": True, "model_args": {"embed_dim": 7}},
+            "--weights test_vit model_args.embed_dim=7: AssertionError: dim should be divisible by num_heads; allowed",
+        ),
+        (
             "arm_pico_patch2_8",
             {"model": "test_vit"},
             "--weights arm_pico_patch2_8 and model=test_vit are not the same; "
