@@ -134,8 +134,8 @@ def _backbone(model_class: Any, arguments: dict[str, Any], patches: int | None, 
         if "img_size" not in geometry:
             geometry["img_size"] = _side(patches, geometry["patch_stride"])
         _check_grid(geometry["img_size"], patch, geometry["patch_stride"], patches)
-    token = {"global_pool": "token"} if known.get("global_pool") == "token" else {}
-    return Variant(ranked[0]["name"], _different({**arguments, **geometry}, ranked[0]) | token, classes)
+    told = {**geometry, **({"global_pool": known["global_pool"]} if "global_pool" in known else {})}
+    return Variant(ranked[0]["name"], _different({**arguments, **told}, ranked[0]), classes)
 
 
 def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, int]:
