@@ -378,7 +378,7 @@ def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path
 
 
 @pytest.mark.parametrize("name", [PICO, "vim_pico_patch2_8"])
-@pytest.mark.parametrize("pooling", ["avg", "token"])
+@pytest.mark.parametrize("pooling", ["avg", "max", "token"])
 def test_models_keep_their_pooling(name: str, pooling: str, tmp_path: Path) -> None:
     """Whichever their entry has."""
     model = timm.create_model(name, global_pool=pooling, num_classes=3)
