@@ -83,8 +83,9 @@ def find_variant(
     if not found:
         wanted = " or ".join(each.__name__ for each in backbones)
         keys = ", or ".join(", ".join(each.keys) for each in backbones)
+        allowed = "perhaps under the authors' names, or after one prefix that all names share"
         some = f"found {listed(sorted(state_dict), 8)}"
-        raise CheckpointError(f"this is no {wanted} checkpoint: expected {keys} (or the authors' names); {some}")
+        raise CheckpointError(f"this is no {wanted} checkpoint: expected {keys} ({allowed}); {some}")
     model_class = max(found, key=lambda each: (objective is not None and classes[each] == objective, len(each.keys)))
     names, known = model_class.official_names, {k: value for k, value in (config or {}).items() if value is not None}
     try:
@@ -133,8 +134,8 @@ def _backbone(model_class: Any, arguments: dict[str, Any], patches: int | None, 
         if "img_size" not in geometry:
             geometry["img_size"] = _side(patches, geometry["patch_stride"])
         _check_grid(geometry["img_size"], patch, geometry["patch_stride"], patches)
-    token = {"global_pool": "token"} if known.get("global_pool") == "token" else {}
-    return Variant(ranked[0]["name"], _different({**arguments, **geometry}, ranked[0]) | token, classes)
+    told = {**geometry, **({"global_pool": known["global_pool"]} if "global_pool" in known else {})}
+    return Variant(ranked[0]["name"], _different({**arguments, **told}, ranked[0]), classes)
 
 
 def _side(patches: int, patch_size: int | tuple[int, int]) -> int | tuple[int, int]:

@@ -306,10 +306,12 @@ class _Loader:
 
     def from_named_file(self, name: str, file: Path) -> Any:
         """An entry's model, ours or timm's, with as many classes as the file has, so that no head stays random."""
-        tensors = read_checkpoint(file)
-        if name in entries():
-            tensors = under_our_names(tensors, ARCHITECTURES[architecture_of(name)].model_class.official_names)
         cfg = timm.models.resolve_pretrained_cfg(architecture_of(name))
+        if name in entries():
+            official_names = ARCHITECTURES[architecture_of(name)].model_class.official_names
+            tensors = under_our_names(read_checkpoint(file), official_names)
+        else:
+            tensors = read_checkpoint(file, roots=[f"{cfg.first_conv}."])
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)
             model.load_state_dict(tensors)

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from arm_zoo.command_line import show
 from eval import tables
+from eval.command_line import guarded
 from eval.scoring import labels, models
-from eval.scoring.options import guarded, open_requests, scoring_parser, settings_of, start_processes
+from eval.scoring.options import open_requests, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer
 from eval.scoring.sets import CUSTOM, SETS, SUBSETS
 from eval.speed import loader as speed

@@ -24,6 +24,7 @@ from eval.board.columns import SPEEDS, TEXT_COLUMNS, TITLES, accuracy_rows, boar
 from eval.board.curves import curves
 from eval.board.entries import Entry, paper_table, read_entries, read_speeds
 from eval.board.frozen import frozen_rows, read_frozen, titles_of
+from eval.command_line import guarded
 from eval.tables import RESULTS
 
 HERE = Path(__file__).resolve().parent  # has the templates of the files, page.md and page.html
@@ -114,7 +115,7 @@ def make(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval.leaderboard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,25 +133,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = "where to write the files; it has README.md and recipes/RESULTS.md already (%(default)s)"
     add("--folder", default=HERE.parent, help=folder)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not current")
-    args = parser.parse_args(argv)
-    try:
-        # a default file may be missing: nothing has been measured yet
-        for option in ("results", "throughput", "frozen"):
-            if not (path := getattr(args, option)).exists() and path != parser.get_default(option):
-                raise ValueError(f"--{option}: no file {str(path)!r}")
-        tables = (args.results, args.throughput, args.paper, args.peers, args.frozen, args.anchors)
-        files = make(*tables, args.folder)
-        for name, text in files.items():
-            path = args.folder / name
-            if args.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
-                raise ValueError(f"{name} is not current; run python -m eval.leaderboard")
-            if not args.check:
-                write_text(path, text)
-                print(path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    # a default file may be missing: nothing has been measured yet
+    for option in ("results", "throughput", "frozen"):
+        if not (path := getattr(args, option)).exists() and path != make_parser().get_default(option):
+            raise ValueError(f"--{option}: no file {str(path)!r}")
+    tables = (args.results, args.throughput, args.paper, args.peers, args.frozen, args.anchors)
+    files = make(*tables, args.folder)
+    for name, text in files.items():
+        path = args.folder / name
+        if args.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+            raise ValueError(f"{name} is not current; run python -m eval.leaderboard")
+        if not args.check:
+            write_text(path, text)
+            print(path)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return guarded(run, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

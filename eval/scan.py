@@ -5,6 +5,7 @@ Run from the repository root on a machine with a GPU: `python -m eval.scan`.
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from arm_zoo.command_line import positive
 from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops.backends import BACKENDS
+from eval.command_line import guarded
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import circumstances, table, timed
 from eval.tables import Row, append, check_output
@@ -106,21 +108,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        check_output(args.output, COLUMNS)
-        if not torch.cuda.is_available():
-            raise ValueError("it times GPU kernels, and torch finds no CUDA device here")
-        available = [name for name in arm_zoo.available_backends() if BACKENDS[name].device == DEVICE]
-        if unknown := set(args.backends or ()) - set(available):
-            raise ValueError(f"--backends {' '.join(sorted(unknown))}: available here are {', '.join(available)}")
-        rate = copy_rate()
-        shared = vars(args) | circumstances(DEVICE) | {"copy_bytes_per_s": rate}
-        rows = [row | shared for backend in args.backends or available for row in measure(backend, args)]
-    except ValueError as error:  # sizes that a backend does not take
-        parser.error(str(error))
+def run(args: argparse.Namespace) -> int:
+    check_output(args.output, COLUMNS)
+    if not torch.cuda.is_available():
+        raise ValueError("it times GPU kernels, and torch finds no CUDA device here")
+    available = [name for name in arm_zoo.available_backends() if BACKENDS[name].device == DEVICE]
+    if unknown := set(args.backends or ()) - set(available):
+        raise ValueError(f"--backends {' '.join(sorted(unknown))}: available here are {', '.join(available)}")
+    rate = copy_rate()
+    shared = vars(args) | circumstances(DEVICE) | {"copy_bytes_per_s": rate}
+    rows = [row | shared for backend in args.backends or available for row in measure(backend, args)]
     lines = []
     for row in rows:
         per_second = f"{row['exponentials'] / row['ms'] / 1e6:,.0f}" if row["exponentials"] else ""
@@ -132,7 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     Console().print(table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
     if args.output is not None:
         append(args.output, rows, COLUMNS)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return guarded(run, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

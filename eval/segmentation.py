@@ -20,8 +20,8 @@ from arm_zoo.heads.models import Segmenter
 from arm_zoo.heads.segmentation import segment
 from arm_zoo.images.masks import IGNORED, compare_class_names, no_class, open_masks
 from eval import tables
+from eval.command_line import guarded
 from eval.scoring import models
-from eval.scoring.options import guarded
 from eval.speed.timing import table
 
 COLUMNS = (

@@ -28,6 +28,7 @@ from arm_zoo.loading import entries, list_entries, unknown_model
 from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
+from eval.command_line import guarded
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
 from eval.tables import Row, append, check_output, label
@@ -292,23 +293,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
     args.models = args.models or DEFAULT_MODELS[: 1 if args.mode == "pretrain" else None]
-    try:
-        check(args)
-        args.autocast |= args.dtype != "fp32" and args.mode != "infer"  # training keeps fp32 weights
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        args.threads = torch.get_num_threads()
-        groups = [{"img_size": size, "batch_size": batch} for size, batch in sizes_and_batches(args)]
-        timed = [measure(argparse.Namespace(**vars(args) | group)) for group in groups]
-    except ValueError as error:
-        parser.error(str(error))
+    check(args)
+    args.autocast |= args.dtype != "fp32" and args.mode != "infer"  # training keeps fp32 weights
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()
+    groups = [{"img_size": size, "batch_size": batch} for size, batch in sizes_and_batches(args)]
+    timed = [measure(argparse.Namespace(**vars(args) | group)) for group in groups]
     if not any(timed):
-        parser.error("nothing was timed: no model fits into memory; type a smaller --batch-size")
+        raise ValueError("nothing was timed: no model fits into memory; type a smaller --batch-size")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return guarded(run, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from arm_zoo.loading import entries, entry_of
 from arm_zoo.weights.find import hub_repository
+from eval.command_line import guarded
 from eval.scoring import models
-from eval.scoring.options import guarded, open_requests, parse_sets, scoring_parser, settings_of, start_processes
+from eval.scoring.options import open_requests, parse_sets, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer
 from eval.scoring.sets import SETS
 from eval.speed.timing import table

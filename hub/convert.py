@@ -143,7 +143,8 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model's arguments in a config.json of the recipes or of timm; a pretraining model's were checked before."""
     given = config.get("pretraining_model") or _checked(config, "model_args", _ARGUMENTS)
     sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    return sizes | ({"global_pool": "token"} if config.get("global_pool") == "token" else {})
+    pooling = config.get("global_pool")
+    return sizes | ({"global_pool": pooling} if isinstance(pooling, str) else {})
 
 
 def _checked(config: Mapping[str, Any], key: str, tests: dict[str, Test]) -> dict[str, Any]:

@@ -61,12 +61,12 @@ SET_BY_ALL = {
     "device": "the recipe chooses the device; type device=auto or device=cpu",
     "dtype": "parameters are float32; type precision=fp32 or precision=bf16 for the computation",
 }
-SET_BY_FINETUNING = {
-    **dict.fromkeys(("pretrained", "checkpoint_path"), "the recipe loads the weights; type pretrained=WEIGHTS"),
-    "drop_path_rate": "the recipe has a setting for it; type drop_path=RATE",
-}
+LOADED = dict.fromkeys(("pretrained", "checkpoint_path"), "the recipe loads the weights; type pretrained=WEIGHTS")
 NO_SETTING = "it is no setting of a model that a recipe takes; leave it out"
 NOT_TAKEN = dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"), NO_SETTING)
+TAKEN_BY_MODELS = "as model_args.NAME the model's keywords, with values as it takes them"
+# What making a model raises where it does not take the arguments: few of timm's models check theirs.
+NOT_BUILT = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 BETAS: Limit = ("a list of two numbers of 0 up to, not including, 1", lambda x: all(0 <= beta < 1 for beta in x))
 
 
@@ -198,9 +198,12 @@ class TrainConfig(Config):
         try:
             if self.model:
                 self.build(device="meta")
-        except (TypeError, ValueError, RuntimeError) as error:
+        except NOT_BUILT as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            if not self.model_args:
+                return {"model": f"model {self.model!r}: {reason}"}
             given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
-            return {"model": f"model {self.model!r}{f' with {given}' if given else ''}: {error}"}
+            return {"model": f"model {self.model!r} with {given}: {reason}; allowed: {TAKEN_BY_MODELS}"}
         return {}
 
 
@@ -301,7 +304,9 @@ class FinetuneConfig(TrainConfig):
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
     labels_needed = True
-    set_by_recipe = SET_BY_ALL | NOT_TAKEN | SET_BY_FINETUNING
+    set_by_recipe = (
+        SET_BY_ALL | NOT_TAKEN | LOADED | {"drop_path_rate": "the recipe has a setting for it; type drop_path=RATE"}
+    )
 
     def build(self, **keywords: Any) -> "nn.Module":
         import timm
@@ -357,7 +362,9 @@ class SegmentConfig(TrainConfig):
     evaluate_every: int = limited(1, ONE_OR_MORE)  # epochs
 
     labels_needed = True
-    set_by_recipe = SET_BY_ALL | {"features_only": NO_SETTING}
+    set_by_recipe = (
+        SET_BY_ALL | NOT_TAKEN | LOADED | {"num_classes": "the classes are those of data.source; leave it out"}
+    )
 
     def build(self, **keywords: Any) -> "nn.Module":
         import torch

@@ -26,9 +26,15 @@ MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, Safete
 
 @contextmanager
 def reporting_mistakes(program: str) -> Iterator[None]:
-    """End the program with exit code 1 and one message if the block raises a mistake that a user can fix."""
+    """End the program with one message if the block raises a mistake that a user can fix.
+
+    The exit code is 2 for a wrong configuration, as where it is read, and 1 for all else.
+    """
     try:
         yield
+    except ConfigError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
     except MISTAKES as error:
         sys.exit(f"{program}: {described(error)}")
     except RuntimeError as error:

@@ -26,6 +26,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from arm_zoo.files import write_text
 from recipes.command_line import RECIPES, leave_process_group, read_config, say
 from recipes.config import Config, PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
@@ -233,11 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             kind, *_ = RECIPES[settings.step]
             overrides = [*settings.overrides, f"output_dir={tempfile.gettempdir()}"]  # nothing is kept
             found = step_speed(settings.step, read_config(parser, kind, settings.config, overrides), *often)
-    say("\n".join(table(found)))
-    if settings.json is not None and PartialState().is_main_process:
-        with settings.json.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(dataclasses.asdict(each))}\n" for each in found)
-    leave_process_group()
+        say("\n".join(table(found)))
+        if settings.json is not None and PartialState().is_main_process:
+            lines = "".join(f"{json.dumps(dataclasses.asdict(each))}\n" for each in found)
+            write_text(settings.json, settings.json.read_text(encoding="utf-8") + lines)
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from arm_zoo.heads.models import save_attentive_probe
 from arm_zoo.images.errors import SourceError
 from arm_zoo.tables import Row, csv_text, read
 from recipes import command_line
-from recipes.config import why_not_writable
 from recipes.data.labels import check_several
 from recipes.data.sources import open_source
 from recipes.errors import RunError, reporting_mistakes
@@ -33,7 +32,6 @@ from recipes.probing.outputs import PATCHES, arrays_of
 from recipes.probing.protocols import PROTOCOLS, arrays_for, chosen
 from recipes.probing.scores import Score
 
-KINDS = (".json", ".csv")
 OF_ALL_SCORES = ("model", "weights", "weights_sha256", "data_set", "images_train", "images_test", "seed")
 COLUMNS = (*OF_ALL_SCORES, *scores.COLUMNS)
 
@@ -44,13 +42,6 @@ def probe(weights: Path, config: ProbeConfig) -> dict[str, Any]:
     Processes that `torchrun` has started share the extraction. Only the main process has `scores` in its result.
     """
     protocols = chosen(config.protocols)
-    if Path(config.output).suffix not in KINDS:
-        raise RunError(f"output is {config.output}; allowed: a file that ends in {' or '.join(KINDS)}")
-    for name, folder in (("output", Path(config.output).parent), ("cache", config.cache), ("export", config.export)):
-        if folder is not None and (reason := why_not_writable(Path(folder))):
-            raise RunError(f"{name} is {getattr(config, name)}, but {reason}; allowed: a place to write to")
-    if Path(config.output).is_dir():
-        raise RunError(f"output is {config.output}, which is a folder; allowed: a file to write to")
     rows_of(Path(config.output))  # fails now if the file is another table
     state = PartialState(cpu=config.device == "cpu")
     source: Any = open_source(config.data, seed=config.seed)  # has images to score on, as labels are needed

@@ -26,7 +26,7 @@ from arm_zoo.images.masks import IGNORED
 from arm_zoo.loading import list_entries, load
 from recipes import command_line
 from recipes.command_line import say
-from recipes.config import SegmentConfig
+from recipes.config import NOT_BUILT, SegmentConfig
 from recipes.data.batches import Batch
 from recipes.data.pixels import PixelLoader, PixelSource, open_pixels
 from recipes.data.sources import tell
@@ -50,7 +50,7 @@ def create_segmenter(config: SegmentConfig, source: PixelSource) -> nn.Module:
             model.backbone.load_state_dict(loaded.model.state_dict())
         elif config.frozen:
             tell("pretrained names no weights: the head learns on a frozen backbone with random weights")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except NOT_BUILT as error:
         reason = " ".join(str(error).split())
         raise RunError(
             f"no segmenter can be made of model={config.model} and pretrained={config.pretrained}: {reason}"

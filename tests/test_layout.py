@@ -65,7 +65,7 @@ PACKAGE_RANKS = {  # the same of the other packages
         ("__init__", "__main__"),
     ),
     "eval": (
-        ("scoring/sets",),
+        ("command_line", "scoring/sets"),
         ("tables",),
         ("scoring",),
         ("board", "speed"),

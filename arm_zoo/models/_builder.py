@@ -216,7 +216,7 @@ class Backbone(ZooModel):
     feature_maps = 3  # how many of the last ones `features_only` gives by default
     pretraining_keys: frozenset[str] = frozenset()  # `keys` that only its pretraining models have
     untrained = ("cls_token", "norm.", "head.")  # prefixes of the tensors that pretraining does not train
-    global_pools: tuple[str, ...] = ("avg", "token", "")  # the poolings that the model has, '' for none
+    global_pools: tuple[str, ...] = ("avg", "avgmax", "max", "token", "")  # that the model has, '' for none
     pretrained_cfg: dict[str, Any]  # set by timm
 
     def set_global_pool(self, global_pool: str) -> None:

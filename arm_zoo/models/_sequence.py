@@ -21,7 +21,7 @@ from arm_zoo.models._builder import Backbone, norm_layer_of
 from arm_zoo.ops.fused import in_type_of, run_norm
 from arm_zoo.weights.adapt import refuse_foreign_head, resample_pos_embed
 
-GlobalPool = Literal["avg", "token", ""]
+GlobalPool = Literal["avg", "avgmax", "max", "token", ""]
 
 torch.fx.wrap("in_type_of")  # here and below: types and sizes are not known while a model is traced
 torch.fx.wrap("resample_pos_embed")
@@ -81,7 +81,8 @@ class SequenceBackbone(Backbone):
             patch_stride: pixels between patches; None means the patch size.
             in_chans: channels of the images.
             num_classes: 0 leaves the head out.
-            global_pool: 'avg' (patches), 'token' (class token) or '' (all tokens).
+            global_pool: 'avg', 'max' or half of their sum, 'avgmax' (of the patches), 'token' (the class token) or ''
+                (all tokens).
             embed_dim: width of the tokens.
             depth: number of blocks.
             d_state: states per channel of the scan.
@@ -277,6 +278,10 @@ class SequenceBackbone(Backbone):
             return x[:, middle]
         if pool_type == "avg":
             return mean_around(x, middle)
+        if pool_type == "max":
+            return max_around(x, middle)
+        if pool_type == "avgmax":
+            return (mean_around(x, middle) + max_around(x, middle)) / 2
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -311,3 +316,8 @@ def mean_around(x: Tensor, middle: int) -> Tensor:
     """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
     after = x[:, middle + 1 :].mean(dim=1)
     return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2
+
+
+def max_around(x: Tensor, middle: int) -> Tensor:
+    """The largest values of all tokens but the class token."""
+    return torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1).amax(dim=1)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates, global_pool_nlc
 from timm.models._features import feature_take_indices
 from timm.models._input import get_model_input_config, update_model_args
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from arm_zoo.ops.fused import Residual
 from arm_zoo.weights.adapt import adapt_state_dict, refuse_foreign_head
 from arm_zoo.weights.tensor_names import OfficialNames
 
-GlobalPool = Literal["avg", ""]
+GlobalPool = Literal["avg", "avgmax", "max", ""]
 _MLP_RATIO = 4
 
 torch.fx.wrap("check_images")  # sizes are not known while a model is traced
@@ -157,7 +157,7 @@ class VMamba(Backbone):
     official_names = OFFICIAL_NAMES
     parts_to_shard = ("stages",)
     feature_maps = 4
-    global_pools = ("avg", "")
+    global_pools = ("avg", "avgmax", "max", "")
     keys = ("patch_embed.conv1.weight", "patch_embed.conv2.weight", "stages.*.blocks.*.ss2d.in_proj.weight")
 
     def __init__(
@@ -181,7 +181,7 @@ class VMamba(Backbone):
             img_size: pixels of the images that the model is meant for, which timm records; it takes any.
             in_chans: channels of the images.
             num_classes: 0 leaves the head out.
-            global_pool: 'avg' or '' (the whole map).
+            global_pool: 'avg', 'max' or half of their sum, 'avgmax'; or '' (the whole map).
             embed_dim: width of the first stage, which doubles from stage to stage.
             depths: blocks of the stages, of which there are four, or fewer in a pruned model.
             expand: inner width of the scans as a multiple of the stage's; `expand * embed_dim` must be whole.
@@ -342,8 +342,8 @@ class VMamba(Backbone):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map -> class logits, or pooled features with `pre_logits`."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=(1, 2))
+        if self.global_pool:
+            x = global_pool_nlc(x.flatten(1, 2), self.global_pool, num_prefix_tokens=0)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 

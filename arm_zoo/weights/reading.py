@@ -8,7 +8,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ _PLACES: dict[Choice, tuple[str, ...]] = {  # the keys under which checkpoints o
     "ema": ("model_ema", "state_dict_ema"),
     "model": ("model", "state_dict"),
 }
+ROOTS = ("base_encoder.", "patch_embed.")  # with which some name of each of our models starts
 _MOST_READ = 2**28  # bytes read of a file without its numbers: far more than any header, or directory and pickle
 
 
@@ -71,7 +72,7 @@ def is_safetensors(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".safetensors"
 
 
-def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDict:
+def read_checkpoint(path: str | Path, weights: Choice | None = None, roots: Sequence[str] = ROOTS) -> StateDict:
     """The tensors by name in a .safetensors or .pth file; no code in it is run, nor more unpacked than it has bytes.
 
     Args:
@@ -79,6 +80,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
             yacs, and the modules of OpenAI's dVAE; the last two become dicts.
         weights: which weights to take from a training's checkpoint, the averaged ones ("ema") or the trained ones
             ("model"); None takes the averaged ones if there are any.
+        roots: with one of these some name of the model starts; see `unwrapped`.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,7 +90,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None) -> StateDic
             contents = load_file(path) if is_safetensors(path) else _read_pickle(file, path)
         except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
             raise _unreadable(file, path, error) from error
-    return weights_of(contents, weights, path)
+    return weights_of(contents, weights, path, roots)
 
 
 def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> Contents:
@@ -105,7 +107,7 @@ def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> C
             raise metered.failure from None  # the network failed, not the file
         raise _unreadable(metered, path, error) from error
     if is_safetensors(path):
-        return Contents(clean_state_dict(contents), [], {}, metered.bytes_read)
+        return Contents(unwrapped(contents), [], {}, metered.bytes_read)
     tensors = {key: value.to("meta") for key, value in weights_of(contents, weights, path).items()}
     beside = [str(key) for key in contents if _is_beside(key, contents[key])]
     saved = contents.get("args", contents.get("config")) if beside else None
@@ -260,10 +262,13 @@ def _advice(file: Any, path: Path) -> str:
     return "the file is damaged, cut short or no checkpoint: fetch it again"
 
 
-def weights_of(contents: Any, weights: Choice | None = None, path: object = "the checkpoint") -> StateDict:
+def weights_of(
+    contents: Any, weights: Choice | None = None, path: object = "the checkpoint", roots: Sequence[str] = ROOTS
+) -> StateDict:
     """The state dict in a checkpoint, which may hold a training's state too, without the prefixes of wrappers.
 
-    `weights` is as in `read_checkpoint`, `path` for messages; CheckpointError if it has no dict of plain tensors.
+    `weights` and `roots` are as in `read_checkpoint`, `path` is for messages. CheckpointError if there is no dict of
+    plain tensors.
     """
     if not isinstance(contents, Mapping):
         said = f"{path} holds no tensors by name but a {type(contents).__name__}"
@@ -283,4 +288,18 @@ def weights_of(contents: Any, weights: Choice | None = None, path: object = "the
             raise CheckpointError(f"{path} is no state dict: {wrong}; expected {expected}")
         if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
-    return clean_state_dict({name: value.detach() for name, value in chosen.items()})
+    return unwrapped({name: value.detach() for name, value in chosen.items()}, roots)
+
+
+def unwrapped(tensors: StateDict, roots: Sequence[str] = ROOTS) -> StateDict:
+    """The tensors without the prefixes that timm removes, and without one that all names share.
+
+    A training module that keeps its model as `net`, as one of PyTorch Lightning may, gives all names the prefix
+    `net.`. What stands before a root is such a prefix; some name of the model starts with one of `roots`.
+    """
+    tensors = clean_state_dict(tensors)
+    for root in roots:
+        for prefix, found, _ in (name.partition(root) for name in tensors):
+            if found and all(name.startswith(prefix) for name in tensors):
+                return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors

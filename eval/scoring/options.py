@@ -1,15 +1,14 @@
-"""The common part of the programs that score: options, processes, and how mistakes are reported."""
+"""The common part of the programs that score: options and processes."""
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
-from arm_zoo.command_line import is_out_of_memory, one_line, positive, usable_device
+from arm_zoo.command_line import positive, usable_device
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.decode import MAX_PIXELS
 from eval.scoring import labels
@@ -103,27 +102,3 @@ def start_processes(device: torch.device) -> PartialState:
     if launched == 1 and state.device.type == device.type:
         state.device = device
     return state
-
-
-def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, stopped: str = "stopped") -> int:
-    """Run a program; gives its exit code. A mistake of the user, or `stopped` after Ctrl-C, is a line on stderr."""
-    speaks = os.environ.get("RANK", "0") == "0"
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        if speaks:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-        print(f"error: the GPU's memory is full, use a smaller --batch-size: {reason}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if speaks:
-            print(stopped, file=sys.stderr)
-        return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

@@ -43,8 +43,13 @@ class Unfinished:
     def add(self, part: int | str, records: np.ndarray) -> None:
         """Append records to the file of a process."""
         self._folder.mkdir(parents=True, exist_ok=True)  # other machines' processes have their own disk
-        with open(self._folder / f"{self._name}.{part}", "ab") as file:
-            file.write(records.tobytes())
+        path = self._folder / f"{self._name}.{part}"
+        try:
+            with open(path, "ab") as file:
+                file.write(records.tobytes())
+        except OSError as error:
+            error.filename = str(path)  # which the system names only where it cannot be opened
+            raise
 
     def end(self) -> None:
         for file in self._folder.glob(f"{self._name}.*"):

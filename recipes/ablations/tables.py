@@ -14,7 +14,6 @@ from arm_zoo.files import WEIGHTS
 from recipes.ablations import FOLDER, PHASES
 from recipes.command_line import RECIPES
 from recipes.config import TrainConfig, load_config
-from recipes.errors import RunError
 from recipes.parsing import ConfigError
 from recipes.training.export import EXPORT
 
@@ -58,8 +57,8 @@ def read_tables(
     """Read tables in a preset, with overrides that are `key=value` for all phases or `PHASE.key=value` for one.
 
     `rows` are the names of the rows to keep, and tables without any are left out; without names, all are kept. Raises
-    RunError for an unknown row, for an override of a phase that no row has and for overrides that make a row the same
-    as another one of its table, and one ConfigError for all rows whose settings are wrong.
+    ConfigError for an unknown row, for an override of a phase that no row has, for overrides that make a row the same
+    as another one of its table, and once for all rows whose settings are wrong.
     """
     shared = yaml.safe_load((FOLDER / "presets.yaml").read_text(encoding="utf-8"))[preset]
     fallback = shared.pop("rows", preset)  # the preset whose settings a row has where it has none for this one
@@ -70,7 +69,8 @@ def read_tables(
     which = f"table{'s' if len(read) > 1 else ''} {', '.join(map(str, read))}"
     if unknown := set(rows) - {*names}:
         allowed = ", ".join(map(repr, dict.fromkeys(names)))
-        raise RunError(f"no row of {which} is called {min(unknown)!r} in preset {preset}; allowed: {allowed}")
+        problem = f"no row of {which} is called {min(unknown)!r} in preset {preset}"
+        raise ConfigError({"--row": f"{problem}; allowed: {allowed}"})
     kept_names = set(rows or names)
     configured = cache(lambda phase, file, *typed: load_config(RECIPES[phase][0], file, typed, to_run=False))
     right, refused = list[Row](), dict[tuple[str, str], list[str]]()  # by phase and reasons, the rows that they refuse
@@ -92,10 +92,12 @@ def read_tables(
     for row, other in itertools.product(made, right):
         if row is not other and row.table == other.table and row.configs == other.configs:
             problem = f"row {row.name!r} of table {row.table} would be the same as row {other.name!r}"
-            raise RunError(f"{problem} with {' '.join(overrides)}; leave out the setting by which they differ")
+            ways = "leave out the setting by which they differ"
+            raise ConfigError({row.name: f"{problem} with {' '.join(overrides)}; {ways}"})
     named = {override.partition(".")[0] for override in overrides} & {*PHASES}
     if idle := named - {phase for row in made for phase in row.phases}:
-        raise RunError(f"none of these rows of {which} has the phase {min(idle)}; leave out {min(idle)}.KEY=...")
+        problem = f"none of these rows of {which} has the phase {min(idle)}"
+        raise ConfigError({min(idle): f"{problem}; leave out {min(idle)}.KEY=..."})
     kept = {number: [row for row in made if row.table == number] for number in read}
     return [
         Table(number, read[number]["title"], kept[number], shared["seeds"], shared["images"], preset)

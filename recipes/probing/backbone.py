@@ -10,6 +10,7 @@ from timm.layers import to_2tuple
 
 from arm_zoo.files import CheckpointError, DownloadError, described_by_folder, read_config
 from arm_zoo.loading import architecture_of, list_entries, load, unknown_model
+from recipes.config import NOT_BUILT, TAKEN_BY_MODELS
 from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
 
@@ -47,7 +48,7 @@ def not_made(weights: Path, config: ProbeConfig, error: Exception) -> str:
         allowed.append(f"weights of {config.model}, or no model=, {theirs}")
     if config.model_args:
         given += [f"model_args.{name}={value}" for name, value in config.model_args.items()]
-        allowed.append("as model_args.NAME the model's keywords, with values as it takes them")
+        allowed.append(TAKEN_BY_MODELS)
     problem = f"no model can be made of {' '.join(given)}: {type(error).__name__}: {error}"
     return f"{problem}; allowed: {'; '.join(allowed)}" if allowed else problem
 
@@ -71,7 +72,7 @@ def load_backbone(weights: Path, config: ProbeConfig) -> Frozen:
             model = timm.create_model(str(weights), num_classes=0, **config.model_args)
         else:
             model, file, called, said = load(*names, as_backbone=True, num_classes=0, **{**size, **config.model_args})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except NOT_BUILT as error:
         may_not_fit = config.model or config.model_args
         if isinstance(error, DownloadError if may_not_fit else CheckpointError):  # these say all themselves
             raise

@@ -1,11 +1,12 @@
 """The settings that `python -m recipes.probe` takes as `key=value`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from recipes.config import NO_SETTING, NOT_TAKEN, SET_BY_ALL, Config, refused_keywords
+from recipes.config import NO_SETTING, NOT_TAKEN, SET_BY_ALL, Config, refused_keywords, why_not_writable
 from recipes.data.config import DataConfig
-from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, SEED, limited
+from recipes.parsing import ABOVE_ZERO, ONE_OR_MORE, SEED, Limit, limited
 
 USED = {  # keys of `data`
     *("source", "validation", "streaming", "train_size", "num_classes", "labels_per_class", "image_column"),
@@ -19,6 +20,8 @@ SET_BY_RECIPE = {  # as in `recipes.config`
     "num_classes": "features need no classifier; leave it out",
 }
 
+TABLE: Limit = ("a file that ends in .json or .csv, as in output=probe.json", lambda x: x.endswith((".json", ".csv")))
+
 
 @dataclass(frozen=True)
 class ProbeConfig(Config):
@@ -29,7 +32,7 @@ class ProbeConfig(Config):
     model: str = ""
     model_args: dict[str, Any] = field(default_factory=dict)  # keywords of the model, as model_args.NAME
     untrained: bool = False  # weights drawn at random from the seed, in place of an entry's own
-    output: str = limited("probe.json", ("a .json or .csv file to write to, as in output=probe.json", bool))
+    output: str = limited("probe.json", TABLE)
     cache: str = limited("runs/features", ("a folder to keep features in, as in cache=runs/features", bool))
     seed: int = limited(0, SEED)
     device: Literal["auto", "cpu"] = "auto"
@@ -48,3 +51,13 @@ class ProbeConfig(Config):
         """Keys that have no use here, and conflicts of the images with the device."""
         unused = self.data.unused(USED, "recipes.probe, which reads each image once, as it is")
         return self.data.conflicts(self.device) | unused | refused_keywords(self.model_args, SET_BY_RECIPE)
+
+    def unready(self) -> dict[str, str]:
+        """Places that cannot be written to."""
+        found = {}
+        for key, folder in (("output", Path(self.output).parent), ("cache", self.cache), ("export", self.export)):
+            if folder is not None and (reason := why_not_writable(Path(folder))):
+                found[key] = f"{key} is {getattr(self, key)}, but {reason}; allowed: a place to write to"
+        if Path(self.output).is_dir():
+            found["output"] = f"output is {self.output}, which is a folder; allowed: a file to write to"
+        return found

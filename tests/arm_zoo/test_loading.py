@@ -25,13 +25,14 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 import arm_zoo
-from arm_zoo import ARM, ARMPretrain, CheckpointError, from_pretrained, to_official
+from arm_zoo import ARM, ARMPretrain, CheckpointError, from_official, from_pretrained, to_official
 from arm_zoo.files import sha256_of
 from arm_zoo.identify import _sizes_of_entries
 from arm_zoo.loading import architecture_of, label_names, load
 from arm_zoo.models._builder import ARCHITECTURES
 from arm_zoo.weights import hosted as table
 from arm_zoo.weights.hosted import Weights
+from arm_zoo.weights.reading import read_contents
 from hub.__main__ import main as hub_command
 from recipes.data.built_in import open_digits
 from tests.helpers import hub_server
@@ -206,6 +207,47 @@ def test_checkpoints_of_timms_scripts(model: nn.Module, tmp_path: Path) -> None:
         )
     torch.save(model.state_dict(), tmp_path / "averaged.pth")
     assert_loads(tmp_path / "averaged.pth", model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.net.", "module.net.", "net._orig_mod."])
+def test_modules_around_a_model(prefix: str, model: nn.Module, tmp_path: Path) -> None:
+    """As PyTorch Lightning saves them, of our names and of the authors'."""
+    beside = {"epoch": 1, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {"lr": 0.1}, "callbacks": {}}
+    for number, tensors in enumerate((model.state_dict(), to_official(model))):
+        wrapped = {f"{prefix}{name}": value for name, value in tensors.items()}
+        file = tmp_path / f"epoch={number}.ckpt"
+        torch.save({"state_dict": wrapped, **beside}, file)
+        assert_loads(file, model, tmp_path / f"out{number}")
+        assert digest(load(PICO, file).model) == digest(model)
+        assert model.load_state_dict(from_official(wrapped, model)) if number else True
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    assert digest(from_pretrained(tmp_path / "wrapped.safetensors")) == digest(model)
+    with open(tmp_path / "wrapped.safetensors", "rb") as opened:
+        assert read_contents(opened, "wrapped.safetensors").tensors.keys() == to_official(model).keys()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deepseek_vit_412m", "densenet121"])
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_modules_around_a_model_of_timm(
+    name: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2} if name.startswith("deepseek") else {}
+    model = timm.create_model(name, num_classes=0, **small)
+    torch.save({"state_dict": {f"{prefix}{key}": value for key, value in model.state_dict().items()}}, tmp_path / "a")
+    loaded = load(name, tmp_path / "a", **small).model
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_prefix_that_not_all_names_share_is_left(model: nn.Module, tmp_path: Path) -> None:
+    """Which of two models is meant, or what a tensor beside the model is for, nobody knows."""
+    twice = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in model.state_dict().items()}
+    beside = {f"net.{key}": value for key, value in model.state_dict().items()} | {"criterion.weight": torch.ones(3)}
+    for tensors, found in ((twice, r"found student\.blocks"), (beside, r"found criterion\.weight, net\.blocks")):
+        torch.save({"state_dict": tensors}, tmp_path / "last.ckpt")
+        with pytest.raises(CheckpointError, match=found):
+            from_pretrained(tmp_path / "last.ckpt")
+        with pytest.raises(CheckpointError, match="the checkpoint does not fit the model"):
+            load(PICO, tmp_path / "last.ckpt")
 
 
 def assert_loads(file: Path, model: nn.Module, out: Path) -> None:

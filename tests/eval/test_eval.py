@@ -505,6 +505,18 @@ def test_a_kill_while_a_run_goes_on_from_its_records_loses_none(
     assert len(list((tmp_path / "results.csv.partial").iterdir())) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_full_disk_is_told_with_the_file_of_records(tmp_path: Path) -> None:
+    records = np.zeros(3, scoring.record_type([None]))
+    unfinished = Unfinished(tmp_path / "results.csv", ["row"], ["way"], records.dtype)
+    unfinished.add(0, records)
+    [file] = (tmp_path / "results.csv.partial").iterdir()
+    file.unlink()
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        unfinished.add(0, records)
+
+
 def test_a_killed_run_of_another_batch_size_is_told_and_forgotten(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

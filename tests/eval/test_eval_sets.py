@@ -22,8 +22,8 @@ from timm.data import ImageNetInfo
 
 from eval import __main__ as program
 from eval import tables
+from eval.command_line import guarded
 from eval.scoring import labels, metrics, sets
-from eval.scoring.options import guarded
 from tests import ROOT
 
 WNIDS = ImageNetInfo().label_names()

@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What a person reads on stderr when the options are refused."""
-    with pytest.raises(SystemExit) as stop:
-        throughput.main(argv)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    """What a person reads on stderr when the options are refused; the reason is the last line, as of all of eval."""
+    assert throughput.main(argv) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ")
+    return said
 
 
 def test_ratios_compare_with_the_last_model() -> None:
@@ -320,13 +322,14 @@ def test_backend_that_does_not_take_the_type_is_refused_at_once(capsys: pytest.C
 
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
 def test_counts_are_positive(number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a whole number of at least 1" in refusal(capsys, "--batch-size", number)
+    with pytest.raises(SystemExit) as stop:
+        throughput.main(["--batch-size", number])
+    assert stop.value.code == 2 and "expected a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--channels", "0"), "expected a whole number of at least 1, got '0'"),
         (("--output", "no_such_folder/scan.csv"), "must be a .csv or .json file in a folder that exists"),
         ((), "it times GPU kernels, and torch finds no CUDA device here"),
     ],
@@ -335,9 +338,28 @@ def test_kernels_one_by_one_refuse_what_cannot_run(
     options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        scan.main(options)
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert scan.main(options) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        scan.main(["--channels", "0"])
+    assert stop.value.code == 2 and "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the figures are printed."""
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    file = tmp_path / "speed.csv"
+    assert throughput.main(["--models", "test_vit", *TINY, "--output", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert "ms/step" in printed.out and printed.err.endswith(f"error: [Errno 28] No space left on device: '{file}'\n")
 
 
 @pytest.mark.gpu

@@ -377,6 +377,19 @@ def test_exports_of_our_recipes_keep_what_shapes_cannot_tell(file: str, tmp_path
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", [PICO, "vim_pico_patch2_8"])
+@pytest.mark.parametrize("pooling", ["avg", "max", "token"])
+def test_models_keep_their_pooling(name: str, pooling: str, tmp_path: Path) -> None:
+    """Whichever their entry has."""
+    model = timm.create_model(name, global_pool=pooling, num_classes=3)
+    nn.init.normal_(model.head.weight)
+    model.save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.randn(2, 1, 8, 8)
+    assert loaded.global_pool == pooling and torch.allclose(loaded(images), model.eval()(images), atol=1e-5)
+
+
 def test_exports_of_our_pretraining(tmp_path: Path) -> None:
     model = arm_zoo.create_pretraining_model("arm_pico", img_size=(8, 16), decoder_dim=64)
     model.save_pretrained(tmp_path / "run")

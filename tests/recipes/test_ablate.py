@@ -30,6 +30,7 @@ TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "model_args.embed_dim
         (["5", "--gpus-per-run", "0"], "--gpus-per-run is 0; allowed: a whole number, 1 or more"),
         (["5", "--runs-per-gpu", "0"], "--runs-per-gpu is 0; allowed: a whole number, 1 or more"),
         (["5", "--list", "--into", "RESULTS.md"], "--into: not allowed with argument --list"),
+        (["5", "--row", "spiral"], "no row of table 5 is called 'spiral' in preset small"),
         (["5", "3"], "'3' is no table and no override; allowed: 4, 5, 6, 7, 8, or"),
         (["data.source=nowhere"], "no table is given; allowed: one or more of"),
         (["5", "--list", "--speed", "fast"], "expected one of dvae, pretrain, finetune, and a number above 0, as in"),
@@ -45,7 +46,7 @@ def test_bad_input_ends_in_a_message(
 ) -> None:
     with pytest.raises(SystemExit) as refused:
         main([*arguments, "--output", str(tmp_path / "out")])
-    assert message in capsys.readouterr().err + str(refused.value.code)
+    assert refused.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recipes.errors import reporting_mistakes
+from recipes.errors import RunError, reporting_mistakes
+from recipes.parsing import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,14 @@ def test_a_full_gpu_ends_a_program_with_what_to_type(error: RuntimeError) -> Non
 def test_errors_of_the_program_itself_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a shape is wrong"), reporting_mistakes("python -m recipes.pretrain"):
         raise RuntimeError("a shape is wrong")
+
+
+def test_a_wrong_configuration_ends_a_program_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it is noticed late; what goes wrong at work ends it with a message, which Python makes 1."""
+    with pytest.raises(SystemExit) as ended, reporting_mistakes("python -m recipes.probe"):
+        raise ConfigError({"protocols": "protocols names 'svm'"})
+    said = "python -m recipes.probe: the configuration has 1 problem:\n  - protocols names 'svm'\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == said
+    with pytest.raises(SystemExit) as ended, reporting_mistakes("python -m recipes.probe"):
+        raise RunError("no image is left")
+    assert ended.value.code == "python -m recipes.probe: no image is left"

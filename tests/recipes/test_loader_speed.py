@@ -82,6 +82,29 @@ def test_a_full_disk_leaves_no_half_set(program: Any, tmp_path: Path, monkeypatc
     assert any(folder.rglob("*03.*"))
 
 
+def test_a_full_disk_leaves_the_file_of_measurements_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the new ones are printed; the message names the file."""
+    file = tmp_path / "speed.jsonl"
+    command = ["data.source=digits", "image_size=8", "batch=4", "data.workers=0", "--rounds", "1", "--batches", "1"]
+    loader_speed.main([*command, "--json", str(file)])
+    before = file.read_text()
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(SystemExit, match=f"No space left on device: '{file}'$"):
+            loader_speed.main([*command, "--json", str(file)])
+    assert before.count("\n") == 1 and file.read_text() == before
+    assert capsys.readouterr().out.count("the loader alone at 8 px, batch 4") == 2
+    loader_speed.main([*command, "--json", str(file)])
+    assert file.read_text().startswith(before) and file.read_text().count("\n") == 2
+
+
 @pytest.mark.slow
 def test_speed_of_the_loader_alone(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

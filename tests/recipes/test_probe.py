@@ -116,6 +116,7 @@ def test_probing_a_repository(pretrained: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def refusal(*argv: str) -> str:
+    """The message that ends the program with 1, or its exit code if that is another."""
     with pytest.raises(SystemExit) as stop:
         probe.main(argv)
     assert stop.value.code not in (0, None)
@@ -287,6 +288,11 @@ def test_columns_that_people_added_to_a_table_stay() -> None:
             "--weights arm_pico_patch2_8 model_args.depth=1: CheckpointError: the",
         ),
         (
+            "test_vit",
+            {"untrained": True, "model_args": {"embed_dim": 7}},
+            "--weights test_vit model_args.embed_dim=7: AssertionError: dim should be divisible by num_heads; allowed",
+        ),
+        (
             "arm_pico_patch2_8",
             {"model": "test_vit"},
             "--weights arm_pico_patch2_8 and model=test_vit are not the same; "
@@ -369,17 +375,40 @@ def test_the_evaluator_scores_the_exported_probe_alike(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("export=probe", "export is probe; allowed: with protocols=attentive, of a model that gives patches"),
         ("protocols=knn,svm", "protocols names 'svm'; allowed: knn, logistic, few_shot, linear, attentive"),
         ("output=pretraining_model0/config.json/x.csv", "config.json is a file; allowed: a place to write to"),
         ("cache=pretraining_model0/config.json", "config.json is a file; allowed: a place to write to"),
-        ("neighbours=1438", "neighbours is 1438; allowed: up to the 1437 training images"),
+        ("export=pretraining_model0/config.json", "config.json is a file; allowed: a place to write to"),
         ("output=scores.txt", "output is scores.txt; allowed: a file that ends in .json or .csv"),
+        ("output=folder.csv", "output is folder.csv, which is a folder; allowed: a file to write to"),
+    ],
+)
+def test_wrong_settings_of_the_probe(
+    setting: str,
+    message: str,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Refused with 2, as by all recipes."""
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "pretraining_model0").symlink_to(pretrained)
+    monkeypatch.chdir(tmp_path)
+    assert refusal("--weights", pretrained.name, "data.source=digits", setting) == "2"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("export=probe", "export is probe; allowed: with protocols=attentive, of a model that gives patches"),
+        ("neighbours=1438", "neighbours is 1438; allowed: up to the 1437 training images"),
         ("features=average_last4", "the model gives no features=average_last4; allowed: pooled"),
         ("untrained=true", "unknown model 'pretraining_model0'"),
     ],
 )
-def test_bad_settings_of_the_probe(
+def test_settings_that_do_not_fit_the_model_or_the_images(
     setting: str, message: str, pretrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pretrained.parent)

@@ -344,8 +344,8 @@ def test_paths_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.
             ProbeConfig: ("output", "cache", "export")}  # fmt: skip
     for kind, names in keys.items():
         tokens = ["model_args.target=dvae_tokens"] if kind is PretrainConfig else []
-        config = load_config(kind, None, [*tokens, *(f"{name}=~/{name}" for name in names)], to_run=False)
-        assert [getattr(config, name) for name in names] == [str(tmp_path / name) for name in names]
+        config = load_config(kind, None, [*tokens, *(f"{name}=~/{name}.csv" for name in names)], to_run=False)
+        assert [getattr(config, name) for name in names] == [str(tmp_path / f"{name}.csv") for name in names]
 
 
 def test_refused_values_are_left_out() -> None:

@@ -156,6 +156,17 @@ def test_what_cannot_be_trained_is_told(
     assert "model_args.device is meta, but the recipe chooses the device" in message
     message = refusal(capsys, *whole, f"data.source={scenes}", "model=vit_giant")
     assert "model 'vit_giant': unknown" in message
+    for words, reason in (
+        ("width=3", "model_args.width=3: TypeError: VisionTransformer.__init__() got an unexpected keyword argument"),
+        ("embed_dim=7", "model_args.embed_dim=7: AssertionError: dim should be divisible by num_heads"),
+        ("act_layer=fast", "model_args.act_layer='fast': KeyError: 'fast'"),
+        ("num_heads=0", "model_args.num_heads=0: ZeroDivisionError: "),
+    ):
+        message = refusal(capsys, *whole, *images, f"model_args.{words}")
+        assert message.startswith("2 ") and reason in message
+        assert message.endswith("; allowed: as model_args.NAME the model's keywords, with values as it takes them\n")
+    for words in ("num_classes=3", "checkpoint_path=x.pth", "pretrained=true", "pretrained_cfg=x"):
+        assert f"model_args.{words.split('=')[0]} is " in refusal(capsys, *whole, *images, f"model_args.{words}")
     message = refusal(capsys, *whole, *images, "pretrained=gone")
     assert "no checkpoint at gone; name an entry" in message
     message = refusal(capsys, *whole, *images, "model_args.in_chans=1")

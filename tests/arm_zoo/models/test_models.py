@@ -314,7 +314,7 @@ def test_reset_classifier_keeps_the_mode_the_device_and_the_type(training: bool)
 def test_a_refused_pooling_leaves_the_head() -> None:
     model = tiny(num_classes=7)
     with pytest.raises(ValueError, match="global_pool must be"):
-        model.reset_classifier(5, "max")
+        model.reset_classifier(5, "map")
     assert model.num_classes == model.head.out_features == 7
 
 
@@ -435,12 +435,19 @@ def test_pooling(img_size: int) -> None:
     patches = features.shape[1] - 1
     before, after = features[:, : patches // 2], features[:, patches // 2 + 1 :]
     halves = [half.mean(1) for half in (before, after) if half.shape[1]]
-    assert close(model.forward_head(features, pre_logits=True), sum(halves) / len(halves))
+    average = model.forward_head(features, pre_logits=True)
+    assert close(average, sum(halves) / len(halves))
+    largest = torch.cat([before, after], dim=1).amax(1)
+    model.reset_classifier(10, "max")
+    assert model.forward_head(features, pre_logits=True).equal(largest)
+    assert model.forward_head(features).equal(model.head(largest))
+    model.reset_classifier(10, "avgmax")
+    assert close(model.forward_head(features, pre_logits=True), (average + largest) / 2)
     model.reset_classifier(10, "token")
     assert model.forward_head(features, pre_logits=True).equal(features[:, patches // 2])
     model.reset_classifier(10, "")
     assert model.forward_head(features, pre_logits=True).equal(features)
-    for pool in ("avg", "token", ""):
+    for pool in ("avg", "avgmax", "max", "token", ""):
         assert tiny(img_size=img_size, global_pool=pool).global_pool == pool
 
 
@@ -929,6 +936,20 @@ def test_torchscript(name: str) -> None:
     assert close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.parametrize("pool", ["max", "avgmax"])
+def test_poolings_go_every_road(pool: str, tmp_path: Path) -> None:
+    with set_scriptable(True):
+        model = tiny(global_pool=pool, num_classes=3)
+    x = images(model)
+    expected = model(x).detach()
+    exported = torch.export.export(model, (x,)).module()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for run in (torch.jit.script(model), torch.fx.symbolic_trace(model), compiled, exported):
+        assert close(run(x).detach(), expected)
+    model.save_pretrained(tmp_path)
+    assert close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x).detach(), expected)
+
+
 def test_torchscript_of_any_size() -> None:
     with set_scriptable(True):
         model = tiny(dynamic_img_size=True)
@@ -1127,7 +1148,7 @@ REFUSED = [
     ({"img_size": (64, 100)}, r"image size \(64, 100\) is not tiled.*96 instead of 100"),
     ({"img_size": 8}, r"image size \(8, 8\) is not tiled.*16 instead of 8"),
     ({"patch_stride": 10}, r"is not tiled by patches of \(16, 16\) with stride \(10, 10\).*56 instead of 64"),
-    ({"global_pool": "max"}, r"global_pool must be 'avg', 'token' or '' \(no pooling\), got 'max'"),
+    ({"global_pool": "map"}, r"global_pool must be 'avg', 'avgmax', 'max', 'token' or '' \(no pooling\), got 'map'"),
 ]
 
 
@@ -1161,7 +1182,7 @@ def test_bad_images_are_refused(dynamic: bool, shape: tuple[int, ...], message: 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda model, x: model.reset_classifier(3, "max"), "global_pool must be"),
+        (lambda model, x: model.reset_classifier(3, "map"), "global_pool must be"),
         (lambda model, x: model.reset_classifier("3", ""), "ARM: num_classes must be a whole number, got '3'"),
         (lambda model, x: model.forward_intermediates(x, output_fmt="NHWC"), "output_fmt must be 'NCHW' or 'NLC'"),
     ],

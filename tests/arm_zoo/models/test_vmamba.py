@@ -373,6 +373,25 @@ def test_torchscript_and_fx_take_any_size() -> None:
     assert torch.jit.trace(model, x)(x).equal(model(x))
 
 
+@pytest.mark.parametrize("pool", ["max", "avgmax"])
+def test_poolings_go_every_road(pool: str, tmp_path: Path) -> None:
+    with set_scriptable(True):
+        model = tiny(global_pool=pool)
+    x = images(33, 70)
+    features = model.forward_features(x)
+    largest = features.amax(dim=(1, 2))
+    pooled = largest if pool == "max" else (largest + features.mean(dim=(1, 2))) / 2
+    assert close(model.forward_head(features, pre_logits=True), pooled)
+    expected = model(x).detach()
+    exported = torch.export.export(model, (x,)).module()
+    for run in (torch.jit.script(model), torch.fx.symbolic_trace(model), exported):
+        assert close(run(x).detach(), expected)
+    model.save_pretrained(tmp_path)
+    assert close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x).detach(), expected)
+    model.reset_classifier(0)
+    assert close(model(x), pooled)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap_over_images_gives_the_gradients_of_each() -> None:
     model, x = tiny(depths=(1, 1, 1, 1)), images()
@@ -447,7 +466,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"embed_dim": 1}, ValueError, r"embed_dim // 2 must be at least 1, got 0"),
     ({"expand": 0.0}, ValueError, r"expand \* embed_dim must be a whole number, at least 1, got 0.0 \* 12 = 0"),
     ({"embed_dim": 34, "expand": 1.05}, ValueError, r"must be a whole number, at least 1, got 1.05 \* 34 = 35.7"),
-    ({"global_pool": "max"}, ValueError, r"global_pool must be 'avg' or '' \(no pooling\), got 'max'"),
+    ({"global_pool": "token"}, ValueError, r"global_pool must be 'avg', 'avgmax', 'max' or '' .*, got 'token'"),
     ({"img_size": (64, 0)}, ValueError, r"img_size must be at least 1, got \(64, 0\)"),
     ({"d_state": 16}, TypeError, r"unknown keyword d_state; the model takes depths"),
 ]
@@ -464,7 +483,7 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NHWC', got 'NLC'"):
         model.forward_intermediates(images(), output_fmt="NLC")
     with pytest.raises(ValueError, match="global_pool must be"):
-        model.reset_classifier(5, "max")
+        model.reset_classifier(5, "token")
     assert model.head.out_features == 10
 
 

@@ -11,7 +11,6 @@ import yaml
 from recipes.ablations import FOLDER, PHASES
 from recipes.ablations.runs import runs_of
 from recipes.config import FinetuneConfig, PretrainConfig
-from recipes.errors import RunError
 from recipes.parsing import ConfigError
 from tests.helpers.ablations import read_table
 
@@ -92,13 +91,13 @@ def test_short_presets_are_the_long_ones_in_fewer_epochs(
 
 
 def test_wrong_rows_and_settings_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match=r"no row of table 5 is called 'spiral' in preset small; allowed: 'row-"):
+    with pytest.raises(ConfigError, match=r"no row of table 5 is called 'spiral' in preset small; allowed: 'row-"):
         read_table(5, "small", rows=["spiral"])
-    with pytest.raises(RunError, match=r"none of these rows of table 5 has the phase dvae; leave out dvae\.KEY"):
+    with pytest.raises(ConfigError, match=r"none of these rows of table 5 has the phase dvae; leave out dvae\.KEY"):
         read_table(5, "digits", ["dvae.epochs=3"], ["random"])
     order = "pretrain.model_args.prediction_order=row"  # the table would call by its name what is another row
     with pytest.raises(
-        RunError, match=rf"row 'random' .* would be the same as row 'row-first, forward' with {order};"
+        ConfigError, match=rf"row 'random' .* would be the same as row 'row-first, forward' with {order};"
     ):
         read_table(5, "digits", [order], ["random"])
     ratio = "pretrain.model_args.mask_ratio=0.5"  # which only this row takes
