@@ -49,9 +49,7 @@ def export_dvae(trained: Trained) -> None:
     say(f"{len(used)} of {model.encoder.vocab_size} tokens are used by {len(batch.images)} images")
 
 
-DVAE_TRAINING = TrainingObjective(
-    create=lambda config, source: config.build(), loss=reconstruction_loss, export=export_dvae
-)
+DVAE_TRAINING = TrainingObjective(loss=reconstruction_loss, export=export_dvae)
 
 
 def run(config: DVAEConfig, resume: str, stop: StopRequest) -> None:

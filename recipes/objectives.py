@@ -51,9 +51,10 @@ class Trained:
 class TrainingObjective:
     """The parts of a run that depend on the objective."""
 
-    create: Callable[[Any, Any], nn.Module]  # (configuration, source) -> the model to train
     loss: Callable[[Any, Any], LossFunction]  # (configuration, source) -> the loss
     export: Callable[[Trained], None]  # writes the results, beside the curves and metrics that all runs have
+    # (configuration, source) -> the model to train
+    create: Callable[[Any, Any], nn.Module] = lambda config, source: config.build()
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # in OUTPUT_DIR, for the results; the first one gets the trained weights
     # configuration -> the source
@@ -131,18 +132,8 @@ def seeded_loss(model: nn.Module, batch: Batch) -> Tensor:
     return cast(Tensor, model(batch.images, seeds)[0])
 
 
-AUTOREGRESSIVE = TrainingObjective(
-    create=lambda config, source: config.build(),
-    loss=autoregressive_loss,
-    export=export_autoregressive,
-    folders=(EXPORT, BACKBONE),
-)
-MAE = TrainingObjective(
-    create=lambda config, source: config.build(),
-    loss=lambda config, source: seeded_loss,
-    export=export_mae,
-    folders=(EXPORT, BACKBONE),
-)
+AUTOREGRESSIVE = TrainingObjective(loss=autoregressive_loss, export=export_autoregressive, folders=(EXPORT, BACKBONE))
+MAE = TrainingObjective(loss=lambda config, source: seeded_loss, export=export_mae, folders=(EXPORT, BACKBONE))
 
 
 def watch_for_collapse(model: Any, before: Figures) -> Figures:
@@ -154,7 +145,6 @@ def watch_for_collapse(model: Any, before: Figures) -> Figures:
 
 
 MOCO = TrainingObjective(
-    create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # images of `recipes.data.views`
     evaluation=lambda config, collectives, models, source, inputs: (
         lambda epochs_done: {"loss_at_chance": models["model"].loss_at_chance(config.global_batch)}
