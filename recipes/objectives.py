@@ -77,7 +77,7 @@ def export_autoregressive(trained: Trained) -> None:
     explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
     if model.target == NORMED_PIXEL:
         explanation += TRUE_STATISTICS
-    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation, model.shown)
+    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
 
 
 def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
@@ -123,7 +123,7 @@ def export_mae(trained: Trained) -> None:
     explanation = "the pixels of each patch are predicted from the patches that are given (hatched)"
     if model.normed_pixels:
         explanation += TRUE_STATISTICS
-    draw_predictions(file, model, source, inputs, config.seed, patch, explanation, model.shown)
+    draw_predictions(file, model, source, inputs, config.seed, patch, explanation)
 
 
 def seeded_loss(model: nn.Module, batch: Batch) -> Tensor:

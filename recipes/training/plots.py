@@ -1,6 +1,6 @@
 """The figures: curves of a run, scores with intervals, and what a pretraining model predicts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,12 @@ def draw_predictions(
     seed: int,
     unit: tuple[int, int],
     said: str,
-    given: Callable[[Tensor], Tensor],
 ) -> None:
     """Draw images, from the validation split if there is one, beside what the model predicts.
 
     The images are chosen at random from the seed and prepared as `export.input_config` says. The model, whose
-    `reconstruct` predicts, is on the CPU. It predicts in units of `unit` rows and columns of pixels; `given` takes
-    images (N, C, H, W) and returns the numbers (N, K), row by row, of the units that the prediction starts from, which
-    are hatched. `said` is the explanation above the figure.
+    `reconstruct` predicts, is on the CPU. It predicts in units of `unit` rows and columns of pixels; those that its
+    `shown` names, from which the prediction starts, are hatched. `said` is the explanation above the figure.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
@@ -121,7 +119,7 @@ def draw_predictions(
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     rows_shown = {"image": images, "target": images, "predicted": predicted}
-    numbers = given(batch.images).tolist()
+    numbers = model.shown(batch.images).tolist()
     for axes_row, (label, shown) in zip(grid, rows_shown.items(), strict=True):
         axes_row[0].set_ylabel(label, fontsize=12)
         for axes, image, hatched in zip(axes_row, shown, numbers, strict=True):
