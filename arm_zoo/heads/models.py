@@ -204,11 +204,7 @@ def _save(
         "num_classes": classes,
         "num_features": backbone.feature_info[-1]["num_chs"],
         **({"label_names": label_names} if len(label_names) == classes else {}),
-        "model_args": {
-            "backbone": backbone.pretrained_cfg["architecture"],
-            "backbone_args": of_backbone,
-            **arguments,
-        },
+        "model_args": {"backbone": backbone.pretrained_cfg["architecture"], "backbone_args": of_backbone, **arguments},
         "pretrained_cfg": {**inputs, "num_classes": classes, "classifier": _CLASSIFIER},
     }
     save_model(folder, tensors, config)

@@ -66,10 +66,8 @@ def starting_point(
             checkpoints.console.print(f"{config.output_dir} is finished: {epochs} done. {advice}", soft_wrap=True)
             raise AlreadyFinished(0)
         checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
-    if is_main:
-        (output / CURVES).unlink(
-            missing_ok=True
-        )  # left by the same run with fewer epochs; it is not finished any more
+    if is_main:  # the curves of the same run with fewer epochs would say that it has ended
+        (output / CURVES).unlink(missing_ok=True)
     if is_main and resume != "auto":
         is_own = checkpoint is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
         checkpoints.set_aside(after_step=step_of(checkpoint) if checkpoint and is_own else -1)
