@@ -64,7 +64,7 @@ class Extracted(NamedTuple):
         if broken := sum(int((~part.flatten(1).isfinite()).any(dim=1).sum()) for part in values.split(LISTED_AT_ONCE)):
             images = f"{broken} of {len(values)} {self.purpose} images"
             raise RunError(f"the model's features of {images} are not finite numbers")
-        return Features(values, classes, self.skipped)
+        return Features(values, classes)
 
 
 def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
@@ -83,7 +83,7 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
         state, missing = PartialState(), store.missing()
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
         own = batches[state.process_index :: state.num_processes]
-        todo = [[Key(0, place, None) for place in batch] for batch in own if missing[batch].any()]
+        todo = [[Key(0, place) for place in batch] for batch in own if missing[batch].any()]
         written = list[tuple[float, int]]()
         for batch, values in extractor(split, todo, purpose):
             if values:

@@ -14,11 +14,10 @@ COLUMNS = ("protocol", "features", "settings", "top1", "low", "high")  # of a sc
 
 
 class Features(NamedTuple):
-    """Features of one split, (N, ...), the class indices, (N,), and how many images could not be decoded."""
+    """Features of one split, (N, ...), and the class indices, (N,)."""
 
     values: Tensor
     classes: Tensor
-    skipped: int = 0
 
     def to(self, device: torch.device) -> Self:
         return self._replace(values=self.values.to(device), classes=self.classes.to(device))
