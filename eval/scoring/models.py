@@ -97,7 +97,7 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         raise ValueError(f"{name} with {source} has no classifier head: finetune it first")
     names = label_names(getattr(model, "pretrained_cfg", {}), num_classes)
     checksum = sha256_of_tensors(model.state_dict()) if file is None else sha256_of(file)
-    listed = None if file is None else Path(file).parent / HELD_OUT
+    listed = None if file is None else file.parent / HELD_OUT
     held_out = listed.read_text(encoding="utf-8").splitlines() if listed is not None and listed.is_file() else ()
     return Candidate(name, model.eval(), config, num_classes, names, source, checksum, tuple(held_out))
 
