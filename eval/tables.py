@@ -59,7 +59,7 @@ def read(
     return [newer | row for row in rows]
 
 
-def label(row: Mapping[str, str]) -> str:
+def model_and_backend(row: Mapping[str, str]) -> str:
     """The model of a row of speeds, with the backend of its scans."""
     return f"{row['model']} ({row['scan_backend']})" if row.get("scan_backend") else row["model"]
 

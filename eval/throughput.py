@@ -30,7 +30,7 @@ from arm_zoo.ops.backends import resolve_backend
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
-from eval.tables import Row, append, check_output, label
+from eval.tables import Row, append, check_output, model_and_backend
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # only the first can be pretrained
 NUM_CLASSES = 1000
@@ -190,7 +190,7 @@ def as_table(rows: Sequence[Row]) -> Table:
         middle, low, high = (f"{1e3 * row[name]:.1f}" for name in ("median_s", "min_s", "max_s"))
         ratios = (f"{row[name]:.3f}" for name in ("ratio", "pairwise_ratio"))
         memory = [] if row["peak_mib"] is None else [f"{row['peak_mib']:,.0f}"]
-        lines.append([label(row), middle, f"{low} - {high}", f"{row['img_per_s']:,.1f}", *ratios, *memory])
+        lines.append([model_and_backend(row), middle, f"{low} - {high}", f"{row['img_per_s']:,.1f}", *ratios, *memory])
     sizes = ", ".join(dict.fromkeys(str(row["img_size"]) for row in rows))
     title = f"{{mode}}, {sizes} pixels, batch {{batch_size}}, {{dtype}}, autocast {{autocast}}, compile {{compile}}, "
     title += "CUDA graphs {cuda_graphs}"
@@ -258,7 +258,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     console = Console(markup=False, emoji=False)
     console.print(as_table(rows))
     for row, step in zip(rows, steps, strict=True) if args.profile else ():
-        console.print(as_profile(label(row), profile(step, args.device), args.profile))
+        console.print(as_profile(model_and_backend(row), profile(step, args.device), args.profile))
     if args.output is not None:
         append(args.output, rows, COLUMNS)
     return rows
