@@ -102,17 +102,11 @@ def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
     say(f"tokens are those of {config.dvae}: a vocabulary of {encoder.vocab_size:,}, sha256 {dvae_sha256(config)}")
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        pixels = in_unit_range(batch.images, source)
+        pixels = source.in_unit_range(batch.images)
         tokens = encoder.to(pixels.device).tokens(pixels, grid)
         return cast(Tensor, model(batch.images, batch.seeds.to(pixels.device, non_blocking=True), tokens)[0])
 
     return loss
-
-
-def in_unit_range(images: Tensor, source: Source) -> Tensor:
-    """Undo the normalisation of a source's images (B, C, H, W): pixels in 0..1."""
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
-    return (images * std + mean).clamp(0, 1)
 
 
 def export_mae(trained: Trained) -> None:

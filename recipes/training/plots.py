@@ -9,8 +9,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws to files: n
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
-from torch import Tensor
 
 from arm_zoo.files import replacing_files
 from arm_zoo.images.tables import ImageTable
@@ -113,8 +111,8 @@ def draw_predictions(
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} images drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
-        predicted = _pixels(model.eval().reconstruct(batch.images), source)
-    images = _pixels(batch.images, source)
+        both = batch.images, model.eval().reconstruct(batch.images)
+        images, predicted = (source.in_unit_range(pixels).movedim(1, -1).numpy() for pixels in both)
     (count, height, width, _), (rows, columns) = images.shape, unit
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
@@ -134,12 +132,6 @@ def draw_predictions(
         axes.set_title(source.class_names[label] if source.class_names else "", fontsize=12)
     figure.suptitle(f"{kind.capitalize()} images: {said}")
     _save(figure, file)
-
-
-def _pixels(images: Tensor, source: Source) -> NDArray[Any]:
-    """Turn normalised images (N, C, H, W) into values in 0..1, (N, H, W, C)."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
-    return (images * std + mean).movedim(1, -1).clamp(0, 1).numpy()
 
 
 def drawn_blindly(split: ImageTable, count: int, seed: int, inputs: Mapping[str, Any]) -> tuple[list[int], Batch]:
