@@ -7,7 +7,7 @@ records of the other recipes are in recipes/finetune.py, segment.py and dvae.py.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
@@ -91,7 +91,7 @@ def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
 
 def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
     """The loss of predicting the tokens of a dVAE, which is read here; RunError if it does not fit the model."""
-    built = cast(Any, config.build(device="meta"))
+    built: Any = config.build(device="meta")
     encoder, grid = read_dvae(fetched(str(config.dvae))), built.patch_embed.grid_size
     for key, has, wanted in (
         ("vocab_size", encoder.vocab_size, built.vocab_size),
@@ -104,7 +104,7 @@ def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         pixels = source.in_unit_range(batch.images)
         tokens = encoder.to(pixels.device).tokens(pixels, grid)
-        return cast(Tensor, model(batch.images, batch.seeds.to(pixels.device, non_blocking=True), tokens)[0])
+        return model(batch.images, batch.seeds.to(pixels.device, non_blocking=True), tokens)[0]
 
     return loss
 
@@ -123,7 +123,7 @@ def export_mae(trained: Trained) -> None:
 def seeded_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss with masks or orders from the batch's seeds: functions of the run's seed, the epoch and the image."""
     seeds = batch.seeds.to(batch.images.device, non_blocking=True)
-    return cast(Tensor, model(batch.images, seeds)[0])
+    return model(batch.images, seeds)[0]
 
 
 AUTOREGRESSIVE = TrainingObjective(loss=autoregressive_loss, export=export_autoregressive, folders=(EXPORT, BACKBONE))

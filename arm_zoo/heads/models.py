@@ -5,7 +5,7 @@ Importing this module registers them. They take any backbone that timm knows and
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import timm
 import torch
@@ -140,7 +140,7 @@ class Segmenter(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self: Any) -> nn.Module:
-        return cast(nn.Module, self.head.head)
+        return self.head.head
 
 
 HEADED: dict[str, type[nn.Module]] = {"attentive_probe": AttentiveProbe, "segmenter": Segmenter}  # by timm's names

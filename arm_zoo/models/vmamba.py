@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates
@@ -251,7 +251,7 @@ class VMamba(Backbone):
     @torch.jit.ignore
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that the model is meant for; it takes any height and width."""
-        return cast(tuple[int, int, int], get_model_input_config(self)["input_size"])
+        return get_model_input_config(self)["input_size"]
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:
