@@ -75,7 +75,7 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
     config = extractor.config
     if not isinstance(split, ImageTable):
         arrays, classes, skipped = gathered(extractor(split, ScoringOrder(split, config.batch, 0, 1), purpose))
-        rows_kept = None
+        images, rows_kept = len(classes) + skipped, None
     else:
         listing, classes = listed(split)
         made_of = {**extractor.identity, "listing_sha256": listing}
@@ -93,9 +93,8 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
             tell(f"features of the {purpose} images: {speed:,.0f} images a second in this process")
         state.wait_for_everyone()
         arrays, missing = store.tensors(), store.missing()
-        skipped = int(missing.sum())
+        images, skipped = len(classes), int(missing.sum())
         rows_kept = torch.from_numpy(~missing).nonzero()[:, 0] if skipped else None
-    images = len(classes) if isinstance(split, ImageTable) else len(classes) + skipped
     check_undecodable(skipped, images, purpose, config.data.max_undecodable)
     return Extracted(arrays, classes, rows_kept, skipped, extractor.width, purpose)
 
