@@ -20,8 +20,8 @@ from arm_zoo.layers.order import scan_order
 from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops.backends import BACKENDS
 from eval.scoring.predict import DTYPES
-from eval.speed.timing import circumstances, table, timed
-from eval.tables import Row, append, check_output
+from eval.speed.timing import circumstances, timed
+from eval.tables import Row, append, check_output, text_table
 
 DEVICE = "cuda"  # the backends for this device are timed
 REPEATS = 20
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = "batch {batch_size}, grid {grid}, {directions} directions, {channels} channels, {states} states, {dtype}"
     figures = ["ms", "TB/s", "floor by bytes, ms", "G exponentials/s"]
     caption = f"{shared['device']}, torch {shared['torch']}; a copy moves {rate / 1e12:.2f} TB/s"
-    Console().print(table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
+    Console().print(text_table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
     if args.output is not None:
         append(args.output, rows, COLUMNS)
 

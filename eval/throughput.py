@@ -29,8 +29,8 @@ from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.scoring.predict import DTYPES
-from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
-from eval.tables import Row, append, check_output, model_and_backend
+from eval.speed.timing import STEPS_PER_READING, circumstances, time_in_turn
+from eval.tables import Row, append, check_output, model_and_backend, text_table
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # only the first can be pretrained
 NUM_CLASSES = 1000
@@ -196,7 +196,7 @@ def as_table(rows: Sequence[Row]) -> Table:
     title += "CUDA graphs {cuda_graphs}"
     caption = "{device}, {threads} threads, torch {torch}, timm {timm}; {repeats} readings in turn; ratio: time over "
     shown = caption.format(**rows[0]) + f"that of {rows[-1]['model']}"
-    return table(title.format(**rows[0]), ["model"], figures[: len(lines[0]) - 1], lines, shown)
+    return text_table(title.format(**rows[0]), ["model"], figures[: len(lines[0]) - 1], lines, shown)
 
 
 def profile(step: Step, device: str) -> list[tuple[str, float, float]]:
@@ -218,7 +218,7 @@ def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: in
     total = sum(milliseconds for *_, milliseconds in times)
     lines = [[f"{key:.100}", f"{calls:g}", f"{ms:.3f}", f"{ms / total:.1%}"] for key, calls, ms in times[:longest]]
     title = f"{name}: {total:.2f} ms a step in all"
-    return table(title, ["kernel or operation"], ["calls", "ms", "fraction"], lines)
+    return text_table(title, ["kernel or operation"], ["calls", "ms", "fraction"], lines)
 
 
 @contextlib.contextmanager
