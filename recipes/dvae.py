@@ -23,7 +23,7 @@ from recipes.command_line import say
 from recipes.config import DVAEConfig
 from recipes.data.batches import Batch
 from recipes.data.loader import EvalLoader
-from recipes.data.sources import Source
+from recipes.data.source import Source
 from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
 from recipes.training.engine import LossFunction

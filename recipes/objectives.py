@@ -19,7 +19,8 @@ from arm_zoo.pretraining.targets import NORMED_PIXEL
 from recipes.command_line import say
 from recipes.config import PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
-from recipes.data.sources import Source, open_source
+from recipes.data.source import Source
+from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics, dvae_sha256
 from recipes.training.ema import FIGURES, winner

@@ -22,7 +22,8 @@ from recipes.data.batches import Batch
 from recipes.data.finishing import taken_ahead
 from recipes.data.loader import ScoringLoader
 from recipes.data.sampling import Key, ScoringOrder
-from recipes.data.sources import Split, tell
+from recipes.data.source import Split
+from recipes.data.sources import tell
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig

@@ -14,7 +14,7 @@ from arm_zoo.files import replacing_files
 from arm_zoo.images.tables import ImageTable
 from recipes.data.batches import Batch
 from recipes.data.loader import EvalLoader
-from recipes.data.sources import Source
+from recipes.data.source import Source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES
