@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import arm_zoo
 from arm_zoo.command_line import positive
-from arm_zoo.loading import entries, list_entries, unknown_model
+from arm_zoo.loading import entries, timm_entries, unknown_model
 from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -56,7 +56,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--cuda-graphs is for compiled models on a GPU; type --device cuda --compile --cuda-graphs")
     if args.autocast and args.dtype == "fp32":
         raise ValueError("--autocast needs a type of 16 bits to run in; type --dtype bf16 or --dtype fp16 with it")
-    known = list_entries()
+    known = timm_entries()
     for name in args.models:
         if name not in known:
             raise unknown_model(name, known)

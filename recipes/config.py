@@ -360,9 +360,9 @@ class SegmentConfig(TrainConfig):
         import torch
 
         from arm_zoo.heads.models import Segmenter
-        from arm_zoo.loading import list_entries
+        from arm_zoo.loading import timm_entries
 
-        if self.model not in list_entries():
+        if self.model not in timm_entries():
             raise ValueError("unknown; allowed: a model of `timm.list_models()` or of `python -m arm_zoo list`")
         with torch.device(keywords.pop("device", "cpu")):
             classes = keywords.pop("num_classes", 2)
@@ -375,12 +375,12 @@ class SegmentConfig(TrainConfig):
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         from arm_zoo.files import described_by_folder, read_config
-        from arm_zoo.loading import list_entries
+        from arm_zoo.loading import timm_entries
 
         path = Path(self.pretrained or "")
         folder = path.parent if described_by_folder(path) else path
         own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
-        name = self.pretrained if self.pretrained in list_entries() else self.model
+        name = self.pretrained if self.pretrained in timm_entries() else self.model
         entry: Any = get_pretrained_cfg(name)
         mean, std = own.get("mean", entry.mean), own.get("std", entry.std)
         return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

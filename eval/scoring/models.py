@@ -14,7 +14,7 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.files import sha256_of, sha256_of_tensors
-from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknown_model
+from arm_zoo.loading import entries, entry_of, label_names, timm_entries, unknown_model
 from arm_zoo.pretraining import PretrainingModel
 from arm_zoo.weights.find import whereabouts
 
@@ -52,7 +52,7 @@ def parse_weights(words: Sequence[str], models: Sequence[str]) -> dict[str, str]
 
 def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
     """Raise ValueError for unknown names and missing files, before anything is loaded."""
-    known, ours = list_entries(), entries()
+    known, ours = timm_entries(), entries()
     for name in models:
         given = weights.get(name, "")
         hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
