@@ -18,7 +18,7 @@ from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Size, check_positive, check_rates, check_whole, one_or_two
 from arm_zoo.models._builder import Backbone, norm_layer_of
-from arm_zoo.ops.fused import in_type_of, run_norm
+from arm_zoo.ops.fused import at_least_float32, in_type_of, run_norm
 from arm_zoo.weights.adapt import refuse_foreign_head, resample_pos_embed
 
 GlobalPool = Literal["avg", "token", ""]
@@ -198,7 +198,7 @@ class SequenceBackbone(Backbone):
         middle = (order.shape[1] - 1) // 2
         x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], dim=1)
         x = self.pos_drop(x + pos_embed)
-        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x, order
+        return at_least_float32(x) if self.float32_residual else x, order
 
     def forward_intermediates(
         self,
