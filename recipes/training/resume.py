@@ -55,7 +55,7 @@ def starting_point(
     start = None
     if checkpoint := collectives.on_main(lambda: choose(checkpoints, resume)):
         start = Start(checkpoint, read_state(checkpoint))
-        compare(config, start, checkpoints.console)
+        compare(start, config, checkpoints.console)
     is_main = collectives.accelerator.is_main_process
     for folder in (".", *folders) if is_main else ():
         remove_leftovers(output / folder)
@@ -105,7 +105,7 @@ def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, 
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
-def compare(config: TrainConfig, start: Start, console: Console) -> None:
+def compare(start: Start, config: TrainConfig, console: Console) -> None:
     """Raise RunError with all differences if the checkpoint is of another run; warn of other settings that changed."""
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
     wrote, reads = recipe_of(start.state["config"]), recipe_of(dataclasses.asdict(config))

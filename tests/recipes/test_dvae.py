@@ -84,7 +84,7 @@ def test_going_on_takes_a_dvae_of_the_same_content(tokenizer: Path, tmp_path: Pa
     assert changed_settings(older, config(moved)) == {"dvae": (str(tokenizer), str(moved))}
     moved.write_bytes(b"another dVAE")
     with pytest.raises(RunError, match=r"dvae was a file with sha256 \w+, is a file with"):
-        compare(config(moved), start, Console(stderr=True))
+        compare(start, config(moved), Console(stderr=True))
 
 
 def test_tokens_that_do_not_fit_are_refused_before_training(
