@@ -31,6 +31,7 @@ torch.fx.wrap("resample_pos_embed")
 @register_notrace_function
 @torch.jit.ignore
 def order_for(directions: list[str], height: int, width: int, device: torch.device) -> Tensor:
+    """The order table (directions, N + 1) of N = height * width patches and a class token in their middle."""
     return scan_order(height, width, directions, cls_index=height * width // 2, device=device)
 
 
@@ -280,7 +281,7 @@ class SequenceBackbone(Backbone):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens -> class logits, or pooled features with `pre_logits`."""
+        """(B, N + 1, dim) tokens -> (B, num_classes) logits, or pooled features (B, dim) with `pre_logits`."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -308,6 +309,6 @@ class SequenceBackbone(Backbone):
 @torch.fx.wrap
 @register_notrace_function
 def mean_around(x: Tensor, middle: int) -> Tensor:
-    """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
+    """Tokens (B, N + 1, dim) -> (B, dim), the mean of the means before and after the class token, as officially."""
     after = x[:, middle + 1 :].mean(dim=1)
     return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2

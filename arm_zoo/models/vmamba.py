@@ -341,7 +341,7 @@ class VMamba(Backbone):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map -> class logits, or pooled features with `pre_logits`."""
+        """(B, H, W, dim) map -> (B, num_classes) logits, or pooled features (B, dim) with `pre_logits`."""
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
         x = self.head_drop(x)
