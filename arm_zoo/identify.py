@@ -77,8 +77,7 @@ def find_variant(
         CheckpointError: if no model has such tensors.
     """
     backbones = dict.fromkeys(architecture.model_class for architecture in ARCHITECTURES.values())
-    classes: dict[Any, str | None] = {**dict.fromkeys(backbones)}
-    classes |= {row.model_class: name for name, row in OBJECTIVES.items()}
+    classes: dict[Any, str | None] = {**backbones, **{row.model_class: name for name, row in OBJECTIVES.items()}}
     found = [each for each in classes if each.official_names.covers(each.keys, state_dict)]
     if not found:
         wanted = " or ".join(each.__name__ for each in backbones)

@@ -126,7 +126,7 @@ def entries() -> set[str]:
     return names | {tagged for name in names for tagged in get_arch_pretrained_cfgs(name)}
 
 
-def list_entries() -> set[str]:
+def timm_entries() -> set[str]:
     """The names of all models that timm knows, including ours, with and without tags."""
     return {*timm.list_models(), *timm.list_models(include_tags=True)}
 
@@ -166,7 +166,7 @@ class _Loader:
             file = fetch_address(source, self.revision, self.cache_dir, self.token)
             model = self.from_file(file) if wanted is None else self.from_named_file(wanted, file)
             return Loaded(model, file, source, {})
-        known = list_entries() if self.timms_too else entries()
+        known = timm_entries() if self.timms_too else entries()
         if weights is None and source in known and (isinstance(name, str) or not path.exists()):
             entry = entry_of(source) if source in entries() else ""
             if is_upstream(entry) and not self.brings_weights():

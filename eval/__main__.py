@@ -21,8 +21,7 @@ from eval.scoring.options import open_requests, scoring_parser, settings_of, sta
 from eval.scoring.rows import Scorer
 from eval.scoring.sets import CUSTOM, SETS, SUBSETS
 from eval.speed import loader as speed
-from eval.speed.timing import table
-from eval.tables import Row
+from eval.tables import Row, text_table
 
 OVERVIEW = """Score models and time them:
 
@@ -48,7 +47,7 @@ def as_table(rows: Sequence[Row]) -> Table:
         lines.append([row["model"], name, str(row["n"]), top1, f"{low} - {high}", *others, row["img_per_s"]])
     caption = "* not the canonical set: see the column warnings" if any(row["warnings"] for row in rows) else None
     clean = f"clean {'/'.join(dict.fromkeys(str(SETS[name].classes) for name in SUBSETS))}"
-    return table("", ["model", "set"], ["n", "top-1", "95%", "top-5", clean, "ECE", "img/s"], lines, caption)
+    return text_table("", ["model", "set"], ["n", "top-1", "95%", "top-5", clean, "ECE", "img/s"], lines, caption)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -22,8 +22,8 @@ from arm_zoo.models.arm import DIRECTIONS
 from arm_zoo.ops.backends import BACKENDS
 from eval.command_line import guarded
 from eval.scoring.predict import DTYPES
-from eval.speed.timing import circumstances, table, timed
-from eval.tables import Row, append, check_output
+from eval.speed.timing import circumstances, timed
+from eval.tables import Row, append, check_output, text_table
 
 DEVICE = "cuda"  # the backends for this device are timed
 REPEATS = 20
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     title = "batch {batch_size}, grid {grid}, {directions} directions, {channels} channels, {states} states, {dtype}"
     figures = ["ms", "TB/s", "floor by bytes, ms", "G exponentials/s"]
     caption = f"{shared['device']}, torch {shared['torch']}; a copy moves {rate / 1e12:.2f} TB/s"
-    Console().print(table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
+    Console().print(text_table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
     if args.output is not None:
         append(args.output, rows, COLUMNS)
     return 0

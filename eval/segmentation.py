@@ -22,7 +22,6 @@ from arm_zoo.images.masks import IGNORED, compare_class_names, no_class, open_ma
 from eval import tables
 from eval.command_line import guarded
 from eval.scoring import models
-from eval.speed.timing import table
 
 COLUMNS = (
     *("model", "weights", "weights_sha256", "data_set", "split", "images", "classes", "miou"),
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(f"{args.model}, {args.data}")
     means = ["mean", f"{float(miou):.2f}"]
-    Console(width=100, markup=False, emoji=False).print(table("", ["class"], ["IoU"], [*lines, means]))
+    Console(width=100, markup=False, emoji=False).print(tables.text_table("", ["class"], ["IoU"], [*lines, means]))
     if args.output:
         tables.append(args.output, [row], COLUMNS)
     return 0

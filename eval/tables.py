@@ -1,4 +1,4 @@
-"""Tables of measurements, CSV or JSON: their columns, what these hold, and how rows are read and added."""
+"""Tables of measurements, CSV or JSON: their columns, what these hold, and how rows are read, added and shown."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from arm_zoo.files import write_text
 from arm_zoo.tables import FIGURE, Limit, Row, csv_text, one_of
@@ -59,7 +61,7 @@ def read(
     return [newer | row for row in rows]
 
 
-def label(row: Mapping[str, str]) -> str:
+def model_and_backend(row: Mapping[str, str]) -> str:
     """The model of a row of speeds, with the backend of its scans."""
     return f"{row['model']} ({row['scan_backend']})" if row.get("scan_backend") else row["model"]
 
@@ -102,3 +104,17 @@ def with_clean_columns(rows: Sequence[Row]) -> list[Row]:
         row | {c: found.get(c, "") for c in CLEAN if found and c.startswith(SETS[row["set"]].clean)}
         for row, found in zip(rows, known, strict=True)
     ]
+
+
+def text_table(
+    title: str, texts: Sequence[str], figures: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
+) -> Table:
+    """A table for people: columns of text, which fold in a narrow terminal, then columns of figures."""
+    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    for head in texts:
+        shown.add_column(head, overflow="fold")
+    for head in figures:
+        shown.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    return shown

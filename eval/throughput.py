@@ -24,14 +24,14 @@ from torch.nn import functional as F
 
 import arm_zoo
 from arm_zoo.command_line import positive
-from arm_zoo.loading import entries, list_entries, unknown_model
+from arm_zoo.loading import entries, timm_entries, unknown_model
 from arm_zoo.ops import scan_backend
 from arm_zoo.ops.backends import resolve_backend
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.command_line import guarded
 from eval.scoring.predict import DTYPES
-from eval.speed.timing import STEPS_PER_READING, circumstances, table, time_in_turn
-from eval.tables import Row, append, check_output, label
+from eval.speed.timing import STEPS_PER_READING, circumstances, time_in_turn
+from eval.tables import Row, append, check_output, model_and_backend, text_table
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # only the first can be pretrained
 NUM_CLASSES = 1000
@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--cuda-graphs is for compiled models on a GPU; type --device cuda --compile --cuda-graphs")
     if args.autocast and args.dtype == "fp32":
         raise ValueError("--autocast needs a type of 16 bits to run in; type --dtype bf16 or --dtype fp16 with it")
-    known = list_entries()
+    known = timm_entries()
     for name in args.models:
         if name not in known:
             raise unknown_model(name, known)
@@ -191,13 +191,13 @@ def as_table(rows: Sequence[Row]) -> Table:
         middle, low, high = (f"{1e3 * row[name]:.1f}" for name in ("median_s", "min_s", "max_s"))
         ratios = (f"{row[name]:.3f}" for name in ("ratio", "pairwise_ratio"))
         memory = [] if row["peak_mib"] is None else [f"{row['peak_mib']:,.0f}"]
-        lines.append([label(row), middle, f"{low} - {high}", f"{row['img_per_s']:,.1f}", *ratios, *memory])
+        lines.append([model_and_backend(row), middle, f"{low} - {high}", f"{row['img_per_s']:,.1f}", *ratios, *memory])
     sizes = ", ".join(dict.fromkeys(str(row["img_size"]) for row in rows))
     title = f"{{mode}}, {sizes} pixels, batch {{batch_size}}, {{dtype}}, autocast {{autocast}}, compile {{compile}}, "
     title += "CUDA graphs {cuda_graphs}"
     caption = "{device}, {threads} threads, torch {torch}, timm {timm}; {repeats} readings in turn; ratio: time over "
     shown = caption.format(**rows[0]) + f"that of {rows[-1]['model']}"
-    return table(title.format(**rows[0]), ["model"], figures[: len(lines[0]) - 1], lines, shown)
+    return text_table(title.format(**rows[0]), ["model"], figures[: len(lines[0]) - 1], lines, shown)
 
 
 def profile(step: Step, device: str) -> list[tuple[str, float, float]]:
@@ -219,7 +219,7 @@ def as_profile(name: str, times: Sequence[tuple[str, float, float]], longest: in
     total = sum(milliseconds for *_, milliseconds in times)
     lines = [[f"{key:.100}", f"{calls:g}", f"{ms:.3f}", f"{ms / total:.1%}"] for key, calls, ms in times[:longest]]
     title = f"{name}: {total:.2f} ms a step in all"
-    return table(title, ["kernel or operation"], ["calls", "ms", "fraction"], lines)
+    return text_table(title, ["kernel or operation"], ["calls", "ms", "fraction"], lines)
 
 
 @contextlib.contextmanager
@@ -259,7 +259,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     console = Console(markup=False, emoji=False)
     console.print(as_table(rows))
     for row, step in zip(rows, steps, strict=True) if args.profile else ():
-        console.print(as_profile(label(row), profile(step, args.device), args.profile))
+        console.print(as_profile(model_and_backend(row), profile(step, args.device), args.profile))
     if args.output is not None:
         append(args.output, rows, COLUMNS)
     return rows

@@ -24,7 +24,7 @@ from eval.scoring import models
 from eval.scoring.options import open_requests, parse_sets, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer
 from eval.scoring.sets import SETS
-from eval.speed.timing import table
+from eval.tables import text_table
 
 TRAINERS_TAG = "generated_from_trainer"  # cards of transformers' Trainer have fractions, all others percent
 TOP1 = {"accuracy", "acc", "top1", "top1accuracy", "acctop1", "accuracytop1", "acc1"}
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             numbers = (f"{figures[row['set']]:.2f}", f"{float(row['top1']):.2f}", f"{difference:+.3f}")
             lines.append([row["set"], *numbers, "agrees" if ok else "DIFFERS"])
         title = f"{args.model} and {source}, tolerance {args.tolerance}"
-        shown = table(title, ["set"], ["on the card", "scored", "difference", ""], lines)
+        shown = text_table(title, ["set"], ["on the card", "scored", "difference", ""], lines)
         Console(width=100, markup=False, emoji=False).print(shown)
     return 0 if all(agreed) else 1
 

@@ -142,7 +142,7 @@ def _figures(entries: list[str], rows: dict[str, Any]) -> str:
     if rows:
         lines = ["*Measured* on this file by `python -m eval`:", "", "| set | images | top-1 |", "|---|---|---|"]
         lines += [f"| {names.get(name, name)} | {row['n']} | {float(row['top1']):.2f} |" for name, row in rows.items()]
-    figures = {PAPER_NAMES[entry]: reported(entry) for entry in entries if reported(entry)}
+    figures = {PAPER_NAMES[entry]: by_set for entry in entries if (by_set := reported(entry))}
     if figures:
         lines += ["", "*Reported* by the paper for models of this shape, not measured on this file:", ""]
         lines += ["| model | set | top-1 |", "|---|---|---|"]

@@ -17,15 +17,7 @@ from arm_zoo.weights.find import find_weights, hub_repository, organisation
 from arm_zoo.weights.hosted import ORGANISATION, TABLE, Weights, upstream_is_on, ways_on
 from arm_zoo.weights.reading import Contents
 from arm_zoo.weights.releases import endpoint, without_login
-from arm_zoo.weights.upstream import (
-    cache_folder,
-    cached,
-    choose,
-    fetch_upstream,
-    list_files,
-    read_record,
-    tell,
-)
+from arm_zoo.weights.upstream import cache_folder, cached, choose, fetch_upstream, list_files, read_record, tell
 
 
 def doctor(entry: str, fetch: bool = False) -> Iterator[str]:

@@ -13,12 +13,7 @@ from arm_zoo.weights.reading import quoted
 from arm_zoo.weights.upstream import RemoteFile, fits, list_files, look
 from hub.catalog import PAPER_NAMES, RESULTS, measured, reported, state
 
-_TOLD = (
-    "model",
-    "input_size",
-    "epochs",
-    "nb_classes",
-)  # the arguments of the authors' programs that are worth showing
+_TOLD = ("model", "input_size", "epochs", "nb_classes")  # arguments of the authors' programs that are worth showing
 
 
 def list_sources(repo: str = ARM_REPOSITORY) -> Iterator[str]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from recipes.config import (
-    ConfigError,
     ConfigT,
     DVAEConfig,
     FinetuneConfig,
@@ -26,6 +25,7 @@ from recipes.config import (
     to_yaml,
 )
 from recipes.first_run import fitted
+from recipes.parsing import ConfigError
 
 if TYPE_CHECKING:
     from recipes.signals import StopRequest

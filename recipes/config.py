@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -47,14 +48,11 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 PATHS = ("output_dir", "pretrained", "dvae", "output", "cache", "export")
 
 CONTRASTIVE = "moco"  # the objective that takes two views of each image, made as `recipes.data.views` says
-# What that objective restricts: key -> the values that it allows, and the reason.
-TWO_VIEWS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_batch_per_device": (
-        (None,),
-        "which compares all images of a step, so that they go through the model at once",
-    ),
-    "fsdp": ((False,), "whose momentum encoder needs whole parameters"),
-    "data.randaugment": ((None,), "which changes colours in its own way"),
+# What that objective restricts: key -> the only value that it allows, and the reason.
+TWO_VIEWS: dict[str, tuple[Any, str]] = {
+    "max_batch_per_device": (None, "which compares all images of a step, so that they go through the model at once"),
+    "fsdp": (False, "whose momentum encoder needs whole parameters"),
+    "data.randaugment": (None, "which changes colours in its own way"),
 }
 # Keywords of a model that are no `model_args`, as the recipe sets them -> the reason, and what to type instead.
 SET_BY_ALL = {
@@ -158,9 +156,8 @@ class TrainConfig(Config):
             problem = f"data.labels_per_class is {self.data.labels_per_class}, but nothing here learns from labels"
             found["data.labels_per_class"] = f"{problem}; leave it out"
         for key, (allowed, reason) in TWO_VIEWS.items() if self.views == 2 else ():
-            value = getattr(self.data if key.startswith("data.") else self, key.rpartition(".")[2])
-            if value not in allowed:
-                typed = json.dumps(allowed[0]).strip('"')  # as in YAML: null, false
+            if (value := attrgetter(key)(self)) != allowed:
+                typed = json.dumps(allowed)  # as in YAML: null, false
                 found[key] = f"{key} is {value} but objective is {CONTRASTIVE}, {reason}; allowed: {key}={typed}"
         return found
 
@@ -370,9 +367,9 @@ class SegmentConfig(TrainConfig):
         import torch
 
         from arm_zoo.heads.models import Segmenter
-        from arm_zoo.loading import list_entries
+        from arm_zoo.loading import timm_entries
 
-        if self.model not in list_entries():
+        if self.model not in timm_entries():
             raise ValueError("unknown; allowed: a model of `timm.list_models()` or of `python -m arm_zoo list`")
         with torch.device(keywords.pop("device", "cpu")):
             classes = keywords.pop("num_classes", 2)
@@ -385,12 +382,12 @@ class SegmentConfig(TrainConfig):
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         from arm_zoo.files import described_by_folder, read_config
-        from arm_zoo.loading import list_entries
+        from arm_zoo.loading import timm_entries
 
         path = Path(self.pretrained or "")
         folder = path.parent if described_by_folder(path) else path
         own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
-        name = self.pretrained if self.pretrained in list_entries() else self.model
+        name = self.pretrained if self.pretrained in timm_entries() else self.model
         entry: Any = get_pretrained_cfg(name)
         mean, std = own.get("mean", entry.mean), own.get("std", entry.std)
         return (tuple(mean), tuple(std)) if len(mean) == 3 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

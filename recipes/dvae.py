@@ -23,8 +23,8 @@ from recipes.command_line import say
 from recipes.config import DVAEConfig
 from recipes.data.batches import Batch
 from recipes.data.loader import EvalLoader
-from recipes.data.sources import Source
-from recipes.objectives import Trained, TrainingObjective, in_unit_range
+from recipes.data.source import Source
+from recipes.objectives import Trained, TrainingObjective
 from recipes.signals import StopRequest
 from recipes.training.engine import LossFunction
 from recipes.training.setup import train
@@ -34,7 +34,7 @@ IMAGES_LOOKED_AT = 256
 
 def reconstruction_loss(config: DVAEConfig, source: Source) -> LossFunction:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return model(in_unit_range(batch.images, source))[0]
+        return model(source.in_unit_range(batch.images))[0]
 
     return loss
 
@@ -45,13 +45,11 @@ def export_dvae(trained: Trained) -> None:
     model.save_pretrained(trained.folder)
     batch: Any = next(iter(EvalLoader(source.test or source.train, trained.inputs, IMAGES_LOOKED_AT)))
     rows, columns = (side // STRIDE for side in model.input_size()[1:])
-    used = model.encoder.tokens(in_unit_range(batch.images, source), (rows, columns)).unique()
+    used = model.encoder.tokens(source.in_unit_range(batch.images), (rows, columns)).unique()
     say(f"{len(used)} of {model.encoder.vocab_size} tokens are used by {len(batch.images)} images")
 
 
-DVAE_TRAINING = TrainingObjective(
-    create=lambda config, source: config.build(), loss=reconstruction_loss, export=export_dvae
-)
+DVAE_TRAINING = TrainingObjective(loss=reconstruction_loss, export=export_dvae)
 
 
 def run(config: DVAEConfig, resume: str, stop: StopRequest) -> None:

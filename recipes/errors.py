@@ -46,10 +46,10 @@ def reporting_mistakes(program: str) -> Iterator[None]:
 def described(error: Exception) -> str:
     """The message of a mistake; if it is the system's and names no file, with the line of code that it comes from."""
     nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
-    return located(error) if nameless or isinstance(error, SafetensorError) else str(error)
+    return with_line(error) if nameless or isinstance(error, SafetensorError) else str(error)
 
 
-def located(error: Exception) -> str:
+def with_line(error: Exception) -> str:
     """An error as text, with the line of code that it comes from."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

@@ -26,6 +26,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from arm_zoo.command_line import positive
 from arm_zoo.files import write_text
 from recipes.command_line import RECIPES, leave_process_group, read_config, say
 from recipes.config import Config, PretrainConfig, TrainConfig
@@ -199,16 +200,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.loader_speed", description=does)
     parser.add_argument("--step", choices=STEPS, help="train as this recipe does; key=value are then its settings")
     parser.add_argument("--config", type=Path, help="YAML file for --step, for example one of recipes/configs")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each way to decode has (%(default)s)")
-    parser.add_argument("--batches", type=int, default=60, help="batches timed in a turn (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns that each way to decode has (%(default)s)")
+    parser.add_argument("--batches", type=positive, default=60, help="batches timed in a turn (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each measurement to this file")
     parser.add_argument("--make", nargs=2, metavar=("N", "FOLDER"), help="only write N JPEG files into a new folder")
     parser.add_argument("--subsampling", choices=SUBSAMPLINGS, help="colour subsampling for --make (4:2:0)")
     parser.add_argument("--seed", type=int, help="seed for --make (0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.source=..., image_size=224, ...")
     settings = parser.parse_intermixed_args(argv)
-    if min(settings.rounds, settings.batches) < 1:
-        parser.error(f"--rounds is {settings.rounds}, --batches {settings.batches}; allowed: 1 or more")
     if settings.config and not settings.step:
         parser.error("--config goes with --step")
     if settings.make is None and (settings.subsampling or settings.seed is not None):

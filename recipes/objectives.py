@@ -7,7 +7,7 @@ records of the other recipes are in recipes/finetune.py, segment.py and dvae.py.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
@@ -19,7 +19,8 @@ from arm_zoo.pretraining.targets import NORMED_PIXEL
 from recipes.command_line import say
 from recipes.config import PretrainConfig, TrainConfig
 from recipes.data.batches import Batch
-from recipes.data.sources import Source, open_source
+from recipes.data.source import Source
+from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics, dvae_sha256
 from recipes.training.ema import FIGURES, winner
@@ -51,9 +52,10 @@ class Trained:
 class TrainingObjective:
     """The parts of a run that depend on the objective."""
 
-    create: Callable[[Any, Any], nn.Module]  # (configuration, source) -> the model to train
     loss: Callable[[Any, Any], LossFunction]  # (configuration, source) -> the loss
     export: Callable[[Trained], None]  # writes the results, beside the curves and metrics that all runs have
+    # (configuration, source) -> the model to train
+    create: Callable[[Any, Any], nn.Module] = lambda config, source: config.build()
     evaluation: Callable[..., Callable[[int], Metrics]] | None = None  # see `recipes.training.scoring.evaluation`
     folders: tuple[str, ...] = (".",)  # in OUTPUT_DIR, for the results; the first one gets the trained weights
     # configuration -> the source
@@ -76,7 +78,7 @@ def export_autoregressive(trained: Trained) -> None:
     explanation = "each cluster of pixels is predicted from those before it (hatched: given)"
     if model.target == NORMED_PIXEL:
         explanation += TRUE_STATISTICS
-    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation, model.shown)
+    draw_predictions(file, model, source, inputs, config.seed, cluster, explanation)
 
 
 def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
@@ -90,7 +92,7 @@ def autoregressive_loss(config: PretrainConfig, source: Source) -> LossFunction:
 
 def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
     """The loss of predicting the tokens of a dVAE, which is read here; RunError if it does not fit the model."""
-    built = cast(Any, config.build(device="meta"))
+    built: Any = config.build(device="meta")
     encoder, grid = read_dvae(fetched(str(config.dvae))), built.patch_embed.grid_size
     for key, has, wanted in (
         ("vocab_size", encoder.vocab_size, built.vocab_size),
@@ -101,17 +103,11 @@ def token_loss(config: PretrainConfig, source: Source) -> LossFunction:
     say(f"tokens are those of {config.dvae}: a vocabulary of {encoder.vocab_size:,}, sha256 {dvae_sha256(config)}")
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        pixels = in_unit_range(batch.images, source)
+        pixels = source.in_unit_range(batch.images)
         tokens = encoder.to(pixels.device).tokens(pixels, grid)
-        return cast(Tensor, model(batch.images, batch.seeds.to(pixels.device, non_blocking=True), tokens)[0])
+        return model(batch.images, batch.seeds.to(pixels.device, non_blocking=True), tokens)[0]
 
     return loss
-
-
-def in_unit_range(images: Tensor, source: Source) -> Tensor:
-    """Undo the normalisation of a source's images (B, C, H, W): pixels in 0..1."""
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
-    return (images * std + mean).clamp(0, 1)
 
 
 def export_mae(trained: Trained) -> None:
@@ -122,27 +118,17 @@ def export_mae(trained: Trained) -> None:
     explanation = "the pixels of each patch are predicted from the patches that are given (hatched)"
     if model.normed_pixels:
         explanation += TRUE_STATISTICS
-    draw_predictions(file, model, source, inputs, config.seed, patch, explanation, model.shown)
+    draw_predictions(file, model, source, inputs, config.seed, patch, explanation)
 
 
 def seeded_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss with masks or orders from the batch's seeds: functions of the run's seed, the epoch and the image."""
     seeds = batch.seeds.to(batch.images.device, non_blocking=True)
-    return cast(Tensor, model(batch.images, seeds)[0])
+    return model(batch.images, seeds)[0]
 
 
-AUTOREGRESSIVE = TrainingObjective(
-    create=lambda config, source: config.build(),
-    loss=autoregressive_loss,
-    export=export_autoregressive,
-    folders=(EXPORT, BACKBONE),
-)
-MAE = TrainingObjective(
-    create=lambda config, source: config.build(),
-    loss=lambda config, source: seeded_loss,
-    export=export_mae,
-    folders=(EXPORT, BACKBONE),
-)
+AUTOREGRESSIVE = TrainingObjective(loss=autoregressive_loss, export=export_autoregressive, folders=(EXPORT, BACKBONE))
+MAE = TrainingObjective(loss=lambda config, source: seeded_loss, export=export_mae, folders=(EXPORT, BACKBONE))
 
 
 def watch_for_collapse(model: Any, before: Figures) -> Figures:
@@ -154,7 +140,6 @@ def watch_for_collapse(model: Any, before: Figures) -> Figures:
 
 
 MOCO = TrainingObjective(
-    create=lambda config, source: config.build(),
     loss=lambda config, source: lambda model, batch: model(batch.images)[0],  # images of `recipes.data.views`
     evaluation=lambda config, collectives, models, source, inputs: (
         lambda epochs_done: {"loss_at_chance": models["model"].loss_at_chance(config.global_batch)}

@@ -13,8 +13,9 @@ from functools import partial
 
 from recipes import command_line
 from recipes.command_line import say
-from recipes.config import ConfigError, PretrainConfig
+from recipes.config import PretrainConfig
 from recipes.objectives import TRAINING, Trained
+from recipes.parsing import ConfigError
 from recipes.signals import StopRequest
 from recipes.training.export import BACKBONE
 from recipes.training.setup import train

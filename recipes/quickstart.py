@@ -35,7 +35,7 @@ from recipes.finetune import finetune
 from recipes.pretrain import pretrain
 from recipes.probe import probe
 from recipes.probing.config import ProbeConfig
-from recipes.training.engine import Metrics
+from recipes.training.checkpoint import Metrics
 from recipes.training.plots import drawn_blindly, plot_bars
 
 CHECKOUT = Path(__file__).parent.parent

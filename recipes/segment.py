@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from arm_zoo.heads.models import save_segmenter
 from arm_zoo.heads.segmentation import segment
 from arm_zoo.images.masks import IGNORED
-from arm_zoo.loading import list_entries, load
+from arm_zoo.loading import load, timm_entries
 from recipes import command_line
 from recipes.command_line import say
 from recipes.config import NOT_BUILT, SegmentConfig
@@ -44,7 +44,7 @@ def create_segmenter(config: SegmentConfig, source: PixelSource) -> nn.Module:
     try:
         model: Any = config.build(num_classes=len(source.class_names))
         if config.pretrained is not None:
-            is_entry = config.pretrained in list_entries()
+            is_entry = config.pretrained in timm_entries()
             names = (config.pretrained, None) if is_entry else (config.model, config.pretrained)
             loaded = load(*names, as_backbone=True, num_classes=0, **{"in_chans": model.in_chans, **config.model_args})
             model.backbone.load_state_dict(loaded.model.state_dict())

@@ -5,7 +5,7 @@ Importing this module registers them. They take any backbone that timm knows and
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import timm
 import torch
@@ -140,7 +140,7 @@ class Segmenter(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self: Any) -> nn.Module:
-        return cast(nn.Module, self.head.head)
+        return self.head.head
 
 
 HEADED: dict[str, type[nn.Module]] = {"attentive_probe": AttentiveProbe, "segmenter": Segmenter}  # by timm's names
@@ -174,41 +174,37 @@ def save_attentive_probe(
 
     `inputs` say in timm's terms how images are prepared. Names of classes are written if there is one for each class.
     """
+    tensors = nn.ModuleDict({"backbone": backbone, "head": head}).state_dict()
     classes: Any = head.head.out_features
-    _save(folder, "attentive_probe", {"backbone": backbone, "head": head}, {}, classes, inputs, label_names)
+    _save(folder, "attentive_probe", backbone, tensors, {}, classes, inputs, label_names)
 
 
 def save_segmenter(
     folder: Path, model: Segmenter, head: str, inputs: Mapping[str, Any], label_names: list[str]
 ) -> None:
     """The same as `save_attentive_probe` for a model with the head `HEADS[head]` of `arm_zoo.heads.segmentation`."""
-    parts = {"backbone": model.backbone, "head": model.head}
-    _save(folder, "segmenter", parts, {"head": head}, model.num_classes, inputs, label_names)
+    arguments, classes = {"head": head}, model.num_classes
+    _save(folder, "segmenter", model.backbone, model.state_dict(), arguments, classes, inputs, label_names)
 
 
 def _save(
     folder: Path,
     architecture: str,
-    parts: Mapping[str, Any],
+    backbone: Any,
+    tensors: Mapping[str, Tensor],
     arguments: Mapping[str, Any],
     classes: int,
     inputs: Mapping[str, Any],
     label_names: list[str],
 ) -> None:
     """Write the folder; `arguments` are those of the model apart from `backbone` and `backbone_args`."""
-    backbone = parts["backbone"]
-    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     of_backbone = {key: value for key, value in get_model_args(backbone).items() if key != "num_classes"}
     config = {
         "architecture": architecture,
         "num_classes": classes,
         "num_features": backbone.feature_info[-1]["num_chs"],
         **({"label_names": label_names} if len(label_names) == classes else {}),
-        "model_args": {
-            "backbone": backbone.pretrained_cfg["architecture"],
-            "backbone_args": of_backbone,
-            **arguments,
-        },
+        "model_args": {"backbone": backbone.pretrained_cfg["architecture"], "backbone_args": of_backbone, **arguments},
         "pretrained_cfg": {**inputs, "num_classes": classes, "classifier": _CLASSIFIER},
     }
     save_model(folder, tensors, config)

@@ -54,17 +54,14 @@ class LabelledPixels:
 
         The orientation in EXIF data is ignored, since masks belong to the pixels as they are stored.
         """
-        image, mask = self._opened(self.images[place]).convert("RGB"), self._opened(self.masks[place])
+        file = self.masks[place]
+        image, mask = self._opened(self.images[place]).convert("RGB"), self._opened(file)
         if image.size != mask.size:
-            sizes = (
-                f"{self.masks[place]} has {mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
-            )
+            sizes = f"{file} has {mask.width}x{mask.height} pixels, its image {image.width}x{image.height}"
             raise SourceError(f"{sizes}; allowed: a mask of the image's size")
         if mask.mode not in ("1", "L", "P", "I", "I;16"):
-            raise SourceError(
-                f"{self.masks[place]} has colours (mode {mask.mode}); allowed: one number for each pixel"
-            )
-        return pil_to_tensor(image), self._labels(np.asarray(mask).astype(np.int64), self.masks[place])
+            raise SourceError(f"{file} has colours (mode {mask.mode}); allowed: one number for each pixel")
+        return pil_to_tensor(image), self._labels(np.asarray(mask).astype(np.int64), file)
 
     def check(self) -> None:
         """Read all of them, whose faults are told before they are needed; SourceError too if no pixel has a class."""

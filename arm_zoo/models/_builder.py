@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -175,7 +175,7 @@ def _adapt(state_dict: StateDict, model: Any, described: str | None) -> StateDic
         )
     if cfg["num_classes"] != -1:  # by which timm's train.py asks for a new head
         cfg["num_classes"] = classes
-    return cast(StateDict, model.adapt(state_dict, model))
+    return model.adapt(state_dict, model)
 
 
 def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> StateDict | None:
@@ -204,7 +204,7 @@ def _read_weights(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -
 def norm_layer_of(norm_layer: str | Callable[..., nn.Module] | None) -> Callable[..., nn.Module] | None:
     """The norm that a name of `timm.layers`, or a class, stands for; None for None."""
     try:
-        return cast(Callable[..., nn.Module] | None, get_norm_layer(norm_layer))
+        return get_norm_layer(norm_layer)
     except (AssertionError, AttributeError, KeyError) as error:
         allowed = "a name of timm.layers, such as 'layernorm' or 'rmsnorm', or a class"
         raise ValueError(f"norm_layer must be {allowed}, got {norm_layer!r}") from error
@@ -237,7 +237,7 @@ class Backbone(ZooModel):
 
     @torch.jit.ignore
     def get_classifier(self: Any) -> nn.Module:
-        return cast(nn.Module, self.head)
+        return self.head
 
     def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, freshly initialised, and optionally the pooling."""

@@ -18,7 +18,7 @@ from arm_zoo.layers.order import scan_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Size, check_positive, check_rates, check_whole, one_or_two
 from arm_zoo.models._builder import Backbone, norm_layer_of
-from arm_zoo.ops.fused import in_type_of, run_norm
+from arm_zoo.ops.fused import at_least_float32, in_type_of, run_norm
 from arm_zoo.weights.adapt import refuse_foreign_head, resample_pos_embed
 
 GlobalPool = Literal["avg", "avgmax", "max", "token", ""]
@@ -31,6 +31,7 @@ torch.fx.wrap("resample_pos_embed")
 @register_notrace_function
 @torch.jit.ignore
 def order_for(directions: list[str], height: int, width: int, device: torch.device) -> Tensor:
+    """The order table (directions, N + 1) of N = height * width patches and a class token in their middle."""
     return scan_order(height, width, directions, cls_index=height * width // 2, device=device)
 
 
@@ -199,7 +200,7 @@ class SequenceBackbone(Backbone):
         middle = (order.shape[1] - 1) // 2
         x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], dim=1)
         x = self.pos_drop(x + pos_embed)
-        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.float32_residual else x, order
+        return at_least_float32(x) if self.float32_residual else x, order
 
     def forward_intermediates(
         self,
@@ -285,7 +286,7 @@ class SequenceBackbone(Backbone):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens -> class logits, or pooled features with `pre_logits`."""
+        """(B, N + 1, dim) tokens -> (B, num_classes) logits, or pooled features (B, dim) with `pre_logits`."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -313,7 +314,7 @@ class SequenceBackbone(Backbone):
 @torch.fx.wrap
 @register_notrace_function
 def mean_around(x: Tensor, middle: int) -> Tensor:
-    """Average of the tokens before and after the class token, each half with equal weight as in the official code."""
+    """Tokens (B, N + 1, dim) -> (B, dim), the mean of the means before and after the class token, as officially."""
     after = x[:, middle + 1 :].mean(dim=1)
     return after if middle == 0 else (x[:, :middle].mean(dim=1) + after) / 2
 

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, global_pool_nlc
@@ -251,7 +251,7 @@ class VMamba(Backbone):
     @torch.jit.ignore
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that the model is meant for; it takes any height and width."""
-        return cast(tuple[int, int, int], get_model_input_config(self)["input_size"])
+        return get_model_input_config(self)["input_size"]
 
     @torch.jit.ignore
     def geometry(self) -> dict[str, str]:
@@ -341,7 +341,7 @@ class VMamba(Backbone):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map -> class logits, or pooled features with `pre_logits`."""
+        """(B, H, W, dim) map -> (B, num_classes) logits, or pooled features (B, dim) with `pre_logits`."""
         if self.global_pool:
             x = global_pool_nlc(x.flatten(1, 2), self.global_pool, num_prefix_tokens=0)
         x = self.head_drop(x)

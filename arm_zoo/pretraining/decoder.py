@@ -29,7 +29,10 @@ def sincos_pos_embed(dim: int, height: int, width: int, device: Device = None) -
 
 
 class CrossAttention(nn.Module):
-    """Queries (B, T, dim), or (1, T, dim) for all images, attend to latents (B, T, dim), in heads of 64 channels."""
+    """Queries (B, T, dim), or (1, T, dim) for all images, attend to latents (B, T, dim) where a mask (T, T) is true.
+
+    The heads have 64 channels.
+    """
 
     def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import copy
 import math
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -195,7 +195,7 @@ class MoCoPretrain(SequencePretrain):
     @property
     def patch_embed(self) -> nn.Module:
         """The patch embedding of the trained encoder."""
-        return cast(nn.Module, self.base_encoder.patch_embed)
+        return self.base_encoder.patch_embed
 
     def _init_own_weights(self) -> None:
         encoder: Any = self.base_encoder
@@ -219,18 +219,16 @@ class MoCoPretrain(SequencePretrain):
 
     def forward_encoder(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> features (B, embed_dim) of the trained encoder."""
-        return cast(
-            Tensor, self.base_encoder.forward_head(self.base_encoder.forward_features(images), pre_logits=True)
-        )
+        return self.base_encoder.forward_head(self.base_encoder.forward_features(images), pre_logits=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(2 N, C, H, W) images, first one view of N images and then the other -> loss, deviation of features.
 
         Training must call `update_momentum_encoder` before each step. See `two_view_loss`.
         """
-        views = cast(tuple[Tensor, Tensor], images.unflatten(0, (2, -1)).unbind(0))
+        first, second = images.unflatten(0, (2, -1)).unbind(0)
         encoders = self.base_encoder, self.momentum_encoder, self.predictor
-        loss, deviation = two_view_loss(*encoders, views, self.temperature)
+        loss, deviation = two_view_loss(*encoders, (first, second), self.temperature)
         self.feature_std.copy_(deviation)
         return loss, deviation
 

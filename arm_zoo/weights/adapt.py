@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
@@ -41,7 +41,7 @@ def from_official(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
         found = f"no key starts with {names.prefix!r}, found {listed([*state_dict], 8)}"
         raise CheckpointError(f"not an official checkpoint of {type(model).__name__}: {found}; {advice}")
     adapt: Any = getattr(model, "adapt", adapt_state_dict)
-    return cast(StateDict, adapt(state_dict, model, timm_adapts=False))
+    return adapt(state_dict, model, timm_adapts=False)
 
 
 def adapt_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Module, timm_adapts: bool = True) -> StateDict:

@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.board.columns import shown
 from eval.board.entries import circumstances
-from eval.tables import label
+from eval.tables import model_and_backend
 
 Row = Mapping[str, str]
 
@@ -30,7 +30,7 @@ def curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
     places: dict[tuple[str, str], dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in sorted(rows, key=lambda row: int(row["batch_size"])):
         way = f"{row['mode']}, {circumstances(row)}"
-        name = label(row)
+        name = model_and_backend(row)
         places[way, "image size in pixels"][name][int(row["img_size"])] = row
         places[way, f"batch size at {row['img_size']} pixels"][name][int(row["batch_size"])] = row
     panels = []

@@ -12,10 +12,7 @@ COLUMNS = (  # of the table that `python -m recipes.probe output=FILE.csv` adds 
     *("model", "weights", "weights_sha256", "data_set", "images_train", "images_test"),
     *("protocol", "features", "settings", "top1", "low", "high"),
 )
-NUMBERS = {
-    **dict.fromkeys(("images_train", "images_test"), COUNT),
-    **dict.fromkeys(("top1", "low", "high"), FIGURE),
-}
+NUMBERS = {**dict.fromkeys(("images_train", "images_test"), COUNT), **dict.fromkeys(("top1", "low", "high"), FIGURE)}
 ANCHOR_COLUMNS = ("model", "data_set", "knn", "linear", "note", "kind", "source")
 FIGURES = {  # title of a column -> the protocol of its rows, and one of their settings
     "k-NN": ("knn", "neighbours=20"),

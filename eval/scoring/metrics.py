@@ -41,7 +41,7 @@ def score(classes: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> dic
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Mean distance, in points, between confidence and accuracy over bins of equal width, weighted by their images."""
+    """Mean distance, in points, of confidence (N,) and accuracy over bins of equal width, weighted by their images."""
     if not len(confidence):
         return math.nan
     # bins are open below and closed above, as in Guo et al. 2017

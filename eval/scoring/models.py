@@ -14,7 +14,7 @@ from torch import nn
 
 import arm_zoo
 from arm_zoo.files import sha256_of, sha256_of_tensors
-from arm_zoo.loading import entries, entry_of, label_names, list_entries, unknown_model
+from arm_zoo.loading import entries, entry_of, label_names, timm_entries, unknown_model
 from arm_zoo.pretraining import PretrainingModel
 from arm_zoo.weights.find import whereabouts
 
@@ -52,7 +52,7 @@ def parse_weights(words: Sequence[str], models: Sequence[str]) -> dict[str, str]
 
 def check(models: Sequence[str], weights: Mapping[str, str]) -> None:
     """Raise ValueError for unknown names and missing files, before anything is loaded."""
-    known, ours = list_entries(), entries()
+    known, ours = timm_entries(), entries()
     for name in models:
         given = weights.get(name, "")
         hosted = whereabouts(entry_of(name)) != "not hosted" if name in ours else is_model_pretrained(name)
@@ -97,7 +97,7 @@ def load(name: str, weights: str | None, train_size: bool = False) -> Candidate:
         raise ValueError(f"{name} with {source} has no classifier head: finetune it first")
     names = label_names(getattr(model, "pretrained_cfg", {}), num_classes)
     checksum = sha256_of_tensors(model.state_dict()) if file is None else sha256_of(file)
-    listed = None if file is None else Path(file).parent / HELD_OUT
+    listed = None if file is None else file.parent / HELD_OUT
     held_out = listed.read_text(encoding="utf-8").splitlines() if listed is not None and listed.is_file() else ()
     return Candidate(name, model.eval(), config, num_classes, names, source, checksum, tuple(held_out))
 

@@ -9,7 +9,8 @@ from eval.scoring.listing import Listing
 from eval.scoring.metrics import rank
 from eval.scoring.models import Candidate
 from eval.scoring.predict import Forward, Settings, cut, load_batches
-from eval.speed.timing import table, timed
+from eval.speed.timing import timed
+from eval.tables import text_table
 
 
 def measure(candidate: Candidate, listing: Listing, settings: Settings, state: PartialState) -> list[str]:
@@ -39,4 +40,4 @@ def measure(candidate: Candidate, listing: Listing, settings: Settings, state: P
 
 def as_table(rows: Sequence[Sequence[str]], settings: Settings) -> Table:
     title = f"images per second, batch {settings.batch_size}, {settings.dtype}, {settings.workers} workers"
-    return table(title, ["model", "images at"], ["images", "loader alone", "model alone", "both"], rows)
+    return text_table(title, ["model", "images at"], ["images", "loader alone", "model alone", "both"], rows)

@@ -1,16 +1,14 @@
-"""Measuring and showing speeds: by the clock of the CPU, or by events in a GPU's queue of kernels."""
+"""Measuring speeds: by the clock of the CPU, or by events in a GPU's queue of kernels."""
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from eval.scoring.models import versions
 from eval.tables import Row
@@ -58,17 +56,3 @@ def circumstances(device: str) -> Row:
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {"device": name, **versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-
-
-def table(
-    title: str, texts: Sequence[str], figures: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
-) -> Table:
-    """A table for people: columns of text, which fold in a narrow terminal, then columns of figures."""
-    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
-    for head in texts:
-        shown.add_column(head, overflow="fold")
-    for head in figures:
-        shown.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    return shown

@@ -16,7 +16,7 @@ from recipes.data.config import DataConfig
 from recipes.data.draws import Box, Drawing, Draws
 from recipes.data.kept import DAMAGED_IN_A_ROW, DecodedSplit, StoredBlock, none_in_a_row
 from recipes.data.sampling import Key
-from recipes.data.sources import Source, Split
+from recipes.data.source import Source, Split
 from recipes.data.transforms import Normalisation, ScoringTransform, Transform, Window, cropped
 
 

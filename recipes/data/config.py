@@ -82,12 +82,8 @@ class DataConfig:
 
     def unused(self, used: Collection[str], purpose: str) -> dict[str, str]:
         """A problem for each key that is typed, but not among those that are used for a purpose."""
-        typed = [
-            field.name for field in fields(self) if getattr(self, field.name) != getattr(DataConfig(), field.name)
-        ]
-        return {
-            f"data.{name}": f"data.{name} has no use in {purpose}; leave it out" for name in typed if name not in used
-        }
+        typed = (key.name for key in fields(self) if key.name not in used and getattr(self, key.name) != key.default)
+        return {f"data.{name}": f"data.{name} has no use in {purpose}; leave it out" for name in typed}
 
     def conflicts(self, device: str = "auto") -> dict[str, str]:
         """The problem of each key whose value is fine on its own, but not with another's or on the device."""

@@ -17,7 +17,7 @@ from recipes.data.erasing import erase
 from recipes.data.gpu_decode import Decoder
 from recipes.data.randaugment import on_device
 from recipes.data.resample import RaggedImages, crop_resize
-from recipes.data.sources import Source
+from recipes.data.source import Source
 from recipes.data.transforms import Normalisation, ScoringTransform, Window, warp
 
 ItemT = TypeVar("ItemT")

@@ -45,7 +45,7 @@ def check_several(names: Sequence[str], where: str) -> None:
 
 
 def drawn(classes: Tensor, labels: int, seed: int) -> Tensor:
-    """The places of `labels` images of each class, drawn at random; a class with fewer images gives all of them."""
+    """The places of `labels` random images of each class in `classes` (N,); a class with fewer gives them all."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
     shuffled, by_class = classes[order].sort(stable=True)
     starts = torch.searchsorted(shuffled, shuffled)  # where each image's class begins

@@ -23,7 +23,8 @@ from recipes.data.draws import Drawing
 from recipes.data.finishing import Prepared, ScoringFinishing, TrainFinishing
 from recipes.data.gpu_decode import decoder_missing
 from recipes.data.sampling import BatchPlan, Key, ScoringOrder, training_order
-from recipes.data.sources import Source, Split, tell
+from recipes.data.source import Source, Split
+from recipes.data.sources import tell
 from recipes.data.transforms import Normalisation, ScoringTransform
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.data.views import TwoViews

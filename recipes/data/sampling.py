@@ -16,7 +16,7 @@ import torch
 from arm_zoo.images.errors import SourceError
 from arm_zoo.images.tables import Encoded, ImageTable
 from recipes.config import TrainConfig
-from recipes.data.sources import Split
+from recipes.data.source import Split
 from recipes.data.splits import too_large_a_batch
 from recipes.data.streams import ImageStream
 from recipes.data.transforms import LANE, ORDER, seed_of

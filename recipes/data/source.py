@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 
 from arm_zoo.images.tables import ImageTable
 from recipes.data.streams import ImageStream
@@ -26,3 +27,8 @@ class Source:
     def channels(self) -> int:
         """Channels of the images: 3, or 1 for grey images."""
         return len(self.mean)
+
+    def in_unit_range(self, images: Tensor) -> Tensor:
+        """Undo the normalisation of its images (N, C, H, W): pixels in 0..1."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)

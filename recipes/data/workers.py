@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arm_zoo.images.errors import SourceError
-from recipes.errors import RunError, located
+from recipes.errors import RunError, with_line
 from recipes.signals import SIGNALS, stop_ends_waiting
 
 KeyT = TypeVar("KeyT")
@@ -108,7 +108,7 @@ class InWorker(Dataset[Any], Generic[KeyT, BatchT]):
         except (RunError, SourceError) as error:
             return error
         except Exception as error:
-            problem = f"a process that decodes images failed: {located(error)}"
+            problem = f"a process that decodes images failed: {with_line(error)}"
             return RunError(f"{problem}; data.workers=0 shows the whole traceback")
 
 

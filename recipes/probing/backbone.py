@@ -9,7 +9,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 
 from arm_zoo.files import CheckpointError, DownloadError, described_by_folder, read_config
-from arm_zoo.loading import architecture_of, list_entries, load, unknown_model
+from arm_zoo.loading import architecture_of, load, timm_entries, unknown_model
 from recipes.config import NOT_BUILT, TAKEN_BY_MODELS
 from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
@@ -26,7 +26,7 @@ class Frozen(NamedTuple):
 
 def named_by_entry(weights: Path, config: ProbeConfig) -> bool:
     """Whether `weights` are an entry; RunError if a name is unknown, or if `config.model` names other weights."""
-    known = list_entries()
+    known = timm_entries()
     if config.model and config.model not in known:
         raise RunError(str(unknown_model(config.model, known)))
     if config.untrained and str(weights) not in known:

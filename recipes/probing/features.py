@@ -22,7 +22,8 @@ from recipes.data.batches import Batch
 from recipes.data.finishing import taken_ahead
 from recipes.data.loader import ScoringLoader
 from recipes.data.sampling import Key, ScoringOrder
-from recipes.data.sources import Split, tell
+from recipes.data.source import Split
+from recipes.data.sources import tell
 from recipes.data.undecodable import check_undecodable, name_once
 from recipes.errors import RunError
 from recipes.probing.config import ProbeConfig
@@ -64,7 +65,7 @@ class Extracted(NamedTuple):
         if broken := sum(int((~part.flatten(1).isfinite()).any(dim=1).sum()) for part in values.split(LISTED_AT_ONCE)):
             images = f"{broken} of {len(values)} {self.purpose} images"
             raise RunError(f"the model's features of {images} are not finite numbers")
-        return Features(values, classes, self.skipped)
+        return Features(values, classes)
 
 
 def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
@@ -75,7 +76,7 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
     config = extractor.config
     if not isinstance(split, ImageTable):
         arrays, classes, skipped = gathered(extractor(split, ScoringOrder(split, config.batch, 0, 1), purpose))
-        rows_kept = None
+        images, rows_kept = len(classes) + skipped, None
     else:
         listing, classes = listed(split)
         made_of = {**extractor.identity, "listing_sha256": listing}
@@ -83,7 +84,7 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
         state, missing = PartialState(), store.missing()
         batches = [range(start, min(start + config.batch, len(split))) for start in range(0, len(split), config.batch)]
         own = batches[state.process_index :: state.num_processes]
-        todo = [[Key(0, place, None) for place in batch] for batch in own if missing[batch].any()]
+        todo = [[Key(0, place) for place in batch] for batch in own if missing[batch].any()]
         written = list[tuple[float, int]]()
         for batch, values in extractor(split, todo, purpose):
             if values:
@@ -93,9 +94,8 @@ def extract(extractor: "Extractor", split: Split, purpose: str) -> Extracted:
             tell(f"features of the {purpose} images: {speed:,.0f} images a second in this process")
         state.wait_for_everyone()
         arrays, missing = store.tensors(), store.missing()
-        skipped = int(missing.sum())
+        images, skipped = len(classes), int(missing.sum())
         rows_kept = torch.from_numpy(~missing).nonzero()[:, 0] if skipped else None
-    images = len(classes) if isinstance(split, ImageTable) else len(classes) + skipped
     check_undecodable(skipped, images, purpose, config.data.max_undecodable)
     return Extracted(arrays, classes, rows_kept, skipped, extractor.width, purpose)
 

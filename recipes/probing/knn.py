@@ -40,8 +40,8 @@ def right(train: Features, test: Features, neighbours: Sequence[int], temperatur
 
     Each neighbour's vote weighs exp(similarity / temperature).
     """
-    number, most = max(train.number, test.number), min(max(neighbours), len(train.classes))
-    similarity, places = nearest(train.values, test.values, most)
+    number = max(train.number, test.number)
+    similarity, places = nearest(train.values, test.values, max(neighbours))
     # Subtracting the largest similarity changes no vote's share, but keeps exp from overflowing at low temperatures.
     weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
     classes = train.classes.to(places.device)[places]

@@ -23,7 +23,6 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 GRID = ("token", "average", "token_last4", "average_last4")
 BATCH = 256
 MADE_AT_ONCE = 4096
-HELD_OUT = 0.1  # fraction of the training images to choose on
 MOMENTUM = 0.9
 
 
@@ -64,7 +63,7 @@ def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.
     number = parts[names[0]][0].number
     values = [parts[name][0].values for name in names]
     inputs = Stacked(values, values, device)
-    chosen_on, kept = held_out(classes, HELD_OUT, config.seed)
+    chosen_on, kept = held_out(classes, config.seed)
     weights = fit(inputs, classes, kept, number, RATES, config.linear_epochs, config.seed)
     counts = right(weights, inputs, classes, chosen_on)
     kind, place = divmod(counts.index(max(counts)), len(RATES))

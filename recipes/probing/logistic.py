@@ -9,7 +9,6 @@ from recipes.probing.features import Extracted
 from recipes.probing.scores import Features, Score, held_out
 
 GRID = tuple(10.0**power for power in range(-6, 6))  # values of C: DINOv2's range, a quarter as fine
-HELD_OUT = 0.1  # fraction of the training images to choose C on
 MOST_STEPS = 300  # of L-BFGS for each C, from the solution for the C before
 IMAGES_AT_ONCE = 65_536  # their logits take 250 MiB for a thousand classes
 
@@ -18,7 +17,7 @@ def score(train: Extracted, test: Extracted, config: ProbeConfig, device: torch.
     """Of the C that is best on the held-out images, with all training images."""
     fitted, scored = (unit_length(part.of(config.features).to(device)) for part in (train, test))
     number = fitted.number
-    chosen_on, kept = (fitted.rows(places) for places in held_out(fitted.classes, HELD_OUT, config.seed))
+    chosen_on, kept = (fitted.rows(places) for places in held_out(fitted.classes, config.seed))
     parameters, counts = torch.zeros(number, fitted.values.shape[1] + 1, device=device), []
     for strength in GRID:
         parameters = fit(kept, strength, parameters)

@@ -10,15 +10,15 @@ from torch import Tensor
 from arm_zoo.heads.attentive import AttentiveClassifier
 
 CONFIDENCE = 0.95
+HELD_OUT = 0.1  # fraction of the training images to choose settings on
 COLUMNS = ("protocol", "features", "settings", "top1", "low", "high")  # of a score in tables
 
 
 class Features(NamedTuple):
-    """Features of one split, (N, ...), the class indices, (N,), and how many images could not be decoded."""
+    """Features of one split, (N, ...), and the class indices, (N,)."""
 
     values: Tensor
     classes: Tensor
-    skipped: int = 0
 
     def to(self, device: torch.device) -> Self:
         return self._replace(values=self.values.to(device), classes=self.classes.to(device))
@@ -66,8 +66,8 @@ class Score:
         return {**{name: getattr(self, name) for name in COLUMNS}, "settings": setting}
 
 
-def held_out(classes: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split images at random: the places of a fraction, at least one, to choose settings on, and of all others."""
+def held_out(classes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Split images at random: the places of HELD_OUT, at least one, to choose settings on, and of all others."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).to(classes.device)
-    chosen_on, kept = order.tensor_split([max(1, round(fraction * len(order)))])
+    chosen_on, kept = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
     return chosen_on, kept

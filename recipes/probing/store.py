@@ -1,6 +1,7 @@
 """Features on the disk: memory-mapped arrays with a row for each image, which any number of processes fill."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Store:
         with FileLock(self.folder / ".lock"):
             self._check_manifest(text)
             missing = {name: (images, *row) for name, row in rows.items() if not self._file(name).exists()}
-            self._check_space(sum(_bytes(name, shape) for name, shape in missing.items()))
+            self._check_space(sum(math.prod(shape) * _type_of(name).itemsize for name, shape in missing.items()))
             for name, shape in missing.items():  # the array last: if it is there, so is the record of its written rows
                 self._create(f"{name}.written", (images,), np.bool_)
                 self._create(name, shape, _type_of(name))
@@ -102,9 +103,5 @@ class Store:
         return {name: torch.from_numpy(array) for name, array in self._arrays.items()}
 
 
-def _type_of(name: str) -> Any:
-    return np.float16 if name in IN_HALF else np.float32
-
-
-def _bytes(name: str, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape)) * np.dtype(_type_of(name)).itemsize
+def _type_of(name: str) -> np.dtype[Any]:
+    return np.dtype(np.float16 if name in IN_HALF else np.float32)

@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 from arm_zoo.files import WEIGHTS, save_model
 from arm_zoo.models import ARCHITECTURES
 from recipes.config import TrainConfig
-from recipes.data.sources import Source
+from recipes.data.source import Source
 from recipes.errors import RunError
 
 EXPORT, BACKBONE = "pretraining_model", "backbone"

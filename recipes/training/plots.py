@@ -1,6 +1,6 @@
 """The figures: curves of a run, scores with intervals, and what a pretraining model predicts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws to files: n
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
-from torch import Tensor
 
 from arm_zoo.files import replacing_files
 from arm_zoo.images.tables import ImageTable
 from recipes.data.batches import Batch
 from recipes.data.loader import EvalLoader
-from recipes.data.sources import Source
+from recipes.data.source import Source
 from recipes.errors import RunError
 from recipes.training.checkpoint import Metrics
 from recipes.training.ema import FIGURES
@@ -98,14 +96,12 @@ def draw_predictions(
     seed: int,
     unit: tuple[int, int],
     said: str,
-    given: Callable[[Tensor], Tensor],
 ) -> None:
     """Draw images, from the validation split if there is one, beside what the model predicts.
 
     The images are chosen at random from the seed and prepared as `export.input_config` says. The model, whose
-    `reconstruct` predicts, is on the CPU. It predicts in units of `unit` rows and columns of pixels; `given` takes
-    images (N, C, H, W) and returns the numbers (N, K), row by row, of the units that the prediction starts from, which
-    are hatched. `said` is the explanation above the figure.
+    `reconstruct` predicts, is on the CPU. It predicts in units of `unit` rows and columns of pixels; those that its
+    `shown` names, from which the prediction starts, are hatched. `said` is the explanation above the figure.
     """
     split, kind = (source.train, "training") if source.test is None else (source.test, "validation")
     if isinstance(split, ImageTable):
@@ -115,13 +111,13 @@ def draw_predictions(
     if len(batch.classes) == 0:
         raise RunError(f"none of the {kind} images drawn for {file} can be decoded; the log names them")
     with torch.inference_mode():
-        predicted = _pixels(model.eval().reconstruct(batch.images), source)
-    images = _pixels(batch.images, source)
+        both = batch.images, model.eval().reconstruct(batch.images)
+        images, predicted = (source.in_unit_range(pixels).movedim(1, -1).numpy() for pixels in both)
     (count, height, width, _), (rows, columns) = images.shape, unit
     figure = Figure(figsize=(1.3 * count + 0.8, 4.6), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     rows_shown = {"image": images, "target": images, "predicted": predicted}
-    numbers = given(batch.images).tolist()
+    numbers = model.shown(batch.images).tolist()
     for axes_row, (label, shown) in zip(grid, rows_shown.items(), strict=True):
         axes_row[0].set_ylabel(label, fontsize=12)
         for axes, image, hatched in zip(axes_row, shown, numbers, strict=True):
@@ -136,12 +132,6 @@ def draw_predictions(
         axes.set_title(source.class_names[label] if source.class_names else "", fontsize=12)
     figure.suptitle(f"{kind.capitalize()} images: {said}")
     _save(figure, file)
-
-
-def _pixels(images: Tensor, source: Source) -> NDArray[Any]:
-    """Turn normalised images (N, C, H, W) into values in 0..1, (N, H, W, C)."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
-    return (images * std + mean).movedim(1, -1).clamp(0, 1).numpy()
 
 
 def drawn_blindly(split: ImageTable, count: int, seed: int, inputs: Mapping[str, Any]) -> tuple[list[int], Batch]:

@@ -55,7 +55,7 @@ def starting_point(
     start = None
     if checkpoint := collectives.on_main(lambda: choose(checkpoints, resume)):
         start = Start(checkpoint, read_state(checkpoint))
-        compare(config, start, checkpoints.console)
+        compare(start, config, checkpoints.console)
     is_main = collectives.accelerator.is_main_process
     for folder in (".", *folders) if is_main else ():
         remove_leftovers(output / folder)
@@ -66,10 +66,8 @@ def starting_point(
             checkpoints.console.print(f"{config.output_dir} is finished: {epochs} done. {advice}", soft_wrap=True)
             raise AlreadyFinished(0)
         checkpoints.console.print(f"going on from {checkpoint}", soft_wrap=True)
-    if is_main:
-        (output / CURVES).unlink(
-            missing_ok=True
-        )  # left by the same run with fewer epochs; it is not finished any more
+    if is_main:  # the curves of the same run with fewer epochs would say that it has ended
+        (output / CURVES).unlink(missing_ok=True)
     if is_main and resume != "auto":
         is_own = checkpoint is not None and checkpoint.resolve().parent == checkpoints.folder.resolve()
         checkpoints.set_aside(after_step=step_of(checkpoint) if checkpoint and is_own else -1)
@@ -107,7 +105,7 @@ def changed_settings(start: Start, config: TrainConfig) -> dict[str, tuple[Any, 
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
-def compare(config: TrainConfig, start: Start, console: Console) -> None:
+def compare(start: Start, config: TrainConfig, console: Console) -> None:
     """Raise RunError with all differences if the checkpoint is of another run; warn of other settings that changed."""
     ways = "Allowed: the same settings, another output_dir, or --resume none to start over"
     wrote, reads = recipe_of(start.state["config"]), recipe_of(dataclasses.asdict(config))

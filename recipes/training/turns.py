@@ -11,7 +11,7 @@ import torch
 from recipes.config import TrainConfig
 from recipes.data.batches import Batch
 from recipes.data.loader import TrainLoader
-from recipes.data.sources import Source
+from recipes.data.source import Source
 
 FIXED = "fixed batch"
 ENDLESS = 1_000_000  # epochs

@@ -84,7 +84,7 @@ def test_going_on_takes_a_dvae_of_the_same_content(tokenizer: Path, tmp_path: Pa
     assert changed_settings(older, config(moved)) == {"dvae": (str(tokenizer), str(moved))}
     moved.write_bytes(b"another dVAE")
     with pytest.raises(RunError, match=r"dvae was a file with sha256 \w+, is a file with"):
-        compare(config(moved), start, Console(stderr=True))
+        compare(start, config(moved), Console(stderr=True))
 
 
 def test_tokens_that_do_not_fit_are_refused_before_training(
@@ -135,15 +135,15 @@ def test_the_given_cluster_is_hatched_where_it_lies(tmp_path: Path, monkeypatch:
     drawn: list[Any] = []
     monkeypatch.setattr("recipes.objectives.draw_predictions", lambda *arguments: drawn.append(arguments))
     pretraining(tmp_path, "model_args.prediction_order=row_reversed")
-    [(file, *_, unit, explanation, given)] = drawn
+    [(file, model, *_, unit, explanation)] = drawn
     assert file == tmp_path / "predictions.png" and unit == (4, 4)
     assert "true mean and deviation" in explanation  # of normalised pixels
-    assert given(torch.zeros(2, 1, 8, 8)).tolist() == [[3], [3]]  # of two by two, the last one
+    assert model.shown(torch.zeros(2, 1, 8, 8)).tolist() == [[3], [3]]  # of two by two, the last one
 
 
 def test_plain_pixels_take_nothing_from_the_true_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr("recipes.objectives.draw_predictions", lambda *arguments: drawn.append(arguments))
     pretraining(tmp_path, "model_args.target=pixel")
-    [(*_, explanation, _)] = drawn
+    [(*_, explanation)] = drawn
     assert "true mean and deviation" not in explanation

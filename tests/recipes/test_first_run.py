@@ -224,9 +224,9 @@ def test_another_fraction_is_another_run(tmp_path: Path) -> None:
     before = load_config(FinetuneConfig, None, settings, to_run=False)
     now = load_config(FinetuneConfig, None, [*settings, "data.validation=0.3"], to_run=False)
     start = Start(tmp_path, {"config": asdict(before), "position": {"step": 0}})
-    compare(before, start, Console(stderr=True, markup=False, emoji=False))
+    compare(start, before, Console(stderr=True, markup=False, emoji=False))
     with pytest.raises(RunError, match=r"is of another run: data\.validation was None, is 0.3"):
-        compare(now, start, Console(stderr=True, markup=False, emoji=False))
+        compare(start, now, Console(stderr=True, markup=False, emoji=False))
 
 
 # --------------------------------------------------------------------------------------------------- fitted settings

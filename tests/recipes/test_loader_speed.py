@@ -192,7 +192,7 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         loader_speed.main(["data.source=nowhere", "--json", "nowhere/speed.jsonl"])
     for argv, message in (
         ([*settings, "batch=3"], "batch is 3; allowed: an even number"),
-        ([*settings, "--rounds", "0"], "--rounds is 0, --batches 60; allowed: 1 or more"),
+        ([*settings, "--rounds", "0"], "--rounds: expected a whole number of at least 1, got '0'"),
         ([*settings, "--config", "x.yaml"], "--config goes with --step"),
         ([*settings, "--seed", "1"], "--subsampling and --seed go with --make"),
         (["--make", "1", str(tmp_path), *settings], "--make only writes files; leave out"),

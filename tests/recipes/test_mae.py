@@ -189,5 +189,5 @@ def test_the_predictions_tell_what_is_taken_from_the_true_image(
     drawn: list[Any] = []
     monkeypatch.setattr("recipes.objectives.draw_predictions", lambda *arguments: drawn.append(arguments))
     run(tmp_path, f"model_args.normed_pixels={normed}", "epochs=1", "warmup_epochs=0")
-    [(*_, explanation, _)] = drawn
+    [(*_, explanation)] = drawn
     assert ("true mean and deviation" in explanation) == normed

@@ -84,6 +84,7 @@ def test_runs_stand_side_by_side_and_failures_do_not_stop_others(
 ) -> None:
     """Two on each GPU at the same time; what failed is tried again by the next command, what ended is not."""
     (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "__init__.py").touch()  # else a PYTHONPATH with the real package goes before
     for phase in PHASES:
         (tmp_path / "recipes" / f"{phase}.py").write_text(STAND_IN)
     monkeypatch.setattr(runs_module, "CHECKOUT", tmp_path)

@@ -37,7 +37,7 @@ def test_the_whole_protocol_against_scikit_learn(monkeypatch: pytest.MonkeyPatch
     [score] = logistic.score(train, test, ProbeConfig(seed=4), CPU)
 
     unit, asked = F.normalize(values, dim=1).numpy(), F.normalize(answers, dim=1).numpy()
-    chosen_on, kept = (part.numpy() for part in held_out(classes, 0.1, 4))
+    chosen_on, kept = (part.numpy() for part in held_out(classes, 4))
     assert len(chosen_on) == 30 and sorted([*chosen_on, *kept]) == list(range(300))
     labels, models = classes.numpy(), [LogisticRegression(C=C, tol=1e-6, max_iter=10_000) for C in grid]
     points = [model.fit(unit[kept], labels[kept]).score(unit[chosen_on], labels[chosen_on]) for model in models]

@@ -351,7 +351,7 @@ def test_a_checkpoint_that_names_no_objective_is_of_the_first_one(whole: Path) -
     config = load_config(PretrainConfig, CONFIG, settings(whole))
     assert changed_settings(before, config) == {}
     with pytest.raises(RunError, match="objective was autoregressive, is another"):
-        compare(dataclasses.replace(config, objective="another"), before, Console(stderr=True))
+        compare(before, dataclasses.replace(config, objective="another"), Console(stderr=True))
 
 
 def test_going_on_with_other_classes_is_refused(tmp_path: Path) -> None:
@@ -400,13 +400,13 @@ def test_order_of_images_may_change_between_epochs_only(whole: Path, capsys: pyt
     between = Start(newest, read_state(newest))
     within = Start(between.checkpoint, {**between.state, "position": {**between.state["position"], "step": 2}})
     config = load_config(PretrainConfig, CONFIG, settings(whole, *other))
-    compare(config, between, Console(stderr=True))
+    compare(between, config, Console(stderr=True))
     warning = " ".join(capsys.readouterr().err.split())
     changes = "data.streaming was False, is True; data.shuffle_buffer was 4096, is 8"
     assert warning.startswith("warning: going on with other settings") and "data.streaming was False" in warning
     with pytest.raises(RunError, match=f"{between.checkpoint} is in the middle of an epoch.*{changes}.*--resume none"):
-        compare(config, within, Console(stderr=True))
-    compare(load_config(PretrainConfig, CONFIG, settings(whole, "base_lr=1e-3")), within, Console(stderr=True))
+        compare(within, config, Console(stderr=True))
+    compare(within, load_config(PretrainConfig, CONFIG, settings(whole, "base_lr=1e-3")), Console(stderr=True))
 
 
 def test_start_removes_what_a_killed_one_was_writing_and_nothing_else(whole: Path, tmp_path: Path) -> None:
