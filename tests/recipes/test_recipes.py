@@ -1,11 +1,13 @@
 """The training recipes: configuration, data, optimiser and the whole way from pretraining to a finetuned model."""
 
+import copy
 import csv
 import dataclasses
 import errno
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -452,17 +454,22 @@ def test_parameter_groups_leave_frozen_and_one_dimensional_parameters_undecayed(
     assert sum(p.requires_grad for p in model.parameters()) == len(decay)
 
 
+def scale_and_decay(name: str, depth: int) -> tuple[float, float]:
+    """Of a parameter of an ARM backbone with so many blocks, for layer_decay=0.5 and weight_decay=0.05."""
+    blocks = {f"blocks.{number}.": 0.5 ** (depth - number) for number in range(depth)}
+    scales = blocks | dict.fromkeys(("patch_embed", "cls_token", "pos_embed"), 0.5 ** (depth + 1))
+    undecayed = ("bias", "cls_token", "pos_embed", "mixer.D", "norm")
+    scale = next((value for start, value in scales.items() if name.startswith(start)), 1.0)
+    return scale, 0.0 if any(part in name for part in undecayed) else 0.05
+
+
 def test_layer_decay_by_hand() -> None:
     model = timm.create_model("arm_pico_patch2_8", embed_dim=16, depth=2)
     found = {}
     for group in create_optimizer(model, FinetuneConfig(weight_decay=0.05, layer_decay=0.5)).param_groups:
         found |= {id(parameter): (group["lr_scale"], group["weight_decay"]) for parameter in group["params"]}
-    scales = {"patch_embed": 0.125, "cls_token": 0.125, "pos_embed": 0.125, "blocks.0": 0.25, "blocks.1": 0.5}
-    undecayed = ("bias", "cls_token", "pos_embed", "mixer.D", "norm", "conv_bias")
     for name, parameter in model.named_parameters():
-        scale = next((value for start, value in scales.items() if name.startswith(start)), 1.0)
-        decay = 0.0 if any(part in name for part in undecayed) else 0.05
-        assert found[id(parameter)] == (scale, decay), name
+        assert found[id(parameter)] == scale_and_decay(name, 2), name
 
 
 def test_moving_average_by_hand() -> None:
@@ -723,6 +730,58 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
     assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
     assert config["pretrained_cfg"]["mean"] == pytest.approx([0.3054], abs=1e-4)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".partial*"))
+
+
+def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates, parts of a batch, smoothing, drop path, clipping, AdamW and the average, from formulas for every step."""
+    start, steps, take = [], [], Trainer._optimizer_step
+
+    def recorded(trainer: Trainer, micro_batches: list[Batch]) -> None:
+        if not start:
+            start.append(copy.deepcopy(trainer.model))
+        steps.append(micro_batches)
+        take(trainer, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", recorded)
+    settings = [*TINY, *TINY_ENCODER, "model_args.depth=3", "drop_path=0.5", f"output_dir={tmp_path}", "epochs=2"]
+    settings += ["warmup_epochs=0.5", "base_lr=0.01", "min_lr=0.001", "betas=[0.8, 0.9]", "clip_grad=0.08", "seed=3"]
+    settings += ["layer_decay=0.5", "weight_decay=0.05", "ema_decay=0.75", "max_batch_per_device=128"]
+    history = finetune(load_config(FinetuneConfig, FINETUNE, settings)).history
+    model, losses, norms = start[0].train(), [], []
+    parameters = dict(model.named_parameters())
+    average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    first, second = ({name: torch.zeros_like(value) for name, value in average.items()} for _ in range(2))
+    assert len(steps) == 10 and all(len(parts) == 2 for parts in steps)
+    for number, parts in enumerate(steps):
+        epoch = number / 5
+        rate = 0.01 * epoch / 0.5 if epoch < 0.5 else 0.001 + 0.009 * (1 + math.cos(math.pi * (epoch - 0.5) / 1.5)) / 2
+        losses.append(0.0)
+        for place, batch in enumerate(parts):
+            seed_step(3, *divmod(number, 5), place, 0)
+            logarithms = model(batch.images).log_softmax(dim=1)
+            right = logarithms.gather(1, batch.classes[:, None]).mean()
+            loss = -(0.9 * right + 0.1 * logarithms.mean()) / 2
+            loss.backward()
+            losses[-1] += loss.item()
+        norms.append(torch.stack([parameter.grad.norm() for parameter in parameters.values()]).norm().item())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                (scale, decay), gradient = scale_and_decay(name, 3), parameter.grad * min(1.0, 0.08 / norms[-1])
+                first[name] = 0.8 * first[name] + 0.2 * gradient
+                second[name] = 0.9 * second[name] + 0.1 * gradient.square()
+                deviation = (second[name] / (1 - 0.9 ** (number + 1))).sqrt()
+                step = first[name] / (1 - 0.8 ** (number + 1)) / (deviation + 1e-8)
+                parameter.sub_(scale * rate * (step + decay * parameter))
+                average[name] = 0.75 * average[name] + 0.25 * parameter
+                parameter.grad = None
+    assert min(norms) < 0.08 < max(norms)
+    for name, expected in (("model", parameters), ("ema", average)):
+        found = load_file(tmp_path / "checkpoints" / "step-00000010" / f"{name}.safetensors")
+        for parameter, values in expected.items():
+            torch.testing.assert_close(found[parameter], values.detach(), rtol=1e-3, atol=1e-5, msg=parameter)
+    assert [row["loss"] for row in history] == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 5], rel=1e-5)
+    after_one = 0.001 + 0.009 * (1 + math.cos(math.pi / 3)) / 2
+    assert [row["lr"] for row in history] == pytest.approx([after_one, 0.001])
 
 
 def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:
