@@ -455,18 +455,18 @@ def test_parameter_groups_leave_frozen_and_one_dimensional_parameters_undecayed(
 
 
 def scale_and_decay(name: str, depth: int) -> tuple[float, float]:
-    """Of a parameter of an ARM backbone with so many blocks, for layer_decay=0.5 and weight_decay=0.05."""
+    """Of a parameter of an ARM backbone with so many blocks, for layer_decay=0.5 and weight_decay=0.3."""
     blocks = {f"blocks.{number}.": 0.5 ** (depth - number) for number in range(depth)}
     scales = blocks | dict.fromkeys(("patch_embed", "cls_token", "pos_embed"), 0.5 ** (depth + 1))
     undecayed = ("bias", "cls_token", "pos_embed", "mixer.D", "norm")
     scale = next((value for start, value in scales.items() if name.startswith(start)), 1.0)
-    return scale, 0.0 if any(part in name for part in undecayed) else 0.05
+    return scale, 0.0 if any(part in name for part in undecayed) else 0.3
 
 
 def test_layer_decay_by_hand() -> None:
     model = timm.create_model("arm_pico_patch2_8", embed_dim=16, depth=2)
     found = {}
-    for group in create_optimizer(model, FinetuneConfig(weight_decay=0.05, layer_decay=0.5)).param_groups:
+    for group in create_optimizer(model, FinetuneConfig(weight_decay=0.3, layer_decay=0.5)).param_groups:
         found |= {id(parameter): (group["lr_scale"], group["weight_decay"]) for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert found[id(parameter)] == scale_and_decay(name, 2), name
@@ -745,7 +745,7 @@ def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Trainer, "_optimizer_step", recorded)
     settings = [*TINY, *TINY_ENCODER, "model_args.depth=3", "drop_path=0.5", f"output_dir={tmp_path}", "epochs=2"]
     settings += ["warmup_epochs=0.5", "base_lr=0.01", "min_lr=0.001", "betas=[0.8, 0.9]", "clip_grad=0.08", "seed=3"]
-    settings += ["layer_decay=0.5", "weight_decay=0.05", "ema_decay=0.75", "max_batch_per_device=128"]
+    settings += ["layer_decay=0.5", "weight_decay=0.3", "ema_decay=0.75", "max_batch_per_device=128"]
     history = finetune(load_config(FinetuneConfig, FINETUNE, settings)).history
     model, losses, norms = start[0].train(), [], []
     parameters = dict(model.named_parameters())
