@@ -40,7 +40,7 @@ from recipes.command_line import RECIPES, carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from recipes.data.batches import Batch
 from recipes.data.config import CORES
-from recipes.data.loader import TrainLoader
+from recipes.data.loader import EvalLoader, TrainLoader
 from recipes.data.sampling import batch_plan
 from recipes.data.sources import open_source
 from recipes.errors import RunError
@@ -51,13 +51,13 @@ from recipes.pretrain import pretrain
 from recipes.probing.config import ProbeConfig
 from recipes.quickstart import quickstart, show
 from recipes.training import parallel
-from recipes.training.ema import winner
+from recipes.training.ema import FIGURES, winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import input_config, save_pretraining
 from recipes.training.optim import create_optimizer, learning_rate
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
 from recipes.training.progress import ProgressDisplay, image_flops
-from recipes.training.scoring import evaluation
+from recipes.training.scoring import BATCH, evaluation
 from tests import ROOT
 from tests.helpers.images import write_folder
 
@@ -733,7 +733,7 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
 
 
 def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates, parts of a batch, smoothing, drop path, clipping, AdamW and the average, from formulas for every step."""
+    """Rates, parts of a batch, smoothing, drop path, clipping, AdamW, the average and scores, from formulas."""
     start, steps, take = [], [], Trainer._optimizer_step
 
     def recorded(trainer: Trainer, micro_batches: list[Batch]) -> None:
@@ -746,8 +746,9 @@ def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytes
     settings = [*TINY, *TINY_ENCODER, "model_args.depth=3", "drop_path=0.5", f"output_dir={tmp_path}", "epochs=2"]
     settings += ["warmup_epochs=0.5", "base_lr=0.01", "min_lr=0.001", "betas=[0.8, 0.9]", "clip_grad=0.08", "seed=3"]
     settings += ["layer_decay=0.5", "weight_decay=0.3", "ema_decay=0.75", "max_batch_per_device=128"]
-    history = finetune(load_config(FinetuneConfig, FINETUNE, settings)).history
-    model, losses, norms = start[0].train(), [], []
+    settings += ["evaluate_every=3"]  # and at the end
+    result = finetune(load_config(FinetuneConfig, FINETUNE, settings))
+    history, model, losses, norms = result.history, start[0].train(), [], []
     parameters = dict(model.named_parameters())
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     first, second = ({name: torch.zeros_like(value) for name, value in average.items()} for _ in range(2))
@@ -779,6 +780,11 @@ def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytes
         found = load_file(tmp_path / "checkpoints" / "step-00000010" / f"{name}.safetensors")
         for parameter, values in expected.items():
             torch.testing.assert_close(found[parameter], values.detach(), rtol=1e-3, atol=1e-5, msg=parameter)
+        model.load_state_dict(found)
+        right = 0
+        for batch in EvalLoader(result.source.test, result.inputs, BATCH):
+            right += int((model.eval()(batch.images).argmax(dim=1) == batch.classes).sum())
+        assert history[-1][FIGURES[name]] == pytest.approx(100 * right / 360) and FIGURES[name] not in history[0]
     assert [row["loss"] for row in history] == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 5], rel=1e-5)
     after_one = 0.001 + 0.009 * (1 + math.cos(math.pi / 3)) / 2
     assert [row["lr"] for row in history] == pytest.approx([after_one, 0.001])
