@@ -405,6 +405,19 @@ def test_shift_rotation_and_zoom_by_hand() -> None:
     assert moved(0, 0, 1, 0, max_shift=0.125) == [2, 2]  # the window moves right, so the image moves left
     assert moved(0, 0, 0, -1, max_shift=0.25) == [4, 3]
     assert moved(1, 0, 0, 0, max_rotation=180) == [5, 4]
+    assert moved(0, 1, 0, 0, max_zoom=0.5) == [1, 3]  # half as large again, away from the middle
+    assert moved(0, -1, 0, 0, max_zoom=0.5) == [3, 3]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12), (12, 8)])
+def test_rotation_keeps_distances(height: int, width: int) -> None:
+    image = torch.zeros(1, 1, height, width)
+    row, column = height // 2, width // 2
+    image[0, 0, row - 2, column - 1] = 1  # half a column from the middle, and one row and a half above it
+    turned = warp(image, torch.tensor([[1.0, 0, 0, 0]]), DataConfig(source="x", max_rotation=90))
+    expected = torch.zeros_like(image)
+    expected[0, 0, row, column - 2] = 1
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-5)
 
 
 def test_normalisation_and_erasing(folder: Path) -> None:
