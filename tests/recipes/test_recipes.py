@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -554,7 +555,7 @@ def test_short_names_of_models_are_trained(pretrained: str | None, tmp_path: Pat
 
 
 def mixing(*overrides: str) -> FinetuneConfig:
-    return load_config(FinetuneConfig, FINETUNE, ["mixup=0.8", "cutmix=0", "label_smoothing=0.1", *overrides])
+    return load_config(FinetuneConfig, FINETUNE, ["mixup=0.8", "cutmix=0", "label_smoothing=0.2", *overrides])
 
 
 def test_mixup_by_hand() -> None:
@@ -572,12 +573,42 @@ def test_mixup_by_hand() -> None:
     np.random.rand()  # against the probability 1 of mixing at all
     share = np.random.beta(0.8, 0.8)
     assert seen == [pytest.approx([1 - share, share])]
-    target = torch.full((2, 10), 0.1 / 10)
-    target[0, 3] += 0.9 * share
-    target[0, 5] += 0.9 * (1 - share)
-    target[1, 5] += 0.9 * share
-    target[1, 3] += 0.9 * (1 - share)
+    target = torch.full((2, 10), 0.2 / 10)
+    target[0, 3] += 0.8 * share
+    target[0, 5] += 0.8 * (1 - share)
+    target[1, 5] += 0.8 * share
+    target[1, 3] += 0.8 * (1 - share)
     assert loss.item() == pytest.approx(-(target * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+
+
+def test_every_pass_draws_by_its_position_and_mixing_by_that_of_its_step() -> None:
+    def drawn(position: list[int]) -> tuple[float, float]:
+        seed_step(*position)
+        return np.random.rand(), torch.rand(()).item()
+
+    position = [5, 1, 2, 3, 4]  # seed, epoch, step, micro-batch, process
+    first = drawn(position)
+    assert drawn(position) == first
+    for place in range(5):
+        mixed, other = drawn([number + (place == each) for each, number in enumerate(position)])
+        assert other != first[1] and (mixed == first[0]) == (place > 2)
+
+
+def test_batches_are_mixed_as_often_as_asked_for() -> None:
+    """Of a black and a white image, mixup makes grey ones, and cutmix ones of both colours."""
+    loss_of = classification_loss(mixing("cutmix=1", "mixup_probability=0.6", "mixup_switch_probability=0.25"), 10)
+    found = Counter[str]()
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        colours = images[0].unique().tolist()
+        found["plain" if colours == [0] else "cutmix" if colours == [0, 1] else "mixup"] += 1
+        return torch.zeros(2, 10)
+
+    for step in range(1000):
+        seed_step(0, 0, step, 0, 0)
+        images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).repeat(1, 1, 16, 16)
+        loss_of(model, Batch(images, torch.tensor([3, 5]), torch.arange(2), []))
+    assert abs(found["mixup"] - 450) < 50 and abs(found["cutmix"] - 150) < 40 and abs(found["plain"] - 400) < 50
 
 
 @pytest.mark.parametrize("overrides", [(), ("mixup=0", "cutmix=1")])
@@ -769,6 +800,7 @@ def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytes
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     first, second = ({name: torch.zeros_like(value) for name, value in average.items()} for _ in range(2))
     assert len(steps) == 10 and all(len(parts) == 2 for parts in steps)
+    assert model.blocks[2].drop_path.drop_prob == 0.25  # the authors': a block has the rate of the one before it
     for number, parts in enumerate(steps):
         epoch = number / 5
         rate = 0.01 * epoch / 0.5 if epoch < 0.5 else 0.001 + 0.009 * (1 + math.cos(math.pi * (epoch - 0.5) / 1.5)) / 2
