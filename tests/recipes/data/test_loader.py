@@ -266,6 +266,22 @@ def read_keys(config: PretrainConfig, processes: int) -> list[list[list[str]]]:
     return [[[key.encoded.name for key in keys if key.encoded] for keys in order] for order in orders]
 
 
+def test_streams_are_mixed_as_far_as_the_buffer_reaches(tmp_path: Path) -> None:
+    """What is stored class by class would otherwise come class by class."""
+    write_tar(tmp_path / "train-0.tar", [0] * 48)
+    write_tar(tmp_path / "val-0.tar", [0])
+
+    def steps_of(buffer: int) -> list[list[int]]:
+        settings = ["data.streaming=true", "data.num_classes=1", f"data.shuffle_buffer={buffer}", "epochs=1"]
+        [order] = read_keys(configure(tmp_path, *settings), 1)
+        return [sorted(int(name.rpartition("/")[2]) for name in names) for names in order]
+
+    assert steps_of(1) == [list(range(first, first + 12)) for first in (0, 12, 24, 36)]  # as stored
+    first = steps_of(24)[0]
+    assert 24 <= max(first) < 36 and 0 < sum(number < 12 for number in first) < 12
+    assert max(steps_of(48)[0]) > 36
+
+
 def as_on_the_hub(monkeypatch: pytest.MonkeyPatch, tars: Path) -> None:
     """Let the Hub give the tars, as a stream whose shards cannot be counted."""
     load = datasets.load_dataset
