@@ -25,7 +25,7 @@ from recipes.data.loader import EvalLoader, TrainLoader
 from recipes.data.sampling import BatchPlan, Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
-from recipes.data.transforms import warp
+from recipes.data.transforms import Normalisation, warp
 from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
@@ -445,6 +445,14 @@ def test_normalisation_and_erasing(folder: Path) -> None:
     assert values.min() >= -1e-6 and values.max() <= 1 + 1e-6 and values.std() > 0.1
     changed = [(plain[i][0] != erased[i][0]).float().mean().item() for i in plain]
     assert all(0.01 < share < 0.4 for share in changed)  # timm erases 2% to a third of the area
+
+
+def test_normalisation_by_hand() -> None:
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 1, 3)
+    normalise = Normalisation((0.5, 0.0, 0.2), (0.25, 1.0, 0.1), CPU)
+    expected = torch.tensor([[-2, -1.2, 2], [0, 0.2, 1], [-2, 0, 8]]).view(1, 3, 1, 3)
+    for images in (levels, levels / 255):
+        torch.testing.assert_close(normalise(images), expected, rtol=0, atol=1e-6)
 
 
 def test_a_plan_that_is_no_split_of_the_global_batch_is_refused(folder: Path) -> None:
