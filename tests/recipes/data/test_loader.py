@@ -425,6 +425,19 @@ def test_shift_rotation_and_zoom_by_hand() -> None:
     assert moved(0, -1, 0, 0, max_zoom=0.5) == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("key", "small", "large"), [("shift", 1e-6, 0.5), ("rotation", 1e-4, 90), ("zoom", 1e-6, 0.5)]
+)
+def test_images_are_moved_as_far_as_asked_for(folder: Path, key: str, small: float, large: float) -> None:
+    """Each way on its own, and the values stay those of normalised images."""
+    plain, still, moved = (
+        torch.stack([image for image, _ in by_index(epoch(configure(folder, f"data.max_{key}={limit}"), 0)).values()])
+        for limit in (0, small, large)
+    )
+    torch.testing.assert_close(still, plain, rtol=0, atol=1e-3)
+    assert (moved - plain).abs().mean() > 0.1
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12), (12, 8)])
 def test_rotation_keeps_distances(height: int, width: int) -> None:
     image = torch.zeros(1, 1, height, width)
