@@ -459,6 +459,11 @@ def test_test_size_and_crop_are_used_unless_train_size(tmp_path: Path) -> None:
     assert (tuple(trained["input_size"]), trained["crop_pct"]) == ((3, 160, 160), 0.95)
 
 
+def test_models_are_scored_in_evaluation_mode(world: World) -> None:
+    """Batch norms, dropout and drop path would change the scores unnoticed."""
+    assert not any(module.training for module in models.load(MODEL, str(world.weights)).model.modules())
+
+
 def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "results.csv"
     words = ["--sets", *world.sets(), "--batch-size", "4"]
@@ -620,6 +625,8 @@ def test_limit_spreads_over_the_set_and_marks_the_row(world: World, tmp_path: Pa
     [row] = run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--limit", "6")
     assert (row["n"], row["limit"]) == ("6", "6")
     assert "limited to 6 of 18 images" in row["warnings"]
+    settings = scoring.Settings(batch_size=4, workers=0, dtype="fp32", limit=6)
+    assert scoring.cut(18, settings) == [[0, 3, 6, 9], [12, 15]]
 
 
 def test_undecodable_images_are_counted_and_named(
