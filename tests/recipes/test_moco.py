@@ -62,7 +62,7 @@ def test_an_odd_batch_is_refused_for_the_reason_of_all_recipes(images: Path, tmp
         load_config(PretrainConfig, CONFIG, settings(tmp_path, images, "global_batch=7"))
 
 
-@pytest.mark.parametrize("step", [4, 5])  # after the step of the first epoch's largest gradient, and at the epoch's end
+@pytest.mark.parametrize("step", [4, 5])  # after the largest gradient of the first epoch, and at its end
 def test_resumed_runs_are_the_same_to_the_bit(whole: Trained, images: Path, step: int, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
     before = Path(whole.config.output_dir)
