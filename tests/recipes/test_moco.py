@@ -79,6 +79,16 @@ def test_resumed_runs_are_the_same_to_the_bit(whole: Trained, images: Path, step
     assert len(result.history) == 2
 
 
+def test_the_momentum_encoder_moves_before_every_step(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the fraction of the training that is over then."""
+    done: list[float] = []
+    monkeypatch.setattr(MoCoPretrain, "update_momentum_encoder", lambda model, fraction: done.append(fraction))
+    run(tmp_path, images)
+    assert done == pytest.approx([step / 10 for step in range(10)])
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(whole: Trained, images: Path, tmp_path: Path) -> None:
     """The figures are those of one process, and so are the statistics of batch norms."""
