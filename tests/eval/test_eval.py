@@ -760,6 +760,16 @@ def test_small_figures_are_percent_unless_the_trainer_wrote_the_card(
     assert list(figures.values()) == pytest.approx(expected)
 
 
+def test_top5_on_a_card_is_not_taken_for_top1(tmp_path: Path) -> None:
+    results = [
+        EvalResult("image-classification", "imagenet-1k", "ImageNet-1k", "accuracy", value, metric_name=name)
+        for name, value in (("Top 5 Accuracy", 96.5), ("Top 1 Accuracy", 83.2))
+    ]
+    data = ModelCardData(model_name="some-model", eval_results=results)
+    (tmp_path / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n")
+    assert verify.read_card("some_model", None, tmp_path / "README.md")[1] == {"in1k": 83.2}
+
+
 @pytest.mark.parametrize(
     "names, expected",
     [

@@ -836,6 +836,7 @@ def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytes
         is_exported = all(torch.equal(found[key], value) for key, value in result.model.state_dict().items())
         assert is_exported == (name == "ema")
     assert [row["loss"] for row in history] == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 5], rel=1e-5)
+    assert history[0]["images_per_second"] * history[0]["seconds"] >= 5 * 256
     after_one = 0.001 + 0.009 * (1 + math.cos(math.pi / 3)) / 2
     assert [row["lr"] for row in history] == pytest.approx([after_one, 0.001])
 
