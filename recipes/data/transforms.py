@@ -156,7 +156,11 @@ def warp(images: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
     angle = rotation * math.radians(config.max_rotation)
     scale = 1 / (1 + zoom * config.max_zoom)  # the inverse, as the matrix maps places in the output to the input
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    reach = 2 * config.max_shift  # affine_grid's coordinates run from -1 to 1 over the side
-    rows = [torch.stack([cos, -sin, shift_x * reach], dim=-1), torch.stack([sin, cos, shift_y * reach], dim=-1)]
+    # affine_grid's coordinates run from -1 to 1 over each side, whatever its length
+    reach, aspect = 2 * config.max_shift, images.shape[3] / images.shape[2]
+    rows = [
+        torch.stack([cos, -sin / aspect, shift_x * reach], dim=-1),
+        torch.stack([sin * aspect, cos, shift_y * reach], dim=-1),
+    ]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)

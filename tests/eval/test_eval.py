@@ -459,6 +459,11 @@ def test_test_size_and_crop_are_used_unless_train_size(tmp_path: Path) -> None:
     assert (tuple(trained["input_size"]), trained["crop_pct"]) == ((3, 160, 160), 0.95)
 
 
+def test_models_are_scored_in_evaluation_mode(world: World) -> None:
+    """Batch norms, dropout and drop path would change the scores unnoticed."""
+    assert not any(module.training for module in models.load(MODEL, str(world.weights)).model.modules())
+
+
 def test_a_run_that_was_killed_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "results.csv"
     words = ["--sets", *world.sets(), "--batch-size", "4"]
@@ -632,6 +637,8 @@ def test_limit_spreads_over_the_set_and_marks_the_row(world: World, tmp_path: Pa
     [row] = run(world, tmp_path / "results.csv", "--sets", f"v2={world.planted['v2'].path}", "--limit", "6")
     assert (row["n"], row["limit"]) == ("6", "6")
     assert "limited to 6 of 18 images" in row["warnings"]
+    settings = scoring.Settings(batch_size=4, workers=0, dtype="fp32", limit=6)
+    assert scoring.cut(18, settings) == [[0, 3, 6, 9], [12, 15]]
 
 
 def test_undecodable_images_are_counted_and_named(
@@ -763,6 +770,16 @@ def test_small_figures_are_percent_unless_the_trainer_wrote_the_card(
     figures = verify.read_card("some_model", None, file)[1]
     assert list(figures) == ["a", "r"]
     assert list(figures.values()) == pytest.approx(expected)
+
+
+def test_top5_on_a_card_is_not_taken_for_top1(tmp_path: Path) -> None:
+    results = [
+        EvalResult("image-classification", "imagenet-1k", "ImageNet-1k", "accuracy", value, metric_name=name)
+        for name, value in (("Top 5 Accuracy", 96.5), ("Top 1 Accuracy", 83.2))
+    ]
+    data = ModelCardData(model_name="some-model", eval_results=results)
+    (tmp_path / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n")
+    assert verify.read_card("some_model", None, tmp_path / "README.md")[1] == {"in1k": 83.2}
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def test_calibration_error_of_two_bins() -> None:
     confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.35, 0.35])
     correct = np.array([True, True, True, False, False, True])
     assert metrics.expected_calibration_error(confidence, correct) == pytest.approx(100 * (4 * 0.2 + 2 * 0.15) / 6)
+    apart, correct = np.array([0.62, 0.68]), np.array([True, False])  # on either side of 10 / 15
+    assert metrics.expected_calibration_error(apart, correct) == pytest.approx(100 * (0.38 + 0.68) / 2)
 
 
 def test_wilson_interval() -> None:

@@ -621,6 +621,19 @@ def test_speeds_of_several_backends_count_once() -> None:
     assert entry.speeds == {"A GPU, bf16, measured": 700.0}
 
 
+def test_speeds_are_of_the_same_model_size_and_mode() -> None:
+    entry = entries.Entry("a", "measured", "224", None, "", architecture="arm_base_patch16_224.arm_in1k")
+    way = {"img_size": "224", "dtype": "bf16", "compile": "False", "device": "A GPU", "scan_backend": "cuda"}
+    rows = [
+        {**way, "model": "arm_base_patch16_224.other_weights", "mode": "infer", "img_per_s": "700"},
+        {**way, "model": "arm_base_patch16_384", "mode": "infer", "img_per_s": "300"},
+        {**way, "model": "arm_base_patch16_224", "mode": "infer", "img_per_s": "200", "img_size": "384"},
+        {**way, "model": "arm_base_patch16_224", "mode": "finetune", "img_per_s": "100"},
+    ]
+    entries.add_speeds([entry], rows)
+    assert entry.speeds == {"A GPU, bf16, measured": 700.0}
+
+
 def test_peak_memory_is_shown_where_it_was_taken() -> None:
     assert columns.SPEEDS["peak MiB"]({"peak_mib": "2048.4"}) == "2,048"
     assert columns.SPEEDS["peak MiB"]({"peak_mib": ""}) == columns.SPEEDS["peak MiB"]({}) == "-"

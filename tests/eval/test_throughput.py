@@ -45,6 +45,17 @@ def test_models_take_turns() -> None:
     assert [len(times) for times in readings] == [3, 3]
 
 
+def test_a_reading_is_the_time_of_one_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setitem(timing.STEPS_PER_READING, "cpu", 4)
+
+    def step() -> None:
+        clock[0] += 1.5
+
+    assert timing.time_in_turn([step], "cpu", repeats=2) == [[1.5, 1.5]]
+
+
 def test_table_shows_milliseconds_and_speed() -> None:
     shared = dict.fromkeys(
         ("mode", "batch_size", "dtype", "autocast", "compile", "cuda_graphs", "device", "threads"), "x"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from arm_zoo.files import sha256_of
-from arm_zoo.pretraining.dvae import DVAE
+from arm_zoo.pretraining.dvae import DVAE, read_dvae
 from recipes import command_line, dvae
 from recipes.command_line import read_command
-from recipes.config import PretrainConfig, load_config
+from recipes.config import DVAEConfig, PretrainConfig, load_config
+from recipes.data.batches import Batch
 from recipes.errors import RunError
-from recipes.objectives import Trained
+from recipes.objectives import Trained, token_loss
 from recipes.pretrain import pretrain
 from recipes.signals import StopRequest
 from recipes.training.checkpoint import identity_of, read_state
@@ -69,6 +71,21 @@ def test_tokens_are_learnt_and_their_file_is_recorded(
     assert not (tmp_path / "run" / "predictions.png").exists()
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     assert read_state(checkpoint)["dvae_sha256"] == sha256
+
+
+def test_a_dvae_gets_pixels_and_no_normalised_values(tokenizer: Path) -> None:
+    config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", [*MODEL, f"dvae={tokenizer}", *TOKENS])
+    source: Any = SimpleNamespace(mean=(0.3,), std=(0.4,))
+    pixels = torch.rand(2, 1, 8, 8)
+    batch = Batch((pixels - 0.3) / 0.4, torch.zeros(2), torch.arange(2), [], torch.arange(2))
+
+    def last(*arguments: torch.Tensor) -> Any:
+        return [arguments[-1]]
+
+    tokens = token_loss(config, source)(last, batch)  # type: ignore[arg-type]
+    assert torch.equal(tokens, read_dvae(tokenizer).tokens(pixels, (4, 4))) and len(tokens.unique()) > 1
+    given = dvae.reconstruction_loss(DVAEConfig(), source)(last, batch)  # type: ignore[arg-type]
+    torch.testing.assert_close(given, pixels)
 
 
 def test_going_on_takes_a_dvae_of_the_same_content(tokenizer: Path, tmp_path: Path) -> None:

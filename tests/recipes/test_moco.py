@@ -62,7 +62,7 @@ def test_an_odd_batch_is_refused_for_the_reason_of_all_recipes(images: Path, tmp
         load_config(PretrainConfig, CONFIG, settings(tmp_path, images, "global_batch=7"))
 
 
-@pytest.mark.parametrize("step", [3, 5])  # within the first epoch, and at its end, before its row was written
+@pytest.mark.parametrize("step", [4, 5])  # after the largest gradient of the first epoch, and at its end
 def test_resumed_runs_are_the_same_to_the_bit(whole: Trained, images: Path, step: int, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
     before = Path(whole.config.output_dir)
@@ -77,6 +77,16 @@ def test_resumed_runs_are_the_same_to_the_bit(whole: Trained, images: Path, step
         [row[name] for name in WATCHED] for row in rows(before)
     ]
     assert len(result.history) == 2
+
+
+def test_the_momentum_encoder_moves_before_every_step(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the fraction of the training that is over then."""
+    done: list[float] = []
+    monkeypatch.setattr(MoCoPretrain, "update_momentum_encoder", lambda model, fraction: done.append(fraction))
+    run(tmp_path, images)
+    assert done == pytest.approx([step / 10 for step in range(10)])
 
 
 @pytest.mark.slow

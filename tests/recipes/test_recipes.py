@@ -1,15 +1,18 @@
 """The training recipes: configuration, data, optimiser and the whole way from pretraining to a finetuned model."""
 
+import copy
 import csv
 import dataclasses
 import errno
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -37,8 +40,8 @@ from recipes.__main__ import main as list_commands
 from recipes.command_line import RECIPES, carry_out, read_command
 from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from recipes.data.batches import Batch
-from recipes.data.config import CORES
-from recipes.data.loader import TrainLoader
+from recipes.data.config import CORES, DataConfig
+from recipes.data.loader import EvalLoader, TrainLoader
 from recipes.data.sampling import batch_plan
 from recipes.data.sources import open_source
 from recipes.errors import RunError
@@ -48,14 +51,14 @@ from recipes.parsing import filled
 from recipes.pretrain import pretrain
 from recipes.probing.config import ProbeConfig
 from recipes.quickstart import quickstart, show
-from recipes.training import parallel
-from recipes.training.ema import winner
+from recipes.training import parallel, setup
+from recipes.training.ema import FIGURES, winner
 from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import input_config, save_pretraining
 from recipes.training.optim import create_optimizer, learning_rate
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
 from recipes.training.progress import ProgressDisplay, image_flops
-from recipes.training.scoring import evaluation
+from recipes.training.scoring import BATCH, evaluation
 from tests import ROOT
 from tests.helpers.images import write_folder
 
@@ -112,13 +115,28 @@ def test_shipped_configurations_are_the_papers() -> None:
         config = load_config(PretrainConfig, FOLDER / f"pretrain_{size}.yaml", to_run=False)
         assert (config.epochs, learning_rate(40, config)) == pytest.approx(peaks[size])
         assert (config.betas, config.clip_grad, config.precision) == ((0.9, 0.95), 3.0, "bf16")
+        assert (config.warmup_epochs, config.min_lr, config.weight_decay) == (40, 0, 0.05)
+        assert config.model_args == {"img_size": 192, "patch_size": 16, "cluster_size": 64}
+        data = DataConfig(random_crop=(0.2, 1.0), flip=0.5)
+        assert dataclasses.replace(config.data, workers=data.workers) == data
         for suffix in ("", "_384"):
             tuned = load_config(FinetuneConfig, FOLDER / f"finetune_{size}{suffix}.yaml", to_run=False)
             assert (tuned.layer_decay, tuned.drop_path) == finetuning[size]
             assert (tuned.epochs, tuned.ema_decay, tuned.clip_grad) == (100, 0.99992, None)
-            assert learning_rate(5, tuned) == pytest.approx(2e-3) and tuned.data.erase == 0.25
+            assert learning_rate(5, tuned) == pytest.approx(2e-3)
+            assert (tuned.warmup_epochs, tuned.min_lr, tuned.weight_decay) == (5, 1e-6, 0.05)
+    data = DataConfig(random_crop=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1", erase=0.25)
+    small = ("digits", "pieces", "cifar10", "tiny_imagenet")
+    for file in CONFIGS:
+        if kind(file) is not FinetuneConfig or file.stem.endswith(small):
+            continue
+        config = load_config(FinetuneConfig, file, to_run=False)
+        assert dataclasses.replace(config.data, workers=data.workers) == data
+        mixed = config.mixup, config.cutmix, config.mixup_probability, config.mixup_switch_probability
+        assert (*mixed, config.label_smoothing, config.betas) == (0.8, 1.0, 1.0, 0.5, 0.1, (0.9, 0.999))
     supervised = load_config(FinetuneConfig, FOLDER / "supervised_large.yaml", to_run=False)
     assert learning_rate(5, supervised) == pytest.approx(1e-3) and supervised.ema_decay == 0.99996
+    assert (supervised.layer_decay, supervised.weight_decay, supervised.min_lr) == (1.0, 0.05, 1e-5)
     vim = {"tiny": (1024, 0.1, 0.0), "small": (512, 0.05, 0.05), "base": (1024, 0.1, 0.1)}
     for size, settings in vim.items():  # the scripts of hustvl/Vim; the base size is ours
         config = load_config(FinetuneConfig, FOLDER / f"supervised_vim_{size}.yaml", to_run=False)
@@ -452,17 +470,22 @@ def test_parameter_groups_leave_frozen_and_one_dimensional_parameters_undecayed(
     assert sum(p.requires_grad for p in model.parameters()) == len(decay)
 
 
+def scale_and_decay(name: str, depth: int) -> tuple[float, float]:
+    """Of a parameter of an ARM backbone with so many blocks, for layer_decay=0.5 and weight_decay=0.3."""
+    blocks = {f"blocks.{number}.": 0.5 ** (depth - number) for number in range(depth)}
+    scales = blocks | dict.fromkeys(("patch_embed", "cls_token", "pos_embed"), 0.5 ** (depth + 1))
+    undecayed = ("bias", "cls_token", "pos_embed", "mixer.D", "norm")
+    scale = next((value for start, value in scales.items() if name.startswith(start)), 1.0)
+    return scale, 0.0 if any(part in name for part in undecayed) else 0.3
+
+
 def test_layer_decay_by_hand() -> None:
     model = timm.create_model("arm_pico_patch2_8", embed_dim=16, depth=2)
     found = {}
-    for group in create_optimizer(model, FinetuneConfig(weight_decay=0.05, layer_decay=0.5)).param_groups:
+    for group in create_optimizer(model, FinetuneConfig(weight_decay=0.3, layer_decay=0.5)).param_groups:
         found |= {id(parameter): (group["lr_scale"], group["weight_decay"]) for parameter in group["params"]}
-    scales = {"patch_embed": 0.125, "cls_token": 0.125, "pos_embed": 0.125, "blocks.0": 0.25, "blocks.1": 0.5}
-    undecayed = ("bias", "cls_token", "pos_embed", "mixer.D", "norm", "conv_bias")
     for name, parameter in model.named_parameters():
-        scale = next((value for start, value in scales.items() if name.startswith(start)), 1.0)
-        decay = 0.0 if any(part in name for part in undecayed) else 0.05
-        assert found[id(parameter)] == (scale, decay), name
+        assert found[id(parameter)] == scale_and_decay(name, 2), name
 
 
 def test_moving_average_by_hand() -> None:
@@ -532,7 +555,7 @@ def test_short_names_of_models_are_trained(pretrained: str | None, tmp_path: Pat
 
 
 def mixing(*overrides: str) -> FinetuneConfig:
-    return load_config(FinetuneConfig, FINETUNE, ["mixup=0.8", "cutmix=0", "label_smoothing=0.1", *overrides])
+    return load_config(FinetuneConfig, FINETUNE, ["mixup=0.8", "cutmix=0", "label_smoothing=0.2", *overrides])
 
 
 def test_mixup_by_hand() -> None:
@@ -550,12 +573,42 @@ def test_mixup_by_hand() -> None:
     np.random.rand()  # against the probability 1 of mixing at all
     share = np.random.beta(0.8, 0.8)
     assert seen == [pytest.approx([1 - share, share])]
-    target = torch.full((2, 10), 0.1 / 10)
-    target[0, 3] += 0.9 * share
-    target[0, 5] += 0.9 * (1 - share)
-    target[1, 5] += 0.9 * share
-    target[1, 3] += 0.9 * (1 - share)
+    target = torch.full((2, 10), 0.2 / 10)
+    target[0, 3] += 0.8 * share
+    target[0, 5] += 0.8 * (1 - share)
+    target[1, 5] += 0.8 * share
+    target[1, 3] += 0.8 * (1 - share)
     assert loss.item() == pytest.approx(-(target * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+
+
+def test_every_pass_draws_by_its_position_and_mixing_by_that_of_its_step() -> None:
+    def drawn(position: list[int]) -> tuple[float, float]:
+        seed_step(*position)
+        return np.random.rand(), torch.rand(()).item()
+
+    position = [5, 1, 2, 3, 4]  # seed, epoch, step, micro-batch, process
+    first = drawn(position)
+    assert drawn(position) == first
+    for place in range(5):
+        mixed, other = drawn([number + (place == each) for each, number in enumerate(position)])
+        assert other != first[1] and (mixed == first[0]) == (place > 2)
+
+
+def test_batches_are_mixed_as_often_as_asked_for() -> None:
+    """Of a black and a white image, mixup makes grey ones, and cutmix ones of both colours."""
+    loss_of = classification_loss(mixing("cutmix=1", "mixup_probability=0.6", "mixup_switch_probability=0.25"), 10)
+    found = Counter[str]()
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        colours = images[0].unique().tolist()
+        found["plain" if colours == [0] else "cutmix" if colours == [0, 1] else "mixup"] += 1
+        return torch.zeros(2, 10)
+
+    for step in range(1000):
+        seed_step(0, 0, step, 0, 0)
+        images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).repeat(1, 1, 16, 16)
+        loss_of(model, Batch(images, torch.tensor([3, 5]), torch.arange(2), []))
+    assert abs(found["mixup"] - 450) < 50 and abs(found["cutmix"] - 150) < 40 and abs(found["plain"] - 400) < 50
 
 
 @pytest.mark.parametrize("overrides", [(), ("mixup=0", "cutmix=1")])
@@ -723,6 +776,69 @@ def test_from_pretraining_to_a_model_that_timm_loads(tmp_path: Path) -> None:
     assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
     assert config["pretrained_cfg"]["mean"] == pytest.approx([0.3054], abs=1e-4)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".partial*"))
+
+
+def test_a_run_computes_what_its_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates, parts of a batch, smoothing, drop path, clipping, AdamW, the average and scores, from formulas."""
+    start, steps, take = [], [], Trainer._optimizer_step
+
+    def recorded(trainer: Trainer, micro_batches: list[Batch]) -> None:
+        if not start:
+            start.append(copy.deepcopy(trainer.model))
+        steps.append(micro_batches)
+        take(trainer, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", recorded)
+    monkeypatch.setattr(setup, "winner", lambda last: "ema")  # which scores no higher in so short a run
+    settings = [*TINY, *TINY_ENCODER, "model_args.depth=3", "drop_path=0.5", f"output_dir={tmp_path}", "epochs=2"]
+    settings += ["warmup_epochs=0.5", "base_lr=0.01", "min_lr=0.001", "betas=[0.8, 0.9]", "clip_grad=0.08", "seed=3"]
+    settings += ["layer_decay=0.5", "weight_decay=0.3", "ema_decay=0.75", "max_batch_per_device=128"]
+    settings += ["evaluate_every=3"]  # and at the end
+    result = finetune(load_config(FinetuneConfig, FINETUNE, settings))
+    history, model, losses, norms = result.history, start[0].train(), [], []
+    parameters = dict(model.named_parameters())
+    average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    first, second = ({name: torch.zeros_like(value) for name, value in average.items()} for _ in range(2))
+    assert len(steps) == 10 and all(len(parts) == 2 for parts in steps)
+    assert model.blocks[2].drop_path.drop_prob == 0.25  # the authors': a block has the rate of the one before it
+    for number, parts in enumerate(steps):
+        epoch = number / 5
+        rate = 0.01 * epoch / 0.5 if epoch < 0.5 else 0.001 + 0.009 * (1 + math.cos(math.pi * (epoch - 0.5) / 1.5)) / 2
+        losses.append(0.0)
+        for place, batch in enumerate(parts):
+            seed_step(3, *divmod(number, 5), place, 0)
+            logarithms = model(batch.images).log_softmax(dim=1)
+            right = logarithms.gather(1, batch.classes[:, None]).mean()
+            loss = -(0.9 * right + 0.1 * logarithms.mean()) / 2
+            loss.backward()
+            losses[-1] += loss.item()
+        norms.append(torch.stack([parameter.grad.norm() for parameter in parameters.values()]).norm().item())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                (scale, decay), gradient = scale_and_decay(name, 3), parameter.grad * min(1.0, 0.08 / norms[-1])
+                first[name] = 0.8 * first[name] + 0.2 * gradient
+                second[name] = 0.9 * second[name] + 0.1 * gradient.square()
+                deviation = (second[name] / (1 - 0.9 ** (number + 1))).sqrt()
+                step = first[name] / (1 - 0.8 ** (number + 1)) / (deviation + 1e-8)
+                parameter.sub_(scale * rate * (step + decay * parameter))
+                average[name] = 0.75 * average[name] + 0.25 * parameter
+                parameter.grad = None
+    assert min(norms) < 0.08 < max(norms)
+    for name, expected in (("model", parameters), ("ema", average)):
+        found = load_file(tmp_path / "checkpoints" / "step-00000010" / f"{name}.safetensors")
+        for parameter, values in expected.items():
+            torch.testing.assert_close(found[parameter], values.detach(), rtol=1e-3, atol=1e-5, msg=parameter)
+        model.load_state_dict(found)
+        right = 0
+        for batch in EvalLoader(result.source.test, result.inputs, BATCH):
+            right += int((model.eval()(batch.images).argmax(dim=1) == batch.classes).sum())
+        assert history[-1][FIGURES[name]] == pytest.approx(100 * right / 360) and FIGURES[name] not in history[0]
+        is_exported = all(torch.equal(found[key], value) for key, value in result.model.state_dict().items())
+        assert is_exported == (name == "ema")
+    assert [row["loss"] for row in history] == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 5], rel=1e-5)
+    assert history[0]["images_per_second"] * history[0]["seconds"] >= 5 * 256
+    after_one = 0.001 + 0.009 * (1 + math.cos(math.pi / 3)) / 2
+    assert [row["lr"] for row in history] == pytest.approx([after_one, 0.001])
 
 
 def test_pretraining_leaves_a_model_and_a_backbone(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from arm_zoo.heads.segmentation import segment as segment_image
 from arm_zoo.images.masks import IGNORED, open_masks
 from eval import segmentation, tables
 from recipes import digit_scenes, segment
 from recipes.config import ConfigError, SegmentConfig, load_config
+from recipes.data.batches import Batch
 from tests import ROOT
 
 MODEL = ["model=test_vit", "model_args.img_size=32", "model_args.patch_size=8"]
@@ -81,6 +83,15 @@ def test_keywords_of_a_segmenter_are_those_of_its_backbone() -> None:
     assert config.build(device="meta", in_chans=2).get_submodule("backbone.patch_embed.proj").weight.shape[1] == 2
     with pytest.raises(TypeError, match=r"unknown keyword typo; the model takes .*img_size"):
         config.build(typo=1)
+
+
+def test_the_loss_is_the_mean_over_pixels_with_a_class() -> None:
+    logits, labels = torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), IGNORED, dtype=torch.uint8)
+    labels[0, 1, 2], labels[1, 3, 0] = 2, 0
+    batch = Batch(logits, labels, torch.arange(2), [])
+    expected = -(logits[0, :, 1, 2].log_softmax(0)[2] + logits[1, :, 3, 0].log_softmax(0)[0]) / 2
+    torch.testing.assert_close(segment.pixel_loss(nn.Identity(), batch), expected)
+    assert segment.pixel_loss(nn.Identity(), batch._replace(classes=torch.full_like(labels, IGNORED))) == 0
 
 
 def test_the_evaluator_scores_what_the_recipe_scored(

@@ -1043,6 +1043,7 @@ def test_set_input_size_takes_patch_sizes(stride: int | None, tmp_path: Path) ->
     assert model.patch_embed.proj.weight.shape == (48, 3, 8, 8)
     assert model.patch_embed.proj.stride == (8, 8)
     assert model.patch_embed.grid_size == (6, 8)
+    assert all(parameter.requires_grad for parameter in model.parameters())  # the new ones, too
     x = images(model)
     assert model(x).shape == (2, 10)
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)

@@ -10,10 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from arm_zoo import CheckpointError
 from arm_zoo.files import DownloadError
@@ -60,6 +63,18 @@ def test_tokens_go_row_by_row_and_pictures_are_resized() -> None:
     doubled = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert encoder.tokens(doubled, (2, 3)).shape == (2, 6)
     assert encoder.tokens(doubled, (4, 6)).shape == (2, 24)
+
+
+def test_pictures_are_resized_as_by_pillow() -> None:
+    """Bicubic with antialiasing, which makes values outside of 0..1 that are cut off."""
+    encoder, seen = DVAEEncoder(8, 16, in_chans=1, blocks=1), list[torch.Tensor]()
+    encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    picture = (torch.rand(40, 40) > 0.5).float()
+    encoder.tokens(picture[None, None], (3, 2))
+    resized = np.asarray(Image.fromarray(picture.numpy()).resize((16, 24), Image.Resampling.BICUBIC))
+    assert resized.max() > 1
+    expected = torch.from_numpy(0.8 * resized.clip(0, 1) + 0.1)
+    torch.testing.assert_close(seen[0][0, 0], expected, rtol=0, atol=1e-5)
 
 
 # files
@@ -204,6 +219,18 @@ def test_a_dvae_learns_to_draw_and_its_encoder_is_read(tmp_path: Path) -> None:
     tokens = encoder.tokens(pixels[:4], (2, 2))
     assert torch.equal(tokens, model.encoder.tokens(pixels[:4], (2, 2)))
     assert len(tokens.unique()) > 1
+
+
+def test_mapped_pixels_are_drawn_from_one_token_each() -> None:
+    model, pixels = DVAE(img_size=16, n_hid=8, vocab_size=8, prior=0.0), torch.rand(2, 3, 16, 16)
+    seen = list[torch.Tensor]()
+    for part in (model.encoder.blocks, model.decoder):
+        part.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    loss, decoded, _ = model(pixels)
+    given, codes = seen
+    torch.testing.assert_close(given, 0.8 * pixels + 0.1)
+    torch.testing.assert_close(codes, F.one_hot(codes.argmax(dim=1), 8).movedim(-1, 1).float())
+    assert loss.item() == pytest.approx((decoded - given).square().mean().item())
 
 
 def test_recomputing_changes_no_gradient() -> None:

@@ -106,6 +106,7 @@ def test_the_decoder_has_the_published_number_of_parameters() -> None:
         model = create_pretraining_model(name, "mae", device="meta")
         parts = [p for key, p in model.named_parameters() if key.startswith(("decoder_", "mask_token"))]
         assert sum(p.numel() for p in parts) == wanted and model.kept_patches == 49
+        assert model.decoder_blocks[0].attn.num_heads == 16  # which no shape tells
 
 
 # -------------------------------------------------------------------------------------------------------------- masks
@@ -253,6 +254,9 @@ def test_tables_stay_and_everything_else_learns() -> None:
         assert idle == {"pos_embed", "decoder_pos_embed"}
         assert torch.equal(model.pos_embed, sincos_pos_embed(16, 4, 4))
         assert ("cls_token" in model.state_dict()) == (family == "vim")
+        wide = small(family, embed_dim=512, decoder_dim=512)
+        tokens = [token for token in (wide.mask_token, wide.cls_token) if token is not None]
+        assert all(token.std().item() == pytest.approx(0.02, rel=0.2) for token in tokens)
 
 
 def test_reconstructions_keep_what_is_shown() -> None:

@@ -174,6 +174,16 @@ def test_the_loss_is_at_chance_where_features_say_nothing_and_a_collapse_shows()
     assert deviation < 1e-3
 
 
+def test_views_look_for_each_other_at_the_models_temperature() -> None:
+    model, images = small("arm", temperature=0.7), torch.randn(8, 1, 8, 8)
+    one, other = images[:4], images[4:]
+    expected = sum(
+        contrastive_loss(model.predictor(model.base_encoder(view)), model.momentum_encoder(mate), 0.7).item()
+        for view, mate in ((one, other), (other, one))
+    )
+    assert model(images)[0].item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("family, backbone_class", [("arm", ARM), ("vim", Vim)])
 def test_the_encoder_becomes_a_backbone(family: str, backbone_class: type, tmp_path: Path) -> None:
     """All scans, class token and final norm are the trained ones, the feature what the family classifies with."""

@@ -134,6 +134,22 @@ def test_the_model_draws_its_orders_from_the_seeds() -> None:
     assert all(map(torch.equal, model.answers(images).values(), rows.answers(images).values()))
 
 
+@pytest.mark.parametrize("order", PREDICTION_ORDERS)
+def test_a_query_knows_the_position_of_the_patch_that_it_predicts(order: str) -> None:
+    """Where all latents are the same, it knows nothing else: in any order, a patch gets one prediction."""
+    model, rows = small(prediction_order=order), small()
+    orders = model.random_orders(images_for(model)) if order == "random" else model.order.expand(2, -1)
+    latent = torch.randn(1, 1, 64, 2, dtype=torch.float64).expand(2, 128, -1, -1)
+    found = model.forward_decoder(latent, orders if order == "random" else None)
+    expected = rows.forward_decoder(latent)[0]
+    place = torch.full((144,), -1).index_copy_(0, rows.order[16:], torch.arange(128))
+    assert len(expected.unique(dim=0)) == 128
+    for prediction, predicted in zip(found, orders[:, 16:], strict=True):
+        both = place[predicted] >= 0  # not the cluster that is given in row order
+        assert both.sum() >= 112
+        torch.testing.assert_close(prediction[both], expected[place[predicted][both]])
+
+
 def test_every_order_and_target_gives_another_loss() -> None:
     """With the same weights: a switch that did nothing would not."""
     images = images_for(small())

@@ -1,5 +1,6 @@
 """The runs of a table: which are the same, what they hand on, and how they are carried out side by side."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from recipes.ablations import PHASES
 from recipes.ablations import runs as runs_module
-from recipes.ablations.runs import Run, Scheduler, gpu_groups, runs_of, slots_of
+from recipes.ablations.runs import Outcome, Run, Scheduler, gpu_groups, runs_of, slots_of
 from recipes.errors import RunError
 from recipes.signals import StopRequest
 from tests.helpers.ablations import TWO, read_table
@@ -39,6 +40,20 @@ def test_phases_hand_their_weights_on() -> None:
     assert "epochs=7" in words["finetune"] and "epochs=7" not in words["pretrain"]
     assert all({"data.max_zoom=0", f"output_dir={run.folder / phase}"} <= {*words[phase]} for phase in PHASES)
     assert all("seed=3" in words[phase] for phase in PHASES)
+
+
+def test_a_run_has_the_score_and_the_time_of_its_last_epoch(tmp_path: Path) -> None:
+    [run] = runs_of(read_table(5, "digits", rows=TWO[:1]), [0], tmp_path)
+    epochs = [(600.0, 90.0, 80.0), (1800.0, 70.0, 75.0)]
+    for phase in run.row.phases:
+        rows = [
+            {"seconds": seconds, "processes": 2, "top1": top1, "top1_ema": top1_ema}
+            for seconds, top1, top1_ema in epochs
+        ]
+        run.output_dir(phase).mkdir(parents=True)
+        (run.output_dir(phase) / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    hours = len(run.row.phases) * 0.5 * 2 / 4  # half an hour on two GPUs for each phase, four runs on a GPU
+    assert run.outcome(runs_per_gpu=4) == Outcome(top1=75.0, gpu_hours=hours)  # of the average, which is better then
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from timm.data import random_erasing, transforms
 
 from arm_zoo.pretraining import noise
 from recipes.data.config import DataConfig
 from recipes.data.draws import ATTEMPTS, CROP, ERASED, Drawing, Draws, mixed_bits, random_bits
+from recipes.data.randaugment import Operation
 
 VARIED = DataConfig(source="x", random_crop=(0.2, 1.0), flip=0.3, erase=0.6, randaugment="rand-m9-mstd0.5-inc1")
 MEAN = (0.5, 0.4, 0.3)
@@ -126,6 +128,12 @@ def test_draws_are_even_and_independent() -> None:
     following = np.corrcoef(numbers[:-1].T, numbers[1:].T)[: numbers.shape[1], numbers.shape[1] :]
     assert np.abs(correlations).max() < 5 / 20_000**0.5 and np.abs(following).max() < 5 / 20_000**0.5
     assert abs(draws.flips.mean() - 0.3) < 0.015 and abs((draws.erased[:, 2] > 0).mean() - 0.6) < 0.015
+
+
+def test_places_that_an_image_leaves_get_the_mean_colour() -> None:
+    white = Image.new("RGB", (32, 32), "white")
+    moved = drawing().changes.apply_to_image(white, [Operation("TranslateXRel", (0.5,))])
+    assert moved.getpixel((31, 0)) == (128, 102, 76) and moved.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_global_generators_are_left_alone() -> None:

@@ -25,7 +25,7 @@ from recipes.data.loader import EvalLoader, TrainLoader
 from recipes.data.sampling import BatchPlan, Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
-from recipes.data.transforms import warp
+from recipes.data.transforms import Normalisation, warp
 from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
@@ -266,6 +266,22 @@ def read_keys(config: PretrainConfig, processes: int) -> list[list[list[str]]]:
     return [[[key.encoded.name for key in keys if key.encoded] for keys in order] for order in orders]
 
 
+def test_streams_are_mixed_as_far_as_the_buffer_reaches(tmp_path: Path) -> None:
+    """What is stored class by class would otherwise come class by class."""
+    write_tar(tmp_path / "train-0.tar", [0] * 48)
+    write_tar(tmp_path / "val-0.tar", [0])
+
+    def steps_of(buffer: int) -> list[list[int]]:
+        settings = ["data.streaming=true", "data.num_classes=1", f"data.shuffle_buffer={buffer}", "epochs=1"]
+        [order] = read_keys(configure(tmp_path, *settings), 1)
+        return [sorted(int(name.rpartition("/")[2]) for name in names) for names in order]
+
+    assert steps_of(1) == [list(range(first, first + 12)) for first in (0, 12, 24, 36)]  # as stored
+    first = steps_of(24)[0]
+    assert 24 <= max(first) < 36 and 0 < sum(number < 12 for number in first) < 12
+    assert max(steps_of(48)[0]) > 36
+
+
 def as_on_the_hub(monkeypatch: pytest.MonkeyPatch, tars: Path) -> None:
     """Let the Hub give the tars, as a stream whose shards cannot be counted."""
     load = datasets.load_dataset
@@ -405,6 +421,32 @@ def test_shift_rotation_and_zoom_by_hand() -> None:
     assert moved(0, 0, 1, 0, max_shift=0.125) == [2, 2]  # the window moves right, so the image moves left
     assert moved(0, 0, 0, -1, max_shift=0.25) == [4, 3]
     assert moved(1, 0, 0, 0, max_rotation=180) == [5, 4]
+    assert moved(0, 1, 0, 0, max_zoom=0.5) == [1, 3]  # half as large again, away from the middle
+    assert moved(0, -1, 0, 0, max_zoom=0.5) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("key", "small", "large"), [("shift", 1e-6, 0.5), ("rotation", 1e-4, 90), ("zoom", 1e-6, 0.5)]
+)
+def test_images_are_moved_as_far_as_asked_for(folder: Path, key: str, small: float, large: float) -> None:
+    """Each way on its own, and the values stay those of normalised images."""
+    plain, still, moved = (
+        torch.stack([image for image, _ in by_index(epoch(configure(folder, f"data.max_{key}={limit}"), 0)).values()])
+        for limit in (0, small, large)
+    )
+    torch.testing.assert_close(still, plain, rtol=0, atol=1e-3)
+    assert (moved - plain).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12), (12, 8)])
+def test_rotation_keeps_distances(height: int, width: int) -> None:
+    image = torch.zeros(1, 1, height, width)
+    row, column = height // 2, width // 2
+    image[0, 0, row - 2, column - 1] = 1  # half a column from the middle, and one row and a half above it
+    turned = warp(image, torch.tensor([[1.0, 0, 0, 0]]), DataConfig(source="x", max_rotation=90))
+    expected = torch.zeros_like(image)
+    expected[0, 0, row, column - 2] = 1
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-5)
 
 
 def test_normalisation_and_erasing(folder: Path) -> None:
@@ -416,6 +458,14 @@ def test_normalisation_and_erasing(folder: Path) -> None:
     assert values.min() >= -1e-6 and values.max() <= 1 + 1e-6 and values.std() > 0.1
     changed = [(plain[i][0] != erased[i][0]).float().mean().item() for i in plain]
     assert all(0.01 < share < 0.4 for share in changed)  # timm erases 2% to a third of the area
+
+
+def test_normalisation_by_hand() -> None:
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 1, 3)
+    normalise = Normalisation((0.5, 0.0, 0.2), (0.25, 1.0, 0.1), CPU)
+    expected = torch.tensor([[-2, -1.2, 2], [0, 0.2, 1], [-2, 0, 8]]).view(1, 3, 1, 3)
+    for images in (levels, levels / 255):
+        torch.testing.assert_close(normalise(images), expected, rtol=0, atol=1e-6)
 
 
 def test_a_plan_that_is_no_split_of_the_global_batch_is_refused(folder: Path) -> None:

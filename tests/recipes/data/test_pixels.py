@@ -55,3 +55,13 @@ def test_an_image_is_a_function_of_seed_epoch_and_place(tmp_path: Path) -> None:
     assert torch.equal(drawn(0, *keys), torch.cat([drawn(0, key) for key in keys]))
     assert not torch.equal(drawn(0, *keys), drawn(1, *keys))
     assert not torch.equal(drawn(0, *keys), drawn(0, *(Key(1, place) for place in range(4))))
+    assert len(drawn(0, *keys).unique(dim=0)) == 4  # of equal images
+
+
+def test_at_scale_one_the_image_just_covers_what_is_cut_out(tmp_path: Path) -> None:
+    split = open_masks(halves(tmp_path), "training")
+    for size in ((16, 16), (16, 40), (60, 40)):
+        batch = AugmentedPixels(split, SegmentConfig(scale=(1.0, 1.0)), size, (0.5, 0.5, 0.5)).batch([Key(0, 0)])
+        assert (batch.classes != IGNORED).all()
+    [labels] = AugmentedPixels(split, SegmentConfig(scale=(1.0, 1.0)), (60, 80), (0.5,) * 3).batch([Key(0, 0)]).classes
+    assert labels[0].tolist() == 50 * [0] + 30 * [1]  # the whole image, twice as large

@@ -665,6 +665,10 @@ def test_names_and_numbers_of_classes_are_matched(tmp_path: Path) -> None:
     assert [label for _, label, _ in open_named(cats, validation=str(numbers)).test] == [1, 0, 1]  # type: ignore[union-attr]
     source = open_named(numbers, validation=str(cats))
     assert source.class_names == ("cat", "dog") and [label for _, label, _ in source.train] == [1, 0, 1]
+    declared = write_parquet(tmp_path / "declared.parquet", [0, 1], ClassLabel(names=["dog", "cat"]))
+    source = open_named(numbers, validation=str(declared))  # whose order counts, not the alphabet's
+    assert source.class_names == ("dog", "cat") and [label for _, label, _ in source.train] == [1, 0, 1]
+    assert [label for _, label, _ in source.test] == [0, 1]  # type: ignore[union-attr]
     from_one = write_parquet(tmp_path / "from_one.parquet", ["1", "2"], strings)
     ones = write_parquet(tmp_path / "ones.parquet", [1, 1], integers)
     assert [label for _, label, _ in open_named(from_one, validation=str(ones)).test] == [0, 0]  # type: ignore[union-attr]

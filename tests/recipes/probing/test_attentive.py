@@ -1,10 +1,13 @@
 """The attentive probe on patches of which one tells the class."""
 
 import logging
+import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from arm_zoo.heads.attentive import AttentiveClassifier
 from recipes.errors import RunError
 from recipes.probing import attentive
 from recipes.probing.config import ProbeConfig
@@ -32,6 +35,24 @@ def test_the_patch_that_tells_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     head = attentive.fit(train, epochs=15, seed=0, device=CPU)
     assert attentive.right(head, test, CPU) > 150
     assert attentive.right(head, test._replace(classes=test.classes.roll(1)), CPU) < 50
+
+
+def test_it_learns_by_adamw_along_a_cosine_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attentive, "BATCH", 32)
+    split = told(80, 0)  # three batches
+    found = attentive.fit(split, epochs=2, seed=3, device=CPU)
+    torch.manual_seed(3)
+    head, generator = AttentiveClassifier(12, 4), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.1)
+    batches = [batch for _ in range(2) for batch in torch.randperm(80, generator=generator).split(32)]
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 6)) / 2
+        optimizer.zero_grad()
+        F.cross_entropy(head(split.arrays["patches"][batch].float()), split.classes[batch]).backward()
+        optimizer.step()
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, msg=name)
+    assert not found.training
 
 
 def test_the_seed_decides() -> None:

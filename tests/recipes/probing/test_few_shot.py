@@ -43,3 +43,4 @@ def test_more_labels_give_more() -> None:
     assert all(score.low < score.top1 < score.high for score in scores)
     again, other = (few_shot.score(train, test, ProbeConfig(seed=seed), torch.device("cpu")) for seed in (0, 1))
     assert again == scores != other
+    assert not {*few_shot.seeds(0)} & {*few_shot.seeds(1)} and len(few_shot.seeds(1)) == 5

@@ -150,6 +150,25 @@ def test_the_best_features_are_chosen_without_the_test_images() -> None:
     assert (other.features, other.settings, other.top1) == (score.features, score.settings, 0)
 
 
+def test_what_the_training_images_alone_tell_is_not_chosen() -> None:
+    """Enough columns of noise tell every training image, but no other one."""
+    classes = torch.arange(300) % 3
+    noise = torch.randn(300, 600, generator=torch.Generator().manual_seed(0))
+    told = torch.zeros(300, 600)
+    told[:, :3] = nn.functional.one_hot(torch.where(torch.arange(300) % 7 > 0, classes, classes.roll(1)))  # mostly
+    train = extracted(classes, 600, token=noise, average=told)
+    [score] = linear.score(train, train, ProbeConfig(linear_epochs=20), CPU)
+    assert score.features in ("average", "average_last4") and 80 < score.top1 < 90  # six sevenths
+
+
+def test_scored_features_have_the_scale_of_the_training_images() -> None:
+    """Images of one class would look like an average image by their own mean and deviation."""
+    values, classes = clusters(300, 3, 5, distance=9, seed=1)
+    test = extracted(classes[classes == 1], 5, pooled=values[classes == 1])
+    [score] = linear.score(extracted(classes, 5, pooled=values), test, ProbeConfig(linear_epochs=5), CPU)
+    assert score.top1 == 100
+
+
 def test_a_model_without_blocks_has_its_pooled_features() -> None:
     values, classes = clusters(60, 3, 5, distance=9, seed=1)
     [score] = linear.score(*2 * [extracted(classes, 5, pooled=values)], ProbeConfig(linear_epochs=5), CPU)

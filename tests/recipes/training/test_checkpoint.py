@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import resource
@@ -390,8 +391,22 @@ def test_classes_are_compared_by_name_and_place() -> None:
 def test_another_number_of_training_images_is_refused() -> None:
     start = Start(Path("step-00000015"), {"steps_per_epoch": 5})
     compare_steps(start, 5)
-    with pytest.raises(RunError, match=r"5 steps per epoch, this run 6: .* the same data\.source and data\.labels"):
-        compare_steps(start, 6)
+    for steps in (4, 6):
+        advice = r"the same data\.source and data\.labels"
+        with pytest.raises(RunError, match=rf"5 steps per epoch, this run {steps}: .* {advice}"):
+            compare_steps(start, steps)
+
+
+@pytest.mark.parametrize("before, now", [(0.99, None), (None, 0.99)])
+def test_an_average_neither_begins_nor_ends_in_the_middle_of_a_run(before: float | None, now: float | None) -> None:
+    """Its decay may change, which is told."""
+    written, console = dataclasses.asdict(FinetuneConfig(ema_decay=before)), Console(file=io.StringIO())
+    start = Start(Path("step-00000015"), {"config": written, "position": {"step": 0}})
+    with pytest.raises(RunError, match=f"is of another run: ema_decay was {before}, is {now}"):
+        compare(FinetuneConfig(ema_decay=now), start, console)
+    if before is not None:
+        compare(FinetuneConfig(ema_decay=0.9), start, console)
+        assert "ema_decay was 0.99, is 0.9" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_order_of_images_may_change_between_epochs_only(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
