@@ -16,8 +16,9 @@ from recipes import command_line, dvae
 from recipes.command_line import read_command
 from recipes.config import DVAEConfig, PretrainConfig, load_config
 from recipes.data.batches import Batch
+from recipes.data.sources import open_source
 from recipes.errors import RunError
-from recipes.objectives import Trained, token_loss
+from recipes.objectives import Trained, autoregressive_loss, token_loss
 from recipes.pretrain import pretrain
 from recipes.signals import StopRequest
 from recipes.training.checkpoint import identity_of, read_state
@@ -136,6 +137,17 @@ def test_flops_are_counted_without_tokens() -> None:
         config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", settings, to_run=False)
         counts.append(image_flops(config.build, (1, 8, 8)))
     assert counts[0] == counts[1] > 0
+
+
+def test_random_orders_are_those_of_the_images_seeds() -> None:
+    """So that they are the same for any number of processes and parts of a batch."""
+    settings = [*MODEL, "model_args.prediction_order=random", "output_dir=unused"]
+    config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", settings)
+    model, source = config.build(), open_source(config.data, labels_needed=False)
+    batch = Batch(torch.rand(4, 1, 8, 8), torch.zeros(4), torch.arange(4), [], torch.arange(5, 9))
+    losses = [autoregressive_loss(config, source)(model, batch).item() for _ in range(2)]
+    assert losses == 2 * [model(batch.images, batch.seeds)[0].item()]
+    assert losses[0] != model(batch.images, batch.seeds + 1)[0].item()
 
 
 @pytest.mark.slow
