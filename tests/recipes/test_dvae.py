@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from recipes import command_line, dvae
 from recipes.command_line import read_command
 from recipes.config import DVAEConfig, PretrainConfig, load_config
 from recipes.data.batches import Batch
+from recipes.data.source import Source
 from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.objectives import Trained, autoregressive_loss, token_loss
@@ -76,7 +76,8 @@ def test_tokens_are_learnt_and_their_file_is_recorded(
 
 def test_a_dvae_gets_pixels_and_no_normalised_values(tokenizer: Path) -> None:
     config = load_config(PretrainConfig, CONFIGS / "pretrain_digits.yaml", [*MODEL, f"dvae={tokenizer}", *TOKENS])
-    source: Any = SimpleNamespace(mean=(0.3,), std=(0.4,))
+    none: Any = None  # no images are opened
+    source = Source(none, none, (), mean=(0.3,), std=(0.4,))
     pixels = torch.rand(2, 1, 8, 8)
     batch = Batch((pixels - 0.3) / 0.4, torch.zeros(2), torch.arange(2), [], torch.arange(2))
 

@@ -403,9 +403,9 @@ def test_an_average_neither_begins_nor_ends_in_the_middle_of_a_run(before: float
     written, console = dataclasses.asdict(FinetuneConfig(ema_decay=before)), Console(file=io.StringIO())
     start = Start(Path("step-00000015"), {"config": written, "position": {"step": 0}})
     with pytest.raises(RunError, match=f"is of another run: ema_decay was {before}, is {now}"):
-        compare(FinetuneConfig(ema_decay=now), start, console)
+        compare(start, FinetuneConfig(ema_decay=now), console)
     if before is not None:
-        compare(FinetuneConfig(ema_decay=0.9), start, console)
+        compare(start, FinetuneConfig(ema_decay=0.9), console)
         assert "ema_decay was 0.99, is 0.9" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
