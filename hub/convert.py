@@ -128,6 +128,8 @@ def _are_pixels(value: Any) -> bool:
 
 # The values that are read from a config.json beside the weights: name -> test of a value, what is expected.
 _ARGUMENTS: dict[str, Test] = dict.fromkeys(("img_size", "patch_stride"), (_are_pixels, "pixels, one number or two"))
+_POOLINGS = ("avg", "avgmax", "max", "token", "")
+_POOLING: dict[str, Test] = {"global_pool": (lambda value: value in _POOLINGS, "avg, avgmax, max, token or nothing")}
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 _PREPROCESSING: dict[str, Test] = {
     "mean": (lambda value: _list_of(value, int, float), "a list of numbers"),
@@ -143,8 +145,7 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model's arguments in a config.json of the recipes or of timm; a pretraining model's were checked before."""
     given = config.get("pretraining_model") or _checked(config, "model_args", _ARGUMENTS)
     sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    pooling = config.get("global_pool")
-    return sizes | ({"global_pool": pooling} if isinstance(pooling, str) else {})
+    return sizes | _checked({"first level": config}, "first level", _POOLING)
 
 
 def _checked(config: Mapping[str, Any], key: str, tests: dict[str, Test]) -> dict[str, Any]:

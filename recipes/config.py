@@ -196,11 +196,12 @@ class TrainConfig(Config):
             if self.model:
                 self.build(device="meta")
         except NOT_BUILT as error:
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            if not self.model_args:
-                return {"model": f"model {self.model!r}: {reason}"}
             given = ", ".join(f"model_args.{name}={value!r}" for name, value in self.model_args.items())
-            return {"model": f"model {self.model!r} with {given}: {reason}; allowed: {TAKEN_BY_MODELS}"}
+            model = f"model {self.model!r}{f' with {given}' if given else ''}"
+            if isinstance(error, ValueError):  # which says what is allowed
+                return {"model": f"{model}: {error}"}
+            allowed = f"; allowed: {TAKEN_BY_MODELS}" if given else ""
+            return {"model": f"{model}: {type(error).__name__}: {error}{allowed}"}
         return {}
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from filelock import FileLock
 
 from arm_zoo.command_line import positive
 from arm_zoo.files import write_text
@@ -236,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         say("\n".join(table(found)))
         if settings.json is not None and PartialState().is_main_process:
             lines = "".join(f"{json.dumps(dataclasses.asdict(each))}\n" for each in found)
-            write_text(settings.json, settings.json.read_text(encoding="utf-8") + lines)
+            file = settings.json.resolve()
+            with FileLock(file.with_name(f".{file.name}.lock")):  # others may end at the same time
+                write_text(file, file.read_text(encoding="utf-8") + lines)
         leave_process_group()
 
 

@@ -80,7 +80,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None, roots: Sequ
             yacs, and the modules of OpenAI's dVAE; the last two become dicts.
         weights: which weights to take from a training's checkpoint, the averaged ones ("ema") or the trained ones
             ("model"); None takes the averaged ones if there are any.
-        roots: with one of these some name of the model starts; see `unwrapped`.
+        roots: with one of these some name of the model starts, see `unwrapped`; none, to leave a shared prefix.
     """
     path = Path(path)
     if not path.is_file():

@@ -388,6 +388,10 @@ def test_models_keep_their_pooling(name: str, pooling: str, tmp_path: Path) -> N
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = torch.randn(2, 1, 8, 8)
     assert loaded.global_pool == pooling and torch.allclose(loaded(images), model.eval()(images), atol=1e-5)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "global_pool": "fast"}))
+    with pytest.raises(CheckpointError, match=r"config.json: global_pool is 'fast'; expected avg, avgmax, max"):
+        convert(tmp_path / "run", tmp_path / "again")
 
 
 def test_exports_of_our_pretraining(tmp_path: Path) -> None:

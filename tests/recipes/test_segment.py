@@ -165,8 +165,8 @@ def test_what_cannot_be_trained_is_told(
     message = refusal(capsys, *whole, *MODEL, "model_args.device=meta")
     assert "data.source is missing; allowed: a folder of images with masks" in message and "digits" not in message
     assert "model_args.device is meta, but the recipe chooses the device" in message
-    message = refusal(capsys, *whole, f"data.source={scenes}", "model=vit_giant")
-    assert "model 'vit_giant': unknown" in message
+    message = refusal(capsys, *whole, f"data.source={scenes}", "model=vit_giant", "model_args.img_size=32")
+    assert "model 'vit_giant' with model_args.img_size=32: unknown" in message and message.count("allowed: ") == 1
     for words, reason in (
         ("width=3", "model_args.width=3: TypeError: VisionTransformer.__init__() got an unexpected keyword argument"),
         ("embed_dim=7", "model_args.embed_dim=7: AssertionError: dim should be divisible by num_heads"),
