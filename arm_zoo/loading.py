@@ -311,7 +311,7 @@ class _Loader:
             official_names = ARCHITECTURES[architecture_of(name)].model_class.official_names
             tensors = under_our_names(read_checkpoint(file), official_names)
         else:
-            tensors = read_checkpoint(file, roots=())  # timm knows the prefixes of its models' files
+            tensors = read_checkpoint(file, unwrap=False)  # timm knows the prefixes of its models' files
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)
             model.load_state_dict(tensors)

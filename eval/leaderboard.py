@@ -137,9 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    # a default file may be missing: nothing has been measured yet
+    parser = make_parser()  # a default file may be missing: nothing has been measured yet
     for option in ("results", "throughput", "frozen"):
-        if not (path := getattr(args, option)).exists() and path != make_parser().get_default(option):
+        if not (path := getattr(args, option)).exists() and path != parser.get_default(option):
             raise ValueError(f"--{option}: no file {str(path)!r}")
     tables = (args.results, args.throughput, args.paper, args.peers, args.frozen, args.anchors)
     files = make(*tables, args.folder)

@@ -128,8 +128,10 @@ def _are_pixels(value: Any) -> bool:
 
 # The values that are read from a config.json beside the weights: name -> test of a value, what is expected.
 _ARGUMENTS: dict[str, Test] = dict.fromkeys(("img_size", "patch_stride"), (_are_pixels, "pixels, one number or two"))
-_POOLINGS = ("avg", "avgmax", "max", "token", "")
-_POOLING: dict[str, Test] = {"global_pool": (lambda value: value in _POOLINGS, "avg, avgmax, max, token or nothing")}
+_POOLINGS = arm_zoo.ARM.global_pools  # the most that a family has; another one refuses those that it lacks
+_POOLING: dict[str, Test] = {
+    "global_pool": (lambda value: value in _POOLINGS, f"{', '.join(filter(None, _POOLINGS))} or nothing")
+}
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 _PREPROCESSING: dict[str, Test] = {
     "mean": (lambda value: _list_of(value, int, float), "a list of numbers"),

@@ -8,7 +8,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ _PLACES: dict[Choice, tuple[str, ...]] = {  # the keys under which checkpoints o
     "ema": ("model_ema", "state_dict_ema"),
     "model": ("model", "state_dict"),
 }
-ROOTS = ("base_encoder.", "patch_embed.")  # with which some name of each of our models starts
+_ROOTS = ("base_encoder.", "patch_embed.")  # with which some name of each of our models starts
 _MOST_READ = 2**28  # bytes read of a file without its numbers: far more than any header, or directory and pickle
 
 
@@ -72,7 +72,7 @@ def is_safetensors(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".safetensors"
 
 
-def read_checkpoint(path: str | Path, weights: Choice | None = None, roots: Sequence[str] = ROOTS) -> StateDict:
+def read_checkpoint(path: str | Path, weights: Choice | None = None, unwrap: bool = True) -> StateDict:
     """The tensors by name in a .safetensors or .pth file; no code in it is run, nor more unpacked than it has bytes.
 
     Args:
@@ -80,7 +80,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None, roots: Sequ
             yacs, and the modules of OpenAI's dVAE; the last two become dicts.
         weights: which weights to take from a training's checkpoint, the averaged ones ("ema") or the trained ones
             ("model"); None takes the averaged ones if there are any.
-        roots: with one of these some name of the model starts, see `unwrapped`; none, to leave a shared prefix.
+        unwrap: whether to take off a prefix that all names share, see `unwrapped`.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +90,7 @@ def read_checkpoint(path: str | Path, weights: Choice | None = None, roots: Sequ
             contents = load_file(path) if is_safetensors(path) else _read_pickle(file, path)
         except Exception as error:  # from damaged files PyTorch raises all sorts: KeyError, OSError, RuntimeError, ...
             raise _unreadable(file, path, error) from error
-    return weights_of(contents, weights, path, roots)
+    return weights_of(contents, weights, path, unwrap)
 
 
 def read_contents(file: BinaryIO, name: str, weights: Choice | None = None) -> Contents:
@@ -263,11 +263,11 @@ def _advice(file: Any, path: Path) -> str:
 
 
 def weights_of(
-    contents: Any, weights: Choice | None = None, path: object = "the checkpoint", roots: Sequence[str] = ROOTS
+    contents: Any, weights: Choice | None = None, path: object = "the checkpoint", unwrap: bool = True
 ) -> StateDict:
     """The state dict in a checkpoint, which may hold a training's state too, without the prefixes of wrappers.
 
-    `weights` and `roots` are as in `read_checkpoint`, `path` is for messages. CheckpointError if there is no dict of
+    `weights` and `unwrap` are as in `read_checkpoint`, `path` is for messages. CheckpointError if there is no dict of
     plain tensors.
     """
     if not isinstance(contents, Mapping):
@@ -288,17 +288,18 @@ def weights_of(
             raise CheckpointError(f"{path} is no state dict: {wrong}; expected {expected}")
         if not is_plain_tensor(value) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name!r} is no plain dense tensor, or larger than its data in the file")
-    return unwrapped({name: value.detach() for name, value in chosen.items()}, roots)
+    tensors = {name: value.detach() for name, value in chosen.items()}
+    return unwrapped(tensors) if unwrap else clean_state_dict(tensors)
 
 
-def unwrapped(tensors: StateDict, roots: Sequence[str] = ROOTS) -> StateDict:
+def unwrapped(tensors: StateDict) -> StateDict:
     """The tensors without the prefixes that timm removes, and without one that all names share.
 
     A training module that keeps its model as `net`, as one of PyTorch Lightning may, gives all names the prefix
-    `net.`. What stands before a root is such a prefix; some name of the model starts with one of `roots`.
+    `net.`. What stands before a root is such a prefix; some name of each of our models starts with one.
     """
     tensors = clean_state_dict(tensors)
-    for root in roots:
+    for root in _ROOTS:
         for prefix, found, _ in (name.partition(root) for name in tensors):
             if found and all(name.startswith(prefix) for name in tensors):
                 return {name.removeprefix(prefix): value for name, value in tensors.items()}
