@@ -39,12 +39,18 @@ class Replayed:
 
     def _capture(self, images: Tensor) -> None:
         graph, read = torch.cuda.CUDAGraph(), images.clone()
+        stream = torch.cuda.current_stream(images.device)
+        generator = torch.cuda.default_generators[images.device.index]
+        state = generator.clone_state()
         try:
             # other threads, which decode images, may go on to ask for memory
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 made = self._function(read)
         except RuntimeError as error:
             self._refused = True
+            # torch stays on the stream of a capture that failed, and its generator refuses to draw numbers elsewhere
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(state)
             reason = str(error).partition("\n")[0]
             tell(f"no CUDA graph can hold the model, so its kernels are launched one by one, more slowly: {reason}")
             return

@@ -15,7 +15,7 @@ from recipes.config import PretrainConfig, load_config
 from recipes.data.loader import TrainLoader
 from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
-from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
 from tests.helpers.images import encode, pixels
 
 GOOD_AND_BAD = 100  # of each; they alternate
@@ -105,7 +105,8 @@ def epoch(folder: Path, decode: str, device: str) -> tuple[dict[int, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("decode", "device"), [("cpu", "cpu"), ("auto", "cpu"), pytest.param("gpu", "cuda", marks=pytest.mark.gpu)]
+    ("decode", "device"),
+    [("cpu", "cpu"), ("auto", "cpu"), pytest.param("gpu", "cuda", marks=[pytest.mark.gpu, needs_torchcodec])],
 )
 def test_each_is_named_or_shown_and_harms_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, decode: str, device: str

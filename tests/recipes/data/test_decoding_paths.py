@@ -27,7 +27,7 @@ from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.signals import StopWaiting
 from tests.helpers import images
-from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
 from tests.helpers.images import pixels
 
 SIZE = (20, 20)
@@ -266,7 +266,7 @@ def test_a_gpu_asked_for_in_vain_is_told(folder: Path) -> None:
         configure(folder, "data.decode=tpu")
 
 
-@pytest.mark.skipif(decode.jpeg_decoder() is None, reason="no torchcodec that fits this torch")
+@needs_torchcodec
 def test_without_torchcodec_pillow_gives_the_same_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -418,6 +418,7 @@ def test_images_that_no_gpu_prepares_are_decoded_by_the_cpu(
 
 
 @pytest.mark.gpu
+@needs_torchcodec
 @pytest.mark.parametrize("preparation", PREPARATIONS, ids=str)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_of_the_gpu_to_score_on_are_those_of_the_cpu(
@@ -435,6 +436,7 @@ def test_images_of_the_gpu_to_score_on_are_those_of_the_cpu(
 
 
 @pytest.mark.gpu
+@needs_torchcodec
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_of_the_gpu_are_those_of_the_cpu(folder: Path, workers: int) -> None:
     """Within a grey level, of files whose colours have full resolution: others the GPU's decoder does not smooth."""

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from arm_zoo.images.decode import jpeg_decoder
 from recipes.data.gpu_decode import THREADS, Decoder, decode, decoder_missing
+from tests.helpers.decoding import needs_torchcodec
 from tests.helpers.images import encode, jpeg, pixels
 
-needs_torchcodec = pytest.mark.skipif(jpeg_decoder() is None, reason="no torchcodec that fits this torch")
 CPU = torch.device("cpu")
 DEVICES = [
     pytest.param(CPU, id="cpu"),

@@ -26,10 +26,13 @@ from recipes.data.sampling import BatchPlan, Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
 from recipes.data.transforms import Normalisation, warp
+from tests.helpers.decoding import needs_torchcodec
 from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
-ON_EACH_PATH = pytest.mark.parametrize("decode", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+ON_EACH_PATH = pytest.mark.parametrize(
+    "decode", ["cpu", pytest.param("gpu", marks=[pytest.mark.gpu, needs_torchcodec])]
+)
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.randaugment=rand-m9-mstd0.5-inc1", "data.erase=0.5"]
 SCORING = {
     "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0,

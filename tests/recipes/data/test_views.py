@@ -24,7 +24,7 @@ from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.data.transforms import cropped
 from recipes.data.views import PIPELINES, Colours, Drawn, Pipeline, drawn
-from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
 from tests.helpers.images import encode, write_folder
 
 CPU = torch.device("cpu")
@@ -341,7 +341,7 @@ def test_the_gpu_changes_images_as_the_cpu_and_the_host_does_not_wait() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("override", ["data.cache=gpu", "data.decode=gpu"])
+@pytest.mark.parametrize("override", ["data.cache=gpu", pytest.param("data.decode=gpu", marks=needs_torchcodec)])
 @pytest.mark.parametrize("size", [16, 224])
 def test_views_made_on_the_gpu_are_those_of_the_cpu(odd_folder: Path, override: str, size: int) -> None:
     """But for a grey level here and there, where the resizes round differently; two decoders differ in more."""

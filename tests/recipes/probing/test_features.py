@@ -21,7 +21,7 @@ from recipes.probing import features
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted, Extractor, extract, listed, steady_speed
 from recipes.probing.store import Store
-from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
 from tests.helpers.images import encode, jpeg, write_folder
 
 ARRAYS = ("pooled", "token", "average", "patches")
@@ -162,6 +162,7 @@ def test_features_of_images_that_the_gpu_decodes_are_others_in_the_cache(
 
 
 @pytest.mark.gpu
+@needs_torchcodec
 def test_features_of_images_that_the_gpu_decodes_are_those_of_the_cpu(tmp_path: Path) -> None:
     by_cpu, by_gpu = (photographs(tmp_path / "images", decode, "cuda") for decode in ("cpu", "gpu"))
     assert by_cpu.skipped == by_gpu.skipped == 1 and torch.equal(by_cpu.classes, by_gpu.classes)

@@ -53,7 +53,11 @@ def test_a_function_that_waits_for_the_gpu_is_called_as_usual(caplog: pytest.Log
         made = model(images)["features"]
         return {"features": made * float(made.sum() < 1e9)}
 
-    replayed = Replayed(function)
-    for images in batches("cuda"):
+    replayed, given, stream = Replayed(function), batches("cuda"), torch.cuda.current_stream()
+    torch.manual_seed(1)
+    drawn = torch.randn(4, device="cuda")
+    torch.manual_seed(1)
+    for images in given:
         assert torch.equal(replayed(images)["features"], model.layers(images))
+    assert torch.cuda.current_stream() == stream and torch.equal(torch.randn(4, device="cuda"), drawn)
     assert caplog.text.count("no CUDA graph can hold the model") == 1

@@ -42,6 +42,7 @@ from recipes.training import checkpoint, engine
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes, compare_steps
 from tests import ROOT
+from tests.helpers.decoding import needs_torchcodec
 from tests.helpers.images import write_folder
 
 CONFIG = ROOT / "recipes" / "configs" / "pretrain_digits.yaml"
@@ -202,7 +203,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("path", [(), pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "path", [(), pytest.param(ON_GPU, marks=[pytest.mark.gpu, needs_torchcodec])], ids=["cpu", "gpu"]
+)
 def test_stopped_twice_in_an_epoch_sees_every_image_once_and_ends_with_equal_bits(
     path: Sequence[str],
     whole: Path,
