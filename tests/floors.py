@@ -22,7 +22,7 @@ def floors() -> list[str]:
     for requirement in wanted:
         if requirement.startswith(f"{project['name']}["):  # an extra that includes others
             continue
-        bound = re.fullmatch(r"([\w.-]+)>=([\w.]+(?:; .+)?)", requirement)
+        bound = re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+(?:; .+)?)", requirement)
         if bound is None:
             raise ValueError(f"{requirement!r} in {PYPROJECT.name} has no lower bound; write it as NAME>=VERSION")
         name, version = bound.groups()

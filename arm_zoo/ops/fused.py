@@ -1,6 +1,9 @@
 """Custom operators for fused kernels (gates, SwiGLU, residual sum with norm, convolution with SiLU), and their use."""
 
+import functools
 import importlib
+import importlib.util
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard, TypeVar
@@ -15,6 +18,8 @@ from arm_zoo.ops.backends import BACKENDS, get_scan_backend, is_transformed, res
 from arm_zoo.ops.functional import needs_gradient
 from arm_zoo.ops.layout import Tensors
 from arm_zoo.ops.operators import register
+
+_logger = logging.getLogger("arm_zoo.ops")
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -160,10 +165,23 @@ def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Ten
     return *grads, None, of_norm[0], None if saved[-1] is None else of_norm[1], None, None
 
 
+@functools.cache
+def _gated_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The gated product by the package quack-kernels where that is installed, as it is faster, or else by Triton."""
+    try:
+        from arm_zoo.ops.quack import gated_product
+    except (ImportError, OSError, RuntimeError) as error:
+        if importlib.util.find_spec("quack") is not None:
+            install = "pip install --upgrade 'arm-zoo[quack]'"
+            _logger.warning("quack-kernels cannot be imported, so Triton's kernel runs: %s; %s", error, install)
+        from arm_zoo.ops.triton.gates import gated_product
+    return gated_product
+
+
 register(
     "gated_product",
     "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
-    _kernel("gates", "gated_product"),
+    lambda *inputs: _gated_product()(*inputs),
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight) // 2),
     flops=lambda x, weight, *_, **__: 2 * math.prod(x[:-1]) * math.prod(weight),
 )

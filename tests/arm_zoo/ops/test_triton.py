@@ -1,5 +1,6 @@
 """The GPU kernels: Triton's in its interpreter on the CPU, and all of them on a GPU where there is one."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -525,10 +526,11 @@ def check_operators(device: str) -> None:
     assert counts[0][0] == counts[1][0] and counts[0][1] == 2 * counts[0][0], counts
 
 
-def gated_product_error(batch: int, length: int, dim: int, hidden: int, dtype: torch.dtype, device: str) -> float:
+def gated_product_error(
+    batch: int, length: int, dim: int, hidden: int, dtype: torch.dtype, device: str, module: str = "triton.gates"
+) -> float:
     """Relative L2 error of the kernel with fc1 of a SwiGLU, SiLU and gate, against float64."""
-    from arm_zoo.ops.triton.gates import gated_product
-
+    gated_product = importlib.import_module(f"arm_zoo.ops.{module}").gated_product
     torch.manual_seed(0)
     shapes = (batch, length, dim), (2 * hidden, dim), (2 * hidden,)
     x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
@@ -810,10 +812,13 @@ def test_deferred_sums_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 67, 200, 136), (64, 65, 96, 264), (33, 197, 192, 512)])
-def test_gated_product_on_the_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("module", ["triton.gates", "quack"])
+def test_gated_product_on_the_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype, module: str) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it is for Hopper GPUs")
-    assert gated_product_error(*shape, dtype, "cuda") < 5e-3
+    if module == "quack":
+        pytest.importorskip("quack", reason="needs the package quack-kernels: pip install 'arm-zoo[quack]'")
+    assert gated_product_error(*shape, dtype, "cuda", module) < 5e-3
 
 
 @pytest.mark.gpu
@@ -830,11 +835,11 @@ def test_inference_takes_the_gated_product(hidden: int, compiled: bool) -> None:
 
     def took_it(tokens: torch.Tensor) -> bool:
         run(tokens)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile() as profile:
             y = run(tokens)
             torch.cuda.synchronize()
         assert (y - expected[: len(tokens)]).norm() < 2e-2 * expected[: len(tokens)].norm()
-        return any("gated_product" in event.key for event in profile.key_averages())
+        return any("arm_zoo::gated_product" in event.key for event in profile.key_averages())
 
     with torch.no_grad():
         assert not took_it(x)  # float32
