@@ -467,15 +467,15 @@ def test_pieces_are_grey_of_one_contrast_and_from_two_sides_of_each_picture(monk
     assert np.median(values.std((1, 2, 3))) == pytest.approx(0.25, abs=0.02)
     assert source.mean == pytest.approx((values[:1080].mean(),) * 3, rel=1e-6)
 
-    picture = np.arange(100 * 400, dtype=np.float32).reshape(100, 400) % 400 / 400  # its values tell columns
+    picture = np.arange(100 * 400, dtype=np.float32).reshape(100, 400) % 400  # its values are the numbers of columns
     monkeypatch.setattr(built_in, "read_picture", lambda name: picture)
     drawn_from: list[NDArray[np.float32]] = []
     monkeypatch.setattr(
         built_in, "draw_piece", lambda part, draws: drawn_from.append(part) or np.zeros((64, 64), "u1")
     )
     built_in.open_pieces.__wrapped__()
-    left = [part.max() < 0.65 for part in drawn_from]
-    assert left == ([True] * 60 + [False] * 20) * 18 and all(part.min() >= 0.65 for part in drawn_from[60:80])
+    left = [part.max() < 260 for part in drawn_from]
+    assert left == ([True] * 60 + [False] * 20) * 18 and all(part.min() >= 260 for part in drawn_from[60:80])
 
 
 def test_pieces_are_refused_where_their_pictures_are_missing_or_settings_do_not_fit(
