@@ -127,6 +127,7 @@ def ablate(settings: argparse.Namespace) -> None:
     """Run tables, list what is left of them, or put their results into a document, as the command line says."""
     import torch
 
+    from arm_zoo.command_line import show
     from recipes.ablations import report, runs
     from recipes.ablations.tables import Table, read_tables
     from recipes.errors import RunError
@@ -146,7 +147,7 @@ def ablate(settings: argparse.Namespace) -> None:
     if settings.list:
         at_once = max(1, torch.cuda.device_count() // settings.gpus_per_run) * settings.runs_per_gpu
         speeds = dict(settings.speed)
-        runs.say("\n".join(report.plan(tables, all_runs, outcomes, speeds, settings.gpus_per_run, at_once)))
+        show("\n".join(report.plan(tables, all_runs, outcomes, speeds, settings.gpus_per_run, at_once)))
         return
     if settings.into is not None:
         for table in tables:
@@ -157,7 +158,7 @@ def ablate(settings: argparse.Namespace) -> None:
             lines = report.write_results(table, all_runs, outcomes, folder_of(table))
             figure = f"![{table.title}]({os.path.relpath(folder_of(table) / report.PLOT, settings.into.parent)})"
             report.replace_section(settings.into, f"### {table.title}, preset {settings.preset}", [*lines, "", figure])
-            runs.say(f"wrote {folder_of(table)} and the table in {settings.into}")
+            show(f"wrote {folder_of(table)} and the table in {settings.into}")
         return
 
     def on_end(run: runs.Run) -> None:
@@ -166,7 +167,7 @@ def ablate(settings: argparse.Namespace) -> None:
         for table in tables:
             if has(table, {run.name}):
                 report.write_results(table, all_runs, outcomes, folder_of(table))
-        runs.say(f"{run.row.name}, seed {run.seed}: top-1 {outcome.top1:.2f}%")
+        show(f"{run.row.name}, seed {run.seed}: top-1 {outcome.top1:.2f}%")
 
     stop = StopRequest().listen()
     slots = runs.slots_of(runs.gpu_groups(settings.gpus_per_run), settings.runs_per_gpu)
@@ -177,9 +178,9 @@ def ablate(settings: argparse.Namespace) -> None:
         scheduler.carry_out(left)
         for table in tables:
             report.write_results(table, all_runs, outcomes, folder_of(table))
-            runs.say(f"wrote {folder_of(table)}")
+            show(f"wrote {folder_of(table)}")
     if stop.name is not None:
-        runs.say(f"{stop.name}: stopped; the same command goes on")
+        show(f"{stop.name}: stopped; the same command goes on")
         sys.exit(EXIT_CODE)
     if scheduler.failed:
         logs = ", ".join(str(log) for _, log in scheduler.failed)

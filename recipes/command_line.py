@@ -124,5 +124,7 @@ def say(text: str) -> None:
     """Print on the main process."""
     from accelerate import PartialState
 
+    from arm_zoo.command_line import show
+
     if PartialState().is_main_process:
-        print(text)
+        show(text)

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import yaml
 
+from arm_zoo.command_line import show
 from arm_zoo.tables import ABOVE_ZERO, read
+from recipes.errors import reporting_mistakes
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 HEADINGS = "| model | GPUs | epochs | hours | GPU-hours | speed |\n|---|---|---|---|---|---|"
@@ -184,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {damaged}: {with_kind(error)}\n")
     except UNREADABLE as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print("\n".join(table(measured, settings)))
+    with reporting_mistakes(parser.prog):
+        show("\n".join(table(measured, settings)))
 
 
 if __name__ == "__main__":

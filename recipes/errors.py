@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from arm_zoo import CheckpointError
 from arm_zoo.command_line import is_out_of_memory
 from arm_zoo.images.errors import SourceError
+from recipes.command_line import interrupted
 from recipes.parsing import ConfigError
 
 
@@ -28,13 +29,15 @@ MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, Safete
 def reporting_mistakes(program: str) -> Iterator[None]:
     """End the program with one message if the block raises a mistake that a user can fix.
 
-    The exit code is 2 for a wrong configuration, as where it is read, and 1 for all else.
+    The exit code is 2 for a wrong configuration, as where it is read, 130 after Ctrl-C, and 1 for all else.
     """
     try:
         yield
     except ConfigError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        interrupted(f"{program}: interrupted")
     except MISTAKES as error:
         sys.exit(f"{program}: {described(error)}")
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from recipes import command_line
+from recipes.errors import RunError, reporting_mistakes
 
 AIMED = 3  # every so many kills, one waits until a checkpoint is being written
 PATIENCE = 600.0  # seconds that one process may take
@@ -67,7 +68,7 @@ class KillTest:
         process.join(PATIENCE)
         if (code := process.exitcode) != 0:
             end(process)
-            raise RuntimeError(f"a process of {self._folder} ended with {code}; see the logs in there")
+            raise RunError(f"a process of {self._folder} ended with {code}; see the logs in there")
 
     def _kill(self, process: BaseProcess, folder: Path, delay: float, aimed: bool) -> bool:
         """Send SIGKILL after a delay, or later when a checkpoint is being written; True if the run ended first."""
@@ -83,10 +84,10 @@ class KillTest:
     def _compare(self, whole: Path, other: Path) -> None:
         expected, found = (max((folder / "checkpoints").glob("step-*")) for folder in (whole, other))
         if expected.name != found.name:
-            raise RuntimeError(f"{other} ended at {found.name}, not at {expected.name}")
+            raise RunError(f"{other} ended at {found.name}, not at {expected.name}")
         for file in expected.glob("*.safetensors"):
             if file.read_bytes() != (found / file.name).read_bytes():
-                raise RuntimeError(f"{found / file.name} has other bits than {file}")
+                raise RunError(f"{found / file.name} has other bits than {file}")
 
 
 def end(process: BaseProcess) -> None:
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command_line.read_command(arguments.recipe, [*command, f"output_dir={arguments.output}"])  # ends where it is wrong
     if arguments.output.exists() and any(arguments.output.iterdir()):
         parser.error(f"--output {arguments.output} is not empty; delete it or name another folder")
-    KillTest(arguments.recipe, command, arguments.output, arguments.seed).run(arguments.kills)
+    with reporting_mistakes(parser.prog):
+        KillTest(arguments.recipe, command, arguments.output, arguments.seed).run(arguments.kills)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = probe(arguments.weights, config)
         if PartialState().is_main_process:
             show(result)
-            print(f"{result['images_test']:,} images; wrote {config.output}")
+        command_line.say(f"{result['images_test']:,} images; wrote {config.output}")
         command_line.leave_process_group()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from arm_zoo.command_line import show
 from recipes.ablations import FOLDER
 from recipes.ablations.tables import Row, Table, file_and_overrides
 from recipes.errors import RunError
@@ -156,7 +157,7 @@ class Scheduler:
         with log_of(run, phase).open("ab") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         self._running[slot] = (run, phase, process)
-        say(f"{run.row.name}, seed {run.seed}: {phase}{f' on GPU {group}' if group else ''}")
+        show(f"{run.row.name}, seed {run.seed}: {phase}{f' on GPU {group}' if group else ''}")
 
     def _poll(self, slot: int) -> Run | None:
         """Look whether the phase in a slot has ended; a run that succeeded and has another phase is given back."""
@@ -171,17 +172,13 @@ class Scheduler:
             return run
         elif self._stop.name is None:
             self.failed.append((run, log_of(run, phase)))
-            say(f"{run.row.name}, seed {run.seed}: {phase} failed, see {log_of(run, phase)}")
+            show(f"{run.row.name}, seed {run.seed}: {phase} failed, see {log_of(run, phase)}")
         return None
 
 
 def log_of(run: Run, phase: str) -> Path:
     """What a phase prints goes to this file."""
     return run.folder / f"{phase}.log"
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def gpu_groups(per_run: int) -> list[str]:
