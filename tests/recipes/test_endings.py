@@ -249,7 +249,8 @@ def begun(
     of_training = f'from recipes.command_line import main\nmain("{recipe}")'
     start = "recipe.main()" if recipe == "probe" else of_training
     program = (
-        f"import recipes.{recipe} as recipe, recipes.data.batches as data, recipes.training.engine as engine\n"
+        f"import recipes.{recipe} as recipe, recipes.data.batches as data, recipes.training.engine as engine, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         f"{code}\n{start}"
     )
     with subprocess.Popen(
