@@ -42,6 +42,7 @@ from arm_zoo.files import CheckpointError, sha256_of
 from arm_zoo.identify import find_variant
 from arm_zoo.layers.sizes import Size
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining._sequence import SequencePretrain
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights import hosted as table
 from arm_zoo.weights.hosted import TABLE, training_commands
@@ -1016,6 +1017,30 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     assert card.data.license == "other" and card.data.license_name == "unknown"
     assert ("ask the authors" in html) == (kind != "pretraining")  # ours has no authors to ask
     assert "<em>Measured</em> on this file: nothing yet." in html
+
+
+@pytest.mark.parametrize("family", SequencePretrain.backbones)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_cards_of_pretraining_models_hold(objective: str, family: str, tmp_path: Path) -> None:
+    """For each objective: the snippets run on the folder, and a backbone as the entry has it differs in nothing."""
+    arm_zoo.create_pretraining_model(f"{family}_pico", objective).save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| differs from the entry in | nothing |" in card
+    found: dict[str, Any] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        local = snippet.replace("hf-hub:ORG/NAME", f"local-dir:{tmp_path / 'out'}")
+        exec(local.replace("ORG/NAME", str(tmp_path / "out")), found)
+    assert found["loss"].ndim == 0 and len(found["latents"]) == 2 and found["model"].num_classes == 10
+
+
+def test_cards_name_what_differs_from_the_entry(tmp_path: Path) -> None:
+    """Of a family whose sizes have other names than ARM's, too."""
+    model = timm.create_model("vmamba_tiny_s1l8", embed_dim=8, depths=(1, 1), global_pool="max", num_classes=3)
+    model.save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| differs from the entry in | embed_dim=8, depths=[1, 1], global_pool=max |" in card
 
 
 @pytest.mark.parametrize(
