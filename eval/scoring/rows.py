@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from arm_zoo.heads.models import Segmenter
 from arm_zoo.messages import listed
 from eval import tables
 from eval.scoring import labels, models
@@ -37,7 +38,9 @@ class Request:
 
 
 def label(request: Request, candidate: Candidate) -> LabelledSet:
-    """The set with class indices of the model; ValueError if the model has other classes than the set."""
+    """The set with class indices of the model; ValueError if the model has other classes, or classes of pixels."""
+    if isinstance(candidate.model, Segmenter):
+        raise ValueError(f"{candidate.name} classifies pixels, not images; `python -m eval.segmentation` scores it")
     if request.name != CUSTOM and candidate.num_classes != 1000:
         own = f"{candidate.name} has {candidate.num_classes} classes"
         wrong = f"{own}, {request.name} is for models of ImageNet's 1000"

@@ -39,6 +39,7 @@ from torch import nn
 import arm_zoo
 from arm_zoo import to_official
 from arm_zoo.files import CheckpointError, sha256_of
+from arm_zoo.heads.models import Segmenter, save_segmenter
 from arm_zoo.identify import find_variant
 from arm_zoo.layers.sizes import Size
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -1337,4 +1338,11 @@ def test_exports_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         capsys, "export", tmp_path / "run", tmp_path / "model.onnx"
     )
     assert "no checkpoint at" in mistake(capsys, "export", tmp_path / "none.pth", tmp_path / "model.onnx")
-    assert names_in(tmp_path) == ["run"]
+    segmenter, inputs = Segmenter("test_vit", {"img_size": 16}, num_classes=3), {"input_size": (3, 16, 16)}
+    save_segmenter(tmp_path / "segmenter", segmenter, "linear", inputs, [])
+    for format in ("onnx", "pt2", "official"):
+        arguments = ("export", tmp_path / "segmenter", tmp_path / "model", "--format", format)
+        assert "is a Segmenter, a backbone with a head of another kind; allowed: a backbone" in mistake(
+            capsys, *arguments
+        )
+    assert names_in(tmp_path) == ["run", "segmenter"]
