@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from arm_zoo.files import HELD_OUT
 from arm_zoo.heads.models import Segmenter
 from arm_zoo.messages import listed
 from eval import tables
@@ -49,7 +50,7 @@ def label(request: Request, candidate: Candidate) -> LabelledSet:
     held_out, count = _held_out(candidate, request.listing), len(request.listing)
     if not 0 < held_out < count:
         return labelled
-    warning = f"the model's run held out {held_out} of these {count} images ({models.HELD_OUT}): the others trained it"
+    warning = f"the model's run held out {held_out} of these {count} images ({HELD_OUT}): the others trained it"
     return replace(labelled, warnings=(*labelled.warnings, warning))
 
 
