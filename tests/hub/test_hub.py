@@ -1332,7 +1332,7 @@ def test_pt2_and_official_names(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
 
 
-def test_exports_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_exported_or_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
     assert "is a pretraining model; onnx and pt2 are for backbones" in mistake(
         capsys, "export", tmp_path / "run", tmp_path / "model.onnx"
@@ -1340,6 +1340,8 @@ def test_exports_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no checkpoint at" in mistake(capsys, "export", tmp_path / "none.pth", tmp_path / "model.onnx")
     segmenter, inputs = Segmenter("test_vit", {"img_size": 16}, num_classes=3), {"input_size": (3, 16, 16)}
     save_segmenter(tmp_path / "segmenter", segmenter, "linear", inputs, [])
+    said = mistake(capsys, "convert", tmp_path / "segmenter", tmp_path / "out")
+    assert "has a segmenter, which needs no conversion; load its folder as it is: timm.create_model" in said
     for format in ("onnx", "pt2", "official"):
         arguments = ("export", tmp_path / "segmenter", tmp_path / "model", "--format", format)
         assert "is a Segmenter, a backbone with a head of another kind; allowed: a backbone" in mistake(
