@@ -26,7 +26,6 @@ class ZooModel(nn.Module):
     # must be renamed or reshaped.
     adapt = staticmethod(adapt_state_dict)
     parts_to_shard: tuple[str, ...] = ("blocks",)  # lists of modules, each of which FSDP shards by itself
-    blocks: nn.ModuleList
 
     @classmethod
     def read_shapes(cls, source: StateDict) -> tuple[dict[str, Any], int | None]:

@@ -23,6 +23,7 @@ StateDict = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"  # as timm.models.save_for_hf writes unless it is asked for safetensors
 CONFIG = "config.json"
+HELD_OUT = "validation.txt"  # beside weights, if their run held images out of those that it was given: lists these
 
 
 class CheckpointError(RuntimeError):

@@ -105,6 +105,21 @@ def unknown_model(name: str, known: Collection[str]) -> ValueError:
     return ValueError(f"unknown model {name!r}; {hint}")
 
 
+def saved_config(source: str | Path) -> dict[str, Any]:
+    """The content of the config.json of a source of `load`: a repository, a folder or a file in one; else empty.
+
+    Raises:
+        CheckpointError: if it cannot be fetched or read.
+        FileNotFoundError: if a folder has none.
+    """
+    scheme, _, rest = str(source).partition(":")
+    if scheme in ("hf-hub", "hf_hub"):
+        return files.read_config(download(rest, CONFIG).parent)
+    path = Path(os.path.expanduser(rest if scheme == "local-dir" else source))
+    folder = path.parent if files.described_by_folder(path) else path
+    return files.read_config(folder) if folder.is_dir() else {}
+
+
 def label_names(cfg: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     """The names of the classes by index, if a configuration has one for each class; else none.
 

@@ -101,7 +101,7 @@ def filling_batch_size(img_size: int, device: str) -> int:
     return 2 ** max(0, math.ceil(math.log2(FULL_BATCH_SIZE[device] * (SWEEPS["img-size"][0] / img_size) ** 2)))
 
 
-def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, int]:
+def build(name: str, args: argparse.Namespace) -> tuple[Any, int]:
     """The model with fresh weights on the CPU, and the size of its images in pixels."""
     if args.mode == "pretrain":
         img_size = args.img_size or PRETRAIN_IMG_SIZE
@@ -157,7 +157,8 @@ def prepare(name: str, backend: str, args: argparse.Namespace) -> tuple[Step, Ro
     model = model.to(args.device).train(args.mode != "infer")
     if args.compile:
         model.compile(mode="reduce-overhead" if args.cuda_graphs else None)
-    channels = resolve_model_data_config(model)["input_size"][0]
+    pretrains = args.mode == "pretrain"  # by a model that timm has no configuration of
+    channels = model.in_chans if pretrains else resolve_model_data_config(model)["input_size"][0]
     images = torch.randn(args.batch_size, channels, img_size, img_size, device=args.device)
     make_step = inference_step if args.mode == "infer" else training_step
     step = scan_backend(backend)(make_step(model, images, args))

@@ -14,6 +14,7 @@ from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 
 from arm_zoo.files import WEIGHTS, read_config, sha256_of, write_text
+from arm_zoo.models import ARCHITECTURES
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from arm_zoo.weights.hosted import training_commands
 from hub.catalog import FROZEN, PAPER_NAMES, RESULTS, candidates, measured, measured_frozen, reported, set_names
@@ -24,7 +25,6 @@ END = "<!-- arm-zoo: to here; what you write outside the two marks stays -->"
 OURS = {"library_name", "license", "license_name", "model-index", "pipeline_tag"}  # metadata that the template writes
 
 RGB = 3  # channels: the image processor of transformers opens no other images
-OWN_SIZES = ("embed_dim", "depth", "d_state", "patch_size")  # a model with one of these arguments is not the paper's
 TEMPLATES = Path(__file__).parent / "templates"
 UNKNOWN = dict.fromkeys(("license", "dtype", "source_sha256", "library_version"), "unknown")
 SNIPPETS = {  # kind of model -> headings in parts.md
@@ -83,8 +83,10 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any], f
     official, rounded = facts.get("source_names") == "official", facts["dtype"] != "fp32"
     default: Any = get_pretrained_cfg(architecture)
     paper = _paper(default.paper_name, default.paper_ids)
-    standard = arguments.keys().isdisjoint(OWN_SIZES) and list(default.input_size) == cfg["input_size"]
-    entries = candidates(architecture, config["num_classes"], standard) if official else []
+    of_entry = ARCHITECTURES[architecture].sizes(architecture)
+    usual = {key: list(value) if isinstance(value, tuple) else value for key, value in of_entry.items()}  # as JSON
+    differences = [f"{key}={value}" for key, value in arguments.items() if usual.get(key) != value]
+    entries = candidates(architecture, config["num_classes"], standard=not differences) if official else []
 
     licence = "stated" if facts["license"] != "unknown" else "authors" if official else "unknown"
     training = "candidates" if entries else "official" if official else "ours"
@@ -99,8 +101,6 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any], f
         use="\n\n".join(parts[f"use {name}"] for name in snippets),
         limits="\n".join(parts[f"limits {name}"] for name, holds in limits.items() if holds),
     )
-    usual = {"in_chans": default.input_size[0], "img_size": list(default.input_size[1:]), "global_pool": "avg"}
-    differences = [f"{key}={value}" for key, value in arguments.items() if usual.get(key) != value]
     preprocessing = f"{cfg['crop_mode']}, crop {cfg['crop_pct']}, {cfg['interpolation']}"
     of_snippets = to_2tuple(own["img_size"]) if own else (height, width)
     return Template(with_parts).substitute(

@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 import arm_zoo
 from arm_zoo import files
 from arm_zoo.files import CONFIG, WEIGHTS, CheckpointError, sha256_of
+from arm_zoo.heads.models import HEADED
 from arm_zoo.identify import Variant, describe, find_variant
 from arm_zoo.loading import objective_of
 from arm_zoo.pretraining import PretrainingModel
@@ -46,6 +47,9 @@ def convert(
         raise UsageError(f"{file} lies in {out}, which would be replaced; name another folder")
     state_dict = read_checkpoint(file, weights)
     config = files.read_config(file.parent) if (file.parent / CONFIG).exists() else _told_by_entry(file)
+    if config.get("architecture") in [*HEADED]:  # a list: the name may be whatever JSON has
+        loaded = f"as it is: timm.create_model('local-dir:{file.parent}', pretrained=True)"
+        raise UsageError(f"{file} has a {config['architecture']}, which needs no conversion; load its folder {loaded}")
     before = read_header(file) if is_safetensors(file) else {}
     objective = objective_of(config, file, state_dict) if "pretraining_model" in config else None
     variant = find_variant(state_dict, _arguments(config), objective)
@@ -59,7 +63,7 @@ def convert(
         "license": license or before.get("license", "unknown"),
         "dtype": dtype,
     }
-    hub_config = _hub_config(model, variant, _checked(config, "pretrained_cfg", _PREPROCESSING), facts)
+    hub_config = _hub_config(model, variant, _preprocessing(config), facts)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *model.input_size(), generator=generator)
     state = model.state_dict().items()
@@ -145,23 +149,26 @@ _PREPROCESSING: dict[str, Test] = {
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model's arguments in a config.json of the recipes or of timm; a pretraining model's were checked before."""
-    given = config.get("pretraining_model") or _checked(config, "model_args", _ARGUMENTS)
+    given = config.get("pretraining_model") or _checked(config.get("model_args", {}), "model_args", _ARGUMENTS)
     sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    return sizes | _checked({"first level": config}, "first level", _POOLING)
+    return sizes | _checked(config, "first level", _POOLING)
 
 
-def _checked(config: Mapping[str, Any], key: str, tests: dict[str, Test]) -> dict[str, Any]:
-    """The values in a table of a config.json that have tests; class names may also stand beside the table."""
-    table = config.get(key, {})
+def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared, by a config.json, and the names of classes, which may stand beside that table."""
+    found = _checked(config.get("pretrained_cfg", {}), "pretrained_cfg", _PREPROCESSING)
+    return found | _checked(config, "first level", {"label_names": _PREPROCESSING["label_names"]})
+
+
+def _checked(table: Any, name: str, tests: Mapping[str, Test]) -> dict[str, Any]:
+    """The values in a table of a config.json, called `name`, that have tests."""
     if not isinstance(table, dict):
-        raise CheckpointError(f"{CONFIG}: {key} is a {type(table).__name__}, not a table")
-    if config.get("label_names") is not None:
-        table = {**table, "label_names": config["label_names"]}
-    found = {name: table[name] for name in tests if table.get(name) is not None}
-    for name, value in found.items():
-        holds, expected = tests[name]
+        raise CheckpointError(f"{CONFIG}: {name} is a {type(table).__name__}, not a table")
+    found = {key: table[key] for key in tests if table.get(key) is not None}
+    for key, value in found.items():
+        holds, expected = tests[key]
         if not holds(value):
-            raise CheckpointError(f"{CONFIG}: {name} is {value!r}; expected {expected}")
+            raise CheckpointError(f"{CONFIG}: {key} is {value!r}; expected {expected}")
     return found
 
 

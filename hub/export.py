@@ -16,6 +16,7 @@ from torch import nn
 import arm_zoo
 from arm_zoo.files import replacing_files, save_tensors
 from arm_zoo.models import Backbone
+from arm_zoo.pretraining import PretrainingModel
 from hub.folders import TOLERANCE, UsageError, relative_error
 
 
@@ -28,7 +29,10 @@ def export(source: str, file: Path, format: str) -> list[str]:
     if file.is_dir():
         raise UsageError(f"{file} is a folder; name a file to write to")
     model = arm_zoo.from_pretrained(source).eval().requires_grad_(False)
-    if format != "official" and not isinstance(model, Backbone):
+    if not isinstance(model, Backbone | PretrainingModel):
+        kind = f"a {type(model).__name__}, a backbone with a head of another kind"
+        raise UsageError(f"{source} is {kind}; allowed: a backbone, or with --format official a pretraining model")
+    if format != "official" and isinstance(model, PretrainingModel):
         raise UsageError(f"{source} is a pretraining model; onnx and pt2 are for backbones: finetune it first")
     with replacing_files(file.parent) as beside:
         said = FORMATS[format](model, beside / file.name)

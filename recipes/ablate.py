@@ -21,9 +21,8 @@ from pathlib import Path
 import yaml
 
 from recipes.ablations import FOLDER, PHASES
-from recipes.command_line import interrupted
 from recipes.parsing import SEED
-from recipes.signals import EXIT_CODE, StopRequest
+from recipes.signals import EXIT_CODE, StopRequest, interrupted
 
 TABLES = sorted(file.stem.removeprefix("table") for file in FOLDER.glob("table*.yaml"))
 

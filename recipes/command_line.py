@@ -7,12 +7,11 @@ import argparse
 import gc
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from recipes.config import (
     ConfigT,
@@ -26,10 +25,7 @@ from recipes.config import (
 )
 from recipes.first_run import fitted
 from recipes.parsing import ConfigError
-
-if TYPE_CHECKING:
-    from recipes.signals import StopRequest
-
+from recipes.signals import StopRequest, interrupted
 
 Fit = Callable[..., tuple[Mapping[str, Any], str]]  # see `load_config`; used without --config
 # Name of a recipe -> its configuration, what it does, and what fits its settings to the images.
@@ -84,11 +80,10 @@ def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, "StopRequest"], None]) -> None:
+def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, StopRequest], None]) -> None:
     """Call `run(config, resume, stop)`, where `stop` takes note of requests to stop."""
     from recipes.data.workers import end_workers
     from recipes.errors import reporting_mistakes
-    from recipes.signals import StopRequest
     from recipes.training.alone import alone_in
 
     stop, is_main = StopRequest().listen(), os.environ.get("RANK", "0") == "0"
@@ -112,12 +107,6 @@ def leave_process_group() -> None:
 
     gc.collect()
     PartialState().destroy_process_group()
-
-
-def interrupted(message: str) -> NoReturn:
-    """End the program as Ctrl-C does, with 130, and one line."""
-    print(message, file=sys.stderr)
-    sys.exit(130)
 
 
 def say(text: str) -> None:

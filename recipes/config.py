@@ -382,12 +382,9 @@ class SegmentConfig(TrainConfig):
         from timm import get_pretrained_cfg
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-        from arm_zoo.files import described_by_folder, read_config
-        from arm_zoo.loading import timm_entries
+        from arm_zoo.loading import saved_config, timm_entries
 
-        path = Path(self.pretrained or "")
-        folder = path.parent if described_by_folder(path) else path
-        own = read_config(folder).get("pretrained_cfg", {}) if self.pretrained and folder.is_dir() else {}
+        own = saved_config(self.pretrained).get("pretrained_cfg", {}) if self.pretrained else {}
         name = self.pretrained if self.pretrained in timm_entries() else self.model
         entry: Any = get_pretrained_cfg(name)
         mean, std = own.get("mean", entry.mean), own.get("std", entry.std)

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from arm_zoo import CheckpointError
 from arm_zoo.command_line import is_out_of_memory
 from arm_zoo.images.errors import SourceError
-from recipes.command_line import interrupted
 from recipes.parsing import ConfigError
+from recipes.signals import interrupted
 
 
 class RunError(RuntimeError):

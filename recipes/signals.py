@@ -1,10 +1,12 @@
-"""Requests to stop: the signals that schedulers send."""
+"""Requests to stop: the signals that schedulers send, and Ctrl-C."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on later
 # Windows has no SIGUSR1.
@@ -55,3 +57,9 @@ def stop_ends_waiting() -> Iterator[None]:
         yield
     finally:
         StopRequest.ends_waiting = False
+
+
+def interrupted(message: str) -> NoReturn:
+    """End the program as Ctrl-C does, with 130, and one line."""
+    print(message, file=sys.stderr)
+    sys.exit(130)

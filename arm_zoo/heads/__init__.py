@@ -1,1 +1,1 @@
-"""Heads that are trained on the features of a frozen model."""
+"""Heads on the features of any timm model, which stays frozen or is trained with them."""

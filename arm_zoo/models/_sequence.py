@@ -50,6 +50,7 @@ class SequenceBackbone(Backbone):
     block_class: Callable[..., nn.Module] = Block
     block: Mapping[str, Any] = MappingProxyType({})  # arguments of the block that all sizes share
     float32_residual = False  # whether tokens stay in float32 between blocks of a lower type
+    usual_pool: GlobalPool = "avg"  # by which the family classifies; with "token" pretraining has a class token, too
     default_norm: Callable[..., nn.Module] = staticmethod(partial(nn.LayerNorm, eps=1e-5))
     dynamic_img_size: bool
     __constants__ = ("directions", "dynamic_img_size", "float32_residual")  # for TorchScript

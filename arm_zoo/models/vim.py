@@ -35,6 +35,7 @@ class Vim(SequenceBackbone):
     directions = DIRECTIONS
     block = MappingProxyType({"expand": 2.0, "mlp": False})
     float32_residual = True
+    usual_pool = "token"
     default_norm = staticmethod(partial(nn.RMSNorm, eps=1e-5))
     official_names = OFFICIAL_NAMES
     keys = ("patch_embed.proj.weight", "pos_embed", "blocks.*.mixer.A_log")
@@ -74,7 +75,7 @@ SIZES = {
     "large": {"embed_dim": 1024, "depth": 48},  # the last two are the ARM paper's, table 1
     "huge": {"embed_dim": 1536, "depth": 48},
 }
-_TOKEN = {"global_pool": "token"}
+_TOKEN = {"global_pool": Vim.usual_pool}
 _TINY, _SMALL, _BASE, _LARGE, _HUGE = ({**size, **_TOKEN} for size in SIZES.values())
 register_family(
     Vim,

@@ -45,7 +45,10 @@ class PretrainingModel(ZooModel):
         return {"objective": objective, "pretraining_model": self.config}
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
-        """Results for images by name, without randomness; converted weights keep them to be checked against later."""
+        """Results for images by name, without randomness: the encoder's `features`, and what is made of them.
+
+        Converted weights keep them to be checked against later.
+        """
         raise NotImplementedError
 
 

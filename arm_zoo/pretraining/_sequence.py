@@ -16,13 +16,20 @@ from arm_zoo.weights.adapt import sincos_grid
 ENCODER_KEYS = vim.Vim.keys  # in checkpoints of both families: ARM's keys are these and one more
 # Ours, for 8x8 images; the backbones have it as arm_pico_patch2_8 and vim_pico_patch2_8.
 _PICO = {"embed_dim": 64, "depth": 4, "d_state": 8, "img_size": 8, "patch_size": 2, "in_chans": 1}
+# The families that all objectives take, with their sizes: a new one is a row here.
+_FAMILIES: dict[str, tuple[type[SequenceBackbone], Mapping[str, Mapping[str, Any]]]] = {
+    "arm": (arm.ARM, arm.SIZES),
+    "vim": (vim.Vim, vim.SIZES),
+}
 
 
 class SequencePretrain(PretrainingModel):
     """A pretraining model of an ARM or a Vim."""
 
     backbone: type[SequenceBackbone] = arm.ARM
-    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType({"arm": arm.ARM, "vim": vim.Vim})
+    backbones: Mapping[str, type[SequenceBackbone]] = MappingProxyType(
+        {name: backbone for name, (backbone, _) in _FAMILIES.items()}
+    )
 
     @classmethod
     def read_encoder(cls, source: StateDict) -> tuple[dict[str, Any], int]:
@@ -39,6 +46,6 @@ def sizes_of_encoders(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     """The arguments of each family's sizes by name, such as arm_base; `own` adds an objective's to pico, tiny, ..."""
     return {
         f"{family}_{name}": {"backbone": family, **size, **own.get(name, {})}
-        for family, sizes in (("arm", arm.SIZES), ("vim", vim.SIZES))
+        for family, (_, sizes) in _FAMILIES.items()
         for name, size in {"pico": _PICO, **sizes}.items()
     }

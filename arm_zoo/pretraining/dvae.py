@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from arm_zoo.base import ZooModel
 from arm_zoo.files import CheckpointError, DownloadError, StateDict
 from arm_zoo.layers.init import zero_bias
-from arm_zoo.layers.sizes import Pair, check_positive
+from arm_zoo.layers.sizes import Device, Pair, check_positive
 from arm_zoo.weights.reading import read_checkpoint
 
 STRIDE = 8  # pixels of a token
@@ -115,7 +115,7 @@ class DVAE(ZooModel):
         vocab_size: int = 512,
         n_blocks: int = 1,
         prior: float = 1e-2,
-        device: Any = None,
+        device: Device = None,
     ) -> None:
         """
         Args:

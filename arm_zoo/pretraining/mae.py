@@ -21,7 +21,6 @@ from arm_zoo.layers.init import fill
 from arm_zoo.layers.order import visible_order
 from arm_zoo.layers.patch_embed import PatchEmbed
 from arm_zoo.layers.sizes import Device, Size, check_positive, nearest_multiple
-from arm_zoo.models import vim
 from arm_zoo.ops.fused import at_least_float32, run_norm
 from arm_zoo.pretraining._registry import OBJECTIVES, Objective
 from arm_zoo.pretraining._sequence import ENCODER_KEYS, SequencePretrain, sizes_of_encoders
@@ -105,7 +104,7 @@ class MAEPretrain(SequencePretrain):
                 f"mask_ratio {mask_ratio} of {patches} patches keeps {self.kept_patches}; from 1 to {patches - 1} can "
                 "be kept, for example with mask_ratio 0.5"
             )
-        has_token = family is vim.Vim  # which classifies with it
+        has_token = family.usual_pool == "token"
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if has_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, patches, embed_dim, **dd), requires_grad=False)
         norm = family.default_norm

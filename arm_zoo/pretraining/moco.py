@@ -24,7 +24,6 @@ from arm_zoo.pretraining._sequence import SequencePretrain, sizes_of_encoders
 from arm_zoo.pretraining.decoder import sincos_pos_embed
 from arm_zoo.weights.adapt import whole_backbone
 
-_POOLING = {"arm": "avg", "vim": "token"}  # what each family classifies with
 START = 0.99  # the momentum when training starts; it ends at 1
 
 
@@ -183,7 +182,7 @@ class MoCoPretrain(SequencePretrain):
         self.config = {"backbone": backbone, **sizes, **heads, "temperature": temperature}
         self.in_chans, self.temperature = in_chans, temperature
         family: Any = self.backbone_named(backbone)
-        self.base_encoder = family(num_classes=0, global_pool=_POOLING[backbone], **sizes, **dd)
+        self.base_encoder = family(num_classes=0, global_pool=family.usual_pool, **sizes, **dd)
         self.base_encoder.head = mlp(embed_dim, hidden_dim, hidden_dim, output_dim, **dd)
         self.predictor = mlp(output_dim, hidden_dim, output_dim, **dd)
         for frozen in (self.base_encoder.pos_embed, *self.base_encoder.patch_embed.parameters()):

@@ -13,12 +13,11 @@ from timm.models import is_model_pretrained
 from torch import nn
 
 import arm_zoo
-from arm_zoo.files import sha256_of, sha256_of_tensors
+from arm_zoo.files import HELD_OUT, sha256_of, sha256_of_tensors
 from arm_zoo.loading import entries, entry_of, label_names, timm_entries, unknown_model
 from arm_zoo.pretraining import PretrainingModel
 from arm_zoo.weights.find import whereabouts
 
-HELD_OUT = "validation.txt"  # beside a model of `recipes`, if its run held images out of those that it was given
 SOURCES = ("hf-hub:", "hf_hub:", "hf://", "local-dir:")
 
 

@@ -12,6 +12,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from arm_zoo.files import HELD_OUT
+from arm_zoo.heads.models import Segmenter
 from arm_zoo.messages import listed
 from eval import tables
 from eval.scoring import labels, models
@@ -37,7 +39,9 @@ class Request:
 
 
 def label(request: Request, candidate: Candidate) -> LabelledSet:
-    """The set with class indices of the model; ValueError if the model has other classes than the set."""
+    """The set with class indices of the model; ValueError if the model has other classes, or classes of pixels."""
+    if isinstance(candidate.model, Segmenter):
+        raise ValueError(f"{candidate.name} classifies pixels, not images; `python -m eval.segmentation` scores it")
     if request.name != CUSTOM and candidate.num_classes != 1000:
         own = f"{candidate.name} has {candidate.num_classes} classes"
         wrong = f"{own}, {request.name} is for models of ImageNet's 1000"
@@ -46,7 +50,7 @@ def label(request: Request, candidate: Candidate) -> LabelledSet:
     held_out, count = _held_out(candidate, request.listing), len(request.listing)
     if not 0 < held_out < count:
         return labelled
-    warning = f"the model's run held out {held_out} of these {count} images ({models.HELD_OUT}): the others trained it"
+    warning = f"the model's run held out {held_out} of these {count} images ({HELD_OUT}): the others trained it"
     return replace(labelled, warnings=(*labelled.warnings, warning))
 
 

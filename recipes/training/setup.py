@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from arm_zoo.files import write_text
+from arm_zoo.files import HELD_OUT, write_text
 from recipes.config import TrainConfig
 from recipes.data.loader import TrainLoader
 from recipes.data.sampling import batch_plan
@@ -21,8 +21,6 @@ from recipes.training.parallel import Collectives, model_state, shard, start_acc
 from recipes.training.plots import plot_run
 from recipes.training.progress import ProgressDisplay, peak_speed
 from recipes.training.resume import CURVES, starting_point
-
-HELD_OUT = "validation.txt"
 
 
 def train(

@@ -24,6 +24,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import ImageNetInfo, resolve_model_data_config
 
+from arm_zoo.heads.models import Segmenter, save_segmenter
 from arm_zoo.images.columns import Choices
 from arm_zoo.images.hub import split_to_score
 from arm_zoo.images.listing import IMAGE_ENDINGS
@@ -227,6 +228,20 @@ def test_pixels_equal_the_recipes_but_for_rounding(model: str, tmp_path: Path) -
             levels = np.abs(np.asarray(image, int) - batch.images[0].numpy().astype(int))
             assert levels.max() <= 5 and (levels > 1).mean() < 0.01  # torchvision's resizing and Pillow's
     assert not theirs and {"damaged.png", "large.png"} <= set(refused)
+
+
+def test_classes_of_pixels_are_not_scored_as_those_of_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    segmenter = Segmenter("test_vit", {"img_size": 16}, num_classes=2)
+    save_segmenter(tmp_path / "segmenter", segmenter, "linear", inputs, ["a", "b"])
+    for name in ("a", "b"):
+        save(tmp_path / "images" / name / "1.jpg", jpeg())
+    words = ("--models", f"local-dir:{tmp_path / 'segmenter'}", "--output", str(tmp_path / "results.csv"))
+    assert program.main([*words, "--sets", f"custom={tmp_path / 'images'}", "--device", "cpu", "--workers", "0"]) == 1
+    said = "classifies pixels, not images; `python -m eval.segmentation` scores it"
+    assert said in capsys.readouterr().err and not (tmp_path / "results.csv").exists()
 
 
 def test_the_limit_of_pixels_can_be_raised_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,8 +106,10 @@ def test_low_precision_runs(dtype: str, autocast: bool, tmp_path: Path) -> None:
     assert (row["dtype"], row["autocast"]) == (dtype, autocast) and row["median_s"] > 0
 
 
-def test_models_of_grey_images_run(capsys: pytest.CaptureFixture[str]) -> None:
-    throughput.main(["--models", "arm_pico_patch2_8", "--device", "cpu", "--repeats", "1", "--batch-size", "1"])
+@pytest.mark.parametrize("options", [[], ["--mode", "pretrain", "--img-size", "16"]])
+def test_models_of_grey_images_run(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--models", "arm_pico_patch2_8", "--device", "cpu", "--repeats", "1", "--batch-size", "1", *options]
+    assert throughput.main(words) == 0
     assert "arm_pico_patch2_8" in capsys.readouterr().out
 
 

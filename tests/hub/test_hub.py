@@ -39,9 +39,11 @@ from torch import nn
 import arm_zoo
 from arm_zoo import to_official
 from arm_zoo.files import CheckpointError, sha256_of
+from arm_zoo.heads.models import Segmenter, save_segmenter
 from arm_zoo.identify import find_variant
 from arm_zoo.layers.sizes import Size
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining._sequence import SequencePretrain
 from arm_zoo.pretraining.autoregressive import ARMPretrain
 from arm_zoo.weights import hosted as table
 from arm_zoo.weights.hosted import TABLE, training_commands
@@ -1018,6 +1020,30 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
     assert "<em>Measured</em> on this file: nothing yet." in html
 
 
+@pytest.mark.parametrize("family", SequencePretrain.backbones)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_cards_of_pretraining_models_hold(objective: str, family: str, tmp_path: Path) -> None:
+    """For each objective: the snippets run on the folder, and a backbone as the entry has it differs in nothing."""
+    arm_zoo.create_pretraining_model(f"{family}_pico", objective).save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| differs from the entry in | nothing |" in card
+    found: dict[str, Any] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        local = snippet.replace("hf-hub:ORG/NAME", f"local-dir:{tmp_path / 'out'}")
+        exec(local.replace("ORG/NAME", str(tmp_path / "out")), found)
+    assert found["loss"].ndim == 0 and len(found["latents"]) == 2 and found["model"].num_classes == 10
+
+
+def test_cards_name_what_differs_from_the_entry(tmp_path: Path) -> None:
+    """Of a family whose sizes have other names than ARM's, too."""
+    model = timm.create_model("vmamba_tiny_s1l8", embed_dim=8, depths=(1, 1), global_pool="max", num_classes=3)
+    model.save_pretrained(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| differs from the entry in | embed_dim=8, depths=[1, 1], global_pool=max |" in card
+
+
 @pytest.mark.parametrize(
     "known, said",
     [
@@ -1306,10 +1332,19 @@ def test_pt2_and_official_names(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
 
 
-def test_exports_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_exported_or_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arm_zoo.create_pretraining_model("arm_pico", decoder_dim=64).save_pretrained(tmp_path / "run")
     assert "is a pretraining model; onnx and pt2 are for backbones" in mistake(
         capsys, "export", tmp_path / "run", tmp_path / "model.onnx"
     )
     assert "no checkpoint at" in mistake(capsys, "export", tmp_path / "none.pth", tmp_path / "model.onnx")
-    assert names_in(tmp_path) == ["run"]
+    segmenter, inputs = Segmenter("test_vit", {"img_size": 16}, num_classes=3), {"input_size": (3, 16, 16)}
+    save_segmenter(tmp_path / "segmenter", segmenter, "linear", inputs, [])
+    said = mistake(capsys, "convert", tmp_path / "segmenter", tmp_path / "out")
+    assert "has a segmenter, which needs no conversion; load its folder as it is: timm.create_model" in said
+    for format in ("onnx", "pt2", "official"):
+        arguments = ("export", tmp_path / "segmenter", tmp_path / "model", "--format", format)
+        assert "is a Segmenter, a backbone with a head of another kind; allowed: a backbone" in mistake(
+            capsys, *arguments
+        )
+    assert names_in(tmp_path) == ["run", "segmenter"]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -31,16 +31,18 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arm_zoo
-from arm_zoo.files import replacing_files, save_model
+from arm_zoo.files import recipe_of, replacing_files, save_model
+from arm_zoo.heads.segmentation import HEADS
 from arm_zoo.images.errors import SourceError
 from arm_zoo.layers.mixer import MambaMixer
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from recipes import command_line
 from recipes.__main__ import main as list_commands
 from recipes.command_line import RECIPES, carry_out, read_command
-from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from recipes.config import ConfigError, FinetuneConfig, PretrainConfig, SegmentConfig, load_config
 from recipes.data.batches import Batch
-from recipes.data.config import CORES, DataConfig
+from recipes.data.built_in import OPENERS
+from recipes.data.config import BUILT_IN, CORES, DataConfig
 from recipes.data.loader import EvalLoader, TrainLoader
 from recipes.data.sampling import batch_plan
 from recipes.data.sources import open_source
@@ -69,21 +71,30 @@ TINY = ["epochs=1", "warmup_epochs=0", "global_batch=256", "device=cpu", "tracke
 TINY_ENCODER = ["model_args.embed_dim=16", "model_args.depth=1", "model_args.d_state=2"]
 
 
-def recipe_of(file: Path) -> str:
+def recipe_for(file: Path) -> str:
     start = file.name.partition("_")[0]
     return start if start in RECIPES else "finetune"  # as supervised_base.yaml
 
 
 def kind(file: Path) -> Any:
-    return RECIPES[recipe_of(file)][0]
+    return RECIPES[recipe_for(file)][0]
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
 
 
+def test_tables_in_two_files_agree() -> None:
+    """Configurations are read without torch, so they repeat names of what needs it."""
+    assert BUILT_IN.keys() == OPENERS.keys()
+    assert TRAINING.keys() == OBJECTIVES.keys()
+    assert get_args(get_type_hints(SegmentConfig)["head"]) == tuple(HEADS)
+    for name, (recipe, *_) in RECIPES.items():
+        assert recipe_of(dataclasses.asdict(recipe())) == name
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_shipped_configurations_load_and_their_models_can_be_built(file: Path) -> None:
-    command = f"# accelerate launch -m recipes.{recipe_of(file)} --config recipes/configs/{file.name}"
+    command = f"# accelerate launch -m recipes.{recipe_for(file)} --config recipes/configs/{file.name}"
     assert file.read_text().startswith(command)
     config = load_config(kind(file), file, to_run=False)
     model = config.build(device="meta")

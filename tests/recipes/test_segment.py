@@ -13,8 +13,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from arm_zoo import loading
 from arm_zoo.heads.segmentation import segment as segment_image
 from arm_zoo.images.masks import IGNORED, open_masks
 from eval import segmentation, tables
@@ -74,6 +76,22 @@ def test_scenes_are_not_mixed_with_others(scenes: Path, capsys: pytest.CaptureFi
 def test_short_names_have_statistics() -> None:
     configs = [SegmentConfig(model=name) for name in ("arm_base", "arm_base_patch16_224")]
     assert configs[0].statistics() == configs[1].statistics()
+
+
+def test_statistics_are_those_of_the_weights_however_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = timm.create_model("arm_tiny_patch8_64", num_classes=0)
+    model.pretrained_cfg["mean"] = (0.1, 0.2, 0.3)
+    model.save_pretrained(tmp_path)
+    fetched = []
+    monkeypatch.setattr(loading, "download", lambda repo, file: fetched.append(repo) or tmp_path / file)
+    for name in (tmp_path, tmp_path / "model.safetensors", f"local-dir:{tmp_path}", "hf-hub:ada/scenes@v1"):
+        config = SegmentConfig(model="arm_tiny_patch8_64", pretrained=str(name))
+        assert config.statistics() == ((0.1, 0.2, 0.3), IMAGENET_DEFAULT_STD)
+    assert fetched == ["ada/scenes@v1"]
+    untold = SegmentConfig(model="arm_tiny_patch8_64", pretrained="hf://ada/scenes/weights.pth")
+    assert untold.statistics() == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def test_keywords_of_a_segmenter_are_those_of_its_backbone() -> None:

@@ -171,8 +171,8 @@ def selective_scan(
 ) -> Tensors:
     """See `arm_zoo.ops.selective_scan`: its output and the saved states; `kept` gets the output before the gate."""
     directions, batch, length, channels = scan.shape
-    projection = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
-    if not projection["RANK"]:
+    macros = _projection(scan.delta, scan.delta_weight, scan.u.dtype)
+    if not macros["RANK"]:
         scan = scan.with_whole_steps()
     if not _fits(scan):
         return triton_scan.selective_scan(scan, save_states, gate, kept, norm)
@@ -182,24 +182,24 @@ def selective_scan(
     y, kept = sequences_for(scan, kept)
     states = empty_states(u, scan.A, state_dtype(u.dtype, half=True), save=save_states)
     scan = scan._replace(u=u, delta=delta, B=inner(scan.B), C=inner(scan.C))
-    in_pairs = _are_aligned(2, channels, u, *([] if projection["RANK"] else [delta]))
-    pairs = _pairs_of_lanes(scan, projection["RANK"])
+    in_pairs = _are_aligned(2, channels, u, *([] if macros["RANK"] else [delta]))
+    pairs = _pairs_of_lanes(scan, macros["RANK"])
     warps = directions * batch * -(-channels // (_CHANNELS * pairs))
-    team = projection["TEAM"] if projection["RANK"] else _PARTS_OF_A_BLOCK
+    team = macros["TEAM"] if macros["RANK"] else _PARTS_OF_A_BLOCK
     limits = _limits(u.device.index)
     # two pairs are for sequences that fill the GPU as they are
     lanes, parts = (1, 1) if pairs == 2 else forward_split(warps, length, scan.A.shape[-1], team, *limits)
-    team = team if parts > 1 else projection["TEAM"]
+    team = team if parts > 1 else macros["TEAM"]
     to_tokens = scan.A.shape[-1] > 1 and stores_by_token(scan)  # of one state the rows of y are always those of u
     at_once = next(number for number in (4, 2, 1) if _are_aligned(number, scan.A.shape[-1], scan.B, scan.C))
-    projection |= {"TO_TOKENS": int(to_tokens), "VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
-    projection |= {"BC_AT_ONCE": at_once}
-    projection |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
+    macros |= {"TO_TOKENS": int(to_tokens), "VEC": int(in_pairs), "PAIRS": pairs, "SAVE": int(save_states)}
+    macros |= {"BC_AT_ONCE": at_once}
+    macros |= {"LANES": lanes, "TEAM": team, "PARTS": parts, "CLUSTER": max(parts // team, 1)}
     order = scan.order if to_tokens else scan.rows  # that the kernel asks
     others = weight, order, y, states
     images = team if parts == 1 else 1
     steps = scan._replace(order=order)
-    _launch("forward", steps, others, images, _CHANNELS * pairs // lanes, 32 * team, **projection)
+    _launch("forward", steps, others, images, _CHANNELS * pairs // lanes, 32 * team, **macros)
     return merge(y, None if to_tokens else scan.order_of_outputs, scan.share, gate, kept=kept, norm=norm), states
 
 
