@@ -98,12 +98,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.scan", description=__doc__)
     add = parser.add_argument
     add("--backends", nargs="+", metavar="NAME", help="default: all GPU backends that run here")
-    add("--batch-size", type=positive, default=128)
-    add("--grid", type=positive, default=14, help="patches per side; with four directions there is a class token too")
-    add("--directions", type=int, choices=(1, 2, 4), default=4)
-    add("--channels", type=positive, default=768)
-    add("--states", type=positive, default=16)
-    add("--dtype", choices=list(DTYPES), default="bf16")
+    add("--batch-size", type=positive, default=128, help="(%(default)s)")
+    side = "patches per side; with four directions there is a class token too (%(default)s)"
+    add("--grid", type=positive, default=14, help=side)
+    add("--directions", type=int, choices=(1, 2, 4), default=4, help="(%(default)s)")
+    add("--channels", type=positive, default=768, help="(%(default)s)")
+    add("--states", type=positive, default=16, help="(%(default)s)")
+    add("--dtype", choices=list(DTYPES), default="bf16", help="(%(default)s)")
     add("--output", type=Path, metavar="FILE", help="add the rows to this .csv or .json file")
     return parser
 

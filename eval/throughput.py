@@ -269,10 +269,11 @@ def measure(args: argparse.Namespace) -> list[Row]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME", help="timm's names, ours or others; ratios are to the last one")
+    named = f"timm's names, ours or others; ratios are to the last one; default: {' '.join(DEFAULT_MODELS)}"
+    add("--models", nargs="+", metavar="NAME", help=f"{named}, for pretrain only the first")
     modes = ("infer", "finetune", "pretrain")
     what = f"training includes the AdamW step; of pretraining only the {DEFAULT_OBJECTIVE} objective is timed"
-    add("--mode", choices=modes, default=modes[0], help=what)
+    add("--mode", choices=modes, default=modes[0], help=f"{what} (%(default)s)")
     numbers: dict[str, Any] = {"type": positive, "nargs": "+", "metavar": "N"}
     add("--batch-size", **numbers, help=f"one or several; default: {DEFAULT_BATCH_SIZE}")
     own = f"one or several, in pixels; default: each model's own, {PRETRAIN_IMG_SIZE} for pretrain"
@@ -281,13 +282,16 @@ def make_parser() -> argparse.ArgumentParser:
     batch = f"{FULL_BATCH_SIZE['cuda']} images on a GPU and {FULL_BATCH_SIZE['cpu']} on the CPU"
     fewer = f"a sweep of image sizes has batches of as many pixels as {batch} of {SWEEPS['img-size'][0]} pixels"
     add("--sweep", choices=list(SWEEPS), help=f"time {ranges}, unless other numbers are given; {fewer}")
-    add("--device", choices=list(STEPS_PER_READING), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="infer casts the weights, training runs under autocast")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=list(STEPS_PER_READING), default=default_device, help="(%(default)s)")
+    cast = "infer casts the weights, training runs under autocast (%(default)s)"
+    add("--dtype", choices=list(DTYPES), default="fp32", help=cast)
     add("--autocast", action="store_true", help="infer: keep fp32 weights and run under autocast too")
     add("--compile", action="store_true", help="through torch.compile")
     add("--cuda-graphs", action="store_true", help="with --compile: replay all kernel launches of a step at once")
-    add("--scan-backend", nargs="+", default=[arm_zoo.get_scan_backend()], metavar="NAME", help="backends to time")
-    add("--repeats", type=positive, default=10, help="readings per model")
+    chosen = arm_zoo.get_scan_backend()
+    add("--scan-backend", nargs="+", default=[chosen], metavar="NAME", help=f"backends to time ({chosen})")
+    add("--repeats", type=positive, default=10, help="readings per model (%(default)s)")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
     add("--profile", type=positive, default=0, metavar="N", help="also print the N longest kernels of a step")
     add("--output", type=Path, metavar="FILE", help="add the rows to this .csv or .json file")

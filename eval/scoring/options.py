@@ -47,7 +47,8 @@ def scoring_parser(program: str, description: str | None) -> argparse.ArgumentPa
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=usable_device, default=device, help="with several processes, each takes a GPU (%(default)s)")
     add("--batch-size", type=positive, default=64, help="images per forward pass of each process (%(default)s)")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="bf16 and fp16: fp32 weights under autocast")
+    halves = "bf16 and fp16: fp32 weights under autocast (%(default)s)"
+    add("--dtype", choices=list(DTYPES), default="fp32", help=halves)
     add("--limit", type=positive, metavar="N", help="score only N images across each set; the rows get a warning")
     add("--train-size", action="store_true", help="ignore the test size and crop of the model's configuration")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
