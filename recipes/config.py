@@ -249,7 +249,7 @@ class PretrainConfig(TrainConfig):
         found = super().unready()
         is_address = str(self.dvae).startswith(("https://", "http://"))
         if self.dvae is not None and not is_address and not Path(self.dvae).is_file():
-            ways = "a file that `python -m recipes.dvae` wrote, OpenAI's encoder.pkl, or its https:// address"
+            ways = "OUTPUT_DIR/model.safetensors of `python -m recipes.dvae`, or OpenAI's encoder.pkl or its address"
             found["dvae"] = f"dvae is {self.dvae}, which is no file; allowed: {ways}"
         return found
 

@@ -116,7 +116,7 @@ def test_tokens_that_do_not_fit_are_refused_before_training(
         ([f"dvae={tokenizer}", TOKENS[0], "model_args.vocab_size=17"], other_size),
         (
             [f"dvae={tmp_path / 'none.pkl'}", *TOKENS],
-            "which is no file; allowed: a file that `python -m recipes.dvae`",
+            "which is no file; allowed: OUTPUT_DIR/model.safetensors of `python -m recipes.dvae`",
         ),
         ([f"dvae={tmp_path / 'other.safetensors'}", *TOKENS], "is no encoder of a dVAE"),
         ([f"dvae={tmp_path / 'cut.safetensors'}", *TOKENS], "cannot read the checkpoint"),
