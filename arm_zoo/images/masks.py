@@ -99,7 +99,7 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
         names, first = sorted(file.stem for file in images.iterdir() if is_image(file.name)), 1
     elif (names_of_split := folder / "ImageSets" / "Segmentation" / f"{_VOC_SPLITS[split]}.txt").is_file():
         images, masks, first = folder / "JPEGImages", folder / "SegmentationClass", 0
-        names = names_of_split.read_text(encoding="utf-8").split()
+        names = _lines(names_of_split)
     else:
         problem = f"has no {split} images with masks" if folder.is_dir() else "is no folder"
         raise SourceError(f"{folder} {problem}; {_ALLOWED}")
@@ -118,6 +118,11 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
     return LabelledPixels(*files, _names(folder, first), first)
 
 
+def _lines(file: Path) -> list[str]:
+    """The lines of a text, perhaps of Windows, that hold anything; names of files and classes may have spaces."""
+    return list(filter(None, map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())))
+
+
 def no_class(where: str | Path) -> str:
     """The message for masks by which nothing can be scored."""
     return f"no pixel of the masks in {where} has a class; allowed: masks of which some pixels count"
@@ -127,7 +132,7 @@ def _names(folder: Path, first: int) -> tuple[str, ...]:
     """The names of the classes, in the order of their numbers."""
     own, ade = folder / "classes.txt", folder / "objectInfo150.txt"
     if own.is_file():
-        names = tuple(filter(None, map(str.strip, own.read_text(encoding="utf-8").splitlines())))
+        names = tuple(_lines(own))
     elif first == 0:
         names = _VOC_CLASSES
     elif ade.is_file():
