@@ -103,19 +103,22 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
     else:
         problem = f"has no {split} images with masks" if folder.is_dir() else "is no folder"
         raise SourceError(f"{folder} {problem}; {_ALLOWED}")
-    files_of_images = [file for file in images.glob("*") if is_image(file.name)]
-    found = {file.stem: file for file in files_of_images}
-    there = {"image": found.keys(), "mask": {file.stem for file in masks.glob("*.png")}}
-    for kind, have in there.items():
+    files = {
+        "image": [file for file in images.glob("*") if is_image(file.name)],
+        "mask": [file for file in masks.glob("*") if file.suffix.lower() == ".png"],
+    }
+    found = {kind: {file.stem: file for file in some} for kind, some in files.items()}
+    for kind, have in found.items():
         if lacking := [name for name in names if name not in have]:
             raise SourceError(f"of {split} in {folder} these have no {kind}: {listed(lacking)}; add or remove them")
     if not names:
         raise SourceError(f"{folder} has no {split} images; {_ALLOWED}")
-    same_stem = Counter(file.stem for file in files_of_images)  # as a.jpg and a.png have, either of which may be meant
-    if twice := [name for name, count in Counter(names).items() if max(count, same_stem[name]) > 1]:
+    # as a.jpg and a.png are, either of which may be meant
+    counts = [Counter(names), *(Counter(file.stem for file in some) for some in files.values())]
+    if twice := [name for name in counts[0] if max(count[name] for count in counts) > 1]:
         raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
-    files = tuple(found[name] for name in names), tuple(masks / f"{name}.png" for name in names)
-    return LabelledPixels(*files, _names(folder, first), first)
+    pairs = (tuple(have[name] for name in names) for have in found.values())
+    return LabelledPixels(*pairs, _names(folder, first), first)
 
 
 def _lines(file: Path) -> list[str]:

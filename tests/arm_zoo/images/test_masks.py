@@ -64,6 +64,16 @@ def test_lists_may_have_names_with_spaces_and_be_of_windows(tmp_path: Path) -> N
     assert split.class_names == ("near sky", "road", "b", "c", "d", "e", "f")
 
 
+def test_endings_of_masks_may_be_in_capitals(tmp_path: Path) -> None:
+    mask = voc(tmp_path) / "SegmentationClass" / "b.png"
+    expected = open_masks(tmp_path, "training")[0][1]
+    mask.rename(mask.with_suffix(".PNG"))
+    assert open_masks(tmp_path, "training")[0][1].equal(expected)
+    mask.write_bytes(b"")  # another file only where the disk tells the two names apart
+    if len([*mask.parent.iterdir()]) == 2:
+        assert "these are there more than once: b; keep one of each" in refusal(tmp_path)
+
+
 def refusal(root: Path) -> str:
     with pytest.raises(SourceError) as error:
         open_masks(root, "training")[0]
