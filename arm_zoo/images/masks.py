@@ -117,8 +117,8 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
     counts = [Counter(names), *(Counter(file.stem for file in some) for some in files.values())]
     if twice := [name for name in counts[0] if max(count[name] for count in counts) > 1]:
         raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
-    pairs = (tuple(have[name] for name in names) for have in found.values())
-    return LabelledPixels(*pairs, _names(folder, first), first)
+    chosen = {kind: tuple(have[name] for name in names) for kind, have in found.items()}
+    return LabelledPixels(chosen["image"], chosen["mask"], _names(folder, first), first)
 
 
 def _lines(file: Path) -> list[str]:
