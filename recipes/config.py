@@ -163,7 +163,7 @@ class TrainConfig(Config):
 
     def unready(self) -> dict[str, str]:
         """Images, output folder, tracker and decoder, as far as they can be checked without reading an image."""
-        found = self._missing_images()
+        found = self._wrong_images()
         if self.output_dir and (reason := why_not_writable(Path(self.output_dir))):
             found["output_dir"] = f"output_dir is {self.output_dir}, but {reason}; allowed: a folder to write to"
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
@@ -174,11 +174,15 @@ class TrainConfig(Config):
             found["data.decode"] = f"data.decode is gpu, which takes torchcodec, which is not installed; type {ways}"
         return found
 
-    def _missing_images(self) -> dict[str, str]:
+    def _wrong_images(self) -> dict[str, str]:
+        """Images that are missing, are too few, or would have the run's own figures among them at the next reading."""
         found = {}
         for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
             if not isinstance(name, str) or name in ("", *BUILT_IN):
                 continue
+            if self.output_dir and is_read_with(Path(name), Path(self.output_dir)):
+                why = f"which lies in the folder {key}={name}: curves.png would be read as an image from then on"
+                found["output_dir"] = f"output_dir is {self.output_dir}, {why}; allowed: a folder outside {name}"
             try:
                 located = locate(name, one_split=self.data.validation is not None)
                 if key == "data.source":
@@ -209,6 +213,13 @@ def refused_keywords(model_args: Mapping[str, Any], reasons: Mapping[str, str]) 
     """The problem of each of `model_args` that has a reason, by keyword, not to be typed."""
     typed = {name: f"model_args.{name}" for name in reasons if name in model_args}
     return {key: f"{key} is {model_args[name]}, but {reasons[name]}" for name, key in typed.items()}
+
+
+def is_read_with(images: Path, folder: Path) -> bool:
+    """Whether a folder, which need not exist yet, is or lies in a folder of images, and in no hidden one there."""
+    images, folder = (path.expanduser().resolve() for path in (images, folder))
+    below = folder.relative_to(images).parts if images.is_dir() and folder.is_relative_to(images) else (".",)
+    return not any(part.startswith(".") for part in below)
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -399,7 +410,7 @@ class SegmentConfig(TrainConfig):
             )
         return super().conflicts() | problems
 
-    def _missing_images(self) -> dict[str, str]:
+    def _wrong_images(self) -> dict[str, str]:
         found = {}
         for key, name in (("data.source", self.data.source), ("data.validation", self.data.validation)):
             if isinstance(name, str) and not (name and Path(name).expanduser().is_dir()):

@@ -99,23 +99,31 @@ def open_masks(root: str | Path, split: SplitName) -> LabelledPixels:
         names, first = sorted(file.stem for file in images.iterdir() if is_image(file.name)), 1
     elif (names_of_split := folder / "ImageSets" / "Segmentation" / f"{_VOC_SPLITS[split]}.txt").is_file():
         images, masks, first = folder / "JPEGImages", folder / "SegmentationClass", 0
-        names = names_of_split.read_text(encoding="utf-8").split()
+        names = _lines(names_of_split)
     else:
         problem = f"has no {split} images with masks" if folder.is_dir() else "is no folder"
         raise SourceError(f"{folder} {problem}; {_ALLOWED}")
-    files_of_images = [file for file in images.glob("*") if is_image(file.name)]
-    found = {file.stem: file for file in files_of_images}
-    there = {"image": found.keys(), "mask": {file.stem for file in masks.glob("*.png")}}
-    for kind, have in there.items():
+    files = {
+        "image": [file for file in images.glob("*") if is_image(file.name)],
+        "mask": [file for file in masks.glob("*") if file.suffix.lower() == ".png"],
+    }
+    found = {kind: {file.stem: file for file in some} for kind, some in files.items()}
+    for kind, have in found.items():
         if lacking := [name for name in names if name not in have]:
             raise SourceError(f"of {split} in {folder} these have no {kind}: {listed(lacking)}; add or remove them")
     if not names:
         raise SourceError(f"{folder} has no {split} images; {_ALLOWED}")
-    same_stem = Counter(file.stem for file in files_of_images)  # as a.jpg and a.png have, either of which may be meant
-    if twice := [name for name, count in Counter(names).items() if max(count, same_stem[name]) > 1]:
+    # as a.jpg and a.png are, either of which may be meant
+    counts = [Counter(names), *(Counter(file.stem for file in some) for some in files.values())]
+    if twice := [name for name in counts[0] if max(count[name] for count in counts) > 1]:
         raise SourceError(f"of {split} in {folder} these are there more than once: {listed(twice)}; keep one of each")
-    files = tuple(found[name] for name in names), tuple(masks / f"{name}.png" for name in names)
-    return LabelledPixels(*files, _names(folder, first), first)
+    chosen = {kind: tuple(have[name] for name in names) for kind, have in found.items()}
+    return LabelledPixels(chosen["image"], chosen["mask"], _names(folder, first), first)
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text, perhaps of Windows, that hold anything; names of files and classes may have spaces."""
+    return list(filter(None, map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())))
 
 
 def no_class(where: str | Path) -> str:
@@ -127,7 +135,7 @@ def _names(folder: Path, first: int) -> tuple[str, ...]:
     """The names of the classes, in the order of their numbers."""
     own, ade = folder / "classes.txt", folder / "objectInfo150.txt"
     if own.is_file():
-        names = tuple(filter(None, map(str.strip, own.read_text(encoding="utf-8").splitlines())))
+        names = tuple(_lines(own))
     elif first == 0:
         names = _VOC_CLASSES
     elif ade.is_file():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
+from timm.layers import is_exporting, resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from timm.models import get_pretrained_cfg
 from torch import nn
 
@@ -204,9 +204,10 @@ def resample_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_g
     """Resize position embeddings (1, old patches, dim), or (1, old patches + 1, dim) with a class token.
 
     The class token's row is in the middle and keeps its values. Bicubic without antialiasing in float32, as in the
-    official finetuning; unchanged if the grids are equal.
+    official finetuning; unchanged if the grids are equal. That is not asked in an export, where the answer for the
+    example image would shut out all others.
     """
-    if tuple(old_grid) == tuple(new_grid):
+    if not is_exporting() and tuple(old_grid) == tuple(new_grid):
         return pos_embed
     patches = old_grid[0] * old_grid[1]
     tokens, middle = pos_embed.shape[1] - patches, patches // 2

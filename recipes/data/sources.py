@@ -157,4 +157,15 @@ def _open_splits(config: DataConfig, labels_needed: bool) -> tuple[OpenedSplit, 
         tell(source.note)
         splits = splits_of(source)
         scored = [name for name in SCORED if name in splits]
-    return train, opened(source, splits, scored[0]) if scored and not isinstance(config.validation, float) else None
+    if not scored or isinstance(config.validation, float):
+        return train, None
+    test = opened(source, splits, scored[0])
+    if shared := _places(train) & _places(test):
+        said = f"{test.name} is scored on images that are trained on: {listed(sorted(shared), 3)}"
+        tell(f"{said}. Such scores say nothing of other images; data.validation=0.2 holds a fifth of the images out")
+    return train, test
+
+
+def _places(split: OpenedSplit) -> set[str]:
+    """Where the images of a split are: files, a folder, or a split of the Hub's."""
+    return {os.path.realpath(file) for file in split.files} or {split.name}

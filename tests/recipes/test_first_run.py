@@ -24,7 +24,7 @@ from arm_zoo import CheckpointError
 from arm_zoo.images.errors import SourceError
 from recipes import command_line
 from recipes.command_line import read_command
-from recipes.config import ConfigError, FinetuneConfig, load_config
+from recipes.config import ConfigError, FinetuneConfig, is_read_with, load_config
 from recipes.data.config import DataConfig
 from recipes.data.sources import open_source
 from recipes.data.splits import held_out, split_rows
@@ -79,6 +79,16 @@ REFUSED = {  # arguments after FOLDER's: a part of the message
     ("data.source=FOLDER", "data.validation=nowhere"): "data.validation: there is no 'nowhere'",
     ("data.source=FOLDER", "global_batch=32"): "global_batch is 32; allowed: up to the 31 training images",
     ("data.source=FOLDER", "output_dir=FOLDER/bus/photo 0.png/x"): "is a file; allowed: a folder to write to",
+    ("data.source=FOLDER", "output_dir=FOLDER/out"): "lies in the folder data.source=FOLDER: curves.png would be read",
+    (
+        "data.source=FOLDER",
+        "output_dir=FOLDER",
+    ): "be read as an image from then on; allowed: a folder outside",
+    (
+        "data.source=SINGLE",
+        "data.validation=FOLDER",
+        "output_dir=FOLDER/bus/x",
+    ): "data.validation=FOLDER: curves.png",
     ("data.source=FOLDER/bus",): "holds images but no class folders; allowed: FOLDER/CLASS/IMAGE",
     ("data.source=PARENT",): "has one class folder; a classifier needs two classes",
     ("data.source=EMPTY",): "EMPTY hold no image: cat; fill or remove them",
@@ -416,6 +426,16 @@ def test_a_persons_own_images_in_one_command(images: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as finished:
         command_line.main("finetune", [f"data.source={images}", *SMALL, *QUICK])
     assert finished.value.code == 0 and "runs/user pics is finished: 2 epochs are done" in capsys.readouterr().err
+
+
+def test_folders_that_are_read_with_the_images(images: str) -> None:
+    Path("link").symlink_to(images)
+    for folder in (images, f"{images}/bus/out", "link/out"):
+        assert is_read_with(Path(images), Path(folder))
+        assert is_read_with(Path("link"), Path(folder))
+    for folder in (f"{images}/.runs/out", f"{images} out", "out"):
+        assert not is_read_with(Path(images), Path(folder))
+    assert not is_read_with(Path(f"{images}/*.parquet"), Path(images, "out"))
 
 
 def test_a_refused_start_leaves_the_list_of_held_out_images(images: str) -> None:

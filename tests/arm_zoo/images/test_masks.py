@@ -54,6 +54,26 @@ def test_255_counts_nowhere_in_the_layout_of_voc(tmp_path: Path) -> None:
     assert open_masks(tmp_path, "validation").class_names == ("sky", "road", "car")
 
 
+def test_lists_may_have_names_with_spaces_and_be_of_windows(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    write_pair(root / "JPEGImages" / "b 2.jpg", root / "SegmentationClass" / "b 2.png")
+    (root / "ImageSets" / "Segmentation" / "train.txt").write_bytes(b"\xef\xbb\xbfb 2\r\nb\r\n\r\n")
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfnear sky\r\nroad\r\nb\r\nc\r\nd\r\ne\r\nf")
+    split = open_masks(root, "training")
+    assert [image.name for image in split.images] == ["b 2.jpg", "b.jpg"]
+    assert split.class_names == ("near sky", "road", "b", "c", "d", "e", "f")
+
+
+def test_endings_of_masks_may_be_in_capitals(tmp_path: Path) -> None:
+    mask = voc(tmp_path) / "SegmentationClass" / "b.png"
+    expected = open_masks(tmp_path, "training")[0][1]
+    mask.rename(mask.with_suffix(".PNG"))
+    assert open_masks(tmp_path, "training")[0][1].equal(expected)
+    mask.write_bytes(b"")  # another file only where the disk tells the two names apart
+    if len([*mask.parent.iterdir()]) == 2:
+        assert "these are there more than once: b; keep one of each" in refusal(tmp_path)
+
+
 def refusal(root: Path) -> str:
     with pytest.raises(SourceError) as error:
         open_masks(root, "training")[0]
@@ -83,8 +103,8 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     (root / "classes.txt").write_text("a\na\n")
     assert "names of classes in" in refusal(root)
     other = voc(tmp_path / "voc")
-    (other / "ImageSets" / "Segmentation" / "train.txt").write_text("b c\n")
-    assert "these have no image: c" in refusal(other)
+    (other / "ImageSets" / "Segmentation" / "train.txt").write_text("b\nc d\n")
+    assert "these have no image: c d;" in refusal(other)
     (other / "ImageSets" / "Segmentation" / "train.txt").write_text("b\n")
     Image.new("RGB", (3, 2)).save(other / "JPEGImages" / "b.png")  # which of the two is meant?
     assert "these are there more than once: b; keep one of each" in refusal(other)

@@ -1021,6 +1021,18 @@ def test_dynamic_image_size(img_size: tuple[int, int]) -> None:
     assert close(fixed(x), resized(x))
 
 
+@pytest.mark.parametrize("example", [(64, 64), (48, 96)])
+def test_export_is_for_any_size(example: tuple[int, int]) -> None:
+    """Of those that patches tile, the model's own among them, whichever the example has."""
+    model = tiny(dynamic_img_size=True)
+    sizes = {side: 16 * torch.export.Dim(name, min=2, max=16) for side, name in ((2, "rows"), (3, "columns"))}
+    program = torch.export.export(model, (torch.randn(2, 3, *example),), dynamic_shapes=(sizes,), strict=False)
+    exported = program.module()
+    for size in ((64, 64), (48, 96), (160, 32)):
+        x = torch.randn(2, 3, *size)
+        assert close(exported(x), model(x))
+
+
 def test_set_input_size_resamples_around_the_class_token() -> None:
     model = tiny()
     with torch.no_grad():  # an image of positions that a bicubic resize keeps, with an odd one out in the middle

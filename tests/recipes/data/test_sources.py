@@ -977,6 +977,28 @@ def test_a_class_may_lack_validation_images(
     assert "[val] has no images for 1 of the 3 classes, which are not scored: b" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["images", "parquet"])
+def test_scores_of_images_that_are_trained_on_are_told(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "images":
+        write_folder(tmp_path / "data", {"a": 1, "b": 2})
+        write_folder(tmp_path / "other", {"a": 1, "b": 2})
+        names = ["data", "other", "link"]
+    else:
+        for name in ("data", "other"):
+            (tmp_path / name).mkdir()
+            write_parquet(tmp_path / name / "0.parquet", [0, 1], NAMES)
+        names = ["data", "other", "link/*.parquet"]
+    (tmp_path / "link").symlink_to("data")
+    same, other, linked = (str(tmp_path / name) for name in names)
+    for validation, told in ((same, True), (linked, True), (other, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            open_source(DataConfig(source=same, validation=validation))
+        assert ("is scored on images that are trained on: " in caplog.text) == told
+
+
 def test_a_declared_class_without_training_images_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split in ("train", "val"):
         write_parquet(tmp_path / f"{split}.parquet", [0], NAMES)
