@@ -10,6 +10,7 @@ python -m arm_zoo run validate.py --model arm_tiny_patch8_64 ...
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -34,7 +35,7 @@ from timm.data import (
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
-from arm_zoo.command_line import drop_output, one_line, positive, usable_device
+from arm_zoo.command_line import guarded, one_line, positive, usable_device
 from arm_zoo.files import CheckpointError, replacing_files
 from arm_zoo.heads.models import Segmenter
 from arm_zoo.images.decode import UndecodableImage, decode_image
@@ -386,19 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.run is run_script:
         return run_script(args)
-    try:
-        status: int = args.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        drop_output()
-        return 0
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return guarded(functools.partial(args.run, args))
 
 
 if __name__ == "__main__":

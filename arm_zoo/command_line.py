@@ -1,10 +1,13 @@
-"""What command lines share: types of options, errors in one line, and output that nobody may read to its end."""
+"""What command lines share: types of options, how programs end, and output that nobody may read to its end."""
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 import torch
+
+from arm_zoo.files import CheckpointError
 
 
 def positive(text: str) -> int:
@@ -28,6 +31,33 @@ def usable_device(text: str) -> torch.device:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU had no memory left, for a tensor or for the program itself."""
     return isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error: out of memory")
+
+
+def guarded(run: Callable[[], int], stopped: str = "stopped") -> int:
+    """Run a program; gives its exit code. A mistake of the user, or `stopped` after Ctrl-C, is a line on stderr.
+
+    Once nobody reads its output any more, as after `| head`, it ends with 0. Of several processes the first speaks.
+    """
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        drop_output()
+        return 0
+    except (CheckpointError, OSError, ValueError) as error:
+        code, said = 1, f"error: {one_line(error)}"
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        less = "use --device cpu, or a smaller --batch-size where the program takes one"
+        code, said = 1, f"error: the GPU's memory is full; {less}: {reason}"
+    except KeyboardInterrupt:
+        code, said = 130, stopped
+    if os.environ.get("RANK", "0") == "0":
+        print(said, file=sys.stderr)
+    return code
 
 
 def one_line(error: Exception) -> str:

@@ -1,34 +1,18 @@
-"""How all programs here end: mistakes of the user and Ctrl-C are reported in one line."""
+"""How all programs here end."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from arm_zoo.command_line import is_out_of_memory, one_line
+from arm_zoo import command_line
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, stopped: str = "stopped") -> int:
-    """Run a program; gives its exit code. A mistake of the user, or `stopped` after Ctrl-C, is a line on stderr."""
-    speaks = os.environ.get("RANK", "0") == "0"
+    """As `arm_zoo.command_line.guarded`; a process leaves the group that it may have joined."""
     try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        if speaks:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-        print(f"error: the GPU's memory is full, use a smaller --batch-size: {reason}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if speaks:
-            print(stopped, file=sys.stderr)
-        return 130
+        return command_line.guarded(partial(run, args), stopped)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -5,8 +5,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from arm_zoo.command_line import one_line, show
-from arm_zoo.files import CheckpointError
+from arm_zoo.command_line import guarded, show
 from arm_zoo.weights.hosted import ARM_REPOSITORY
 from hub.catalog import FROZEN, RESULTS
 from hub.check import check
@@ -91,16 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     run = options.pop("run")
-    try:
+
+    def carry_out() -> int:
         for line in run(**options):
             show(line)
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return guarded(carry_out)
 
 
 if __name__ == "__main__":
