@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
     if args.show_mapping and state.is_main_process:
         for request in requests:
             if request.name == CUSTOM:
-                print("custom: no mapping of its own; each model's label_names say which class has which index")
+                show("custom: no mapping of its own; each model's label_names say which class has which index")
             else:
-                print(*labels.mapping(labels.label(request.name, request.listing), request.real), sep="\n")
+                show("\n".join(labels.mapping(labels.label(request.name, request.listing), request.real)))
     settings, console = settings_of(args), Console(width=120, markup=False, emoji=False)
     candidates = (models.load(name, weights.get(name), args.train_size) for name in args.models)
     if args.speed:

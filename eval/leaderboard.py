@@ -18,6 +18,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from arm_zoo import loading
+from arm_zoo.command_line import show
 from arm_zoo.files import write_text
 from eval.board.chart import frozen_chart, speed_chart
 from eval.board.columns import SPEEDS, TEXT_COLUMNS, TITLES, accuracy_rows, board, shown
@@ -149,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} is not current; run python -m eval.leaderboard")
         if not args.check:
             write_text(path, text)
-            print(path)
+            show(str(path))
     return 0
 
 

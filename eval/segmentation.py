@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from arm_zoo.command_line import usable_device
+from arm_zoo.command_line import show, usable_device
 from arm_zoo.heads.models import Segmenter
 from arm_zoo.heads.segmentation import segment
 from arm_zoo.images.masks import IGNORED, compare_class_names, no_class, open_masks
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         [name, f"{100 * iou:.2f}" if here else "-"]
         for name, iou, here in zip(split.class_names, each.tolist(), there.tolist(), strict=True)
     ]
-    print(f"{args.model}, {args.data}")
+    show(f"{args.model}, {args.data}")
     means = ["mean", f"{float(miou):.2f}"]
     Console(width=100, markup=False, emoji=False).print(tables.text_table("", ["class"], ["IoU"], [*lines, means]))
     if args.output:

@@ -218,8 +218,9 @@ def refused_keywords(model_args: Mapping[str, Any], reasons: Mapping[str, str]) 
 def is_read_with(images: Path, folder: Path) -> bool:
     """Whether a folder, which need not exist yet, is or lies in a folder of images, and in no hidden one there."""
     images, folder = (path.expanduser().resolve() for path in (images, folder))
-    below = folder.relative_to(images).parts if images.is_dir() and folder.is_relative_to(images) else (".",)
-    return not any(part.startswith(".") for part in below)
+    if not (images.is_dir() and folder.is_relative_to(images)):
+        return False
+    return not any(part.startswith(".") for part in folder.relative_to(images).parts)
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -9,8 +9,8 @@ from string import Template
 import pytest
 
 from recipes.command_line import RECIPES, read_command
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = (".", "arm_zoo", "arm_zoo/ops", "eval", "hub", "recipes")
 DOCUMENTS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -21,7 +21,7 @@ PACKAGES = ("arm_zoo", *PROGRAMS)
 # The library's modules from the ground up, each by the longest path that leads to it. A module imports from the lines
 # below its own only, and from its own folder, so that each can be read without those above it.
 RANKS = (
-    (*("files", "heads/attentive", "heads/segmentation", "images/jpeg", "messages", "ops/layout", "tables"),),
+    ("files", "heads/attentive", "heads/segmentation", "images/jpeg", "messages", "ops/layout", "tables"),
     ("command_line", "heads", "images", "ops", "weights/reading", "weights/releases"),
     ("layers", "pretraining/targets", "weights/hosted", "weights/tensor_names"),
     ("weights",),
