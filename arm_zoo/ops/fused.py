@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ _logger = logging.getLogger("arm_zoo.ops")
 Layer = TypeVar("Layer", bound=nn.Module)
 
 _MANY_ROWS = 4096  # from this number of tokens on the kernels are faster than PyTorch
+_ROWS_FOR_QUACK = 16_384  # the same of quack-kernels, each of whose calls keeps the host busy for some 100 us
 _HALVES = (torch.bfloat16, torch.float16)
 _ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -166,22 +168,28 @@ def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Ten
 
 
 @functools.cache
-def _gated_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The gated product by the package quack-kernels where that is installed, as it is faster, or else by Triton."""
+def _quack() -> ModuleType | None:
+    """The products by the package quack-kernels; None if it is missing, or cannot be imported, of which it warns."""
     try:
-        from arm_zoo.ops.quack import gated_product
+        return importlib.import_module("arm_zoo.ops.quack")
     except (ImportError, OSError, RuntimeError) as error:
         if importlib.util.find_spec("quack") is not None:
             install = "pip install --upgrade 'arm-zoo[quack]'"
-            _logger.warning("quack-kernels cannot be imported, so Triton's kernel runs: %s; %s", error, install)
-        from arm_zoo.ops.triton.gates import gated_product
-    return gated_product
+            _logger.warning("quack-kernels cannot be imported, so slower kernels run: %s; %s", error, install)
+        return None
+
+
+def _gated_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of many tokens by quack-kernels where that is installed, as it is faster, or else by Triton."""
+    quack = _quack() if _are_many(x, _ROWS_FOR_QUACK) else None
+    product: Tensor = (quack or importlib.import_module("arm_zoo.ops.triton.gates")).gated_product(x, weight, bias)
+    return product
 
 
 register(
     "gated_product",
     "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
-    lambda *inputs: _gated_product()(*inputs),
+    _gated_product,
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight) // 2),
     flops=lambda x, weight, *_, **__: 2 * math.prod(x[:-1]) * math.prod(weight),
 )
@@ -268,9 +276,9 @@ def _fit(*tensors: Tensor) -> bool:
     return all(t.dtype != torch.float64 and (autocast or t.dtype == tensors[0].dtype) for t in tensors)
 
 
-def _are_many(x: Tensor) -> bool:
+def _are_many(x: Tensor, least: int = _MANY_ROWS) -> bool:
     """Whether a kernel is faster for that many tokens; asked last, as compiled models are bound to the answer."""
-    return math.prod(x.shape[:-1]) >= _MANY_ROWS
+    return math.prod(x.shape[:-1]) >= least
 
 
 def adds_in_norm(x: Tensor, norm: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The gated product by quack-kernels on a CPU, where a stand-in computes what that package documents."""
+"""Products by quack-kernels; on a CPU, stand-ins compute what that package documents."""
 
 import importlib.machinery
 import logging
@@ -19,9 +19,10 @@ from arm_zoo.ops import fused
 def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let each test choose the kernel, and leave nothing of a stand-in."""
     monkeypatch.delitem(sys.modules, "arm_zoo.ops.quack", raising=False)
-    fused._gated_product.cache_clear()
+    fused._quack.cache_clear()
     yield
-    fused._gated_product.cache_clear()
+    sys.modules.pop("arm_zoo.ops.quack", None)  # made from a stand-in
+    fused._quack.cache_clear()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **content: Any) -> None:
@@ -35,30 +36,42 @@ def install(monkeypatch: pytest.MonkeyPatch, **content: Any) -> None:
 
 
 def gemm_act(
-    A: Tensor, B: Tensor, *, bias: Tensor, activation: str, store_preact: bool, tuned: bool
+    A: Tensor,
+    B: Tensor,
+    *,
+    bias: Tensor,
+    activation: str,
+    store_preact: bool,
+    tuned: bool,
+    concat_layout: tuple[str, ...],
 ) -> tuple[None, Tensor]:
-    """Products of tokens (L, D) and a weight (D, 2 N) whose columns are gates and values in turn."""
-    gates, values = (A @ B + bias).unflatten(-1, (-1, 2)).unbind(-1)
+    """Products of tokens (L, D) and a weight (D, 2 N) whose columns are all gates, then all values; so the bias."""
+    assert (activation, store_preact, tuned, concat_layout) == ("swiglu", False, False, ("B", "bias"))
+    gates, values = (A @ B + bias).chunk(2, dim=-1)
     return None, F.silu(gates) * values
 
 
-def test_the_package_computes_the_gated_product_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("enough", [True, False])
+def test_the_package_computes_the_gated_product_of_many_tokens(monkeypatch: pytest.MonkeyPatch, enough: bool) -> None:
+    """Where it is installed; that of fewer is left to Triton, whose calls take the host less time."""
+    gates = pytest.importorskip("arm_zoo.ops.triton.gates", reason="needs triton", exc_type=ImportError)
     install(monkeypatch, gemm_act=gemm_act)
-    x, weight, bias = torch.randn(2, 5, 8), torch.randn(12, 8), torch.randn(12)
+    monkeypatch.setattr(gates, "gated_product", lambda x, weight, bias: x.new_zeros(*x.shape[:-1], len(weight) // 2))
+    x, weight, bias = torch.randn(64, 257 - (not enough), 8)[:, 1:], torch.randn(12, 8), torch.randn(12)
     gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
-    torch.testing.assert_close(torch.ops.arm_zoo.gated_product(x, weight, bias), F.silu(gate) * value)
+    expected = F.silu(gate) * value * enough
+    torch.testing.assert_close(torch.ops.arm_zoo.gated_product(x, weight, bias), expected)
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["missing", "of another version"])
-def test_without_it_triton_computes_it(
+def test_it_is_told_once_that_the_package_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, installed: bool
 ) -> None:
-    gates = pytest.importorskip("arm_zoo.ops.triton.gates", reason="needs triton", exc_type=ImportError)
     if installed:
         install(monkeypatch)
     else:
         monkeypatch.setitem(sys.modules, "quack", None)
     with caplog.at_level(logging.WARNING, "arm_zoo.ops"):
-        assert fused._gated_product() is gates.gated_product is fused._gated_product()
-    told = "quack-kernels cannot be imported, so Triton's kernel runs: cannot import name 'gemm_act'"
+        assert fused._quack() is fused._quack() is None
+    told = "quack-kernels cannot be imported, so slower kernels run: cannot import name 'gemm"
     assert caplog.text.count(told) == installed == caplog.text.count("pip install --upgrade 'arm-zoo[quack]'")
