@@ -1,4 +1,13 @@
-"""What command lines share: types of options, how programs end, and output that nobody may read to its end."""
+"""What command lines share: types of options, how programs end, and output that nobody may read to its end.
+
+All programs of the checkout end with these codes:
+
+0    the work is done
+1    a mistake of the user, a failure of the machine, or a check that finds a difference; a line on stderr tells it
+2    argparse cannot take the words of the command, whose usage it prints
+75   a training has written a checkpoint because it was asked to stop (`recipes.signals`)
+130  Ctrl-C
+"""
 
 import argparse
 import os

@@ -68,9 +68,9 @@ def test_scenes_are_not_mixed_with_others(scenes: Path, capsys: pytest.CaptureFi
         ([str(scenes)], f"{scenes} has images already; name another folder"),
         ([str(scenes / "new"), "--training", "0"], "expected a whole number of at least 1, got '0'"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             digit_scenes.main(words)
-        assert message in capsys.readouterr().err
+        assert message in f"{stop.value.code}{capsys.readouterr().err}"
 
 
 def test_short_names_have_statistics() -> None:
@@ -192,7 +192,7 @@ def test_what_cannot_be_trained_is_told(
         ("num_heads=0", "model_args.num_heads=0: ZeroDivisionError: "),
     ):
         message = refusal(capsys, *whole, *images, f"model_args.{words}")
-        assert message.startswith("2 ") and reason in message
+        assert message.startswith("1 ") and reason in message
         assert message.endswith("; allowed: as model_args.NAME the model's keywords, with values as it takes them\n")
     for words in ("num_classes=3", "checkpoint_path=x.pth", "pretrained=true", "pretrained_cfg=x"):
         assert f"model_args.{words.split('=')[0]} is " in refusal(capsys, *whole, *images, f"model_args.{words}")
