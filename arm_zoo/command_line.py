@@ -64,6 +64,10 @@ def guarded(run: Callable[[], int], stopped: str = "stopped") -> int:
         code, said = 1, f"error: the GPU's memory is full; {less}: {reason}"
     except KeyboardInterrupt:
         code, said = 130, stopped
+    try:
+        sys.stdout.flush()
+    except OSError:  # as on a full disk: Python would try again at its end, and end with another code
+        drop_output()
     if os.environ.get("RANK", "0") == "0":
         print(said, file=sys.stderr)
     return code
@@ -76,13 +80,19 @@ def one_line(error: Exception) -> str:
 
 
 def show(line: str) -> None:
-    """Print a line. Once nobody reads the output any more, as after `| head`, lines are dropped, and work goes on."""
+    """Print a line. Once nobody reads the output any more, as after `| head`, lines are dropped, and work goes on.
+
+    OSError if it cannot be printed for another reason, such as a full disk.
+    """
     try:
         print(line, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         drop_output()
+        if not isinstance(error, BrokenPipeError):
+            error.filename = "standard output"
+            raise
 
 
 def drop_output() -> None:
-    """Send what is still to be printed nowhere, as whoever read it, such as `head`, has enough."""
+    """Send what is still to be printed nowhere: whoever read it, such as `head`, has enough, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,6 @@ from typing import Any
 import timm
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -31,7 +30,7 @@ from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.command_line import guarded
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, time_in_turn
-from eval.tables import Row, append, check_output, model_and_backend, text_table
+from eval.tables import Row, added, check_output, model_and_backend, show_table, text_table
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # only the first can be pretrained
 NUM_CLASSES = 1000
@@ -257,12 +256,10 @@ def measure(args: argparse.Namespace) -> list[Row]:
         rows = [shared | fact | measured for fact, measured in zip(facts, times, strict=True)]
     if not rows:
         return rows
-    console = Console(markup=False, emoji=False)
-    console.print(as_table(rows))
-    for row, step in zip(rows, steps, strict=True) if args.profile else ():
-        console.print(as_profile(model_and_backend(row), profile(step, args.device), args.profile))
-    if args.output is not None:
-        append(args.output, rows, COLUMNS)
+    with added(args.output, rows, COLUMNS):
+        show_table(as_table(rows))
+        for row, step in zip(rows, steps, strict=True) if args.profile else ():
+            show_table(as_profile(model_and_backend(row), profile(step, args.device), args.profile))
     return rows
 
 

@@ -67,7 +67,12 @@ def read_command(recipe: str, argv: Sequence[str] | None = None) -> tuple[str, T
     fit = partial(fit, going_on=arguments.resume == "auto") if fit and arguments.config is None else None
     config = read_config(parser, kind, arguments.config, arguments.overrides, not arguments.print_config, fit)
     if arguments.print_config:
-        print(to_yaml(config), end="")
+        from arm_zoo.command_line import show
+
+        try:
+            show(to_yaml(config).removesuffix("\n"))
+        except OSError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
         parser.exit()
     return parser.prog, config, arguments.resume
 
