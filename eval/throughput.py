@@ -39,6 +39,11 @@ DEFAULT_BATCH_SIZE = 8
 SWEEPS = {"img-size": [224, 384, 512, 768, 1024, 1536, 2048], "batch-size": [2**power for power in range(9)]}
 FULL_BATCH_SIZE = {"cpu": 8, "cuda": 256}  # images of the first size in SWEEPS that keep a device busy
 WARM_UP_STEPS = 3
+# Of patches, clusters and decoders that a configuration sets, such as those of recipes/configs/pretrain_cifar10.yaml.
+TIMES_OTHER_SIZES = (
+    "or time the pretraining of a configuration: type python -m recipes.loader_speed --step pretrain --config FILE "
+    "data.source=FOLDER, whose line `fixed batch` is the speed without loading"
+)
 COLUMNS = (
     *("model", "img_size", "median_s", "min_s", "max_s", "img_per_s", "ratio", "pairwise_ratio", "peak_mib"),
     *("scan_backend", "mode", "batch_size", "dtype", "autocast", "compile", "cuda_graphs", "repeats"),
@@ -62,7 +67,8 @@ def check(args: argparse.Namespace) -> None:
             raise unknown_model(name, known)
         if args.mode == "pretrain" and not is_pretrained_alike(name):
             such = f"with the patches of {name}; name an entry such as {DEFAULT_MODELS[0]}"
-            raise ValueError(f"--mode pretrain: there is no pretraining model {such}")
+            other = f"; {TIMES_OTHER_SIZES}" if name in entries() else ""
+            raise ValueError(f"--mode pretrain: there is no pretraining model {such}{other}")
     for backend in args.scan_backend:
         resolved(backend, args)
     check_output(args.output, COLUMNS)

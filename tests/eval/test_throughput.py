@@ -129,6 +129,7 @@ def test_entries_with_the_patches_of_a_pretraining_model_can_be_timed(name: str)
 def test_pretraining_is_for_our_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = " ".join(refusal(capsys, "--mode", "pretrain", "--models", name).split())
     assert f"no pretraining model with the patches of {name}; name an entry such as arm_base_patch16_224" in message
+    assert ("type python -m recipes.loader_speed --step pretrain --config FILE" in message) == name.startswith("arm_")
 
 
 @pytest.mark.parametrize("asked, taken", [("torch", "torch"), ("reference", "reference"), ("auto", None)])
