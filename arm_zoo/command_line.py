@@ -1,4 +1,13 @@
-"""What command lines share: types of options, how programs end, and output that nobody may read to its end."""
+"""What command lines share: types of options, how programs end, and output that nobody may read to its end.
+
+All programs of the checkout end with these codes:
+
+0    the work is done
+1    a mistake of the user, a failure of the machine, or a check that finds a difference; a line on stderr tells it
+2    argparse cannot take the words of the command, whose usage it prints
+75   a training has written a checkpoint because it was asked to stop (`recipes.signals`)
+130  Ctrl-C
+"""
 
 import argparse
 import os
@@ -55,6 +64,10 @@ def guarded(run: Callable[[], int], stopped: str = "stopped") -> int:
         code, said = 1, f"error: the GPU's memory is full; {less}: {reason}"
     except KeyboardInterrupt:
         code, said = 130, stopped
+    try:
+        sys.stdout.flush()
+    except OSError:  # as on a full disk: Python would try again at its end, and end with another code
+        drop_output()
     if os.environ.get("RANK", "0") == "0":
         print(said, file=sys.stderr)
     return code
@@ -67,13 +80,19 @@ def one_line(error: Exception) -> str:
 
 
 def show(line: str) -> None:
-    """Print a line. Once nobody reads the output any more, as after `| head`, lines are dropped, and work goes on."""
+    """Print a line. Once nobody reads the output any more, as after `| head`, lines are dropped, and work goes on.
+
+    OSError if it cannot be printed for another reason, such as a full disk.
+    """
     try:
         print(line, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         drop_output()
+        if not isinstance(error, BrokenPipeError):
+            error.filename = "standard output"
+            raise
 
 
 def drop_output() -> None:
-    """Send what is still to be printed nowhere, as whoever read it, such as `head`, has enough."""
+    """Send what is still to be printed nowhere: whoever read it, such as `head`, has enough, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -326,7 +326,7 @@ class _Loader:
             official_names = ARCHITECTURES[architecture_of(name)].model_class.official_names
             tensors = under_our_names(read_checkpoint(file), official_names)
         else:
-            tensors = read_checkpoint(file, unwrap=False)  # timm knows the prefixes of its models' files
+            tensors = under_timms_names(read_checkpoint(file, unwrap=False), name, self.kwargs)
         if cfg.classifier is None:  # registered without a configuration, so that timm would not load anything
             model: Any = timm.create_model(name, **self.kwargs)
             model.load_state_dict(tensors)
@@ -356,6 +356,25 @@ class _Loader:
             raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
         model.load_state_dict(model.adapt(tensors, model))
         return model
+
+
+def under_timms_names(tensors: StateDict, name: str, kwargs: Mapping[str, Any]) -> StateDict:
+    """The tensors without a prefix that all share, such as `net.`, if their names are then those of timm's model.
+
+    Others stay as they are: some of its models have a prefix of their own, and timm's filters look for some.
+    """
+    first = next(iter(tensors), "")
+    prefixes = [first[: dot.end()] for dot in re.finditer(r"\.", first)]
+    shared = [prefix for prefix in prefixes if all(key.startswith(prefix) for key in tensors)]
+    if not shared:
+        return tensors
+    with torch.device("meta"):
+        own = timm.create_model(name, **kwargs).state_dict().keys()
+    for prefix in shared:
+        unwrapped = {key.removeprefix(prefix): value for key, value in tensors.items()}
+        if unwrapped.keys() <= own:
+            return unwrapped
+    return tensors
 
 
 def objective_of(config: Mapping[str, Any], file: Path, tensors: StateDict) -> str:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from arm_zoo.command_line import show
@@ -84,18 +83,18 @@ def run(args: argparse.Namespace) -> int:
                 show("custom: no mapping of its own; each model's label_names say which class has which index")
             else:
                 show("\n".join(labels.mapping(labels.label(request.name, request.listing), request.real)))
-    settings, console = settings_of(args), Console(width=120, markup=False, emoji=False)
+    settings = settings_of(args)
     candidates = (models.load(name, weights.get(name), args.train_size) for name in args.models)
     if args.speed:
         if state.num_processes > 1:
             raise ValueError("--speed measures one process; start it without a launcher")
         speeds = [speed.measure(one, request.listing, settings, state) for one in candidates for request in requests]
-        console.print(speed.as_table(speeds, settings))
+        tables.show_table(speed.as_table(speeds, settings), width=120)
         return 0
     scorer = Scorer(args.output, settings, state, args.resume, args.recompute)
     rows = [row for candidate in candidates for row in scorer.rows(candidate, requests)]
     if rows and state.is_main_process:
-        console.print(as_table(rows), f"in full: {args.output}")
+        tables.show_table(as_table(rows), f"in full: {args.output}", width=120)
     return 0
 
 

@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import arm_zoo
 from arm_zoo.command_line import positive
@@ -23,7 +22,7 @@ from arm_zoo.ops.backends import BACKENDS
 from eval.command_line import guarded
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import circumstances, timed
-from eval.tables import Row, append, check_output, text_table
+from eval.tables import Row, added, check_output, show_table, text_table
 
 DEVICE = "cuda"  # the backends for this device are timed
 REPEATS = 20
@@ -127,9 +126,8 @@ def run(args: argparse.Namespace) -> int:
     title = "batch {batch_size}, grid {grid}, {directions} directions, {channels} channels, {states} states, {dtype}"
     figures = ["ms", "TB/s", "floor by bytes, ms", "G exponentials/s"]
     caption = f"{shared['device']}, torch {shared['torch']}; a copy moves {rate / 1e12:.2f} TB/s"
-    Console().print(text_table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
-    if args.output is not None:
-        append(args.output, rows, COLUMNS)
+    with added(args.output, rows, COLUMNS):
+        show_table(text_table(title.format(**shared), ["backend", "kernel"], figures, lines, caption))
     return 0
 
 

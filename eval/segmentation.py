@@ -75,11 +75,10 @@ def run(args: argparse.Namespace) -> int:
         [name, f"{100 * iou:.2f}" if here else "-"]
         for name, iou, here in zip(split.class_names, each.tolist(), there.tolist(), strict=True)
     ]
-    show(f"{args.model}, {args.data}")
     means = ["mean", f"{float(miou):.2f}"]
-    Console(width=100, markup=False, emoji=False).print(tables.text_table("", ["class"], ["IoU"], [*lines, means]))
-    if args.output:
-        tables.append(args.output, [row], COLUMNS)
+    with tables.added(args.output, [row], COLUMNS):
+        show(f"{args.model}, {args.data}")
+        tables.show_table(tables.text_table("", ["class"], ["IoU"], [*lines, means]), width=100)
     return 0
 
 

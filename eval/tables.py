@@ -1,15 +1,18 @@
 """Tables of measurements, CSV or JSON: their columns, what these hold, and how rows are read, added and shown."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
+from arm_zoo.command_line import show
 from arm_zoo.files import write_text
 from arm_zoo.tables import FIGURE, Limit, Row, csv_text, one_of
 from arm_zoo.tables import read as read_table
@@ -83,6 +86,16 @@ def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) ->
     return table[len(old) :]
 
 
+@contextmanager
+def added(path: Path | None, rows: Iterable[Row], columns: Sequence[str]) -> Iterator[None]:
+    """Add rows to a table, if there is a path, at the end of a block that prints them, even if it cannot."""
+    try:
+        yield
+    finally:
+        if path is not None:
+            append(path, rows, columns)
+
+
 def check_output(path: Path | None, columns: Sequence[str]) -> None:
     """Raise ValueError now if rows with these columns could not be added to the file later."""
     if path is None:
@@ -118,3 +131,12 @@ def text_table(
     for row in rows:
         shown.add_row(*row)
     return shown
+
+
+def show_table(table: Table, *below: str, width: int | None = None) -> None:
+    """Print a table, and lines below it, as `arm_zoo.command_line.show` does: rich would end the program if nobody
+    reads them."""
+    console = Console(width=width, markup=False, emoji=False)
+    with console.capture() as printed:
+        console.print(table, *below)
+    show(printed.get().removesuffix("\n"))

@@ -16,7 +16,6 @@ from typing import Any
 import timm
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -31,7 +30,7 @@ from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
 from eval.command_line import guarded
 from eval.scoring.predict import DTYPES
 from eval.speed.timing import STEPS_PER_READING, circumstances, time_in_turn
-from eval.tables import Row, append, check_output, model_and_backend, text_table
+from eval.tables import Row, added, check_output, model_and_backend, show_table, text_table
 
 DEFAULT_MODELS = ["arm_base_patch16_224", "vit_base_patch16_224"]  # only the first can be pretrained
 NUM_CLASSES = 1000
@@ -40,6 +39,11 @@ DEFAULT_BATCH_SIZE = 8
 SWEEPS = {"img-size": [224, 384, 512, 768, 1024, 1536, 2048], "batch-size": [2**power for power in range(9)]}
 FULL_BATCH_SIZE = {"cpu": 8, "cuda": 256}  # images of the first size in SWEEPS that keep a device busy
 WARM_UP_STEPS = 3
+# Of patches, clusters and decoders that a configuration sets, such as those of recipes/configs/pretrain_cifar10.yaml.
+TIMES_OTHER_SIZES = (
+    "or time the pretraining of a configuration: type python -m recipes.loader_speed --step pretrain --config FILE "
+    "data.source=FOLDER, whose line `fixed batch` is the speed without loading"
+)
 COLUMNS = (
     *("model", "img_size", "median_s", "min_s", "max_s", "img_per_s", "ratio", "pairwise_ratio", "peak_mib"),
     *("scan_backend", "mode", "batch_size", "dtype", "autocast", "compile", "cuda_graphs", "repeats"),
@@ -63,7 +67,8 @@ def check(args: argparse.Namespace) -> None:
             raise unknown_model(name, known)
         if args.mode == "pretrain" and not is_pretrained_alike(name):
             such = f"with the patches of {name}; name an entry such as {DEFAULT_MODELS[0]}"
-            raise ValueError(f"--mode pretrain: there is no pretraining model {such}")
+            other = f"; {TIMES_OTHER_SIZES}" if name in entries() else ""
+            raise ValueError(f"--mode pretrain: there is no pretraining model {such}{other}")
     for backend in args.scan_backend:
         resolved(backend, args)
     check_output(args.output, COLUMNS)
@@ -257,12 +262,10 @@ def measure(args: argparse.Namespace) -> list[Row]:
         rows = [shared | fact | measured for fact, measured in zip(facts, times, strict=True)]
     if not rows:
         return rows
-    console = Console(markup=False, emoji=False)
-    console.print(as_table(rows))
-    for row, step in zip(rows, steps, strict=True) if args.profile else ():
-        console.print(as_profile(model_and_backend(row), profile(step, args.device), args.profile))
-    if args.output is not None:
-        append(args.output, rows, COLUMNS)
+    with added(args.output, rows, COLUMNS):
+        show_table(as_table(rows))
+        for row, step in zip(rows, steps, strict=True) if args.profile else ():
+            show_table(as_profile(model_and_backend(row), profile(step, args.device), args.profile))
     return rows
 
 

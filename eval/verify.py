@@ -15,7 +15,6 @@ from pathlib import Path
 
 import timm
 from huggingface_hub import EvalResult, ModelCard
-from rich.console import Console
 
 from arm_zoo.loading import entries, entry_of
 from arm_zoo.weights.find import hub_repository
@@ -24,7 +23,7 @@ from eval.scoring import models
 from eval.scoring.options import open_requests, parse_sets, scoring_parser, settings_of, start_processes
 from eval.scoring.rows import Scorer
 from eval.scoring.sets import SETS
-from eval.tables import text_table
+from eval.tables import show_table, text_table
 
 TRAINERS_TAG = "generated_from_trainer"  # cards of transformers' Trainer have fractions, all others percent
 TOP1 = {"accuracy", "acc", "top1", "top1accuracy", "acctop1", "accuracytop1", "acc1"}
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             lines.append([row["set"], *numbers, "agrees" if ok else "DIFFERS"])
         title = f"{args.model} and {source}, tolerance {args.tolerance}"
         shown = text_table(title, ["set"], ["on the card", "scored", "difference", ""], lines)
-        Console(width=100, markup=False, emoji=False).print(shown)
+        show_table(shown, width=100)
     return 0 if all(agreed) else 1
 
 

@@ -16,6 +16,7 @@ from timm.models import get_pretrained_cfg
 from arm_zoo.files import WEIGHTS, read_config, sha256_of, write_text
 from arm_zoo.models import ARCHITECTURES
 from arm_zoo.pretraining import DEFAULT_OBJECTIVE, OBJECTIVES
+from arm_zoo.pretraining.autoregressive import DVAE_TOKENS
 from arm_zoo.weights.hosted import training_commands
 from hub.catalog import FROZEN, PAPER_NAMES, RESULTS, candidates, measured, measured_frozen, reported, set_names
 from hub.folders import CARD, read_header
@@ -31,6 +32,7 @@ SNIPPETS = {  # kind of model -> headings in parts.md
     "classifier": ("classify", "features", "transformers"),
     "encoder": ("embed", "features", "finetune"),
     "pretraining": ("pretraining", "latents", "finetune"),
+    "tokens": ("tokens", "latents", "finetune"),  # pretraining that predicts those of a dVAE
 }
 
 
@@ -95,7 +97,8 @@ def _text(config: dict[str, Any], facts: dict[str, str], rows: dict[str, Any], f
     channels, height, width = cfg["input_size"]
     _, *pieces = re.split(r"^## (.+)\n", (TEMPLATES / "parts.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     parts = {heading: text.strip() for heading, text in zip(pieces[::2], pieces[1::2], strict=True)}
-    snippets = [name for name in SNIPPETS[kind] if name != "transformers" or channels == RGB]
+    usage = "tokens" if own.get("target") == DVAE_TOKENS else kind
+    snippets = [name for name in SNIPPETS[usage] if name != "transformers" or channels == RGB]
     with_parts = Template((TEMPLATES / "card.md").read_text(encoding="utf-8")).safe_substitute(
         {name: parts[f"{name} {which}"] for name, which in chosen.items()},
         use="\n\n".join(parts[f"use {name}"] for name in snippets),

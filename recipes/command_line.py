@@ -48,7 +48,7 @@ def main(recipe: str, argv: Sequence[str] | None = None) -> None:
 
 
 def read_command(recipe: str, argv: Sequence[str] | None = None) -> tuple[str, TrainConfig, str]:
-    """The program's name, its configuration and --resume; a wrong configuration ends the program with 2."""
+    """The program's name, its configuration and --resume; a wrong configuration ends the program with 1."""
     kind, does, fit = RECIPES[recipe]
     does = f"{does} Run it from the top of the repository."
     parser = argparse.ArgumentParser(prog=f"python -m recipes.{recipe}", description=does)
@@ -67,17 +67,22 @@ def read_command(recipe: str, argv: Sequence[str] | None = None) -> tuple[str, T
     fit = partial(fit, going_on=arguments.resume == "auto") if fit and arguments.config is None else None
     config = read_config(parser, kind, arguments.config, arguments.overrides, not arguments.print_config, fit)
     if arguments.print_config:
-        print(to_yaml(config), end="")
+        from arm_zoo.command_line import show
+
+        try:
+            show(to_yaml(config).removesuffix("\n"))
+        except OSError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
         parser.exit()
     return parser.prog, config, arguments.resume
 
 
 def read_config(parser: argparse.ArgumentParser, kind: type[ConfigT], *arguments: Any) -> ConfigT:
-    """Call `load_config`; mistakes end the program with 2."""
+    """Call `load_config`; mistakes end the program with 1."""
     try:
         return load_config(kind, *arguments)
     except (ConfigError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 def carry_out(program: str, config: TrainConfig, resume: str, run: Callable[[Any, str, StopRequest], None]) -> None:

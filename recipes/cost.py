@@ -183,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             measured = [Measured(settings.model or "model", settings.images_per_second, settings.measured_gpus or 1)]
     except DAMAGED as error:
-        parser.exit(2, f"{parser.prog}: {damaged}: {with_kind(error)}\n")
+        parser.exit(1, f"{parser.prog}: {damaged}: {with_kind(error)}\n")
     except UNREADABLE as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {error}\n")
     with reporting_mistakes(parser.prog):
         show("\n".join(table(measured, settings)))
 

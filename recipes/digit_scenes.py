@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from arm_zoo.command_line import positive
+from arm_zoo.command_line import positive, show
 from arm_zoo.files import replacing_files, write_text
 from arm_zoo.images.masks import SplitName
 from recipes.data.built_in import DIGIT_NAMES, open_digits
-from recipes.errors import reporting_mistakes
+from recipes.errors import RunError, reporting_mistakes
 
 SIDE, CELL, DIGIT = 64, 32, 24  # pixels of a scene, of the place of a digit, of a digit
 BACKGROUND = 1  # its number in masks; that of a digit is two more than the digit
@@ -71,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--training", type=positive, default=1000, metavar="N", help="number of training images (%(default)s)")
     add("--validation", type=positive, default=200, metavar="N", help="number of validation images (%(default)s)")
     arguments = parser.parse_args(argv)
-    if (arguments.folder / "images").exists():  # images left there by a larger set would count too
-        parser.error(f"{arguments.folder} has images already; name another folder")
-    with reporting_mistakes(parser.prog), replacing_files(arguments.folder) as beside:
-        write_scenes(beside, "training", arguments.training)
-        write_scenes(beside, "validation", arguments.validation)
-    print(f"wrote {arguments.training} and {arguments.validation} images with masks to {arguments.folder}")
+    with reporting_mistakes(parser.prog):
+        if (arguments.folder / "images").exists():  # images left there by a larger set would count too
+            raise RunError(f"{arguments.folder} has images already; name another folder")
+        with replacing_files(arguments.folder) as beside:
+            write_scenes(beside, "training", arguments.training)
+            write_scenes(beside, "validation", arguments.validation)
+        show(f"wrote {arguments.training} and {arguments.validation} images with masks to {arguments.folder}")
 
 
 if __name__ == "__main__":

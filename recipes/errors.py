@@ -27,15 +27,9 @@ MISTAKES = (RunError, SourceError, CheckpointError, ConfigError, OSError, Safete
 
 @contextmanager
 def reporting_mistakes(program: str) -> Iterator[None]:
-    """End the program with one message if the block raises a mistake that a user can fix.
-
-    The exit code is 2 for a wrong configuration, as where it is read, 130 after Ctrl-C, and 1 for all else.
-    """
+    """End the program with one message, and a code of `arm_zoo.command_line`, if the block raises a user's mistake."""
     try:
         yield
-    except ConfigError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         interrupted(f"{program}: interrupted")
     except MISTAKES as error:

@@ -126,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.kills < 1:
         parser.error(f"--kills is {arguments.kills}; allowed: a whole number, 1 or more")
     command_line.read_command(arguments.recipe, [*command, f"output_dir={arguments.output}"])  # ends where it is wrong
-    if arguments.output.exists() and any(arguments.output.iterdir()):
-        parser.error(f"--output {arguments.output} is not empty; delete it or name another folder")
     with reporting_mistakes(parser.prog):
+        if arguments.output.exists() and any(arguments.output.iterdir()):
+            raise RunError(f"--output {arguments.output} is not empty; delete it or name another folder")
         KillTest(arguments.recipe, command, arguments.output, arguments.seed).run(arguments.kills)
 
 

@@ -124,7 +124,10 @@ def show(result: Mapping[str, Any]) -> None:
     for row in result["scores"]:
         ends = f"{row['low']:.2f} to {row['high']:.2f}"
         table.add_row(row["protocol"], row["features"], row["settings"], f"{row['top1']:.2f}%", ends)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console = Console(width=None if Console().is_terminal else 120)
+    with console.capture() as printed:
+        console.print(table)
+    command_line.say(printed.get().removesuffix("\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

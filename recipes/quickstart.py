@@ -29,6 +29,7 @@ from rich.table import Table
 from timm.data import resolve_data_config
 
 from arm_zoo.files import replacing_files, write_text
+from recipes.command_line import say
 from recipes.config import FinetuneConfig, PretrainConfig, load_config
 from recipes.errors import RunError, reporting_mistakes
 from recipes.finetune import finetune
@@ -161,17 +162,21 @@ def show(summary: dict[str, Any], output: Path) -> None:
         table.add_column(heading, justify="left" if heading == "start" else "right")
     for start, scores in summary["top1"].items():
         table.add_row(start, f"{mean(scores):.1f}%", ", ".join(f"{score:.1f}" for score in scores))
-    console.print(table)
-    console.print(
-        f"Pretraining for {summary['pretrain_seconds']:.0f} s shows the way. The encoder that was finetuned comes "
-        "with the package: the same command pretrained it for longer, on 50,000 other photographs without labels."
-    )
-    for row in summary["examples"]:
-        verdict = "right" if row["predicted"] == row["label"] else f"wrong, it is {row['label']}"
-        console.print(f'piece {row["image"]}: "{row["predicted"]}" ({row["probability"]:.0%}), {verdict}')
-    console.print(f"{summary['seconds']:.0f} s in all; written: {output}/ few_labels.png predictions.png summary.json")
-    load = f'import arm_zoo, timm; timm.create_model("local-dir:{output}", pretrained=True)'
-    console.print(f"load the finetuned model: {load}", soft_wrap=True)
+    with console.capture() as printed:
+        console.print(table)
+        console.print(
+            f"Pretraining for {summary['pretrain_seconds']:.0f} s shows the way. The encoder that was finetuned comes "
+            "with the package: the same command pretrained it for longer, on 50,000 other photographs without labels."
+        )
+        for row in summary["examples"]:
+            verdict = "right" if row["predicted"] == row["label"] else f"wrong, it is {row['label']}"
+            console.print(f'piece {row["image"]}: "{row["predicted"]}" ({row["probability"]:.0%}), {verdict}')
+        console.print(
+            f"{summary['seconds']:.0f} s in all; written: {output}/ few_labels.png predictions.png summary.json"
+        )
+        load = f'import arm_zoo, timm; timm.create_model("local-dir:{output}", pretrained=True)'
+        console.print(f"load the finetuned model: {load}", soft_wrap=True)
+    say(printed.get().removesuffix("\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -54,6 +54,13 @@ def peak_speed(config: TrainConfig, shape: tuple[int, int, int], accelerator: Ac
     return flops_per_second * accelerator.num_processes / image_flops(config.build, shape, config.views)
 
 
+class Messages(Console):
+    """What a run says on stderr. Once nobody reads it any more, it falls silent, where rich would end the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 @dataclass
 class ProgressDisplay:
     """Progress bar, epoch lines and trackers of one run; only the main process shows anything."""

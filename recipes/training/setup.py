@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from arm_zoo.files import HELD_OUT, write_text
 from recipes.config import TrainConfig
 from recipes.data.loader import TrainLoader
@@ -19,7 +17,7 @@ from recipes.training.export import input_config
 from recipes.training.optim import create_optimizer
 from recipes.training.parallel import Collectives, model_state, shard, start_accelerator
 from recipes.training.plots import plot_run
-from recipes.training.progress import ProgressDisplay, peak_speed
+from recipes.training.progress import Messages, ProgressDisplay, peak_speed
 from recipes.training.resume import CURVES, starting_point
 
 
@@ -39,7 +37,7 @@ def train(
     accelerator = start_accelerator(config)
     plan = batch_plan(config.global_batch, accelerator.num_processes, config.max_batch_per_device)
     output, collectives = Path(config.output_dir), Collectives(accelerator)
-    console = Console(stderr=True, quiet=not accelerator.is_main_process, markup=False, emoji=False)
+    console = Messages(stderr=True, quiet=not accelerator.is_main_process, markup=False, emoji=False)
     checkpoints = CheckpointFolder(output / "checkpoints", config.keep_last, config.keep_every, console)
     start = starting_point(config, resume, collectives, checkpoints, objective.folders)
     source = objective.open(config)

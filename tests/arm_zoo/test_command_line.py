@@ -1,10 +1,15 @@
 """How programs end."""
 
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 from arm_zoo import CheckpointError
-from arm_zoo.command_line import guarded
+from arm_zoo.command_line import guarded, show
 
 
 def ending_with(error: BaseException | None) -> int:
@@ -49,3 +54,32 @@ def test_a_full_gpu_is_told_with_what_to_type(capsys: pytest.CaptureFixture[str]
 def test_errors_of_the_program_itself_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         ending_with(RuntimeError("a shape is wrong"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+@pytest.mark.parametrize("say", [show, print])
+def test_a_full_disk_under_the_output_is_told_in_a_line(
+    say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is left to print at Python's end, which would fail, too, and change the exit code."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert guarded(lambda: say("all models") or 0) == 1
+    where = ": 'standard output'" if say is show else ""
+    assert capsys.readouterr().err == f"error: [Errno 28] No space left on device{where}\n"
+
+
+def test_work_goes_on_where_nobody_reads_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    worked = []
+
+    def run() -> int:
+        for number in range(3):
+            show(str(number))
+            worked.append(number)
+        return 3
+
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert guarded(run) == 3 and worked == [0, 1, 2]

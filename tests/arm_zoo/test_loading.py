@@ -242,6 +242,17 @@ def test_prefixes_of_timms_models_are_left_to_timm(name: str, tmp_path: Path) ->
     assert_same_tensors(load(name, tmp_path / "a", **small).model.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("prefix", ["", "net.", "model.net.", "module.model."])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deepseek_vit_412m"])
+def test_modules_around_timms_models(name: str, prefix: str, tmp_path: Path) -> None:
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2} if name.startswith("deepseek") else {"num_classes": 3}
+    model = timm.create_model(name, **small)
+    wrapped = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": wrapped, "pytorch-lightning_version": "2.5.0"}, tmp_path / "last.ckpt")
+    found = load(name, tmp_path / "last.ckpt", **small).model
+    assert_same_tensors(found.state_dict(), model.state_dict())
+
+
 def test_a_prefix_that_not_all_names_share_is_left(model: nn.Module, tmp_path: Path) -> None:
     """Which of two models is meant, or what a tensor beside the model is for, nobody knows."""
     twice = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in model.state_dict().items()}

@@ -5,8 +5,9 @@ import csv
 import errno
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from arm_zoo.ops import backends
 from eval import scan, tables, throughput
 from eval.speed import timing
 
+ON_LINUX = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
 
 
@@ -127,6 +129,7 @@ def test_entries_with_the_patches_of_a_pretraining_model_can_be_timed(name: str)
 def test_pretraining_is_for_our_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = " ".join(refusal(capsys, "--mode", "pretrain", "--models", name).split())
     assert f"no pretraining model with the patches of {name}; name an entry such as arm_base_patch16_224" in message
+    assert ("type python -m recipes.loader_speed --step pretrain --config FILE" in message) == name.startswith("arm_")
 
 
 @pytest.mark.parametrize("asked, taken", [("torch", "torch"), ("reference", "reference"), ("auto", None)])
@@ -374,6 +377,24 @@ def test_a_full_disk_is_told_with_the_file(
     assert throughput.main(["--models", "test_vit", *TINY, "--output", str(file)]) == 1
     printed = capsys.readouterr()
     assert "ms/step" in printed.out and printed.err.endswith(f"error: [Errno 28] No space left on device: '{file}'\n")
+
+
+def output_without_reader() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=ON_LINUX)], ids=["unread", "on a full disk"])
+def test_rows_are_written_where_the_output_ends(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all groups where nobody reads the tables; the rows of the first where printing fails."""
+    file = tmp_path / "speed.csv"
+    words = ["--models", "test_vit", *TINY, "--batch-size", "1", "2", "--output", str(file)]
+    with open("/dev/full", "w") if full else output_without_reader() as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        code = throughput.main(words)
+    sizes = [row["batch_size"] for row in tables.read(file, throughput.COLUMNS)]
+    assert (code, sizes) == ((1, ["1"]) if full else (0, ["1", "2"]))
 
 
 @pytest.mark.gpu

@@ -14,8 +14,6 @@ from recipes.data import finishing, gpu_decode, loader
 from recipes.data.resample import RaggedImages
 from recipes.data.transforms import Normalisation, cropped
 
-needs_torchcodec = pytest.mark.skipif(jpeg_decoder() is None, reason="no torchcodec that fits this torch")
-
 
 def decode(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor | None]:
     """torchcodec's decoder of the CPU; without one that fits this torch, Pillow's."""

@@ -1,4 +1,4 @@
-"""Small real image files of every kind, and data sets of them in every layout, for the tests of the recipes."""
+"""Small real image files of every kind, and data sets of them in every layout, and a mark for tests of torchcodec."""
 
 import io
 import json
@@ -11,8 +11,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
+
+from arm_zoo.images.decode import jpeg_decoder
+
+needs_torchcodec = pytest.mark.skipif(jpeg_decoder() is None, reason="no torchcodec that fits this torch")
 
 WIDTH, HEIGHT = 24, 16
 

@@ -1021,10 +1021,16 @@ def test_cards_render(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", SequencePretrain.backbones)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_cards_of_pretraining_models_hold(objective: str, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "objective, settings",
+    [*((objective, {}) for objective in OBJECTIVES), ("autoregressive", {"target": "dvae_tokens", "vocab_size": 5})],
+    ids=[*OBJECTIVES, "tokens"],
+)
+def test_cards_of_pretraining_models_hold(
+    objective: str, settings: dict[str, Any], family: str, tmp_path: Path
+) -> None:
     """For each objective: the snippets run on the folder, and a backbone as the entry has it differs in nothing."""
-    arm_zoo.create_pretraining_model(f"{family}_pico", objective).save_pretrained(tmp_path / "run")
+    arm_zoo.create_pretraining_model(f"{family}_pico", objective, **settings).save_pretrained(tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| differs from the entry in | nothing |" in card

@@ -46,7 +46,8 @@ def test_bad_input_ends_in_a_message(
 ) -> None:
     with pytest.raises(SystemExit) as refused:
         main([*arguments, "--output", str(tmp_path / "out")])
-    assert refused.value.code == 2 and message in capsys.readouterr().err
+    usage, code = capsys.readouterr().err, refused.value.code
+    assert message in (usage or str(code)) and (code == 2) == usage.startswith("usage: ")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,10 +1,12 @@
 """How errors end a program."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
-from recipes.errors import RunError, reporting_mistakes
-from recipes.parsing import ConfigError
+from recipes.errors import reporting_mistakes
 
 
 @pytest.mark.parametrize(
@@ -27,12 +29,20 @@ def test_errors_of_the_program_itself_keep_their_traceback() -> None:
         raise RuntimeError("a shape is wrong")
 
 
-def test_a_wrong_configuration_ends_a_program_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where it is noticed late; what goes wrong at work ends it with a message, which Python makes 1."""
-    with pytest.raises(SystemExit) as ended, reporting_mistakes("python -m recipes.probe"):
-        raise ConfigError({"protocols": "protocols names 'svm'"})
-    said = "python -m recipes.probe: the configuration has 1 problem:\n  - protocols names 'svm'\n"
-    assert ended.value.code == 2 and capsys.readouterr().err == said
-    with pytest.raises(SystemExit) as ended, reporting_mistakes("python -m recipes.probe"):
-        raise RunError("no image is left")
-    assert ended.value.code == "python -m recipes.probe: no image is left"
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("finetune", ["data.source=FOLDER"]),  # the settings
+        ("probe", ["--weights", "arm_pico_patch2_8", "data.source=FOLDER"]),  # the images
+        ("probe", ["--weights", "FOLDER", "data.source=digits"]),  # the weights
+        ("probe", ["--weights", "arm_pico_patch2_8", "data.source=digits", "protocols=svm"]),
+        ("cost", ["--run", "FOLDER"]),
+        ("kill_test", ["--output", "FOLDER"]),
+    ],
+)
+def test_all_mistakes_end_a_program_with_1(module: str, words: list[str], tmp_path: Path) -> None:
+    """Whenever they are noticed; Python makes 1 of a message, which it prints."""
+    program = importlib.import_module(f"recipes.{module}")
+    with pytest.raises(SystemExit) as ended:
+        program.main([word.replace("FOLDER", str(tmp_path / "missing")) for word in words])
+    assert ended.value.code == 1 or str(ended.value.code).startswith(f"python -m recipes.{module}: ")

@@ -27,7 +27,7 @@ def test_a_command_that_no_run_takes_is_refused_before_any_is_killed(
 ) -> None:
     with pytest.raises(SystemExit) as refused:
         kill_test.main(["--output", str(tmp_path / "runs")])
-    assert refused.value.code == 2 and "model is missing" in capsys.readouterr().err
+    assert refused.value.code == 1 and "model is missing" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -59,7 +59,7 @@ from recipes.training.engine import Trainer, seed_step
 from recipes.training.export import input_config, save_pretraining
 from recipes.training.optim import create_optimizer, learning_rate
 from recipes.training.parallel import FAILED, Collectives, start_accelerator
-from recipes.training.progress import ProgressDisplay, image_flops
+from recipes.training.progress import Messages, ProgressDisplay, image_flops
 from recipes.training.scoring import BATCH, evaluation
 from tests import ROOT
 from tests.helpers.images import write_folder
@@ -705,6 +705,27 @@ def test_damaged_held_out_images_are_counted_named_and_limited(
         file.write_bytes(b"gone")
     with pytest.raises(RunError, match="none of the 7 validation images can be decoded"):
         scores(0.99)
+
+
+def test_a_run_falls_silent_where_nobody_reads_its_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", closefd=False) as errors:
+        monkeypatch.setattr(sys, "stderr", errors)
+        console = Messages(stderr=True)
+        for epoch in range(2):
+            console.print(f"epoch {epoch}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # takes what the file still holds
+    assert console.quiet
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_print_config_tells_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "stdout", full)
+        command_line.main("pretrain", ["--config", str(PRETRAIN), "--print-config"])
+    said = "python -m recipes.pretrain: [Errno 28] No space left on device: 'standard output'\n"
+    assert ended.value.code == 1 and capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("peak", [None, 1000.0])

@@ -68,9 +68,9 @@ def test_scenes_are_not_mixed_with_others(scenes: Path, capsys: pytest.CaptureFi
         ([str(scenes)], f"{scenes} has images already; name another folder"),
         ([str(scenes / "new"), "--training", "0"], "expected a whole number of at least 1, got '0'"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             digit_scenes.main(words)
-        assert message in capsys.readouterr().err
+        assert message in f"{stop.value.code}{capsys.readouterr().err}"
 
 
 def test_short_names_have_statistics() -> None:
@@ -113,7 +113,7 @@ def test_the_loss_is_the_mean_over_pixels_with_a_class() -> None:
 
 
 def test_the_evaluator_scores_what_the_recipe_scored(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And both what is counted by hand; the frozen backbone is as it was."""
     weights = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=0).state_dict()
@@ -128,6 +128,12 @@ def test_the_evaluator_scores_what_the_recipe_scored(
     [row] = tables.read(tmp_path / "scores.csv", segmentation.COLUMNS)
     assert float(row["miou"]) == pytest.approx(expected, abs=1e-3) and row["data_set"] == scenes.name
     assert "background" in capsys.readouterr().out
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", unread)
+        assert segmentation.main([*words, "--output", str(tmp_path / "scores.csv")]) == 0
+    assert len(tables.read(tmp_path / "scores.csv", segmentation.COLUMNS)) == 2
     said = json.loads((tmp_path / "run" / "config.json").read_text())["pretrained_cfg"]
     assert said["crop_pct"] == timm.get_pretrained_cfg("test_vit").crop_pct != 0.875  # the entry's, not timm's default
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
@@ -192,7 +198,7 @@ def test_what_cannot_be_trained_is_told(
         ("num_heads=0", "model_args.num_heads=0: ZeroDivisionError: "),
     ):
         message = refusal(capsys, *whole, *images, f"model_args.{words}")
-        assert message.startswith("2 ") and reason in message
+        assert message.startswith("1 ") and reason in message
         assert message.endswith("; allowed: as model_args.NAME the model's keywords, with values as it takes them\n")
     for words in ("num_classes=3", "checkpoint_path=x.pth", "pretrained=true", "pretrained_cfg=x"):
         assert f"model_args.{words.split('=')[0]} is " in refusal(capsys, *whole, *images, f"model_args.{words}")

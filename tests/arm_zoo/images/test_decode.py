@@ -8,9 +8,9 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from arm_zoo.images import decode
-from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image, decode_tensor, jpeg_decoder
+from arm_zoo.images.decode import MAX_PIXELS, UndecodableImage, decode_image, decode_tensor
 from tests.arm_zoo.images.test_jpeg import NOT_PLAIN, PLAIN
-from tests.helpers.images import encode
+from tests.helpers.images import encode, needs_torchcodec
 
 SIZES = (1, 1), (7, 5), (8, 8), (17, 33), (33, 17), (1, 50), (64, 48)
 WRITING = (
@@ -82,7 +82,7 @@ def test_large_images_are_refused_before_they_are_decoded(monkeypatch: pytest.Mo
     )
 
 
-@pytest.mark.skipif(jpeg_decoder() is None, reason="no torchcodec that fits this torch")
+@needs_torchcodec
 def test_plain_files_are_decoded_by_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "decode_image", pytest.fail)
     for kind in PLAIN:

@@ -15,8 +15,8 @@ from recipes.config import PretrainConfig, load_config
 from recipes.data.loader import TrainLoader
 from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
-from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
-from tests.helpers.images import encode, pixels
+from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.images import encode, needs_torchcodec, pixels
 
 GOOD_AND_BAD = 100  # of each; they alternate
 LEVEL = 1 / 255 / 0.224  # a grey level of a normalised image, at most

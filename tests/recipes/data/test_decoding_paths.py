@@ -27,8 +27,8 @@ from recipes.data.sources import open_source
 from recipes.errors import RunError
 from recipes.signals import StopWaiting
 from tests.helpers import images
-from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
-from tests.helpers.images import pixels
+from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.images import needs_torchcodec, pixels
 
 SIZE = (20, 20)
 VARIED = ["data.random_crop=[0.2,1]", "data.flip=0.5", "data.erase=0.5", "data.max_rotation=20"]

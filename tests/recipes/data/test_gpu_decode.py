@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipes.data.gpu_decode import THREADS, Decoder, decode, decoder_missing
-from tests.helpers.decoding import needs_torchcodec
-from tests.helpers.images import encode, jpeg, pixels
+from tests.helpers.images import encode, jpeg, needs_torchcodec, pixels
 
 CPU = torch.device("cpu")
 DEVICES = [

@@ -26,8 +26,7 @@ from recipes.data.sampling import BatchPlan, Key, mixed, training_order
 from recipes.data.sources import Source, open_source
 from recipes.data.streams import ImageStream
 from recipes.data.transforms import Normalisation, warp
-from tests.helpers.decoding import needs_torchcodec
-from tests.helpers.images import encode, jpeg, pixels, write_folder, write_parquet, write_tar
+from tests.helpers.images import encode, jpeg, needs_torchcodec, pixels, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
 ON_EACH_PATH = pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from recipes.data.sampling import BatchPlan
 from recipes.data.sources import open_source
 from recipes.data.transforms import cropped
 from recipes.data.views import PIPELINES, Colours, Drawn, Pipeline, drawn
-from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
-from tests.helpers.images import encode, write_folder
+from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.images import encode, needs_torchcodec, write_folder
 
 CPU = torch.device("cpu")
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)  # factors of brightness, contrast and saturation, and a shift of hue

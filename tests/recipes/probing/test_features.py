@@ -21,8 +21,8 @@ from recipes.probing import features
 from recipes.probing.config import ProbeConfig
 from recipes.probing.features import Extracted, Extractor, extract, listed, steady_speed
 from recipes.probing.store import Store
-from tests.helpers.decoding import needs_torchcodec, stand_in_for_gpu
-from tests.helpers.images import encode, jpeg, write_folder
+from tests.helpers.decoding import stand_in_for_gpu
+from tests.helpers.images import encode, jpeg, needs_torchcodec, write_folder
 
 ARRAYS = ("pooled", "token", "average", "patches")
 

@@ -42,8 +42,7 @@ from recipes.training import checkpoint, engine
 from recipes.training.checkpoint import CheckpointFolder, DamagedCheckpoint, check, free_name, read_state
 from recipes.training.resume import AlreadyFinished, Start, changed_settings, compare, compare_classes, compare_steps
 from tests import ROOT
-from tests.helpers.decoding import needs_torchcodec
-from tests.helpers.images import write_folder
+from tests.helpers.images import needs_torchcodec, write_folder
 
 CONFIG = ROOT / "recipes" / "configs" / "pretrain_digits.yaml"
 FINETUNE = CONFIG.with_name("finetune_digits.yaml")
