@@ -30,7 +30,6 @@ __device__ __forceinline__ float times_slope(float v, float size) {
     return size < 1.0f / 2048 ? v * size : fmaf(v, -exp2_fast(size * -LOG2E), v);
 #endif
 }
-__device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 #define GROUP 8    // steps that are done together
 #define HALVES 2   // of a group: four steps are summed over channels at once, and each warp finishes the sums of one half
@@ -38,20 +37,14 @@ __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch
 #define WARPS (THREADS / 32)
 #define QUADS ((S + 3) / 4)  // of the states
 
-__device__ __forceinline__ void mma(float4 &c, const float4 a, const float2 b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
-        : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a.y)), "r"(__float_as_uint(a.z)), "r"(__float_as_uint(a.w)),
-          "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
-}
 // Each of 4 values of every lane, summed over the 4 lanes that share lane / 4, is added to c of that lane of them which
 // `column` picks. The two in the middle change places: done twice, this keeps the order.
 __device__ __forceinline__ void lane_sum(float4 &c, const float4 a, const float2 column) {
 #if DTYPE == 0
     const auto low = [](float x) { return x - __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
-    mma(c, make_float4(low(a.x), low(a.y), low(a.z), low(a.w)), column);
+    multiply_tf32(c, make_float4(low(a.x), low(a.y), low(a.z), low(a.w)), column);
 #endif
-    mma(c, a, column);
+    multiply_tf32(c, a, column);
 }
 
 // u and the output's gradient at a step
@@ -144,7 +137,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, S == 1 ? 12 : 6)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         pick[i] = make_float2(lane / 4 == 2 * i ? 1.f : 0.f, lane / 4 == 2 * i + 1 ? 1.f : 0.f);
-        asm volatile("" : "+f"(pick[i].x), "+f"(pick[i].y));  // stay in registers, instead of being made anew
+        hold(pick[i].x);
+        hold(pick[i].y);
     }
     // where a lane leaves its sums, and where it reads those of lane 4 * (lane % 4) + lane / 4 % 4, without bank conflicts
     const auto swizzled = [](int lane) { return lane ^ (lane >> 2 & 2); };

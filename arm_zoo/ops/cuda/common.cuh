@@ -1,4 +1,5 @@
-// What the kernels of arm_zoo/ops/cuda/launch.py share; this text stands before theirs when NVRTC compiles them.
+// What the kernels of arm_zoo/ops/cuda/launch.py share; this text stands before theirs when NVRTC compiles them, and
+// instructions.cuh before it.
 //
 // Macros: DTYPE 0 float32, 1 bfloat16, 2 float16; S states (1, 2, 4, 8 or 16); CHUNK steps between saved states (16);
 // A_IS_T, D_IS_T and BIAS_IS_T 1 where these parameters have the sequences' type, else they have float32; LOG_RATES 1
@@ -26,9 +27,7 @@ __device__ __forceinline__ float to_float(T v) {
 #elif DTYPE == 1
     return __uint_as_float((unsigned)v << 16);
 #else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
+    return from_float16(v);
 #endif
 }
 #if DTYPE != 0
@@ -55,16 +54,12 @@ __device__ __forceinline__ T to_state(float v) {
 #if DTYPE == 0
     return v;
 #else
-    T r;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-    return r;
+    return to_bfloat16(v);
 #endif
 }
 __device__ __forceinline__ T from_float(float v) {
 #if DTYPE == 2
-    T r;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
-    return r;
+    return to_float16(v);
 #else
     return to_state(v);
 #endif
@@ -80,15 +75,6 @@ __device__ __forceinline__ int token_at(const i64 *order, int k, int step, int l
 // the row of a step in memory; lane i of 16 (and i + 16) has the token of the i-th step of the step's chunk
 template <bool BY_TOKEN = TOKENS> __device__ __forceinline__ int row_of(int step, int token) {
     return BY_TOKEN ? __shfl_sync(0xffffffffu, token, step & (CHUNK - 1)) : step;
-}
-// keeps a pointer to global memory in registers: an access is then it plus a constant, not a sum made anew of its parts
-#define HOLD(p) \
-    asm volatile("" : "+l"(p)); \
-    __builtin_assume(__isGlobal(p))
-__device__ __forceinline__ float exp2_fast(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
 }
 // numbers of a channel, which A has for its states, read as many at once as can be
 template <int COUNT> struct alignas(COUNT * sizeof(TypeOfA) < 16 ? COUNT * sizeof(TypeOfA) : 16) States {
@@ -139,7 +125,7 @@ template <int WIDE> struct End {
 // waits for all warps of all parts, and shows them what was written into shared memory
 __device__ __forceinline__ void meet() {
 #if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    meet_in_cluster();
 #else
     __syncthreads();
 #endif
@@ -147,9 +133,10 @@ __device__ __forceinline__ void meet() {
 // the same place in the shared memory of another block of the cluster
 template <class X> __device__ __forceinline__ X *in_block(X *place, int block) {
 #if CLUSTER > 1
-    asm("mapa.u64 %0, %0, %1;" : "+l"(place) : "r"(block));
-#endif
+    return in_block_of_cluster(place, block);
+#else
     return place;
+#endif
 }
 // Gives the parts, in the places of their last states, the states before them. A thread has a state of a channel at a
 // time, through all parts. `end_of` finds a part's end, `A` is the direction's, `scale` what makes it a rate to base 2.

@@ -71,16 +71,12 @@ __device__ __forceinline__ Pair pack_states(float x, float y) {
 #if DTYPE == 0
     return make_float2(x, y);
 #else
-    unsigned r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
-    return r;
+    return to_bfloat16(x, y);
 #endif
 }
 __device__ __forceinline__ Pair pack(float x, float y) {
 #if DTYPE == 2
-    unsigned r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
-    return r;
+    return to_float16(x, y);
 #else
     return pack_states(x, y);
 #endif
@@ -158,17 +154,8 @@ __device__ __forceinline__ float2 made(Sizes sizes, float2 offset) { return size
 #endif
 
 #if RANK
-#if DTYPE == 1
-#define HALF "bf16"
-#else
-#define HALF "f16"
-#endif
 #define WIDTH ((RANK + 15) / 16 * 16 + 8)  // of rows in shared memory: whole tiles, and no bank conflicts
 #define SIZES (WIDE / 2 + 4)               // pairs of a row, likewise
-__device__ __forceinline__ void copy_async(T *shared, const T *from) {
-    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(PIECE) : "memory");
-}
 // two lanes copy a row
 __device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *row, int lane) {
     const int first = lane % 2 * (RANK / 2);
@@ -177,22 +164,23 @@ __device__ __forceinline__ void fetch(T (*rows)[WIDTH], const T *row, int lane) 
     row += first;
     HOLD(row);
 #pragma unroll
-    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(to + i, row + i);
+    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async<PIECE>(to + i, row + i);
 #else
 #pragma unroll
-    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async(&rows[lane / 2][first + i], row + first + i);
+    for (int i = 0; i < RANK / 2; i += PIECE / 2) copy_async<PIECE>(&rows[lane / 2][first + i], row + first + i);
 #endif
 }
 __device__ __forceinline__ void arrived() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
     __syncwarp();
 }
 __device__ __forceinline__ unsigned two(const T *p) { return *(const unsigned *)p; }
 __device__ __forceinline__ void multiply(float4 &c, const unsigned *a, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF "." HALF ".f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#if DTYPE == 1
+    multiply_bfloat16(c, a, b0, b1);
+#else
+    multiply_float16(c, a, b0, b1);
+#endif
 }
 // (CHUNK, RANK) x (RANK, WIDE) -> pairs of channels; the offsets are of the lane's pairs in the product
 __device__ __forceinline__ void project(

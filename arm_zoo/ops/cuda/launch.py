@@ -50,7 +50,7 @@ _config = functools.cache(LaunchConfig)
 @functools.cache
 def _kernel(device: int, pass_name: str, **macros: int) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
-    files = [_SOURCES / "common.cuh", _SOURCES / f"{pass_name}.cu"]
+    files = [_SOURCES / name for name in ("instructions.cuh", "common.cuh", f"{pass_name}.cu")]
     defines = [f"#define {name} {value}" for name, value in macros.items()]
     code = "\n".join([*defines, *(file.read_text(encoding="utf-8") for file in files)])
     options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")

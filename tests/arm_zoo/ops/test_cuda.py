@@ -1,8 +1,6 @@
 """The CUDA kernels without a GPU: NVRTC compiles them, and the host gives them as many arguments as they take."""
 
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 from arm_zoo.ops.layout import ScanInputs
+from tests.helpers.cuda_backend import cuda_backend
 
 pytest.importorskip("triton", reason="no triton in this build of torch")
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC in this build of torch")
@@ -39,23 +38,16 @@ class Program:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The backend's module over a compiler without a device; `cuda.launches` has (parameters, arguments, block)."""
-    core = ModuleType("cuda.core")
     launches: list[tuple[int, int, int]] = []
-    core.Program, core.ProgramOptions, core.LaunchConfig = Program, SimpleNamespace, SimpleNamespace
-    core.Device = lambda index: SimpleNamespace(set_current=lambda: None, create_stream=lambda stream: stream)
-    core.launch = lambda stream, config, kernel, *arguments: launches.append((kernel, len(arguments), config.block))
-    monkeypatch.setitem(sys.modules, "cuda.core", core)
-    monkeypatch.delitem(sys.modules, "arm_zoo.ops.cuda.launch", raising=False)
-    module = importlib.import_module("arm_zoo.ops.cuda.launch")
-    monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(module, "_WARPS_OF_WIDE_LANES", 0)  # no work is then too little for lanes of four channels
-    properties = SimpleNamespace(multi_processor_count=1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    module.launches = launches
-    yield module
-    monkeypatch.delitem(sys.modules, "arm_zoo.ops.cuda.launch")
+
+    def launch(stream: Any, config: SimpleNamespace, kernel: int, *arguments: Any) -> None:
+        launches.append((kernel, len(arguments), config.block))
+
+    with cuda_backend(monkeypatch, Program, launch) as module:
+        monkeypatch.setattr(module, "merge", lambda y, *_, **__: y[0])
+        monkeypatch.setattr(module, "_WARPS_OF_WIDE_LANES", 0)  # no work is then too little for lanes of four channels
+        module.launches = launches
+        yield module
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
