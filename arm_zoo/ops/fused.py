@@ -169,7 +169,7 @@ def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Ten
 
 @functools.cache
 def _quack() -> ModuleType | None:
-    """The products by the package quack-kernels; None if it is missing, or cannot be imported, of which it warns."""
+    """The products by the package quack-kernels; None without it, with a warning if it cannot be imported."""
     try:
         return importlib.import_module("arm_zoo.ops.quack")
     except (ImportError, OSError, RuntimeError) as error:

@@ -1,9 +1,10 @@
-// Runs a CUDA kernel on a CPU: its threads take turns on one thread of the host, each until it waits for others, warps in an
-// order drawn at random, the same in each run. This text stands in the place of arm_zoo/ops/cuda/instructions.cuh, before the
+// Runs a CUDA kernel on a CPU: its threads take turns on one thread of the host, each until it waits for others, in an order
+// drawn at random, the same in each run. This text stands in the place of arm_zoo/ops/cuda/instructions.cuh, before the
 // kernel's own; tests/helpers/emulated_gpu.py compiles it.
 //
-// Shared memory begins as NaN, and copies into it arrive no sooner than they are waited for. All else that is written is seen
-// at once, and the lanes of a warp go on together: of what they forget to wait for, only a part shows.
+// Shared memory begins as NaN. Copies into it arrive when they are asked for or when they are waited for, which is drawn too.
+// All else that is written is seen at once, and the lanes of a warp go on together, from the first or from the last: of what
+// they forget to wait for, only a part shows. What is not aligned as a GPU needs it ends the process.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -27,10 +28,10 @@ using std::min;
 #define __cluster_dims__(...)
 #define HOLD(pointer)
 
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -49,6 +50,7 @@ inline unsigned __float_as_uint(float value) {
 namespace emulated {
 constexpr int STACK = 1 << 18;  // bytes
 constexpr int TURNS = 256;      // of a warp, at most
+constexpr int PATIENCE = 1000;  // with each warp, before it counts as waiting for good
 
 // threads that wait for each other
 struct Group {
@@ -86,6 +88,7 @@ struct Thread {
 inline Thread *current;
 inline jmp_buf scheduler;
 inline long waits_ended;
+inline std::minstd_rand drawn;
 inline size_t shared_bytes;  // of a block, a multiple of 16
 
 inline void let_others_run() {
@@ -147,8 +150,9 @@ inline void run_thread() {
     }
     _longjmp(scheduler, 1);
 }
-// One cluster of blocks after the other.
-inline void launch(int grid, int block, int cluster) {
+// One cluster of blocks after the other; returns what is wrong, or null.
+inline const char *launch(int grid, int block, int cluster) {
+    if (grid % cluster || block % 32) return "the grid has no whole clusters, or its blocks no whole warps";
     for (int first = 0; first < grid; first += cluster) {
         std::vector<char> memory(shared_bytes * cluster + 16, (char)0xff);
         char *shared = memory.data() + (-(size_t)memory.data() % 16);
@@ -174,21 +178,26 @@ inline void launch(int grid, int block, int cluster) {
             thread.beginning.uc_stack.ss_size = STACK;
             makecontext(&thread.beginning, run_thread, 0);
         }
-        std::minstd_rand random;
+        long in_vain = 0;
         for (int left = threads.size(); left;) {
-            const int warp = random() % warps.size();  // it goes on for some time, or until it waits for other warps
+            if (++in_vain > PATIENCE * (long)warps.size()) return "threads wait for others that never come";
+            const int warp = drawn() % warps.size();  // it goes on for some time, or until it waits for other warps
             long before = -1;
-            for (int turns = random() % TURNS; turns >= 0 && before != waits_ended; --turns) {
+            for (int turns = drawn() % TURNS; turns >= 0 && before != waits_ended; --turns) {
                 before = waits_ended;
+                const int first = drawn() % 2 * 31;  // of its lanes
                 for (int i = 0; i < 32; ++i) {
-                    Thread &thread = threads[32 * warp + i];
+                    Thread &thread = threads[32 * warp + (i ^ first)];
                     if (thread.done) continue;
                     run(thread);
                     left -= thread.done;
+                    if (thread.done) in_vain = 0;
                 }
+                if (before != waits_ended) in_vain = 0;
             }
         }
     }
+    return nullptr;
 }
 }  // namespace emulated
 
@@ -229,7 +238,10 @@ inline unsigned to_float16(float x, float y) { return to_float16(x) | (unsigned)
 template <int BYTES> void copy_async(void *shared, const void *from) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
     if ((size_t)shared % BYTES || (size_t)from % BYTES) std::terminate();
-    emulated::current->copies.push_back({shared, from, BYTES});
+    if (emulated::drawn() % 2)
+        memcpy(shared, from, BYTES);
+    else
+        emulated::current->copies.push_back({shared, from, BYTES});
 }
 inline void wait_for_copies() {
     for (const emulated::Copy &copy : emulated::current->copies) memcpy(copy.to, copy.from, copy.bytes);
