@@ -358,6 +358,9 @@ class _Loader:
         return model
 
 
+_OF_FEATURES = ("features_only", "out_indices", "feature_cls")  # by which timm wraps a model, under other names
+
+
 def under_timms_names(tensors: StateDict, name: str, kwargs: Mapping[str, Any]) -> StateDict:
     """The tensors without a prefix that all share, such as `net.`, if their names are then those of timm's model.
 
@@ -368,11 +371,12 @@ def under_timms_names(tensors: StateDict, name: str, kwargs: Mapping[str, Any]) 
     shared = [prefix for prefix in prefixes if all(key.startswith(prefix) for key in tensors)]
     if not shared:
         return tensors
+    whole = {key: value for key, value in kwargs.items() if key not in _OF_FEATURES}
     with torch.device("meta"):
-        own = timm.create_model(name, **kwargs).state_dict().keys()
+        own = timm.create_model(name, **whole).state_dict().keys()
     for prefix in shared:
         unwrapped = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        if unwrapped.keys() <= own:
+        if unwrapped.keys() <= own or own <= unwrapped.keys():  # either may have a head that the other lacks
             return unwrapped
     return tensors
 

@@ -242,6 +242,19 @@ def test_prefixes_of_timms_models_are_left_to_timm(name: str, tmp_path: Path) ->
     assert_same_tensors(load(name, tmp_path / "a", **small).model.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize(
+    "asked", [{"num_classes": 0}, {"features_only": True}, {"features_only": True, "out_indices": [1]}]
+)
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_parts_of_modules_around_timms_models(name: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    """Without the head that the file has, or as features: as from the same file without the prefix."""
+    tensors = timm.create_model(name, num_classes=3).state_dict()
+    torch.save(tensors, tmp_path / "plain.pth")
+    torch.save({"state_dict": {f"net.{key}": value for key, value in tensors.items()}}, tmp_path / "last.ckpt")
+    plain, wrapped = (load(name, tmp_path / file, **asked).model for file in ("plain.pth", "last.ckpt"))
+    assert_same_tensors(wrapped.state_dict(), plain.state_dict())
+
+
 @pytest.mark.parametrize("prefix", ["", "net.", "model.net.", "module.model."])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deepseek_vit_412m"])
 def test_modules_around_timms_models(name: str, prefix: str, tmp_path: Path) -> None:
